@@ -1,0 +1,46 @@
+"""Distributed batch image generation with FLUX.1-dev: Parquet prompts in, images and metadata out, each image once.
+
+The folder, in the order in which data flows:
+
+    cli       parse, call, exception -> exit code        worker    rows -> batches -> pictures -> commit
+    job       the whole run on one screen                pipeline  prompts -> pictures, the only translator to model/
+    config    the job file                               model/    what FLUX computes
+    plan      data set -> shards                         storage/  bytes, tables, URLs
+    engine/   where shards run                           report/   what people read of a run
+    records, errors: the nouns that cross a border, at the bottom
+
+Imports only go down; tests/test_architecture.py holds that. Importing this package loads neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flux_batch.config import JobConfig
+    from flux_batch.job import run
+    from flux_batch.pipeline import FluxImagePipeline, ModelManager, download_models
+
+__version__ = "0.1.0"
+
+__all__ = ["FluxImagePipeline", "JobConfig", "ModelManager", "download_models", "run"]
+
+_HOMES = {
+    "FluxImagePipeline": "flux_batch.pipeline",
+    "JobConfig": "flux_batch.config",
+    "ModelManager": "flux_batch.pipeline",
+    "download_models": "flux_batch.pipeline",
+    "run": "flux_batch.job",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first asked for."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

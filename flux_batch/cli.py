@@ -1,0 +1,164 @@
+"""The command line: parse, call, print; exceptions become one sentence and an exit code.
+
+0 done; 1 unexpected; 2 bad job file or input, do not retry; 3 finished, but more rows failed than allowed;
+75 interrupted, run the same command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flux_batch.report.summary import RunReport
+
+INTERRUPTED = 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns: its exit code."""
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("flux_batch").setLevel(logging.DEBUG if arguments.debug else logging.INFO)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        return int(arguments.command(arguments))
+    except KeyboardInterrupt:
+        return _failed("interrupted; what is committed stays, the same command goes on", INTERRUPTED, arguments.debug)
+    except Exception as error:
+        known = hasattr(error, "exit_code")
+        sentence = str(error) if known else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+        return _failed(sentence, getattr(error, "exit_code", 1), arguments.debug)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the commands; imports nothing heavy, so that --help is quick."""
+    top = argparse.ArgumentParser(prog="flux-batch", description="Batch image generation with FLUX.1-dev on Ray.")
+    top.add_argument("--debug", action="store_true", help="show tracebacks and more log lines")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("run", help="run a job, or go on with it")
+    _add_job(command)
+    command.set_defaults(command=_run)
+
+    command = commands.add_parser("plan", help="say what a job would do and cost, and do nothing")
+    _add_job(command)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(command=_plan)
+
+    command = commands.add_parser("status", help="say how far a run is, from its output alone")
+    command.add_argument("output", metavar="OUTPUT_URI")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument(
+        "--storage-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an fsspec option, e.g. endpoint_url=...",
+    )
+    command.set_defaults(command=_status)
+    for each in commands.choices.values():
+        # After the command too; the default must not undo a --debug before it.
+        each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return top
+
+
+def _add_job(command: argparse.ArgumentParser) -> None:
+    command.add_argument("job", metavar="JOB.yaml")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="override a setting of the job file; may be given several times",
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from flux_batch.job import load_job, run
+
+    report = run(load_job(arguments.job, arguments.overrides))
+    _print(_summary(report))
+    return report.exit_code
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from flux_batch.job import load_job, located
+    from flux_batch.plan import make_plan
+    from flux_batch.report.estimate import estimate, format_estimate
+
+    config = located(load_job(arguments.job, arguments.overrides))
+    figures = estimate(config, make_plan(config.prompts, config.output.shard_size))
+    _print(json.dumps(figures) if arguments.json else format_estimate(config, figures))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from flux_batch.report.status import format_status, read_status
+    from flux_batch.storage.store import Store
+
+    status = read_status(Store(arguments.output, _options(arguments.storage_option)))
+    _print(json.dumps(status) if arguments.json else format_status(status))
+    return 0
+
+
+def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read KEY=VALUE pairs; values are YAML."""
+    import yaml
+
+    from flux_batch.errors import JobError
+
+    options = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise JobError(f"--storage-option {pair}: must be KEY=VALUE")
+        options[key] = yaml.safe_load(value)
+    return options
+
+
+def _summary(report: RunReport) -> str:
+    """Say in a few lines what a run came to."""
+    made = "none of them now"
+    if report.num_new_images:
+        made = f"{report.num_new_images} of them now, by {report.num_workers} worker(s) in {report.wall_s:.1f} s"
+    lines = [
+        f"{report.name}: {report.num_images - report.num_failed} images, {report.num_failed} failed; {made}",
+        f"images   {report.output}/train",
+        f"metadata {report.output}/metadata",
+    ]
+    if not report.is_complete:
+        lines.append(f"NOT COMPLETE: {report.num_shards - report.num_committed} shards are missing; run it again")
+    elif report.exit_code:
+        lines.append(
+            f"{100 * report.failed_ratio:.1f} % failed, failures.max_ratio = {report.max_failed_ratio:g} allows less; "
+            f"the reasons are in {report.output}/_run/failed"
+        )
+    return "\n".join(lines)
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _failed(sentence: str, exit_code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"flux-batch: {sentence}\n")
+    return exit_code
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The small model and the prompts that ship with the package."""

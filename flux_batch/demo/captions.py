@@ -1,0 +1,176 @@
+"""A small world in words: scenes of one or two shapes, and how to say them; knows no tokenizer, tensor or picture.
+
+A `Scene` holds every fact a caption tells, so that a picture can be drawn from the same facts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+Shape = Literal["circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond"]
+Colour = Literal["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey"]
+Size = Literal["small", "medium", "large"]
+Position = Literal[
+    "centre", "top", "bottom", "left", "right", "top left", "top right", "bottom left", "bottom right"
+]  # fmt: skip
+Relation = Literal["left of", "right of", "above", "below"]
+Texture = Literal["plain", "gradient", "striped", "checkered", "dotted"]
+Option = TypeVar("Option")
+
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+COLOURS: tuple[Colour, ...] = get_args(Colour)
+SIZES: tuple[Size, ...] = get_args(Size)
+POSITIONS: tuple[Position, ...] = get_args(Position)
+RELATIONS: tuple[Relation, ...] = get_args(Relation)
+TEXTURES: tuple[Texture, ...] = get_args(Texture)
+
+# Several ways to say a fact; a wording takes the same one wherever it can.
+SIZE_WORDS: dict[Size, tuple[str, ...]] = {
+    "small": ("small ", "little ", "tiny "),
+    "medium": ("", "medium-sized "),
+    "large": ("large ", "big ", "huge "),
+}
+POSITION_WORDS: dict[Position, tuple[str, ...]] = {
+    "centre": ("in the centre", "in the middle"),
+    "top": ("at the top", "near the top edge"),
+    "bottom": ("at the bottom", "near the bottom edge"),
+    "left": ("on the left", "near the left edge"),
+    "right": ("on the right", "near the right edge"),
+    "top left": ("in the top left corner", "at the top left"),
+    "top right": ("in the top right corner", "at the top right"),
+    "bottom left": ("in the bottom left corner", "at the bottom left"),
+    "bottom right": ("in the bottom right corner", "at the bottom right"),
+}
+RELATION_WORDS: dict[Relation, tuple[str, ...]] = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+WORDINGS = (
+    "{subject} on {background}",
+    "a picture of {subject} on {background}",
+    "on {background}, {subject}",
+    "a drawing that shows {subject}, {background}",
+    "{subject} in front of {background}",
+    "a simple image of {subject} against {background}",
+    "there is {subject} on {background}",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Thing:
+    """One shape in a picture."""
+
+    shape: Shape
+    colour: Colour
+    size: Size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Background:
+    """What lies behind; `second` is the other colour of all textures but a plain one."""
+
+    texture: Texture
+    colour: Colour
+    second: Colour | None = None
+
+    def __post_init__(self) -> None:
+        if (self.texture == "plain") != (self.second is None):
+            raise ValueError(f"a {self.texture} background with second colour {self.second} cannot be")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scene:
+    """All facts of a caption: one thing at a position, or two things of which the first is `relation` the second."""
+
+    first: Thing
+    background: Background
+    position: Position | None = None
+    relation: Relation | None = None
+    second: Thing | None = None
+
+    def __post_init__(self) -> None:
+        if (self.relation is None) != (self.second is None) or (self.position is None) != (self.second is not None):
+            raise ValueError("a scene has one thing with a position, or two things with a relation")
+
+
+def captions(count: int, seed: int) -> Iterator[str]:
+    """Yield captions of random scenes in random wordings; the same ones for the same seed, on every machine."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        yield phrase(random_scene(rng), pick(rng, range(len(WORDINGS))))
+
+
+def random_scene(rng: random.Random, *, num_things: int | None = None, texture: Texture | None = None) -> Scene:
+    """Draw a scene in which every colour is different, so that every thing can be seen."""
+    colours = pick_distinct(rng, COLOURS, 4)
+    background_texture: Texture = pick(rng, TEXTURES) if texture is None else texture
+    background = make_background(background_texture, colours[2], colours[3])
+    first = random_thing(rng, colours[0])
+    if (num_things or pick(rng, (1, 2))) == 1:
+        return Scene(first=first, background=background, position=pick(rng, POSITIONS))
+    second = random_thing(rng, colours[1])
+    return Scene(first=first, background=background, relation=pick(rng, RELATIONS), second=second)
+
+
+def make_background(texture: Texture, colour: Colour, second: Colour) -> Background:
+    """Make a background; a plain one has no use for the second colour."""
+    return Background(texture=texture, colour=colour, second=None if texture == "plain" else second)
+
+
+def random_thing(rng: random.Random, colour: Colour) -> Thing:
+    """Draw a thing of this colour."""
+    return Thing(shape=pick(rng, SHAPES), colour=colour, size=pick(rng, SIZES))
+
+
+def phrase(scene: Scene, wording: int = 0) -> str:
+    """Say a scene in one of the `WORDINGS`."""
+    subject = name_thing(scene.first, wording)
+    if scene.position is not None:
+        subject += f" {variant(POSITION_WORDS[scene.position], wording)}"
+    if scene.relation is not None and scene.second is not None:
+        subject += f" {variant(RELATION_WORDS[scene.relation], wording)} {name_thing(scene.second, wording)}"
+    return WORDINGS[wording].format(subject=subject, background=name_background(scene.background, wording))
+
+
+def name_thing(thing: Thing, wording: int) -> str:
+    """Say a thing, e.g. `a small red star`."""
+    return with_article(f"{variant(SIZE_WORDS[thing.size], wording)}{thing.colour} {thing.shape}")
+
+
+def name_background(background: Background, wording: int) -> str:
+    """Say a background, e.g. `a checkered black and white background`."""
+    if background.second is None:
+        return with_article(variant(("plain {} background", "{} background"), wording).format(background.colour))
+    if background.texture == "gradient":
+        spelling = variant(("a gradient from {} to {}", "a background that fades from {} to {}"), wording)
+        return spelling.format(background.colour, background.second)
+    return with_article(f"{background.texture} {background.colour} and {background.second} background")
+
+
+def with_article(words: str) -> str:
+    """Put `a` or `an` before words."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def variant(spellings: Sequence[str], wording: int) -> str:
+    """Return the spelling that a wording uses."""
+    return spellings[wording % len(spellings)]
+
+
+# random() is the only method whose numbers Python promises to keep, so every choice is made from it.
+
+
+def pick(rng: random.Random, options: Sequence[Option]) -> Option:
+    """Return one of the options."""
+    return options[int(rng.random() * len(options))]
+
+
+def pick_distinct(rng: random.Random, options: Sequence[Option], count: int) -> list[Option]:
+    """Return `count` different options in random order."""
+    left = list(options)
+    return [left.pop(int(rng.random() * len(left))) for _ in range(count)]

@@ -1,0 +1,296 @@
+"""What the demo model is made of: its sizes, its configuration files, its weights; knows no cache.
+
+The folder is that of a FLUX.1 repository in the layout of diffusers. The weights are random numbers, the same on
+every machine: its pictures are coloured noise that depends on prompt, seed and settings as those of a real model do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flux_batch.demo.captions import captions
+from flux_batch.demo.tokenizers import CLIP_LENGTH, write_clip_tokenizer, write_json, write_t5_tokenizer
+from flux_batch.model.params import AutoencoderParams, FluxParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The release of diffusers that wrote the real folder; readers ask it which old habits to expect.
+DIFFUSERS_VERSION = "0.30.0"
+NUM_CAPTIONS = 4000
+CAPTION_SEED = 0
+
+CLIP_WIDTH, CLIP_HEADS, CLIP_LAYERS = 128, 2, 2
+T5_WIDTH, T5_HEADS, T5_LAYERS = 64, 4, 2
+TRANSFORMER = FluxParams(
+    in_channels=64,
+    out_channels=64,
+    vec_in_dim=CLIP_WIDTH,
+    context_in_dim=T5_WIDTH,
+    hidden_size=256,
+    mlp_hidden_dim=1024,
+    num_heads=2,  # of 128, as in FLUX.1: rotary axes and attention kernels are then the real ones
+    depth=2,
+    depth_single_blocks=2,
+    axes_dim=(16, 56, 56),
+    theta=10_000,
+    qkv_bias=True,
+    guidance_embed=True,
+)
+AUTOENCODER = AutoencoderParams(
+    in_channels=3,
+    out_ch=3,
+    channels=(32, 64, 64, 64),
+    num_res_blocks=2,
+    z_channels=16,
+    num_groups=32,
+    scale_factor=0.3611,
+    shift_factor=0.1159,
+)
+
+
+def write_model(folder: Path) -> None:
+    """Write the whole model into an empty folder."""
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    for part in parts:
+        (folder / part).mkdir()
+    texts = list(captions(NUM_CAPTIONS, CAPTION_SEED))
+    clip_vocabulary = write_clip_tokenizer(folder / "tokenizer", texts)
+    t5_vocabulary = write_t5_tokenizer(folder / "tokenizer_2", texts)
+    write_clip(folder / "text_encoder", clip_vocabulary)
+    write_t5(folder / "text_encoder_2", t5_vocabulary)
+    write_transformer(folder / "transformer")
+    write_autoencoder(folder / "vae")
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config())
+    write_json(folder / "model_index.json", model_index())
+
+
+def write_transformer(folder: Path) -> None:
+    """Write configuration and weights of the transformer."""
+    import torch
+
+    from flux_batch.model.transformer import Flux
+    from flux_batch.model.weights import transformer_to_diffusers
+
+    with torch.device("meta"):
+        shapes = shapes_of(Flux(TRANSFORMER))
+    save_weights(
+        folder / "diffusion_pytorch_model.safetensors",
+        transformer_to_diffusers(random_state("transformer", shapes)),
+    )
+    write_json(folder / "config.json", transformer_config(TRANSFORMER))
+
+
+def write_autoencoder(folder: Path) -> None:
+    """Write configuration and weights of the autoencoder."""
+    import torch
+
+    from flux_batch.model.autoencoder import AutoEncoder
+    from flux_batch.model.weights import autoencoder_to_diffusers
+
+    with torch.device("meta"):
+        shapes = shapes_of(AutoEncoder(AUTOENCODER))
+    save_weights(folder / "diffusion_pytorch_model.safetensors", autoencoder_to_diffusers(random_state("vae", shapes)))
+    write_json(folder / "config.json", autoencoder_config(AUTOENCODER))
+
+
+def write_clip(folder: Path, vocab_size: int) -> None:
+    """Write configuration and weights of the CLIP text encoder."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = clip_config(vocab_size)
+    with torch.device("meta"):
+        shapes = shapes_of(CLIPTextModel(CLIPTextConfig(**config)))
+    # transformers 5 has moved the modules one level up; the files have not followed.
+    shapes = {f"text_model.{name.removeprefix('text_model.')}": shape for name, shape in shapes.items()}
+    save_weights(folder / "model.safetensors", random_state("clip", shapes))
+    write_json(folder / "config.json", config)
+
+
+def write_t5(folder: Path, vocab_size: int) -> None:
+    """Write configuration and weights of the T5 encoder."""
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    config = t5_config(vocab_size)
+    with torch.device("meta"):
+        shapes = shapes_of(T5EncoderModel(T5Config(**config)))
+    # A second name of shared.weight, which the files leave out.
+    shapes.pop("encoder.embed_tokens.weight", None)
+    save_weights(folder / "model.safetensors", random_state("t5", shapes))
+    write_json(folder / "config.json", config)
+
+
+def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor a checkpoint of the model holds."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def random_state(part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Fill every tensor with numbers that follow from its name alone."""
+    return {name: random_tensor(f"{part}.{name}", shape) for name, shape in shapes.items()}
+
+
+def random_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return fp32 weights that keep the size of what passes through, and vectors near the neutral value.
+
+    Uniform numbers are bits and exact products; normal ones would pass through a logarithm that CPUs round differently.
+    """
+    import torch
+
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest())
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    if len(shape) == 1:
+        is_added = name.endswith(".bias")  # the other vectors multiply: norm scales
+        return noise * 0.1 + (0.0 if is_added else 1.0)
+    is_table = "embed" in name or name.endswith("shared.weight")
+    fan_in = 1 if is_table else math.prod(shape[1:])
+    return noise * math.sqrt(3 / fan_in)
+
+
+def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write bfloat16 safetensors."""
+    import torch
+    from safetensors.torch import save
+
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state.items()}
+    # Not save_file, which keeps other users of a shared cache from reading.
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def model_index() -> dict[str, Any]:
+    """Return the file that names the class of every part."""
+    return {
+        "_class_name": "FluxPipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def scheduler_config() -> dict[str, Any]:
+    """Return the schedule of FLUX.1-dev: shifted by the size of the picture."""
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "base_image_seq_len": 256,
+        "base_shift": 0.5,
+        "max_image_seq_len": 4096,
+        "max_shift": 1.15,
+        "num_train_timesteps": 1000,
+        "shift": 3.0,
+        "use_dynamic_shifting": True,
+    }
+
+
+def transformer_config(params: FluxParams) -> dict[str, Any]:
+    """Return the transformer's sizes in the words of diffusers."""
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "attention_head_dim": params.head_dim,
+        "axes_dims_rope": list(params.axes_dim),
+        "guidance_embeds": params.guidance_embed,
+        "in_channels": params.in_channels,
+        "joint_attention_dim": params.context_in_dim,
+        "num_attention_heads": params.num_heads,
+        "num_layers": params.depth,
+        "num_single_layers": params.depth_single_blocks,
+        "patch_size": 1,
+        "pooled_projection_dim": params.vec_in_dim,
+    }
+
+
+def autoencoder_config(params: AutoencoderParams) -> dict[str, Any]:
+    """Return the autoencoder's sizes in the words of diffusers."""
+    levels = len(params.channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "act_fn": "silu",
+        "block_out_channels": list(params.channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "force_upcast": True,
+        "in_channels": params.in_channels,
+        "latent_channels": params.z_channels,
+        "latents_mean": None,
+        "latents_std": None,
+        "layers_per_block": params.num_res_blocks,
+        "mid_block_add_attention": True,
+        "norm_num_groups": params.num_groups,
+        "out_channels": params.out_ch,
+        "sample_size": 1024,
+        "scaling_factor": params.scale_factor,
+        "shift_factor": params.shift_factor,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_post_quant_conv": False,
+        "use_quant_conv": False,
+    }
+
+
+def clip_config(vocab_size: int) -> dict[str, Any]:
+    """Return the CLIP text encoder's sizes."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "dropout": 0.0,
+        # The legacy value of the real file: the end of a text is then the place of the largest id.
+        "eos_token_id": 2,
+        "hidden_act": "quick_gelu",
+        "hidden_size": CLIP_WIDTH,
+        "initializer_factor": 1.0,
+        "initializer_range": 0.02,
+        "intermediate_size": 2 * CLIP_WIDTH,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": CLIP_LENGTH,
+        "model_type": "clip_text_model",
+        "num_attention_heads": CLIP_HEADS,
+        "num_hidden_layers": CLIP_LAYERS,
+        "pad_token_id": 1,
+        "projection_dim": CLIP_WIDTH,
+        "torch_dtype": "bfloat16",
+        "vocab_size": vocab_size,
+    }
+
+
+def t5_config(vocab_size: int) -> dict[str, Any]:
+    """Return the T5 encoder's sizes."""
+    return {
+        "architectures": ["T5EncoderModel"],
+        "classifier_dropout": 0.0,
+        "d_ff": 2 * T5_WIDTH,
+        "d_kv": T5_WIDTH // T5_HEADS,
+        "d_model": T5_WIDTH,
+        "decoder_start_token_id": 0,
+        "dense_act_fn": "gelu_new",
+        "dropout_rate": 0.1,
+        "eos_token_id": 1,
+        "feed_forward_proj": "gated-gelu",
+        "initializer_factor": 1.0,
+        "is_encoder_decoder": True,
+        "is_gated_act": True,
+        "layer_norm_epsilon": 1e-06,
+        "model_type": "t5",
+        "num_decoder_layers": T5_LAYERS,
+        "num_heads": T5_HEADS,
+        "num_layers": T5_LAYERS,
+        "output_past": True,
+        "pad_token_id": 0,
+        "relative_attention_max_distance": 128,
+        "relative_attention_num_buckets": 32,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": vocab_size,
+    }

@@ -1,0 +1,198 @@
+"""The two tokenizers of the demo model, trained on its captions; knows no weights.
+
+Files, special tokens and their places are those of FLUX.1, so that whatever reads the real ones reads these. Every
+text can be tokenized: CLIP's falls back to bytes, T5's to `<unk>`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import string
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+CLIP_LENGTH = 77
+T5_LENGTH = 64
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+T5_PAD, T5_END, T5_UNKNOWN = "<pad>", "</s>", "<unk>"
+WORD_END = "</w>"
+# More than the captions need: training stops early once every word of theirs is one token.
+CLIP_MAX_MERGES = 1000
+T5_PIECES = 300
+# As T5: they keep the places of their ids, though nothing here was trained to fill gaps.
+NUM_EXTRA_IDS = 100
+
+
+def write_clip_tokenizer(folder: Path, texts: Iterable[str]) -> int:
+    """Train CLIP's byte-level tokenizer and write its four files. Returns: the size of its vocabulary."""
+    merges = train_merges(texts)
+    letters = byte_letters()
+    tokens = [
+        *letters,
+        *(letter + WORD_END for letter in letters),
+        *("".join(pair) for pair in merges),
+        CLIP_START,
+        # The largest id: the text encoder finds the end of a text as the place of the largest one.
+        CLIP_END,
+    ]
+    write_json(folder / "vocab.json", {token: place for place, token in enumerate(tokens)})
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
+    start, end = special_token(CLIP_START, normalized=True), special_token(CLIP_END)
+    write_json(
+        folder / "special_tokens_map.json",
+        {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end},
+    )
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_prefix_space": False,
+            "added_tokens_decoder": {
+                str(len(tokens) - 2): {**start, "special": True},
+                str(len(tokens) - 1): {**end, "special": True},
+            },
+            "bos_token": CLIP_START,
+            "clean_up_tokenization_spaces": False,
+            "do_lower_case": True,
+            "eos_token": CLIP_END,
+            "errors": "replace",
+            "model_max_length": CLIP_LENGTH,
+            "pad_token": CLIP_END,
+            "tokenizer_class": "CLIPTokenizer",
+            "unk_token": CLIP_END,
+        },
+    )
+    return len(tokens)
+
+
+def train_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the pairs to merge, most frequent first, of texts in plain lower-case English."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
+    words = pre_tokenizers.Whitespace()  # splits such texts as CLIP's own pattern does
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    trainer = trainers.BpeTrainer(
+        vocab_size=2 * len(byte_letters()) + CLIP_MAX_MERGES,
+        min_frequency=2,
+        end_of_word_suffix=WORD_END,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return [(first, second) for first, second in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def byte_letters() -> list[str]:
+    """Return the letters that stand for the 256 bytes, in the order of CLIP's vocabulary."""
+    from tokenizers import pre_tokenizers
+
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def write_t5_tokenizer(folder: Path, texts: Iterable[str]) -> int:
+    """Train T5's SentencePiece model and write its four files. Returns: the size of its vocabulary."""
+    model = train_sentencepiece(texts)
+    extra_ids = [f"<extra_id_{number}>" for number in range(NUM_EXTRA_IDS)]
+    # Stored in falling order after the pieces: <extra_id_0> has the largest id.
+    vocabulary = [*pieces_of(model), *((name, 0.0) for name in reversed(extra_ids))]
+    ids = {piece: place for place, (piece, _) in enumerate(vocabulary)}
+    special = [T5_PAD, T5_END, T5_UNKNOWN, *reversed(extra_ids)]
+    (folder / "spiece.model").write_bytes(model)
+    write_text(folder / "tokenizer.json", fast_tokenizer(vocabulary, special))
+    names = {"eos_token": T5_END, "pad_token": T5_PAD, "unk_token": T5_UNKNOWN}
+    write_json(
+        folder / "special_tokens_map.json",
+        {
+            "additional_special_tokens": extra_ids,
+            **{role: special_token(name) for role, name in names.items()},
+        },
+    )
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_prefix_space": True,
+            "added_tokens_decoder": {str(ids[name]): {**special_token(name), "special": True} for name in special},
+            "additional_special_tokens": extra_ids,
+            "clean_up_tokenization_spaces": True,
+            "eos_token": T5_END,
+            "extra_ids": NUM_EXTRA_IDS,
+            "legacy": True,
+            "model_max_length": T5_LENGTH,
+            "pad_token": T5_PAD,
+            "sp_model_kwargs": {},
+            "tokenizer_class": "T5Tokenizer",
+            "unk_token": T5_UNKNOWN,
+        },
+    )
+    return len(vocabulary)
+
+
+def train_sentencepiece(texts: Iterable[str]) -> bytes:
+    """Return a unigram model in SentencePiece's own format."""
+    import sentencepiece
+
+    texts = list(texts)
+    words = sorted({word.strip(string.punctuation) for text in texts for word in text.split()})
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        # The trainer considers as pieces only what it meets in two words: each word is met with and without a dot.
+        sentence_iterator=iter([*texts, *(f"{word}." for word in words)]),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=T5_PIECES,
+        hard_vocab_limit=False,
+        # Text as it is: the tables of Unicode normalisation would be twenty times as large as all the rest.
+        normalization_rule_name="identity",
+        required_chars=string.ascii_letters + string.digits + string.punctuation,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        pad_piece=T5_PAD,
+        eos_piece=T5_END,
+        unk_piece=T5_UNKNOWN,
+        num_threads=1,  # the order of sums, and with it the last bits of scores, must not depend on the machine
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def pieces_of(model: bytes) -> list[tuple[str, float]]:
+    """Return pieces and scores by id."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return [(processor.id_to_piece(place), processor.get_score(place)) for place in range(len(processor))]
+
+
+def fast_tokenizer(vocabulary: list[tuple[str, float]], special: list[str]) -> str:
+    """Return the same tokenizer in the JSON format of the `tokenizers` library."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=False))
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["$A", T5_END], pair=["$A", T5_END, "$B", T5_END], special_tokens=[(T5_END, 1)]
+    )
+    return tokenizer.to_str(pretty=True)
+
+
+def special_token(content: str, *, normalized: bool = False) -> dict[str, Any]:
+    """Describe a special token as the tokenizers' files do."""
+    return {"content": content, "lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 with the same line ends on every system."""
+    path.write_text(text, encoding="utf-8", newline="\n")

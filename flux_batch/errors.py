@@ -1,0 +1,103 @@
+"""The exception tree, drawn by what the caller should do next.
+
+    FluxBatchError                  exit 1   unexpected: look at the message, perhaps report it
+    |-- JobError                    exit 2   change the job file or the command; never retried
+    |   |-- InvalidSetting                   one setting has a value that cannot be used
+    |   `-- PlanMismatch                     the output already holds another run
+    |-- SourceError                 exit 2   the prompts cannot be read: change the data or `prompts`
+    |-- CheckpointError             exit 2   the model weights are missing, incomplete or of another layout
+    |-- RowError                             this row only: becomes a failed record, its shard still commits
+    |-- OutOfMemory                          this batch only: try a smaller one
+    |-- DeviceFatal                          the accelerator is unusable: the process must leave
+    |-- StoreError                  exit 75  storage failed after all retries: run the same command again
+    |   |-- StoreRefused            exit 2   storage said no: credentials, bucket or permissions
+    |   |-- NotFound                exit 2   there is nothing under that key
+    |   `-- AlreadyExists                    a put-if-absent came second: often good news
+    |-- RunIncomplete               exit 1   shards failed more often than allowed
+    `-- Interrupted                 exit 75  stopped from outside: run the same command again
+
+Every error is one clear sentence: what was wrong, where, what would be right. Every error survives pickling
+(one positional message; context in optional keyword-only attributes), because Ray carries them between processes.
+"""
+
+from __future__ import annotations
+
+
+class FluxBatchError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class JobError(FluxBatchError, ValueError):
+    """The job file or the command line asks for something that cannot be done."""
+
+    exit_code = 2
+
+
+class InvalidSetting(JobError):
+    """One setting has a value that cannot be used; `field` is its name, the message says what would be right."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class PlanMismatch(JobError):
+    """The output holds a run whose pictures would differ from what the job file asks for now."""
+
+
+class SourceError(FluxBatchError):
+    """The prompts are missing, unreadable or of the wrong schema."""
+
+    exit_code = 2
+
+
+class CheckpointError(FluxBatchError):
+    """Model weights are missing, incomplete, of the wrong shape, or of a layout that is not supported."""
+
+    exit_code = 2
+
+
+class RowError(FluxBatchError, ValueError):
+    """One prompt row cannot be rendered; it is recorded as failed with this message."""
+
+
+class OutOfMemory(FluxBatchError):
+    """The device has too little memory for this batch."""
+
+
+class DeviceFatal(FluxBatchError):
+    """The accelerator reported an error after which this process cannot use it."""
+
+
+class StoreError(FluxBatchError, OSError):
+    """A storage operation failed, after the retries it is worth."""
+
+    exit_code = 75
+
+
+class StoreRefused(StoreError):
+    """Storage answered and said no: wrong credentials, no such bucket, no permission."""
+
+    exit_code = 2
+
+
+class NotFound(StoreError):
+    """There is nothing under that key."""
+
+    exit_code = 2
+
+
+class AlreadyExists(StoreError):
+    """A put-if-absent found the key taken."""
+
+
+class RunIncomplete(FluxBatchError):
+    """Some shards could not be committed within the allowed attempts."""
+
+
+class Interrupted(FluxBatchError):
+    """The run was stopped from outside; what is committed stays, the same command goes on."""
+
+    exit_code = 75

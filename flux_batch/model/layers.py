@@ -1,0 +1,186 @@
+"""The parts a FLUX transformer is made of; attribute names are the keys of the original checkpoints.
+
+Letters: B batch, L tokens, H heads, D head size, K the three of query, key and value.
+Source of the formulas: black-forest-labs/flux 802fb47, src/flux/modules/layers.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from flux_batch.model.rope import rotate
+
+SINUSOID_WIDTH = 256
+FP16_MAX = 65504.0
+
+
+def timestep_embedding(t: Tensor) -> Tensor:
+    """Embed a scalar of each image, times 1000: t (B,) -> (B, 256), cosines first, in the dtype of t.
+
+    The product with 1000 is rounded to that dtype, as in every reference: guidance 3.5 becomes 3504 in bfloat16.
+    """
+    half = SINUSOID_WIDTH // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = (1000.0 * t)[:, None].float() * frequencies
+    return torch.cat((angle.cos(), angle.sin()), dim=-1).to(t.dtype)
+
+
+class MLPEmbedder(nn.Module):
+    def __init__(self, in_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    """Rounds once, after the scale, as diffusers; BFL and DiffSynth round before it too (bfloat16 only)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.scale.shape, self.scale, eps=1e-6)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+class Modulated(NamedTuple):
+    """What the conditioning vector says about one branch: each (B, 1, hidden)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+    def normed(self, x: Tensor) -> Tensor:
+        return (1 + self.scale) * layer_norm(x) + self.shift
+
+
+class Modulation(nn.Module):
+    def __init__(self, dim: int, num_branches: int) -> None:
+        super().__init__()
+        self.num_branches = num_branches
+        self.lin = nn.Linear(dim, 3 * num_branches * dim)
+
+    def forward(self, vec: Tensor) -> list[Modulated]:
+        rows = self.lin(F.silu(vec))[:, None, :].chunk(3 * self.num_branches, dim=-1)
+        return [Modulated(*rows[3 * branch : 3 * branch + 3]) for branch in range(self.num_branches)]
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream; attention itself is joint, see `attention`."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.norm = QKNorm(dim // num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = split_heads(self.qkv(x), self.num_heads)
+        q, k = self.norm(q, k)
+        return q, k, v
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text each with their own weights, meeting in attention."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.img_mod = Modulation(dim, num_branches=2)
+        self.img_attn = SelfAttention(dim, num_heads, qkv_bias)
+        self.img_mlp = mlp(dim, mlp_dim)
+        self.txt_mod = Modulation(dim, num_branches=2)
+        self.txt_attn = SelfAttention(dim, num_heads, qkv_bias)
+        self.txt_mlp = mlp(dim, mlp_dim)
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+        img_mod1, img_mod2 = self.img_mod(vec)
+        txt_mod1, txt_mod2 = self.txt_mod(vec)
+
+        img_q, img_k, img_v = self.img_attn(img_mod1.normed(img))
+        txt_q, txt_k, txt_v = self.txt_attn(txt_mod1.normed(txt))
+        q = torch.cat((txt_q, img_q), dim=2)
+        k = torch.cat((txt_k, img_k), dim=2)
+        v = torch.cat((txt_v, img_v), dim=2)
+        txt_attn, img_attn = attention(q, k, v, pe).split((txt.shape[1], img.shape[1]), dim=1)
+
+        img = img + img_mod1.gate * self.img_attn.proj(img_attn)
+        img = img + img_mod2.gate * self.img_mlp(img_mod2.normed(img))
+        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
+        txt = txt + txt_mod2.gate * self.txt_mlp(txt_mod2.normed(txt))
+        return img, finite(txt)
+
+
+class SingleStreamBlock(nn.Module):
+    """Text and image as one sequence; attention and MLP side by side in fused projections."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.widths = (3 * dim, mlp_dim)
+        self.linear1 = nn.Linear(dim, 3 * dim + mlp_dim)
+        self.linear2 = nn.Linear(dim + mlp_dim, dim)
+        self.norm = QKNorm(dim // num_heads)
+        self.modulation = Modulation(dim, num_branches=1)
+
+    def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
+        (mod,) = self.modulation(vec)
+        qkv, hidden = self.linear1(mod.normed(x)).split(self.widths, dim=-1)
+        q, k, v = split_heads(qkv, self.num_heads)
+        q, k = self.norm(q, k)
+        attn = attention(q, k, v, pe)
+        return finite(x + mod.gate * self.linear2(torch.cat((attn, F.gelu(hidden, approximate="tanh")), dim=-1)))
+
+
+class LastLayer(nn.Module):
+    def __init__(self, dim: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+        return self.linear((1 + scale) * layer_norm(x) + shift)
+
+
+def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(approximate="tanh"), nn.Linear(hidden_dim, dim))
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=num_heads)
+    return q, k, v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
+    """Attend over all tokens, padding included (no mask, as every reference): (B, H, L, D) -> (B, L, H D)."""
+    x = F.scaled_dot_product_attention(rotate(q, pe), rotate(k, pe), v)
+    return rearrange(x, "B H L D -> B L (H D)")
+
+
+def finite(x: Tensor) -> Tensor:
+    """Keep a float16 stream in range: without this it overflows to black pictures (diffusers #9096, #9097)."""
+    return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x

@@ -1,0 +1,194 @@
+"""The numbers that define a model of the FLUX.1 family, and how to read them from its weights; knows no tensor.
+
+Field names are those of black-forest-labs/flux (802fb47); configuration files use the names of diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Shapes = Mapping[str, Sequence[int]]
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FluxParams:
+    """The transformer. `in_channels` counts a packed token: latent channels x 2 x 2."""
+
+    in_channels: int
+    out_channels: int
+    vec_in_dim: int
+    context_in_dim: int
+    hidden_size: int
+    mlp_hidden_dim: int
+    num_heads: int
+    depth: int
+    depth_single_blocks: int
+    axes_dim: tuple[int, ...]
+    theta: int
+    qkv_bias: bool
+    guidance_embed: bool
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden size {self.hidden_size} is not a multiple of {self.num_heads} heads")
+        if sum(self.axes_dim) != self.head_dim or any(dim % 2 for dim in self.axes_dim):
+            raise ValueError(f"rotary axes {self.axes_dim} must be even and add up to the head size {self.head_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoencoderParams:
+    """The autoencoder. `channels` is the width of each level, finest first; each level but the last halves the side."""
+
+    in_channels: int
+    out_ch: int
+    channels: tuple[int, ...]
+    num_res_blocks: int
+    z_channels: int
+    num_groups: int
+    scale_factor: float
+    shift_factor: float
+
+    def __post_init__(self) -> None:
+        if any(width % self.num_groups for width in self.channels):
+            raise ValueError(f"widths {self.channels} are not all multiples of {self.num_groups} norm groups")
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a latent element covers along one side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleParams:
+    """The noise schedule: shifted by the image size (dynamic) or by a constant; 1.0 is no shift."""
+
+    use_dynamic_shifting: bool
+    shift: float = 1.0
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+
+
+DEV = FluxParams(
+    in_channels=64,
+    out_channels=64,
+    vec_in_dim=768,
+    context_in_dim=4096,
+    hidden_size=3072,
+    mlp_hidden_dim=12288,
+    num_heads=24,
+    depth=19,
+    depth_single_blocks=38,
+    axes_dim=(16, 56, 56),
+    theta=10_000,
+    qkv_bias=True,
+    guidance_embed=True,
+)
+SCHNELL = FluxParams(
+    in_channels=64,
+    out_channels=64,
+    vec_in_dim=768,
+    context_in_dim=4096,
+    hidden_size=3072,
+    mlp_hidden_dim=12288,
+    num_heads=24,
+    depth=19,
+    depth_single_blocks=38,
+    axes_dim=(16, 56, 56),
+    theta=10_000,
+    qkv_bias=True,
+    guidance_embed=False,
+)
+AUTOENCODER = AutoencoderParams(
+    in_channels=3,
+    out_ch=3,
+    channels=(128, 256, 512, 512),
+    num_res_blocks=2,
+    z_channels=16,
+    num_groups=32,
+    scale_factor=0.3611,
+    shift_factor=0.1159,
+)
+DEV_SCHEDULE = ScheduleParams(use_dynamic_shifting=True)
+SCHNELL_SCHEDULE = ScheduleParams(use_dynamic_shifting=False)
+
+
+def flux_params(shapes: Shapes, config: Config) -> FluxParams:
+    """Read the transformer's parameters from shapes by original key name.
+
+    `config`: a diffusers `transformer/config.json`, or empty; asked only for what shapes cannot tell.
+    Raises: ValueError if a key needed is absent, or the rotary axes are not known.
+    """
+    hidden_size, in_channels = shape_of(shapes, "img_in.weight")
+    (head_dim,) = shape_of(shapes, "double_blocks.0.img_attn.norm.query_norm.scale")
+    axes_dim = config.get("axes_dims_rope") or (DEV.axes_dim if head_dim == DEV.head_dim else None)
+    if axes_dim is None:
+        raise ValueError(
+            f"the rotary axes of a transformer with head size {head_dim} cannot be told from its weights: "
+            "put a config.json with axes_dims_rope beside them"
+        )
+    return FluxParams(
+        in_channels=in_channels,
+        out_channels=shape_of(shapes, "final_layer.linear.weight")[0],
+        vec_in_dim=shape_of(shapes, "vector_in.in_layer.weight")[1],
+        context_in_dim=shape_of(shapes, "txt_in.weight")[1],
+        hidden_size=hidden_size,
+        mlp_hidden_dim=shape_of(shapes, "double_blocks.0.img_mlp.0.weight")[0],
+        num_heads=hidden_size // head_dim,
+        depth=count_of(shapes, "double_blocks."),
+        depth_single_blocks=count_of(shapes, "single_blocks."),
+        axes_dim=tuple(axes_dim),
+        theta=DEV.theta,
+        qkv_bias="double_blocks.0.img_attn.qkv.bias" in shapes,
+        guidance_embed="guidance_in.in_layer.weight" in shapes,
+    )
+
+
+def autoencoder_params(shapes: Shapes, config: Config) -> AutoencoderParams:
+    """Read the autoencoder's parameters from shapes by original key name.
+
+    `config`: a diffusers `vae/config.json`, or empty: scale, shift and norm groups are then those of FLUX.1.
+    Raises: ValueError if a key needed is absent.
+    """
+    levels = range(count_of(shapes, "encoder.down."))
+    channels = tuple(shape_of(shapes, f"encoder.down.{level}.block.0.conv1.weight")[0] for level in levels)
+    return AutoencoderParams(
+        in_channels=shape_of(shapes, "encoder.conv_in.weight")[1],
+        out_ch=shape_of(shapes, "decoder.conv_out.weight")[0],
+        channels=channels,
+        num_res_blocks=count_of(shapes, "encoder.down.0.block."),
+        z_channels=shape_of(shapes, "decoder.conv_in.weight")[1],
+        num_groups=config.get("norm_num_groups", AUTOENCODER.num_groups),
+        scale_factor=config.get("scaling_factor", AUTOENCODER.scale_factor),
+        shift_factor=config.get("shift_factor", AUTOENCODER.shift_factor) or 0.0,
+    )
+
+
+def schedule_params(config: Config, *, guidance_embed: bool) -> ScheduleParams:
+    """Read a diffusers `scheduler_config.json`; without one, dev's schedule if guidance is embedded, else schnell's."""
+    if not config:
+        return DEV_SCHEDULE if guidance_embed else SCHNELL_SCHEDULE
+    known = ("shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    dynamic = bool(config.get("use_dynamic_shifting", False))
+    return ScheduleParams(use_dynamic_shifting=dynamic, **{name: config[name] for name in known if name in config})
+
+
+def shape_of(shapes: Shapes, key: str) -> Sequence[int]:
+    """Return the shape of `key`. Raises: ValueError if it is absent."""
+    if key not in shapes:
+        raise ValueError(f"{key} is missing")
+    return shapes[key]
+
+
+def count_of(shapes: Shapes, prefix: str) -> int:
+    """Return one more than the highest number that follows `prefix` in a key; 0 if none does."""
+    numbers = (key.removeprefix(prefix).split(".", 1)[0] for key in shapes if key.startswith(prefix))
+    return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)

@@ -1,0 +1,145 @@
+"""From noise to latents: noise, packing, positions, schedules and the Euler loop; knows no text and no picture.
+
+Letters: b batch, c latent channels, h and w of the latents, n packed tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from flux_batch.model.params import ScheduleParams
+
+# The last level of noise in DiffSynth-Studio's static schedule (fed7b18, diffsynth/diffusion/flow_match.py).
+STATIC_SIGMA_MIN = 0.003 / 1.002
+
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+class Velocity(Protocol):
+    """What `denoise` asks of a model: `Flux.forward`."""
+
+    def __call__(
+        self, img: Tensor, txt: Tensor, pe: Tensor, timesteps: Tensor, y: Tensor, guidance: Tensor | None
+    ) -> Tensor: ...
+
+
+class Conditioning(NamedTuple):
+    """What the text encoders say of each prompt: txt (b, l, context) T5 states, y (b, vec) CLIP pooled."""
+
+    txt: Tensor
+    y: Tensor
+
+
+def make_generators(seeds: Sequence[int | None]) -> list[torch.Generator | None]:
+    """Return one CPU generator a seed; None stands for torch's global generator."""
+    return [None if seed is None else torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def make_noise(shape: Sequence[int], generators: Sequence[torch.Generator | None]) -> Tensor:
+    """Draw standard normal noise of `shape` (c, h, w) from each generator: (b, c, h, w) fp32 on the CPU.
+
+    Drawn one image at a time, so that an image does not depend on its neighbours. Rounded to bfloat16 this equals
+    what BFL and diffusers draw on the CPU for the same seed.
+    """
+    return torch.cat([torch.randn((1, *shape), generator=generator, dtype=torch.float32) for generator in generators])
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Make a token of each 2 x 2 patch: (b, c, 2h, 2w) -> (b, h w, 4c)."""
+    return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Undo `pack` for latents of `height` x `width`."""
+    return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // 2, w=width // 2, ph=2, pw=2)
+
+
+def position_ids(num_txt_tokens: int, height: int, width: int) -> Tensor:
+    """Return positions of text (0, 0, 0), then of patches of the latents (0, row, col): (l + n, 3) fp32."""
+    rows, cols = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    img_ids = torch.stack((torch.zeros_like(rows), rows, cols), dim=-1).reshape(-1, 3)
+    return torch.cat((torch.zeros(num_txt_tokens, 3), img_ids.float()))
+
+
+def make_sigmas(num_steps: int, num_tokens: int, schedule: ScheduleParams, sigma_shift: float | None = None) -> Tensor:
+    """Return the noise level at each step and the final 0: (num_steps + 1,) fp32 on the CPU, falling from 1.
+
+    num_tokens: of the packed image; larger pictures stay noisy for longer. sigma_shift: use the static schedule of
+    DiffSynth-Studio with this shift instead. Source: diffusers 0.42.1, FluxPipeline's call and
+    FlowMatchEulerDiscreteScheduler.set_timesteps; BFL's differs by at most one unit in the last place.
+    """
+    if sigma_shift is not None:
+        sigmas = static_shift(torch.linspace(1.0, STATIC_SIGMA_MIN, num_steps), sigma_shift)
+    else:
+        sigmas = torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float64).float()
+        if schedule.use_dynamic_shifting:
+            shift = math.exp(shift_exponent(num_tokens, schedule))
+            sigmas = shift / (shift + (1.0 / sigmas - 1.0))
+        else:
+            sigmas = static_shift(sigmas, schedule.shift)
+    return torch.cat((sigmas, torch.zeros(1)))
+
+
+def shift_exponent(num_tokens: int, schedule: ScheduleParams) -> float:
+    """Return mu: linear in the number of tokens, extrapolated beyond the ends."""
+    slope = (schedule.max_shift - schedule.base_shift) / (schedule.max_image_seq_len - schedule.base_image_seq_len)
+    return schedule.base_shift + (num_tokens - schedule.base_image_seq_len) * slope
+
+
+def static_shift(sigmas: Tensor, shift: float) -> Tensor:
+    return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
+
+
+def first_step(num_steps: int, strength: float) -> int:
+    """Return the step at which image-to-image starts. Source: diffusers 0.42.1, FluxImg2ImgPipeline."""
+    return int(max(num_steps - min(num_steps * strength, num_steps), 0))
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Blend to the noise level `sigma`, itself rounded to the dtype of the latents, as diffusers."""
+    sigma = sigma.to(latents)
+    return sigma * noise + (1.0 - sigma) * latents
+
+
+def denoise(
+    model: Velocity,
+    img: Tensor,
+    positive: Conditioning,
+    pe: Tensor,
+    sigmas: Tensor,
+    *,
+    guidance: Tensor | None = None,
+    negative: Conditioning | None = None,
+    cfg_scale: Tensor | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Walk packed latents from `sigmas[0]` to `sigmas[-1]`: (b, n, 4c) -> the same, in the same dtype.
+
+    guidance: (b,), embedded; cfg_scale: (b,), true classifier-free guidance by a second pass with `negative`. An
+    image whose scale is exactly 1 takes the positive pass as it is, so neighbours in the batch do not change it.
+    progress: wraps the iteration over steps, as tqdm does. Each step sums in fp32 and rounds once, as diffusers.
+    """
+    # Rounded as diffusers rounds it: 1000 sigma in the model's dtype, then / 1000 (the model multiplies again).
+    timesteps = ((1000.0 * sigmas[:-1]).to(img) / 1000.0)[:, None].expand(-1, img.shape[0])
+    deltas = [after - before for before, after in pairwise(sigmas.tolist())]
+    steps: Iterable[int] = range(len(deltas))
+    for step in steps if progress is None else progress(steps):
+        velocity = model(img, positive.txt, pe, timesteps[step], positive.y, guidance)
+        if negative is not None and cfg_scale is not None:
+            away = model(img, negative.txt, pe, timesteps[step], negative.y, guidance)
+            velocity = guide(velocity, away, cfg_scale)
+        img = (img.float() + deltas[step] * velocity.float()).to(img.dtype)
+    return img
+
+
+def guide(positive: Tensor, negative: Tensor, cfg_scale: Tensor) -> Tensor:
+    """Extrapolate from the negative velocity through the positive: (b, n, c), scale (b,)."""
+    scale = cfg_scale[:, None, None]
+    return torch.where(scale == 1.0, positive, negative + scale * (positive - negative))

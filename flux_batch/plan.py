@@ -1,0 +1,169 @@
+"""The plan: data set -> ordered shards; made once from footers alone, saved, and the same for ever after.
+
+Knows row counts; has not read one prompt. A resumed run loads it and checks that the files are still those.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flux_batch.config import JobConfig, PromptsConfig
+from flux_batch.errors import PlanMismatch, SourceError
+from flux_batch.records import Shard
+from flux_batch.storage.prompts import PromptFile, PromptSource
+from flux_batch.storage.tables import RowRange
+
+VERSION = 1
+READERS = 16
+COLUMNS = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("file", pa.string()),
+        ("start", pa.int64()),
+        ("num_rows", pa.int32()),
+        ("offset", pa.int64()),
+        ("file_size", pa.int64()),
+        ("file_version", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shards of a run in order, the files they are cut from, and the types of the passthrough columns."""
+
+    shards: tuple[Shard, ...]
+    files: tuple[PromptFile, ...]
+    passthrough: pa.Schema
+
+    @property
+    def num_prompts(self) -> int:
+        """Count the rows of all shards."""
+        return sum(shard.num_rows for shard in self.shards)
+
+    def to_parquet(self) -> bytes:
+        """Write the plan; the same plan gives the same bytes."""
+        files = {file.name: file for file in self.files}
+        rows = [
+            {
+                "shard": shard.index,
+                "file": shard.name,
+                "start": shard.start,
+                "num_rows": shard.num_rows,
+                "offset": shard.offset,
+                "file_size": files[shard.name].size,
+                "file_version": files[shard.name].version,
+            }
+            for shard in self.shards
+        ]
+        metadata = {
+            "flux_batch": json.dumps({"version": VERSION, "num_prompts": self.num_prompts}),
+            "passthrough": base64.b64encode(self.passthrough.serialize().to_pybytes()),
+        }
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, COLUMNS.with_metadata(metadata)), buffer, compression="zstd")
+        return buffer.getvalue()
+
+    @classmethod
+    def from_parquet(cls, data: bytes, files: Sequence[PromptFile]) -> Plan:
+        """Load a plan and bind it to the data set as it lies now.
+
+        Raises: PlanMismatch if a file was added, removed or changed since.
+        """
+        table = pq.read_table(io.BytesIO(data))
+        rows = table.to_pylist()
+        planned = {row["file"]: (row["file_size"], row["file_version"]) for row in rows}
+        found = {file.name: file for file in files}
+        _check_same_files(planned, found)
+        shards = tuple(
+            Shard(
+                index=row["shard"],
+                uri=found[row["file"]].uri,
+                name=row["file"],
+                start=row["start"],
+                num_rows=row["num_rows"],
+                offset=row["offset"],
+            )
+            for row in rows
+        )
+        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(table.schema.metadata[b"passthrough"])))
+        return cls(shards=shards, files=tuple(found[name] for name in planned), passthrough=schema)
+
+
+def count(data: bytes) -> tuple[int, int]:
+    """Count the shards and the prompts of a saved plan without looking at the data set."""
+    table = pq.read_table(io.BytesIO(data), columns=["num_rows"])
+    return table.num_rows, sum(table["num_rows"].to_pylist())
+
+
+def make_plan(prompts: PromptsConfig, shard_size: int) -> Plan:
+    """Cut the data set into shards of at most `shard_size` rows; a shard never spans two files.
+
+    Reads listings and Parquet footers (text formats are streamed once). Raises: SourceError if there is nothing to do.
+    """
+    source = PromptSource(prompts)
+    files = source.files()
+    with ThreadPoolExecutor(READERS) as pool:
+        ranges = list(pool.map(lambda file: source.split(file, shard_size), files))
+    pieces = [(file, rows) for file, cuts in zip(files, ranges, strict=True) for rows in cuts]
+    shards = tuple(
+        Shard(
+            index=index,
+            uri=file.uri,
+            name=file.name,
+            start=rows.start,
+            num_rows=rows.num_rows,
+            offset=rows.offset,
+        )
+        for index, (file, rows) in enumerate(_limited(pieces, prompts.limit))
+    )
+    if not shards:
+        raise SourceError(f"{', '.join(prompts.uri)}: the data set has no rows")
+    used = {shard.name for shard in shards}
+    files = [file for file in files if file.name in used]
+    return Plan(shards=shards, files=tuple(files), passthrough=source.passthrough_schema(files))
+
+
+def remaining(plan: Plan, done: set[int]) -> list[Shard]:
+    """Give the shards that are not committed yet, in order."""
+    return [shard for shard in plan.shards if shard.index not in done]
+
+
+def check_same_job(saved: JobConfig, config: JobConfig) -> None:
+    """Raise PlanMismatch with every difference, if `config` would make other pictures than the run that is there."""
+    before, now = saved.identity(), config.identity()
+    changed = [f"  {key}: {before.get(key)!r} -> {now[key]!r}" for key in now if before.get(key) != now[key]]
+    if changed:
+        raise PlanMismatch(
+            f"{config.output.uri}: this output holds a run of another job; take another output.uri, or undo:\n"
+            + "\n".join(changed)
+        )
+
+
+def _limited(pieces: list[tuple[PromptFile, RowRange]], limit: int | None) -> Iterator[tuple[PromptFile, RowRange]]:
+    """Keep the first `limit` rows."""
+    left = sum(rows.num_rows for _, rows in pieces) if limit is None else limit
+    for file, rows in pieces:
+        if left <= 0:
+            return
+        yield file, RowRange(rows.start, min(rows.num_rows, left), rows.offset)
+        left -= rows.num_rows
+
+
+def _check_same_files(planned: dict[str, tuple[int, str]], found: dict[str, PromptFile]) -> None:
+    differences = [f"  {name}: is gone" for name in planned if name not in found]
+    differences += [
+        f"  {name}: was {size} bytes, version {version}; is {found[name].size}, {found[name].version}"
+        for name, (size, version) in planned.items()
+        if name in found and (found[name].size, found[name].version) != (size, version)
+    ]
+    if differences:
+        raise PlanMismatch("the prompts are not those of the run that is there:\n" + "\n".join(differences))

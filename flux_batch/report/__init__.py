@@ -1,0 +1,1 @@
+"""What people read of a run: progress, status, the data set card."""

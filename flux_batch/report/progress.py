@@ -1,0 +1,93 @@
+"""How far a run is: a line in the log and a small object beside the commits, both at most once an interval."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flux_batch.records import ShardResult
+from flux_batch.report.summary import Totals
+from flux_batch.storage.store import Store
+
+log = logging.getLogger(__name__)
+
+PROGRESS = "_run/progress.json"
+INTERVAL_S = 5.0
+
+
+@dataclass
+class Progress:
+    """Follows the results of one invocation; `totals` starts with what was committed before it."""
+
+    store: Store
+    num_shards: int
+    totals: Totals
+    clock: Callable[[], float] = time.monotonic
+    num_new_images: int = 0
+    num_new_shards: int = 0
+    device_s: float = 0.0
+    workers: set[str] = field(default_factory=set)
+    errors: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._started = self.clock()
+        self._last = self._started
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since this invocation began its work."""
+        return self.clock() - self._started
+
+    def add(self, result: ShardResult) -> None:
+        """Count a result, and report if the last report is old enough."""
+        if result.error is not None:
+            self.errors.append(f"shard {result.shard}: {result.error}")
+            log.error("shard %d is given up: %s", result.shard, result.error)
+            return
+        self.totals.add(result.num_images, result.num_failed)
+        self.workers.add(result.worker)
+        self.num_new_images += result.num_images
+        self.num_new_shards += 1
+        self.device_s += result.device_s
+        if self.clock() - self._last >= INTERVAL_S or self.totals.num_committed == self.num_shards:
+            self.report()
+
+    def report(self) -> None:
+        """Log a line and write the progress object."""
+        self._last = self.clock()
+        rate = self.num_new_images / self.wall_s if self.wall_s else 0.0
+        shards_left = self.num_shards - self.totals.num_committed
+        eta_s = shards_left * self.wall_s / self.num_new_shards if self.num_new_shards else None
+        log.info(
+            "%d of %d shards, %d images (%d failed), %.2f images/s%s",
+            self.totals.num_committed,
+            self.num_shards,
+            self.totals.num_images,
+            self.totals.num_failed,
+            rate,
+            f", {duration(eta_s)} left" if eta_s else "",
+        )
+        body = {
+            "num_shards": self.num_shards,
+            "num_committed": self.totals.num_committed,
+            "num_images": self.totals.num_images,
+            "num_failed": self.totals.num_failed,
+            "images_per_s": round(rate, 4),
+            "eta_s": None if eta_s is None else round(eta_s),
+            "unix_time": round(time.time()),
+        }
+        self.store.write(PROGRESS, json.dumps(body, indent=1).encode())
+
+
+def duration(seconds: float) -> str:
+    """Write a time span in its two largest units."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    units = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    while len(units) > 1 and not units[0][0]:
+        units.pop(0)
+    return " ".join(f"{value} {unit}" for value, unit in units[:2])

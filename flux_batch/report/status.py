@@ -1,0 +1,62 @@
+"""What a run has come to, read from its output alone: works while it runs, after it died, from any machine."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from flux_batch.errors import JobError, NotFound
+from flux_batch.plan import count
+from flux_batch.report.progress import PROGRESS, duration
+from flux_batch.report.summary import Totals
+from flux_batch.storage.commits import Commits
+from flux_batch.storage.store import Store
+
+
+def read_status(store: Store) -> dict[str, Any]:
+    """Count what is planned and committed. Raises: JobError if there is no run in the output."""
+    try:
+        num_shards, num_prompts = count(store.read("_run/plan.parquet"))
+    except NotFound as error:
+        raise JobError(f"{store.uri}: there is no run here (no _run/plan.parquet)") from error
+    commits = Commits(store, num_shards)
+    totals = Totals.of(commits.read_all(sorted(commits.done())))
+    return {
+        "output": store.uri,
+        "num_prompts": num_prompts,
+        "num_shards": num_shards,
+        "num_committed": totals.num_committed,
+        "num_images": totals.num_images,
+        "num_failed": totals.num_failed,
+        "is_complete": store.exists("_SUCCESS"),
+        "progress": _read_json(store, PROGRESS),
+    }
+
+
+def format_status(status: dict[str, Any], now: float | None = None) -> str:
+    """Lay a status out for people."""
+    committed, shards = status["num_committed"], status["num_shards"]
+    share = 100 * committed / shards if shards else 100.0
+    lines = [
+        f"output   {status['output']}",
+        f"prompts  {status['num_prompts']}",
+        f"shards   {committed} of {shards} committed ({share:.0f} %)",
+        f"images   {status['num_images']} committed, {status['num_failed']} of them failed",
+    ]
+    if status["is_complete"]:
+        lines.append("state    complete")
+    elif progress := status["progress"]:
+        age_s = (now if now is not None else time.time()) - progress["unix_time"]
+        eta = f", {duration(progress['eta_s'])} left then" if progress["eta_s"] else ""
+        lines.append(f"state    last sign {duration(age_s)} ago: {progress['images_per_s']:.2f} images/s{eta}")
+    else:
+        lines.append("state    no sign of progress yet")
+    return "\n".join(lines)
+
+
+def _read_json(store: Store, key: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(store.read(key)))
+    except (NotFound, ValueError):
+        return None

@@ -1,0 +1,187 @@
+"""How a shard becomes done, and the proof that it is.
+
+The order of writes, each one whole or not there at all (Store), each one put-if-absent:
+
+    1. data       train/NNNNN.tar, or the pictures one by one, or train/NNNNN.parquet
+    2. failures   _run/failed/NNNNN.parquet, when rows of the shard failed
+    3. metadata   metadata/NNNNN.parquet
+    4. commit     _run/commits/NNNNN.json, which names the files of 1 and 3 with size and sha256
+
+The commit alone makes a shard done. Killed before 4, the shard is not done and is run again; what 1 to 3 left is met
+by the next attempt, which keeps it. A reader that follows the commits therefore never sees half a shard.
+
+The first writer wins, file by file. Whoever finds a file taken reads what is there: the same bytes are as good as its
+own; other bytes (a device that rounds differently, a row that failed for one and not for the other) are adopted, and
+what is written after them describes them and not the writer's own. So two workers on one shard, in any interleaving,
+end in one set of files that fit together, and in one commit.
+
+On a store without conditional writes, put-if-absent is a look-up and a write. Two workers that render one shard within
+the same moment can then overwrite each other: harmless while they make the same bytes, which the same kind of device
+does. The driver gives a shard to one worker at a time, so it takes a partitioned worker to get there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from flux_batch.errors import AlreadyExists, StoreError
+from flux_batch.records import Commit, ImageRecord, StoredFile
+from flux_batch.storage.shards import Layout, Sample, metadata_file, pack_metadata, shard_name, unpack_metadata
+from flux_batch.storage.store import Store
+
+COMMITS = "_run/commits"
+FAILED = "_run/failed"
+VERSION = 1
+READERS = 16
+
+
+@dataclass(frozen=True)
+class Commits:
+    """The commits of a run, in its store."""
+
+    store: Store
+    num_shards: int
+
+    def done(self) -> set[int]:
+        """List the shards that are committed."""
+        names = (key.rpartition("/")[2] for key in self.store.list(COMMITS))
+        return {int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdecimal()}
+
+    def read(self, shard: int) -> Commit:
+        """Read the commit of a shard. Raises: NotFound if it is not done, StoreError if it is damaged."""
+        key = self._key(shard)
+        try:
+            fields = json.loads(self.store.read(key))
+            files = tuple(StoredFile(**file) for file in fields["files"])
+            return Commit(
+                shard=fields["shard"],
+                worker=fields["worker"],
+                num_images=fields["num_images"],
+                num_failed=fields["num_failed"],
+                files=files,
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self.store.url(key)}: not a commit of this program: {error!r}") from error
+
+    def read_all(self, shards: Iterable[int]) -> list[Commit]:
+        """Read many commits at once."""
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(self.read, shards))
+
+    def put(self, commit: Commit) -> Commit:
+        """Make a shard done. Returns: the commit that stands, which is another worker's if that came first."""
+        body = json.dumps({"version": VERSION, **asdict(commit)}, indent=1).encode()
+        try:
+            self.store.put_if_absent(self._key(commit.shard), body)
+        except AlreadyExists:
+            return self.read(commit.shard)
+        return commit
+
+    def _key(self, shard: int) -> str:
+        return f"{COMMITS}/{shard_name(shard, self.num_shards)}.json"
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """Takes the finished pictures of a shard through the protocol above."""
+
+    commits: Commits
+    layout: Layout
+    passthrough: pa.Schema
+    worker: str
+
+    def publish(self, shard: int, records: Sequence[ImageRecord], pictures: dict[str, Path], scratch: Path) -> Commit:
+        """Write data, failures, metadata and commit of a shard.
+
+        `records` are all of the shard in input order, failed ones included; `pictures` has the encoded file of each
+        made one by key; `scratch` is an empty local folder. Returns: the commit that stands.
+        """
+        name = shard_name(shard, self.commits.num_shards)
+        samples = [Sample(record, pictures[record.key]) for record in records if record.status == "success"]
+        files = []
+        if samples:
+            stored, adopted = self._put_data(name, samples, scratch)
+            files += stored
+            if adopted:
+                records = [_adopt(record, adopted, self.layout.file_name(name, record.key)) for record in records]
+        if failed := [record for record in records if record.status == "failed"]:
+            self.commits.store.write(f"{FAILED}/{name}.parquet", pack_metadata(failed, self.passthrough))
+        metadata, rows = self._put_metadata(name, records)
+        return self.commits.put(
+            Commit(
+                shard=shard,
+                worker=self.worker,
+                num_images=len(rows),
+                num_failed=sum(row["status"] == "failed" for row in rows),
+                files=(*files, metadata),
+            )
+        )
+
+    def _put_data(
+        self, name: str, samples: Sequence[Sample], scratch: Path
+    ) -> tuple[list[StoredFile], dict[str, bytes]]:
+        """Write the data files. Returns: them, and all pictures as stored if any of them is not ours."""
+        stored: list[StoredFile] = []
+        paths: dict[str, Path] = {}
+        is_adopted = False
+        for key, path in self.layout.pack(name, samples, scratch):
+            paths[key] = path
+            ours = _stored_file(key, path)
+            try:
+                self.commits.store.put_if_absent(key, path)
+            except AlreadyExists:
+                paths[key] = scratch / f"adopted-{len(paths)}"
+                self.commits.store.download(key, paths[key])
+                theirs = _stored_file(key, paths[key])
+                is_adopted |= theirs != ours
+                ours = theirs
+            stored.append(ours)
+        return stored, self.layout.unpack(name, paths) if is_adopted else {}
+
+    def _put_metadata(self, name: str, records: Sequence[ImageRecord]) -> tuple[StoredFile, list[dict[str, object]]]:
+        key = metadata_file(name)
+        data = pack_metadata(records, self.passthrough)
+        try:
+            self.commits.store.put_if_absent(key, data)
+        except AlreadyExists:
+            data = self.commits.store.read(key)
+        return StoredFile(path=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()), unpack_metadata(data)
+
+
+def _adopt(record: ImageRecord, pictures: dict[str, bytes], file_name: str) -> ImageRecord:
+    """Let a record describe the picture that is stored, whoever made it."""
+    if record.key not in pictures:
+        if record.status == "failed":
+            return record
+        return replace(
+            record,
+            status="failed",
+            error_type="Superseded",
+            error_message=f"{record.key}: made, but another worker had already stored its shard without it",
+            file_name=None,
+            sha256=None,
+            bytes=None,
+        )
+    data = pictures[record.key]
+    return replace(
+        record,
+        status="success",
+        error_type=None,
+        error_message=None,
+        file_name=file_name,
+        sha256=hashlib.sha256(data).hexdigest(),
+        bytes=len(data),
+    )
+
+
+def _stored_file(key: str, path: Path) -> StoredFile:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return StoredFile(path=key, bytes=path.stat().st_size, sha256=digest.hexdigest())

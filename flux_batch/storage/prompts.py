@@ -1,0 +1,287 @@
+"""The data set of prompts: which files it has, what its columns mean, rows -> ImageRequests.
+
+Knows the `prompts` and `sampling` sections of the job file; does not know shards of output or pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+
+from flux_batch.config import PROMPT_FIELDS, PromptsConfig, SamplingConfig
+from flux_batch.errors import InvalidSetting, NotFound, RowError, SourceError
+from flux_batch.records import (
+    ALIASES,
+    MAX_SEED,
+    SAMPLING_FIELDS,
+    FailedRow,
+    ImageRequest,
+    SamplingParams,
+    Shard,
+    check_integer,
+    image_seed,
+)
+from flux_batch.storage.store import open_filesystem, translated
+from flux_batch.storage.tables import FORMATS, BadRow, Row, RowRange, Table, open_table
+
+# Enough to notice an edit of a file whose store gives no checksum, at the price of two small reads.
+SAMPLED_BYTES = 64 * 1024
+INTEGER_FIELDS = {"width", "height", "num_inference_steps", "t5_sequence_length"}
+FLOAT_FIELDS = {"embedded_guidance", "cfg_scale"}
+READERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFile:
+    """One file of the data set; `name` is relative to it, `version` changes when the contents do."""
+
+    uri: str
+    name: str
+    size: int
+    version: str
+
+
+class PromptSource:
+    """The prompts of a job, as the job file describes them."""
+
+    def __init__(self, config: PromptsConfig) -> None:
+        self._config = config
+        self._options = config.storage_options
+
+    def files(self) -> list[PromptFile]:
+        """List the data set in a fixed order. Raises: SourceError if a file is missing or nothing is found."""
+        found = {path: fs for uri in self._config.uri for fs, path in self._expand(uri)}
+        if not found:
+            raise SourceError(
+                f"{', '.join(self._config.uri)}: no prompts found; expected files ending in {_suffixes()}"
+            )
+        base = posixpath.commonpath([posixpath.dirname(path) for path in found])
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(lambda path: _describe(found[path], path, base), sorted(found)))
+
+    def split(self, file: PromptFile, num_rows: int) -> list[RowRange]:
+        """Cut one file into row ranges. Raises: SourceError if a column of the job file is not in it."""
+        table = self._table(file.uri)
+        self._check_columns(table, file.uri)
+        return list(table.split(num_rows))
+
+    def passthrough_schema(self, files: Sequence[PromptFile]) -> pa.Schema:
+        """Find the types of the passthrough columns over all files. Raises: SourceError if they do not agree."""
+        names = self._config.passthrough
+        if not names:
+            return pa.schema([])
+        schemas = []
+        for file in files:
+            types = self._table(file.uri).types(names)
+            if missing := [name for name in names if name not in types]:
+                raise SourceError(f"{file.uri}: no column {missing[0]!r}, which prompts.passthrough names")
+            schemas.append(pa.schema([(name, types[name]) for name in names]))
+        try:
+            return pa.unify_schemas(schemas, promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise SourceError(f"prompts.passthrough: the files disagree on a column's type: {error}") from error
+
+    def read(self, shard: Shard, sampling: SamplingConfig) -> Iterator[ImageRequest | FailedRow]:
+        """Read and validate the rows of a shard, in order; a row that cannot be used is a FailedRow."""
+        parser = RowParser(self._config, sampling)
+        rows = self._table(shard.uri).read(RowRange(shard.start, shard.num_rows, shard.offset), parser.columns)
+        if len(rows) != shard.num_rows:
+            raise SourceError(
+                f"{shard.uri}: {len(rows)} rows from row {shard.start} where the plan has {shard.num_rows}; "
+                "the file changed since the run was planned"
+            )
+        for row, values in enumerate(rows):
+            yield parser.parse(values, row=row, default_id=f"{shard.name}:{shard.start + row}")
+
+    def _table(self, uri: str) -> Table:
+        return open_table(uri, self._options)
+
+    def _expand(self, uri: str) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
+        """Yield the prompt files that a file, folder or glob means."""
+        fs, path = open_filesystem(uri, self._options)
+        with translated(uri, "list prompts"):
+            if any(character in path for character in "*?["):
+                yield from ((fs, found) for found in fs.glob(path) if _is_prompts(found))
+            elif fs.isdir(path):
+                yield from ((fs, found) for found in fs.find(path) if _is_prompts(found))
+            elif fs.exists(path):
+                yield fs, path
+            else:
+                raise NotFound(f"{uri}: no such prompts file or folder")
+
+    def _check_columns(self, table: Table, uri: str) -> None:
+        wanted = {"prompt": self._config.columns.get("prompt", "prompt"), **self._config.columns}
+        types = table.types(wanted.values())
+        for field, column in wanted.items():
+            if column not in types:
+                hint = f", which prompts.columns.{field} names" if field in self._config.columns else ""
+                advice = "" if hint else "; name yours in prompts.columns.prompt"
+                raise SourceError(f"{uri}: no column {column!r}{hint}{advice}")
+        kind = types[wanted["prompt"]]
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise SourceError(f"{uri}: column {wanted['prompt']!r} holds {kind}, but prompts must be text")
+
+
+class RowParser:
+    """One row of any format -> a validated ImageRequest, or a FailedRow with the reason."""
+
+    def __init__(self, config: PromptsConfig, sampling: SamplingConfig) -> None:
+        self._passthrough = config.passthrough
+        self._defaults = sampling.params()
+        self._num_images = sampling.num_images_per_prompt
+        self._run_seed = sampling.seed
+        spellings = {field: [field] for field in PROMPT_FIELDS}
+        for other, field in ALIASES.items():
+            spellings[field].append(other)
+        self._columns = spellings | {field: [column] for field, column in config.columns.items()}
+
+    @property
+    def columns(self) -> set[str]:
+        """Name every column that may be asked for."""
+        return {name for names in self._columns.values() for name in names} | set(self._passthrough)
+
+    def parse(self, values: Row | BadRow, *, row: int, default_id: str) -> ImageRequest | FailedRow:
+        """Validate one row; `row` is its number in the shard."""
+        if isinstance(values, BadRow):
+            return FailedRow(
+                row=row, id=default_id, prompt="", error_type="RowError", error_message=f"{default_id}: {values.reason}"
+            )
+        row_id = _text(self._cell(values, "id")) or default_id
+        passthrough = {name: values.get(name) for name in self._passthrough}
+        try:
+            prompt = self._prompt(values)
+            params = self._sampling(values)
+            seeds = self._seeds(values, row_id)
+        except (RowError, InvalidSetting) as error:
+            return FailedRow(
+                row=row,
+                id=row_id,
+                prompt=_text(self._cell(values, "prompt")),
+                error_type=type(error).__name__,
+                error_message=f"{default_id}: {error}",
+                passthrough=passthrough,
+            )
+        return ImageRequest(row=row, id=row_id, prompt=prompt, sampling=params, seeds=seeds, passthrough=passthrough)
+
+    def _cell(self, values: Row, field: str) -> Any:
+        return next((values[name] for name in self._columns[field] if values.get(name) is not None), None)
+
+    def _prompt(self, values: Row) -> str:
+        prompt = self._cell(values, "prompt")
+        column = self._columns["prompt"][0]
+        if prompt is None:
+            raise RowError(f"column {column!r} is null: a prompt is needed")
+        if not isinstance(prompt, str):
+            raise RowError(f"column {column!r} holds {type(prompt).__name__}: a prompt must be text")
+        if not prompt.strip():
+            raise RowError(f"column {column!r} is empty: a prompt is needed")
+        return prompt
+
+    def _sampling(self, values: Row) -> SamplingParams:
+        overrides: dict[str, Any] = {}
+        for field in SAMPLING_FIELDS:
+            if (value := self._cell(values, field)) is not None:
+                overrides[field] = _convert(field, value)
+        return replace(self._defaults, **overrides) if overrides else self._defaults
+
+    def _seeds(self, values: Row, row_id: str) -> tuple[int, ...]:
+        count = self._cell(values, "num_images_per_prompt")
+        count = self._num_images if count is None else _integer("num_images_per_prompt", count)
+        check_integer("num_images_per_prompt", count, 1, 1000)
+        seed = self._cell(values, "seed")
+        if seed is None:
+            return tuple(image_seed(self._run_seed, row_id, index) for index in range(count))
+        seed = _integer("seed", seed)
+        check_integer("seed", seed, 0, MAX_SEED - 1)
+        return tuple(seed + index for index in range(count))
+
+
+def as_arrow(value: Any, kind: pa.DataType) -> Any:
+    """Fit a passthrough value to its column's type: a text column takes other values as JSON."""
+    if value is not None and not isinstance(value, str) and pa.types.is_string(kind):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return value
+
+
+def _convert(field: str, value: Any) -> Any:
+    if field in INTEGER_FIELDS:
+        return _integer(field, value)
+    if field in FLOAT_FIELDS:
+        return _number(field, value)
+    if not isinstance(value, str):
+        raise InvalidSetting(f"{field} = {value!r}: must be text", field=field)
+    return value
+
+
+def _integer(field: str, value: Any) -> int:
+    """Read a whole number; text and whole floats count, since CSV and pandas turn integers into them."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        return int(value) if isinstance(value, str) else _whole(float(value))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidSetting(f"{field} = {value!r}: must be a whole number", field=field) from error
+
+
+def _whole(value: float) -> int:
+    if not value.is_integer():
+        raise ValueError
+    return int(value)
+
+
+def _number(field: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidSetting(f"{field} = {value!r}: must be a number", field=field) from error
+    if not math.isfinite(number):
+        raise InvalidSetting(f"{field} = {value!r}: must be a finite number", field=field)
+    return number
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _suffixes() -> str:
+    return ", ".join(f".{suffix}" for suffix in FORMATS)
+
+
+def _is_prompts(path: str) -> bool:
+    """Whether a file found in a folder counts: a known suffix, and not hidden as `_metadata` and `.part` files are."""
+    name = posixpath.basename(path)
+    return not name.startswith((".", "_")) and name.rpartition(".")[2].lower() in FORMATS
+
+
+def _describe(fs: fsspec.AbstractFileSystem, path: str, base: str) -> PromptFile:
+    uri = fs.unstrip_protocol(path)
+    with translated(uri, "read"):
+        info = fs.info(path)
+        size = int(info["size"])
+        version = str(info.get("ETag") or info.get("etag") or "").strip('"') or _sample_hash(fs, path, size)
+    name = posixpath.relpath(path, base) if base else path
+    return PromptFile(uri=uri, name=name, size=size, version=version)
+
+
+def _sample_hash(fs: fsspec.AbstractFileSystem, path: str, size: int) -> str:
+    digest = hashlib.blake2b(digest_size=12)
+    digest.update(fs.cat_file(path, start=0, end=min(size, SAMPLED_BYTES)))
+    if size > SAMPLED_BYTES:
+        digest.update(fs.cat_file(path, start=max(SAMPLED_BYTES, size - SAMPLED_BYTES), end=size))
+    return digest.hexdigest()
+
+
+def passthrough_of(values: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """Give every passthrough column of a row, fitted to its type, in the schema's order."""
+    return {field.name: as_arrow(values.get(field.name), field.type) for field in schema}

@@ -1,0 +1,283 @@
+"""The files of a shard in each output format: which names, which bytes, and how to read them back.
+
+Knows records and encoded pictures; does not know how they were made or when a shard counts as done (commits.py).
+Bytes are a function of the records and the pictures: fixed times and owners in tars, fixed order everywhere.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flux_batch.config import OutputConfig
+from flux_batch.records import ImageRecord
+from flux_batch.storage.images import SUFFIXES
+from flux_batch.storage.prompts import passthrough_of
+
+RECORD_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("image_index", pa.int32(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        ("negative_prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("num_inference_steps", pa.int32()),
+        ("embedded_guidance", pa.float64()),
+        ("cfg_scale", pa.float64()),
+        ("t5_sequence_length", pa.int32()),
+        ("clip_truncated", pa.bool_()),
+        ("t5_truncated", pa.bool_()),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        ("error_type", pa.string()),
+        ("error_message", pa.string()),
+        ("file_name", pa.string()),
+        ("sha256", pa.string()),
+        ("bytes", pa.int64()),
+    ]
+)
+# Only failures fill these, and only successes become samples.
+FAILURE_COLUMNS = {"status", "error_type", "error_message"}
+# Row groups of at most 100 pictures: what dataset viewers can still page through.
+IMAGES_PER_ROW_GROUP = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A picture that was made: its record and its encoded bytes on local disk."""
+
+    record: ImageRecord
+    path: Path
+
+
+class Layout(Protocol):
+    """How one output format names, packs and unpacks the pictures of a shard."""
+
+    def file_name(self, shard: str, key: str) -> str:
+        """Name the file that holds a picture, relative to the output."""
+        ...
+
+    def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Yield each file of a shard: its key in the store, and where its bytes lie under `scratch`."""
+        ...
+
+    def unpack(self, shard: str, files: dict[str, Path]) -> dict[str, bytes]:
+        """Read the pictures back from the files that `pack` named: picture key -> bytes."""
+        ...
+
+
+def layout_for(output: OutputConfig, passthrough: pa.Schema) -> Layout:
+    """Choose the layout of a job file's `output.format`."""
+    suffix = SUFFIXES[output.image.type]
+    if output.format == "webdataset":
+        return WebDataset(suffix, passthrough)
+    if output.format == "files":
+        return Files(suffix, passthrough)
+    return Parquet(suffix, passthrough)
+
+
+@dataclass(frozen=True, slots=True)
+class WebDataset:
+    """One tar a shard: KEY.png, KEY.txt, KEY.json a sample; loads with webdataset and datasets."""
+
+    suffix: str
+    passthrough: pa.Schema
+
+    def file_name(self, shard: str, key: str) -> str:
+        """Name the tar."""
+        return f"train/{shard}.tar"
+
+    def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Write the tar."""
+        path = scratch / f"{shard}.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                key = sample.record.key
+                # A failed row must never be a member: one sample without its picture makes the whole set unreadable.
+                _add(tar, f"{key}.{self.suffix}", sample.path.read_bytes())
+                _add(tar, f"{key}.txt", sample.record.prompt.encode())
+                _add(tar, f"{key}.json", _json(sample_fields(sample.record, self.passthrough)))
+        yield f"train/{shard}.tar", path
+
+    def unpack(self, shard: str, files: dict[str, Path]) -> dict[str, bytes]:
+        """Read the pictures of the tar."""
+        with tarfile.open(files[f"train/{shard}.tar"]) as tar:
+            return {
+                member.name.removesuffix(f".{self.suffix}"): tar.extractfile(member).read()  # type: ignore[union-attr]
+                for member in tar
+                if member.name.endswith(f".{self.suffix}")
+            }
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """One folder a shard: a file a picture, and a metadata.jsonl that makes it a Hugging Face imagefolder."""
+
+    suffix: str
+    passthrough: pa.Schema
+
+    def file_name(self, shard: str, key: str) -> str:
+        """Name the picture."""
+        return f"train/{shard}/{key}.{self.suffix}"
+
+    def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Give each picture as it is, and write the list of them."""
+        for sample in samples:
+            yield self.file_name(shard, sample.record.key), sample.path
+        lines = [
+            {"file_name": f"{sample.record.key}.{self.suffix}"} | sample_fields(sample.record, self.passthrough)
+            for sample in samples
+        ]
+        path = scratch / "metadata.jsonl"
+        path.write_bytes(b"".join(_json(line) + b"\n" for line in lines))
+        yield f"train/{shard}/metadata.jsonl", path
+
+    def unpack(self, shard: str, files: dict[str, Path]) -> dict[str, bytes]:
+        """Read the pictures."""
+        return {Path(name).stem: path.read_bytes() for name, path in files.items() if name.endswith(f".{self.suffix}")}
+
+
+@dataclass(frozen=True, slots=True)
+class Parquet:
+    """One Parquet file a shard: the picture inside, as Hugging Face's Image feature, beside its record."""
+
+    suffix: str
+    passthrough: pa.Schema
+
+    def file_name(self, shard: str, key: str) -> str:
+        """Name the Parquet file."""
+        return f"train/{shard}.parquet"
+
+    def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Write the Parquet file, one row group of pictures in memory at a time."""
+        image = pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+        fields = [field for field in RECORD_SCHEMA if field.name not in FAILURE_COLUMNS | {"file_name"}]
+        schema = pa.schema([image, *fields, *_renamed(self.passthrough)])
+        schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": _features(schema)}})})
+        path = scratch / f"{shard}.parquet"
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for first in range(0, len(samples), IMAGES_PER_ROW_GROUP):
+                rows = [
+                    {"image": {"bytes": sample.path.read_bytes(), "path": f"{sample.record.key}.{self.suffix}"}}
+                    | record_row(sample.record, self.passthrough)
+                    for sample in samples[first : first + IMAGES_PER_ROW_GROUP]
+                ]
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+        yield f"train/{shard}.parquet", path
+
+    def unpack(self, shard: str, files: dict[str, Path]) -> dict[str, bytes]:
+        """Read the pictures of the Parquet file."""
+        table = pq.read_table(files[f"train/{shard}.parquet"], columns=["key", "image"])
+        return {row["key"]: row["image"]["bytes"] for row in table.to_pylist()}
+
+
+def shard_name(index: int, num_shards: int) -> str:
+    """Name a shard: five digits, more if the run has more than 99,999."""
+    return f"{index:0{max(5, len(str(num_shards - 1)))}d}"
+
+
+def image_key(shard: str, row: int, image_index: int) -> str:
+    """Name a picture: shard and row digits, `_1` and so on for further images of the row; no dots."""
+    return f"{shard}{row:04d}" + (f"_{image_index}" if image_index else "")
+
+
+def metadata_file(shard: str) -> str:
+    """Name the metadata of a shard: one row for every requested image, failed ones included."""
+    return f"metadata/{shard}.parquet"
+
+
+def pack_metadata(records: Iterable[ImageRecord], passthrough: pa.Schema) -> bytes:
+    """Write records as Parquet, in the order given."""
+    schema = pa.schema([*RECORD_SCHEMA, *_renamed(passthrough)])
+    table = pa.Table.from_pylist([record_row(record, passthrough) for record in records], schema)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def unpack_metadata(data: bytes) -> list[dict[str, Any]]:
+    """Read the rows that `pack_metadata` wrote."""
+    return pq.read_table(io.BytesIO(data)).to_pylist()  # type: ignore[no-any-return]
+
+
+def record_row(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]:
+    """Flatten a record into one table row."""
+    row = asdict(record)
+    extra = passthrough_of(row.pop("passthrough"), passthrough)
+    return row | {passthrough_name(name): value for name, value in extra.items()}
+
+
+def sample_fields(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]:
+    """Give the fields of a made picture for JSON: one fixed set of keys and no nulls, as loaders infer types from them.
+
+    A null of a passthrough column becomes the empty value of its type; the metadata keeps it null.
+    """
+    row = record_row(record, passthrough)
+    for field in passthrough:
+        name = passthrough_name(field.name)
+        if row[name] is None:
+            row[name] = _empty(field.type)
+    return {name: value for name, value in row.items() if name not in FAILURE_COLUMNS | {"file_name"}}
+
+
+def passthrough_name(name: str) -> str:
+    """Name a passthrough column in the metadata: its own name, unless one of ours has it."""
+    return f"{name}_" if name in RECORD_SCHEMA.names or name == "image" else name
+
+
+def _renamed(passthrough: pa.Schema) -> list[pa.Field]:
+    return [field.with_name(passthrough_name(field.name)).with_nullable(True) for field in passthrough]
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a member with nothing of this machine or moment in it."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    member.mode = 0o644
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _json(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, ensure_ascii=False, default=str).encode()
+
+
+def _empty(kind: pa.DataType) -> Any:
+    if pa.types.is_boolean(kind):
+        return False
+    if pa.types.is_integer(kind):
+        return 0
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return 0.0
+    if pa.types.is_nested(kind):
+        return {} if pa.types.is_struct(kind) else []
+    return ""
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """Describe the columns as Hugging Face features, so that `image` loads as pictures."""
+    return {field.name: _feature(field.type) for field in schema} | {"image": {"_type": "Image"}}
+
+
+def _feature(kind: pa.DataType) -> dict[str, Any]:
+    if pa.types.is_struct(kind):
+        return {field.name: _feature(field.type) for field in kind}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return {"_type": "List", "feature": _feature(kind.value_type)}
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return {"_type": "Value", "dtype": HF_NAMES.get(str(kind), str(kind))}
+
+
+# Where Arrow and Hugging Face spell a type differently.
+HF_NAMES = {"double": "float64", "float": "float32", "halffloat": "float16"}

@@ -1,0 +1,223 @@
+"""A folder on a disk or in a bucket: reads, atomic writes, put-if-absent, one retry policy.
+
+Knows bytes and keys; does not know what they mean. The only place that translates storage errors.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+from flux_batch.errors import AlreadyExists, FluxBatchError, NotFound, StoreError, StoreRefused
+
+# Half-written files of a killed process stay here, out of sight of whoever loads the data set.
+SCRATCH = "_run/tmp"
+ATTEMPTS = 5
+REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
+REFUSAL_CODES = {errno.EROFS, errno.ENAMETOOLONG}
+FINAL_CODES = REFUSAL_CODES | {errno.ENOSPC, errno.EDQUOT}
+
+T = TypeVar("T")
+
+
+def open_filesystem(uri: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Open the file system of a URI; listings are never cached, since other machines write too.
+
+    Returns: the file system and the path of `uri` in it.
+    Raises: StoreRefused for a protocol that is not installed or options that do not fit.
+    """
+    try:
+        fs, path = fsspec.url_to_fs(uri, use_listings_cache=False, **storage_options)
+    except (ImportError, ValueError, TypeError) as error:
+        raise StoreRefused(f"{uri}: cannot be opened: {error}") from error
+    return fs, path
+
+
+@contextmanager
+def translated(uri: str, operation: str) -> Iterator[None]:
+    """Turn what file systems raise into the StoreErrors of this package, with the URI and the operation in it."""
+    try:
+        yield
+    except FluxBatchError:
+        raise
+    except FileExistsError as error:
+        raise AlreadyExists(f"{uri}: already exists") from error
+    except FileNotFoundError as error:
+        raise NotFound(f"{uri}: not found (cannot {operation})") from error
+    except Exception as error:
+        if _is_refusal(error):
+            raise StoreRefused(
+                f"{uri}: cannot {operation}: {_reason(error)}; check path, credentials, permissions"
+            ) from error
+        if isinstance(error, OSError) or _is_client_error(error):
+            raise StoreError(f"{uri}: cannot {operation}: {_reason(error)}") from error
+        raise
+
+
+class Store:
+    """The folder of one run."""
+
+    def __init__(self, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:
+        self.uri = uri.rstrip("/") or uri
+        self._fs, path = open_filesystem(self.uri, storage_options or {})
+        self._root = path.rstrip("/")
+        self._is_local = isinstance(self._fs, LocalFileSystem)
+
+    def url(self, key: str) -> str:
+        """Name a key as the user would write it."""
+        return f"{self.uri}/{key}"
+
+    def read(self, key: str) -> bytes:
+        """Read a whole object. Raises: NotFound."""
+        return self._call(key, "read", lambda: bytes(self._fs.cat_file(self._path(key))))
+
+    def download(self, key: str, path: Path) -> None:
+        """Copy an object to the local disk. Raises: NotFound."""
+        self._call(key, "read", lambda: self._fs.get_file(self._path(key), str(path)))
+
+    def exists(self, key: str) -> bool:
+        """Tell whether an object is there."""
+        return self._call(key, "look up", lambda: bool(self._fs.isfile(self._path(key))))
+
+    def list(self, prefix: str) -> list[str]:
+        """List the keys under a folder, sorted; an absent folder is empty."""
+
+        def find() -> list[str]:
+            try:
+                return self._fs.find(self._path(prefix))  # type: ignore[no-any-return]
+            except FileNotFoundError:
+                return []
+
+        start = len(self._root) + 1
+        return sorted(str(path)[start:] for path in self._call(prefix, "list", find))
+
+    def write(self, key: str, data: bytes | Path) -> None:
+        """Write an object, replacing one that is there; a reader sees the old or the new one, never a half."""
+        if self._is_local:
+            self._call(key, "write", lambda: self._write_local(key, data, os.replace))
+        else:
+            self._call(key, "write", lambda: self._send(key, data, mode="overwrite"))
+
+    def put_if_absent(self, key: str, data: bytes | Path) -> None:
+        """Create an object unless there is one. Raises: AlreadyExists.
+
+        Atomic on a local disk and on stores that honour conditional writes. On others it is a look-up and a write:
+        of two writers in the same instant the later one stays, and neither is told.
+        A lost answer to a write that did succeed also ends in AlreadyExists: the caller compares the contents.
+        """
+        if self._is_local:
+            self._call(key, "create", lambda: self._write_local(key, data, os.link))
+        elif self.has_conditional_put:
+            self._call(key, "create", lambda: self._send(key, data, mode="create"))
+        elif self.exists(key):
+            raise AlreadyExists(f"{self.url(key)}: already exists")
+        else:
+            self.write(key, data)
+
+    def delete(self, key: str) -> None:
+        """Remove an object. Safe to call twice."""
+        with suppress(NotFound):
+            self._call(key, "delete", lambda: self._fs.rm_file(self._path(key)))
+
+    @cached_property
+    def has_conditional_put(self) -> bool:
+        """Whether the store refuses a conditional write to a taken key; found by trying, since some accept it silently.
+
+        Writes and deletes one small object.
+        """
+        if self._is_local:
+            return True
+        key = f"{SCRATCH}/{uuid.uuid4().hex}"
+        self._call(key, "write", lambda: self._send(key, b"first", mode="overwrite"))
+        try:
+            self._call(key, "create", lambda: self._send(key, b"second", mode="create"))
+        except AlreadyExists:
+            return True
+        except StoreError:
+            return False  # some stores answer 501 to the header they do not know
+        finally:
+            self.delete(key)
+        return False
+
+    def check_writable(self) -> None:
+        """Write and delete one small object. Raises: StoreRefused or StoreError before any work is spent."""
+        key = f"{SCRATCH}/{uuid.uuid4().hex}"
+        self.write(key, b"")
+        self.delete(key)
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}"
+
+    def _send(self, key: str, data: bytes | Path, *, mode: str) -> None:
+        try:
+            if isinstance(data, Path):
+                self._fs.put_file(str(data), self._path(key), mode=mode)
+            else:
+                self._fs.pipe_file(self._path(key), data, mode=mode)
+        except FileNotFoundError as error:  # a write cannot miss its own key: it is the bucket that is not there
+            raise StoreRefused(f"{self.url(key)}: cannot write: no such bucket or folder") from error
+
+    def _write_local(self, key: str, data: bytes | Path, publish: Callable[[str, str], None]) -> None:
+        """Write beside and publish in one step: os.replace takes the name over, os.link refuses a taken one."""
+        target = Path(self._path(key))
+        scratch = Path(self._path(SCRATCH)) / uuid.uuid4().hex
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with scratch.open("wb") as file:
+                if isinstance(data, Path):
+                    with data.open("rb") as source:
+                        while chunk := source.read(1 << 20):
+                            file.write(chunk)
+                else:
+                    file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            publish(str(scratch), str(target))
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def _call(self, key: str, operation: str, function: Callable[[], T]) -> T:
+        """Run one storage operation under the retry policy of the package."""
+        retrying = Retrying(
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_exponential_jitter(initial=0.1, max=5),
+            retry=retry_if_exception(_is_transient),
+            reraise=True,
+        )
+        with translated(self.url(key), operation):
+            return retrying(function)
+
+
+def _is_client_error(error: BaseException) -> bool:
+    """Whether a client library raised it; told by module, so that none has to be imported."""
+    return type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec"}
+
+
+def _is_refusal(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in REFUSAL_CODES:
+        return True
+    return isinstance(error, REFUSALS) or "Credentials" in type(error).__name__
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether another try may help: neither an answer about the key nor a refusal nor a full disk."""
+    if isinstance(error, (FileExistsError, FileNotFoundError, FluxBatchError)) or _is_refusal(error):
+        return False
+    if isinstance(error, OSError):
+        return error.errno not in FINAL_CODES
+    return _is_client_error(error)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
