@@ -11,14 +11,16 @@ import math
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
 import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
 
 from flux_batch.config import PROMPT_FIELDS, PromptsConfig, SamplingConfig
-from flux_batch.errors import InvalidSetting, NotFound, RowError, SourceError
+from flux_batch.errors import InvalidSetting, RowError, SourceError
 from flux_batch.records import (
     ALIASES,
     MAX_SEED,
@@ -116,7 +118,7 @@ class PromptSource:
             elif fs.exists(path):
                 yield fs, path
             else:
-                raise NotFound(f"{uri}: no such prompts file or folder")
+                raise SourceError(f"{uri}: no such prompts file or folder")
 
     def _check_columns(self, table: Table, uri: str) -> None:
         wanted = {"prompt": self._config.columns.get("prompt", "prompt"), **self._config.columns}
@@ -228,22 +230,19 @@ def _integer(field: str, value: Any) -> int:
     """Read a whole number; text and whole floats count, since CSV and pandas turn integers into them."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    try:
-        return int(value) if isinstance(value, str) else _whole(float(value))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidSetting(f"{field} = {value!r}: must be a whole number", field=field) from error
-
-
-def _whole(value: float) -> int:
-    if not value.is_integer():
-        raise ValueError
-    return int(value)
+    with suppress(ValueError):
+        if isinstance(value, str):
+            return int(value)
+    number = _number(field, value)
+    if not number.is_integer():
+        raise InvalidSetting(f"{field} = {value!r}: must be a whole number", field=field)
+    return int(number)
 
 
 def _number(field: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidSetting(f"{field} = {value!r}: must be a number", field=field) from error
     if not math.isfinite(number):
         raise InvalidSetting(f"{field} = {value!r}: must be a finite number", field=field)
@@ -265,7 +264,7 @@ def _is_prompts(path: str) -> bool:
 
 
 def _describe(fs: fsspec.AbstractFileSystem, path: str, base: str) -> PromptFile:
-    uri = fs.unstrip_protocol(path)
+    uri = path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
     with translated(uri, "read"):
         info = fs.info(path)
         size = int(info["size"])

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from flux_batch.errors import AlreadyExists, FluxBatchError, NotFound, StoreError, StoreRefused
 
@@ -38,8 +38,10 @@ def open_filesystem(uri: str, storage_options: Mapping[str, Any]) -> tuple[fsspe
     """
     try:
         fs, path = fsspec.url_to_fs(uri, use_listings_cache=False, **storage_options)
+        if hasattr(fs, "connect"):
+            fs.connect()  # s3fs would meet options that do not fit only at its first request
     except (ImportError, ValueError, TypeError) as error:
-        raise StoreRefused(f"{uri}: cannot be opened: {error}") from error
+        raise StoreRefused(f"{uri}: cannot be opened: {_reason(error)}; check the URI and storage_options") from error
     return fs, path
 
 
@@ -87,7 +89,15 @@ class Store:
 
     def exists(self, key: str) -> bool:
         """Tell whether an object is there."""
-        return self._call(key, "look up", lambda: bool(self._fs.isfile(self._path(key))))
+
+        def is_file() -> bool:
+            try:
+                # Not fs.isfile: that answers False to whatever goes wrong.
+                return bool(self._fs.info(self._path(key))["type"] == "file")
+            except FileNotFoundError:
+                return False
+
+        return self._call(key, "look up", is_file)
 
     def list(self, prefix: str) -> list[str]:
         """List the keys under a folder, sorted; an absent folder is empty."""
@@ -191,7 +201,7 @@ class Store:
         """Run one storage operation under the retry policy of the package."""
         retrying = Retrying(
             stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential_jitter(initial=0.1, max=5),
+            wait=wait_random_exponential(multiplier=0.2, max=10),
             retry=retry_if_exception(_is_transient),
             reraise=True,
         )

@@ -7,6 +7,7 @@ A row that cannot be parsed is a BadRow in its place, so that it costs itself an
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from flux_batch.errors import SourceError
 from flux_batch.storage.store import open_filesystem, translated
 
 Row = dict[str, Any]
+BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +69,12 @@ class _File:
     uri: str
     storage_options: Mapping[str, Any]
 
-    def open(self) -> BinaryIO:
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
         fs, path = open_filesystem(self.uri, self.storage_options)
-        with translated(self.uri, "read"):
-            return fs.open(path, "rb")  # type: ignore[no-any-return]
+        with translated(self.uri, "read"), fs.open(path, "rb") as file:
+            # s3fs alone takes a copy of a whole block, megabytes, for every line.
+            yield io.BufferedReader(file, BUFFER_BYTES)
 
 
 class ParquetTable(_File):
@@ -103,10 +107,10 @@ class ParquetTable(_File):
 
     @contextmanager
     def _parquet(self) -> Iterator[pq.ParquetFile]:
-        with self.open() as file, translated(self.uri, "read"):
+        with self.open() as file:
             try:
                 yield pq.ParquetFile(file, pre_buffer=True)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 raise SourceError(f"{self.uri}: not a readable Parquet file: {' '.join(str(error).split())}") from error
 
 
@@ -119,9 +123,18 @@ def _rows_of_group(parquet: pq.ParquetFile, group: int, names: list[str], start:
             break
         low, high = max(start - first, 0), min(end - first, batch.num_rows)
         if low < high:
-            rows += batch.slice(low, high - low).to_pylist()
+            rows += _python_rows(batch.slice(low, high - low))
         first += batch.num_rows
     return rows
+
+
+def _python_rows(batch: pa.RecordBatch) -> list[Row | BadRow]:
+    try:
+        return batch.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError as error:  # Parquet's text is UTF-8 by promise only
+        if batch.num_rows == 1:
+            return [BadRow(f"not UTF-8: {error}")]
+        return [row for at in range(batch.num_rows) for row in _python_rows(batch.slice(at, 1))]
 
 
 class _LineTable(_File):
@@ -186,11 +199,17 @@ class JsonLinesTable(_LineTable):
     def _records(self, file: BinaryIO, offset: int = 0) -> Iterator[tuple[int, Row | BadRow]]:
         for at, line in _lines(file, offset):
             if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    row = BadRow(f"not valid JSON: {error}")
-                yield at, row if isinstance(row, (dict, BadRow)) else BadRow("not a JSON object")
+                yield at, _json_row(line)
+
+
+def _json_row(line: bytes) -> Row | BadRow:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+        if b"\\u" in line:  # JSON can spell half a surrogate pair, which no file can hold
+            json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"not valid JSON: {error}")
+    return row if isinstance(row, dict) else BadRow("not a JSON object")
 
 
 class CsvTable(_LineTable):
@@ -228,8 +247,7 @@ class CsvTable(_LineTable):
         try:
             names = next(csv.reader(lines))
         except (StopIteration, csv.Error) as error:
-            raise SourceError(f"{self.uri}: the CSV header cannot be read") from error
-        names[0] = names[0].removeprefix("\ufeff")
+            raise SourceError(f"{self.uri}: the first line, which must name the columns, cannot be read") from error
         if duplicates := {name for name in names if names.count(name) > 1}:
             raise SourceError(f"{self.uri}: column {min(duplicates)!r} stands twice in the CSV header")
         return names, lines.end or 0
@@ -249,7 +267,7 @@ class _Decoder:
         at, line = next(self._lines)
         self.end = at + len(line)
         # A stray byte costs a replacement character, visible in the prompt, and not the rest of the file.
-        return line.decode("utf-8", errors="replace")
+        return line.decode("utf-8-sig" if at == 0 else "utf-8", errors="replace")
 
 
 def _lines(file: BinaryIO, offset: int) -> Iterator[tuple[int, bytes]]:

@@ -1,0 +1,39 @@
+"""Fixtures that more than one file needs, and the environment that Ray's worker processes inherit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from s3 import Bucket, S3Server, moto_server, rclone_server
+
+# Workers of a local cluster import the fakes of this folder by name.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+S3_SERVERS = [pytest.param(name, marks=pytest.mark.s3) for name in ("moto", "rclone")]
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[S3Server]:
+    """An S3 server that honours If-None-Match."""
+    with moto_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server that ignores If-None-Match."""
+    with rclone_server(tmp_path_factory.mktemp("rclone")) as server:
+        yield server
+
+
+@pytest.fixture(params=S3_SERVERS)
+def s3_store(request: pytest.FixtureRequest) -> Bucket:
+    """A fresh bucket, on each server in turn."""
+    server: S3Server = request.getfixturevalue(request.param)
+    return Bucket(server.make_bucket(), server.storage_options, server.name)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from flux_batch.demo.prompts import demo_prompts_path, prompt_rows, write_prompts
+from flux_batch.records import SamplingParams
+
+
+def test_the_file_is_what_the_function_makes(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "prompts.parquet")
+
+    assert pq.read_table(demo_prompts_path()).equals(pq.read_table(tmp_path / "prompts.parquet"))
+
+
+def test_rows_fill_and_leave_out_every_column() -> None:
+    rows = prompt_rows()
+
+    assert len(rows) == 24
+    assert len({row["id"] for row in rows}) == 24
+    assert Counter(row["category"] for row in rows) == dict.fromkeys(
+        ("one object", "relation", "gradient", "texture"), 6
+    )
+    assert Counter((row["width"], row["height"]) for row in rows) == {(None, None): 16, (192, 128): 4, (128, 192): 4}
+    assert sum(row["seed"] is not None for row in rows) == 8
+    assert sum(row["negative_prompt"] is not None for row in rows) == 8
+
+
+def test_sizes_are_ones_that_can_be_made() -> None:
+    for row in prompt_rows():
+        SamplingParams(width=row["width"] or 128, height=row["height"] or 128)
+
+
+def test_importing_the_demo_is_light() -> None:
+    code = (
+        "import sys, flux_batch.demo.model, flux_batch.demo.prompts, flux_batch.demo.captions; "
+        "sys.exit(str({'torch', 'pyarrow', 'transformers', 'ray'} & set(sys.modules) or ''))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+
+    assert done.stderr.strip() == ""

@@ -1,0 +1,121 @@
+"""A pipeline that computes no FLUX: its picture is a cheap function of the request alone.
+
+Marks in a prompt make it misbehave: `[raise]` fails the whole call, `[oom]` runs out of memory in a batch of more than
+one, `[die]` ends the process, `[die once]` only the first that meets it (a file in the folder `model.uri` remembers),
+`[hang]` never returns, `[slow]` takes SLOW_S.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flux_batch.config import ModelConfig
+from flux_batch.errors import OutOfMemory
+from flux_batch.storage.images import Pixels
+
+SLOW_S = 0.2
+DEATH_EXIT = 66
+CLIP_CHARACTERS, T5_CHARACTERS = 77, 512
+
+
+def fake_picture(
+    prompt: str,
+    *,
+    negative_prompt: str = "",
+    seed: int = 0,
+    width: int = 64,
+    height: int = 64,
+    num_inference_steps: int = 28,
+    embedded_guidance: float = 3.5,
+    cfg_scale: float = 1.0,
+) -> Pixels:
+    """Compute the picture (uint8, h w 3) of a request."""
+    request = (prompt, negative_prompt, seed, width, height, num_inference_steps, embedded_guidance, cfg_scale)
+    digest = hashlib.blake2b(repr(request).encode(), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(digest)).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+class FakePipeline:
+    """An ImagePipeline; `calls` has the prompts of each call that was made."""
+
+    default_t5_sequence_length = 512
+
+    def __init__(self, memory: Path | None = None) -> None:
+        self.calls: list[list[str]] = []
+        self._memory = memory
+
+    @property
+    def num_calls(self) -> int:
+        return len(self.calls)
+
+    def __call__(
+        self,
+        prompt: Sequence[str],
+        *,
+        negative_prompt: Sequence[str],
+        width: int,
+        height: int,
+        num_inference_steps: int,
+        embedded_guidance: Sequence[float],
+        cfg_scale: Sequence[float],
+        t5_sequence_length: int | None,
+        seed: Sequence[int],
+        output_type: str,
+    ) -> list[Pixels]:
+        assert output_type == "np"
+        self.calls.append(list(prompt))
+        for text in prompt:
+            self._misbehave(text, len(prompt))
+        return [
+            fake_picture(
+                text,
+                negative_prompt=negative,
+                seed=number,
+                width=width,
+                height=height,
+                num_inference_steps=num_inference_steps,
+                embedded_guidance=guidance,
+                cfg_scale=cfg,
+            )
+            for text, negative, number, guidance, cfg in zip(
+                prompt, negative_prompt, seed, embedded_guidance, cfg_scale, strict=True
+            )
+        ]
+
+    def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
+        longest = t5_sequence_length or T5_CHARACTERS
+        return [(len(text) > CLIP_CHARACTERS, len(text) > longest) for text in prompts]
+
+    def _misbehave(self, prompt: str, batch_size: int) -> None:
+        if "[raise]" in prompt:
+            raise RuntimeError("asked to fail")
+        if "[oom]" in prompt and batch_size > 1:
+            raise OutOfMemory(f"{batch_size} images do not fit")
+        if "[die once]" in prompt and self._is_first_to_die():
+            os._exit(DEATH_EXIT)
+        if "[die]" in prompt:
+            os._exit(DEATH_EXIT)
+        if "[slow]" in prompt:
+            time.sleep(SLOW_S)
+        while "[hang]" in prompt:
+            time.sleep(1)
+
+    def _is_first_to_die(self) -> bool:
+        assert self._memory is not None, "[die once] needs a folder as model.uri"
+        try:
+            (self._memory / "died").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+def make_fake_pipeline(model: ModelConfig) -> FakePipeline:
+    """Make one from the `model` section of a job; for WorkerRecipe.make_pipeline, picklable by name."""
+    folder = Path(model.uri)
+    return FakePipeline(folder if folder.is_dir() else None)

