@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from flux_batch.errors import InvalidSetting, JobError
 from flux_batch.records import ALIASES, MAX_SEED, SAMPLING_FIELDS, SamplingParams
@@ -107,6 +116,13 @@ class ModelConfig(Section):
     quantization: Literal["none"] = "none"
     compile: Literal[False] = False
     loras: Annotated[tuple[str, ...], Field(strict=False, max_length=0)] = ()
+
+    @field_validator("quantization", "compile", "loras", mode="before")
+    @classmethod
+    def _not_yet(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and value != "none":
+            raise ValueError("not available in this version; leave it out")
+        return value
 
 
 class SamplingConfig(Section):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux_batch.config import JobConfig, ModelConfig
-from flux_batch.errors import AlreadyExists, JobError, NotFound
+from flux_batch.errors import AlreadyExists, JobError, NotFound, PlanMismatch
 from flux_batch.plan import Plan, check_same_job, make_plan, remaining
 from flux_batch.report.card import card
 from flux_batch.report.progress import Progress
@@ -89,18 +89,28 @@ def located(config: JobConfig) -> JobConfig:
 
 
 def open_run(config: JobConfig, store: Store) -> Plan:
-    """Load the plan of the run that is in the output, or make and save one. Raises: PlanMismatch, JobError."""
+    """Load the plan of the run that is in the output, or make and save one.
+
+    A run that has written nothing yet, since its model was not found say, may still be changed.
+    Raises: PlanMismatch, JobError.
+    """
     try:
         saved = store.read(PLAN)
     except NotFound:
         return start_run(config, store)
-    check_same_job(JobConfig.from_yaml(store.read(JOB).decode(), origin=store.url(JOB)), config)
-    return Plan.from_parquet(saved, PromptSource(config.prompts).files())
+    try:
+        check_same_job(JobConfig.from_yaml(store.read(JOB).decode(), origin=store.url(JOB)), config)
+        return Plan.from_parquet(saved, PromptSource(config.prompts).files())
+    except PlanMismatch:
+        if written(store):
+            raise
+    store.delete(PLAN)
+    return start_run(config, store)
 
 
 def start_run(config: JobConfig, store: Store) -> Plan:
     """Plan a new run and write down what it is; the plan comes last and makes the run exist."""
-    if foreign := store.list("train") or store.list("metadata"):
+    if foreign := written(store):
         raise JobError(f"{store.uri}: holds {foreign[0]}, but no run; take an empty folder as output.uri")
     plan = make_plan(config.prompts, config.output.shard_size)
     store.check_writable()
@@ -111,6 +121,11 @@ def start_run(config: JobConfig, store: Store) -> Plan:
     except AlreadyExists:
         return open_run(config, store)  # another driver started in the same moment, or our answer was lost
     return plan
+
+
+def written(store: Store) -> list[str]:
+    """List the data set's files in the output, of whatever origin."""
+    return store.list("train") or store.list("metadata")
 
 
 def close_run(config: JobConfig, store: Store, progress: Progress) -> RunReport:

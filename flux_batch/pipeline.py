@@ -159,7 +159,11 @@ class FluxImagePipeline:
         with checkpoint_errors():
             parts = [find_part(folder, part) for part in TITLES]
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = getattr(torch, torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
+        dtype = getattr(torch, torch_dtype, None) if isinstance(torch_dtype, str) else torch_dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise InvalidSetting(
+                f"torch_dtype = {torch_dtype}: must be bfloat16, float16 or float32", field="torch_dtype"
+            )
         return cls.from_model_manager(ModelManager(dtype, device, parts))
 
     @property
@@ -206,6 +210,8 @@ class FluxImagePipeline:
         """
         named = resolve_aliases(aliases)
         check_choice("output_type", output_type, get_args(OutputType))
+        if not isinstance(prompt, (str, Sequence)):
+            raise InvalidSetting(f"prompt = {prompt!r}: must be a string or a list of strings", field="prompt")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         guidance = named.get("embedded_guidance", embedded_guidance)
         request = PictureRequest(
@@ -328,6 +334,11 @@ class PictureRequest:
                 f"{self.num_inference_steps} steps to run",
                 field="denoising_strength",
             )
+        if self.denoising_strength < 1.0 and self.input_images is None:
+            raise InvalidSetting(
+                f"denoising_strength = {self.denoising_strength}: must be 1 without an input_image",
+                field="denoising_strength",
+            )
         if self.sigma_shift is not None:
             check_scale("sigma_shift", self.sigma_shift)
             if self.sigma_shift == 0.0:
@@ -365,6 +376,10 @@ def check_parts_fit(transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncod
     for what, value, wanted in facts:
         if value != wanted:
             raise CheckpointError(f"the parts are not of one model: {what} is {value}, the transformer takes {wanted}")
+    for what, encoder in (("CLIP", clip), ("T5", t5)):
+        count, vocab_size = len(encoder.tokenizer), encoder.model.config.vocab_size
+        if count > vocab_size:
+            raise CheckpointError(f"the tokenizer of {what} has {count} tokens, its text encoder knows {vocab_size}")
 
 
 def local_folder(uri: PathOrFolder) -> Path:
@@ -429,8 +444,7 @@ def read_scheduler_config(home: Path) -> dict[str, Any]:
     for folder in (home, home.parent):
         path = folder / "scheduler" / "scheduler_config.json"
         if path.is_file():
-            config: dict[str, Any] = read_json(path)
-            return config
+            return read_json(path)
     return {}
 
 
@@ -438,7 +452,8 @@ def resolve_aliases(aliases: dict[str, Any]) -> dict[str, Any]:
     """Return arguments under our names. Raises: InvalidSetting with the nearest name for one that is unknown."""
     for name in aliases:
         if name not in ALIASES:
-            names = [*FluxImagePipeline.__call__.__annotations__, *ALIASES]
+            names = [name for name in FluxImagePipeline.__call__.__annotations__ if name not in ("aliases", "return")]
+            names += ALIASES
             near = difflib.get_close_matches(name, names, n=1)
             hint = f": did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(names))}"
             raise InvalidSetting(f"{name} is no argument of the pipeline{hint}", field=name)

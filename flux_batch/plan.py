@@ -30,15 +30,13 @@ COLUMNS = pa.schema(
         ("start", pa.int64()),
         ("num_rows", pa.int32()),
         ("offset", pa.int64()),
-        ("file_size", pa.int64()),
-        ("file_version", pa.string()),
     ]
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The shards of a run in order, the files they are cut from, and the types of the passthrough columns."""
+    """The shards of a run in order, all files of the data set, and the types of the passthrough columns."""
 
     shards: tuple[Shard, ...]
     files: tuple[PromptFile, ...]
@@ -51,7 +49,6 @@ class Plan:
 
     def to_parquet(self) -> bytes:
         """Write the plan; the same plan gives the same bytes."""
-        files = {file.name: file for file in self.files}
         rows = [
             {
                 "shard": shard.index,
@@ -59,13 +56,12 @@ class Plan:
                 "start": shard.start,
                 "num_rows": shard.num_rows,
                 "offset": shard.offset,
-                "file_size": files[shard.name].size,
-                "file_version": files[shard.name].version,
             }
             for shard in self.shards
         ]
         metadata = {
             "flux_batch": json.dumps({"version": VERSION, "num_prompts": self.num_prompts}),
+            "files": json.dumps([[file.name, file.size, file.version] for file in self.files]),
             "passthrough": base64.b64encode(self.passthrough.serialize().to_pybytes()),
         }
         buffer = io.BytesIO()
@@ -79,8 +75,8 @@ class Plan:
         Raises: PlanMismatch if a file was added, removed or changed since.
         """
         table = pq.read_table(io.BytesIO(data))
-        rows = table.to_pylist()
-        planned = {row["file"]: (row["file_size"], row["file_version"]) for row in rows}
+        metadata = table.schema.metadata
+        planned = {name: (size, version) for name, size, version in json.loads(metadata[b"files"])}
         found = {file.name: file for file in files}
         _check_same_files(planned, found)
         shards = tuple(
@@ -92,9 +88,9 @@ class Plan:
                 num_rows=row["num_rows"],
                 offset=row["offset"],
             )
-            for row in rows
+            for row in table.to_pylist()
         )
-        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(table.schema.metadata[b"passthrough"])))
+        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(metadata[b"passthrough"])))
         return cls(shards=shards, files=tuple(found[name] for name in planned), passthrough=schema)
 
 
@@ -128,8 +124,8 @@ def make_plan(prompts: PromptsConfig, shard_size: int) -> Plan:
     if not shards:
         raise SourceError(f"{', '.join(prompts.uri)}: the data set has no rows")
     used = {shard.name for shard in shards}
-    files = [file for file in files if file.name in used]
-    return Plan(shards=shards, files=tuple(files), passthrough=source.passthrough_schema(files))
+    passthrough = source.passthrough_schema([file for file in files if file.name in used])
+    return Plan(shards=shards, files=tuple(files), passthrough=passthrough)
 
 
 def remaining(plan: Plan, done: set[int]) -> list[Shard]:
@@ -165,5 +161,6 @@ def _check_same_files(planned: dict[str, tuple[int, str]], found: dict[str, Prom
         for name, (size, version) in planned.items()
         if name in found and (found[name].size, found[name].version) != (size, version)
     ]
+    differences += [f"  {name}: is new" for name in found if name not in planned]
     if differences:
         raise PlanMismatch("the prompts are not those of the run that is there:\n" + "\n".join(differences))

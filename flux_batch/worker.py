@@ -15,6 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,7 +23,7 @@ from typing import Any, Literal, Protocol
 import pyarrow as pa
 
 from flux_batch.config import JobConfig, ModelConfig
-from flux_batch.errors import DeviceFatal
+from flux_batch.errors import DeviceFatal, NotFound
 from flux_batch.records import SAMPLING_FIELDS, Commit, FailedRow, ImageRecord, ImageRequest, Shard, ShardResult
 from flux_batch.storage.commits import Commits, Publisher
 from flux_batch.storage.images import Pixels, encode
@@ -109,6 +110,8 @@ class Worker:
     def __call__(self, shard: Shard) -> ShardResult:
         """Run one shard to its commit; one that is committed already is left as it is."""
         started = time.monotonic()
+        with suppress(NotFound):
+            return _result(self._commits.read(shard.index), 0.0, time.monotonic() - started)
         with tempfile.TemporaryDirectory(prefix="flux-batch-") as scratch:
             run = ShardRun(shard_name(shard.index, self._commits.num_shards), Path(scratch))
             for row in self._source.read(shard, self._config.sampling):

@@ -8,7 +8,7 @@ import pytest
 from fakes import FakePipeline, make_fake_pipeline
 from flux_batch.config import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
-from flux_batch.errors import JobError, PlanMismatch, SourceError, StoreRefused
+from flux_batch.errors import CheckpointError, JobError, PlanMismatch, SourceError, StoreRefused
 from flux_batch.job import run
 from flux_batch.report.summary import RunReport
 from flux_batch.storage.store import Store
@@ -99,6 +99,17 @@ def test_a_changed_job_is_refused_with_what_changed(tmp_path: Path, section: str
     render(make_job(tmp_path))
     with pytest.raises(PlanMismatch, match=rf"{section}\.{key}: .* -> {value!r}"):
         render(make_job(tmp_path, **{section: {key: value}}))
+
+
+def test_a_job_may_be_changed_while_it_has_made_nothing(tmp_path: Path) -> None:
+    def missing(model: ModelConfig) -> FakePipeline:
+        raise CheckpointError("no such model")
+
+    with pytest.raises(CheckpointError):
+        run(make_job(tmp_path), engine=LocalEngine(), make_pipeline=missing)
+    config = make_job(tmp_path, output={"shard_size": 5})
+    assert render(config).num_shards == 2
+    assert render(config).num_new_images == 0
 
 
 def test_more_workers_and_larger_batches_are_the_same_job(tmp_path: Path) -> None:

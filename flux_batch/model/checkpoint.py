@@ -80,6 +80,10 @@ class StoredState(Mapping[str, Tensor]):
         tensor: Tensor = self._files[stored.path].get_tensor(stored.key)
         return tensor.to(device=self._device, dtype=self._dtype)
 
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own would read the tensor to find out.
+        return name in self._tensors
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
@@ -112,7 +116,10 @@ def files_of(source: Path) -> list[Path]:
     if len(indexes) > 1:
         raise ValueError(f"{source} holds several models: {listing([path.name for path in indexes])}; keep one")
     if indexes:
-        return [source / name for name in sorted(set(read_json(indexes[0])["weight_map"].values()))]
+        weight_map = read_json(indexes[0]).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{indexes[0]} has no weight_map: download it again")
+        return [source / str(name) for name in sorted(set(weight_map.values()))]
     files = sorted(source.glob("*.safetensors"))
     shards = [SHARD_NAME.search(path.name) for path in files]
     if len(files) > 1 and not all(shard and int(shard[2]) == len(files) for shard in shards):
@@ -142,27 +149,30 @@ def open_file(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         with path.open("rb") as file:
-            start = file.read(8)
+            start = file.read(9)
         kind = next((kind for magic, kind in FOREIGN_MAGIC.items() if start.startswith(magic)), None)
-        if kind:
+        # Eight bytes of length, which may look like anything, then JSON: safetensors after all.
+        if kind and start[8:] != b"{":
             raise ValueError(f"{path} is {kind}, not safetensors: download or convert it again") from error
         raise ValueError(f"{path} is cut short or damaged ({error}): download it again") from error
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises: ValueError naming it if it is no JSON."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file. Raises: ValueError naming it if it holds none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
 
 
 def read_config(home: Path, component: str) -> dict[str, Any]:
     """Return the config.json of weights in `home`: in the folder of that component there, else beside them, else {}."""
     for path in (home / component / "config.json", home / "config.json"):
         if path.is_file():
-            config: dict[str, Any] = read_json(path)
-            return config
+            return read_json(path)
     return {}
 
 

@@ -128,7 +128,7 @@ def flux_params(shapes: Shapes, config: Config) -> FluxParams:
     Raises: ValueError if a key needed is absent, or the rotary axes are not known.
     """
     hidden_size, in_channels = shape_of(shapes, "img_in.weight")
-    (head_dim,) = shape_of(shapes, "double_blocks.0.img_attn.norm.query_norm.scale")
+    (head_dim,) = shape_of(shapes, "double_blocks.0.img_attn.norm.query_norm.scale", 1)
     axes_dim = config.get("axes_dims_rope") or (DEV.axes_dim if head_dim == DEV.head_dim else None)
     if axes_dim is None:
         raise ValueError(
@@ -159,13 +159,13 @@ def autoencoder_params(shapes: Shapes, config: Config) -> AutoencoderParams:
     Raises: ValueError if a key needed is absent.
     """
     levels = range(count_of(shapes, "encoder.down."))
-    channels = tuple(shape_of(shapes, f"encoder.down.{level}.block.0.conv1.weight")[0] for level in levels)
+    channels = tuple(shape_of(shapes, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in levels)
     return AutoencoderParams(
-        in_channels=shape_of(shapes, "encoder.conv_in.weight")[1],
-        out_ch=shape_of(shapes, "decoder.conv_out.weight")[0],
+        in_channels=shape_of(shapes, "encoder.conv_in.weight", 4)[1],
+        out_ch=shape_of(shapes, "decoder.conv_out.weight", 4)[0],
         channels=channels,
         num_res_blocks=count_of(shapes, "encoder.down.0.block."),
-        z_channels=shape_of(shapes, "decoder.conv_in.weight")[1],
+        z_channels=shape_of(shapes, "decoder.conv_in.weight", 4)[1],
         num_groups=config.get("norm_num_groups", AUTOENCODER.num_groups),
         scale_factor=config.get("scaling_factor", AUTOENCODER.scale_factor),
         shift_factor=config.get("shift_factor", AUTOENCODER.shift_factor) or 0.0,
@@ -181,11 +181,14 @@ def schedule_params(config: Config, *, guidance_embed: bool) -> ScheduleParams:
     return ScheduleParams(use_dynamic_shifting=dynamic, **{name: config[name] for name in known if name in config})
 
 
-def shape_of(shapes: Shapes, key: str) -> Sequence[int]:
-    """Return the shape of `key`. Raises: ValueError if it is absent."""
+def shape_of(shapes: Shapes, key: str, num_dims: int = 2) -> Sequence[int]:
+    """Return the shape of `key`. Raises: ValueError if it is absent, or no shape of this many dimensions."""
     if key not in shapes:
         raise ValueError(f"{key} is missing")
-    return shapes[key]
+    shape = shapes[key]
+    if len(shape) != num_dims or 0 in shape:
+        raise ValueError(f"{key} is {list(shape)}, should have {num_dims} dimensions, none of them 0")
+    return shape
 
 
 def count_of(shapes: Shapes, prefix: str) -> int:

@@ -19,6 +19,11 @@ from flux_batch.model.checkpoint import Checkpoint, StoredState, read_config
 from flux_batch.model.params import Config, Shapes, count_of, shape_of
 
 CLIP_HEAD_DIM = 64
+# What a tokenizer can be read from, by class: any one of these sets of files.
+TOKENIZER_FILES = {
+    CLIPTokenizer: (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    T5Tokenizer: (("tokenizer.json",), ("spiece.model",)),
+}
 
 
 class ClipEncoder:
@@ -141,11 +146,18 @@ def load_t5(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device)
 
 
 def load_tokenizer(kind: Any, home: Path, name: str) -> Any:
-    """Load a tokenizer from the folder `name` in `home` or beside it. Raises: ValueError if neither is there."""
+    """Load a tokenizer from the folder `name` in `home` or beside it. Raises: ValueError if neither has its files."""
     places = [home / name, home.parent / name]
     for place in places:
         if place.is_dir():
-            return kind.from_pretrained(str(place), local_files_only=True)
+            # Without its files transformers would make an empty tokenizer, and every prompt the same.
+            if not any(all((place / file).is_file() for file in files) for files in TOKENIZER_FILES[kind]):
+                needed = " or ".join(" and ".join(files) for files in TOKENIZER_FILES[kind])
+                raise ValueError(f"{place} is no tokenizer: it lacks {needed}")
+            try:
+                return kind.from_pretrained(str(place), local_files_only=True)
+            except Exception as error:  # tokenizers raises Exception itself
+                raise ValueError(f"{place} holds a tokenizer that cannot be read: {error}") from error
     raise ValueError(f"no tokenizer: neither {places[0]} nor {places[1]} is there; it comes with the text encoder")
 
 

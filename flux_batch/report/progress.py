@@ -35,6 +35,7 @@ class Progress:
     def __post_init__(self) -> None:
         self._started = self.clock()
         self._last = self._started
+        self._began: float | None = None  # when the first shard did, so that no rate counts the start of workers
 
     @property
     def wall_s(self) -> float:
@@ -47,6 +48,8 @@ class Progress:
             self.errors.append(f"shard {result.shard}: {result.error}")
             log.error("shard %d is given up: %s", result.shard, result.error)
             return
+        if self._began is None:
+            self._began = self.clock() - result.wall_s
         self.totals.add(result.num_images, result.num_failed)
         self.workers.add(result.worker)
         self.num_new_images += result.num_images
@@ -58,9 +61,10 @@ class Progress:
     def report(self) -> None:
         """Log a line and write the progress object."""
         self._last = self.clock()
-        rate = self.num_new_images / self.wall_s if self.wall_s else 0.0
+        working_s = 0.0 if self._began is None else self.clock() - self._began
+        rate = self.num_new_images / working_s if working_s else 0.0
         shards_left = self.num_shards - self.totals.num_committed
-        eta_s = shards_left * self.wall_s / self.num_new_shards if self.num_new_shards else None
+        eta_s = shards_left * working_s / self.num_new_shards if self.num_new_shards else None
         log.info(
             "%d of %d shards, %d images (%d failed), %.2f images/s%s",
             self.totals.num_committed,

@@ -2,10 +2,10 @@
 
 The order of writes, each one whole or not there at all (Store), each one put-if-absent:
 
-    1. data       train/NNNNN.tar, or the pictures one by one, or train/NNNNN.parquet
-    2. failures   _run/failed/NNNNN.parquet, when rows of the shard failed
-    3. metadata   metadata/NNNNN.parquet
-    4. commit     _run/commits/NNNNN.json, which names the files of 1 and 3 with size and sha256
+    1. data       train/NNNNN.tar, or train/NNNNN.parquet, or the pictures one by one and then the list of them
+    2. metadata   metadata/NNNNN.parquet
+    3. failures   _run/failed/NNNNN.parquet, the failed rows of 2 once more, when there are any
+    4. commit     _run/commits/NNNNN.json, which names the files of 1 and 2 with size and sha256
 
 The commit alone makes a shard done. Killed before 4, the shard is not done and is run again; what 1 to 3 left is met
 by the next attempt, which keeps it. A reader that follows the commits therefore never sees half a shard.
@@ -33,7 +33,15 @@ import pyarrow as pa
 
 from flux_batch.errors import AlreadyExists, StoreError
 from flux_batch.records import Commit, ImageRecord, StoredFile
-from flux_batch.storage.shards import Layout, Sample, metadata_file, pack_metadata, shard_name, unpack_metadata
+from flux_batch.storage.shards import (
+    Layout,
+    Sample,
+    metadata_file,
+    pack_failures,
+    pack_metadata,
+    shard_name,
+    unpack_metadata,
+)
 from flux_batch.storage.store import Store
 
 COMMITS = "_run/commits"
@@ -104,16 +112,11 @@ class Publisher:
         made one by key; `scratch` is an empty local folder. Returns: the commit that stands.
         """
         name = shard_name(shard, self.commits.num_shards)
-        samples = [Sample(record, pictures[record.key]) for record in records if record.status == "success"]
-        files = []
-        if samples:
-            stored, adopted = self._put_data(name, samples, scratch)
-            files += stored
-            if adopted:
-                records = [_adopt(record, adopted, self.layout.file_name(name, record.key)) for record in records]
-        if failed := [record for record in records if record.status == "failed"]:
-            self.commits.store.write(f"{FAILED}/{name}.parquet", pack_metadata(failed, self.passthrough))
-        metadata, rows = self._put_metadata(name, records)
+        files, records = self._put_data(name, records, pictures, scratch)
+        metadata, data = self._put_metadata(name, records)
+        if failures := pack_failures(data):
+            self.commits.store.write(f"{FAILED}/{name}.parquet", failures)
+        rows = unpack_metadata(data)
         return self.commits.put(
             Commit(
                 shard=shard,
@@ -125,34 +128,68 @@ class Publisher:
         )
 
     def _put_data(
-        self, name: str, samples: Sequence[Sample], scratch: Path
-    ) -> tuple[list[StoredFile], dict[str, bytes]]:
-        """Write the data files. Returns: them, and all pictures as stored if any of them is not ours."""
-        stored: list[StoredFile] = []
-        paths: dict[str, Path] = {}
-        is_adopted = False
-        for key, path in self.layout.pack(name, samples, scratch):
-            paths[key] = path
-            ours = _stored_file(key, path)
-            try:
-                self.commits.store.put_if_absent(key, path)
-            except AlreadyExists:
-                paths[key] = scratch / f"adopted-{len(paths)}"
-                self.commits.store.download(key, paths[key])
-                theirs = _stored_file(key, paths[key])
-                is_adopted |= theirs != ours
-                ours = theirs
-            stored.append(ours)
-        return stored, self.layout.unpack(name, paths) if is_adopted else {}
+        self, name: str, records: Sequence[ImageRecord], pictures: dict[str, Path], scratch: Path
+    ) -> tuple[list[StoredFile], Sequence[ImageRecord]]:
+        """Write the data files. Returns: them, and the records, which now describe what is stored, whoever made it."""
+        put = _Files(self.commits.store, scratch)
+        if samples := [Sample(record, pictures[record.key]) for record in records if record.status == "success"]:
+            for key, path in self.layout.pack(name, samples, scratch):
+                put.create(key, path)
+        # What failed for us, another attempt may have made.
+        for key in sorted({self.layout.file_name(name, record.key) for record in records if record.status == "failed"}):
+            put.adopt(key)
+        if put.is_adopted:
+            adopted = self.layout.unpack(name, put.paths)
+            records = [_adopt(record, adopted, self.layout.file_name(name, record.key)) for record in records]
+        for key, path in self.layout.list_pictures(name, records, scratch):
+            put.create(key, path)
+        return put.stored, records
 
-    def _put_metadata(self, name: str, records: Sequence[ImageRecord]) -> tuple[StoredFile, list[dict[str, object]]]:
+    def _put_metadata(self, name: str, records: Sequence[ImageRecord]) -> tuple[StoredFile, bytes]:
         key = metadata_file(name)
         data = pack_metadata(records, self.passthrough)
         try:
             self.commits.store.put_if_absent(key, data)
         except AlreadyExists:
             data = self.commits.store.read(key)
-        return StoredFile(path=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()), unpack_metadata(data)
+        return StoredFile(path=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()), data
+
+
+class _Files:
+    """The data files of a shard as they are stored, ours or those of whoever came first."""
+
+    def __init__(self, store: Store, scratch: Path) -> None:
+        self._store = store
+        self._scratch = scratch
+        self.stored: list[StoredFile] = []
+        self.paths: dict[str, Path] = {}  # a local copy of each, by key
+        self.is_adopted = False
+
+    def create(self, key: str, path: Path) -> None:
+        """Store a file of ours, unless there is one."""
+        ours = _stored_file(key, path)
+        try:
+            self._store.put_if_absent(key, path)
+        except AlreadyExists:
+            self._fetch(key, ours)
+        else:
+            self._add(ours, path)
+
+    def adopt(self, key: str) -> None:
+        """Take in a file that we did not make, if there is one."""
+        if key not in self.paths and self._store.exists(key):
+            self._fetch(key, None)
+
+    def _fetch(self, key: str, ours: StoredFile | None) -> None:
+        path = self._scratch / f"adopted-{len(self.paths)}"
+        self._store.download(key, path)
+        theirs = _stored_file(key, path)
+        self.is_adopted |= theirs != ours
+        self._add(theirs, path)
+
+    def _add(self, file: StoredFile, path: Path) -> None:
+        self.stored.append(file)
+        self.paths[file.path] = path
 
 
 def _adopt(record: ImageRecord, pictures: dict[str, bytes], file_name: str) -> ImageRecord:

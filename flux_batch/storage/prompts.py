@@ -6,10 +6,9 @@ Knows the `prompts` and `sampling` sections of the job file; does not know shard
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from flux_batch.records import (
     check_integer,
     image_seed,
 )
+from flux_batch.storage.passthrough import is_text, portable
 from flux_batch.storage.store import open_filesystem, translated
 from flux_batch.storage.tables import FORMATS, BadRow, Row, RowRange, Table, open_table
 
@@ -73,20 +73,17 @@ class PromptSource:
     def split(self, file: PromptFile, num_rows: int) -> list[RowRange]:
         """Cut one file into row ranges. Raises: SourceError if a column of the job file is not in it."""
         table = self._table(file.uri)
-        self._check_columns(table, file.uri)
-        return list(table.split(num_rows))
+        ranges = list(table.split(num_rows))
+        if ranges:  # a text file without rows has no columns either
+            self._check_columns(table, file.uri)
+        return ranges
 
     def passthrough_schema(self, files: Sequence[PromptFile]) -> pa.Schema:
         """Find the types of the passthrough columns over all files. Raises: SourceError if they do not agree."""
-        names = self._config.passthrough
-        if not names:
+        if not self._config.passthrough:
             return pa.schema([])
-        schemas = []
-        for file in files:
-            types = self._table(file.uri).types(names)
-            if missing := [name for name in names if name not in types]:
-                raise SourceError(f"{file.uri}: no column {missing[0]!r}, which prompts.passthrough names")
-            schemas.append(pa.schema([(name, types[name]) for name in names]))
+        with ThreadPoolExecutor(READERS) as pool:
+            schemas = list(pool.map(lambda file: self._passthrough_of(file.uri), files))
         try:
             return pa.unify_schemas(schemas, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -104,6 +101,20 @@ class PromptSource:
         for row, values in enumerate(rows):
             yield parser.parse(values, row=row, default_id=f"{shard.name}:{shard.start + row}")
 
+    def _passthrough_of(self, uri: str) -> pa.Schema:
+        types = self._table(uri).types(self._config.passthrough)
+        fields = []
+        for name in self._config.passthrough:
+            if name not in types:
+                raise SourceError(f"{uri}: no column {name!r}, which prompts.passthrough names")
+            try:
+                fields.append((name, portable(types[name])))
+            except ValueError as error:
+                raise SourceError(
+                    f"{uri}: column {name!r}, which prompts.passthrough names: {error}; leave it out or make it text"
+                ) from error
+        return pa.schema(fields)
+
     def _table(self, uri: str) -> Table:
         return open_table(uri, self._options)
 
@@ -111,12 +122,12 @@ class PromptSource:
         """Yield the prompt files that a file, folder or glob means."""
         fs, path = open_filesystem(uri, self._options)
         with translated(uri, "list prompts"):
-            if any(character in path for character in "*?["):
-                yield from ((fs, found) for found in fs.glob(path) if _is_prompts(found))
-            elif fs.isdir(path):
+            if fs.isdir(path):
                 yield from ((fs, found) for found in fs.find(path) if _is_prompts(found))
             elif fs.exists(path):
                 yield fs, path
+            elif any(character in path for character in "*?["):
+                yield from ((fs, found) for found in fs.glob(path) if _is_prompts(found))
             else:
                 raise SourceError(f"{uri}: no such prompts file or folder")
 
@@ -129,9 +140,7 @@ class PromptSource:
                 advice = "" if hint else "; name yours in prompts.columns.prompt"
                 raise SourceError(f"{uri}: no column {column!r}{hint}{advice}")
         kind = types[wanted["prompt"]]
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        if not is_text(kind):
             raise SourceError(f"{uri}: column {wanted['prompt']!r} holds {kind}, but prompts must be text")
 
 
@@ -209,13 +218,6 @@ class RowParser:
         return tuple(seed + index for index in range(count))
 
 
-def as_arrow(value: Any, kind: pa.DataType) -> Any:
-    """Fit a passthrough value to its column's type: a text column takes other values as JSON."""
-    if value is not None and not isinstance(value, str) and pa.types.is_string(kind):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return value
-
-
 def _convert(field: str, value: Any) -> Any:
     if field in INTEGER_FIELDS:
         return _integer(field, value)
@@ -279,8 +281,3 @@ def _sample_hash(fs: fsspec.AbstractFileSystem, path: str, size: int) -> str:
     if size > SAMPLED_BYTES:
         digest.update(fs.cat_file(path, start=max(SAMPLED_BYTES, size - SAMPLED_BYTES), end=size))
     return digest.hexdigest()
-
-
-def passthrough_of(values: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
-    """Give every passthrough column of a row, fitted to its type, in the schema's order."""
-    return {field.name: as_arrow(values.get(field.name), field.type) for field in schema}

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flux_batch.config import OutputConfig
 from flux_batch.records import ImageRecord
 from flux_batch.storage.images import SUFFIXES
-from flux_batch.storage.prompts import passthrough_of
+from flux_batch.storage.passthrough import as_json, feature, passthrough_of
 
 RECORD_SCHEMA = pa.schema(
     [
@@ -69,7 +70,11 @@ class Layout(Protocol):
         ...
 
     def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
-        """Yield each file of a shard: its key in the store, and where its bytes lie under `scratch`."""
+        """Yield each file that holds pictures: its key in the store, and where its bytes lie under `scratch`."""
+        ...
+
+    def list_pictures(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Yield the files that describe pictures from outside; made when it is settled which pictures are stored."""
         ...
 
     def unpack(self, shard: str, files: dict[str, Path]) -> dict[str, bytes]:
@@ -110,6 +115,10 @@ class WebDataset:
                 _add(tar, f"{key}.json", _json(sample_fields(sample.record, self.passthrough)))
         yield f"train/{shard}.tar", path
 
+    def list_pictures(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Yield nothing: each sample has its record beside it."""
+        return iter(())
+
     def unpack(self, shard: str, files: dict[str, Path]) -> dict[str, bytes]:
         """Read the pictures of the tar."""
         with tarfile.open(files[f"train/{shard}.tar"]) as tar:
@@ -132,16 +141,21 @@ class Files:
         return f"train/{shard}/{key}.{self.suffix}"
 
     def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
-        """Give each picture as it is, and write the list of them."""
+        """Give each picture as it is."""
         for sample in samples:
             yield self.file_name(shard, sample.record.key), sample.path
+
+    def list_pictures(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Write metadata.jsonl."""
         lines = [
-            {"file_name": f"{sample.record.key}.{self.suffix}"} | sample_fields(sample.record, self.passthrough)
-            for sample in samples
+            {"file_name": f"{record.key}.{self.suffix}"} | sample_fields(record, self.passthrough)
+            for record in records
+            if record.status == "success"
         ]
-        path = scratch / "metadata.jsonl"
-        path.write_bytes(b"".join(_json(line) + b"\n" for line in lines))
-        yield f"train/{shard}/metadata.jsonl", path
+        if lines:
+            path = scratch / "metadata.jsonl"
+            path.write_bytes(b"".join(_json(line) + b"\n" for line in lines))
+            yield f"train/{shard}/metadata.jsonl", path
 
     def unpack(self, shard: str, files: dict[str, Path]) -> dict[str, bytes]:
         """Read the pictures."""
@@ -176,6 +190,10 @@ class Parquet:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
         yield f"train/{shard}.parquet", path
 
+    def list_pictures(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Yield nothing: each row is the record."""
+        return iter(())
+
     def unpack(self, shard: str, files: dict[str, Path]) -> dict[str, bytes]:
         """Read the pictures of the Parquet file."""
         table = pq.read_table(files[f"train/{shard}.parquet"], columns=["key", "image"])
@@ -200,7 +218,17 @@ def metadata_file(shard: str) -> str:
 def pack_metadata(records: Iterable[ImageRecord], passthrough: pa.Schema) -> bytes:
     """Write records as Parquet, in the order given."""
     schema = pa.schema([*RECORD_SCHEMA, *_renamed(passthrough)])
-    table = pa.Table.from_pylist([record_row(record, passthrough) for record in records], schema)
+    return _parquet_bytes(pa.Table.from_pylist([record_row(record, passthrough) for record in records], schema))
+
+
+def pack_failures(metadata: bytes) -> bytes | None:
+    """Write the failed rows of a shard's metadata as Parquet; None if there are none."""
+    table = pq.read_table(io.BytesIO(metadata))
+    failed = table.filter(pc.field("status") == "failed")
+    return _parquet_bytes(failed) if failed.num_rows else None
+
+
+def _parquet_bytes(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
@@ -226,8 +254,7 @@ def sample_fields(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]
     row = record_row(record, passthrough)
     for field in passthrough:
         name = passthrough_name(field.name)
-        if row[name] is None:
-            row[name] = _empty(field.type)
+        row[name] = as_json(row[name], field.type)
     return {name: value for name, value in row.items() if name not in FAILURE_COLUMNS | {"file_name"}}
 
 
@@ -249,35 +276,9 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _json(fields: dict[str, Any]) -> bytes:
-    return json.dumps(fields, ensure_ascii=False, default=str).encode()
-
-
-def _empty(kind: pa.DataType) -> Any:
-    if pa.types.is_boolean(kind):
-        return False
-    if pa.types.is_integer(kind):
-        return 0
-    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        return 0.0
-    if pa.types.is_nested(kind):
-        return {} if pa.types.is_struct(kind) else []
-    return ""
+    return json.dumps(fields, ensure_ascii=False).encode()
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
     """Describe the columns as Hugging Face features, so that `image` loads as pictures."""
-    return {field.name: _feature(field.type) for field in schema} | {"image": {"_type": "Image"}}
-
-
-def _feature(kind: pa.DataType) -> dict[str, Any]:
-    if pa.types.is_struct(kind):
-        return {field.name: _feature(field.type) for field in kind}
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return {"_type": "List", "feature": _feature(kind.value_type)}
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return {"_type": "Value", "dtype": HF_NAMES.get(str(kind), str(kind))}
-
-
-# Where Arrow and Hugging Face spell a type differently.
-HF_NAMES = {"double": "float64", "float": "float32", "halffloat": "float16"}
+    return {field.name: feature(field.type) for field in schema} | {"image": {"_type": "Image"}}

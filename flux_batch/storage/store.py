@@ -24,8 +24,12 @@ from flux_batch.errors import AlreadyExists, FluxBatchError, NotFound, StoreErro
 SCRATCH = "_run/tmp"
 ATTEMPTS = 5
 REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
+# What file systems without hard links answer: FUSE mounts of buckets, FAT.
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 REFUSAL_CODES = {errno.EROFS, errno.ENAMETOOLONG}
 FINAL_CODES = REFUSAL_CODES | {errno.ENOSPC, errno.EDQUOT}
+# Some servers send the checksum of a whole object with a part of it; botocore would compare the two.
+S3_CLIENT = {"response_checksum_validation": "when_required"}
 
 T = TypeVar("T")
 
@@ -36,8 +40,11 @@ def open_filesystem(uri: str, storage_options: Mapping[str, Any]) -> tuple[fsspe
     Returns: the file system and the path of `uri` in it.
     Raises: StoreRefused for a protocol that is not installed or options that do not fit.
     """
+    options = {**storage_options, "use_listings_cache": False}
     try:
-        fs, path = fsspec.url_to_fs(uri, use_listings_cache=False, **storage_options)
+        if uri.startswith(("s3://", "s3a://")):
+            options["config_kwargs"] = {**S3_CLIENT, **options.get("config_kwargs", {})}
+        fs, path = fsspec.url_to_fs(uri, **options)
         if hasattr(fs, "connect"):
             fs.connect()  # s3fs would meet options that do not fit only at its first request
     except (ImportError, ValueError, TypeError) as error:
@@ -126,7 +133,7 @@ class Store:
         A lost answer to a write that did succeed also ends in AlreadyExists: the caller compares the contents.
         """
         if self._is_local:
-            self._call(key, "create", lambda: self._write_local(key, data, os.link))
+            self._call(key, "create", lambda: self._write_local(key, data, _create))
         elif self.has_conditional_put:
             self._call(key, "create", lambda: self._send(key, data, mode="create"))
         elif self.exists(key):
@@ -178,11 +185,14 @@ class Store:
             raise StoreRefused(f"{self.url(key)}: cannot write: no such bucket or folder") from error
 
     def _write_local(self, key: str, data: bytes | Path, publish: Callable[[str, str], None]) -> None:
-        """Write beside and publish in one step: os.replace takes the name over, os.link refuses a taken one."""
+        """Write beside and publish in one step: os.replace takes the name over, a link refuses a taken one."""
         target = Path(self._path(key))
         scratch = Path(self._path(SCRATCH)) / uuid.uuid4().hex
-        scratch.parent.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # folders that cannot be made, as under /proc
+            raise StoreRefused(f"{self.url(key)}: cannot write: no folder can be made there") from error
         try:
             with scratch.open("wb") as file:
                 if isinstance(data, Path):
@@ -207,6 +217,18 @@ class Store:
         )
         with translated(self.url(key), operation):
             return retrying(function)
+
+
+def _create(scratch: str, target: str) -> None:
+    """Publish a file under a name that must be free: a hard link; where there are none, a look-up and a rename."""
+    try:
+        os.link(scratch, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if os.path.exists(target):
+            raise FileExistsError(target) from error
+        os.replace(scratch, target)
 
 
 def _is_client_error(error: BaseException) -> bool:

@@ -110,8 +110,15 @@ class ParquetTable(_File):
         with self.open() as file:
             try:
                 yield pq.ParquetFile(file, pre_buffer=True)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+                if isinstance(error, OSError) and not _is_damage(error):
+                    raise
                 raise SourceError(f"{self.uri}: not a readable Parquet file: {' '.join(str(error).split())}") from error
+
+
+def _is_damage(error: OSError) -> bool:
+    """Whether Arrow could not decode what it read, and not the file system read it; Arrow's own have no number."""
+    return type(error) is OSError and error.errno is None
 
 
 def _rows_of_group(parquet: pq.ParquetFile, group: int, names: list[str], start: int, end: int) -> list[Row | BadRow]:
@@ -193,7 +200,7 @@ class JsonLinesTable(_LineTable):
             for _, row in self._records(file):
                 if isinstance(row, dict):
                     for name in wanted & row.keys():
-                        kinds.setdefault(name, set()).add(type(row[name]))
+                        kinds.setdefault(name, set()).add(_kind(row[name]))
         return {name: _arrow_type(found - {type(None)}) for name, found in kinds.items()}
 
     def _records(self, file: BinaryIO, offset: int = 0) -> Iterator[tuple[int, Row | BadRow]]:
@@ -275,6 +282,11 @@ def _lines(file: BinaryIO, offset: int) -> Iterator[tuple[int, bytes]]:
     for line in file:
         yield offset, line
         offset += len(line)
+
+
+def _kind(value: Any) -> type:
+    """Give the type of a JSON value; an integer too large for a column counts as text."""
+    return str if isinstance(value, int) and not -(2**63) <= value < 2**63 else type(value)
 
 
 def _arrow_type(kinds: set[type]) -> pa.DataType:

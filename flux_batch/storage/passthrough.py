@@ -1,0 +1,107 @@
+"""The user's own columns that travel along with the pictures: which types may, and how a value stands in each format.
+
+Knows Arrow types and Python values; does not know what the columns mean.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import decimal
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+# Where Arrow and Hugging Face spell a type differently.
+HF_NAMES = {"double": "float64", "float": "float32", "date32[day]": "date32"}
+
+
+def portable(kind: pa.DataType) -> pa.DataType:
+    """Give the type with which a column is carried: the same values, without encodings that only some readers know.
+
+    Raises: ValueError for a type that has no place in JSON or in a Hugging Face data set.
+    """
+    types = pa.types
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return portable(kind.value_type)
+    if is_text(kind) or isinstance(kind, (pa.UuidType, pa.JsonType)):
+        return pa.string()
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
+        return pa.binary()
+    if types.is_fixed_size_binary(kind):
+        return pa.binary()
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return pa.list_(portable(kind.value_type))
+    if types.is_struct(kind):
+        return pa.struct([(field.name, portable(field.type)) for field in kind])
+    if types.is_float16(kind):
+        return pa.float32()
+    if types.is_date(kind):
+        return pa.date32()
+    if types.is_decimal32(kind) or types.is_decimal64(kind):
+        return pa.decimal128(kind.precision, kind.scale)
+    if types.is_null(kind) or types.is_decimal(kind) or (types.is_primitive(kind) and not types.is_interval(kind)):
+        return kind
+    raise ValueError(f"{kind} cannot be carried along")
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def as_arrow(value: Any, kind: pa.DataType) -> Any:
+    """Fit a value to its column's type, which may be wider than that of the value's own file."""
+    if value is None:
+        return None
+    if pa.types.is_string(kind) and isinstance(value, (dict, list, bool, int, float)):
+        return json.dumps(value, ensure_ascii=False)
+    if pa.types.is_string(kind):
+        return str(value)
+    if pa.types.is_floating(kind):
+        return float(value)
+    return value
+
+
+def as_json(value: Any, kind: pa.DataType) -> Any:
+    """Spell a value in JSON so that every value of the column has one type, as loaders infer types from a few.
+
+    Null and what JSON cannot spell become the empty value of the type; bytes are base64, times ISO 8601.
+    """
+    types = pa.types
+    if types.is_struct(kind):
+        return {field.name: as_json((value or {}).get(field.name), field.type) for field in kind}
+    if types.is_list(kind):
+        return [as_json(item, kind.value_type) for item in value or ()]
+    if types.is_boolean(kind):
+        return bool(value)
+    if types.is_integer(kind):
+        return value or 0
+    if types.is_floating(kind):
+        return float(value) if value is not None and math.isfinite(value) else 0.0
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (decimal.Decimal, datetime.timedelta)):
+        return str(value)
+    return "" if value is None else value
+
+
+def passthrough_of(values: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """Give every passthrough column of a row, fitted to its type, in the schema's order."""
+    return {field.name: as_arrow(values.get(field.name), field.type) for field in schema}
+
+
+def feature(kind: pa.DataType) -> dict[str, Any]:
+    """Describe a portable type as a Hugging Face feature."""
+    if pa.types.is_struct(kind):
+        return {field.name: feature(field.type) for field in kind}
+    if pa.types.is_list(kind):
+        return {"_type": "List", "feature": feature(kind.value_type)}
+    return {"_type": "Value", "dtype": HF_NAMES.get(str(kind), str(kind))}

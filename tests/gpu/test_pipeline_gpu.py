@@ -1,0 +1,89 @@
+"""The pipeline on a CUDA device, against itself on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flux_batch import FluxImagePipeline
+from flux_batch.errors import OutOfMemory
+from tiny_flux import TinyFlux, make_tiny_repository
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+PROMPTS = ["a cat", "A dog, 2 birds", "x"]
+SEEDS = [1, 2, 3]
+SMALL = {"height": 64, "width": 96, "num_inference_steps": 3, "t5_sequence_length": 64}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = TinyFlux(axes_dim=(16, 24, 24))
+    return make_tiny_repository(tmp_path_factory.mktemp("models") / "tiny", config)
+
+
+@pytest.fixture(scope="module")
+def expected(repository: Path) -> torch.Tensor:
+    """Latents in float32 on the CPU."""
+    pipe = FluxImagePipeline.from_pretrained(repository, torch.float32, "cpu")
+    return pipe(PROMPTS, seed=SEEDS, output_type="latent", **SMALL)
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+def test_float32_gives_the_latents_and_pictures_of_the_cpu(repository: Path, expected: torch.Tensor) -> None:
+    pipe = FluxImagePipeline.from_pretrained(repository, torch.float32, "cuda")
+    latents = pipe(PROMPTS, seed=SEEDS, output_type="latent", **SMALL)
+    assert latents.is_cuda
+    torch.testing.assert_close(latents.cpu(), expected, atol=1e-3, rtol=0)
+    on_cpu = FluxImagePipeline.from_pretrained(repository, torch.float32, "cpu")
+    pictures = [one(PROMPTS, seed=SEEDS, output_type="np", **SMALL) for one in (pipe, on_cpu)]
+    assert np.abs(np.stack(pictures[0]).astype(int) - np.stack(pictures[1]).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_finite_and_near(repository: Path, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    pipe = FluxImagePipeline.from_pretrained(repository, dtype, "cuda")
+    latents = pipe(PROMPTS, seed=SEEDS, output_type="latent", cfg_scale=[1.0, 1.0, 1.0], **SMALL).float().cpu()
+    assert latents.isfinite().all()
+    assert (latents - expected).norm() / expected.norm() < 0.03
+
+
+def test_the_same_call_is_bit_for_bit_the_same(repository: Path) -> None:
+    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda")
+    options = {"seed": 5, "cfg_scale": 2.0, "negative_prompt": "bad", "output_type": "latent"}
+    assert torch.equal(pipe("x", **options, **SMALL), pipe("x", **options, **SMALL))
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(repository: Path) -> None:
+    pipe = FluxImagePipeline.from_pretrained(repository, torch.float32, "cuda")
+    together = pipe(PROMPTS, seed=SEEDS, cfg_scale=[1.0, 2.0, 1.0], output_type="np", **SMALL)
+    for prompt, seed, scale, picture in zip(PROMPTS, SEEDS, [1.0, 2.0, 1.0], together, strict=True):
+        alone = pipe(prompt, seed=seed, cfg_scale=scale, output_type="np", **SMALL)
+        assert np.abs(picture.astype(int) - alone.astype(int)).max() <= 1
+
+
+def test_running_out_of_memory_is_told_and_survived(repository: Path) -> None:
+    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda")
+    pipe("x", seed=1, **SMALL)
+    torch.cuda.empty_cache()
+    # A quarter of a gigabyte at most on the largest devices; this picture needs more.
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    try:
+        with pytest.raises(OutOfMemory):
+            pipe(["x"] * 8, height=4096, width=4096, num_inference_steps=1, t5_sequence_length=64)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+    pipe("x", seed=1, **SMALL)

@@ -1,0 +1,163 @@
+"""Parameters of a model, read from the shapes of its weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.params import (
+    AUTOENCODER,
+    DEV,
+    DEV_SCHEDULE,
+    SCHNELL,
+    SCHNELL_SCHEDULE,
+    AutoencoderParams,
+    FluxParams,
+    ScheduleParams,
+    autoencoder_params,
+    count_of,
+    flux_params,
+    schedule_params,
+)
+from flux_batch.model.transformer import Flux
+
+AXES = ((2, 2, 2), (4, 6, 6), (8, 4, 4), (16, 56, 56))
+
+
+def shapes_of(kind: type[Flux] | type[AutoEncoder], params: Any) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in kind(params).state_dict().items()}
+
+
+@pytest.mark.parametrize(("params", "count"), [(DEV, 11_901_408_320), (SCHNELL, 11_891_178_560)])
+def test_transformer_has_the_published_number_of_parameters(params: FluxParams, count: int) -> None:
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Flux(params).parameters()) == count
+
+
+def test_autoencoder_has_the_published_number_of_parameters() -> None:
+    with torch.device("meta"):
+        model = AutoEncoder(AUTOENCODER)
+    counts = [sum(p.numel() for p in part.parameters()) for part in (model, model.encoder, model.decoder)]
+    assert counts == [83_819_683, 34_274_208, 49_545_475]
+    assert len(model.state_dict()) == 244
+
+
+@pytest.mark.parametrize("params", [DEV, SCHNELL])
+def test_published_models_need_no_config(params: FluxParams) -> None:
+    assert flux_params(shapes_of(Flux, params), {}) == params
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_transformer_parameters_are_read_back_from_shapes(data: st.DataObject) -> None:
+    axes = data.draw(st.sampled_from(AXES))
+    num_heads = data.draw(st.integers(1, 5))
+    width = st.integers(1, 40)
+    params = FluxParams(
+        in_channels=data.draw(width),
+        out_channels=data.draw(width),
+        vec_in_dim=data.draw(width),
+        context_in_dim=data.draw(width),
+        hidden_size=sum(axes) * num_heads,
+        mlp_hidden_dim=data.draw(width),
+        num_heads=num_heads,
+        depth=data.draw(st.integers(1, 12)),
+        depth_single_blocks=data.draw(st.integers(0, 12)),
+        axes_dim=axes,
+        theta=10_000,
+        qkv_bias=data.draw(st.booleans()),
+        guidance_embed=data.draw(st.booleans()),
+    )
+    assert flux_params(shapes_of(Flux, params), {"axes_dims_rope": list(axes)}) == params
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.sampled_from([4, 8, 12]), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 20), st.booleans()
+)
+def test_autoencoder_parameters_are_read_back_from_shapes(
+    channels: list[int], num_res_blocks: int, z_channels: int, shifted: bool
+) -> None:
+    params = AutoencoderParams(
+        in_channels=3,
+        out_ch=4,
+        channels=tuple(channels),
+        num_res_blocks=num_res_blocks,
+        z_channels=z_channels,
+        num_groups=4,
+        scale_factor=1.5,
+        shift_factor=0.25 if shifted else 0.0,
+    )
+    config = {"norm_num_groups": 4, "scaling_factor": 1.5, "shift_factor": 0.25 if shifted else None}
+    assert autoencoder_params(shapes_of(AutoEncoder, params), config) == params
+    assert params.downscale == 2 ** (len(channels) - 1)
+
+
+def test_an_autoencoder_without_config_is_that_of_flux() -> None:
+    assert autoencoder_params(shapes_of(AutoEncoder, AUTOENCODER), {}) == AUTOENCODER
+
+
+def test_unknown_head_size_asks_for_the_axes() -> None:
+    small = replace(DEV, hidden_size=32, num_heads=2, axes_dim=(4, 6, 6), depth=1, depth_single_blocks=1)
+    with pytest.raises(ValueError, match=r"head size 16 .* config\.json with axes_dims_rope"):
+        flux_params(shapes_of(Flux, small), {})
+
+
+@pytest.mark.parametrize("axes", [(16, 56), (16, 56, 58), (15, 57, 56)], ids=["too few", "too many", "odd"])
+def test_axes_that_do_not_fit_the_head_are_refused(axes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="must be even and add up to the head size 128"):
+        replace(DEV, axes_dim=axes)
+
+
+def test_heads_and_groups_must_divide() -> None:
+    with pytest.raises(ValueError, match="not a multiple of 23 heads"):
+        replace(DEV, num_heads=23)
+    with pytest.raises(ValueError, match="not all multiples of 48 norm groups"):
+        replace(AUTOENCODER, num_groups=48)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("img_in.weight", (3072,)),
+        ("img_in.weight", (3072, 64, 1)),
+        ("txt_in.weight", ()),
+        ("vector_in.in_layer.weight", (3072,)),
+        ("final_layer.linear.weight", (0, 3072)),
+        ("double_blocks.0.img_attn.norm.query_norm.scale", (0,)),
+        ("double_blocks.0.img_attn.norm.query_norm.scale", (128, 1)),
+        ("double_blocks.0.img_mlp.0.weight", (12288,)),
+    ],
+)
+def test_a_shape_that_says_nothing_is_named(key: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=key):
+        flux_params({**shapes_of(Flux, DEV), key: shape}, {})
+
+
+def test_the_count_of_blocks_is_by_the_highest_number() -> None:
+    shapes = {f"double_blocks.{i}.x": () for i in (0, 10, 9, 2)} | {
+        "double_blocks.last.x": (),
+        "single_blocks.40.x": (),
+    }
+    assert count_of(shapes, "double_blocks.") == 11
+    assert count_of(shapes, "triple_blocks.") == 0
+
+
+def test_schedule_without_config_goes_by_the_guidance_embedder() -> None:
+    assert schedule_params({}, guidance_embed=True) == DEV_SCHEDULE
+    assert schedule_params({}, guidance_embed=False) == SCHNELL_SCHEDULE
+
+
+def test_schedule_follows_its_config() -> None:
+    config = {"use_dynamic_shifting": True, "base_shift": 0.1, "max_image_seq_len": 999, "_class_name": "x"}
+    expected = ScheduleParams(use_dynamic_shifting=True, base_shift=0.1, max_image_seq_len=999)
+    assert schedule_params(config, guidance_embed=False) == expected
+    static = schedule_params({"shift": 3.0}, guidance_embed=True)
+    assert static == ScheduleParams(use_dynamic_shifting=False, shift=3.0)

@@ -1,0 +1,294 @@
+"""One contract for every store: a local disk, fsspec's memory and two S3 servers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux_batch.errors import AlreadyExists, NotFound, StoreError, StoreRefused
+from flux_batch.storage.store import SCRATCH, Store
+from s3 import KEY, SECRET, S3Server, free_port
+
+KINDS = ["local", "memory", pytest.param("moto", marks=pytest.mark.s3), pytest.param("rclone", marks=pytest.mark.s3)]
+# botocore alone would try for seconds before the first of our own attempts ends.
+NO_BOTO_RETRIES = {"config_kwargs": {"retries": {"max_attempts": 1}}}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def place(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    """The URI and the storage options of a run that is not there yet."""
+    if kind == "local":
+        return str(tmp_path / "a run"), {}
+    if kind == "memory":
+        return f"memory://{uuid.uuid4().hex}/run", {}
+    server: S3Server = request.getfixturevalue(kind)
+    return f"{server.make_bucket()}/some/run", server.storage_options
+
+
+@pytest.fixture
+def store(place: tuple[str, dict[str, Any]]) -> Store:
+    return Store(*place)
+
+
+def race(store: Store, key: str, writers: int = 8) -> list[int]:
+    """Let threads create one key at once. Returns: those that were told that they did."""
+    start = threading.Barrier(writers)
+    won: list[int] = []
+
+    def create(number: int) -> None:
+        start.wait()
+        try:
+            store.put_if_absent(key, b"%d" % number)
+        except AlreadyExists:
+            return
+        won.append(number)
+
+    threads = [threading.Thread(target=create, args=[number]) for number in range(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return won
+
+
+def test_what_is_written_can_be_read_listed_and_deleted(store: Store, tmp_path: Path) -> None:
+    big = os.urandom(3_000_000)
+    (tmp_path / "big").write_bytes(big)
+    store.write("a/1.bin", b"one")
+    store.write("a/b/2.bin", b"")
+    store.write("ab/3 ü'%.bin", tmp_path / "big")
+
+    assert store.list("a") == ["a/1.bin", "a/b/2.bin"]
+    assert store.list("") == ["a/1.bin", "a/b/2.bin", "ab/3 ü'%.bin"]
+    assert (store.read("a/1.bin"), store.read("a/b/2.bin"), store.read("ab/3 ü'%.bin")) == (b"one", b"", big)
+    store.download("ab/3 ü'%.bin", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == big
+    assert store.exists("a/1.bin")
+    store.delete("a/1.bin")
+    store.delete("a/1.bin")
+    assert not store.exists("a/1.bin")
+    assert store.list("a") == ["a/b/2.bin"]
+
+
+def test_write_replaces(store: Store) -> None:
+    store.write("k", b"a long first value")
+    store.write("k", b"second")
+
+    assert store.read("k") == b"second"
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_put_if_absent_refuses_a_taken_key(store: Store, tmp_path: Path, from_file: bool) -> None:
+    (tmp_path / "first").write_bytes(b"first")
+    (tmp_path / "second").write_bytes(b"second")
+    first, second = (tmp_path / "first", tmp_path / "second") if from_file else (b"first", b"second")
+
+    store.put_if_absent("deep/k", first)
+    with pytest.raises(AlreadyExists, match="deep/k"):
+        store.put_if_absent("deep/k", second)
+
+    assert store.read("deep/k") == b"first"
+    assert store.list("") == ["deep/k"]
+
+
+def test_a_key_put_by_another_client_is_taken(store: Store, place: tuple[str, dict[str, Any]]) -> None:
+    uri, options = place
+    other = Store(uri, options | {"skip_instance_cache": True})
+    assert store.list("commits") == []
+    assert not store.exists("commits/1")
+    other.put_if_absent("commits/1", b"theirs")
+
+    with pytest.raises(AlreadyExists):
+        store.put_if_absent("commits/1", b"ours")
+    assert store.list("commits") == ["commits/1"]
+
+
+def test_conditional_writes_are_found_by_trying(store: Store, kind: str) -> None:
+    assert store.has_conditional_put == (kind != "rclone")
+    assert store.list("") == []
+
+
+def test_nothing_there_is_not_found_and_an_empty_list(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="nothing/there"):
+        store.read("nothing/there")
+    with pytest.raises(NotFound, match="nothing/there"):
+        store.download("nothing/there", tmp_path / "x")
+    assert not store.exists("nothing/there")
+    assert store.list("nothing") == []
+
+
+def test_a_folder_is_no_object(store: Store) -> None:
+    store.write("a/b", b"x")
+
+    assert not store.exists("a")
+
+
+def test_check_writable_leaves_nothing_behind(store: Store) -> None:
+    store.check_writable()
+
+    assert store.list("") == []
+
+
+@pytest.mark.parametrize("kind", ["local", pytest.param("moto", marks=pytest.mark.s3)], indirect=True)
+def test_of_racing_writers_exactly_one_wins(store: Store) -> None:
+    for number in range(5):
+        won = race(store, f"commits/{number}")
+
+        assert len(won) == 1
+        assert store.read(f"commits/{number}") == b"%d" % won[0]
+    assert store.list(SCRATCH) == []
+
+
+@pytest.mark.s3
+def test_a_file_of_many_parts_is_put_conditionally_too(moto: S3Server, tmp_path: Path) -> None:
+    store = Store(moto.make_bucket(), moto.storage_options)
+    with (tmp_path / "tar").open("wb") as file:
+        file.truncate(101 * 2**20)  # s3fs sends more than 100 MiB in parts
+
+    store.put_if_absent("tar", tmp_path / "tar")
+    with pytest.raises(AlreadyExists):
+        store.put_if_absent("tar", tmp_path / "tar")
+
+
+def test_a_local_write_that_is_killed_leaves_no_half_object(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from flux_batch.storage.store import Store\n"
+        "os.replace = os.link = lambda *names: os._exit(9)\n"
+        "getattr(Store(sys.argv[1]), sys.argv[2])('k', b'half')"
+    )
+    store = Store(str(tmp_path))
+    store.write("k", b"whole")
+    for method in ("write", "put_if_absent"):
+        assert subprocess.run([sys.executable, "-c", code, str(tmp_path), method]).returncode == 9
+
+    assert store.read("k") == b"whole"
+    assert [key.rpartition("/")[0] for key in store.list("")] == [SCRATCH, SCRATCH, ""]
+
+
+def test_a_failed_local_write_leaves_nothing(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with pytest.raises(NotFound):
+        store.write("k", tmp_path / "no such file")
+
+    assert store.list("") == []
+
+
+def test_a_disk_without_hard_links_still_refuses_a_taken_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*names: str) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store = Store(str(tmp_path))
+    store.put_if_absent("k", b"first")
+    with pytest.raises(AlreadyExists):
+        store.put_if_absent("k", b"second")
+
+    assert (store.read("k"), store.list("")) == (b"first", ["k"])
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreRefused, match="file/run") as caught:
+        Store(str(tmp_path / "file" / "run")).check_writable()
+
+    assert caught.value.exit_code == 2
+
+
+def test_transient_errors_are_retried_and_others_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path))
+    store.write("k", b"v")
+    answers: list[Exception] = [OSError(5, "I/O error"), TimeoutError("slow")]
+    read = store._fs.cat_file
+    calls: list[str] = []
+
+    def flaky(path: str) -> Any:
+        calls.append(path)
+        if answers:
+            raise answers.pop(0)
+        return read(path)
+
+    monkeypatch.setattr(store._fs, "cat_file", flaky)
+    assert store.read("k") == b"v"
+    assert len(calls) == 3
+
+    answers.append(OSError(28, "No space left on device"))
+    with pytest.raises(StoreError, match="No space left") as caught:
+        store.read("k")
+    assert len(calls) == 4
+    assert caught.value.exit_code == 75
+
+
+def assert_clear(error: pytest.ExceptionInfo[StoreError], uri: str) -> None:
+    """One line that names the place and no secret."""
+    message = str(error.value)
+    assert uri in message
+    assert "\n" not in message
+    for secret in (SECRET, "wrong-secret", KEY):
+        assert secret not in message
+
+
+@pytest.mark.s3
+def test_wrong_credentials_are_refused_whatever_is_asked(rclone: S3Server) -> None:
+    uri = f"{rclone.make_bucket()}/run"
+    store = Store(uri, rclone.storage_options | {"secret": "wrong-secret-12"})
+    for ask in (
+        store.check_writable,
+        lambda: store.read("k"),
+        lambda: store.list("k"),
+        lambda: store.exists("k"),
+        lambda: store.put_if_absent("k", b""),
+    ):
+        with pytest.raises(StoreRefused, match="credentials") as caught:
+            ask()
+        assert_clear(caught, uri)
+        assert caught.value.exit_code == 2
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("server", ["moto", "rclone"])
+def test_a_missing_bucket_is_refused(server: str, request: pytest.FixtureRequest) -> None:
+    options = request.getfixturevalue(server).storage_options
+    with pytest.raises(StoreRefused, match="no such bucket") as caught:
+        Store("s3://no-such-bucket-here/run", options).check_writable()
+
+    assert_clear(caught, "s3://no-such-bucket-here/run")
+    assert caught.value.exit_code == 2
+
+
+def test_an_endpoint_that_does_not_answer_is_worth_another_run() -> None:
+    options = {"key": KEY, "secret": SECRET, "endpoint_url": f"http://127.0.0.1:{free_port()}", **NO_BOTO_RETRIES}
+    store = Store("s3://bucket/run", options)
+    with pytest.raises(StoreError, match="cannot look up: Could not connect") as caught:
+        store.exists("k")
+
+    assert not isinstance(caught.value, (StoreRefused, NotFound))
+    assert_clear(caught, "s3://bucket/run/k")
+    assert caught.value.exit_code == 75
+
+
+@pytest.mark.parametrize(
+    ("uri", "options", "words"),
+    [
+        ("s5://bucket/run", {}, "s5"),
+        ("s3://bucket/run", {"endpoint_url": "localhost:9000"}, "Invalid endpoint: localhost:9000"),
+        ("s3://bucket/run", {"endpoint": "http://localhost:9000"}, "'endpoint'"),
+        ("s3://bucket/run", {"client_kwargs": {"bogus": 1}}, "'bogus'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_by_name(uri: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(StoreRefused, match=words) as caught:
+        Store(uri, {"key": KEY, "secret": SECRET, **options} if uri.startswith("s3:") else options)
+
+    assert_clear(caught, uri)

@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flux_batch.errors import SourceError
+from flux_batch.storage.store import Store
+from flux_batch.storage.tables import BadRow, Row, RowRange, open_table
+
+per_example = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Everything that a file of text can hold: no half surrogate pairs.
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+# Python's text readers take these as line breaks, the formats do not.
+ODD_BREAKS = "one\x0btwo\x0cthree\x1cfour\x85five\u2028six"
+
+
+def read_all(path: Path, num_rows: int, columns: Sequence[str] = ("prompt", "n")) -> list[Row | BadRow]:
+    """Read a file range by range, from the last range to the first, as workers do in any order."""
+    ranges = list(open_table(str(path), {}).split(num_rows))
+    assert [rows.start for rows in ranges] == [index * num_rows for index in range(len(ranges))]
+    assert all(rows.num_rows == num_rows for rows in ranges[:-1])
+    found = [open_table(str(path), {}).read(rows, set(columns)) for rows in reversed(ranges)]
+    assert [len(part) for part in reversed(found)] == [rows.num_rows for rows in ranges]
+    return [row for part in reversed(found) for row in part]
+
+
+def write_parquet(path: Path, rows: list[Row]) -> None:
+    table = pa.Table.from_pylist(rows, pa.schema([("n", pa.int64()), ("prompt", pa.string())]))
+    pq.write_table(table, path, row_group_size=3)
+
+
+def write_jsonl(path: Path, rows: list[Row]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=row["n"] % 2 == 0) + "\n" for row in rows), "utf-8")
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    quoted = [f'{row["n"]},"{row["prompt"].replace(chr(34), chr(34) * 2)}"\n' for row in rows]
+    path.write_bytes(("n,prompt\n" + "".join(quoted)).encode())
+
+
+@per_example
+@given(prompts=st.lists(texts.filter(bool), max_size=12), num_rows=st.integers(1, 13))
+@pytest.mark.parametrize("write", [write_parquet, write_jsonl, write_csv])
+def test_each_row_comes_once_and_in_order(
+    tmp_path: Path, write: Callable[[Path, list[Row]], None], prompts: list[str], num_rows: int
+) -> None:
+    rows: list[Row] = [{"n": number, "prompt": prompt} for number, prompt in enumerate(prompts)]
+    path = tmp_path / f"p.{write.__name__.removeprefix('write_')}"
+    write(path, rows)
+
+    found = read_all(path, num_rows)
+
+    assert [{**row, "n": int(row["n"])} for row in found if isinstance(row, dict)] == rows
+
+
+@per_example
+@given(
+    prompts=st.lists(texts.map(lambda text: text.replace("\n", " ").strip()).filter(bool), max_size=12),
+    num_rows=st.integers(1, 13),
+)
+def test_each_line_of_text_comes_once_and_in_order(tmp_path: Path, prompts: list[str], num_rows: int) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes("\n".join(prompts).encode())
+
+    expected = [prompt.removeprefix("\ufeff") if index == 0 else prompt for index, prompt in enumerate(prompts)]
+    assert [row["prompt"] for row in read_all(path, num_rows) if isinstance(row, dict)] == [
+        prompt for prompt in expected if prompt.strip()
+    ]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 7, 10, 99])
+def test_parquet_ranges_cross_row_groups(tmp_path: Path, num_rows: int) -> None:
+    groups = [3, 1, 4, 0, 2]
+    schema = pa.schema([("prompt", pa.string())])
+    number = 0
+    with pq.ParquetWriter(tmp_path / "p.parquet", schema) as writer:
+        for size in groups:
+            writer.write_table(pa.table({"prompt": [str(number + index) for index in range(size)]}, schema))
+            number += size
+
+    assert read_all(tmp_path / "p.parquet", num_rows) == [{"prompt": str(index)} for index in range(10)]
+
+
+def test_a_range_within_a_large_row_group(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": [str(index) for index in range(20_000)]}), tmp_path / "p.parquet")
+
+    rows = open_table(str(tmp_path / "p.parquet"), {}).read(RowRange(8190, 4), {"prompt"})
+
+    assert rows == [{"prompt": str(index)} for index in range(8190, 8194)]
+
+
+def test_parquet_reads_only_the_columns_asked_for(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"x"], "prompt": ["a"]}), tmp_path / "p.parquet")
+
+    assert read_all(tmp_path / "p.parquet", 1) == [{"prompt": "a"}]
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.dictionary(pa.int8(), pa.string()), pa.large_string(), pa.dictionary(pa.int32(), pa.large_string())]
+)
+def test_parquet_text_of_any_encoding(tmp_path: Path, kind: pa.DataType) -> None:
+    column = pa.array(["a", None, "b", "a"], pa.string()).cast(kind)
+    pq.write_table(pa.table({"prompt": column}), tmp_path / "p.parquet", row_group_size=2)
+
+    assert read_all(tmp_path / "p.parquet", 3) == [{"prompt": text} for text in ("a", None, "b", "a")]
+    assert list(open_table(str(tmp_path / "p.parquet"), {}).types(["prompt", "other"])) == ["prompt"]
+
+
+def test_parquet_text_that_is_not_utf8_costs_its_row_alone(tmp_path: Path) -> None:
+    column = pa.array([b"a", b"\xff\xfe", b"b"]).view(pa.string())
+    pq.write_table(pa.table({"prompt": column}), tmp_path / "p.parquet")
+
+    first, bad, last = read_all(tmp_path / "p.parquet", 3)
+
+    assert (first, last) == ({"prompt": "a"}, {"prompt": "b"})
+    assert isinstance(bad, BadRow)
+    assert "not UTF-8" in bad.reason
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("header", [b"prompt,n", b'"prompt","n"'])
+def test_csv_of_any_writer(tmp_path: Path, ending: bytes, bom: bytes, last: bool, header: bytes) -> None:
+    lines = [header, b'"a ""quoted"", word",1', b'"two', b'lines",2', b"", b"plain,3", '"ü, 猫",4'.encode()]
+    (tmp_path / "p.csv").write_bytes(bom + ending.join(lines) + ending * last)
+
+    assert read_all(tmp_path / "p.csv", 2) == [
+        {"prompt": 'a "quoted", word', "n": "1"},
+        {"prompt": f"two{ending.decode()}lines", "n": "2"},
+        {"prompt": "plain", "n": "3"},
+        {"prompt": "ü, 猫", "n": "4"},
+    ]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 9])
+def test_csv_rows_that_do_not_fit_cost_themselves_alone(tmp_path: Path, num_rows: int) -> None:
+    long = "x" * 200_000
+    (tmp_path / "p.csv").write_text(f"prompt,n\na,1\nb\nc,3,4\n{long},5\n\nd,\n,7\n")
+
+    first, short, wide, big, null, empty = read_all(tmp_path / "p.csv", num_rows)
+
+    assert first == {"prompt": "a", "n": "1"}
+    assert short == BadRow("1 fields where the header has 2")
+    assert wide == BadRow("3 fields where the header has 2")
+    assert isinstance(big, BadRow)
+    assert "field larger than field limit" in big.reason
+    assert (null, empty) == ({"prompt": "d", "n": None}, {"prompt": None, "n": "7"})
+
+
+def test_csv_with_a_stray_byte_shows_it(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_bytes(b"prompt,n\ncaf\xe9,1\nb,2\n")
+
+    assert read_all(tmp_path / "p.csv", 1) == [{"prompt": "caf\ufffd", "n": "1"}, {"prompt": "b", "n": "2"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "the first line"), ("a,b,a\n1,2,3\n", "'a' stands twice in the CSV header")]
+)
+def test_csv_without_a_usable_header_names_the_file(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "p.csv").write_text(text)
+
+    with pytest.raises(SourceError, match=words) as caught:
+        open_table(str(tmp_path / "p.csv"), {}).types(["prompt"])
+    assert "p.csv" in str(caught.value)
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("num_rows", [1, 3, 99])
+def test_json_lines_that_are_no_objects_cost_themselves_alone(tmp_path: Path, bom: bytes, num_rows: int) -> None:
+    lines = [
+        b'{"prompt": "a"}',
+        b"",
+        b'{"prompt": ',
+        b'["a"]',
+        b"null",
+        b'{"prompt": "\xff"}',
+        b"[" * 100_000,
+        rb'{"prompt": "\ud83d\ude00"}',
+        rb'{"prompt": "\ud83d"}',
+        rb'{"other": {"\udead": 1}}',
+        b'\t{"prompt": null}\r',
+    ]
+    (tmp_path / "p.jsonl").write_bytes(bom + b"\n".join(lines))
+
+    found = read_all(tmp_path / "p.jsonl", num_rows)
+
+    assert [row for row in found if isinstance(row, dict)] == [{"prompt": "a"}, {"prompt": "😀"}, {"prompt": None}]
+    assert [isinstance(row, BadRow) for row in found] == [False, *[True] * 5, False, True, True, False]
+    reasons = [row.reason for row in found if isinstance(row, BadRow)]
+    assert [reason.split(":")[0] for reason in reasons] == [
+        "not valid JSON",
+        "not a JSON object",
+        "not a JSON object",
+        "not valid JSON",
+        "not valid JSON",
+        "not valid JSON",
+        "not valid JSON",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1, 2], pa.int64()),
+        ([1, None], pa.int64()),
+        ([1, 2.5], pa.float64()),
+        ([True, False], pa.bool_()),
+        ([True, 1], pa.string()),
+        (["a", 1], pa.string()),
+        ([{"a": 1}, None], pa.string()),
+        ([None, None], pa.string()),
+        ([2**63], pa.string()),
+    ],
+)
+def test_json_columns_have_the_type_that_holds_all_values(
+    tmp_path: Path, values: list[Any], expected: pa.DataType
+) -> None:
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"n": value}) + "\n" for value in values))
+
+    assert open_table(str(tmp_path / "p.jsonl"), {}).types(["n", "other"]) == {"n": expected}
+
+
+def test_text_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbf  one \r\n\n \t\n" + ODD_BREAKS.encode() + b"\n\xff\nlast")
+
+    one, odd, bad, last = read_all(tmp_path / "p.txt", 2)
+
+    assert (one, odd, last) == ({"prompt": "one"}, {"prompt": ODD_BREAKS}, {"prompt": "last"})
+    assert isinstance(bad, BadRow)
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv"])
+def test_text_formats_keep_odd_line_breaks(tmp_path: Path, name: str) -> None:
+    line = {
+        "p.txt": ODD_BREAKS,
+        "p.jsonl": json.dumps({"prompt": ODD_BREAKS}, ensure_ascii=False),
+        "p.csv": f'prompt\n"{ODD_BREAKS}"',
+    }
+    (tmp_path / name).write_bytes(line[name].encode())
+
+    assert read_all(tmp_path / name, 1) == [{"prompt": ODD_BREAKS}]
+
+
+def test_a_suffix_nobody_reads_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"p\.xlsx.*\.parquet, \.jsonl, \.csv, \.txt"):
+        open_table(str(tmp_path / "p.xlsx"), {})
+
+
+def test_suffixes_may_be_capitals(tmp_path: Path) -> None:
+    (tmp_path / "P.TXT").write_text("a")
+
+    assert read_all(tmp_path / "P.TXT", 1) == [{"prompt": "a"}]
+
+
+def broken_parquet(path: Path, damage: str) -> None:
+    pq.write_table(pa.table({"prompt": [f"some text {index}" * 20 for index in range(1000)]}), path)
+    data = path.read_bytes()
+    middle = len(data) // 3
+    path.write_bytes(
+        {
+            "empty": b"",
+            "truncated": data[:-10],
+            "footer lost": data[: len(data) // 2],
+            "another format": b"prompt\na\n",
+            "pages overwritten": data[:middle] + os_random(200) + data[middle + 200 :],
+        }[damage]
+    )
+
+
+def os_random(size: int) -> bytes:
+    return bytes((index * 7919 + 13) % 256 for index in range(size))
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "footer lost", "another format", "pages overwritten"])
+def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "bad.parquet"
+    broken_parquet(path, damage)
+
+    with pytest.raises(SourceError, match="not a readable Parquet file") as caught:
+        read_all(path, 10)
+    assert "bad.parquet" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.s3
+def test_a_large_text_file_in_a_bucket_is_read_in_blocks(s3_store: Any) -> None:
+    lines = b"".join(b'{"prompt": "%d %s"}\n' % (number, b"x" * 200) for number in range(20_000))
+    Store(s3_store.uri, s3_store.storage_options).write("p.jsonl", lines)  # 4 MB; a block a line would be 80 GB
+
+    table = open_table(f"{s3_store.uri}/p.jsonl", s3_store.storage_options)
+    ranges = list(table.split(1000))
+
+    assert len(ranges) == 20
+    assert str(table.read(ranges[7], {"prompt"})[0]["prompt"]).startswith("7000 ")  # type: ignore[index]
