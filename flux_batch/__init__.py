@@ -4,9 +4,10 @@ The folder, in the order in which data flows:
 
     cli       parse, call, exception -> exit code        worker    rows -> batches -> pictures -> commit
     job       the whole run on one screen                pipeline  prompts -> pictures, the only translator to model/
-    config    the job file                               model/    what FLUX computes
-    plan      data set -> shards                         storage/  bytes, tables, URLs
-    engine/   where shards run                           report/   what people read of a run
+    config    the job file                               model_manager  files -> the parts of a model
+    plan      data set -> shards                         model/    what FLUX computes
+    engine/   where shards run                           storage/  bytes, tables, URLs
+                                                         report/   what people read of a run
     records, errors: the nouns that cross a border, at the bottom
 
 Imports only go down; tests/test_architecture.py holds that. Importing this package loads neither torch nor ray.
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flux_batch.config import JobConfig
     from flux_batch.job import run
-    from flux_batch.pipeline import FluxImagePipeline, ModelManager, download_models
+    from flux_batch.model_manager import ModelManager, download_models
+    from flux_batch.pipeline import FluxImagePipeline
 
 __version__ = "0.1.0"
 
@@ -29,8 +31,8 @@ __all__ = ["FluxImagePipeline", "JobConfig", "ModelManager", "download_models", 
 _HOMES = {
     "FluxImagePipeline": "flux_batch.pipeline",
     "JobConfig": "flux_batch.config",
-    "ModelManager": "flux_batch.pipeline",
-    "download_models": "flux_batch.pipeline",
+    "ModelManager": "flux_batch.model_manager",
+    "download_models": "flux_batch.model_manager",
     "run": "flux_batch.job",
 }
 

@@ -6,9 +6,9 @@ Knows names, ranges and defaults; opens nothing but the text it is given.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 from pydantic import (
@@ -21,6 +21,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from flux_batch.errors import InvalidSetting, JobError
 from flux_batch.records import ALIASES, MAX_SEED, SAMPLING_FIELDS, SamplingParams
@@ -30,6 +31,7 @@ REDACTED = "(redacted)"
 PUBLIC_OPTIONS = frozenset(
     {"anon", "client_kwargs", "endpoint_url", "profile", "region_name", "requester_pays", "use_ssl"}
 )
+STORAGE_OPTIONS = {"prompts": {"storage_options"}, "output": {"storage_options"}}
 # Columns of the data set that the job understands, by our own names.
 PROMPT_FIELDS = ("prompt", "id", "seed", "num_images_per_prompt", *SAMPLING_FIELDS)
 
@@ -78,6 +80,14 @@ class PromptsConfig(Section):
         if not uris or not all(uri.strip() for uri in uris):
             raise ValueError("must name at least one file, folder or glob")
         return uris
+
+    @field_validator("passthrough")
+    @classmethod
+    def _named_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"names column {name!r} twice")
+        return names
 
     @field_validator("columns")
     @classmethod
@@ -196,10 +206,7 @@ class JobConfig(Section):
     @classmethod
     def from_yaml(cls, text: str, *, origin: str = "job file", overrides: Iterable[str] = ()) -> JobConfig:
         """Parse a job file; `overrides` are `section.key=value` strings whose values are YAML too."""
-        try:
-            tree = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise JobError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from error
+        tree = _load_yaml(text, origin)
         if not isinstance(tree, dict):
             raise JobError(f"{origin}: must be a mapping with the sections prompts, output and model")
         for override in overrides:
@@ -216,9 +223,9 @@ class JobConfig(Section):
 
     def to_yaml(self) -> str:
         """Write the whole tree with every default spelled out and every secret redacted."""
-        tree = self.model_dump(mode="json")
-        for section in ("prompts", "output"):
-            tree[section]["storage_options"] = _redact(tree[section]["storage_options"])
+        tree = self.model_dump(mode="json", exclude=STORAGE_OPTIONS)
+        tree["prompts"]["storage_options"] = _redact(self.prompts.storage_options)
+        tree["output"]["storage_options"] = _redact(self.output.storage_options)
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
     def identity(self) -> dict[str, Any]:
@@ -226,7 +233,7 @@ class JobConfig(Section):
 
         Where the prompts and the output lie, and how many workers run, is not part of it.
         """
-        tree = self.model_dump(mode="json")
+        tree = self.model_dump(mode="json", exclude=STORAGE_OPTIONS)
         parts = {
             "prompts": {key: tree["prompts"][key] for key in ("columns", "passthrough", "limit")},
             "output": {key: tree["output"][key] for key in ("format", "shard_size")},
@@ -244,19 +251,28 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
+def _load_yaml(text: str, origin: str) -> Any:
+    """Parse YAML; messages quote no line of it, since that may hold a secret."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise JobError(f"{origin}: {line}not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        # PyYAML lets through what Python says to `2026-13-01`, `!!int x` and the like.
+        raise JobError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     path, separator, value = override.partition("=")
     if not separator or not path.strip():
-        raise JobError(f"--set {override}: must be section.key=value")
+        raise JobError(f"--set {path}: must be section.key=value")
     *sections, key = path.strip().split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise JobError(f"--set {override}: {section} is not a section")
-    try:
-        tree[key] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise JobError(f"--set {override}: the value is not valid YAML") from error
+            raise JobError(f"--set {path}: {section} is not a section")
+    tree[key] = _load_yaml(value, f"--set {path}")
 
 
 def _explain(error: ValidationError) -> list[str]:
@@ -272,11 +288,22 @@ def _explain(error: ValidationError) -> list[str]:
             lines.append(f"{path}: missing, and it has no default")
         elif isinstance(cause, InvalidSetting):
             lines.append(f"{path}.{cause}" if path else str(cause))
+        elif finding["type"] in ("model_type", "dict_type"):
+            lines.append(f"{path}: must be a section with keys and values")
         else:
             reason = finding["msg"].removeprefix("Value error, ")
             reason = reason[0].lower() + reason[1:]
-            lines.append(f"{path} = {finding['input']!r}: {reason}")
+            lines.append(f"{path}{_shown(finding)}: {reason}")
     return lines
+
+
+def _shown(finding: ErrorDetails) -> str:
+    """Show the value that was wrong, unless it is, or holds, what may be a secret."""
+    value = finding["input"]
+    if "storage_options" in finding["loc"] or not isinstance(value, (str, int, float)):
+        return ""
+    text = repr(value)
+    return f" = {text}" if len(text) <= 100 else f" = {text[:100]}..."
 
 
 def _keys_at(sections: list[int | str]) -> list[str]:
@@ -294,9 +321,8 @@ def _redact(options: Mapping[str, Any]) -> dict[str, Any]:
             public[key] = REDACTED
         elif isinstance(value, Mapping):
             public[key] = _redact(value)
-        elif isinstance(value, str) and "@" in value:
-            parts = urlsplit(value)
-            public[key] = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        elif isinstance(value, str):
+            public[key] = re.sub("//[^/]*@", "//", value)
         else:
             public[key] = value
     return public

@@ -1,30 +1,24 @@
-"""FluxImagePipeline and ModelManager: prompts in, pictures out.
+"""FluxImagePipeline: prompts in, pictures out.
 
-The one translator between public words (those of DiffSynth-Studio and diffusers) and the model's, and between the
-model's exceptions and ours. Knows no job, shard or storage.
+The one translator between public words (those of DiffSynth-Studio and diffusers) and the model's. Knows no file, job
+or storage.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, InvalidSetting, OutOfMemory
+from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.checkpoint import open_checkpoint, read_config, read_json
-from flux_batch.model.params import ScheduleParams, schedule_params
+from flux_batch.model.params import ScheduleParams
 from flux_batch.model.sampling import (
     Conditioning,
     Progress,
@@ -38,79 +32,16 @@ from flux_batch.model.sampling import (
     position_ids,
     unpack,
 )
-from flux_batch.model.text import ClipEncoder, T5Encoder, load_clip, load_t5
+from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import Flux
-from flux_batch.model.weights import Layout, load_autoencoder, load_transformer, recognise
+from flux_batch.model_manager import TITLES, ModelManager, PathOrFolder, device_errors, find_parts
 from flux_batch.records import ALIASES, MAX_SEED, MAX_STEPS, PIXELS_PER_TOKEN, check_integer, check_scale, check_side
 
-PathOrFolder = str | PathLike[str]
 OutputType = Literal["pil", "np", "pt", "latent"]
 Value = TypeVar("Value")
 
 # Source: black-forest-labs/flux 802fb47, src/flux/cli.py: 256 for schnell, 512 for all others.
 T5_SEQUENCE_LENGTH = {True: 512, False: 256}  # by: is guidance embedded?
-# Where a part may lie in a model folder: the sub folder of diffusers; original files are found in the folder itself.
-FOLDERS = {"transformer": "transformer", "autoencoder": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
-TITLES = {
-    "transformer": "transformer",
-    "autoencoder": "autoencoder",
-    "clip": "CLIP text encoder",
-    "t5": "T5 text encoder",
-}
-# What torch says, in errors that have no class of their own.
-OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-DEVICE_FATAL_SIGNS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error")
-
-
-class ModelManager:
-    """Loads the parts of a model, each recognised by its keys, whatever its file is called.
-
-    Raises: CheckpointError for a file that is missing, damaged, incomplete or of a layout that is not supported;
-    InvalidSetting for a device that is not there.
-    """
-
-    def __init__(
-        self,
-        torch_dtype: torch.dtype = torch.bfloat16,
-        device: str | torch.device = "cuda",
-        file_path_list: Sequence[PathOrFolder | Sequence[PathOrFolder]] = (),
-    ) -> None:
-        self.torch_dtype = torch_dtype
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise InvalidSetting(f"device = {device}: there is no CUDA device here; use cpu", field="device")
-        self.transformer: Flux | None = None
-        self.schedule: ScheduleParams | None = None
-        self.autoencoder: AutoEncoder | None = None
-        self.clip: ClipEncoder | None = None
-        self.t5: T5Encoder | None = None
-        self.load_models(file_path_list)
-
-    def load_models(
-        self,
-        file_path_list: Sequence[PathOrFolder | Sequence[PathOrFolder]],
-        torch_dtype: torch.dtype | None = None,
-    ) -> None:
-        """Load each entry: a file, a folder that holds one part, or the list of files that make up one part."""
-        for source in file_path_list:
-            with checkpoint_errors(), device_errors():
-                self._load(to_path(source), torch_dtype or self.torch_dtype)
-
-    def _load(self, source: Path | list[Path], dtype: torch.dtype) -> None:
-        layout, checkpoint = recognise(open_checkpoint(source))
-        home = checkpoint.home
-        if layout in (Layout.TRANSFORMER, Layout.TRANSFORMER_DIFFUSERS):
-            config = read_config(home, "transformer")
-            self.transformer = load_transformer(checkpoint, layout, config, dtype=dtype, device=self.device)
-            guidance_embed = self.transformer.params.guidance_embed
-            self.schedule = schedule_params(read_scheduler_config(home), guidance_embed=guidance_embed)
-        elif layout in (Layout.AUTOENCODER, Layout.AUTOENCODER_DIFFUSERS):
-            config = read_config(home, "vae")
-            self.autoencoder = load_autoencoder(checkpoint, layout, config, dtype=dtype, device=self.device)
-        elif layout is Layout.CLIP:
-            self.clip = load_clip(checkpoint, dtype=dtype, device=self.device)
-        else:
-            self.t5 = load_t5(checkpoint, dtype=dtype, device=self.device)
 
 
 class FluxImagePipeline:
@@ -155,9 +86,7 @@ class FluxImagePipeline:
         uri: a path or file:// address; torch_dtype: a dtype or its name; device: `cuda` if there is one, else `cpu`.
         Raises: CheckpointError saying what was looked for.
         """
-        folder = local_folder(uri)
-        with checkpoint_errors():
-            parts = [find_part(folder, part) for part in TITLES]
+        parts = find_parts(uri)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, torch_dtype, None) if isinstance(torch_dtype, str) else torch_dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -355,15 +284,6 @@ class PictureRequest:
         return self.num_inference_steps - first_step(self.num_inference_steps, self.denoising_strength)
 
 
-def download_models(model_id_list: Sequence[str]) -> NoReturn:
-    """Fetch models by name: not yet. Raises: FluxBatchError that says what to do instead."""
-    names = ", ".join(model_id_list)
-    raise FluxBatchError(
-        f"download_models is not yet in this version: download {names} with the Hub's own client (hf download) "
-        "and pass the folder to from_pretrained or its files to load_models"
-    )
-
-
 def check_parts_fit(transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncoder, t5: T5Encoder) -> None:
     """Raise CheckpointError unless the parts are of one model."""
     p, a = transformer.params, autoencoder.params
@@ -380,72 +300,6 @@ def check_parts_fit(transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncod
         count, vocab_size = len(encoder.tokenizer), encoder.model.config.vocab_size
         if count > vocab_size:
             raise CheckpointError(f"the tokenizer of {what} has {count} tokens, its text encoder knows {vocab_size}")
-
-
-def local_folder(uri: PathOrFolder) -> Path:
-    """Return the model folder a uri names. Raises: CheckpointError if it is not there or not local."""
-    if uri == "demo":
-        from flux_batch.demo.model import demo_model_folder
-
-        return demo_model_folder()
-    folder = local_path(uri)
-    if folder.is_file():
-        raise CheckpointError(f"{folder} is a file: pass the folder with all parts of the model")
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"no model folder {folder}: download the model with the Hub's own client (hf download) and pass its folder"
-        )
-    return folder
-
-
-def local_path(uri: PathOrFolder) -> Path:
-    """Return the path of a local uri. Raises: CheckpointError for a remote one."""
-    text = str(uri)
-    if "://" not in text:
-        return Path(text).expanduser()
-    parts = urlsplit(text)
-    if parts.scheme != "file":
-        raise CheckpointError(f"{text}: models are read from local folders only: copy the folder to this machine first")
-    return Path(url2pathname(parts.path))
-
-
-def to_path(source: PathOrFolder | Sequence[PathOrFolder]) -> Path | list[Path]:
-    """Return the path, or the paths, of one part."""
-    if isinstance(source, (str, PathLike)):
-        return local_path(source)
-    return [local_path(path) for path in source]
-
-
-def find_part(folder: Path, part: str) -> Path:
-    """Return where a part lies in a model folder: its sub folder, else the one file of that kind in the folder."""
-    sub_folder = folder / FOLDERS[part]
-    if any(sub_folder.glob("*.safetensors*")):
-        return sub_folder
-    found, others = [], []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            layout, _ = recognise(open_checkpoint(path))
-        except ValueError as error:
-            others.append(str(error))
-            continue
-        if layout.name.lower().startswith(part):
-            found.append(path)
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise CheckpointError(f"{folder} holds several files for the {TITLES[part]}: {names}; keep one")
-    if not found:
-        looked = f"looked for {sub_folder}/*.safetensors and for such a file in {folder}"
-        raise CheckpointError("; ".join([f"no {TITLES[part]}: {looked}", *others]))
-    return found[0]
-
-
-def read_scheduler_config(home: Path) -> dict[str, Any]:
-    """Return the scheduler's configuration, which lies in the model folder, of weights in or one below it; else {}."""
-    for folder in (home, home.parent):
-        path = folder / "scheduler" / "scheduler_config.json"
-        if path.is_file():
-            return read_json(path)
-    return {}
 
 
 def resolve_aliases(aliases: dict[str, Any]) -> dict[str, Any]:
@@ -490,30 +344,3 @@ def to_uint8(pixels: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """
     unit = (pixels * 0.5 + 0.5).clamp(0.0, 1.0).float()
     return (unit * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-@contextmanager
-def checkpoint_errors() -> Iterator[None]:
-    """Turn what reading weights raises into CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(str(error)) from error
-
-
-@contextmanager
-def device_errors() -> Iterator[None]:
-    """Turn what a device raises into OutOfMemory (this batch) or DeviceFatal (this process)."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(str(error)) from error
-    except RuntimeError as error:
-        message = str(error)
-        if any(sign in message for sign in OUT_OF_MEMORY_SIGNS):
-            raise OutOfMemory(message) from error
-        if isinstance(error, torch.AcceleratorError) or any(sign in message for sign in DEVICE_FATAL_SIGNS):
-            raise DeviceFatal(message) from error
-        raise

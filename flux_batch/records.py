@@ -47,6 +47,7 @@ class SamplingParams:
         check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
         check_scale("embedded_guidance", self.embedded_guidance)
         check_scale("cfg_scale", self.cfg_scale)
+        check_text("negative_prompt", self.negative_prompt)
         if self.t5_sequence_length is not None:
             check_integer("t5_sequence_length", self.t5_sequence_length, 1, 4096)
 
@@ -78,6 +79,14 @@ def check_scale(name: str, value: float) -> None:
     """Raise InvalidSetting unless `value` is a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
         raise InvalidSetting(f"{name} = {value!r}: must be a finite number of at least 0", field=name)
+
+
+def check_text(name: str, value: str) -> None:
+    """Raise InvalidSetting unless `value` is text that a file can hold: YAML and JSON can spell half a character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidSetting(f"{name} = {value!r}: must be valid Unicode", field=name) from error
 
 
 def image_seed(run_seed: int, row_id: str, image_index: int) -> int:

@@ -86,7 +86,7 @@ def test_a_damaged_prompts_file_costs_its_own_shards_and_is_named(tmp_path: Path
     config = make_job(tmp_path, prompts={"uri": str(tmp_path / "set")})
     report = render(config)
     assert (report.num_committed, report.num_images, report.exit_code) == (1, 4, 1)
-    assert f"shard 1: {bad}: cannot read" in report.errors[0]
+    assert f"shard 1: {bad}: not a readable Parquet file" in report.errors[0]
     assert not (tmp_path / "out/_SUCCESS").exists()
     assert [row["id"] for row in metadata(config)] == [f"{good.name}:{number}" for number in range(4)]
 

@@ -14,10 +14,11 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 from torch import Tensor
 
+import tiny_flux
 from flux_batch import FluxImagePipeline, ModelManager, download_models
 from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, InvalidSetting, OutOfMemory
 from flux_batch.model.sampling import make_generators, make_noise
-from flux_batch.pipeline import device_errors
+from flux_batch.model_manager import device_errors
 from golden import tensor
 from tiny_flux import TinyFlux, copy_repository, make_tiny_repository
 
@@ -475,8 +476,6 @@ class TestFromPretrained:
         for name in ("config.json", "model.safetensors"):
             (folder / "text_encoder_2" / name).unlink()
         wide = TinyFlux(depth=1, depth_single_blocks=1)
-        import tiny_flux
-
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tiny_flux, "T5_WIDTH", 40)
             other = make_tiny_repository(tmp_path / "other", wide)

@@ -81,10 +81,12 @@ def pictures(config: JobConfig) -> dict[str, bytes]:
             with tarfile.open(path) as tar:
                 members = [member for member in tar if not member.name.endswith((".txt", ".json"))]
                 found |= {member.name.partition(".")[0]: tar.extractfile(member).read() for member in members}
+        elif path.name == "metadata.parquet":
+            continue
         elif path.suffix == ".parquet":
             rows = pq.read_table(path, columns=["key", "image"]).to_pylist()
             found |= {row["key"]: row["image"]["bytes"] for row in rows}
-        elif path.is_file() and path.suffix != ".jsonl":
+        elif path.is_file():
             found[path.stem] = path.read_bytes()
     return found
 

@@ -14,11 +14,14 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from flux_batch.model.weights import autoencoder_from_diffusers, transformer_from_diffusers
+
+# Layers this small gain nothing from threads, and threads of several test runs on few cores wait for each other.
+torch.set_num_threads(1)
 
 CLIP_WIDTH = 32
 T5_WIDTH = 24
@@ -142,8 +145,6 @@ def to_original_layout(folder: Path) -> None:
 
 def read_folder(folder: Path) -> dict[str, Any]:
     """Return all tensors of a component folder."""
-    from safetensors.torch import load_file
-
     return {key: value for path in sorted(folder.glob("*.safetensors")) for key, value in load_file(path).items()}
 
 

@@ -48,6 +48,8 @@ COMMITS = "_run/commits"
 FAILED = "_run/failed"
 VERSION = 1
 READERS = 16
+# Single pictures are small: what counts is how many are on their way to a bucket at once.
+WRITERS = 16
 
 
 @dataclass(frozen=True)
@@ -133,16 +135,14 @@ class Publisher:
         """Write the data files. Returns: them, and the records, which now describe what is stored, whoever made it."""
         put = _Files(self.commits.store, scratch)
         if samples := [Sample(record, pictures[record.key]) for record in records if record.status == "success"]:
-            for key, path in self.layout.pack(name, samples, scratch):
-                put.create(key, path)
+            put.create(self.layout.pack(name, samples, scratch))
         # What failed for us, another attempt may have made.
         for key in sorted({self.layout.file_name(name, record.key) for record in records if record.status == "failed"}):
             put.adopt(key)
         if put.is_adopted:
             adopted = self.layout.unpack(name, put.paths)
             records = [_adopt(record, adopted, self.layout.file_name(name, record.key)) for record in records]
-        for key, path in self.layout.list_pictures(name, records, scratch):
-            put.create(key, path)
+        put.create(self.layout.list_pictures(name, records, scratch))
         return put.stored, records
 
     def _put_metadata(self, name: str, records: Sequence[ImageRecord]) -> tuple[StoredFile, bytes]:
@@ -165,31 +165,37 @@ class _Files:
         self.paths: dict[str, Path] = {}  # a local copy of each, by key
         self.is_adopted = False
 
-    def create(self, key: str, path: Path) -> None:
-        """Store a file of ours, unless there is one."""
-        ours = _stored_file(key, path)
-        try:
-            self._store.put_if_absent(key, path)
-        except AlreadyExists:
-            self._fetch(key, ours)
-        else:
-            self._add(ours, path)
+    def create(self, files: Iterable[tuple[str, Path]]) -> None:
+        """Store files of ours, several at a time, each unless there is one."""
+        with ThreadPoolExecutor(WRITERS) as pool:
+            for file, path, is_adopted in pool.map(self._create, files):
+                self._add(file, path, is_adopted)
 
     def adopt(self, key: str) -> None:
         """Take in a file that we did not make, if there is one."""
         if key not in self.paths and self._store.exists(key):
-            self._fetch(key, None)
+            self._add(*self._fetch(key), True)
 
-    def _fetch(self, key: str, ours: StoredFile | None) -> None:
-        path = self._scratch / f"adopted-{len(self.paths)}"
+    def _create(self, file: tuple[str, Path]) -> tuple[StoredFile, Path, bool]:
+        """Store one file. Returns: what is stored, a local copy of it, and whether it is another's."""
+        key, path = file
+        ours = _stored_file(key, path)
+        try:
+            self._store.put_if_absent(key, path)
+        except AlreadyExists:
+            theirs, copy = self._fetch(key)
+            return theirs, copy, theirs != ours
+        return ours, path, False
+
+    def _fetch(self, key: str) -> tuple[StoredFile, Path]:
+        path = self._scratch / f"adopted-{key.replace('/', '-')}"
         self._store.download(key, path)
-        theirs = _stored_file(key, path)
-        self.is_adopted |= theirs != ours
-        self._add(theirs, path)
+        return _stored_file(key, path), path
 
-    def _add(self, file: StoredFile, path: Path) -> None:
+    def _add(self, file: StoredFile, path: Path, is_adopted: bool) -> None:
         self.stored.append(file)
         self.paths[file.path] = path
+        self.is_adopted |= is_adopted
 
 
 def _adopt(record: ImageRecord, pictures: dict[str, bytes], file_name: str) -> ImageRecord:

@@ -48,8 +48,8 @@ RECORD_SCHEMA = pa.schema(
         ("bytes", pa.int64()),
     ]
 )
-# Only failures fill these, and only successes become samples.
-FAILURE_COLUMNS = {"status", "error_type", "error_message"}
+# What a sample need not say: it was made, and it is where it is.
+NOT_OF_SAMPLES = {"status", "error_type", "error_message", "file_name"}
 # Row groups of at most 100 pictures: what dataset viewers can still page through.
 IMAGES_PER_ROW_GROUP = 100
 
@@ -131,7 +131,10 @@ class WebDataset:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """One folder a shard: a file a picture, and a metadata.jsonl that makes it a Hugging Face imagefolder."""
+    """One folder a shard: a file a picture, and a metadata.parquet that makes it a Hugging Face imagefolder.
+
+    Parquet and not JSON lines, since types must be those of all shards and not what a loader guesses from one.
+    """
 
     suffix: str
     passthrough: pa.Schema
@@ -146,16 +149,17 @@ class Files:
             yield self.file_name(shard, sample.record.key), sample.path
 
     def list_pictures(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
-        """Write metadata.jsonl."""
-        lines = [
-            {"file_name": f"{record.key}.{self.suffix}"} | sample_fields(record, self.passthrough)
+        """Write metadata.parquet."""
+        rows = [
+            record_row(record, self.passthrough) | {"file_name": f"{record.key}.{self.suffix}"}
             for record in records
             if record.status == "success"
         ]
-        if lines:
-            path = scratch / "metadata.jsonl"
-            path.write_bytes(b"".join(_json(line) + b"\n" for line in lines))
-            yield f"train/{shard}/metadata.jsonl", path
+        if rows:
+            schema = pa.schema([("file_name", pa.string()), *_sample_columns(self.passthrough)])
+            path = scratch / "metadata.parquet"
+            path.write_bytes(_parquet_bytes(pa.Table.from_pylist(rows, schema)))
+            yield f"train/{shard}/metadata.parquet", path
 
     def unpack(self, shard: str, files: dict[str, Path]) -> dict[str, bytes]:
         """Read the pictures."""
@@ -176,8 +180,7 @@ class Parquet:
     def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
         """Write the Parquet file, one row group of pictures in memory at a time."""
         image = pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-        fields = [field for field in RECORD_SCHEMA if field.name not in FAILURE_COLUMNS | {"file_name"}]
-        schema = pa.schema([image, *fields, *_renamed(self.passthrough)])
+        schema = pa.schema([image, *_sample_columns(self.passthrough)])
         schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": _features(schema)}})})
         path = scratch / f"{shard}.parquet"
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -255,12 +258,16 @@ def sample_fields(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]
     for field in passthrough:
         name = passthrough_name(field.name)
         row[name] = as_json(row[name], field.type)
-    return {name: value for name, value in row.items() if name not in FAILURE_COLUMNS | {"file_name"}}
+    return {name: value for name, value in row.items() if name not in NOT_OF_SAMPLES}
 
 
 def passthrough_name(name: str) -> str:
     """Name a passthrough column in the metadata: its own name, unless one of ours has it."""
     return f"{name}_" if name in RECORD_SCHEMA.names or name == "image" else name
+
+
+def _sample_columns(passthrough: pa.Schema) -> list[pa.Field]:
+    return [field for field in RECORD_SCHEMA if field.name not in NOT_OF_SAMPLES] + _renamed(passthrough)
 
 
 def _renamed(passthrough: pa.Schema) -> list[pa.Field]:

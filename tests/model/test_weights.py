@@ -28,7 +28,8 @@ from flux_batch.model.weights import (
     transformer_from_diffusers,
     transformer_to_diffusers,
 )
-from flux_batch.pipeline import FluxImagePipeline, ModelManager
+from flux_batch.model_manager import ModelManager
+from flux_batch.pipeline import FluxImagePipeline
 from tiny_flux import TinyFlux, copy_repository, make_tiny_pipeline, make_tiny_repository, read_folder
 
 State = dict[str, Tensor]

@@ -1,0 +1,170 @@
+"""The house, checked from its source: who imports whom, where each third-party package lives, how large a file gets."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "flux_batch"
+
+BOTTOM = {"errors", "records"}
+# Each unit of the package, and what it may import of the others. Only downwards: the order is that of the house.
+LADDER: dict[str, set[str]] = {
+    "errors": set(),
+    "records": {"errors"},
+    "config": BOTTOM,
+    "model": set(),
+    "storage": BOTTOM | {"config"},
+    "demo": {"model"},
+    "model_manager": BOTTOM | {"model", "demo"},
+    "pipeline": BOTTOM | {"model", "model_manager"},
+    "plan": BOTTOM | {"config", "storage"},
+    "worker": BOTTOM | {"config", "storage"},
+    "engine": BOTTOM,
+    "report": BOTTOM | {"config", "storage", "plan"},
+    "stage": BOTTOM | {"config", "storage", "worker", "pipeline"},
+    "job": BOTTOM | {"config", "plan", "worker", "engine", "report", "storage", "pipeline", "demo"},
+    "cli": BOTTOM | {"config", "job", "plan", "report", "storage"},
+    "__init__": {"config", "job", "model_manager", "pipeline", "stage"},
+    "__main__": {"cli"},
+}
+STORAGE = ("storage/",)
+MODEL = ("model/", "model_manager.py", "pipeline.py", "demo/")
+HOMES: dict[str, tuple[str, ...]] = {
+    "ray": ("engine/ray_",),
+    "torch": MODEL,
+    "einops": ("model/",),
+    "safetensors": MODEL,
+    "transformers": ("model/", "demo/"),
+    "tokenizers": ("model/", "demo/"),
+    "sentencepiece": ("model/", "demo/"),
+    "filelock": ("demo/",),
+    "fsspec": STORAGE,
+    "s3fs": STORAGE,
+    "tenacity": STORAGE,
+    "pyarrow": ("storage/", "plan.py", "worker.py", "demo/"),
+    "PIL": ("storage/", "pipeline.py"),
+    "numpy": ("storage/", "model/", "pipeline.py", "demo/"),
+    "pydantic": ("config.py",),
+    "pydantic_core": ("config.py",),
+    "yaml": ("config.py", "cli.py"),
+}
+# A file that does not fit into the head is two; the composition roots are where it starts.
+MAX_LINES = 400
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield the full name and the line of everything a file imports, at whatever depth."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            if node.module == "flux_batch":
+                for alias in node.names:
+                    yield f"flux_batch.{alias.name}", node.lineno
+            else:
+                yield str(node.module), node.lineno
+
+
+def violations(root: Path = PACKAGE) -> list[str]:
+    """List what breaks the ladder or leaves its home."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        unit = name.split("/")[0].removesuffix(".py")
+        for module, line in imports(path):
+            top, _, rest = module.partition(".")
+            target = rest.split(".")[0]
+            if top == "flux_batch" and target != unit and target not in LADDER.get(unit, set()):
+                found.append(f"{name}:{line}: {unit} imports {target or 'the package'}")
+            elif top == "flux_batch" or top in sys.stdlib_module_names:
+                continue
+            elif not name.startswith(HOMES.get(top, ())):
+                found.append(f"{name}:{line}: {top} belongs into {', '.join(HOMES.get(top, ())) or 'no file yet'}")
+    return found
+
+
+def test_imports_only_go_down_and_packages_stay_at_home() -> None:
+    assert violations() == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "words"),
+    [
+        ("storage/x.py", "from flux_batch.worker import Worker", "storage imports worker"),
+        ("storage/x.py", "import torch", "torch belongs into model/"),
+        ("engine/local.py", "import ray", "ray belongs into engine/ray_"),
+        ("engine/x.py", "def f():\n    from flux_batch.storage import store", "engine imports storage"),
+        ("errors.py", "from flux_batch import records", "errors imports records"),
+        ("config.py", "import flux_batch", "config imports the package"),
+        ("model/x.py", "from flux_batch.errors import FluxBatchError", "model imports errors"),
+        ("newcomer.py", "from flux_batch.errors import FluxBatchError", "newcomer imports errors"),
+        ("worker.py", "import requests", "requests belongs into no file yet"),
+    ],
+)
+def test_the_rules_can_be_broken(tmp_path: Path, file: str, line: str, words: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(line)
+
+    (found,) = violations(tmp_path)
+    assert words in found
+
+
+def test_the_ladder_has_no_cycle() -> None:
+    below: set[str] = set()
+    waiting = dict(LADDER)
+    while ready := [unit for unit, uses in waiting.items() if uses <= below]:
+        below |= set(ready)
+        waiting = {unit: uses for unit, uses in waiting.items() if unit not in below}
+    assert waiting == {}
+
+
+def test_nothing_prints_but_the_command_line() -> None:
+    calls = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "pprint")
+    ]
+    assert calls == []
+
+
+def test_every_file_says_what_it_is_and_fits_into_the_head() -> None:
+    for path in sources():
+        text = path.read_text()
+        assert ast.get_docstring(ast.parse(text)), f"{path.name} has no docstring"
+        assert len(text.splitlines()) <= MAX_LINES, f"{path.name} is too long"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("flux_batch", ["torch", "ray", "pyarrow", "fsspec", "pydantic", "numpy"]),
+        ("flux_batch.cli", ["torch", "ray", "transformers"]),
+        ("flux_batch.config", ["torch", "ray", "pyarrow", "fsspec"]),
+        ("flux_batch.job", ["torch", "ray", "transformers"]),
+        ("flux_batch.worker", ["torch", "ray", "transformers"]),
+        ("flux_batch.storage.commits", ["torch", "ray"]),
+        ("flux_batch.engine.protocol", ["torch", "ray", "pyarrow"]),
+        ("flux_batch.model.params", ["ray", "pyarrow", "fsspec"]),
+    ],
+)
+def test_an_import_pulls_in_only_what_it_needs(module: str, absent: list[str]) -> None:
+    code = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert result.stdout.strip() == "[]"
