@@ -119,9 +119,12 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
     options = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
-        if not separator:
-            raise JobError(f"--storage-option {pair}: must be KEY=VALUE")
-        options[key] = yaml.safe_load(value)
+        if not separator:  # the pair is not shown: it may be a secret
+            raise JobError("--storage-option: must be KEY=VALUE")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise JobError(f"--storage-option {key}: the value is not valid YAML") from error
     return options
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux_batch.errors import CheckpointError, InvalidSetting
+from flux_batch.errors import CheckpointError, InvalidSetting, RowError
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.params import ScheduleParams
 from flux_batch.model.sampling import (
@@ -135,7 +135,8 @@ class FluxImagePipeline:
 
         Returns, by output_type: `pil`; `np` uint8 (height, width, 3); `pt` fp32 (b, 3, height, width) in [-1, 1];
         `latent` scaled (b, c, height/8, width/8). The last two keep the batch axis for a single prompt too.
-        Raises: InvalidSetting naming the argument and what would be right; OutOfMemory; DeviceFatal.
+        Raises: InvalidSetting naming the argument and what would be right; RowError for a picture with numbers that
+        are not finite; OutOfMemory; DeviceFatal.
         """
         named = resolve_aliases(aliases)
         check_choice("output_type", output_type, get_args(OutputType))
@@ -164,6 +165,7 @@ class FluxImagePipeline:
             if output_type == "latent":
                 return latents
             pixels = self.decode(latents)
+            check_finite(pixels)
             if output_type == "pt":
                 return pixels.float().clamp(-1.0, 1.0)
             pictures: list[Any] = list(to_uint8(pixels))
@@ -327,6 +329,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise InvalidSetting unless `value` is one of `choices`."""
     if value not in choices:
         raise InvalidSetting(f"{name} = {value!r}: must be one of {', '.join(choices)}", field=name)
+
+
+def check_finite(pixels: Tensor) -> None:
+    """Raise RowError if a picture holds NaN or infinity, which uint8 would turn into black."""
+    if not torch.isfinite(pixels).all():
+        raise RowError(f"the model overflowed in {str(pixels.dtype).removeprefix('torch.')}: take bfloat16 or float32")
 
 
 def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:

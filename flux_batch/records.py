@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any, Literal
 
 from flux_batch.errors import InvalidSetting
@@ -71,7 +72,7 @@ def check_side(name: str, value: int) -> None:
 
 def check_integer(name: str, value: int, low: int, high: int) -> None:
     """Raise InvalidSetting unless `value` is a whole number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
         raise InvalidSetting(f"{name} = {value!r}: must be a whole number from {low} to {high}", field=name)
 
 

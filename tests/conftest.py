@@ -14,6 +14,8 @@ from s3 import Bucket, S3Server, moto_server, rclone_server
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 # Tiny models are quicker on one thread, and processes side by side do not fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing here may look for a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

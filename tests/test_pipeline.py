@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tiny_flux
 from flux_batch import FluxImagePipeline, ModelManager, download_models
-from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, InvalidSetting, OutOfMemory
+from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, InvalidSetting, OutOfMemory, RowError
 from flux_batch.model.sampling import make_generators, make_noise
 from flux_batch.model_manager import device_errors
 from golden import tensor
@@ -509,3 +509,16 @@ def test_what_a_device_raises_becomes_ours(error: RuntimeError, expected: type[E
     with pytest.raises(expected) as caught, device_errors():
         raise error
     assert type(caught.value) is expected
+
+
+def test_a_picture_that_overflowed_is_an_error_and_not_black(repository: Path) -> None:
+    broken = FluxImagePipeline.from_pretrained(repository, **CPU)
+    broken.autoencoder.decoder.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(RowError, match="overflowed in float32"):
+        broken("x", seed=0, **SMALL)
+
+
+def test_numbers_of_numpy_are_numbers(pipe: FluxImagePipeline) -> None:
+    size = {name: np.int64(value) for name, value in SMALL.items()}
+    arrays = [pipe("x", seed=seed, output_type="np", **kind) for seed, kind in ((7, SMALL), (np.int64(7), size))]
+    assert np.array_equal(*arrays)

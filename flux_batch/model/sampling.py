@@ -39,7 +39,7 @@ class Conditioning(NamedTuple):
 
 def make_generators(seeds: Sequence[int | None]) -> list[torch.Generator | None]:
     """Return one CPU generator a seed; None stands for torch's global generator."""
-    return [None if seed is None else torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return [None if seed is None else torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
 
 
 def make_noise(shape: Sequence[int], generators: Sequence[torch.Generator | None]) -> Tensor:

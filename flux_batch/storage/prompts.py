@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import posixpath
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -61,12 +62,13 @@ class PromptSource:
 
     def files(self) -> list[PromptFile]:
         """List the data set in a fixed order. Raises: SourceError if a file is missing or nothing is found."""
-        found = {path: fs for uri in self._config.uri for fs, path in self._expand(uri)}
+        expanded = [self._expand(uri) for uri in self._config.uri]
+        found = {path: fs for fs, _, paths in expanded for path in paths}
         if not found:
             raise SourceError(
                 f"{', '.join(self._config.uri)}: no prompts found; expected files ending in {_suffixes()}"
             )
-        base = posixpath.commonpath([posixpath.dirname(path) for path in found])
+        base = _common_folder([folder for _, folder, _ in expanded])
         with ThreadPoolExecutor(READERS) as pool:
             return list(pool.map(lambda path: _describe(found[path], path, base), sorted(found)))
 
@@ -118,18 +120,18 @@ class PromptSource:
     def _table(self, uri: str) -> Table:
         return open_table(uri, self._options)
 
-    def _expand(self, uri: str) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
-        """Yield the prompt files that a file, folder or glob means."""
+    def _expand(self, uri: str) -> tuple[fsspec.AbstractFileSystem, str, list[str]]:
+        """Find what a file, folder or glob means: its file system, the folder it is about, the prompt files."""
         fs, path = open_filesystem(uri, self._options)
         with translated(uri, "list prompts"):
             if fs.isdir(path):
-                yield from ((fs, found) for found in fs.find(path) if _is_prompts(found))
-            elif fs.exists(path):
-                yield fs, path
-            elif any(character in path for character in "*?["):
-                yield from ((fs, found) for found in fs.glob(path) if _is_prompts(found))
-            else:
-                raise SourceError(f"{uri}: no such prompts file or folder")
+                return fs, path.rstrip("/"), [found for found in fs.find(path) if _is_prompts(found)]
+            if fs.exists(path):
+                return fs, posixpath.dirname(path), [path]
+            if magic := re.search(r"[*?[]", path):
+                folder = posixpath.dirname(path[: magic.start()])
+                return fs, folder, [found for found in fs.glob(path) if _is_prompts(found)]
+        raise SourceError(f"{uri}: no such prompts file or folder")
 
     def _check_columns(self, table: Table, uri: str) -> None:
         wanted = {"prompt": self._config.columns.get("prompt", "prompt"), **self._config.columns}
@@ -263,6 +265,14 @@ def _is_prompts(path: str) -> bool:
     """Whether a file found in a folder counts: a known suffix, and not hidden as `_metadata` and `.part` files are."""
     name = posixpath.basename(path)
     return not name.startswith((".", "_")) and name.rpartition(".")[2].lower() in FORMATS
+
+
+def _common_folder(folders: Sequence[str]) -> str:
+    """Find what names are relative to: none if a list mixes a disk with a bucket."""
+    try:
+        return posixpath.commonpath(folders)
+    except ValueError:
+        return ""
 
 
 def _describe(fs: fsspec.AbstractFileSystem, path: str, base: str) -> PromptFile:

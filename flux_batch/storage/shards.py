@@ -262,8 +262,11 @@ def sample_fields(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]
 
 
 def passthrough_name(name: str) -> str:
-    """Name a passthrough column in the metadata: its own name, unless one of ours has it."""
-    return f"{name}_" if name in RECORD_SCHEMA.names or name == "image" else name
+    """Name a passthrough column in the metadata: its own name, or one `_` more if one of ours has it.
+
+    So that `key_` cannot meet what becomes of `key`, it gets one more too.
+    """
+    return f"{name}_" if name.rstrip("_") in {*RECORD_SCHEMA.names, "image"} else name
 
 
 def _sample_columns(passthrough: pa.Schema) -> list[pa.Field]:

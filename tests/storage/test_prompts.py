@@ -457,3 +457,26 @@ def test_wrong_credentials_are_refused_without_showing_them(rclone: S3Server, wh
     assert uri in str(caught.value)
     assert "secret" not in str(caught.value)
     assert SECRET not in repr(PromptsConfig(uri=uri, storage_options=rclone.storage_options))
+
+
+def test_the_ids_of_a_folder_do_not_change_when_a_sibling_appears(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "set/monday/a.parquet", {"prompt": ["x"]})
+    config = PromptsConfig(uri=str(tmp_path / "set"))
+    before = [row.id for row in read(config)]
+    write_parquet(tmp_path / "set/tuesday/a.parquet", {"prompt": ["y"]})
+    assert before == ["monday/a.parquet:0"]
+    assert [row.id for row in read(config)] == ["monday/a.parquet:0", "tuesday/a.parquet:0"]
+
+
+def test_the_ids_of_a_glob_are_relative_to_what_is_fixed_in_it(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "set/monday/a.parquet", {"prompt": ["x"]})
+    assert [row.id for row in read(PromptsConfig(uri=f"{tmp_path}/set/*/a.parquet"))] == ["monday/a.parquet:0"]
+
+
+@pytest.mark.s3
+def test_a_list_may_mix_a_disk_with_a_bucket(tmp_path: Path, moto: S3Server) -> None:
+    bucket = moto.make_bucket()
+    local = write_parquet(tmp_path / "a.parquet", {"prompt": ["x"]})
+    Store(bucket, moto.storage_options).write("b.parquet", Path(local))
+    config = PromptsConfig(uri=(local, f"{bucket}/b.parquet"), storage_options=moto.storage_options)
+    assert len({row.id for row in read(config)}) == 2

@@ -5,7 +5,6 @@ import decimal
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,8 +33,6 @@ from flux_batch.storage.shards import (
     shard_name,
     unpack_metadata,
 )
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 FORMATS = ["webdataset", "files", "parquet"]
 PROMPTS = ["plain", 'say "cheese",\nplease', "猫と犬 🐈‍⬛", "x" * 2000, "a\x01b", "plain"]
