@@ -105,7 +105,7 @@ class Worker:
         )
         self._layout = layout_for(recipe.config.output, recipe.passthrough)
         self._publisher = Publisher(self._commits, self._layout, recipe.passthrough, _who())
-        self._encoders = ThreadPoolExecutor(max(1, round(recipe.config.workers.num_cpus)), "encode")
+        self._num_encoders = max(1, round(recipe.config.workers.num_cpus))
 
     def __call__(self, shard: Shard) -> ShardResult:
         """Run one shard to its commit; one that is committed already is left as it is."""
@@ -124,26 +124,17 @@ class Worker:
             commit = self._publisher.publish(shard.index, records, run.pictures, Path(scratch))
         return _result(commit, run.device_s, time.monotonic() - started)
 
-    def close(self) -> None:
-        """Let the encoder threads go."""
-        self._encoders.shutdown()
-
     def _render(self, run: ShardRun) -> None:
         """Make all pictures of a shard; encoding runs on threads while the device makes the next batch."""
         pending: deque[list[Future[None]]] = deque()
-        for batch in batches(run.items, self._config.workers.batch_size):
-            pixels = self._generate(run, batch)
-            truncated = self._truncations(batch)
-            pending.append(
-                [
-                    self._encoders.submit(self._finish, run, item, made, cut)
-                    for item, made, cut in zip(batch, pixels, truncated, strict=True)
-                ]
-            )
-            if len(pending) > BATCHES_AHEAD:
-                _wait(pending.popleft())
-        for futures in pending:
-            _wait(futures)
+        with ThreadPoolExecutor(self._num_encoders, "encode") as encoders:
+            for batch in batches(run.items, self._config.workers.batch_size):
+                made = zip(batch, self._generate(run, batch), self._truncations(batch), strict=True)
+                pending.append([encoders.submit(self._finish, run, *each) for each in made])
+                if len(pending) > BATCHES_AHEAD:
+                    _wait(pending.popleft())
+            for futures in pending:
+                _wait(futures)
 
     def _generate(self, run: ShardRun, batch: Sequence[Item]) -> list[Pixels | Exception]:
         """Make the pictures of a batch; if that fails, of its halves, until only what cannot be made has failed."""

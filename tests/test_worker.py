@@ -63,7 +63,6 @@ def render(config: JobConfig, pipeline: FakePipeline | None = None) -> list[Shar
     """Run every shard of a job in this process."""
     worker, plan = open_worker(config, pipeline)
     results = [worker(shard) for shard in plan.shards]
-    worker.close()
     return results
 
 
@@ -343,7 +342,6 @@ def test_the_recipe_travels_and_opens_elsewhere(tmp_path: Path) -> None:
     data = pickle.dumps(recipe)
     worker = pickle.loads(data).open()
     result = worker(pickle.loads(pickle.dumps(plan.shards[0])))
-    worker.close()
 
     assert len(data) < 5000
     assert pickle.loads(pickle.dumps(result)) == result
@@ -373,7 +371,6 @@ def test_keys_have_no_dots_and_widen_with_the_run(tmp_path: Path, shards: int) -
     worker = recipe.open()
 
     worker(plan.shards[0])
-    worker.close()
 
     digits = {10: "00000", 100_001: "000000"}[shards]
     assert list(pictures(config)) == [f"{digits}0000", f"{digits}0001"]
@@ -429,4 +426,3 @@ def test_a_shard_shorter_than_planned_says_that_the_file_changed(tmp_path: Path)
 
     with pytest.raises(Exception, match=r"2 rows from row 0 where the plan has 3; the file changed"):
         worker(Shard(index=0, uri=shard.uri, name=shard.name, start=0, num_rows=3))
-    worker.close()
