@@ -10,6 +10,7 @@ import glob
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections import Counter, deque
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 PULSE_S = 5.0
 # Say so when workers that were asked for do not come: after this long, and then again.
 PATIENCE_S = 30.0
+# How long to wait for the TCP answer of a cluster that others have started.
+REACHABLE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,16 @@ class RayPool:
 
 
 def connect(max_workers: int, num_gpus: float) -> None:
-    """Connect to Ray unless this process already is; a local cluster on a machine without GPUs gets logical ones."""
+    """Connect to Ray unless this process already is; a local cluster on a machine without GPUs gets logical ones.
+
+    Raises: Interrupted if no cluster answers at RAY_ADDRESS.
+    """
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-    if "RAY_ADDRESS" not in os.environ:
+    if address := os.environ.get("RAY_ADDRESS"):
+        check_reachable(address)
+    else:
         options |= {"address": "local", "include_dashboard": False}
         if not glob.glob("/dev/nvidia[0-9]*"):
             options["num_gpus"] = max_workers * num_gpus
@@ -68,6 +76,20 @@ def connect(max_workers: int, num_gpus: float) -> None:
     ray.init(**options)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # ray.init takes the signal over; it is the program's to handle
+
+
+def check_reachable(address: str) -> None:
+    """Raise Interrupted unless something listens at a HOST:PORT address; Ray itself would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "/" in host:  # `auto` or ray://, which answer for themselves
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACHABLE_S).close()
+    except OSError as error:
+        raise Interrupted(
+            f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error}); start it, or unset RAY_ADDRESS to start "
+            "one on this machine"
+        ) from error
 
 
 @dataclass
