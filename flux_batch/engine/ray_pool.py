@@ -34,6 +34,8 @@ PULSE_S = 5.0
 PATIENCE_S = 30.0
 # How long to wait for the TCP answer of a cluster that others have started.
 REACHABLE_S = 10.0
+# How long a cluster that stopped answering may take to come back.
+LOST_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,12 @@ class RayPool:
     def run(self, runner: Runner, shards: Sequence[Shard]) -> Iterator[ShardResult]:
         """Join the cluster of RAY_ADDRESS, or start one on this machine, and run every shard."""
         connect(self.max_workers, self.num_gpus)
-        pool = _Pool(self, ray.put(runner), deque(shards))
+        pool = _Pool(self, ray.put(runner), deque(shards), ray.get_runtime_context().gcs_address)
         try:
             yield from pool.results()
-        except ConnectionError as error:
-            raise Interrupted(f"the Ray cluster is gone ({error}); run the same command again") from error
         finally:
-            pool.stop()
+            if why_unreachable(pool.gcs_address) is None:
+                pool.stop()
 
 
 def connect(max_workers: int, num_gpus: float) -> None:
@@ -80,16 +81,23 @@ def connect(max_workers: int, num_gpus: float) -> None:
 
 def check_reachable(address: str) -> None:
     """Raise Interrupted unless something listens at a HOST:PORT address; Ray itself would try for many minutes."""
+    if reason := why_unreachable(address):
+        raise Interrupted(
+            f"RAY_ADDRESS = {address}: no Ray cluster answers there ({reason}); start it, or unset RAY_ADDRESS "
+            "to start one on this machine"
+        )
+
+
+def why_unreachable(address: str) -> str | None:
+    """Say why nothing listens at a HOST:PORT address; None if something does, or if it is of another kind."""
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or "/" in host:  # `auto` or ray://, which answer for themselves
-        return
+        return None
     try:
         socket.create_connection((host, int(port)), timeout=REACHABLE_S).close()
     except OSError as error:
-        raise Interrupted(
-            f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error}); start it, or unset RAY_ADDRESS to start "
-            "one on this machine"
-        ) from error
+        return str(error)
+    return None
 
 
 @dataclass
@@ -99,6 +107,7 @@ class _Pool:
     options: RayPool
     runner: Any  # ObjectRef of the runner, stored once for all actors
     queue: deque[Shard]
+    gcs_address: str
     starting: dict[Any, Any] = field(default_factory=dict)  # open() call -> actor
     running: dict[Any, tuple[Any, Shard]] = field(default_factory=dict)  # run() call -> actor, shard
     idle: list[Any] = field(default_factory=list)
@@ -117,6 +126,8 @@ class _Pool:
                     self._settle_start(call)
                 else:
                     yield from self._settle_run(call)
+            if not answered:
+                self._await_cluster()
             self._report_missing_workers()
 
     def stop(self) -> None:
@@ -153,6 +164,7 @@ class _Pool:
         try:
             failure: Failure | None = ray.get(call)
         except RayError as error:
+            self._await_cluster()
             self.failed_starts += 1
             log.warning("a worker was lost while it started: %s", _first_line(error))
             if self.failed_starts > self.options.max_attempts:
@@ -174,6 +186,7 @@ class _Pool:
         try:
             outcome: ShardResult | Failure = ray.get(call)
         except RayError as error:
+            self._await_cluster()
             ray.kill(actor)  # it may live on, cut off from us: its shard goes elsewhere
             reason = "its worker died" if isinstance(error, RayActorError) else _first_line(error)
             yield from self._retry(shard, reason)
@@ -197,6 +210,19 @@ class _Pool:
             "shard %d: %s; attempt %d of %d follows", shard.index, reason, attempt + 1, self.options.max_attempts
         )
         self.queue.append(shard)
+
+    def _await_cluster(self) -> None:
+        """Wait while the cluster is away. Raises: Interrupted if it stays away.
+
+        Calls of Ray would block, and after a minute Ray ends this process without a word to its user.
+        """
+        deadline = time.monotonic() + LOST_S
+        while reason := why_unreachable(self.gcs_address):
+            if time.monotonic() > deadline:
+                raise Interrupted(
+                    f"the Ray cluster at {self.gcs_address} is gone ({reason}); run the same command again"
+                )
+            time.sleep(1)
 
     def _report_missing_workers(self) -> None:
         """Say what the run is waiting for, when workers do not come."""
