@@ -320,6 +320,13 @@ class TestSampleOfDiffSynth:
         with pytest.raises(FluxBatchError, match=r"not yet .* FLUX\.1-dev .* from_pretrained"):
             download_models(["FLUX.1-dev"])
 
+    def test_download_models_is_content_with_a_model_that_is_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "models/FLUX/FLUX.1-dev").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        download_models(["FLUX.1-dev"])
+
 
 BAD_CALLS = {
     "size": ({"height": 1000}, "height", "height = 1000.* 992 and 1008"),

@@ -27,7 +27,7 @@ def estimate(config: JobConfig, plan: Plan) -> dict[str, Any]:
     tokens = pixels // 256 + (sampling.t5_sequence_length or DEV_TEXT_TOKENS)
     flops = passes * NUM_BLOCKS * (24 * HIDDEN**2 * tokens + 4 * tokens**2 * HIDDEN)
     return {
-        "num_files": len(plan.files),
+        "num_files": len({shard.name for shard in plan.shards}),
         "num_prompts": plan.num_prompts,
         "num_images": num_images,
         "num_shards": len(plan.shards),
