@@ -144,10 +144,10 @@ def close_run(config: JobConfig, store: Store, progress: Progress) -> RunReport:
         max_failed_ratio=config.failures.max_ratio,
         errors=tuple(progress.errors),
     )
-    if report.num_new_images or not store.exists(REPORT):
+    if not store.exists(SUCCESS):
         store.write(REPORT, report.to_json())
-    if report.is_complete and not store.exists(SUCCESS):
-        store.write(SUCCESS, b"")
+        if report.is_complete:
+            store.write(SUCCESS, b"")
     return report
 
 

@@ -199,6 +199,7 @@ class ShardResult:
     num_images: int = 0
     num_failed: int = 0
     num_bytes: int = 0
+    is_new: bool = False  # rendered now; not met as committed by another attempt
     device_s: float = 0.0  # time the pipeline was working
     wall_s: float = 0.0
     error: str | None = None  # set when the shard could not be committed

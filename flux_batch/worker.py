@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-import tempfile
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -28,6 +27,7 @@ from flux_batch.records import SAMPLING_FIELDS, Commit, FailedRow, ImageRecord, 
 from flux_batch.storage.commits import Commits, Publisher
 from flux_batch.storage.images import Pixels, encode
 from flux_batch.storage.prompts import PromptSource
+from flux_batch.storage.scratch import scratch_folder, sweep_scratch
 from flux_batch.storage.shards import image_key, layout_for, shard_name
 from flux_batch.storage.store import Store
 
@@ -89,7 +89,8 @@ class WorkerRecipe:
     make_pipeline: Callable[[ModelConfig], ImagePipeline]
 
     def open(self) -> Worker:
-        """Load the model and open the output."""
+        """Load the model and open the output, once the disk is free of what killed workers left."""
+        sweep_scratch()
         return Worker(self, self.make_pipeline(self.config.model))
 
 
@@ -111,9 +112,9 @@ class Worker:
         """Run one shard to its commit; one that is committed already is left as it is."""
         started = time.monotonic()
         with suppress(NotFound):
-            return _result(self._commits.read(shard.index), 0.0, time.monotonic() - started)
-        with tempfile.TemporaryDirectory(prefix="flux-batch-") as scratch:
-            run = ShardRun(shard_name(shard.index, self._commits.num_shards), Path(scratch))
+            return _result(self._commits.read(shard.index))
+        with scratch_folder() as scratch:
+            run = ShardRun(shard_name(shard.index, self._commits.num_shards), scratch)
             for row in self._source.read(shard, self._config.sampling):
                 if isinstance(row, FailedRow):
                     self._record_failed_row(run, row)
@@ -121,8 +122,9 @@ class Worker:
                     run.items += [Item(row, index) for index in range(len(row.seeds))]
             self._render(run)
             records = [run.records[place] for place in sorted(run.records)]
-            commit = self._publisher.publish(shard.index, records, run.pictures, Path(scratch))
-        return _result(commit, run.device_s, time.monotonic() - started)
+            commit = self._publisher.publish(shard.index, records, run.pictures, scratch)
+        result = _result(commit)
+        return replace(result, is_new=True, device_s=run.device_s, wall_s=time.monotonic() - started)
 
     def _render(self, run: ShardRun) -> None:
         """Make all pictures of a shard; encoding runs on threads while the device makes the next batch."""
@@ -264,13 +266,11 @@ def _wait(futures: Iterable[Future[None]]) -> None:
         future.result()
 
 
-def _result(commit: Commit, device_s: float, wall_s: float) -> ShardResult:
+def _result(commit: Commit) -> ShardResult:
     return ShardResult(
         shard=commit.shard,
         worker=commit.worker,
         num_images=commit.num_images,
         num_failed=commit.num_failed,
         num_bytes=sum(file.bytes for file in commit.files),
-        device_s=device_s,
-        wall_s=wall_s,
     )

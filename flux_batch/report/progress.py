@@ -48,15 +48,19 @@ class Progress:
             self.errors.append(f"shard {result.shard}: {result.error}")
             log.error("shard %d is given up: %s", result.shard, result.error)
             return
+        self.totals.add(result.num_images, result.num_failed)
+        if result.is_new:
+            self._add_new(result)
+        if self.clock() - self._last >= INTERVAL_S or self.totals.num_committed == self.num_shards:
+            self.report()
+
+    def _add_new(self, result: ShardResult) -> None:
         if self._began is None:
             self._began = self.clock() - result.wall_s
-        self.totals.add(result.num_images, result.num_failed)
         self.workers.add(result.worker)
         self.num_new_images += result.num_images
         self.num_new_shards += 1
         self.device_s += result.device_s
-        if self.clock() - self._last >= INTERVAL_S or self.totals.num_committed == self.num_shards:
-            self.report()
 
     def report(self) -> None:
         """Log a line and write the progress object."""

@@ -23,10 +23,18 @@ def test_rate_and_time_left_do_not_count_the_start_of_the_workers(tmp_path: Path
     clock.now += 60  # workers start
     for shard in (4, 5):
         clock.now += 10
-        progress.add(ShardResult(shard=shard, num_images=4, wall_s=10))
+        progress.add(ShardResult(shard=shard, num_images=4, wall_s=10, is_new=True))
     written = json.loads(store.read(PROGRESS))
     assert (written["num_committed"], written["num_images"]) == (6, 24)
     assert (written["images_per_s"], written["eta_s"]) == (0.4, 40)
+
+
+def test_a_shard_that_another_attempt_committed_counts_but_not_as_work_of_now(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    progress = Progress(store, num_shards=1, totals=Totals())
+    progress.add(ShardResult(shard=0, num_images=4))
+    assert (progress.totals.num_images, progress.num_new_images) == (4, 0)
+    assert json.loads(store.read(PROGRESS))["images_per_s"] == 0
 
 
 def test_a_shard_given_up_is_an_error_and_not_progress(tmp_path: Path) -> None:

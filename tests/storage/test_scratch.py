@@ -1,0 +1,51 @@
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from flux_batch.storage.scratch import YOUNG_S, scratch_folder, sweep_scratch
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def age(folder: Path) -> None:
+    then = time.time() - 2 * YOUNG_S
+    os.utime(folder, (then, then))
+
+
+def test_a_folder_is_empty_and_gone_after_use() -> None:
+    with scratch_folder() as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "picture").write_bytes(b"x")
+    assert not folder.exists()
+
+
+def test_what_a_killed_worker_left_is_swept() -> None:
+    with scratch_folder() as folder:
+        pass
+    folder.mkdir()
+    (folder / "picture").write_bytes(b"x")
+    age(folder)
+    assert sweep_scratch() == 1
+    assert not folder.exists()
+    assert sweep_scratch() == 0
+
+
+def test_a_folder_in_use_is_left_alone_however_old() -> None:
+    with scratch_folder() as folder:
+        age(folder)
+        assert sweep_scratch() == 0
+        assert folder.exists()
+
+
+def test_a_folder_that_was_only_just_made_is_left_alone() -> None:
+    with scratch_folder() as folder:
+        pass
+    folder.mkdir()
+    assert sweep_scratch() == 0
+    assert folder.exists()
