@@ -112,8 +112,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
     """Read KEY=VALUE pairs; values are YAML."""
-    import yaml
-
+    from flux_batch.config import load_yaml
     from flux_batch.errors import JobError
 
     options = {}
@@ -121,10 +120,7 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
         key, separator, value = pair.partition("=")
         if not separator:  # the pair is not shown: it may be a secret
             raise JobError("--storage-option: must be KEY=VALUE")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise JobError(f"--storage-option {key}: the value is not valid YAML") from error
+        options[key] = load_yaml(value, f"--storage-option {key}")
     return options
 
 

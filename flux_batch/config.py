@@ -206,7 +206,7 @@ class JobConfig(Section):
     @classmethod
     def from_yaml(cls, text: str, *, origin: str = "job file", overrides: Iterable[str] = ()) -> JobConfig:
         """Parse a job file; `overrides` are `section.key=value` strings whose values are YAML too."""
-        tree = _load_yaml(text, origin)
+        tree = load_yaml(text, origin)
         if not isinstance(tree, dict):
             raise JobError(f"{origin}: must be a mapping with the sections prompts, output and model")
         for override in overrides:
@@ -251,7 +251,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
-def _load_yaml(text: str, origin: str) -> Any:
+def load_yaml(text: str, origin: str) -> Any:
     """Parse YAML; messages quote no line of it, since that may hold a secret."""
     try:
         return yaml.safe_load(text)
@@ -272,7 +272,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise JobError(f"--set {path}: {section} is not a section")
-    tree[key] = _load_yaml(value, f"--set {path}")
+    tree[key] = load_yaml(value, f"--set {path}")
 
 
 def _explain(error: ValidationError) -> list[str]:

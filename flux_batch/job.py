@@ -20,6 +20,7 @@ from flux_batch.report.progress import Progress
 from flux_batch.report.summary import RunReport, Totals
 from flux_batch.storage.commits import Commits
 from flux_batch.storage.prompts import PromptSource
+from flux_batch.storage.run_files import CARD, JOB, PLAN, REPORT, SUCCESS
 from flux_batch.storage.store import Store
 from flux_batch.worker import ImagePipeline, WorkerRecipe
 
@@ -27,12 +28,6 @@ if TYPE_CHECKING:
     from flux_batch.engine.protocol import Engine
 
 log = logging.getLogger(__name__)
-
-JOB = "_run/job.yaml"
-PLAN = "_run/plan.parquet"
-REPORT = "_run/report.json"
-SUCCESS = "_SUCCESS"
-CARD = "README.md"
 
 
 def run(

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from flux_batch.records import ShardResult
 from flux_batch.report.summary import Totals
+from flux_batch.storage.run_files import PROGRESS
 from flux_batch.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-PROGRESS = "_run/progress.json"
 INTERVAL_S = 5.0
 
 

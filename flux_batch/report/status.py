@@ -8,18 +8,19 @@ from typing import Any
 
 from flux_batch.errors import JobError, NotFound
 from flux_batch.plan import count
-from flux_batch.report.progress import PROGRESS, duration
+from flux_batch.report.progress import duration
 from flux_batch.report.summary import Totals
 from flux_batch.storage.commits import Commits
+from flux_batch.storage.run_files import PLAN, PROGRESS, SUCCESS
 from flux_batch.storage.store import Store
 
 
 def read_status(store: Store) -> dict[str, Any]:
     """Count what is planned and committed. Raises: JobError if there is no run in the output."""
     try:
-        num_shards, num_prompts = count(store.read("_run/plan.parquet"))
+        num_shards, num_prompts = count(store.read(PLAN))
     except NotFound as error:
-        raise JobError(f"{store.uri}: there is no run here (no _run/plan.parquet)") from error
+        raise JobError(f"{store.uri}: there is no run here (no {PLAN})") from error
     commits = Commits(store, num_shards)
     totals = Totals.of(commits.read_all(sorted(commits.done())))
     return {
@@ -29,7 +30,7 @@ def read_status(store: Store) -> dict[str, Any]:
         "num_committed": totals.num_committed,
         "num_images": totals.num_images,
         "num_failed": totals.num_failed,
-        "is_complete": store.exists("_SUCCESS"),
+        "is_complete": store.exists(SUCCESS),
         "progress": _read_json(store, PROGRESS),
     }
 

@@ -33,6 +33,7 @@ import pyarrow as pa
 
 from flux_batch.errors import AlreadyExists, StoreError
 from flux_batch.records import Commit, ImageRecord, StoredFile
+from flux_batch.storage.run_files import COMMITS, FAILED
 from flux_batch.storage.shards import (
     Layout,
     Sample,
@@ -44,8 +45,6 @@ from flux_batch.storage.shards import (
 )
 from flux_batch.storage.store import Store
 
-COMMITS = "_run/commits"
-FAILED = "_run/failed"
 VERSION = 1
 READERS = 16
 # Single pictures are small: what counts is how many are on their way to a bucket at once.

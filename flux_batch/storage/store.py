@@ -19,9 +19,8 @@ from fsspec.implementations.local import LocalFileSystem
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from flux_batch.errors import AlreadyExists, FluxBatchError, NotFound, StoreError, StoreRefused
+from flux_batch.storage.run_files import SCRATCH
 
-# Half-written files of a killed process stay here, out of sight of whoever loads the data set.
-SCRATCH = "_run/tmp"
 ATTEMPTS = 5
 REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
 # What file systems without hard links answer: FUSE mounts of buckets, FAT.
