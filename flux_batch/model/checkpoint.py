@@ -1,51 +1,70 @@
-"""A model's tensors on disk: safetensors files, sharded or not, opened by header; knows no architecture."""
+"""A model's tensors on disk: safetensors and GGUF files, sharded or not, opened by header; knows no architecture."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
-SHARD_NAME = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
-FOREIGN_MAGIC = {b"PK": "a pickle (zip)", b"\x80": "a pickle", b"GGUF": "a GGUF file", b"<": "a web page"}
+from flux_batch.model.gguf_file import GGUF_MAGIC, QUANTISED, read_gguf
+
+FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
+READABLE = FP8 | {"F64", "F32", "F16", "BF16"} | QUANTISED
+ENDINGS = ("safetensors", "sft", "gguf")
+PICKLES = frozenset({".ckpt", ".bin", ".pt", ".pth", ".pkl"})
+SHARD_NAME = re.compile(r"-(\d+)-of-(\d+)\.\w+$")
+FOREIGN_MAGIC = {b"PK": "a pickle (zip)", b"\x80": "a pickle", b"<": "a web page"}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies: `key` is its name in that file."""
+    """Where one tensor lies and how it is encoded; `key` is its name in that file.
+
+    `dtype`: as safetensors writes it, or a GGUF type (Q4_K); `offset`: its first byte, in a GGUF file; `scale`: what
+    the numbers of an fp8 tensor are to be multiplied by, one for all of them or one a row.
+    """
 
     path: Path
     key: str
     shape: tuple[int, ...]
     dtype: str
+    offset: int | None = None
+    scale: StoredTensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Tensors by name, not read yet. `source` is the file or folder, for messages; `home` the folder they lie in."""
+    """Tensors by name, not read yet. `source` is the file or folder, for messages; `home` the folder they lie in.
+
+    `metadata`: what the header says beside the tensors.
+    """
 
     source: str
     home: Path
     tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def rename(self, names: Mapping[str, str]) -> Checkpoint:
-        """Return the same tensors with other names: `names` is old name -> new name, for every tensor."""
-        return Checkpoint(self.source, self.home, {names[name]: tensor for name, tensor in self.tensors.items()})
+        """Return the tensors that `names`, old name -> new name, lists. Raises: ValueError if two get one name."""
+        tensors: dict[str, StoredTensor] = {}
+        for old, new in names.items():
+            if new in tensors:
+                twice = " and ".join(sorted((tensors[new].key, self.tensors[old].key), key=len))
+                raise ValueError(f"{self.source} holds {new} twice, as {twice}: keep one")
+            tensors[new] = self.tensors[old]
+        return replace(self, tensors=tensors)
 
     def check(self, what: str, expected: Mapping[str, Sequence[int]]) -> None:
-        """Raise ValueError unless names and shapes are exactly `expected` and all tensors are floats."""
+        """Raise ValueError unless names and shapes are exactly `expected` and all tensors can be read."""
         complaints = [
             *complain("missing", [name for name in expected if name not in self.tensors]),
             *complain("not part of it", [name for name in self.tensors if name not in expected]),
@@ -59,53 +78,31 @@ class Checkpoint:
             ),
             *complain(
                 "quantised, which is not supported",
-                [f"{name} ({tensor.dtype})" for name, tensor in self.tensors.items() if tensor.dtype not in FLOATS],
+                [f"{name} ({tensor.dtype})" for name, tensor in self.tensors.items() if tensor.dtype not in READABLE],
             ),
         ]
         if complaints:
             raise ValueError(f"{self.source} does not hold {what}: {'; '.join(complaints)}")
 
 
-class StoredState(Mapping[str, Tensor]):
-    """A checkpoint as a state dict that reads a tensor when it is asked for, so that no second copy piles up."""
-
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-        self._tensors = checkpoint.tensors
-        self._files = {path: open_file(path) for path in {tensor.path for tensor in checkpoint.tensors.values()}}
-        self._dtype = dtype
-        self._device = device
-
-    def __getitem__(self, name: str) -> Tensor:
-        stored = self._tensors[name]
-        tensor: Tensor = self._files[stored.path].get_tensor(stored.key)
-        return tensor.to(device=self._device, dtype=self._dtype)
-
-    def __contains__(self, name: object) -> bool:
-        # Mapping's own would read the tensor to find out.
-        return name in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
 def open_checkpoint(source: Path | Sequence[Path]) -> Checkpoint:
     """Open one model: a file, the files of one model, or a folder with one file or with an index and its shards.
 
-    Reads headers only. Raises: ValueError for what is not there, not whole, or not safetensors.
+    Reads headers only. Raises: ValueError for what is not there, not whole, or neither safetensors nor GGUF.
     """
     files = files_of(source) if isinstance(source, Path) else list(source)
     if not files:
         raise ValueError("an empty list of files is no model")
     tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
     for path in files:
-        for name, tensor in read_header(path).items():
+        header, words = read_header(path)
+        for name, tensor in header.items():
             if name in tensors:
                 raise ValueError(f"{name} is both in {tensors[name].path} and in {path}")
             tensors[name] = tensor
-    return Checkpoint(str(source if isinstance(source, Path) else files[0]), files[0].parent, tensors)
+        metadata |= words
+    return Checkpoint(str(source if isinstance(source, Path) else files[0]), files[0].parent, tensors, metadata)
 
 
 def files_of(source: Path) -> list[Path]:
@@ -116,34 +113,64 @@ def files_of(source: Path) -> list[Path]:
     if len(indexes) > 1:
         raise ValueError(f"{source} holds several models: {listing([path.name for path in indexes])}; keep one")
     if indexes:
-        weight_map = read_json(indexes[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{indexes[0]} has no weight_map: download it again")
-        return [source / str(name) for name in sorted(set(weight_map.values()))]
-    files = sorted(source.glob("*.safetensors"))
+        return indexed_files(indexes[0])
+    files = weight_files(source)
     shards = [SHARD_NAME.search(path.name) for path in files]
     if len(files) > 1 and not all(shard and int(shard[2]) == len(files) for shard in shards):
         raise ValueError(f"{source} holds several files and no index: {listing([path.name for path in files])}")
     if not files:
-        raise ValueError(f"no .safetensors file in {source}")
+        pickles = sorted(path.name for path in source.iterdir() if path.suffix in PICKLES)
+        but = f", only {listing(pickles)}, which can run any code when read" if pickles else ""
+        raise ValueError(f"no .safetensors or .gguf file in {source}{but}")
     return files
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Return what a safetensors file holds, without reading tensors."""
-    file = open_file(path)
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files in a folder that may hold weights."""
+    return sorted(path for ending in ENDINGS for path in folder.glob(f"*.{ending}"))
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """Return the shards an index names. Raises: ValueError unless each lies beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map: download it again")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}, which is no file beside it")
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{index} names {name}, and {index.parent / name} is not there: download it again")
+    return [index.parent / name for name in names]
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return what a file holds and says about itself, without reading tensors."""
+    if is_gguf(path):
+        entries, words = read_gguf(path)
+        tensors = {x.name: StoredTensor(path, x.name, x.shape, x.dtype, offset=x.offset) for x in entries}
+        return tensors, words
+    file = open_safetensors(path)
     tensors = {}
     for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
         view = file.get_slice(key)
         tensors[key] = StoredTensor(path, key, tuple(view.get_shape()), view.get_dtype())
-    return tensors
+    return tensors, file.metadata() or {}
 
 
-def open_file(path: Path) -> Any:
-    """Open a safetensors file. Raises: ValueError that says what the file is instead, as far as one can tell."""
+def is_gguf(path: Path) -> bool:
+    """Return whether a file begins as GGUF does, whatever it is called."""
+    if not path.is_file() or path.suffix in PICKLES:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+
+
+def open_safetensors(path: Path) -> Any:
+    """Map a safetensors file. Raises: ValueError that says what the file is instead, as far as one can tell."""
     if not path.is_file():
         raise ValueError(f"{path} is not there")
-    if path.suffix in {".ckpt", ".bin", ".pt", ".pth"}:
+    if path.suffix in PICKLES:
         raise ValueError(f"{path} is a pickle, which can run any code when read: use the .safetensors file instead")
     try:
         return safe_open(path, framework="pt")
@@ -161,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises: ValueError naming it if it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 Shapes = Mapping[str, Sequence[int]]
@@ -117,6 +118,7 @@ AUTOENCODER = AutoencoderParams(
     scale_factor=0.3611,
     shift_factor=0.1159,
 )
+CHANNELS_PER_GROUP = AUTOENCODER.channels[0] // AUTOENCODER.num_groups
 DEV_SCHEDULE = ScheduleParams(use_dynamic_shifting=True)
 SCHNELL_SCHEDULE = ScheduleParams(use_dynamic_shifting=False)
 
@@ -129,12 +131,16 @@ def flux_params(shapes: Shapes, config: Config) -> FluxParams:
     """
     hidden_size, in_channels = shape_of(shapes, "img_in.weight")
     (head_dim,) = shape_of(shapes, "double_blocks.0.img_attn.norm.query_norm.scale", 1)
-    axes_dim = config.get("axes_dims_rope") or (DEV.axes_dim if head_dim == DEV.head_dim else None)
-    if axes_dim is None:
+    axes_dim = config.get("axes_dims_rope") or (DEV.axes_dim if head_dim == DEV.head_dim else ())
+    if not isinstance(axes_dim, (list, tuple)) or not all(type(dim) is int for dim in axes_dim):
+        raise ValueError(f"axes_dims_rope in its config.json is {axes_dim!r}, should be a list of whole numbers")
+    if not axes_dim:
         raise ValueError(
             f"the rotary axes of a transformer with head size {head_dim} cannot be told from its weights: "
             "put a config.json with axes_dims_rope beside them"
         )
+    if head_dim > hidden_size:
+        raise ValueError(f"heads of size {head_dim} do not fit into a hidden size of {hidden_size}")
     return FluxParams(
         in_channels=in_channels,
         out_channels=shape_of(shapes, "final_layer.linear.weight")[0],
@@ -147,15 +153,17 @@ def flux_params(shapes: Shapes, config: Config) -> FluxParams:
         depth_single_blocks=count_of(shapes, "single_blocks."),
         axes_dim=tuple(axes_dim),
         theta=DEV.theta,
-        qkv_bias="double_blocks.0.img_attn.qkv.bias" in shapes,
-        guidance_embed="guidance_in.in_layer.weight" in shapes,
+        # By any of them, so that a lost one is said to be missing, and not the others to be too many.
+        qkv_bias=any(key.endswith("_attn.qkv.bias") for key in shapes),
+        guidance_embed=any(key.startswith("guidance_in.") for key in shapes),
     )
 
 
 def autoencoder_params(shapes: Shapes, config: Config) -> AutoencoderParams:
     """Read the autoencoder's parameters from shapes by original key name.
 
-    `config`: a diffusers `vae/config.json`, or empty: scale, shift and norm groups are then those of FLUX.1.
+    `config`: a diffusers `vae/config.json`, or empty: scale and shift are then those of FLUX.1, and so is the number
+    of channels a norm group has at full size.
     Raises: ValueError if a key needed is absent.
     """
     levels = range(count_of(shapes, "encoder.down."))
@@ -166,9 +174,9 @@ def autoencoder_params(shapes: Shapes, config: Config) -> AutoencoderParams:
         channels=channels,
         num_res_blocks=count_of(shapes, "encoder.down.0.block."),
         z_channels=shape_of(shapes, "decoder.conv_in.weight", 4)[1],
-        num_groups=config.get("norm_num_groups", AUTOENCODER.num_groups),
-        scale_factor=config.get("scaling_factor", AUTOENCODER.scale_factor),
-        shift_factor=config.get("shift_factor", AUTOENCODER.shift_factor) or 0.0,
+        num_groups=int(read_number(config, "norm_num_groups", max(1, channels[0] // CHANNELS_PER_GROUP), above=0)),
+        scale_factor=read_number(config, "scaling_factor", AUTOENCODER.scale_factor, above=0),
+        shift_factor=read_number(config, "shift_factor", 0.0 if "shift_factor" in config else AUTOENCODER.shift_factor),
     )
 
 
@@ -176,9 +184,27 @@ def schedule_params(config: Config, *, guidance_embed: bool) -> ScheduleParams:
     """Read a diffusers `scheduler_config.json`; without one, dev's schedule if guidance is embedded, else schnell's."""
     if not config:
         return DEV_SCHEDULE if guidance_embed else SCHNELL_SCHEDULE
-    known = ("shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
     dynamic = bool(config.get("use_dynamic_shifting", False))
-    return ScheduleParams(use_dynamic_shifting=dynamic, **{name: config[name] for name in known if name in config})
+    default = DEV_SCHEDULE
+    return ScheduleParams(
+        use_dynamic_shifting=dynamic,
+        shift=read_number(config, "shift", default.shift, above=0),
+        base_shift=read_number(config, "base_shift", default.base_shift),
+        max_shift=read_number(config, "max_shift", default.max_shift),
+        base_image_seq_len=int(read_number(config, "base_image_seq_len", default.base_image_seq_len, above=0)),
+        max_image_seq_len=int(read_number(config, "max_image_seq_len", default.max_image_seq_len, above=0)),
+    )
+
+
+def read_number(config: Config, name: str, default: float, *, above: float = -inf) -> float:
+    """Return a number of a configuration; null or absent is the default. Raises: ValueError if it is none."""
+    value = config.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < inf:
+        what = "a number" if above == -inf else f"a number above {above}"
+        raise ValueError(f"{name} in its configuration is {value!r}, should be {what}")
+    return value
 
 
 def shape_of(shapes: Shapes, key: str, num_dims: int = 2) -> Sequence[int]:
@@ -192,6 +218,13 @@ def shape_of(shapes: Shapes, key: str, num_dims: int = 2) -> Sequence[int]:
 
 
 def count_of(shapes: Shapes, prefix: str) -> int:
-    """Return one more than the highest number that follows `prefix` in a key; 0 if none does."""
-    numbers = (key.removeprefix(prefix).split(".", 1)[0] for key in shapes if key.startswith(prefix))
-    return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
+    """Return how many numbers, from 0 on, follow `prefix` in keys. Raises: ValueError naming the first that is missing.
+
+    A checkpoint that skips one is not whole, and one that claims to have block 10^9 must not be built.
+    """
+    numbers = {key.removeprefix(prefix).split(".", 1)[0] for key in shapes if key.startswith(prefix)}
+    count = sum(number.isdecimal() for number in numbers)
+    missing = next((i for i in range(count) if str(i) not in numbers), None)
+    if missing is not None:
+        raise ValueError(f"{prefix}{missing} is missing")
+    return count

@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from flux_batch.model.checkpoint import Checkpoint, StoredState, read_config
+from flux_batch.model.checkpoint import Checkpoint, read_config
+from flux_batch.model.loading import Prepare, fill, naming
 from flux_batch.model.params import Config, Shapes, count_of, shape_of
+from flux_batch.model.stored import StoredState
 
 CLIP_HEAD_DIM = 64
+# What the shapes of the weights do not tell; sizes are read from them, whatever a config.json says.
+CLIP_SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id")
+T5_SETTINGS = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")
 # What a tokenizer can be read from, by class: any one of these sets of files.
 TOKENIZER_FILES = {
     CLIPTokenizer: (("tokenizer.json",), ("vocab.json", "merges.txt")),
@@ -107,42 +112,48 @@ def load_clip(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devic
 
     Raises: ValueError naming what is missing.
     """
-    config = read_config(checkpoint.home, "text_encoder")
-    with torch.device("meta"):
-        model = CLIPTextModel(clip_config(checkpoint.shapes, config))
+    what = "a CLIP text encoder"
+    tokenizer = load_tokenizer(CLIPTokenizer, checkpoint.home, "tokenizer")
+    with naming(checkpoint, what):
+        settings = clip_settings(checkpoint.shapes, read_config(checkpoint.home, "text_encoder"))
+        model = build(CLIPTextConfig, CLIPTextModel, settings)
     # transformers 5 moved the modules one level up: its own state dict has no text_model. prefix any more.
-    expected = {name.removeprefix("text_model."): name for name in model.state_dict()}
-    checkpoint.check("a CLIP text encoder", {name: model.state_dict()[own].shape for name, own in expected.items()})
-    stored = StoredState(checkpoint, dtype, device)
-    model.load_state_dict({own: stored[name] for name, own in expected.items()}, strict=True, assign=True)
+    own_names = {name.removeprefix("text_model."): name for name in model.state_dict()}
+    checkpoint.check(what, {name: model.state_dict()[own].shape for name, own in own_names.items()})
+    fill(model, StoredState(checkpoint.rename(own_names), dtype, device))
     positions = torch.arange(model.config.max_position_embeddings, device=device)[None]
     for name, _ in list(model.named_buffers()):
         model.get_submodule(name.rpartition(".")[0]).register_buffer("position_ids", positions, persistent=False)
-    tokenizer = load_tokenizer(CLIPTokenizer, checkpoint.home, "tokenizer")
-    return ClipEncoder(tokenizer, model.requires_grad_(False).eval())
+    return ClipEncoder(tokenizer, model)
 
 
-def load_t5(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> T5Encoder:
+def load_t5(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, prepare: Prepare | None = None
+) -> T5Encoder:
     """Build T5's encoder from a recognised checkpoint, its config.json and the folder `tokenizer_2` beside it.
 
     Raises: ValueError naming what is missing.
     """
-    # The token table has two names, and files hold it under either or both.
-    names = {name: "shared.weight" if name == "encoder.embed_tokens.weight" else name for name in checkpoint.tensors}
-    checkpoint = checkpoint.rename(names)
-    config = read_config(checkpoint.home, "text_encoder_2")
-    with torch.device("meta"):
-        model = T5EncoderModel(t5_config(checkpoint.shapes, config))
-    expected = {name: value.shape for name, value in model.state_dict().items() if "embed_tokens" not in name}
-    checkpoint.check("a T5 encoder", expected)
-    # float16 overflows in wo (as transformers, which keeps it in fp32 then).
-    wide = StoredState(checkpoint, torch.float32 if dtype == torch.float16 else dtype, device)
-    stored = StoredState(checkpoint, dtype, device)
-    state = {name: (wide if name.endswith(".wo.weight") else stored)[name] for name in stored}
-    model.load_state_dict({**state, "encoder.embed_tokens.weight": state["shared.weight"]}, strict=True, assign=True)
-    model.encoder.set_input_embeddings(model.shared)
+    what = "a T5 encoder"
     tokenizer = load_tokenizer(T5Tokenizer, checkpoint.home, "tokenizer_2")
-    return T5Encoder(tokenizer, model.requires_grad_(False).eval())
+    checkpoint = with_one_table(checkpoint)
+    with naming(checkpoint, what):
+        settings = t5_settings(checkpoint.shapes, read_config(checkpoint.home, "text_encoder_2"))
+        model = build(T5Config, T5EncoderModel, settings)
+    model.encoder.set_input_embeddings(model.shared)
+    expected = {name: value.shape for name, value in model.state_dict().items() if "embed_tokens" not in name}
+    checkpoint.check(what, expected)
+    # float16 overflows in wo (as transformers, which keeps it in fp32 then).
+    wide = [name for name in expected if name.endswith(".wo.weight")] if dtype == torch.float16 else []
+    fill(model, StoredState(checkpoint, dtype, device, dtypes=dict.fromkeys(wide, torch.float32)), prepare)
+    return T5Encoder(tokenizer, model)
+
+
+def with_one_table(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a T5 with its token table as `shared.weight`: it has two names, and files hold it under either or both."""
+    shared, again = "shared.weight", "encoder.embed_tokens.weight"
+    names = {name: name for name in checkpoint.tensors if name != again or shared not in checkpoint.tensors}
+    return checkpoint.rename({name: shared if name == again else name for name in names})
 
 
 def load_tokenizer(kind: Any, home: Path, name: str) -> Any:
@@ -158,44 +169,59 @@ def load_tokenizer(kind: Any, home: Path, name: str) -> Any:
                 return kind.from_pretrained(str(place), local_files_only=True)
             except Exception as error:  # tokenizers raises Exception itself
                 raise ValueError(f"{place} holds a tokenizer that cannot be read: {error}") from error
-    raise ValueError(f"no tokenizer: neither {places[0]} nor {places[1]} is there; it comes with the text encoder")
-
-
-def clip_config(shapes: Shapes, config: Config) -> Any:
-    """Return the configuration given, or that of a CLIP-L with the sizes of these shapes."""
-    if config.get("model_type") == "clip_text_model":
-        return CLIPTextConfig.from_dict(dict(config))
-    vocab_size, hidden_size = shape_of(shapes, "embeddings.token_embedding.weight")
-    return CLIPTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=shape_of(shapes, "encoder.layers.0.mlp.fc1.weight")[0],
-        num_hidden_layers=count_of(shapes, "encoder.layers."),
-        num_attention_heads=max(1, hidden_size // CLIP_HEAD_DIM),
-        max_position_embeddings=shape_of(shapes, "embeddings.position_embedding.weight")[0],
-        hidden_act="quick_gelu",
-        bos_token_id=0,
-        # The legacy value: the end of text is then found as the largest id, which also holds for CLIP-L's 49407.
-        eos_token_id=2,
+    raise ValueError(
+        f"no tokenizer: neither {places[0]} nor {places[1]} is there; put the folders tokenizer and tokenizer_2 of "
+        "FLUX.1-dev or FLUX.1-schnell beside the weights"
     )
 
 
-def t5_config(shapes: Shapes, config: Config) -> Any:
-    """Return the configuration given, or that of a T5 v1.1 with the sizes of these shapes."""
-    if config.get("model_type") == "t5":
-        return T5Config.from_dict(dict(config))
+def build(config_class: Any, model_class: Any, settings: Config) -> Any:
+    """Build a network of transformers on meta. Raises: ValueError if the settings make none."""
+    try:
+        with torch.device("meta"):
+            return model_class(config_class(**settings))
+    except Exception as error:  # of any class: settings are read from a file, and transformers computes with them
+        raise ValueError(f"its config.json does not fit its weights: {error!r}") from error
+
+
+def clip_settings(shapes: Shapes, config: Config) -> Config:
+    """Return a CLIP's settings: sizes from its shapes, the rest from its config.json, or else those of CLIP-L."""
+    vocab_size, hidden_size = shape_of(shapes, "embeddings.token_embedding.weight")
+    return {
+        "num_attention_heads": max(1, hidden_size // CLIP_HEAD_DIM),
+        "hidden_act": "quick_gelu",
+        "bos_token_id": 0,
+        # The legacy value: the end of text is then found as the largest id, which also holds for CLIP-L's 49407.
+        "eos_token_id": 2,
+        **settings_of(config, "clip_text_model", CLIP_SETTINGS),
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": shape_of(shapes, "encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": count_of(shapes, "encoder.layers."),
+        "max_position_embeddings": shape_of(shapes, "embeddings.position_embedding.weight")[0],
+    }
+
+
+def t5_settings(shapes: Shapes, config: Config) -> Config:
+    """Return a T5's settings: sizes from its shapes, the rest from its config.json, or else those of T5 v1.1."""
     vocab_size, d_model = shape_of(shapes, "shared.weight")
     attention = "encoder.block.0.layer.0.SelfAttention"
     num_buckets, num_heads = shape_of(shapes, f"{attention}.relative_attention_bias.weight")
-    return T5Config(
-        vocab_size=vocab_size,
-        d_model=d_model,
-        d_kv=shape_of(shapes, f"{attention}.q.weight")[0] // num_heads,
-        d_ff=shape_of(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
-        num_layers=count_of(shapes, "encoder.block."),
-        num_heads=num_heads,
-        relative_attention_num_buckets=num_buckets,
-        relative_attention_max_distance=128,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-    )
+    return {
+        "relative_attention_max_distance": 128,
+        "feed_forward_proj": "gated-gelu",
+        **settings_of(config, "t5", T5_SETTINGS),
+        "vocab_size": vocab_size,
+        "d_model": d_model,
+        "d_kv": shape_of(shapes, f"{attention}.q.weight")[0] // num_heads,
+        "d_ff": shape_of(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
+        "num_layers": count_of(shapes, "encoder.block."),
+        "num_heads": num_heads,
+        "relative_attention_num_buckets": num_buckets,
+        "tie_word_embeddings": False,
+    }
+
+
+def settings_of(config: Config, model_type: str, names: Sequence[str]) -> Config:
+    """Return the settings of these names that a config.json holds, if it is that of such a model."""
+    return {name: config[name] for name in names if name in config} if config.get("model_type") == model_type else {}

@@ -1,146 +1,22 @@
-"""Checkpoint layouts: told apart by their keys, converted by one table, loaded strictly; knows no file name.
+"""The two layouts of a transformer and an autoencoder: one table of renames, read in both directions.
 
-The layouts are the original one (black-forest-labs/flux 802fb47, keys as our modules) and that of diffusers
-(58eb52c, scripts/convert_flux_to_diffusers.py lists the same pairs).
+The original layout (black-forest-labs/flux 802fb47, keys as our modules) and that of diffusers (58eb52c,
+scripts/convert_flux_to_diffusers.py lists the same pairs). Nothing is known of files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.checkpoint import Checkpoint, StoredState, listing
-from flux_batch.model.params import Config, Shapes, autoencoder_params, count_of, flux_params
-from flux_batch.model.transformer import Flux
+from flux_batch.model.checkpoint import listing
+from flux_batch.model.params import Shapes, count_of
 
 State = Mapping[str, Tensor]
-Module = TypeVar("Module", bound=nn.Module)
-
-
-class Layout(Enum):
-    """What a checkpoint is, and the start of a key that only it has."""
-
-    TRANSFORMER = "double_blocks."
-    TRANSFORMER_DIFFUSERS = "transformer_blocks."
-    AUTOENCODER = "decoder.up."
-    AUTOENCODER_DIFFUSERS = "decoder.up_blocks."
-    CLIP = "embeddings.token_embedding."
-    T5 = "encoder.block."
-
-
-# Seen in front of every key: of community files, of files cut out of larger ones, of CLIP.
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "vae.", "text_model.")
-# torchtitan's and ComfyUI's spelling of the norm scales -> the original.
-NORM_SPELLINGS = {".query_norm.weight": ".query_norm.scale", ".key_norm.weight": ".key_norm.scale"}
-
-
-def recognise(checkpoint: Checkpoint) -> tuple[Layout, Checkpoint]:
-    """Return what a checkpoint is, and the checkpoint with prefixes and spellings made plain.
-
-    Raises: ValueError if it is none of the layouts.
-    """
-    checkpoint = checkpoint.rename({name: plain_name(name) for name in checkpoint.tensors})
-    found = [layout for layout in Layout if any(name.startswith(layout.value) for name in checkpoint.tensors)]
-    if len(found) > 1:
-        raise ValueError(f"{checkpoint.source} holds several models in one file: use one file for each")
-    if not found:
-        keys = listing(sorted(checkpoint.tensors))
-        raise ValueError(f"{checkpoint.source} is no FLUX.1 transformer, autoencoder, CLIP or T5: its keys are {keys}")
-    return found[0], checkpoint
-
-
-def plain_name(name: str) -> str:
-    """Return the key without the prefix of a community file and in the original spelling."""
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    for ending, original in NORM_SPELLINGS.items():
-        if name.endswith(ending):
-            return name.removesuffix(ending) + original
-    return name
-
-
-def load_transformer(
-    checkpoint: Checkpoint, layout: Layout, config: Config, *, dtype: torch.dtype, device: torch.device
-) -> Flux:
-    """Build the transformer a recognised checkpoint holds; `config`: diffusers' config.json of it, or empty.
-
-    Raises: ValueError naming the file and the keys that are missing, too many or of another shape, or naming the
-    variant (Fill, Canny, Depth) if it is one this program cannot run.
-    """
-    is_diffusers = layout is Layout.TRANSFORMER_DIFFUSERS
-    with naming(checkpoint, "a FLUX.1 transformer"):
-        shapes = original_names(checkpoint.shapes, transformer_rules) if is_diffusers else checkpoint.shapes
-        params = flux_params(shapes, config)
-        check_text_to_image(params.in_channels, params.out_channels)
-    with torch.device("meta"):
-        model = Flux(params)
-    convert = (transformer_to_diffusers, transformer_from_diffusers) if is_diffusers else None
-    return fill(model, checkpoint, "a FLUX.1 transformer", convert, dtype=dtype, device=device)
-
-
-def load_autoencoder(
-    checkpoint: Checkpoint, layout: Layout, config: Config, *, dtype: torch.dtype, device: torch.device
-) -> AutoEncoder:
-    """Build the autoencoder a recognised checkpoint holds; `config`: diffusers' config.json of it, or empty.
-
-    Raises: ValueError naming the file and the keys that are missing, too many or of another shape.
-    """
-    is_diffusers = layout is Layout.AUTOENCODER_DIFFUSERS
-    with naming(checkpoint, "a FLUX.1 autoencoder"):
-        shapes = original_names(checkpoint.shapes, autoencoder_rules) if is_diffusers else checkpoint.shapes
-        params = autoencoder_params(shapes, config)
-    with torch.device("meta"):
-        model = AutoEncoder(params)
-    convert = (autoencoder_to_diffusers, autoencoder_from_diffusers) if is_diffusers else None
-    return fill(model, checkpoint, "a FLUX.1 autoencoder", convert, dtype=dtype, device=device)
-
-
-@contextmanager
-def naming(checkpoint: Checkpoint, what: str) -> Iterator[None]:
-    """Put the checkpoint's name before the message of a ValueError raised inside."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.source} does not hold {what}: {error}") from error
-
-
-def check_text_to_image(in_channels: int, out_channels: int) -> None:
-    """Raise ValueError for the variants that take more than noise as input."""
-    if in_channels == out_channels:
-        return
-    variants = {6 * out_channels: "FLUX.1-Fill", 2 * out_channels: "FLUX.1-Canny or -Depth"}
-    name = variants.get(in_channels, "a variant that is not known")
-    raise ValueError(
-        f"img_in takes {in_channels} channels where text-to-image takes {out_channels}: this is {name}, "
-        "which is not supported"
-    )
-
-
-def fill(
-    model: Module,
-    checkpoint: Checkpoint,
-    what: str,
-    convert: tuple[Callable[[State], dict[str, Tensor]], Callable[[State], dict[str, Tensor]]] | None,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Module:
-    """Give a module built on meta the weights of a checkpoint; `convert` = (to, from) the checkpoint's layout.
-
-    Names and shapes are checked in the checkpoint's own layout, so that a message names what the file really holds.
-    """
-    expected = model.state_dict() if convert is None else convert[0](model.state_dict())
-    checkpoint.check(what, {name: tensor.shape for name, tensor in expected.items()})
-    stored = StoredState(checkpoint, dtype, device)
-    model.load_state_dict(dict(stored) if convert is None else convert[1](stored), strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+Rules = Callable[[Mapping[str, object]], Iterator["Rule"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +98,7 @@ def check_all_used(state: State, used: set[str]) -> None:
         raise ValueError(f"not part of this layout: {listing(unknown)}")
 
 
-def original_names(shapes: Shapes, rules: Callable[[Mapping[str, object]], Iterator[Rule]]) -> Shapes:
+def original_names(shapes: Shapes, rules: Rules) -> Shapes:
     """Return shapes by original key, of keys held in one part or (the first part only) in several."""
     return {rule.original: shapes[rule.diffusers[0]] for rule in rules(shapes) if rule.diffusers[0] in shapes}
 

@@ -141,13 +141,38 @@ def test_a_shape_that_says_nothing_is_named(key: str, shape: tuple[int, ...]) ->
         flux_params({**shapes_of(Flux, DEV), key: shape}, {})
 
 
-def test_the_count_of_blocks_is_by_the_highest_number() -> None:
-    shapes = {f"double_blocks.{i}.x": () for i in (0, 10, 9, 2)} | {
-        "double_blocks.last.x": (),
-        "single_blocks.40.x": (),
-    }
+def test_blocks_are_counted_from_0_without_a_gap() -> None:
+    shapes = {f"double_blocks.{i}.x": () for i in range(11)} | {"double_blocks.last.x": (), "single_blocks.40.x": ()}
     assert count_of(shapes, "double_blocks.") == 11
     assert count_of(shapes, "triple_blocks.") == 0
+    for absent in (0, 3, 9):
+        del shapes[f"double_blocks.{absent}.x"]
+        with pytest.raises(ValueError, match=rf"double_blocks\.{absent} is missing"):
+            count_of(shapes, "double_blocks.")
+        shapes[f"double_blocks.{absent}.x"] = ()
+    with pytest.raises(ValueError, match=r"single_blocks\.0 is missing"):
+        count_of(shapes, "single_blocks.")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"norm_num_groups": 0}, "norm_num_groups in its configuration is 0, should be a number above 0"),
+        ({"scaling_factor": "x"}, "scaling_factor in its configuration is 'x'"),
+        ({"shift_factor": [1]}, "shift_factor"),
+        ({"scaling_factor": float("nan")}, "scaling_factor"),
+        ({"norm_num_groups": True}, "norm_num_groups"),
+    ],
+)
+def test_settings_that_are_no_numbers_are_named(config: dict[str, object], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        autoencoder_params(shapes_of(AutoEncoder, AUTOENCODER), config)
+
+
+@pytest.mark.parametrize("value", ["16,56,56", [16, "56", 56], [16, 56.0, 56], {"a": 1}])
+def test_rotary_axes_that_are_no_list_of_numbers_are_named(value: object) -> None:
+    with pytest.raises(ValueError, match=r"axes_dims_rope in its config\.json is .*list of whole numbers"):
+        flux_params(shapes_of(Flux, DEV), {"axes_dims_rope": value})
 
 
 def test_schedule_without_config_goes_by_the_guidance_embedder() -> None:

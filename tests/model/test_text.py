@@ -10,17 +10,18 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from flux_batch.model.checkpoint import open_checkpoint
+from flux_batch.model.layouts import recognise
 from flux_batch.model.text import (
     ClipEncoder,
     T5Encoder,
-    clip_config,
+    clip_settings,
+    count_tokens,
     load_clip,
     load_t5,
     load_tokenizer,
-    t5_config,
+    t5_settings,
     tokenize,
 )
-from flux_batch.model.weights import recognise
 from golden import check, weight
 from tiny_flux import TinyFlux, make_tiny_pipeline
 
@@ -142,13 +143,13 @@ def test_t5_in_float16_keeps_its_wide_layer_in_float32(tokenizers: Path) -> None
 
 def test_sizes_of_text_encoders_are_read_from_shapes() -> None:
     with torch.device("meta"):
-        clip = CLIPTextModel(clip_config({}, {"model_type": "clip_text_model"}))
+        clip = CLIPTextModel(CLIPTextConfig())
         t5 = T5EncoderModel(T5)
     shapes = {name.removeprefix("text_model."): value.shape for name, value in clip.state_dict().items()}
-    config = clip_config(shapes, {})
+    config = CLIPTextConfig(**clip_settings(shapes, {}))
     assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (512, 2048, 12)
     assert (config.vocab_size, config.max_position_embeddings) == (49408, 77)
-    config = t5_config({name: value.shape for name, value in t5.state_dict().items()}, {})
+    config = T5Config(**t5_settings({name: value.shape for name, value in t5.state_dict().items()}, {}))
     for name in ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers", "is_gated_act", "dense_act_fn"):
         assert getattr(config, name) == getattr(T5, name)
 
@@ -191,3 +192,25 @@ def test_published_tokenizers_give_the_ids_of_the_references(prompt: str) -> Non
     assert tokenize(clip, [prompt], 77)[0].tolist() == clip_ids + [49407] * (77 - len(clip_ids))
     t5 = load_tokenizer(T5Tokenizer, TOKENIZERS, "tokenizer_2")
     assert tokenize(t5, [prompt], 512)[0].tolist() == t5_ids + [0] * (512 - len(t5_ids))
+
+
+@pytest.mark.skipif(not TOKENIZERS.is_dir(), reason="no copy of the published tokenizers beside the repository")
+def test_the_border_of_what_the_published_tokenizers_read() -> None:
+    """CLIP adds two tokens of its own, T5 one."""
+    clip = ClipEncoder(
+        load_tokenizer(CLIPTokenizer, TOKENIZERS, "tokenizer"),
+        CLIPTextModel(CLIPTextConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)),
+    )
+    assert clip.max_length == 77
+    assert count_tokens(clip.tokenizer, ["cat " * 75, "cat " * 76]) == [77, 78]
+    assert clip.truncated(["cat " * 75, "cat " * 76, "", "cat, " * 38]) == [False, True, False, True]
+    t5 = T5Encoder(load_tokenizer(T5Tokenizer, TOKENIZERS, "tokenizer_2"), None)
+    assert t5.max_length == 512
+    assert count_tokens(t5.tokenizer, ["the " * 511, "the " * 512]) == [512, 513]
+    assert t5.truncated(["the " * 511, "the " * 512, ""], 512) == [False, True, False]
+    assert t5.truncated(["the " * 255, "the " * 256], 256) == [False, True]
+    # What is cut is the end of the prompt, never the end-of-text token.
+    cut = tokenize(t5.tokenizer, ["the " * 600], 512)[0]
+    assert (cut[-1], cut[-2]) == (1, 8)
+    cut = tokenize(clip.tokenizer, ["cat " * 600], 77)[0]
+    assert (cut[0], cut[-1], cut[-2]) == (49406, 49407, 2368)
