@@ -1,0 +1,195 @@
+"""What the model hubs hold: the files of a repository of Hugging Face or ModelScope, their addresses and hashes.
+
+Reads lists, not files. Raises ValueError for what another try will not change, ConnectionError for what it may.
+Sources: huggingface_hub; modelscope/modelscope e68c327, modelscope/hub/file_download.py, and
+dragonflyoss/client (the bearer token) for ModelScope, whose own client would bring half a framework.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import quote, urlencode
+from urllib.request import Request, urlopen
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HF_SCHEME = "hf://"
+MODELSCOPE = "https://www.modelscope.cn"
+TIMEOUT_S = 10.0
+RETRIED_STATUSES = {408, 429, 500, 502, 503, 504}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubFile:
+    """A file of a repository; its sha256, or git's name of the blob, whichever the hub tells."""
+
+    name: str
+    url: str
+    size: int | None
+    sha256: str = ""
+    git_sha1: str = ""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository at one revision; `headers` are to be sent with every request for its files, and are secret."""
+
+    name: str
+    page: str
+    headers: dict[str, str]
+    files: tuple[HubFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HubUri:
+    """`hf://owner/repository[@revision][/path]`."""
+
+    repository: str
+    revision: str
+    path: str
+
+    @classmethod
+    def parse(cls, uri: str) -> HubUri:
+        """Take an address apart. Raises: ValueError that says how one looks."""
+        owner, _, rest = uri.removeprefix(HF_SCHEME).strip("/").partition("/")
+        name, _, path = rest.partition("/")
+        name, _, revision = name.partition("@")
+        if not REPOSITORY.fullmatch(f"{owner}/{name}"):
+            raise ValueError(f"{uri}: must be hf://owner/repository, or hf://owner/repository@revision/path")
+        return cls(f"{owner}/{name}", revision or "main", path)
+
+
+def is_repository_name(text: str) -> bool:
+    """Tell whether a text is `owner/repository`, possibly with `@revision`."""
+    name, _, revision = text.partition("@")
+    return bool(REPOSITORY.fullmatch(name)) and "/" not in revision
+
+
+def list_huggingface(repository: str, revision: str = "main", token: str | None = None) -> Repository:
+    """List a repository of Hugging Face, or of the hub that HF_ENDPOINT names.
+
+    token: else HF_TOKEN, else that of `hf auth login`. The files are those of one commit, whatever happens meanwhile.
+    Raises: ValueError if it is not there, gated, or this process is told to be offline; ConnectionError.
+    """
+    from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_url
+
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    page = f"{endpoint}/{repository}"
+    with huggingface_errors(repository, revision, page):
+        token = token or get_token()
+        api = HfApi(endpoint=endpoint, token=token)
+        info = api.model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
+        files = tuple(
+            HubFile(
+                name=file.rfilename,
+                url=hf_hub_url(repository, file.rfilename, revision=info.sha, endpoint=endpoint),
+                size=file.size,
+                sha256=file.lfs.sha256 if file.lfs else "",
+                git_sha1="" if file.lfs else file.blob_id or "",
+            )
+            for file in info.siblings or []
+        )
+        # Everyone may list a gated repository; who may read it shows at a file.
+        for file in sorted(files, key=lambda file: -(file.size or 0))[:1]:
+            get_hf_file_metadata(file.url, token=token, endpoint=endpoint, timeout=TIMEOUT_S)
+    return Repository(repository, page, bearer(token), files)
+
+
+def list_modelscope(repository: str, revision: str = "master", token: str | None = None) -> Repository:
+    """List a repository of ModelScope, or of the server that MODELSCOPE_ENDPOINT names.
+
+    token: else MODELSCOPE_API_TOKEN; public repositories need none.
+    Raises: ValueError if it is not there or may not be read; ConnectionError.
+    """
+    endpoint = os.environ.get("MODELSCOPE_ENDPOINT", MODELSCOPE).rstrip("/")
+    token = token or os.environ.get("MODELSCOPE_API_TOKEN")
+    headers = bearer(token)
+    page = f"{endpoint}/models/{repository}"
+    root = f"{endpoint}/api/v1/models/{quote(repository)}/repo"
+    answer = read_json(f"{root}/files?{urlencode({'Revision': revision, 'Recursive': 'True'})}", headers, page)
+    try:
+        entries = [entry for entry in answer["Data"]["Files"] if entry["Type"] != "tree"]
+        files = tuple(
+            HubFile(
+                name=str(entry["Path"]),
+                url=f"{root}?{urlencode({'Revision': revision, 'FilePath': entry['Path']})}",
+                size=int(entry["Size"]),
+                sha256=str(entry.get("Sha256") or ""),
+            )
+            for entry in entries
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        reason = answer.get("Message") if isinstance(answer, dict) else None
+        raise ValueError(f"{page}: the hub gave no list of files: {reason or 'another answer'}") from error
+    return Repository(repository, page, headers, files)
+
+
+def bearer(token: str | None) -> dict[str, str]:
+    """Return the header that carries a token."""
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def read_json(url: str, headers: dict[str, str], page: str) -> Any:
+    """Read a JSON answer. Raises: ValueError, ConnectionError."""
+    request = Request(url)
+    for key, value in headers.items():
+        request.add_unredirected_header(key, value)  # a token is not for whoever the answer points to
+    try:
+        with urlopen(request, timeout=TIMEOUT_S) as response:
+            return json.load(response)
+    except HTTPError as error:
+        if error.code in RETRIED_STATUSES:
+            raise ConnectionError(f"the hub answered {error.code} for {page}") from error
+        if error.code in (401, 403):
+            raise ValueError(
+                f"{page}: may not be read: log in there, accept the licence if one is shown, and pass a token of that "
+                "account (MODELSCOPE_API_TOKEN or --token)"
+            ) from error
+        raise ValueError(f"{page}: no such repository or revision (the hub answered {error.code})") from error
+    except (OSError, HTTPException) as error:
+        raise ConnectionError(f"{page} cannot be reached: {error}") from error
+    except ValueError as error:
+        raise ConnectionError(f"{page}: the answer is not JSON: {error}") from error
+
+
+@contextmanager
+def huggingface_errors(repository: str, revision: str, page: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a sentence each, as ValueError or ConnectionError."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ValueError(
+            f"{repository} is gated: log in at {page}, accept its licence, and pass a token of that account "
+            "(HF_TOKEN, --token or `hf auth login`)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"{page}: has no revision {revision}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{page}: there is no such repository, or it is private and the token (HF_TOKEN, --token) may not read it"
+        ) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise ValueError(f"{repository} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in RETRIED_STATUSES:
+            raise ConnectionError(f"the hub answered {status} for {page}") from error
+        hint = "the token is refused; renew it (HF_TOKEN, --token)" if status == 401 else f"it answered {status}"
+        raise ValueError(f"{page}: cannot be read: {hint}") from error
+    except (ConnectionError, ValueError):
+        raise
+    except Exception as error:
+        # Its HTTP client has changed its name and its errors twice; told by module, so that none has to be imported.
+        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "requests"}:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConnectionError(f"{page} cannot be reached: {reason}") from error
+        raise

@@ -1,0 +1,83 @@
+"""A loopback proxy in front of an S3 server: counts what is asked of it, slows it down, takes it away."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+@dataclass
+class Proxy:
+    """What came through; `is_down` closes every connection, `pause_s` is a wait before every 64 KiB of an answer."""
+
+    target: str
+    endpoint_url: str = ""
+    requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
+    is_down: bool = False
+    pause_s: float = 0.0
+
+    def gets(self) -> list[tuple[str, str]]:
+        """Return path and range of each read of an object; listings are not among them."""
+        found = []
+        for method, path, extent in self.requests:
+            url = urlsplit(path)
+            if method == "GET" and not parse_qs(url.query).keys() & {"list-type", "prefix", "delimiter", "location"}:
+                found.append((unquote(url.path), extent))
+        return found
+
+
+class Handler(BaseHTTPRequestHandler):
+    proxy: Proxy
+    protocol_version = "HTTP/1.1"
+
+    def forward(self) -> None:
+        proxy = self.proxy
+        proxy.requests.append((self.command, self.path, self.headers["Range"] or ""))
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if proxy.is_down:
+            self.close_connection = True
+            return
+        connection = http.client.HTTPConnection(proxy.target.removeprefix("http://"), timeout=30)
+        connection.request(self.command, self.path, body, dict(self.headers.items()))
+        answer = connection.getresponse()
+        data = answer.read()
+        self.send_response(answer.status)
+        length = answer.headers["Content-Length"] or str(len(data))
+        for key, value in answer.headers.items():
+            if key.lower() not in ("content-length", "transfer-encoding", "connection"):
+                self.send_header(key, value)
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        for begin in range(0, len(data), 1 << 16):
+            time.sleep(proxy.pause_s)
+            self.wfile.write(data[begin : begin + (1 << 16)])
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # the other side was killed, as some tests do
+            super().handle()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def counting_proxy(target: str) -> Iterator[Proxy]:
+    """Run a proxy in front of `target`."""
+    proxy = Proxy(target)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"proxy": proxy}))
+    server.daemon_threads = True
+    proxy.endpoint_url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield proxy
+    finally:
+        server.shutdown()
+        server.server_close()
