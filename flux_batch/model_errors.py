@@ -1,0 +1,41 @@
+"""What the model and its device raise, turned into our errors: the model itself knows none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, OutOfMemory
+
+# What torch says, in errors that have no class of their own.
+OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+DEVICE_FATAL_SIGNS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error")
+
+
+@contextmanager
+def checkpoint_errors() -> Iterator[None]:
+    """Turn what reading weights raises into CheckpointError."""
+    try:
+        yield
+    except FluxBatchError:
+        raise
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Turn what a device raises into OutOfMemory (this batch) or DeviceFatal (this process)."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(str(error)) from error
+    except RuntimeError as error:
+        message = str(error)
+        if any(sign in message for sign in OUT_OF_MEMORY_SIGNS):
+            raise OutOfMemory(message) from error
+        if isinstance(error, torch.AcceleratorError) or any(sign in message for sign in DEVICE_FATAL_SIGNS):
+            raise DeviceFatal(message) from error
+        raise

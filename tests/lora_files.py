@@ -1,0 +1,85 @@
+"""LoRA files of every family with random numbers, and what they add to a model, computed in another way than the code.
+
+A LoRA is made as `Factors` by module in the vocabulary of its family; the expected weights are those of a diffusers
+state dict, to which every module is added on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module: down (r, i), up (o, r), alpha or None."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float | None = None
+
+    @property
+    def delta(self) -> Tensor:
+        """What it adds at scale 1: (o, i) fp64."""
+        alpha = len(self.down) if self.alpha is None else self.alpha
+        return alpha / len(self.down) * (self.up.double() @ self.down.double())
+
+
+def random_factors(
+    shapes: Mapping[str, tuple[int, int]], seed: int = 0, alphas: Iterable[float | None] = (None,), max_rank: int = 6
+) -> dict[str, Factors]:
+    """Make modules of random ranks for layers of these shapes (o, i), with alphas in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    choices = list(alphas)
+    made = {}
+    for number, (name, (rows, columns)) in enumerate(shapes.items()):
+        rank = int(torch.randint(1, max_rank + 1, (), generator=generator))
+        down = 0.3 * torch.randn(rank, columns, generator=generator)
+        up = 0.3 * torch.randn(rows, rank, generator=generator)
+        made[name] = Factors(down, up, choices[number % len(choices)])
+    return made
+
+
+def write_lora(
+    path: Path,
+    modules: Mapping[str, Factors],
+    *,
+    prefix: str = "",
+    down: str = "lora_A.weight",
+    up: str = "lora_B.weight",
+    underscores: bool = False,
+    dtype: torch.dtype = torch.float32,
+    metadata: dict[str, str] | None = None,
+    extra: State | None = None,
+) -> Path:
+    """Write modules with `prefix` before their names, and `extra` tensors as they are."""
+    state: dict[str, Tensor] = dict(extra or {})
+    for name, factors in modules.items():
+        stem = prefix + (name.replace(".", "_") if underscores else name)
+        state[f"{stem}.{down}"] = factors.down.to(dtype).contiguous()
+        state[f"{stem}.{up}"] = factors.up.to(dtype).contiguous()
+        if factors.alpha is not None:
+            state[f"{stem}.alpha"] = torch.tensor(factors.alpha)
+    save_file(state, path, metadata)
+    return path
+
+
+def matrices(state: State) -> dict[str, tuple[int, int]]:
+    """Return the layers of a state dict with a matrix as weight, by name."""
+    found = {name.removesuffix(".weight"): value.shape for name, value in state.items() if name.endswith(".weight")}
+    return {name: (shape[0], shape[1]) for name, shape in found.items() if len(shape) == 2}
+
+
+def added(state: State, modules: Mapping[str, Factors], scale: float = 1.0) -> dict[str, Tensor]:
+    """Return the state dict in fp64 with what modules add to their own weights."""
+    wide = {name: value.double() for name, value in state.items()}
+    for name, factors in modules.items():
+        wide[f"{name}.weight"] = wide[f"{name}.weight"] + scale * factors.delta
+    return wide
