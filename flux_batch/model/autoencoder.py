@@ -165,7 +165,11 @@ class AutoEncoder(nn.Module):
 
         noise: shaped as the result; with it the posterior is sampled (diffusers), without it its mean is taken (BFL).
         """
-        mean, logvar = self.encoder(image).chunk(2, dim=1)
+        return self.sample(self.encoder(image), noise)
+
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return scaled latents of what the encoder says, means and logvars: (b, 2z, h, w) -> (b, z, h, w)."""
+        mean, logvar = moments.chunk(2, dim=1)
         z = mean if noise is None else mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
         return (z - self.params.shift_factor) * self.params.scale_factor
 

@@ -127,7 +127,7 @@ class DoubleStreamBlock(nn.Module):
         img = img + img_mod2.gate * self.img_mlp(img_mod2.normed(img))
         txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
         txt = txt + txt_mod2.gate * self.txt_mlp(txt_mod2.normed(txt))
-        return img, finite(txt)
+        return finite(img), finite(txt)
 
 
 class SingleStreamBlock(nn.Module):
@@ -182,5 +182,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """Keep a float16 stream in range: without this it overflows to black pictures (diffusers #9096, #9097)."""
+    """Keep a float16 stream in range: without this it overflows to black pictures (diffusers #9096, #9097).
+
+    diffusers leaves out the images of the double blocks, which changes nothing but pictures that would be lost.
+    """
     return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x

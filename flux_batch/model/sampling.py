@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flux_batch.model.params import ScheduleParams
 
-# The last level of noise in DiffSynth-Studio's static schedule (fed7b18, diffsynth/diffusion/flow_match.py).
+# The last level of noise in DiffSynth-Studio's static schedule (fed7b18, diffsynth/diffusion/flow_match.py, FLUX.1).
 STATIC_SIGMA_MIN = 0.003 / 1.002
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -68,15 +68,19 @@ def position_ids(num_txt_tokens: int, height: int, width: int) -> Tensor:
     return torch.cat((torch.zeros(num_txt_tokens, 3), img_ids.float()))
 
 
-def make_sigmas(num_steps: int, num_tokens: int, schedule: ScheduleParams, sigma_shift: float | None = None) -> Tensor:
+def make_sigmas(
+    num_steps: int, num_tokens: int, schedule: ScheduleParams, sigma_shift: float | None = None, strength: float = 1.0
+) -> Tensor:
     """Return the noise level at each step and the final 0: (num_steps + 1,) fp32 on the CPU, falling from 1.
 
     num_tokens: of the packed image; larger pictures stay noisy for longer. sigma_shift: use the static schedule of
-    DiffSynth-Studio with this shift instead. Source: diffusers 0.42.1, FluxPipeline's call and
+    DiffSynth-Studio with this shift instead. strength: of image-to-image; diffusers leaves out the first steps below 1,
+    DiffSynth-Studio's schedule has all of them, from a lower start. Source: diffusers 0.42.1, FluxPipeline's call and
     FlowMatchEulerDiscreteScheduler.set_timesteps; BFL's differs by at most one unit in the last place.
     """
     if sigma_shift is not None:
-        sigmas = static_shift(torch.linspace(1.0, STATIC_SIGMA_MIN, num_steps), sigma_shift)
+        start = STATIC_SIGMA_MIN + (1.0 - STATIC_SIGMA_MIN) * strength
+        sigmas = static_shift(torch.linspace(start, STATIC_SIGMA_MIN, num_steps), sigma_shift)
     else:
         sigmas = torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float64).float()
         if schedule.use_dynamic_shifting:
@@ -84,6 +88,7 @@ def make_sigmas(num_steps: int, num_tokens: int, schedule: ScheduleParams, sigma
             sigmas = shift / (shift + (1.0 / sigmas - 1.0))
         else:
             sigmas = static_shift(sigmas, schedule.shift)
+        sigmas = sigmas[first_step(num_steps, strength) :]
     return torch.cat((sigmas, torch.zeros(1)))
 
 
@@ -117,6 +122,7 @@ def denoise(
     *,
     guidance: Tensor | None = None,
     negative: Conditioning | None = None,
+    negative_model: Velocity | None = None,
     cfg_scale: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -124,6 +130,7 @@ def denoise(
 
     guidance: (b,), embedded; cfg_scale: (b,), true classifier-free guidance by a second pass with `negative`. An
     image whose scale is exactly 1 takes the positive pass as it is, so neighbours in the batch do not change it.
+    negative_model: the model of that pass, if it is not the same: one that remembers steps must not mix the two.
     progress: wraps the iteration over steps, as tqdm does. Each step sums in fp32 and rounds once, as diffusers.
     """
     # Rounded as diffusers rounds it: 1000 sigma in the model's dtype, then / 1000 (the model multiplies again).
@@ -133,7 +140,7 @@ def denoise(
     for step in steps if progress is None else progress(steps):
         velocity = model(img, positive.txt, pe, timesteps[step], positive.y, guidance)
         if negative is not None and cfg_scale is not None:
-            away = model(img, negative.txt, pe, timesteps[step], negative.y, guidance)
+            away = (negative_model or model)(img, negative.txt, pe, timesteps[step], negative.y, guidance)
             velocity = guide(velocity, away, cfg_scale)
         img = (img.float() + deltas[step] * velocity.float()).to(img.dtype)
     return img

@@ -6,6 +6,8 @@ src/flux/model.py. Letters: b batch, l text tokens, n image tokens.
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import Tensor, nn
 
@@ -48,14 +50,17 @@ class Flux(nn.Module):
         model without its embedder. All in the dtype of the weights.
         """
         vec = self.conditioning(timesteps, y, guidance)
-        img = self.img_in(img)
-        txt = self.txt_in(txt)
-        for block in self.double_blocks:
+        img, txt = self.double_blocks[0](self.img_in(img), self.txt_in(txt), vec, pe)
+        return self.final_layer(self.later_blocks(img, txt, vec, pe), vec)
+
+    def later_blocks(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
+        """Return the image tokens after all blocks, from what the first one makes of both: (b, n, hidden)."""
+        for block in islice(self.double_blocks, 1, None):
             img, txt = block(img, txt, vec, pe)
         x = torch.cat((txt, img), dim=1)
         for block in self.single_blocks:
             x = block(x, vec, pe)
-        return self.final_layer(x[:, txt.shape[1] :], vec)
+        return x[:, txt.shape[1] :]
 
     def conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """Return the vector that modulates every block: (b, hidden). Summed in the order of BFL and diffusers."""

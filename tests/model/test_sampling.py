@@ -13,6 +13,7 @@ from flux_batch.model.sampling import (
     add_noise,
     denoise,
     first_step,
+    guide,
     make_generators,
     make_noise,
     make_sigmas,
@@ -191,6 +192,32 @@ def test_position_ids_are_zero_for_text_then_row_and_column() -> None:
 )
 def test_first_step_is_that_of_diffusers(num_steps: int, strength: float, step: int) -> None:
     assert first_step(num_steps, strength) == step
+
+
+@given(st.integers(1, 60), st.floats(0.01, 1.0))
+def test_strength_leaves_out_the_first_steps(n: int, strength: float) -> None:
+    whole = make_sigmas(n, 4096, DEV_SCHEDULE)
+    assert torch.equal(make_sigmas(n, 4096, DEV_SCHEDULE, strength=strength), whole[first_step(n, strength) :])
+
+
+@pytest.mark.parametrize(
+    ("strength", "expected"),
+    [
+        (1.0, [1, 0.85769236, 0.60215056, 0.00892857, 0]),
+        # 3 s / (1 + 2 s) of 0.6011976, 0.4017964, 0.2023952 and 0.0029940
+        (0.6, [0.81892333, 0.66832669, 0.43222506, 0.00892857, 0]),
+    ],
+)
+def test_strength_lowers_the_start_of_the_static_schedule(strength: float, expected: list[float]) -> None:
+    sigmas = make_sigmas(4, 4096, DEV_SCHEDULE, sigma_shift=3.0, strength=strength)
+    torch.testing.assert_close(sigmas, torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0])
+def test_true_cfg_goes_from_the_negative_through_the_positive(scale: float) -> None:
+    positive, negative = tensor("in.positive", (1, 3, 4)), tensor("in.negative", (1, 3, 4))
+    guided = guide(positive, negative, torch.tensor([scale]))
+    torch.testing.assert_close(guided, (1 - scale) * negative + scale * positive, atol=1e-6, rtol=0)
 
 
 def test_noise_is_added_with_sigma_rounded_to_the_dtype_of_the_latents() -> None:

@@ -1,0 +1,92 @@
+"""How many bytes a model takes on a device, from the shapes of its tensors in either layout; knows no tensor.
+
+Letters: h hidden size, m width of the MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from flux_batch.model.params import Shapes, count_of
+
+DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+SCALE_BYTES = 4
+# The matrices that may be kept in fp8, in the names of either layout: those of the blocks, 99 % of the weights. The
+# embedders and the last layer cost more precision than all blocks together: on a random model of hidden 512 with 4 + 8
+# blocks the relative error (L2) of the output was 0.9 % in bfloat16, 2.7 % with the blocks in fp8, 4.0 % with the
+# embedders alone and 3.2 % with the last layer alone. aredden/flux-fp8-api (61a425a, README) says so of real pictures.
+BLOCKS = {
+    "transformer": ("double_blocks.", "single_blocks.", "transformer_blocks.", "single_transformer_blocks."),
+    "t5": ("encoder.block.",),
+}
+# T5's token table, which some files hold twice.
+TABLE, TABLE_AGAIN = "shared.weight", "encoder.embed_tokens.weight"
+# A table of T5's first block, not a matrix to multiply with.
+NO_MATRIX = ".relative_attention_bias.weight"
+
+
+def is_quantizable(part: str, name: str, num_dims: int) -> bool:
+    """Tell whether a weight may be kept in fp8: part `transformer` or `t5`, by its name in either layout."""
+    is_matrix = num_dims == 2 and name.endswith(".weight") and not name.endswith(NO_MATRIX)
+    return is_matrix and name.startswith(BLOCKS.get(part, ()))
+
+
+def weight_dtype(part: str, dtype: str) -> str:
+    """Return the dtype a part is kept in when `dtype` is asked for.
+
+    The autoencoder overflows in float16: diffusers' own vae/config.json of FLUX.1 says force_upcast.
+    """
+    return "float32" if part == "autoencoder" and dtype == "float16" else dtype
+
+
+def weight_bytes(part: str, shapes: Shapes, dtype: str, *, quantized: bool) -> int:
+    """Return the bytes of a part's weights: fp8 matrices take one a number, and a scale a row."""
+    wide = DTYPE_BYTES[weight_dtype(part, dtype)]
+    total = 0
+    for name, shape in shapes.items():
+        if name == TABLE_AGAIN and TABLE in shapes:
+            continue
+        numbers = math.prod(shape)
+        if quantized and is_quantizable(part, name, len(shape)):
+            total += numbers + SCALE_BYTES * shape[0]
+        elif part == "t5" and dtype == "float16" and name.endswith(".wo.weight"):
+            total += 4 * numbers  # kept in float32, see model/text.py
+        else:
+            total += wide * numbers
+    return total
+
+
+def denoise_bytes(shapes: Shapes, num_tokens: int, batch_size: int, dtype: str, *, quantized: bool) -> int:
+    """Return the bytes of the transformer's activations at their peak, not compiled; text and image tokens of an image.
+
+    The peak is in a single block, before linear2. Of each token there are then: the stream and what the first and the
+    last double block left (3h), linear1's output (3h + m), q and k (2h), attention (h), the activated MLP (m), both
+    side by side (h + m). With fp8 it may come just after, when the weight of linear2 is there in fp32 and the dtype.
+    """
+    h = first_shape(shapes, "img_in.weight", "x_embedder.weight")[0]
+    m = first_shape(shapes, "double_blocks.0.img_mlp.0.weight", "transformer_blocks.0.ff.net.0.proj.weight")[0]
+    wide = DTYPE_BYTES[dtype]
+    numbers = batch_size * num_tokens * wide
+    before = numbers * (10 * h + 3 * m)
+    return max(before, numbers * (10 * h + 2 * m) + h * (h + m) * (4 + wide)) if quantized else before
+
+
+def decode_bytes(shapes: Shapes, width: int, height: int, batch_size: int, dtype: str) -> int:
+    """Return the bytes of the decoder's activations at their peak, for pictures of `width` x `height` pixels.
+
+    The peak is in the first block of the finest level, which gets the channels of the level below: input, normed,
+    activated.
+    """
+    last = max(0, count_of(shapes, "decoder.up_blocks.") - 1)
+    names = ("decoder.up.0.block.0.conv1.weight", f"decoder.up_blocks.{last}.resnets.0.conv1.weight")
+    channels = first_shape(shapes, *names)[1]
+    return 3 * batch_size * channels * width * height * DTYPE_BYTES[weight_dtype("autoencoder", dtype)]
+
+
+def first_shape(shapes: Shapes, *names: str) -> Sequence[int]:
+    """Return the shape of the one of these that is there. Raises: ValueError if none is."""
+    for name in names:
+        if name in shapes:
+            return shapes[name]
+    raise ValueError(f"{names[0]} is missing")

@@ -1,0 +1,88 @@
+"""The first-block cache: where a step resembles the last computed one, most of it is not computed again. Lossy.
+
+The first block is always run. If what it adds to the image tokens of an image has hardly changed since the last step
+at which that image was computed in full, what all later blocks added then is added again instead of running them.
+Source of the idea: chengzeyi/ParaAttention; diffusers 0.42.1, hooks/first_block_cache.py decides for a whole batch.
+Letters: b batch, n image tokens, k images of the batch to compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flux_batch.model.layers import finite
+from flux_batch.model.transformer import Flux
+
+
+@dataclass(slots=True)
+class Additions:
+    """What blocks added to the image tokens when each image was last computed in full: (b, n, hidden) each."""
+
+    first_block: Tensor
+    later_blocks: Tensor
+
+    def update(self, images: Sequence[int], new: Additions) -> None:
+        """Replace those of some images."""
+        self.first_block[images] = new.first_block
+        self.later_blocks[images] = new.later_blocks
+
+
+class StepCache:
+    """A transformer for one denoising loop that reuses steps: call it once a step, as `Flux`.
+
+    threshold: the largest change, as a share of the mean magnitude, at which a step is reused, 0..1; at 0 none is, and
+    the result is that of the model. Every image of the batch is judged by itself, so it does not depend on its
+    neighbours. The first and the last of `num_steps` are always computed.
+    `num_reused` counts, for all images together, the steps whose later blocks were not run, of `num_passes`.
+    """
+
+    def __init__(self, model: Flux, threshold: float, num_steps: int) -> None:
+        self.model = model
+        self.threshold = threshold
+        self.num_steps = num_steps
+        self.step = 0
+        self.num_passes = 0
+        self.num_reused = 0
+        self._last: Additions | None = None
+
+    def __call__(
+        self, img: Tensor, txt: Tensor, pe: Tensor, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None
+    ) -> Tensor:
+        """Return the velocity; arguments and result as of `Flux.forward`."""
+        model = self.model
+        vec = model.conditioning(timesteps, y, guidance)
+        tokens = model.img_in(img)
+        img, txt = model.double_blocks[0](tokens, model.txt_in(txt), vec, pe)
+        first_block = img - tokens
+        images = self._to_compute(first_block)
+        self.step += 1
+        self.num_passes += len(img)
+        self.num_reused += len(img) - len(images)
+        if self._last is None or len(images) == len(img):
+            done = model.later_blocks(img, txt, vec, pe)
+            self._last = Additions(first_block, finite(done - img))
+            return model.final_layer(done, vec)
+        reused = finite(img + self._last.later_blocks)
+        if images:
+            done = model.later_blocks(img[images], txt[images], vec[images], pe)
+            self._last.update(images, Additions(first_block[images], finite(done - img[images])))
+            reused[images] = done
+        return model.final_layer(reused, vec)
+
+    def _to_compute(self, first_block: Tensor) -> list[int]:
+        """Return the images of the batch whose later blocks must run. Waits for the device."""
+        if self._last is None or self.step >= self.num_steps - 1:
+            return list(range(len(first_block)))
+        change = relative_change(first_block, self._last.first_block).tolist()
+        # A change that is no number is computed, for the end of the pipeline to see.
+        return [image for image, share in enumerate(change) if not share < self.threshold]
+
+
+def relative_change(new: Tensor, old: Tensor) -> Tensor:
+    """Return of each image the mean magnitude of what changed over that of what was: (b, n, c) -> (b,) fp32."""
+    changed = (new - old).abs().mean(dim=(1, 2), dtype=torch.float32)
+    return changed / old.abs().mean(dim=(1, 2), dtype=torch.float32)

@@ -1,0 +1,90 @@
+"""The autoencoder in overlapping tiles: less memory for large pictures; knows no schedule and no prompt.
+
+A tile sees nothing beyond its border, so a tiled picture differs a little from a whole one. Sizes, strides and the
+width of the blend are those of DiffSynth-Studio (105fe39, diffsynth/models/tiler.py, TileWorker). It leaves the ends of
+some sizes uncovered and fades at the borders of the picture too, which shows seams there; here the last tile of a row
+or column is moved back to end with the picture, and tiles fade only where another goes on.
+Letters: b batch, c channels, h and w of the picture or the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flux_batch.model.autoencoder import AutoEncoder
+
+
+class Tiling(NamedTuple):
+    """Size and distance of tiles in what goes in: latents when decoding, pixels when encoding (DiffSynth-Studio's)."""
+
+    size: int = 128
+    stride: int = 64
+
+
+def tiled_decode(autoencoder: AutoEncoder, z: Tensor, tiling: Tiling) -> Tensor:
+    """Return pixels, about [-1, 1]: scaled latents (b, z, h, w) -> (b, 3, 8h, 8w)."""
+    return blend_tiles(autoencoder.decode, z, tiling)
+
+
+def tiled_encode(autoencoder: AutoEncoder, image: Tensor, tiling: Tiling, noise: Tensor | None = None) -> Tensor:
+    """Return scaled latents: (b, 3, h, w) in [-1, 1] -> (b, z, h/8, w/8). noise: as `AutoEncoder.encode` takes it.
+
+    Tiles are made of whole latents: sizes and strides that are not are rounded down.
+    """
+    step = autoencoder.params.downscale
+    whole = Tiling(max(step, tiling.size // step * step), max(step, tiling.stride // step * step))
+    return autoencoder.sample(blend_tiles(autoencoder.encoder, image, whole), noise)
+
+
+def blend_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling) -> Tensor:
+    """Return function(x), computed tile by tile: (b, c, h, w) -> (b, c', s h, s w), in the dtype of x.
+
+    function: keeps or scales h and w by one factor s. One tile of one picture is computed at a time, and the sums are
+    fp32. What fits into one tile is function(x) itself.
+    Raises: ValueError unless 1 <= stride <= size: wider strides leave gaps.
+    """
+    if not 1 <= tiling.stride <= tiling.size:
+        raise ValueError(f"tiles of {tiling.size} every {tiling.stride}: the stride must be from 1 to the size")
+    if max(x.shape[-2:]) <= tiling.size:
+        return function(x)
+    return torch.cat([_blend_one(function, picture, tiling) for picture in x.split(1)])
+
+
+def starts(length: int, size: int, stride: int) -> list[int]:
+    """Return where tiles begin that cover `length` without a gap; the last ends where it does."""
+    return [*range(0, length - size, stride), max(length - size, 0)]
+
+
+def _blend_one(function: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling) -> Tensor:
+    height, width = x.shape[-2:]
+    tile_height, tile_width = min(tiling.size, height), min(tiling.size, width)
+    total = weights = torch.empty(0)
+    for row in starts(height, tile_height, tiling.stride):
+        for col in starts(width, tile_width, tiling.stride):
+            tile = function(x[..., row : row + tile_height, col : col + tile_width]).float()
+            h, w = tile.shape[-2:]
+            if not total.numel():
+                total = tile.new_zeros(*tile.shape[:2], height * h // tile_height, width * w // tile_width)
+                weights = tile.new_zeros(total.shape[-2:])
+            top, left, border = row * h // tile_height, col * w // tile_width, tiling.stride // 2 * h // tile_height
+            down = fade(h, border, at_start=row > 0, at_end=row + tile_height < height).to(tile)
+            along = fade(w, border, at_start=col > 0, at_end=col + tile_width < width).to(tile)
+            weight = down[:, None] * along
+            total[..., top : top + h, left : left + w] += tile * weight
+            weights[top : top + h, left : left + w] += weight
+    return total.div_(weights).to(x.dtype)
+
+
+def fade(length: int, border: int, *, at_start: bool, at_end: bool) -> Tensor:
+    """Return weights (length,): 1 inside, falling linearly to 1 / border towards the ends asked for."""
+    rising = (torch.arange(1, length + 1) / max(border, 1)).clamp(max=1.0)
+    weights = torch.ones(length)
+    if at_start:
+        weights = weights * rising
+    if at_end:
+        weights = weights * rising.flip(0)
+    return weights

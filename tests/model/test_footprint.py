@@ -1,0 +1,179 @@
+"""Bytes of weights against those of real models, and of activations against those that are alive when they are made."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import T5Config, T5EncoderModel
+
+from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.footprint import decode_bytes, denoise_bytes, is_quantizable, weight_bytes
+from flux_batch.model.params import AUTOENCODER, DEV, SCHNELL, Shapes
+from flux_batch.model.quantize import Fp8Linear, quantize_t5, quantize_transformer
+from flux_batch.model.transformer import Flux
+from flux_batch.model.weights import autoencoder_to_diffusers, transformer_to_diffusers
+
+META = torch.device("meta")
+T5_XXL = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+def on_meta(make: Any, dtype: torch.dtype = torch.float32) -> Any:
+    with META:
+        return make().to(dtype).requires_grad_(False)
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def bytes_of(model: nn.Module) -> int:
+    return sum(value.nbytes for value in [*model.parameters(), *model.buffers()])
+
+
+def test_dev_has_the_parameters_that_are_published() -> None:
+    shapes = shapes_of(on_meta(lambda: Flux(DEV)))
+    assert weight_bytes("transformer", shapes, "bfloat16", quantized=False) == 2 * 11_901_408_320
+    assert weight_bytes("transformer", shapes, "float32", quantized=False) == 4 * 11_901_408_320
+    schnell = shapes_of(on_meta(lambda: Flux(SCHNELL)))
+    assert weight_bytes("transformer", schnell, "float16", quantized=False) == 2 * 11_891_178_560
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_transformer_takes_what_is_counted(dtype: str, quantized: bool) -> None:
+    model = on_meta(lambda: Flux(DEV), getattr(torch, dtype))
+    shapes = shapes_of(model)
+    diffusers = {name: tuple(value.shape) for name, value in transformer_to_diffusers(model.state_dict()).items()}
+    if quantized:
+        quantize_transformer(model)
+    counted = weight_bytes("transformer", shapes, dtype, quantized=quantized)
+    assert counted == bytes_of(model)
+    assert weight_bytes("transformer", diffusers, dtype, quantized=quantized) == counted
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_t5_takes_what_is_counted(dtype: str, quantized: bool) -> None:
+    model = on_meta(lambda: T5EncoderModel(T5Config(**T5_XXL)), getattr(torch, dtype))
+    if dtype == "float16":  # as load_t5 does
+        for name, module in model.named_modules():
+            if name.endswith(".wo"):
+                module.to(torch.float32)
+    model.encoder.set_input_embeddings(model.shared)
+    shapes = shapes_of(model)
+    assert "encoder.embed_tokens.weight" in shapes  # the one table under its two names
+    if quantized:
+        quantize_t5(model)
+    assert weight_bytes("t5", shapes, dtype, quantized=quantized) == bytes_of(model)
+    if not quantized and dtype == "bfloat16":
+        assert bytes_of(model) == 2 * 4_762_310_656
+
+
+def test_what_is_counted_as_fp8_is_what_becomes_fp8() -> None:
+    for part, model, change in (
+        ("transformer", on_meta(lambda: Flux(DEV)), quantize_transformer),
+        ("t5", on_meta(lambda: T5EncoderModel(T5Config(**T5_XXL | {"num_layers": 2}))), quantize_t5),
+    ):
+        counted = {name for name, shape in shapes_of(model).items() if is_quantizable(part, name, len(shape))}
+        change(model)
+        layers = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
+        assert counted == layers
+
+
+def test_the_autoencoder_is_no_narrower_than_float32_in_float16() -> None:
+    model = on_meta(lambda: AutoEncoder(AUTOENCODER))
+    counts = {dtype: weight_bytes("autoencoder", shapes_of(model), dtype, quantized=True) for dtype in DTYPES}
+    assert counts == {"bfloat16": 2 * 83_819_683, "float16": 4 * 83_819_683, "float32": 4 * 83_819_683}
+
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside that are not freed, and their peak."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        self.peak = self.now = 0
+        weights = [value for model in models for value in [*model.parameters(), *model.buffers()]]
+        self._kept = [value.untyped_storage() for value in weights]
+        self._known: dict[int, Any] = {storage._cdata: None for storage in self._kept}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._add(value.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def freed(_: object) -> None:
+            self.now -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.now += size
+
+
+@pytest.fixture
+def _fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta, attention would be computed with the whole table of scores, as no GPU does."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
+
+
+@pytest.mark.usefixtures("_fused_attention")
+@pytest.mark.parametrize(("dtype", "quantized", "batch_size"), [("bfloat16", False, 2), ("bfloat16", True, 1)])
+def test_denoising_holds_what_is_counted(dtype: str, quantized: bool, batch_size: int) -> None:
+    kind, num_txt, num_img = getattr(torch, dtype), 512, 4096
+    model = on_meta(lambda: Flux(DEV), kind)
+    shapes = shapes_of(model)
+    if quantized:
+        quantize_transformer(model)
+    inputs = [
+        (batch_size, num_img, 64),
+        (batch_size, num_txt, 4096),
+        (2, num_txt + num_img, 64),
+        (batch_size,),
+        (batch_size, 768),
+        (batch_size,),
+    ]
+    alive = Alive(model)
+    with torch.no_grad(), META, alive:
+        model(*(torch.empty(shape, dtype=kind) for shape in inputs))
+    counted = denoise_bytes(shapes, num_txt + num_img, batch_size, dtype, quantized=quantized)
+    assert alive.peak == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.usefixtures("_fused_attention")
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", (128, 96)), ("float32", (64, 64))])
+def test_decoding_holds_what_is_counted(dtype: str, size: tuple[int, int]) -> None:
+    height, width = size
+    model = on_meta(lambda: AutoEncoder(AUTOENCODER), getattr(torch, dtype))
+    alive = Alive(model)
+    with torch.no_grad(), META, alive:
+        model.decode(torch.empty((3, 16, height, width), dtype=getattr(torch, dtype)))
+    original = shapes_of(model)
+    diffusers = {name: tuple(value.shape) for name, value in autoencoder_to_diffusers(model.state_dict()).items()}
+    counted = decode_bytes(original, 8 * width, 8 * height, 3, dtype)
+    assert alive.peak == pytest.approx(counted, rel=0.03)
+    assert decode_bytes(diffusers, 8 * width, 8 * height, 3, dtype) == counted

@@ -1,0 +1,194 @@
+"""The first-block cache: what it reuses, for which image, and that it changes nothing where it reuses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flux_batch.model.sampling import Conditioning, Velocity, denoise, position_ids
+from flux_batch.model.step_cache import StepCache, relative_change
+from flux_batch.model.transformer import Flux
+from golden import FLUX, filled, tensor
+
+STEPS = 8
+# A threshold above every change.
+ALWAYS = 100.0
+SIGMAS = torch.linspace(1.0, 0.0, STEPS + 1)
+NOISE = tensor("in.noise", (3, 24, 64), 1.7)
+TEXT = Conditioning(tensor("in.txt", (3, 7, 24)), tensor("in.vec", (3, 32)))
+NEGATIVE = Conditioning(tensor("in.negtxt", (3, 7, 24)), tensor("in.negvec", (3, 32)))
+GUIDANCE = torch.tensor([3.5, 1.0, 8.0])
+
+
+@pytest.fixture(scope="module")
+def model() -> Flux:
+    return filled(Flux(FLUX))
+
+
+def walk(velocity: Velocity, images: slice | list[int] = slice(None), **options: Any) -> Tensor:
+    """Denoise some of the three images together."""
+    text = Conditioning(TEXT.txt[images], TEXT.y[images])
+    pe = filled(Flux(FLUX)).position_table(position_ids(7, 8, 12))
+    return denoise(velocity, NOISE[images], text, pe, SIGMAS, guidance=GUIDANCE[images], **options)
+
+
+class Counting:
+    """A model that notes how many images went through its later blocks at each call."""
+
+    def __init__(self, model: Flux, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.images: list[int] = []
+        later_blocks = model.later_blocks
+
+        def counted(img: Tensor, *others: Tensor) -> Tensor:
+            self.images.append(len(img))
+            return later_blocks(img, *others)
+
+        monkeypatch.setattr(model, "later_blocks", counted)
+
+
+def thresholds_of(model: Flux, image: int) -> list[float]:
+    """Return how much the first block changes at each step of one image, against the step before."""
+    seen: list[Tensor] = []
+
+    class Watching(StepCache):
+        def _to_compute(self, first_block: Tensor) -> list[int]:
+            seen.append(first_block)
+            return super()._to_compute(first_block)
+
+    walk(Watching(model, 0.0, STEPS), [image])
+    return [float(relative_change(new, old)) for old, new in pairwise(seen)]
+
+
+def test_at_0_nothing_is_reused_and_every_bit_is_the_same(model: Flux) -> None:
+    cache = StepCache(model, 0.0, STEPS)
+    assert torch.equal(walk(cache), walk(model))
+    assert (cache.num_reused, cache.num_passes) == (0, 3 * STEPS)
+
+
+def test_above_every_change_all_but_the_first_and_the_last_step_are_reused(
+    model: Flux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = walk(model)
+    counting, cache = Counting(model, monkeypatch), StepCache(model, ALWAYS, STEPS)
+    result = walk(cache)
+    assert counting.images == [3, 3]
+    assert (cache.num_reused, cache.num_passes) == (3 * (STEPS - 2), 3 * STEPS)
+    assert result.isfinite().all()
+    assert not torch.equal(result, plain)
+
+
+def test_a_reused_step_adds_what_the_later_blocks_added(model: Flux) -> None:
+    cache = StepCache(model, ALWAYS, 3)
+    pe = model.position_table(position_ids(7, 8, 12))
+    first = (NOISE, TEXT.txt, pe, torch.ones(3), TEXT.y, GUIDANCE)
+    second = (0.9 * NOISE, TEXT.txt, pe, torch.full((3,), 0.95), TEXT.y, GUIDANCE)
+    assert torch.equal(cache(*first), model(*first))
+
+    def parts(img: Tensor, txt: Tensor, pe: Tensor, t: Tensor, y: Tensor, guidance: Tensor) -> tuple[Tensor, ...]:
+        vec = model.conditioning(t, y, guidance)
+        img, txt = model.double_blocks[0](model.img_in(img), model.txt_in(txt), vec, pe)
+        return img, model.later_blocks(img, txt, vec, pe), vec
+
+    before, after, _ = parts(*first)
+    img, _, vec = parts(*second)
+    torch.testing.assert_close(cache(*second), model.final_layer(img + (after - before), vec), rtol=0, atol=1e-5)
+    assert cache.num_reused == 3
+
+
+def test_a_step_is_compared_with_the_last_computed_one_not_the_last(model: Flux) -> None:
+    changes = thresholds_of(model, 0)
+    middle = changes[1 : STEPS - 2]
+    # Each step alone changes less than this, so against the step before all would be reused for ever.
+    cache = StepCache(model, 1.2 * max(middle), STEPS)
+    walk(cache, [0])
+    assert 0 < cache.num_reused < STEPS - 2
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.2])
+def test_an_image_does_not_depend_on_its_neighbours(model: Flux, share: float) -> None:
+    threshold = share * max(thresholds_of(model, 0))
+    together = StepCache(model, threshold, STEPS)
+    result = walk(together)
+    alone = [StepCache(model, threshold, STEPS) for _ in range(3)]
+    for image, cache in enumerate(alone):
+        torch.testing.assert_close(result[image : image + 1], walk(cache, [image]), rtol=0, atol=2e-5)
+    assert together.num_reused == sum(cache.num_reused for cache in alone)
+    pair = StepCache(model, threshold, STEPS)
+    torch.testing.assert_close(walk(pair, [2, 0]), result[[2, 0]], rtol=0, atol=2e-5)
+
+
+def test_images_of_a_batch_are_computed_at_different_steps(model: Flux, monkeypatch: pytest.MonkeyPatch) -> None:
+    threshold = sum(max(thresholds_of(model, image)) for image in range(3)) / 3
+    counting = Counting(model, monkeypatch)
+    walk(StepCache(model, threshold, STEPS))
+    assert any(0 < images < 3 for images in counting.images)
+    assert (counting.images[0], counting.images[-1]) == (3, 3)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_with_one_or_two_steps_nothing_is_reused(model: Flux, steps: int) -> None:
+    text, pe = TEXT, model.position_table(position_ids(7, 8, 12))
+    sigmas = torch.linspace(1.0, 0.0, steps + 1)
+    cache = StepCache(model, ALWAYS, steps)
+    result = denoise(cache, NOISE, text, pe, sigmas, guidance=GUIDANCE)
+    assert torch.equal(result, denoise(model, NOISE, text, pe, sigmas, guidance=GUIDANCE))
+    assert cache.num_reused == 0
+
+
+def test_both_passes_of_true_cfg_have_a_memory_of_their_own(model: Flux) -> None:
+    scale = torch.tensor([2.0, 1.0, 0.5])
+    options = {"negative": NEGATIVE, "cfg_scale": scale}
+    caches = [StepCache(model, 0.0, STEPS) for _ in range(2)]
+    assert torch.equal(walk(caches[0], negative_model=caches[1], **options), walk(model, **options))
+    caches = [StepCache(model, ALWAYS, STEPS) for _ in range(2)]
+    result = walk(caches[0], negative_model=caches[1], **options)
+    assert [cache.num_passes for cache in caches] == [3 * STEPS] * 2
+    # The image whose scale is 1 takes the positive pass as it is.
+    torch.testing.assert_close(result[1:2], walk(StepCache(model, ALWAYS, STEPS), [1]), rtol=0, atol=2e-5)
+
+
+def test_numbers_that_are_none_are_not_hidden(model: Flux) -> None:
+    cache, pe = StepCache(model, ALWAYS, STEPS), model.position_table(position_ids(7, 8, 12))
+    inputs = (TEXT.txt, pe, torch.ones(3), TEXT.y, GUIDANCE)
+    cache(NOISE, *inputs)
+    broken = NOISE.clone()
+    broken[1, 0, 0] = float("nan")
+    result = cache(broken, *inputs)
+    assert result[[0, 2]].isfinite().all()
+    assert result[1].isnan().any()
+    assert cache.num_reused == 2
+
+
+def test_a_change_is_a_share_of_each_image() -> None:
+    old = torch.ones(2, 4, 8)
+    new = old.clone()
+    new[1] *= 1.25
+    assert relative_change(new, old).tolist() == [0.0, 0.25]
+    assert relative_change(new.half() * 60_000, old.half() * 60_000).isfinite().sum() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_works_in_every_dtype(dtype: torch.dtype) -> None:
+    model = filled(Flux(FLUX)).to(dtype)
+    text = Conditioning(TEXT.txt.to(dtype), TEXT.y.to(dtype))
+    pe = model.position_table(position_ids(7, 8, 12))
+    cache = StepCache(model, ALWAYS, STEPS)
+    result = denoise(cache, NOISE.to(dtype), text, pe, SIGMAS, guidance=GUIDANCE.to(dtype))
+    assert result.dtype == dtype
+    assert result.isfinite().all()
+    assert cache.num_reused == 3 * (STEPS - 2)
+
+
+def test_it_works_over_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One of each kind, without a back end's code: blocks may be replaced by what torch.compile returns.
+    model = filled(Flux(FLUX))
+    plain = walk(StepCache(model, 0.3, STEPS))
+    compiled: Callable[..., Any] = torch.compile(backend="eager", dynamic=True)
+    for blocks in (model.double_blocks, model.single_blocks):
+        blocks[0] = compiled(blocks[0])
+    torch.testing.assert_close(walk(StepCache(model, 0.3, STEPS)), plain, rtol=0, atol=1e-5)
