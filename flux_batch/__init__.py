@@ -5,6 +5,7 @@ The folder, in the order in which data flows:
     cli       parse, call, exception -> exit code        worker    rows -> batches -> pictures -> commit
     job       the whole run on one screen                pipeline  prompts -> pictures, the only translator to model/
     config    the job file                               model_manager  files -> the parts of a model
+                                                         model_source   a name or an address -> files here
     plan      data set -> shards                         model/    what FLUX computes
     engine/   where shards run                           storage/  bytes, tables, URLs
                                                          report/   what people read of a run
@@ -21,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flux_batch.config import JobConfig
     from flux_batch.job import run
-    from flux_batch.model_manager import ModelManager, download_models
+    from flux_batch.model_manager import ModelManager
+    from flux_batch.model_source import download_models
     from flux_batch.pipeline import FluxImagePipeline
 
 __version__ = "0.1.0"
@@ -32,7 +34,7 @@ _HOMES = {
     "FluxImagePipeline": "flux_batch.pipeline",
     "JobConfig": "flux_batch.config",
     "ModelManager": "flux_batch.model_manager",
-    "download_models": "flux_batch.model_manager",
+    "download_models": "flux_batch.model_source",
     "run": "flux_batch.job",
 }
 

@@ -56,14 +56,19 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("status", help="say how far a run is, from its output alone")
     command.add_argument("output", metavar="OUTPUT_URI")
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument(
-        "--storage-option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an fsspec option, e.g. endpoint_url=...",
-    )
+    _add_storage_options(command)
     command.set_defaults(command=_status)
+
+    command = commands.add_parser("download", help="bring a model to this machine")
+    command.add_argument(
+        "name", metavar="NAME", help="FLUX.1-dev, FLUX.1-schnell, owner/repository, or an address, for the cache"
+    )
+    command.add_argument("--from", dest="hub", choices=["huggingface", "modelscope"], default="huggingface")
+    command.add_argument("--to", metavar="DIR", help="the folder; else models/FLUX/NAME or models/OWNER/REPOSITORY")
+    command.add_argument("--token", help="for a gated or private repository; others can see it: HF_TOKEN is better")
+    command.add_argument("--refresh", action="store_true", help="of an address: fetch it again if it has changed")
+    _add_storage_options(command)
+    command.set_defaults(command=_download)
     for each in commands.choices.values():
         # After the command too; the default must not undo a --debug before it.
         each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -79,6 +84,16 @@ def _add_job(command: argparse.ArgumentParser) -> None:
         metavar="SECTION.KEY=VALUE",
         dest="overrides",
         help="override a setting of the job file; may be given several times",
+    )
+
+
+def _add_storage_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--storage-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an fsspec option, e.g. endpoint_url=...",
     )
 
 
@@ -110,10 +125,22 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _download(arguments: argparse.Namespace) -> int:
+    from flux_batch.model_source import download_models, local_model
+
+    if "://" in arguments.name:
+        options = _options(arguments.storage_option)
+        folder = local_model(arguments.name, options, refresh=arguments.refresh)
+    else:
+        (folder,) = download_models([arguments.name], [arguments.hub], to=arguments.to, token=arguments.token)
+    _print(str(folder))
+    return 0
+
+
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
     """Read KEY=VALUE pairs; values are YAML."""
-    from flux_batch.config import load_yaml
     from flux_batch.errors import JobError
+    from flux_batch.job_text import load_yaml
 
     options = {}
     for pair in pairs:

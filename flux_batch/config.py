@@ -5,10 +5,9 @@ Knows names, ranges and defaults; opens nothing but the text it is given.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -24,16 +23,22 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from flux_batch.errors import InvalidSetting, JobError
-from flux_batch.records import ALIASES, MAX_SEED, SAMPLING_FIELDS, SamplingParams
-
-REDACTED = "(redacted)"
-# The storage options that carry no secret; every other value is redacted wherever a config is written down.
-PUBLIC_OPTIONS = frozenset(
-    {"anon", "client_kwargs", "endpoint_url", "profile", "region_name", "requester_pays", "use_ssl"}
+from flux_batch.job_text import apply_override, did_you_mean, load_yaml, redact
+from flux_batch.records import (
+    ALIASES,
+    MAX_SEED,
+    NO_LORA,
+    SAMPLING_FIELDS,
+    Quantization,
+    SamplingParams,
+    check_quantization,
+    check_step_cache,
+    check_tiles,
 )
-STORAGE_OPTIONS = {"prompts": {"storage_options"}, "output": {"storage_options"}}
+
+STORAGE_OPTIONS = {section: {"storage_options"} for section in ("prompts", "output", "model")}
 # Columns of the data set that the job understands, by our own names.
-PROMPT_FIELDS = ("prompt", "id", "seed", "num_images_per_prompt", *SAMPLING_FIELDS)
+PROMPT_FIELDS = ("prompt", "id", "seed", "num_images_per_prompt", "input_image", "lora", "lora_scale", *SAMPLING_FIELDS)
 
 
 def _with_aliases(values: Any) -> Any:
@@ -54,6 +59,15 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]
 Columns = Annotated[dict[str, str], BeforeValidator(_with_aliases)]
 
 
+def check_no_secret(uri: str, field: str) -> None:
+    """Raise InvalidSetting for an address of a model with a user or password in it."""
+    if re.match("[^/]*://[^/]*@", uri):
+        raise InvalidSetting(
+            f"{field} holds a user name or password, which would be written down: use model.storage_options",
+            field=field,
+        )
+
+
 class Section(BaseModel):
     """A part of the job file: frozen, exact types, no unknown keys."""
 
@@ -71,6 +85,10 @@ class PromptsConfig(Section):
     """Columns copied into the metadata."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first rows."""
+    allow_http: bool = False
+    """Whether rows may name pictures on the public internet."""
+    input_image_root: str | None = Field(default=None, min_length=1)
+    """One more folder or bucket prefix whose pictures rows may name in full; else only those beside the prompts."""
     storage_options: dict[str, Any] = Field(default={}, repr=False)
     """fsspec options, e.g. `endpoint_url` for an S3-compatible store."""
 
@@ -117,20 +135,68 @@ class OutputConfig(Section):
     storage_options: dict[str, Any] = Field(default={}, repr=False)
 
 
+class LoraConfig(Section):
+    """A LoRA to merge into the weights."""
+
+    uri: str = Field(min_length=1)
+    """A safetensors file: a path, or an address as of a model."""
+    scale: float = 1.0
+    name: str = ""
+    """What rows call it in their `lora` column; the uri as it stands here, if null."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("name") is None:
+            return {**values, "name": values.get("uri", "")}
+        return values
+
+    @model_validator(mode="after")
+    def _in_range(self) -> LoraConfig:
+        check_no_secret(self.uri, "uri")
+        if self.name.strip() in NO_LORA:
+            raise InvalidSetting(f"name = {self.name!r}: means no LoRA in a row; take another", field="name")
+        return self
+
+
 class ModelConfig(Section):
     """Which weights, in which arithmetic."""
 
     uri: str = Field(min_length=1)
-    """A folder with a FLUX.1 repository, or `demo`."""
+    """A FLUX.1 model: a folder, an address fsspec knows, `owner/repository` of Hugging Face, or `demo`."""
+    storage_options: dict[str, Any] = Field(default={}, repr=False)
+    refresh: bool = False
+    """Ask a remote whether the model has changed, before the copy on a node is used."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    quantization: Literal["none"] = "none"
+    quantization: Quantization = "none"
+    """`fp8`: weights in half the memory; `fp8_matmul`: multiplied in fp8 too, on GPUs of Ada, Hopper or later."""
+    step_cache: float = 0.0
+    """Reuse most of a step that differs from the last computed one by less than this share; 0 is off."""
     compile: Literal[False] = False
-    loras: Annotated[tuple[str, ...], Field(strict=False, max_length=0)] = ()
+    loras: Annotated[tuple[LoraConfig, ...], Field(strict=False)] = ()
+    """Merged into the weights for every row that names none; several add up."""
 
-    @field_validator("quantization", "compile", "loras", mode="before")
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if value not in get_args(Quantization):
+            raise ValueError(f"no way to keep weights{did_you_mean(str(value), get_args(Quantization))}")
+        return value
+
+    @model_validator(mode="after")
+    def _in_range(self) -> ModelConfig:
+        check_quantization(self.quantization, self.dtype)
+        check_step_cache(self.step_cache)
+        check_no_secret(self.uri, "uri")
+        for lora in self.loras:
+            if sum(lora.name == other.name for other in self.loras) > 1:
+                raise InvalidSetting(f"loras name {lora.name!r} twice: give each a name of its own", field="loras")
+        return self
+
+    @field_validator("compile", mode="before")
     @classmethod
     def _not_yet(cls, value: Any, info: ValidationInfo) -> Any:
-        if value and value != "none":
+        if value:
             raise ValueError("not available in this version; leave it out")
         return value
 
@@ -146,6 +212,17 @@ class SamplingConfig(Section):
     negative_prompt: str = ""
     t5_sequence_length: int | None = None
     """Text tokens; the model's own number if null."""
+    sigma_shift: float | None = None
+    """The static schedule of DiffSynth-Studio with this shift, its default being 3; the model's own if null."""
+    input_image: str | None = Field(default=None, min_length=1)
+    """Start from this picture: a path or an address."""
+    denoising_strength: float = 1.0
+    """How much of the input picture is noised over: 1 leaves nothing of it."""
+    tiled: bool = False
+    """Whether the autoencoder works in tiles: less memory, and pictures that differ a little. For all rows."""
+    tile_size: int = 128
+    """Latents along a side of a tile when decoding, pixels when encoding, as in DiffSynth-Studio."""
+    tile_stride: int = 64
     num_images_per_prompt: int = Field(default=1, ge=1, le=1000)
     seed: int = Field(default=0, ge=0, lt=MAX_SEED)
     """Seed of the run, from which images derive theirs when their row has none."""
@@ -158,6 +235,7 @@ class SamplingConfig(Section):
     @model_validator(mode="after")
     def _in_range(self) -> SamplingConfig:
         self.params()
+        check_tiles(self.tile_size, self.tile_stride)
         return self
 
     def params(self) -> SamplingParams:
@@ -203,6 +281,15 @@ class JobConfig(Section):
     workers: WorkersConfig = WorkersConfig()
     failures: FailuresConfig = FailuresConfig()
 
+    @model_validator(mode="after")
+    def _web_is_allowed(self) -> JobConfig:
+        uri, field = self.sampling.input_image or "", "sampling.input_image"
+        if uri.startswith(("http://", "https://")) and not self.prompts.allow_http:
+            raise InvalidSetting(f"{field} is on the web: set prompts.allow_http to true", field=field)
+        if re.match("[^/]*://[^/]*@", uri):
+            raise InvalidSetting(f"{field} holds a user name or password, which would be written down", field=field)
+        return self
+
     @classmethod
     def from_yaml(cls, text: str, *, origin: str = "job file", overrides: Iterable[str] = ()) -> JobConfig:
         """Parse a job file; `overrides` are `section.key=value` strings whose values are YAML too."""
@@ -210,7 +297,7 @@ class JobConfig(Section):
         if not isinstance(tree, dict):
             raise JobError(f"{origin}: must be a mapping with the sections prompts, output and model")
         for override in overrides:
-            _apply_override(tree, override)
+            apply_override(tree, override)
         return cls.from_dict(tree, origin=origin)
 
     @classmethod
@@ -224,8 +311,8 @@ class JobConfig(Section):
     def to_yaml(self) -> str:
         """Write the whole tree with every default spelled out and every secret redacted."""
         tree = self.model_dump(mode="json", exclude=STORAGE_OPTIONS)
-        tree["prompts"]["storage_options"] = _redact(self.prompts.storage_options)
-        tree["output"]["storage_options"] = _redact(self.output.storage_options)
+        for section in STORAGE_OPTIONS:
+            tree[section]["storage_options"] = redact(getattr(self, section).storage_options)
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
     def identity(self) -> dict[str, Any]:
@@ -235,44 +322,13 @@ class JobConfig(Section):
         """
         tree = self.model_dump(mode="json", exclude=STORAGE_OPTIONS)
         parts = {
-            "prompts": {key: tree["prompts"][key] for key in ("columns", "passthrough", "limit")},
+            "prompts": {key: tree["prompts"][key] for key in ("columns", "passthrough", "limit", "allow_http")},
             "output": {key: tree["output"][key] for key in ("format", "shard_size")},
             "output.image": tree["output"]["image"],
-            "model": {key: tree["model"][key] for key in ("uri", "dtype", "quantization", "loras")},
+            "model": {key: tree["model"][key] for key in ("uri", "dtype", "quantization", "step_cache", "loras")},
             "sampling": tree["sampling"],
         }
         return {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Suggest the nearest known name, or list them all: the tail of an error message."""
-    known = list(known)
-    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-
-
-def load_yaml(text: str, origin: str) -> Any:
-    """Parse YAML; messages quote no line of it, since that may hold a secret."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise JobError(f"{origin}: {line}not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        # PyYAML lets through what Python says to `2026-13-01`, `!!int x` and the like.
-        raise JobError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    path, separator, value = override.partition("=")
-    if not separator or not path.strip():
-        raise JobError(f"--set {path}: must be section.key=value")
-    *sections, key = path.strip().split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise JobError(f"--set {path}: {section} is not a section")
-    tree[key] = load_yaml(value, f"--set {path}")
 
 
 def _explain(error: ValidationError) -> list[str]:
@@ -309,20 +365,6 @@ def _shown(finding: ErrorDetails) -> str:
 def _keys_at(sections: list[int | str]) -> list[str]:
     model: Any = JobConfig
     for section in sections:
-        model = model.model_fields[section].annotation
+        is_item = isinstance(section, int)
+        model = get_args(model)[0] if is_item else model.model_fields[section].annotation
     return list(model.model_fields)
-
-
-def _redact(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace every value that may be a secret; addresses lose their user and password."""
-    public: dict[str, Any] = {}
-    for key, value in options.items():
-        if key not in PUBLIC_OPTIONS:
-            public[key] = REDACTED
-        elif isinstance(value, Mapping):
-            public[key] = _redact(value)
-        elif isinstance(value, str):
-            public[key] = re.sub("//[^/]*@", "//", value)
-        else:
-            public[key] = value
-    return public

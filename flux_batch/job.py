@@ -19,6 +19,7 @@ from flux_batch.report.card import card
 from flux_batch.report.progress import Progress
 from flux_batch.report.summary import RunReport, Totals
 from flux_batch.storage.commits import Commits
+from flux_batch.storage.input_images import check_of_job
 from flux_batch.storage.prompts import PromptSource
 from flux_batch.storage.run_files import CARD, JOB, PLAN, REPORT, SUCCESS
 from flux_batch.storage.store import Store
@@ -50,6 +51,7 @@ def run(
     todo = remaining(plan, done)
     progress = Progress(store, len(plan.shards), Totals.of(commits.read_all(sorted(done))))
     if todo:
+        check_pictures(config)
         log.info("%s: %d of %d shards to do, output %s", config.name, len(todo), len(plan.shards), store.uri)
         recipe = WorkerRecipe(config, len(plan.shards), plan.passthrough, make_pipeline or load_pipeline)
         for result in (engine or ray_pool(config)).run(recipe, todo):
@@ -71,16 +73,31 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
 def located(config: JobConfig) -> JobConfig:
     """Fix relative paths to this process's folder, since workers have another; `demo` prompts are in the package."""
     from flux_batch.demo.prompts import demo_prompts_path
+    from flux_batch.model_source import located as located_model
 
     uris = tuple(str(demo_prompts_path()) if uri == "demo" else _absolute(uri) for uri in config.prompts.uri)
-    model = config.model.uri if config.model.uri == "demo" else _absolute(config.model.uri)
+    root, picture = config.prompts.input_image_root, config.sampling.input_image
     return config.model_copy(
         update={
-            "prompts": config.prompts.model_copy(update={"uri": uris}),
+            "prompts": config.prompts.model_copy(update={"uri": uris, "input_image_root": root and _absolute(root)}),
+            "sampling": config.sampling.model_copy(update={"input_image": picture and _absolute(picture)}),
             "output": config.output.model_copy(update={"uri": _absolute(config.output.uri)}),
-            "model": config.model.model_copy(update={"uri": model}),
+            "model": config.model.model_copy(
+                update={
+                    "uri": located_model(config.model.uri),
+                    "loras": tuple(
+                        lora.model_copy(update={"uri": located_model(lora.uri)}) for lora in config.model.loras
+                    ),
+                }
+            ),
         }
     )
+
+
+def check_pictures(config: JobConfig) -> None:
+    """Raise SourceError if the picture that all rows start from cannot be used."""
+    if config.sampling.input_image:
+        check_of_job(config.sampling.input_image, config.prompts.storage_options)
 
 
 def open_run(config: JobConfig, store: Store) -> Plan:
@@ -150,7 +167,14 @@ def load_pipeline(model: ModelConfig) -> ImagePipeline:
     """Load FLUX, in the process that will run it."""
     from flux_batch.pipeline import FluxImagePipeline
 
-    return FluxImagePipeline.from_pretrained(model.uri, torch_dtype=model.dtype)
+    return FluxImagePipeline.from_pretrained(
+        model.uri,
+        torch_dtype=model.dtype,
+        quantization=model.quantization,
+        step_cache=model.step_cache,
+        storage_options=model.storage_options,
+        refresh=model.refresh,
+    )
 
 
 def ray_pool(config: JobConfig) -> Engine:

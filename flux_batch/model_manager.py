@@ -1,65 +1,76 @@
 """ModelManager: files in, the parts of a model out, each recognised by its keys.
 
-Knows where the parts of a model may lie, and turns what the model raises into our errors; knows no prompt or picture.
+Knows where the parts of a model may lie; knows no prompt or picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import torch
 
-from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, InvalidSetting, OutOfMemory
+from flux_batch.errors import InvalidSetting
+from flux_batch.loras import Loras
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.checkpoint import open_checkpoint, read_config, read_json
+from flux_batch.model.checkpoint import Checkpoint, open_checkpoint, read_config, read_json
+from flux_batch.model.folders import LOADING_ORDER, find_parts
+from flux_batch.model.layouts import Layout, parts_of
+from flux_batch.model.loading import Prepare, load_autoencoder, load_transformer
 from flux_batch.model.params import ScheduleParams, schedule_params
+from flux_batch.model.quantize import no_fp8_products, quantize_t5, quantize_transformer
 from flux_batch.model.text import ClipEncoder, T5Encoder, load_clip, load_t5
 from flux_batch.model.transformer import Flux
-from flux_batch.model.weights import Layout, load_autoencoder, load_transformer, recognise
+from flux_batch.model_errors import checkpoint_errors, device_errors
+from flux_batch.model_source import PathOrFolder, local_model, local_path
+from flux_batch.records import Quantization, check_quantization
 
-PathOrFolder = str | PathLike[str]
-
-# Where a part may lie in a model folder: the sub folder of diffusers; original files are found in the folder itself.
-FOLDERS = {"transformer": "transformer", "autoencoder": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
-TITLES = {
-    "transformer": "transformer",
-    "autoencoder": "autoencoder",
-    "clip": "CLIP text encoder",
-    "t5": "T5 text encoder",
+# What is done to a model before it is filled.
+TRANSFORMER_CHANGES: Mapping[Quantization, Prepare | None] = {
+    "none": None,
+    "fp8": quantize_transformer,
+    "fp8_matmul": partial(quantize_transformer, products=True),
 }
-# What torch says, in errors that have no class of their own.
-OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-DEVICE_FATAL_SIGNS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error")
+T5_CHANGES: Mapping[Quantization, Prepare | None] = {"none": None, "fp8": quantize_t5, "fp8_matmul": quantize_t5}
 
 
 class ModelManager:
-    """Loads the parts of a model, each recognised by its keys, whatever its file is called.
+    """Loads the parts of a model, each recognised by its keys, whatever its file is called and however encoded.
 
+    quantization: `fp8` keeps the matrices of transformer and T5 in fp8 (their bits, if the file holds fp8) and
+    multiplies in `torch_dtype`; `fp8_matmul` multiplies the transformer's in fp8 as well: bfloat16 only, on an NVIDIA
+    GPU of Ada, Hopper or later, or, slowly and for the same pictures, on the CPU.
     Raises: CheckpointError for a file that is missing, damaged, incomplete or of a layout that is not supported;
-    InvalidSetting for a device that is not there.
+    InvalidSetting for a device that is not there, or lacks products in fp8.
     """
 
     def __init__(
         self,
-        torch_dtype: torch.dtype = torch.bfloat16,
+        torch_dtype: torch.dtype | str = torch.bfloat16,
         device: str | torch.device = "cuda",
         file_path_list: Sequence[PathOrFolder | Sequence[PathOrFolder]] = (),
+        *,
+        quantization: Quantization = "none",
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.torch_dtype = torch_dtype
+        self.torch_dtype = to_dtype(torch_dtype)
+        self.quantization = quantization
+        self.storage_options = storage_options or {}
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise InvalidSetting(f"device = {device}: there is no CUDA device here; use cpu", field="device")
+        check_quantization(quantization, str(self.torch_dtype).removeprefix("torch."))
+        if quantization == "fp8_matmul" and (obstacle := no_fp8_products(self.device)):
+            raise InvalidSetting(f"quantization = {quantization}: {obstacle}; take fp8", field="quantization")
         self.transformer: Flux | None = None
         self.schedule: ScheduleParams | None = None
         self.autoencoder: AutoEncoder | None = None
         self.clip: ClipEncoder | None = None
         self.t5: T5Encoder | None = None
+        self.loras = Loras(storage_options=self.storage_options)
         self.load_models(file_path_list)
 
     def load_models(
@@ -67,17 +78,41 @@ class ModelManager:
         file_path_list: Sequence[PathOrFolder | Sequence[PathOrFolder]],
         torch_dtype: torch.dtype | None = None,
     ) -> None:
-        """Load each entry: a file, a folder that holds one part, or the list of files that make up one part."""
+        """Load each entry: a file, a folder that holds one part, or the list of files that make up one part.
+
+        Of a file that holds several parts (ComfyUI's all-in-one), all are loaded. torch_dtype: for these, if not that
+        of all; torch.float8_e4m3fn, as scripts for DiffSynth-Studio say, asks for `quantization` fp8. What lies in a
+        bucket or on a hub is fetched once a machine, with `storage_options` (see local_model).
+        """
+        dtype, quantization = self.torch_dtype, self.quantization
+        if torch_dtype == torch.float8_e4m3fn:
+            quantization = "fp8" if quantization == "none" else quantization
+        elif torch_dtype is not None:
+            dtype = to_dtype(torch_dtype)
+        check_quantization(quantization, str(dtype).removeprefix("torch."))
         for source in file_path_list:
             with checkpoint_errors(), device_errors():
-                self._load(to_path(source), torch_dtype or self.torch_dtype)
+                parts = parts_of(open_checkpoint(to_path(source, self.storage_options)))
+                for layout in sorted(parts, key=lambda layout: LOADING_ORDER.index(layout.part)):
+                    self._load(layout, parts[layout], dtype, quantization)
 
-    def _load(self, source: Path | list[Path], dtype: torch.dtype) -> None:
-        layout, checkpoint = recognise(open_checkpoint(source))
+    def load_lora(self, file_path: PathOrFolder | Sequence[PathOrFolder], lora_alpha: float = 1.0) -> None:
+        """Merge one more LoRA, or several with the same scale, into the parts that are loaded; see Loras.
+
+        `lora_alpha` is the scale: what DiffSynth-Studio calls so. The alphas of the file count as well.
+        """
+        for path in [file_path] if isinstance(file_path, (str, PathLike)) else file_path:
+            self.loras.add(path, lora_alpha)
+
+    def _load(self, layout: Layout, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization) -> None:
         home = checkpoint.home
         if layout in (Layout.TRANSFORMER, Layout.TRANSFORMER_DIFFUSERS):
             config = read_config(home, "transformer")
-            self.transformer = load_transformer(checkpoint, layout, config, dtype=dtype, device=self.device)
+            prepare = TRANSFORMER_CHANGES[quantization]
+            self.transformer = load_transformer(
+                checkpoint, layout, config, dtype=dtype, device=self.device, prepare=prepare
+            )
+            self.loras.add_part("transformer", self.transformer)
             guidance_embed = self.transformer.params.guidance_embed
             self.schedule = schedule_params(read_scheduler_config(home), guidance_embed=guidance_embed)
         elif layout in (Layout.AUTOENCODER, Layout.AUTOENCODER_DIFFUSERS):
@@ -85,86 +120,40 @@ class ModelManager:
             self.autoencoder = load_autoencoder(checkpoint, layout, config, dtype=dtype, device=self.device)
         elif layout is Layout.CLIP:
             self.clip = load_clip(checkpoint, dtype=dtype, device=self.device)
+            self.loras.add_part("clip", self.clip.model)
         else:
-            self.t5 = load_t5(checkpoint, dtype=dtype, device=self.device)
+            prepare = T5_CHANGES[quantization]
+            self.t5 = load_t5(checkpoint, dtype=dtype, device=self.device, prepare=prepare)
+            self.loras.add_part("t5", self.t5.model)
 
 
-def download_models(model_id_list: Sequence[str]) -> None:
-    """See that the models named lie under models/FLUX, where DiffSynth-Studio puts them; fetching is not there yet.
+def to_dtype(name: torch.dtype | str) -> torch.dtype:
+    """Return the dtype of that name. Raises: InvalidSetting for one that pictures are not computed in."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise InvalidSetting(f"torch_dtype = {name}: must be bfloat16, float16 or float32", field="torch_dtype")
+    return dtype
 
-    Raises: FluxBatchError that says what to do instead.
+
+def locate_parts(
+    uri: PathOrFolder, storage_options: Mapping[str, Any] | None = None, *, refresh: bool = False
+) -> list[Path]:
+    """Return what to load of the model a uri names, on this machine, wherever it comes from (see local_model).
+
+    Raises: CheckpointError saying what was looked for; StoreError.
     """
-    for name in model_id_list:
-        folder = Path("models/FLUX") / name
-        if not folder.is_dir():
-            raise FluxBatchError(
-                f"download_models is not yet in this version: download {name} with the Hub's own client (hf download) "
-                f"into {folder}, or pass its folder to from_pretrained"
-            )
-
-
-def find_parts(uri: PathOrFolder) -> list[Path]:
-    """Return where each part of a model folder lies. Raises: CheckpointError saying what was looked for."""
-    folder = local_folder(uri)
+    model = local_model(uri, storage_options, refresh=refresh)
     with checkpoint_errors():
-        return [find_part(folder, part) for part in TITLES]
+        return find_parts(model)
 
 
-def local_folder(uri: PathOrFolder) -> Path:
-    """Return the model folder a uri names. Raises: CheckpointError if it is not there or not local."""
-    if uri == "demo":
-        from flux_batch.demo.model import demo_model_folder
-
-        return demo_model_folder()
-    folder = local_path(uri)
-    if folder.is_file():
-        raise CheckpointError(f"{folder} is a file: pass the folder with all parts of the model")
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"no model folder {folder}: download the model with the Hub's own client (hf download) and pass its folder"
-        )
-    return folder
-
-
-def local_path(uri: PathOrFolder) -> Path:
-    """Return the path of a local uri. Raises: CheckpointError for a remote one."""
-    text = str(uri)
-    if "://" not in text:
-        return Path(text).expanduser()
-    parts = urlsplit(text)
-    if parts.scheme != "file":
-        raise CheckpointError(f"{text}: models are read from local folders only: copy the folder to this machine first")
-    return Path(url2pathname(parts.path))
-
-
-def to_path(source: PathOrFolder | Sequence[PathOrFolder]) -> Path | list[Path]:
-    """Return the path, or the paths, of one part."""
+def to_path(
+    source: PathOrFolder | Sequence[PathOrFolder], storage_options: Mapping[str, Any] | None = None
+) -> Path | list[Path]:
+    """Return the path, or the paths, of one part, on this machine."""
     if isinstance(source, (str, PathLike)):
-        return local_path(source)
-    return [local_path(path) for path in source]
-
-
-def find_part(folder: Path, part: str) -> Path:
-    """Return where a part lies in a model folder: its sub folder, else the one file of that kind in the folder."""
-    sub_folder = folder / FOLDERS[part]
-    if any(sub_folder.glob("*.safetensors*")):
-        return sub_folder
-    found, others = [], []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            layout, _ = recognise(open_checkpoint(path))
-        except ValueError as error:
-            others.append(str(error))
-            continue
-        if layout.name.lower().startswith(part):
-            found.append(path)
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise CheckpointError(f"{folder} holds several files for the {TITLES[part]}: {names}; keep one")
-    if not found:
-        looked = f"looked for {sub_folder}/*.safetensors and for such a file in {folder}"
-        raise CheckpointError("; ".join([f"no {TITLES[part]}: {looked}", *others]))
-    return found[0]
+        return local_path(source, storage_options)
+    return [local_path(path, storage_options) for path in source]
 
 
 def read_scheduler_config(home: Path) -> dict[str, Any]:
@@ -174,30 +163,3 @@ def read_scheduler_config(home: Path) -> dict[str, Any]:
         if path.is_file():
             return read_json(path)
     return {}
-
-
-@contextmanager
-def checkpoint_errors() -> Iterator[None]:
-    """Turn what reading weights raises into CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(str(error)) from error
-
-
-@contextmanager
-def device_errors() -> Iterator[None]:
-    """Turn what a device raises into OutOfMemory (this batch) or DeviceFatal (this process)."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(str(error)) from error
-    except RuntimeError as error:
-        message = str(error)
-        if any(sign in message for sign in OUT_OF_MEMORY_SIGNS):
-            raise OutOfMemory(message) from error
-        if isinstance(error, torch.AcceleratorError) or any(sign in message for sign in DEVICE_FATAL_SIGNS):
-            raise DeviceFatal(message) from error
-        raise

@@ -7,8 +7,7 @@ or storage.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -17,14 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 from flux_batch.errors import CheckpointError, InvalidSetting, RowError
+from flux_batch.loras import Loras
 from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.folders import TITLES
 from flux_batch.model.params import ScheduleParams
 from flux_batch.model.sampling import (
     Conditioning,
     Progress,
+    Velocity,
     add_noise,
     denoise,
-    first_step,
     make_generators,
     make_noise,
     make_sigmas,
@@ -32,10 +33,15 @@ from flux_batch.model.sampling import (
     position_ids,
     unpack,
 )
+from flux_batch.model.step_cache import StepCache
 from flux_batch.model.text import ClipEncoder, T5Encoder
+from flux_batch.model.tiling import Tiling, tiled_decode, tiled_encode
 from flux_batch.model.transformer import Flux
-from flux_batch.model_manager import TITLES, ModelManager, PathOrFolder, device_errors, find_parts
-from flux_batch.records import ALIASES, MAX_SEED, MAX_STEPS, PIXELS_PER_TOKEN, check_integer, check_scale, check_side
+from flux_batch.model_errors import device_errors
+from flux_batch.model_manager import ModelManager, locate_parts
+from flux_batch.model_source import PathOrFolder
+from flux_batch.picture_request import PictureRequest
+from flux_batch.records import ALIASES, PIXELS_PER_TOKEN, Quantization, check_choice, check_step_cache
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Value = TypeVar("Value")
@@ -54,25 +60,32 @@ class FluxImagePipeline:
         clip: ClipEncoder,
         t5: T5Encoder,
         schedule: ScheduleParams,
+        *,
+        step_cache: float = 0.0,
+        loras: Loras | None = None,
     ) -> None:
         self.transformer = transformer
         self.autoencoder = autoencoder
         self.clip = clip
         self.t5 = t5
         self.schedule = schedule
+        self.step_cache = step_cache
+        self.loras = loras or Loras({"transformer": transformer, "clip": clip.model, "t5": t5.model})
         check_parts_fit(transformer, autoencoder, clip, t5)
         weight = transformer.img_in.weight
         self.device = weight.device
         self.torch_dtype = weight.dtype
 
     @classmethod
-    def from_model_manager(cls, model_manager: ModelManager) -> FluxImagePipeline:
+    def from_model_manager(cls, model_manager: ModelManager, *, step_cache: float = 0.0) -> FluxImagePipeline:
         """Assemble the loaded parts. Raises: CheckpointError naming the parts that were not loaded."""
+        check_step_cache(step_cache)
         missing = [title for part, title in TITLES.items() if getattr(model_manager, part) is None]
         if missing:
             raise CheckpointError(f"not loaded: {', '.join(missing)}; add their files to load_models([...])")
         manager: Any = model_manager  # every part is there, see above
-        return cls(manager.transformer, manager.autoencoder, manager.clip, manager.t5, manager.schedule)
+        parts = manager.transformer, manager.autoencoder, manager.clip, manager.t5, manager.schedule
+        return cls(*parts, step_cache=step_cache, loras=manager.loras)
 
     @classmethod
     def from_pretrained(
@@ -80,25 +93,51 @@ class FluxImagePipeline:
         uri: PathOrFolder,
         torch_dtype: torch.dtype | str = torch.bfloat16,
         device: str | torch.device | None = None,
+        *,
+        quantization: Quantization = "none",
+        step_cache: float = 0.0,
+        storage_options: Mapping[str, Any] | None = None,
+        refresh: bool = False,
     ) -> FluxImagePipeline:
-        """Load a model folder in the layout of diffusers or the original one, or the word `demo`.
+        """Load a model folder in the layout of diffusers or the original one, a file with all parts, or `demo`.
 
-        uri: a path or file:// address; torch_dtype: a dtype or its name; device: `cuda` if there is one, else `cpu`.
-        Raises: CheckpointError saying what was looked for.
+        uri: a path, an address that fsspec knows (s3://bucket/flux, with `storage_options`), or a repository of Hugging
+        Face (hf://owner/name, owner/name); what is remote is fetched once a machine and then used without asking,
+        unless `refresh`. torch_dtype: a dtype or its name; device: `cuda` if there is one, else `cpu`. quantization:
+        see ModelManager; step_cache: what calls take that name none.
+        Raises: CheckpointError saying what was looked for; StoreError for a remote that fails.
         """
-        parts = find_parts(uri)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = getattr(torch, torch_dtype, None) if isinstance(torch_dtype, str) else torch_dtype
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise InvalidSetting(
-                f"torch_dtype = {torch_dtype}: must be bfloat16, float16 or float32", field="torch_dtype"
-            )
-        return cls.from_model_manager(ModelManager(dtype, device, parts))
+        manager = ModelManager(
+            torch_dtype,
+            device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            quantization=quantization,
+            storage_options=storage_options,
+        )
+        manager.load_models(locate_parts(uri, storage_options, refresh=refresh))
+        return cls.from_model_manager(manager, step_cache=step_cache)
 
     @property
     def default_t5_sequence_length(self) -> int:
         """The T5 length the model was made for: 512 for dev, 256 for schnell, less if its tokenizer says less."""
         return min(T5_SEQUENCE_LENGTH[self.transformer.params.guidance_embed], self.t5.max_length)
+
+    def load_lora(self, uri: PathOrFolder, scale: float = 1.0) -> None:
+        """Merge one more LoRA into the weights. Raises: as `set_loras`."""
+        self.loras.add(uri, scale)
+
+    def set_loras(self, loras: Sequence[tuple[PathOrFolder, float]]) -> None:
+        """Make these LoRAs, each with its scale, the ones that are merged into the weights; [] takes all out.
+
+        uri: a path, or an address as of a model. Recognised by keys are those of PEFT and diffusers, sd-scripts,
+        ComfyUI, XLabs, OneTrainer, LyCORIS (LoHa, LoKr) and DiffSynth-Studio, for the transformer, CLIP and T5. What
+        was merged before leaves no trace: without LoRAs, weights are what they were, bit for bit.
+        Raises: CheckpointError naming what a file is instead, or its keys that match nothing; StoreError.
+        """
+        self.loras.set(loras)
+
+    def unload_loras(self) -> None:
+        """Take all LoRAs out: the weights are what they were, bit for bit."""
+        self.loras.set([])
 
     def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
         """Return of each prompt whether CLIP and whether T5 does not read its end."""
@@ -123,15 +162,31 @@ class FluxImagePipeline:
         sigma_shift: float | None = None,
         output_type: OutputType = "pil",
         progress_bar: Progress | None = None,
+        tiled: bool = False,
+        tile_size: int = 128,
+        tile_stride: int = 64,
+        step_cache: float | None = None,
         **aliases: Any,
     ) -> Any:
         """Make one picture of a prompt, or a list of pictures of a list of prompts.
 
         negative_prompt, embedded_guidance, cfg_scale, seed and input_image are one value for all or a list as long
         as the prompts. A second pass with the negative prompt runs if any cfg_scale is not 1; an image whose scale
-        is exactly 1 does not feel it. seed None draws from torch's global generator. sigma_shift replaces the
-        model's own schedule by the static one of DiffSynth-Studio. progress_bar wraps the steps, e.g. tqdm.
-        guidance_scale, true_cfg_scale and max_sequence_length, as diffusers calls them, are accepted.
+        is exactly 1 does not feel it. seed None draws from torch's global generator. progress_bar wraps the steps,
+        e.g. tqdm. guidance_scale, true_cfg_scale and max_sequence_length, as diffusers calls them, are accepted.
+
+        input_image is resized to width x height by Lanczos, whatever its proportions. denoising_strength is how much of
+        it is noised over: as in diffusers, the first int(steps - steps x strength) steps of the schedule are left out,
+        and the noise starts at the level of the next; 1 starts from noise alone. Its latents are drawn from the
+        posterior, before the noise and from the same generator. sigma_shift, e.g. 3.0, asks for DiffSynth-Studio's way:
+        its static schedule instead of the model's, which with an input_image runs all steps from a lower level, and the
+        posterior's mean. tiled runs the autoencoder, and nothing else, in tiles of tile_size every tile_stride, counted
+        in latents when decoding and in pixels when encoding: less memory, and a picture that differs a little; one that
+        fits into a tile does not.
+
+        step_cache, for speed at some cost in quality: at a step where the first block changes an image by less than
+        this share from the last computed step, the later blocks are not run, and what they did then is done again.
+        0 is off; about 0.1 is a start. An image is judged by itself; the first and the last step are always computed.
 
         Returns, by output_type: `pil`; `np` uint8 (height, width, 3); `pt` fp32 (b, 3, height, width) in [-1, 1];
         `latent` scaled (b, c, height/8, width/8). The last two keep the batch axis for a single prompt too.
@@ -157,6 +212,8 @@ class FluxImagePipeline:
             input_images=None if input_image is None else one_each("input_image", input_image, len(prompts)),
             denoising_strength=denoising_strength,
             sigma_shift=sigma_shift,
+            tiling=Tiling(tile_size, tile_stride) if tiled else None,
+            step_cache=self.step_cache if step_cache is None else step_cache,
         )
         if not prompts:
             return []
@@ -164,7 +221,7 @@ class FluxImagePipeline:
             latents = self.make_latents(request, progress_bar)
             if output_type == "latent":
                 return latents
-            pixels = self.decode(latents)
+            pixels = self.decode(latents, request.tiling)
             check_finite(pixels)
             if output_type == "pt":
                 return pixels.float().clamp(-1.0, 1.0)
@@ -181,16 +238,21 @@ class FluxImagePipeline:
         length = p.t5_sequence_length or self.default_t5_sequence_length
         positive = self.encode(p.prompts, length)
         negative = self.encode(p.negative_prompts, length) if p.uses_cfg else None
-        sigmas = make_sigmas(p.num_inference_steps, height // 2 * (width // 2), self.schedule, p.sigma_shift)
-        sigmas = sigmas[first_step(p.num_inference_steps, p.denoising_strength) :]
+        num_tokens = height // 2 * (width // 2)
+        sigmas = make_sigmas(p.num_inference_steps, num_tokens, self.schedule, p.sigma_shift, p.denoising_strength)
+        model: Velocity = self.transformer
+        negative_model: Velocity = self.transformer
+        if p.step_cache:
+            model, negative_model = (StepCache(self.transformer, p.step_cache, len(sigmas) - 1) for _ in range(2))
         tokens = denoise(
-            self.transformer,
+            model,
             pack(self.first_latents(p, height, width, sigmas[0])),
             positive,
             self.transformer.position_table(position_ids(length, height, width).to(self.device)),
             sigmas,
             guidance=torch.tensor(p.embedded_guidance, device=self.device, dtype=self.torch_dtype),
             negative=negative,
+            negative_model=negative_model,
             cfg_scale=torch.tensor(p.cfg_scale, device=self.device, dtype=torch.float32),
             progress=progress_bar,
         )
@@ -203,11 +265,11 @@ class FluxImagePipeline:
         if request.input_images is None:
             return make_noise(shape, generators).to(self.device, self.torch_dtype)
         pixels = [to_pixels(image, request.width, request.height) for image in request.input_images]
-        # The posterior draws before the noise from the same generator, as in diffusers.
-        posterior = make_noise(shape, generators)
-        noise = make_noise(shape, generators)
         weight = self.autoencoder.encoder.conv_in.weight
-        latents = self.autoencoder.encode(torch.stack(pixels).to(weight), posterior.to(weight))
+        # The posterior draws before the noise from the same generator, as in diffusers; DiffSynth takes its mean.
+        posterior = None if request.sigma_shift is not None else make_noise(shape, generators).to(weight)
+        noise = make_noise(shape, generators)
+        latents = self.encode_pixels(torch.stack(pixels).to(weight), posterior, request.tiling)
         return add_noise(latents.to(self.torch_dtype), noise.to(self.device, self.torch_dtype), sigma)
 
     def encode(self, prompts: Sequence[str], t5_sequence_length: int) -> Conditioning:
@@ -219,71 +281,16 @@ class FluxImagePipeline:
             y=self.clip(list(rows))[index].to(self.torch_dtype),
         )
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def encode_pixels(self, pixels: Tensor, noise: Tensor | None, tiling: Tiling | None) -> Tensor:
+        """Return scaled latents, in the autoencoder's dtype: (b, 3, 8h, 8w) in [-1, 1] -> (b, c, h, w)."""
+        if tiling:
+            return tiled_encode(self.autoencoder, pixels, tiling, noise)
+        return self.autoencoder.encode(pixels, noise)
+
+    def decode(self, latents: Tensor, tiling: Tiling | None = None) -> Tensor:
         """Return pixels, about [-1, 1], in the autoencoder's dtype: (b, c, h, w) -> (b, 3, 8h, 8w)."""
-        return self.autoencoder.decode(latents.to(self.autoencoder.decoder.conv_in.weight))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PictureRequest:
-    """One call, checked: lists have one entry a picture. Raises: InvalidSetting naming the argument."""
-
-    prompts: list[str]
-    negative_prompts: list[str]
-    height: int
-    width: int
-    num_inference_steps: int
-    embedded_guidance: list[float]
-    cfg_scale: list[float]
-    seeds: list[int | None]
-    t5_sequence_length: int | None
-    input_images: list[Image.Image] | None
-    denoising_strength: float
-    sigma_shift: float | None
-
-    def __post_init__(self) -> None:
-        for name, texts in (("prompt", self.prompts), ("negative_prompt", self.negative_prompts)):
-            for text in texts:
-                if not isinstance(text, str):
-                    raise InvalidSetting(f"{name} = {text!r}: must be a string or a list of strings", field=name)
-        check_side("height", self.height)
-        check_side("width", self.width)
-        check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
-        for guidance in self.embedded_guidance:
-            check_scale("embedded_guidance", guidance)
-        for scale in self.cfg_scale:
-            check_scale("cfg_scale", scale)
-        for seed in self.seeds:
-            if seed is not None:
-                check_integer("seed", seed, 0, MAX_SEED)
-        if self.t5_sequence_length is not None:
-            check_integer("t5_sequence_length", self.t5_sequence_length, 1, 4096)
-        check_scale("denoising_strength", self.denoising_strength)
-        if self.denoising_strength > 1.0 or self.num_steps_left < 1:
-            raise InvalidSetting(
-                f"denoising_strength = {self.denoising_strength}: must be at most 1 and leave at least one of "
-                f"{self.num_inference_steps} steps to run",
-                field="denoising_strength",
-            )
-        if self.denoising_strength < 1.0 and self.input_images is None:
-            raise InvalidSetting(
-                f"denoising_strength = {self.denoising_strength}: must be 1 without an input_image",
-                field="denoising_strength",
-            )
-        if self.sigma_shift is not None:
-            check_scale("sigma_shift", self.sigma_shift)
-            if self.sigma_shift == 0.0:
-                raise InvalidSetting("sigma_shift = 0: must be more than 0", field="sigma_shift")
-
-    @property
-    def uses_cfg(self) -> bool:
-        """Whether a second pass with the negative prompts is needed."""
-        return any(scale != 1.0 for scale in self.cfg_scale)
-
-    @property
-    def num_steps_left(self) -> int:
-        """Steps that remain after those that an input picture skips."""
-        return self.num_inference_steps - first_step(self.num_inference_steps, self.denoising_strength)
+        latents = latents.to(self.autoencoder.decoder.conv_in.weight)
+        return tiled_decode(self.autoencoder, latents, tiling) if tiling else self.autoencoder.decode(latents)
 
 
 def check_parts_fit(transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncoder, t5: T5Encoder) -> None:
@@ -323,12 +330,6 @@ def one_each(name: str, value: Any, count: int) -> list[Any]:
     if len(value) != count:
         raise InvalidSetting(f"{name}: {len(value)} values for {count} prompts; give one, or one each", field=name)
     return list(value)
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise InvalidSetting unless `value` is one of `choices`."""
-    if value not in choices:
-        raise InvalidSetting(f"{name} = {value!r}: must be one of {', '.join(choices)}", field=name)
 
 
 def check_finite(pixels: Tensor) -> None:

@@ -5,12 +5,13 @@ Plain frozen dataclasses that pickle small. Knows words and ranges; knows no fil
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from flux_batch.errors import InvalidSetting
 
@@ -21,11 +22,18 @@ ALIASES = {
     "max_sequence_length": "t5_sequence_length",
 }
 
+# How the weights are kept: as they are; in fp8, multiplied in the model's dtype; in fp8, multiplied in fp8.
+Quantization = Literal["none", "fp8", "fp8_matmul"]
+
 # A packed latent token covers 16 x 16 pixels (8x autoencoder, 2x2 patches).
 PIXELS_PER_TOKEN = 16
 # Position ids of a side longer than this are no longer exact in bfloat16 pipelines, and no FLUX.1 was trained near it.
 MAX_SIDE = 8192
 MAX_STEPS = 1000
+# Latents along a side of a tile: smaller ones would know too little of the picture to be worth the name.
+MIN_TILE = 16
+# What a row's `lora` column says for none: CSV has no empty text, only missing values.
+NO_LORA = ("", "none")
 # torch.Generator takes 64 bits; one bit is kept free so that seed + image index never overflows a signed column.
 MAX_SEED = 2**62
 
@@ -41,6 +49,8 @@ class SamplingParams:
     cfg_scale: float = 1.0
     negative_prompt: str = ""
     t5_sequence_length: int | None = None
+    sigma_shift: float | None = None
+    denoising_strength: float = 1.0
 
     def __post_init__(self) -> None:
         check_side("width", self.width)
@@ -51,6 +61,9 @@ class SamplingParams:
         check_text("negative_prompt", self.negative_prompt)
         if self.t5_sequence_length is not None:
             check_integer("t5_sequence_length", self.t5_sequence_length, 1, 4096)
+        if self.sigma_shift is not None:
+            check_shift("sigma_shift", self.sigma_shift)
+        check_strength("denoising_strength", self.denoising_strength)
 
     @property
     def uses_cfg(self) -> bool:
@@ -59,6 +72,31 @@ class SamplingParams:
 
 
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise InvalidSetting, with the nearest, unless `value` is one of `choices`."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InvalidSetting(f"{name} = {value!r}: must be one of {', '.join(choices)}{hint}", field=name)
+
+
+def check_quantization(value: str, dtype: str) -> None:
+    """Raise InvalidSetting unless weights can be kept that way in a model of `dtype`, by its name."""
+    check_choice("quantization", value, get_args(Quantization))
+    if value == "fp8_matmul" and dtype != "bfloat16":
+        raise InvalidSetting(
+            f"quantization = fp8_matmul: products in fp8 give bfloat16, not {dtype}; take bfloat16, or fp8 alone",
+            field="quantization",
+        )
+
+
+def check_step_cache(value: float) -> None:
+    """Raise InvalidSetting unless `value` is a threshold for reusing steps: 0, which is off, to 1."""
+    check_scale("step_cache", value)
+    if value > 1:
+        raise InvalidSetting(f"step_cache = {value}: must be from 0, which is off, to 1", field="step_cache")
 
 
 def check_side(name: str, value: int) -> None:
@@ -80,6 +118,32 @@ def check_scale(name: str, value: float) -> None:
     """Raise InvalidSetting unless `value` is a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
         raise InvalidSetting(f"{name} = {value!r}: must be a finite number of at least 0", field=name)
+
+
+def check_number(name: str, value: float) -> None:
+    """Raise InvalidSetting unless `value` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InvalidSetting(f"{name} = {value!r}: must be a finite number", field=name)
+
+
+def check_shift(name: str, value: float) -> None:
+    """Raise InvalidSetting unless `value` is a finite number of more than 0."""
+    check_scale(name, value)
+    if value == 0:
+        raise InvalidSetting(f"{name} = {value}: must be more than 0", field=name)
+
+
+def check_strength(name: str, value: float) -> None:
+    """Raise InvalidSetting unless `value` is a share of the noise: more than 0, at most 1."""
+    check_scale(name, value)
+    if not 0 < value <= 1:
+        raise InvalidSetting(f"{name} = {value}: must be more than 0 and at most 1", field=name)
+
+
+def check_tiles(tile_size: int, tile_stride: int) -> None:
+    """Raise InvalidSetting unless tiles of that size and distance, in latents, cover a picture without gaps."""
+    check_integer("tile_size", tile_size, MIN_TILE, MAX_SIDE)
+    check_integer("tile_stride", tile_stride, 1, tile_size)
 
 
 def check_text(name: str, value: str) -> None:
@@ -116,6 +180,29 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InputImage:
+    """The picture that an image starts from: where it is, or its bytes.
+
+    `name` is what the metadata says of it: the address as it was given, or the hash of the bytes. `within` are the
+    local folders of which one must hold it; None if the job file names it, which is trusted.
+    """
+
+    name: str
+    uri: str = ""
+    data: bytes = b""
+    within: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraUse:
+    """A LoRA that an image is made with: what the job or the row calls it, where it lies, how much of it."""
+
+    name: str
+    uri: str
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRequest:
     """One prompt row, validated: `seeds` has one entry for each image wanted."""
 
@@ -124,6 +211,8 @@ class ImageRequest:
     prompt: str
     sampling: SamplingParams
     seeds: tuple[int, ...]
+    input_image: InputImage | None = None
+    loras: tuple[LoraUse, ...] = ()
     passthrough: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -158,9 +247,17 @@ class ImageRecord:
     embedded_guidance: float | None = None
     cfg_scale: float | None = None
     t5_sequence_length: int | None = None
+    sigma_shift: float | None = None
+    denoising_strength: float | None = None
+    input_image: str | None = None
+    lora: str | None = None
+    lora_scale: float | None = None
+    tile_size: int | None = None
     clip_truncated: bool | None = None
     t5_truncated: bool | None = None
     model: str
+    quantization: Quantization = "none"
+    step_cache: float = 0.0
     status: Literal["success", "failed"]
     error_type: str | None = None
     error_message: str | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hub_server import Hub, hub_server, point_at
 from s3 import Bucket, S3Server, moto_server, rclone_server
 
 # Workers of a local cluster import the fakes of this folder by name.
@@ -41,3 +42,11 @@ def s3_store(request: pytest.FixtureRequest) -> Bucket:
     """A fresh bucket, on each server in turn."""
     server: S3Server = request.getfixturevalue(request.param)
     return Bucket(server.make_bucket(), server.storage_options, server.name)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Both model hubs, on loopback, with this process pointed at them and an empty cache."""
+    with hub_server() as server:
+        point_at(server, monkeypatch, tmp_path / "cache")
+        yield server

@@ -1,8 +1,8 @@
 """A pipeline that computes no FLUX: its picture is a cheap function of the request alone.
 
 Marks in a prompt make it misbehave: `[raise]` fails the whole call, `[oom]` runs out of memory in a batch of more than
-one, `[die]` ends the process, `[die once]` only the first that meets it (a file in the folder `model.uri` remembers),
-`[hang]` never returns, `[slow]` takes SLOW_S.
+one, `[oom whole]` in one that is not tiled, `[die]` ends the process, `[die once]` only the first that meets it (a file
+in the folder `model.uri` remembers), `[hang]` never returns, `[slow]` takes SLOW_S.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from flux_batch.config import ModelConfig
-from flux_batch.errors import OutOfMemory
+from flux_batch.errors import CheckpointError, OutOfMemory, StoreError
 from flux_batch.storage.images import Pixels
 
 SLOW_S = 0.2
@@ -34,20 +35,28 @@ def fake_picture(
     num_inference_steps: int = 28,
     embedded_guidance: float = 3.5,
     cfg_scale: float = 1.0,
+    input_image: Any = None,
+    **others: Any,
 ) -> Pixels:
     """Compute the picture (uint8, h w 3) of a request."""
     request = (prompt, negative_prompt, seed, width, height, num_inference_steps, embedded_guidance, cfg_scale)
+    if input_image is not None or others:
+        start = None if input_image is None else np.asarray(input_image).tobytes()
+        request = (*request, start, *sorted(others.items()))
     digest = hashlib.blake2b(repr(request).encode(), digest_size=8).digest()
     return np.random.default_rng(int.from_bytes(digest)).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 class FakePipeline:
-    """An ImagePipeline; `calls` has the prompts of each call that was made."""
+    """An ImagePipeline; `calls` has the prompts of each call, `options` its further arguments."""
 
     default_t5_sequence_length = 512
 
     def __init__(self, memory: Path | None = None) -> None:
         self.calls: list[list[str]] = []
+        self.options: list[dict[str, Any]] = []
+        self.input_images: list[Any] = []
+        self.lora_calls: list[list[tuple[str, float]]] = []
         self._memory = memory
 
     @property
@@ -67,11 +76,17 @@ class FakePipeline:
         t5_sequence_length: int | None,
         seed: Sequence[int],
         output_type: str,
+        input_image: Sequence[Any] | None = None,
+        **others: Any,
     ) -> list[Pixels]:
         assert output_type == "np"
         self.calls.append(list(prompt))
+        self.options.append(others)
+        if self.lora_calls and self.lora_calls[-1]:
+            others = {**others, "loras": self.lora_calls[-1]}
+        self.input_images += input_image or []
         for text in prompt:
-            self._misbehave(text, len(prompt))
+            self._misbehave(text, len(prompt), is_tiled=others.get("tiled", False))
         return [
             fake_picture(
                 text,
@@ -82,21 +97,42 @@ class FakePipeline:
                 num_inference_steps=num_inference_steps,
                 embedded_guidance=guidance,
                 cfg_scale=cfg,
+                input_image=start,
+                **others,
             )
-            for text, negative, number, guidance, cfg in zip(
-                prompt, negative_prompt, seed, embedded_guidance, cfg_scale, strict=True
+            for text, negative, number, guidance, cfg, start in zip(
+                prompt,
+                negative_prompt,
+                seed,
+                embedded_guidance,
+                cfg_scale,
+                input_image or [None] * len(prompt),
+                strict=True,
             )
         ]
+
+    def set_loras(self, loras: Sequence[tuple[str, float]]) -> None:
+        """Make pictures with these; of what is called `missing` or `away`, raise what a real one raises."""
+        for uri, _ in loras:
+            if "missing" in uri:
+                raise CheckpointError(f"{uri} is not there")
+            if "away" in uri:
+                raise StoreError(f"{uri}: the store is away")
+            if "broken" in uri:
+                raise RuntimeError("broken by the device")
+        self.lora_calls.append(list(loras))
 
     def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
         longest = t5_sequence_length or T5_CHARACTERS
         return [(len(text) > CLIP_CHARACTERS, len(text) > longest) for text in prompts]
 
-    def _misbehave(self, prompt: str, batch_size: int) -> None:
+    def _misbehave(self, prompt: str, batch_size: int, *, is_tiled: bool) -> None:
         if "[raise]" in prompt:
             raise RuntimeError("asked to fail")
         if "[oom]" in prompt and batch_size > 1:
             raise OutOfMemory(f"{batch_size} images do not fit")
+        if "[oom whole]" in prompt and not is_tiled:
+            raise OutOfMemory("a whole image does not fit")
         if "[die once]" in prompt and self._is_first_to_die():
             os._exit(DEATH_EXIT)
         if "[die]" in prompt:

@@ -6,12 +6,14 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from fakes import make_fake_pipeline
 from flux_batch.cli import main
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
+from hub_server import TOKEN, Hub
 from job_files import make_job, write_job
 
 
@@ -92,6 +94,35 @@ def test_status_reads_a_run_from_its_output(tmp_path: Path, capsys: pytest.Captu
     assert "last sign" in out
     status = json.loads(flux_batch(capsys, "status", tmp_path / "out", "--json")[1])
     assert (status["num_committed"], status["num_images"], status["is_complete"]) == (2, 6, False)
+
+
+def test_download_says_where_the_model_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "AI-ModelScope/FLUX.1-dev"
+    hub.repositories[name] = {"flux1-dev.safetensors": b"weights", "vae/config.json": b"{}"}
+    where = ("--from", "modelscope", "--to", tmp_path / "there")
+    assert flux_batch(capsys, "download", "FLUX.1-dev", *where) == (0, f"{tmp_path}/there\n", "")
+    assert (tmp_path / "there/flux1-dev.safetensors").read_bytes() == b"weights"
+
+    hub.repositories["black-forest-labs/FLUX.1-dev"] = hub.repositories[name]
+    hub.gated = {"black-forest-labs/FLUX.1-dev"}
+    code, out, err = flux_batch(capsys, "download", "FLUX.1-dev")
+    assert (code, out) == (2, "")
+    assert "accept its licence" in err
+    assert flux_batch(capsys, "download", "FLUX.1-dev", "--token", TOKEN)[1] == "models/FLUX/FLUX.1-dev\n"
+
+
+def test_download_fills_the_cache_from_an_address(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path))
+    fs = fsspec.filesystem("memory")
+    for text in ("one", "two"):
+        fs.pipe_file("/download/flux/all.safetensors", text.encode())
+        code, out, _ = flux_batch(capsys, "download", "memory://download/flux", "--refresh")
+        assert (code, Path(out.strip(), "all.safetensors").read_text()) == (0, text)
 
 
 @pytest.mark.ray

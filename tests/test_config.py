@@ -8,8 +8,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_batch.config import REDACTED, JobConfig, PromptsConfig
+from flux_batch.config import JobConfig, PromptsConfig
 from flux_batch.errors import JobError
+from flux_batch.job_text import REDACTED
 from flux_batch.records import ALIASES, SAMPLING_FIELDS
 
 MINIMAL = "prompts: {uri: p.parquet}\noutput: {uri: out}\nmodel: {uri: demo}\n"
@@ -27,7 +28,14 @@ output:
   image: {type: jpeg, quality: 90}
   shard_size: 128
   storage_options: {token: hush, client_kwargs: {region_name: eu-west-1, aws_session_token: hush}}
-model: {uri: demo, dtype: float32, quantization: none, compile: false, loras: []}
+model:
+  uri: s3://bucket/flux
+  storage_options: {secret: hush, client_kwargs: {endpoint_url: "http://minio:9000"}}
+  refresh: true
+  dtype: float32
+  quantization: none
+  compile: false
+  loras: []
 sampling:
   width: 512
   height: 768
@@ -88,6 +96,15 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("sampling.guidance_scale=-1", "sampling.embedded_guidance = -1.0: must be a finite number of at least 0"),
         ("sampling.cfg_scale=.inf", "sampling.cfg_scale = inf"),
         ("sampling.t5_sequence_length=0", "t5_sequence_length = 0"),
+        ("sampling.sigma_shift=0", "sampling.sigma_shift = 0.0: must be more than 0"),
+        ("sampling.denoising_strength=0", "denoising_strength = 0.0: must be more than 0 and at most 1"),
+        ("sampling.denoising_strength=1.5", "denoising_strength = 1.5: must be more than 0 and at most 1"),
+        ("sampling.tile_size=8", "sampling.tile_size = 8: must be a whole number from 16"),
+        ("sampling.tile_stride=129", "sampling.tile_stride = 129: must be a whole number from 1 to 128"),
+        ("sampling.tiled=yes please", "sampling.tiled = 'yes please'"),
+        ("sampling.input_image=https://h/a.png", "sampling.input_image is on the web: set prompts.allow_http to true"),
+        ("sampling.input_image=s3://me:pass@h/a.png", "sampling.input_image holds a user name or password"),
+        ("model.uri=s3://me:pass@h/flux", "model.uri holds a user name or password, which would be written down"),
         ("sampling.num_images_per_prompt=0", "sampling.num_images_per_prompt = 0"),
         ("sampling.seed=-1", "sampling.seed = -1"),
         (f"sampling.seed={2**62}", f"sampling.seed = {2**62}"),
@@ -111,9 +128,25 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("prompts.columns=[a]", "prompts.columns: must be a section"),
         ("prompts.passthrough=[a, b, a]", "prompts.passthrough: names column 'a' twice"),
         ("model.dtype=int8", "model.dtype = 'int8'"),
-        ("model.quantization=fp8", "model.quantization = 'fp8'"),
+        ("model.quantization=fp9", "model.quantization = 'fp9': no way to keep weights; did you mean 'fp8'?"),
+        ("model.quantization=nf4", "known are none, fp8, fp8_matmul"),
+        (
+            "model={uri: demo, dtype: float16, quantization: fp8_matmul}",
+            "model.quantization = fp8_matmul: products in fp8 give bfloat16, not float16; take bfloat16, or fp8 alone",
+        ),
+        ("model.step_cache=-0.1", "model.step_cache = -0.1: must be a finite number of at least 0"),
+        ("model.step_cache=1.5", "model.step_cache = 1.5: must be from 0, which is off, to 1"),
+        ("model.step_cache=true", "model.step_cache = True: input should be a valid number"),
         ("model.compile=true", "model.compile = True"),
-        ("model.loras=[a]", "model.loras"),
+        ("model.loras=[a]", "model.loras.0: must be a section with keys and values"),
+        ("model.loras=a", "model.loras = 'a'"),
+        ("model.loras=[{uri: a, scal: 1}]", "model.loras.0.scal: unknown key; did you mean 'scale'?"),
+        ("model.loras=[{scale: 1}]", "model.loras.0.uri: missing, and it has no default"),
+        ("model.loras=[{uri: a, scale: .nan}]", "model.loras.0.scale = nan"),
+        ("model.loras=[{uri: a, scale: '1'}]", "model.loras.0.scale = '1'"),
+        ("model.loras=[{uri: a, name: none}]", "model.loras.0.name = 'none': means no LoRA in a row; take another"),
+        ("model.loras=[{uri: a}, {uri: b, name: a}]", "model.loras name 'a' twice: give each a name of its own"),
+        ("model.loras=[{uri: 's3://me:pass@h/a'}]", "model.loras.0.uri holds a user name or password"),
         ("workers.min=9", "workers.min = 9: must not exceed max = 8"),
         ("workers.max=0", "workers.max = 0"),
         ("workers.num_gpus=-1", "workers.num_gpus = -1"),
@@ -213,7 +246,7 @@ def test_writing_and_reading_a_job_keeps_everything_but_secrets() -> None:
     text = job.to_yaml()
 
     again = parse(text)
-    without = {"prompts": {"storage_options"}, "output": {"storage_options"}}
+    without = {section: {"storage_options"} for section in ("prompts", "output", "model")}
     assert again.model_dump(exclude=without) == job.model_dump(exclude=without)
     assert again.identity() == job.identity()
     assert again.to_yaml() == text
@@ -226,6 +259,10 @@ def test_writing_and_reading_a_job_keeps_everything_but_secrets() -> None:
     assert again.output.storage_options == {
         "token": REDACTED,
         "client_kwargs": {"region_name": "eu-west-1", "aws_session_token": REDACTED},
+    }
+    assert again.model.storage_options == {
+        "secret": REDACTED,
+        "client_kwargs": {"endpoint_url": "http://minio:9000"},
     }
 
 
@@ -263,8 +300,20 @@ def test_identity_names_what_changes_pictures_and_nothing_else() -> None:
 
     assert {f"sampling.{name}" for name in (*SAMPLING_FIELDS, "seed", "num_images_per_prompt")} <= keys
     assert {"output.shard_size", "output.format", "output.image.type", "model.uri", "model.dtype"} <= keys
+    assert {"model.quantization", "model.step_cache"} <= keys
     assert not [key for key in keys if key.startswith(("workers.", "failures.")) or "storage_options" in key]
     assert not {"name", "output.uri", "prompts.uri"} & keys
+
+
+def test_ways_to_start_from_a_picture() -> None:
+    overrides = ["prompts.allow_http=true", "sampling.input_image=https://h/a.png", "sampling.denoising_strength=0.5"]
+    job = parse(MINIMAL, *overrides)
+
+    assert (job.sampling.input_image, job.sampling.params().denoising_strength) == ("https://h/a.png", 0.5)
+    keys = {"sampling.input_image", "sampling.denoising_strength", "sampling.sigma_shift", "sampling.tiled"}
+    assert keys | {"prompts.allow_http", "sampling.tile_size"} <= job.identity().keys()
+    assert "prompts.input_image_root" not in job.identity()
+    assert "hush" not in refusal(MINIMAL, "sampling.input_image=https://me:hush@h/a.png")
 
 
 def test_a_job_is_frozen_and_travels() -> None:

@@ -155,12 +155,30 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path: P
         ({"prompts": {"uri": "/nowhere/prompts.parquet"}}, "/nowhere/prompts.parquet: no such prompts file"),
         ({"prompts": {"columns": {"prompt": "caption"}}}, "no column 'caption', which prompts.columns.prompt names"),
         ({"prompts": {"passthrough": ["colour"]}}, "no column 'colour', which prompts.passthrough names"),
+        (
+            {"sampling": {"input_image": "/nowhere/a.png"}},
+            r"sampling\.input_image .*: there is no file /nowhere/a\.png",
+        ),
     ],
 )
 def test_bad_input_is_found_before_any_work(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
     with pytest.raises((SourceError, JobError, OSError), match=sentence) as caught:
         run(make_job(tmp_path, **change), engine=LocalEngine(), make_pipeline=no_pipeline)
     assert caught.value.exit_code == 2  # type: ignore[attr-defined]
+
+
+def test_paths_of_the_job_file_are_relative_to_the_folder_it_is_run_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "pictures/a.png")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "own", "input_image": str(tmp_path / "pictures/a.png")}, {"prompt": "of the job"}]
+    sampling = {"input_image": "pictures/a.png", "denoising_strength": 0.5}
+    config = make_job(tmp_path / "job", rows, sampling=sampling, prompts={"input_image_root": "pictures"})
+
+    assert render(config).num_failed == 0
+    assert {row["input_image"] for row in metadata(config)} == {str(tmp_path / "pictures/a.png")}
 
 
 def test_an_empty_data_set_is_an_error(tmp_path: Path) -> None:

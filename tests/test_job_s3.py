@@ -18,7 +18,8 @@ from flux_batch.report.status import read_status
 from flux_batch.report.summary import RunReport
 from flux_batch.storage.store import Store
 from job_files import make_job, metadata
-from s3 import SECRET, Bucket
+from s3 import SECRET, Bucket, S3Server
+from tiny_flux import make_tiny_repository
 
 
 def render(config: JobConfig) -> RunReport:
@@ -33,6 +34,20 @@ def job_in(bucket: Bucket, folder: Path, **sections: Any) -> JobConfig:
     place = {"storage_options": bucket.storage_options}
     output = {"uri": f"{bucket.uri}/runs/one", **place} | sections.pop("output", {})
     return make_job(folder, prompts={"uri": f"{bucket.uri}/prompts/", **place}, output=output, **sections)
+
+
+@pytest.mark.s3
+def test_the_model_comes_from_a_bucket_too(moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path / "cache"))
+    uri = f"{moto.make_bucket()}/models/flux"
+    fs, path = fsspec.url_to_fs(uri, **moto.storage_options)
+    fs.put(f"{make_tiny_repository(tmp_path / 'model')}/", path, recursive=True)
+    sampling = {"width": 32, "height": 32, "num_inference_steps": 1}
+    options = {"model": {"uri": uri, "dtype": "float32", "storage_options": moto.storage_options}}
+    config = make_job(tmp_path, [{"prompt": "a cat"}], sampling=sampling, **options)
+    assert run(config, engine=LocalEngine()).exit_code == 0
+    assert [(row["status"], row["model"]) for row in metadata(config)] == [("success", uri)]
+    assert SECRET not in (tmp_path / "out/_run/job.yaml").read_text()
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])

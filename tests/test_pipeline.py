@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 import tiny_flux
-from flux_batch import FluxImagePipeline, ModelManager, download_models
-from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, InvalidSetting, OutOfMemory, RowError
-from flux_batch.model.sampling import make_generators, make_noise
+from flux_batch import FluxImagePipeline, ModelManager
+from flux_batch.errors import CheckpointError, DeviceFatal, InvalidSetting, OutOfMemory, RowError
+from flux_batch.model.sampling import make_generators, make_noise, pack
 from flux_batch.model_manager import device_errors
 from golden import tensor
 from tiny_flux import TinyFlux, copy_repository, make_tiny_repository
@@ -62,6 +62,16 @@ def pipe(repository: Path) -> FluxImagePipeline:
 @pytest.fixture(scope="session")
 def reference(repository: Path) -> FluxPipeline:
     return load_reference(repository)
+
+
+@pytest.fixture(scope="session")
+def img2img(repository: Path) -> FluxImg2ImgPipeline:
+    return load_reference(repository, FluxImg2ImgPipeline)
+
+
+def noise_picture(width: int, height: int) -> Image.Image:
+    values = tensor("in.picture", (height, width, 3)).add(1).mul(127.5).to(torch.uint8)
+    return Image.fromarray(values.numpy())
 
 
 def load_reference(folder: Path, kind: type = FluxPipeline) -> Any:
@@ -205,19 +215,61 @@ class TestParity:
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
         assert_same(FluxImagePipeline.from_pretrained(folder, **CPU), load_reference(folder), num_inference_steps=4)
 
-    @pytest.mark.parametrize(("strength", "size"), [(1.0, (96, 64)), (0.6, (96, 64)), (0.3, (50, 70))])
-    def test_image_to_image(self, pipe: FluxImagePipeline, repository: Path, strength: float, size: tuple[int, int]):
-        reference = load_reference(repository, FluxImg2ImgPipeline)
-        width, height = size
-        values = tensor("in.picture", (height, width, 3)).add(1).mul(127.5).to(torch.uint8)
-        picture = Image.fromarray(values.numpy())
+    @pytest.mark.parametrize(
+        ("strength", "size"), [(1.0, (96, 64)), (0.6, (96, 64)), (0.3, (50, 70)), (0.01, (9, 999))]
+    )
+    def test_image_to_image(
+        self, pipe: FluxImagePipeline, img2img: FluxImg2ImgPipeline, strength: float, size: tuple[int, int]
+    ) -> None:
         assert_same(
             pipe,
-            reference,
+            img2img,
             num_inference_steps=5,
-            ours={"input_image": picture, "denoising_strength": strength},
-            theirs={"image": [picture] * 3, "strength": strength, "guidance_scale": 3.5},
+            ours={"input_image": noise_picture(*size), "denoising_strength": strength},
+            theirs={"image": [noise_picture(*size)] * 3, "strength": strength, "guidance_scale": 3.5},
         )
+
+    @pytest.mark.parametrize(
+        ("num_steps", "strength"), [(1, 0.5), (1, 1.0), (4, 0.25), (10, 0.8), (10, 0.85), (10, 0.99), (28, 0.1)]
+    )
+    def test_image_to_image_starts_at_the_same_step(
+        self, pipe: FluxImagePipeline, img2img: FluxImg2ImgPipeline, num_steps: int, strength: float
+    ) -> None:
+        assert_same(
+            pipe,
+            img2img,
+            prompts=PROMPTS[:1],
+            seeds=[9],
+            height=32,
+            width=48,
+            num_inference_steps=num_steps,
+            ours={"input_image": noise_picture(48, 32), "denoising_strength": strength, "t5_sequence_length": 64},
+            theirs={
+                "image": [noise_picture(48, 32)],
+                "strength": strength,
+                "guidance_scale": 3.5,
+                "max_sequence_length": 64,
+            },
+        )
+
+    @pytest.mark.parametrize(("height", "width"), [(16, 16), (128, 96), (48, 208)])
+    @pytest.mark.parametrize("scale", [1.0, 2.5])
+    def test_image_to_image_of_several_with_true_cfg(
+        self, pipe: FluxImagePipeline, img2img: FluxImg2ImgPipeline, height: int, width: int, scale: float
+    ) -> None:
+        images = [noise_picture(40, 30), noise_picture(width, height), noise_picture(7, 300)]
+        negative = ["blurry", "", "a cat"]
+        ours = {"input_image": images, "denoising_strength": 0.7, "negative_prompt": negative, "cfg_scale": scale}
+        theirs = {"image": images, "strength": 0.7, "negative_prompt": negative, "true_cfg_scale": scale}
+        theirs |= {"guidance_scale": 3.5}
+        assert_same(pipe, img2img, height=height, width=width, ours=ours, theirs=theirs)
+
+    def test_image_to_image_of_schnell(self, repositories: dict[str, Path]) -> None:
+        reference = load_reference(repositories["schnell"], FluxImg2ImgPipeline)
+        pipe = FluxImagePipeline.from_pretrained(repositories["schnell"], **CPU)
+        ours = {"input_image": noise_picture(40, 30), "denoising_strength": 0.6}
+        theirs = {"image": [noise_picture(40, 30)] * 3, "strength": 0.6, "max_sequence_length": 256}
+        assert_same(pipe, reference, num_inference_steps=4, ours=ours, theirs=theirs)
 
     def test_noise_is_that_of_a_cpu_generator_an_image(self, reference: FluxPipeline) -> None:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
@@ -278,6 +330,69 @@ class TestRepeatability:
         assert (ours.float() - exact).norm() / exact.norm() < 0.03
 
 
+class TestWaysOfDiffSynth:
+    def first_tokens(self, pipe: FluxImagePipeline, **options: Any) -> list[Tensor]:
+        """Return what the transformer is given at each step."""
+        seen: list[Tensor] = []
+        hook = pipe.transformer.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+        try:
+            pipe("x", seed=3, output_type="latent", **SMALL, **options)
+        finally:
+            hook.remove()
+        return seen
+
+    @pytest.mark.parametrize("strength", [0.01, 0.6, 1.0])
+    def test_static_shift_runs_all_steps_from_the_mean_of_the_picture(
+        self, pipe: FluxImagePipeline, strength: float
+    ) -> None:
+        """fed7b18: FlowMatchScheduler.set_timesteps_flux and FluxImageUnit_InputImageEmbedder."""
+        picture = noise_picture(96, 64)
+        seen = self.first_tokens(pipe, input_image=picture, denoising_strength=strength, sigma_shift=3.0)
+
+        low = 0.003 / 1.002
+        start = low + (1 - low) * strength
+        sigma = 3 * start / (1 + 2 * start)
+        pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+        noise = make_noise((16, 8, 12), make_generators([3]))
+        expected = sigma * noise + (1 - sigma) * pipe.autoencoder.encode(pixels)
+        assert len(seen) == SMALL["num_inference_steps"]
+        torch.testing.assert_close(seen[0], pack(expected), atol=1e-5, rtol=0)
+
+    def test_static_shift_starts_pictures_from_text_with_the_noise_alone(self, pipe: FluxImagePipeline) -> None:
+        seen = self.first_tokens(pipe, sigma_shift=3.0)
+        assert torch.equal(seen[0], pack(make_noise((16, 8, 12), make_generators([3]))))
+
+    def test_cfg_scale_below_one_and_of_zero(self, pipe: FluxImagePipeline) -> None:
+        """Any scale but 1 counts; 0 is the negative prompt alone."""
+        common = {"seed": 8, "output_type": "latent", **SMALL}
+        away = pipe("a cat", negative_prompt="a dog", cfg_scale=0.0, **common)
+        torch.testing.assert_close(away, pipe("a dog", **common), atol=1e-5, rtol=0)
+        between = pipe("a cat", negative_prompt="a dog", cfg_scale=0.5, **common)
+        for other in (away, pipe("a cat", **common)):
+            assert (between - other).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("tile_size", [16, 128])
+    def test_tiles_that_hold_the_picture_change_nothing(self, pipe: FluxImagePipeline, tile_size: int) -> None:
+        tiles = {"tiled": True, "tile_size": tile_size, "tile_stride": 8}
+        whole, tiled = (pipe("x", seed=1, output_type="pt", **SMALL, **options) for options in ({}, tiles))
+        assert torch.equal(whole, tiled)
+
+    def test_tiles_change_the_autoencoder_and_nothing_else(self, pipe: FluxImagePipeline) -> None:
+        size = {"height": 160, "width": 208, "num_inference_steps": 2, "seed": 1}
+        tiles = {"tiled": True, "tile_size": 16, "tile_stride": 12}
+        assert torch.equal(pipe("x", output_type="latent", **size), pipe("x", output_type="latent", **size, **tiles))
+        whole, tiled = (pipe("x", output_type="pt", **size, **options) for options in ({}, tiles))
+        assert tiled.shape == whole.shape
+        assert 0 < (tiled - whole).norm() / whole.norm() < 0.1
+
+    def test_tiles_reach_the_encoder_in_pixels(self, pipe: FluxImagePipeline) -> None:
+        common = {"input_image": noise_picture(96, 64), "denoising_strength": 0.5, "output_type": "latent", "seed": 1}
+        whole = pipe("x", **common, **SMALL)
+        assert torch.equal(whole, pipe("x", tiled=True, tile_size=96, tile_stride=48, **common, **SMALL))
+        tiled = pipe("x", tiled=True, tile_size=48, tile_stride=24, **common, **SMALL)
+        assert 0 < (tiled - whole).norm() / whole.norm() < 0.5
+
+
 class TestSampleOfDiffSynth:
     """The program on the model card: only the import differs."""
 
@@ -316,17 +431,6 @@ class TestSampleOfDiffSynth:
         with pytest.raises(CheckpointError, match="not loaded: transformer, T5 text encoder; add their files"):
             FluxImagePipeline.from_model_manager(manager)
 
-    def test_download_models_says_not_yet(self) -> None:
-        with pytest.raises(FluxBatchError, match=r"not yet .* FLUX\.1-dev .* from_pretrained"):
-            download_models(["FLUX.1-dev"])
-
-    def test_download_models_is_content_with_a_model_that_is_there(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        (tmp_path / "models/FLUX/FLUX.1-dev").mkdir(parents=True)
-        monkeypatch.chdir(tmp_path)
-        download_models(["FLUX.1-dev"])
-
 
 BAD_CALLS = {
     "size": ({"height": 1000}, "height", "height = 1000.* 992 and 1008"),
@@ -357,6 +461,8 @@ BAD_CALLS = {
     "strength 0": ({"input_image": Image.new("RGB", (8, 8)), "denoising_strength": 0.0}, "denoising_strength", "leave"),
     "strength 2": ({"denoising_strength": 2.0}, "denoising_strength", "at most 1"),
     "strength alone": ({"denoising_strength": 0.5}, "denoising_strength", "must be 1 without an input_image"),
+    "stride": ({"tiled": True, "tile_stride": 129}, "tile_stride", "tile_stride = 129.* from 1 to 128"),
+    "tile": ({"tiled": True, "tile_size": 8}, "tile_size", "tile_size = 8.* from 16 to"),
     "shift 0": ({"sigma_shift": 0.0}, "sigma_shift", "more than 0"),
     "image": ({"input_image": "cat.png"}, "input_image", "must be a PIL image"),
 }
@@ -432,16 +538,12 @@ class TestFromPretrained:
         assert again.transformer.params == pipe.transformer.params
 
     def test_missing_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match=r"no model folder .*not-there: .*\(hf download\)"):
+        with pytest.raises(CheckpointError, match=r"no model folder .*not-there: `flux-batch download"):
             FluxImagePipeline.from_pretrained(tmp_path / "not-there", **CPU)
 
-    def test_file_instead_of_folder(self, original_repository: Path) -> None:
-        with pytest.raises(CheckpointError, match=r"ae\.safetensors is a file: pass the folder"):
+    def test_file_of_one_part_instead_of_folder(self, original_repository: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"ae\.safetensors holds no transformer and no .*: put it into a"):
             FluxImagePipeline.from_pretrained(original_repository / "ae.safetensors", **CPU)
-
-    def test_remote_address(self) -> None:
-        with pytest.raises(CheckpointError, match="s3://bucket/model: models are read from local folders only"):
-            FluxImagePipeline.from_pretrained("s3://bucket/model", **CPU)
 
     @pytest.mark.parametrize(
         ("sub_folder", "title"),

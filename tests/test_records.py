@@ -35,6 +35,10 @@ def test_sides_are_multiples_of_a_token(side: int) -> None:
         ({"cfg_scale": -0.5}, "cfg_scale = -0.5: must be a finite number of at least 0"),
         ({"cfg_scale": "1"}, "cfg_scale = '1': must be a finite number of at least 0"),
         ({"t5_sequence_length": 0}, "t5_sequence_length = 0: must be a whole number from 1 to 4096"),
+        ({"sigma_shift": 0.0}, "sigma_shift = 0.0: must be more than 0"),
+        ({"sigma_shift": float("inf")}, "sigma_shift = inf: must be a finite number of at least 0"),
+        ({"denoising_strength": 0.0}, "denoising_strength = 0.0: must be more than 0 and at most 1"),
+        ({"denoising_strength": 1.1}, "denoising_strength = 1.1: must be more than 0 and at most 1"),
         ({"negative_prompt": "\ud800"}, r"negative_prompt = '\ud800': must be valid Unicode"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from flux_batch.config import JobConfig
 from flux_batch.plan import Plan
+from flux_batch.report.memory import format_memory, memory
 
 # FLUX.1 transformer: 57 blocks of hidden size 3072; forward FLOPs of a block over S tokens are 24 h^2 S + 4 S^2 h,
 # a multiply-add counting 2. At 1024 x 1024 with 512 text tokens this gives 74.4 TFLOP a step.
@@ -34,6 +35,7 @@ def estimate(config: JobConfig, plan: Plan) -> dict[str, Any]:
         "output_bytes": round(num_images * pixels * BYTES_PER_PIXEL[config.output.image.type]),
         "pflop_per_image": round(flops / 1e15, 3),
         "device_hours": round(num_images * flops / ASSUMED_FLOPS / 3600, 2),
+        "memory": memory(config),
     }
 
 
@@ -49,6 +51,7 @@ def format_estimate(config: JobConfig, figures: dict[str, Any]) -> str:
             f"output   about {_size(figures['output_bytes'])} as {config.output.image.type}, {config.output.format}",
             f"compute  {figures['pflop_per_image']:g} PFLOP an image for FLUX.1-dev: about "
             f"{figures['device_hours']:g} GPU-hours at an assumed {ASSUMED_FLOPS / 1e12:g} TFLOP/s",
+            *format_memory(figures["memory"]),
         ]
     )
 

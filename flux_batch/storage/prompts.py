@@ -9,7 +9,7 @@ import hashlib
 import math
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from flux_batch.config import PROMPT_FIELDS, PromptsConfig, SamplingConfig
+from flux_batch.config import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import InvalidSetting, RowError, SourceError
 from flux_batch.records import (
     ALIASES,
@@ -27,19 +27,24 @@ from flux_batch.records import (
     SAMPLING_FIELDS,
     FailedRow,
     ImageRequest,
+    InputImage,
+    LoraUse,
     SamplingParams,
     Shard,
     check_integer,
     image_seed,
 )
+from flux_batch.storage.input_images import given_bytes
 from flux_batch.storage.passthrough import is_text, portable
+from flux_batch.storage.places import Places
+from flux_batch.storage.row_loras import RowLoras
 from flux_batch.storage.store import open_filesystem, translated
 from flux_batch.storage.tables import FORMATS, BadRow, Row, RowRange, Table, open_table
 
 # Enough to notice an edit of a file whose store gives no checksum, at the price of two small reads.
 SAMPLED_BYTES = 64 * 1024
 INTEGER_FIELDS = {"width", "height", "num_inference_steps", "t5_sequence_length"}
-FLOAT_FIELDS = {"embedded_guidance", "cfg_scale"}
+FLOAT_FIELDS = {"embedded_guidance", "cfg_scale", "sigma_shift", "denoising_strength"}
 READERS = 16
 
 
@@ -91,17 +96,21 @@ class PromptSource:
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise SourceError(f"prompts.passthrough: the files disagree on a column's type: {error}") from error
 
-    def read(self, shard: Shard, sampling: SamplingConfig) -> Iterator[ImageRequest | FailedRow]:
+    def read(
+        self, shard: Shard, sampling: SamplingConfig, loras: Sequence[LoraConfig] = ()
+    ) -> Iterator[ImageRequest | FailedRow]:
         """Read and validate the rows of a shard, in order; a row that cannot be used is a FailedRow."""
-        parser = RowParser(self._config, sampling)
-        rows = self._table(shard.uri).read(RowRange(shard.start, shard.num_rows, shard.offset), parser.columns)
-        if len(rows) != shard.num_rows:
-            raise SourceError(
-                f"{shard.uri}: {len(rows)} rows from row {shard.start} where the plan has {shard.num_rows}; "
-                "the file changed since the run was planned"
-            )
+        parser = RowParser(self._config, sampling, shard.uri, loras)
+        rows = self._table(shard.uri).stream(RowRange(shard.start, shard.num_rows, shard.offset), parser.columns)
+        found = 0
         for row, values in enumerate(rows):
             yield parser.parse(values, row=row, default_id=f"{shard.name}:{shard.start + row}")
+            found += 1
+        if found != shard.num_rows:
+            raise SourceError(
+                f"{shard.uri}: {found} rows from row {shard.start} where the plan has {shard.num_rows}; "
+                "the file changed since the run was planned"
+            )
 
     def _passthrough_of(self, uri: str) -> pa.Schema:
         types = self._table(uri).types(self._config.passthrough)
@@ -149,8 +158,14 @@ class PromptSource:
 class RowParser:
     """One row of any format -> a validated ImageRequest, or a FailedRow with the reason."""
 
-    def __init__(self, config: PromptsConfig, sampling: SamplingConfig) -> None:
+    def __init__(
+        self, config: PromptsConfig, sampling: SamplingConfig, uri: str = "", loras: Sequence[LoraConfig] = ()
+    ) -> None:
         self._passthrough = config.passthrough
+        self._places = Places(config, uri)
+        self._loras = RowLoras(loras, uri)
+        picture = sampling.input_image
+        self._input_image = InputImage(name=picture, uri=picture) if picture else None
         self._defaults = sampling.params()
         self._num_images = sampling.num_images_per_prompt
         self._run_seed = sampling.seed
@@ -175,6 +190,12 @@ class RowParser:
         try:
             prompt = self._prompt(values)
             params = self._sampling(values)
+            picture = self._picture(values)
+            if picture is None and params.denoising_strength < 1:
+                raise RowError(
+                    f"denoising_strength = {params.denoising_strength}: needs an input_image, and there is none"
+                )
+            loras = self._loras_of(values)
             seeds = self._seeds(values, row_id)
         except (RowError, InvalidSetting) as error:
             return FailedRow(
@@ -185,7 +206,16 @@ class RowParser:
                 error_message=f"{default_id}: {error}",
                 passthrough=passthrough,
             )
-        return ImageRequest(row=row, id=row_id, prompt=prompt, sampling=params, seeds=seeds, passthrough=passthrough)
+        return ImageRequest(
+            row=row,
+            id=row_id,
+            prompt=prompt,
+            sampling=params,
+            seeds=seeds,
+            input_image=picture,
+            loras=loras,
+            passthrough=passthrough,
+        )
 
     def _cell(self, values: Row, field: str) -> Any:
         return next((values[name] for name in self._columns[field] if values.get(name) is not None), None)
@@ -207,6 +237,26 @@ class RowParser:
             if (value := self._cell(values, field)) is not None:
                 overrides[field] = _convert(field, value)
         return replace(self._defaults, **overrides) if overrides else self._defaults
+
+    def _picture(self, values: Row) -> InputImage | None:
+        """Find what the row starts from: a path or an address, bytes, or both as Hugging Face writes them."""
+        value = self._cell(values, "input_image")
+        if isinstance(value, Mapping):
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if value is None:
+            return self._input_image
+        if isinstance(value, bytes):
+            return given_bytes(value)
+        if isinstance(value, str):
+            return self._places.find(value) if value else None
+        raise RowError(
+            f"column {self._columns['input_image'][0]!r} holds {type(value).__name__}: "
+            "must be a path, an address, bytes, or a struct of bytes and path"
+        )
+
+    def _loras_of(self, values: Row) -> tuple[LoraUse, ...]:
+        scale = self._cell(values, "lora_scale")
+        return self._loras.choose(self._cell(values, "lora"), None if scale is None else _number("lora_scale", scale))
 
     def _seeds(self, values: Row, row_id: str) -> tuple[int, ...]:
         count = self._cell(values, "num_images_per_prompt")

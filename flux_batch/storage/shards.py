@@ -37,9 +37,17 @@ RECORD_SCHEMA = pa.schema(
         ("embedded_guidance", pa.float64()),
         ("cfg_scale", pa.float64()),
         ("t5_sequence_length", pa.int32()),
+        ("sigma_shift", pa.float64()),
+        ("denoising_strength", pa.float64()),
+        ("input_image", pa.string()),
+        ("lora", pa.string()),
+        ("lora_scale", pa.float64()),
+        ("tile_size", pa.int32()),
         ("clip_truncated", pa.bool_()),
         ("t5_truncated", pa.bool_()),
         pa.field("model", pa.string(), nullable=False),
+        pa.field("quantization", pa.string(), nullable=False),
+        pa.field("step_cache", pa.float64(), nullable=False),
         pa.field("status", pa.string(), nullable=False),
         ("error_type", pa.string()),
         ("error_message", pa.string()),
@@ -252,12 +260,11 @@ def record_row(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]:
 def sample_fields(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]:
     """Give the fields of a made picture for JSON: one fixed set of keys and no nulls, as loaders infer types from them.
 
-    A null of a passthrough column becomes the empty value of its type; the metadata keeps it null.
+    A null becomes the empty value of its type; the metadata keeps it null.
     """
     row = record_row(record, passthrough)
-    for field in passthrough:
-        name = passthrough_name(field.name)
-        row[name] = as_json(row[name], field.type)
+    for field in [*RECORD_SCHEMA, *_renamed(passthrough)]:
+        row[field.name] = as_json(row[field.name], field.type)
     return {name: value for name, value in row.items() if name not in NOT_OF_SAMPLES}
 
 

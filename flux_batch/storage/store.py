@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,6 +26,8 @@ ATTEMPTS = 5
 REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
 # What file systems without hard links answer: FUSE mounts of buckets, FAT.
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+# HTTP: no or wrong credentials, no permission.
+REFUSAL_STATUSES = {401, 403}
 REFUSAL_CODES = {errno.EROFS, errno.ENAMETOOLONG}
 FINAL_CODES = REFUSAL_CODES | {errno.ENOSPC, errno.EDQUOT}
 # Some servers send the checksum of a whole object with a part of it; botocore would compare the two.
@@ -43,6 +46,8 @@ def open_filesystem(uri: str, storage_options: Mapping[str, Any]) -> tuple[fsspe
     try:
         if uri.startswith(("s3://", "s3a://")):
             options["config_kwargs"] = {**S3_CLIENT, **options.get("config_kwargs", {})}
+        if uri.startswith(("http://", "https://")):
+            options["client_kwargs"] = {**_http_client(), **options.get("client_kwargs", {})}
         fs, path = fsspec.url_to_fs(uri, **options)
         if hasattr(fs, "connect"):
             fs.connect()  # s3fs would meet options that do not fit only at its first request
@@ -70,6 +75,18 @@ def translated(uri: str, operation: str) -> Iterator[None]:
         if isinstance(error, OSError) or _is_client_error(error):
             raise StoreError(f"{uri}: cannot {operation}: {_reason(error)}") from error
         raise
+
+
+def attempt(uri: str, operation: str, function: Callable[[], T]) -> T:
+    """Run one storage operation under the retry policy of the package; its errors are StoreErrors."""
+    retrying = Retrying(
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_random_exponential(multiplier=0.2, max=10),
+        retry=retry_if_exception(_is_transient),
+        reraise=True,
+    )
+    with translated(uri, operation):
+        return retrying(function)
 
 
 class Store:
@@ -207,15 +224,14 @@ class Store:
             scratch.unlink(missing_ok=True)
 
     def _call(self, key: str, operation: str, function: Callable[[], T]) -> T:
-        """Run one storage operation under the retry policy of the package."""
-        retrying = Retrying(
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_random_exponential(multiplier=0.2, max=10),
-            retry=retry_if_exception(_is_transient),
-            reraise=True,
-        )
-        with translated(self.url(key), operation):
-            return retrying(function)
+        return attempt(self.url(key), operation, function)
+
+
+def _http_client() -> dict[str, Any]:
+    """Return how HTTP is spoken: by the proxies of the environment, and with patience while bytes come."""
+    from aiohttp import ClientTimeout
+
+    return {"trust_env": True, "timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}
 
 
 def _create(scratch: str, target: str) -> None:
@@ -238,6 +254,8 @@ def _is_client_error(error: BaseException) -> bool:
 def _is_refusal(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in REFUSAL_CODES:
         return True
+    if getattr(error, "status", None) in REFUSAL_STATUSES:  # aiohttp's
+        return True
     return isinstance(error, REFUSALS) or "Credentials" in type(error).__name__
 
 
@@ -251,4 +269,5 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"(://[^\s'\"?]+)\?[^\s'\"]*", r"\1", str(error))  # what follows may be a signature
+    return " ".join(text.split()) or type(error).__name__

@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
@@ -22,6 +23,8 @@ from flux_batch.storage.store import open_filesystem, translated
 
 Row = dict[str, Any]
 BUFFER_BYTES = 1 << 20
+# Rows of Parquet that are decoded at a time: many of text, few of pictures.
+BATCH_ROWS, BATCH_BYTES = 8192, 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,10 @@ class Table(Protocol):
 
     def read(self, rows: RowRange, columns: Collection[str]) -> list[Row | BadRow]:
         """Read the rows of a range that `split` gave; columns other than `columns` may be left out."""
+        ...
+
+    def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
+        """Read them one after the other, so that a column of pictures never lies in memory whole."""
         ...
 
 
@@ -92,18 +99,19 @@ class ParquetTable(_File):
             yield RowRange(start, min(num_rows, total - start))
 
     def read(self, rows: RowRange, columns: Collection[str]) -> list[Row | BadRow]:
+        return list(self.stream(rows, columns))
+
+    def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
         with self._parquet() as parquet:
             names = [name for name in parquet.schema_arrow.names if name in columns]
-            found: list[Row | BadRow] = []
             first = 0
             end = rows.start + rows.num_rows
             for group in range(parquet.num_row_groups):
                 size = parquet.metadata.row_group(group).num_rows
                 if first < end and rows.start < first + size:
                     start = max(rows.start - first, 0)
-                    found += _rows_of_group(parquet, group, names, start, min(end - first, size))
+                    yield from _rows_of_group(parquet, group, names, start, min(end - first, size))
                 first += size
-            return found
 
     @contextmanager
     def _parquet(self) -> Iterator[pq.ParquetFile]:
@@ -121,18 +129,21 @@ def _is_damage(error: OSError) -> bool:
     return type(error) is OSError and error.errno is None
 
 
-def _rows_of_group(parquet: pq.ParquetFile, group: int, names: list[str], start: int, end: int) -> list[Row | BadRow]:
+def _rows_of_group(
+    parquet: pq.ParquetFile, group: int, names: list[str], start: int, end: int
+) -> Iterator[Row | BadRow]:
     """Stream one row group and keep start .. end of it, so that a huge group never lies in memory whole."""
-    rows: list[Row | BadRow] = []
+    about = parquet.metadata.row_group(group)
+    per_row = max(1, about.total_byte_size // max(1, about.num_rows))
+    batch_size = max(1, min(BATCH_ROWS, BATCH_BYTES // per_row))
     first = 0
-    for batch in parquet.iter_batches(batch_size=8192, row_groups=[group], columns=names):
+    for batch in parquet.iter_batches(batch_size=batch_size, row_groups=[group], columns=names):
         if first >= end:
             break
         low, high = max(start - first, 0), min(end - first, batch.num_rows)
         if low < high:
-            rows += _python_rows(batch.slice(low, high - low))
+            yield from _python_rows(batch.slice(low, high - low))
         first += batch.num_rows
-    return rows
 
 
 def _python_rows(batch: pa.RecordBatch) -> list[Row | BadRow]:
@@ -161,13 +172,12 @@ class _LineTable(_File):
             yield RowRange(start, count, offset)
 
     def read(self, rows: RowRange, columns: Collection[str]) -> list[Row | BadRow]:
-        found: list[Row | BadRow] = []
+        return list(self.stream(rows, columns))
+
+    def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
         with self.open() as file:
-            for _, row in self._records(file, rows.offset):
-                found.append(row)
-                if len(found) == rows.num_rows:
-                    break
-        return found
+            for _, row in islice(self._records(file, rows.offset), rows.num_rows):
+                yield row
 
     def _records(self, file: BinaryIO, offset: int = 0) -> Iterator[tuple[int, Row | BadRow]]:
         """Yield the byte offset and the row of each record from `offset` on (0: from the first record)."""

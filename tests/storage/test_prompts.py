@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from flux_batch.config import PROMPT_FIELDS, PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError, StoreRefused
 from flux_batch.plan import make_plan
-from flux_batch.records import ALIASES, FailedRow, ImageRequest, Shard, image_seed
+from flux_batch.records import ALIASES, FailedRow, ImageRequest, InputImage, Shard, image_seed
 from flux_batch.storage.prompts import PromptSource, RowParser
 from flux_batch.storage.store import Store
 from flux_batch.storage.tables import BadRow
@@ -480,3 +480,54 @@ def test_a_list_may_mix_a_disk_with_a_bucket(tmp_path: Path, moto: S3Server) -> 
     Store(bucket, moto.storage_options).write("b.parquet", Path(local))
     config = PromptsConfig(uri=(local, f"{bucket}/b.parquet"), storage_options=moto.storage_options)
     assert len({row.id for row in read(config)}) == 2
+
+
+# --- what a row starts from
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("a.png", "a.png"),
+        ({"bytes": None, "path": "a.png"}, "a.png"),
+        ({"bytes": b"x", "path": "a.png"}, "sha256:2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"),
+        (b"x", "sha256:2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"),
+        ({"bytes": None, "path": None}, "/job.png"),
+        (None, "/job.png"),
+        ("", None),
+    ],
+)
+def test_a_cell_or_the_job_says_what_a_row_starts_from(value: Any, name: str | None) -> None:
+    found = request({"input_image": value, "denoising_strength": 1}, {"input_image": "/job.png"}).input_image
+
+    assert (found and found.name) == name
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv"])
+def test_pictures_named_in_text_formats(tmp_path: Path, name: str) -> None:
+    rows = [{"prompt": "a", "input_image": "a.png", "denoising_strength": "0.5", "sigma_shift": "3"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "p.csv").write_text("prompt,input_image,denoising_strength,sigma_shift\na,a.png,0.5,3\n")
+
+    (row,) = read(PromptsConfig(uri=str(tmp_path / name)))
+
+    assert isinstance(row, ImageRequest), row
+    assert row.input_image == InputImage(name="a.png", uri=str(tmp_path / "a.png"), within=(str(tmp_path),))
+    assert (row.sampling.denoising_strength, row.sampling.sigma_shift) == (0.5, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"input_image": 5}, "column 'input_image' holds int: must be a path, an address, bytes, or a struct"),
+        ({"input_image": {"bytes": 5}}, "column 'input_image' holds int"),
+        ({"input_image": ["a.png"]}, "column 'input_image' holds list"),
+        ({"input_image": b""}, "column 'input_image' is empty"),
+        ({"input_image": "/etc/passwd"}, "input_image /etc/passwd: a row may name an absolute path only under"),
+        ({"denoising_strength": 0.5}, "denoising_strength = 0.5: needs an input_image, and there is none"),
+        ({"denoising_strength": 0}, "denoising_strength = 0.0: must be more than 0 and at most 1"),
+        ({"sigma_shift": "much"}, "sigma_shift = 'much': must be a number"),
+    ],
+)
+def test_a_row_that_cannot_start_says_why(values: dict[str, Any], reason: str) -> None:
+    assert reason in refusal(values)

@@ -1,0 +1,199 @@
+"""One file from the web, for an address that a row of data names: bounded, and never from inside the network.
+
+A row is data, and data may be hostile: an address in it must not make a worker ask what only the inside may ask, such
+as a cloud's metadata service. So every address a name resolves to is looked at, the connection is made to the very
+address that was, and a redirect is looked at again. Proxies of the environment are not used.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import random
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+from flux_batch.errors import RowError
+
+IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+ATTEMPTS = 3
+MAX_REDIRECTS = 5
+MAX_ADDRESSES = 4
+# Of one answer: until it says anything, and until it has said everything.
+SILENCE_S, WHOLE_S = 10.0, 60.0
+REDIRECTS = {301, 302, 303, 307, 308}
+# Too busy, or broken for the moment: worth another try.
+MOODS = {408, 425, 429, 500, 502, 503, 504}
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: IPv4 from inside an IPv6 network
+# What the ipaddress module takes for public, all of it or in some versions, and is not.
+NOT_PUBLIC = (
+    # Azure's platform service: https://learn.microsoft.com/azure/virtual-network/what-is-ip-address-168-63-129-16
+    ipaddress.ip_network("168.63.129.16/32"),
+    ipaddress.ip_network("192.0.0.0/24"),  # RFC 6890; Oracle's metadata service is in it
+    ipaddress.ip_network("fec0::/10"),  # RFC 3879: site-local, deprecated
+)
+
+
+class Unavailable(Exception):
+    """The server did not answer, or asked to come again; its message is the reason."""
+
+
+def fetch(url: str, max_bytes: int, *, is_allowed: Callable[[IpAddress], bool] | None = None) -> bytes:
+    """Get a file by HTTP or HTTPS. `is_allowed` says which addresses may be asked; those of the public internet.
+
+    Raises: RowError for an address that may not be asked, more than `max_bytes`, or anything but a file in answer; its
+    message leaves out the address.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _follow(url, max_bytes, is_allowed or is_public)
+        except Unavailable as error:
+            if attempt == ATTEMPTS:
+                raise RowError(f"{error}; tried {ATTEMPTS} times") from error
+        time.sleep(random.uniform(0.5, 1.0) * 2.0 ** (attempt - 1))
+    raise AssertionError
+
+
+def is_public(address: IpAddress) -> bool:
+    """Whether an address belongs to the public internet: not this machine, its network or its cloud's services."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address in NAT64:
+            return is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
+        # Other ways to wrap an IPv4 address have no use here but to hide it.
+        if address.ipv4_mapped or address.sixtofour or address.teredo:
+            return False
+    is_special = address.is_multicast or address.is_reserved or address.is_unspecified
+    return address.is_global and not is_special and not any(address in network for network in NOT_PUBLIC)
+
+
+def check_url(url: str) -> SplitResult:
+    """Raise RowError unless `url` is a plain HTTP(S) address, without a user or password that would be written down."""
+    try:
+        parts = urlsplit(url)
+        has_host = bool(parts.hostname)
+        _ = parts.port
+    except ValueError as error:
+        raise RowError(f"not a valid HTTP address: {error}") from error
+    if parts.scheme not in ("http", "https") or not has_host:
+        raise RowError("not a valid HTTP address")
+    if "@" in parts.netloc:
+        raise RowError("an address with a user name or password in it is not fetched; take them out")
+    return parts
+
+
+def _follow(url: str, max_bytes: int, is_allowed: Callable[[IpAddress], bool]) -> bytes:
+    deadline = time.monotonic() + WHOLE_S
+    at = url
+    for _ in range(MAX_REDIRECTS + 1):
+        parts = check_url(at)
+        try:
+            with _connected(parts, is_allowed, deadline) as connection, _ask(connection, parts) as answer:
+                if answer.status not in REDIRECTS:
+                    return _read(answer, max_bytes, deadline)
+                at = urljoin(at, answer.getheader("Location") or "")
+        except (OSError, HTTPException) as error:
+            _check_time(deadline)
+            raise Unavailable(f"no answer: {' '.join(str(error).split()) or type(error).__name__}") from error
+    raise RowError(f"more than {MAX_REDIRECTS} redirects")
+
+
+@contextmanager
+def _connected(
+    parts: SplitResult, is_allowed: Callable[[IpAddress], bool], deadline: float
+) -> Iterator[HTTPConnection]:
+    """Connect to an address that was looked at; HTTPS checks the certificate against the name.
+
+    The connection is cut at the deadline, since a server may send a byte now and then for ever.
+    """
+    host = parts.hostname or ""
+    is_secure = parts.scheme == "https"
+    connection = (HTTPSConnection if is_secure else HTTPConnection)(host, parts.port, timeout=SILENCE_S)
+    connection.auto_open = 0  # it would look the name up again
+    link = _open(_resolve(host, connection.port, is_allowed), connection.port)
+    if is_secure:
+        context = ssl.create_default_context()
+        link = context.wrap_socket(link, server_hostname=host, do_handshake_on_connect=False)
+    watch = threading.Timer(max(deadline - time.monotonic(), 0.0), _cut, [link])
+    watch.daemon = True
+    watch.start()
+    try:
+        if isinstance(link, ssl.SSLSocket):
+            link.do_handshake()
+        connection.sock = link
+        yield connection
+    finally:
+        watch.cancel()
+        connection.close()
+        link.close()
+
+
+def _resolve(host: str, port: int, is_allowed: Callable[[IpAddress], bool]) -> list[IpAddress]:
+    """Find the addresses of a name. Raises: RowError if one of them may not be asked."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"the name {host} cannot be resolved") from error
+    # A zone, as in fe80::1%eth0, is no part of the address.
+    addresses = list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found))
+    for address in addresses:
+        if not is_allowed(address):
+            raise RowError(f"{host}: is {address}, which is not a public address; rows may name no other")
+    return addresses[:MAX_ADDRESSES]
+
+
+def _open(addresses: list[IpAddress], port: int) -> socket.socket:
+    """Connect to the first address that answers."""
+    failure: OSError | None = None
+    for address in addresses:
+        try:
+            return socket.create_connection((str(address), port), timeout=SILENCE_S)
+        except OSError as error:
+            failure = error
+    raise failure or OSError("no address")
+
+
+def _cut(link: socket.socket) -> None:
+    with suppress(OSError):
+        link.shutdown(socket.SHUT_RDWR)
+
+
+def _ask(connection: HTTPConnection, parts: SplitResult) -> HTTPResponse:
+    target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
+    if parts.query:
+        target += "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~?[]")
+    # Compressed answers are not asked for: they could be small on the way and huge here.
+    headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "flux-batch"}
+    connection.request("GET", target, headers=headers)
+    return connection.getresponse()
+
+
+def _read(answer: HTTPResponse, max_bytes: int, deadline: float) -> bytes:
+    """Read a whole answer, unless it is too long or too slow."""
+    if answer.status in MOODS:
+        raise Unavailable(f"the server answered {answer.status} {answer.reason}")
+    if answer.status != 200:
+        raise RowError(f"the server answered {answer.status} {answer.reason}")
+    if (answer.getheader("Content-Encoding") or "identity").lower() != "identity":
+        raise RowError("the server sent it compressed, unasked")
+    if (answer.length or 0) > max_bytes:
+        raise RowError(f"{answer.length} bytes, more than the {max_bytes} allowed")
+    data = bytearray()
+    while chunk := answer.read1(1 << 16):
+        data += chunk
+        if len(data) > max_bytes:
+            raise RowError(f"more than the {max_bytes} bytes allowed")
+    _check_time(deadline)
+    if answer.length:
+        raise Unavailable("the answer ended too soon")
+    return bytes(data)
+
+
+def _check_time(deadline: float) -> None:
+    if time.monotonic() >= deadline:
+        raise RowError(f"took longer than {WHOLE_S:g} s")

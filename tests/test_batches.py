@@ -1,0 +1,108 @@
+"""Batches: what may share a pass, and input pictures that are there when their batch is."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from flux_batch.batches import Item, batches, with_pictures
+from flux_batch.errors import RowError, StoreError
+from flux_batch.records import ImageRequest, InputImage, SamplingParams
+
+
+def item(row: int = 0, image: str = "", **sampling: Any) -> Item:
+    start = InputImage(name=image, uri=image) if image else None
+    params = SamplingParams(**sampling)
+    return Item(ImageRequest(row=row, id="x", prompt="p", sampling=params, seeds=(1,), input_image=start), 0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"width": 64},
+        {"height": 64},
+        {"num_inference_steps": 9},
+        {"cfg_scale": 2.0},
+        {"t5_sequence_length": 9},
+        {"sigma_shift": 3.0},
+        {"denoising_strength": 0.5},
+        {"image": "a.png"},
+    ],
+)
+def test_what_cannot_share_a_pass(other: dict[str, Any]) -> None:
+    assert [len(batch) for batch in batches([item(0), item(1, **other), item(2)], 9)] == [2, 1]
+
+
+def test_what_can_share_a_pass() -> None:
+    items = [
+        item(0, "a.png", denoising_strength=0.5),
+        item(1, "b.png", denoising_strength=0.5, embedded_guidance=1.0, negative_prompt="x"),
+    ]
+    assert list(batches(items, 9)) == [items]
+    assert list(batches(items, 1)) == [items[:1], items[1:]]
+
+
+def test_pictures_come_with_their_batch() -> None:
+    todo = [[item(0, "a"), item(1)], [item(2, "b"), item(3, "a")], [item(4, "a", width=64)]]
+    with ThreadPoolExecutor(2) as readers:
+        found = list(with_pictures(todo, readers, lambda image, size: (image.name, size)))
+
+    assert [[one.picture for one in batch] for batch in found] == [
+        [("a", (1024, 1024)), None],
+        [("b", (1024, 1024)), ("a", (1024, 1024))],
+        [("a", (64, 1024))],
+    ]
+    assert [[one.request.row for one in batch] for batch in found] == [[0, 1], [2, 3], [4]]
+
+
+def test_the_next_batch_is_read_while_one_is_made_and_no_further() -> None:
+    read: list[str] = []
+    ahead = threading.Event()
+
+    def reader(image: InputImage, size: tuple[int, int]) -> str:
+        read.append(image.name)
+        if image.name == "1":
+            ahead.set()
+        return image.name
+
+    todo = [[item(number, str(number))] for number in range(5)]
+    with ThreadPoolExecutor(1) as readers:
+        found = with_pictures(todo, readers, reader)
+        next(found)
+        assert ahead.wait(5)
+        readers.submit(lambda: None).result()
+        assert read == ["0", "1"]
+        assert [batch[0].picture for batch in found] == ["1", "2", "3", "4"]
+
+
+def test_the_same_picture_is_read_once() -> None:
+    count: Counter[str] = Counter()
+
+    def reader(image: InputImage, size: tuple[int, int]) -> str:
+        count[image.name] += 1
+        return image.name
+
+    todo = [[item(2 * number, "a"), item(2 * number + 1, "a")] for number in range(4)]
+    with ThreadPoolExecutor(4) as readers:
+        list(with_pictures(todo, readers, reader))
+    assert count == {"a": 1}
+
+
+def test_a_bad_picture_costs_its_rows_and_an_outage_the_attempt() -> None:
+    def reader(image: InputImage, size: tuple[int, int]) -> str:
+        if image.name == "bad":
+            raise RowError("no picture")
+        if image.name == "away":
+            raise StoreError("no answer")
+        return image.name
+
+    with ThreadPoolExecutor(1) as readers:
+        (batch,) = with_pictures([[item(0, "a"), item(1, "bad"), item(2, "b"), item(3, "bad")]], readers, reader)
+        assert [str(one.picture) for one in batch] == ["a", "no picture", "b", "no picture"]
+        assert isinstance(batch[1].picture, RowError)
+        with pytest.raises(StoreError):
+            list(with_pictures([[item(0, "away")]], readers, reader))
