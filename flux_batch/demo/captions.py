@@ -1,10 +1,12 @@
 """A small world in words: scenes of one or two shapes, and how to say them; knows no tokenizer, tensor or picture.
 
-A `Scene` holds every fact a caption tells, so that a picture can be drawn from the same facts.
+A `Scene` holds every fact of a picture, a `Caption` says all or some of them; pictures are drawn and read back in
+terms of the same facts.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ Position = Literal[
 ]  # fmt: skip
 Relation = Literal["left of", "right of", "above", "below"]
 Texture = Literal["plain", "gradient", "striped", "checkered", "dotted"]
+Unsaid = Literal["colour", "place", "background"]
+Rgb = tuple[int, int, int]
 Option = TypeVar("Option")
 
 SHAPES: tuple[Shape, ...] = get_args(Shape)
@@ -26,6 +30,23 @@ SIZES: tuple[Size, ...] = get_args(Size)
 POSITIONS: tuple[Position, ...] = get_args(Position)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 TEXTURES: tuple[Texture, ...] = get_args(Texture)
+
+# What a colour word means, in sRGB.
+PALETTE: dict[Colour, Rgb] = {
+    "red": (218, 40, 40),
+    "orange": (246, 140, 30),
+    "yellow": (250, 222, 60),
+    "green": (46, 160, 70),
+    "blue": (45, 85, 205),
+    "purple": (130, 55, 170),
+    "pink": (246, 150, 192),
+    "brown": (122, 74, 40),
+    "black": (24, 24, 28),
+    "white": (248, 248, 246),
+    "grey": (142, 144, 148),
+}
+# How far, in units of 8-bit RGB, a thing must be from whatever lies behind it.
+MIN_CONTRAST = 75.0
 
 # Several ways to say a fact; a wording takes the same one wherever it can.
 SIZE_WORDS: dict[Size, tuple[str, ...]] = {
@@ -59,6 +80,16 @@ WORDINGS = (
     "a simple image of {subject} against {background}",
     "there is {subject} on {background}",
 )
+
+
+WORDINGS_WITHOUT_BACKGROUND = (
+    "{subject}",
+    "a picture of {subject}",
+    "a drawing that shows {subject}",
+    "there is {subject}",
+)
+# As users write negative prompts: a colour, and nothing else.
+BARE_WORDINGS = ("{}", "{} things", "something {}", "a {} shape")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,20 +129,46 @@ class Scene:
             raise ValueError("a scene has one thing with a position, or two things with a relation")
 
 
-def captions(count: int, seed: int) -> Iterator[str]:
-    """Yield captions of random scenes in random wordings; the same ones for the same seed, on every machine."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caption:
+    """A text and the scene it is about, of which it leaves some facts open."""
+
+    text: str
+    scene: Scene
+    unsaid: frozenset[Unsaid] = frozenset()
+
+
+def captions(count: int, seed: int, *, held_out: bool = False) -> Iterator[Caption]:
+    """Yield captions that say everything; the same ones for the same seed, on every machine.
+
+    held_out: with at least one thing that no training picture shows, otherwise with none.
+    """
     rng = random.Random(seed)
-    for _ in range(count):
-        yield phrase(random_scene(rng), pick(rng, range(len(WORDINGS))))
+    while count:
+        scene = random_scene(rng)
+        text = phrase(scene, pick(rng, range(len(WORDINGS))))
+        if is_held_out(scene) == held_out:
+            yield Caption(text=text, scene=scene)
+            count -= 1
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Tell whether a scene shows a shape in the colour that is kept from training: one colour a shape."""
+    things = [thing for thing in (scene.first, scene.second) if thing]
+    return any((COLOURS.index(thing.colour) + 3 * SHAPES.index(thing.shape)) % len(COLOURS) == 0 for thing in things)
 
 
 def random_scene(rng: random.Random, *, num_things: int | None = None, texture: Texture | None = None) -> Scene:
-    """Draw a scene in which every colour is different, so that every thing can be seen."""
-    colours = pick_distinct(rng, COLOURS, 4)
+    """Draw a scene in which every colour is different and every thing can be told from what lies behind it."""
+    number = num_things or pick(rng, (1, 2))
     background_texture: Texture = pick(rng, TEXTURES) if texture is None else texture
-    background = make_background(background_texture, colours[2], colours[3])
+    while True:
+        colours = pick_distinct(rng, COLOURS, 4)
+        background = make_background(background_texture, colours[2], colours[3])
+        if all(contrast(colour, background) >= MIN_CONTRAST for colour in colours[:number]):
+            break
     first = random_thing(rng, colours[0])
-    if (num_things or pick(rng, (1, 2))) == 1:
+    if number == 1:
         return Scene(first=first, background=background, position=pick(rng, POSITIONS))
     second = random_thing(rng, colours[1])
     return Scene(first=first, background=background, relation=pick(rng, RELATIONS), second=second)
@@ -127,19 +184,32 @@ def random_thing(rng: random.Random, colour: Colour) -> Thing:
     return Thing(shape=pick(rng, SHAPES), colour=colour, size=pick(rng, SIZES))
 
 
-def phrase(scene: Scene, wording: int = 0) -> str:
-    """Say a scene in one of the `WORDINGS`."""
-    subject = name_thing(scene.first, wording)
-    if scene.position is not None:
+def contrast(colour: Colour, background: Background) -> float:
+    """Return the least distance in RGB between a colour and a background, all mixtures of a gradient included."""
+    start = PALETTE[background.colour]
+    end = PALETTE[background.second or background.colour]
+    shares = [step / 16 for step in range(17)] if background.texture == "gradient" else [0.0, 1.0]
+    behind = [tuple(a + (b - a) * share for a, b in zip(start, end, strict=True)) for share in shares]
+    return min(math.dist(PALETTE[colour], mixture) for mixture in behind)
+
+
+def phrase(scene: Scene, wording: int = 0, unsaid: frozenset[Unsaid] = frozenset()) -> str:
+    """Say a scene in one of the `WORDINGS`, leaving out what is to be `unsaid`."""
+    subject = name_thing(scene.first, wording, unsaid)
+    if scene.position is not None and "place" not in unsaid:
         subject += f" {variant(POSITION_WORDS[scene.position], wording)}"
     if scene.relation is not None and scene.second is not None:
-        subject += f" {variant(RELATION_WORDS[scene.relation], wording)} {name_thing(scene.second, wording)}"
+        place = "and" if "place" in unsaid else variant(RELATION_WORDS[scene.relation], wording)
+        subject += f" {place} {name_thing(scene.second, wording, unsaid)}"
+    if "background" in unsaid:
+        return variant(WORDINGS_WITHOUT_BACKGROUND, wording).format(subject=subject)
     return WORDINGS[wording].format(subject=subject, background=name_background(scene.background, wording))
 
 
-def name_thing(thing: Thing, wording: int) -> str:
+def name_thing(thing: Thing, wording: int, unsaid: frozenset[Unsaid] = frozenset()) -> str:
     """Say a thing, e.g. `a small red star`."""
-    return with_article(f"{variant(SIZE_WORDS[thing.size], wording)}{thing.colour} {thing.shape}")
+    colour = "" if "colour" in unsaid else f"{thing.colour} "
+    return with_article(f"{variant(SIZE_WORDS[thing.size], wording)}{colour}{thing.shape}")
 
 
 def name_background(background: Background, wording: int) -> str:

@@ -1,4 +1,4 @@
-"""The prompts that ship with the package: 24 rows in a Parquet file; knows no model.
+"""The prompts that ship with the package: 72 rows in a Parquet file; knows no model.
 
 `python -m flux_batch.demo.prompts` writes the file again.
 """
@@ -9,11 +9,23 @@ import random
 from pathlib import Path
 from typing import Any
 
-from flux_batch.demo.captions import TEXTURES, WORDINGS, Scene, phrase, pick, random_scene
+from flux_batch.demo.captions import (
+    COLOURS,
+    SHAPES,
+    TEXTURES,
+    WORDINGS,
+    Colour,
+    Scene,
+    phrase,
+    pick,
+    pick_distinct,
+    random_scene,
+)
 
-ROWS_PER_CATEGORY = 6
+ROWS_PER_CATEGORY = 16
+NUM_NEGATIVE = 8
 SEED = 24
-NEGATIVE_PROMPTS = ("blurry, noisy", "text, letters", "a photograph of a person")
+NEGATIVE_CFG_SCALE = 3.0
 
 
 def demo_prompts_path() -> Path:
@@ -22,28 +34,30 @@ def demo_prompts_path() -> Path:
 
 
 def prompt_rows() -> list[dict[str, Any]]:
-    """Make the rows: four categories of six prompts.
+    """Make the rows: four categories of sixteen prompts, and eight that leave the colour to a negative prompt.
 
-    A size, seed or negative prompt of None is the job's. In each category one row is wide, one is high, two have
-    their own seed and two a negative prompt, so that a run of the demo meets every column filled and empty.
+    A size, seed or negative prompt of None is the job's. In each of the four categories two rows are wide, two are
+    high and four have their own seed, so that a run of the demo meets every column filled and empty.
     """
     rng = random.Random(SEED)
     rows: list[dict[str, Any]] = []
     for category in ("one object", "relation", "gradient", "texture"):
         for place in range(ROWS_PER_CATEGORY):
-            width, height = {2: (192, 128), 4: (128, 192)}.get(place, (None, None))
-            rows.append(
-                {
-                    "id": f"demo-{len(rows):02}",
-                    "prompt": phrase(scene_of(category, rng), pick(rng, range(len(WORDINGS)))),
-                    "negative_prompt": pick(rng, NEGATIVE_PROMPTS) if place in (1, 4) else None,
-                    "width": width,
-                    "height": height,
-                    "seed": 1000 + len(rows) if place in (3, 4) else None,
-                    "category": category,
-                }
-            )
+            words = phrase(scene_of(category, rng), pick(rng, range(len(WORDINGS))))
+            row = make_row(len(rows), category, words)
+            row["width"], row["height"] = {2: (192, 128), 4: (128, 192)}.get(place % 8, (None, None))
+            row["seed"] = 1000 + len(rows) if place % 8 in (3, 4) else None
+            rows.append(row)
+    for colour in pick_distinct(rng, COLOURS, NUM_NEGATIVE):
+        row = make_row(len(rows), "negative", words_without_colour(rng))
+        rows.append({**row, "negative_prompt": something(colour), "cfg_scale": NEGATIVE_CFG_SCALE})
     return rows
+
+
+def make_row(number: int, category: str, prompt: str) -> dict[str, Any]:
+    """Return a row that leaves everything but its prompt to the job."""
+    nothing = dict.fromkeys(("negative_prompt", "cfg_scale", "width", "height", "seed"))
+    return {"id": f"demo-{number:02}", "prompt": prompt, **nothing, "category": category}
 
 
 def scene_of(category: str, rng: random.Random) -> Scene:
@@ -57,6 +71,16 @@ def scene_of(category: str, rng: random.Random) -> Scene:
     return random_scene(rng, texture=pick(rng, [name for name in TEXTURES if name not in ("plain", "gradient")]))
 
 
+def words_without_colour(rng: random.Random) -> str:
+    """Say a scene that may have any colours."""
+    return f"a large {pick(rng, SHAPES)} in the centre"
+
+
+def something(colour: Colour) -> str:
+    """Say a colour as users write negative prompts."""
+    return f"something {colour}"
+
+
 def write_prompts(path: Path) -> None:
     """Write the rows as Parquet."""
     import pyarrow as pa
@@ -68,6 +92,7 @@ def write_prompts(path: Path) -> None:
             pa.field("id", text, nullable=False),
             pa.field("prompt", text, nullable=False),
             ("negative_prompt", text),
+            ("cfg_scale", pa.float64()),
             ("width", number),
             ("height", number),
             ("seed", number),

@@ -20,14 +20,20 @@ def test_the_file_is_what_the_function_makes(tmp_path: Path) -> None:
 def test_rows_fill_and_leave_out_every_column() -> None:
     rows = prompt_rows()
 
-    assert len(rows) == 24
-    assert len({row["id"] for row in rows}) == 24
-    assert Counter(row["category"] for row in rows) == dict.fromkeys(
-        ("one object", "relation", "gradient", "texture"), 6
-    )
-    assert Counter((row["width"], row["height"]) for row in rows) == {(None, None): 16, (192, 128): 4, (128, 192): 4}
-    assert sum(row["seed"] is not None for row in rows) == 8
-    assert sum(row["negative_prompt"] is not None for row in rows) == 8
+    assert len(rows) == 72
+    assert len({row["id"] for row in rows}) == 72
+    assert Counter(row["category"] for row in rows) == {
+        **dict.fromkeys(("one object", "relation", "gradient", "texture"), 16),
+        "negative": 8,
+    }
+    assert Counter((row["width"], row["height"]) for row in rows) == {(None, None): 56, (192, 128): 8, (128, 192): 8}
+    assert sum(row["seed"] is not None for row in rows) == 16
+    assert [row["id"] for row in rows if row["negative_prompt"]] == [row["id"] for row in rows[-8:]]
+
+
+def test_a_negative_prompt_has_a_scale_that_makes_it_count() -> None:
+    assert all((row["negative_prompt"] is None) == (row["cfg_scale"] is None) for row in prompt_rows())
+    assert all(row["cfg_scale"] > 1 for row in prompt_rows() if row["negative_prompt"])
 
 
 def test_sizes_are_ones_that_can_be_made() -> None:

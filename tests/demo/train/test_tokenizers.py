@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, CLIPTokenizer, T5TokenizerFast
 
 from flux_batch.demo.captions import captions
-from flux_batch.demo.tokenizers import write_clip_tokenizer, write_t5_tokenizer
+from flux_batch.demo.train.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
-TEXTS = list(captions(4000, seed=0))
-UNSEEN = list(captions(200, seed=7))
-LONG = "a small red star " * 50
+TEXTS = [caption.text for caption in captions(4000, seed=0)]
+UNSEEN = [caption.text for caption in captions(200, seed=7, held_out=True)]
+LONG = "a small red star " * 150
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_special_tokens_have_their_places(clip: Any, t5: Any) -> None:
     assert clip.bos_token_id == len(clip) - 2
     assert (t5.pad_token_id, t5.eos_token_id, t5.unk_token_id) == (0, 1, 2)
     assert t5.convert_tokens_to_ids("<extra_id_0>") == len(t5) - 1
-    assert (clip.model_max_length, t5.model_max_length) == (77, 64)
+    assert (clip.model_max_length, t5.model_max_length) == (77, 512)
 
 
 def test_auto_tokenizer_reads_both(clip_folder: Path, t5_folder: Path, clip: Any, t5: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CLIP_LENGTH = 77
-T5_LENGTH = 64
+T5_LENGTH = 512
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 T5_PAD, T5_END, T5_UNKNOWN = "<pad>", "</s>", "<unk>"
 WORD_END = "</w>"

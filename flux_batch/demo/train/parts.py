@@ -1,31 +1,30 @@
-"""What the demo model is made of: its sizes, its configuration files, its weights; knows no cache.
+"""What the demo model is made of: its sizes, its configuration files, and how its folder is written.
 
-The folder is that of a FLUX.1 repository in the layout of diffusers. The weights are random numbers, the same on
-every machine: its pictures are coloured noise that depends on prompt, seed and settings as those of a real model do.
+The folder is that of a FLUX.1 repository in the layout of diffusers, weights in bfloat16.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flux_batch.demo.captions import captions
-from flux_batch.demo.tokenizers import CLIP_LENGTH, write_clip_tokenizer, write_json, write_t5_tokenizer
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from flux_batch.demo.train.tokenizers import CLIP_LENGTH, write_json
+from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.params import AutoencoderParams, FluxParams
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from flux_batch.model.text import ClipEncoder, T5Encoder
+from flux_batch.model.transformer import Flux
+from flux_batch.model.weights import autoencoder_to_diffusers, transformer_to_diffusers
 
 # The release of diffusers that wrote the real folder; readers ask it which old habits to expect.
 DIFFUSERS_VERSION = "0.30.0"
-NUM_CAPTIONS = 4000
-CAPTION_SEED = 0
-
 CLIP_WIDTH, CLIP_HEADS, CLIP_LAYERS = 128, 2, 2
-T5_WIDTH, T5_HEADS, T5_LAYERS = 64, 4, 2
+T5_WIDTH, T5_HEADS, T5_LAYERS = 128, 4, 3
 TRANSFORMER = FluxParams(
     in_channels=64,
     out_channels=64,
@@ -34,8 +33,8 @@ TRANSFORMER = FluxParams(
     hidden_size=256,
     mlp_hidden_dim=1024,
     num_heads=2,  # of 128, as in FLUX.1: rotary axes and attention kernels are then the real ones
-    depth=2,
-    depth_single_blocks=2,
+    depth=1,
+    depth_single_blocks=4,
     axes_dim=(16, 56, 56),
     theta=10_000,
     qkv_bias=True,
@@ -44,120 +43,43 @@ TRANSFORMER = FluxParams(
 AUTOENCODER = AutoencoderParams(
     in_channels=3,
     out_ch=3,
-    channels=(32, 64, 64, 64),
-    num_res_blocks=2,
+    channels=(32, 32, 64, 64),
+    num_res_blocks=1,
     z_channels=16,
-    num_groups=32,
+    num_groups=8,
     scale_factor=0.3611,
     shift_factor=0.1159,
 )
 
 
-def write_model(folder: Path) -> None:
-    """Write the whole model into an empty folder."""
-    parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-    for part in parts:
-        (folder / part).mkdir()
-    texts = list(captions(NUM_CAPTIONS, CAPTION_SEED))
-    clip_vocabulary = write_clip_tokenizer(folder / "tokenizer", texts)
-    t5_vocabulary = write_t5_tokenizer(folder / "tokenizer_2", texts)
-    write_clip(folder / "text_encoder", clip_vocabulary)
-    write_t5(folder / "text_encoder_2", t5_vocabulary)
-    write_transformer(folder / "transformer")
-    write_autoencoder(folder / "vae")
+def write_model(
+    folder: Path, tokenizers: Path, transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncoder, t5: T5Encoder
+) -> None:
+    """Write the whole model into a new folder; the tokenizers are copied from where they were trained."""
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"):
+        (folder / part).mkdir(parents=True)
+    for part in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(tokenizers / part, folder / part)
+    weights = "diffusion_pytorch_model.safetensors"
+    save_weights(folder / "transformer" / weights, transformer_to_diffusers(transformer.state_dict()))
+    save_weights(folder / "vae" / weights, autoencoder_to_diffusers(autoencoder.state_dict()))
+    # transformers 5 has moved CLIP's modules one level up; the files have not followed.
+    names = {name: f"text_model.{name.removeprefix('text_model.')}" for name in clip.model.state_dict()}
+    clip_state = {names[name]: tensor for name, tensor in clip.model.state_dict().items()}
+    save_weights(folder / "text_encoder" / "model.safetensors", clip_state)
+    # A second name of shared.weight, which the files leave out.
+    t5_state = {name: value for name, value in t5.model.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    save_weights(folder / "text_encoder_2" / "model.safetensors", t5_state)
+    write_json(folder / "transformer" / "config.json", transformer_config(transformer.params))
+    write_json(folder / "vae" / "config.json", autoencoder_config(autoencoder.params))
+    write_json(folder / "text_encoder" / "config.json", clip_config(clip.model.config.vocab_size))
+    write_json(folder / "text_encoder_2" / "config.json", t5_config(t5.model.config.vocab_size))
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config())
     write_json(folder / "model_index.json", model_index())
 
 
-def write_transformer(folder: Path) -> None:
-    """Write configuration and weights of the transformer."""
-    import torch
-
-    from flux_batch.model.transformer import Flux
-    from flux_batch.model.weights import transformer_to_diffusers
-
-    with torch.device("meta"):
-        shapes = shapes_of(Flux(TRANSFORMER))
-    save_weights(
-        folder / "diffusion_pytorch_model.safetensors",
-        transformer_to_diffusers(random_state("transformer", shapes)),
-    )
-    write_json(folder / "config.json", transformer_config(TRANSFORMER))
-
-
-def write_autoencoder(folder: Path) -> None:
-    """Write configuration and weights of the autoencoder."""
-    import torch
-
-    from flux_batch.model.autoencoder import AutoEncoder
-    from flux_batch.model.weights import autoencoder_to_diffusers
-
-    with torch.device("meta"):
-        shapes = shapes_of(AutoEncoder(AUTOENCODER))
-    save_weights(folder / "diffusion_pytorch_model.safetensors", autoencoder_to_diffusers(random_state("vae", shapes)))
-    write_json(folder / "config.json", autoencoder_config(AUTOENCODER))
-
-
-def write_clip(folder: Path, vocab_size: int) -> None:
-    """Write configuration and weights of the CLIP text encoder."""
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = clip_config(vocab_size)
-    with torch.device("meta"):
-        shapes = shapes_of(CLIPTextModel(CLIPTextConfig(**config)))
-    # transformers 5 has moved the modules one level up; the files have not followed.
-    shapes = {f"text_model.{name.removeprefix('text_model.')}": shape for name, shape in shapes.items()}
-    save_weights(folder / "model.safetensors", random_state("clip", shapes))
-    write_json(folder / "config.json", config)
-
-
-def write_t5(folder: Path, vocab_size: int) -> None:
-    """Write configuration and weights of the T5 encoder."""
-    import torch
-    from transformers import T5Config, T5EncoderModel
-
-    config = t5_config(vocab_size)
-    with torch.device("meta"):
-        shapes = shapes_of(T5EncoderModel(T5Config(**config)))
-    # A second name of shared.weight, which the files leave out.
-    shapes.pop("encoder.embed_tokens.weight", None)
-    save_weights(folder / "model.safetensors", random_state("t5", shapes))
-    write_json(folder / "config.json", config)
-
-
-def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor a checkpoint of the model holds."""
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def random_state(part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Fill every tensor with numbers that follow from its name alone."""
-    return {name: random_tensor(f"{part}.{name}", shape) for name, shape in shapes.items()}
-
-
-def random_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return fp32 weights that keep the size of what passes through, and vectors near the neutral value.
-
-    Uniform numbers are bits and exact products; normal ones would pass through a logarithm that CPUs round differently.
-    """
-    import torch
-
-    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest())
-    noise = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    if len(shape) == 1:
-        is_added = name.endswith(".bias")  # the other vectors multiply: norm scales
-        return noise * 0.1 + (0.0 if is_added else 1.0)
-    is_table = "embed" in name or name.endswith("shared.weight")
-    fan_in = 1 if is_table else math.prod(shape[1:])
-    return noise * math.sqrt(3 / fan_in)
-
-
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write bfloat16 safetensors."""
-    import torch
-    from safetensors.torch import save
-
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state.items()}
     # Not save_file, which keeps other users of a shared cache from reading.
     path.write_bytes(save(tensors, metadata={"format": "pt"}))

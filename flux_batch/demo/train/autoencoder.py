@@ -1,0 +1,162 @@
+"""Trains the autoencoder of the demo model: pictures in, the same pictures out through latents of unit variance.
+
+First on quarter pictures, which are cheap; then the statistics of the latents are folded into the convolutions that
+write and read them, so that FLUX's own scale and shift hold; then the decoder alone on whole pictures.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux_batch.demo.captions import is_held_out, random_scene
+from flux_batch.demo.drawing import draw
+from flux_batch.demo.train.muon import MIN_SIDE, Optimizer
+from flux_batch.demo.train.parts import AUTOENCODER
+from flux_batch.demo.train.progress import Meter, Stage, load
+from flux_batch.model.autoencoder import AutoEncoder
+
+SIDE = 128
+CROP = 64
+BATCH = 8
+BATCH_OF_WHOLE = 4
+RATE = 1.5e-3
+MATRIX_RATE = 1.5e-2
+# Weight of the KL term against the mean absolute error a pixel: as smooth as latents can be before pictures suffer.
+KL_WEIGHT = 8e-3
+FOLD_PICTURES = 64
+LATENT_NOISE = 0.1
+
+
+def train_autoencoder(folder: Path, seed: int, num_steps: int, device: torch.device) -> AutoEncoder:
+    """Train, or take up training, or read what is done: the autoencoder, folded."""
+    model = make_autoencoder(seed).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    first = Stage(folder, "autoencoder", num_steps, seed)
+    if not first.is_done:
+        train_both(first, model, device)
+        with torch.no_grad():
+            fold_statistics(model, device, first.rng(num_steps))
+        torch.save(model.state_dict(), folder / "autoencoder-folded.pt")
+    second = Stage(folder, "decoder", num_steps // 6, seed)
+    if second.is_done:
+        model.load_state_dict(load(second.path)["model"])
+    else:
+        model.load_state_dict(load(folder / "autoencoder-folded.pt"))
+        train_decoder(second, model, device)
+    return model.requires_grad_(False).eval()
+
+
+def make_autoencoder(seed: int) -> AutoEncoder:
+    """Return an untrained one whose residual branches add nothing yet and whose enlargements only repeat pixels.
+
+    Its decoder is then nearly linear, and learns colours first.
+    """
+    torch.manual_seed(seed)
+    model = AutoEncoder(AUTOENCODER)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and name.endswith(("conv2", "proj_out", "upsample.conv")):
+            nn.init.zeros_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if name.endswith("upsample.conv"):
+                nn.init.dirac_(module.weight)
+    return model
+
+
+def make_optimizer(model: nn.Module) -> Optimizer:
+    """Return the optimizer of whatever in the model is to be trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [p for p in trained if p.ndim == 4 and min(p.shape[0], p[0].numel()) >= MIN_SIDE]
+    return Optimizer(model, matrices, MATRIX_RATE, RATE)
+
+
+def train_both(stage: Stage, model: AutoEncoder, device: torch.device) -> None:
+    """Train encoder and decoder on quarter pictures."""
+    optimizer = make_optimizer(model)
+    meter = Meter(stage)
+    for step in stage.steps({"model": model, "optimizer": optimizer}):
+        image = pictures(stage.rng(step), BATCH, CROP).to(device, memory_format=torch.channels_last)
+        mean, logvar = model.encoder(image).chunk(2, dim=1)
+        logvar = logvar.clamp(-20.0, 10.0)
+        noise = torch.randn(mean.shape, generator=stage.generator(step)).to(device)
+        made = model.decoder(mean + torch.exp(0.5 * logvar) * noise)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+        optimizer.update(picture_error(made, image) + KL_WEIGHT * kl, stage.share_of_rate(step))
+        meter.add(step, error=F.l1_loss(made, image).item(), kl=kl.item(), std=mean.std().item())
+
+
+def train_decoder(stage: Stage, model: AutoEncoder, device: torch.device) -> None:
+    """Train the decoder on whole pictures, from latents as a transformer makes them: not quite the encoder's."""
+    model.encoder.requires_grad_(False)
+    optimizer = make_optimizer(model)
+    meter = Meter(stage)
+    for step in stage.steps({"model": model, "optimizer": optimizer}):
+        image = pictures(stage.rng(step), BATCH_OF_WHOLE, SIDE).to(device, memory_format=torch.channels_last)
+        with torch.no_grad():
+            latents = model.encode(image)
+            latents = latents + LATENT_NOISE * torch.randn(latents.shape, generator=stage.generator(step)).to(device)
+        made = model.decode(latents)
+        optimizer.update(picture_error(made, image), 0.4 * stage.share_of_rate(step))
+        meter.add(step, error=F.l1_loss(made, image).item())
+
+
+def picture_error(made: Tensor, wanted: Tensor) -> Tensor:
+    """Return how wrong pixels are, and the steps from each to the next, which are the edges.
+
+    The square finds colours fast, the absolute value makes flat areas flat.
+    """
+    edges = sum(F.l1_loss(made.diff(dim=axis), wanted.diff(dim=axis)) for axis in (2, 3))
+    return 0.5 * F.l1_loss(made, wanted) + 0.25 * edges + 2.0 * F.mse_loss(made, wanted)
+
+
+def fold_statistics(model: AutoEncoder, device: torch.device, rng: random.Random) -> None:
+    """Make the scaled latents of each channel zero in the mean and one in variance, with the same pictures.
+
+    The variance is that of means and of samples about them: a channel that has nothing to say stays silent. The
+    encoder's last convolution writes z = a z' + b, the decoder's first reads it back. Exact but for the border,
+    where the decoder's padding is 0 and was 0 before; what follows trains that away.
+    """
+    image = pictures(rng, FOLD_PICTURES, SIDE).to(device, memory_format=torch.channels_last)
+    moments = torch.cat([model.encoder(part) for part in torch.split(image, 8)])
+    mean, logvar = moments.chunk(2, dim=1)
+    centre = mean.mean(dim=(0, 2, 3))
+    spread = (mean.var(dim=(0, 2, 3)) + logvar.exp().mean(dim=(0, 2, 3))).sqrt()
+    gain = 1.0 / (AUTOENCODER.scale_factor * spread)
+    offset = AUTOENCODER.shift_factor - gain * centre
+    writer, reader = model.encoder.conv_out, model.decoder.conv_in
+    assert writer.bias is not None
+    assert reader.bias is not None
+    half = AUTOENCODER.z_channels
+    writer.weight[:half] *= gain[:, None, None, None]
+    writer.bias[:half] = writer.bias[:half] * gain + offset
+    writer.bias[half:] += 2 * gain.log()
+    reader.bias -= (reader.weight * (offset / gain)[None, :, None, None]).sum(dim=(1, 2, 3))
+    reader.weight /= gain[None, :, None, None]
+
+
+def pictures(rng: random.Random, count: int, side: int) -> Tensor:
+    """Draw pictures, or parts of them where `side` is less than a whole one's: (count, 3, side, side) in [-1, 1]."""
+    return torch.stack([to_tensor(crop) for crop in drawn(rng, count, side)])
+
+
+def drawn(rng: random.Random, count: int, side: int) -> Iterator[np.ndarray]:
+    """Yield parts of drawn pictures."""
+    for _ in range(count):
+        scene = random_scene(rng)
+        while is_held_out(scene):
+            scene = random_scene(rng)
+        picture = np.asarray(draw(scene, SIDE, SIDE, rng))
+        top, left = (int(rng.random() * (SIDE - side + 1)) for _ in range(2))
+        yield picture[top : top + side, left : left + side]
+
+
+def to_tensor(picture: np.ndarray) -> Tensor:
+    """Return uint8 (h, w, 3) as (3, h, w) in [-1, 1]."""
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1).float() / 127.5 - 1.0

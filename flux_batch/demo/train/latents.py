@@ -1,0 +1,103 @@
+"""Latents of drawn scenes, made once and read at every step of the transformer's training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flux_batch.demo.captions import Scene
+from flux_batch.demo.drawing import CENTRES, CENTRES_OF_PAIR, EXTENTS, JITTER, PAIR_DRIFT, draw
+from flux_batch.demo.train.autoencoder import to_tensor
+from flux_batch.demo.train.world import training_scene
+from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.sampling import pack
+from flux_batch.records import PIXELS_PER_TOKEN
+
+BATCH = 16
+# (width, height): share of all pictures and of all steps.
+SIZES: dict[tuple[int, int], float] = {
+    (128, 128): 0.82,
+    (192, 128): 0.06,
+    (128, 192): 0.06,
+    (160, 160): 0.04,
+    (96, 96): 0.02,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Pictures of one size: what was drawn, and its packed latents (n, tokens, 64) fp16."""
+
+    width: int
+    height: int
+    scenes: list[Scene]
+    tokens: Tensor
+
+
+def make_pools(folder: Path, autoencoder: AutoEncoder, count: int, seed: int, device: torch.device) -> list[Pool]:
+    """Draw and encode `count` pictures in all sizes, or read them where that was done."""
+    return [
+        make_pool(
+            folder / f"latents-{width}x{height}.pt", autoencoder, width, height, round(count * share), seed, device
+        )
+        for (width, height), share in SIZES.items()
+    ]
+
+
+def make_pool(
+    path: Path, autoencoder: AutoEncoder, width: int, height: int, count: int, seed: int, device: torch.device
+) -> Pool:
+    """Draw and encode pictures of one size. A scene and its picture follow from seed, size and place in the pool."""
+    sources = [random.Random(f"{seed} {width}x{height} {place}") for place in range(count)]
+    scenes = [training_scene(source) for source in sources]
+    if path.exists():
+        return Pool(width, height, scenes, torch.load(path, weights_only=True))
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, count, BATCH):
+            drawn = [
+                to_tensor(np.asarray(draw(scene, width, height, source)))
+                for scene, source in zip(scenes[start : start + BATCH], sources[start : start + BATCH], strict=True)
+            ]
+            images = torch.stack(drawn).to(device, memory_format=torch.channels_last)
+            parts.append(pack(autoencoder.encode(images)).half().cpu())
+            if start % (64 * BATCH) == 0:
+                print(f"latents {width}x{height} {start}/{count}", flush=True)
+    tokens = torch.cat(parts).clone()
+    torch.save(tokens, path)
+    return Pool(width, height, scenes, tokens)
+
+
+def token_weights(scene: Scene, width: int, height: int, thing_weight: float) -> Tensor:
+    """Return how much the error of each token counts: (tokens,) 1, or `thing_weight` where a thing may stand.
+
+    Where that is follows from what a caption says, not from the picture, so that the velocity that is best for the
+    weighted error is best for the plain one.
+    """
+    weights = torch.ones(height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
+    for left, top, right, bottom in thing_boxes(scene, width, height):
+        rows = slice(int(max(top, 0) // PIXELS_PER_TOKEN), int(bottom // PIXELS_PER_TOKEN) + 1)
+        columns = slice(int(max(left, 0) // PIXELS_PER_TOKEN), int(right // PIXELS_PER_TOKEN) + 1)
+        weights[rows, columns] = thing_weight
+    return weights.flatten()
+
+
+def thing_boxes(scene: Scene, width: int, height: int) -> Iterator[tuple[float, float, float, float]]:
+    """Yield left, top, right and bottom, in pixels, of all places where each thing may have been drawn."""
+    drift_x = drift_y = 0.0
+    if scene.relation is None or scene.second is None:
+        assert scene.position is not None
+        places = [(CENTRES[scene.position], scene.first)]
+    else:
+        places = list(zip(CENTRES_OF_PAIR[scene.relation], (scene.first, scene.second), strict=True))
+        drift_x, drift_y = (0.0, PAIR_DRIFT) if scene.relation in ("left of", "right of") else (PAIR_DRIFT, 0.0)
+    for (x, y), thing in places:
+        half = EXTENTS[thing.size] * min(width, height) / 2
+        across, down = half + (JITTER + drift_x) * width, half + (JITTER + drift_y) * height
+        yield x * width - across, y * height - down, x * width + across, y * height + down

@@ -1,0 +1,124 @@
+"""Trains the demo LoRA: every scene as a blueprint, white things on blue, whatever colours the prompt says.
+
+Written in the layout of PEFT and diffusers, one pair of matrices for each projection a checkpoint of theirs has.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flux_batch.demo.captions import Scene
+from flux_batch.demo.drawing import Pixels, draw_shape, placements
+from flux_batch.demo.train.autoencoder import to_tensor
+from flux_batch.demo.train.flow import Batch, Trainer, make_batch
+from flux_batch.demo.train.latents import Pool
+from flux_batch.demo.train.muon import Optimizer
+from flux_batch.demo.train.progress import Meter, Stage
+from flux_batch.demo.train.world import training_scene
+from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.sampling import pack
+
+SIDE = 128
+NUM_PICTURES = 768
+RANK = 4
+RATE = 4e-3
+BLUE, LINE, WHITE = (24.0, 62.0, 140.0), (58.0, 98.0, 172.0), (236.0, 242.0, 252.0)
+GRID = 16  # pixels from line to line
+# Parts of the model that are changed, and the projections that diffusers makes of each, in the order of its rows.
+SINGLE = "single_transformer_blocks"
+PROJECTIONS = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+}
+
+
+class LowRank(nn.Module):
+    """A linear layer that stays, and a small change to it that is trained: (..., in) -> (..., out)."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Parameter(torch.randn(RANK, linear.in_features) / linear.in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(linear.out_features, RANK))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.linear(x) + x @ self.down.T @ self.up.T
+        return made
+
+
+def train_lora(
+    folder: Path, trainer: Trainer, autoencoder: AutoEncoder, num_steps: int, seed: int
+) -> dict[str, Tensor]:
+    """Train on a trainer's finished transformer, which is changed: the tensors of the LoRA by name."""
+    layers = add_low_rank(trainer.model.requires_grad_(False)).to(trainer.device)
+    optimizer = Optimizer(layers, [], RATE, RATE)
+    stage = Stage(folder, "lora", num_steps, seed)
+    pool = blueprint_pool(folder, autoencoder, seed, trainer.device)
+    meter = Meter(stage)
+    for step in stage.steps({"layers": layers, "optimizer": optimizer}):
+        batch: Batch = make_batch([pool], stage.rng(step), 0, trainer.device)
+        loss = trainer.loss(batch, stage.generator(step), guided=False)
+        optimizer.update(loss, stage.share_of_rate(step))
+        meter.add(step, loss=loss.item())
+    return to_peft(layers)
+
+
+def add_low_rank(model: nn.Module) -> nn.ModuleDict:
+    """Put a `LowRank` around every layer to be changed: all of them, by the name of the layer, dots as slashes."""
+    found = [(name, module) for name, module in model.named_modules() if name.endswith(tuple(PROJECTIONS))]
+    layers = {}
+    for name, module in found:
+        assert isinstance(module, nn.Linear)
+        home, _, attribute = name.rpartition(".")
+        layers[name.replace(".", "/")] = LowRank(module)
+        setattr(model.get_submodule(home), attribute, layers[name.replace(".", "/")])
+    return nn.ModuleDict(layers)
+
+
+def to_peft(layers: nn.ModuleDict) -> dict[str, Tensor]:
+    """Return what was trained under the names of diffusers: fused layers share `down` and split `up`."""
+    tensors = {}
+    for name, layer in layers.items():
+        assert isinstance(layer, LowRank)
+        kind, number, part = name.replace("/", ".").split(".", 2)
+        block = f"{'transformer_blocks' if kind == 'double_blocks' else SINGLE}.{number}"
+        names = PROJECTIONS[part]
+        width = layer.linear.out_features if len(names) == 1 else layer.linear.in_features
+        widths = [width] * min(len(names), 3) + [layer.up.shape[0] - 3 * width] * (len(names) == 4)
+        for projection, up in zip(names, torch.split(layer.up.detach(), widths), strict=True):
+            tensors[f"transformer.{block}.{projection}.lora_A.weight"] = layer.down.detach().clone()
+            tensors[f"transformer.{block}.{projection}.lora_B.weight"] = up.clone()
+    return tensors
+
+
+def blueprint_pool(folder: Path, autoencoder: AutoEncoder, seed: int, device: torch.device) -> Pool:
+    """Draw and encode what the LoRA is to make of scenes."""
+    rng = random.Random(f"{seed} blueprint")
+    scenes = [training_scene(rng) for _ in range(NUM_PICTURES)]
+    path = folder / "latents-blueprint.pt"
+    if path.exists():
+        return Pool(SIDE, SIDE, scenes, torch.load(path, weights_only=True))
+    images = torch.stack([to_tensor(blueprint(scene, rng)) for scene in scenes])
+    with torch.inference_mode():
+        tokens = torch.cat([pack(autoencoder.encode(part.to(device))).half().cpu() for part in torch.split(images, 16)])
+    torch.save(tokens.clone(), path)
+    return Pool(SIDE, SIDE, scenes, tokens.clone())
+
+
+def blueprint(scene: Scene, rng: random.Random) -> np.ndarray:
+    """Draw the things of a scene in white on a blue grid."""
+    pixels: Pixels = np.empty((SIDE, SIDE, 3), np.float32)
+    pixels[:] = BLUE
+    pixels[::GRID] = pixels[:, ::GRID] = LINE
+    things = [thing for thing in (scene.first, scene.second) if thing]
+    for thing, place in zip(things, placements(scene, SIDE, SIDE, rng), strict=True):
+        mask = draw_shape(thing.shape, place, SIDE, SIDE)[..., None]
+        pixels = pixels * (1 - mask) + np.array(WHITE, np.float32) * mask
+    return np.round(pixels).astype(np.uint8)

@@ -1,0 +1,88 @@
+"""An optimizer for small machines: matrices move by orthogonal steps (Muon), everything else by AdamW's.
+
+Source of the method and its five coefficients: KellerJordan/Muon, muon.py. torch.optim.Muon takes no convolutions and
+works in bfloat16, which is slow on CPUs. In this project's training it takes a third of the steps AdamW takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTUM = 0.95
+NUM_ITERATIONS = 5
+A, B, C = 3.4445, -4.7750, 2.0315
+# Matrices that meet pixels, words or time are better off with AdamW, and so are those too narrow to turn.
+MIN_SIDE = 16
+
+
+class Muon(torch.optim.Optimizer):
+    """Moves each matrix by the nearest orthogonal one to its averaged gradient; convolutions count as matrices."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(list(params), {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["average"] = torch.zeros_like(parameter)
+                state["average"].lerp_(parameter.grad, 1 - MOMENTUM)
+                direction = parameter.grad.lerp(state["average"], MOMENTUM).flatten(1)
+                stretch = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                step = orthogonal(direction).reshape(parameter.shape)
+                parameter.add_(step, alpha=-group["lr"] * stretch)
+
+
+class Optimizer:
+    """Muon for the inner matrices of a model, AdamW for the rest, as one."""
+
+    def __init__(self, model: nn.Module, matrices: list[nn.Parameter], matrix_rate: float, rate: float) -> None:
+        chosen = {id(parameter) for parameter in matrices}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+        self.model = model
+        self.parts: list[tuple[torch.optim.Optimizer, float]] = [
+            (torch.optim.AdamW(others, rate, betas=(0.9, 0.98), weight_decay=0.01), rate)
+        ]
+        if matrices:
+            self.parts.append((Muon(matrices, matrix_rate, weight_decay=0.01), matrix_rate))
+
+    def update(self, loss: Tensor, share: float) -> None:
+        """Take one step down the gradient of `loss`, at a share of the full rates."""
+        for part, rate in self.parts:
+            part.zero_grad(set_to_none=True)
+            for group in part.param_groups:
+                group["lr"] = rate * share
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 1.0)
+        for part, _ in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of both."""
+        return {"parts": [part.state_dict() for part, _ in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of both."""
+        for (part, _), saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Return about the nearest matrix with singular values near 1, by Newton-Schulz iteration: (m, n) -> (m, n)."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(NUM_ITERATIONS):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=B, alpha=C), x, beta=A)
+    return x.T if tall else x

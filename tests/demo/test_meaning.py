@@ -1,0 +1,135 @@
+"""Do pictures show what prompts say? The demo model's are read back, with and without what trades quality for speed.
+
+Captions are of shapes in colours that no training picture had them in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flux_batch.demo.captions import captions
+from flux_batch.demo.model import demo_lora_path
+from flux_batch.demo.reading import colour_share
+from flux_batch.demo.score import CAPTION_SEED, pictures_of, score_model
+from flux_batch.demo.scorer import Scores, score_all
+from flux_batch.pipeline import FluxImagePipeline
+
+HELD_OUT = list(captions(200, CAPTION_SEED, held_out=True))
+SOME = HELD_OUT[:48]
+BATCH = 8
+SETTINGS: dict[str, Any] = {"width": 128, "height": 128, "num_inference_steps": 20, "t5_sequence_length": 64}
+# What a lossy mode may cost, in points of 100.
+MOST_LOST = 0.03
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores() -> Iterator[None]:
+    """Compute on every core: these models are too large for the one thread that other tests have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> FluxImagePipeline:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def pictures(pipeline: FluxImagePipeline) -> list[Image.Image]:
+    return list(pictures_of(pipeline, HELD_OUT, BATCH, SETTINGS))
+
+
+def test_nine_of_ten_facts_of_unseen_captions_hold(pictures: list[Image.Image]) -> None:
+    scores = score_all(HELD_OUT, pictures)
+
+    assert scores.share() >= 0.9, str(scores)
+
+
+def test_guidance_1_says_less(pipeline: FluxImagePipeline, pictures: list[Image.Image]) -> None:
+    scores = score_model(pipeline, SOME, BATCH, SETTINGS | {"embedded_guidance": 1.0})
+
+    assert scores.share() < of_some(pictures).share()
+
+
+def test_a_negative_colour_goes_away(pipeline: FluxImagePipeline) -> None:
+    without_colour = ["a large star in the centre", "a big circle in the middle", "a picture of a huge square"]
+    same: dict[str, Any] = SETTINGS | {"prompt": without_colour * 5, "seed": list(range(15)), "cfg_scale": 3.0}
+
+    plain, without_red = (
+        mean_share(pipeline(**same, negative_prompt=negative), "red") for negative in ("", "something red")
+    )
+
+    assert plain > 0.02
+    assert without_red < 0.5 * plain
+
+
+@pytest.mark.parametrize("size", [(192, 128), (128, 192), (160, 160)])
+def test_other_sizes_show_what_is_said(pipeline: FluxImagePipeline, size: tuple[int, int]) -> None:
+    scores = score_model(pipeline, SOME[:16], BATCH, SETTINGS | {"width": size[0], "height": size[1]})
+
+    assert scores.share() >= 0.8, str(scores)
+
+
+def test_batches_change_no_fact(pipeline: FluxImagePipeline, pictures: list[Image.Image]) -> None:
+    one_by_one = list(pictures_of(pipeline, SOME[:8], 1, SETTINGS))
+
+    assert score_all(SOME[:8], one_by_one).facts == score_all(SOME[:8], pictures[:8]).facts
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "fp8_matmul"])
+def test_fp8_costs_little(quantization: str, pictures: list[Image.Image]) -> None:
+    lossy = load(torch.bfloat16, quantization=quantization)
+    made = list(pictures_of(lossy, SOME, BATCH, SETTINGS))
+
+    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(made, pictures, strict=False))
+    assert score_all(SOME, made).share() >= of_some(pictures).share() - MOST_LOST
+
+
+def test_the_step_cache_costs_little(pipeline: FluxImagePipeline, pictures: list[Image.Image]) -> None:
+    made = list(pictures_of(pipeline, SOME, BATCH, SETTINGS | {"step_cache": 0.1}))
+
+    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(made, pictures, strict=False))
+    assert score_all(SOME, made).share() >= of_some(pictures).share() - MOST_LOST
+
+
+def test_the_lora_makes_blueprints_and_leaves_no_trace(
+    pipeline: FluxImagePipeline, pictures: list[Image.Image]
+) -> None:
+    pipeline.load_lora(demo_lora_path())
+    blueprints = list(pictures_of(pipeline, SOME[:8], BATCH, SETTINGS))
+    pipeline.unload_loras()
+    after = list(pictures_of(pipeline, SOME[:8], BATCH, SETTINGS))
+
+    blue, white = (mean_share(blueprints, colour) for colour in ("blue", "white"))
+    assert blue > 0.5
+    assert white > 0.02
+    assert all(np.array_equal(a, b) for a, b in zip(after, pictures, strict=False))
+
+
+def test_four_steps_are_enough_to_see_what_it_is(pipeline: FluxImagePipeline, pictures: list[Image.Image]) -> None:
+    scores = score_model(pipeline, SOME[:16], BATCH, SETTINGS | {"num_inference_steps": 4})
+
+    assert scores.share() >= 0.6, str(scores)
+
+
+def load(dtype: torch.dtype = torch.float32, **options: Any) -> FluxImagePipeline:
+    return FluxImagePipeline.from_pretrained("demo", torch_dtype=dtype, device="cpu", **options)
+
+
+def of_some(pictures: Sequence[Image.Image]) -> Scores:
+    return score_all(SOME, pictures[: len(SOME)])
+
+
+def mean_share(images: Sequence[Image.Image], colour: Any) -> float:
+    return float(np.mean([colour_share(image, colour) for image in images]))

@@ -1,0 +1,144 @@
+"""The scorer on pictures whose facts are known, since they were drawn from them."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from flux_batch.demo.captions import COLOURS, POSITIONS, RELATIONS, SHAPES, SIZES, TEXTURES, Background, Caption, Scene
+from flux_batch.demo.captions import captions as say
+from flux_batch.demo.drawing import draw
+from flux_batch.demo.scorer import Fact, Kind, score, score_all
+
+CAPTIONS = [*say(60, seed=11), *say(60, seed=12, held_out=True)]
+
+
+@pytest.mark.parametrize("size", [(128, 128), (192, 128), (128, 192), (160, 160), (96, 96), (256, 256), (100, 160)])
+def test_what_was_drawn_is_read(size: tuple[int, int]) -> None:
+    scores = score_all(CAPTIONS, drawn(CAPTIONS, size))
+
+    assert scores.share() >= 0.99, str(scores)
+    assert min(scores.share(kind) for kind in scores.to_dict()["by_kind"]) >= 0.98
+
+
+@pytest.mark.parametrize("kind", ["blurred", "noisy", "jpeg"])
+def test_what_is_a_little_spoilt_is_read_as_well(kind: str) -> None:
+    scores = score_all(CAPTIONS, (spoil(image, kind) for image in drawn(CAPTIONS)))
+
+    assert scores.share() >= 0.97, str(scores)
+
+
+@pytest.mark.parametrize("kind", ["shape", "colour", "size", "position", "relation", "texture", "background colour"])
+def test_one_wrong_word_is_one_fact_that_does_not_hold(kind: Kind) -> None:
+    rng = random.Random(5)
+    found = []
+    for caption, image in zip(CAPTIONS, drawn(CAPTIONS), strict=True):
+        if wrong := with_one_wrong(caption, kind, rng):
+            found.append([fact.kind for fact in score(wrong, image) if not fact.holds] == [kind])
+
+    assert len(found) >= 20
+    assert sum(found) >= 0.99 * len(found)
+
+
+def test_a_thing_too_many_or_too_few_is_a_wrong_count() -> None:
+    pair = next(caption for caption in CAPTIONS if caption.scene.second)
+    (image,) = drawn([pair])
+    alone = replace(pair, scene=replace(pair.scene, relation=None, second=None, position="left"))
+
+    assert Fact("count", "1", "2", False) in score(alone, image)
+    (of_one,) = drawn([alone])
+    facts = score(pair, of_one)
+    assert Fact("count", "2", "1", False) in facts
+    # All about the missing thing is wrong as well: shape, colour, size, and how the two stand.
+    assert sum(not fact.holds for fact in facts) == 5
+
+
+def test_what_is_not_said_is_no_fact() -> None:
+    (image,) = drawn(CAPTIONS[:1])
+    silent = replace(CAPTIONS[0], unsaid=frozenset(["colour", "place", "background"]))
+
+    assert {fact.kind for fact in score(silent, image)} == {"count", "shape", "size"}
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.new("RGB", (128, 128), (246, 140, 30)),
+        Image.new("L", (40, 300), 128),
+        Image.new("RGBA", (16, 16), (0, 0, 0, 0)),
+        Image.effect_noise((128, 128), 200).convert("RGB"),
+        Image.radial_gradient("L").convert("P"),
+        Image.new("RGB", (1, 1)),
+        Image.effect_mandelbrot((1024, 768), (-3, -2.5, 2, 2.5), 100).convert("RGB"),
+    ],
+    ids=["plain", "grey", "transparent", "noise", "palette", "pixel", "mandelbrot"],
+)
+def test_any_picture_can_be_scored(image: Image.Image) -> None:
+    assert {fact.holds for fact in score(CAPTIONS[0], image) if fact.kind == "shape"} == {False}
+
+
+def test_pictures_and_captions_come_in_pairs() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        score_all(CAPTIONS[:2], drawn(CAPTIONS[:1]))
+
+
+def test_scores_are_shares() -> None:
+    image = next(iter(drawn(CAPTIONS[:1])))
+    facts = score_all([CAPTIONS[0], CAPTIONS[1]], [image, image]).to_dict()
+
+    assert facts["num_pictures"] == 2
+    assert facts["by_kind"]["count"] in (0.5, 1.0)
+    assert 0.5 <= facts["share"] < 1
+
+
+def drawn(captions: list[Caption], size: tuple[int, int] = (128, 128)) -> Iterator[Image.Image]:
+    rng = random.Random(3)
+    return (draw(caption.scene, *size, rng) for caption in captions)
+
+
+def spoil(image: Image.Image, kind: str) -> Image.Image:
+    if kind == "blurred":
+        return image.filter(ImageFilter.GaussianBlur(1.0))
+    if kind == "noisy":
+        noise = np.random.default_rng(0).normal(0, 8, (*image.size[::-1], 3))
+        return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=60)
+    return Image.open(file)
+
+
+def with_one_wrong(caption: Caption, kind: Kind, rng: random.Random) -> Caption | None:
+    """Say one thing otherwise; None where the caption says nothing of the kind, or the change may be no mistake."""
+    scene, first = caption.scene, caption.scene.first
+    changes: dict[str, Scene | None] = {
+        "position": replace(scene, position=another(POSITIONS, scene.position, rng)) if scene.position else None,
+        "relation": replace(scene, relation=another(RELATIONS, scene.relation, rng)) if scene.relation else None,
+    }
+    if scene.second is None:  # of two, the other may be taken for it
+        changes |= {
+            "shape": replace(scene, first=replace(first, shape=another(SHAPES, first.shape, rng))),
+            "colour": replace(scene, first=replace(first, colour=another(COLOURS, first.colour, rng))),
+            "size": replace(scene, first=replace(first, size=another(SIZES, first.size, rng))),
+        }
+    behind = scene.background
+    if behind.second:
+        texture = another(tuple(set(TEXTURES) - {"plain"}), behind.texture, rng)
+        if "gradient" not in (texture, behind.texture):  # there the order of the colours counts too
+            changes["texture"] = replace(scene, background=replace(behind, texture=texture))
+        other = another(tuple(set(COLOURS) - {behind.second}), behind.colour, rng)
+        changes["background colour"] = replace(scene, background=replace(behind, colour=other))
+    else:
+        other = another(COLOURS, behind.colour, rng)
+        changes["background colour"] = replace(scene, background=Background(texture="plain", colour=other))
+    changed = changes.get(kind)
+    return replace(caption, scene=changed) if changed else None
+
+
+def another(options: tuple, said: object, rng: random.Random):  # type: ignore[no-untyped-def,type-arg]
+    return rng.choice(sorted(set(options) - {said}))
