@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from flux_batch.errors import CheckpointError, StoreError, StoreRefused
-from flux_batch.model.files import FOLDERS, PICKLES, WEIGHTS, is_weight, lacking, needed_files, part_of
+from flux_batch.model.files import FOLDERS, WEIGHTS, is_pickle, is_weight, lacking, needed_files, part_of
 from flux_batch.model.hub import (
     HF_SCHEME,
     HubUri,
@@ -152,7 +152,7 @@ def local_path(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = No
         return Path(text).expanduser()
     if kind == "file":
         return Path(url2pathname(urlsplit(text).path))
-    if public_uri(text).endswith(PICKLES):
+    if is_pickle(public_uri(text)):
         raise CheckpointError(
             f"{text} is a pickle, which can run any code when read: use the .safetensors file instead"
         )
@@ -188,7 +188,7 @@ def located(uri: str) -> str:
 def kind_of(uri: str) -> str:
     """Tell how to find a model: `local`, `file`, `hub` or `storage`."""
     if "://" not in uri:
-        is_name = is_repository_name(uri) and not uri.endswith((*WEIGHTS, *PICKLES))
+        is_name = is_repository_name(uri) and not (is_pickle(uri) or uri.endswith(WEIGHTS))
         return "hub" if is_name and not os.path.exists(uri) else "local"
     scheme = uri.partition("://")[0]
     return {"file": "file", "hf": "hub"}.get(scheme, "storage")

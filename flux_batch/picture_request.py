@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from flux_batch.errors import InvalidSetting
-from flux_batch.model.sampling import first_step
+from flux_batch.model.steps import first_step
 from flux_batch.model.tiling import Tiling
 from flux_batch.records import (
     MAX_SEED,

@@ -7,6 +7,7 @@ or storage.
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
@@ -42,6 +43,7 @@ from flux_batch.model_manager import ModelManager, locate_parts
 from flux_batch.model_source import PathOrFolder
 from flux_batch.picture_request import PictureRequest
 from flux_batch.records import ALIASES, PIXELS_PER_TOKEN, Quantization, check_choice, check_step_cache
+from flux_batch.rgb import to_rgb
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Value = TypeVar("Value")
@@ -172,11 +174,13 @@ class FluxImagePipeline:
 
         negative_prompt, embedded_guidance, cfg_scale, seed and input_image are one value for all or a list as long
         as the prompts. A second pass with the negative prompt runs if any cfg_scale is not 1; an image whose scale
-        is exactly 1 does not feel it. seed None draws from torch's global generator. progress_bar wraps the steps,
+        is exactly 1 does not feel it. Of a prompt that is too long for a text encoder the end is left out, with a
+        warning. seed None draws from torch's global generator. progress_bar wraps the steps,
         e.g. tqdm. guidance_scale, true_cfg_scale and max_sequence_length, as diffusers calls them, are accepted.
 
-        input_image is resized to width x height by Lanczos, whatever its proportions. denoising_strength is how much of
-        it is noised over: as in diffusers, the first int(steps - steps x strength) steps of the schedule are left out,
+        input_image is put on white where it is transparent and resized to width x height by Lanczos, whatever its
+        proportions; as in a job, but that its EXIF orientation is left to you. denoising_strength is how much of it is
+        noised over: as in diffusers, the first int(steps - steps x strength) steps of the schedule are left out,
         and the noise starts at the level of the next; 1 starts from noise alone. Its latents are drawn from the
         posterior, before the noise and from the same generator. sigma_shift, e.g. 3.0, asks for DiffSynth-Studio's way:
         its static schedule instead of the model's, which with an input_image runs all steps from a lower level, and the
@@ -217,6 +221,7 @@ class FluxImagePipeline:
         )
         if not prompts:
             return []
+        self.warn_of_cut_texts(request)
         with torch.inference_mode(), device_errors():
             latents = self.make_latents(request, progress_bar)
             if output_type == "latent":
@@ -229,6 +234,15 @@ class FluxImagePipeline:
         if output_type == "pil":
             pictures = [Image.fromarray(picture) for picture in pictures]
         return pictures[0] if isinstance(prompt, str) else pictures
+
+    def warn_of_cut_texts(self, request: PictureRequest) -> None:
+        """Warn, as Python does once a program, if the end of a text is not read."""
+        texts = request.prompts + (request.negative_prompts if request.uses_cfg else [])
+        cut = self.truncations(list(dict.fromkeys(texts)), request.t5_sequence_length)
+        for title, is_cut in zip(("CLIP", "T5"), map(any, zip(*cut, strict=True)), strict=True):
+            if is_cut:
+                message = f"a prompt is longer than {title} reads, its end is left out: `truncations` tells which"
+                warnings.warn(message, stacklevel=3)
 
     def make_latents(self, request: PictureRequest, progress_bar: Progress | None = None) -> Tensor:
         """Encode the texts and denoise: scaled latents (b, c, height/8, width/8)."""
@@ -342,7 +356,11 @@ def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
     """Return a picture as the autoencoder takes it: fp32 (3, height, width) in [-1, 1], resized by Lanczos."""
     if not isinstance(image, Image.Image):
         raise InvalidSetting(f"input_image is a {type(image).__name__}: must be a PIL image", field="input_image")
-    array = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
+    try:
+        picture = to_rgb(image)
+    except RowError as error:
+        raise InvalidSetting(f"input_image {error}", field="input_image") from error
+    array = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
     return torch.from_numpy(array / 255.0 * 2.0 - 1.0).permute(2, 0, 1)
 
 

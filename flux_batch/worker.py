@@ -230,8 +230,14 @@ class Worker:
         )
 
     def _truncations(self, batch: Sequence[Item]) -> list[tuple[bool, bool]]:
-        prompts = [item.request.prompt for item in batch]
-        return self._pipeline.truncations(prompts, batch[0].request.sampling.t5_sequence_length)
+        """Tell of each picture whether CLIP and whether T5 leaves out the end of its prompt or negative prompt."""
+        params = batch[0].request.sampling
+        cut = self._pipeline.truncations([item.request.prompt for item in batch], params.t5_sequence_length)
+        if not params.uses_cfg:
+            return cut
+        negative_prompts = [item.request.sampling.negative_prompt for item in batch]
+        negative = self._pipeline.truncations(negative_prompts, params.t5_sequence_length)
+        return [(a or c, b or d) for (a, b), (c, d) in zip(cut, negative, strict=True)]
 
     def _finish(self, run: ShardRun, item: Item, made: Pixels | Exception, truncated: tuple[bool, bool]) -> None:
         """Encode one picture to the local disk and record it; runs on an encoder thread."""

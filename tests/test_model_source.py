@@ -296,7 +296,7 @@ class TestLocalModel:
         assert hubs.requests == []
 
     def test_pickles_are_not_even_fetched(self, hubs: Hub) -> None:
-        for uri in ("s3://bucket/flux.ckpt", f"hf://{HF}/x.bin", "https://host/x.pt?a=b"):
+        for uri in ("s3://bucket/flux.ckpt", f"hf://{HF}/x.bin", "https://host/x.pt?a=b", "s3://bucket/FLUX.CKPT"):
             with pytest.raises(CheckpointError, match="is a pickle, which can run any code"):
                 local_path(uri)
         assert hubs.requests == []

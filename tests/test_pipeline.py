@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from flux_batch import FluxImagePipeline, ModelManager
 from flux_batch.errors import CheckpointError, DeviceFatal, InvalidSetting, OutOfMemory, RowError
 from flux_batch.model.sampling import make_generators, make_noise, pack
 from flux_batch.model_manager import device_errors
+from flux_batch.storage.input_images import decode
 from golden import tensor
 from tiny_flux import TinyFlux, copy_repository, make_tiny_repository
 
@@ -185,6 +188,7 @@ class TestParity:
             theirs={"max_sequence_length": 64},
         )
 
+    @pytest.mark.filterwarnings("ignore:a prompt is longer than T5 reads")
     @pytest.mark.parametrize("length", [1, 256, 512])
     def test_t5_lengths(self, pipe: FluxImagePipeline, reference: FluxPipeline, length: int) -> None:
         ours, theirs = {"t5_sequence_length": length}, {"max_sequence_length": length}
@@ -193,7 +197,8 @@ class TestParity:
     def test_prompts_longer_than_the_text_encoders_read(self, pipe: FluxImagePipeline, reference: FluxPipeline) -> None:
         prompts = ["a long prompt " * 60, "b " * 300]
         assert pipe.truncations(prompts) == [(True, True)] * 2
-        assert_same(pipe, reference, prompts=prompts, seeds=[1, 2], num_inference_steps=2)
+        with pytest.warns(UserWarning, match="longer than (CLIP|T5) reads, its end is left out"):
+            assert_same(pipe, reference, prompts=prompts, seeds=[1, 2], num_inference_steps=2)
 
     def test_spellings_of_diffusers(self, pipe: FluxImagePipeline, reference: FluxPipeline) -> None:
         same = {"guidance_scale": 2.0, "true_cfg_scale": 3.0, "max_sequence_length": 40, "negative_prompt": "no"}
@@ -276,6 +281,26 @@ class TestParity:
         theirs, _ = reference.prepare_latents(3, 16, 64, 96, torch.float32, torch.device("cpu"), generators)
         ours = make_noise((16, 8, 12), make_generators(SEEDS))
         assert torch.equal(reference._pack_latents(ours, 3, 16, 8, 12), theirs)
+
+
+class TestInputPictures:
+    @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "CMYK", "L", "1"])
+    def test_pictures_of_other_modes_start_as_they_do_in_a_job(self, pipe: FluxImagePipeline, mode: str) -> None:
+        """diffusers takes no alpha, and its load_image shows what lies under it."""
+        samples = np.arange(32 * 48, dtype=np.uint16).reshape(32, 48) * 40
+        picture = Image.fromarray(samples) if mode == "I;16" else noise_picture(48, 32).convert(mode)
+        if "A" in mode:
+            picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+        buffer = io.BytesIO()
+        picture.save(buffer, "TIFF")
+        in_a_job = decode(buffer.getvalue())
+        common = {"denoising_strength": 0.5, "seed": 1, "output_type": "latent", **SMALL}
+        assert torch.equal(pipe("x", input_image=picture, **common), pipe("x", input_image=in_a_job, **common))
+
+    def test_what_is_transparent_is_white(self, pipe: FluxImagePipeline) -> None:
+        common = {"denoising_strength": 0.5, "seed": 1, "output_type": "latent", **SMALL}
+        clear, white = Image.new("RGBA", (48, 32), (9, 9, 9, 0)), Image.new("RGB", (48, 32), "white")
+        assert torch.equal(pipe("x", input_image=clear, **common), pipe("x", input_image=white, **common))
 
 
 class TestRepeatability:
@@ -465,6 +490,7 @@ BAD_CALLS = {
     "tile": ({"tiled": True, "tile_size": 8}, "tile_size", "tile_size = 8.* from 16 to"),
     "shift 0": ({"sigma_shift": 0.0}, "sigma_shift", "more than 0"),
     "image": ({"input_image": "cat.png"}, "input_image", "must be a PIL image"),
+    "32 bits": ({"input_image": Image.new("F", (8, 8))}, "input_image", "samples of 32 bits"),
 }
 
 
@@ -517,6 +543,24 @@ class TestTexts:
         assert pipe.truncations(texts) == [(False, False), (False, False), (True, False), (True, True)]
         assert pipe.truncations(texts, 50) == [(False, False), (False, True), (True, True), (True, True)]
         assert pipe.truncations([]) == []
+
+    @pytest.mark.parametrize(
+        ("texts", "cfg_scale", "titles"),
+        [
+            (("b " * 30, ""), 1.0, ["T5"]),
+            (("b " * 100, ""), 1.0, ["CLIP", "T5"]),
+            (("x", "b " * 100), 1.0, []),
+            (("x", "b " * 100), 2.0, ["CLIP", "T5"]),
+        ],
+    )
+    def test_what_is_left_out_is_warned_of(
+        self, pipe: FluxImagePipeline, texts: tuple[str, str], cfg_scale: float, titles: list[str]
+    ) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipe(texts[0], texts[1], cfg_scale=cfg_scale, t5_sequence_length=20, output_type="latent", **SMALL)
+        assert [str(warning.message).split(" reads")[0].split()[-1] for warning in caught] == titles
+        assert all(warning.filename == __file__ for warning in caught)
 
     @pytest.mark.parametrize(
         ("guidance_embed", "t5_max_length", "expected"),

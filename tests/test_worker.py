@@ -147,6 +147,17 @@ def test_a_very_long_prompt_is_no_outage(tmp_path: Path, image_type: str) -> Non
     assert [(row["prompt"], row["status"]) for row in metadata(config)] == [(text, "success") for text in prompts]
 
 
+def test_a_negative_prompt_that_is_cut_counts_where_it_is_used(tmp_path: Path) -> None:
+    long = {"prompt": "short", "negative_prompt": "x" * 100, "t5_sequence_length": 99}
+    rows = [long | {"cfg_scale": scale} for scale in (1.0, 2.0, 0.5)]
+    config = make_job(tmp_path, [*rows, long | {"cfg_scale": 2.0, "t5_sequence_length": 200}])
+
+    render(config)
+
+    truncated = [(row["clip_truncated"], row["t5_truncated"]) for row in metadata(config)]
+    assert truncated == [(False, False), (True, True), (True, True), (True, False)]
+
+
 def test_rows_override_the_defaults(tmp_path: Path) -> None:
     rows = [
         {"prompt": "plain"},

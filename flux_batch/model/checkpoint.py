@@ -11,14 +11,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from flux_batch.model.files import is_pickle
 from flux_batch.model.gguf_file import GGUF_MAGIC, QUANTISED, read_gguf
 
 FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 READABLE = FP8 | {"F64", "F32", "F16", "BF16"} | QUANTISED
 ENDINGS = ("safetensors", "sft", "gguf")
-PICKLES = frozenset({".ckpt", ".bin", ".pt", ".pth", ".pkl"})
 SHARD_NAME = re.compile(r"-(\d+)-of-(\d+)\.\w+$")
-FOREIGN_MAGIC = {b"PK": "a pickle (zip)", b"\x80": "a pickle", b"<": "a web page"}
+FOREIGN_MAGIC = {b"PK": "a pickle (zip)", b"\x80": "a pickle", b"<": "a web page", b"version ": "a pointer of Git LFS"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def files_of(source: Path) -> list[Path]:
     if len(files) > 1 and not all(shard and int(shard[2]) == len(files) for shard in shards):
         raise ValueError(f"{source} holds several files and no index: {listing([path.name for path in files])}")
     if not files:
-        pickles = sorted(path.name for path in source.iterdir() if path.suffix in PICKLES)
+        pickles = sorted(path.name for path in source.iterdir() if is_pickle(path.name))
         but = f", only {listing(pickles)}, which can run any code when read" if pickles else ""
         raise ValueError(f"no .safetensors or .gguf file in {source}{but}")
     return files
@@ -160,7 +160,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 def is_gguf(path: Path) -> bool:
     """Return whether a file begins as GGUF does, whatever it is called."""
-    if not path.is_file() or path.suffix in PICKLES:
+    if not path.is_file() or is_pickle(path.name):
         return False
     with path.open("rb") as file:
         return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
@@ -170,7 +170,7 @@ def open_safetensors(path: Path) -> Any:
     """Map a safetensors file. Raises: ValueError that says what the file is instead, as far as one can tell."""
     if not path.is_file():
         raise ValueError(f"{path} is not there")
-    if path.suffix in PICKLES:
+    if is_pickle(path.name):
         raise ValueError(f"{path} is a pickle, which can run any code when read: use the .safetensors file instead")
     try:
         return safe_open(path, framework="pt")

@@ -105,6 +105,11 @@ def is_weight(name: str) -> bool:
     return name.endswith(WEIGHTS)
 
 
+def is_pickle(name: str) -> bool:
+    """Tell whether a file is called like a pickle, in either case."""
+    return name.lower().endswith(PICKLES)
+
+
 def home_of(name: str) -> str:
     """Return the folder of a file in the repository, "" for the top."""
     return name.rpartition("/")[0]

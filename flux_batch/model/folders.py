@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flux_batch.model.checkpoint import PICKLES, open_checkpoint, weight_files
+from flux_batch.model.checkpoint import open_checkpoint, weight_files
+from flux_batch.model.files import is_pickle
 from flux_batch.model.layouts import parts_of
 
 # The sub folder of diffusers that holds a part.
@@ -65,4 +66,4 @@ def has_weights(folder: Path) -> bool:
     """Tell whether a folder holds weights, or pickles, which opening it then refuses by name."""
     if not folder.is_dir():
         return False
-    return bool(weight_files(folder)) or any(path.suffix in PICKLES for path in folder.iterdir())
+    return bool(weight_files(folder)) or any(is_pickle(path.name) for path in folder.iterdir())

@@ -57,19 +57,25 @@ def weight_bytes(part: str, shapes: Shapes, dtype: str, *, quantized: bool) -> i
     return total
 
 
-def denoise_bytes(shapes: Shapes, num_tokens: int, batch_size: int, dtype: str, *, quantized: bool) -> int:
+def denoise_bytes(
+    shapes: Shapes, num_tokens: int, batch_size: int, dtype: str, *, quantized: bool, products: bool = False
+) -> int:
     """Return the bytes of the transformer's activations at their peak, not compiled; text and image tokens of an image.
 
     The peak is in a single block, before linear2. Of each token there are then: the stream and what the first and the
     last double block left (3h), linear1's output (3h + m), q and k (2h), attention (h), the activated MLP (m), both
-    side by side (h + m). With fp8 it may come just after, when the weight of linear2 is there in fp32 and the dtype.
+    side by side (h + m). With fp8 it may come just after, when the weight of linear2 is there in fp32 and the dtype;
+    with products in fp8, when what goes into linear2 is there in fp32 and fp8 as well.
     """
     h = first_shape(shapes, "img_in.weight", "x_embedder.weight")[0]
     m = first_shape(shapes, "double_blocks.0.img_mlp.0.weight", "transformer_blocks.0.ff.net.0.proj.weight")[0]
     wide = DTYPE_BYTES[dtype]
     numbers = batch_size * num_tokens * wide
     before = numbers * (10 * h + 3 * m)
-    return max(before, numbers * (10 * h + 2 * m) + h * (h + m) * (4 + wide)) if quantized else before
+    if not quantized:
+        return before
+    rows, narrow = (batch_size * num_tokens, 1) if products else (h, wide % 4)  # fp32 is no further copy
+    return max(before, numbers * (10 * h + 2 * m) + rows * (h + m) * (4 + narrow))
 
 
 def decode_bytes(shapes: Shapes, width: int, height: int, batch_size: int, dtype: str) -> int:

@@ -59,6 +59,8 @@ class Change:
 
     def add_to(self, total: Tensor, original: Tensor, scale: float) -> None:
         """Add `scale` times the change to `total`, given the parameter without any; both whole and in fp32 or wider."""
+        if abs(scale * self.alpha_over_rank) > torch.finfo(torch.float32).max:
+            raise ValueError(f"a scale of {scale} is too large for the LoRA's {next(iter(self.keys.values()))}")
         rows = slice(*self.target.rows) if self.target.rows else slice(None)
         own = original[rows]
         factors = {role: self.state[key].to(own) for role, key in self.keys.items()}
@@ -112,6 +114,8 @@ def changes_of(
         factor = scales.alpha_over_rank(module.stem, rank, read_number(checkpoint, state, alpha) if alpha else None)
         if scales.is_of_split_layers and "up" in keys and is_block_diagonal(state[keys["up"]], target.pieces):
             factor *= len(target.pieces)
+    elif "lokr_w1" in keys:
+        factor = scales.stated_alpha_over_rank(module.stem)
     if keys:
         parameter = "weight" if f"{target.layer}.weight" in shapes else "scale"
         yield Change(target, parameter, keys, factor, state)
@@ -183,9 +187,8 @@ def check_change(checkpoint: Checkpoint, change: Change, shapes: Shapes) -> None
     except RuntimeError as error:
         raise ValueError(f"{checkpoint.source}: {keys} do not fit together") from error
     if shape != expected:
-        hint = (
-            "; it is for a variant of FLUX.1 with more input (Fill, Canny, Depth)" if target.layer == "img_in" else ""
-        )
+        variant = "it is for a variant of FLUX.1 with more input (Fill, Canny, Depth)"
+        hint = f"; {variant if target.layer == 'img_in' else 'is it for another model?'}"
         raise ValueError(
             f"{checkpoint.source}: {keys} make up {list(shape)}, and {name} is {list(expected)} here{hint}"
         )

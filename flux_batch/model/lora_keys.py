@@ -3,7 +3,8 @@
 A LoRA's module is a group of keys with one stem (`...img_attn.qkv`) and endings that tell their roles
 (`.lora_A.weight`). The vocabularies of stems are the original one (kohya's sd-scripts with underscores, ComfyUI with
 dots), that of diffusers (PEFT, ai-toolkit; OneTrainer and LyCORIS with underscores), of XLabs-AI/x-flux 1da87eb
-(src/flux/modules/layers.py) and of modelscope/DiffSynth-Studio 0426080 (diffsynth/models/flux_dit.py).
+(src/flux/modules/layers.py), of modelscope/DiffSynth-Studio 0426080 (diffsynth/models/flux_dit.py), and of OMI: the
+original one with numbered pieces (Nerogar/OneTrainer a44be32, modules/util/convert/lora/convert_flux_lora.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ DOTTED = {
     "text_encoder.text_model.": "clip",
     "text_encoder.": "clip",
     "text_encoder_2.": "t5",
+    # What OneTrainer calls OMI's.
+    "clip_l.text_model.": "clip",
+    "clip_l.": "clip",
+    "t5.": "t5",
 }
 UNDERSCORED = {
     "lora_unet_": ("transformer",),
@@ -58,6 +63,8 @@ FOREIGN = (
 )
 # A LoRA that replaces norms, too (every full model has these keys as well).
 CONTROL = r"(query_norm|key_norm)\.(scale|weight)$|\.norm_(added_)?[qk]\.weight$|\.reshape_weight$"
+# Layers of models that are built like FLUX.1: FLUX.2, Chroma.
+ANOTHER = r"double_stream_modulation|single_stream_modulation|distilled_guidance_layer|to_qkv_mlp_proj"
 
 XLABS = {
     ".img_attn.qkv": ".processor.qkv_lora1",
@@ -126,6 +133,9 @@ def find_modules(source: str, names: Iterable[str], parts: Mapping[str, Shapes])
     known = KnownLayers(parts)
     modules: dict[str, LoraModule] = {}
     unmatched: list[str] = []
+    # One layer under two names would be changed twice.
+    taken: dict[tuple[object, ...], str] = {}
+    twice: list[tuple[str, str]] = []
     for name in names:
         stem, role = split_role(name)
         if known.is_not_needed(stem):
@@ -134,14 +144,18 @@ def find_modules(source: str, names: Iterable[str], parts: Mapping[str, Shapes])
         if not role or target is None:
             unmatched.append(name)
             continue
-        module = modules.setdefault(stem, LoraModule(stem, target))
-        if role in module.keys:
-            raise ValueError(f"{source} holds two of the same: {module.keys[role]} and {name}")
-        module.keys[role] = name
+        if (other := taken.setdefault((target.part, target.layer, target.rows, role), name)) != name:
+            twice.append((other, name))
+        modules.setdefault(stem, LoraModule(stem, target)).keys[role] = name
     if unmatched:
-        hint = "" if modules else "; is it for another model?"
+        # Other models have CLIP too, and blocks with the same names.
+        is_of_flux = any(module.target.part == "transformer" for module in modules.values())
+        is_of_another = not is_of_flux or any(re.search(ANOTHER, name) for name in unmatched)
+        hint = "; is it for another model?" if is_of_another else ""
         what = f"match nothing in this model's {' or '.join(parts)}"
         raise ValueError(f"{source}: {len(unmatched)} of its {len(names)} keys {what}: {listing(unmatched)}{hint}")
+    if twice:
+        raise ValueError(f"{source} holds two of the same: {' and '.join(twice[0])}")
     return list(modules.values())
 
 
@@ -223,8 +237,11 @@ def layer_names(part: str, shapes: Shapes) -> Iterator[tuple[str, Target]]:
             yield name, Target(part, layer)
         if layer.endswith(".linear1"):
             yield layer.replace(".linear1", ".processor.qkv_lora"), Target(part, layer, (0, 3 * hidden_size))
-        for name, rows in zip(rule.diffusers, pairwise(bounds), strict=True):
+        for number, (name, rows) in enumerate(zip(rule.diffusers, pairwise(bounds), strict=True)):
             yield name.rpartition(".")[0], Target(part, layer, rows if is_fused else None, rule.swaps_halves)
+            if is_fused:
+                yield f"{layer}.{number}", Target(part, layer, rows)
+    yield "img_in.proj", Target(part, "img_in")
 
 
 def renamed(layer: str, names: Mapping[str, str]) -> str:

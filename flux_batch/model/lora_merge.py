@@ -54,7 +54,7 @@ class LoraMerge:
     def set(self, loras: Sequence[tuple[Lora, float]]) -> None:
         """Make these LoRAs, each with its scale, the ones that are merged; none takes all out.
 
-        Their order does not matter. What fails leaves none merged.
+        Their order does not matter. What fails leaves none merged. Raises: ValueError for weights that overflow.
         """
         wanted: dict[Place, list[tuple[Change, float]]] = defaultdict(list)
         # Sums of floats depend on their order, pictures should not.
@@ -80,7 +80,13 @@ class LoraMerge:
             put(layer, self._original(place))
         else:
             self._originals[place] = what_to_keep(layer, state, place[1])
-        put(layer, merged_tensors(layer, changes))
+        merged = merged_tensors(layer, changes)
+        for name, tensor in merged.items():
+            # Of fp8 the scales tell.
+            if tensor.dtype.itemsize > 1 and not tensor.isfinite().all():
+                what = f"{place[0]}'s {place[1]}.{name} overflows in {str(tensor.dtype).removeprefix('torch.')}"
+                raise ValueError(f"with these LoRAs at these scales {what}: take smaller scales")
+        put(layer, merged)
 
     def _take_out(self, place: Place) -> None:
         put(self._layer(place)[0], self._original(place))
@@ -177,17 +183,24 @@ def put(layer: nn.Module, tensors: Tensors) -> None:
         if own.device.type != "cpu" and own.dtype == tensor.dtype:
             own.copy_(tensor)
         elif isinstance(own, nn.Parameter):
-            own.data = tensor.to(own.device)
+            # Of the dtype that the model has now, should somebody have changed it since it was read.
+            own.data = tensor.to(own)
         else:
             setattr(layer, name, tensor.to(own.device))
 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Multiply fp32 in fp32 inside, whatever precision the program allows elsewhere."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Multiply fp32 in fp32 inside, whatever precision the program allows elsewhere.
+
+    Set where torch's older and newer ways to allow others meet: the older one fails in a program that uses the newer.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

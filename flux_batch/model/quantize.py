@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_batch.model.footprint import is_quantizable
-from flux_batch.model.stored import StoredState
+from flux_batch.model.stored import CHUNK, StoredState
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -41,7 +41,7 @@ class Fp8Linear(nn.Module):
         """Take over the weights of a linear layer, which may lie on meta."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = to_fp8(linear.weight.detach())
+        weight, scale = to_fp8_by_pieces(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
@@ -53,7 +53,7 @@ class Fp8Linear(nn.Module):
             self.weight = stored[0]
             self.weight_scale = stored[1].expand(len(self.weight), 1).contiguous()
         else:
-            self.weight, self.weight_scale = to_fp8(state[f"{name}.weight"])
+            self.weight, self.weight_scale = to_fp8_by_pieces(state[f"{name}.weight"])
         if self.bias is not None:
             self.bias = state[f"{name}.bias"]
 
@@ -145,6 +145,19 @@ def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     # A row of zeros has no scale; of tiny numbers, none so small that it is not exact.
     scale = (largest / E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
     return (rows / scale).to(E4M3), scale
+
+
+def to_fp8_by_pieces(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `to_fp8` does, for weights: some rows at a time, so that their fp32 form needs little memory."""
+    step = max(1, CHUNK // rows.shape[1])
+    if rows.is_meta or len(rows) <= step:
+        return to_fp8(rows)
+    weight = torch.empty(rows.shape, dtype=E4M3, device=rows.device)
+    scale = torch.empty((len(rows), 1), dtype=torch.float32, device=rows.device)
+    for start in range(0, len(rows), step):
+        at = slice(start, start + step)
+        weight[at], scale[at] = to_fp8(rows[at])
+    return weight, scale
 
 
 def fp8_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flux_batch.model.params import ScheduleParams
+from flux_batch.model.steps import first_step
 
 # The last level of noise in DiffSynth-Studio's static schedule (fed7b18, diffsynth/diffusion/flow_match.py, FLUX.1).
 STATIC_SIGMA_MIN = 0.003 / 1.002
@@ -100,11 +101,6 @@ def shift_exponent(num_tokens: int, schedule: ScheduleParams) -> float:
 
 def static_shift(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
-
-
-def first_step(num_steps: int, strength: float) -> int:
-    """Return the step at which image-to-image starts. Source: diffusers 0.42.1, FluxImg2ImgPipeline."""
-    return int(max(num_steps - min(num_steps * strength, num_steps), 0))
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flux_batch.config import JobConfig
+from flux_batch.model.steps import steps_run
 from flux_batch.plan import Plan
 from flux_batch.report.memory import format_memory, memory
 
@@ -20,11 +21,12 @@ BYTES_PER_PIXEL = {"png": 1.5, "jpeg": 0.5, "webp": 0.35}
 
 
 def estimate(config: JobConfig, plan: Plan) -> dict[str, Any]:
-    """Estimate a run from its defaults; rows that override size, steps or count are not looked at."""
+    """Estimate a run from its defaults; rows that override size, steps, strength or count are not looked at."""
     sampling = config.sampling
     num_images = plan.num_prompts * sampling.num_images_per_prompt
     pixels = sampling.width * sampling.height
-    passes = sampling.num_inference_steps * (2 if sampling.params().uses_cfg else 1)
+    steps = steps_run(sampling.num_inference_steps, sampling.denoising_strength, sampling.sigma_shift)
+    passes = steps * (2 if sampling.params().uses_cfg else 1)
     tokens = pixels // 256 + (sampling.t5_sequence_length or DEV_TEXT_TOKENS)
     flops = passes * NUM_BLOCKS * (24 * HIDDEN**2 * tokens + 4 * tokens**2 * HIDDEN)
     return {
@@ -33,6 +35,7 @@ def estimate(config: JobConfig, plan: Plan) -> dict[str, Any]:
         "num_images": num_images,
         "num_shards": len(plan.shards),
         "output_bytes": round(num_images * pixels * BYTES_PER_PIXEL[config.output.image.type]),
+        "steps_per_image": steps,
         "pflop_per_image": round(flops / 1e15, 3),
         "device_hours": round(num_images * flops / ASSUMED_FLOPS / 3600, 2),
         "memory": memory(config),
@@ -46,7 +49,7 @@ def format_estimate(config: JobConfig, figures: dict[str, Any]) -> str:
         [
             f"prompts  {figures['num_prompts']} in {figures['num_files']} file(s)",
             f"images   {figures['num_images']} of {sampling.width} x {sampling.height}, "
-            f"{sampling.num_inference_steps} steps, unless rows say otherwise",
+            f"{_steps(sampling.num_inference_steps, figures['steps_per_image'])}, unless rows say otherwise",
             f"shards   {figures['num_shards']} of up to {config.output.shard_size} prompts",
             f"output   about {_size(figures['output_bytes'])} as {config.output.image.type}, {config.output.format}",
             f"compute  {figures['pflop_per_image']:g} PFLOP an image for FLUX.1-dev: about "
@@ -54,6 +57,10 @@ def format_estimate(config: JobConfig, figures: dict[str, Any]) -> str:
             *format_memory(figures["memory"]),
         ]
     )
+
+
+def _steps(asked: int, run: int) -> str:
+    return f"{run} steps" if run == asked else f"{run} of {asked} steps"
 
 
 def _size(num_bytes: float) -> str:

@@ -20,7 +20,14 @@ from flux_batch.model_source import copy_here
 # A card of 24 GB has 24 x 2^30 bytes and is counted as 24 x 10^9: what is between the two, 7 %, is left to CUDA, to
 # the convolutions' workspace and to what the allocator cannot use.
 CARDS_GB = (16, 24, 40, 48, 80, 141)
-CHOICES = (("bfloat16", "none"), ("bfloat16", "fp8"), ("float16", "none"), ("float16", "fp8"), ("float32", "none"))
+CHOICES = (
+    ("bfloat16", "none"),
+    ("bfloat16", "fp8"),
+    ("bfloat16", "fp8_matmul"),
+    ("float16", "none"),
+    ("float16", "fp8"),
+    ("float32", "none"),
+)
 TEXT_TOKENS = 512
 PIXELS_A_TOKEN = 256
 
@@ -70,7 +77,8 @@ def parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantiz
     quantized = quantization != "none"
     width, height = sampling.width, sampling.height
     num_tokens = width * height // PIXELS_A_TOKEN + (sampling.t5_sequence_length or TEXT_TOKENS)
-    denoise = denoise_bytes(parts["transformer"], num_tokens, batch_size, dtype, quantized=quantized)
+    products = quantization == "fp8_matmul"
+    denoise = denoise_bytes(parts["transformer"], num_tokens, batch_size, dtype, quantized=quantized, products=products)
     if sampling.tiled:
         width, height = min(width, 8 * sampling.tile_size), min(height, 8 * sampling.tile_size)
     decode = decode_bytes(parts["autoencoder"], width, height, batch_size, dtype)

@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flux_batch.errors import NotFound, RowError, SourceError, StoreError, StoreRefused
 from flux_batch.records import InputImage
+from flux_batch.rgb import to_rgb
 from flux_batch.storage.places import WEB, is_inside, local_name, scheme_of, shortened
 from flux_batch.storage.store import attempt, open_filesystem
 from flux_batch.storage.web import fetch
@@ -101,19 +101,6 @@ def decode(data: bytes) -> Image.Image:
     except Exception as error:  # a row ends here: Pillow raises whatever a damaged file makes it stumble over
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RowError(f"cannot be decoded: {reason}") from error
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Return a picture of any mode in RGB, 8 bits a channel, on white. Raises: RowError for samples without a range."""
-    if picture.mode in ("I", "F"):
-        raise RowError("has samples of 32 bits, of which nobody says what is white")
-    if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip to white whatever is above 255
-        samples = np.asarray(picture, dtype=np.uint32)
-        picture = Image.fromarray(((samples * 255 + 32767) // 65535).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
 
 
 def _read_file(path: str, within: tuple[str, ...] | None) -> bytes:

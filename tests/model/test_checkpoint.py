@@ -129,7 +129,6 @@ MISLABELLED = {
     "nothing": lambda _: b"",
     "no json": lambda _: struct.pack("<Q", 8) + b"not json",
     "nested json": lambda _: struct.pack("<Q", 200_000) + b"[" * 200_000,
-    "git lfs pointer": lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 23802932552\n",
 }
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import T5Config, T5EncoderModel
 
+from flux_batch.model import quantize
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, is_quantizable, weight_bytes
 from flux_batch.model.params import AUTOENCODER, DEV, SCHNELL, Shapes
@@ -141,14 +142,32 @@ def _fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
 
 
-@pytest.mark.usefixtures("_fused_attention")
-@pytest.mark.parametrize(("dtype", "quantized", "batch_size"), [("bfloat16", False, 2), ("bfloat16", True, 1)])
-def test_denoising_holds_what_is_counted(dtype: str, quantized: bool, batch_size: int) -> None:
+@pytest.fixture
+def _products_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta, rows become fp8 in one step, and products are those of the stand-in."""
+
+    def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.empty((len(rows), 1), dtype=torch.float32, device=rows.device)
+        return (rows / scale).to(quantize.E4M3), scale
+
+    monkeypatch.setattr(quantize, "to_fp8", to_fp8)
+    monkeypatch.setattr(
+        quantize, "fp8_product", lambda a, _, b, __: torch.empty(len(a), len(b), dtype=torch.bfloat16, device=a.device)
+    )
+
+
+@pytest.mark.usefixtures("_fused_attention", "_products_as_on_a_gpu")
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "batch_size"),
+    [("bfloat16", "none", 2), ("bfloat16", "fp8", 1), ("bfloat16", "fp8_matmul", 2), ("float32", "fp8", 1)],
+)
+def test_denoising_holds_what_is_counted(dtype: str, quantization: str, batch_size: int) -> None:
     kind, num_txt, num_img = getattr(torch, dtype), 512, 4096
     model = on_meta(lambda: Flux(DEV), kind)
     shapes = shapes_of(model)
+    quantized, products = quantization != "none", quantization == "fp8_matmul"
     if quantized:
-        quantize_transformer(model)
+        quantize_transformer(model, products=products)
     inputs = [
         (batch_size, num_img, 64),
         (batch_size, num_txt, 4096),
@@ -160,7 +179,7 @@ def test_denoising_holds_what_is_counted(dtype: str, quantized: bool, batch_size
     alive = Alive(model)
     with torch.no_grad(), META, alive:
         model(*(torch.empty(shape, dtype=kind) for shape in inputs))
-    counted = denoise_bytes(shapes, num_txt + num_img, batch_size, dtype, quantized=quantized)
+    counted = denoise_bytes(shapes, num_txt + num_img, batch_size, dtype, quantized=quantized, products=products)
     assert alive.peak == pytest.approx(counted, rel=0.03)
 
 

@@ -44,6 +44,12 @@ THIRDS = (HIDDEN, HIDDEN, HIDDEN)
         ("transformer.norm_out.linear", Target("transformer", "final_layer.adaLN_modulation.1", swaps_halves=True)),
         ("lora_unet_final_layer_adaLN_modulation_1", Target("transformer", "final_layer.adaLN_modulation.1")),
         ("lora_unet_double_blocks_0_txt_mlp_2", Target("transformer", "double_blocks.0.txt_mlp.2")),
+        # As OMI calls them.
+        ("transformer.double_blocks.0.img_attn.qkv.1", Target("transformer", QKV, (HIDDEN, 2 * HIDDEN))),
+        ("transformer.single_blocks.0.linear1.3", Target("transformer", LINEAR1, (3 * HIDDEN, 7 * HIDDEN))),
+        ("transformer.img_in.proj", Target("transformer", "img_in")),
+        ("clip_l.text_model.encoder.layers.0.mlp.fc1", Target("clip", "encoder.layers.0.mlp.fc1")),
+        ("t5.encoder.block.0.layer.0.SelfAttention.q", Target("t5", "encoder.block.0.layer.0.SelfAttention.q")),
         ("lora_te1_text_model_encoder_layers_0_mlp_fc1", Target("clip", "encoder.layers.0.mlp.fc1")),
         ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", Target("t5", "encoder.block.0.layer.0.SelfAttention.q")),
     ],
@@ -65,10 +71,33 @@ def test_keys_that_match_nothing_are_listed_and_counted() -> None:
         find_modules("x", keys, PARTS)
 
 
-def test_a_file_for_another_model_is_guessed_to_be_so() -> None:
-    keys = ["lora_unet_input_blocks_1_1_proj_in.lora_up.weight", "lora_unet_input_blocks_1_1_proj_in.lora_down.weight"]
+CLIP_FC1 = "text_model_encoder_layers_0_mlp_fc1"
 
-    with pytest.raises(ValueError, match=r"is it for another model\?$"):
+
+@pytest.mark.parametrize(
+    "stems",
+    [
+        ["lora_unet_input_blocks_1_1_proj_in"],
+        # SDXL has CLIP, too, and a larger one.
+        ["lora_unet_input_blocks_1_1_proj_in", f"lora_te1_{CLIP_FC1}", f"lora_te2_{CLIP_FC1}"],
+        ["unet.down_blocks.1.attentions.0.proj_in", "text_encoder.text_model.encoder.layers.0.mlp.fc1"],
+        # FLUX.2 and Chroma have blocks of the same names.
+        ["diffusion_model.double_stream_modulation_img.lin", "diffusion_model.double_blocks.0.img_attn.qkv"],
+        ["diffusion_model.distilled_guidance_layer.in_proj", "diffusion_model.double_blocks.0.img_attn.qkv"],
+    ],
+)
+def test_a_file_for_another_model_is_guessed_to_be_so(stems: list[str]) -> None:
+    keys = [f"{stem}.lora_{half}.weight" for stem in stems for half in ("up", "down")]
+
+    with pytest.raises(ValueError, match=rf"x: 2 of its {len(keys)} keys .* is it for another model\?$"):
+        find_modules("x", keys, PARTS)
+
+
+def test_a_file_for_this_model_is_not() -> None:
+    stems = [QKV, "double_blocks.19.img_attn.qkv"]
+    keys = [f"{stem}.lora_{half}.weight" for stem in stems for half in ("up", "down")]
+
+    with pytest.raises(ValueError, match=r"2 of its 4 keys .*lora_up\.weight$"):
         find_modules("x", keys, PARTS)
 
 
@@ -109,6 +138,19 @@ def test_a_model_is_no_lora() -> None:
         find_modules("x", [], PARTS)
 
 
-def test_a_module_twice_under_one_name_is_an_error() -> None:
-    with pytest.raises(ValueError, match="two of the same"):
-        find_modules("x", [f"{QKV}.lora_A.weight", f"{QKV}.lora_A.default.weight"], PARTS)
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (f"{QKV}.lora_A.weight", f"{QKV}.lora_A.default.weight"),
+        # Adapters are merged one by one, with scales of their own.
+        (f"{QKV}.lora_A.cat.weight", f"{QKV}.lora_A.dog.weight"),
+        (f"{QKV}.lora_A.weight", "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"),
+        ("transformer_blocks.0.attn.to_q.lora_B.weight", "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"),
+        ("transformer_blocks.0.attn.to_q.alpha", f"{QKV}.0.alpha"),
+    ],
+)
+def test_a_module_twice_is_an_error(one: str, other: str) -> None:
+    with pytest.raises(ValueError, match="x holds two of the same: ") as caught:
+        find_modules("x", [one, other], PARTS)
+    assert one in str(caught.value)
+    assert other in str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -290,6 +291,73 @@ def test_a_part_that_takes_the_place_of_another_gets_what_is_merged(
     assert bits(merge) == expected
     merge.set([])
     assert bits(merge) == bits(load(repositories["original"]))
+
+
+@pytest.mark.parametrize("scale", [1e6, -1e300])
+def test_a_scale_that_overflows_is_an_error(tmp_path: Path, repositories: dict[str, Path], scale: float) -> None:
+    merge = load(repositories["diffusers"], "float16")
+    before = bits(merge)
+    lora = make_lora(merge, tmp_path / "a.safetensors", seed=1)
+    merge.set([(lora, 1.0)])
+
+    with pytest.raises(ValueError, match=r"overflows in float16: take smaller scales|a scale of -1e\+300 is too large"):
+        merge.set([(lora, scale)])
+
+    assert bits(merge) == before
+    assert merge.merged == ()
+
+
+def test_a_scale_that_overflows_over_fp8_is_an_error(tmp_path: Path, repositories: dict[str, Path]) -> None:
+    merge = load(repositories["diffusers"], "fp8")
+    before = bits(merge)
+    shapes = {"double_blocks.0.img_attn.qkv": (96, 32)}
+    modules = {name: replace(f, up=f.up * 1e6) for name, f in random_factors(shapes).items()}
+    lora = open_lora(write_lora(tmp_path / "x.safetensors", modules), "x", merge.shapes())
+
+    with pytest.raises(ValueError, match=r"img_attn\.qkv\.weight_scale overflows in float32: take smaller scales"):
+        merge.set([(lora, 1e38)])
+
+    assert bits(merge) == before
+
+
+@pytest.mark.parametrize("now", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_a_model_whose_dtype_was_changed_meanwhile(
+    tmp_path: Path, repositories: dict[str, Path], kind: str, now: torch.dtype
+) -> None:
+    merge, other = load(repositories["diffusers"], kind), load(repositories["diffusers"], kind)
+    lora = make_lora(merge, tmp_path / "a.safetensors", seed=1)
+    other.parts["transformer"].to(now)
+
+    merge.set([(lora, 1.0)])
+    merge.parts["transformer"].to(now)
+    merge.set([])
+
+    assert bits(merge) == bits(other)
+
+
+def test_a_merge_inside_inference_mode_can_be_taken_out_outside(tmp_path: Path, merge: LoraMerge) -> None:
+    before = bits(merge)
+    lora = make_lora(merge, tmp_path / "a.safetensors", seed=1)
+
+    with torch.inference_mode():
+        merge.set([(lora, 1.0)])
+    merge.set([(lora, 0.5)])
+    merge.set([])
+
+    assert bits(merge) == before
+
+
+def test_a_program_may_use_torchs_newer_way_to_allow_less_precision(tmp_path: Path, merge: LoraMerge) -> None:
+    lora = make_lora(merge, tmp_path / "a.safetensors", seed=1)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        merge.set([(lora, 1.0)])
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_a_merge_is_exact_whatever_the_program_allows_elsewhere(tmp_path: Path, merge: LoraMerge) -> None:

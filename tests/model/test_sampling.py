@@ -12,7 +12,6 @@ from flux_batch.model.sampling import (
     Conditioning,
     add_noise,
     denoise,
-    first_step,
     guide,
     make_generators,
     make_noise,
@@ -22,6 +21,7 @@ from flux_batch.model.sampling import (
     shift_exponent,
     unpack,
 )
+from flux_batch.model.steps import first_step
 from flux_batch.model.transformer import Flux
 from golden import FLUX, check, filled, tensor
 
@@ -184,14 +184,6 @@ def test_position_ids_are_zero_for_text_then_row_and_column() -> None:
     ids = position_ids(2, 4, 6)
     assert ids.tolist() == [[0, 0, 0]] * 2 + [[0, row, col] for row in range(2) for col in range(3)]
     assert ids.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("num_steps", "strength", "step"),
-    [(4, 1.0, 0), (4, 0.6, 1), (50, 0.8, 10), (28, 0.3, 19), (4, 0.2, 3), (4, 0.0, 4)],
-)
-def test_first_step_is_that_of_diffusers(num_steps: int, strength: float, step: int) -> None:
-    assert first_step(num_steps, strength) == step
 
 
 @given(st.integers(1, 60), st.floats(0.01, 1.0))

@@ -316,7 +316,7 @@ def test_a_cut_file_whose_length_looks_like_a_pickle_is_not_called_one(tmp_path:
         (b"PK\x03\x04" + b"\0" * 60, r"is a pickle \(zip\), not safetensors"),
         (b"GGUF" + b"\0" * 60, "cut short or damaged .GGUF version 0"),
         (b"<!doctype html><html>please log in</html>", "is a web page, not safetensors"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "cut short or damaged"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS, not safetensors"),
         (struct.pack("<Q", 2**31) + b"{" + b" " * 100, "cut short or damaged"),
         (struct.pack("<Q", 2**63 + 5) + b"{" + b" " * 100, "cut short or damaged"),
         (struct.pack("<Q", 8) + b"not json", "cut short or damaged"),
@@ -331,7 +331,7 @@ def test_what_is_no_safetensors_file_is_said_to_be_so(tmp_path: Path, data: byte
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("ending", ["ckpt", "bin", "pt", "pth"])
+@pytest.mark.parametrize("ending", ["ckpt", "bin", "pt", "pth", "pkl", "CKPT", "Bin"])
 def test_a_pickle_is_not_opened(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"flux.{ending}"
     torch.save({"img_in.weight": torch.zeros(1)}, path)
