@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := cluster/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fix constraints clean
+.PHONY: help demo test test-long lint fix constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,9 +26,13 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 
 demo: $(VENV)/run.stamp ## render the demo prompts with the demo model on two workers, into out/demo
 	$(BIN)/flux-batch run jobs/demo.yaml
+	$(BIN)/flux-batch gallery out/demo
 
 test: $(VENV)/dev.stamp ## run the tests
 	$(BIN)/python -m pytest
+
+test-long: $(VENV)/dev.stamp ## run the tests that take minutes
+	$(BIN)/python -m pytest -m long
 
 lint: $(VENV)/dev.stamp ## check style and types
 	$(BIN)/ruff check .

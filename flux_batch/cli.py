@@ -59,6 +59,15 @@ def parser() -> argparse.ArgumentParser:
     _add_storage_options(command)
     command.set_defaults(command=_status)
 
+    command = commands.add_parser("gallery", help="make a page and a contact sheet of a run's pictures")
+    command.add_argument("output", metavar="OUTPUT_URI")
+    command.add_argument("--max-images", type=int, default=200, metavar="N", help="at most so many, evenly spread")
+    command.add_argument(
+        "--columns", metavar="NAME,NAME", help="what to say of each picture; else what differs between them"
+    )
+    _add_storage_options(command)
+    command.set_defaults(command=_gallery)
+
     command = commands.add_parser("download", help="bring a model to this machine")
     command.add_argument(
         "name", metavar="NAME", help="FLUX.1-dev, FLUX.1-schnell, owner/repository, or an address, for the cache"
@@ -122,6 +131,16 @@ def _status(arguments: argparse.Namespace) -> int:
 
     status = read_status(Store(arguments.output, _options(arguments.storage_option)))
     _print(json.dumps(status) if arguments.json else format_status(status))
+    return 0
+
+
+def _gallery(arguments: argparse.Namespace) -> int:
+    from flux_batch.report.gallery import format_gallery, write_gallery
+    from flux_batch.storage.store import Store
+
+    store = Store(arguments.output, _options(arguments.storage_option))
+    columns = None if arguments.columns is None else [name for name in arguments.columns.split(",") if name]
+    _print(format_gallery(store, write_gallery(store, arguments.max_images, columns)))
     return 0
 
 

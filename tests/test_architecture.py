@@ -44,7 +44,7 @@ LADDER: dict[str, set[str]] = {
     "__main__": {"cli"},
     # Programs of their own, `python -m flux_batch.demo.train` and `.score`: they stand above what they make and judge.
     "demo/train": BOTTOM | {"model", "demo", "model_manager"},
-    "demo/score": {"demo", "pipeline"},
+    "demo/score": BOTTOM | {"demo", "pipeline"},
 }
 PROGRAMS = ("demo/train", "demo/score")
 STORAGE = ("storage/",)
@@ -67,8 +67,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "aiohttp": STORAGE,
     "tenacity": STORAGE,
     "pyarrow": ("storage/", "plan.py", "worker.py", "demo/"),
-    "PIL": ("storage/", "rgb.py", "pipeline.py", "picture_request.py", "demo/"),
-    "numpy": ("storage/", "rgb.py", "model/", "pipeline.py", "demo/"),
+    "PIL": ("storage/", "rgb.py", "pipeline.py", "picture_request.py", "demo/", "report/gallery_"),
+    "numpy": ("storage/", "rgb.py", "model/", "pipeline.py", "demo/", "report/gallery_"),
     "pydantic": ("config.py",),
     "pydantic_core": ("config.py",),
     "yaml": ("config.py", "job_text.py", "cli.py"),

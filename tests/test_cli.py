@@ -96,6 +96,27 @@ def test_status_reads_a_run_from_its_output(tmp_path: Path, capsys: pytest.Captu
     assert (status["num_committed"], status["num_images"], status["is_complete"]) == (2, 6, False)
 
 
+def test_gallery_says_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    code, said, err = flux_batch(capsys, "gallery", out)
+    assert (code, said, "there is no run here" in err) == (2, "", True)
+    run(make_job(tmp_path), engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+    capsys.readouterr()
+
+    code, said, err = flux_batch(capsys, "gallery", out, "--max-images", "4", "--columns", "model,key")
+    assert (code, err) == (0, "")
+    assert said.splitlines() == [
+        "flux-batch: 4 of 10 pictures, 0 failed; complete",
+        f"page          {out}/_run/gallery/index.html",
+        f"contact sheet {out}/_run/gallery/contact-sheet.jpg",
+    ]
+    page = (out / "_run/gallery/index.html").read_text()
+    assert page.count("<dt>model</dt>") == 4 + 1  # and once, in what is the same for all
+    for options, sentence in ((["--max-images", "0"], "from 1 to 2000"), (["--columns", "x"], "no such column")):
+        code, said, err = flux_batch(capsys, "gallery", out, *options)
+        assert (code, said, sentence in err) == (2, "", True)
+
+
 def test_download_says_where_the_model_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

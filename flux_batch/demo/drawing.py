@@ -20,7 +20,7 @@ Point = tuple[float, float]
 # Each edge pixel is the mean of this many samples along either axis.
 SAMPLES = 4
 # Extent of a thing as a share of the shorter side of the picture.
-EXTENTS: dict[Size, float] = {"small": 0.20, "medium": 0.30, "large": 0.42}
+EXTENTS: dict[Size, float] = {"small": 0.25, "medium": 0.34, "large": 0.44}
 # Centres as shares of width and height.
 NEAR, MIDDLE, FAR = 0.26, 0.50, 0.74
 CENTRES: dict[Position, Point] = {

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,44 +17,79 @@ from PIL import Image
 
 from flux_batch.demo.captions import Caption, captions
 from flux_batch.demo.scorer import Scores, score_all
+from flux_batch.errors import FluxBatchError
 from flux_batch.pipeline import FluxImagePipeline
 
 CAPTION_SEED = 2000
 
 
-def main() -> None:
-    """Score a model and print a table."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Score a model and print a table. Returns: the exit code."""
+    given = arguments(argv)
+    try:
+        score(given)
+    except (FluxBatchError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(getattr(error, "exit_code", 1))
+    return 0
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m flux_batch.demo.score", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo", help="folder or URI of a model trained on the demo's world")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--lora", action="append", default=[], help="a LoRA to apply; may be given more than once")
-    parser.add_argument("--captions", type=int, default=200)
-    parser.add_argument("--size", default="128x128", help="WIDTHxHEIGHT")
+    parser.add_argument("--captions", type=positive, default=200, help="how many of the held-out captions")
+    parser.add_argument("--size", type=size, default="128x128", metavar="WIDTHxHEIGHT")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--guidance", type=float, default=3.5, help="the guidance value the model embeds")
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="classifier-free guidance; 1 is off")
+    parser.add_argument("--negative-prompt", default="", help="what pictures should not show; needs --cfg-scale")
     parser.add_argument("--t5-length", type=int, default=64)
     parser.add_argument("--step-cache", type=float, default=0.0)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--json", type=Path, help="write the scores here too")
-    given = parser.parse_args()
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here too")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write pictures here, and what is wrong in each")
+    return parser.parse_args(argv)
+
+
+def score(given: argparse.Namespace) -> None:
+    """Render, read back, print and write what was asked for."""
     pipeline = FluxImagePipeline.from_pretrained(given.model, torch_dtype=given.dtype, quantization=given.quantization)
     if given.lora:
         pipeline.set_loras([(uri, 1.0) for uri in given.lora])
-    width, height = (int(side) for side in given.size.split("x"))
     held_out = list(captions(given.captions, CAPTION_SEED, held_out=True))
     settings = {
-        "width": width,
-        "height": height,
+        "width": given.size[0],
+        "height": given.size[1],
         "num_inference_steps": given.steps,
         "embedded_guidance": given.guidance,
+        "cfg_scale": given.cfg_scale,
+        "negative_prompt": given.negative_prompt,
         "t5_sequence_length": given.t5_length,
         "step_cache": given.step_cache,
     }
-    scores = score_model(pipeline, held_out, given.batch_size, settings)
+    images = list(pictures_of(pipeline, held_out, given.batch_size, settings))
+    scores = score_all(held_out, images)
     print(scores)
     if given.json:
         given.json.write_text(json.dumps({"settings": settings, "scores": scores.to_dict()}, indent=2) + "\n")
+    if given.save:
+        save(given.save, held_out, images)
+
+
+def save(folder: Path, held_out: Sequence[Caption], images: Sequence[Image.Image]) -> None:
+    """Write each picture, and a text file with every caption and what its picture shows instead."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (caption, image) in enumerate(zip(held_out, images, strict=True)):
+        image.save(folder / f"{number:03}.png")
+        wrong = [fact for fact in score_all([caption], [image]).facts if not fact.holds]
+        found = "; ".join(f"{fact.kind}: {fact.said}, not {fact.shown or 'seen'}" for fact in wrong)
+        lines.append(f"{number:03}  {caption.text}  [{found or 'all holds'}]\n")
+    (folder / "captions.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def score_model(
@@ -74,5 +111,19 @@ def pictures_of(
         )
 
 
+def size(text: str) -> tuple[int, int]:
+    """Read WIDTHxHEIGHT."""
+    if not (match := re.fullmatch(r"(\d+)x(\d+)", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} should be WIDTHxHEIGHT, e.g. 128x128")
+    return int(match[1]), int(match[2])
+
+
+def positive(text: str) -> int:
+    """Read a whole number from 1 on."""
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number, 1 or more")
+    return int(text)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

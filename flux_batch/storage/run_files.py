@@ -6,6 +6,7 @@ COMMITS = "_run/commits"
 FAILED = "_run/failed"
 PROGRESS = "_run/progress.json"
 REPORT = "_run/report.json"
+GALLERY = "_run/gallery"
 # Half-written files of a killed process stay here, out of sight of whoever loads the data set.
 SCRATCH = "_run/tmp"
 CARD = "README.md"

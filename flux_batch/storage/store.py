@@ -106,6 +106,14 @@ class Store:
         """Read a whole object. Raises: NotFound."""
         return self._call(key, "read", lambda: bytes(self._fs.cat_file(self._path(key))))
 
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        """Read the bytes [start, end) of an object, fewer if it is shorter. Raises: NotFound."""
+        return self._call(key, "read", lambda: bytes(self._fs.cat_file(self._path(key), start=start, end=end)))
+
+    def size(self, key: str) -> int:
+        """Tell how many bytes an object has. Raises: NotFound."""
+        return self._call(key, "look up", lambda: int(self._fs.info(self._path(key))["size"]))
+
     def download(self, key: str, path: Path) -> None:
         """Copy an object to the local disk. Raises: NotFound."""
         self._call(key, "read", lambda: self._fs.get_file(self._path(key), str(path)))

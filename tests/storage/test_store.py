@@ -64,6 +64,18 @@ def race(store: Store, key: str, writers: int = 8) -> list[int]:
     return won
 
 
+def test_a_part_of_an_object_can_be_read(store: Store) -> None:
+    data = bytes(range(256)) * 4
+    store.write("a/part", data)
+    assert store.size("a/part") == 1024
+    assert store.read_range("a/part", 0, 1) == data[:1]
+    assert store.read_range("a/part", 100, 1000) == data[100:1000]
+    assert store.read_range("a/part", 1000, 2000) == data[1000:]
+    for look in (lambda: store.size("a/none"), lambda: store.read_range("a/none", 0, 5)):
+        with pytest.raises(NotFound, match="a/none"):
+            look()
+
+
 def test_what_is_written_can_be_read_listed_and_deleted(store: Store, tmp_path: Path) -> None:
     big = os.urandom(3_000_000)
     (tmp_path / "big").write_bytes(big)
