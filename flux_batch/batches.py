@@ -66,21 +66,27 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
             yield group[first : first + size]
 
 
-def with_pictures(batches: Sequence[list[Item]], readers: Executor, read: ReadPicture) -> Iterator[list[Item]]:
-    """Give each batch with its input pictures; those of the next are read meanwhile, the same one only once.
+class InputPictures:
+    """What the pictures of batches start from, read on threads: each once while batches near each other want it."""
 
-    A picture that cannot be read is the RowError that says why. Raises: what else `read` raises.
-    """
-    reading: dict[tuple[InputImage, tuple[int, int]], Future[Any]] = {}
-    for number, batch in enumerate(batches):
-        window = [item for near in batches[number : number + 1 + READ_AHEAD] for item in near]
+    def __init__(self, readers: Executor, read: ReadPicture) -> None:
+        self._readers = readers
+        self._read = read
+        self._reading: dict[tuple[InputImage, tuple[int, int]], Future[Any]] = {}
+
+    def join(self, batch: Sequence[Item], following: Iterable[Sequence[Item]] = ()) -> list[Item]:
+        """Give a batch with its pictures, while those of the following batches are read.
+
+        A picture that cannot be read is the RowError that says why. Raises: what else `read` raises.
+        """
+        window = [item for near in (batch, *following) for item in near]
         wanted = dict.fromkeys((item.request.input_image, item.size) for item in window)
-        reading = {
-            (image, size): reading.get((image, size)) or readers.submit(read, image, size)
+        self._reading = {
+            (image, size): self._reading.get((image, size)) or self._readers.submit(self._read, image, size)
             for image, size in wanted
             if image is not None
         }
-        yield [_with_picture(item, reading) for item in batch]
+        return [_with_picture(item, self._reading) for item in batch]
 
 
 def _with_picture(item: Item, reading: dict[tuple[InputImage, tuple[int, int]], Future[Any]]) -> Item:

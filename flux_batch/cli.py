@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from flux_batch.redaction import plain_text
+
 if TYPE_CHECKING:
     from flux_batch.report.summary import RunReport
 
@@ -25,9 +27,11 @@ INTERRUPTED = 75
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns: its exit code."""
     arguments = parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(PlainLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
     logging.getLogger("flux_batch").setLevel(logging.DEBUG if arguments.debug else logging.INFO)
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    before = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         return int(arguments.command(arguments))
     except KeyboardInterrupt:
@@ -36,6 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = hasattr(error, "exit_code")
         sentence = str(error) if known else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
         return _failed(sentence, getattr(error, "exit_code", 1), arguments.debug)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class PlainLines(logging.Formatter):
+    """Log lines without secrets, and without what a terminal would do instead of showing it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, or lines, of a record."""
+        return plain_text(super().format(record))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("run", help="run a job, or go on with it")
     _add_job(command)
+    command.add_argument("--retry-failed", action="store_true", help="try again what failed in shards that are done")
     command.set_defaults(command=_run)
 
     command = commands.add_parser("plan", help="say what a job would do and cost, and do nothing")
@@ -67,6 +82,21 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_storage_options(command)
     command.set_defaults(command=_gallery)
+
+    command = commands.add_parser("verify", help="read everything that is committed again, and say what is wrong")
+    command.add_argument("output", metavar="OUTPUT_URI")
+    command.add_argument("--quick", action="store_true", help="compare sizes and tables, and read no picture")
+    command.add_argument(
+        "--repair", action="store_true", help="take broken commits back, so that `run` makes them again"
+    )
+    _add_storage_options(command)
+    command.set_defaults(command=_verify)
+
+    command = commands.add_parser("gc", help="remove what no commit names: half-written, staged in vain, or strange")
+    command.add_argument("output", metavar="OUTPUT_URI")
+    command.add_argument("--dry-run", action="store_true", help="list it, and remove nothing")
+    _add_storage_options(command)
+    command.set_defaults(command=_gc)
 
     command = commands.add_parser("download", help="bring a model to this machine")
     command.add_argument(
@@ -107,9 +137,13 @@ def _add_storage_options(command: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from flux_batch.engine.stop import Stop, stopped_by_signals
     from flux_batch.job import load_job, run
 
-    report = run(load_job(arguments.job, arguments.overrides))
+    stop = Stop()
+    with stopped_by_signals(stop):
+        config = load_job(arguments.job, arguments.overrides)
+        report = run(config, stop=stop, retry_failed=arguments.retry_failed)
     _print(_summary(report))
     return report.exit_code
 
@@ -141,6 +175,45 @@ def _gallery(arguments: argparse.Namespace) -> int:
     store = Store(arguments.output, _options(arguments.storage_option))
     columns = None if arguments.columns is None else [name for name in arguments.columns.split(",") if name]
     _print(format_gallery(store, write_gallery(store, arguments.max_images, columns)))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from contextlib import nullcontext
+
+    from flux_batch.report.saved_run import SavedRun
+    from flux_batch.report.verify import format_verdict, repair, verify
+    from flux_batch.storage.lease import HeldStore, Lease
+    from flux_batch.storage.store import Store
+
+    place = arguments.output, _options(arguments.storage_option)
+    store = Store(*place)
+    SavedRun.open(store)  # else there is nothing to hold a lease of
+    with Lease(store) if arguments.repair else nullcontext() as lease:
+        verdict = verify(store, quick=arguments.quick, on_progress=_show_progress)
+        _print(format_verdict(verdict))
+        if lease and verdict.problems:
+            broken = repair(HeldStore(*place, check=lease.check), verdict)
+            _print(f"repaired; {len(broken)} shards are to be made again: run the job")
+    return verdict.exit_code
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    from flux_batch.report.saved_run import SavedRun
+    from flux_batch.storage.lease import HeldStore, Lease
+    from flux_batch.storage.leftovers import Leftovers
+    from flux_batch.storage.store import Store
+
+    place = arguments.output, _options(arguments.storage_option)
+    store = Store(*place)
+    num_shards = SavedRun.open(store).num_shards
+    if arguments.dry_run:
+        for leftover in Leftovers(store, num_shards).find():
+            _print(f"{leftover.kind:<12} {leftover.key}")
+        return 0
+    with Lease(store) as lease:
+        leftovers = Leftovers(HeldStore(*place, check=lease.check), num_shards)
+        _print(f"{leftovers.sweep(list(leftovers.find()))} objects removed")
     return 0
 
 
@@ -190,14 +263,19 @@ def _summary(report: RunReport) -> str:
     return "\n".join(lines)
 
 
+def _show_progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{done} of {total} shards" + ("\n" if done == total else ""))
+
+
 def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(plain_text(text) + "\n")
 
 
 def _failed(sentence: str, exit_code: int, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
-    sys.stderr.write(f"flux-batch: {sentence}\n")
+        sys.stderr.write(plain_text(traceback.format_exc()))
+    sys.stderr.write(plain_text(f"flux-batch: {sentence}\n"))
     return exit_code
 
 

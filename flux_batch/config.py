@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from flux_batch.errors import InvalidSetting, JobError
-from flux_batch.job_text import apply_override, did_you_mean, load_yaml, redact
+from flux_batch.job_text import apply_override, did_you_mean, load_yaml
 from flux_batch.records import (
     ALIASES,
     MAX_SEED,
@@ -35,6 +35,7 @@ from flux_batch.records import (
     check_step_cache,
     check_tiles,
 )
+from flux_batch.redaction import public_tree, public_uri, redact
 
 STORAGE_OPTIONS = {section: {"storage_options"} for section in ("prompts", "output", "model")}
 # Columns of the data set that the job understands, by our own names.
@@ -59,11 +60,11 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]
 Columns = Annotated[dict[str, str], BeforeValidator(_with_aliases)]
 
 
-def check_no_secret(uri: str, field: str) -> None:
-    """Raise InvalidSetting for an address of a model with a user or password in it."""
+def check_no_secret(uri: str, field: str, section: str) -> None:
+    """Raise InvalidSetting for an address with a user or password in it."""
     if re.match("[^/]*://[^/]*@", uri):
         raise InvalidSetting(
-            f"{field} holds a user name or password, which would be written down: use model.storage_options",
+            f"{field} holds a user name or password, which would be written down: use {section}.storage_options",
             field=field,
         )
 
@@ -71,7 +72,10 @@ def check_no_secret(uri: str, field: str) -> None:
 class Section(BaseModel):
     """A part of the job file: frozen, exact types, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return [(name, public_tree(value, name or "")) for name, value in super().__repr_args__()]
 
 
 class PromptsConfig(Section):
@@ -98,6 +102,13 @@ class PromptsConfig(Section):
         if not uris or not all(uri.strip() for uri in uris):
             raise ValueError("must name at least one file, folder or glob")
         return uris
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> PromptsConfig:
+        for uri in self.uri:
+            check_no_secret(uri, "uri", "prompts")
+        check_no_secret(self.input_image_root or "", "input_image_root", "prompts")
+        return self
 
     @field_validator("passthrough")
     @classmethod
@@ -134,6 +145,11 @@ class OutputConfig(Section):
     """Prompts a shard: the unit of work, retry and commit."""
     storage_options: dict[str, Any] = Field(default={}, repr=False)
 
+    @model_validator(mode="after")
+    def _no_secret(self) -> OutputConfig:
+        check_no_secret(self.uri, "uri", "output")
+        return self
+
 
 class LoraConfig(Section):
     """A LoRA to merge into the weights."""
@@ -142,18 +158,18 @@ class LoraConfig(Section):
     """A safetensors file: a path, or an address as of a model."""
     scale: float = 1.0
     name: str = ""
-    """What rows call it in their `lora` column; the uri as it stands here, if null."""
+    """What rows call it in their `lora` column; the uri as it stands here, without a query, if null."""
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and values.get("name") is None:
-            return {**values, "name": values.get("uri", "")}
+            return {**values, "name": public_uri(str(values.get("uri", "")))}
         return values
 
     @model_validator(mode="after")
     def _in_range(self) -> LoraConfig:
-        check_no_secret(self.uri, "uri")
+        check_no_secret(self.uri, "uri", "model")
         if self.name.strip() in NO_LORA:
             raise InvalidSetting(f"name = {self.name!r}: means no LoRA in a row; take another", field="name")
         return self
@@ -187,7 +203,7 @@ class ModelConfig(Section):
     def _in_range(self) -> ModelConfig:
         check_quantization(self.quantization, self.dtype)
         check_step_cache(self.step_cache)
-        check_no_secret(self.uri, "uri")
+        check_no_secret(self.uri, "uri", "model")
         for lora in self.loras:
             if sum(lora.name == other.name for other in self.loras) > 1:
                 raise InvalidSetting(f"loras name {lora.name!r} twice: give each a name of its own", field="loras")
@@ -267,7 +283,15 @@ class FailuresConfig(Section):
     max_ratio: float = Field(default=0.01, ge=0, le=1)
     """Share of images that may fail before the finished run exits with 3."""
     max_attempts: int = Field(default=3, ge=1)
-    """Attempts a shard, each on another worker if there is one."""
+    """Tries of a shard that ends in an error; losing a worker on it is no error of its own."""
+    hang_s: float = Field(default=900, gt=0)
+    """Seconds without a finished batch or another sign of life after which a worker is killed and replaced."""
+    drain_s: float = Field(default=25, ge=0)
+    """Seconds that a stopped run has to finish or put aside what is being made."""
+    outage_s: float = Field(default=1800, ge=0)
+    """Seconds that a run waits for a storage that fails before it gives up for now."""
+    lease_ttl_s: float = Field(default=60, ge=1)
+    """Seconds that the driver may be out of touch before another one may go on with the run."""
 
 
 class JobConfig(Section):
@@ -310,7 +334,7 @@ class JobConfig(Section):
 
     def to_yaml(self) -> str:
         """Write the whole tree with every default spelled out and every secret redacted."""
-        tree = self.model_dump(mode="json", exclude=STORAGE_OPTIONS)
+        tree = public_tree(self.model_dump(mode="json", exclude=STORAGE_OPTIONS))
         for section in STORAGE_OPTIONS:
             tree[section]["storage_options"] = redact(getattr(self, section).storage_options)
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
@@ -320,7 +344,7 @@ class JobConfig(Section):
 
         Where the prompts and the output lie, and how many workers run, is not part of it.
         """
-        tree = self.model_dump(mode="json", exclude=STORAGE_OPTIONS)
+        tree = public_tree(self.model_dump(mode="json", exclude=STORAGE_OPTIONS))
         parts = {
             "prompts": {key: tree["prompts"][key] for key in ("columns", "passthrough", "limit", "allow_http")},
             "output": {key: tree["output"][key] for key in ("format", "shard_size")},

@@ -8,25 +8,35 @@
     |-- CheckpointError             exit 2   the model weights are missing, incomplete or of another layout
     |-- RowError                             this row only: becomes a failed record, its shard still commits
     |-- OutOfMemory                          this batch only: try a smaller one
+    |-- Stopped                              this shard only: put aside half made, as it was asked to
     |-- DeviceFatal                          the accelerator is unusable: the process must leave
     |-- StoreError                  exit 75  storage failed after all retries: run the same command again
+    |   |-- DiskFull                exit 75  a disk is full: make room and run the same command again
     |   |-- StoreRefused            exit 2   storage said no: credentials, bucket or permissions
     |   |-- NotFound                exit 2   there is nothing under that key
     |   `-- AlreadyExists                    a put-if-absent came second: often good news
     |-- RunIncomplete               exit 1   shards failed more often than allowed
     `-- Interrupted                 exit 75  stopped from outside: run the same command again
+        |-- RunHeld                          another driver is at work on the run: wait, or stop it
+        `-- LeaseLost                        another driver took the run over: nothing to do
 
 Every error is one clear sentence: what was wrong, where, what would be right. Every error survives pickling
 (one positional message; context in optional keyword-only attributes), because Ray carries them between processes.
+No message holds what may be a secret of an address.
 """
 
 from __future__ import annotations
+
+from flux_batch.redaction import public_text
 
 
 class FluxBatchError(Exception):
     """Base of every error this package raises on purpose."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(public_text(message))
 
 
 class JobError(FluxBatchError, ValueError):
@@ -67,6 +77,10 @@ class OutOfMemory(FluxBatchError):
     """The device has too little memory for this batch."""
 
 
+class Stopped(FluxBatchError):
+    """A worker was asked to stop and put its shard aside; what it made is staged."""
+
+
 class DeviceFatal(FluxBatchError):
     """The accelerator reported an error after which this process cannot use it."""
 
@@ -75,6 +89,10 @@ class StoreError(FluxBatchError, OSError):
     """A storage operation failed, after the retries it is worth."""
 
     exit_code = 75
+
+
+class DiskFull(StoreError):
+    """There is no room left: the message names the disk or the folder on it."""
 
 
 class StoreRefused(StoreError):
@@ -101,3 +119,11 @@ class Interrupted(FluxBatchError):
     """The run was stopped from outside; what is committed stays, the same command goes on."""
 
     exit_code = 75
+
+
+class RunHeld(Interrupted):
+    """Another driver holds the lease of the run."""
+
+
+class LeaseLost(Interrupted):
+    """Another driver went on with the run, since this one was out of touch for longer than its lease."""

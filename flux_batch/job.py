@@ -8,25 +8,32 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flux_batch.config import JobConfig, ModelConfig
-from flux_batch.errors import AlreadyExists, JobError, NotFound, PlanMismatch
+from flux_batch.engine.stop import Stop
+from flux_batch.errors import AlreadyExists, Interrupted, JobError, NotFound, PlanMismatch
+from flux_batch.image_pipeline import ImagePipeline
 from flux_batch.plan import Plan, check_same_job, make_plan, remaining
+from flux_batch.records import Shard
 from flux_batch.report.card import card
 from flux_batch.report.progress import Progress
 from flux_batch.report.summary import RunReport, Totals
 from flux_batch.storage.commits import Commits
 from flux_batch.storage.input_images import check_of_job
+from flux_batch.storage.lease import HeldStore, Lease
 from flux_batch.storage.prompts import PromptSource
-from flux_batch.storage.run_files import CARD, JOB, PLAN, REPORT, SUCCESS
+from flux_batch.storage.run_files import CARD, JOB, PLAN, REPORT, STAGING, SUCCESS
+from flux_batch.storage.shards import layout_for
+from flux_batch.storage.staging import Staging
 from flux_batch.storage.store import Store
-from flux_batch.worker import ImagePipeline, WorkerRecipe
+from flux_batch.storage.take_back import TakeBack
+from flux_batch.worker import WorkerRecipe
 
 if TYPE_CHECKING:
-    from flux_batch.engine.protocol import Engine
+    from flux_batch.engine.protocol import Engine, Runner
 
 log = logging.getLogger(__name__)
 
@@ -36,29 +43,38 @@ def run(
     *,
     engine: Engine | None = None,
     make_pipeline: Callable[[ModelConfig], ImagePipeline] | None = None,
+    stop: Stop | None = None,
+    retry_failed: bool = False,
 ) -> RunReport:
     """Run a job to its end, or go on with one that was interrupted.
 
     `config` may be the path of a job file. The engine is a pool of Ray actors unless another is given; the pipeline
-    is FLUX unless another is given. Safe to call again: committed shards are left as they are.
-    Raises: JobError, SourceError, CheckpointError, StoreError before or while work is done; see errors.py.
+    is FLUX unless another is given. `stop` can ask for an early end, from a signal handler or another thread. Safe to
+    call again: committed shards are left as they are, but for what failed in them with `retry_failed`.
+    Raises: RunHeld, LeaseLost if another driver has the run; Interrupted after a stop; JobError, SourceError,
+    CheckpointError, StoreError before or while work is done; see errors.py.
     """
     config = located(config if isinstance(config, JobConfig) else load_job(config))
+    stop = stop or Stop()
     store = Store(config.output.uri, config.output.storage_options)
-    plan = open_run(config, store)
-    commits = Commits(store, len(plan.shards))
-    done = commits.done()
-    todo = remaining(plan, done)
-    progress = Progress(store, len(plan.shards), Totals.of(commits.read_all(sorted(done))))
-    if todo:
-        check_pictures(config)
-        log.info("%s: %d of %d shards to do, output %s", config.name, len(todo), len(plan.shards), store.uri)
-        recipe = WorkerRecipe(config, len(plan.shards), plan.passthrough, make_pipeline or load_pipeline)
-        for result in (engine or ray_pool(config)).run(recipe, todo):
-            progress.add(result)
-    else:
-        log.info("%s: nothing to do, all %d shards are committed in %s", config.name, len(plan.shards), store.uri)
-    return close_run(config, store, progress)
+    report = finished(config, store)
+    if report and not (retry_failed and report.num_failed):
+        return report
+    draft = None if store.exists(PLAN) else draft_run(config, store)
+    # From here on there is work to lose: an outage is waited for.
+    patience: dict[str, Any] = {"patience_s": config.failures.outage_s, "on_wait": stop.check}
+    store = Store(config.output.uri, config.output.storage_options, **patience)
+    with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
+        store = HeldStore(config.output.uri, config.output.storage_options, check=lease.check, **patience)
+        plan = open_run(config, store, draft)
+        reopen(config, plan, store, retry_failed=retry_failed)
+        todo, progress = state_of(plan, store)
+        if todo:
+            check_pictures(config)
+            log.info("%s: %d of %d shards to do, output %s", config.name, len(todo), len(plan.shards), store.uri)
+            recipe = WorkerRecipe(config, len(plan.shards), plan.passthrough, make_pipeline or load_pipeline)
+            render(engine or ray_pool(config), recipe, todo, stop, progress)
+        return close_run(config, store, progress)
 
 
 def load_job(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
@@ -100,49 +116,115 @@ def check_pictures(config: JobConfig) -> None:
         check_of_job(config.sampling.input_image, config.prompts.storage_options)
 
 
-def open_run(config: JobConfig, store: Store) -> Plan:
-    """Load the plan of the run that is in the output, or make and save one.
+def finished(config: JobConfig, store: Store) -> RunReport | None:
+    """Report on a run that has nothing left to do, without a lease or a write. Returns: None if there is work."""
+    plan = saved_plan(config, store) if store.exists(SUCCESS) else None
+    if plan is None:
+        return None
+    todo, progress = state_of(plan, store)
+    if todo:
+        return None
+    log.info("%s: nothing to do, all %d shards are committed in %s", config.name, len(plan.shards), store.uri)
+    return report_of(config, store, progress)
 
-    A run that has written nothing yet, since its model was not found say, may still be changed.
-    Raises: PlanMismatch, JobError.
+
+def draft_run(config: JobConfig, store: Store) -> Plan:
+    """Plan a new run and write nothing, so that what is wrong with it leaves no trace."""
+    if foreign := written(store):
+        raise JobError(f"{store.uri}: holds {foreign[0]}, but no run; take an empty folder as output.uri")
+    return make_plan(config.prompts, config.output.shard_size)
+
+
+def open_run(config: JobConfig, store: Store, draft: Plan | None = None) -> Plan:
+    """Load the plan of the run that is in the output, or write down a new run; needs the lease.
+
+    The plan comes last and makes the run exist. Raises: PlanMismatch, JobError.
+    """
+    if plan := saved_plan(config, store):
+        return plan
+    plan = draft or draft_run(config, store)
+    if store.exists(PLAN):
+        store.delete(PLAN)  # of another job, which has made nothing
+    store.write(JOB, config.to_yaml().encode())
+    store.write(CARD, card(config, plan.num_prompts).encode())
+    try:
+        store.put_if_absent(PLAN, plan.to_parquet())
+    except AlreadyExists:
+        return open_run(config, store)  # the answer to our own write was lost
+    return plan
+
+
+def saved_plan(config: JobConfig, store: Store) -> Plan | None:
+    """Load the plan of the run that is in the output; None if there is no run.
+
+    A run that has written nothing yet, since its model was not found say, may still be changed: it does not count.
+    Raises: PlanMismatch.
     """
     try:
         saved = store.read(PLAN)
     except NotFound:
-        return start_run(config, store)
+        return None
     try:
         check_same_job(JobConfig.from_yaml(store.read(JOB).decode(), origin=store.url(JOB)), config)
         return Plan.from_parquet(saved, PromptSource(config.prompts).files())
     except PlanMismatch:
         if written(store):
             raise
-    store.delete(PLAN)
-    return start_run(config, store)
+    return None
 
 
-def start_run(config: JobConfig, store: Store) -> Plan:
-    """Plan a new run and write down what it is; the plan comes last and makes the run exist."""
-    if foreign := written(store):
-        raise JobError(f"{store.uri}: holds {foreign[0]}, but no run; take an empty folder as output.uri")
-    plan = make_plan(config.prompts, config.output.shard_size)
-    store.check_writable()
-    store.write(JOB, config.to_yaml().encode())
-    store.write(CARD, card(config, plan.num_prompts).encode())
-    try:
-        store.put_if_absent(PLAN, plan.to_parquet())
-    except AlreadyExists:
-        return open_run(config, store)  # another driver started in the same moment, or our answer was lost
-    return plan
+def reopen(config: JobConfig, plan: Plan, store: Store, *, retry_failed: bool) -> None:
+    """Take back the commits with failed rows, if they are to be tried again; finish what was being taken back."""
+    take_back = TakeBack(store, len(plan.shards), layout_for(config.output, plan.passthrough))
+    take_back.finish()
+    if retry_failed:
+        commits = Commits(store, len(plan.shards))
+        failed = [commit for commit in commits.read_all(sorted(commits.done())) if commit.num_failed]
+        num_rows = sum(commit.num_failed for commit in failed)
+        log.info("%s: %d failed images in %d shards are tried again", config.name, num_rows, len(failed))
+        take_back([commit.shard for commit in failed])
+
+
+def state_of(plan: Plan, store: Store) -> tuple[list[Shard], Progress]:
+    """Read which shards are left to do, and what the others came to."""
+    commits = Commits(store, len(plan.shards))
+    done = commits.done()
+    return remaining(plan, done), Progress(store, len(plan.shards), Totals.of(commits.read_all(sorted(done))))
+
+
+def render(engine: Engine, runner: Runner, todo: Sequence[Shard], stop: Stop, progress: Progress) -> None:
+    """Have every shard run. Raises: Interrupted after a stop that left some of them, and what engines raise."""
+    num_settled = 0
+    for result in engine.run(runner, todo, stop):
+        progress.add(result)
+        num_settled += 1
+    if stop.is_requested and num_settled < len(todo):
+        progress.report()
+        raise Interrupted(
+            f"{stop.reason}: {progress.totals.num_committed} of {progress.num_shards} shards are committed; "
+            "run the same command again"
+        )
 
 
 def written(store: Store) -> list[str]:
-    """List the data set's files in the output, of whatever origin."""
-    return store.list("train") or store.list("metadata")
+    """List pictures and metadata in the output, of whatever origin; those of unfinished shards included."""
+    return store.list("train") or store.list("metadata") or store.list(STAGING)
 
 
 def close_run(config: JobConfig, store: Store, progress: Progress) -> RunReport:
     """Write the report and, when every shard is committed, _SUCCESS as the last object of the run."""
-    report = RunReport(
+    report = report_of(config, store, progress)
+    if not store.exists(SUCCESS):
+        store.write(REPORT, report.to_json())
+        if report.is_complete:
+            Staging(store, progress.num_shards).clear()
+            store.write(SUCCESS, b"")
+    return report
+
+
+def report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport:
+    """Sum up a run and this invocation of it."""
+    return RunReport(
         name=config.name,
         output=store.uri,
         num_shards=progress.num_shards,
@@ -156,11 +238,6 @@ def close_run(config: JobConfig, store: Store, progress: Progress) -> RunReport:
         max_failed_ratio=config.failures.max_ratio,
         errors=tuple(progress.errors),
     )
-    if not store.exists(SUCCESS):
-        store.write(REPORT, report.to_json())
-        if report.is_complete:
-            store.write(SUCCESS, b"")
-    return report
 
 
 def load_pipeline(model: ModelConfig) -> ImagePipeline:
@@ -188,6 +265,9 @@ def ray_pool(config: JobConfig) -> Engine:
         num_gpus=workers.num_gpus,
         num_cpus=workers.num_cpus,
         max_attempts=config.failures.max_attempts,
+        hang_s=config.failures.hang_s,
+        drain_s=config.failures.drain_s,
+        outage_s=config.failures.outage_s,
     )
 
 

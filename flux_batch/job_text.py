@@ -1,41 +1,54 @@
-"""A job file as text: YAML in, single settings over it, secrets out; knows no setting."""
+"""A job file as text: YAML in, single settings over it; knows no setting."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from flux_batch.errors import JobError
 from flux_batch.records import ALIASES
 
-REDACTED = "(redacted)"
-# The storage options that carry no secret; every other value is redacted wherever a config is written down.
-PUBLIC_OPTIONS = frozenset(
-    {"anon", "client_kwargs", "endpoint_url", "profile", "region_name", "requester_pays", "use_ssl"}
-)
+# A merge of merges doubles with every line, and a few lines would fill any memory.
+MOST_MERGES, MOST_KEYS = 100, 10_000
+MERGE = "tag:yaml.org,2002:merge"
+
+
+class Loader(yaml.SafeLoader):
+    """The safe loader of PyYAML, with an end to merge keys."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Resolve the merge keys of a mapping. Raises: ConstructorError if they grow out of bounds."""
+        merged = [value for key, value in node.value if key.tag == MERGE]
+        num_merged = sum(len(value.value) if isinstance(value, yaml.SequenceNode) else 1 for value in merged)
+        if num_merged <= MOST_MERGES:
+            super().flatten_mapping(node)
+        if num_merged > MOST_MERGES or (merged and len(node.value) > MOST_KEYS):
+            raise ConstructorError(None, None, "too much is merged", node.start_mark)
 
 
 def load_yaml(text: str, origin: str) -> Any:
-    """Parse YAML; messages quote no line of it, since that may hold a secret."""
+    """Parse YAML. Messages quote nothing of it, nor does their traceback, since it may be a secret."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise JobError(f"{origin}: {line}not valid YAML: {error.problem}") from error
+        raise JobError(f"{origin}: {line}not valid YAML: {_unquoted(error.problem)}") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         # PyYAML lets through what Python says to `2026-13-01`, `!!int x` and the like.
-        raise JobError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise JobError(f"{origin}: not valid YAML: {_unquoted(error)}") from None
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one value of a tree, as `section.key=value` says; the value is YAML too."""
     path, separator, value = override.partition("=")
     if not separator or not path.strip():
-        raise JobError(f"--set {path}: must be section.key=value")
+        shown = re.match(r"[\w.]*", path.strip())
+        raise JobError(f"--set {shown[0] if shown else ''}: must be section.key=value")  # the rest may be a value
     *sections, key = path.strip().split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
@@ -51,16 +64,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
-def redact(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace every value that may be a secret; addresses lose their user and password."""
-    public: dict[str, Any] = {}
-    for key, value in options.items():
-        if key not in PUBLIC_OPTIONS:
-            public[key] = REDACTED
-        elif isinstance(value, Mapping):
-            public[key] = redact(value)
-        elif isinstance(value, str):
-            public[key] = re.sub("//[^/]*@", "//", value)
-        else:
-            public[key] = value
-    return public
+def _unquoted(reason: object) -> str:
+    """Leave out what a reason quotes, but for the signs of YAML themselves: an alias, a tag or a number may be more."""
+    return re.sub(r"(['\"])[^'\" ]{3,}\1", "...", " ".join(str(reason).split()))

@@ -26,6 +26,7 @@ from flux_batch.model.hub import (
     list_huggingface,
     list_modelscope,
 )
+from flux_batch.redaction import public_uri
 from flux_batch.storage.local_copy import (
     FOLDER_LOCK,
     fill_folder,
@@ -34,10 +35,10 @@ from flux_batch.storage.local_copy import (
     list_folder,
     local_copy,
     place_of,
-    public_uri,
     snapshot_in,
 )
-from flux_batch.storage.store import attempt, open_filesystem
+from flux_batch.storage.patience import attempt
+from flux_batch.storage.store import open_filesystem
 from flux_batch.storage.transfer import Listing, RemoteFile
 
 PathOrFolder = str | PathLike[str]

@@ -100,6 +100,24 @@ def count(data: bytes) -> tuple[int, int]:
     return table.num_rows, sum(table["num_rows"].to_pylist())
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a saved plan says by itself: the rows of each shard, and the types of the passthrough columns."""
+
+    num_rows: tuple[int, ...]
+    passthrough: pa.Schema
+
+    @classmethod
+    def from_parquet(cls, data: bytes) -> Outline:
+        """Read it without looking at the data set. Raises: ValueError if it is something else."""
+        try:
+            table = pq.read_table(io.BytesIO(data), columns=["num_rows"])
+            passthrough = base64.b64decode(table.schema.metadata[b"passthrough"])
+            return cls(tuple(table["num_rows"].to_pylist()), pa.ipc.read_schema(pa.py_buffer(passthrough)))
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"not a plan of this program ({error})") from error
+
+
 def make_plan(prompts: PromptsConfig, shard_size: int) -> Plan:
     """Cut the data set into shards of at most `shard_size` rows; a shard never spans two files.
 

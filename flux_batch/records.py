@@ -180,6 +180,20 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One try at a shard: what the engine knows of those before it.
+
+    `number` counts the tries, from 1; `lost` the workers that were lost while they made it, and `reason` says how the
+    last one was. `from_end` makes the last pictures first, since another worker makes the first ones now.
+    """
+
+    number: int = 1
+    lost: int = 0
+    reason: str = ""
+    from_end: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class InputImage:
     """The picture that an image starts from: where it is, or its bytes.
 

@@ -1,26 +1,43 @@
-"""A loopback proxy in front of an S3 server: counts what is asked of it, slows it down, takes it away."""
+"""A loopback proxy in front of an S3 server: counts what is asked of it, slows it down, takes it away, lies."""
 
 from __future__ import annotations
 
 import http.client
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+# S3's codes of the statuses that tests inject.
+CODES = {
+    400: "IncompleteBody",
+    404: "NoSuchUpload",
+    409: "ConditionalRequestConflict",
+    412: "PreconditionFailed",
+    500: "InternalError",
+    501: "NotImplemented",
+    503: "ServiceUnavailable",
+    507: "XMinioStorageFull",
+}
+
 
 @dataclass
 class Proxy:
-    """What came through; `is_down` closes every connection, `pause_s` is a wait before every 64 KiB of an answer."""
+    """What came through; `is_down` closes every connection, `pause_s` is a wait before every 64 KiB of an answer.
+
+    `fault` says what to do wrong with a request, by its method and path: None for nothing, a status to answer with
+    instead of asking the server, `lost` to do as asked and not to answer, `half` to send half of the answer.
+    """
 
     target: str
     endpoint_url: str = ""
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
     is_down: bool = False
     pause_s: float = 0.0
+    fault: Callable[[str, str], int | str | None] = lambda method, path: None
 
     def gets(self) -> list[tuple[str, str]]:
         """Return path and range of each read of an object; listings are not among them."""
@@ -43,10 +60,17 @@ class Handler(BaseHTTPRequestHandler):
         if proxy.is_down:
             self.close_connection = True
             return
+        fault = proxy.fault(self.command, self.path)
+        if isinstance(fault, int):
+            self.refuse(fault)
+            return
         connection = http.client.HTTPConnection(proxy.target.removeprefix("http://"), timeout=30)
         connection.request(self.command, self.path, body, dict(self.headers.items()))
         answer = connection.getresponse()
         data = answer.read()
+        if fault == "lost":
+            self.close_connection = True
+            return
         self.send_response(answer.status)
         length = answer.headers["Content-Length"] or str(len(data))
         for key, value in answer.headers.items():
@@ -54,9 +78,20 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(key, value)
         self.send_header("Content-Length", length)
         self.end_headers()
+        if fault == "half":
+            data, self.close_connection = data[: len(data) // 2], True
         for begin in range(0, len(data), 1 << 16):
             time.sleep(proxy.pause_s)
             self.wfile.write(data[begin : begin + (1 << 16)])
+
+    def refuse(self, status: int) -> None:
+        """Answer as S3 does, with no more than a code."""
+        body = b"" if self.command == "HEAD" else f"<Error><Code>{CODES[status]}</Code></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
 

@@ -1,23 +1,23 @@
-"""A driver to kill: runs a job file with the fake pipeline in a process of its own.
+"""A driver to kill, stop and pause: `flux-batch run` with the fake pipeline, in a process of its own.
 
-python drive.py JOB.yaml ENGINE, where ENGINE is `local` or `ray`.
+python drive.py JOB.yaml ENGINE [SECTION.KEY=VALUE ...], where ENGINE is `local` or `ray`.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
+from functools import partial
 
 from fakes import make_fake_pipeline
+from flux_batch import cli, job
 from flux_batch.engine.local import LocalEngine
-from flux_batch.job import load_job, run
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    path, engine = sys.argv[1:]
-    report = run(load_job(path), engine=LocalEngine() if engine == "local" else None, make_pipeline=make_fake_pipeline)
-    return report.exit_code
+    path, engine, *settings = sys.argv[1:]
+    local = LocalEngine() if engine == "local" else None
+    job.run = partial(job.run, engine=local, make_pipeline=make_fake_pipeline)  # type: ignore[assignment]
+    return cli.main(["run", path, *(word for setting in settings for word in ("--set", setting))])
 
 
 if __name__ == "__main__":

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import sys
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from flux_batch.engine.protocol import Work
-from flux_batch.errors import CheckpointError, DeviceFatal, StoreError, StoreRefused
-from flux_batch.records import Shard, ShardResult
+from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, Stopped, StoreError, StoreRefused
+from flux_batch.pulse import Pulse
+from flux_batch.records import Attempt, Shard, ShardResult
+
+STEP_S = 0.05
 
 
 def make_shards(count: int) -> list[Shard]:
@@ -24,33 +32,87 @@ def tries(folder: Path, shard: Shard) -> int:
     return path.stat().st_size
 
 
+def attempts(folder: Path, index: int) -> list[dict[str, Any]]:
+    """Read what was known at each try of a shard, where it was, and how it ended."""
+    return [json.loads(line) for line in (folder / f"{index}.log").read_text().splitlines()]
+
+
 @dataclass(frozen=True)
 class Runner:
-    """Each named shard misbehaves at its first `times` tries."""
+    """Each named shard misbehaves at its first `times` tries; `slow` ones take `slow_s`, with signs of life."""
 
     folder: Path
     raises: tuple[int, ...] = ()
     dies: tuple[int, ...] = ()
     loses_device: tuple[int, ...] = ()
     is_refused: tuple[int, ...] = ()
+    meets_outage: tuple[int, ...] = ()
+    hangs: tuple[int, ...] = ()
+    freezes: tuple[int, ...] = ()
+    slow: tuple[int, ...] = ()
     times: int = 1
     seconds: float = 0.0
+    slow_s: float = 0.0
 
     def open(self) -> Work:
-        return self.work
+        return Toil(self)
 
-    def work(self, shard: Shard) -> ShardResult:
-        is_early = tries(self.folder, shard) <= self.times
-        time.sleep(self.seconds)
-        if is_early and shard.index in self.raises:
-            raise StoreError(f"shard {shard.index}: the store is moody")
-        if is_early and shard.index in self.dies:
-            os._exit(1)
-        if is_early and shard.index in self.loses_device:
-            raise DeviceFatal("an illegal memory access was encountered")
-        if shard.index in self.is_refused:
+
+class Toil:
+    """The work of a Runner: small steps, each a sign of life, with an ear for a request to stop."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._pulse = Pulse()
+        self._stopping = threading.Event()
+
+    def __call__(self, shard: Shard, attempt: Attempt) -> ShardResult:
+        runner = self._runner
+        number = tries(runner.folder, shard)
+        self._log(shard, attempt, "begun")
+        is_early = number <= runner.times
+        with self._pulse.at_work():
+            until = time.monotonic() + (runner.slow_s if is_early and shard.index in runner.slow else runner.seconds)
+            while (left := until - time.monotonic()) > 0:
+                time.sleep(min(STEP_S, left))
+                self._pulse.beat()
+                if self._stopping.is_set():
+                    self._log(shard, attempt, "stopped")
+                    raise Stopped(f"shard {shard.index}: put aside")
+            if is_early:
+                self._misbehave(shard)
+        if shard.index in runner.is_refused:
             raise StoreRefused("s3://bucket: no permission")
+        self._log(shard, attempt, "done")
         return ShardResult(shard=shard.index, worker=str(os.getpid()), num_images=1)
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def quiet_s(self) -> float:
+        return self._pulse.quiet_s()
+
+    def _misbehave(self, shard: Shard) -> None:
+        runner = self._runner
+        if shard.index in runner.raises:
+            raise FluxBatchError(f"shard {shard.index}: the worker is moody")
+        if shard.index in runner.meets_outage:
+            raise StoreError("s3://bucket: 503")
+        if shard.index in runner.dies:
+            os._exit(1)
+        if shard.index in runner.loses_device:
+            raise DeviceFatal("an illegal memory access was encountered")
+        if shard.index in runner.hangs:
+            time.sleep(600)
+        if shard.index in runner.freezes:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _log(self, shard: Shard, attempt: Attempt, what: str) -> None:
+        ray = sys.modules.get("ray")
+        node = ray.get_runtime_context().get_node_id() if ray and ray.is_initialized() else ""
+        line = asdict(attempt) | {"what": what, "pid": os.getpid(), "node": node, "at": time.time()}
+        with (self._runner.folder / f"{shard.index}.log").open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 @dataclass(frozen=True)
@@ -64,4 +126,8 @@ class BrokenStart:
             raise CheckpointError("model.safetensors: key img_in.weight is missing")
         if self.how == "stranger":
             raise ZeroDivisionError("one by nothing")
+        if self.how == "device":
+            raise DeviceFatal("no CUDA-capable device is detected")
+        if self.how == "outage":
+            raise StoreError("s3://models: 503")
         os._exit(1)

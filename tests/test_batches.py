@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from flux_batch.batches import Item, batches, with_pictures
+from flux_batch.batches import READ_AHEAD, InputPictures, Item, ReadPicture, batches
 from flux_batch.errors import RowError, StoreError
 from flux_batch.records import ImageRequest, InputImage, SamplingParams
 
@@ -18,6 +19,13 @@ def item(row: int = 0, image: str = "", **sampling: Any) -> Item:
     start = InputImage(name=image, uri=image) if image else None
     params = SamplingParams(**sampling)
     return Item(ImageRequest(row=row, id="x", prompt="p", sampling=params, seeds=(1,), input_image=start), 0)
+
+
+def with_pictures(todo: Sequence[list[Item]], readers: Executor, read: ReadPicture) -> Iterator[list[Item]]:
+    """Go through batches as a worker does."""
+    pictures = InputPictures(readers, read)
+    for number, batch in enumerate(todo):
+        yield pictures.join(batch, todo[number + 1 : number + 1 + READ_AHEAD])
 
 
 @pytest.mark.parametrize(

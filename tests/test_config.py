@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import traceback
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 
 from flux_batch.config import JobConfig, PromptsConfig
 from flux_batch.errors import JobError
-from flux_batch.job_text import REDACTED
 from flux_batch.records import ALIASES, SAMPLING_FIELDS
+from flux_batch.redaction import REDACTED
 
 MINIMAL = "prompts: {uri: p.parquet}\noutput: {uri: out}\nmodel: {uri: demo}\n"
 FULL = """
@@ -290,7 +291,42 @@ def test_secrets_show_in_no_message(text: str) -> None:
     assert "hush" not in refusal(text)
 
 
-@pytest.mark.parametrize("override", ["prompts.storage_options.secret=[hush", "prompts.storage_options=hush"])
+@pytest.mark.parametrize("path", ["prompts.uri", "prompts.input_image_root", "output.uri", "model.uri"])
+def test_a_password_in_an_address_is_refused(path: str) -> None:
+    message = refusal(MINIMAL, f"{path}=s3://key:hush@bucket/x")
+    section = path.partition(".")[0]
+    assert f"{path} holds a user name or password" in message
+    assert f"use {section}.storage_options" in message
+    assert "hush" not in message
+
+
+def test_the_query_of_an_address_is_used_and_written_nowhere() -> None:
+    text = """
+        prompts: {uri: 'https://h/p.csv?sig=hush', input_image_root: 'https://h/x?sig=hush', allow_http: true}
+        output: {uri: 'https://h/out?sig=hush'}
+        model: {uri: 'https://h/m.safetensors?sig=hush', loras: [{uri: 'https://h/7?token=hush'}]}
+        sampling: {input_image: 'https://h/a.png?sig=hush'}
+    """
+    job = parse(text)
+    assert job.prompts.uri == ("https://h/p.csv?sig=hush",)
+    assert job.model.loras[0].uri == "https://h/7?token=hush"
+    for written in (job.to_yaml(), repr(job), str(job), str(job.identity())):
+        assert "hush" not in written
+    assert JobConfig.from_yaml(job.to_yaml()).identity() == job.identity()
+    assert parse(text.replace("hush", "another")).identity() == job.identity()
+
+
+def test_no_traceback_shows_what_was_wrong() -> None:
+    override = "prompts.storage_options=hush"  # a traceback quotes the line of the call
+    with pytest.raises(JobError) as caught:
+        parse(MINIMAL, override)
+    assert "hush" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["prompts.storage_options.secret=[hush", "prompts.storage_options=hush", "prompts.storage_options.secret:hush"],
+)
 def test_secrets_of_overrides_show_in_no_message(override: str) -> None:
     assert "hush" not in refusal(MINIMAL, override)
 

@@ -16,10 +16,12 @@ from fakes import FakePipeline, fake_picture
 from flux_batch import FluxImagePipeline
 from flux_batch.config import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
-from flux_batch.errors import CheckpointError, PlanMismatch
+from flux_batch.errors import CheckpointError, Interrupted, PlanMismatch
 from flux_batch.job import located, run
+from flux_batch.report.status import read_status
 from flux_batch.report.summary import RunReport
 from flux_batch.storage.images import read_provenance
+from flux_batch.storage.store import Store
 from job_files import data_files, make_job, metadata
 from lora_files import random_factors, write_lora
 from tiny_flux import TinyFlux, make_tiny_repository
@@ -29,9 +31,11 @@ DETAIL = {"uri": "s3://bucket/detail.safetensors"}
 STYLE_PAIR, DETAIL_PAIR = ("/loras/style.safetensors", 0.8), ("s3://bucket/detail.safetensors", 1.0)
 
 
-def render(config: JobConfig, pipeline: FakePipeline | None = None) -> tuple[RunReport, FakePipeline]:
+def render(
+    config: JobConfig, pipeline: FakePipeline | None = None, engine: LocalEngine | None = None
+) -> tuple[RunReport, FakePipeline]:
     made = pipeline or FakePipeline()
-    return run(config, engine=LocalEngine(), make_pipeline=lambda model: made), made
+    return run(config, engine=engine or LocalEngine(), make_pipeline=lambda model: made), made
 
 
 def test_rows_without_a_lora_have_all_of_the_job(tmp_path: Path) -> None:
@@ -136,10 +140,10 @@ def test_a_lora_of_the_job_that_cannot_be_read_ends_the_run(tmp_path: Path) -> N
 def test_a_storage_that_is_away_costs_no_rows(tmp_path: Path) -> None:
     config = make_job(tmp_path, [{"prompt": "x", "lora": "s3://away/x.safetensors"}])
 
-    report, _ = render(config)
+    with pytest.raises(Interrupted, match="the store is away"):
+        render(config, engine=LocalEngine(outage_s=0.02, rest_s=0.01))
 
-    assert (report.num_committed, report.num_images) == (0, 0)
-    assert "the store is away" in report.errors[0]
+    assert read_status(Store(config.output.uri))["num_images"] == 0
 
 
 def test_loras_are_of_the_identity_of_a_run(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from counting_proxy import counting_proxy
 from flux_batch import FluxImagePipeline, ModelManager, download_models
 from flux_batch.errors import CheckpointError, StoreError, StoreRefused
 from flux_batch.model_source import kind_of, local_model, local_path, located
-from flux_batch.storage import store, transfer
+from flux_batch.storage import patience, transfer
 from hub_server import COMMIT, TOKEN, Hub
 from s3 import S3Server
 from tiny_flux import make_tiny_repository
@@ -34,7 +34,7 @@ SMALL = {"height": 32, "width": 32, "num_inference_steps": 1, "seed": 1, "output
 def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(transfer, "CHUNK_BYTES", 65_536)
-    monkeypatch.setattr(store, "ATTEMPTS", 2)
+    monkeypatch.setattr(patience, "ATTEMPTS", 2)
     monkeypatch.chdir(tmp_path)
 
 

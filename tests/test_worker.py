@@ -18,6 +18,7 @@ from PIL import Image
 
 import flux_batch.worker as worker_module
 from fakes import FakePipeline, fake_picture, make_fake_pipeline
+from flux_batch.batches import Item, batches
 from flux_batch.config import JobConfig
 from flux_batch.errors import DeviceFatal, OutOfMemory
 from flux_batch.plan import Plan, make_plan
@@ -25,7 +26,7 @@ from flux_batch.records import ImageRequest, SamplingParams, Shard, ShardResult
 from flux_batch.storage.images import read_provenance
 from flux_batch.storage.input_images import load_picture
 from flux_batch.storage.store import Store
-from flux_batch.worker import Item, Worker, WorkerRecipe, batches
+from flux_batch.worker import Worker, WorkerRecipe
 
 FORMATS = ["webdataset", "files", "parquet"]
 HOSTILE = [

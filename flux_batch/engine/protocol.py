@@ -1,20 +1,46 @@
-"""The two nouns of this folder: a runner, which is what to do, and an engine, which is where to do it.
+"""The three nouns of this folder: a runner, which is what to do; its work, which does it; an engine, where it is done.
 
 Any program with picklable units of work can use an engine; nothing here knows what a shard holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
 
-from flux_batch.errors import CheckpointError, FluxBatchError, JobError, StoreRefused
-from flux_batch.records import Shard, ShardResult
+from flux_batch.engine.stop import Stop
+from flux_batch.errors import (
+    AlreadyExists,
+    CheckpointError,
+    DeviceFatal,
+    FluxBatchError,
+    JobError,
+    NotFound,
+    Stopped,
+    StoreError,
+    StoreRefused,
+)
+from flux_batch.records import Attempt, Shard, ShardResult
 
-Work = Callable[[Shard], ShardResult]
+# What an error asks an engine to do: end the run; leave the process; take the shard back, which was only put aside;
+# wait for the storage; try again, but not for ever.
+Kind = Literal["fatal", "lost", "stopped", "outage", "failed"]
 
-# Errors that every worker would meet again: the run ends with the first one.
-FATAL = (JobError, CheckpointError, StoreRefused)
+
+class Work(Protocol):
+    """A worker that is ready: called with one shard after the other. The other methods may come from other threads."""
+
+    def __call__(self, shard: Shard, attempt: Attempt) -> ShardResult:
+        """Run one shard. Raises: Stopped after `stop`."""
+        ...
+
+    def stop(self) -> None:
+        """Put the shard in hand aside as soon as nothing is lost by it, and take no other; returns at once."""
+        ...
+
+    def quiet_s(self) -> float:
+        """Tell how long ago the last sign of progress was, in seconds; 0 while there is no shard in hand."""
+        ...
 
 
 class Runner(Protocol):
@@ -28,12 +54,31 @@ class Runner(Protocol):
 class Engine(Protocol):
     """A place where shards run."""
 
-    def run(self, runner: Runner, shards: Sequence[Shard]) -> Iterator[ShardResult]:
+    def run(self, runner: Runner, shards: Sequence[Shard], stop: Stop) -> Iterator[ShardResult]:
         """Run every shard and yield a result for each, in any order; `error` is set on those given up.
 
-        Raises: the error of a worker that could not start, or that no other worker could do better.
+        Once `stop` is requested no shard is begun, and the iterator ends when those that run are finished or put
+        aside: shards without a result are left for the next run.
+        Raises: the error of a worker that could not start, or that no other worker could do better; Interrupted when
+        the storage has failed for too long.
         """
         ...
+
+
+def kind_of(error: BaseException) -> Kind:
+    """Tell what an error asks an engine to do."""
+    match error:
+        case JobError() | CheckpointError() | StoreRefused():  # every worker would meet it again
+            return "fatal"
+        case DeviceFatal():
+            return "lost"
+        case Stopped():
+            return "stopped"
+        case NotFound() | AlreadyExists():
+            return "failed"
+        case StoreError():
+            return "outage"
+    return "failed"
 
 
 def describe(error: BaseException) -> str:

@@ -7,17 +7,33 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
-from flux_batch.engine.protocol import FATAL, Runner, Work, describe
-from flux_batch.errors import DeviceFatal, FluxBatchError
-from flux_batch.records import Shard, ShardResult
+import ray
+
+from flux_batch.engine.protocol import Kind, Runner, Work, describe, kind_of
+from flux_batch.errors import FluxBatchError
+from flux_batch.records import Attempt, Shard, ShardResult
 
 log = logging.getLogger(__name__)
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+# The concurrency group whose methods are served while the work is done.
+WATCH = "watch"
 # sysexits.h EX_SOFTWARE; any code will do, os._exit is what makes Ray treat it as a lost process.
 DEVICE_FATAL_EXIT = 70
+# A process whose device is lost says so and is killed by the driver; it leaves by itself if that does not happen.
+LEAVE_S = 5.0
+
+
+def watched(method: Method) -> Method:
+    """Have a method of the actor served while the work is done."""
+    return cast(Method, ray.method(concurrency_group=WATCH)(method))
 
 
 @dataclass(frozen=True)
@@ -26,12 +42,12 @@ class Failure:
 
     message: str
     details: str  # the traceback, for logs and --debug
-    is_fatal: bool
+    kind: Kind
     error: FluxBatchError | None  # our own error, to be raised again in the driver
 
 
 class RayWorker:
-    """The actor: one runner, opened once, one shard at a time."""
+    """The actor: one runner, opened once, one shard at a time; needs the concurrency group WATCH."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -45,22 +61,41 @@ class RayWorker:
             return _failure(error)
         return None
 
-    def run(self, shard: Shard) -> ShardResult | Failure:
+    def run(self, shard: Shard, attempt: Attempt) -> ShardResult | Failure:
         """Run one shard."""
         assert self._work is not None
         try:
-            return self._work(shard)
-        except DeviceFatal:
-            log.exception("the device is lost: leaving the process")
-            os._exit(DEVICE_FATAL_EXIT)
+            return self._work(shard, attempt)
         except Exception as error:
             return _failure(error)
 
+    @watched
+    def node_id(self) -> str:
+        """Tell on which node this process is."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    @watched
+    def quiet_s(self) -> float:
+        """Tell how long ago the last sign of progress was; to answer at all is a sign of life."""
+        return self._work.quiet_s() if self._work else 0.0
+
+    @watched
+    def stop(self) -> None:
+        """Have the shard in hand put aside."""
+        if self._work:
+            self._work.stop()
+
 
 def _failure(error: Exception) -> Failure:
+    kind = kind_of(error)
+    if kind == "lost":
+        log.error("the device is lost, and this process with it: %s", error)
+        leave = threading.Timer(LEAVE_S, os._exit, [DEVICE_FATAL_EXIT])
+        leave.daemon = True
+        leave.start()
     return Failure(
         message=describe(error),
         details=traceback.format_exc(),
-        is_fatal=isinstance(error, FATAL),
+        kind=kind,
         error=error if isinstance(error, FluxBatchError) else None,
     )

@@ -1,19 +1,13 @@
 """The engine on a Ray cluster: a pool of actors that the driver owns, one shard in flight on each.
 
-Decides where shards run; does not know what they are. A lost worker costs its shard one attempt; the shard goes to
-another worker and the pool replaces the process. Ray's own retries are off, since they would pin a shard to its actor.
+Decides where shards run; does not know what they are. A worker that is lost gives its shard to another one, and the
+pool replaces the process. Ray's own retries are off, since they would pin a shard to its actor.
 """
 
 from __future__ import annotations
 
-import glob
 import logging
-import os
-import signal
-import socket
-import threading
 import time
-from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,213 +15,274 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from flux_batch.engine.outage import FIRST_REST_S, Outage, Rest
 from flux_batch.engine.protocol import Runner
-from flux_batch.engine.ray_actor import Failure, RayWorker
-from flux_batch.errors import Interrupted, RunIncomplete
+from flux_batch.engine.ray_actor import Failure
+from flux_batch.engine.ray_cluster import await_cluster, connect, gcs_address, why_unreachable
+from flux_batch.engine.ray_member import Member, actor_class, hire, wait
+from flux_batch.engine.ray_nodes import Nodes
+from flux_batch.engine.shard_queue import ShardQueue
+from flux_batch.engine.stop import Stop
+from flux_batch.errors import RunIncomplete
 from flux_batch.records import Shard, ShardResult
 
 log = logging.getLogger(__name__)
 
-# How long one wait for answers lasts: the pulse of the log lines about missing workers.
-PULSE_S = 5.0
+# How long one wait for answers lasts: how soon a request to stop is seen.
+PULSE_S = 0.5
+# How often to look after workers, nodes and the cluster; a spot notice gives 30 s at the least.
+LOOK_S = 2.0
 # Say so when workers that were asked for do not come: after this long, and then again.
 PATIENCE_S = 30.0
-# How long to wait for the TCP answer of a cluster that others have started.
-REACHABLE_S = 10.0
-# How long a cluster that stopped answering may take to come back.
-LOST_S = 30.0
+# Of how many workers one may wait at the end for a shard that takes too long elsewhere.
+WORKERS_PER_SPARE = 20
 
 
 @dataclass(frozen=True)
 class RayPool:
-    """Runs shards on up to `max_workers` actors, started as long as there is work for them."""
+    """Runs shards on up to `max_workers` actors, started as long as there is work for them.
+
+    `hang_s` without a sign of life ends a worker; `drain_s` is what workers have to put their shards aside; `outage_s`
+    how long storage may fail. At the end, an idle worker also begins a shard that another one has had for `slow_factor`
+    times the usual, and for `slow_s` seconds.
+    """
 
     max_workers: int
     min_workers: int = 1
     num_gpus: float = 1
     num_cpus: float = 1
     max_attempts: int = 3
+    hang_s: float = 900
+    drain_s: float = 25
+    outage_s: float = 1800
+    rest_s: float = FIRST_REST_S
+    slow_factor: float = 2
+    slow_s: float = 30
 
-    def run(self, runner: Runner, shards: Sequence[Shard]) -> Iterator[ShardResult]:
+    def run(self, runner: Runner, shards: Sequence[Shard], stop: Stop | None = None) -> Iterator[ShardResult]:
         """Join the cluster of RAY_ADDRESS, or start one on this machine, and run every shard."""
+        stop = stop or Stop()
+        if stop.is_requested:
+            return
         connect(self.max_workers, self.num_gpus)
-        pool = _Pool(self, ray.put(runner), deque(shards), ray.get_runtime_context().gcs_address)
+        pool = _Pool(self, ray.put(runner), ShardQueue(shards, self.max_attempts), stop, gcs_address(), Nodes())
         try:
             yield from pool.results()
         finally:
             if why_unreachable(pool.gcs_address) is None:
-                pool.stop()
-
-
-def connect(max_workers: int, num_gpus: float) -> None:
-    """Connect to Ray unless this process already is; a local cluster on a machine without GPUs gets logical ones.
-
-    Raises: Interrupted if no cluster answers at RAY_ADDRESS.
-    """
-    if ray.is_initialized():
-        return
-    options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-    if address := os.environ.get("RAY_ADDRESS"):
-        check_reachable(address)
-    else:
-        options |= {"address": "local", "include_dashboard": False}
-        if not glob.glob("/dev/nvidia[0-9]*"):
-            options["num_gpus"] = max_workers * num_gpus
-    handler = signal.getsignal(signal.SIGTERM)
-    ray.init(**options)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # ray.init takes the signal over; it is the program's to handle
-
-
-def check_reachable(address: str) -> None:
-    """Raise Interrupted unless something listens at a HOST:PORT address; Ray itself would try for many minutes."""
-    if reason := why_unreachable(address):
-        raise Interrupted(
-            f"RAY_ADDRESS = {address}: no Ray cluster answers there ({reason}); start it, or unset RAY_ADDRESS "
-            "to start one on this machine"
-        )
-
-
-def why_unreachable(address: str) -> str | None:
-    """Say why nothing listens at a HOST:PORT address; None if something does, or if it is of another kind."""
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal() or "/" in host:  # `auto` or ray://, which answer for themselves
-        return None
-    try:
-        socket.create_connection((host, int(port)), timeout=REACHABLE_S).close()
-    except OSError as error:
-        return str(error)
-    return None
+                pool.end()
 
 
 @dataclass
 class _Pool:
-    """The state of one run: which actors exist and what each is doing."""
+    """The state of one run: which workers exist and what each is doing."""
 
     options: RayPool
     runner: Any  # ObjectRef of the runner, stored once for all actors
-    queue: deque[Shard]
+    queue: ShardQueue
+    stop: Stop
     gcs_address: str
-    starting: dict[Any, Any] = field(default_factory=dict)  # open() call -> actor
-    running: dict[Any, tuple[Any, Shard]] = field(default_factory=dict)  # run() call -> actor, shard
-    idle: list[Any] = field(default_factory=list)
-    attempts: Counter[int] = field(default_factory=Counter)
+    nodes: Nodes
+    members: list[Member] = field(default_factory=list)
+    has_started: bool = False
     failed_starts: int = 0
     last_start: float = field(default_factory=time.monotonic)
+    last_look: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.actor_class = actor_class(self.options.num_gpus, self.options.num_cpus)
+        self.outage = Outage(self.options.outage_s)
+        self.rest = Rest(self.options.rest_s)  # of the pool, from starting workers
 
     def results(self) -> Iterator[ShardResult]:
-        """Turn the crank until every shard has its result."""
-        while self.queue or self.running:
-            self._start_workers()
+        """Turn the crank until every shard has its result, or somebody asks to stop; then see the workers off."""
+        while not self.queue.is_settled and not self.stop.is_requested:
+            self._hire()
+            self._let_go()
             self._dispatch()
-            answered, _ = ray.wait([*self.starting, *self.running], timeout=PULSE_S)
-            for call in answered:
-                if call in self.starting:
-                    self._settle_start(call)
-                else:
-                    yield from self._settle_run(call)
-            if not answered:
-                self._await_cluster()
+            yield from self._turn()
             self._report_missing_workers()
+        for member in list(self.members):
+            if member.task:
+                member.halt()
+            else:
+                self._remove(member)
+        deadline = time.monotonic() + self.options.drain_s
+        while self._busy() and time.monotonic() < deadline:
+            yield from self._turn()
 
-    def stop(self) -> None:
-        """End every actor."""
-        for actor in [*self.starting.values(), *(actor for actor, _ in self.running.values()), *self.idle]:
-            ray.kill(actor)
+    def end(self) -> None:
+        """End every worker."""
+        for member in self.members:
+            member.kill()
 
-    def _start_workers(self) -> None:
-        """Ask for as many actors as there is work for; those that find no room yet tell the autoscaler to make some."""
-        wanted = min(self.options.max_workers, len(self.queue) + len(self.running))
-        while len(self.starting) + len(self.running) + len(self.idle) < wanted:
-            actor = (
-                ray.remote(RayWorker)
-                .options(
-                    num_gpus=self.options.num_gpus,
-                    num_cpus=self.options.num_cpus,
-                    max_restarts=0,
-                    max_task_retries=0,
-                    # Task events of a long run would fill the memory of the cluster's head.
-                    enable_task_events=False,
-                )
-                .remote(self.runner)
-            )
-            self.starting[actor.open.remote()] = actor
+    def _busy(self) -> list[Member]:
+        return [member for member in self.members if member.task]
+
+    def _hire(self) -> None:
+        """Have as many workers as there is work for."""
+        staying = [member for member in self.members if not member.is_leaving]
+        num_busy = sum(member.task is not None for member in staying)
+        wanted = min(self.options.max_workers, self.queue.num_waiting + num_busy)
+        if self.rest.is_over:
+            for _ in range(wanted - len(staying)):
+                self.members.append(hire(self.actor_class, self.runner, Rest(self.options.rest_s)))
+
+    def _let_go(self) -> None:
+        """End workers for which nothing is left, so that their nodes can go, but for a few that may help the others."""
+        if self.queue.num_waiting:
+            return
+        idle = [member for member in self.members if member.task is None]
+        idle.sort(key=lambda member: member.is_up, reverse=True)
+        num_spare = min(-(-self.options.max_workers // WORKERS_PER_SPARE), self.queue.num_alone)
+        for member in idle[num_spare:]:
+            self._remove(member)
 
     def _dispatch(self) -> None:
-        while self.idle and self.queue:
-            actor, shard = self.idle.pop(), self.queue.popleft()
-            self.running[actor.run.remote(shard)] = (actor, shard)
+        for member in self.members:
+            if member.is_idle:
+                task = self.queue.next() or self.queue.second(self.options.slow_factor, self.options.slow_s)
+                if task is None:
+                    return
+                member.give(task, time.monotonic())
 
-    def _settle_start(self, call: Any) -> None:
-        """Take a worker that is up into the pool; one that cannot load its work ends the run with the reason."""
-        actor = self.starting.pop(call)
-        try:
-            failure: Failure | None = ray.get(call)
-        except RayError as error:
-            self._await_cluster()
-            self.failed_starts += 1
-            log.warning("a worker was lost while it started: %s", _first_line(error))
-            if self.failed_starts > self.options.max_attempts:
-                raise RunIncomplete(
-                    f"{self.failed_starts} workers in a row died while they started; the last: {_first_line(error)}"
-                ) from error
-            return
-        if failure is not None:
-            log.debug("%s", failure.details)
-            raise failure.error or RunIncomplete(f"a worker could not start: {failure.message}")
-        self.failed_starts = 0
-        self.last_start = time.monotonic()
-        self.idle.append(actor)
-        log.info("%d worker(s) up", len(self.idle) + len(self.running))
+    def _turn(self) -> Iterator[ShardResult]:
+        """Wait a little for answers and settle them; look after everybody now and then."""
+        answered = wait(self.members, PULSE_S)
+        for member in answered:
+            yield from self._settle(member)
+        if not answered and not any(member.call for member in self.members):
+            time.sleep(PULSE_S)  # all rest
+        yield from self._look()
 
-    def _settle_run(self, call: Any) -> Iterator[ShardResult]:
-        """Yield the result of a shard, or put it back into the queue."""
-        actor, shard = self.running.pop(call)
+    def _settle(self, member: Member) -> Iterator[ShardResult]:
+        """Take the answer of a worker, or its loss."""
+        call, member.call = member.call, None
         try:
-            outcome: ShardResult | Failure = ray.get(call)
+            outcome: ShardResult | Failure | None = ray.get(call)
         except RayError as error:
-            self._await_cluster()
-            ray.kill(actor)  # it may live on, cut off from us: its shard goes elsewhere
             reason = "its worker died" if isinstance(error, RayActorError) else _first_line(error)
-            yield from self._retry(shard, reason)
+            yield from self._lose(member, reason, error)
             return
-        self.idle.append(actor)
+        if isinstance(outcome, Failure):
+            log.debug("%s", outcome.details)
+            if outcome.kind == "fatal" and outcome.error:
+                raise outcome.error
+        if not member.is_up:
+            self._settle_start(member, outcome)
+            return
+        yield from self._settle_task(member, outcome)
+        if member.is_leaving and member in self.members:
+            self._remove(member)
+
+    def _settle_start(self, member: Member, outcome: Any) -> None:
+        """Take a worker that is up into the pool; what none could do from the beginning ends the run."""
+        if outcome is None:
+            member.is_up = self.has_started = True
+            self.failed_starts = 0
+            self.last_start = time.monotonic()
+            log.info("%d worker(s) up", sum(member.is_up for member in self.members))
+            return
+        self._remove(member)
+        if outcome.kind == "outage":
+            self.outage.meet("a worker could not start", outcome.message)
+            self.rest.begin()
+        elif outcome.kind == "lost" or self.has_started:  # this node may be to blame
+            self._count_failed_start(outcome.message)
+        else:
+            raise outcome.error or RunIncomplete(f"a worker could not start: {outcome.message}")
+
+    def _settle_task(self, member: Member, outcome: Any) -> Iterator[ShardResult]:
+        """Yield the result of a shard, or let it be tried again."""
+        task, member.task = member.task, None
+        assert task is not None
+        given_up = None
         if isinstance(outcome, ShardResult):
-            yield outcome
+            self.outage.end()
+            self.rest.reset()
+            member.rest.reset()
+            in_vain = self.queue.done(task)
+            for other in self.members:
+                if in_vain and other.task in in_vain:
+                    other.halt()
+            if in_vain is not None:
+                yield outcome
+        elif outcome.kind == "stopped":
+            self.queue.put_aside(task)
+            member.is_leaving = True
+        elif outcome.kind == "outage":
+            self.queue.put_aside(task)
+            self.outage.meet(f"shard {task.shard.index}", outcome.message)
+            member.rest.begin()
+        elif outcome.kind == "lost":
+            self._remove(member)
+            given_up = self.queue.lost(task, outcome.message)
+        else:
+            given_up = self.queue.failed(task, outcome.message)
+        if given_up:
+            yield given_up
+
+    def _lose(self, member: Member, reason: str, error: BaseException | None) -> Iterator[ShardResult]:
+        """Replace a worker that is gone, or good for nothing; the shard pays for it only if its node did not leave."""
+        await_cluster(self.gcs_address)
+        member.find()
+        self._remove(member)  # it may live on, cut off from us
+        with_node = self.nodes.took(member.node, error)
+        if with_node:
+            log.warning("a worker left with its node%s", f" {member.node[:8]}" if member.node else "")
+        if member.task is None:
+            if not with_node:
+                self._count_failed_start(_first_line(error) if error else reason)
+        elif with_node:
+            self.queue.put_aside(member.task)
+        elif given_up := self.queue.lost(member.task, reason):
+            yield given_up
+
+    def _count_failed_start(self, reason: str) -> None:
+        self.failed_starts += 1
+        log.warning("a worker was lost while it started: %s", reason)
+        if self.failed_starts > self.options.max_attempts:
+            raise RunIncomplete(f"{self.failed_starts} workers in a row died while they started; the last: {reason}")
+
+    def _remove(self, member: Member) -> None:
+        member.kill()
+        self.members.remove(member)
+
+    def _look(self) -> Iterator[ShardResult]:
+        """See which nodes leave, who hangs, and whether the cluster is still there."""
+        now = time.monotonic()
+        away, look_s = now - self.last_look, min(LOOK_S, self.options.hang_s / 4)
+        if away < look_s:
             return
-        log.debug("%s", outcome.details)
-        if outcome.is_fatal and outcome.error is not None:
-            raise outcome.error
-        yield from self._retry(shard, outcome.message)
+        await_cluster(self.gcs_address)
+        self.last_look = now
+        self.nodes.look()
+        if self.nodes.here in self.nodes.leaving:
+            self.stop.request("the node of the driver is about to leave")
+        for member in list(self.members):
+            member.find()
+            if member.node in self.nodes.leaving:
+                self._send_away(member)
+            if member.task is None:
+                continue
+            if away > 10 * look_s:
+                member.forgive(now)
+            elif silence := member.silence(now, self.options.hang_s):
+                yield from self._lose(member, silence, None)
 
-    def _retry(self, shard: Shard, reason: str) -> Iterator[ShardResult]:
-        self.attempts[shard.index] += 1
-        attempt = self.attempts[shard.index]
-        if attempt >= self.options.max_attempts:
-            yield ShardResult(shard=shard.index, error=f"{reason} (attempt {attempt})")
-            return
-        log.warning(
-            "shard %d: %s; attempt %d of %d follows", shard.index, reason, attempt + 1, self.options.max_attempts
-        )
-        self.queue.append(shard)
-
-    def _await_cluster(self) -> None:
-        """Wait while the cluster is away. Raises: Interrupted if it stays away.
-
-        Calls of Ray would block, and after a minute Ray ends this process without a word to its user.
-        """
-        deadline = time.monotonic() + LOST_S
-        while reason := why_unreachable(self.gcs_address):
-            if time.monotonic() > deadline:
-                raise Interrupted(
-                    f"the Ray cluster at {self.gcs_address} is gone ({reason}); run the same command again"
-                )
-            time.sleep(1)
+    def _send_away(self, member: Member) -> None:
+        """Take a worker off a node that is about to leave; another one begins its shard at once."""
+        if member.task is None:
+            self._remove(member)
+        elif not member.is_leaving:
+            log.warning("shard %d: the node of its worker is about to leave", member.task.shard.index)
+            self.queue.hand_over(member.task)
+            member.halt()
 
     def _report_missing_workers(self) -> None:
         """Say what the run is waiting for, when workers do not come."""
-        num_up = len(self.running) + len(self.idle)
-        if num_up >= self.options.min_workers or not self.starting:
+        num_up = sum(member.is_up for member in self.members)
+        if num_up >= self.options.min_workers or num_up == len(self.members):
             return
         if time.monotonic() - self.last_start > PATIENCE_S:
             self.last_start = time.monotonic()
@@ -235,7 +290,7 @@ class _Pool:
                 "%d of %d workers are up; waiting for %d, each with %g GPU and %g CPU (the cluster has %g GPU, %g CPU)",
                 num_up,
                 self.options.min_workers,
-                len(self.starting),
+                len(self.members) - num_up,
                 self.options.num_gpus,
                 self.options.num_cpus,
                 ray.cluster_resources().get("GPU", 0),

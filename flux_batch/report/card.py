@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from flux_batch.config import JobConfig
+from flux_batch.redaction import public_uri
 
 PATTERNS = {"webdataset": "train/*.tar", "files": "train/*/*", "parquet": "train/*.parquet"}
 
@@ -26,7 +27,7 @@ unless a row asked for more. Made with flux-batch.
 
 | setting | value |
 |---|---|
-| model | {config.model.uri} ({config.model.dtype}) |
+| model | {public_uri(config.model.uri)} ({config.model.dtype}) |
 | size | {sampling.width} x {sampling.height} |
 | steps | {sampling.num_inference_steps} |
 | embedded guidance | {sampling.embedded_guidance} |

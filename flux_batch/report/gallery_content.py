@@ -10,13 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from flux_batch.config import JobConfig
 from flux_batch.errors import JobError, NotFound, StoreError
-from flux_batch.plan import count
 from flux_batch.report.gallery_rows import Chosen, Row, chosen_rows, failed_rows, spread, tallies
 from flux_batch.report.gallery_thumbnail import Thumbnail, make_thumbnail
-from flux_batch.storage.commits import Commits
-from flux_batch.storage.run_files import JOB, PLAN, SUCCESS
+from flux_batch.report.saved_run import SavedRun
+from flux_batch.storage.run_files import SUCCESS
 from flux_batch.storage.store import Store
 from flux_batch.storage.stored_pictures import read_pictures
 
@@ -61,8 +59,8 @@ def read_gallery(store: Store, max_images: int, columns: Sequence[str] | None = 
     """Choose and read what is shown of a run. Raises: JobError, StoreError."""
     if not 1 <= max_images <= MOST_IMAGES:
         raise JobError(f"--max-images {max_images}: must be from 1 to {MOST_IMAGES}")
-    name, num_shards = _read_run(store)
-    commits = Commits(store, num_shards)
+    run = SavedRun.open(store)
+    commits = run.commits
     counts = tallies(commits)
     places = spread(counts, max_images)
     with ThreadPoolExecutor(READERS) as pool:
@@ -71,28 +69,16 @@ def read_gallery(store: Store, max_images: int, columns: Sequence[str] | None = 
         shown = [each for some in pool.map(lambda file: list(_read_file(store, file)), files) for each in some]
     _check_columns(columns, shown)
     return Gallery(
-        name=name,
+        name=run.config.name,
         shown=shown,
         num_made=sum(tally.num_made for tally in counts),
         failed=failed_rows(commits, counts, MAX_FAILED),
         num_failed=sum(tally.num_failed for tally in counts),
         num_committed=len(counts),
-        num_shards=num_shards,
+        num_shards=run.num_shards,
         is_complete=store.exists(SUCCESS),
         columns=columns,
     )
-
-
-def _read_run(store: Store) -> tuple[str, int]:
-    """Read the name and the number of shards of a run."""
-    try:
-        plan, job = store.read(PLAN), store.read(JOB)
-    except NotFound as error:
-        raise JobError(f"{store.uri}: there is no run here (no {PLAN})") from error
-    try:
-        return JobConfig.from_yaml(job.decode(), origin=store.url(JOB)).name, count(plan)[0]
-    except ValueError as error:  # JobError is one too
-        raise StoreError(f"{store.uri}: {PLAN} or {JOB} is damaged: {error}") from error
 
 
 def _by_file(chosen: Iterator[Chosen]) -> list[list[Chosen]]:

@@ -11,6 +11,7 @@ from flux_batch.plan import count
 from flux_batch.report.progress import duration
 from flux_batch.report.summary import Totals
 from flux_batch.storage.commits import Commits
+from flux_batch.storage.lease import Holder, read_holder
 from flux_batch.storage.run_files import PLAN, PROGRESS, SUCCESS
 from flux_batch.storage.store import Store
 
@@ -23,6 +24,7 @@ def read_status(store: Store) -> dict[str, Any]:
         raise JobError(f"{store.uri}: there is no run here (no {PLAN})") from error
     commits = Commits(store, num_shards)
     totals = Totals.of(commits.read_all(sorted(commits.done())))
+    holder = read_holder(store)
     return {
         "output": store.uri,
         "num_prompts": num_prompts,
@@ -32,11 +34,13 @@ def read_status(store: Store) -> dict[str, Any]:
         "num_failed": totals.num_failed,
         "is_complete": store.exists(SUCCESS),
         "progress": _read_json(store, PROGRESS),
+        "driver": None if holder is None else _driver(holder),
     }
 
 
 def format_status(status: dict[str, Any], now: float | None = None) -> str:
     """Lay a status out for people."""
+    now = now if now is not None else time.time()
     committed, shards = status["num_committed"], status["num_shards"]
     share = 100 * committed / shards if shards else 100.0
     lines = [
@@ -48,12 +52,37 @@ def format_status(status: dict[str, Any], now: float | None = None) -> str:
     if status["is_complete"]:
         lines.append("state    complete")
     elif progress := status["progress"]:
-        age_s = (now if now is not None else time.time()) - progress["unix_time"]
+        age_s = now - progress["unix_time"]
         eta = f", {duration(progress['eta_s'])} left then" if progress["eta_s"] else ""
         lines.append(f"state    last sign {duration(age_s)} ago: {progress['images_per_s']:.2f} images/s{eta}")
     else:
         lines.append("state    no sign of progress yet")
+    if status["driver"] and not status["is_complete"]:
+        lines.append(f"driver   {_driver_line(status['driver'], now)}")
     return "\n".join(lines)
+
+
+def _driver(holder: Holder) -> dict[str, Any]:
+    return {
+        "name": str(holder),
+        "epoch": holder.epoch,
+        "is_at_work": not holder.is_released,
+        "since_unix_time": holder.since_unix_time,
+        "seen_unix_time": holder.seen_unix_time,
+        "ttl_s": holder.ttl_s,
+    }
+
+
+def _driver_line(driver: dict[str, Any], now: float) -> str:
+    """Say who has the run; the ages compare the clocks of two machines, so they are for people only."""
+    if not driver["is_at_work"]:
+        return f"none; {driver['name']} was the last"
+    seen_s = max(0.0, now - driver["seen_unix_time"])
+    line = (
+        f"{driver['name']} for {duration(max(0.0, now - driver['since_unix_time']))}, "
+        f"last sign of life {duration(seen_s)} ago"
+    )
+    return line if seen_s <= driver["ttl_s"] else f"{line}: it seems to be gone, `run` goes on"
 
 
 def _read_json(store: Store, key: str) -> dict[str, Any] | None:

@@ -1,23 +1,43 @@
-"""How a shard becomes done, and the proof that it is.
+"""How a shard becomes done, and the proof that it is: the commit protocol.
 
-The order of writes, each one whole or not there at all (Store), each one put-if-absent:
+The order of writes of one attempt at a shard. Each object is there whole or not at all (Store):
 
+    0. staging    _run/staging/NNNNN/ID.parquet, the finished pictures of a batch, one object for all but the last
     1. data       train/NNNNN.tar, or train/NNNNN.parquet, or the pictures one by one and then the list of them
     2. metadata   metadata/NNNNN.parquet
     3. failures   _run/failed/NNNNN.parquet, the failed rows of 2 once more, when there are any
     4. commit     _run/commits/NNNNN.json, which names the files of 1 and 2 with size and sha256
+    5. clean-up   the objects of 0 are removed
 
-The commit alone makes a shard done. Killed before 4, the shard is not done and is run again; what 1 to 3 left is met
-by the next attempt, which keeps it. A reader that follows the commits therefore never sees half a shard.
+Killed in 0   A batch is staged while the next is made, and no third is begun before it is: lost are the batch in the
+              making and at most the one on its way. Whoever takes the shard next, on any node, adopts what is staged.
+              A staged picture counts if its digest is right and it is what the plan asks for now; batches are formed
+              of all rows, whatever is there, so that the rest has the neighbours, and the bytes, of an undisturbed run.
+Killed in 1   The next attempt adopts all but the last batch, and meets the files that are there, which it keeps.
+Killed in 2-3 The same. Before 4 nobody follows the files: nothing is done, however much is there.
+Killed in 4   The commit is there or not. If its answer is lost, the next attempt reads it and makes nothing.
+Killed in 5   The shard is done. What is left is removed when the run is complete, or by `gc`.
 
-The first writer wins, file by file. Whoever finds a file taken reads what is there: the same bytes are as good as its
-own; other bytes (a device that rounds differently, a row that failed for one and not for the other) are adopted, and
-what is written after them describes them and not the writer's own. So two workers on one shard, in any interleaving,
-end in one set of files that fit together, and in one commit.
+The commit alone makes a shard done, and it comes after everything it names: a reader that follows the commits never
+sees half a shard. What lies in staging is a saving and never a fact; to lose it costs time and no picture.
+
+1, 2 and 4 are put-if-absent: the first writer wins, file by file. Whoever finds a file taken reads what is there: the
+same bytes are as good as its own; other bytes (a device that rounds differently, a row that failed for one and not for
+the other) are adopted, and what is written after them describes them and not the writer's own. So two workers on one
+shard, in any interleaving, end in one set of files that fit together, and in one commit; the one that comes second
+removes what it staged, reports the commit that stands, and overwrites nothing. 0 has names of its own for each writer;
+3 is a copy of what 2 says, whoever wrote that.
+
+A worker that is lost tells by what it leaves. After the first loss on a shard, each batch waits until the last one is
+staged, is announced (_run/staging/NNNNN/try-*.json) before anything of it is read or made, and the announcement is
+withdrawn after it. A batch that was announced and not withdrawn is next made last, one picture at a time; a picture
+left behind twice is recorded as failed (WorkerLost). Everything else of the shard is made and committed.
 
 On a store without conditional writes, put-if-absent is a look-up and a write. Two workers that render one shard within
 the same moment can then overwrite each other: harmless while they make the same bytes, which the same kind of device
-does. The driver gives a shard to one worker at a time, so it takes a partitioned worker to get there.
+does. If they do not, the files of the later one stand, the commit may be of the earlier, and `verify` tells by the
+sha256. It takes two workers that publish the same shard within one request: a partitioned worker, or the duplicate of
+a slow shard at the end of a run. Nothing else rests on conditional writes.
 """
 
 from __future__ import annotations
@@ -33,14 +53,16 @@ import pyarrow as pa
 
 from flux_batch.errors import AlreadyExists, StoreError
 from flux_batch.records import Commit, ImageRecord, StoredFile
-from flux_batch.storage.run_files import COMMITS, FAILED
+from flux_batch.storage.run_files import COMMITS
 from flux_batch.storage.shards import (
     Layout,
     Sample,
+    failed_file,
     metadata_file,
     pack_failures,
     pack_metadata,
     shard_name,
+    unpack,
     unpack_metadata,
 )
 from flux_batch.storage.store import Store
@@ -65,19 +87,11 @@ class Commits:
 
     def read(self, shard: int) -> Commit:
         """Read the commit of a shard. Raises: NotFound if it is not done, StoreError if it is damaged."""
-        key = self._key(shard)
+        key = self.key(shard)
         try:
-            fields = json.loads(self.store.read(key))
-            files = tuple(StoredFile(**file) for file in fields["files"])
-            return Commit(
-                shard=fields["shard"],
-                worker=fields["worker"],
-                num_images=fields["num_images"],
-                num_failed=fields["num_failed"],
-                files=files,
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.store.url(key)}: not a commit of this program: {error!r}") from error
+            return parse_commit(self.store.read(key))
+        except ValueError as error:
+            raise StoreError(f"{self.store.url(key)}: {error}; `flux-batch verify --repair` takes it back") from error
 
     def read_all(self, shards: Iterable[int]) -> list[Commit]:
         """Read many commits at once."""
@@ -88,13 +102,36 @@ class Commits:
         """Make a shard done. Returns: the commit that stands, which is another worker's if that came first."""
         body = json.dumps({"version": VERSION, **asdict(commit)}, indent=1).encode()
         try:
-            self.store.put_if_absent(self._key(commit.shard), body)
+            self.store.put_if_absent(self.key(commit.shard), body)
         except AlreadyExists:
             return self.read(commit.shard)
         return commit
 
-    def _key(self, shard: int) -> str:
+    def key(self, shard: int) -> str:
+        """Name the commit of a shard."""
         return f"{COMMITS}/{shard_name(shard, self.num_shards)}.json"
+
+
+def parse_commit(data: bytes) -> Commit:
+    """Read a commit from the bytes of its object. Raises: ValueError if they are none."""
+    try:
+        fields = json.loads(data)
+        return Commit(
+            shard=int(fields["shard"]),
+            worker=str(fields["worker"]),
+            num_images=int(fields["num_images"]),
+            num_failed=int(fields["num_failed"]),
+            files=tuple(_file_of_run(**file) for file in fields["files"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a commit of this program ({error!r})") from error
+
+
+def _file_of_run(*, path: str, bytes: int, sha256: str) -> StoredFile:
+    """Make the record of a file. Raises: ValueError for a path that leads elsewhere: an output may be a stranger's."""
+    if not path.startswith(("train/", "metadata/")) or ".." in path.split("/"):
+        raise ValueError(f"{path!r} is no file of a run")
+    return StoredFile(path=path, bytes=bytes, sha256=sha256)
 
 
 @dataclass(frozen=True)
@@ -116,7 +153,7 @@ class Publisher:
         files, records = self._put_data(name, records, pictures, scratch)
         metadata, data = self._put_metadata(name, records)
         if failures := pack_failures(data):
-            self.commits.store.write(f"{FAILED}/{name}.parquet", failures)
+            self.commits.store.write(failed_file(name), failures)
         rows = unpack_metadata(data)
         return self.commits.put(
             Commit(
@@ -139,7 +176,7 @@ class Publisher:
         for key in sorted({self.layout.file_name(name, record.key) for record in records if record.status == "failed"}):
             put.adopt(key)
         if put.is_adopted:
-            adopted = self.layout.unpack(name, put.paths)
+            adopted = unpack(self.layout, name, put.paths)
             records = [_adopt(record, adopted, self.layout.file_name(name, record.key)) for record in records]
         put.create(self.layout.list_pictures(name, records, scratch))
         return put.stored, records

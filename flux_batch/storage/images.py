@@ -62,6 +62,19 @@ def read_provenance(data: bytes) -> dict[str, Any]:
     return dict(json.loads(settings))
 
 
+def check_picture(data: bytes, image_type: ImageType, width: int, height: int) -> None:
+    """Raise ValueError unless `data` can be decoded to a picture of that type and size, to its last pixel."""
+    try:
+        with Image.open(io.BytesIO(data), formats=[image_type.upper()]) as picture:
+            if picture.size != (width, height):  # asked first: pixels are not unpacked beyond what was recorded
+                raise ValueError(f"{picture.width} x {picture.height} pixels where {width} x {height} are recorded")
+            picture.verify()
+        with Image.open(io.BytesIO(data), formats=[image_type.upper()]) as picture:
+            picture.load()
+    except Exception as error:  # a picture ends here: Pillow raises whatever damage makes it stumble over
+        raise ValueError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
 def _png_chunks(provenance: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
     chunks = PngImagePlugin.PngInfo()
     chunks.add_itxt("Description", str(provenance.get("prompt", "")))

@@ -21,9 +21,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flux_batch.errors import NotFound, RowError, SourceError, StoreError, StoreRefused
 from flux_batch.records import InputImage
+from flux_batch.redaction import public_uri
 from flux_batch.rgb import to_rgb
+from flux_batch.storage.patience import attempt
 from flux_batch.storage.places import WEB, is_inside, local_name, scheme_of, shortened
-from flux_batch.storage.store import attempt, open_filesystem
+from flux_batch.storage.store import open_filesystem
 from flux_batch.storage.web import fetch
 
 MAX_BYTES = 64 * 2**20
@@ -55,7 +57,7 @@ def laid_aside(image: InputImage, folder: Path) -> InputImage:
 def check_of_job(uri: str, storage_options: Mapping[str, Any]) -> None:
     """Raise SourceError unless the picture that the job file names can be used."""
     try:
-        load_picture(InputImage(name=uri, uri=uri), storage_options)
+        load_picture(InputImage(name=public_uri(uri), uri=uri), storage_options)
     except RowError as error:
         raise SourceError(f"sampling.{error}") from error
 

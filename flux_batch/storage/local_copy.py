@@ -28,8 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from flux_batch.errors import NotFound, StoreError, StoreRefused
+from flux_batch.redaction import public_uri
 from flux_batch.storage.cache import cache_folder, locked
-from flux_batch.storage.store import attempt, open_filesystem, translated
+from flux_batch.storage.patience import attempt
+from flux_batch.storage.store import open_filesystem
+from flux_batch.storage.store_errors import translated
 from flux_batch.storage.transfer import Listing, RemoteFile, fetch, sha256_if_same
 
 MANIFEST = "manifest.json"
@@ -312,14 +315,3 @@ def link(source: Path, target: Path) -> None:
 def size_of(path: Path) -> int | None:
     """Return the size of a file in bytes; None if there is none."""
     return path.stat().st_size if path.is_file() else None
-
-
-def public_uri(uri: str) -> str:
-    """Return an address without what may be a secret: user and password, and a web address's query."""
-    scheme, separator, rest = uri.partition("://")
-    if not separator:
-        return uri
-    host, slash, path = rest.partition("/")
-    if scheme in ("http", "https"):
-        path = path.partition("?")[0]
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from flux_batch.config import PromptsConfig
 from flux_batch.errors import RowError
 from flux_batch.records import InputImage
+from flux_batch.redaction import public_uri
 from flux_batch.storage.store import open_filesystem
 from flux_batch.storage.web import check_url
 
@@ -48,7 +49,7 @@ class Places:
                 return self._beside(name)
             return self._remote(name, name)
         except RowError as error:
-            raise RowError(f"input_image {shortened(name)}: {error}") from error
+            raise RowError(f"input_image {shortened(public_uri(name))}: {error}") from error
 
     def _absolute(self, name: str) -> InputImage:
         path = os.path.normpath(local_name(name))
@@ -76,6 +77,7 @@ class Places:
             if not self._config.allow_http:
                 raise RowError("rows may name addresses on the web only if prompts.allow_http is true")
             check_url(uri)
+            return InputImage(name=public_uri(name), uri=uri)
         elif "::" in uri or ".." in uri.split("/"):
             raise RowError("not a plain address")
         elif not self._is_of_data(scheme) and not (self._root and is_inside(uri, self._root)):

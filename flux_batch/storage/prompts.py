@@ -34,11 +34,13 @@ from flux_batch.records import (
     check_integer,
     image_seed,
 )
+from flux_batch.redaction import public_uri
 from flux_batch.storage.input_images import given_bytes
 from flux_batch.storage.passthrough import is_text, portable
 from flux_batch.storage.places import Places
 from flux_batch.storage.row_loras import RowLoras
-from flux_batch.storage.store import open_filesystem, translated
+from flux_batch.storage.store import open_filesystem
+from flux_batch.storage.store_errors import translated
 from flux_batch.storage.tables import FORMATS, BadRow, Row, RowRange, Table, open_table
 
 # Enough to notice an edit of a file whose store gives no checksum, at the price of two small reads.
@@ -136,7 +138,7 @@ class PromptSource:
             if fs.isdir(path):
                 return fs, path.rstrip("/"), [found for found in fs.find(path) if _is_prompts(found)]
             if fs.exists(path):
-                return fs, posixpath.dirname(path), [path]
+                return fs, posixpath.dirname(public_uri(path)), [path]
             if magic := re.search(r"[*?[]", path):
                 folder = posixpath.dirname(path[: magic.start()])
                 return fs, folder, [found for found in fs.glob(path) if _is_prompts(found)]
@@ -165,7 +167,7 @@ class RowParser:
         self._places = Places(config, uri)
         self._loras = RowLoras(loras, uri)
         picture = sampling.input_image
-        self._input_image = InputImage(name=picture, uri=picture) if picture else None
+        self._input_image = InputImage(name=public_uri(picture), uri=picture) if picture else None
         self._defaults = sampling.params()
         self._num_images = sampling.num_images_per_prompt
         self._run_seed = sampling.seed
@@ -331,8 +333,8 @@ def _describe(fs: fsspec.AbstractFileSystem, path: str, base: str) -> PromptFile
         info = fs.info(path)
         size = int(info["size"])
         version = str(info.get("ETag") or info.get("etag") or "").strip('"') or _sample_hash(fs, path, size)
-    name = posixpath.relpath(path, base) if base else path
-    return PromptFile(uri=uri, name=name, size=size, version=version)
+    name = public_uri(path)  # what ids are made of: no signature, which another day is another
+    return PromptFile(uri=uri, name=posixpath.relpath(name, base) if base else name, size=size, version=version)
 
 
 def _sample_hash(fs: fsspec.AbstractFileSystem, path: str, size: int) -> str:

@@ -5,8 +5,14 @@ PLAN = "_run/plan.parquet"
 COMMITS = "_run/commits"
 FAILED = "_run/failed"
 PROGRESS = "_run/progress.json"
+# Who drives the run: one small object an epoch, the last one counts.
+LEASE = "_run/lease"
 REPORT = "_run/report.json"
 GALLERY = "_run/gallery"
+# Finished pictures of shards that are not committed yet, a folder a shard.
+STAGING = "_run/staging"
+# Commits that are being taken back; what is noted here, the next driver finishes.
+TAKEN_BACK = "_run/taken-back"
 # Half-written files of a killed process stay here, out of sight of whoever loads the data set.
 SCRATCH = "_run/tmp"
 CARD = "README.md"

@@ -5,24 +5,40 @@ Knows folders and locks; does not know what is put there.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from flux_batch.errors import DiskFull, FluxBatchError, StoreRefused
 
 # Between the making of a folder and its locking a moment passes, in which it must not count as left behind.
 YOUNG_S = 60.0
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Give an empty folder under TMPDIR, locked while it is in use and removed after it."""
-    with tempfile.TemporaryDirectory(dir=_home()) as folder, _locked(Path(folder)):
-        yield Path(folder)
+    """Give an empty folder under TMPDIR, locked while it is in use and removed after it.
+
+    Raises: DiskFull, in the place of what the code within raises when there is no more room.
+    """
+    home = _home()
+    try:
+        with tempfile.TemporaryDirectory(dir=home) as folder, _locked(Path(folder)):
+            yield Path(folder)
+    except OSError as error:
+        if isinstance(error, FluxBatchError) or error.errno not in NO_ROOM:
+            raise
+        raise DiskFull(
+            f"{home}: no room for the files of a shard ({error.strerror}); free some, or set TMPDIR to a larger disk"
+        ) from error
 
 
 def sweep_scratch() -> int:
@@ -41,9 +57,16 @@ def sweep_scratch() -> int:
 
 
 def _home() -> Path:
-    """Keep each user's folders apart: another's could not be swept."""
+    """Keep each user's folders apart: another's could not be swept.
+
+    Raises: StoreRefused if somebody else took the name, who could then exchange our files.
+    """
     home = Path(tempfile.gettempdir()) / f"flux-batch-{os.getuid()}"
-    home.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError):
+        home.mkdir(mode=0o700)
+    found = home.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise StoreRefused(f"{home}: is not a folder of this user; remove it, or set TMPDIR to another folder")
     return home
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from flux_batch.config import OutputConfig
 from flux_batch.records import ImageRecord
 from flux_batch.storage.images import SUFFIXES
 from flux_batch.storage.passthrough import as_json, feature, passthrough_of
+from flux_batch.storage.run_files import FAILED
 
 RECORD_SCHEMA = pa.schema(
     [
@@ -60,6 +61,9 @@ RECORD_SCHEMA = pa.schema(
 NOT_OF_SAMPLES = {"status", "error_type", "error_message", "file_name"}
 # Row groups of at most 100 pictures: what dataset viewers can still page through.
 IMAGES_PER_ROW_GROUP = 100
+IMAGES_IN_MEMORY = 16
+# What readers of tars and Parquet raise at bytes that are none.
+DAMAGE = (tarfile.TarError, pa.ArrowException, OSError, ValueError, EOFError, KeyError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,11 @@ class Sample:
 class Layout(Protocol):
     """How one output format names, packs and unpacks the pictures of a shard."""
 
+    @property
+    def suffix(self) -> str:
+        """How the names of pictures end, without the dot."""
+        ...
+
     def file_name(self, shard: str, key: str) -> str:
         """Name the file that holds a picture, relative to the output."""
         ...
@@ -85,9 +94,28 @@ class Layout(Protocol):
         """Yield the files that describe pictures from outside; made when it is settled which pictures are stored."""
         ...
 
-    def unpack(self, shard: str, files: dict[str, Path]) -> dict[str, bytes]:
-        """Read the pictures back from the files that `pack` named: picture key -> bytes."""
+    def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
+        """Yield what the data files hold, one by one: each picture as KEY.suffix, and what lies beside it.
+
+        Raises: one of DAMAGE if the files are not what they should be.
+        """
         ...
+
+    def names(self, keys: Iterable[str]) -> Iterator[str]:
+        """Name every entry that belongs to the pictures of these keys."""
+        ...
+
+
+def unpack(layout: Layout, shard: str, files: Mapping[str, Path]) -> dict[str, bytes]:
+    """Read the pictures back from the files that `pack` named: picture key -> bytes."""
+    return dict(stored_pictures(layout, shard, files))
+
+
+def stored_pictures(layout: Layout, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
+    """Yield the key and the bytes of each picture in the data files of a shard, one by one. Raises: as `entries`."""
+    for name, data in layout.entries(shard, files):
+        if name.endswith(f".{layout.suffix}"):
+            yield name.removesuffix(f".{layout.suffix}"), data
 
 
 def layout_for(output: OutputConfig, passthrough: pa.Schema) -> Layout:
@@ -127,14 +155,16 @@ class WebDataset:
         """Yield nothing: each sample has its record beside it."""
         return iter(())
 
-    def unpack(self, shard: str, files: dict[str, Path]) -> dict[str, bytes]:
-        """Read the pictures of the tar."""
-        with tarfile.open(files[f"train/{shard}.tar"]) as tar:
-            return {
-                member.name.removesuffix(f".{self.suffix}"): tar.extractfile(member).read()  # type: ignore[union-attr]
-                for member in tar
-                if member.name.endswith(f".{self.suffix}")
-            }
+    def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
+        """Yield the members of the tar."""
+        with tarfile.open(files[f"train/{shard}.tar"], "r:") as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.isreg() else None
+                yield member.name, file.read() if file else b""
+
+    def names(self, keys: Iterable[str]) -> Iterator[str]:
+        """Name the members."""
+        return (f"{key}.{kind}" for key in keys for kind in (self.suffix, "txt", "json"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +199,17 @@ class Files:
             path.write_bytes(_parquet_bytes(pa.Table.from_pylist(rows, schema)))
             yield f"train/{shard}/metadata.parquet", path
 
-    def unpack(self, shard: str, files: dict[str, Path]) -> dict[str, bytes]:
-        """Read the pictures."""
-        return {Path(name).stem: path.read_bytes() for name, path in files.items() if name.endswith(f".{self.suffix}")}
+    def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
+        """Yield the files of the folder."""
+        folder = f"train/{shard}/"
+        return (
+            (name.removeprefix(folder), path.read_bytes()) for name, path in files.items() if name.startswith(folder)
+        )
+
+    def names(self, keys: Iterable[str]) -> Iterator[str]:
+        """Name the files."""
+        names = [f"{key}.{self.suffix}" for key in keys]
+        return iter([*names, "metadata.parquet"] if names else [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +243,16 @@ class Parquet:
         """Yield nothing: each row is the record."""
         return iter(())
 
-    def unpack(self, shard: str, files: dict[str, Path]) -> dict[str, bytes]:
-        """Read the pictures of the Parquet file."""
-        table = pq.read_table(files[f"train/{shard}.parquet"], columns=["key", "image"])
-        return {row["key"]: row["image"]["bytes"] for row in table.to_pylist()}
+    def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
+        """Yield the pictures of the Parquet file."""
+        with pq.ParquetFile(files[f"train/{shard}.parquet"]) as file:
+            for batch in file.iter_batches(IMAGES_IN_MEMORY, columns=["key", "image"]):
+                for row in batch.to_pylist():
+                    yield f"{row['key']}.{self.suffix}", row["image"]["bytes"]
+
+    def names(self, keys: Iterable[str]) -> Iterator[str]:
+        """Name the pictures."""
+        return (f"{key}.{self.suffix}" for key in keys)
 
 
 def shard_name(index: int, num_shards: int) -> str:
@@ -224,6 +268,11 @@ def image_key(shard: str, row: int, image_index: int) -> str:
 def metadata_file(shard: str) -> str:
     """Name the metadata of a shard: one row for every requested image, failed ones included."""
     return f"metadata/{shard}.parquet"
+
+
+def failed_file(shard: str) -> str:
+    """Name the copy of the failed rows of a shard; there is none if nothing failed."""
+    return f"{FAILED}/{shard}.parquet"
 
 
 def pack_metadata(records: Iterable[ImageRecord], passthrough: pa.Schema) -> bytes:

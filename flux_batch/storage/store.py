@@ -1,37 +1,35 @@
-"""A folder on a disk or in a bucket: reads, atomic writes, put-if-absent, one retry policy.
+"""A folder on a disk or in a bucket: reads, atomic writes, put-if-absent; what fails is tried again.
 
-Knows bytes and keys; does not know what they mean. The only place that translates storage errors.
+Knows bytes and keys; does not know what they mean.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from flux_batch.errors import AlreadyExists, FluxBatchError, NotFound, StoreError, StoreRefused
+from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused
+from flux_batch.storage.patience import Patience
 from flux_batch.storage.run_files import SCRATCH
+from flux_batch.storage.store_errors import FULL_ERRNOS, code, reason, status
 
-ATTEMPTS = 5
-REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
 # What file systems without hard links answer: FUSE mounts of buckets, FAT.
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-# HTTP: no or wrong credentials, no permission.
-REFUSAL_STATUSES = {401, 403}
-REFUSAL_CODES = {errno.EROFS, errno.ENAMETOOLONG}
-FINAL_CODES = REFUSAL_CODES | {errno.ENOSPC, errno.EDQUOT}
 # Some servers send the checksum of a whole object with a part of it; botocore would compare the two.
 S3_CLIENT = {"response_checksum_validation": "when_required"}
+
+# The operations that change something.
+WRITES = {"write", "create", "delete"}
 
 T = TypeVar("T")
 
@@ -52,51 +50,30 @@ def open_filesystem(uri: str, storage_options: Mapping[str, Any]) -> tuple[fsspe
         if hasattr(fs, "connect"):
             fs.connect()  # s3fs would meet options that do not fit only at its first request
     except (ImportError, ValueError, TypeError) as error:
-        raise StoreRefused(f"{uri}: cannot be opened: {_reason(error)}; check the URI and storage_options") from error
+        raise StoreRefused(f"{uri}: cannot be opened: {reason(error)}; check the URI and storage_options") from error
     return fs, path
 
 
-@contextmanager
-def translated(uri: str, operation: str) -> Iterator[None]:
-    """Turn what file systems raise into the StoreErrors of this package, with the URI and the operation in it."""
-    try:
-        yield
-    except FluxBatchError:
-        raise
-    except FileExistsError as error:
-        raise AlreadyExists(f"{uri}: already exists") from error
-    except FileNotFoundError as error:
-        raise NotFound(f"{uri}: not found (cannot {operation})") from error
-    except Exception as error:
-        if _is_refusal(error):
-            raise StoreRefused(
-                f"{uri}: cannot {operation}: {_reason(error)}; check path, credentials, permissions"
-            ) from error
-        if isinstance(error, OSError) or _is_client_error(error):
-            raise StoreError(f"{uri}: cannot {operation}: {_reason(error)}") from error
-        raise
-
-
-def attempt(uri: str, operation: str, function: Callable[[], T]) -> T:
-    """Run one storage operation under the retry policy of the package; its errors are StoreErrors."""
-    retrying = Retrying(
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random_exponential(multiplier=0.2, max=10),
-        retry=retry_if_exception(_is_transient),
-        reraise=True,
-    )
-    with translated(uri, operation):
-        return retrying(function)
-
-
 class Store:
-    """The folder of one run."""
+    """The folder of one run.
 
-    def __init__(self, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:
+    What fails and may pass by itself is tried some times, and for at least `patience_s`; `on_wait` is called meanwhile
+    (see Patience).
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        patience_s: float = 0.0,
+        on_wait: Callable[[], None] | None = None,
+    ) -> None:
         self.uri = uri.rstrip("/") or uri
         self._fs, path = open_filesystem(self.uri, storage_options or {})
         self._root = path.rstrip("/")
         self._is_local = isinstance(self._fs, LocalFileSystem)
+        self._patience = Patience(patience_s, on_wait)
 
     def url(self, key: str) -> str:
         """Name a key as the user would write it."""
@@ -115,20 +92,31 @@ class Store:
         return self._call(key, "look up", lambda: int(self._fs.info(self._path(key))["size"]))
 
     def download(self, key: str, path: Path) -> None:
-        """Copy an object to the local disk. Raises: NotFound."""
-        self._call(key, "read", lambda: self._fs.get_file(self._path(key), str(path)))
+        """Copy an object to the local disk. Raises: NotFound, DiskFull if there is no room for it."""
+
+        def get() -> None:
+            try:
+                self._fs.get_file(self._path(key), str(path))
+            except OSError as error:
+                if error.errno not in FULL_ERRNOS:
+                    raise
+                raise DiskFull(f"{path.parent}: no room for a copy of {self.url(key)}; free some") from error
+
+        self._call(key, "read", get)
+
+    def fetch(self, key: str, folder: Path) -> Path:
+        """Give a file with the bytes of an object: itself on a disk, else a copy in `folder`. Raises: NotFound."""
+        if self._is_local:
+            if not self.exists(key):
+                raise NotFound(f"{self.url(key)}: not found")
+            return Path(self._path(key))
+        path = folder / key.replace("/", "-")
+        self.download(key, path)
+        return path
 
     def exists(self, key: str) -> bool:
         """Tell whether an object is there."""
-
-        def is_file() -> bool:
-            try:
-                # Not fs.isfile: that answers False to whatever goes wrong.
-                return bool(self._fs.info(self._path(key))["type"] == "file")
-            except FileNotFoundError:
-                return False
-
-        return self._call(key, "look up", is_file)
+        return self._call(key, "look up", lambda: self._is_file(key))
 
     def list(self, prefix: str) -> list[str]:
         """List the keys under a folder, sorted; an absent folder is empty."""
@@ -141,6 +129,22 @@ class Store:
 
         start = len(self._root) + 1
         return sorted(str(path)[start:] for path in self._call(prefix, "list", find))
+
+    def children(self, folder: str) -> dict[str, int | None]:
+        """Give the names directly in a folder: the size of each object in bytes, None for a folder in it."""
+
+        def ls() -> list[dict[str, Any]]:
+            try:
+                return list(self._fs.ls(self._path(folder), detail=True))
+            except FileNotFoundError:
+                return []
+
+        entries = ((entry["name"].rstrip("/"), entry) for entry in self._call(folder, "list", ls))
+        return {
+            path.rpartition("/")[2]: int(entry["size"]) if entry["type"] == "file" else None
+            for path, entry in entries
+            if path.rpartition("/")[0] == self._path(folder).rstrip("/")
+        }
 
     def write(self, key: str, data: bytes | Path) -> None:
         """Write an object, replacing one that is there; a reader sees the old or the new one, never a half."""
@@ -159,7 +163,7 @@ class Store:
         if self._is_local:
             self._call(key, "create", lambda: self._write_local(key, data, _create))
         elif self.has_conditional_put:
-            self._call(key, "create", lambda: self._send(key, data, mode="create"))
+            self._call(key, "create", lambda: self._create_remote(key, data))
         elif self.exists(key):
             raise AlreadyExists(f"{self.url(key)}: already exists")
         else:
@@ -169,6 +173,15 @@ class Store:
         """Remove an object. Safe to call twice."""
         with suppress(NotFound):
             self._call(key, "delete", lambda: self._fs.rm_file(self._path(key)))
+
+    def delete_folder(self, prefix: str) -> None:
+        """Remove every object under a folder and, on a disk, the folder itself. Safe to call twice."""
+        for key in self.list(prefix):
+            self.delete(key)
+        if self._is_local:
+            for folder, _, _ in os.walk(self._path(prefix), topdown=False):
+                with suppress(OSError):  # somebody has put something there meanwhile
+                    os.rmdir(folder)
 
     @cached_property
     def has_conditional_put(self) -> bool:
@@ -184,8 +197,9 @@ class Store:
             self._call(key, "create", lambda: self._send(key, b"second", mode="create"))
         except AlreadyExists:
             return True
-        except StoreError:
-            return False  # some stores answer 501 to the header they do not know
+        except StoreError as error:
+            if status(error) != HTTPStatus.NOT_IMPLEMENTED:  # what some stores answer to the header they do not know
+                raise
         finally:
             self.delete(key)
         return False
@@ -199,14 +213,37 @@ class Store:
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}"
 
+    def _is_file(self, key: str) -> bool:
+        try:
+            # Not fs.isfile: that answers False to whatever goes wrong.
+            return bool(self._fs.info(self._path(key))["type"] == "file")
+        except FileNotFoundError:
+            return False
+
+    def _create_remote(self, key: str, data: bytes | Path) -> None:
+        """Create an object; a refusal counts only if one is there, since it may also have been deleted since."""
+        try:
+            self._send(key, data, mode="create")
+        except FileExistsError:
+            if self._is_file(key):
+                raise
+            raise ConnectionError("refused as if it were there, and it is not") from None
+
     def _send(self, key: str, data: bytes | Path, *, mode: str) -> None:
         try:
             if isinstance(data, Path):
                 self._fs.put_file(str(data), self._path(key), mode=mode)
             else:
                 self._fs.pipe_file(self._path(key), data, mode=mode)
-        except FileNotFoundError as error:  # a write cannot miss its own key: it is the bucket that is not there
+        except FileNotFoundError as error:
+            if code(error) == "NoSuchUpload":  # the answer to the end of an upload in parts was lost, or the upload
+                raise ConnectionError(reason(error)) from None
+            # A write cannot miss its own key: it is the bucket that is not there.
             raise StoreRefused(f"{self.url(key)}: cannot write: no such bucket or folder") from error
+        except OSError as error:
+            if mode == "create" and status(error) == HTTPStatus.PRECONDITION_FAILED:  # s3fs knows AWS's wording alone
+                raise FileExistsError(key) from error
+            raise
 
     def _write_local(self, key: str, data: bytes | Path, publish: Callable[[str, str], None]) -> None:
         """Write beside and publish in one step: os.replace takes the name over, a link refuses a taken one."""
@@ -232,7 +269,7 @@ class Store:
             scratch.unlink(missing_ok=True)
 
     def _call(self, key: str, operation: str, function: Callable[[], T]) -> T:
-        return attempt(self.url(key), operation, function)
+        return self._patience.attempt(self.url(key), operation, function)
 
 
 def _http_client() -> dict[str, Any]:
@@ -252,30 +289,3 @@ def _create(scratch: str, target: str) -> None:
         if os.path.exists(target):
             raise FileExistsError(target) from error
         os.replace(scratch, target)
-
-
-def _is_client_error(error: BaseException) -> bool:
-    """Whether a client library raised it; told by module, so that none has to be imported."""
-    return type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec"}
-
-
-def _is_refusal(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in REFUSAL_CODES:
-        return True
-    if getattr(error, "status", None) in REFUSAL_STATUSES:  # aiohttp's
-        return True
-    return isinstance(error, REFUSALS) or "Credentials" in type(error).__name__
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Whether another try may help: neither an answer about the key nor a refusal nor a full disk."""
-    if isinstance(error, (FileExistsError, FileNotFoundError, FluxBatchError)) or _is_refusal(error):
-        return False
-    if isinstance(error, OSError):
-        return error.errno not in FINAL_CODES
-    return _is_client_error(error)
-
-
-def _reason(error: BaseException) -> str:
-    text = re.sub(r"(://[^\s'\"?]+)\?[^\s'\"]*", r"\1", str(error))  # what follows may be a signature
-    return " ".join(text.split()) or type(error).__name__

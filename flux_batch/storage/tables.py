@@ -19,7 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flux_batch.errors import SourceError
-from flux_batch.storage.store import open_filesystem, translated
+from flux_batch.redaction import public_uri
+from flux_batch.storage.store import open_filesystem
+from flux_batch.storage.store_errors import translated
 
 Row = dict[str, Any]
 BUFFER_BYTES = 1 << 20
@@ -65,7 +67,7 @@ class Table(Protocol):
 
 def open_table(uri: str, storage_options: Mapping[str, Any]) -> Table:
     """Open a prompts file by its suffix. Raises: SourceError for another suffix or an unreadable file."""
-    suffix = uri.rpartition(".")[2].lower()
+    suffix = public_uri(uri).rpartition(".")[2].lower()
     if suffix not in FORMATS:
         raise SourceError(f"{uri}: prompts must be {', '.join(f'.{known}' for known in FORMATS)}")
     return FORMATS[suffix](uri, storage_options)

@@ -19,7 +19,8 @@ from typing import IO, TYPE_CHECKING, Any
 import fsspec
 
 from flux_batch.errors import StoreError, StoreRefused
-from flux_batch.storage.store import attempt, translated
+from flux_batch.storage.patience import attempt
+from flux_batch.storage.store_errors import translated
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -1,10 +1,13 @@
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from flux_batch.engine.local import LocalEngine
-from flux_batch.errors import CheckpointError, StoreRefused
-from runners import BrokenStart, Runner, make_shards
+from flux_batch.engine.stop import Stop
+from flux_batch.errors import CheckpointError, DeviceFatal, Interrupted, StoreRefused
+from runners import BrokenStart, Runner, attempts, make_shards
 
 
 def test_every_shard_has_one_result_in_order(tmp_path: Path) -> None:
@@ -13,15 +16,19 @@ def test_every_shard_has_one_result_in_order(tmp_path: Path) -> None:
     assert all(result.error is None for result in results)
 
 
-def test_a_shard_that_fails_once_is_tried_again(tmp_path: Path) -> None:
+def test_a_shard_that_fails_once_is_tried_again_after_the_others(tmp_path: Path) -> None:
     results = list(LocalEngine().run(Runner(tmp_path, raises=(1,)), make_shards(3)))
-    assert [result.error for result in results] == [None, None, None]
-    assert (tmp_path / "1").read_text() == "xx"
+    assert [(result.shard, result.error) for result in results] == [(0, None), (2, None), (1, None)]
+    assert [each["number"] for each in attempts(tmp_path, 1) if each["what"] == "begun"] == [1, 2]
 
 
 def test_a_shard_that_always_fails_is_given_up_with_its_reason(tmp_path: Path) -> None:
     results = list(LocalEngine(max_attempts=2).run(Runner(tmp_path, raises=(1,), times=99), make_shards(3)))
-    assert [result.error for result in results] == [None, "shard 1: the store is moody (attempt 2)", None]
+    assert {result.shard: result.error for result in results} == {
+        0: None,
+        1: "shard 1: the worker is moody (attempt 2)",
+        2: None,
+    }
 
 
 def test_an_error_that_no_attempt_can_mend_ends_the_run(tmp_path: Path) -> None:
@@ -30,6 +37,42 @@ def test_an_error_that_no_attempt_can_mend_ends_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "1").read_text() == "x"
 
 
+def test_a_lost_device_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(DeviceFatal):
+        list(LocalEngine().run(Runner(tmp_path, loses_device=(1,)), make_shards(3)))
+
+
 def test_a_worker_that_cannot_start_ends_the_run() -> None:
     with pytest.raises(CheckpointError, match="img_in"):
         list(LocalEngine().run(BrokenStart("checkpoint"), make_shards(1)))
+
+
+def test_an_outage_costs_no_attempt(tmp_path: Path) -> None:
+    engine = LocalEngine(max_attempts=1, rest_s=0.01)
+    results = list(engine.run(Runner(tmp_path, meets_outage=(1,), times=4), make_shards(3)))
+    assert [(result.shard, result.error) for result in results] == [(0, None), (1, None), (2, None)]
+    assert (tmp_path / "1").read_text() == "xxxxx"
+
+
+def test_an_outage_that_lasts_ends_the_run_with_75(tmp_path: Path) -> None:
+    engine = LocalEngine(outage_s=0.05, rest_s=0.02)
+    with pytest.raises(Interrupted, match=r"storage has failed for 0 s \(s3://bucket: 503\)") as caught:
+        list(engine.run(Runner(tmp_path, meets_outage=(0,), times=10**9), make_shards(1)))
+    assert caught.value.exit_code == 75
+
+
+def test_a_stop_reaches_the_shard_in_hand(tmp_path: Path) -> None:
+    stop = Stop()
+    threading.Timer(0.3, stop.request, ["enough"]).start()
+    began = time.monotonic()
+    assert list(LocalEngine().run(Runner(tmp_path, seconds=60), make_shards(2), stop)) == []
+    assert time.monotonic() - began < 10
+    assert [each["what"] for each in attempts(tmp_path, 0)] == ["begun", "stopped"]
+
+
+def test_a_stop_ends_a_rest(tmp_path: Path) -> None:
+    stop = Stop()
+    threading.Timer(0.3, stop.request, ["enough"]).start()
+    began = time.monotonic()
+    assert list(LocalEngine(rest_s=60).run(Runner(tmp_path, meets_outage=(0,)), make_shards(1), stop)) == []
+    assert time.monotonic() - began < 10

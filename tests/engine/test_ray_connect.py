@@ -1,10 +1,9 @@
 import time
-from collections import deque
 
 import pytest
 
-from flux_batch.engine import ray_pool
-from flux_batch.engine.ray_pool import RayPool, check_reachable, connect
+from flux_batch.engine import ray_cluster
+from flux_batch.engine.ray_cluster import await_cluster, check_reachable, connect
 from flux_batch.errors import Interrupted
 from s3 import free_port
 
@@ -23,17 +22,16 @@ def test_addresses_of_other_kinds_are_left_to_ray(address: str) -> None:
 
 
 def test_a_cluster_that_stays_away_ends_the_run_with_75(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_pool, "LOST_S", 0.0)
+    monkeypatch.setattr(ray_cluster, "LOST_S", 0.0)
     address = f"127.0.0.1:{free_port()}"
-    pool = ray_pool._Pool(RayPool(max_workers=1), runner=None, queue=deque(), gcs_address=address)
     with pytest.raises(Interrupted, match=f"the Ray cluster at {address} is gone") as caught:
-        pool._await_cluster()
+        await_cluster(address)
     assert caught.value.exit_code == 75
 
 
 def test_a_cluster_that_comes_back_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter(["connection refused", "connection refused", None])
-    monkeypatch.setattr(ray_pool, "why_unreachable", lambda address: next(answers))
+    monkeypatch.setattr(ray_cluster, "why_unreachable", lambda address: next(answers))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    ray_pool._Pool(RayPool(max_workers=1), runner=None, queue=deque(), gcs_address="")._await_cluster()
+    await_cluster("")
     assert next(answers, "all asked") == "all asked"

@@ -1,15 +1,44 @@
-from collections.abc import Iterator
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from flux_batch.engine.ray_pool import RayPool, connect
-from flux_batch.errors import CheckpointError, RunIncomplete, StoreRefused
-from runners import BrokenStart, Runner, make_shards
+from flux_batch.engine import ray_member, ray_nodes
+from flux_batch.engine.ray_cluster import connect
+from flux_batch.engine.ray_pool import RayPool
+from flux_batch.engine.stop import Stop
+from flux_batch.errors import CheckpointError, Interrupted, RunIncomplete, StoreRefused
+from runners import BrokenStart, Runner, attempts, make_shards
 
 pytestmark = pytest.mark.ray
 
-POOL = RayPool(max_workers=2, max_attempts=3, num_cpus=0)
+POOL = RayPool(max_workers=2, max_attempts=3, num_cpus=0, rest_s=0.1)
+
+
+def begun(folder: Path, index: int) -> list[tuple[int, int, str]]:
+    """List number, losses and last loss as each try of a shard was told."""
+    tries = attempts(folder, index)
+    return [(each["number"], each["lost"], each["reason"]) for each in tries if each["what"] == "begun"]
+
+
+def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Act from another thread as soon as a condition holds."""
+
+    def watch() -> None:
+        until = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,11 +66,14 @@ def test_the_run_survives_workers_that_die_and_devices_that_are_lost(tmp_path: P
     assert sorted(result.shard for result in results) == list(range(8))
     assert all(result.error is None for result in results)
     assert {path.name for path in tmp_path.iterdir() if path.read_text() == "xx"} == {"2", "4", "5"}
+    assert begun(tmp_path, 2) == [(1, 0, ""), (1, 1, "its worker died")]
+    assert begun(tmp_path, 4) == [(1, 0, ""), (1, 1, "an illegal memory access was encountered")]
+    assert begun(tmp_path, 5) == [(1, 0, ""), (2, 0, "")]
 
 
 def test_a_shard_that_always_kills_its_worker_is_given_up_and_the_others_are_done(tmp_path: Path) -> None:
     results = {result.shard: result for result in POOL.run(Runner(tmp_path, dies=(1,), times=99), make_shards(4))}
-    assert results.pop(1).error == "its worker died (attempt 3)"
+    assert results.pop(1).error == "5 workers were lost on it; the last: its worker died"
     assert [result.error for result in results.values()] == [None, None, None]
 
 
@@ -63,3 +95,117 @@ def test_workers_that_keep_dying_while_they_start_end_the_run() -> None:
 def test_an_error_that_no_worker_can_mend_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(StoreRefused, match="no permission"):
         list(POOL.run(Runner(tmp_path, is_refused=(0,)), make_shards(4)))
+
+
+def test_devices_that_are_lost_from_the_start_are_tried_elsewhere_first() -> None:
+    with pytest.raises(RunIncomplete, match=r"4 workers in a row died .* no CUDA-capable device is detected"):
+        list(POOL.run(BrokenStart("device"), make_shards(4)))
+
+
+def test_a_worker_killed_from_outside_is_replaced(tmp_path: Path) -> None:
+    log = tmp_path / "1.log"
+    kill = when(log.exists, lambda: os.kill(attempts(tmp_path, 1)[0]["pid"], signal.SIGKILL))
+    results = list(POOL.run(Runner(tmp_path, slow=(1,), slow_s=60), make_shards(4)))
+    kill.join()
+    assert sorted(result.shard for result in results if result.error is None) == [0, 1, 2, 3]
+    assert begun(tmp_path, 1) == [(1, 0, ""), (1, 1, "its worker died")]
+
+
+def test_a_worker_that_hangs_is_killed_and_one_that_is_slow_is_not(tmp_path: Path) -> None:
+    pool = replace(POOL, hang_s=0.8)
+    results = list(pool.run(Runner(tmp_path, hangs=(0,), slow=(1,), slow_s=2), make_shards(3)))
+    assert sorted(result.shard for result in results if result.error is None) == [0, 1, 2]
+    (first, (number, lost, reason)) = begun(tmp_path, 0)
+    assert (first, number, lost) == ((1, 0, ""), 1, 1)
+    assert reason.startswith("no sign of life for ")
+    assert begun(tmp_path, 1) == [(1, 0, "")]
+
+
+def test_a_process_that_does_not_even_answer_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_member, "ANSWER_S", 1.0)
+    results = list(replace(POOL, hang_s=100).run(Runner(tmp_path, freezes=(0,)), make_shards(2)))
+    assert sorted(result.shard for result in results if result.error is None) == [0, 1]
+    _, (_, lost, reason) = begun(tmp_path, 0)
+    assert (lost, reason[:27]) == (1, "its process did not answer ")
+
+
+def test_the_run_is_put_aside_when_the_node_of_the_driver_is_drained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    monkeypatch.setattr(ray_nodes, "draining", lambda: {here} if (tmp_path / "0.log").exists() else set())
+    stop = Stop()
+    assert list(POOL.run(Runner(tmp_path, seconds=60), make_shards(1), stop)) == []
+    assert stop.reason == "the node of the driver is about to leave"
+    assert [each["what"] for each in attempts(tmp_path, 0)] == ["begun", "stopped"]
+
+
+def test_a_ray_that_cannot_tell_of_draining_nodes_knows_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray._private.state.state", None)
+    assert ray_nodes.draining() == set()
+
+
+def test_an_outage_pauses_the_shard_and_costs_no_attempt(tmp_path: Path) -> None:
+    pool = replace(POOL, max_attempts=1)
+    results = list(pool.run(Runner(tmp_path, meets_outage=(0, 1), times=4), make_shards(3)))
+    assert sorted(result.shard for result in results if result.error is None) == [0, 1, 2]
+    assert begun(tmp_path, 0) == [(1, 0, "")] * 5
+
+
+@pytest.mark.parametrize("where", ["start", "work"])
+def test_an_outage_that_lasts_ends_the_run_with_75(tmp_path: Path, where: str) -> None:
+    runner = BrokenStart("outage") if where == "start" else Runner(tmp_path, meets_outage=(0, 1), times=10**9)
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match=r"storage has failed for \d s \(s3://.*503\)") as caught:
+        list(replace(POOL, outage_s=1.0).run(runner, make_shards(2)))
+    assert caught.value.exit_code == 75
+    assert time.monotonic() - began < 20
+
+
+def test_a_stop_lets_workers_put_their_shards_aside(tmp_path: Path) -> None:
+    stop = Stop()
+    both = when(lambda: (tmp_path / "0.log").exists() and (tmp_path / "1.log").exists(), lambda: stop.request("enough"))
+    began = time.monotonic()
+    assert list(POOL.run(Runner(tmp_path, seconds=60), make_shards(5), stop)) == []
+    both.join()
+    assert time.monotonic() - began < 20
+    assert [[each["what"] for each in attempts(tmp_path, index)] for index in (0, 1)] == [["begun", "stopped"]] * 2
+    assert not (tmp_path / "2").exists()
+
+
+def test_what_does_not_stop_within_the_grace_time_is_killed(tmp_path: Path) -> None:
+    stop = Stop()
+    request = when((tmp_path / "0.log").exists, lambda: stop.request("enough"))
+    began = time.monotonic()
+    assert list(replace(POOL, drain_s=1.0).run(Runner(tmp_path, hangs=(0,)), make_shards(1), stop)) == []
+    request.join()
+    assert time.monotonic() - began < 20
+
+
+def test_a_slow_shard_at_the_end_is_begun_by_a_second_worker_and_the_first_to_finish_counts(tmp_path: Path) -> None:
+    pool = replace(POOL, slow_s=0.5)
+    results = list(pool.run(Runner(tmp_path, slow=(1,), slow_s=60), make_shards(4)))
+    assert sorted(result.shard for result in results) == [0, 1, 2, 3]
+    first, second = [each for each in attempts(tmp_path, 1) if each["what"] == "begun"]
+    assert (first["from_end"], second["from_end"]) == (False, True)
+    ends = {each["pid"]: each["what"] for each in attempts(tmp_path, 1)}
+    assert ends == {first["pid"]: "stopped", second["pid"]: "done"}
+
+
+def test_idle_workers_are_let_go_while_the_last_shard_is_made_but_for_a_spare_one(tmp_path: Path) -> None:
+    import ray
+
+    free: list[float] = []
+
+    def look() -> None:
+        time.sleep(2.5)
+        free.append(ray.available_resources().get("GPU", 0))
+
+    is_last = when(lambda: len(list(tmp_path.glob("*.log"))) == 8, look)
+    pool = replace(POOL, max_workers=4, num_gpus=0.5)
+    results = list(pool.run(Runner(tmp_path, slow=(0,), slow_s=6, seconds=0.5), make_shards(8)))
+    is_last.join()
+    assert len({result.worker for result in results}) == 4
+    assert free == [1]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fakes import DEATH_EXIT
 from job_files import data_files, make_job, metadata, write_job
 
 DRIVE = Path(__file__).parents[1] / "drive.py"
@@ -51,6 +52,26 @@ def test_a_driver_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path: Path,
     assert data_files(output) == data_files(tmp_path / "whole/out")
     assert {name: (output / "_run/commits" / name).stat().st_mtime_ns for name in committed} == committed
     assert (output / "_SUCCESS").exists()
+
+
+def test_a_process_that_dies_within_a_shard_leaves_what_it_made(tmp_path: Path) -> None:
+    rows = [{"prompt": f"picture {number}" + (" [die once]" if number == 7 else "")} for number in range(10)]
+    whole, killed = (
+        make_job(tmp_path / name, rows, output={"shard_size": 10}, model={"uri": str(tmp_path)})
+        for name in ("whole", "killed")
+    )
+    (tmp_path / "died").touch()
+    finish(write_job(whole, tmp_path / "whole/job.yaml"), "local")
+    (tmp_path / "died").unlink()
+
+    job = write_job(killed, tmp_path / "killed/job.yaml")
+    assert start(job, "local").wait(timeout=90) == DEATH_EXIT
+    # Of three batches made, the third may have been on its way.
+    assert len(list((tmp_path / "killed/out/_run/staging/00000").iterdir())) in (2, 3)
+    finish(job, "local")
+
+    assert data_files(tmp_path / "killed/out") == data_files(tmp_path / "whole/out")
+    assert not (tmp_path / "killed/out/_run/staging").exists()
 
 
 @pytest.mark.ray

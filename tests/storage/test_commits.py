@@ -20,7 +20,7 @@ from flux_batch.errors import NotFound, StoreError
 from flux_batch.records import Commit, ImageRecord, StoredFile
 from flux_batch.storage.commits import Commits, Publisher
 from flux_batch.storage.images import encode
-from flux_batch.storage.shards import image_key, layout_for, unpack_metadata
+from flux_batch.storage.shards import image_key, layout_for, unpack, unpack_metadata
 from flux_batch.storage.store import Store
 
 FORMATS = ["webdataset", "files", "parquet"]
@@ -125,7 +125,8 @@ def check_consistent(store: Store, layout: str) -> list[dict[str, Any]]:
     assert [row["prompt"] for row in rows] == PROMPTS
     made: dict[str, bytes] = {}
     if data_files := {key: Path(store.uri, key) for key in store.list("train")}:
-        made = layout_for(OutputConfig(uri="x", format=layout), PASSTHROUGH).unpack("00000", data_files)  # type: ignore[arg-type]
+        chosen = layout_for(OutputConfig(uri="x", format=layout), PASSTHROUGH)  # type: ignore[arg-type]
+        made = unpack(chosen, "00000", data_files)
     for row in rows:
         if row["status"] == "success":
             assert row["sha256"] == hashlib.sha256(made[row["key"]]).hexdigest()
@@ -281,7 +282,9 @@ class InterruptedStore(FragileStore):
 def test_commits_are_counted_and_read_by_their_names(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     commits = Commits(store, 200_000)
-    commit = Commit(shard=7, worker="w", num_images=1, num_failed=0, files=(StoredFile(path="p", bytes=1, sha256="s"),))
+    commit = Commit(
+        shard=7, worker="w", num_images=1, num_failed=0, files=(StoredFile(path="train/p", bytes=1, sha256="s"),)
+    )
 
     assert commits.put(commit) == commit
     assert commits.put(replace(commit, worker="another")) == commit

@@ -347,7 +347,7 @@ def test_a_bucket_that_is_away_is_no_fault_of_the_row(monkeypatch: pytest.Monkey
         raise ConnectionError("refused")
 
     monkeypatch.setattr(input_images, "_read_object", away)
-    monkeypatch.setattr("flux_batch.storage.store.ATTEMPTS", 1)
+    monkeypatch.setattr("flux_batch.storage.patience.ATTEMPTS", 1)
     with pytest.raises(StoreError, match="refused"):
         load("memory://a.png")
 

@@ -31,6 +31,7 @@ from flux_batch.storage.shards import (
     pack_metadata,
     passthrough_name,
     shard_name,
+    unpack,
     unpack_metadata,
 )
 
@@ -170,7 +171,10 @@ def test_unpacking_gives_the_pictures_that_were_packed(tmp_path: Path, layout: s
     files = dict(chosen.pack("00000", samples, tmp_path / "scratch"))
 
     assert set(files) == {chosen.file_name("00000", sample.record.key) for sample in samples}
-    assert chosen.unpack("00000", files) == {sample.record.key: sample.path.read_bytes() for sample in samples}
+    files |= dict(chosen.list_pictures("00000", [sample.record for sample in samples], tmp_path / "scratch"))
+    keys = [sample.record.key for sample in samples]
+    assert [name for name, _ in chosen.entries("00000", files)] == list(chosen.names(keys))
+    assert unpack(chosen, "00000", files) == {sample.record.key: sample.path.read_bytes() for sample in samples}
 
 
 def test_a_tar_has_nothing_of_the_moment_or_the_machine_in_it(tmp_path: Path) -> None:

@@ -142,6 +142,18 @@ def test_nothing_there_is_not_found_and_an_empty_list(store: Store, tmp_path: Pa
     assert store.list("nothing") == []
 
 
+def test_the_children_of_a_folder_are_its_objects_with_their_sizes_and_its_folders(store: Store) -> None:
+    store.write("a/1.bin", b"one")
+    store.write("a/b/2.bin", b"")
+    store.write("a/b/c/3.bin", b"")
+    store.write("ab/3.bin", b"x")
+
+    assert store.children("a") == {"1.bin": 3, "b": None}
+    assert store.children("a/b") == {"2.bin": 0, "c": None}
+    assert {"a": None, "ab": None}.items() <= store.children("").items()  # on a disk, _run stays as an empty folder
+    assert store.children("nothing") == {}
+
+
 def test_a_folder_is_no_object(store: Store) -> None:
     store.write("a/b", b"x")
 

@@ -16,6 +16,7 @@ from flux_batch.demo.captions import (
     SIZES,
     TEXTURES,
     WORDINGS,
+    Colour,
     Scene,
     Texture,
     Unsaid,
@@ -27,7 +28,7 @@ from flux_batch.demo.captions import (
 
 # How often a training text says nothing, or only a colour, or leaves a fact out.
 EMPTY_SHARE = 0.08
-BARE_SHARE = 0.03
+BARE_SHARE = 0.06
 # Textures are learned long before shapes, so most pictures are plain.
 TEXTURE_SHARES: dict[Texture, float] = {
     "plain": 0.4,
@@ -84,12 +85,19 @@ def training_text(scene: Scene, rng: random.Random, empty_share: float = EMPTY_S
     if kind < empty_share:
         return Text("", answers(None))
     if kind < empty_share + BARE_SHARE:
-        colour = scene.first.colour
+        # Of anything in the picture: as a negative prompt it is to keep the colour out of all of it.
+        colour = pick(rng, colours_of(scene))
         words = pick(rng, BARE_WORDINGS).format(colour)
         told = [colour if fact.name == "first colour" else None for fact in FACTS]
         return Text(words, indices(told))
     unsaid: frozenset[Unsaid] = frozenset(fact for fact, share in UNSAID_SHARES.items() if rng.random() < share)
     return Text(phrase(scene, pick(rng, range(len(WORDINGS))), unsaid), answers(scene, unsaid))
+
+
+def colours_of(scene: Scene) -> list[Colour]:
+    """Return the colours of the things and of what lies behind them."""
+    named = (scene.first.colour, scene.second and scene.second.colour, scene.background.colour, scene.background.second)
+    return [colour for colour in named if colour]
 
 
 def answers(scene: Scene | None, unsaid: frozenset[Unsaid] = frozenset()) -> tuple[int, ...]:

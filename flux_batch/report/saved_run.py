@@ -1,0 +1,74 @@
+"""A run as its output alone tells it: no job file, no data set and no secret of them is needed.
+
+For whoever reads what a run left: verify, and whatever shows or repeats its pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flux_batch.config import JobConfig
+from flux_batch.errors import JobError, NotFound, StoreError
+from flux_batch.plan import Outline
+from flux_batch.storage.commits import Commits
+from flux_batch.storage.run_files import JOB, PLAN
+from flux_batch.storage.shards import Layout, layout_for, metadata_file, shard_name, stored_pictures, unpack_metadata
+from flux_batch.storage.store import Store
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """The job and the plan that are written down in an output; `config` has its secrets redacted."""
+
+    store: Store
+    config: JobConfig
+    outline: Outline
+
+    @classmethod
+    def open(cls, store: Store) -> SavedRun:
+        """Read a run. Raises: JobError if there is none, StoreError if its own files are damaged."""
+        try:
+            plan, job = store.read(PLAN), store.read(JOB)
+        except NotFound as error:
+            raise JobError(f"{store.uri}: there is no run here (no {PLAN})") from error
+        try:
+            outline = Outline.from_parquet(plan)
+            config = JobConfig.from_yaml(job.decode(), origin=store.url(JOB))
+        except ValueError as error:  # JobError is one too
+            raise StoreError(f"{store.uri}: {PLAN} or {JOB} is damaged: {error}") from error
+        return cls(store, config, outline)
+
+    @property
+    def num_shards(self) -> int:
+        """Count the shards of the plan."""
+        return len(self.outline.num_rows)
+
+    @property
+    def commits(self) -> Commits:
+        """Give the commits of the run."""
+        return Commits(self.store, self.num_shards)
+
+    @property
+    def layout(self) -> Layout:
+        """Give the layout its pictures are stored in."""
+        return layout_for(self.config.output, self.outline.passthrough)
+
+    def name(self, shard: int) -> str:
+        """Name a shard, as its files do."""
+        return shard_name(shard, self.num_shards)
+
+    def metadata(self, shard: int) -> list[dict[str, Any]]:
+        """Read the metadata rows of a committed shard, in order. Raises: NotFound."""
+        return unpack_metadata(self.store.read(metadata_file(self.name(shard))))
+
+    def pictures(self, shard: int, scratch: Path) -> Iterator[tuple[str, bytes]]:
+        """Yield the key and the encoded bytes of each picture of a committed shard, one by one.
+
+        `scratch` is a folder for copies of what lies in a bucket. Raises: NotFound, and one of DAMAGE.
+        """
+        files = [file.path for file in self.commits.read(shard).files if file.path != metadata_file(self.name(shard))]
+        local: Mapping[str, Path] = {path: self.store.fetch(path, scratch) for path in files}
+        return stored_pictures(self.layout, self.name(shard), local) if local else iter(())

@@ -1,0 +1,86 @@
+"""A process as other processes can tell it: which machine, which start of that machine, which process on it.
+
+Answers one question: whether the process that wrote something down is certain to be gone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+# States in /proc/PID/stat of a process that has ended and only waits for its parent to notice.
+ENDED = {"Z", "X", "x"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessId:
+    """Names a process for ever: numbers are used again, so the start of the process and of the machine belong to it.
+
+    `boot`, `namespace` and `started` are empty where there is no /proc to read them from.
+    """
+
+    host: str
+    boot: str
+    namespace: str  # of process ids: containers of one machine may share all else
+    pid: int
+    started: str
+
+    @classmethod
+    def own(cls) -> ProcessId:
+        """Name this process."""
+        return cls(
+            host=socket.gethostname(),
+            boot=_read("/proc/sys/kernel/random/boot_id"),
+            namespace=_namespace(),
+            pid=os.getpid(),
+            started=_start_of(os.getpid()),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.pid}"
+
+    def is_gone(self) -> bool:
+        """Whether it is certain that the process has ended; False for a process that cannot be seen from here."""
+        here = ProcessId.own()
+        if not (self.boot and self.namespace and self.started):
+            return False
+        if (self.host, self.boot, self.namespace) != (here.host, here.boot, here.namespace):
+            return False
+        started = _start_of(self.pid)
+        # A process of another user may be hidden in /proc, but its number is not free.
+        return started != self.started if started else not _is_taken(self.pid)
+
+
+def _start_of(pid: int) -> str:
+    """Read when a process started, in clock ticks since the boot (proc_pid_stat(5), field 22); empty if it ended."""
+    # The second field is the name of the program, which may hold blanks and brackets.
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 and fields[0] not in ENDED else ""
+
+
+def _is_taken(pid: int) -> bool:
+    if _read(f"/proc/{pid}/stat"):
+        return False  # it has ended, see _start_of
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _namespace() -> str:
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,98 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from flux_batch.engine.local import LocalEngine
+from flux_batch.engine.stop import Stop, stopped_by_signals
+from flux_batch.errors import Interrupted
+from runners import BrokenStart, Runner, make_shards
+
+
+def test_the_first_reason_stays() -> None:
+    stop = Stop()
+    assert (stop.is_requested, stop.reason) == (False, "")
+    stop.check()
+    stop.request("stopped by SIGTERM")
+    stop.request("stopped by SIGINT")
+    assert (stop.is_requested, stop.reason) == (True, "stopped by SIGTERM")
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; run the same command again"):
+        stop.check()
+
+
+def test_a_wait_ends_when_somebody_asks_to_stop() -> None:
+    stop = Stop()
+    began = time.monotonic()
+    stop.sleep(0.05)
+    assert time.monotonic() - began >= 0.05
+    threading.Timer(0.1, stop.request, ["stopped by hand"]).start()
+    with pytest.raises(Interrupted, match="stopped by hand"):
+        stop.sleep(60)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_to_stop_and_handlers_are_put_back(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    stop = Stop()
+    with stopped_by_signals(stop):
+        os.kill(os.getpid(), number)
+        name = signal.Signals(number).name
+        assert stop.reason == f"stopped by {name}"
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    assert f"{name}: finishing or putting aside" in capfd.readouterr().err
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stop = Stop()
+        with stopped_by_signals(stop):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not stop.is_requested
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+STUBBORN = """
+import time
+from flux_batch.engine.stop import Stop, stopped_by_signals
+with stopped_by_signals(Stop()):
+    print("up", flush=True)
+    while True:
+        time.sleep(0.1)
+"""
+
+
+def test_a_second_signal_leaves_at_once() -> None:
+    process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 75
+    assert "SIGINT after SIGTERM: leaving at once" in err
+
+
+def test_the_local_engine_stops_between_shards(tmp_path: Path) -> None:
+    stop = Stop()
+    results = LocalEngine().run(Runner(tmp_path), make_shards(5), stop)
+    assert [next(results).shard, next(results).shard] == [0, 1]
+    stop.request("enough")
+    assert list(results) == []
+    assert not (tmp_path / "2").exists()
+
+
+def test_the_local_engine_opens_no_worker_after_a_stop() -> None:
+    stop = Stop()
+    stop.request("enough")
+    assert list(LocalEngine().run(BrokenStart("checkpoint"), make_shards(1), stop)) == []

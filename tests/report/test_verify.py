@@ -1,0 +1,467 @@
+"""Every way in which a run can be wrong is found, and repaired to the very bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fakes import FakePipeline
+from flux_batch.cli import main
+from flux_batch.config import JobConfig, ModelConfig
+from flux_batch.engine.local import LocalEngine
+from flux_batch.errors import JobError, StoreError
+from flux_batch.job import run
+from flux_batch.report.saved_run import SavedRun
+from flux_batch.report.verify import format_verdict, repair, verify
+from flux_batch.storage.lease import Lease
+from flux_batch.storage.shards import metadata_file
+from flux_batch.storage.store import Store
+from job_files import data_files, make_job
+from s3 import Bucket
+
+LAYOUTS = ["webdataset", "files", "parquet"]
+# Three shards of four; the second has a failed row.
+ROWS: list[dict[str, Any]] = [
+    {"prompt": f"picture {number}" + (" [raise]" if number == 5 else "")} for number in range(12)
+]
+DATA = {"webdataset": "train/00001.tar", "files": "train/00001/000010000.png", "parquet": "train/00001.parquet"}
+
+
+class Making:
+    """Makes pipelines, and counts what they make."""
+
+    def __init__(self) -> None:
+        self.pipelines: list[FakePipeline] = []
+
+    def __call__(self, model: ModelConfig) -> FakePipeline:
+        self.pipelines.append(FakePipeline())
+        return self.pipelines[-1]
+
+    @property
+    def prompts(self) -> Counter[str]:
+        return Counter(text for pipeline in self.pipelines for call in pipeline.calls for text in call)
+
+
+def finish(config: JobConfig, making: Making | None = None) -> None:
+    assert run(config, engine=LocalEngine(), make_pipeline=making or Making()).is_complete
+
+
+def make_run(folder: Path, layout: str) -> JobConfig:
+    config = make_job(folder, ROWS, output={"format": layout}, failures={"max_ratio": 1.0})
+    finish(config)
+    return config
+
+
+@pytest.fixture(params=LAYOUTS)
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> JobConfig:
+    return make_run(tmp_path / "run", request.param)
+
+
+@pytest.fixture
+def store(config: JobConfig) -> Store:
+    return Store(config.output.uri)
+
+
+@pytest.fixture
+def webdataset(tmp_path: Path) -> Store:
+    return Store(make_run(tmp_path / "run", "webdataset").output.uri)
+
+
+def texts(store: Store, **options: Any) -> list[tuple[str, int | None, str]]:
+    return [(problem.check, problem.shard, problem.text) for problem in verify(store, **options).problems]
+
+
+# --- a run that is as it should be
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_good_run_is_good(store: Store, quick: bool) -> None:
+    before = data_files(Path(store.uri))
+    verdict = verify(store, quick=quick)
+
+    assert verdict.problems == []
+    assert (verdict.exit_code, verdict.is_complete) == (0, True)
+    assert (verdict.num_committed, verdict.num_shards) == (3, 3)
+    assert (verdict.num_rows, verdict.num_pictures, verdict.num_failed) == (12, 11, 1)
+    assert format_verdict(verdict).endswith("all is well")
+    assert data_files(Path(store.uri)) == before
+
+
+def test_a_run_that_is_not_finished_is_good_as_far_as_it_is(store: Store) -> None:
+    for key in ("_SUCCESS", "_run/commits/00002.json"):
+        store.delete(key)
+    verdict = verify(store)
+
+    assert verdict.problems == []
+    assert verdict.leftovers["uncommitted"] >= 2
+    assert "1 shards are not committed yet" in format_verdict(verdict)
+
+
+def test_a_run_in_a_bucket_is_read_too(tmp_path: Path, s3_store: Bucket) -> None:
+    output = {"uri": f"{s3_store.uri}/run", "storage_options": s3_store.storage_options, "format": "files"}
+    config = make_job(tmp_path, ROWS, output=output, failures={"max_ratio": 1.0})
+    finish(config)
+    store = Store(config.output.uri, config.output.storage_options)
+    assert verify(store).problems == []
+    assert verify(store, quick=True).problems == []
+
+    store.write("train/00001/000010000.png", b"x")
+    store.write("train/00002/stray", b"x")
+    verdict = verify(store, quick=True)
+    assert [(problem.check, problem.shard) for problem in verdict.problems] == [("files", 1), ("leftovers", None)]
+    assert repair(store, verdict) == [1]
+    finish(config)
+    assert [problem.text.split(":")[0] for problem in verify(store).problems] == ["train/00002/stray"]
+
+
+# --- damage to the files of a shard
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words", "quick_finds"),
+    [(cut, "bytes were committed|where", True), (flip, "sha256", False), (remove, "is gone", True)],
+)
+def test_damaged_data_is_found_and_repaired_to_the_same_bytes(
+    config: JobConfig, store: Store, damage: Callable[[Path], None], words: str, quick_finds: bool
+) -> None:
+    before = data_files(Path(store.uri))
+    file = DATA[config.output.format]
+    damage(Path(store.uri, file))
+    assert bool(verify(store, quick=True).problems) == quick_finds
+
+    verdict = verify(store)
+    assert verdict.exit_code == 3
+    assert [(problem.check, problem.shard) for problem in verdict.problems] == [("files", 1)]
+    assert file in verdict.problems[0].text
+    assert any(word in verdict.problems[0].text for word in words.split("|"))
+    assert "shard 1: files: " in format_verdict(verdict)
+    assert repair(store, verdict) == [1]
+    assert not store.exists("_SUCCESS")
+    making = Making()
+    finish(config, making)
+
+    assert data_files(Path(store.uri)) == before
+    assert verify(store).problems == []
+    assert making.prompts.keys() <= {row["prompt"] for row in ROWS[4:8]}
+
+
+def test_a_repair_keeps_the_pictures_that_are_good(tmp_path: Path) -> None:
+    config = make_run(tmp_path, "files")
+    store = Store(config.output.uri)
+    Path(store.uri, DATA["files"]).unlink()
+    making = Making()
+
+    repair(store, verify(store))
+    finish(config, making)
+
+    assert making.prompts.keys() == {"picture 4", "picture 5 [raise]"}
+    assert verify(store).problems == []
+
+
+@pytest.mark.parametrize("damage", [cut, flip, remove])
+def test_damaged_metadata_is_found_and_repaired(
+    config: JobConfig, store: Store, damage: Callable[[Path], None]
+) -> None:
+    before = data_files(Path(store.uri))
+    damage(Path(store.uri, "metadata/00002.parquet"))
+
+    verdict = verify(store, quick=True)
+    assert [(problem.check, problem.shard) for problem in verdict.problems] == [("files", 2)]
+    repair(store, verdict)
+    finish(config)
+    assert data_files(Path(store.uri)) == before
+
+
+ELSEWHERE = b"""{"shard": 1, "worker": "w", "num_images": 4, "num_failed": 0,
+    "files": [{"path": "train/../../secret", "bytes": 1, "sha256": ""}]}"""
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"[1]", b"\xff", b'{"shard": 1}', b"[" * 100_000, ELSEWHERE])
+def test_a_commit_that_is_none_is_found_and_repaired(config: JobConfig, store: Store, body: bytes) -> None:
+    before = data_files(Path(store.uri))
+    store.write("_run/commits/00001.json", body)
+
+    verdict = verify(store)
+    assert [(problem.check, problem.shard) for problem in verdict.problems] == [("commit", 1)]
+    repair(store, verdict)
+    finish(config)
+    assert data_files(Path(store.uri)) == before
+    assert verify(store).problems == []
+
+
+# --- shards that agree with their commits, but not with themselves
+
+
+def recommit(store: Store, **changes: Any) -> None:
+    """Write a commit anew to what lies there, as a worker with a bug might have."""
+    commit = SavedRun.open(store).commits.read(1)
+
+    files = [
+        {"path": f.path, "bytes": len(data := store.read(f.path)), "sha256": hashlib.sha256(data).hexdigest()}
+        for f in commit.files
+        if store.exists(f.path)
+    ]
+    body = {"version": 1, **asdict(commit), "files": files, **changes}
+    store.write("_run/commits/00001.json", json.dumps(body).encode())
+
+
+def rewrite_rows(store: Store, change: Callable[[list[dict[str, Any]]], Any]) -> None:
+    key = metadata_file("00001")
+    table = pq.read_table(io.BytesIO(store.read(key)))
+    rows = table.to_pylist()
+    change(rows)
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), buffer)
+    store.write(key, buffer.getvalue())
+    recommit(store, num_images=len(rows), num_failed=sum(row["status"] == "failed" for row in rows))
+
+
+def set_to(number: int, **fields: Any) -> Callable[[list[dict[str, Any]]], None]:
+    return lambda rows: rows[number].update(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: rows.pop(), "3 prompts where the plan has 4"),
+        (lambda rows: rows.append(rows[0]), "holds '000010000' of row 'prompts.parquet:4' where 000010004 is due"),
+        (lambda rows: rows.reverse(), "holds '000010003' of row 'prompts.parquet:7' where 000010000 is due"),
+        (lambda rows: rows.append(rows[3] | {"image_index": 1}), "where 000010003_1 is due"),
+        (set_to(0, sha256=None), "000010000: made, but it is not said that it lies in train/00001.tar"),
+        (set_to(0, file_name="train/../../x.tar"), "000010000: made, but it is not said that it lies in"),
+        (set_to(1, error_type=None), "000010001: failed, but there is no reason"),
+        (set_to(0, status="perhaps"), "000010000: status 'perhaps'"),
+    ],
+)
+def test_rows_that_are_not_those_of_the_plan_are_found(
+    webdataset: Store, change: Callable[[list[dict[str, Any]]], Any], words: str
+) -> None:
+    rewrite_rows(webdataset, change)
+
+    found = texts(webdataset, quick=True)
+    assert [(check, shard) for check, shard, _ in found] == [("rows", 1)]
+    assert words in found[0][2]
+
+
+def test_a_commit_with_other_counts_or_of_another_shard_is_found(webdataset: Store) -> None:
+    recommit(webdataset, num_failed=2)
+    assert texts(webdataset) == [("rows", 1, "4 images, 1 failed, where the commit has 4, 2 failed")]
+    recommit(webdataset, num_failed=1, shard=2)
+    assert texts(webdataset) == [("commit", 1, "is that of shard 2")]
+
+
+def test_a_commit_that_does_not_name_its_data_is_found(webdataset: Store) -> None:
+    webdataset.delete("train/00001.tar")
+    recommit(webdataset)
+
+    assert texts(webdataset) == [("files", 1, "train/00001.tar: is not named by the commit")]
+
+
+def repack(store: Store, change: Callable[[list[tuple[str, bytes]]], Any]) -> None:
+    """Change the members of the tar of shard 1."""
+    with tarfile.open(fileobj=io.BytesIO(store.read("train/00001.tar"))) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+    change(members)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    store.write("train/00001.tar", buffer.getvalue())
+    recommit(store)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda members: members.pop(1), "000010000.txt: is missing"),
+        (lambda members: members.append(members[0]), "000010000.png: is there 2 times, 1 are due"),
+        (lambda members: members.append(("../evil", b"x")), "../evil: is there 1 times, 0 are due"),
+        (lambda members: members.append(("000010001.png", b"x")), "000010001.png: is there 1 times, 0 are due"),
+        (lambda members: members.__setitem__(0, (members[0][0], b"x")), "000010000.png: other bytes than the metadata"),
+    ],
+)
+def test_pictures_that_are_not_those_of_the_metadata_are_found(
+    webdataset: Store, change: Callable[[list[tuple[str, bytes]]], Any], words: str
+) -> None:
+    repack(webdataset, change)
+
+    assert texts(webdataset, quick=True) == []
+    found = texts(webdataset)
+    assert [(check, shard) for check, shard, _ in found] == [("pictures", 1)]
+    assert words in found[0][2]
+
+
+def test_a_picture_that_cannot_be_decoded_is_found_though_every_hash_agrees(tmp_path: Path) -> None:
+    store = Store(make_run(tmp_path, "files").output.uri)
+    broken = store.read(DATA["files"])[:-30]
+    store.write(DATA["files"], broken)
+    rewrite_rows(store, set_to(0, bytes=len(broken), sha256=hashlib.sha256(broken).hexdigest()))
+    assert [(check, shard) for check, shard, _ in texts(store)] == [("pictures", 1)]
+    assert "000010000.png: cannot be decoded" in texts(store)[0][2]
+
+    rewrite_rows(store, set_to(2, width=32))
+    assert any("16 x 16 pixels where 32 x 16 are recorded" in text for _, _, text in texts(store))
+
+
+# --- what lies around
+
+
+def test_failed_rows_are_mended_without_making_anything_again(config: JobConfig, store: Store) -> None:
+    good = store.read("_run/failed/00001.parquet")
+    store.write("_run/failed/00001.parquet", b"x")
+    store.write("_run/failed/00002.parquet", good)
+    assert {(check, shard) for check, shard, _ in texts(store)} == {("failed rows", 1), ("failed rows", 2)}
+
+    assert repair(store, verify(store)) == []
+    assert store.exists("_SUCCESS")
+    assert store.list("_run/failed") == ["_run/failed/00001.parquet"]
+    assert store.read("_run/failed/00001.parquet") == good
+    assert verify(store).problems == []
+    store.delete("_run/failed/00001.parquet")
+    assert texts(store) == [("failed rows", 1, "_run/failed/00001.parquet: is gone")]
+
+
+STRAYS = ["train/notes.txt", "train/00007.tar", "train/x/y", "metadata/00001.json", "_run/x", "_run/commits/1.json"]
+
+
+@pytest.mark.parametrize("key", [*STRAYS, "_run/tmp/half", "_run/staging/00000/x.parquet"])
+def test_what_no_commit_names_is_found_in_a_complete_run(webdataset: Store, key: str) -> None:
+    webdataset.write(key, b"x")
+
+    ((check, shard, text),) = texts(webdataset)
+    assert (check, shard) == ("leftovers", None)
+    assert text.startswith(f"{key}: ")
+
+
+def test_a_lost_commit_of_a_complete_run_is_found_and_made_again(config: JobConfig, store: Store) -> None:
+    before = data_files(Path(store.uri))
+    store.delete("_run/commits/00001.json")
+
+    verdict = verify(store)
+    assert verdict.problems[0].text == "1 shards are not committed, though _SUCCESS is there"
+    repair(store, verdict)
+    assert not store.exists("_SUCCESS")
+    finish(config)
+    assert verify(store).problems == []
+    assert data_files(Path(store.uri)) == before
+
+
+def test_an_outage_is_no_finding(webdataset: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(key: str, folder: Path) -> Path:
+        raise StoreError(f"{key}: cannot read: 503")
+
+    monkeypatch.setattr(webdataset, "fetch", away)
+    with pytest.raises(StoreError, match="503"):
+        verify(webdataset)
+
+
+def test_where_there_is_no_run_there_is_nothing_to_verify(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="there is no run here"):
+        verify(Store(str(tmp_path)))
+
+
+def test_a_run_whose_own_files_are_damaged_says_which(webdataset: Store) -> None:
+    webdataset.write("_run/plan.parquet", b"PAR1 or not")
+    with pytest.raises(StoreError, match=r"_run/plan\.parquet or _run/job\.yaml is damaged"):
+        verify(webdataset)
+
+
+# --- the command line
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = main([*arguments])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_the_command_verifies_repairs_and_tells_by_its_exit_code(
+    config: JobConfig, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(capsys, "verify", store.uri)[0] == 0
+    flip(Path(store.uri, DATA[config.output.format]))
+    assert command(capsys, "verify", store.uri, "--quick")[0] == 0
+
+    code, text = command(capsys, "verify", store.uri)
+    assert code == 3
+    assert "BROKEN: 1 shards" in text
+    code, text = command(capsys, "verify", store.uri, "--repair")
+    assert code == 3
+    assert "1 shards are to be made again" in text
+    finish(config)
+    assert command(capsys, "verify", store.uri, "--repair")[0] == 0
+
+
+def test_the_sweep_removes_what_no_commit_names_and_nothing_else(
+    config: JobConfig, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {key: store.read(key) for key in store.list("")}
+    Path(store.uri, "mine.txt").write_text("beside the run")
+    strange = ["_run/tmp/half", "_run/staging/00000/x.parquet", "train/notes.txt", "train/00007.tar", "metadata/x"]
+    for key in strange:
+        store.write(key, b"x")
+
+    code, text = command(capsys, "gc", store.uri, "--dry-run")
+    assert (code, sorted(line.split()[-1] for line in text.splitlines())) == (0, sorted(strange))
+    code, text = command(capsys, "gc", store.uri)
+
+    assert (code, text) == (0, "5 objects removed\n")
+    left = {key: store.read(key) for key in store.list("") if not key.startswith("_run/lease/")}
+    assert left.pop("mine.txt") == b"beside the run"
+    assert left == {key: data for key, data in before.items() if not key.startswith("_run/lease/")}
+    assert verify(store).problems == []
+
+
+def test_the_sweep_keeps_what_unfinished_shards_have_staged(
+    config: JobConfig, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key in ("_SUCCESS", "_run/commits/00002.json"):
+        store.delete(key)
+    store.write("_run/staging/00002/x.parquet", b"x")
+    assert command(capsys, "gc", store.uri)[0] == 0
+
+    assert store.list("_run/staging") == ["_run/staging/00002/x.parquet"]
+    assert [key for key in store.list("train") + store.list("metadata") if "/00002" in key] == []
+    finish(config)
+    assert verify(store).problems == []
+
+
+def test_neither_touches_a_run_that_another_driver_has(
+    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(store.uri, DATA[SavedRun.open(store).config.output.format]).unlink()
+    before = set(store.list(""))
+    with Lease(Store(store.uri), ttl_s=4):
+        for arguments in (["gc", store.uri], ["verify", store.uri, "--repair"]):
+            code, text = command(capsys, *arguments)
+            assert code == 75
+            assert f":{os.getpid()} is at work on this run" in text
+    assert before <= set(store.list(""))
