@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,13 @@ class StoredTensor:
 class Checkpoint:
     """Tensors by name, not read yet. `source` is the file or folder, for messages; `home` the folder they lie in.
 
-    `metadata`: what the header says beside the tensors.
+    `headers`: what the header of each file says beside the tensors.
     """
 
     source: str
     home: Path
     tensors: Mapping[str, StoredTensor]
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    headers: Sequence[Mapping[str, str]] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -94,15 +94,15 @@ def open_checkpoint(source: Path | Sequence[Path]) -> Checkpoint:
     if not files:
         raise ValueError("an empty list of files is no model")
     tensors: dict[str, StoredTensor] = {}
-    metadata: dict[str, str] = {}
+    headers: list[dict[str, str]] = []
     for path in files:
         header, words = read_header(path)
         for name, tensor in header.items():
             if name in tensors:
                 raise ValueError(f"{name} is both in {tensors[name].path} and in {path}")
             tensors[name] = tensor
-        metadata |= words
-    return Checkpoint(str(source if isinstance(source, Path) else files[0]), files[0].parent, tensors, metadata)
+        headers.append(words)
+    return Checkpoint(str(source if isinstance(source, Path) else files[0]), files[0].parent, tensors, headers)
 
 
 def files_of(source: Path) -> list[Path]:

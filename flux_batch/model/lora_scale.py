@@ -110,8 +110,9 @@ def check_start(source: str, start: object) -> None:
 
 def read_metadata(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
     """Return a JSON object that stands in the header; {} if there is none."""
+    text = next((header[key] for header in checkpoint.headers if header.get(key)), "{}")
     try:
-        value = json.loads(checkpoint.metadata.get(key) or "{}")
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{checkpoint.source}: {key} in its metadata is not valid JSON: {error}") from error
     return value if isinstance(value, dict) else {}

@@ -46,8 +46,10 @@ def declared_formats(checkpoint: Checkpoint) -> dict[str, str]:
 
 def layer_settings(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
     """Yield each layer that a file describes, and the description."""
-    if METADATA in checkpoint.metadata:
-        words = from_json(checkpoint, METADATA, checkpoint.metadata[METADATA])
+    for header in checkpoint.headers:  # of each file of a sharded model
+        if METADATA not in header:
+            continue
+        words = from_json(checkpoint, METADATA, header[METADATA])
         layers = words.get("layers") if isinstance(words, dict) else None
         if not isinstance(layers, dict):
             raise ValueError(f"{checkpoint.source}: {METADATA} in its header lists no layers: download it again")

@@ -11,6 +11,7 @@ import torch
 
 from flux_batch.model.checkpoint import open_checkpoint
 from flux_batch.model.layouts import recognise
+from flux_batch.model.scaled_fp8 import declared_formats
 from layout_files import State, as_bytes, coarse_state, save, scaled_state
 
 FP8 = torch.float8_e4m3fn
@@ -115,6 +116,19 @@ def test_formats_that_are_not_fp8_are_named(tmp_path: Path, words: object, messa
     metadata = {"_quantization_metadata": json.dumps({"layers": {f"model.diffusion_model.{LAYER}": words}})}
     with pytest.raises(ValueError, match=message):
         read(state, tmp_path, metadata)
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_the_header_of_every_shard_is_read(tmp_path: Path, shard: int) -> None:
+    headers = {
+        number: json.dumps({"layers": {f"{LAYER}.{number}": {"format": "nvfp4" if number == shard else "float8_e5m2"}}})
+        for number in (1, 2)
+    }
+    for number, words in headers.items():
+        state = {f"{LAYER}.{number}.bias": torch.ones(4)}
+        save(state, tmp_path, {"_quantization_metadata": words}, name=f"flux-0000{number}-of-00002.safetensors")
+    with pytest.raises(ValueError, match=rf"{LAYER}\.{shard} is quantised as nvfp4"):
+        declared_formats(open_checkpoint(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "[]", '{"layers": 1}', "\ud800"])
