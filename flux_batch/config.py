@@ -16,7 +16,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -37,6 +36,8 @@ from flux_batch.records import (
 )
 from flux_batch.redaction import public_tree, public_uri, redact
 
+# Of the section `model`, what changes pictures: compiled, they are rounded in other places.
+MODEL_IDENTITY = ("uri", "dtype", "quantization", "step_cache", "compile", "loras")
 STORAGE_OPTIONS = {section: {"storage_options"} for section in ("prompts", "output", "model")}
 # Columns of the data set that the job understands, by our own names.
 PROMPT_FIELDS = ("prompt", "id", "seed", "num_images_per_prompt", "input_image", "lora", "lora_scale", *SAMPLING_FIELDS)
@@ -188,7 +189,8 @@ class ModelConfig(Section):
     """`fp8`: weights in half the memory; `fp8_matmul`: multiplied in fp8 too, on GPUs of Ada, Hopper or later."""
     step_cache: float = 0.0
     """Reuse most of a step that differs from the last computed one by less than this share; 0 is off."""
-    compile: Literal[False] = False
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile: faster pictures after a slower start."""
     loras: Annotated[tuple[LoraConfig, ...], Field(strict=False)] = ()
     """Merged into the weights for every row that names none; several add up."""
 
@@ -208,13 +210,6 @@ class ModelConfig(Section):
             if sum(lora.name == other.name for other in self.loras) > 1:
                 raise InvalidSetting(f"loras name {lora.name!r} twice: give each a name of its own", field="loras")
         return self
-
-    @field_validator("compile", mode="before")
-    @classmethod
-    def _not_yet(cls, value: Any, info: ValidationInfo) -> Any:
-        if value:
-            raise ValueError("not available in this version; leave it out")
-        return value
 
 
 class SamplingConfig(Section):
@@ -349,7 +344,7 @@ class JobConfig(Section):
             "prompts": {key: tree["prompts"][key] for key in ("columns", "passthrough", "limit", "allow_http")},
             "output": {key: tree["output"][key] for key in ("format", "shard_size")},
             "output.image": tree["output"]["image"],
-            "model": {key: tree["model"][key] for key in ("uri", "dtype", "quantization", "step_cache", "loras")},
+            "model": {key: tree["model"][key] for key in MODEL_IDENTITY},
             "sampling": tree["sampling"],
         }
         return {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}

@@ -249,6 +249,7 @@ def load_pipeline(model: ModelConfig) -> ImagePipeline:
         torch_dtype=model.dtype,
         quantization=model.quantization,
         step_cache=model.step_cache,
+        compile=model.compile,
         storage_options=model.storage_options,
         refresh=model.refresh,
     )

@@ -19,10 +19,11 @@ from torch import Tensor
 from flux_batch.errors import CheckpointError, InvalidSetting, RowError
 from flux_batch.loras import Loras
 from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.compiling import compile_blocks
+from flux_batch.model.conditioned import ConditionedFlux, Conditioning
 from flux_batch.model.folders import TITLES
 from flux_batch.model.params import ScheduleParams
 from flux_batch.model.sampling import (
-    Conditioning,
     Progress,
     Velocity,
     add_noise,
@@ -32,6 +33,7 @@ from flux_batch.model.sampling import (
     make_sigmas,
     pack,
     position_ids,
+    timesteps_of,
     unpack,
 )
 from flux_batch.model.step_cache import StepCache
@@ -79,13 +81,29 @@ class FluxImagePipeline:
         self.torch_dtype = weight.dtype
 
     @classmethod
-    def from_model_manager(cls, model_manager: ModelManager, *, step_cache: float = 0.0) -> FluxImagePipeline:
-        """Assemble the loaded parts. Raises: CheckpointError naming the parts that were not loaded."""
+    def from_model_manager(
+        cls,
+        model_manager: ModelManager,
+        *,
+        step_cache: float = 0.0,
+        compile: bool = False,
+    ) -> FluxImagePipeline:
+        """Assemble the loaded parts.
+
+        compile: let torch.compile have the transformer's blocks: the first picture of a size, and of the second size,
+        takes longer, all others less.
+        Raises: CheckpointError naming the parts that were not loaded; InvalidSetting if nothing can be compiled here.
+        """
         check_step_cache(step_cache)
         missing = [title for part, title in TITLES.items() if getattr(model_manager, part) is None]
         if missing:
             raise CheckpointError(f"not loaded: {', '.join(missing)}; add their files to load_models([...])")
         manager: Any = model_manager  # every part is there, see above
+        if compile:
+            try:
+                compile_blocks(manager.transformer)
+            except ValueError as error:
+                raise InvalidSetting(f"compile = True: {error}", field="compile") from error
         parts = manager.transformer, manager.autoencoder, manager.clip, manager.t5, manager.schedule
         return cls(*parts, step_cache=step_cache, loras=manager.loras)
 
@@ -98,6 +116,7 @@ class FluxImagePipeline:
         *,
         quantization: Quantization = "none",
         step_cache: float = 0.0,
+        compile: bool = False,
         storage_options: Mapping[str, Any] | None = None,
         refresh: bool = False,
     ) -> FluxImagePipeline:
@@ -106,8 +125,8 @@ class FluxImagePipeline:
         uri: a path, an address that fsspec knows (s3://bucket/flux, with `storage_options`), or a repository of Hugging
         Face (hf://owner/name, owner/name); what is remote is fetched once a machine and then used without asking,
         unless `refresh`. torch_dtype: a dtype or its name; device: `cuda` if there is one, else `cpu`. quantization:
-        see ModelManager; step_cache: what calls take that name none.
-        Raises: CheckpointError saying what was looked for; StoreError for a remote that fails.
+        see ModelManager; step_cache: what calls take that name none; compile: see from_model_manager.
+        Raises: CheckpointError saying what was looked for; StoreError for a remote that fails; InvalidSetting.
         """
         manager = ModelManager(
             torch_dtype,
@@ -116,7 +135,7 @@ class FluxImagePipeline:
             storage_options=storage_options,
         )
         manager.load_models(locate_parts(uri, storage_options, refresh=refresh))
-        return cls.from_model_manager(manager, step_cache=step_cache)
+        return cls.from_model_manager(manager, step_cache=step_cache, compile=compile)
 
     @property
     def default_t5_sequence_length(self) -> int:
@@ -250,23 +269,21 @@ class FluxImagePipeline:
         downscale = self.autoencoder.params.downscale
         height, width = p.height // downscale, p.width // downscale
         length = p.t5_sequence_length or self.default_t5_sequence_length
-        positive = self.encode(p.prompts, length)
-        negative = self.encode(p.negative_prompts, length) if p.uses_cfg else None
         num_tokens = height // 2 * (width // 2)
         sigmas = make_sigmas(p.num_inference_steps, num_tokens, self.schedule, p.sigma_shift, p.denoising_strength)
-        model: Velocity = self.transformer
-        negative_model: Velocity = self.transformer
-        if p.step_cache:
-            model, negative_model = (StepCache(self.transformer, p.step_cache, len(sigmas) - 1) for _ in range(2))
+        pe = self.transformer.position_table(position_ids(length, height, width).to(self.device))
+        guidance = torch.tensor(p.embedded_guidance, device=self.device, dtype=self.torch_dtype)
+        timesteps = timesteps_of(sigmas, guidance)
+
+        def velocity(prompts: Sequence[str]) -> Velocity:
+            model = ConditionedFlux(self.transformer, self.encode(prompts, length), pe, timesteps, guidance)
+            return StepCache(model, p.step_cache) if p.step_cache else model
+
         tokens = denoise(
-            model,
+            velocity(p.prompts),
             pack(self.first_latents(p, height, width, sigmas[0])),
-            positive,
-            self.transformer.position_table(position_ids(length, height, width).to(self.device)),
             sigmas,
-            guidance=torch.tensor(p.embedded_guidance, device=self.device, dtype=self.torch_dtype),
-            negative=negative,
-            negative_model=negative_model,
+            negative=velocity(p.negative_prompts) if p.uses_cfg else None,
             cfg_scale=torch.tensor(p.cfg_scale, device=self.device, dtype=torch.float32),
             progress=progress_bar,
         )

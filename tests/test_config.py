@@ -138,7 +138,7 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("model.step_cache=-0.1", "model.step_cache = -0.1: must be a finite number of at least 0"),
         ("model.step_cache=1.5", "model.step_cache = 1.5: must be from 0, which is off, to 1"),
         ("model.step_cache=true", "model.step_cache = True: input should be a valid number"),
-        ("model.compile=true", "model.compile = True"),
+        ("model.compile=yes please", "model.compile = 'yes please': input should be a valid boolean"),
         ("model.loras=[a]", "model.loras.0: must be a section with keys and values"),
         ("model.loras=a", "model.loras = 'a'"),
         ("model.loras=[{uri: a, scal: 1}]", "model.loras.0.scal: unknown key; did you mean 'scale'?"),
@@ -336,7 +336,7 @@ def test_identity_names_what_changes_pictures_and_nothing_else() -> None:
 
     assert {f"sampling.{name}" for name in (*SAMPLING_FIELDS, "seed", "num_images_per_prompt")} <= keys
     assert {"output.shard_size", "output.format", "output.image.type", "model.uri", "model.dtype"} <= keys
-    assert {"model.quantization", "model.step_cache"} <= keys
+    assert {"model.quantization", "model.step_cache", "model.compile"} <= keys
     assert not [key for key in keys if key.startswith(("workers.", "failures.")) or "storage_options" in key]
     assert not {"name", "output.uri", "prompts.uri"} & keys
 

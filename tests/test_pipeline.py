@@ -359,7 +359,7 @@ class TestWaysOfDiffSynth:
     def first_tokens(self, pipe: FluxImagePipeline, **options: Any) -> list[Tensor]:
         """Return what the transformer is given at each step."""
         seen: list[Tensor] = []
-        hook = pipe.transformer.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+        hook = pipe.transformer.img_in.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
         try:
             pipe("x", seed=3, output_type="latent", **SMALL, **options)
         finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from flux_batch.model.params import Shapes, count_of
+from flux_batch.model.params import MODULATION_ROWS, Shapes, count_of
 
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 SCALE_BYTES = 4
@@ -65,17 +65,28 @@ def denoise_bytes(
     The peak is in a single block, before linear2. Of each token there are then: the stream and what the first and the
     last double block left (3h), linear1's output (3h + m), q and k (2h), attention (h), the activated MLP (m), both
     side by side (h + m). With fp8 it may come just after, when the weight of linear2 is there in fp32 and the dtype;
-    with products in fp8, when what goes into linear2 is there in fp32 and fp8 as well.
+    with products in fp8, when what goes into linear2 is there in fp32 and fp8 as well. Throughout there is what
+    modulates the blocks, of some steps.
     """
     h = first_shape(shapes, "img_in.weight", "x_embedder.weight")[0]
     m = first_shape(shapes, "double_blocks.0.img_mlp.0.weight", "transformer_blocks.0.ff.net.0.proj.weight")[0]
     wide = DTYPE_BYTES[dtype]
     numbers = batch_size * num_tokens * wide
+    modulation = max(MODULATION_ROWS, batch_size) * num_modulations(shapes) * h * wide
     before = numbers * (10 * h + 3 * m)
     if not quantized:
-        return before
+        return modulation + before
     rows, narrow = (batch_size * num_tokens, 1) if products else (h, wide % 4)  # fp32 is no further copy
-    return max(before, numbers * (10 * h + 2 * m) + rows * (h + m) * (4 + narrow))
+    return modulation + max(before, numbers * (10 * h + 2 * m) + rows * (h + m) * (4 + narrow))
+
+
+def num_modulations(shapes: Shapes) -> int:
+    """Return how many vectors of hidden size modulate a row: 12 a double block, 3 a single one, 2 at the end."""
+    double, single = (
+        count_of(shapes, f"{original}_blocks.") or count_of(shapes, f"{diffusers}_blocks.")
+        for original, diffusers in (("double", "transformer"), ("single", "single_transformer"))
+    )
+    return 12 * double + 3 * single + 2
 
 
 def decode_bytes(shapes: Shapes, width: int, height: int, batch_size: int, dtype: str) -> int:

@@ -62,26 +62,35 @@ class QKNorm(nn.Module):
         return self.query_norm(q), self.key_norm(k)
 
 
-class Modulated(NamedTuple):
-    """What the conditioning vector says about one branch: each (B, 1, hidden)."""
+class Modulation(nn.Module):
+    """Makes of the conditioning vector what modulates a block, shift, scale and gate of each branch."""
+
+    def __init__(self, dim: int, num_branches: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(dim, 3 * num_branches * dim)
+
+    def forward(self, vec: Tensor) -> Tensor:
+        return self.lin(F.silu(vec))[:, None, :]
+
+
+class Branch(NamedTuple):
+    """What modulates one branch of a block: each (B, 1, hidden)."""
 
     shift: Tensor
     scale: Tensor
     gate: Tensor
 
     def normed(self, x: Tensor) -> Tensor:
-        return (1 + self.scale) * layer_norm(x) + self.shift
+        return modulated(x, self.shift, self.scale)
+
+    def added(self, x: Tensor, change: Tensor) -> Tensor:
+        return torch.addcmul(x, self.gate, change)
 
 
-class Modulation(nn.Module):
-    def __init__(self, dim: int, num_branches: int) -> None:
-        super().__init__()
-        self.num_branches = num_branches
-        self.lin = nn.Linear(dim, 3 * num_branches * dim)
-
-    def forward(self, vec: Tensor) -> list[Modulated]:
-        rows = self.lin(F.silu(vec))[:, None, :].chunk(3 * self.num_branches, dim=-1)
-        return [Modulated(*rows[3 * branch : 3 * branch + 3]) for branch in range(self.num_branches)]
+def branches(modulation: Tensor, count: int) -> list[Branch]:
+    """Take a `Modulation`'s result (B, 1, 3 count hidden) apart."""
+    rows = modulation.chunk(3 * count, dim=-1)
+    return [Branch(*rows[3 * branch : 3 * branch + 3]) for branch in range(count)]
 
 
 class SelfAttention(nn.Module):
@@ -112,21 +121,24 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(dim, num_heads, qkv_bias)
         self.txt_mlp = mlp(dim, mlp_dim)
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
-        img_mod1, img_mod2 = self.img_mod(vec)
-        txt_mod1, txt_mod2 = self.txt_mod(vec)
+    def modulation(self, vec: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `forward` takes as `modulation`, of the image and of the text."""
+        return self.img_mod(vec), self.txt_mod(vec)
 
-        img_q, img_k, img_v = self.img_attn(img_mod1.normed(img))
-        txt_q, txt_k, txt_v = self.txt_attn(txt_mod1.normed(txt))
+    def forward(self, img: Tensor, txt: Tensor, modulation: tuple[Tensor, Tensor], pe: Tensor) -> tuple[Tensor, Tensor]:
+        (img_1, img_2), (txt_1, txt_2) = (branches(part, 2) for part in modulation)
+
+        img_q, img_k, img_v = self.img_attn(img_1.normed(img))
+        txt_q, txt_k, txt_v = self.txt_attn(txt_1.normed(txt))
         q = torch.cat((txt_q, img_q), dim=2)
         k = torch.cat((txt_k, img_k), dim=2)
         v = torch.cat((txt_v, img_v), dim=2)
         txt_attn, img_attn = attention(q, k, v, pe).split((txt.shape[1], img.shape[1]), dim=1)
 
-        img = img + img_mod1.gate * self.img_attn.proj(img_attn)
-        img = img + img_mod2.gate * self.img_mlp(img_mod2.normed(img))
-        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
-        txt = txt + txt_mod2.gate * self.txt_mlp(txt_mod2.normed(txt))
+        img = img_1.added(img, self.img_attn.proj(img_attn))
+        img = img_2.added(img, self.img_mlp(img_2.normed(img)))
+        txt = txt_1.added(txt, self.txt_attn.proj(txt_attn))
+        txt = txt_2.added(txt, self.txt_mlp(txt_2.normed(txt)))
         return finite(img), finite(txt)
 
 
@@ -142,13 +154,13 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(dim // num_heads)
         self.modulation = Modulation(dim, num_branches=1)
 
-    def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
-        (mod,) = self.modulation(vec)
-        qkv, hidden = self.linear1(mod.normed(x)).split(self.widths, dim=-1)
+    def forward(self, x: Tensor, modulation: Tensor, pe: Tensor) -> Tensor:
+        (branch,) = branches(modulation, 1)
+        qkv, hidden = self.linear1(branch.normed(x)).split(self.widths, dim=-1)
         q, k, v = split_heads(qkv, self.num_heads)
         q, k = self.norm(q, k)
         attn = attention(q, k, v, pe)
-        return finite(x + mod.gate * self.linear2(torch.cat((attn, F.gelu(hidden, approximate="tanh")), dim=-1)))
+        return finite(branch.added(x, self.linear2(torch.cat((attn, F.gelu(hidden, approximate="tanh")), dim=-1))))
 
 
 class LastLayer(nn.Module):
@@ -157,17 +169,22 @@ class LastLayer(nn.Module):
         self.linear = nn.Linear(dim, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
-        return self.linear((1 + scale) * layer_norm(x) + shift)
+    def modulation(self, vec: Tensor) -> Tensor:
+        """Return what `forward` takes as `modulation`: (B, 1, 2 hidden)."""
+        rows: Tensor = self.adaLN_modulation(vec)[:, None, :]
+        return rows
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        shift, scale = modulation.chunk(2, dim=-1)
+        return self.linear(modulated(x, shift, scale))
 
 
 def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(approximate="tanh"), nn.Linear(hidden_dim, dim))
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=1e-6))
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

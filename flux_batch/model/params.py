@@ -121,6 +121,9 @@ AUTOENCODER = AutoencoderParams(
 CHANNELS_PER_GROUP = AUTOENCODER.channels[0] // AUTOENCODER.num_groups
 DEV_SCHEDULE = ScheduleParams(use_dynamic_shifting=True)
 SCHNELL_SCHEDULE = ScheduleParams(use_dynamic_shifting=False)
+# Rows of modulation that are computed together, a row an image and step: each is the product of a row with a quarter of
+# all weights, which a GPU spends on reading these; so they are read once for all rows.
+MODULATION_ROWS = 64
 
 
 def flux_params(shapes: Shapes, config: Config) -> FluxParams:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def rotary_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
-    """Return cos and sin of every angle: ids (l, axes) -> (2, l, d/2) fp32, axes one after the other along d."""
+    """Return cos and sin of every angle: ids (l, axes) -> (l, d/2, 2) fp32, axes one after the other along d."""
     angles = [axis_angles(ids[:, axis], dim, theta) for axis, dim in enumerate(axes_dim)]
     angle = torch.cat(angles, dim=-1)
-    return torch.stack((angle.cos(), angle.sin())).float()
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
 
 
 def axis_angles(positions: Tensor, dim: int, theta: int) -> Tensor:
@@ -25,8 +25,11 @@ def axis_angles(positions: Tensor, dim: int, theta: int) -> Tensor:
 
 
 def rotate(x: Tensor, pe: Tensor) -> Tensor:
-    """Rotate each pair of neighbours (2k, 2k+1) of a head vector in fp32: x (b, h, l, d), pe (2, l, d/2)."""
-    cos, sin = pe
-    even, odd = rearrange(x.float(), "b h l (d pair) -> pair b h l d", pair=2)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    """Rotate each pair of neighbours (2k, 2k+1) of a head vector in fp32: x (b, h, l, d), pe (l, d/2, 2)."""
+    pairs = rearrange(x.float(), "b h l (d pair) -> b h l d pair", pair=2)
+    if torch.compiler.is_compiling():  # which fuses these, and would leave a product of complex numbers alone
+        (even, odd), (cos, sin) = pairs.unbind(-1), pe.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:  # the same bits in one pass instead of eight
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(pe))
     return rearrange(turned, "b h l d pair -> b h l (d pair)").to(x.dtype)

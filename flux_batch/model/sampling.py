@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from einops import rearrange
@@ -24,18 +24,9 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 class Velocity(Protocol):
-    """What `denoise` asks of a model: `Flux.forward`."""
+    """What `denoise` asks of a model: the velocity of packed latents at a step, of the same shape."""
 
-    def __call__(
-        self, img: Tensor, txt: Tensor, pe: Tensor, timesteps: Tensor, y: Tensor, guidance: Tensor | None
-    ) -> Tensor: ...
-
-
-class Conditioning(NamedTuple):
-    """What the text encoders say of each prompt: txt (b, l, context) T5 states, y (b, vec) CLIP pooled."""
-
-    txt: Tensor
-    y: Tensor
+    def __call__(self, step: int, img: Tensor) -> Tensor: ...
 
 
 def make_generators(seeds: Sequence[int | None]) -> list[torch.Generator | None]:
@@ -99,6 +90,14 @@ def shift_exponent(num_tokens: int, schedule: ScheduleParams) -> float:
     return schedule.base_shift + (num_tokens - schedule.base_image_seq_len) * slope
 
 
+def timesteps_of(sigmas: Tensor, like: Tensor) -> Tensor:
+    """Return what a model is told at each step: (steps + 1,) -> (steps,), of the dtype and on the device of `like`.
+
+    Rounded as diffusers rounds it: 1000 sigma in that dtype, then / 1000 (the model multiplies again).
+    """
+    return (1000.0 * sigmas[:-1]).to(like) / 1000.0
+
+
 def static_shift(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
 
@@ -110,35 +109,27 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def denoise(
-    model: Velocity,
+    velocity: Velocity,
     img: Tensor,
-    positive: Conditioning,
-    pe: Tensor,
     sigmas: Tensor,
     *,
-    guidance: Tensor | None = None,
-    negative: Conditioning | None = None,
-    negative_model: Velocity | None = None,
+    negative: Velocity | None = None,
     cfg_scale: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Walk packed latents from `sigmas[0]` to `sigmas[-1]`: (b, n, 4c) -> the same, in the same dtype.
 
-    guidance: (b,), embedded; cfg_scale: (b,), true classifier-free guidance by a second pass with `negative`. An
+    negative, cfg_scale: a second pass, of the negative prompts, and (b,) of true classifier-free guidance. An
     image whose scale is exactly 1 takes the positive pass as it is, so neighbours in the batch do not change it.
-    negative_model: the model of that pass, if it is not the same: one that remembers steps must not mix the two.
     progress: wraps the iteration over steps, as tqdm does. Each step sums in fp32 and rounds once, as diffusers.
     """
-    # Rounded as diffusers rounds it: 1000 sigma in the model's dtype, then / 1000 (the model multiplies again).
-    timesteps = ((1000.0 * sigmas[:-1]).to(img) / 1000.0)[:, None].expand(-1, img.shape[0])
     deltas = [after - before for before, after in pairwise(sigmas.tolist())]
     steps: Iterable[int] = range(len(deltas))
     for step in steps if progress is None else progress(steps):
-        velocity = model(img, positive.txt, pe, timesteps[step], positive.y, guidance)
+        change = velocity(step, img)
         if negative is not None and cfg_scale is not None:
-            away = (negative_model or model)(img, negative.txt, pe, timesteps[step], negative.y, guidance)
-            velocity = guide(velocity, away, cfg_scale)
-        img = (img.float() + deltas[step] * velocity.float()).to(img.dtype)
+            change = guide(change, negative(step, img), cfg_scale)
+        img = (img.float() + deltas[step] * change.float()).to(img.dtype)
     return img
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flux_batch.model.conditioned import ConditionedFlux
 from flux_batch.model.layers import finite
-from flux_batch.model.transformer import Flux
 
 
 @dataclass(slots=True)
@@ -32,50 +32,44 @@ class Additions:
 
 
 class StepCache:
-    """A transformer for one denoising loop that reuses steps: call it once a step, as `Flux`.
+    """A transformer for one denoising loop that reuses steps: call it with each step in turn.
 
     threshold: the largest change, as a share of the mean magnitude, at which a step is reused, 0..1; at 0 none is, and
     the result is that of the model. Every image of the batch is judged by itself, so it does not depend on its
-    neighbours. The first and the last of `num_steps` are always computed.
+    neighbours. The first and the last step are always computed.
     `num_reused` counts, for all images together, the steps whose later blocks were not run, of `num_passes`.
     """
 
-    def __init__(self, model: Flux, threshold: float, num_steps: int) -> None:
+    def __init__(self, model: ConditionedFlux, threshold: float) -> None:
         self.model = model
         self.threshold = threshold
-        self.num_steps = num_steps
-        self.step = 0
         self.num_passes = 0
         self.num_reused = 0
         self._last: Additions | None = None
 
-    def __call__(
-        self, img: Tensor, txt: Tensor, pe: Tensor, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None
-    ) -> Tensor:
-        """Return the velocity; arguments and result as of `Flux.forward`."""
-        model = self.model
-        vec = model.conditioning(timesteps, y, guidance)
+    def __call__(self, step: int, img: Tensor) -> Tensor:
+        """Return the velocity; arguments and result as of `ConditionedFlux`."""
+        model, pe, modulations = self.model.model, self.model.pe, self.model.modulations(step)
         tokens = model.img_in(img)
-        img, txt = model.double_blocks[0](tokens, model.txt_in(txt), vec, pe)
+        img, txt = model.first_block(tokens, self.model.txt, modulations, pe)
         first_block = img - tokens
-        images = self._to_compute(first_block)
-        self.step += 1
+        images = self._to_compute(step, first_block)
         self.num_passes += len(img)
         self.num_reused += len(img) - len(images)
         if self._last is None or len(images) == len(img):
-            done = model.later_blocks(img, txt, vec, pe)
+            done = model.later_blocks(img, txt, modulations, pe)
             self._last = Additions(first_block, finite(done - img))
-            return model.final_layer(done, vec)
+            return model.last_layer(done, modulations)
         reused = finite(img + self._last.later_blocks)
         if images:
-            done = model.later_blocks(img[images], txt[images], vec[images], pe)
+            done = model.later_blocks(img[images], txt[images], modulations.of(images), pe)
             self._last.update(images, Additions(first_block[images], finite(done - img[images])))
             reused[images] = done
-        return model.final_layer(reused, vec)
+        return model.last_layer(reused, modulations)
 
-    def _to_compute(self, first_block: Tensor) -> list[int]:
+    def _to_compute(self, step: int, first_block: Tensor) -> list[int]:
         """Return the images of the batch whose later blocks must run. Waits for the device."""
-        if self._last is None or self.step >= self.num_steps - 1:
+        if self._last is None or step >= self.model.num_steps - 1:
             return list(range(len(first_block)))
         change = relative_change(first_block, self._last.first_block).tolist()
         # A change that is no number is computed, for the end of the pipeline to see.

@@ -7,6 +7,7 @@ src/flux/model.py. Letters: b batch, l text tokens, n image tokens.
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,19 @@ from flux_batch.model.layers import (
 )
 from flux_batch.model.params import FluxParams
 from flux_batch.model.rope import rotary_table
+
+
+class Modulations(NamedTuple):
+    """What modulates every block, of some rows: (rows, 1, of a multiple of hidden) each."""
+
+    double: list[tuple[Tensor, Tensor]]
+    single: list[Tensor]
+    last: Tensor
+
+    def of(self, rows: slice | list[int]) -> Modulations:
+        """Return those of some rows."""
+        double = [(img[rows], txt[rows]) for img, txt in self.double]
+        return Modulations(double, [modulation[rows] for modulation in self.single], self.last[rows])
 
 
 class Flux(nn.Module):
@@ -49,18 +63,42 @@ class Flux(nn.Module):
         timesteps: (b,) in [0, 1], 1 is pure noise; y: (b, vec_in_dim) CLIP pooled; guidance: (b,), unused by a
         model without its embedder. All in the dtype of the weights.
         """
-        vec = self.conditioning(timesteps, y, guidance)
-        img, txt = self.double_blocks[0](self.img_in(img), self.txt_in(txt), vec, pe)
-        return self.final_layer(self.later_blocks(img, txt, vec, pe), vec)
+        modulations = self.modulations(self.conditioning(timesteps, y, guidance))
+        return self.velocity(img, self.txt_in(txt), modulations, pe)
 
-    def later_blocks(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
+    def velocity(self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor) -> Tensor:
+        """Return what `forward` does, of what does not change with the image: txt (b, l, hidden) after `txt_in`."""
+        img, txt = self.first_block(self.img_in(img), txt, modulations, pe)
+        return self.last_layer(self.later_blocks(img, txt, modulations, pe), modulations)
+
+    def first_block(self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Return image and text tokens after the first block, from those after `img_in` and `txt_in`."""
+        first: tuple[Tensor, Tensor] = self.double_blocks[0](img, txt, modulations.double[0], pe)
+        return first
+
+    def later_blocks(self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor) -> Tensor:
         """Return the image tokens after all blocks, from what the first one makes of both: (b, n, hidden)."""
-        for block in islice(self.double_blocks, 1, None):
-            img, txt = block(img, txt, vec, pe)
+        for block, both in islice(zip(self.double_blocks, modulations.double, strict=True), 1, None):
+            img, txt = block(img, txt, both, pe)
         x = torch.cat((txt, img), dim=1)
-        for block in self.single_blocks:
-            x = block(x, vec, pe)
+        for block, modulation in zip(self.single_blocks, modulations.single, strict=True):
+            x = block(x, modulation, pe)
         return x[:, txt.shape[1] :]
+
+    def last_layer(self, img: Tensor, modulations: Modulations) -> Tensor:
+        """Return the velocity from the image tokens after all blocks."""
+        velocity: Tensor = self.final_layer(img, modulations.last)
+        return velocity
+
+    def modulations(self, vec: Tensor) -> Modulations:
+        """Return what modulates every block, from `conditioning` (rows, hidden), a row an image and step."""
+        double, single = ([block.modulation(vec) for block in blocks] for blocks in self.blocks)
+        return Modulations(double, single, self.final_layer.modulation(vec))
+
+    @property
+    def blocks(self) -> tuple[list[Any], list[Any]]:
+        """The double and the single blocks, or what was put in their places."""
+        return list(self.double_blocks), list(self.single_blocks)
 
     def conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """Return the vector that modulates every block: (b, hidden). Summed in the order of BFL and diffusers."""
@@ -72,5 +110,5 @@ class Flux(nn.Module):
         return vec + self.vector_in(y)
 
     def position_table(self, ids: Tensor) -> Tensor:
-        """Return what `forward` takes as `pe`, the same at every step: ids (l + n, 3) -> (2, l + n, head_dim / 2)."""
+        """Return what `forward` takes as `pe`, the same at every step: ids (l + n, 3) -> (l + n, head_dim / 2, 2)."""
         return rotary_table(ids, self.params.axes_dim, self.params.theta)

@@ -15,6 +15,7 @@ from transformers import T5Config, T5EncoderModel
 
 from flux_batch.model import quantize
 from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.conditioned import ConditionedFlux, Conditioning
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, is_quantizable, weight_bytes
 from flux_batch.model.params import AUTOENCODER, DEV, SCHNELL, Shapes
 from flux_batch.model.quantize import Fp8Linear, quantize_t5, quantize_transformer
@@ -168,17 +169,15 @@ def test_denoising_holds_what_is_counted(dtype: str, quantization: str, batch_si
     quantized, products = quantization != "none", quantization == "fp8_matmul"
     if quantized:
         quantize_transformer(model, products=products)
-    inputs = [
-        (batch_size, num_img, 64),
-        (batch_size, num_txt, 4096),
-        (2, num_txt + num_img, 64),
-        (batch_size,),
-        (batch_size, 768),
-        (batch_size,),
-    ]
     alive = Alive(model)
     with torch.no_grad(), META, alive:
-        model(*(torch.empty(shape, dtype=kind) for shape in inputs))
+        text = Conditioning(
+            torch.empty((batch_size, num_txt, 4096), dtype=kind), torch.empty((batch_size, 768), dtype=kind)
+        )
+        pe, steps = torch.empty((num_txt + num_img, 64, 2)), torch.empty(50, dtype=kind)
+        velocity = ConditionedFlux(model, text, pe, steps, torch.empty(batch_size, dtype=kind))
+        for step in range(2):
+            velocity(step, torch.empty((batch_size, num_img, 64), dtype=kind))
     counted = denoise_bytes(shapes, num_txt + num_img, batch_size, dtype, quantized=quantized, products=products)
     assert alive.peak == pytest.approx(counted, rel=0.03)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flux_batch.model.conditioned import ConditionedFlux, Conditioning
 from flux_batch.model.params import DEV_SCHEDULE, SCHNELL_SCHEDULE, ScheduleParams
 from flux_batch.model.sampling import (
-    Conditioning,
     add_noise,
     denoise,
     guide,
@@ -19,6 +21,7 @@ from flux_batch.model.sampling import (
     pack,
     position_ids,
     shift_exponent,
+    timesteps_of,
     unpack,
 )
 from flux_batch.model.steps import first_step
@@ -42,16 +45,16 @@ def model() -> Flux:
     return filled(Flux(FLUX))
 
 
-def loop(model: Flux, **options: object) -> torch.Tensor:
-    return denoise(
-        model,
-        pack(NOISE.float()),
-        POSITIVE,
-        model.position_table(position_ids(7, 8, 12)),
-        make_sigmas(4, 24, DEV_SCHEDULE),
-        guidance=torch.tensor([3.5]),
-        **options,
-    )
+SIGMAS = make_sigmas(4, 24, DEV_SCHEDULE)
+
+
+def conditioned(model: Flux, text: Conditioning) -> ConditionedFlux:
+    pe, guidance = model.position_table(position_ids(7, 8, 12)), torch.tensor([3.5])
+    return ConditionedFlux(model, text, pe, timesteps_of(SIGMAS, guidance), guidance)
+
+
+def loop(model: Flux, **options: Any) -> torch.Tensor:
+    return denoise(conditioned(model, POSITIVE), pack(NOISE.float()), SIGMAS, **options)
 
 
 def test_denoise_is_golden(model: Flux) -> None:
@@ -63,13 +66,13 @@ def test_denoise_is_golden(model: Flux) -> None:
 
 
 def test_true_cfg_is_golden(model: Flux) -> None:
-    packed = loop(model, negative=NEGATIVE, cfg_scale=torch.tensor([2.0]))
+    packed = loop(model, negative=conditioned(model, NEGATIVE), cfg_scale=torch.tensor([2.0]))
     first = [-2.997897, -0.613584, 1.341949, 0.733143, 1.028966]
     check(packed, 20.155766, 1902.105014, first, [-1.480010, -0.855846, 2.439747])
 
 
 def test_cfg_scale_of_one_is_bit_for_bit_no_cfg(model: Flux) -> None:
-    assert torch.equal(loop(model, negative=NEGATIVE, cfg_scale=torch.tensor([1.0])), loop(model))
+    assert torch.equal(loop(model, negative=conditioned(model, NEGATIVE), cfg_scale=torch.tensor([1.0])), loop(model))
 
 
 def test_progress_sees_every_step(model: Flux) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -58,7 +60,7 @@ def test_conditioning_is_golden(model: Flux) -> None:
 
 
 def test_rotary_table_is_golden(model: Flux) -> None:
-    cos, sin = model.position_table(IDS)
+    cos, sin = model.position_table(IDS).unbind(-1)
     check(torch.stack((cos, -sin, sin, cos)), 399.068788, 526.624608)
     # The text, at position 0 of every axis, is not turned; nor is any first axis.
     assert (cos[:7] == 1).all()
@@ -68,7 +70,7 @@ def test_rotary_table_is_golden(model: Flux) -> None:
 
 def test_rotary_angles_are_exact_at_far_positions() -> None:
     ids = torch.tensor([[0.0, 511.0, 257.0]])
-    cos, sin = rotary_table(ids, (4, 6, 6), 10_000)
+    cos, sin = rotary_table(ids, (4, 6, 6), 10_000).unbind(-1)
     exact = torch.tensor(
         [0, 0, *(p * 10_000 ** (-2 * k / 6) for p in (511, 257) for k in range(3))], dtype=torch.float64
     )
@@ -77,25 +79,35 @@ def test_rotary_angles_are_exact_at_far_positions() -> None:
 
 
 def test_rotation_turns_neighbouring_pairs() -> None:
-    quarter = torch.stack((torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])))  # 90 degrees, then none
+    quarter = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])  # 90 degrees, then none
     x = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]])
     torch.testing.assert_close(rotate(x, quarter), torch.tensor([[[[-2.0, 1.0, 3.0, 4.0]]]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rotation_is_the_same_compiled(dtype: torch.dtype) -> None:
+    q = torch.randn(2, 24, 3, 16, generator=torch.Generator().manual_seed(0)).to(dtype).transpose(1, 2)
+    pe = rotary_table(position_ids(0, 8, 12), (4, 6, 6), 10_000)
+    compiled: Callable[..., torch.Tensor] = torch.compile(rotate, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, pe), rotate(q, pe))
+    assert rotate(q, pe).dtype == dtype
+
+
 def test_blocks_are_golden(model: Flux) -> None:
-    vec, pe = model.conditioning(T, VEC, G), model.position_table(IDS)
-    img, txt = model.double_blocks[0](model.img_in(IMG), model.txt_in(TXT), vec, pe)
+    pe, modulations = model.position_table(IDS), model.modulations(model.conditioning(T, VEC, G))
+    img, txt = model.first_block(model.img_in(IMG), model.txt_in(TXT), modulations, pe)
     first = [-1.426983, -0.457240, -0.545143, -0.312157, -0.490049]
     check(img, -64.377955, 841.732447, first, [-0.624870, 0.225210, -0.341814])
     first = [-0.760239, -1.122771, -0.353813, 0.015056, 0.723065]
     check(txt, -9.995291, 258.050237, first, [-0.083634, 0.241845, 0.188439])
-    img, txt = model.double_blocks[1](img, txt, vec, pe)
+    img, txt = model.double_blocks[1](img, txt, modulations.double[1], pe)
     first = [-1.697651, -0.399068, -0.611087, 0.383398, -0.085566]
     check(img, -19.014891, 937.610792, first, [-0.496485, 0.327781, -0.411176])
-    x = model.single_blocks[0](torch.cat((txt, img), dim=1), vec, pe)
+    x = model.single_blocks[0](torch.cat((txt, img), dim=1), modulations.single[0], pe)
     first = [-0.571188, -1.199425, -0.243147, 0.122418, 0.466457]
     check(x, 14.960265, 1299.969737, first, [-0.506435, 0.285453, -0.533760])
-    x = model.single_blocks[2](model.single_blocks[1](x, vec, pe), vec, pe)
+    x = model.single_blocks[1](x, modulations.single[1], pe)
+    x = model.single_blocks[2](x, modulations.single[2], pe)
     first = [-0.543140, -1.139133, -0.496298, 0.015803, 0.301811]
     check(x, -48.710583, 1525.489480, first, [-0.632302, 0.369279, -0.500592])
 
@@ -133,6 +145,6 @@ def test_a_float16_stream_that_overflows_is_clipped() -> None:
     torch.nn.init.constant_(block.linear2.bias, 60_000.0)
     torch.nn.init.constant_(block.modulation.lin.bias, 4.0)
     pe = rotary_table(torch.zeros(3, 1), (8,), 10_000)
-    out = block(torch.ones(1, 3, 8).half(), torch.zeros(1, 8).half(), pe)
+    out = block(torch.ones(1, 3, 8).half(), block.modulation(torch.zeros(1, 8).half()), pe)
     assert out.isfinite().all()
     assert out.max() == 65504

@@ -1,0 +1,30 @@
+"""`torch.compile` of the repeated blocks: a cold start costs one block of each kind, not the whole model.
+
+The model is built plain and changed from here. The first size is compiled for itself, the second as any size, which
+then serves all others; a batch of one and larger ones are compiled apart. What is compiled is kept in torch's own cache
+(TORCHINDUCTOR_CACHE_DIR), which the processes of a machine share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flux_batch.model.transformer import Flux
+
+
+def compile_blocks(model: Flux) -> None:
+    """Let the blocks of a transformer be compiled when they are first run.
+
+    Raises: ValueError if this machine lacks what that needs, which would else come up with the first picture.
+    """
+    try:
+        probe: Callable[[Tensor], Tensor] = torch.compile(lambda x: x + 1)
+        probe(torch.zeros(2, device=model.img_in.weight.device))
+    except Exception as error:  # of many classes, by what is missing: a C++ compiler, Triton, headers, a folder
+        raise ValueError(f"torch.compile does not work here: {error}") from error
+    for blocks in model.blocks:
+        for block in blocks:
+            block.compile()

@@ -1,0 +1,68 @@
+"""A transformer that knows its texts and steps: the same velocities as without, most of modulation computed once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flux_batch.model import conditioned
+from flux_batch.model.conditioned import ConditionedFlux, Conditioning
+from flux_batch.model.params import SCHNELL_SCHEDULE
+from flux_batch.model.sampling import make_sigmas, position_ids, timesteps_of
+from flux_batch.model.transformer import Flux, Modulations
+from golden import FLUX, filled, tensor
+
+STEPS = 7
+IMG = tensor("in.noise", (3, 24, 64), 1.7)
+TEXT = Conditioning(tensor("in.txt", (3, 7, 24)), tensor("in.vec", (3, 32)))
+GUIDANCE = torch.tensor([3.5, 1.0, 8.0])
+TIMESTEPS = timesteps_of(make_sigmas(STEPS, 24, SCHNELL_SCHEDULE), GUIDANCE)
+
+
+@pytest.fixture(scope="module")
+def model() -> Flux:
+    return filled(Flux(FLUX))
+
+
+def make(model: Flux) -> ConditionedFlux:
+    pe = model.position_table(position_ids(7, 8, 12))
+    return ConditionedFlux(model, TEXT, pe, TIMESTEPS, GUIDANCE)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 64])
+def test_each_step_is_that_of_the_model(model: Flux, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(conditioned, "MODULATION_ROWS", rows)
+    velocity = make(model)
+    for step in (*range(STEPS), 2, 6, 0):  # in any order, as nothing says that steps come in turn
+        expected = model(IMG, TEXT.txt, velocity.pe, TIMESTEPS[step].expand(3), TEXT.y, GUIDANCE)
+        torch.testing.assert_close(velocity(step, IMG), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("rows", "groups"), [(1, [3] * 7), (6, [6, 6, 6, 3]), (8, [6, 6, 6, 3]), (64, [21])])
+def test_modulation_is_computed_for_some_steps_at_once(
+    model: Flux, monkeypatch: pytest.MonkeyPatch, rows: int, groups: list[int]
+) -> None:
+    monkeypatch.setattr(conditioned, "MODULATION_ROWS", rows)
+    made: list[int] = []
+
+    class Watched(Flux):
+        def modulations(self, vec: Tensor) -> Modulations:
+            made.append(len(vec))
+            return super().modulations(vec)
+
+    velocity = make(filled(Watched(FLUX)))
+    for step in range(STEPS):
+        velocity(step, IMG)
+    assert made == groups
+
+
+def test_a_model_without_guidance_takes_none() -> None:
+    params: dict[str, Any] = {name: getattr(FLUX, name) for name in FLUX.__dataclass_fields__}
+    model = filled(Flux(type(FLUX)(**{**params, "guidance_embed": False})))
+    pe = model.position_table(position_ids(7, 8, 12))
+    velocity = ConditionedFlux(model, TEXT, pe, TIMESTEPS)
+    expected = model(IMG, TEXT.txt, pe, TIMESTEPS[3].expand(3), TEXT.y)
+    torch.testing.assert_close(velocity(3, IMG), expected, rtol=0, atol=2e-5)
