@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := cluster/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lint fix constraints clean
+.PHONY: help demo test test-long chaos lint fix constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,7 +32,10 @@ test: $(VENV)/dev.stamp ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: $(VENV)/dev.stamp ## run the tests that take minutes
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long --ignore tests/chaos
+
+chaos: $(VENV)/dev.stamp ## break everything that can break, for half an hour, and print what came of it
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "long or not long" tests/chaos
 
 lint: $(VENV)/dev.stamp ## check style and types
 	$(BIN)/ruff check .

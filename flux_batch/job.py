@@ -25,7 +25,7 @@ from flux_batch.storage.commits import Commits
 from flux_batch.storage.input_images import check_of_job
 from flux_batch.storage.lease import HeldStore, Lease
 from flux_batch.storage.prompts import PromptSource
-from flux_batch.storage.run_files import CARD, JOB, PLAN, REPORT, STAGING, SUCCESS
+from flux_batch.storage.run_files import CARD, JOB, PLAN, REPORT, SCRATCH, STAGING, SUCCESS
 from flux_batch.storage.shards import layout_for
 from flux_batch.storage.staging import Staging
 from flux_batch.storage.store import Store
@@ -122,7 +122,7 @@ def finished(config: JobConfig, store: Store) -> RunReport | None:
     if plan is None:
         return None
     todo, progress = state_of(plan, store)
-    if todo:
+    if todo or store.list(SCRATCH):  # the last writer was killed in the middle of a write
         return None
     log.info("%s: nothing to do, all %d shards are committed in %s", config.name, len(plan.shards), store.uri)
     return report_of(config, store, progress)
@@ -214,12 +214,21 @@ def written(store: Store) -> list[str]:
 def close_run(config: JobConfig, store: Store, progress: Progress) -> RunReport:
     """Write the report and, when every shard is committed, _SUCCESS as the last object of the run."""
     report = report_of(config, store, progress)
+    if report.is_complete:
+        Staging(store, progress.num_shards).clear()
+        clear_scratch(store)
     if not store.exists(SUCCESS):
+        progress.finish()
         store.write(REPORT, report.to_json())
         if report.is_complete:
-            Staging(store, progress.num_shards).clear()
             store.write(SUCCESS, b"")
     return report
+
+
+def clear_scratch(store: Store) -> None:
+    """Remove the half-written files of killed processes; what is left of this run writes nothing that still counts."""
+    for key in store.list(SCRATCH):
+        store.delete(key)
 
 
 def report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport:

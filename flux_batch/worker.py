@@ -142,6 +142,8 @@ class Worker:
             for number, batch in enumerate(queue):
                 if self._stopping.is_set():
                     _wait(behind)
+                    if commit := self._committed(run.index):
+                        return commit  # of another driver's worker: what was staged after it must not stay
                     raise Stopped(f"shard {run.name}: put aside with {len(run.pictures)} of {run.num_items} pictures")
                 if looking and (commit := looking.result()):
                     return commit

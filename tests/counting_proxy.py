@@ -6,7 +6,7 @@ import http.client
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -29,7 +29,9 @@ class Proxy:
     """What came through; `is_down` closes every connection, `pause_s` is a wait before every 64 KiB of an answer.
 
     `fault` says what to do wrong with a request, by its method and path: None for nothing, a status to answer with
-    instead of asking the server, `lost` to do as asked and not to answer, `half` to send half of the answer.
+    instead of asking the server, `cut` to end the connection instead, `torn` to send on half of what comes and end
+    both connections, `lost` to do as asked and not to answer, `half` to send half of the answer, `slow` to wait for
+    `slow_s` first.
     """
 
     target: str
@@ -37,6 +39,7 @@ class Proxy:
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
     is_down: bool = False
     pause_s: float = 0.0
+    slow_s: float = 1.0
     fault: Callable[[str, str], int | str | None] = lambda method, path: None
 
     def gets(self) -> list[tuple[str, str]]:
@@ -57,17 +60,21 @@ class Handler(BaseHTTPRequestHandler):
         proxy = self.proxy
         proxy.requests.append((self.command, self.path, self.headers["Range"] or ""))
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        if proxy.is_down:
-            self.close_connection = True
-            return
-        fault = proxy.fault(self.command, self.path)
+        fault = "cut" if proxy.is_down else proxy.fault(self.command, self.path)
         if isinstance(fault, int):
             self.refuse(fault)
             return
-        connection = http.client.HTTPConnection(proxy.target.removeprefix("http://"), timeout=30)
-        connection.request(self.command, self.path, body, dict(self.headers.items()))
-        answer = connection.getresponse()
-        data = answer.read()
+        if fault in ("cut", "torn"):
+            self.close_connection = True
+            if fault == "torn":
+                self.send_half(body)
+            return
+        if fault == "slow":
+            time.sleep(proxy.slow_s)
+        with closing(self.connect()) as connection:
+            connection.request(self.command, self.path, body, dict(self.headers.items()))
+            answer = connection.getresponse()
+            data = answer.read()
         if fault == "lost":
             self.close_connection = True
             return
@@ -83,6 +90,18 @@ class Handler(BaseHTTPRequestHandler):
         for begin in range(0, len(data), 1 << 16):
             time.sleep(proxy.pause_s)
             self.wfile.write(data[begin : begin + (1 << 16)])
+
+    def send_half(self, body: bytes) -> None:
+        """Send on a request whose body ends too soon."""
+        with closing(self.connect()) as connection:
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for key, value in self.headers.items():
+                connection.putheader(key, value)
+            connection.endheaders()
+            connection.send(body[: len(body) // 2])
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(self.proxy.target.removeprefix("http://"), timeout=30)
 
     def refuse(self, status: int) -> None:
         """Answer as S3 does, with no more than a code."""

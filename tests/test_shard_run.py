@@ -266,6 +266,29 @@ def test_a_stopped_worker_puts_its_batch_aside(tmp_path: Path, monkeypatch: pyte
     assert pipeline.calls == [PROMPTS[4:6], PROMPTS[6:]]
 
 
+def test_a_worker_stopped_after_another_has_committed_leaves_nothing_staged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose driver was paused past its lease and then woke: its batch in hand comes after the end of the run."""
+    config = job(tmp_path)
+    other, _, plan = open_worker(config, monkeypatch)
+    workers: list[Worker] = []
+
+    class Late(FakePipeline):
+        def __call__(self, *args: Any, **others: Any) -> Any:
+            if self.num_calls == 1:
+                wait_until(lambda: len(staged(config)) == 1)
+                other(plan.shards[0])
+                workers[0].stop()
+            return super().__call__(*args, **others)
+
+    worker, _, plan = open_worker(config, monkeypatch, pipeline=Late())
+    workers.append(worker)
+
+    assert worker(plan.shards[0]).num_images == 8
+    assert staged(config) == []
+
+
 def test_a_stop_in_the_last_batch_still_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path, batch_size=8)
     workers: list[Worker] = []

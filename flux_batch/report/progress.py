@@ -35,6 +35,7 @@ class Progress:
     def __post_init__(self) -> None:
         self._started = self.clock()
         self._last = self._started
+        self._said: int | None = None  # how many shards, in the last report
         self._began: float | None = None  # when the first shard did, so that no rate counts the start of workers
 
     @property
@@ -62,9 +63,15 @@ class Progress:
         self.num_new_shards += 1
         self.device_s += result.device_s
 
+    def finish(self) -> None:
+        """Report unless the last report has it: an earlier driver may have been killed before its own."""
+        if self._said != self.totals.num_committed:
+            self.report()
+
     def report(self) -> None:
         """Log a line and write the progress object."""
         self._last = self.clock()
+        self._said = self.totals.num_committed
         working_s = 0.0 if self._began is None else self.clock() - self._began
         rate = self.num_new_images / working_s if working_s else 0.0
         shards_left = self.num_shards - self.totals.num_committed

@@ -1,0 +1,24 @@
+"""A driver for the experiments: `flux-batch run` with the paced pipeline, in a process of its own.
+
+python drive.py JOB.yaml [local], on the local engine, or else on the cluster of RAY_ADDRESS.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+from chaos.paced_pipeline import make_paced_pipeline
+from flux_batch import cli, job
+from flux_batch.engine.local import LocalEngine
+
+
+def main() -> int:
+    path, *engine = sys.argv[1:]
+    local = LocalEngine() if engine else None
+    job.run = partial(job.run, engine=local, make_pipeline=make_paced_pipeline)  # type: ignore[assignment]
+    return cli.main(["run", path])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

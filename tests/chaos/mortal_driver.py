@@ -1,0 +1,192 @@
+"""`flux-batch run` on the local engine that ends itself with SIGKILL at a point of the protocol.
+
+The points are found around the writes of Store from outside: the product has no hook. A write is named by what is
+written and counted by name, since threads write side by side; `within` is, on a disk, the moment between the written
+and the published file.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from chaos.paced_pipeline import make_paced_pipeline
+from flux_batch import cli, job
+from flux_batch.engine.local import LocalEngine
+from flux_batch.storage import lease
+from flux_batch.storage.store import WRITES, Store
+
+NAMES = [
+    (r"_run/tmp/.*", "probe"),
+    (r"_run/lease/.*", "lease"),
+    (r"_run/job\.yaml", "job"),
+    (r"README\.md", "card"),
+    (r"_run/plan\.parquet", "plan"),
+    (r"_run/staging/.*/try-.*", "announcement"),
+    (r"_run/staging/.*", "staging"),
+    (r"train/.*/metadata.jsonl", "list of pictures"),
+    (r"train/.*", "data"),
+    (r"metadata/.*", "metadata"),
+    (r"_run/failed/.*", "failed rows"),
+    (r"_run/commits/.*", "commit"),
+    (r"_run/progress\.json", "progress"),
+    (r"_run/report\.json", "report"),
+    (r"_SUCCESS", "success"),
+    (r"_run/taken-back/.*", "note"),
+]
+PHASES = ("before", "within", "after")
+# No second driver is about, so nobody has to wait for one where writes are not conditional.
+SETTLE_S = 0.1
+
+
+@dataclass(frozen=True)
+class Point:
+    """Before, within or after write number `number` of what is called `name`."""
+
+    name: str
+    number: int
+    phase: str = "before"
+
+    def __str__(self) -> str:
+        return f"{self.phase} {self.name} {self.number}"
+
+
+@dataclass(frozen=True)
+class End:
+    """How a driver ended."""
+
+    code: int
+    said: str
+
+    @property
+    def is_killed(self) -> bool:
+        return self.code == -signal.SIGKILL
+
+
+class Reaper:
+    """Counts the writes of this process, writes them down, and ends it at one of them."""
+
+    def __init__(self, target: Point | None, log: Path) -> None:
+        self._target = target
+        self._log = log
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._here = threading.local()  # the point at which this thread is
+
+    def install(self) -> None:
+        """Come between the program and its writes."""
+        write, call, write_local = Store.write, Store._call, Store._write_local
+
+        def write_and_say(store: Store, key: str, data: bytes | Path) -> None:
+            self._here.data = data if isinstance(data, bytes) else b""
+            write(store, key, data)
+
+        def call_and_count(store: Store, key: str, operation: str, function: Callable[[], Any]) -> Any:
+            if operation not in WRITES:
+                return call(store, key, operation, function)
+            name = self._name(key, operation)
+            with self._lock:
+                number = self._counts[name]
+                self._counts[name] += 1
+                with self._log.open("a") as log:
+                    log.write(json.dumps([name, number]) + "\n")
+            self._here.point = (name, number)
+            self._reach("before")
+            try:
+                return call(store, key, operation, function)
+            finally:  # the store may also have refused it, as some writes are meant to be
+                self._here.point = (name, number)
+                self._reach("after")
+
+        def write_and_publish(store: Store, key: str, data: bytes | Path, publish: Callable[[str, str], None]) -> None:
+            def reach_and_publish(scratch: str, target: str) -> None:
+                self._reach("within")
+                publish(scratch, target)
+
+            write_local(store, key, data, reach_and_publish)
+
+        Store.write, Store._call, Store._write_local = write_and_say, call_and_count, write_and_publish  # type: ignore
+
+    def _name(self, key: str, operation: str) -> str:
+        name = next(name for pattern, name in NAMES if re.fullmatch(pattern, key))
+        if operation == "delete":
+            return {"staging": "clean-up", "announcement": "withdrawal"}.get(name, f"removal of {name}")
+        if name == "lease" and operation == "write":
+            if b'"is_released": true' in self._here.data:
+                return "release"
+            return name if b'"beats": 0' in self._here.data else "heartbeat"
+        return name
+
+    def _reach(self, phase: str) -> None:
+        if self._target == Point(*self._here.point, phase):
+            os.kill(os.getpid(), signal.SIGKILL)
+            threading.Event().wait()  # the signal may take a moment; nothing more may happen on this thread
+
+
+def _drive(
+    job_file: str, options: list[str], environment: Mapping[str, str], target: Point | None, log: str, said: str
+) -> None:
+    """Be the driver; in a process of its own."""
+    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ.update(environment)
+    Reaper(target, Path(log)).install()
+    lease.SETTLE_S = SETTLE_S
+    job.run = partial(job.run, engine=LocalEngine(), make_pipeline=make_paced_pipeline)  # type: ignore[assignment]
+    code = cli.main(["run", job_file, *options])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class Nursery:
+    """Starts drivers as forks of one process that has everything imported: a kill is real, and a start is cheap."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["chaos.mortal_driver", "flux_batch.job", "flux_batch.worker", "s3fs"])
+
+    def drive(
+        self,
+        job_file: Path,
+        target: Point | None = None,
+        *,
+        options: Iterable[str] = (),
+        environment: Mapping[str, str] | None = None,
+        timeout_s: float = 60,
+    ) -> End:
+        """Run the driver to its end, or to its kill."""
+        self.log.unlink(missing_ok=True)
+        said = self._folder / "said.txt"
+        arguments = (str(job_file), list(options), dict(environment or {}), target, str(self.log), str(said))
+        process = self._context.Process(target=_drive, args=arguments)
+        process.start()
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise AssertionError(f"the driver did not end within {timeout_s} s: {said.read_text()}")
+        end = End(process.exitcode, said.read_text())
+        process.close()
+        return end
+
+    @property
+    def log(self) -> Path:
+        return self._folder / "points.jsonl"
+
+    def points(self) -> list[tuple[str, int]]:
+        """List the writes of the last driver, by name and number."""
+        return [tuple(json.loads(line)) for line in self.log.read_text().splitlines()]  # type: ignore[misc]

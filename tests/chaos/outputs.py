@@ -1,0 +1,80 @@
+"""What a run left, in a form in which two runs of one job are equal, and as its readers count it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flux_batch.config import JobConfig
+from flux_batch.report.saved_run import SavedRun
+from flux_batch.report.verify import format_verdict, verify
+from flux_batch.storage.store import Store
+
+# Of one run: when and how fast it was.
+OF_REPORT = ("name", "num_shards", "num_committed", "num_images", "num_failed", "errors")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a reader finds: pictures that could be made and are not there, pictures that are there more than once."""
+
+    lost: int
+    doubled: int
+    failed: dict[str, tuple[str, str]]  # by prompt: type and message
+
+
+def store_of(config: JobConfig) -> Store:
+    return Store(config.output.uri, config.output.storage_options)
+
+
+def keys_of(store: Store) -> list[str]:
+    """List every object of an output."""
+    within = [key for folder in ("train", "metadata", "_run") for key in store.list(folder)]
+    return sorted([*within, *(name for name, size in store.children("").items() if size is not None)])
+
+
+def contents(config: JobConfig) -> dict[str, Any]:
+    """Read every object: the bytes of what must be the same, and what is said besides, less who, when and where."""
+    store = store_of(config)
+    return {
+        key: _comparable(key, store.read(key), config)
+        for key in keys_of(store)
+        if not key.startswith("_run/lease/")  # tells how often the run changed hands
+    }
+
+
+def _comparable(key: str, data: bytes, config: JobConfig) -> Any:
+    if key.startswith("_run/commits/"):
+        return {name: value for name, value in json.loads(data).items() if name != "worker"}
+    if key == "_run/report.json":
+        return {name: value for name, value in json.loads(data).items() if name in OF_REPORT}
+    if key == "_run/progress.json":
+        return None
+    if key in ("_run/job.yaml", "README.md"):
+        return data.replace(config.output.uri.encode(), b"OUTPUT")
+    return data
+
+
+def read_back(config: JobConfig, wanted: Counter[str], scratch: Path) -> Found:
+    """Follow the commits of a complete run as a reader does, and hold it against the prompts that can be made."""
+    run = SavedRun.open(store_of(config))
+    scratch.mkdir(parents=True, exist_ok=True)
+    there: Counter[str] = Counter()
+    failed: dict[str, tuple[str, str]] = {}
+    for shard in range(run.num_shards):
+        stored = Counter(key for key, _ in run.pictures(shard, scratch))
+        for row in run.metadata(shard):
+            there[row["prompt"]] += stored.pop(row["key"], 0)
+            if row["status"] == "failed":
+                failed[row["prompt"]] = (row["error_type"], row["error_message"])
+        there["in no row"] += stored.total()
+    return Found((wanted - there).total(), (there - wanted).total(), failed)
+
+
+def assert_verified(config: JobConfig) -> None:
+    verdict = verify(store_of(config))
+    assert verdict.is_complete
+    assert verdict.exit_code == 0, format_verdict(verdict)

@@ -1,0 +1,178 @@
+"""The driver, killed at every step of the protocol: the same command goes on to what an undisturbed run leaves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chaos.figures import Figures
+from chaos.mortal_driver import PHASES, Nursery, Point
+from chaos.outputs import assert_verified, contents, read_back
+from chaos.paced_pipeline import forget, made, model_folder
+from flux_batch.config import JobConfig
+from job_files import make_job, write_job
+from s3 import S3Server
+
+EXPERIMENT = "driver killed at a write"
+BATCH = 2
+# Three shards of five, four and one: two objects staged of the first, failed rows of two kinds in the second.
+ROWS: list[dict[str, Any]] = [{"prompt": f"picture {number}"} for number in range(11)]
+ROWS[6] = {"prompt": "picture 6 [raise]"}
+ROWS[7] = {"prompt": None}
+WANTED = Counter(row["prompt"] for number, row in enumerate(ROWS) if number not in (6, 7))
+LAYOUTS = ["webdataset", "files", "parquet"]
+# A picture takes longer than to stage one, as on any device.
+PACE_S = 0.02
+
+# One or more of each kind of write; the second number is the how-manieth of its kind.
+ON_DISK = [
+    Point("lease", 0, "within"),
+    Point("job", 0, "before"),
+    Point("card", 0, "within"),
+    Point("plan", 0, "within"),
+    Point("plan", 0, "after"),
+    Point("staging", 0, "within"),
+    Point("staging", 1, "after"),
+    Point("data", 0, "within"),
+    Point("data", 1, "after"),
+    Point("metadata", 0, "after"),
+    Point("failed rows", 0, "after"),
+    Point("commit", 0, "within"),
+    Point("commit", 1, "after"),
+    Point("clean-up", 1, "before"),
+    Point("progress", 0, "before"),
+    Point("report", 0, "before"),
+    Point("success", 0, "within"),
+    Point("release", 0, "within"),
+]
+IN_BUCKETS = [
+    Point("probe", 0, "after"),
+    Point("staging", 0, "after"),
+    Point("data", 1, "before"),
+    Point("commit", 0, "before"),
+    Point("commit", 1, "after"),
+]
+
+
+class Places:
+    """Where the outputs of this file go: a store, with jobs that differ in nothing else."""
+
+    def __init__(self, name: str, folder: Path, server: S3Server | None) -> None:
+        self.name = name
+        self.folder = folder
+        self.model = model_folder(folder / "model", PACE_S)
+        self._options = server.storage_options if server else {}
+        self._root = server.make_bucket() if server else str(folder / "outputs")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The keys, which no job file may hold."""
+        if not self._options:
+            return {}
+        return {"AWS_ACCESS_KEY_ID": self._options["key"], "AWS_SECRET_ACCESS_KEY": self._options["secret"]}
+
+    def job(self, name: str, layout: str) -> tuple[JobConfig, Path]:
+        """Write a job with an output of its own. Returns: it, for reading, and its file."""
+        sections: dict[str, Any] = {
+            "model": {"uri": str(self.model)},
+            "workers": {"batch_size": BATCH},
+            "failures": {"max_ratio": 1.0},
+        }
+        output = {"uri": f"{self._root}/{name}", "format": layout, "shard_size": 5}
+        config = make_job(self.folder, ROWS, output={**output, "storage_options": self._options}, **sections)
+        public = {key: value for key, value in self._options.items() if key == "endpoint_url"}
+        job = make_job(self.folder, ROWS, output={**output, "storage_options": public}, **sections)
+        return config, write_job(job, self.folder / f"{name}.yaml")
+
+
+class Experiment:
+    """Kills drivers of one layout on one store, and compares what becomes of it with an undisturbed run."""
+
+    def __init__(self, places: Places, layout: str, nursery: Nursery, figures: Figures) -> None:
+        self._places = places
+        self._layout = layout
+        self._nursery = nursery
+        self._figures = figures
+        self.whole, job = places.job(f"whole-{layout}", layout)
+        forget(places.model)
+        assert self._drive(job).code == 0
+        assert made(places.model) == WANTED
+        self.points = nursery.points()
+        self._expected = contents(self.whole)
+
+    def kill_at(self, point: Point) -> None:
+        """Kill a driver at a point, give the same command again, and judge."""
+        places, name = self._places, f"{self._layout}-{point}".replace(" ", "-")
+        config, job = places.job(name, self._layout)
+        forget(places.model)
+        end = self._drive(job, point)
+        assert end.is_killed, f"{point}: {end}"
+        num_before = made(places.model).total()
+        end = self._drive(job)
+        assert end.code == 0, f"{point}: {end}"
+        assert "waiting" not in end.said, point
+        redone = (made(places.model) - WANTED).total()
+        found = read_back(config, WANTED, places.folder / "scratch")
+        self._figures.add(
+            experiment=EXPERIMENT,
+            store=places.name,
+            pictures=WANTED.total(),
+            kills=1,
+            lost=found.lost,
+            doubled=found.doubled,
+            redone=redone,
+        )
+        assert (found.lost, found.doubled) == (0, 0), point
+        assert redone <= BATCH, (point, num_before)
+        _assert_same(contents(config), self._expected, point)
+        assert_verified(config)
+
+    def _drive(self, job: Path, point: Point | None = None) -> Any:
+        end = self._nursery.drive(job, point, environment=self._places.environment)
+        assert "Traceback" not in end.said, end.said
+        return end
+
+
+def _assert_same(left: dict[str, Any], right: dict[str, Any], point: Point) -> None:
+    assert left.keys() == right.keys(), point  # nothing extra, nothing missing
+    assert [key for key in left if left[key] != right[key]] == [], point
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Nursery:
+    return Nursery(tmp_path_factory.mktemp("nursery"))
+
+
+@pytest.fixture(
+    params=["disk", pytest.param("moto", marks=pytest.mark.s3), pytest.param("rclone", marks=pytest.mark.s3)]
+)
+def places(request: pytest.FixtureRequest, tmp_path: Path) -> Places:
+    server = None if request.param == "disk" else request.getfixturevalue(request.param)
+    return Places(request.param, tmp_path, server)
+
+
+def test_a_driver_killed_at_each_kind_of_write_goes_on(places: Places, nursery: Nursery, figures: Figures) -> None:
+    experiment = Experiment(places, "webdataset", nursery, figures)
+    points = ON_DISK if places.name == "disk" else IN_BUCKETS
+    if places.name == "disk":  # a kind of write that comes to the protocol comes to this list
+        assert {point.name for point in points} | {"heartbeat"} >= {name for name, _ in experiment.points}
+    for point in points:
+        experiment.kill_at(point)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_driver_killed_at_every_write_goes_on(
+    places: Places, nursery: Nursery, figures: Figures, layout: str
+) -> None:
+    experiment = Experiment(places, layout, nursery, figures)
+    phases = PHASES if places.name == "disk" else ("before", "after")
+    for name, number in experiment.points:
+        for phase in phases:
+            # Heartbeats come when they come; nothing is published by a removal.
+            if name != "heartbeat" and not (phase == "within" and ("removal" in name or name == "clean-up")):
+                experiment.kill_at(Point(name, number, phase))

@@ -1,0 +1,129 @@
+"""Model folders as no training wrote them: a sentence that says what is wrong, or pictures; never a traceback.
+
+Any byte of any file may be another, and any value in a config, an index or a header; weights may be what no weight is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chaos.figures import Figures
+from chaos.sandbox import Sandbox, fuzz
+from tiny_flux import make_tiny_repository
+
+SHORT, LONG = 12, 400
+ODD = st.sampled_from(
+    [None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 1e300, float("nan"), "", "x", "F8_E4M3", [], {}, [0]]
+)
+
+
+@pytest.fixture(scope="module", params=["diffusers", "original"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model folder."""
+    return make_tiny_repository(tmp_path_factory.mktemp("whole"), layout=request.param)
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    box = Sandbox(tmp_path, monkeypatch)
+    box.use(None)
+    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "prompts.parquet")
+    tree = {
+        "prompts": {"uri": str(tmp_path / "prompts.parquet")},
+        "output": {"uri": str(box.output)},
+        "model": {"uri": str(tmp_path / "model"), "dtype": "float32"},
+        "sampling": {"width": 16, "height": 16, "num_inference_steps": 1, "t5_sequence_length": 8},
+        "failures": {"max_attempts": 1},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+    return box
+
+
+def attempt(sandbox: Sandbox, whole: Path, name: Path, changed: bytes) -> int:
+    """Run a job with a model of which one file is another."""
+    model = sandbox.folder / "model"
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(whole, model)
+    (model / name).write_bytes(changed)
+    return sandbox.flux_batch("run", str(sandbox.folder / "job.yaml")).code
+
+
+def files_of(whole: Path) -> list[Path]:
+    return sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+
+
+def check_bytes(sandbox: Sandbox, whole: Path, count: int) -> list[int]:
+    """Change some bytes of a file, or cut it."""
+    codes: list[int] = []
+
+    @fuzz(count)
+    @given(st.sampled_from(files_of(whole)), st.floats(0, 1), st.integers(0, 40), st.binary(max_size=40), st.booleans())
+    def check(name: Path, share: float, length: int, instead: bytes, in_header: bool) -> None:
+        data = (whole / name).read_bytes()
+        place = round(share * min(len(data), 2000 if in_header else len(data)))
+        codes.append(attempt(sandbox, whole, name, data[:place] + instead + data[place + length :]))
+
+    check()
+    return codes
+
+
+def check_values(sandbox: Sandbox, whole: Path, count: int) -> list[int]:
+    """Change a value of a JSON file or of a header, whose text stays whole."""
+    codes: list[int] = []
+    names = [name for name in files_of(whole) if name.suffix in (".json", ".safetensors")]
+
+    @fuzz(count)
+    @given(st.data(), st.sampled_from(names), ODD)
+    def check(data: st.DataObject, name: Path, instead: Any) -> None:
+        text, around = json_of((whole / name).read_bytes(), name.suffix)
+        tree = json.loads(text)
+        node, key = tree, data.draw(st.sampled_from(sorted(tree)), label="key") if tree else "x"
+        while isinstance(node.get(key), dict) and node[key] and data.draw(st.booleans(), label="deeper"):
+            node = node[key]
+            key = data.draw(st.sampled_from(sorted(node)), label="key")
+        node[key] = instead
+        codes.append(attempt(sandbox, whole, name, around(json.dumps(tree).encode())))
+
+    check()
+    return codes
+
+
+def json_of(data: bytes, suffix: str) -> tuple[bytes, Callable[[bytes], bytes]]:
+    """Return the JSON in a file, and what puts another one in its place."""
+    if suffix == ".json":
+        return data, lambda text: text
+    (size,) = struct.unpack("<Q", data[:8])
+    return data[8 : 8 + size], lambda text: struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+
+CHECKS = [check_bytes, check_values]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_damaged_model_is_named_or_used(
+    sandbox: Sandbox, whole: Path, figures: Figures, check: Callable[..., list[int]]
+) -> None:
+    figures.add(experiment="damaged models", store="-", faults=len(check(sandbox, whole, SHORT)))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("check", CHECKS)
+def test_many_damaged_models_are_named_or_used(
+    sandbox: Sandbox, whole: Path, figures: Figures, check: Callable[..., list[int]]
+) -> None:
+    codes = check(sandbox, whole, LONG)
+    figures.add(experiment="damaged models", store="-", faults=len(codes))
+    assert {0, 2} <= set(codes)

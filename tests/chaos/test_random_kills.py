@@ -1,0 +1,202 @@
+"""One run on a cluster of several raylets, and kill after kill: of its driver, its workers, its nodes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from chaos.figures import Figures
+from chaos.outputs import assert_verified, contents, read_back
+from chaos.paced_pipeline import forget, made, make_paced_pipeline, model_folder
+from chaos.raylets import Raylets, kill_worker, raylets
+from flux_batch.config import JobConfig
+from flux_batch.engine.local import LocalEngine
+from flux_batch.job import run
+from job_files import make_job, write_job
+
+pytestmark = pytest.mark.ray
+
+DRIVE = Path(__file__).with_name("drive.py")
+BATCH = 4
+NODES = 3
+# A picture takes so long: some kills hit within a batch, some within what comes between.
+PACE_S = 0.1
+LOOK_S = 0.05
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large an experiment is."""
+
+    num_images: int
+    shard_size: int
+    workers: int  # to kill
+    drivers: int
+    raylets: int
+    seed: int
+    limit_s: float
+
+    @property
+    def num_kills(self) -> int:
+        return self.workers + self.drivers + self.raylets
+
+
+SHORT = Size(num_images=64, shard_size=16, workers=4, drivers=2, raylets=2, seed=1, limit_s=100)
+LONG = Size(num_images=600, shard_size=20, workers=120, drivers=40, raylets=40, seed=2026, limit_s=2400)
+
+
+class Driver:
+    """The driver, started again with the same command as often as it ends before the run does."""
+
+    def __init__(self, job: Path, address: str, said: Path) -> None:
+        self._job = job
+        self._environment = {**os.environ, "RAY_ADDRESS": address}
+        self._said = said
+        self.num_starts = 0
+        self.codes: Counter[int] = Counter()
+        self.start()
+
+    def start(self) -> None:
+        self.num_starts += 1
+        with self._said.open("ab") as said:
+            self._process = subprocess.Popen(
+                [sys.executable, str(DRIVE), str(self._job)],
+                env=self._environment,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+
+    def kill(self) -> bool:
+        """Kill it. Returns: whether it was still there."""
+        self._process.send_signal(signal.SIGKILL)
+        return self._process.wait() == -signal.SIGKILL
+
+    def is_done(self) -> bool:
+        """Look after it: whether it has finished the run; one that left otherwise is started again."""
+        code = self._process.poll()
+        if code is None:
+            return False
+        self.codes[code] += 1
+        if code != 0:
+            assert code in (75, -signal.SIGKILL), f"exit code {code}: {self.said()}"
+            self.start()
+        return code == 0
+
+    def said(self) -> str:
+        """Give what it wrote, without what Ray passes on of its own processes."""
+        lines = self._said.read_text().splitlines()
+        return "\n".join(line for line in lines if "(raylet)" not in line and "(RayWorker" not in line)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Raylets]:
+    with raylets(NODES) as cluster:
+        yield cluster
+
+
+def plan_kills(size: Size) -> list[tuple[int, str, float]]:
+    """Draw the kills: from how many pictures on, what, and how long after."""
+    dice = random.Random(size.seed)
+    victims = ["worker"] * size.workers + ["driver"] * size.drivers + ["raylet"] * size.raylets
+    dice.shuffle(victims)
+    moments = sorted(dice.randrange(round(0.95 * size.num_images)) for _ in victims)
+    return [(moment, victim, dice.uniform(0, BATCH * PACE_S)) for moment, victim in zip(moments, victims, strict=True)]
+
+
+def kill_one(victim: str, driver: Driver, cluster: Raylets, dice: random.Random) -> bool:
+    """Kill something of that kind. Returns: whether there was one."""
+    if victim == "driver":
+        was_there = driver.kill()
+        driver.start()
+        return was_there
+    if victim == "raylet":
+        cluster.lose(dice.randrange(cluster.num_nodes))
+        cluster.add()
+        return True
+    workers = cluster.workers()
+    return bool(workers) and kill_worker(dice.choice(workers))
+
+
+def run_with_kills(size: Size, job: Path, model: Path, cluster: Raylets, said: Path) -> tuple[Counter[str], Driver]:
+    """Run a job to its end. Returns: the kills, by victim, and the last driver."""
+    dice = random.Random(size.seed)
+    kills: Counter[str] = Counter()
+    until = time.monotonic() + size.limit_s
+    driver = Driver(job, cluster.address, said)
+    plan = plan_kills(size)
+    while not driver.is_done():
+        assert time.monotonic() < until, f"{kills}, {len(made(model))} pictures: {driver.said()[-4000:]}"
+        time.sleep(LOOK_S)
+        if plan and len(made(model)) >= plan[0][0]:
+            _, victim, pause_s = plan[0]
+            time.sleep(pause_s)
+            if kill_one(victim, driver, cluster, dice):  # else there is none just now: later
+                kills[victim] += 1
+                plan.pop(0)
+    assert not plan, f"the run was done before {len(plan)} of the kills"
+    return kills, driver
+
+
+def judge(size: Size, tmp_path: Path, cluster: Raylets, figures: Figures) -> None:
+    model = model_folder(tmp_path / "model", PACE_S)
+    rows = [{"prompt": f"picture {number}"} for number in range(size.num_images)]
+    wanted = Counter(row["prompt"] for row in rows)
+
+    def job(name: str) -> JobConfig:
+        return make_job(
+            tmp_path,
+            rows,
+            output={"uri": str(tmp_path / name), "shard_size": size.shard_size},
+            model={"uri": str(model)},
+            workers={"max": NODES, "batch_size": BATCH},
+        )
+
+    config = job("killed")
+    kills, driver = run_with_kills(
+        size, write_job(config, tmp_path / "job.yaml"), model, cluster, tmp_path / "said.txt"
+    )
+    made_in_all = made(model)
+    found = read_back(config, wanted, tmp_path / "scratch")
+    redone = (made_in_all - wanted).total()
+    figures.add(
+        experiment="random kills on a cluster",
+        store="disk",
+        pictures=size.num_images,
+        kills=kills.total(),
+        lost=found.lost,
+        doubled=found.doubled,
+        redone=redone,
+    )
+    assert kills.total() == size.num_kills
+    assert (found.lost, found.doubled, found.failed) == (0, 0, {})
+    assert made_in_all.total() <= size.num_images + kills.total() * BATCH
+    assert "Traceback" not in driver.said()
+    assert_verified(config)
+
+    whole = job("whole")
+    model_folder(model, 0)
+    forget(model)
+    run(whole, engine=LocalEngine(), make_pipeline=make_paced_pipeline)
+    assert contents(config) == contents(whole)
+
+
+@pytest.mark.timeout(150)
+def test_a_run_survives_random_kills(tmp_path: Path, cluster: Raylets, figures: Figures) -> None:
+    judge(SHORT, tmp_path, cluster, figures)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+def test_a_run_survives_two_hundred_random_kills(tmp_path: Path, cluster: Raylets, figures: Figures) -> None:
+    judge(LONG, tmp_path, cluster, figures)

@@ -1,0 +1,206 @@
+"""Runs whose storage errs at every tenth request, or is away for a while: they finish, and every byte is right."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chaos.figures import Figures
+from chaos.outputs import assert_verified, contents, read_back, store_of
+from chaos.paced_pipeline import forget, made, make_paced_pipeline, model_folder
+from counting_proxy import Proxy, counting_proxy
+from flux_batch.config import JobConfig
+from flux_batch.engine.local import LocalEngine
+from flux_batch.job import run
+from job_files import make_job, write_job
+from s3 import S3Server
+
+DRIVE = Path(__file__).with_name("drive.py")
+RATE = 0.1
+BATCH = 2
+# What may go wrong with a request of any kind; an answer of half its length, only where it has one.
+ANYTHING = (500, 503, "cut", "lost", "slow")
+OF_METHOD = {"GET": ("half",), "PUT": ("torn",)}
+# What a server that honours conditions may say of a write that has one, as all of these have: that another one is under
+# way, or, after an answer that got lost, that it has been made. Where it was not, that is a lie to be seen through.
+OF_CONDITIONS = (409, 412)
+CONDITIONAL = re.compile(r"/(train|metadata)/|/_run/(commits|lease)/|/_run/plan")
+SLOW_S = 0.7
+
+
+class Faults:
+    """Decides by dice what goes wrong, in the order in which requests come; `counts` by what it was."""
+
+    def __init__(self, seed: int, *, conditions: bool) -> None:
+        self.counts: Counter[int | str] = Counter()
+        self._conditions = conditions
+        self._dice = random.Random(seed)
+        self._lock = threading.Lock()
+
+    def __call__(self, method: str, path: str) -> int | str | None:
+        with self._lock:
+            if self._dice.random() >= RATE:
+                return None
+            kinds = ANYTHING + OF_METHOD.get(method, ())
+            if self._conditions and method == "PUT" and CONDITIONAL.search(path):
+                kinds += OF_CONDITIONS
+            fault = self._dice.choice(kinds)
+            self.counts[fault] += 1
+            return fault
+
+
+class Scene:
+    """A server, a proxy before it, and a job that knows the proxy alone."""
+
+    def __init__(self, server: S3Server, proxy: Proxy, folder: Path) -> None:
+        self.server = server
+        self.proxy = proxy
+        self.folder = folder
+        self.model = model_folder(folder / "model", 0.02)
+        self._bucket = server.make_bucket()
+
+    def rows(self, count: int) -> list[dict[str, Any]]:
+        return [{"prompt": f"picture {number}"} for number in range(count)]
+
+    def job(self, name: str, count: int, options: dict[str, Any]) -> JobConfig:
+        return make_job(
+            self.folder,
+            self.rows(count),
+            output={"uri": f"{self._bucket}/{name}", "storage_options": options, "shard_size": 4},
+            model={"uri": str(self.model)},
+            workers={"batch_size": BATCH},
+        )
+
+    def start(self, name: str, count: int, *engine: str) -> subprocess.Popen[str]:
+        options = self.server.storage_options
+        job = self.job(name, count, {"endpoint_url": self.proxy.endpoint_url})
+        keys = {"AWS_ACCESS_KEY_ID": options["key"], "AWS_SECRET_ACCESS_KEY": options["secret"]}
+        return subprocess.Popen(
+            [sys.executable, str(DRIVE), str(write_job(job, self.folder / f"{name}.yaml")), *engine],
+            env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | keys,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def judge(self, figures: Figures, experiment: str, name: str, count: int, num_faults: int) -> None:
+        """Hold what a run left against the prompts, and against a run without the proxy."""
+        config = self.job(name, count, self.server.storage_options)
+        wanted = Counter(row["prompt"] for row in self.rows(count))
+        found = read_back(config, wanted, self.folder / "scratch")
+        redone = (made(self.model) - wanted).total()
+        figures.add(
+            experiment=experiment,
+            store=self.server.name,
+            pictures=count,
+            faults=num_faults,
+            lost=found.lost,
+            doubled=found.doubled,
+            redone=redone,
+        )
+        assert (found.lost, found.doubled, found.failed) == (0, 0, {})
+        assert_verified(config)
+        forget(self.model)
+        whole = self.job(f"{name}-undisturbed", count, self.server.storage_options)
+        run(whole, engine=LocalEngine(), make_pipeline=make_paced_pipeline)
+        assert everything_but_the_job(config) == everything_but_the_job(whole)
+        forget(self.model)
+
+
+@pytest.fixture(params=["moto", "rclone"])
+def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
+    server: S3Server = request.getfixturevalue(request.param)
+    with counting_proxy(server.endpoint_url) as proxy:
+        yield Scene(server, proxy, tmp_path)
+
+
+def end(driver: subprocess.Popen[str], timeout_s: float) -> str:
+    """Wait for a driver to finish its run. Returns: what it said."""
+    try:
+        _, said = driver.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        driver.kill()
+        raise
+    assert driver.returncode == 0, said
+    assert "Traceback" not in said, said
+    return said
+
+
+def err(scene: Scene, figures: Figures, seed: int, count: int, *engine: str, timeout_s: float) -> None:
+    faults = Faults(seed, conditions=scene.server.name == "moto")
+    scene.proxy.fault, scene.proxy.slow_s = faults, SLOW_S
+    before, name = len(scene.proxy.requests), f"faults-{seed}"
+    end(scene.start(name, count, *engine), timeout_s)
+    scene.proxy.fault = lambda method, path: None
+    num_requests = len(scene.proxy.requests) - before
+    assert faults.counts.total() > 0.5 * RATE * num_requests
+    scene.judge(figures, "storage that errs at 10 %", name, count, faults.counts.total())
+
+
+def leave(scene: Scene, figures: Figures, away_s: float, count: int, *, timeout_s: float) -> None:
+    """Take the storage away in the middle of a run, and give it back."""
+    driver = scene.start("away", count, "local")
+    store = store_of(scene.job("away", count, scene.server.storage_options))
+    until = time.monotonic() + timeout_s
+    while len(store.list("_run/commits")) < 2:
+        assert time.monotonic() < until, "no commits"
+        time.sleep(0.05)
+    scene.proxy.is_down = True
+    before = len(scene.proxy.requests)
+    time.sleep(away_s)
+    refused = len(scene.proxy.requests) - before
+    assert driver.poll() is None
+    scene.proxy.is_down = False
+    end(driver, timeout_s)
+    assert refused > 0
+    scene.judge(figures, f"storage that is away for {away_s:g} s", "away", count, refused)
+
+
+def everything_but_the_job(config: JobConfig) -> dict[str, Any]:
+    """Read a run's objects; its job file names the address of the proxy."""
+    return {key: value for key, value in contents(config).items() if key != "_run/job.yaml"}
+
+
+@pytest.mark.s3
+def test_a_run_finishes_on_storage_that_errs(scene: Scene, figures: Figures) -> None:
+    err(scene, figures, 7, 16, "local", timeout_s=100)
+
+
+@pytest.mark.s3
+def test_a_run_waits_for_storage_that_is_away(scene: Scene, figures: Figures) -> None:
+    leave(scene, figures, 4, 40, timeout_s=100)
+
+
+@pytest.mark.s3
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_runs_of_many_seeds_finish_on_storage_that_errs(scene: Scene, figures: Figures, seed: int) -> None:
+    err(scene, figures, seed, 60, "local", timeout_s=500)
+
+
+@pytest.mark.s3
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_run_on_a_cluster_finishes_on_storage_that_errs(scene: Scene, figures: Figures) -> None:
+    err(scene, figures, 11, 100, timeout_s=900)
+
+
+@pytest.mark.s3
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_run_waits_a_minute_for_storage_that_is_away(scene: Scene, figures: Figures) -> None:
+    leave(scene, figures, 60, 200, timeout_s=300)

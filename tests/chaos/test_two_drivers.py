@@ -1,0 +1,150 @@
+"""Two drivers of one run, on each store: at once, and one that was paused past its lease and wakes up.
+
+tests/test_job_lease.py looks at each case on the disk more closely; here it is the same on every store, with figures.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chaos.figures import Figures
+from chaos.outputs import assert_verified, keys_of, read_back, store_of
+from chaos.paced_pipeline import made, model_folder
+from flux_batch.config import JobConfig
+from flux_batch.storage.store import Store
+from job_files import make_job, write_job
+from s3 import S3Server
+
+DRIVE = Path(__file__).with_name("drive.py")
+BATCH = 2
+ROWS = [{"prompt": f"picture {number}"} for number in range(24)]
+WANTED = Counter(row["prompt"] for row in ROWS)
+NUM_SHARDS = 6
+# Slower than stores on a busy machine, so that two drivers meet before one is done.
+PACE_S = 0.1
+# The shortest lease there may be, so that a pause outlasts it soon.
+TTL_S = 1
+WAIT_S = 60
+
+
+class Scene:
+    """One run, and drivers for it: processes on the local engine."""
+
+    def __init__(self, name: str, folder: Path, server: S3Server | None) -> None:
+        self.store_name = name
+        self.model = model_folder(folder / "model", PACE_S)
+        self.folder = folder
+        self.output = f"{server.make_bucket()}/run" if server else str(folder / "out")
+        options = server.storage_options if server else {}
+        public = {key: value for key, value in options.items() if key == "endpoint_url"}
+        self._environment = dict(os.environ)
+        if options:
+            self._environment |= {"AWS_ACCESS_KEY_ID": options["key"], "AWS_SECRET_ACCESS_KEY": options["secret"]}
+        self.config = self._job(options)
+        self._file = write_job(self._job(public), folder / "job.yaml")
+
+    def _job(self, options: dict[str, Any]) -> JobConfig:
+        return make_job(
+            self.folder,
+            ROWS,
+            output={"uri": self.output, "storage_options": options, "shard_size": 4},
+            model={"uri": str(self.model)},
+            workers={"batch_size": BATCH},
+            failures={"lease_ttl_s": TTL_S},
+        )
+
+    @property
+    def store(self) -> Store:
+        return store_of(self.config)
+
+    def start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(DRIVE), str(self._file), "local"],
+            env=self._environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def num_commits(self) -> int:
+        return len(self.store.list("_run/commits"))
+
+    def wait_for_commits(self, count: int) -> None:
+        until = time.monotonic() + WAIT_S
+        while self.num_commits() < count:
+            assert time.monotonic() < until, "no commits"
+            time.sleep(0.02)
+
+    def everything(self) -> dict[str, bytes]:
+        return {key: self.store.read(key) for key in keys_of(self.store)}
+
+    def judge(self, figures: Figures, experiment: str, *, kills: int = 0, may_redo: int = 0) -> None:
+        found = read_back(self.config, WANTED, self.folder / "scratch")
+        redone = (made(self.model) - WANTED).total()
+        figures.add(
+            experiment=experiment,
+            store=self.store_name,
+            pictures=WANTED.total(),
+            kills=kills,
+            lost=found.lost,
+            doubled=found.doubled,
+            redone=redone,
+        )
+        assert (found.lost, found.doubled, found.failed) == (0, 0, {})
+        assert redone <= may_redo
+        assert_verified(self.config)
+
+
+def end_of(driver: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for a driver. Returns: its exit code, and what it said."""
+    _, said = driver.communicate(timeout=WAIT_S)
+    assert "Traceback" not in said, said
+    return driver.returncode, said
+
+
+@pytest.fixture(
+    params=["disk", pytest.param("moto", marks=pytest.mark.s3), pytest.param("rclone", marks=pytest.mark.s3)]
+)
+def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Scene:
+    server = None if request.param == "disk" else request.getfixturevalue(request.param)
+    return Scene(request.param, tmp_path, server)
+
+
+def test_of_drivers_started_at_once_one_runs_and_the_other_names_it(scene: Scene, figures: Figures) -> None:
+    drivers = [scene.start(), scene.start()]
+    ends = {driver.pid: end_of(driver) for driver in drivers}
+    assert sorted(code for code, _ in ends.values()) == [0, 75], ends
+    (winner,) = (pid for pid, (code, _) in ends.items() if code == 0)
+    (said,) = (said for code, said in ends.values() if code == 75)
+    assert re.search(rf"{re.escape(scene.output)}: \S+:{winner} is at work on this run, since", said), said
+    scene.judge(figures, "two drivers at once")
+
+
+def test_a_driver_paused_past_its_lease_wakes_and_writes_nothing(scene: Scene, figures: Figures) -> None:
+    paused = scene.start()
+    scene.wait_for_commits(2)
+    paused.send_signal(signal.SIGSTOP)
+    assert scene.num_commits() < NUM_SHARDS
+    follower = scene.start()
+    code, said = end_of(follower)
+    assert code == 0, said
+    assert f":{paused.pid} gave no sign of life for {TTL_S} s; taking the run over" in said
+    after = scene.everything()
+    paused.send_signal(signal.SIGCONT)
+    code, said = end_of(paused)
+    assert code == 75, said
+    assert f":{follower.pid} has taken this run over" in said
+    assert scene.everything() == after
+    # The batch in hand and the one on its way when it was paused, and the one that it finishes when it wakes.
+    scene.judge(figures, "driver paused past its lease", kills=1, may_redo=3 * BATCH)
