@@ -169,6 +169,8 @@ def test_a_driver_killed_at_each_kind_of_write_goes_on(places: Places, nursery: 
 def test_a_driver_killed_at_every_write_goes_on(
     places: Places, nursery: Nursery, figures: Figures, layout: str
 ) -> None:
+    if places.name != "disk" and layout != "webdataset":
+        pytest.skip("what is written in which order differs by layout, and not by store")
     experiment = Experiment(places, layout, nursery, figures)
     phases = PHASES if places.name == "disk" else ("before", "after")
     for name, number in experiment.points:
