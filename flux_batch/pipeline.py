@@ -21,6 +21,7 @@ from flux_batch.loras import Loras
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.compiling import compile_blocks
 from flux_batch.model.conditioned import ConditionedFlux, Conditioning
+from flux_batch.model.encoded_texts import EncodedTexts
 from flux_batch.model.folders import TITLES
 from flux_batch.model.params import ScheduleParams
 from flux_batch.model.sampling import (
@@ -74,6 +75,7 @@ class FluxImagePipeline:
         self.t5 = t5
         self.schedule = schedule
         self.step_cache = step_cache
+        self.texts = EncodedTexts(self.encode_text)
         self.loras = loras or Loras({"transformer": transformer, "clip": clip.model, "t5": t5.model})
         check_parts_fit(transformer, autoencoder, clip, t5)
         weight = transformer.img_in.weight
@@ -304,13 +306,13 @@ class FluxImagePipeline:
         return add_noise(latents.to(self.torch_dtype), noise.to(self.device, self.torch_dtype), sigma)
 
     def encode(self, prompts: Sequence[str], t5_sequence_length: int) -> Conditioning:
-        """Encode each different text once: what the text encoders say of each prompt."""
-        rows = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
-        index = torch.tensor([rows[text] for text in prompts], device=self.device)
-        return Conditioning(
-            txt=self.t5(list(rows), t5_sequence_length)[index].to(self.torch_dtype),
-            y=self.clip(list(rows))[index].to(self.torch_dtype),
-        )
+        """Return what the text encoders say of each prompt; of one that was there before, from memory."""
+        return self.texts(prompts, t5_sequence_length, tuple(self.loras.merged))
+
+    def encode_text(self, text: str, t5_sequence_length: int) -> Conditioning:
+        """Run the text encoders on one text: txt (1, l, context), y (1, vec)."""
+        txt, y = self.t5([text], t5_sequence_length), self.clip([text])
+        return Conditioning(txt.to(self.torch_dtype), y.to(self.torch_dtype))
 
     def encode_pixels(self, pixels: Tensor, noise: Tensor | None, tiling: Tiling | None) -> Tensor:
         """Return scaled latents, in the autoencoder's dtype: (b, 3, 8h, 8w) in [-1, 1] -> (b, c, h, w)."""
