@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from flux_batch.redaction import plain_text
 
 if TYPE_CHECKING:
+    from flux_batch.config import JobConfig
     from flux_batch.report.summary import RunReport
 
 INTERRUPTED = 75
@@ -124,6 +125,9 @@ def _add_job(command: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="override a setting of the job file; may be given several times",
     )
+    command.add_argument(
+        "--logical-date", metavar="DATE", help="what {date} and {datetime} in the job file stand for: 2026-11-23"
+    )
 
 
 def _add_storage_options(command: argparse.ArgumentParser) -> None:
@@ -136,24 +140,32 @@ def _add_storage_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _load_job(arguments: argparse.Namespace) -> JobConfig:
+    from flux_batch.job import load_job
+    from flux_batch.job_text import parse_moment
+
+    moment = None if arguments.logical_date is None else parse_moment(arguments.logical_date)
+    return load_job(arguments.job, arguments.overrides, moment)
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from flux_batch.engine.stop import Stop, stopped_by_signals
-    from flux_batch.job import load_job, run
+    from flux_batch.job import run
 
     stop = Stop()
     with stopped_by_signals(stop):
-        config = load_job(arguments.job, arguments.overrides)
+        config = _load_job(arguments)
         report = run(config, stop=stop, retry_failed=arguments.retry_failed)
     _print(_summary(report))
     return report.exit_code
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from flux_batch.job import load_job, located
+    from flux_batch.job import located
     from flux_batch.plan import make_plan
     from flux_batch.report.estimate import estimate, format_estimate
 
-    config = located(load_job(arguments.job, arguments.overrides))
+    config = located(_load_job(arguments))
     figures = estimate(config, make_plan(config.prompts, config.output.shard_size))
     _print(json.dumps(figures) if arguments.json else format_estimate(config, figures))
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -22,7 +23,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from flux_batch.errors import InvalidSetting, JobError
-from flux_batch.job_text import apply_override, did_you_mean, load_yaml
+from flux_batch.job_text import apply_override, did_you_mean, fill_in_dates, load_yaml
 from flux_batch.records import (
     ALIASES,
     MAX_SEED,
@@ -310,14 +311,19 @@ class JobConfig(Section):
         return self
 
     @classmethod
-    def from_yaml(cls, text: str, *, origin: str = "job file", overrides: Iterable[str] = ()) -> JobConfig:
-        """Parse a job file; `overrides` are `section.key=value` strings whose values are YAML too."""
+    def from_yaml(
+        cls, text: str, origin: str = "job file", overrides: Iterable[str] = (), logical_date: datetime | None = None
+    ) -> JobConfig:
+        """Parse a job file; `overrides` are `section.key=value` strings whose values are YAML too.
+
+        logical_date: what `{date}` and `{datetime}` stand for.
+        """
         tree = load_yaml(text, origin)
         if not isinstance(tree, dict):
             raise JobError(f"{origin}: must be a mapping with the sections prompts, output and model")
         for override in overrides:
             apply_override(tree, override)
-        return cls.from_dict(tree, origin=origin)
+        return cls.from_dict(fill_in_dates(tree, logical_date, origin), origin=origin)
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], *, origin: str = "job") -> JobConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,13 +78,13 @@ def run(
         return close_run(config, store, progress)
 
 
-def load_job(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
-    """Read a job file. Raises: JobError if it is missing or wrong."""
+def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: datetime | None = None) -> JobConfig:
+    """Read a job file; see JobConfig.from_yaml. Raises: JobError if it is missing or wrong."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: the job file cannot be read: {error}") from error
-    return JobConfig.from_yaml(text, origin=str(path), overrides=overrides)
+    return JobConfig.from_yaml(text, origin=str(path), overrides=overrides, logical_date=logical_date)
 
 
 def located(config: JobConfig) -> JobConfig:

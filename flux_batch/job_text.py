@@ -1,10 +1,11 @@
-"""A job file as text: YAML in, single settings over it; knows no setting."""
+"""A job file as text: YAML in, single settings over it, the date of a scheduled run in it; knows no setting."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 import yaml
@@ -15,6 +16,9 @@ from flux_batch.records import ALIASES
 
 # A merge of merges doubles with every line, and a few lines would fill any memory.
 MOST_MERGES, MOST_KEYS = 100, 10_000
+# No colons: they mean something in addresses, and in the file names of some systems.
+DATE_FORMATS = {"{date}": "%Y-%m-%d", "{datetime}": "%Y-%m-%dT%H-%M-%S"}
+DATE = re.compile("|".join(map(re.escape, DATE_FORMATS)))
 MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -55,6 +59,45 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise JobError(f"--set {path}: {section} is not a section")
     tree[key] = load_yaml(value, f"--set {path}")
+
+
+def parse_moment(text: str) -> datetime:
+    """Read a logical date: 2026-11-23, or with a time as schedulers write it, 2026-11-23T02:00:00+00:00."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise JobError(f"--logical-date {text!r}: must be a date, as 2026-11-23, or also a time, in ISO 8601") from None
+
+
+def fill_in_dates(tree: dict[str, Any], moment: datetime | None, origin: str) -> dict[str, Any]:
+    """Put a run's logical date in the place of `{date}` and `{datetime}` in every text of a tree.
+
+    Never the date of today: a retry after midnight must go on with the run that it retries.
+    Raises: JobError if a text asks for a date and there is none.
+    """
+    known: dict[int, Any] = {}  # a tree of aliases is far larger than its text, or without an end
+
+    def filled(value: Any, path: str) -> Any:
+        if id(value) in known:
+            return known[id(value)]
+        if isinstance(value, dict):
+            branch = known[id(value)] = {}
+            branch.update({key: filled(one, f"{path}.{key}") for key, one in value.items()})
+            return branch
+        if isinstance(value, list):
+            items: list[Any] = []
+            known[id(value)] = items
+            items.extend(filled(one, f"{path}.{place}") for place, one in enumerate(value))
+            return items
+        if not isinstance(value, str) or not DATE.search(value):
+            return value
+        if moment is None:
+            where = f"{origin}: {path.removeprefix('.')}"
+            raise JobError(f"{where} asks for the date of the run: say which with --logical-date, e.g. 2026-11-23")
+        return DATE.sub(lambda found: moment.strftime(DATE_FORMATS[found[0]]), value)
+
+    dated: dict[str, Any] = filled(tree, "")
+    return dated
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

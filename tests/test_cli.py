@@ -83,6 +83,14 @@ def test_plan_knows_the_work_of_flux_dev(tmp_path: Path, capsys: pytest.CaptureF
     assert json.loads(out)["pflop_per_image"] == pytest.approx(28 * 74.38e-3, rel=0.005)
 
 
+def test_a_scheduled_job_is_of_the_date_it_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = write_job(make_job(tmp_path, output={"uri": str(tmp_path / "out-{date}")}), tmp_path / "job.yaml")
+    code, _, err = flux_batch(capsys, "plan", job)
+    assert (code, err.startswith(f"flux-batch: {job}: output.uri asks for the date of the run")) == (2, True)
+    code, out, _ = flux_batch(capsys, "plan", job, "--logical-date", "2026-11-22")
+    assert (code, "10 in 1 file(s)" in out) == (0, True)
+
+
 def test_status_reads_a_run_from_its_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_job(tmp_path)
     assert flux_batch(capsys, "status", tmp_path / "out")[0] == 2

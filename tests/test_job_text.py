@@ -8,7 +8,7 @@ import traceback
 import pytest
 
 from flux_batch.errors import JobError
-from flux_batch.job_text import load_yaml
+from flux_batch.job_text import fill_in_dates, load_yaml, parse_moment
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,37 @@ def test_a_bomb_of_aliases_stays_small() -> None:
 def test_depth_without_end_is_refused() -> None:
     with pytest.raises(JobError, match="not valid YAML"):
         load_yaml("[" * 100_000, "job.yaml")
+
+
+def test_dates_are_those_of_the_run_wherever_a_text_asks_for_one() -> None:
+    tree = {"name": "cats-{date}", "prompts": {"uri": ["s3://b/{date}/", "x"]}, "n": 3, "model": {"uri": "{datetime}"}}
+    assert fill_in_dates(tree, parse_moment("2026-11-23T02:30:00+00:00"), "job.yaml") == {
+        "name": "cats-2026-11-23",
+        "prompts": {"uri": ["s3://b/2026-11-23/", "x"]},
+        "n": 3,
+        "model": {"uri": "2026-11-23T02-30-00"},
+    }
+    assert fill_in_dates({"a": "{datetime} {other} {"}, parse_moment("2026-11-23"), "") == {
+        "a": "2026-11-23T00-00-00 {other} {"
+    }
+
+
+def test_a_date_is_asked_for_and_never_guessed() -> None:
+    with pytest.raises(
+        JobError, match=r"job\.yaml: prompts\.uri\.1 asks for the date of the run: say .*--logical-date"
+    ):
+        fill_in_dates({"prompts": {"uri": ["x", "s3://b/{date}/"]}}, None, "job.yaml")
+    assert fill_in_dates({"prompts": {"uri": "{day}"}}, None, "job.yaml") == {"prompts": {"uri": "{day}"}}
+
+
+@pytest.mark.parametrize("text", ["yesterday", "", "23.11.2026", "2026-13-01"])
+def test_a_date_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(JobError, match=r"--logical-date .*: must be a date"):
+        parse_moment(text)
+
+
+def test_dates_are_filled_into_trees_of_aliases_once() -> None:
+    lines = ["a0: &a0 ['{date}']", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60)), "b: &b [*b]"]
+    tree = fill_in_dates(load_yaml("\n".join(lines), "job.yaml"), parse_moment("2026-11-23"), "job.yaml")
+    assert tree["a1"] == [["2026-11-23"]] * 2
+    assert tree["b"][0] is tree["b"]
