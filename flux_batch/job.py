@@ -227,7 +227,7 @@ def close_run(config: JobConfig, store: Store, progress: Progress) -> RunReport:
 
 
 def clear_scratch(store: Store) -> None:
-    """Remove the half-written files of killed processes; what is left of this run writes nothing that still counts."""
+    """Remove the half-written files of killed processes; whoever is alive and writes one, writes it again."""
     for key in store.list(SCRATCH):
         store.delete(key)
 

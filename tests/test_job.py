@@ -46,6 +46,22 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("left", ["", "_SUCCESS"])
+def test_a_driver_killed_at_its_last_writes_is_cleared_up_after(tmp_path: Path, left: str) -> None:
+    """Killed in the middle of a write, before or after the last object of the run was there."""
+    config = make_job(tmp_path)
+    render(config)
+    half = tmp_path / "out/_run/tmp/half"
+    half.write_bytes(b"...")
+    (tmp_path / "out/_run/progress.json").unlink()
+    if not left:
+        (tmp_path / "out/_SUCCESS").unlink()
+    assert run(config, engine=LocalEngine(), make_pipeline=no_pipeline).is_complete
+    assert not half.exists()
+    assert (tmp_path / "out/_SUCCESS").exists()
+    assert (tmp_path / "out/_run/progress.json").exists() == (not left)
+
+
 def test_run_takes_the_path_of_a_job_file(tmp_path: Path) -> None:
     path = write_job(make_job(tmp_path), tmp_path / "job.yaml")
     assert run(path, engine=LocalEngine(), make_pipeline=make_fake_pipeline).is_complete

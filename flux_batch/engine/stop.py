@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from flux_batch.errors import Interrupted
@@ -86,4 +86,5 @@ def stopped_by_signals(stop: Stop) -> Iterator[None]:
 
 def _say(sentence: str) -> None:
     """Write to stderr past its buffer, which the handler may have interrupted."""
-    os.write(2, f"flux-batch: {sentence}\n".encode())
+    with suppress(OSError):  # whoever read it may be gone; an error here would be instead of the stop
+        os.write(2, f"flux-batch: {sentence}\n".encode())

@@ -199,7 +199,8 @@ class Lease:
         while (left := until - self._clock()) > 0:
             self._sleep(min(LOOK_S, left, last.ttl_s / BEATS_A_LEASE))
             now = read_holder(self._store)
-            if now is None or now.id != last.id or now.is_released:
+            # A killed process may take seconds to end, while a disk has it.
+            if now is None or now.id != last.id or now.is_released or now.process.is_gone():
                 return False
             if now.beats != last.beats:
                 raise _held(self._store, now)

@@ -264,7 +264,12 @@ class Store:
                     file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            publish(str(scratch), str(target))
+            try:
+                publish(str(scratch), str(target))
+            except FileNotFoundError as error:
+                # Whoever ends a run, or removes what is staged, takes such files and empty folders for a dead
+                # process's; we are alive, and write it again.
+                raise ConnectionError("the file was swept away before it had its name") from error
         finally:
             scratch.unlink(missing_ok=True)
 

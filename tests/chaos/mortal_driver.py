@@ -156,6 +156,7 @@ class Nursery:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._num_drives = 0
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["chaos.mortal_driver", "flux_batch.job", "flux_batch.worker", "s3fs"])
 
@@ -169,8 +170,8 @@ class Nursery:
         timeout_s: float = 60,
     ) -> End:
         """Run the driver to its end, or to its kill."""
-        self.log.unlink(missing_ok=True)
-        said = self._folder / "said.txt"
+        self._num_drives += 1  # a log of its own: a driver that outlives its drive must not write into the next one's
+        said = self._folder / f"said-{self._num_drives}.txt"
         arguments = (str(job_file), list(options), dict(environment or {}), target, str(self.log), str(said))
         process = self._context.Process(target=_drive, args=arguments)
         process.start()
@@ -185,7 +186,8 @@ class Nursery:
 
     @property
     def log(self) -> Path:
-        return self._folder / "points.jsonl"
+        """The file of the last driver."""
+        return self._folder / f"points-{self._num_drives}.jsonl"
 
     def points(self) -> list[tuple[str, int]]:
         """List the writes of the last driver, by name and number."""

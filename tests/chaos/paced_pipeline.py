@@ -1,6 +1,6 @@
 """A fake pipeline that takes its time and writes down, outside of the output, which pictures it finished.
 
-The folder `model.uri` has the log, one line a picture, and how long a picture takes. Its marks are those of the fakes.
+The folder `model.uri` has the log, one line a picture, how long a picture takes, and whether they are held up now. Its marks are those of the fakes.
 """
 
 from __future__ import annotations
@@ -8,24 +8,32 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fakes import FakePipeline
 from flux_batch.config import ModelConfig
 
-LOG, PACE = "made.log", "pace_s"
+LOG, PACE, HOLD = "made.log", "pace_s", "hold"
+# A hold that is not let go, since who asked for it has died, ends by itself.
+HOLD_S = 30
 
 
 class PacedPipeline(FakePipeline):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._log = folder / LOG
+        self._hold = folder / HOLD
         self._pace_s = float((folder / PACE).read_text())
 
     def __call__(self, prompt: Any, **others: Any) -> Any:
         pictures = super().__call__(prompt, **others)
         time.sleep(self._pace_s * len(prompt))
+        until = time.monotonic() + HOLD_S
+        while self._hold.exists() and time.monotonic() < until:
+            time.sleep(0.01)
         # One write in append mode is whole, whoever writes beside it and whatever is killed.
         lines = "".join(f"{os.getpid()} {text}\n" for text in prompt).encode()
         handle = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -43,6 +51,16 @@ def model_folder(folder: Path, pace_s: float) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PACE).write_text(str(pace_s))
     return folder
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Let no picture be finished meanwhile, as long as it takes."""
+    (folder / HOLD).touch()
+    try:
+        yield
+    finally:
+        (folder / HOLD).unlink()
 
 
 def made(folder: Path) -> Counter[str]:

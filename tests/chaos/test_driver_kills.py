@@ -24,8 +24,8 @@ ROWS[6] = {"prompt": "picture 6 [raise]"}
 ROWS[7] = {"prompt": None}
 WANTED = Counter(row["prompt"] for number, row in enumerate(ROWS) if number not in (6, 7))
 LAYOUTS = ["webdataset", "files", "parquet"]
-# A picture takes longer than to stage one, as on any device.
-PACE_S = 0.02
+# A batch takes longer than to stage one, as on any device: a kill may cost what is on its way to the staging area.
+PACE_S = 0.06
 
 # One or more of each kind of write; the second number is the how-manieth of its kind.
 ON_DISK = [

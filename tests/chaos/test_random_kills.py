@@ -17,7 +17,7 @@ import pytest
 
 from chaos.figures import Figures
 from chaos.outputs import assert_verified, contents, read_back
-from chaos.paced_pipeline import forget, made, make_paced_pipeline, model_folder
+from chaos.paced_pipeline import forget, held, made, make_paced_pipeline, model_folder
 from chaos.raylets import Raylets, kill_worker, raylets
 from flux_batch.config import JobConfig
 from flux_batch.engine.local import LocalEngine
@@ -141,7 +141,9 @@ def run_with_kills(size: Size, job: Path, model: Path, cluster: Raylets, said: P
         if plan and len(made(model)) >= plan[0][0]:
             _, victim, pause_s = plan[0]
             time.sleep(pause_s)
-            if kill_one(victim, driver, cluster, dice):  # else there is none just now: later
+            with held(model):  # to kill a node takes longer than to make many pictures
+                was_there = kill_one(victim, driver, cluster, dice)
+            if was_there:  # else there is none just now: later
                 kills[victim] += 1
                 plan.pop(0)
     assert not plan, f"the run was done before {len(plan)} of the kills"

@@ -179,6 +179,7 @@ def test_a_run_finishes_on_storage_that_errs(scene: Scene, figures: Figures) -> 
 
 
 @pytest.mark.s3
+@pytest.mark.parametrize("scene", ["moto"], indirect=True)
 def test_a_run_waits_for_storage_that_is_away(scene: Scene, figures: Figures) -> None:
     leave(scene, figures, 4, 40, timeout_s=100)
 

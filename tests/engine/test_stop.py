@@ -48,6 +48,19 @@ def test_a_signal_asks_to_stop_and_handlers_are_put_back(number: int, capfd: pyt
     assert f"{name}: finishing or putting aside" in capfd.readouterr().err
 
 
+def test_a_signal_is_heard_though_nobody_reads_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the terminal is gone: an error in the handler would come instead of the stop."""
+
+    def write(handle: int, data: bytes) -> int:
+        raise BrokenPipeError(handle)
+
+    stop = Stop()
+    with stopped_by_signals(stop):
+        monkeypatch.setattr(os, "write", write)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason == "stopped by SIGTERM"
+
+
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

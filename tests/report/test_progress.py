@@ -52,6 +52,16 @@ def test_the_last_shard_is_always_reported(tmp_path: Path) -> None:
     assert json.loads(store.read(PROGRESS))["num_committed"] == 1
 
 
+def test_what_a_killed_driver_did_not_report_is_reported_at_the_end_and_once(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    progress = Progress(store, num_shards=2, totals=Totals(num_committed=2, num_images=8), clock=Clock())
+    progress.finish()
+    assert json.loads(store.read(PROGRESS))["num_committed"] == 2
+    store.delete(PROGRESS)
+    progress.finish()
+    assert not store.exists(PROGRESS)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0 s"), (59.4, "59 s"), (60, "1 min 0 s"), (3725, "1 h 2 min"), (90000, "1 d 1 h")],

@@ -164,6 +164,16 @@ def test_a_holder_of_this_machine_that_has_ended_is_followed_at_once(store: Stor
     assert passing.now == 1000
 
 
+def test_a_holder_of_this_machine_that_ends_while_watched_is_followed_then(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passing = Time()
+    hold(store)
+    monkeypatch.setattr(ProcessId, "is_gone", lambda process: process == ELSEWHERE and passing.now >= 1003)
+    make(store, passing).acquire()
+    assert passing.now == 1003
+
+
 def test_a_holder_that_leaves_while_watched_is_followed_then(store: Store) -> None:
     passing = Time()
     holder = hold(store)

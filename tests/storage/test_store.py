@@ -202,6 +202,31 @@ def test_a_local_write_that_is_killed_leaves_no_half_object(tmp_path: Path) -> N
     assert [key.rpartition("/")[0] for key in store.list("")] == [SCRATCH, SCRATCH, ""]
 
 
+@pytest.mark.parametrize(("method", "name"), [("write", "replace"), ("put_if_absent", "link")])
+def test_a_local_write_outlives_a_sweep_of_half_written_files_and_empty_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, name: str
+) -> None:
+    """As of a heartbeat, while the driver clears up at the end of the run."""
+    store = Store(str(tmp_path))
+    publish, sweeps = getattr(os, name), [lambda: (tmp_path / "folder").rmdir(), lambda: sweep(store)]
+
+    def swept(*names: str) -> None:
+        if sweeps:
+            sweeps.pop()()
+        publish(*names)
+
+    monkeypatch.setattr(os, name, swept)
+    getattr(store, method)("folder/k", b"whole")
+
+    assert sweeps == []
+    assert (store.read("folder/k"), store.list("")) == (b"whole", ["folder/k"])
+
+
+def sweep(store: Store) -> None:
+    for key in store.list(SCRATCH):
+        store.delete(key)
+
+
 def test_a_failed_local_write_leaves_nothing(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     with pytest.raises(NotFound):

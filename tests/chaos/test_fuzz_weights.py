@@ -1,0 +1,129 @@
+"""Weights as a wrong converter or a broken download leaves them: a sentence, or pictures; no traceback, no hang."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save
+
+from chaos.figures import Figures
+from chaos.sandbox import Sandbox, fuzz
+from layout_files import write_gguf
+from tiny_flux import make_tiny_repository
+
+SHORT, LONG = 15, 600
+
+TRANSFORMER = "flux1-tiny.safetensors"
+GGUF = "flux1-tiny.gguf"
+KINDS = st.sampled_from([torch.float32, torch.float64, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+SHAPES = st.lists(st.sampled_from([0, 1, 16, 24, 32, 64]), max_size=4)
+
+
+class Models:
+    """A small model that is whole, and a sandbox in which damaged copies of it are run."""
+
+    def __init__(self, sandbox: Sandbox, whole: Path) -> None:
+        self.whole = whole
+        self.weights = sorted(str(path.relative_to(whole)) for path in whole.rglob("*.safetensors"))
+        self._sandbox = sandbox
+        self._copy = sandbox.folder / "model"
+
+    def run(self, name: str, data: bytes, *, instead_of: str = "") -> int:
+        """Run a job on the model with this in a file, or in one that is there instead of another. Returns: the code."""
+        shutil.rmtree(self._copy, ignore_errors=True)
+        shutil.copytree(self.whole, self._copy)
+        if instead_of:
+            (self._copy / instead_of).unlink()
+        (self._copy / name).write_bytes(data)
+        return self._sandbox.flux_batch("run", str(self._sandbox.folder / "job.yaml")).code
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a model in the original layout, and beside its folder the transformer as GGUF."""
+    folder = make_tiny_repository(tmp_path_factory.mktemp("whole") / "model", layout="original")
+    write_gguf(load_file(folder / TRANSFORMER), folder.parent / GGUF, "Q8_0")
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, original: Path) -> Models:
+    sandbox = Sandbox(tmp_path, monkeypatch)
+    sandbox.use(None)
+    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "prompts.parquet")
+    tree = {
+        "prompts": {"uri": str(tmp_path / "prompts.parquet")},
+        "output": {"uri": str(sandbox.output)},
+        "model": {"uri": str(tmp_path / "model"), "dtype": "float32"},
+        "sampling": {"width": 16, "height": 16, "num_inference_steps": 1, "t5_sequence_length": 8},
+        "failures": {"max_attempts": 1},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+    return Models(sandbox, original)
+
+
+def check_tensors(models: Models, count: int) -> list[int]:
+    """Write a file that is in order, but for a tensor of another shape or kind, under another name, or gone."""
+    codes: list[int] = []
+
+    @fuzz(count)
+    @given(st.data(), st.sampled_from(models.weights), SHAPES | st.none(), KINDS, st.sampled_from(["", "x", "same"]))
+    def check(data: st.DataObject, name: str, shape: list[int] | None, kind: torch.dtype, renamed: str) -> None:
+        state = load_file(models.whole / name)
+        key = data.draw(st.sampled_from(sorted(state)), label="key")
+        tensor = state.pop(key)
+        if renamed:
+            changed = tensor if shape is None else torch.ones(shape)
+            state[key if renamed == "same" else renamed] = changed.to(kind)
+        codes.append(models.run(name, save(state)))
+
+    check()
+    return codes
+
+
+def check_gguf(models: Models, count: int) -> list[int]:
+    """Damage or cut a GGUF file, most often in its header."""
+    codes: list[int] = []
+    whole = (models.whole.parent / GGUF).read_bytes()
+    assert models.run(GGUF, whole, instead_of=TRANSFORMER) == 0
+
+    @fuzz(count)
+    @given(st.integers(0, 4000) | st.floats(0, 1), st.integers(0, 80), st.binary(max_size=40), st.booleans())
+    def check(place: float, length: int, noise: bytes, is_cut: bool) -> None:
+        at = int(place * len(whole)) if isinstance(place, float) else place
+        rest = b"" if is_cut else whole[at + length :]
+        codes.append(models.run(GGUF, whole[:at] + noise + rest, instead_of=TRANSFORMER))
+
+    check()
+    return codes
+
+
+CHECKS = [check_tensors, check_gguf]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_damaged_weights_are_named_or_used(models: Models, figures: Figures, check: Callable[..., list[int]]) -> None:
+    judge(figures, check(models, SHORT))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("check", CHECKS)
+def test_many_damaged_weights_are_named_or_used(
+    models: Models, figures: Figures, check: Callable[..., list[int]]
+) -> None:
+    judge(figures, check(models, LONG))
+
+
+def judge(figures: Figures, codes: list[int]) -> None:
+    figures.add(experiment="damaged models", store="-", faults=len(codes))
+    assert 2 in codes
