@@ -1,6 +1,7 @@
 """A fake pipeline that takes its time and writes down, outside of the output, which pictures it finished.
 
-The folder `model.uri` has the log, one line a picture, how long a picture takes, and whether they are held up now. Its marks are those of the fakes.
+The folder `model.uri` has the log, one line a picture, how long a picture takes, and whether they are held up now. Its
+marks are those of the fakes.
 """
 
 from __future__ import annotations
