@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from flux_batch.bench.command import add_bench
 from flux_batch.redaction import plain_text
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ INTERRUPTED = 75
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns: its exit code."""
     arguments = parser().parse_args(argv)
+    arguments.argv = argv
     lines = logging.StreamHandler(sys.stderr)
     lines.setFormatter(PlainLines())
     logging.basicConfig(level=logging.WARNING, handlers=[lines])
@@ -109,6 +111,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--refresh", action="store_true", help="of an address: fetch it again if it has changed")
     _add_storage_options(command)
     command.set_defaults(command=_download)
+
+    command = commands.add_parser("bench", help="measure how fast it is here, beside what could be run instead")
+    add_bench(command)
+    command.set_defaults(command=_bench)
     for each in commands.choices.values():
         # After the command too; the default must not undo a --debug before it.
         each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -238,6 +244,13 @@ def _download(arguments: argparse.Namespace) -> int:
     else:
         (folder,) = download_models([arguments.name], [arguments.hub], to=arguments.to, token=arguments.token)
     _print(str(folder))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from flux_batch.bench.command import bench
+
+    _print(bench(arguments))
     return 0
 
 

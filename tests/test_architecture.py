@@ -47,7 +47,10 @@ LADDER: dict[str, set[str]] = {
     "stage": BOTTOM | {"config", "storage", "worker", "pipeline"},
     "job": BOTTOM
     | {"config", "plan", "worker", "image_pipeline", "engine", "report", "storage", "pipeline", "demo", "model_source"},
-    "cli": BOTTOM | {"config", "engine", "job", "job_text", "model_source", "plan", "report", "storage"},
+    "bench": BOTTOM
+    | {"config", "demo", "engine", "image_pipeline", "job", "job_text", "loras", "model", "model_manager", "pipeline"}
+    | {"plan", "storage"},
+    "cli": BOTTOM | {"bench", "config", "engine", "job", "job_text", "model_source", "plan", "report", "storage"},
     "__init__": {"config", "job", "model_manager", "model_source", "pipeline", "stage"},
     "__main__": {"cli"},
     # Programs of their own, `python -m flux_batch.demo.train` and `.score`: they stand above what they make and judge.
@@ -58,12 +61,12 @@ PROGRAMS = ("demo/train", "demo/score")
 STORAGE = ("storage/",)
 MODEL = ("model/", "model_errors.py", "loras.py", "model_manager.py", "pipeline.py", "demo/")
 HOMES: dict[str, tuple[str, ...]] = {
-    "ray": ("engine/ray_",),
-    "torch": MODEL,
+    "ray": ("engine/ray_", "bench/ray_data.py"),
+    "torch": (*MODEL, "bench/"),
     "einops": ("model/",),
     "safetensors": MODEL,
     "gguf": ("model/gguf_file.py", "model/dequantize.py"),
-    "transformers": ("model/", "demo/"),
+    "transformers": ("model/", "demo/", "bench/random_model.py"),
     "tokenizers": ("model/", "demo/"),
     "sentencepiece": ("model/", "demo/"),
     "filelock": ("storage/cache.py",),
@@ -74,9 +77,12 @@ HOMES: dict[str, tuple[str, ...]] = {
     "s3fs": STORAGE,
     "aiohttp": STORAGE,
     "tenacity": ("storage/patience.py",),
-    "pyarrow": ("storage/", "plan.py", "worker.py", "demo/"),
-    "PIL": ("storage/", "rgb.py", "pipeline.py", "picture_request.py", "demo/", "report/gallery_"),
-    "numpy": ("storage/", "rgb.py", "model/", "pipeline.py", "demo/", "report/gallery_"),
+    "pyarrow": ("storage/", "plan.py", "worker.py", "demo/", "bench/planning.py", "bench/job.py"),
+    "PIL": ("storage/", "rgb.py", "pipeline.py", "picture_request.py", "demo/", "report/gallery_", "bench/encode.py"),
+    "numpy": ("storage/", "rgb.py", "model/", "pipeline.py", "demo/", "report/gallery_", "bench/"),
+    # What is measured beside ours; no need of a run.
+    "diffusers": ("bench/peer.py",),
+    "cv2": ("bench/encode.py",),
     "pydantic": ("config.py",),
     "pydantic_core": ("config.py",),
     "yaml": ("config.py", "job_text.py", "cli.py"),
@@ -188,6 +194,7 @@ def test_every_file_says_what_it_is_and_fits_into_the_head() -> None:
         ("flux_batch.cli", ["torch", "ray", "transformers"]),
         ("flux_batch.config", ["torch", "ray", "pyarrow", "fsspec"]),
         ("flux_batch.job", ["torch", "ray", "transformers"]),
+        ("flux_batch.bench.command", ["torch", "ray", "numpy", "pyarrow", "pydantic", "diffusers"]),
         ("flux_batch.worker", ["torch", "ray", "transformers"]),
         ("flux_batch.model_source", ["torch", "ray", "transformers", "huggingface_hub", "pyarrow"]),
         ("flux_batch.storage.commits", ["torch", "ray"]),

@@ -1,0 +1,285 @@
+"""What a whole job costs beside its pipelines: the same pictures by a job, by bare loops, and by Ray Data.
+
+Each contender runs in processes of its own, one after the other; start-up is left out of all alike. A rate is images
+over the mean time that the workers had, from when the model of each was loaded until the last picture was safe.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flux_batch.bench.figures import Figures, table
+from flux_batch.bench.source import Source
+from flux_batch.config import JobConfig, ModelConfig
+from flux_batch.engine.local import LocalEngine
+from flux_batch.engine.protocol import Engine, Runner
+from flux_batch.engine.stop import Stop
+from flux_batch.errors import JobError
+from flux_batch.image_pipeline import ImagePipeline
+from flux_batch.job import ray_pool, run
+from flux_batch.records import Shard, ShardResult
+
+GUIDANCE = 3.5
+LOADED_S = 900  # how much later than the first the last bare loop may have its model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobSize:
+    """What is made, and by how many workers of which size."""
+
+    images: int = 64
+    width: int = 128
+    height: int = 128
+    steps: int = 4
+    t5_sequence_length: int | None = None
+    batch_size: int = 4
+    shard_size: int = 16
+    workers: int | None = None  # as many as there are GPUs, or 2
+    num_gpus: float | None = None  # of a worker: 1 if there are any, else 0
+    num_cpus: int = 1
+
+    def here(self, engine: str, device: str | None = None) -> JobSize:
+        """Return it with what this machine decides filled in."""
+        import torch
+
+        num_gpus = 0 if device == "cpu" else torch.cuda.device_count()
+        workers = 1 if engine == "local" else self.workers or num_gpus or 2
+        return replace(self, workers=workers, num_gpus=float(num_gpus > 0) if self.num_gpus is None else self.num_gpus)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the prompts, each another, with their seeds."""
+        return [{"prompt": f"a red circle on a blue ground, number {row}", "seed": row} for row in range(self.images)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a contender is given; `folder` is its own."""
+
+    source: Source
+    size: JobSize
+    engine: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class StampedMaker:
+    """Makes pipelines, and notes in a folder when each was ready."""
+
+    source: Source
+    folder: Path
+
+    def __call__(self, model: ModelConfig) -> ImagePipeline:
+        """Load the model, whatever the job file calls it."""
+        pipeline = self.source.open()
+        stamp(self.folder)
+        return pipeline
+
+
+@dataclass
+class StampedEngine:
+    """An engine; notes when the last shard was committed, and how long devices were at work."""
+
+    inner: Engine
+    ended: float = 0.0
+    device_s: float = field(default=0.0)
+
+    def run(self, runner: Runner, shards: Sequence[Shard], stop: Stop) -> Iterator[ShardResult]:
+        """Run every shard."""
+        for result in self.inner.run(runner, shards, stop):
+            self.ended = time.time()
+            self.device_s += result.device_s
+            yield result
+
+
+def bench_job(
+    source: Source, size: JobSize, *, engine: str = "ray", against: Sequence[str] = (), repeats: int = 1
+) -> dict[str, Any]:
+    """Run the contenders in turn, `repeats` times. Raises: JobError if what one needs is not installed."""
+    for package in ["ray"] * (engine == "ray" or "ray-data" in against) + ["diffusers"] * ("ray-data" in against):
+        if importlib.util.find_spec(package) is None:
+            raise JobError(
+                f"bench job: {package} is not installed; install it, or take --engine local without --against"
+            )
+    size = size.here(engine, source.device)
+    contenders: dict[str, Callable[[Task], dict[str, Any]]] = {"bare loops": bare_loops, "job": whole_job}
+    if "ray-data" in against:
+        contenders["Ray Data"] = ray_data
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, contender in contenders.items():
+            with tempfile.TemporaryDirectory(prefix="flux-batch-bench-") as folder:
+                task = Task(source=source, size=size, engine=engine, folder=Path(folder))
+                results[name].append(elsewhere(contender, task))
+    rates = {name: Figures(tuple(one["images_per_second"] for one in runs)) for name, runs in results.items()}
+    ratios = {name: rates["job"].median / rate.median for name, rate in rates.items() if name != "job"}
+    return {
+        "benchmark": "job",
+        **source.describe(),
+        "size": {name: getattr(size, name) for name in JobSize.__slots__},
+        "engine": engine,
+        "repeats": repeats,
+        "images_per_second": {name: rate.to_json() for name, rate in rates.items()},
+        "job_times_as_fast_as": ratios,
+        "device_busy_share": {
+            name: Figures(tuple(one["device_busy_share"] for one in runs)).to_json()
+            for name, runs in results.items()
+            if "device_busy_share" in runs[0]
+        },
+        "wall_seconds_with_start_up": {
+            name: Figures(tuple(one["wall_s"] for one in runs)).to_json() for name, runs in results.items()
+        },
+    }
+
+
+def elsewhere(contender: Callable[[Task], dict[str, Any]], task: Task) -> dict[str, Any]:
+    """Run a contender in a process of its own, so that it leaves nothing to the next."""
+    started = time.monotonic()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        result = pool.submit(contender, task).result()
+    return {**result, "wall_s": time.monotonic() - started}
+
+
+def stamp(folder: Path) -> None:
+    """Note that a worker is ready now; clocks of one machine agree."""
+    (folder / f"ready-{uuid.uuid4().hex}").write_text(repr(time.time()))
+
+
+def rate(task: Task, ended: float, device_s: float | None = None) -> dict[str, Any]:
+    """Return images a second, and the share of the workers' time that the pipeline was at work."""
+    had = [ended - float(path.read_text()) for path in task.folder.glob("ready-*")]
+    worker_s = sum(had)
+    found = {"images_per_second": task.size.images / (worker_s / len(had)), "workers": len(had)}
+    return found if device_s is None else {**found, "device_busy_share": device_s / worker_s}
+
+
+def whole_job(task: Task) -> dict[str, Any]:
+    """Make the pictures with a job: Parquet in, WebDataset out, in a local folder."""
+    config = job_config(task)
+    engine = StampedEngine(LocalEngine() if task.engine == "local" else ray_pool(config))
+    report = run(config, engine=engine, make_pipeline=StampedMaker(task.source, task.folder))
+    if report.num_failed or not report.is_complete:
+        raise JobError(f"bench job: {report.num_failed} images failed: {'; '.join(report.errors)}")
+    return rate(task, engine.ended, engine.device_s)
+
+
+def job_config(task: Task) -> JobConfig:
+    """Return the job, its prompts written down."""
+    size, prompts = task.size, write_prompts(task)
+    sampling = {"width": size.width, "height": size.height, "num_inference_steps": size.steps}
+    return JobConfig.from_dict(
+        {
+            "name": "bench",
+            "prompts": {"uri": str(prompts)},
+            "output": {"uri": str(task.folder / "out"), "shard_size": size.shard_size},
+            "model": {"uri": task.source.uri},
+            "sampling": {**sampling, "embedded_guidance": GUIDANCE, "t5_sequence_length": size.t5_sequence_length},
+            "workers": {
+                "max": size.workers,
+                "num_gpus": size.num_gpus,
+                "num_cpus": size.num_cpus,
+                "batch_size": size.batch_size,
+            },
+        }
+    )
+
+
+def write_prompts(task: Task) -> Path:
+    """Write the prompts of all contenders."""
+    path = task.folder / "prompts.parquet"
+    pq.write_table(pa.Table.from_pylist(task.size.rows()), path)
+    return path
+
+
+def bare_loops(task: Task) -> dict[str, Any]:
+    """Make the pictures by one loop a process over the pipeline alone, and throw them away."""
+    size, context = task.size, multiprocessing.get_context("spawn")
+    assert size.workers is not None
+    barrier, ends = context.Barrier(size.workers), context.SimpleQueue()
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if size.num_gpus else []
+    processes = []
+    for worker in range(size.workers):
+        if task.engine == "ray":
+            os.environ["OMP_NUM_THREADS"] = str(size.num_cpus)  # as Ray does
+            if size.num_gpus:
+                place = int(worker * size.num_gpus)
+                os.environ["CUDA_VISIBLE_DEVICES"] = devices[place] if devices[0] else str(place)
+        processes.append(context.Process(target=bare_loop, args=(task, worker, barrier, ends)))
+        processes[-1].start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise JobError("bench job: a bare loop failed; what it said stands above")
+    loops = [json.loads(ends.get()) for _ in processes]
+    return rate(task, max(loop["ended"] for loop in loops), sum(loop["device_s"] for loop in loops))
+
+
+def bare_loop(task: Task, worker: int, barrier: Any, ends: Any) -> None:
+    """Make every n-th batch, once all loops have their model."""
+    size = task.size
+    try:
+        pipeline = task.source.open()
+    except BaseException:
+        barrier.abort()
+        raise
+    barrier.wait(timeout=LOADED_S)  # one that was killed must not hold the others for ever
+    stamp(task.folder)
+    rows, device_s = size.rows(), 0.0
+    batches = [rows[start : start + size.batch_size] for start in range(0, len(rows), size.batch_size)]
+    for batch in batches[worker :: size.workers]:
+        started = time.monotonic()
+        pipeline(
+            [row["prompt"] for row in batch],
+            seed=[row["seed"] for row in batch],
+            width=size.width,
+            height=size.height,
+            num_inference_steps=size.steps,
+            embedded_guidance=GUIDANCE,
+            t5_sequence_length=size.t5_sequence_length,
+            output_type="np",
+        )
+        device_s += time.monotonic() - started
+    ends.put(json.dumps({"ended": time.time(), "device_s": device_s}))
+
+
+def ray_data(task: Task) -> dict[str, Any]:
+    """Make the pictures with Ray Data and diffusers."""
+    from flux_batch.bench.ray_data import run_ray_data
+
+    return rate(task, run_ray_data(task, write_prompts(task), GUIDANCE))
+
+
+def format_job(figures: dict[str, Any]) -> str:
+    """Lay the figures out for people."""
+    size = figures["size"]
+    rows = [["", "images/s", "device busy", "s with start-up"]]
+    for name, rates in figures["images_per_second"].items():
+        busy = figures["device_busy_share"].get(name)
+        wall = figures["wall_seconds_with_start_up"][name]["median"]
+        rows.append([name, f"{rates['median']:.4g}", f"{100 * busy['median']:.1f} %" if busy else "", f"{wall:.1f}"])
+    compared = [
+        f"the job makes {share:.3f} times the images a second of {name}"
+        for name, share in figures["job_times_as_fast_as"].items()
+    ]
+    return "\n".join(
+        [
+            f"{figures['model']}, {figures['dtype']}, engine {figures['engine']}: {size['images']} images of "
+            f"{size['width']} x {size['height']}, {size['steps']} steps, batches of {size['batch_size']}, "
+            f"{size['workers']} worker(s); start-up aside; runs: {figures['repeats']}",
+            table(rows),
+            *compared,
+        ]
+    )

@@ -1,0 +1,103 @@
+"""What a figure was measured on: the hardware, the versions, the command and the date; and how much memory was used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shlex
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flux_batch.redaction import public_text
+
+PACKAGES = ("flux-batch", "torch", "transformers", "diffusers", "ray", "flash-attn", "flash-attn-3", "pillow", "numpy")
+
+
+def describe_machine(argv: list[str] | None = None) -> dict[str, Any]:
+    """Return hardware, versions, the command without what may be a secret, and the date."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": public_text(shlex.join(["flux-batch", *(sys.argv[1:] if argv is None else argv)])),
+        "hardware": {
+            "gpu": gpu_name(),
+            "cpu": cpu_model(),
+            "cores": os.cpu_count(),
+            "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of what a figure depends on; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": cuda_version()}
+    for name in PACKAGES:
+        found[name] = None
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def gpu_name() -> str | None:
+    """Return the name of the first CUDA device; None if there is none."""
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def cuda_version() -> str | None:
+    """Return the version of CUDA that torch was built for."""
+    import torch
+
+    return torch.version.cuda
+
+
+def cpu_model() -> str:
+    """Return what the processor calls itself."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+class PeakMemory:
+    """The most memory in use since it was made, in bytes: a CUDA device's by torch, else this process's resident set.
+
+    Where the system keeps no peak that can be reset, that of the CPU is the process's whole life's.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self.kind = "allocated on the device" if device.type == "cuda" else "resident set of the process"
+        self._device = device
+        if device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from what is resident
+
+    def bytes(self) -> int:
+        """Return the peak so far."""
+        if self._device.type == "cuda":
+            import torch
+
+            return int(torch.cuda.max_memory_allocated(self._device))
+        with suppress(OSError, StopIteration):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def synchronize(device: Any) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)

@@ -1,0 +1,74 @@
+"""The job as one writes it without this package: Ray Data's map_batches, diffusers, write_webdataset."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from flux_batch.bench.peer import Peer
+
+if TYPE_CHECKING:
+    from flux_batch.bench.job import Task
+
+
+class Mapper:
+    """diffusers' pipeline over a batch of rows, in an actor."""
+
+    def __init__(self, task: Task, guidance: float) -> None:
+        from flux_batch.bench.job import stamp
+
+        self._size, self._guidance = task.size, guidance
+        manager = task.source.load()
+        self._pipeline = Peer("diffusers")
+        self._pipeline.keep(manager)
+        self._pipeline.open(task.source.assemble(manager))
+        stamp(task.folder)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Add the pictures of a batch."""
+        size = self._size
+        pictures = self._pipeline(
+            {
+                "prompt": batch["prompt"].tolist(),
+                "seed": batch["seed"].tolist(),
+                "width": size.width,
+                "height": size.height,
+                "num_inference_steps": size.steps,
+                "embedded_guidance": self._guidance,
+                "t5_sequence_length": size.t5_sequence_length,
+            }
+        )
+        keys = np.array([f"{seed:09}" for seed in batch["seed"]])
+        return {"__key__": keys, "png": np.stack(pictures), "txt": batch["prompt"]}
+
+
+def run_ray_data(task: Task, prompts: Path, guidance: float) -> float:
+    """Make all pictures, into tars. Returns: when the last was written, in seconds since the epoch."""
+    size = task.size
+    assert size.workers is not None
+    # As a job of ours: a local cluster with logical GPUs where there are none, and the same threads a worker.
+    options: dict[str, Any] = {} if size.num_gpus else {"num_gpus": size.workers}
+    if not os.environ.get("RAY_ADDRESS"):
+        options |= {"address": "local", "include_dashboard": False}
+    env = {"OMP_NUM_THREADS": str(size.num_cpus)}
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    ray.init(log_to_driver=False, runtime_env={"env_vars": env}, **options)
+    try:
+        dataset = ray.data.read_parquet(str(prompts)).repartition(-(-size.images // size.shard_size))
+        pictures = dataset.map_batches(
+            Mapper,
+            fn_constructor_args=(task, guidance),
+            batch_size=size.batch_size,
+            concurrency=size.workers,
+            num_gpus=size.num_gpus or 1,
+            num_cpus=0,  # else actors take the cores of a small machine, and reading and writing never start
+        )
+        pictures.write_webdataset(str(task.folder / "tars"))
+        return time.time()
+    finally:
+        ray.shutdown()

@@ -1,0 +1,63 @@
+"""Which model a benchmark runs: one that lies somewhere, or a random one of a known size. Pickles small."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from flux_batch.errors import JobError
+from flux_batch.records import Quantization
+
+if TYPE_CHECKING:
+    from flux_batch.model_manager import ModelManager
+    from flux_batch.pipeline import FluxImagePipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model to be made in the process that will run it; `options` go to the pipeline as they are."""
+
+    uri: str = "demo"
+    random_weights: Literal["dev", "schnell", "small", "tiny"] | None = None
+    device: str | None = None
+    dtype: str = "bfloat16"
+    quantization: Quantization = "none"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what stands beside a figure."""
+        return {
+            "model": f"random weights, size {self.random_weights}" if self.random_weights else self.uri,
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+            "pipeline_options": dict(self.options),
+        }
+
+    def load(self) -> ModelManager:
+        """Load or make the parts. Raises: CheckpointError, InvalidSetting, StoreError."""
+        import torch
+
+        from flux_batch.model_manager import ModelManager, locate_parts
+
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.random_weights:
+            from flux_batch.bench.random_model import random_manager
+
+            return random_manager(self.random_weights, self.dtype, device, self.quantization)
+        manager = ModelManager(self.dtype, device, quantization=self.quantization)
+        manager.load_models(locate_parts(self.uri))
+        return manager
+
+    def assemble(self, manager: ModelManager) -> FluxImagePipeline:
+        """Make the pipeline of loaded parts. Raises: JobError for an option that it does not have."""
+        from flux_batch.pipeline import FluxImagePipeline
+
+        try:
+            return FluxImagePipeline.from_model_manager(manager, **self.options)
+        except TypeError as error:
+            raise JobError(f"--option: the pipeline takes no such option: {error}") from error
+
+    def open(self) -> FluxImagePipeline:
+        """Load or make the parts, and the pipeline of them."""
+        return self.assemble(self.load())

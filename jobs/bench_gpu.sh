@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Everything `flux-batch bench` says of one CUDA device at full size, in under 9 minutes, without a network.
+#
+#   jobs/bench_gpu.sh [FOLDER]                 figures of 12 billion random weights, one JSON file a benchmark
+#   DEVICE=cpu SIZE=tiny jobs/bench_gpu.sh     the same at a size that any machine can do
+#
+#   ONLY="bf16 compiled" jobs/bench_gpu.sh     these alone
+#
+# Needs torch, transformers and what `import flux_batch.pipeline` takes. Leaves out what needs a package that is
+# missing, and says so. Goes from what matters most to what matters least and begins nothing for which there is no time
+# left (LIMIT_S seconds in all), so it can be stopped at any point: what was measured by then is in FOLDER.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-${OUT:-out/bench}}
+python=${PYTHON:-python3}
+size=${SIZE:-dev}
+device=${DEVICE:-cuda}
+limit_s=${LIMIT_S:-520}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled} RAY_USAGE_STATS_ENABLED=0
+export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
+mkdir -p "$out"
+: > "$out/summary.txt"
+
+# What the table at the end keeps of each benchmark.
+short='^(whole call|a step|images|memory|against|bare loops|job|Ray Data|the job|load|start|plan|noise-like, .* PNG)'
+
+say() { echo "$*" | tee -a "$out/summary.txt"; }
+
+# has PACKAGE...: whether all can be imported; found without importing them.
+has() { "$python" -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))' "$@"; }
+
+# measure NAME SECONDS WHAT...: one benchmark, if about SECONDS are left for it; its figures go to NAME.json. It is
+# ended after twice that, so that one that hangs leaves time for the others.
+measure() {
+    local name=$1 needs_s=$2 left_s=$((limit_s - SECONDS))
+    local ends_s=$((left_s < 2 * needs_s ? left_s : 2 * needs_s))
+    shift 2
+    if [[ -n ${ONLY:-} && " $ONLY " != *" $name "* ]]; then return; fi
+    if ((left_s < needs_s)); then
+        say "== $name: left out, $left_s s left of $limit_s, takes about $needs_s"
+        return
+    fi
+    timeout "$ends_s" "$python" -m flux_batch.cli bench "$@" --json "$out/$name.json" \
+        > "$out/$name.txt" 2> "$out/$name.log"
+    local code=$?
+    say "== $name (at $SECONDS s)"
+    if ((code == 124)); then
+        say "ended after $ends_s s"
+    elif ((code)); then
+        say "failed with $code: $(tail -n 1 "$out/$name.log")"
+    else
+        cat "$out/$name.txt"
+        grep -E "$short" "$out/$name.txt" >> "$out/summary.txt"
+    fi
+}
+
+for package in torch transformers einops safetensors gguf fsspec pydantic yaml tenacity pyarrow PIL; do
+    has "$package" || say "$package is missing: what needs it will fail"
+done
+
+weights=(--random-weights "$size" --device "$device")
+side=1024 steps=28 images=${IMAGES:-20}
+if [ "$size" = tiny ]; then side=64 steps=2 images=8; fi
+picture=(--width "$side" --height "$side" --steps "$steps")
+large=100 small=45 whole=200  # seconds that a benchmark may take at full size; guessed, not measured
+if [ "$size" = tiny ]; then large=30 small=30 whole=30; fi
+
+peers=()
+if has diffusers; then peers=(--against diffusers); else say "diffusers is missing: no comparison with it"; fi
+# Each further option of the pipeline, e.g. OPTIONS="compile=true step_cache=0.1", is measured by itself.
+measure bf16 "$large" pipeline "${weights[@]}" "${picture[@]}" "${peers[@]}"
+for option in ${OPTIONS:-}; do
+    measure "bf16-$option" "$large" pipeline "${weights[@]}" "${picture[@]}" "${peers[@]}" --option "$option"
+done
+measure fp8 "$small" pipeline "${weights[@]}" "${picture[@]}" --repeats 3 --quantization fp8_matmul
+if has ray; then
+    measure job "$whole" job "${weights[@]}" "${picture[@]}" --images "$images" --workers 1 --batch-size 1 --shard-size 10
+else
+    say "ray is missing: the job runs in this process, without it"
+    measure job "$whole" job "${weights[@]}" "${picture[@]}" --images "$images" --batch-size 1 --shard-size 10 --engine local
+fi
+if has diffusers; then
+    measure compiled "$large" pipeline "${weights[@]}" "${picture[@]}" --repeats 5 --against diffusers-compiled
+fi
+half=(--width $((side / 2)) --height $((side / 2)) --steps "$steps" --repeats 3)
+for batch in 1 4; do
+    measure "half-side-batch-$batch" "$small" pipeline "${weights[@]}" "${half[@]}" --batch-size "$batch"
+done
+measure load "$small" load "${weights[@]}" --repeats 1
+measure encode "$small" encode --repeats 3 --side "$side"
+measure plan "$small" plan
+
+echo
+echo "took $SECONDS s; JSON and logs are in $out; in short:"
+cat "$out/summary.txt"

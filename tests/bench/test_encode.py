@@ -1,0 +1,36 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flux_batch.bench.encode import bench_encode, encoders, format_encode, noisy_picture, smooth_picture
+
+
+def test_every_level_and_format_is_measured_on_both_pictures() -> None:
+    figures = bench_encode(64, 2)
+
+    names = [result["encoder"] for result in figures["results"] if result["picture"] == "smooth"]
+    assert names[:10] == [f"Pillow PNG {level}" for level in range(10)]
+    assert names[-3:] == ["Pillow JPEG 95", "Pillow WebP 95", "Pillow WebP lossless"]
+    assert len(figures["results"]) == 2 * len(names)
+    assert all(result["bytes"] > 0 and result["milliseconds"]["median"] > 0 for result in figures["results"])
+    assert "noise-like, Pillow PNG 9" in format_encode(figures)
+
+
+def test_noise_is_what_compresses_badly() -> None:
+    sizes = {
+        result["picture"]: result["bytes"] for result in bench_encode(64, 1)["results"] if "PNG 6" in result["encoder"]
+    }
+
+    assert sizes["noise-like"] > 1.5 * sizes["smooth"]
+
+
+@pytest.mark.parametrize("make", [smooth_picture, noisy_picture])
+def test_lossless_encoders_give_the_picture_back(make: object) -> None:
+    assert callable(make)
+    pixels = make(32)
+
+    for name, encode in encoders():
+        if "PNG" in name or "lossless" in name:
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode(pixels)))), pixels), name

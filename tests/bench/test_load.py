@@ -1,0 +1,19 @@
+import pytest
+
+from flux_batch.bench.load import bench_load, format_load
+from flux_batch.bench.source import Source
+from flux_batch.errors import CheckpointError
+
+
+def test_loading_is_measured_in_a_process_of_its_own() -> None:
+    figures = bench_load(Source(random_weights="tiny", device="cpu"), 1)
+
+    assert 0 < figures["weights_bytes"] < figures["peak_memory_bytes"]
+    load_s, import_s = figures["seconds"]["median"], figures["import_seconds"]["median"]
+    assert 0 < load_s + import_s < figures["seconds_from_process_start_to_first_step"]["median"]
+    assert "random weights, size tiny, bfloat16, cpu" in format_load(figures)
+
+
+def test_a_model_that_is_not_there_is_the_error_that_a_job_would_meet() -> None:
+    with pytest.raises(CheckpointError, match="/nowhere"):
+        bench_load(Source(uri="/nowhere"), 1)

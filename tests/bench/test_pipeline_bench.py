@@ -1,0 +1,90 @@
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flux_batch.bench.pipeline import Call, bench_pipeline, find_peers, format_pipeline, levels
+from flux_batch.bench.source import Source
+from flux_batch.errors import JobError
+
+SMALL = Call(width=64, height=64, steps=3, batch_size=2, t5_sequence_length=32)
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, Any]:
+    """The demo model beside diffusers, in float32."""
+    return bench_pipeline(Source(device="cpu", dtype="float32"), SMALL, repeats=2, against=["diffusers"], peak=1.0)
+
+
+def test_pictures_are_those_of_diffusers(figures: dict[str, Any]) -> None:
+    peer = figures["against"]["diffusers"]
+
+    assert peer["largest_difference_in_levels"] <= 2
+    assert peer["mean_difference_in_levels"] < 0.1
+    assert len(peer["seconds_per_image"]["values"]) == 2
+
+
+def test_stages_add_up_to_about_the_whole(figures: dict[str, Any]) -> None:
+    stages = figures["seconds_per_image_by_stage"]
+    inside = sum(seconds["median"] for stage, seconds in stages.items() if stage != "PNG")
+
+    assert list(stages) == ["tokenise", "CLIP", "T5", "denoise", "VAE", "uint8", "PNG"]
+    assert 0.2 < inside / figures["seconds_per_image"]["median"] < 5  # two rounds, on a machine that does other things
+    assert figures["seconds_per_step_and_image"]["median"] == pytest.approx(stages["denoise"]["median"] / 3)
+
+
+def test_utilisation_is_of_the_transformer_against_the_peak_that_was_named(figures: dict[str, Any]) -> None:
+    flops, step_s = figures["transformer_tflop_per_step_and_image"], figures["seconds_per_step_and_image"]["median"]
+
+    assert figures["utilisation_of_denoising"] == pytest.approx(flops / step_s / 1.0)
+    assert figures["call"]["t5_sequence_length"] == 32
+    assert figures["peak_memory_bytes"] > 50e6
+
+
+def test_people_read_a_line_a_stage_and_the_ratio(figures: dict[str, Any]) -> None:
+    text = format_pipeline(figures)
+
+    for words in ("demo, float32, cpu: 64 x 64, 3 steps, batch 2", "VAE", "whole call", "of 1;", "times as fast"):
+        assert words in text
+    unknown = format_pipeline({**figures, "peak_tflops": None})
+    assert "utilisation not known" in unknown
+
+
+def test_a_difference_of_one_picture_is_found() -> None:
+    ours = np.zeros((2, 4, 4, 3), dtype=np.uint8)
+    theirs = ours.copy()
+    theirs[1, 2, 3, 0] = 255
+
+    assert levels(list(ours), list(theirs)).max() == 255
+
+
+def test_each_repeat_has_other_texts_and_seeds() -> None:
+    call = Call(batch_size=3)
+
+    texts = [text for repeat in range(4) for text in call.prompts(repeat)]
+    seeds = [seed for repeat in range(-1, 4) for seed in call.seeds(repeat)]
+    assert len(set(texts)) == 12
+    assert len(set(seeds)) == 15
+    assert min(seeds) >= 0
+
+
+def test_without_diffusers_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.delitem(sys.modules, "flux_batch.bench.peer", raising=False)
+
+    with pytest.raises(JobError, match="diffusers cannot be imported") as caught:
+        find_peers(["diffusers"])
+    assert caught.value.exit_code == 2
+
+
+def test_fp8_weights_are_nothing_to_compare_with() -> None:
+    source = Source(random_weights="tiny", device="cpu", quantization="fp8")
+
+    with pytest.raises(JobError, match="leave --quantization out"):
+        bench_pipeline(source, SMALL, repeats=1, against=["diffusers"])
+
+
+def test_an_option_that_the_pipeline_lacks_is_named() -> None:
+    with pytest.raises(JobError, match="stepcache"):
+        Source(random_weights="tiny", device="cpu", options={"stepcache": 0.1}).open()

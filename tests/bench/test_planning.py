@@ -1,0 +1,22 @@
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from flux_batch.bench.planning import bench_plan, format_plan, write_prompts
+
+
+@pytest.mark.parametrize(("rows", "files", "shards"), [(1000, 3, 12), (2, 8, 2)])
+def test_all_rows_are_planned(rows: int, files: int, shards: int) -> None:
+    figures = bench_plan(rows, files, 100, 2)
+
+    assert figures["shards"] == shards
+    assert figures["rows_per_second"] == pytest.approx(rows / figures["seconds"]["median"])
+    assert f"{rows} rows" in format_plan(figures)
+
+
+def test_prompts_are_all_there_once(tmp_path: Path) -> None:
+    write_prompts(tmp_path, 70_001, 2)
+
+    ids = [row for path in sorted(tmp_path.iterdir()) for row in pq.read_table(path)["id"].to_pylist()]
+    assert ids == [f"row-{row}" for row in range(70_001)]
