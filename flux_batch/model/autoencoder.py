@@ -32,7 +32,11 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """One head over all positions."""
+    """One head over all positions.
+
+    Checkpoints hold its four matrices as convolutions of one pixel; as matrices they are faster, and rounded as in
+    diffusers.
+    """
 
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__()
@@ -43,10 +47,10 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm(x)
-        q, k, v = (rearrange(part(normed), "b c h w -> b 1 (h w) c") for part in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+        tokens = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")
+        q, k, v = (as_matrix(part, tokens) for part in (self.q, self.k, self.v))
+        tokens = as_matrix(self.proj_out, F.scaled_dot_product_attention(q, k, v))
+        return x + rearrange(tokens, "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
 class Mid(nn.Module):
@@ -176,6 +180,11 @@ class AutoEncoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Return pixels, about [-1, 1]: scaled latents (b, z, h, w) -> (b, 3, 8h, 8w)."""
         return self.decoder(z / self.params.scale_factor + self.params.shift_factor)
+
+
+def as_matrix(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a convolution of one pixel to the last axis."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 def group_norm(channels: int, num_groups: int) -> nn.GroupNorm:

@@ -84,7 +84,7 @@ class Branch(NamedTuple):
         return modulated(x, self.shift, self.scale)
 
     def added(self, x: Tensor, change: Tensor) -> Tensor:
-        return torch.addcmul(x, self.gate, change)
+        return x + self.gate * change
 
 
 def branches(modulation: Tensor, count: int) -> list[Branch]:
@@ -184,7 +184,7 @@ def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=1e-6))
+    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -121,15 +121,17 @@ def denoise(
 
     negative, cfg_scale: a second pass, of the negative prompts, and (b,) of true classifier-free guidance. An
     image whose scale is exactly 1 takes the positive pass as it is, so neighbours in the batch do not change it.
-    progress: wraps the iteration over steps, as tqdm does. Each step sums in fp32 and rounds once, as diffusers.
+    progress: wraps the iteration over steps, as tqdm does. Each step rounds its change to the dtype of the velocity and
+    sums in fp32, as diffusers does; on the CPU the width of the step is rounded as well.
     """
-    deltas = [after - before for before, after in pairwise(sigmas.tolist())]
+    # Tensors of no dimension on the CPU, not numbers: what torch makes of these on each device is what diffusers gets.
+    deltas = [after - before for before, after in pairwise(sigmas.cpu())]
     steps: Iterable[int] = range(len(deltas))
     for step in steps if progress is None else progress(steps):
         change = velocity(step, img)
         if negative is not None and cfg_scale is not None:
             change = guide(change, negative(step, img), cfg_scale)
-        img = (img.float() + deltas[step] * change.float()).to(img.dtype)
+        img = (img.float() + deltas[step] * change).to(img.dtype)
     return img
 
 
