@@ -166,9 +166,13 @@ def load_tokenizer(kind: Any, home: Path, name: str) -> Any:
                 needed = " or ".join(" and ".join(files) for files in TOKENIZER_FILES[kind])
                 raise ValueError(f"{place} is no tokenizer: it lacks {needed}")
             try:
-                return kind.from_pretrained(str(place), local_files_only=True)
+                tokenizer = kind.from_pretrained(str(place), local_files_only=True)
             except Exception as error:  # tokenizers raises Exception itself
                 raise ValueError(f"{place} holds a tokenizer that cannot be read: {error}") from error
+            most = tokenizer.model_max_length
+            if not isinstance(most, (int, float)) or not most >= 1:
+                raise ValueError(f"{place} holds a tokenizer that cannot be used: model_max_length = {most!r}")
+            return tokenizer
     raise ValueError(
         f"no tokenizer: neither {places[0]} nor {places[1]} is there; put the folders tokenizer and tokenizer_2 of "
         "FLUX.1-dev or FLUX.1-schnell beside the weights"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,18 @@ def test_an_empty_tokenizer_folder_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         with pytest.raises(ValueError, match=name):
             load_tokenizer(kind, tmp_path, name)
+
+
+@pytest.mark.parametrize("most", ["", 0, -1, None, float("nan"), [512]])
+def test_a_tokenizer_without_a_length_is_refused(tokenizers: Path, tmp_path: Path, most: object) -> None:
+    shutil.copytree(tokenizers / "tokenizer_2", tmp_path / "tokenizer_2")
+    path = tmp_path / "tokenizer_2" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": most}))
+    if most is None:  # as a file without this line, which says that any length will do
+        assert load_tokenizer(T5Tokenizer, tmp_path, "tokenizer_2").model_max_length > 10**9
+        return
+    with pytest.raises(ValueError, match=r"tokenizer_2 holds a tokenizer that cannot be used: model_max_length = "):
+        load_tokenizer(T5Tokenizer, tmp_path, "tokenizer_2")
 
 
 @pytest.mark.skipif(not TOKENIZERS.is_dir(), reason="no copy of the published tokenizers beside the repository")
