@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux_batch.demo.train.latents import SIZES, Pool, token_weights
 from flux_batch.demo.train.muon import Optimizer
 from flux_batch.demo.train.parts import TRANSFORMER
 from flux_batch.demo.train.progress import Meter, Stage, load
+from flux_batch.demo.train.sight import Sight, token_answers
 from flux_batch.demo.train.world import training_text
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.text import ClipEncoder, T5Encoder
@@ -48,6 +49,8 @@ LENGTHS = (
 LOGIT_MEAN, LOGIT_STD = 1.2, 1.3
 # Things cover a tenth of a picture and have most of its facts.
 THING_WEIGHT = 4.0
+# How much it counts whether a layer in the middle knows what stands where.
+SIGHT_WEIGHT = 0.1
 # Shares of the steps at which the learning rate begins to fall and guidance is added.
 LEVEL_UNTIL = 0.4
 GUIDED_FROM = 0.85
@@ -57,10 +60,11 @@ MAX_GUIDANCE = 6.0
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Clean tokens (b, n, 64), how much the error of each counts (b, n), and the texts that say what they show."""
+    """Clean tokens (b, n, 64), how much the error of each counts (b, n), what each shows (b, n, 3), and texts."""
 
     clean: Tensor
     weights: Tensor
+    answers: Tensor
     words: list[str]
     length: int
     width: int
@@ -76,7 +80,8 @@ class Trainer:
         self.model = initialise(Flux(TRANSFORMER)).to(device)
         self.mean = copy.deepcopy(self.model).requires_grad_(False)
         matrices = [p for name, p in self.model.named_parameters() if is_inner_matrix(name, p)]
-        self.optimizer = Optimizer(self.model, matrices, MATRIX_RATE, RATE)
+        self.sight = Sight(self.model).to(device)
+        self.optimizer = Optimizer(nn.ModuleList([self.model, self.sight]), matrices, MATRIX_RATE, RATE)
 
     def start_from(self, transformer: Flux) -> None:
         """Take over the weights of a transformer of the same sizes."""
@@ -85,7 +90,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return what has to be kept to take training up again."""
-        return {"model": self.model, "mean": self.mean, "optimizer": self.optimizer}
+        return {"model": self.model, "mean": self.mean, "sight": self.sight, "optimizer": self.optimizer}
 
     def velocity(
         self, model: Flux, batch: Batch, noisy: Tensor, time: Tensor, guidance: Tensor, words: list[str]
@@ -145,8 +150,9 @@ def train_flow(folder: Path, trainer: Trainer, pools: list[Pool], seed: int, num
         batch = make_batch(pools, stage.rng(step), step, trainer.device)
         guided = step >= GUIDED_FROM * num_steps
         loss = trainer.loss(batch, stage.generator(step), guided=guided)
-        trainer.update(loss, stage.share_of_rate(step, level_until=LEVEL_UNTIL), step)
-        meter.add(step, loss=loss.item())
+        sight = trainer.sight.loss(batch.answers, batch.weights)
+        trainer.update(loss + SIGHT_WEIGHT * sight, stage.share_of_rate(step, level_until=LEVEL_UNTIL), step)
+        meter.add(step, loss=loss.item(), sight=sight.item())
     return trainer.mean.eval()
 
 
@@ -161,6 +167,9 @@ def make_batch(pools: list[Pool], rng: random.Random, step: int, device: torch.d
         weights=torch.stack(
             [token_weights(pool.scenes[place], pool.width, pool.height, THING_WEIGHT) for place in places]
         ).to(device),
+        answers=torch.stack([token_answers(pool.scenes[place], pool.width, pool.height) for place in places]).to(
+            device
+        ),
         words=[training_text(pool.scenes[place], rng).words for place in places],
         length=length,
         width=pool.width,
@@ -176,19 +185,19 @@ def initialise(model: Flux) -> Flux:
     """
     hidden = model.params.hidden_size
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear):
+        if not isinstance(module, nn.Linear):
             continue
-        torch.nn.init.xavier_uniform_(module.weight)
-        torch.nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
         if name.endswith((".lin", "attn.proj", "linear2", "mlp.2")) or name.startswith("final_layer"):
-            torch.nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.weight)
         if name.endswith(".lin"):
             module.bias.data.view(-1, 3, hidden)[:, 2] = 1.0
         if name.endswith(("attn.qkv", "linear1")):
-            torch.nn.init.normal_(module.bias.data[: 2 * hidden])
+            nn.init.normal_(module.bias.data[: 2 * hidden])
     return model
 
 
-def is_inner_matrix(name: str, parameter: torch.nn.Parameter) -> bool:
+def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Tell whether a parameter is a matrix from hidden states to hidden states, as those of attention and MLP are."""
     return parameter.ndim == 2 and "blocks" in name and "mod" not in name
