@@ -161,7 +161,7 @@ def test_sigterm_ends_a_run_with_75_and_the_same_command_goes_on(tmp_path: Path)
         tmp_path,
         [{"prompt": f"picture {number}"} for number in range(12)],
         model={"uri": "demo"},
-        sampling={"width": 64, "height": 64, "num_inference_steps": 50},
+        sampling={"width": 64, "height": 64, "num_inference_steps": 100, "t5_sequence_length": 32},
         workers={"max": 1, "num_cpus": 1},
     )
     command = [sys.executable, "-m", "flux_batch.cli", "run", str(write_job(config, tmp_path / "job.yaml"))]
