@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(400)
 
 # Strict: the day the model draws well enough, these say so.
 too_little_trained = pytest.mark.xfail(
-    strict=True, reason="three in four facts hold: where there are two things the model mixes them up, as yet"
+    strict=True, reason="87 % of the facts hold: where there are two things the model mixes them up, as yet"
 )
 
 
@@ -77,7 +77,6 @@ def test_guidance_1_says_less(pipeline: FluxImagePipeline, pictures: list[Image.
     assert scores.share() < score_all(SOME, pictures).share()
 
 
-@too_little_trained
 def test_a_negative_colour_goes_away(pipeline: FluxImagePipeline) -> None:
     without_colour = ["a large star in the centre", "a big circle in the middle", "a picture of a huge square"]
     same: dict[str, Any] = SETTINGS | {"prompt": without_colour * 5, "seed": list(range(15)), "cfg_scale": 3.0}
