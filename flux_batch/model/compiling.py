@@ -25,6 +25,7 @@ def compile_blocks(model: Flux) -> None:
         probe(torch.zeros(2, device=model.img_in.weight.device))
     except Exception as error:  # of many classes, by what is missing: a C++ compiler, Triton, headers, a folder
         raise ValueError(f"torch.compile does not work here: {error}") from error
+    model.skips_unread = False  # a graph of its own would cost a cold start more than it saves
     for blocks in model.blocks:
         for block in blocks:
             block.compile()

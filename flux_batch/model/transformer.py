@@ -38,6 +38,9 @@ class Modulations(NamedTuple):
 
 
 class Flux(nn.Module):
+    skips_unread = True
+    """Whether the last block leaves out the text, which nobody reads after it; else all blocks of a kind are alike."""
+
     def __init__(self, params: FluxParams) -> None:
         super().__init__()
         p = self.params = params
@@ -80,10 +83,10 @@ class Flux(nn.Module):
         """Return the image tokens after all blocks, from what the first one makes of both: (b, n, hidden)."""
         for block, both in islice(zip(self.double_blocks, modulations.double, strict=True), 1, None):
             img, txt = block(img, txt, both, pe)
-        x = torch.cat((txt, img), dim=1)
-        for block, modulation in zip(self.single_blocks, modulations.single, strict=True):
-            x = block(x, modulation, pe)
-        return x[:, txt.shape[1] :]
+        x, last = torch.cat((txt, img), dim=1), len(self.single_blocks) - 1
+        for index, (block, modulation) in enumerate(zip(self.single_blocks, modulations.single, strict=True)):
+            x = block(x, modulation, pe, txt.shape[1] if self.skips_unread and index == last else 0)
+        return x[:, -img.shape[1] :]
 
     def last_layer(self, img: Tensor, modulations: Modulations) -> Tensor:
         """Return the velocity from the image tokens after all blocks."""

@@ -112,6 +112,20 @@ def test_blocks_are_golden(model: Flux) -> None:
     check(x, -48.710583, 1525.489480, first, [-0.632302, 0.369279, -0.500592])
 
 
+def test_the_last_block_leaves_out_text_that_nobody_reads(model: Flux, monkeypatch: pytest.MonkeyPatch) -> None:
+    pe, modulations = model.position_table(IDS), model.modulations(model.conditioning(T, VEC, G))
+    lengths = []
+    hooks = [block.register_forward_hook(lambda *a: lengths.append(a[-1].shape[1])) for block in model.single_blocks]
+    img, txt = model.first_block(model.img_in(IMG), model.txt_in(TXT), modulations, pe)
+    some = model.later_blocks(img, txt, modulations, pe)
+    monkeypatch.setattr(model, "skips_unread", False)
+    torch.testing.assert_close(model.later_blocks(img, txt, modulations, pe), some, rtol=0, atol=2e-6)
+    both = txt.shape[1] + img.shape[1]
+    assert lengths == [both, both, img.shape[1], both, both, both]
+    for hook in hooks:
+        hook.remove()
+
+
 def test_model_output_is_golden(model: Flux) -> None:
     first = [2.104066, -0.892753, 0.200263, -0.531578, 0.586761]
     out = model(IMG, TXT, model.position_table(IDS), T, VEC, G)
