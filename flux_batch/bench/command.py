@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flux_batch.errors import JobError
 
 if TYPE_CHECKING:
+    from flux_batch.bench.pipeline import Call
     from flux_batch.bench.source import Source
 
 Figures = dict[str, Any]
@@ -55,6 +56,14 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     _add_model(kind)
     _add_repeats(kind, 3)
     kind.set_defaults(measure=_load)
+
+    kind = kinds.add_parser("lossy", help="fp8 and step caches: what they save, and what they cost the pictures")
+    _add_model(kind)
+    _add_call(kind, steps=28, side=128)
+    kind.add_argument("--images", type=positive, default=48, help="how many, in each mode (48)")
+    kind.add_argument("--batch-size", type=positive, default=4, help="images a call (4)")
+    _add_json(kind)
+    kind.set_defaults(measure=_lossy)
 
     kind = kinds.add_parser("encode", help="PNG, JPEG and WebP: milliseconds, bytes, MB/s")
     kind.add_argument("--side", type=positive, default=1024, help="pixels (1024)")
@@ -143,25 +152,31 @@ def _source(arguments: argparse.Namespace) -> Source:
     )
 
 
-def _pipeline(arguments: argparse.Namespace) -> tuple[Figures, str]:
-    from flux_batch.bench.pipeline import Call, bench_pipeline, format_pipeline
+def _call(arguments: argparse.Namespace) -> Call:
+    from flux_batch.bench.pipeline import Call
 
-    call = Call(
-        width=arguments.width,
-        height=arguments.height,
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        t5_sequence_length=arguments.t5_sequence_length,
-    )
+    return Call(**{name: getattr(arguments, name) for name in Call.__slots__})
+
+
+def _pipeline(arguments: argparse.Namespace) -> tuple[Figures, str]:
+    from flux_batch.bench.pipeline import bench_pipeline, format_pipeline
+
     figures = bench_pipeline(
         _source(arguments),
-        call,
+        _call(arguments),
         repeats=arguments.repeats,
         warm_ups=arguments.warm_ups,
         against=arguments.against,
         peak=arguments.peak_tflops,
     )
     return figures, format_pipeline(figures)
+
+
+def _lossy(arguments: argparse.Namespace) -> tuple[Figures, str]:
+    from flux_batch.bench.lossy import bench_lossy, format_lossy
+
+    figures = bench_lossy(_source(arguments), _call(arguments), arguments.images)
+    return figures, format_lossy(figures)
 
 
 def _job(arguments: argparse.Namespace) -> tuple[Figures, str]:

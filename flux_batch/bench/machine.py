@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import resource
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_batch.redaction import public_text
+from flux_batch.report.versions import versions
 
 PACKAGES = ("flux-batch", "torch", "transformers", "diffusers", "ray", "flash-attn", "flash-attn-3", "pillow", "numpy")
 
@@ -29,18 +29,8 @@ def describe_machine(argv: list[str] | None = None) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
-        "versions": versions(),
+        "versions": {**versions(PACKAGES), "cuda": cuda_version()},
     }
-
-
-def versions() -> dict[str, str | None]:
-    """Return the versions of what a figure depends on; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": cuda_version()}
-    for name in PACKAGES:
-        found[name] = None
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def gpu_name() -> str | None:

@@ -24,6 +24,9 @@ Unsaid = Literal["colour", "place", "background"]
 Rgb = tuple[int, int, int]
 Option = TypeVar("Option")
 
+# The seed of the captions that a model is judged by.
+SCORED = 2000
+
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 COLOURS: tuple[Colour, ...] = get_args(Colour)
 SIZES: tuple[Size, ...] = get_args(Size)

@@ -15,12 +15,10 @@ from typing import Any
 
 from PIL import Image
 
-from flux_batch.demo.captions import Caption, captions
+from flux_batch.demo.captions import SCORED, Caption, captions
 from flux_batch.demo.scorer import Scores, score_all
 from flux_batch.errors import FluxBatchError
 from flux_batch.pipeline import FluxImagePipeline
-
-CAPTION_SEED = 2000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +58,7 @@ def score(given: argparse.Namespace) -> None:
     pipeline = FluxImagePipeline.from_pretrained(given.model, torch_dtype=given.dtype, quantization=given.quantization)
     if given.lora:
         pipeline.set_loras([(uri, 1.0) for uri in given.lora])
-    held_out = list(captions(given.captions, CAPTION_SEED, held_out=True))
+    held_out = list(captions(given.captions, SCORED, held_out=True))
     settings = {
         "width": given.size[0],
         "height": given.size[1],

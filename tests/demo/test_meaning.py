@@ -15,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_batch.demo.captions import captions
+from flux_batch.demo.captions import SCORED, captions
 from flux_batch.demo.model import demo_lora_path
 from flux_batch.demo.reading import colour_share
-from flux_batch.demo.score import CAPTION_SEED, pictures_of, score_model
+from flux_batch.demo.score import pictures_of, score_model
 from flux_batch.demo.scorer import score_all
 from flux_batch.pipeline import FluxImagePipeline
 
-HELD_OUT = list(captions(200, CAPTION_SEED, held_out=True))
+HELD_OUT = list(captions(200, SCORED, held_out=True))
 SOME = HELD_OUT[:32]
 BATCH = 8
 SETTINGS: dict[str, Any] = {"width": 128, "height": 128, "num_inference_steps": 20, "t5_sequence_length": 64}
