@@ -8,7 +8,7 @@ The folder, in the order in which data flows:
                                                          model_source   a name or an address -> files here
     plan      data set -> shards                         model/    what FLUX computes
     engine/   where shards run                           storage/  bytes, tables, URLs
-                                                         report/   what people read of a run
+    stage     the pipeline in somebody's data pipeline   report/   what people read of a run
     records, errors: the nouns that cross a border, at the bottom
 
 Imports only go down; tests/test_architecture.py holds that. Importing this package loads neither torch nor ray.
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
     from flux_batch.model_manager import ModelManager
     from flux_batch.model_source import download_models
     from flux_batch.pipeline import FluxImagePipeline
+    from flux_batch.stage import FluxMapper
 
 __version__ = "0.1.0"
 
-__all__ = ["FluxImagePipeline", "JobConfig", "ModelManager", "download_models", "run"]
+__all__ = ["FluxImagePipeline", "FluxMapper", "JobConfig", "ModelManager", "download_models", "run"]
 
 _HOMES = {
     "FluxImagePipeline": "flux_batch.pipeline",
+    "FluxMapper": "flux_batch.stage",
     "JobConfig": "flux_batch.config",
     "ModelManager": "flux_batch.model_manager",
     "download_models": "flux_batch.model_source",

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from flux_batch.bench.command import add_bench
+from flux_batch.log_lines import JsonLines, log_lines
 from flux_batch.redaction import plain_text
 
 if TYPE_CHECKING:
@@ -25,34 +26,28 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 75
 
+log = logging.getLogger(__name__)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns: its exit code."""
     arguments = parser().parse_args(argv)
     arguments.argv = argv
-    lines = logging.StreamHandler(sys.stderr)
-    lines.setFormatter(PlainLines())
-    logging.basicConfig(level=logging.WARNING, handlers=[lines])
-    logging.getLogger("flux_batch").setLevel(logging.DEBUG if arguments.debug else logging.INFO)
     before = signal.signal(signal.SIGTERM, _on_sigterm)
-    try:
-        return int(arguments.command(arguments))
-    except KeyboardInterrupt:
-        return _failed("interrupted; what is committed stays, the same command goes on", INTERRUPTED, arguments.debug)
-    except Exception as error:
-        known = hasattr(error, "exit_code")
-        sentence = str(error) if known else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
-        return _failed(sentence, getattr(error, "exit_code", 1), arguments.debug)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class PlainLines(logging.Formatter):
-    """Log lines without secrets, and without what a terminal would do instead of showing it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line, or lines, of a record."""
-        return plain_text(super().format(record))
+    with log_lines(logging.DEBUG if arguments.debug else logging.INFO) as arguments.lines:
+        try:
+            return int(arguments.command(arguments))
+        except (Exception, KeyboardInterrupt) as error:
+            sentence, exit_code = _told(error)
+            if isinstance(arguments.lines, JsonLines):
+                log.error(sentence, exc_info=error if arguments.debug else None, extra={"exit_code": exit_code})
+                return exit_code
+            if arguments.debug:
+                sys.stderr.write(plain_text(traceback.format_exc()))
+            sys.stderr.write(plain_text(f"flux-batch: {sentence}\n"))
+            return exit_code
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("run", help="run a job, or go on with it")
     _add_job(command)
     command.add_argument("--retry-failed", action="store_true", help="try again what failed in shards that are done")
+    command.add_argument("--extend", action="store_true", help="take in prompt files that came since the run began")
     command.set_defaults(command=_run)
 
     command = commands.add_parser("plan", help="say what a job would do and cost, and do nothing")
@@ -122,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_job(command: argparse.ArgumentParser) -> None:
-    command.add_argument("job", metavar="JOB.yaml")
+    command.add_argument("job", metavar="JOB.yaml", help="a path, or an address: s3://bucket/job.yaml")
     command.add_argument(
         "--set",
         action="append",
@@ -157,12 +153,22 @@ def _load_job(arguments: argparse.Namespace) -> JobConfig:
 def _run(arguments: argparse.Namespace) -> int:
     from flux_batch.engine.stop import Stop, stopped_by_signals
     from flux_batch.job import run
+    from flux_batch.report.webhook import Webhook
 
+    webhook = Webhook.from_environment()
     stop = Stop()
-    with stopped_by_signals(stop):
-        config = _load_job(arguments)
-        report = run(config, stop=stop, retry_failed=arguments.retry_failed)
+    try:
+        with stopped_by_signals(stop):
+            config = _load_job(arguments)
+            if isinstance(arguments.lines, JsonLines):
+                arguments.lines.run = config.name
+            report = run(config, stop=stop, retry_failed=arguments.retry_failed, extend=arguments.extend)
+    except (Exception, KeyboardInterrupt) as error:
+        sentence, exit_code = _told(error)
+        webhook.post(plain_text(f"{arguments.job}: {sentence}"), exit_code)
+        raise
     _print(_summary(report))
+    webhook.post(plain_text(report.line), report.exit_code, output=report.output)
     return report.exit_code
 
 
@@ -270,16 +276,13 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _summary(report: RunReport) -> str:
     """Say in a few lines what a run came to."""
-    made = "none of them now"
-    if report.num_new_images:
-        made = f"{report.num_new_images} of them now, by {report.num_workers} worker(s) in {report.wall_s:.1f} s"
     lines = [
-        f"{report.name}: {report.num_images - report.num_failed} images, {report.num_failed} failed; {made}",
+        report.line,
         f"images   {report.output}/train",
         f"metadata {report.output}/metadata",
     ]
     if not report.is_complete:
-        lines.append(f"NOT COMPLETE: {report.num_shards - report.num_committed} shards are missing; run it again")
+        lines.append("NOT COMPLETE: run it again")
     elif report.exit_code:
         lines.append(
             f"{100 * report.failed_ratio:.1f} % failed, failures.max_ratio = {report.max_failed_ratio:g} allows less; "
@@ -297,11 +300,13 @@ def _print(text: str) -> None:
     sys.stdout.write(plain_text(text) + "\n")
 
 
-def _failed(sentence: str, exit_code: int, debug: bool) -> int:
-    if debug:
-        sys.stderr.write(plain_text(traceback.format_exc()))
-    sys.stderr.write(plain_text(f"flux-batch: {sentence}\n"))
-    return exit_code
+def _told(error: BaseException) -> tuple[str, int]:
+    """Put what ended a command into a sentence and an exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what is committed stays, the same command goes on", INTERRUPTED
+    known = hasattr(error, "exit_code")
+    sentence = str(error) if known else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+    return sentence, getattr(error, "exit_code", 1)
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:

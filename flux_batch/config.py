@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from datetime import datetime
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -16,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     field_validator,
     model_validator,
@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from flux_batch.errors import InvalidSetting, JobError
-from flux_batch.job_text import apply_override, did_you_mean, fill_in_dates, load_yaml
+from flux_batch.job_text import did_you_mean, read_tree
 from flux_batch.records import (
     ALIASES,
     MAX_SEED,
@@ -58,6 +58,17 @@ def _with_aliases(values: Any) -> Any:
 
 
 Uris = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(strict=False)]
+
+
+def _batch_size(value: Any) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if type(value) is not int or value < 1:
+        raise ValueError("must be a whole number of at least 1, or auto")
+    return value
+
+
+BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Columns = Annotated[dict[str, str], BeforeValidator(_with_aliases)]
 
@@ -263,8 +274,8 @@ class WorkersConfig(Section):
     max: int = Field(default=8, ge=1)
     num_gpus: float = Field(default=1, ge=0)
     num_cpus: float = Field(default=1, ge=0)
-    batch_size: int = Field(default=4, ge=1)
-    """Images in one forward pass."""
+    batch_size: BatchSize = 4
+    """Images in one forward pass; `auto`: measured when the run starts, and remembered in it."""
 
     @model_validator(mode="after")
     def _ordered(self) -> WorkersConfig:
@@ -311,19 +322,9 @@ class JobConfig(Section):
         return self
 
     @classmethod
-    def from_yaml(
-        cls, text: str, origin: str = "job file", overrides: Iterable[str] = (), logical_date: datetime | None = None
-    ) -> JobConfig:
-        """Parse a job file; `overrides` are `section.key=value` strings whose values are YAML too.
-
-        logical_date: what `{date}` and `{datetime}` stand for.
-        """
-        tree = load_yaml(text, origin)
-        if not isinstance(tree, dict):
-            raise JobError(f"{origin}: must be a mapping with the sections prompts, output and model")
-        for override in overrides:
-            apply_override(tree, override)
-        return cls.from_dict(fill_in_dates(tree, logical_date, origin), origin=origin)
+    def from_yaml(cls, text: str, origin: str = "job file", overrides: Iterable[str] = ()) -> JobConfig:
+        """Parse a job, its texts taken as they stand; `overrides`: see read_tree."""
+        return cls.from_dict(read_tree(text, origin, overrides), origin=origin)
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], *, origin: str = "job") -> JobConfig:

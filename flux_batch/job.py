@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from flux_batch.config import JobConfig, ModelConfig
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import AlreadyExists, Interrupted, JobError, NotFound, PlanMismatch
+from flux_batch.errors import AlreadyExists, Interrupted, JobError, NotFound, PlanMismatch, StoreError
 from flux_batch.image_pipeline import ImagePipeline
-from flux_batch.plan import Plan, check_same_job, make_plan, remaining
+from flux_batch.job_text import fill_in_dates, read_tree
+from flux_batch.pipeline_loader import load_pipeline
+from flux_batch.plan import Plan, check_same_job, extended, make_plan, remaining
 from flux_batch.records import Shard
 from flux_batch.report.card import card
 from flux_batch.report.progress import Progress
 from flux_batch.report.summary import RunReport, Totals
+from flux_batch.report.versions import versions
 from flux_batch.storage.commits import Commits
 from flux_batch.storage.input_images import check_of_job
 from flux_batch.storage.lease import HeldStore, Lease
@@ -46,19 +49,21 @@ def run(
     make_pipeline: Callable[[ModelConfig], ImagePipeline] | None = None,
     stop: Stop | None = None,
     retry_failed: bool = False,
+    extend: bool = False,
 ) -> RunReport:
     """Run a job to its end, or go on with one that was interrupted.
 
-    `config` may be the path of a job file. The engine is a pool of Ray actors unless another is given; the pipeline
-    is FLUX unless another is given. `stop` can ask for an early end, from a signal handler or another thread. Safe to
-    call again: committed shards are left as they are, but for what failed in them with `retry_failed`.
+    `config` may be the path or the address of a job file. The engine is a pool of Ray actors unless another is given;
+    the pipeline is FLUX unless another is given. `stop` can ask for an early end, from a signal handler or another
+    thread. Safe to call again: committed shards are left as they are, but for what failed in them with `retry_failed`.
+    With `extend`, prompt files that came since the run was planned become shards of it.
     Raises: RunHeld, LeaseLost if another driver has the run; Interrupted after a stop; JobError, SourceError,
     CheckpointError, StoreError before or while work is done; see errors.py.
     """
     config = located(config if isinstance(config, JobConfig) else load_job(config))
     stop = stop or Stop()
     store = Store(config.output.uri, config.output.storage_options)
-    report = finished(config, store)
+    report = finished(config, store, extend=extend)
     if report and not (retry_failed and report.num_failed):
         return report
     draft = None if store.exists(PLAN) else draft_run(config, store)
@@ -67,7 +72,7 @@ def run(
     store = Store(config.output.uri, config.output.storage_options, **patience)
     with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
         store = HeldStore(config.output.uri, config.output.storage_options, check=lease.check, **patience)
-        plan = open_run(config, store, draft)
+        plan = open_run(config, store, draft, extend=extend)
         reopen(config, plan, store, retry_failed=retry_failed)
         todo, progress = state_of(plan, store)
         if todo:
@@ -79,12 +84,19 @@ def run(
 
 
 def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: datetime | None = None) -> JobConfig:
-    """Read a job file; see JobConfig.from_yaml. Raises: JobError if it is missing or wrong."""
+    """Read a job file, by its path or address; what it says of `{date}` and `{datetime}` is taken from `logical_date`.
+
+    overrides: `section.key=value` strings. Raises: JobError if it is missing or wrong; StoreError if its storage is
+    away.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = _read_job(str(path)).decode()
+    except StoreError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: the job file cannot be read: {error}") from error
-    return JobConfig.from_yaml(text, origin=str(path), overrides=overrides, logical_date=logical_date)
+    tree = fill_in_dates(read_tree(text, str(path), overrides), logical_date, str(path))
+    return JobConfig.from_dict(tree, origin=str(path))
 
 
 def located(config: JobConfig) -> JobConfig:
@@ -117,14 +129,16 @@ def check_pictures(config: JobConfig) -> None:
         check_of_job(config.sampling.input_image, config.prompts.storage_options)
 
 
-def finished(config: JobConfig, store: Store) -> RunReport | None:
+def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunReport | None:
     """Report on a run that has nothing left to do, without a lease or a write. Returns: None if there is work."""
-    plan = saved_plan(config, store) if store.exists(SUCCESS) else None
-    if plan is None:
+    plan = saved_plan(config, store, extend=extend) if store.exists(SUCCESS) else None
+    if plan is None or (extend and extended(plan, config.prompts, config.output.shard_size) is not plan):
         return None
     todo, progress = state_of(plan, store)
     if todo or store.list(SCRATCH):  # the last writer was killed in the middle of a write
         return None
+    if extend:
+        log.info("%s: no prompt file is new", config.name)
     log.info("%s: nothing to do, all %d shards are committed in %s", config.name, len(plan.shards), store.uri)
     return report_of(config, store, progress)
 
@@ -136,13 +150,13 @@ def draft_run(config: JobConfig, store: Store) -> Plan:
     return make_plan(config.prompts, config.output.shard_size)
 
 
-def open_run(config: JobConfig, store: Store, draft: Plan | None = None) -> Plan:
+def open_run(config: JobConfig, store: Store, draft: Plan | None = None, *, extend: bool = False) -> Plan:
     """Load the plan of the run that is in the output, or write down a new run; needs the lease.
 
     The plan comes last and makes the run exist. Raises: PlanMismatch, JobError.
     """
-    if plan := saved_plan(config, store):
-        return plan
+    if plan := saved_plan(config, store, extend=extend):
+        return extend_run(config, store, plan) if extend else plan
     plan = draft or draft_run(config, store)
     if store.exists(PLAN):
         store.delete(PLAN)  # of another job, which has made nothing
@@ -151,11 +165,25 @@ def open_run(config: JobConfig, store: Store, draft: Plan | None = None) -> Plan
     try:
         store.put_if_absent(PLAN, plan.to_parquet())
     except AlreadyExists:
-        return open_run(config, store)  # the answer to our own write was lost
+        return open_run(config, store, extend=extend)  # the answer to our own write was lost
     return plan
 
 
-def saved_plan(config: JobConfig, store: Store) -> Plan | None:
+def extend_run(config: JobConfig, store: Store, plan: Plan) -> Plan:
+    """Take the files that came since into a run; needs the lease. The plan comes last: it is the old or the new one."""
+    longer = extended(plan, config.prompts, config.output.shard_size)
+    if longer is plan:
+        return plan
+    num_new = len(longer.shards) - len(plan.shards)
+    log.info("%s: %d new prompts in %d shards", config.name, longer.num_prompts - plan.num_prompts, num_new)
+    if store.exists(SUCCESS):
+        store.delete(SUCCESS)  # said of the old plan, it must not stand beside the new one
+    store.write(CARD, card(config, longer.num_prompts).encode())
+    store.write(PLAN, longer.to_parquet())
+    return longer
+
+
+def saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Plan | None:
     """Load the plan of the run that is in the output; None if there is no run.
 
     A run that has written nothing yet, since its model was not found say, may still be changed: it does not count.
@@ -167,7 +195,7 @@ def saved_plan(config: JobConfig, store: Store) -> Plan | None:
         return None
     try:
         check_same_job(JobConfig.from_yaml(store.read(JOB).decode(), origin=store.url(JOB)), config)
-        return Plan.from_parquet(saved, PromptSource(config.prompts).files())
+        return Plan.from_parquet(saved, PromptSource(config.prompts).files(), new_files=extend)
     except PlanMismatch:
         if written(store):
             raise
@@ -246,22 +274,12 @@ def report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport:
         wall_s=round(progress.wall_s, 3),
         device_s=round(progress.device_s, 3),
         max_failed_ratio=config.failures.max_ratio,
+        failures=dict(sorted(progress.totals.failures.items())),
+        device_s_of_run=round(progress.totals.device_s, 3),
+        num_gpus=config.workers.num_gpus,
+        model={key.removeprefix("model."): value for key, value in config.identity().items() if key[:6] == "model."},
+        versions=versions(),
         errors=tuple(progress.errors),
-    )
-
-
-def load_pipeline(model: ModelConfig) -> ImagePipeline:
-    """Load FLUX, in the process that will run it."""
-    from flux_batch.pipeline import FluxImagePipeline
-
-    return FluxImagePipeline.from_pretrained(
-        model.uri,
-        torch_dtype=model.dtype,
-        quantization=model.quantization,
-        step_cache=model.step_cache,
-        compile=model.compile,
-        storage_options=model.storage_options,
-        refresh=model.refresh,
     )
 
 
@@ -279,7 +297,14 @@ def ray_pool(config: JobConfig) -> Engine:
         hang_s=config.failures.hang_s,
         drain_s=config.failures.drain_s,
         outage_s=config.failures.outage_s,
+        name=config.name,
     )
+
+
+def _read_job(path: str) -> bytes:
+    folder, _, name = path.rpartition("/")
+    # Options of its storage would have to stand in it: they come from the environment.
+    return Store(folder).read(name) if "://" in path else Path(path).read_bytes()
 
 
 def _absolute(uri: str) -> str:

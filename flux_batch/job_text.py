@@ -47,6 +47,16 @@ def load_yaml(text: str, origin: str) -> Any:
         raise JobError(f"{origin}: not valid YAML: {_unquoted(error)}") from None
 
 
+def read_tree(text: str, origin: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Parse a job file; `overrides` are `section.key=value` strings whose values are YAML too. Raises: JobError."""
+    tree = load_yaml(text, origin)
+    if not isinstance(tree, dict):
+        raise JobError(f"{origin}: must be a mapping with the sections prompts, output and model")
+    for override in overrides:
+        apply_override(tree, override)
+    return tree
+
+
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one value of a tree, as `section.key=value` says; the value is YAML too."""
     path, separator, value = override.partition("=")

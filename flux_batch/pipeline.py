@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flux_batch.errors import CheckpointError, InvalidSetting, RowError
 from flux_batch.loras import Loras
+from flux_batch.model.attention_order import attention_order
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.compiling import compile_blocks
 from flux_batch.model.conditioned import ConditionedFlux, Conditioning
@@ -243,7 +244,7 @@ class FluxImagePipeline:
         if not prompts:
             return []
         self.warn_of_cut_texts(request)
-        with torch.inference_mode(), device_errors():
+        with torch.inference_mode(), device_errors(), attention_order(self.device):
             latents = self.make_latents(request, progress_bar)
             if output_type == "latent":
                 return latents

@@ -19,6 +19,7 @@ from flux_batch.config import JobConfig, PromptsConfig
 from flux_batch.errors import PlanMismatch, SourceError
 from flux_batch.records import Shard
 from flux_batch.storage.prompts import PromptFile, PromptSource
+from flux_batch.storage.shards import shard_name
 from flux_batch.storage.tables import RowRange
 
 VERSION = 1
@@ -69,16 +70,16 @@ class Plan:
         return buffer.getvalue()
 
     @classmethod
-    def from_parquet(cls, data: bytes, files: Sequence[PromptFile]) -> Plan:
+    def from_parquet(cls, data: bytes, files: Sequence[PromptFile], *, new_files: bool = False) -> Plan:
         """Load a plan and bind it to the data set as it lies now.
 
-        Raises: PlanMismatch if a file was added, removed or changed since.
+        Raises: PlanMismatch if a file was removed or changed since, or added, unless `new_files` are welcome.
         """
         table = pq.read_table(io.BytesIO(data))
         metadata = table.schema.metadata
         planned = {name: (size, version) for name, size, version in json.loads(metadata[b"files"])}
         found = {file.name: file for file in files}
-        _check_same_files(planned, found)
+        _check_same_files(planned, found, new_files)
         shards = tuple(
             Shard(
                 index=row["shard"],
@@ -123,11 +124,26 @@ def make_plan(prompts: PromptsConfig, shard_size: int) -> Plan:
 
     Reads listings and Parquet footers (text formats are streamed once). Raises: SourceError if there is nothing to do.
     """
+    plan = extended(Plan(shards=(), files=(), passthrough=pa.schema([])), prompts, shard_size)
+    if not plan.shards:
+        raise SourceError(f"{', '.join(prompts.uri)}: the data set has no rows")
+    return plan
+
+
+def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
+    """Append the files that are new to the data set, as shards of their own; what is planned stays as it is.
+
+    Returns: the very same plan if no file is new. Raises: SourceError; PlanMismatch if the new files do not fit in.
+    """
     source = PromptSource(prompts)
-    files = source.files()
+    planned = {file.name for file in plan.files}
+    files = [file for file in source.files() if file.name not in planned]
+    if not files:
+        return plan
     with ThreadPoolExecutor(READERS) as pool:
         ranges = list(pool.map(lambda file: source.split(file, shard_size), files))
     pieces = [(file, rows) for file, cuts in zip(files, ranges, strict=True) for rows in cuts]
+    limit = None if prompts.limit is None else prompts.limit - plan.num_prompts
     shards = tuple(
         Shard(
             index=index,
@@ -137,13 +153,14 @@ def make_plan(prompts: PromptsConfig, shard_size: int) -> Plan:
             num_rows=rows.num_rows,
             offset=rows.offset,
         )
-        for index, (file, rows) in enumerate(_limited(pieces, prompts.limit))
+        for index, (file, rows) in enumerate(_limited(pieces, limit), start=len(plan.shards))
     )
-    if not shards:
-        raise SourceError(f"{', '.join(prompts.uri)}: the data set has no rows")
     used = {shard.name for shard in shards}
     passthrough = source.passthrough_schema([file for file in files if file.name in used])
-    return Plan(shards=shards, files=tuple(files), passthrough=passthrough)
+    if plan.shards and shards:
+        _check_fits(plan, len(shards), passthrough)
+        passthrough = plan.passthrough
+    return Plan(plan.shards + shards, plan.files + tuple(files), passthrough if shards else plan.passthrough)
 
 
 def remaining(plan: Plan, done: set[int]) -> list[Shard]:
@@ -162,6 +179,32 @@ def check_same_job(saved: JobConfig, config: JobConfig) -> None:
         )
 
 
+def _check_fits(plan: Plan, num_new: int, passthrough: pa.Schema) -> None:
+    """Raise PlanMismatch for new shards that would change the names or the columns of those that are there."""
+    num_shards = len(plan.shards) + num_new
+    if shard_name(0, num_shards) != shard_name(0, len(plan.shards)):
+        raise PlanMismatch(
+            f"{num_new} new shards make {num_shards}, and the names of the {len(plan.shards)} that are there are too "
+            "short for so many: take another output.uri for the new files"
+        )
+    for field in plan.passthrough:
+        new = passthrough.field(field.name).type
+        if not _holds(field.type, new):
+            raise PlanMismatch(
+                f"the new prompts have {new} in column {field.name!r}, which prompts.passthrough names, where the run "
+                f"has {field.type}"
+            )
+
+
+def _holds(kind: pa.DataType, new: pa.DataType) -> bool:
+    """Whether a column of a type can take in values of another, and remain what it is."""
+    fields = [pa.schema([("", kind)]), pa.schema([("", new)])]
+    try:
+        return bool(pa.unify_schemas(fields, promote_options="permissive").field(0).type == kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return False
+
+
 def _limited(pieces: list[tuple[PromptFile, RowRange]], limit: int | None) -> Iterator[tuple[PromptFile, RowRange]]:
     """Keep the first `limit` rows."""
     left = sum(rows.num_rows for _, rows in pieces) if limit is None else limit
@@ -172,13 +215,13 @@ def _limited(pieces: list[tuple[PromptFile, RowRange]], limit: int | None) -> It
         left -= rows.num_rows
 
 
-def _check_same_files(planned: dict[str, tuple[int, str]], found: dict[str, PromptFile]) -> None:
+def _check_same_files(planned: dict[str, tuple[int, str]], found: dict[str, PromptFile], new_files: bool) -> None:
     differences = [f"  {name}: is gone" for name in planned if name not in found]
     differences += [
         f"  {name}: was {size} bytes, version {version}; is {found[name].size}, {found[name].version}"
         for name, (size, version) in planned.items()
         if name in found and (found[name].size, found[name].version) != (size, version)
     ]
-    differences += [f"  {name}: is new" for name in found if name not in planned]
-    if differences:
-        raise PlanMismatch("the prompts are not those of the run that is there:\n" + "\n".join(differences))
+    added = [] if new_files else [f"  {name}: is new; --extend takes it in" for name in found if name not in planned]
+    if differences + added:
+        raise PlanMismatch("the prompts are not those of the run that is there:\n" + "\n".join(differences + added))

@@ -292,13 +292,18 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Commit:
-    """The fact that a shard is done: what it made, the hashes of the files that hold it, and which worker made it."""
+    """The fact that a shard is done: what it made, the hashes of the files that hold it, and which worker made it.
+
+    `failures` counts the failed images by error type; `device_s` is how long the pipeline of that worker was at work.
+    """
 
     shard: int
     worker: str
     num_images: int
     num_failed: int
     files: tuple[StoredFile, ...]
+    failures: dict[str, int] = field(default_factory=dict)
+    device_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -310,6 +315,7 @@ class ShardResult:
     num_images: int = 0
     num_failed: int = 0
     num_bytes: int = 0
+    failures: dict[str, int] = field(default_factory=dict)  # of the failed images, by error type
     is_new: bool = False  # rendered now; not met as committed by another attempt
     device_s: float = 0.0  # time the pipeline was working
     wall_s: float = 0.0

@@ -99,7 +99,7 @@ class ShardRun:
         suspects: list[Batch] = []
         for number, items in enumerate(batches(self._items.values(), size)):
             left = [item for item in items if item.place not in self.records]
-            alone = [Batch(self._key(item), [item]) for item in left]
+            alone = [Batch(self.key(item), [item]) for item in left]
             if self._tries[f"b{number}"] or any(self._tries[batch.label] for batch in alone):
                 suspects += alone
             elif left:
@@ -208,5 +208,6 @@ class ShardRun:
         path.write_bytes(data)
         self.pictures[key] = path
 
-    def _key(self, item: Item) -> str:
+    def key(self, item: Item) -> str:
+        """Name an image."""
         return image_key(self.name, item.request.row, item.image_index)

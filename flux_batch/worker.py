@@ -6,12 +6,13 @@ nor on which machine it runs.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,15 +21,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from flux_batch.batch_maker import BatchMaker, Tiles
+from flux_batch.batch_maker import BatchMaker, Made, Tiles
+from flux_batch.batch_size import measured_batch_size, remembered_batch_size
 from flux_batch.batches import READ_AHEAD, InputPictures
 from flux_batch.config import JobConfig, ModelConfig
 from flux_batch.errors import NotFound, Stopped
 from flux_batch.image_pipeline import ImagePipeline
 from flux_batch.lora_switch import LoraSwitch
 from flux_batch.pulse import Pulse
-from flux_batch.recorder import Recorder
-from flux_batch.records import Attempt, Commit, InputImage, Shard, ShardResult
+from flux_batch.recorder import Recorder, message_of
+from flux_batch.records import Attempt, Commit, FailedRow, InputImage, Shard, ShardResult
 from flux_batch.shard_run import ShardRun
 from flux_batch.storage.commits import Commits, Publisher
 from flux_batch.storage.input_images import load_picture
@@ -38,12 +40,15 @@ from flux_batch.storage.scratch import scratch_folder, sweep_scratch
 from flux_batch.storage.shards import layout_for
 from flux_batch.storage.staging import StagedPicture, Staging
 from flux_batch.storage.store import Store
+from flux_batch.tally import Tally
 
 # Batches that may be on their way to the staging area while the next is made: what a kill can cost beside that one.
 BATCHES_BEHIND = 1
 # Threads that read input pictures; each may hold a large one before it is made smaller.
 READERS = 4
 FIRST = Attempt()
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,12 @@ class Worker:
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._num_encoders = max(1, round(config.workers.num_cpus))
         self._pulse = Pulse()
+        self.tally = Tally(config.name)
         self._stopping = threading.Event()
         self._source = PromptSource(config.prompts)
-        store = Store(
+        self._pipeline = pipeline
+        self._measured: int | None = None  # once it was asked for
+        store = self._store = Store(
             config.output.uri,
             config.output.storage_options,
             patience_s=config.failures.outage_s,
@@ -98,8 +106,9 @@ class Worker:
             started, device_s = time.monotonic(), self._maker.device_s
             with scratch_folder() as scratch:
                 run = self._take(shard, attempt, scratch)
-                commit = self._make(run) or self._publish(run)
+                commit = self._make(run) or self._publish(run, self._maker.device_s - device_s)
                 run.clean()
+            self._count(commit)
             return replace(
                 _result(commit),
                 is_new=commit.worker == self._name,
@@ -118,9 +127,12 @@ class Worker:
     def _take(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:
         """Read the rows of a shard, and what earlier attempts have left of it."""
         run = ShardRun(shard, attempt, self._recorder, self._staging, self._config.output.image, scratch)
-        for row in self._source.read(shard, self._config.sampling, self._config.model.loras):
-            run.add(row)
-        run.adopt_staged()
+        with self.tally.timed("read"):
+            for row in self._source.read(shard, self._config.sampling, self._config.model.loras):
+                run.add(row)
+                if isinstance(row, FailedRow):
+                    self.tally.add("failures", kind=row.error_type)
+            run.adopt_staged()
         self._pulse.beat()
         return run
 
@@ -130,7 +142,7 @@ class Worker:
         While one batch is made, what the next starts from is read, the last is encoded and staged, and what other
         attempts at the shard have done is looked up.
         """
-        queue = run.queue(self._config.workers.batch_size)
+        queue = run.queue(self._batch_size())
         behind: deque[Future[None]] = deque()
         looking: Future[Commit | None] | None = None
         with (
@@ -154,25 +166,70 @@ class Worker:
                 # Of a process that dies while it reads, the mark must name the batch that it was reading for.
                 following = [] if run.is_careful else queue[number + 1 : number + 1 + READ_AHEAD]
                 with run.announced(batch, self._name):
-                    made = self._maker.make(pictures.join(items, [one.items for one in following]))
-                encoded = [encoders.submit(run.finish, one) for one in made]
+                    with self.tally.timed("input"):
+                        ready = pictures.join(items, [one.items for one in following])
+                    with self.tally.timed("make"):
+                        made = self._maker.make(ready)
+                self._count_made(run, made)
+                encoded = [encoders.submit(self._finish, run, one) for one in made]
                 behind.append(stager.submit(self._stage, run, encoded, is_last=number == len(queue) - 1))
-                while len(behind) > (0 if run.is_careful else BATCHES_BEHIND):
-                    behind.popleft().result()
+                with self.tally.timed("wait"):
+                    while len(behind) > (0 if run.is_careful else BATCHES_BEHIND):
+                        behind.popleft().result()
             _wait(behind)
         return self._done_elsewhere(run) if len(queue) > 1 else None
+
+    def _batch_size(self) -> int:
+        size = self._config.workers.batch_size
+        if size == "auto":
+            self._measured = self._measured or remembered_batch_size(self._store, self._measure)
+            return self._measured
+        return size
+
+    def _measure(self) -> int:
+        return measured_batch_size(self._pipeline, self._config.sampling, self._pulse.beat)
 
     def _read_picture(self, image: InputImage, size: tuple[int, int]) -> Any:
         return load_picture(image, self._config.prompts.storage_options, size)
 
+    def _count_made(self, run: ShardRun, made: Sequence[Made]) -> None:
+        """Count a batch whose pictures are on their way to the encoders and to the staging area."""
+        errors = {run.key(one.item): one.outcome for one in made if isinstance(one.outcome, Exception)}
+        self.tally.add("images", len(made) - len(errors))
+        for key, error in errors.items():
+            self.tally.add("failures", kind=type(error).__name__)
+            about = {"run": self._config.name, "shard": run.index, "key": key}
+            log.info("%s: %s", key, message_of(error), extra=about)
+        self.tally.shift("encode_queue", len(made))
+        self.tally.shift("stage_queue", 1)
+
+    def _finish(self, run: ShardRun, made: Made) -> StagedPicture:
+        try:
+            with self.tally.timed("encode"):
+                return run.finish(made)
+        finally:
+            self.tally.shift("encode_queue", -1)
+
     def _stage(self, run: ShardRun, pictures: list[Future[StagedPicture]], *, is_last: bool) -> None:
-        run.stage(pictures, is_last=is_last)
+        try:
+            with self.tally.timed("stage"):
+                run.stage(pictures, is_last=is_last)
+        finally:
+            self.tally.shift("stage_queue", -1)
         self._pulse.beat()
 
-    def _publish(self, run: ShardRun) -> Commit:
+    def _publish(self, run: ShardRun, device_s: float) -> Commit:
         self._pulse.beat()
         records = [run.records[place] for place in sorted(run.records)]
-        return self._publisher.publish(run.index, records, run.pictures, run.scratch)
+        with self.tally.timed("publish"):
+            return self._publisher.publish(run.index, records, run.pictures, run.scratch, device_s)
+
+    def _count(self, commit: Commit) -> None:
+        if commit.worker == self._name:
+            self.tally.add("shards")
+            self.tally.add("bytes", sum(file.bytes for file in commit.files))
+            about = {"run": self._config.name, "shard": commit.shard}
+            log.info("shard %d: %d images, %d failed", commit.shard, commit.num_images, commit.num_failed, extra=about)
 
     def _done_elsewhere(self, run: ShardRun) -> Commit | None:
         """Look what other attempts at the shard have done; return the commit if one was first."""
@@ -196,4 +253,5 @@ def _result(commit: Commit) -> ShardResult:
         num_images=commit.num_images,
         num_failed=commit.num_failed,
         num_bytes=sum(file.bytes for file in commit.files),
+        failures=commit.failures,
     )

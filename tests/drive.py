@@ -1,6 +1,6 @@
 """A driver to kill, stop and pause: `flux-batch run` with the fake pipeline, in a process of its own.
 
-python drive.py JOB.yaml ENGINE [SECTION.KEY=VALUE ...], where ENGINE is `local` or `ray`.
+python drive.py JOB.yaml ENGINE [SECTION.KEY=VALUE | --OPTION[=VALUE] ...], where ENGINE is `local` or `ray`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ def main() -> int:
     path, engine, *settings = sys.argv[1:]
     local = LocalEngine() if engine == "local" else None
     job.run = partial(job.run, engine=local, make_pipeline=make_fake_pipeline)  # type: ignore[assignment]
-    return cli.main(["run", path, *(word for setting in settings for word in ("--set", setting))])
+    options = [word if word.startswith("--") else f"--set={word}" for word in settings]
+    return cli.main(["run", path, *options])
 
 
 if __name__ == "__main__":

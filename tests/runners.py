@@ -16,6 +16,7 @@ from flux_batch.engine.protocol import Work
 from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, Stopped, StoreError, StoreRefused
 from flux_batch.pulse import Pulse
 from flux_batch.records import Attempt, Shard, ShardResult
+from flux_batch.tally import Tally
 
 STEP_S = 0.05
 
@@ -64,6 +65,7 @@ class Toil:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._pulse = Pulse()
+        self.tally = Tally("toil")
         self._stopping = threading.Event()
 
     def __call__(self, shard: Shard, attempt: Attempt) -> ShardResult:

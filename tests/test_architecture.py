@@ -14,13 +14,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flux_batch"
 
 BOTTOM = {"errors", "records", "redaction"}
-PARTS_OF_WORKER = {"batch_maker", "batches", "image_pipeline", "lora_switch", "pulse", "recorder", "shard_run"}
+PARTS_OF_WORKER = {"batch_maker", "batch_size", "batches", "image_pipeline", "lora_switch"}
+PARTS_OF_WORKER |= {"pulse", "recorder", "shard_run", "tally"}
 # Each unit of the package, and what it may import of the others. Only downwards: the order is that of the house.
 LADDER: dict[str, set[str]] = {
     "redaction": set(),
     "errors": {"redaction"},
     "records": {"errors"},
     "rgb": {"errors"},
+    "tally": set(),
+    "log_lines": {"redaction"},
     "job_text": BOTTOM,
     "config": BOTTOM | {"job_text"},
     "model": set(),
@@ -38,19 +41,25 @@ LADDER: dict[str, set[str]] = {
     "lora_switch": BOTTOM,
     "pulse": set(),
     "image_pipeline": {"storage"},
+    "batch_size": BOTTOM | {"config", "storage", "image_pipeline"},
     "batch_maker": BOTTOM | {"storage", "batches", "image_pipeline", "lora_switch"},
     "recorder": BOTTOM | {"config", "storage", "batches"},
     "shard_run": BOTTOM | {"config", "storage", "batches", "batch_maker", "recorder"},
     "worker": BOTTOM | PARTS_OF_WORKER | {"config", "storage"},
-    "engine": BOTTOM,
+    "engine": BOTTOM | {"tally"},
     "report": BOTTOM | {"config", "storage", "plan", "model", "model_source"},
-    "stage": BOTTOM | {"config", "storage", "worker", "pipeline"},
+    "pipeline_loader": {"config", "image_pipeline", "pipeline"},
+    # A worker without shards: the same parts, in somebody's data pipeline.
+    "stage": BOTTOM
+    | {"config", "storage", "batch_maker", "batches", "image_pipeline", "lora_switch", "pipeline_loader", "recorder"},
     "job": BOTTOM
-    | {"config", "plan", "worker", "image_pipeline", "engine", "report", "storage", "pipeline", "demo", "model_source"},
+    | {"config", "job_text", "plan", "worker", "image_pipeline", "engine", "report", "storage", "pipeline_loader"}
+    | {"demo", "model_source"},
     "bench": BOTTOM
     | {"config", "demo", "engine", "image_pipeline", "job", "job_text", "loras", "model", "model_manager", "pipeline"}
-    | {"plan", "storage"},
-    "cli": BOTTOM | {"bench", "config", "engine", "job", "job_text", "model_source", "plan", "report", "storage"},
+    | {"plan", "report", "storage"},
+    "cli": BOTTOM
+    | {"bench", "config", "engine", "job", "job_text", "log_lines", "model_source", "plan", "report", "storage"},
     "__init__": {"config", "job", "model_manager", "model_source", "pipeline", "stage"},
     "__main__": {"cli"},
     # Programs of their own, `python -m flux_batch.demo.train` and `.score`: they stand above what they make and judge.
@@ -77,7 +86,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "s3fs": STORAGE,
     "aiohttp": STORAGE,
     "tenacity": ("storage/patience.py",),
-    "pyarrow": ("storage/", "plan.py", "worker.py", "demo/", "bench/planning.py", "bench/job.py"),
+    "pyarrow": ("storage/", "plan.py", "worker.py", "stage.py", "demo/", "bench/planning.py", "bench/job.py"),
     "PIL": ("storage/", "rgb.py", "pipeline.py", "picture_request.py", "demo/", "report/gallery_", "bench/encode.py"),
     "numpy": ("storage/", "rgb.py", "model/", "pipeline.py", "demo/", "report/gallery_", "bench/"),
     # What is measured beside ours; no need of a run.
@@ -112,7 +121,8 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
 
 def unit_of(path: str) -> str:
     """Return the unit a file or module belongs to: the first part of its path, but for the programs."""
-    return next((program for program in PROGRAMS if path.startswith(program)), path.split("/")[0].removesuffix(".py"))
+    path = path.removesuffix(".py")
+    return next((program for program in PROGRAMS if f"{path}/".startswith(f"{program}/")), path.split("/")[0])
 
 
 def violations(root: Path = PACKAGE) -> list[str]:
@@ -196,6 +206,7 @@ def test_every_file_says_what_it_is_and_fits_into_the_head() -> None:
         ("flux_batch.job", ["torch", "ray", "transformers"]),
         ("flux_batch.bench.command", ["torch", "ray", "numpy", "pyarrow", "pydantic", "diffusers"]),
         ("flux_batch.worker", ["torch", "ray", "transformers"]),
+        ("flux_batch.stage", ["torch", "ray", "transformers"]),
         ("flux_batch.model_source", ["torch", "ray", "transformers", "huggingface_hub", "pyarrow"]),
         ("flux_batch.storage.commits", ["torch", "ray"]),
         ("flux_batch.engine.protocol", ["torch", "ray", "pyarrow"]),

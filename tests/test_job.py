@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fakes import FakePipeline, make_fake_pipeline
+from fakes import SLOW_S, FakePipeline, make_fake_pipeline
 from flux_batch.config import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
-from flux_batch.errors import CheckpointError, JobError, PlanMismatch, SourceError, StoreRefused
+from flux_batch.engine.stop import Stop
+from flux_batch.errors import CheckpointError, Interrupted, JobError, PlanMismatch, SourceError, StoreRefused
 from flux_batch.job import run
 from flux_batch.report.summary import RunReport
 from flux_batch.storage.store import Store
@@ -35,6 +36,31 @@ def test_a_run_makes_every_picture_once_and_says_so(tmp_path: Path, layout: str)
     assert (tmp_path / "out/_SUCCESS").exists()
     assert (tmp_path / "out/README.md").read_text().startswith("---\nconfigs:")
     assert not list((tmp_path / "out/_run/tmp").iterdir())
+
+
+def test_the_report_tells_the_next_stage_what_the_run_came_to(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": text, "width": width} for text, width in [("a [slow]", 16), (None, 16), ("b", 1000), ("[raise]", 16)]
+    ]
+    config = make_job(tmp_path, rows * 2, failures={"max_ratio": 1}, workers={"num_gpus": 0.5})
+    stop = Stop()
+
+    def stopping(model: ModelConfig) -> FakePipeline:
+        stop.request("enough")  # after the shard in hand
+        return FakePipeline()
+
+    with pytest.raises(Interrupted):
+        run(config, engine=LocalEngine(), make_pipeline=stopping, stop=stop)
+    render(config)
+    report = json.loads((tmp_path / "out/_run/report.json").read_text())
+    assert (report["num_images"], report["num_failed"], report["exit_code"], report["is_complete"]) == (8, 6, 0, True)
+    assert report["failures"] == {"InvalidSetting": 2, "RowError": 2, "RuntimeError": 2}
+    assert report["device_s_of_run"] >= report["device_s"] > 0
+    assert report["device_s_of_run"] >= 2 * SLOW_S
+    assert report["gpu_s_of_run"] == pytest.approx(report["device_s_of_run"] / 2, abs=1e-3)
+    assert report["images_per_s"] == pytest.approx(report["num_new_images"] / report["wall_s"], rel=1e-3)
+    assert (report["model"]["uri"], report["model"]["dtype"]) == ("demo", "bfloat16")
+    assert all(report["versions"][name] for name in ("python", "flux-batch", "torch", "ray"))
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
@@ -65,6 +91,14 @@ def test_a_driver_killed_at_its_last_writes_is_cleared_up_after(tmp_path: Path, 
 def test_run_takes_the_path_of_a_job_file(tmp_path: Path) -> None:
     path = write_job(make_job(tmp_path), tmp_path / "job.yaml")
     assert run(path, engine=LocalEngine(), make_pipeline=make_fake_pipeline).is_complete
+
+
+def test_a_job_made_in_python_is_taken_as_it_stands(tmp_path: Path) -> None:
+    """Only a job file is of a date: in the address of a run that is made in Python, braces are braces."""
+    config = make_job(tmp_path, output={"uri": str(tmp_path / "out-{date}")})
+    render(config)
+    assert render(config).num_new_images == 0
+    assert (tmp_path / "out-{date}/_SUCCESS").exists()
 
 
 def test_relative_paths_mean_the_folder_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +172,92 @@ def test_changed_prompts_are_refused(tmp_path: Path) -> None:
     render(make_job(tmp_path))
     with pytest.raises(PlanMismatch, match=r"prompts\.parquet: was \d+ bytes"):
         render(make_job(tmp_path, [{"prompt": "another"}]))
+
+
+def folder_job(folder: Path, *names: str, **sections: dict[str, Any]) -> JobConfig:
+    """A job over a folder of prompt files, five rows a file."""
+    for name in names:
+        write_prompts(folder / f"prompts/{name}.parquet", [{"prompt": f"{name} {number}"} for number in range(5)])
+    return make_job(folder, prompts={"uri": str(folder / "prompts")}, **sections)
+
+
+def extend(config: JobConfig) -> RunReport:
+    return run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline, extend=True)
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
+def test_new_prompt_files_are_taken_in_and_nothing_else_is_touched(tmp_path: Path, layout: str) -> None:
+    config = folder_job(tmp_path, "monday", output={"format": layout})
+    assert extend(config).num_new_images == 5  # there was no run
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/train").rglob("*") if path.is_file()}
+
+    folder_job(tmp_path, "a-tuesday")
+    with pytest.raises(PlanMismatch, match=r"a-tuesday\.parquet: is new; --extend takes it in"):
+        render(config)
+    report = extend(config)
+
+    assert (report.num_shards, report.num_images, report.num_new_images, report.exit_code) == (4, 10, 5, 0)
+    assert [row["prompt"] for row in metadata(config)][4:7] == ["monday 4", "a-tuesday 0", "a-tuesday 1"]
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}.items()
+    assert "10 prompts" in (tmp_path / "out/README.md").read_text()
+    assert render(config).num_new_images == 0  # what was taken in belongs to the run
+
+
+def test_an_extended_run_has_the_seeds_and_bytes_of_one_that_had_the_files_at_once(tmp_path: Path) -> None:
+    grown = folder_job(tmp_path / "grown", "1")
+    extend(grown)
+    folder_job(tmp_path / "grown", "2")
+    extend(grown)
+    at_once = folder_job(tmp_path / "at-once", "1", "2")
+    render(at_once)
+    assert data_files(tmp_path / "grown/out") == data_files(tmp_path / "at-once/out")
+
+
+def test_a_run_with_nothing_new_is_left_alone_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = folder_job(tmp_path, "monday")
+    extend(config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with caplog.at_level("INFO"):
+        report = run(config, engine=LocalEngine(), make_pipeline=no_pipeline, extend=True)
+    assert (report.num_images, report.num_new_images, report.exit_code) == (5, 0, 0)
+    assert "no prompt file is new" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_new_files_that_are_broken_leave_a_complete_run_complete(tmp_path: Path) -> None:
+    config = folder_job(tmp_path, "monday")
+    extend(config)
+    before = (tmp_path / "out/_run/plan.parquet").read_bytes()
+    (tmp_path / "prompts/tuesday.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(SourceError, match=r"tuesday\.parquet"):
+        extend(config)
+    assert (tmp_path / "out/_SUCCESS").exists()
+    assert (tmp_path / "out/_run/plan.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize("key", ["_SUCCESS", "README.md", "_run/plan.parquet"])
+def test_a_driver_killed_while_it_takes_in_new_files_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """Killed before each of the writes that make a run longer."""
+    config = folder_job(tmp_path, "monday")
+    extend(config)
+    folder_job(tmp_path, "tuesday")
+    name = "delete" if key == "_SUCCESS" else "write"
+    whole = getattr(Store, name)
+
+    def killed(store: Store, written: str, *values: bytes) -> None:
+        if written == key:
+            raise KeyboardInterrupt
+        whole(store, written, *values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            extend(config)
+    report = extend(config)
+    assert (report.num_images, report.num_new_images, report.is_complete) == (10, 5, True)
+    assert (tmp_path / "out/_SUCCESS").exists()
 
 
 def test_moved_prompts_are_the_same_prompts(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from driver import Driver, commits, wait_for_commits
 from fakes import make_fake_pipeline
 from flux_batch.config import JobConfig
 from flux_batch.engine.local import LocalEngine
@@ -23,53 +22,14 @@ from flux_batch.storage.store import Store
 from job_files import data_files, make_job, metadata, write_job
 from s3 import Bucket
 
-DRIVE = Path(__file__).parent / "drive.py"
 # Ten shards of two pictures, each 0.4 s: long enough to interfere, and short.
 ROWS = [{"prompt": f"picture {number} [slow]"} for number in range(20)]
 SECTIONS: dict[str, Any] = {"output": {"shard_size": 2}, "workers": {"batch_size": 2}}
 
 
-class Driver:
-    """`flux-batch run` in a process of its own, in a session of its own, on the local engine."""
-
-    def __init__(self, job: Path, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(DRIVE), str(job), "local"],
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def send(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def end(self, timeout: float = 60) -> tuple[int, str]:
-        """Wait for the end. Returns: the exit code, and what was written to stderr."""
-        _, err = self.process.communicate(timeout=timeout)
-        assert "Traceback" not in err
-        return self.process.returncode, err
-
-
 def job_of(folder: Path, **failures: Any) -> tuple[JobConfig, Path]:
     config = make_job(folder, ROWS, **SECTIONS, failures=failures)
     return config, write_job(config, folder / "job.yaml")
-
-
-def commits(output: Path) -> list[str]:
-    return sorted(path.name for path in (output / "_run/commits").glob("*.json"))
-
-
-def wait_for_commits(output: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(commits(output)) < count:
-        assert time.monotonic() < deadline, "no commits"
-        time.sleep(0.02)
 
 
 def everything(output: Path) -> dict[Path, int]:

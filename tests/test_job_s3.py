@@ -12,14 +12,16 @@ import pytest
 from fakes import make_fake_pipeline
 from flux_batch.config import JobConfig
 from flux_batch.engine.local import LocalEngine
-from flux_batch.errors import StoreRefused
-from flux_batch.job import run
+from flux_batch.errors import JobError, NotFound, StoreError, StoreRefused
+from flux_batch.job import load_job, run
 from flux_batch.report.status import read_status
 from flux_batch.report.summary import RunReport
+from flux_batch.storage import patience
 from flux_batch.storage.store import Store
 from job_files import make_job, metadata
-from s3 import SECRET, Bucket, S3Server
+from s3 import KEY, SECRET, Bucket, S3Server, free_port
 from tiny_flux import make_tiny_repository
+from web_server import web_server
 
 
 def render(config: JobConfig) -> RunReport:
@@ -93,3 +95,39 @@ def test_a_missing_bucket_is_one_sentence(s3_store: Bucket, tmp_path: Path) -> N
     with pytest.raises(StoreRefused, match="s3://nowhere-at-all/runs") as caught:
         render(config)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.s3
+def test_the_job_file_lies_in_a_bucket_too(moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = moto.make_bucket()
+    Store(uri, moto.storage_options).write("jobs/cats.yaml", make_job(tmp_path).to_yaml().encode())
+    with monkeypatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", KEY)
+        environment.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        environment.setenv("AWS_ENDPOINT_URL", moto.endpoint_url)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        assert load_job(f"{uri}/jobs/cats.yaml", ["name=cats"]) == make_job(tmp_path).model_copy(
+            update={"name": "cats"}
+        )
+        with pytest.raises(NotFound, match=r"jobs/dogs\.yaml: not found") as caught:
+            load_job(f"{uri}/jobs/dogs.yaml")
+        assert caught.value.exit_code == 2
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_the_job_file_lies_on_a_web_server(tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    with web_server() as server:
+        address = server.at("/jobs/cats.yaml?version=3", config.to_yaml().encode())
+        assert load_job(address) == config
+        with pytest.raises(JobError, match="must be a mapping"):
+            load_job(server.at("/list.yaml", b"- 1"))
+        with pytest.raises(JobError, match="cannot be read"):
+            load_job(server.at("/latin.yaml", b"name: \xff"))
+
+
+def test_a_web_server_that_is_away_is_no_fault_of_the_job_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "ATTEMPTS", 2)
+    with pytest.raises(StoreError) as caught:
+        load_job(f"http://127.0.0.1:{free_port()}/cats.yaml")
+    assert caught.value.exit_code == 75

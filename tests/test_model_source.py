@@ -64,6 +64,18 @@ def latents(pipe: FluxImagePipeline) -> torch.Tensor:
     return found
 
 
+def weights(pipe: FluxImagePipeline) -> dict[str, torch.Tensor]:
+    parts = {
+        "transformer": pipe.transformer,
+        "autoencoder": pipe.autoencoder,
+        "clip": pipe.clip.model,
+        "t5": pipe.t5.model,
+    }
+    found = {f"{part}.{key}": value for part, module in parts.items() for key, value in module.state_dict().items()}
+    assert len({key.partition(".")[0] for key in found}) == len(parts)
+    return found
+
+
 class TestDownload:
     @pytest.mark.parametrize("website", ["HuggingFace", "ModelScope"])
     def test_the_sample_of_the_model_card(self, hubs: Hub, repository: dict[str, bytes], website: str) -> None:
@@ -348,7 +360,10 @@ class TestBucket:
                 f"{bucket}/flux1-dev.safetensors",
             ]
         )
-        assert torch.equal(latents(pipe), latents(FluxImagePipeline.from_model_manager(manager)))
+        parts = FluxImagePipeline.from_model_manager(manager)
+        torch.testing.assert_close(weights(parts), weights(pipe), rtol=0, atol=0)
+        # Not bit for bit: where in a mapped file a weight lies decides how a CPU's product sums it up.
+        torch.testing.assert_close(latents(parts), latents(pipe), rtol=1e-5, atol=1e-5)
         assert "README.md" not in read(local_model(bucket, options))
 
     def test_two_processes_fetch_a_model_once_and_it_loads_without_network(

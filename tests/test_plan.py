@@ -12,7 +12,7 @@ import pytest
 
 from flux_batch.config import JobConfig, PromptsConfig
 from flux_batch.errors import PlanMismatch, SourceError
-from flux_batch.plan import Plan, check_same_job, count, make_plan, remaining
+from flux_batch.plan import Plan, check_same_job, count, extended, make_plan, remaining
 from flux_batch.storage.prompts import PromptSource
 
 
@@ -216,3 +216,63 @@ def test_a_million_rows_plan_quickly_and_small(tmp_path: Path) -> None:
     assert len(again.shards) == 10 * 391
     assert len(data) < 100_000
     assert len(pickle.dumps(again.shards[17])) < 400
+
+
+def test_new_files_become_shards_behind_those_that_are_there(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "b.parquet", 5, tag=["x"] * 5)
+    config = prompts(tmp_path, passthrough=["tag"])
+    plan = make_plan(config, 4)
+    assert extended(plan, config, 4) is plan
+
+    write_prompts(tmp_path / "a.parquet", 6, tag=["y"] * 6)
+    write_prompts(tmp_path / "empty.parquet", 0, tag=[])
+    longer = extended(plan, config, 4)
+
+    assert longer.shards[:2] == plan.shards
+    assert [(shard.index, shard.name, shard.start, shard.num_rows) for shard in longer.shards[2:]] == [
+        (2, "a.parquet", 0, 4),
+        (3, "a.parquet", 4, 2),
+    ]
+    assert extended(longer, config, 4) is longer
+    assert plan_again(longer, config) == longer  # what is planned is no news
+
+
+def test_a_limit_counts_what_is_planned(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "a.parquet", 5)
+    config = prompts(tmp_path, limit=7)
+    plan = make_plan(config, 4)
+
+    write_prompts(tmp_path / "b.parquet", 5)
+    longer = extended(plan, config, 4)
+    assert [shard.num_rows for shard in longer.shards] == [4, 1, 2]
+
+    write_prompts(tmp_path / "c.parquet", 5)
+    assert extended(longer, config, 4).shards == longer.shards
+
+
+def test_new_files_that_do_not_fit_into_the_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_prompts(tmp_path / "a.parquet", 5, tag=["x"] * 5)
+    config = prompts(tmp_path, passthrough=["tag"])
+    plan = make_plan(config, 4)
+    monkeypatch.setattr("flux_batch.plan.shard_name", lambda index, num_shards: f"{index:0{len(str(num_shards))}d}")
+    write_prompts(tmp_path / "b.parquet", 29, tag=["x"] * 29)
+    with pytest.raises(PlanMismatch, match="8 new shards make 10, and the names of the 2 that are there are too short"):
+        extended(plan, config, 4)
+
+    write_prompts(tmp_path / "b.parquet", 5, tag=[None] * 5)
+    assert extended(plan, config, 4).passthrough == plan.passthrough
+    write_prompts(tmp_path / "b.parquet", 5, tag=[1] * 5)
+    with pytest.raises(PlanMismatch, match=r"have int64 in column 'tag', .* where the run has string"):
+        extended(plan, config, 4)
+
+
+def test_a_changed_file_is_no_new_one(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "a.parquet", 5)
+    plan = make_plan(prompts(tmp_path), 4)
+    write_prompts(tmp_path / "a.parquet", 6)
+    write_prompts(tmp_path / "b.parquet", 6)
+
+    files = PromptSource(prompts(tmp_path)).files()
+    with pytest.raises(PlanMismatch, match=r"a\.parquet: was") as caught:
+        Plan.from_parquet(plan.to_parquet(), files, new_files=True)
+    assert "b.parquet" not in str(caught.value)

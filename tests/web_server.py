@@ -13,11 +13,12 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 @dataclass
 class WebServer:
-    """Paths and how they are answered: bytes are a file, anything else does the answering; `asked` has every path."""
+    """Paths and how they are answered: by bytes as a file, or by a function; `asked` and `posted` tell what came."""
 
     url: str = ""
     answers: dict[str, bytes | Answer] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    posted: list[bytes] = field(default_factory=list)
 
     def at(self, path: str, answer: bytes | Answer) -> str:
         """Answer a path so. Returns: its address."""
@@ -31,6 +32,13 @@ def web_server() -> Iterator[WebServer]:
     server = WebServer()
 
     class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            server.posted.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.do_GET()
+
+        def do_PUT(self) -> None:
+            self.do_GET()
+
         def do_GET(self) -> None:
             server.asked.append(self.path)
             answer = server.answers.get(self.path)

@@ -21,6 +21,7 @@ from flux_batch.errors import (
     StoreRefused,
 )
 from flux_batch.records import Attempt, Shard, ShardResult
+from flux_batch.tally import Tally
 
 # What an error asks an engine to do: end the run; leave the process; take the shard back, which was only put aside;
 # wait for the storage; try again, but not for ever.
@@ -36,6 +37,11 @@ class Work(Protocol):
 
     def stop(self) -> None:
         """Put the shard in hand aside as soon as nothing is lost by it, and take no other; returns at once."""
+        ...
+
+    @property
+    def tally(self) -> Tally:
+        """What it has done so far, for whoever shows it."""
         ...
 
     def quiet_s(self) -> float:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import ray
 
 from flux_batch.engine.protocol import Kind, Runner, Work, describe, kind_of
+from flux_batch.engine.ray_metrics import WorkerMetrics
 from flux_batch.errors import FluxBatchError
 from flux_batch.records import Attempt, Shard, ShardResult
 
@@ -57,6 +58,8 @@ class RayWorker:
         """Load what the work needs; apart from the constructor, so that a failure can be answered with its reason."""
         try:
             self._work = self._runner.open()
+            self._metrics = WorkerMetrics(self._work.tally)
+            self._metrics.start()
         except Exception as error:
             return _failure(error)
         return None
@@ -68,6 +71,8 @@ class RayWorker:
             return self._work(shard, attempt)
         except Exception as error:
             return _failure(error)
+        finally:
+            self._metrics.tell()  # the last one of a run is killed once it has answered
 
     @watched
     def node_id(self) -> str:

@@ -20,6 +20,7 @@ from flux_batch.engine.protocol import Runner
 from flux_batch.engine.ray_actor import Failure
 from flux_batch.engine.ray_cluster import await_cluster, connect, gcs_address, why_unreachable
 from flux_batch.engine.ray_member import Member, actor_class, hire, wait
+from flux_batch.engine.ray_metrics import PoolMetrics
 from flux_batch.engine.ray_nodes import Nodes
 from flux_batch.engine.shard_queue import ShardQueue
 from flux_batch.engine.stop import Stop
@@ -44,7 +45,7 @@ class RayPool:
 
     `hang_s` without a sign of life ends a worker; `drain_s` is what workers have to put their shards aside; `outage_s`
     how long storage may fail. At the end, an idle worker also begins a shard that another one has had for `slow_factor`
-    times the usual, and for `slow_s` seconds.
+    times the usual, and for `slow_s` seconds. `name` is that of the run, in metrics.
     """
 
     max_workers: int
@@ -58,6 +59,7 @@ class RayPool:
     rest_s: float = FIRST_REST_S
     slow_factor: float = 2
     slow_s: float = 30
+    name: str = ""
 
     def run(self, runner: Runner, shards: Sequence[Shard], stop: Stop | None = None) -> Iterator[ShardResult]:
         """Join the cluster of RAY_ADDRESS, or start one on this machine, and run every shard."""
@@ -93,6 +95,7 @@ class _Pool:
         self.actor_class = actor_class(self.options.num_gpus, self.options.num_cpus)
         self.outage = Outage(self.options.outage_s)
         self.rest = Rest(self.options.rest_s)  # of the pool, from starting workers
+        self.metrics = PoolMetrics(self.options.name)
 
     def results(self) -> Iterator[ShardResult]:
         """Turn the crank until every shard has its result, or somebody asks to stop; then see the workers off."""
@@ -115,6 +118,8 @@ class _Pool:
         """End every worker."""
         for member in self.members:
             member.kill()
+        self.members = []
+        self._tell()  # levels stay where they were left
 
     def _busy(self) -> list[Member]:
         return [member for member in self.members if member.task]
@@ -256,6 +261,7 @@ class _Pool:
             return
         await_cluster(self.gcs_address)
         self.last_look = now
+        self._tell()
         self.nodes.look()
         if self.nodes.here in self.nodes.leaving:
             self.stop.request("the node of the driver is about to leave")
@@ -269,6 +275,14 @@ class _Pool:
                 member.forgive(now)
             elif silence := member.silence(now, self.options.hang_s):
                 yield from self._lose(member, silence, None)
+
+    def _tell(self) -> None:
+        self.metrics.tell(
+            shards_waiting=self.queue.num_waiting,
+            shards_in_hand=len(self._busy()),
+            workers_up=sum(member.is_up for member in self.members),
+            workers_wanted=len(self.members),
+        )
 
     def _send_away(self, member: Member) -> None:
         """Take a worker off a node that is about to leave; another one begins its shard at once."""

@@ -114,7 +114,12 @@ class ShardQueue:
             return self._give_up(task.shard, f"{reason} (attempt {number})")
         if index not in self._settled:
             log.warning(
-                "shard %d: %s; attempt %d of %d follows", index, reason, number + 1, max(number + 1, self._max_attempts)
+                "shard %d: %s; attempt %d of %d follows",
+                index,
+                reason,
+                number + 1,
+                max(number + 1, self._max_attempts),
+                extra={"shard": index},
             )
         self._wait(task.shard)
         return None
@@ -130,7 +135,8 @@ class ShardQueue:
         if index not in self._settled and number >= limit and not self._in_hand.get(index):
             return self._give_up(task.shard, f"{number} workers were lost on it; the last: {reason}")
         if index not in self._settled:
-            log.warning("shard %d: %s (worker %d lost on it); another one goes on", index, reason, number)
+            about = {"shard": index}
+            log.warning("shard %d: %s (worker %d lost on it); another one goes on", index, reason, number, extra=about)
         self._wait(task.shard)
         return None
 

@@ -49,7 +49,7 @@ def memory(config: JobConfig) -> dict[str, Any]:
     except (FluxBatchError, ValueError, OSError) as error:
         return {"error": str(error)}
     return {
-        "batch_size": config.workers.batch_size,
+        "batch_size": batch_size_of(config),
         "bytes": needed,
         **fit(sum(needed.values())),
         "choices": [
@@ -73,7 +73,7 @@ def parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantiz
 
     The text encoders' activations are smaller than either, but for pictures that are themselves small.
     """
-    sampling, batch_size = config.sampling, config.workers.batch_size
+    sampling, batch_size = config.sampling, batch_size_of(config)
     quantized = quantization != "none"
     width, height = sampling.width, sampling.height
     num_tokens = width * height // PIXELS_A_TOKEN + (sampling.t5_sequence_length or TEXT_TOKENS)
@@ -84,6 +84,12 @@ def parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantiz
     decode = decode_bytes(parts["autoencoder"], width, height, batch_size, dtype)
     weights = {part: weight_bytes(part, parts[part], dtype, quantized=quantized) for part in TITLES}
     return weights | {"activations": max(denoise, decode)}
+
+
+def batch_size_of(config: JobConfig) -> int:
+    """Return the images in one forward pass; 1, the least that must fit, where the run is to find out itself."""
+    size = config.workers.batch_size
+    return 1 if size == "auto" else size
 
 
 def fit(num_bytes: int) -> dict[str, Any]:

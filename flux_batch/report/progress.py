@@ -47,9 +47,9 @@ class Progress:
         """Count a result, and report if the last report is old enough."""
         if result.error is not None:
             self.errors.append(f"shard {result.shard}: {result.error}")
-            log.error("shard %d is given up: %s", result.shard, result.error)
+            log.error("shard %d is given up: %s", result.shard, result.error, extra={"shard": result.shard})
             return
-        self.totals.add(result.num_images, result.num_failed)
+        self.totals.add(result)
         if result.is_new:
             self._add_new(result)
         if self.clock() - self._last >= INTERVAL_S or self.totals.num_committed == self.num_shards:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from flux_batch.records import Commit
+from flux_batch.records import Commit, ShardResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +25,11 @@ class RunReport:
     wall_s: float
     device_s: float
     max_failed_ratio: float
+    failures: dict[str, int] = field(default_factory=dict)  # of all failed images, by error type
+    device_s_of_run: float = 0.0  # that pipelines were at work, over all invocations
+    num_gpus: float = 0.0  # of a worker
+    model: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str | None] = field(default_factory=dict)
     errors: tuple[str, ...] = ()  # of shards given up
 
     @property
@@ -42,9 +49,23 @@ class RunReport:
             return 1
         return 3 if self.failed_ratio > self.max_failed_ratio else 0
 
+    @property
+    def line(self) -> str:
+        """Say in one line what the run came to."""
+        made = "none of them now"
+        if self.num_new_images:
+            made = f"{self.num_new_images} of them now, by {self.num_workers} worker(s) in {self.wall_s:.1f} s"
+        left = "" if self.is_complete else f"; {self.num_shards - self.num_committed} shards are missing"
+        return f"{self.name}: {self.num_images - self.num_failed} images, {self.num_failed} failed; {made}{left}"
+
     def to_json(self) -> bytes:
         """Write the report for the next stage."""
-        fields = asdict(self) | {"is_complete": self.is_complete, "exit_code": self.exit_code}
+        fields = asdict(self) | {
+            "images_per_s": round(self.num_new_images / self.wall_s, 4) if self.wall_s else None,
+            "gpu_s_of_run": round(self.device_s_of_run * self.num_gpus, 3),
+            "is_complete": self.is_complete,
+            "exit_code": self.exit_code,
+        }
         return json.dumps(fields, indent=1).encode()
 
 
@@ -55,18 +76,21 @@ class Totals:
     num_committed: int = 0
     num_images: int = 0
     num_failed: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    device_s: float = 0.0
 
     @classmethod
     def of(cls, commits: list[Commit]) -> Totals:
         """Sum what is committed already."""
-        return cls(
-            num_committed=len(commits),
-            num_images=sum(commit.num_images for commit in commits),
-            num_failed=sum(commit.num_failed for commit in commits),
-        )
+        totals = cls()
+        for commit in commits:
+            totals.add(commit)
+        return totals
 
-    def add(self, num_images: int, num_failed: int) -> None:
+    def add(self, done: Commit | ShardResult) -> None:
         """Count one more committed shard."""
         self.num_committed += 1
-        self.num_images += num_images
-        self.num_failed += num_failed
+        self.num_images += done.num_images
+        self.num_failed += done.num_failed
+        self.failures.update(done.failures)
+        self.device_s += done.device_s

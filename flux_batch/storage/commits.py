@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -122,6 +123,8 @@ def parse_commit(data: bytes) -> Commit:
             num_images=int(fields["num_images"]),
             num_failed=int(fields["num_failed"]),
             files=tuple(_file_of_run(**file) for file in fields["files"]),
+            failures={str(name): int(count) for name, count in fields.get("failures", {}).items()},
+            device_s=float(fields.get("device_s", 0)),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a commit of this program ({error!r})") from error
@@ -143,25 +146,36 @@ class Publisher:
     passthrough: pa.Schema
     worker: str
 
-    def publish(self, shard: int, records: Sequence[ImageRecord], pictures: dict[str, Path], scratch: Path) -> Commit:
+    def publish(
+        self,
+        shard: int,
+        records: Sequence[ImageRecord],
+        pictures: dict[str, Path],
+        scratch: Path,
+        device_s: float = 0.0,
+    ) -> Commit:
         """Write data, failures, metadata and commit of a shard.
 
         `records` are all of the shard in input order, failed ones included; `pictures` has the encoded file of each
-        made one by key; `scratch` is an empty local folder. Returns: the commit that stands.
+        made one by key; `scratch` is an empty local folder; `device_s` is noted in the commit. Returns: the commit that
+        stands.
         """
         name = shard_name(shard, self.commits.num_shards)
         files, records = self._put_data(name, records, pictures, scratch)
         metadata, data = self._put_metadata(name, records)
-        if failures := pack_failures(data):
-            self.commits.store.write(failed_file(name), failures)
+        if failed := pack_failures(data):
+            self.commits.store.write(failed_file(name), failed)
         rows = unpack_metadata(data)
+        failures = Counter(row["error_type"] for row in rows if row["status"] == "failed")
         return self.commits.put(
             Commit(
                 shard=shard,
                 worker=self.worker,
                 num_images=len(rows),
-                num_failed=sum(row["status"] == "failed" for row in rows),
+                num_failed=failures.total(),
                 files=(*files, metadata),
+                failures=dict(sorted(failures.items())),
+                device_s=round(device_s, 3),
             )
         )
 

@@ -15,5 +15,7 @@ STAGING = "_run/staging"
 TAKEN_BACK = "_run/taken-back"
 # Half-written files of a killed process stay here, out of sight of whoever loads the data set.
 SCRATCH = "_run/tmp"
+# How many pictures a forward pass makes, where the run was to find out itself.
+BATCH_SIZE = "_run/batch_size.json"
 CARD = "README.md"
 SUCCESS = "_SUCCESS"

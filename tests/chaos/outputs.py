@@ -16,6 +16,9 @@ from flux_batch.storage.store import Store
 # Of one run: when and how fast it was.
 OF_REPORT = ("name", "num_shards", "num_committed", "num_images", "num_failed", "errors")
 
+# Of one commit: who made it and how long the device took.
+OF_WORKER = ("worker", "device_s")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -48,7 +51,7 @@ def contents(config: JobConfig) -> dict[str, Any]:
 
 def _comparable(key: str, data: bytes, config: JobConfig) -> Any:
     if key.startswith("_run/commits/"):
-        return {name: value for name, value in json.loads(data).items() if name != "worker"}
+        return {name: value for name, value in json.loads(data).items() if name not in OF_WORKER}
     if key == "_run/report.json":
         return {name: value for name, value in json.loads(data).items() if name in OF_REPORT}
     if key == "_run/progress.json":

@@ -4,28 +4,20 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from driver import DRIVE, wait_for_commits
 from fakes import DEATH_EXIT
 from job_files import data_files, make_job, metadata, write_job
 
-DRIVE = Path(__file__).parents[1] / "drive.py"
 ROWS = [{"prompt": f"picture {number} [slow]"} for number in range(20)]
 
 
 def start(job: Path, engine: str) -> subprocess.Popen[bytes]:
     """Start a driver in a process group of its own, so that its local cluster goes down with it."""
     return subprocess.Popen([sys.executable, str(DRIVE), str(job), engine], start_new_session=True)
-
-
-def wait_for_commits(output: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(list((output / "_run/commits").glob("*.json"))) < count:
-        assert time.monotonic() < deadline, "no commits"
-        time.sleep(0.02)
 
 
 def finish(job: Path, engine: str) -> None:

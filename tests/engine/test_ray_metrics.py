@@ -1,0 +1,125 @@
+"""What Prometheus sees of a run, read from a node as Prometheus does; and that dashboard and alerts ask for that."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fakes import make_fake_pipeline
+from flux_batch.engine.ray_metrics import LEVELS, POOL, SUMS
+from flux_batch.job import run
+from job_files import make_job
+
+pytestmark = pytest.mark.ray
+
+MONITORING = Path(__file__).parents[2] / "cluster/monitoring"
+# Of Ray itself, and only where a node has a GPU: ray.io, "System metrics".
+GPU_ONLY = {"ray_node_gpus_utilization"}
+SAMPLE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+
+
+class Scraped:
+    """The last value of every series of a node, by name and those labels that are of us."""
+
+    def __init__(self, port: int) -> None:
+        self._url = f"http://127.0.0.1:{port}/metrics"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._scrape)
+        self.series: dict[tuple[str, ...], dict[str, float]] = {}
+        self._thread.start()
+
+    def total(self, name: str, *labels: str) -> float:
+        """Add up a name over the processes."""
+        return sum(self.series.get((name, 'run="nightly"', *labels), {}).values())
+
+    def end(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _scrape(self) -> None:
+        while not self._stop.wait(0.2):
+            try:
+                text = urllib.request.urlopen(self._url, timeout=5).read().decode()
+            except OSError:
+                continue  # the node is not up yet
+            for name, labels, value in SAMPLE.findall(text):
+                if "flux_batch" not in name:
+                    continue
+                ours = re.findall(r'(?:run|stage|error_type)="[^"]*"', labels)
+                worker = re.findall(r'WorkerId="[^"]*"', labels)[0]
+                self.series.setdefault((name, *sorted(ours, key=lambda label: label[:3] != "run")), {})[worker] = float(
+                    value
+                )
+
+
+@pytest.fixture(scope="module")
+def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
+    """What a run of some seconds exported: 20 pictures, and 3 rows that fail."""
+    import ray
+
+    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, _system_config={"metrics_report_interval_ms": 300})
+    exported = Scraped(ray.nodes()[0]["MetricsExportPort"])
+    rows: list[dict[str, Any]] = [{"prompt": f"picture {number} [slow]"} for number in range(20)]
+    rows += [{"prompt": "[raise]"}, {"prompt": "[raise] again"}, {"prompt": None}]
+    config = make_job(tmp_path_factory.mktemp("run"), rows, failures={"max_ratio": 0.5})
+    config = config.model_copy(update={"name": "nightly"})
+    try:
+        assert run(config, make_pipeline=make_fake_pipeline).exit_code == 0
+        deadline = time.monotonic() + 10
+        while exported.total("ray_flux_batch_workers_up") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        yield exported
+    finally:
+        exported.end()
+        ray.shutdown()
+
+
+def test_every_figure_is_exported_under_its_name(scraped: Scraped) -> None:
+    names = {f"ray_flux_batch_{name}_total" for name in SUMS}
+    names |= {f"ray_flux_batch_{name}" for name in (*LEVELS, *POOL)}
+    assert {series[0] for series in scraped.series} == names
+
+
+def test_sums_are_those_of_the_run(scraped: Scraped) -> None:
+    # A worker is killed once its last shard is told, before it exports what that added.
+    assert 0.5 * 20 <= scraped.total("ray_flux_batch_images_total") <= 20
+    assert scraped.total("ray_flux_batch_failures_total", 'error_type="RuntimeError"') in (0, 1, 2)
+    stages = {series[2] for series in scraped.series if series[0] == "ray_flux_batch_stage_seconds_total"}
+    assert stages == {f'stage="{name}"' for name in ("read", "input", "make", "wait", "encode", "stage", "publish")}
+    assert scraped.total("ray_flux_batch_stage_seconds_total", 'stage="make"') > 0.5 * 20 * 0.1
+
+
+def test_levels_fall_to_nothing_when_the_run_is_over(scraped: Scraped) -> None:
+    assert [scraped.total(f"ray_flux_batch_{name}") for name in (*POOL, "encode_queue")] == [0] * (len(POOL) + 1)
+
+
+def names_in(queries: list[str]) -> set[str]:
+    return {name for query in queries for name in re.findall(r"\bray_\w+", query)}
+
+
+def test_the_dashboard_asks_only_for_what_is_exported(scraped: Scraped) -> None:
+    dashboard = json.loads((MONITORING / "dashboard.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    queries.append(dashboard["templating"]["list"][1]["query"]["query"])
+    asked = names_in(queries)
+    exported = {series[0] for series in scraped.series}
+    assert asked - exported == GPU_ONLY
+    assert exported - asked == set()  # and shows all of it
+    stages = re.findall(r'stage="\w+"', " ".join(queries))
+    assert {("ray_flux_batch_stage_seconds_total", 'run="nightly"', stage) for stage in stages} <= set(scraped.series)
+
+
+def test_the_alerts_ask_only_for_what_is_exported(scraped: Scraped) -> None:
+    groups = yaml.safe_load((MONITORING / "rules.yaml").read_text())["groups"]
+    asked = names_in([rule["expr"] for group in groups for rule in group["rules"]])
+    assert len(asked) >= 5
+    assert asked <= {series[0] for series in scraped.series}
