@@ -1,0 +1,141 @@
+"""The job files of jobs/: each is valid, and does what its comment says."""
+
+from __future__ import annotations
+
+import io
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from fakes import FakePipeline
+from flux_batch.config import JobConfig
+from flux_batch.engine.local import LocalEngine
+from flux_batch.job import load_job, run
+from flux_batch.report.summary import RunReport
+from flux_batch.storage.store import Store
+from job_files import metadata, write_prompts
+from s3 import KEY, SECRET, Bucket
+
+ROOT = Path(__file__).parents[2]
+JOBS = ROOT / "jobs"
+SMALL = ["sampling.width=32", "sampling.height=32", "sampling.t5_sequence_length=16"]
+
+
+def load(name: str, *settings: str) -> JobConfig:
+    return load_job(JOBS / name, settings, datetime(2026, 11, 23))
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths in job files are relative to the folder in which they are run."""
+    monkeypatch.chdir(ROOT)
+
+
+def render(config: JobConfig, pipeline: FakePipeline) -> RunReport:
+    return run(config, engine=LocalEngine(), make_pipeline=lambda model: pipeline)
+
+
+@pytest.mark.parametrize("path", sorted(JOBS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_job_file_is_valid_and_says_how_to_run_it(path: Path) -> None:
+    load(path.name)
+
+    lines = path.read_text().splitlines()
+    comment = lines[: next(at for at, line in enumerate(lines) if not line.startswith("#"))]
+    assert len(comment) >= 3
+    assert any(f"jobs/{path.name}" in line and ("flux-batch run" in line or "submit" in line) for line in comment)
+
+
+@pytest.mark.parametrize("path", [*JOBS.glob("*.py"), *JOBS.glob("*.sh")], ids=lambda path: path.name)
+def test_every_script_says_how_to_run_it(path: Path) -> None:
+    assert f"jobs/{path.name}" in path.read_text()[:1000]
+
+
+def test_the_day_is_that_of_the_scheduler() -> None:
+    config = load("nightly.yaml")
+
+    assert (config.name, config.output.uri) == ("nightly-2026-11-23", "s3://bucket/runs/2026-11-23")
+
+
+def test_a_sweep_tries_every_setting_with_one_seed(tmp_path: Path) -> None:
+    config = load("sweep.yaml", f"output.uri={tmp_path}/out", *SMALL)
+
+    assert render(config, FakePipeline()).num_failed == 0
+
+    rows = metadata(config)
+    tried = {(row["prompt"], row["num_inference_steps"], row["embedded_guidance"]) for row in rows}
+    assert len(tried) == len(rows) == 2 * 3 * 3
+    assert {(row["seed"], row["width"]) for row in rows} == {(7, 32)}
+
+
+def test_loras_are_compared_at_the_scales_of_the_rows(tmp_path: Path) -> None:
+    loras = "[{uri: s3://mine/ink.safetensors, name: a}, {uri: oil.safetensors, name: b}]"
+    settings = ["model.uri=demo", f"model.loras={loras}", f"output.uri={tmp_path}/out", *SMALL]
+    config, pipeline = load("lora_comparison.yaml", *settings), FakePipeline()
+
+    assert render(config, pipeline).num_failed == 0
+
+    a, b = "s3://mine/ink.safetensors", str(ROOT / "oil.safetensors")
+    assert pipeline.lora_calls[1:] == [[], [(a, 0.5)], [(a, 1.0)], [(b, 0.5)], [(b, 1.0)]]
+    rows = metadata(config)
+    assert [(row["lora"], row["lora_scale"]) for row in rows] == 2 * [
+        ("", None),
+        *[(name, scale) for name in "ab" for scale in (0.5, 1.0)],
+    ]
+    assert {row["seed"] for row in rows} == {11}
+
+
+def test_pictures_stay_nearer_to_the_one_they_start_from_the_less_is_noised_over(tmp_path: Path) -> None:
+    config = load("img2img.yaml", f"output.uri={tmp_path}/out", "sampling.num_inference_steps=6", *SMALL)
+
+    assert run(config, engine=LocalEngine()).num_failed == 0
+
+    with Image.open(JOBS / "prompts/sketch.png") as sketch:
+        start = np.asarray(sketch.convert("RGB").resize((32, 32), Image.Resampling.LANCZOS), dtype=float)
+    distances: dict[str, list[float]] = {}
+    for row in metadata(config):
+        assert row["input_image"] == "sketch.png"
+        made = np.asarray(Image.open(io.BytesIO((tmp_path / "out" / row["file_name"]).read_bytes())), dtype=float)
+        distances.setdefault(row["prompt"], []).append(float(abs(made - start).mean()))
+    for near_to_far in distances.values():
+        assert len(near_to_far) == 4
+        assert near_to_far[0] < near_to_far[-1] / 2
+
+
+def test_the_output_of_a_run_can_be_started_from(tmp_path: Path) -> None:
+    first = load("demo.yaml", f"output.uri={tmp_path}/first", "output.format=parquet", "prompts.limit=4", *SMALL)
+    render(first, FakePipeline())
+    pipeline = FakePipeline()
+    again = load(
+        "img2img.yaml",
+        f"prompts.uri={tmp_path}/first/train/",
+        "prompts.columns={input_image: image}",
+        f"output.uri={tmp_path}/second",
+    )
+
+    assert render(again, pipeline).num_failed == 0
+    assert len(pipeline.input_images) == 4
+
+
+def test_from_bucket_to_bucket_with_what_the_environment_says(
+    s3_store: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment: dict[str, Any] = {
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_ENDPOINT_URL": s3_store.storage_options["endpoint_url"],
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    prompts = write_prompts(tmp_path / "prompts.parquet", [{"prompt": f"cat {at}"} for at in range(3)])
+    Store(s3_store.uri, s3_store.storage_options).write("prompts/cats/one.parquet", prompts)
+    config = load("s3.yaml", f"prompts.uri={s3_store.uri}/prompts/cats/", f"output.uri={s3_store.uri}/runs/one", *SMALL)
+
+    assert render(config, FakePipeline()).num_images == 3
+    assert Store(f"{s3_store.uri}/runs/one", s3_store.storage_options).exists("_SUCCESS")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
