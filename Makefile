@@ -29,7 +29,7 @@ demo: $(VENV)/run.stamp ## render the demo prompts with the demo model on two wo
 	$(BIN)/flux-batch gallery out/demo
 
 test: $(VENV)/dev.stamp ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 test-long: $(VENV)/dev.stamp ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long --ignore tests/chaos

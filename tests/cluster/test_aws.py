@@ -1,0 +1,123 @@
+"""The launcher's file, by Ray's own check; and the watcher of spot notices, against a metadata service on loopback."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from web_server import WebServer, web_server
+
+AWS = Path(__file__).parents[2] / "cluster/aws"
+NOTICE = "/latest/meta-data/spot/instance-action"
+
+
+def launcher_file() -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load((AWS / "cluster.yaml").read_text())
+    return tree
+
+
+def test_the_launcher_takes_its_file() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(launcher_file()))
+
+
+def test_workers_are_spot_nodes_that_are_watched_and_nobody_carries_a_key() -> None:
+    tree = launcher_file()
+    spot = tree["available_node_types"]["spot-h100"]
+    assert spot["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert tree["available_node_types"]["head"]["resources"] == {"CPU": 0}
+    assert all("IamInstanceProfile" in kind["node_config"] for kind in tree["available_node_types"].values())
+    assert "AWS_SECRET" not in (AWS / "cluster.yaml").read_text()
+    (folder,) = tree["file_mounts"]
+    assert f"{folder}/spot_watcher.py" in tree["worker_start_ray_commands"][-1]
+
+
+@contextmanager
+def watcher(server: WebServer, folder: Path, exit_codes: str = "0") -> Iterator[subprocess.Popen[str]]:
+    """Start a watcher whose `ray` writes down how it is called, and ends with one code after the other."""
+    lines = ["#!/bin/sh", f'echo "$@" >> {folder}/calls', f"set -- {exit_codes}"]
+    lines += [f"shift $(($(wc -l < {folder}/calls) - 1))", "exit $1"]
+    ray = folder / "ray"
+    ray.write_text("\n".join(lines) + "\n")
+    ray.chmod(0o755)
+    words = [sys.executable, str(AWS / "spot_watcher.py"), "--metadata", server.url, "--interval", "0.05"]
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def in_s(seconds: float) -> bytes:
+    end = datetime.now(UTC) + timedelta(seconds=seconds)
+    return json.dumps({"action": "terminate", "time": f"{end:%Y-%m-%dT%H:%M:%SZ}"}).encode()
+
+
+def only_with_token(answer: bytes) -> Any:
+    def answering(request: BaseHTTPRequestHandler) -> None:
+        is_known = request.headers["X-aws-ec2-metadata-token"] == "token"
+        request.send_response(200 if is_known else 401)
+        request.end_headers()
+        if is_known:
+            request.wfile.write(answer)
+
+    return answering
+
+
+def test_a_notice_drains_the_node_in_the_time_that_is_left(tmp_path: Path) -> None:
+    with web_server() as server, watcher(server, tmp_path) as process:
+        server.at("/latest/api/token", b"token")
+        deadline = time.monotonic() + 20
+        while server.asked.count(NOTICE) < 3:  # no notice yet, and it keeps looking
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert process.poll() is None
+        server.at(NOTICE, only_with_token(in_s(120)))
+        out, _ = process.communicate(timeout=20)
+        assert process.returncode == 0
+    assert "draining it within 1" in out
+    (call,) = (tmp_path / "calls").read_text().splitlines()
+    words = call.split()
+    assert words[:3] == ["drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    assert 100 <= int(words[-1]) <= 110
+
+
+@pytest.mark.parametrize(
+    ("left_s", "exit_codes", "code", "num_calls"), [(60, "1 1 0", 0, 3), (-1, "1 1", 1, 1)], ids=["late", "too late"]
+)
+def test_ray_is_told_again_where_it_could_not_be_told(
+    tmp_path: Path, left_s: float, exit_codes: str, code: int, num_calls: int
+) -> None:
+    with web_server() as server:
+        server.at("/latest/api/token", b"token")
+        server.at(NOTICE, only_with_token(in_s(left_s)))
+        with watcher(server, tmp_path, exit_codes) as process:
+            process.communicate(timeout=20)
+            assert process.returncode == code
+    assert len((tmp_path / "calls").read_text().splitlines()) == num_calls
+
+
+@pytest.mark.parametrize("answer", [b"not json", b"{}", b'{"time": "soon"}'])
+def test_an_answer_that_makes_no_sense_is_said_and_asked_for_again(tmp_path: Path, answer: bytes) -> None:
+    with web_server() as server:
+        server.at("/latest/api/token", b"token")
+        server.at(NOTICE, only_with_token(answer))
+        with watcher(server, tmp_path) as process:
+            assert process.stderr is not None
+            assert process.stderr.readline().startswith("spot_watcher: ")
+            server.at(NOTICE, only_with_token(in_s(60)))
+            process.communicate(timeout=20)
+            assert process.returncode == 0
