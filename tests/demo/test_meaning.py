@@ -89,6 +89,7 @@ def test_a_negative_colour_goes_away(pipeline: FluxImagePipeline) -> None:
     assert without_red < 0.5 * plain
 
 
+@pytest.mark.long
 @too_little_trained
 @pytest.mark.parametrize("size", [(192, 128), (128, 192), (160, 160)])
 def test_other_sizes_show_what_is_said(pipeline: FluxImagePipeline, size: tuple[int, int]) -> None:
@@ -103,7 +104,7 @@ def test_batches_change_no_fact(pipeline: FluxImagePipeline, pictures: list[Imag
     assert score_all(SOME[:8], one_by_one).facts == score_all(SOME[:8], pictures[:8]).facts
 
 
-@pytest.mark.parametrize("quantization", ["fp8", "fp8_matmul"])
+@pytest.mark.parametrize("quantization", ["fp8", pytest.param("fp8_matmul", marks=pytest.mark.long)])
 def test_fp8_costs_little(quantization: str, pictures: list[Image.Image]) -> None:
     lossy = load(torch.bfloat16, quantization=quantization)
     made = list(pictures_of(lossy, SOME, BATCH, SETTINGS))
