@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from driver import Drive, Driver
 from hub_server import Hub, hub_server, point_at
 from s3 import Bucket, S3Server, moto_server, rclone_server
 
@@ -19,6 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+# A shell that starts the suite in its background lets it ignore SIGINT, and so would every process that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 S3_SERVERS = [pytest.param(name, marks=pytest.mark.s3) for name in ("moto", "rclone")]
 
@@ -42,6 +48,13 @@ def s3_store(request: pytest.FixtureRequest) -> Bucket:
     """A fresh bucket, on each server in turn."""
     server: S3Server = request.getfixturevalue(request.param)
     return Bucket(server.make_bucket(), server.storage_options, server.name)
+
+
+@pytest.fixture
+def drive() -> Iterator[Drive]:
+    """Start a driver (see Driver for the arguments); none of them outlives the test."""
+    with ExitStack() as started:
+        yield lambda *arguments, **options: started.enter_context(Driver(*arguments, **options))
 
 
 @pytest.fixture

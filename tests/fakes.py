@@ -2,7 +2,8 @@
 
 Marks in a prompt make it misbehave: `[raise]` fails the whole call, `[oom]` runs out of memory in a batch of more than
 one, `[oom whole]` in one that is not tiled, `[die]` ends the process, `[die once]` only the first that meets it (a file
-in the folder `model.uri` remembers), `[hang]` never returns, `[slow]` takes SLOW_S.
+in the folder `model.uri` remembers), `[hang]` never returns, `[slow]` takes SLOW_S, `[hold]` waits while a file
+`hold` is in the folder that the variable HOLD names, and leaves there who waits.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from flux_batch.storage.images import Pixels
 
 SLOW_S = 0.2
 DEATH_EXIT = 66
+HOLD = "FAKE_PIPELINE_HOLD"
 CLIP_CHARACTERS, T5_CHARACTERS = 77, 512
 
 
@@ -139,8 +141,17 @@ class FakePipeline:
             os._exit(DEATH_EXIT)
         if "[slow]" in prompt:
             time.sleep(SLOW_S)
+        if "[hold]" in prompt:
+            self._hold()
         while "[hang]" in prompt:
             time.sleep(1)
+
+    def _hold(self) -> None:
+        mark = Path(os.environ.get(HOLD, ""), "hold")
+        if mark.exists():
+            mark.with_name(f"held-{os.getpid()}").touch()
+        while mark.exists():
+            time.sleep(0.01)
 
     def _is_first_to_die(self) -> bool:
         assert self._memory is not None, "[die once] needs a folder as model.uri"

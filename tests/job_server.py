@@ -12,13 +12,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from s3 import free_port
+from waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -85,7 +85,7 @@ class JobServer:
         for node in self._nodes:
             node.kill()
             node.wait()
-        wait_until(lambda: not self._kill_rest(), self._said)
+        wait_until(lambda: not self._kill_rest(), self._said, START_S)
         self._log.close()
 
     def _kill_rest(self) -> list[int]:
@@ -109,7 +109,7 @@ class JobServer:
         )
         self._nodes.append(node)
         self._num_started += 1
-        wait_until(lambda: self._num_seen() == self._num_started, self._said)
+        wait_until(lambda: self._num_seen() == self._num_started, self._said, START_S)
 
     def _num_seen(self) -> int:
         """Count the nodes that ever came: one that was lost may count as alive for a while."""
@@ -139,13 +139,6 @@ def job_server(environment: Mapping[str, str]) -> Iterator[JobServer]:
     finally:
         server.end()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_until(condition: Callable[[], bool], said: Callable[[], str], timeout_s: float = START_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain: {said()}"
-        time.sleep(0.1)
 
 
 def descendants(pid: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,10 +115,3 @@ def open_worker(
 def staged(config: JobConfig) -> list[Path]:
     """List what is in the staging area of a run on this disk."""
     return sorted(path for path in Path(config.output.uri, "_run/staging").rglob("*") if path.is_file())
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.005)

@@ -40,7 +40,10 @@ def attempts(folder: Path, index: int) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Runner:
-    """Each named shard misbehaves at its first `times` tries; `slow` ones take `slow_s`, with signs of life."""
+    """Each named shard misbehaves at its first `times` tries; `slow` ones take `slow_s`, with signs of life.
+
+    No shard but the first three ends before `num_workers` of them were at work.
+    """
 
     folder: Path
     raises: tuple[int, ...] = ()
@@ -54,6 +57,7 @@ class Runner:
     times: int = 1
     seconds: float = 0.0
     slow_s: float = 0.0
+    num_workers: int = 0
 
     def open(self) -> Work:
         return Toil(self)
@@ -75,8 +79,8 @@ class Toil:
         is_early = number <= runner.times
         with self._pulse.at_work():
             until = time.monotonic() + (runner.slow_s if is_early and shard.index in runner.slow else runner.seconds)
-            while (left := until - time.monotonic()) > 0:
-                time.sleep(min(STEP_S, left))
+            while (left := until - time.monotonic()) > 0 or not self._has_company(shard):
+                time.sleep(min(STEP_S, max(left, 0.01)))
                 self._pulse.beat()
                 if self._stopping.is_set():
                     self._log(shard, attempt, "stopped")
@@ -87,6 +91,13 @@ class Toil:
             raise StoreRefused("s3://bucket: no permission")
         self._log(shard, attempt, "done")
         return ShardResult(shard=shard.index, worker=str(os.getpid()), num_images=1)
+
+    def _has_company(self, shard: Shard) -> bool:
+        if shard.index < 3 or not self._runner.num_workers:
+            return True
+        logs = self._runner.folder.glob("*.log")
+        workers = {json.loads(line)["pid"] for log in logs for line in log.read_text().splitlines()}
+        return len(workers) >= self._runner.num_workers
 
     def stop(self) -> None:
         self._stopping.set()

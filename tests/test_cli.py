@@ -4,12 +4,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from driver import wait_for_commits
 from fakes import make_fake_pipeline
 from flux_batch.cli import main
 from flux_batch.engine.local import LocalEngine
@@ -166,10 +166,7 @@ def test_sigterm_ends_a_run_with_75_and_the_same_command_goes_on(tmp_path: Path)
     )
     command = [sys.executable, "-m", "flux_batch.cli", "run", str(write_job(config, tmp_path / "job.yaml"))]
     driver = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "out/_run").glob("commits/*.json")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_commits(tmp_path / "out", 1)
     os.kill(driver.pid, signal.SIGTERM)
     _, err = driver.communicate(timeout=30)
     assert driver.returncode == 75

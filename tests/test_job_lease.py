@@ -4,14 +4,13 @@ import os
 import re
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from driver import Driver, commits, wait_for_commits
-from fakes import make_fake_pipeline
+from driver import Drive, Driver, Hold, commits, first_to_end, wait_for_commits
+from fakes import HOLD, make_fake_pipeline
 from flux_batch.config import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
@@ -22,9 +21,10 @@ from flux_batch.storage.store import Store
 from job_files import data_files, make_job, metadata, write_job
 from s3 import Bucket
 
-# Ten shards of two pictures, each 0.4 s: long enough to interfere, and short.
-ROWS = [{"prompt": f"picture {number} [slow]"} for number in range(20)]
+# Ten shards of two pictures; a driver that is held has made five of them, and is in the middle of the sixth.
+ROWS = [{"prompt": f"picture {number}" + (" [hold]" if number == 10 else "")} for number in range(20)]
 SECTIONS: dict[str, Any] = {"output": {"shard_size": 2}, "workers": {"batch_size": 2}}
+NUM_BEFORE = 5
 
 
 def job_of(folder: Path, **failures: Any) -> tuple[JobConfig, Path]:
@@ -44,53 +44,67 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return data_files(Path(config.output.uri))
 
 
+@pytest.fixture
+def hold(tmp_path: Path) -> Hold:
+    return Hold(tmp_path / "hold")
+
+
+def start_held(drive: Drive, job: Path, output: Path, hold: Hold) -> Driver:
+    """Start a driver. Returns: it, in the middle of the sixth shard."""
+    driver = drive(job, **hold.environment)
+    hold.wait_for(driver.pid)
+    wait_for_commits(output, NUM_BEFORE)
+    return driver
+
+
 def test_of_two_drivers_started_together_one_runs_and_the_other_names_it(
-    tmp_path: Path, whole: dict[str, bytes]
+    tmp_path: Path, drive: Drive, hold: Hold, whole: dict[str, bytes]
 ) -> None:
     config, job = job_of(tmp_path)
-    drivers = [Driver(job), Driver(job)]
-    ends = {driver.pid: driver.end() for driver in drivers}
-    assert sorted(code for code, _ in ends.values()) == [0, 75]
-    (winner,) = (pid for pid, (code, _) in ends.items() if code == 0)
-    (told,) = (err for code, err in ends.values() if code == 75)
-    assert re.search(rf"{re.escape(str(tmp_path))}/out: \S+:{winner} is at work on this run, since .* UTC; let", told)
+    other, winner = first_to_end([drive(job, **hold.environment) for _ in range(2)])
+    hold.release()
+    code, told = other.end()
+    assert (code, winner.end()[0]) == (75, 0)
+    assert re.search(
+        rf"{re.escape(str(tmp_path))}/out: \S+:{winner.pid} is at work on this run, since .* UTC; let", told
+    )
     assert data_files(tmp_path / "out") == whole
     assert [row["prompt"] for row in metadata(config)] == [row["prompt"] for row in ROWS]
 
 
-def test_of_two_drivers_started_together_on_a_bucket_one_runs(tmp_path: Path, s3_store: Bucket) -> None:
+def test_of_two_drivers_started_together_on_a_bucket_one_runs(
+    tmp_path: Path, drive: Drive, hold: Hold, s3_store: Bucket
+) -> None:
     options = s3_store.storage_options
     endpoint = {"endpoint_url": options["endpoint_url"]}
     output = {"uri": f"{s3_store.uri}/run", "storage_options": endpoint, **SECTIONS["output"]}
     job = write_job(make_job(tmp_path, ROWS, output=output, workers=SECTIONS["workers"]), tmp_path / "job.yaml")
     keys = {"AWS_ACCESS_KEY_ID": options["key"], "AWS_SECRET_ACCESS_KEY": options["secret"]}
-    drivers = [Driver(job, **keys), Driver(job, **keys)]
-    ends = {driver.pid: driver.end() for driver in drivers}
-    assert sorted(code for code, _ in ends.values()) == [0, 75]
-    (winner,) = (pid for pid, (code, _) in ends.items() if code == 0)
-    assert any(f":{winner} is at work on this run" in err for code, err in ends.values() if code == 75)
+    other, winner = first_to_end([drive(job, **keys, **hold.environment) for _ in range(2)])
+    hold.release()
+    code, told = other.end()
+    assert (code, winner.end()[0]) == (75, 0)
+    assert f":{winner.pid} is at work on this run" in told
     store = Store(f"{s3_store.uri}/run", options)
     assert len(store.list("_run/commits")) == 10
     assert store.exists("_SUCCESS")
 
 
 def test_a_driver_that_was_paused_past_its_lease_stops_before_it_writes(
-    tmp_path: Path, whole: dict[str, bytes]
+    tmp_path: Path, drive: Drive, hold: Hold, whole: dict[str, bytes]
 ) -> None:
     _, job = job_of(tmp_path, lease_ttl_s=1)
     output = tmp_path / "out"
-    paused = Driver(job)
-    wait_for_commits(output, 2)
+    paused = start_held(drive, job, output, hold)
     paused.send(signal.SIGSTOP)
-    before = commits(output)
-    assert len(before) < 10
-    follower = Driver(job)
+    follower = drive(job)
     code, err = follower.end()
     assert code == 0
     assert f":{paused.pid} gave no sign of life for 1 s; taking the run over" in err
     after = everything(output)
+    hold.release()
     paused.send(signal.SIGCONT)
-    code, err = paused.end(timeout=20)
+    code, err = paused.end()
     assert code == 75
     assert f":{follower.pid} has taken this run over, since" in err
     assert everything(output) == after
@@ -98,52 +112,51 @@ def test_a_driver_that_was_paused_past_its_lease_stops_before_it_writes(
 
 
 def test_a_paused_driver_that_wakes_while_the_other_is_at_work_leaves_it_the_run(
-    tmp_path: Path, whole: dict[str, bytes]
+    tmp_path: Path, drive: Drive, hold: Hold, whole: dict[str, bytes]
 ) -> None:
     _, job = job_of(tmp_path, lease_ttl_s=1)
     output = tmp_path / "out"
-    paused = Driver(job)
-    wait_for_commits(output, 2)
+    paused = start_held(drive, job, output, hold)
     paused.send(signal.SIGSTOP)
-    count = len(commits(output))
-    follower = Driver(job)
-    wait_for_commits(output, count + 2)
+    hold_of_follower = Hold(tmp_path / "hold of follower")
+    follower = start_held(drive, job, output, hold_of_follower)
+    hold.release()
     paused.send(signal.SIGCONT)
-    assert paused.end(timeout=20)[0] == 75
-    assert len(commits(output)) < 10, "the follower was done too soon for this test"
+    assert paused.end()[0] == 75
+    assert len(commits(output)) <= NUM_BEFORE + 1  # the shard it had in hand: the same bytes, whoever commits them
+    hold_of_follower.release()
     assert follower.end()[0] == 0
     assert data_files(output) == whole
 
 
-def test_after_a_kill_the_same_machine_goes_on_at_once(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_after_a_kill_the_same_machine_goes_on_at_once(
+    tmp_path: Path, drive: Drive, hold: Hold, whole: dict[str, bytes]
+) -> None:
     _, job = job_of(tmp_path, lease_ttl_s=600)
     output = tmp_path / "out"
-    killed = Driver(job)
-    wait_for_commits(output, 2)
+    killed = start_held(drive, job, output, hold)
     killed.send(signal.SIGKILL)  # and nobody reaps it: it stays in the table of processes
-    done = commits(output)
-    held = {name: (output / "_run/commits" / name).stat().st_mtime_ns for name in done}
-    code, err = Driver(job).end()
-    killed.process.communicate()
+    done = {name: (output / "_run/commits" / name).stat().st_mtime_ns for name in commits(output)}
+    code, err = drive(job).end()
     assert code == 0
     assert "waiting" not in err
-    assert {name: (output / "_run/commits" / name).stat().st_mtime_ns for name in held} == held
+    assert {name: (output / "_run/commits" / name).stat().st_mtime_ns for name in done} == done
     assert data_files(output) == whole
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_driver_keeps_what_is_done_and_gives_the_run_back(
-    tmp_path: Path, whole: dict[str, bytes], number: signal.Signals
+    tmp_path: Path, drive: Drive, hold: Hold, whole: dict[str, bytes], number: signal.Signals
 ) -> None:
     config, job = job_of(tmp_path, lease_ttl_s=600)
     output = tmp_path / "out"
-    driver = Driver(job)
-    wait_for_commits(output, 2)
-    driver.send(number)
-    code, err = driver.end(timeout=20)
+    driver = start_held(drive, job, output, hold)
+    driver.stop(number)
+    hold.release()
+    code, err = driver.end()
     assert code == 75
     count = len(commits(output))
-    assert 2 <= count < 10
+    assert NUM_BEFORE <= count <= NUM_BEFORE + 1
     assert f"stopped by {number.name}: {count} of 10 shards are committed; run the same command again" in err
     holder = read_holder(Store(config.output.uri))
     assert holder is not None
@@ -155,27 +168,34 @@ def test_a_stopped_driver_keeps_what_is_done_and_gives_the_run_back(
     assert data_files(output) == whole
 
 
-def test_a_second_signal_leaves_in_the_middle_of_a_shard(tmp_path: Path) -> None:
-    rows = [{"prompt": "one"}, {"prompt": "two [hang]"}]
-    job = write_job(make_job(tmp_path, rows, output={"shard_size": 1}), tmp_path / "job.yaml")
-    driver = Driver(job)
-    wait_for_commits(tmp_path / "out", 1)
+def test_a_second_signal_leaves_in_the_middle_of_a_shard(tmp_path: Path, drive: Drive, hold: Hold) -> None:
+    _, job = job_of(tmp_path)
+    driver = start_held(drive, job, tmp_path / "out", hold)
+    driver.stop()
     driver.send(signal.SIGTERM)
-    time.sleep(0.5)
-    assert driver.process.poll() is None
-    driver.send(signal.SIGTERM)
-    code, err = driver.end(timeout=5)
+    code, err = driver.end()
     assert code == 75
     assert "SIGTERM after SIGTERM: leaving at once" in err
-    assert commits(tmp_path / "out") == ["00000.json"]
+    assert len(commits(tmp_path / "out")) == NUM_BEFORE
 
 
-def test_a_library_caller_stops_a_run_from_another_thread(tmp_path: Path) -> None:
+def test_a_library_caller_stops_a_run_from_another_thread(
+    tmp_path: Path, hold: Hold, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, _ = job_of(tmp_path)
+    monkeypatch.setenv(HOLD, hold.environment[HOLD])
     stop = Stop()
-    threading.Timer(1.0, stop.request, ["stopped by hand"]).start()
-    with pytest.raises(Interrupted, match=r"stopped by hand: \d of 10 shards are committed"):
+
+    def stop_in_the_middle() -> None:
+        hold.wait_for(os.getpid())
+        stop.request("stopped by hand")
+        hold.release()
+
+    caller = threading.Thread(target=stop_in_the_middle)
+    caller.start()
+    with pytest.raises(Interrupted, match=r"stopped by hand: [56] of 10 shards are committed"):
         run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline, stop=stop)
+    caller.join()
     holder = read_holder(Store(config.output.uri))
     assert holder is not None
     assert holder.is_released

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from driver import Driver
+from driver import Drive
 from flux_batch.log_lines import log_lines
 from job_files import make_job, write_job
 
@@ -27,16 +27,16 @@ def test_programs_get_an_object_a_line(capsys: pytest.CaptureFixture[str], monke
     assert body == {"levelname": "INFO", "name": "flux_batch.somewhere", "shard": 3, "key": "000030001"}
 
 
-def test_a_run_tells_programs_its_name_its_shards_and_its_end(tmp_path: Path) -> None:
+def test_a_run_tells_programs_its_name_its_shards_and_its_end(tmp_path: Path, drive: Drive) -> None:
     rows = [{"prompt": "[raise]"}] + [{"prompt": f"picture {number}"} for number in range(5)]
     job = write_job(make_job(tmp_path, rows).model_copy(update={"name": "cats"}), tmp_path / "job.yaml")
-    code, err = Driver(job, RAY_LOGGING_CONFIG_ENCODING="JSON").end()
+    code, err = drive(job, RAY_LOGGING_CONFIG_ENCODING="JSON").end()
     lines = [json.loads(line) for line in err.splitlines()]
     assert code == 3
     assert {line["run"] for line in lines} == {"cats"}
     assert {line.get("shard") for line in lines} == {0, 1, None}
     assert [line["key"] for line in lines if "key" in line] == ["000000000"]
-    code, err = Driver(job, "sampling.seed=1", RAY_LOGGING_CONFIG_ENCODING="JSON").end()
+    code, err = drive(job, "sampling.seed=1", RAY_LOGGING_CONFIG_ENCODING="JSON").end()
     last = json.loads(err.splitlines()[-1])
     assert (code, last["exit_code"], last["levelname"]) == (2, 2, "ERROR")
     assert "sampling.seed: 0 -> 1" in last["message"]

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import fsspec
@@ -23,6 +22,7 @@ from flux_batch.storage import patience, transfer
 from hub_server import COMMIT, TOKEN, Hub
 from s3 import S3Server
 from tiny_flux import make_tiny_repository
+from waiting import wait_until
 
 HF = "black-forest-labs/FLUX.1-dev"
 MODELSCOPE = "AI-ModelScope/FLUX.1-dev"
@@ -204,10 +204,7 @@ class TestDownload:
         hubs.pause_s = 0.1
         process = start_download(hubs, website, tmp_path)
         folder = Path("models/FLUX/FLUX.1-dev")
-        deadline = time.monotonic() + 60
-        while prefix_in(folder, big) < 65_536:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: prefix_in(folder, big) >= 65_536)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
         assert not (folder / "flux1-dev.safetensors").exists()

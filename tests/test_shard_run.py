@@ -19,7 +19,8 @@ from flux_batch.storage.staging import StagedPicture, Staging, staged_record
 from flux_batch.storage.store import Store
 from flux_batch.worker import Worker
 from job_files import data_files, make_job, metadata
-from mortal import Death, Life, MortalPipeline, open_worker, staged, wait_until
+from mortal import Death, Life, MortalPipeline, open_worker, staged
+from waiting import wait_until
 
 PROMPTS = [f"picture {number}" for number in range(8)]
 

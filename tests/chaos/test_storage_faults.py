@@ -25,6 +25,7 @@ from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
 from job_files import make_job, write_job
 from s3 import S3Server
+from waiting import wait_until
 
 DRIVE = Path(__file__).with_name("drive.py")
 RATE = 0.1
@@ -153,10 +154,7 @@ def leave(scene: Scene, figures: Figures, away_s: float, count: int, *, timeout_
     """Take the storage away in the middle of a run, and give it back."""
     driver = scene.start("away", count, "local")
     store = store_of(scene.job("away", count, scene.server.storage_options))
-    until = time.monotonic() + timeout_s
-    while len(store.list("_run/commits")) < 2:
-        assert time.monotonic() < until, "no commits"
-        time.sleep(0.05)
+    wait_until(lambda: len(store.list("_run/commits")) >= 2, timeout_s=timeout_s)
     scene.proxy.is_down = True
     before = len(scene.proxy.requests)
     time.sleep(away_s)

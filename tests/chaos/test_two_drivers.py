@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from flux_batch.config import JobConfig
 from flux_batch.storage.store import Store
 from job_files import make_job, write_job
 from s3 import S3Server
+from waiting import wait_until
 
 DRIVE = Path(__file__).with_name("drive.py")
 BATCH = 2
@@ -81,10 +81,7 @@ class Scene:
         return len(self.store.list("_run/commits"))
 
     def wait_for_commits(self, count: int) -> None:
-        until = time.monotonic() + WAIT_S
-        while self.num_commits() < count:
-            assert time.monotonic() < until, "no commits"
-            time.sleep(0.02)
+        wait_until(lambda: self.num_commits() >= count, timeout_s=WAIT_S)
 
     def everything(self) -> dict[str, bytes]:
         """Read every object, but for the first lease: its heartbeat may have been on its way when it was paused."""

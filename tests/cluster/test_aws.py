@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from waiting import wait_until
 from web_server import WebServer, web_server
 
 AWS = Path(__file__).parents[2] / "cluster/aws"
@@ -80,10 +80,7 @@ def only_with_token(answer: bytes) -> Any:
 def test_a_notice_drains_the_node_in_the_time_that_is_left(tmp_path: Path) -> None:
     with web_server() as server, watcher(server, tmp_path) as process:
         server.at("/latest/api/token", b"token")
-        deadline = time.monotonic() + 20
-        while server.asked.count(NOTICE) < 3:  # no notice yet, and it keeps looking
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: server.asked.count(NOTICE) >= 3)  # no notice yet, and it keeps looking
         assert process.poll() is None
         server.at(NOTICE, only_with_token(in_s(120)))
         out, _ = process.communicate(timeout=20)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 from flux_batch.engine.ray_pool import RayPool
 from flux_batch.records import ShardResult
 from runners import Runner, attempts, make_shards
+from waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -40,7 +41,7 @@ def cluster(raylets: Any) -> Iterator[Any]:
     gone = list(raylets.worker_nodes)
     for node in gone:
         remove(raylets, node)
-    await_true(lambda: not {node.node_id for node in gone} & alive())
+    wait_until(lambda: not {node.node_id for node in gone} & alive())
 
 
 def remove(cluster: Any, node: Any) -> None:
@@ -84,13 +85,6 @@ def run(runner: Runner, num_shards: int) -> tuple[list[ShardResult], threading.T
     return results, thread
 
 
-def await_true(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
 def begun(folder: Path, index: int) -> list[dict[str, Any]]:
     return [each for each in attempts(folder, index) if each["what"] == "begun"]
 
@@ -98,7 +92,7 @@ def begun(folder: Path, index: int) -> list[dict[str, Any]]:
 def test_a_node_that_dies_costs_its_shard_nothing_and_a_new_one_is_used(cluster: Any, tmp_path: Path) -> None:
     first = cluster.add_node(num_gpus=1, num_cpus=0)
     results, thread = run(Runner(tmp_path, slow=(0,), slow_s=60), 2)
-    await_true((tmp_path / "0.log").exists)
+    wait_until((tmp_path / "0.log").exists)
     remove(cluster, first)
     second = cluster.add_node(num_gpus=1, num_cpus=0)
     thread.join(60)
@@ -112,7 +106,7 @@ def test_a_node_that_dies_costs_its_shard_nothing_and_a_new_one_is_used(cluster:
 def test_a_draining_node_gets_no_shard_and_its_own_goes_on_elsewhere(cluster: Any, tmp_path: Path) -> None:
     going = cluster.add_node(num_gpus=1, num_cpus=0)
     results, thread = run(Runner(tmp_path, slow=(0,), slow_s=60, seconds=0.3), 12)
-    await_true((tmp_path / "0.log").exists)
+    wait_until((tmp_path / "0.log").exists)
     staying = cluster.add_node(num_gpus=1, num_cpus=0)
     drain(cluster, going.node_id)
     thread.join(60)
@@ -126,8 +120,8 @@ def test_a_draining_node_gets_no_shard_and_its_own_goes_on_elsewhere(cluster: An
 
 def test_a_worker_that_comes_late_takes_its_share(cluster: Any, tmp_path: Path) -> None:
     nodes = [cluster.add_node(num_gpus=1, num_cpus=0)]
-    results, thread = run(Runner(tmp_path, seconds=0.5), 15)
-    await_true((tmp_path / "2.log").exists)
+    results, thread = run(Runner(tmp_path, seconds=0.1, num_workers=2), 15)
+    wait_until((tmp_path / "2.log").exists)
     nodes.append(cluster.add_node(num_gpus=1, num_cpus=0))
     thread.join(60)
     assert sorted(result.shard for result in results if result.error is None) == list(range(15))

@@ -14,6 +14,7 @@ from flux_batch.engine.ray_pool import RayPool
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, Interrupted, RunIncomplete, StoreRefused
 from runners import BrokenStart, Runner, attempts, make_shards
+from waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -30,10 +31,7 @@ def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Th
     """Act from another thread as soon as a condition holds."""
 
     def watch() -> None:
-        until = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        wait_until(condition)
         act()
 
     thread = threading.Thread(target=watch)

@@ -84,14 +84,15 @@ with stopped_by_signals(Stop()):
 
 
 def test_a_second_signal_leaves_at_once() -> None:
-    process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=-1, stderr=-1, text=True)
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    with subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    assert "a second signal leaves at once" in said
     assert process.returncode == 75
     assert "SIGINT after SIGTERM: leaving at once" in err
 

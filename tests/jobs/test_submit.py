@@ -21,8 +21,9 @@ from flux_batch.report.status import read_status
 from flux_batch.report.verify import format_verdict, verify
 from flux_batch.storage.store import Store
 from job_files import data_files, write_prompts
-from job_server import ROOT, JobServer, job_server, wait_until
+from job_server import ROOT, JobServer, job_server
 from s3 import KEY, SECRET, Bucket, S3Server
+from waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(300)]
 

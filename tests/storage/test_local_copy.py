@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,6 +33,7 @@ from flux_batch.storage.local_copy import (
 )
 from flux_batch.storage.transfer import RemoteFile
 from s3 import S3Server
+from waiting import wait_until
 
 FILES = {
     "index.json": b"{}",
@@ -309,13 +309,6 @@ def test_a_killed_copy_goes_on(bucket: Remote, proxy: Proxy, share: float) -> No
 def extent_of(header: str) -> int:
     first, _, last = header.removeprefix("bytes=").partition("-")
     return int(last) - int(first) + 1
-
-
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 class TestFillFolder:
