@@ -49,7 +49,7 @@ def cluster() -> Iterator[None]:
 
 
 def test_shards_are_spread_over_the_workers(tmp_path: Path) -> None:
-    results = list(POOL.run(Runner(tmp_path, seconds=0.1), make_shards(12)))
+    results = list(POOL.run(Runner(tmp_path, seconds=0.1, num_workers=2), make_shards(12)))
     assert sorted(result.shard for result in results) == list(range(12))
     assert len({result.worker for result in results}) == 2
 
@@ -110,8 +110,8 @@ def test_a_worker_killed_from_outside_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_hangs_is_killed_and_one_that_is_slow_is_not(tmp_path: Path) -> None:
-    pool = replace(POOL, hang_s=0.8)
-    results = list(pool.run(Runner(tmp_path, hangs=(0,), slow=(1,), slow_s=2), make_shards(3)))
+    pool = replace(POOL, hang_s=2.0)
+    results = list(pool.run(Runner(tmp_path, hangs=(0,), slow=(1,), slow_s=4), make_shards(3)))
     assert sorted(result.shard for result in results if result.error is None) == [0, 1, 2]
     (first, (number, lost, reason)) = begun(tmp_path, 0)
     assert (first, number, lost) == ((1, 0, ""), 1, 1)
@@ -198,12 +198,13 @@ def test_idle_workers_are_let_go_while_the_last_shard_is_made_but_for_a_spare_on
     free: list[float] = []
 
     def look() -> None:
-        time.sleep(2.5)
+        wait_until(lambda: ray.available_resources().get("GPU", 0) == 1)
+        time.sleep(1)
         free.append(ray.available_resources().get("GPU", 0))
 
     is_last = when(lambda: len(list(tmp_path.glob("*.log"))) == 8, look)
     pool = replace(POOL, max_workers=4, num_gpus=0.5)
-    results = list(pool.run(Runner(tmp_path, slow=(0,), slow_s=6, seconds=0.5), make_shards(8)))
+    results = list(pool.run(Runner(tmp_path, slow=(0,), slow_s=10, seconds=0.1, num_workers=4), make_shards(8)))
     is_last.join()
     assert len({result.worker for result in results}) == 4
     assert free == [1]
