@@ -1,5 +1,8 @@
 """What a worker does with a shard: rows -> batches -> pictures -> files -> commit.
 
+In two parts, so that the device need not wait for the storage: `make` ends with the last picture, what it returns takes
+the shard to its commit while the next one is made.
+
 Knows prompts, records and storage; takes the pipeline as an argument and does not know what computes a picture,
 nor on which machine it runs.
 """
@@ -13,9 +16,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +71,13 @@ class WorkerRecipe:
 
 
 class Worker:
-    """A pipeline with a way in and a way out: takes shards one after the other."""
+    """A pipeline with a way in and a way out: makes one shard after the other, and finishes one after the other."""
 
     def __init__(self, recipe: WorkerRecipe, pipeline: ImagePipeline) -> None:
         config = self._config = recipe.config
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._num_encoders = max(1, round(config.workers.num_cpus))
-        self._pulse = Pulse()
+        self._making, self._finishing = Pulse(), Pulse()
         self.tally = Tally(config.name)
         self._stopping = threading.Event()
         self._source = PromptSource(config.prompts)
@@ -83,7 +87,7 @@ class Worker:
             config.output.uri,
             config.output.storage_options,
             patience_s=config.failures.outage_s,
-            on_wait=self._pulse.beat,
+            on_wait=self._beat,
         )
         self._staging = Staging(store, recipe.num_shards)
         self._commits = Commits(store, recipe.num_shards)
@@ -92,37 +96,45 @@ class Worker:
         loras = LoraSwitch(pipeline, RowLoras(config.model.loras, "").of_job)
         sampling = config.sampling
         tiles = Tiles(sampling.tile_size, sampling.tile_stride) if sampling.tiled else None
-        self._maker = BatchMaker(pipeline, loras, tiles, self._pulse.beat)
+        self._maker = BatchMaker(pipeline, loras, tiles, self._making.beat)
         self._recorder = Recorder(config.model, layout, pipeline.default_t5_sequence_length, loras.words)
 
-    def __call__(self, shard: Shard, attempt: Attempt = FIRST) -> ShardResult:
-        """Run one shard to its commit; one that is committed already is left as it is.
+    def make(self, shard: Shard, attempt: Attempt = FIRST) -> Callable[[], ShardResult]:
+        """Make the pictures of a shard; one that is committed already is left as it is.
 
+        Returns: what takes the shard to its commit. It may be called on another thread while the next shard is made.
         Raises: Stopped after stop(), with what was made in the staging area.
         """
-        with self._pulse.at_work():
-            if commit := self._committed(shard.index):
-                return _result(commit)
+        with self._making.at_work(), ExitStack() as held:
             started, device_s = time.monotonic(), self._maker.device_s
-            with scratch_folder() as scratch:
-                run = self._take(shard, attempt, scratch)
-                commit = self._make(run) or self._publish(run, self._maker.device_s - device_s)
-                run.clean()
-            self._count(commit)
-            return replace(
-                _result(commit),
-                is_new=commit.worker == self._name,
-                device_s=self._maker.device_s - device_s,
-                wall_s=time.monotonic() - started,
-            )
+            if commit := self._committed(shard.index):
+                return partial(_result, commit)
+            run = self._take(shard, attempt, held.enter_context(scratch_folder()))
+            ending = self._make(run, held)
+            return partial(self._finish, run, ending, held.pop_all(), started, self._maker.device_s - device_s)
 
     def stop(self) -> None:
-        """Put the shard in hand aside after the batch in hand, and take no other."""
+        """Put the shard that is made aside after the batch in hand, and take no other."""
         self._stopping.set()
 
     def quiet_s(self) -> float:
-        """Tell how long ago this worker last got on with its shard, in seconds; 0 while it has none."""
-        return self._pulse.quiet_s()
+        """Tell how long ago what this worker makes or finishes last got on, in seconds; 0 while it has nothing."""
+        return max(self._making.quiet_s(), self._finishing.quiet_s())
+
+    def _finish(
+        self, run: ShardRun, ending: Callable[[], Commit | None], held: ExitStack, started: float, device_s: float
+    ) -> ShardResult:
+        """Take a shard whose pictures are made to its commit."""
+        with held, self._finishing.at_work():
+            commit = ending() or self._publish(run, device_s)
+            run.clean()
+        self._count(commit)
+        return replace(
+            _result(commit),
+            is_new=commit.worker == self._name,
+            device_s=device_s,
+            wall_s=time.monotonic() - started,
+        )
 
     def _take(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:
         """Read the rows of a shard, and what earlier attempts have left of it."""
@@ -133,51 +145,57 @@ class Worker:
                 if isinstance(row, FailedRow):
                     self.tally.add("failures", kind=row.error_type)
             run.adopt_staged()
-        self._pulse.beat()
+        self._making.beat()
         return run
 
-    def _make(self, run: ShardRun) -> Commit | None:
-        """Make all pictures of a shard. Returns: None, or the commit of whoever did meanwhile.
+    def _make(self, run: ShardRun, held: ExitStack) -> Callable[[], Commit | None]:
+        """Make all pictures of a shard. Returns: what waits until they are encoded and staged.
 
-        While one batch is made, what the next starts from is read, the last is encoded and staged, and what other
-        attempts at the shard have done is looked up.
+        That returns None, or the commit of whoever was first. While one batch is made, what the next starts from is
+        read, the last is encoded and staged, and what other attempts at the shard have done is looked up.
         """
         queue = run.queue(self._batch_size())
         behind: deque[Future[None]] = deque()
         looking: Future[Commit | None] | None = None
-        with (
-            ThreadPoolExecutor(self._num_encoders, "encode") as encoders,
-            ThreadPoolExecutor(READERS, "read") as readers,
-            ThreadPoolExecutor(1, "stage") as stager,
-        ):
-            pictures = InputPictures(readers, self._read_picture)
-            for number, batch in enumerate(queue):
-                if self._stopping.is_set():
-                    _wait(behind)
-                    if commit := self._committed(run.index):
-                        return commit  # of another driver's worker: what was staged after it must not stay
-                    raise Stopped(f"shard {run.name}: put aside with {len(run.pictures)} of {run.num_items} pictures")
-                if looking and (commit := looking.result()):
-                    return commit
-                if not (items := run.begin(batch)):
-                    continue
-                if len(queue) > 1:
-                    looking = stager.submit(self._done_elsewhere, run)
-                # Of a process that dies while it reads, the mark must name the batch that it was reading for.
-                following = [] if run.is_careful else queue[number + 1 : number + 1 + READ_AHEAD]
-                with run.announced(batch, self._name):
-                    with self.tally.timed("input"):
-                        ready = pictures.join(items, [one.items for one in following])
-                    with self.tally.timed("make"):
-                        made = self._maker.make(ready)
-                self._count_made(run, made)
-                encoded = [encoders.submit(self._finish, run, one) for one in made]
-                behind.append(stager.submit(self._stage, run, encoded, is_last=number == len(queue) - 1))
-                with self.tally.timed("wait"):
-                    while len(behind) > (0 if run.is_careful else BATCHES_BEHIND):
-                        behind.popleft().result()
-            _wait(behind)
-        return self._done_elsewhere(run) if len(queue) > 1 else None
+        encoders = held.enter_context(ThreadPoolExecutor(self._num_encoders, "encode"))
+        stager = held.enter_context(ThreadPoolExecutor(1, "stage"))
+        pictures = InputPictures(held.enter_context(ThreadPoolExecutor(READERS, "read")), self._read_picture)
+        for number, batch in enumerate(queue):
+            if self._stopping.is_set():
+                _join(behind)
+                if commit := self._committed(run.index):
+                    return partial(self._ended, run, behind, commit)  # of another driver's worker
+                raise Stopped(f"shard {run.name}: put aside with {len(run.pictures)} of {run.num_items} pictures")
+            if looking and (commit := looking.result()):
+                return partial(self._ended, run, behind, commit)
+            if not (items := run.begin(batch)):
+                continue
+            if len(queue) > 1:
+                looking = stager.submit(self._done_elsewhere, run)
+            # Of a process that dies while it reads, the mark must name the batch that it was reading for.
+            following = [] if run.is_careful else queue[number + 1 : number + 1 + READ_AHEAD]
+            with run.announced(batch, self._name):
+                with self.tally.timed("input"):
+                    ready = pictures.join(items, [one.items for one in following])
+                with self.tally.timed("make"):
+                    made = self._maker.make(ready)
+            self._count_made(run, made)
+            encoded = [encoders.submit(self._encode, run, one) for one in made]
+            behind.append(stager.submit(self._stage, run, encoded, is_last=number == len(queue) - 1))
+            with self.tally.timed("wait"):
+                while len(behind) > (0 if run.is_careful else BATCHES_BEHIND):
+                    behind.popleft().result()
+        return partial(self._ended, run, behind, None, is_shared=len(queue) > 1)
+
+    def _ended(
+        self, run: ShardRun, behind: Iterable[Future[None]], commit: Commit | None, *, is_shared: bool = False
+    ) -> Commit | None:
+        """Wait for the last batches; look what other attempts at the shard have done, if there was time for any."""
+        if commit:
+            wait(behind)  # what is staged after a commit must not stay
+            return commit
+        _join(behind)
+        return self._done_elsewhere(run) if is_shared else None
 
     def _batch_size(self) -> int:
         size = self._config.workers.batch_size
@@ -187,7 +205,7 @@ class Worker:
         return size
 
     def _measure(self) -> int:
-        return measured_batch_size(self._pipeline, self._config.sampling, self._pulse.beat)
+        return measured_batch_size(self._pipeline, self._config.sampling, self._making.beat)
 
     def _read_picture(self, image: InputImage, size: tuple[int, int]) -> Any:
         return load_picture(image, self._config.prompts.storage_options, size)
@@ -203,7 +221,7 @@ class Worker:
         self.tally.shift("encode_queue", len(made))
         self.tally.shift("stage_queue", 1)
 
-    def _finish(self, run: ShardRun, made: Made) -> StagedPicture:
+    def _encode(self, run: ShardRun, made: Made) -> StagedPicture:
         try:
             with self.tally.timed("encode"):
                 return run.finish(made)
@@ -216,10 +234,10 @@ class Worker:
                 run.stage(pictures, is_last=is_last)
         finally:
             self.tally.shift("stage_queue", -1)
-        self._pulse.beat()
+        self._beat()
 
     def _publish(self, run: ShardRun, device_s: float) -> Commit:
-        self._pulse.beat()
+        self._finishing.beat()
         records = [run.records[place] for place in sorted(run.records)]
         with self.tally.timed("publish"):
             return self._publisher.publish(run.index, records, run.pictures, run.scratch, device_s)
@@ -231,6 +249,11 @@ class Worker:
             about = {"run": self._config.name, "shard": commit.shard}
             log.info("shard %d: %d images, %d failed", commit.shard, commit.num_images, commit.num_failed, extra=about)
 
+    def _beat(self) -> None:
+        """Give a sign of progress that may be of the shard that is made or of the one that is finished."""
+        self._making.beat()
+        self._finishing.beat()
+
     def _done_elsewhere(self, run: ShardRun) -> Commit | None:
         """Look what other attempts at the shard have done; return the commit if one was first."""
         return None if run.look() else self._committed(run.index)
@@ -241,7 +264,7 @@ class Worker:
         return None
 
 
-def _wait(futures: Iterable[Future[None]]) -> None:
+def _join(futures: Iterable[Future[None]]) -> None:
     for future in futures:
         future.result()
 

@@ -9,10 +9,11 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flux_batch.engine.protocol import Work
+from flux_batch.engine.protocol import Finish, Work
 from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, Stopped, StoreError, StoreRefused
 from flux_batch.pulse import Pulse
 from flux_batch.records import Attempt, Shard, ShardResult
@@ -54,9 +55,12 @@ class Runner:
     hangs: tuple[int, ...] = ()
     freezes: tuple[int, ...] = ()
     slow: tuple[int, ...] = ()
+    dies_finishing: tuple[int, ...] = ()
+    hangs_finishing: tuple[int, ...] = ()
     times: int = 1
     seconds: float = 0.0
     slow_s: float = 0.0
+    finish_s: float = 0.0
     num_workers: int = 0
 
     def open(self) -> Work:
@@ -68,11 +72,11 @@ class Toil:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._pulse = Pulse()
+        self._pulse, self._finishing = Pulse(), Pulse()
         self.tally = Tally("toil")
         self._stopping = threading.Event()
 
-    def __call__(self, shard: Shard, attempt: Attempt) -> ShardResult:
+    def make(self, shard: Shard, attempt: Attempt) -> Finish:
         runner = self._runner
         number = tries(runner.folder, shard)
         self._log(shard, attempt, "begun")
@@ -89,6 +93,16 @@ class Toil:
                 self._misbehave(shard)
         if shard.index in runner.is_refused:
             raise StoreRefused("s3://bucket: no permission")
+        self._log(shard, attempt, "made")
+        return partial(self._finish, shard, attempt, is_early)
+
+    def _finish(self, shard: Shard, attempt: Attempt, is_early: bool) -> ShardResult:
+        with self._finishing.at_work():
+            time.sleep(self._runner.finish_s)
+            if is_early and shard.index in self._runner.dies_finishing:
+                os._exit(1)
+            if is_early and shard.index in self._runner.hangs_finishing:
+                time.sleep(600)
         self._log(shard, attempt, "done")
         return ShardResult(shard=shard.index, worker=str(os.getpid()), num_images=1)
 
@@ -103,7 +117,7 @@ class Toil:
         self._stopping.set()
 
     def quiet_s(self) -> float:
-        return self._pulse.quiet_s()
+        return max(self._pulse.quiet_s(), self._finishing.quiet_s())
 
     def _misbehave(self, shard: Shard) -> None:
         runner = self._runner

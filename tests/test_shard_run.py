@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,14 @@ def die_after(config: JobConfig, monkeypatch: pytest.MonkeyPatch, num_writes: in
     life = Life(num_writes)
     worker, _, plan = open_worker(config, monkeypatch, life)
     with pytest.raises(Death):
-        worker(plan.shards[0])
+        worker.make(plan.shards[0])()
     staging = Staging(Store(config.output.uri), 1)
     return sorted(one.record["prompt"] for name in staging.list(0).objects for one in staging.read(0, name))
 
 
 def run(config: JobConfig, monkeypatch: pytest.MonkeyPatch, attempt: Attempt | None = None) -> tuple[ShardResult, Any]:
     worker, pipeline, plan = open_worker(config, monkeypatch)
-    return worker(plan.shards[0], attempt or Attempt()), pipeline
+    return worker.make(plan.shards[0], attempt or Attempt())(), pipeline
 
 
 def undisturbed(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, bytes]:
@@ -69,7 +70,7 @@ def test_a_shard_of_one_batch_stages_nothing(tmp_path: Path, monkeypatch: pytest
     life = Life()
     worker, _, plan = open_worker(config, monkeypatch, life)
 
-    worker(plan.shards[0])
+    worker.make(plan.shards[0])()
 
     assert [key.rpartition("/")[0] for key in life.writes] == ["train", "metadata", "_run/commits"]
 
@@ -79,7 +80,7 @@ def test_all_but_the_last_batch_are_staged(tmp_path: Path, monkeypatch: pytest.M
     life = Life()
     worker, _, plan = open_worker(config, monkeypatch, life)
 
-    worker(plan.shards[0])
+    worker.make(plan.shards[0])()
 
     folders = Counter(key.rpartition("/")[0] for key in life.writes)
     assert folders == {"_run/staging/00000": 3 + 3, "train": 1, "metadata": 1, "_run/commits": 1}  # written, removed
@@ -198,7 +199,7 @@ def test_two_workers_meet_in_the_middle(tmp_path: Path, monkeypatch: pytest.Monk
     results: list[ShardResult] = []
 
     def work(worker: Worker, shard: Shard, attempt: Attempt) -> None:
-        results.append(worker(shard, attempt))
+        results.append(worker.make(shard, attempt)())
 
     threads = [
         threading.Thread(target=work, args=(worker, plan.shards[0], attempt))
@@ -227,13 +228,13 @@ def test_a_worker_stops_as_soon_as_another_has_committed(tmp_path: Path, monkeyp
         def __call__(self, *args: Any, **others: Any) -> Any:
             if self.num_calls == 1:
                 wait_until(lambda: len(staged(config)) == 1)
-                other(plan.shards[0])
+                other.make(plan.shards[0])()
             return super().__call__(*args, **others)
 
     pipeline = Overtaken()
     worker, _, plan = open_worker(config, monkeypatch, pipeline=pipeline)
 
-    result = worker(plan.shards[0])
+    result = worker.make(plan.shards[0])()
 
     assert (result.num_images, result.worker, result.is_new) == (8, "elsewhere:1", False)
     assert pipeline.num_calls in (2, 3)  # it looks while it makes a batch
@@ -257,9 +258,9 @@ def test_a_stopped_worker_puts_its_batch_aside(tmp_path: Path, monkeypatch: pyte
     workers.append(worker)
 
     with pytest.raises(Stopped, match="shard 00000: put aside with 4 of 8 pictures"):
-        worker(plan.shards[0])
+        worker.make(plan.shards[0])()
     with pytest.raises(Stopped):
-        worker(plan.shards[0])
+        worker.make(plan.shards[0])()
     assert pipeline.num_calls == 2
     assert len(staged(config)) == 2
 
@@ -279,14 +280,14 @@ def test_a_worker_stopped_after_another_has_committed_leaves_nothing_staged(
         def __call__(self, *args: Any, **others: Any) -> Any:
             if self.num_calls == 1:
                 wait_until(lambda: len(staged(config)) == 1)
-                other(plan.shards[0])
+                other.make(plan.shards[0])()
                 workers[0].stop()
             return super().__call__(*args, **others)
 
     worker, _, plan = open_worker(config, monkeypatch, pipeline=Late())
     workers.append(worker)
 
-    assert worker(plan.shards[0]).num_images == 8
+    assert worker.make(plan.shards[0])().num_images == 8
     assert staged(config) == []
 
 
@@ -302,7 +303,7 @@ def test_a_stop_in_the_last_batch_still_commits(tmp_path: Path, monkeypatch: pyt
     worker, _, plan = open_worker(config, monkeypatch, pipeline=Stopping())
     workers.append(worker)
 
-    assert worker(plan.shards[0]).num_images == 8
+    assert worker.make(plan.shards[0])().num_images == 8
 
 
 def test_a_lost_device_loses_only_the_batch_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +317,7 @@ def test_a_lost_device_loses_only_the_batch_in_hand(tmp_path: Path, monkeypatch:
 
     worker, _, plan = open_worker(config, monkeypatch, pipeline=Broken())
     with pytest.raises(DeviceFatal):
-        worker(plan.shards[0], Attempt(number=2, lost=1))
+        worker.make(plan.shards[0], Attempt(number=2, lost=1))()
 
     listed = Staging(Store(config.output.uri), 1).list(0)
     assert len(listed.objects) == 2
@@ -342,7 +343,7 @@ def test_a_worker_at_work_is_quiet_only_between_signs_of_progress(
     workers.append(worker)
     assert worker.quiet_s() == 0
 
-    worker(plan.shards[0])
+    worker.make(plan.shards[0])()
 
     assert worker.quiet_s() == 0
     assert all(late - early >= 0.05 for early, late in zip(quiet[::2], quiet[1::2], strict=True))
@@ -360,7 +361,7 @@ def run_to_the_end(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[
         worker, pipeline, plan = open_worker(config, monkeypatch)
         pipelines.append(pipeline)
         try:
-            worker(plan.shards[0], Attempt(number=1, lost=lost, reason="its worker died" if lost else ""))
+            worker.make(plan.shards[0], Attempt(number=1, lost=lost, reason="its worker died" if lost else ""))()
             return lost, pipelines
         except Death:
             continue
@@ -436,7 +437,7 @@ def test_after_a_loss_no_batch_is_begun_before_the_last_is_safe(
 
     worker, _, plan = open_worker(config, monkeypatch, life, Sudden())
     with pytest.raises(Death):
-        worker(plan.shards[0], Attempt(number=1, lost=1))
+        worker.make(plan.shards[0], Attempt(number=1, lost=1))()
 
     listed = Staging(Store(config.output.uri), 1).list(0)
     assert len(listed.objects) == 2
@@ -453,7 +454,7 @@ def test_an_error_is_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(worker._maker, "make", away)
     with pytest.raises(StoreError):
-        worker(plan.shards[0], Attempt(number=3, lost=2))
+        worker.make(plan.shards[0], Attempt(number=3, lost=2))()
 
     assert staged(config) == []
 
@@ -463,6 +464,34 @@ def test_a_first_attempt_announces_nothing(tmp_path: Path, monkeypatch: pytest.M
     life = Life()
     worker, _, plan = open_worker(config, monkeypatch, life)
 
-    worker(plan.shards[0])
+    worker.make(plan.shards[0])()
 
     assert not [key for key in life.writes if "try-" in key]
+
+
+# --- two shards at a time
+
+
+def test_a_shard_is_published_while_the_next_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    config = make_job(tmp_path, rows, output={"shard_size": 4}, workers={"batch_size": 2})
+    pipeline = FakePipeline()
+    worker, _, plan = open_worker(config, monkeypatch, pipeline=pipeline)
+    may_publish = threading.Event()
+    publish = worker._publisher.publish
+
+    def wait_and_publish(*args: Any) -> Any:
+        assert may_publish.wait(30)
+        return publish(*args)
+
+    monkeypatch.setattr(type(worker._publisher), "publish", lambda _, *args: wait_and_publish(*args))
+    with ThreadPoolExecutor(1) as finisher:
+        first = finisher.submit(worker.make(plan.shards[0]))
+        second = worker.make(plan.shards[1])
+        assert pipeline.num_calls == 4
+        assert not first.done()
+        may_publish.set()
+        results = [first.result(), second()]
+
+    assert [(result.shard, result.num_images, result.is_new) for result in results] == [(0, 4, True), (1, 4, True)]
+    assert worker.quiet_s() == 0

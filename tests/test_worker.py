@@ -67,7 +67,7 @@ def open_worker(config: JobConfig, pipeline: FakePipeline | None = None) -> tupl
 def render(config: JobConfig, pipeline: FakePipeline | None = None) -> list[ShardResult]:
     """Run every shard of a job in this process."""
     worker, plan = open_worker(config, pipeline)
-    results = [worker(shard) for shard in plan.shards]
+    results = [worker.make(shard)() for shard in plan.shards]
     return results
 
 
@@ -360,7 +360,7 @@ def test_the_recipe_travels_and_opens_elsewhere(tmp_path: Path) -> None:
 
     data = pickle.dumps(recipe)
     worker = pickle.loads(data).open()
-    result = worker(pickle.loads(pickle.dumps(plan.shards[0])))
+    result = worker.make(pickle.loads(pickle.dumps(plan.shards[0])))()
 
     assert len(data) < 5000
     assert pickle.loads(pickle.dumps(result)) == result
@@ -389,7 +389,7 @@ def test_keys_have_no_dots_and_widen_with_the_run(tmp_path: Path, shards: int) -
     recipe = WorkerRecipe(config, shards, plan.passthrough, make_fake_pipeline)
     worker = recipe.open()
 
-    worker(plan.shards[0])
+    worker.make(plan.shards[0])()
 
     digits = {10: "00000", 100_001: "000000"}[shards]
     assert list(pictures(config)) == [f"{digits}0000", f"{digits}0001"]
@@ -444,7 +444,7 @@ def test_a_shard_shorter_than_planned_says_that_the_file_changed(tmp_path: Path)
     shard = plan.shards[0]
 
     with pytest.raises(Exception, match=r"2 rows from row 0 where the plan has 3; the file changed"):
-        worker(Shard(index=0, uri=shard.uri, name=shard.name, start=0, num_rows=3))
+        worker.make(Shard(index=0, uri=shard.uri, name=shard.name, start=0, num_rows=3))()
 
 
 # --- what pictures start from

@@ -5,7 +5,7 @@ Any program with picklable units of work can use an engine; nothing here knows w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol
 
 from flux_batch.engine.stop import Stop
@@ -26,17 +26,25 @@ from flux_batch.tally import Tally
 # What an error asks an engine to do: end the run; leave the process; take the shard back, which was only put aside;
 # wait for the storage; try again, but not for ever.
 Kind = Literal["fatal", "lost", "stopped", "outage", "failed"]
+# What is left of a shard once the device is done with it.
+Finish = Callable[[], ShardResult]
 
 
 class Work(Protocol):
-    """A worker that is ready: called with one shard after the other. The other methods may come from other threads."""
+    """A worker that is ready: makes one shard after the other, and finishes one after the other on another thread.
 
-    def __call__(self, shard: Shard, attempt: Attempt) -> ShardResult:
-        """Run one shard. Raises: Stopped after `stop`."""
+    The other methods may come from any thread.
+    """
+
+    def make(self, shard: Shard, attempt: Attempt) -> Finish:
+        """Do what needs the device. Returns: what does the rest, to be called while the next shard is made.
+
+        Raises: Stopped after `stop`.
+        """
         ...
 
     def stop(self) -> None:
-        """Put the shard in hand aside as soon as nothing is lost by it, and take no other; returns at once."""
+        """Put the shard that is made aside as soon as nothing is lost by it, and take no other; returns at once."""
         ...
 
     @property
@@ -45,7 +53,7 @@ class Work(Protocol):
         ...
 
     def quiet_s(self) -> float:
-        """Tell how long ago the last sign of progress was, in seconds; 0 while there is no shard in hand."""
+        """Tell how long ago what is made or finished last got on, in seconds; 0 while nothing is."""
         ...
 
 

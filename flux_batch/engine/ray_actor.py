@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import ray
 
-from flux_batch.engine.protocol import Kind, Runner, Work, describe, kind_of
+from flux_batch.engine.protocol import Finish, Kind, Runner, Work, describe, kind_of
 from flux_batch.engine.ray_metrics import WorkerMetrics
 from flux_batch.errors import FluxBatchError
 from flux_batch.records import Attempt, Shard, ShardResult
@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-# The concurrency group whose methods are served while the work is done.
+# The concurrency groups whose methods are served while a shard is made, each by a thread.
 WATCH = "watch"
+FINISH = "finish"
 # sysexits.h EX_SOFTWARE; any code will do, os._exit is what makes Ray treat it as a lost process.
 DEVICE_FATAL_EXIT = 70
 # A process whose device is lost says so and is killed by the driver; it leaves by itself if that does not happen.
@@ -33,8 +34,13 @@ LEAVE_S = 5.0
 
 
 def watched(method: Method) -> Method:
-    """Have a method of the actor served while the work is done."""
+    """Have a method of the actor served whatever else is done."""
     return cast(Method, ray.method(concurrency_group=WATCH)(method))
+
+
+def finishing(method: Method) -> Method:
+    """Have a method of the actor served while the next shard is made."""
+    return cast(Method, ray.method(concurrency_group=FINISH)(method))
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,12 @@ class Failure:
 
 
 class RayWorker:
-    """The actor: one runner, opened once, one shard at a time; needs the concurrency group WATCH."""
+    """The actor: one runner, opened once, one shard made and one finished at a time; needs both concurrency groups."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._work: Work | None = None
+        self._made: dict[int, Finish] = {}
 
     def open(self) -> Failure | None:
         """Load what the work needs; apart from the constructor, so that a failure can be answered with its reason."""
@@ -64,11 +71,20 @@ class RayWorker:
             return _failure(error)
         return None
 
-    def run(self, shard: Shard, attempt: Attempt) -> ShardResult | Failure:
-        """Run one shard."""
+    def make(self, shard: Shard, attempt: Attempt) -> Failure | None:
+        """Make one shard."""
         assert self._work is not None
         try:
-            return self._work(shard, attempt)
+            self._made[shard.index] = self._work.make(shard, attempt)
+        except Exception as error:
+            return _failure(error)
+        return None
+
+    @finishing
+    def finish(self, index: int) -> ShardResult | Failure:
+        """Finish a shard that was made."""
+        try:
+            return self._made.pop(index)()
         except Exception as error:
             return _failure(error)
         finally:

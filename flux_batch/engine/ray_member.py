@@ -10,21 +10,27 @@ import ray
 from ray.exceptions import RayError
 
 from flux_batch.engine.outage import Rest
-from flux_batch.engine.ray_actor import WATCH, RayWorker
+from flux_batch.engine.ray_actor import FINISH, WATCH, RayWorker
 from flux_batch.engine.shard_queue import Task
 
+# Shards that may be on their way to their commits when a worker begins another: a bound on its disk.
+MOST_FINISHING = 1
 # A process that does not even say how it is for so long is not alive in any useful way.
 ANSWER_S = 60.0
 
 
 @dataclass(eq=False)
 class Member:
-    """An actor that starts, waits, or has a task in hand; `call` is the answer it owes."""
+    """An actor that starts, or makes a task and finishes others.
+
+    `call` is the answer it owes about its start or the task that it makes, `finishing` those about tasks that are made.
+    """
 
     actor: Any
     call: Any | None
     rest: Rest
     task: Task | None = None
+    finishing: dict[Any, Task] = field(default_factory=dict)
     is_up: bool = False
     is_leaving: bool = False  # it was told to stop, which is for good
     node: str = ""  # known soon after its process is there
@@ -35,12 +41,22 @@ class Member:
     @property
     def is_idle(self) -> bool:
         """Whether it can take a shard."""
-        return self.is_up and self.task is None and not self.is_leaving and self.rest.is_over
+        is_free = self.task is None and len(self.finishing) <= MOST_FINISHING
+        return self.is_up and is_free and not self.is_leaving and self.rest.is_over
+
+    @property
+    def tasks(self) -> list[Task]:
+        """All that would be lost with it."""
+        return [*self.finishing.values(), *([self.task] if self.task else [])]
 
     def give(self, task: Task, now: float) -> None:
-        """Have a shard run."""
+        """Have a shard made."""
         self.task, self._sign, self._asked = task, None, now
-        self.call = self.actor.run.remote(task.shard, task.attempt)
+        self.call = self.actor.make.remote(task.shard, task.attempt)
+
+    def finish(self, task: Task) -> None:
+        """Have the shard that was made finished; the next one may be given meanwhile."""
+        self.finishing[self.actor.finish.remote(task.shard.index)] = task
 
     def halt(self) -> None:
         """Have it put aside what it has in hand."""
@@ -81,7 +97,7 @@ def actor_class(num_gpus: float, num_cpus: float) -> Any:
         num_cpus=num_cpus,
         max_restarts=0,
         max_task_retries=0,
-        concurrency_groups={WATCH: 1},
+        concurrency_groups={WATCH: 1, FINISH: 1},
         # Task events of a long run would fill the memory of the cluster's head.
         enable_task_events=False,
     )(RayWorker)
@@ -93,11 +109,11 @@ def hire(actor_class: Any, runner: Any, rest: Rest) -> Member:
     return Member(actor, actor.open.remote(), rest, _place=actor.node_id.remote())
 
 
-def wait(members: Iterable[Member], timeout_s: float) -> list[Member]:
-    """Wait until some member has answered what it was called for."""
-    calls = {member.call: member for member in members if member.call is not None}
+def wait(members: Iterable[Member], timeout_s: float) -> list[tuple[Member, Any]]:
+    """Wait until some member has answered what it was called for; yields it with that call."""
+    calls = {call: member for member in members for call in (member.call, *member.finishing) if call is not None}
     answered, _ = ray.wait(list(calls), timeout=timeout_s) if calls else ([], [])
-    return [calls[call] for call in answered]
+    return [(calls[call], call) for call in answered]
 
 
 def _answer(call: Any) -> tuple[Any, Any | None]:

@@ -1,4 +1,4 @@
-"""The engine on a Ray cluster: a pool of actors that the driver owns, one shard in flight on each.
+"""The engine on a Ray cluster: a pool of actors that the driver owns; each makes a shard while it finishes the last.
 
 Decides where shards run; does not know what they are. A worker that is lost gives its shard to another one, and the
 pool replaces the process. Ray's own retries are off, since they would pin a shard to its actor.
@@ -22,7 +22,7 @@ from flux_batch.engine.ray_cluster import await_cluster, connect, gcs_address, w
 from flux_batch.engine.ray_member import Member, actor_class, hire, wait
 from flux_batch.engine.ray_metrics import PoolMetrics
 from flux_batch.engine.ray_nodes import Nodes
-from flux_batch.engine.shard_queue import ShardQueue
+from flux_batch.engine.shard_queue import ShardQueue, Task
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import RunIncomplete
 from flux_batch.records import Shard, ShardResult
@@ -106,7 +106,7 @@ class _Pool:
             yield from self._turn()
             self._report_missing_workers()
         for member in list(self.members):
-            if member.task:
+            if member.tasks:
                 member.halt()
             else:
                 self._remove(member)
@@ -122,7 +122,7 @@ class _Pool:
         self._tell()  # levels stay where they were left
 
     def _busy(self) -> list[Member]:
-        return [member for member in self.members if member.task]
+        return [member for member in self.members if member.tasks]
 
     def _hire(self) -> None:
         """Have as many workers as there is work for."""
@@ -137,7 +137,7 @@ class _Pool:
         """End workers for which nothing is left, so that their nodes can go, but for a few that may help the others."""
         if self.queue.num_waiting:
             return
-        idle = [member for member in self.members if member.task is None]
+        idle = [member for member in self.members if not member.tasks]
         idle.sort(key=lambda member: member.is_up, reverse=True)
         num_spare = min(-(-self.options.max_workers // WORKERS_PER_SPARE), self.queue.num_alone)
         for member in idle[num_spare:]:
@@ -154,15 +154,15 @@ class _Pool:
     def _turn(self) -> Iterator[ShardResult]:
         """Wait a little for answers and settle them; look after everybody now and then."""
         answered = wait(self.members, PULSE_S)
-        for member in answered:
-            yield from self._settle(member)
-        if not answered and not any(member.call for member in self.members):
+        for member, call in answered:
+            if member in self.members:  # else it was lost with its other call
+                yield from self._settle(member, call)
+        if not answered and not any(member.call or member.finishing for member in self.members):
             time.sleep(PULSE_S)  # all rest
         yield from self._look()
 
-    def _settle(self, member: Member) -> Iterator[ShardResult]:
+    def _settle(self, member: Member, call: Any) -> Iterator[ShardResult]:
         """Take the answer of a worker, or its loss."""
-        call, member.call = member.call, None
         try:
             outcome: ShardResult | Failure | None = ray.get(call)
         except RayError as error:
@@ -173,11 +173,16 @@ class _Pool:
             log.debug("%s", outcome.details)
             if outcome.kind == "fatal" and outcome.error:
                 raise outcome.error
+        if call == member.call:
+            member.call = None
         if not member.is_up:
             self._settle_start(member, outcome)
             return
-        yield from self._settle_task(member, outcome)
-        if member.is_leaving and member in self.members:
+        if outcome is None:
+            self._settle_made(member)
+            return
+        yield from self._settle_task(member, self._returned(member, call), outcome)
+        if member.is_leaving and not member.tasks and member in self.members:
             self._remove(member)
 
     def _settle_start(self, member: Member, outcome: Any) -> None:
@@ -197,10 +202,23 @@ class _Pool:
         else:
             raise outcome.error or RunIncomplete(f"a worker could not start: {outcome.message}")
 
-    def _settle_task(self, member: Member, outcome: Any) -> Iterator[ShardResult]:
-        """Yield the result of a shard, or let it be tried again."""
+    def _settle_made(self, member: Member) -> None:
+        """Have a shard that is made finished."""
         task, member.task = member.task, None
         assert task is not None
+        self.queue.made(task)
+        member.finish(task)
+
+    def _returned(self, member: Member, call: Any) -> Task:
+        """Take back the task that a call was about."""
+        task = member.finishing.pop(call, None)
+        if task is None:
+            task, member.task = member.task, None
+        assert task is not None
+        return task
+
+    def _settle_task(self, member: Member, task: Task, outcome: Any) -> Iterator[ShardResult]:
+        """Yield the result of a shard, or let it be tried again."""
         given_up = None
         if isinstance(outcome, ShardResult):
             self.outage.end()
@@ -222,6 +240,8 @@ class _Pool:
         elif outcome.kind == "lost":
             self._remove(member)
             given_up = self.queue.lost(task, outcome.message)
+            for made in member.tasks:  # which is no fault of theirs
+                self.queue.put_aside(made)
         else:
             given_up = self.queue.failed(task, outcome.message)
         if given_up:
@@ -235,13 +255,13 @@ class _Pool:
         with_node = self.nodes.took(member.node, error)
         if with_node:
             log.warning("a worker left with its node%s", f" {member.node[:8]}" if member.node else "")
-        if member.task is None:
-            if not with_node:
-                self._count_failed_start(_first_line(error) if error else reason)
-        elif with_node:
-            self.queue.put_aside(member.task)
-        elif given_up := self.queue.lost(member.task, reason):
-            yield given_up
+        if not member.tasks and not with_node:
+            self._count_failed_start(_first_line(error) if error else reason)
+        for task in member.tasks:  # which of them killed it, the next workers find out
+            if with_node:
+                self.queue.put_aside(task)
+            elif given_up := self.queue.lost(task, reason):
+                yield given_up
 
     def _count_failed_start(self, reason: str) -> None:
         self.failed_starts += 1
@@ -269,7 +289,7 @@ class _Pool:
             member.find()
             if member.node in self.nodes.leaving:
                 self._send_away(member)
-            if member.task is None:
+            if not member.tasks:
                 continue
             if away > 10 * look_s:
                 member.forgive(now)
@@ -279,18 +299,19 @@ class _Pool:
     def _tell(self) -> None:
         self.metrics.tell(
             shards_waiting=self.queue.num_waiting,
-            shards_in_hand=len(self._busy()),
+            shards_in_hand=sum(len(member.tasks) for member in self.members),
             workers_up=sum(member.is_up for member in self.members),
             workers_wanted=len(self.members),
         )
 
     def _send_away(self, member: Member) -> None:
         """Take a worker off a node that is about to leave; another one begins its shard at once."""
-        if member.task is None:
+        if not member.tasks:
             self._remove(member)
         elif not member.is_leaving:
-            log.warning("shard %d: the node of its worker is about to leave", member.task.shard.index)
-            self.queue.hand_over(member.task)
+            if member.task:
+                log.warning("shard %d: the node of its worker is about to leave", member.task.shard.index)
+                self.queue.hand_over(member.task)
             member.halt()
 
     def _report_missing_workers(self) -> None:

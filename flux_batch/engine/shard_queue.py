@@ -47,6 +47,7 @@ class ShardQueue:
         self._clock = clock
         self._in_hand: dict[int, list[Task]] = {}
         self._leaving: set[Task] = set()  # whose worker has been told to stop
+        self._made: set[Task] = set()  # which only have to be finished
         self._settled: set[int] = set()
         self._back: set[int] = set()  # shards that wait not for the first time
         self._failures: Counter[int] = Counter()
@@ -93,8 +94,12 @@ class ShardQueue:
 
     @property
     def num_alone(self) -> int:
-        """Count the shards that a single worker has, which might need a second one."""
+        """Count the shards that a single worker makes, which might need a second one."""
         return len(self._alone())
+
+    def made(self, task: Task) -> None:
+        """Note that a task only has to be finished: no second worker could help."""
+        self._made.add(task)
 
     def done(self, task: Task) -> list[Task] | None:
         """Take a result. Returns: the other tasks at the shard, which are in vain now; None if it has its result."""
@@ -169,6 +174,7 @@ class ShardQueue:
         if not tasks:
             del self._in_hand[task.shard.index]
         self._leaving.discard(task)
+        self._made.discard(task)
 
     def _wait(self, shard: Shard, *, is_next: bool = False) -> None:
         """Queue a shard unless it is settled, or queued, or somebody works on it who stays."""
@@ -195,4 +201,5 @@ class ShardQueue:
         return ShardResult(shard=shard.index, error=error)
 
     def _alone(self) -> list[Task]:
-        return [tasks[0] for index, tasks in self._in_hand.items() if len(tasks) == 1 and index not in self._settled]
+        in_hand = [tasks[0] for index, tasks in self._in_hand.items() if len(tasks) == 1 and index not in self._settled]
+        return [task for task in in_hand if task not in self._made]

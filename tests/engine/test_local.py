@@ -70,6 +70,21 @@ def test_a_stop_reaches_the_shard_in_hand(tmp_path: Path) -> None:
     assert [each["what"] for each in attempts(tmp_path, 0)] == ["begun", "stopped"]
 
 
+def test_a_shard_is_finished_while_the_next_is_made_and_no_third_is_begun(tmp_path: Path) -> None:
+    results = list(LocalEngine().run(Runner(tmp_path, finish_s=0.3), make_shards(4)))
+    assert [result.shard for result in results] == [0, 1, 2, 3]
+    first, second, third = ({each["what"]: each["at"] for each in attempts(tmp_path, index)} for index in range(3))
+    assert second["made"] < first["done"] < third["begun"] < second["done"]
+
+
+def test_a_stop_waits_for_what_is_being_finished(tmp_path: Path) -> None:
+    stop = Stop()
+    threading.Timer(0.3, stop.request, ["enough"]).start()
+    runner = Runner(tmp_path, finish_s=1.5, slow=(1,), slow_s=60)
+    assert [result.shard for result in LocalEngine().run(runner, make_shards(3), stop)] == [0]
+    assert [each["what"] for each in attempts(tmp_path, 1)] == ["begun", "stopped"]
+
+
 def test_a_stop_ends_a_rest(tmp_path: Path) -> None:
     stop = Stop()
     threading.Timer(0.3, stop.request, ["enough"]).start()

@@ -27,6 +27,11 @@ def begun(folder: Path, index: int) -> list[tuple[int, int, str]]:
     return [(each["number"], each["lost"], each["reason"]) for each in tries if each["what"] == "begun"]
 
 
+def times(folder: Path, index: int) -> dict[str, float]:
+    """Return when a shard was begun, made and done; {} while nobody has it."""
+    return {each["what"]: each["at"] for each in attempts(folder, index)} if (folder / f"{index}.log").exists() else {}
+
+
 def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
     """Act from another thread as soon as a condition holds."""
 
@@ -60,7 +65,8 @@ def test_no_more_workers_than_shards(tmp_path: Path) -> None:
 
 
 def test_the_run_survives_workers_that_die_and_devices_that_are_lost(tmp_path: Path) -> None:
-    results = list(POOL.run(Runner(tmp_path, dies=(2,), loses_device=(4,), raises=(5,)), make_shards(8)))
+    runner = Runner(tmp_path, dies=(2,), loses_device=(4,), raises=(5,), seconds=0.2)  # so that no other is finished
+    results = list(POOL.run(runner, make_shards(8)))
     assert sorted(result.shard for result in results) == list(range(8))
     assert all(result.error is None for result in results)
     assert {path.name for path in tmp_path.iterdir() if path.read_text() == "xx"} == {"2", "4", "5"}
@@ -125,6 +131,41 @@ def test_a_process_that_does_not_even_answer_is_killed(tmp_path: Path, monkeypat
     assert sorted(result.shard for result in results if result.error is None) == [0, 1]
     _, (_, lost, reason) = begun(tmp_path, 0)
     assert (lost, reason[:27]) == (1, "its process did not answer ")
+
+
+def test_a_shard_is_finished_while_the_next_is_made_and_no_third_is_begun(tmp_path: Path) -> None:
+    pool = replace(POOL, max_workers=1)
+    results = list(pool.run(Runner(tmp_path, finish_s=0.5), make_shards(4)))
+    assert [result.shard for result in results] == [0, 1, 2, 3]
+    first, second, third = (times(tmp_path, index) for index in range(3))
+    assert second["made"] < first["done"] < third["begun"] < second["done"]
+
+
+def test_what_a_worker_makes_and_finishes_is_tried_again_when_it_is_lost(tmp_path: Path) -> None:
+    pool = replace(POOL, max_workers=1)
+    runner = Runner(tmp_path, dies_finishing=(0,), finish_s=0.5, slow=(1,), slow_s=60)
+    results = list(pool.run(runner, make_shards(2)))
+    assert sorted(result.shard for result in results if result.error is None) == [0, 1]
+    assert begun(tmp_path, 0) == begun(tmp_path, 1) == [(1, 0, ""), (1, 1, "its worker died")]
+
+
+def test_a_worker_that_hangs_while_it_finishes_is_killed(tmp_path: Path) -> None:
+    results = list(replace(POOL, hang_s=2.0).run(Runner(tmp_path, hangs_finishing=(0,)), make_shards(1)))
+    assert [result.error for result in results] == [None]
+    _, (_, lost, reason) = begun(tmp_path, 0)
+    assert lost == 1
+    assert reason.startswith("no sign of life for ")
+
+
+def test_a_stop_waits_for_what_is_being_finished(tmp_path: Path) -> None:
+    stop = Stop()
+    request = when(lambda: "begun" in times(tmp_path, 1), lambda: stop.request("enough"))
+    pool = replace(POOL, max_workers=1)
+    results = list(pool.run(Runner(tmp_path, finish_s=1.5, slow=(1,), slow_s=60), make_shards(3), stop))
+    request.join()
+    assert [result.shard for result in results] == [0]
+    assert [each["what"] for each in attempts(tmp_path, 1)] == ["begun", "stopped"]
+    assert not (tmp_path / "2").exists()
 
 
 def test_the_run_is_put_aside_when_the_node_of_the_driver_is_drained(

@@ -34,6 +34,23 @@ def test_shards_are_given_out_in_order_and_settled_by_their_results() -> None:
     assert queue.is_settled
 
 
+def test_a_shard_that_only_has_to_be_finished_gets_no_second_worker() -> None:
+    clock = Clock()
+    queue = ShardQueue(make_shards(3), clock=clock)
+    first, second, third = take(queue), take(queue), take(queue)
+    clock.now = 1
+    queue.done(first)
+    clock.now = 100
+    queue.made(second)
+    assert queue.num_alone == 1
+    duplicate = queue.second(2, 10)
+    assert duplicate is not None
+    assert duplicate.shard == third.shard
+    queue.put_aside(second)
+    assert take(queue).shard == second.shard
+    assert queue.num_alone == 1
+
+
 def test_a_failure_counts_and_the_last_one_is_the_result() -> None:
     queue = ShardQueue(make_shards(2), max_attempts=2)
     assert queue.failed(take(queue), "out of luck") is None
