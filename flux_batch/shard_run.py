@@ -144,13 +144,11 @@ class ShardRun:
         self.records[made.item.place] = self._recorder.made(self.name, fields, data)
         return StagedPicture(fields["key"], staged_record(fields), data)
 
-    def stage(self, pictures: Sequence[Future[StagedPicture]], *, is_last: bool) -> None:
-        """Wait for the pictures of a batch and stage them; the last batch goes straight into the commit."""
-        finished = [picture.result() for picture in pictures]
-        if not is_last:
-            name = self._staging.put(self.index, finished)
-            self._ours.add(name)
-            self._seen.add(name)
+    def stage(self, pictures: Sequence[Future[StagedPicture]]) -> None:
+        """Wait for the pictures of a batch and stage them, the last one too: the next shard is begun by then."""
+        name = self._staging.put(self.index, [picture.result() for picture in pictures])
+        self._ours.add(name)
+        self._seen.add(name)
 
     def look(self) -> bool:
         """Adopt what another attempt at the shard has staged meanwhile.

@@ -181,7 +181,7 @@ class Worker:
                     made = self._maker.make(ready)
             self._count_made(run, made)
             encoded = [encoders.submit(self._encode, run, one) for one in made]
-            behind.append(stager.submit(self._stage, run, encoded, is_last=number == len(queue) - 1))
+            behind.append(stager.submit(self._stage, run, encoded))
             with self.tally.timed("wait"):
                 while len(behind) > (0 if run.is_careful else BATCHES_BEHIND):
                     behind.popleft().result()
@@ -228,10 +228,10 @@ class Worker:
         finally:
             self.tally.shift("encode_queue", -1)
 
-    def _stage(self, run: ShardRun, pictures: list[Future[StagedPicture]], *, is_last: bool) -> None:
+    def _stage(self, run: ShardRun, pictures: list[Future[StagedPicture]]) -> None:
         try:
             with self.tally.timed("stage"):
-                run.stage(pictures, is_last=is_last)
+                run.stage(pictures)
         finally:
             self.tally.shift("stage_queue", -1)
         self._beat()

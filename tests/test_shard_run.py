@@ -65,17 +65,19 @@ def test_what_a_lost_worker_staged_is_adopted_and_removed(tmp_path: Path, monkey
     assert staged(config) == []
 
 
-def test_a_shard_of_one_batch_stages_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_safe_before_the_shard_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path, batch_size=8)
     life = Life()
     worker, _, plan = open_worker(config, monkeypatch, life)
 
     worker.make(plan.shards[0])()
 
-    assert [key.rpartition("/")[0] for key in life.writes] == ["train", "metadata", "_run/commits"]
+    folders = [key.rpartition("/")[0] for key in life.writes]
+    staging = "_run/staging/00000"
+    assert folders == [staging, "train", "metadata", "_run/commits", staging]
 
 
-def test_all_but_the_last_batch_are_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_batches_are_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path)
     life = Life()
     worker, _, plan = open_worker(config, monkeypatch, life)
@@ -83,7 +85,7 @@ def test_all_but_the_last_batch_are_staged(tmp_path: Path, monkeypatch: pytest.M
     worker.make(plan.shards[0])()
 
     folders = Counter(key.rpartition("/")[0] for key in life.writes)
-    assert folders == {"_run/staging/00000": 3 + 3, "train": 1, "metadata": 1, "_run/commits": 1}  # written, removed
+    assert folders == {"_run/staging/00000": 4 + 4, "train": 1, "metadata": 1, "_run/commits": 1}  # written, removed
 
 
 @pytest.mark.parametrize("how", ["changed", "cut", "emptied", "foreign"])

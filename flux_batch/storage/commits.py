@@ -2,7 +2,7 @@
 
 The order of writes of one attempt at a shard. Each object is there whole or not at all (Store):
 
-    0. staging    _run/staging/NNNNN/ID.parquet, the finished pictures of a batch, one object for all but the last
+    0. staging    _run/staging/NNNNN/ID.parquet, the finished pictures of a batch
     1. data       train/NNNNN.tar, or train/NNNNN.parquet, or the pictures one by one and then the list of them
     2. metadata   metadata/NNNNN.parquet
     3. failures   _run/failed/NNNNN.parquet, the failed rows of 2 once more, when there are any
@@ -13,7 +13,8 @@ Killed in 0   A batch is staged while the next is made, and no third is begun be
               making and at most the one on its way. Whoever takes the shard next, on any node, adopts what is staged.
               A staged picture counts if its digest is right and it is what the plan asks for now; batches are formed
               of all rows, whatever is there, so that the rest has the neighbours, and the bytes, of an undisturbed run.
-Killed in 1   The next attempt adopts all but the last batch, and meets the files that are there, which it keeps.
+              1 to 5 run while the next shard is at 0: what a worker loses is of one of them.
+Killed in 1   The next attempt adopts all pictures, and meets the files that are there, which it keeps.
 Killed in 2-3 The same. Before 4 nobody follows the files: nothing is done, however much is there.
 Killed in 4   The commit is there or not. If its answer is lost, the next attempt reads it and makes nothing.
 Killed in 5   The shard is done. What is left is removed when the run is complete, or by `gc`.

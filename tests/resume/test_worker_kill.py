@@ -66,12 +66,12 @@ def test_what_dies_between_commit_and_clean_up_is_cleaned_at_the_end_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = job(tmp_path, "webdataset")
-    life = Life(3 + 4)  # staged, published with its failed rows, and then nothing more
+    life = Life(4 + 4)  # staged, published with its failed rows, and then nothing more
     worker, _, plan = open_worker(config, monkeypatch, life)
     with pytest.raises(Death):
         worker.make(plan.shards[0])()
     assert life.writes[-1] == "_run/commits/00000.json"
-    assert len(staged(config)) == 3
+    assert len(staged(config)) == 4
     # What the driver wrote before it began.
     Store(config.output.uri).write(PLAN, plan.to_parquet())
     Store(config.output.uri).write(JOB, config.to_yaml().encode())
@@ -85,7 +85,7 @@ def test_what_dies_between_commit_and_clean_up_is_cleaned_at_the_end_of_the_run(
 
 
 def test_a_worker_killed_again_and_again_still_gets_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each life lasts for three writes more than nothing: enough for one batch, announced and staged."""
+    """Each life lasts for three writes: enough for one batch, announced, staged and withdrawn."""
     whole = job(tmp_path / "whole", "webdataset")
     worker, _, plan = open_worker(whole, monkeypatch)
     worker.make(plan.shards[0])()
@@ -94,7 +94,7 @@ def test_a_worker_killed_again_and_again_still_gets_on(tmp_path: Path, monkeypat
     made: Counter[str] = Counter()
     lost = 0
     for _ in range(20):
-        worker, pipeline, plan = open_worker(config, monkeypatch, Life(4))
+        worker, pipeline, plan = open_worker(config, monkeypatch, Life(3))
         try:
             worker.make(plan.shards[0], Attempt(number=1 + lost, lost=lost))()
             break
