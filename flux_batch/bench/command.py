@@ -180,7 +180,8 @@ def _lossy(arguments: argparse.Namespace) -> tuple[Figures, str]:
 
 
 def _job(arguments: argparse.Namespace) -> tuple[Figures, str]:
-    from flux_batch.bench.job import JobSize, bench_job, format_job
+    from flux_batch.bench.job import bench_job, format_job
+    from flux_batch.bench.job_task import JobSize
 
     size = JobSize(**{name: getattr(arguments, name) for name in JobSize.__slots__})
     source, repeats = _source(arguments), arguments.repeats

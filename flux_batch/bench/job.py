@@ -12,10 +12,9 @@ import multiprocessing
 import os
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flux_batch.bench.figures import Figures, table
+from flux_batch.bench.job_task import JobSize, Task, stamp
 from flux_batch.bench.source import Source
 from flux_batch.config import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
@@ -35,44 +35,6 @@ from flux_batch.records import Shard, ShardResult
 
 GUIDANCE = 3.5
 LOADED_S = 900  # how much later than the first the last bare loop may have its model
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobSize:
-    """What is made, and by how many workers of which size."""
-
-    images: int = 64
-    width: int = 128
-    height: int = 128
-    steps: int = 4
-    t5_sequence_length: int | None = None
-    batch_size: int = 4
-    shard_size: int = 16
-    workers: int | None = None  # as many as there are GPUs, or 2
-    num_gpus: float | None = None  # of a worker: 1 if there are any, else 0
-    num_cpus: int = 1
-
-    def here(self, engine: str, device: str | None = None) -> JobSize:
-        """Return it with what this machine decides filled in."""
-        import torch
-
-        num_gpus = 0 if device == "cpu" else torch.cuda.device_count()
-        workers = 1 if engine == "local" else self.workers or num_gpus or 2
-        return replace(self, workers=workers, num_gpus=float(num_gpus > 0) if self.num_gpus is None else self.num_gpus)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the prompts, each another, with their seeds."""
-        return [{"prompt": f"a red circle on a blue ground, number {row}", "seed": row} for row in range(self.images)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What a contender is given; `folder` is its own."""
-
-    source: Source
-    size: JobSize
-    engine: str
-    folder: Path
 
 
 @dataclass(frozen=True)
@@ -151,11 +113,6 @@ def elsewhere(contender: Callable[[Task], dict[str, Any]], task: Task) -> dict[s
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         result = pool.submit(contender, task).result()
     return {**result, "wall_s": time.monotonic() - started}
-
-
-def stamp(folder: Path) -> None:
-    """Note that a worker is ready now; clocks of one machine agree."""
-    (folder / f"ready-{uuid.uuid4().hex}").write_text(repr(time.time()))
 
 
 def rate(task: Task, ended: float, device_s: float | None = None) -> dict[str, Any]:

@@ -5,23 +5,19 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray
 
+from flux_batch.bench.job_task import Task, stamp
 from flux_batch.bench.peer import Peer
-
-if TYPE_CHECKING:
-    from flux_batch.bench.job import Task
 
 
 class Mapper:
     """diffusers' pipeline over a batch of rows, in an actor."""
 
     def __init__(self, task: Task, guidance: float) -> None:
-        from flux_batch.bench.job import stamp
-
         self._size, self._guidance = task.size, guidance
         manager = task.source.load()
         self._pipeline = Peer("diffusers")

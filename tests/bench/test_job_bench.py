@@ -6,7 +6,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from flux_batch.bench.job import JobSize, Task, bench_job, elsewhere, format_job, job_config, rate, ray_data
+from flux_batch.bench.job import bench_job, elsewhere, format_job, job_config, rate, ray_data
+from flux_batch.bench.job_task import JobSize, Task
 from flux_batch.bench.source import Source
 from flux_batch.errors import JobError
 
