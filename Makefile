@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := cluster/constraints.txt
+UNPACKED := $(VENV)/debian
+APT := apt-get -qq -o Dir::State::Lists=$(CURDIR)/$(UNPACKED)/lists -o Dir::Cache=$(CURDIR)/$(UNPACKED)/cache \
+	-o APT::Sandbox::User=root -o Acquire::Retries=3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long chaos lint fix constraints clean
+.PHONY: help demo test test-long tools chaos lint fix constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -33,6 +36,17 @@ test: $(VENV)/dev.stamp ## run the tests
 
 test-long: $(VENV)/dev.stamp ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long --ignore tests/chaos
+
+# Installed, Debian's package would start a server, and need root: only the tool is taken out of it.
+$(BIN)/promtool: | $(VENV)/torch.stamp
+	rm -rf $(UNPACKED)
+	mkdir -p $(UNPACKED)/lists/partial $(UNPACKED)/cache/archives/partial
+	$(APT) update
+	cd $(UNPACKED) && $(APT) download prometheus && dpkg -x prometheus_*.deb .
+	mv $(UNPACKED)/usr/bin/promtool $@
+	rm -rf $(UNPACKED)
+
+tools: $(BIN)/promtool ## fetch promtool, by which tests check the alerts, from Debian's packages
 
 chaos: $(VENV)/dev.stamp ## break everything that can break, for half an hour, and print what came of it
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "long or not long" tests/chaos

@@ -3,6 +3,8 @@ validation.go; and how long a worker and a driver take to stop."""
 
 from __future__ import annotations
 
+import re
+import zoneinfo
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,9 @@ LONGEST_NAME = {"RayCronJob": 36, "RayJob": 47, "RayCluster": 53}
 # What a notice of AWS leaves, and what a driver needs beyond its drain to give its lease back.
 SPOT_NOTICE_S, DRIVER_SPARE_S = 120, 5
 DRAIN_S = FailuresConfig().drain_s
+# Defaults of Kubernetes, of Ray for a node that is told to go, and of `ray job stop`.
+GRACE_S, NODE_DRAIN_S, JOB_STOP_S = 30, 30, 3
+OF_RAY_START = {"num-cpus", "num-gpus", "memory", "resources"}
 
 
 def broken_rules(manifest: dict[str, Any]) -> list[str]:
@@ -29,42 +34,70 @@ def job_of(manifest: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def cluster_of(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Find the spec of a RayCluster in a manifest."""
+    """Find the spec of a RayCluster in a manifest; empty for a job that is sent to a cluster."""
     job = job_of(manifest)
-    cluster: dict[str, Any] = manifest["spec"] if job is None else job["rayClusterSpec"]
+    cluster: dict[str, Any] = manifest["spec"] if job is None else job.get("rayClusterSpec", {})
     return cluster
 
 
 def _broken(manifest: dict[str, Any]) -> Iterator[str]:
-    if len(manifest["metadata"]["name"]) > LONGEST_NAME[manifest["kind"]]:
+    name = manifest["metadata"]["name"]
+    if len(name) > LONGEST_NAME[manifest["kind"]]:
         yield "the name is too long for what is made of it"
+    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
+        yield "the name is no label of DNS"
+    if manifest["kind"] == "RayCronJob":
+        yield from _broken_schedule(manifest["spec"])
     if (job := job_of(manifest)) is not None:
         yield from _broken_job(job)
-    yield from _broken_cluster(cluster_of(manifest))
+    if cluster := cluster_of(manifest):
+        yield from _broken_cluster(cluster)
+
+
+def _broken_schedule(spec: dict[str, Any]) -> Iterator[str]:
+    if len(spec["schedule"].split()) != 5 or "TZ=" in spec["schedule"]:
+        yield "the schedule is not one of five fields"
+    if spec.get("timeZone", "Etc/UTC") not in zoneinfo.available_timezones():
+        yield "the time zone does not exist"
 
 
 def _broken_job(job: dict[str, Any]) -> Iterator[str]:
-    if job.get("backoffLimit") and (job.get("clusterSelector") or job.get("submissionMode") == "InteractiveMode"):
+    is_sent = bool(job.get("clusterSelector"))
+    if job.get("backoffLimit") and (is_sent or job.get("submissionMode") == "InteractiveMode"):
         yield "backoffLimit needs a cluster of its own"
-    if job.get("ttlSecondsAfterFinished") and not job.get("shutdownAfterJobFinishes"):
-        yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
-    if job.get("suspend") and not job.get("shutdownAfterJobFinishes"):
-        yield "suspend needs shutdownAfterJobFinishes"
+    if not is_sent and not job.get("rayClusterSpec"):
+        yield "there is no cluster to run on"
+    if job.get("suspend") and is_sent:
+        yield "a job that is sent to a cluster cannot be suspended"
+    for key in ("ttlSecondsAfterFinished", "suspend"):
+        if job.get(key) and not job.get("shutdownAfterJobFinishes"):
+            yield f"{key} needs shutdownAfterJobFinishes"
+    if job.get("deletionStrategy") and job.get("shutdownAfterJobFinishes"):
+        yield "deletionStrategy and shutdownAfterJobFinishes exclude each other"
+    if job.get("activeDeadlineSeconds", 1) <= 0 or job.get("backoffLimit", 0) < 0:
+        yield "a limit is out of its range"
     env = yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]
-    if float(env.get("RAY_JOB_STOP_WAIT_TIME_S", 3)) < DRAIN_S + DRIVER_SPARE_S:
+    if float(env.get("RAY_JOB_STOP_WAIT_TIME_S", JOB_STOP_S)) < DRAIN_S + DRIVER_SPARE_S:
         yield "a stopped job is killed before it has stopped in order"
 
 
 def _broken_cluster(cluster: dict[str, Any]) -> Iterator[str]:
-    head = cluster["headGroupSpec"]
+    head, groups = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
     if head["rayStartParams"].get("num-cpus") != "0":
         yield "the head would take work"
-    if head["template"]["spec"].get("terminationGracePeriodSeconds", 30) < DRAIN_S + DRIVER_SPARE_S:
+    if not DRAIN_S + DRIVER_SPARE_S < node_drain_s(head) < grace_s(head):
         yield "the driver is killed before it has stopped in order"
-    groups = cluster["workerGroupSpecs"]
     names = [group["groupName"] for group in groups]
     if len(set(names)) < len(names):
         yield "two groups have one name"
+    is_v2 = cluster.get("enableInTreeAutoscaling") and cluster.get("autoscalerOptions", {}).get("version") == "v2"
+    for group in (head, *groups):
+        if is_v2 and group["template"]["spec"].get("restartPolicy", "Never") != "Never":
+            yield "autoscaler v2 replaces pods instead of restarting them"
+        if not is_v2 and {"priority", "idleTimeoutSeconds"} & group.keys():
+            yield "priority and idleTimeoutSeconds of a group need autoscaler v2"
+        if group.get("resources") and OF_RAY_START & group["rayStartParams"].keys():
+            yield "resources of a group are said twice"
     for group in groups:
         yield from _broken_group(group)
     priorities = {group["groupName"]: group.get("priority", 0) for group in groups}
@@ -75,12 +108,20 @@ def _broken_cluster(cluster: dict[str, Any]) -> Iterator[str]:
 def _broken_group(group: dict[str, Any]) -> Iterator[str]:
     if not group.get("minReplicas", 0) <= group.get("replicas", 0) <= group["maxReplicas"]:
         yield "replicas are out of their range"
-    spec = group["template"]["spec"]
-    env = {one["name"]: one.get("value") for one in spec["containers"][0]["env"]}
-    drain_s = float(env.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") or 30)
-    if spec.get("terminationGracePeriodSeconds", 30) <= drain_s:
+    if grace_s(group) <= node_drain_s(group):
         yield "a pod is killed before Ray has drained its node"
-    if not DRAIN_S < drain_s < SPOT_NOTICE_S:
+    if not DRAIN_S < node_drain_s(group) < SPOT_NOTICE_S:
         yield "a node is drained for less than a worker needs, or for more than a spot notice leaves"
-    if not any("nvidia.com/gpu" in one["resources"]["limits"] for one in spec["containers"]):
+    if not any("nvidia.com/gpu" in one["resources"]["limits"] for one in group["template"]["spec"]["containers"]):
         yield "a worker has no GPU"
+
+
+def grace_s(group: dict[str, Any]) -> float:
+    """Tell how long after its SIGTERM a pod of a group is killed."""
+    return float(group["template"]["spec"].get("terminationGracePeriodSeconds", GRACE_S))
+
+
+def node_drain_s(group: dict[str, Any]) -> float:
+    """Tell for how long Ray drains a node of a group after SIGTERM, before it ends what runs there."""
+    env = {one["name"]: one.get("value") for one in group["template"]["spec"]["containers"][0].get("env", [])}
+    return float(env.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") or NODE_DRAIN_S)

