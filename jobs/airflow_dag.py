@@ -34,7 +34,9 @@ ADDRESS = "http://head:8265"
 COMMAND = ("flux-batch", "run", "s3://bucket/jobs/nightly.yaml", "--logical-date")
 OUTPUT = "s3://bucket/runs/{date}"  # output.uri of the job file
 # Seconds between `ray job stop` and the kill: more than failures.drain_s. No worker looks for a hub.
-RUNTIME_ENV = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "40", "HF_HUB_OFFLINE": "1"}}
+RUNTIME_ENV = {
+    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "40", "HF_HUB_OFFLINE": "1", "RAY_LOGGING_CONFIG_ENCODING": "JSON"}
+}
 POLL_S = 10.0
 # Exit codes of flux-batch: the job file or the prompts are wrong; more rows failed than the job file allows.
 BAD_INPUT, TOO_MANY_FAILED = 2, 3

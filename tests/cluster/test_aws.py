@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,15 @@ def test_workers_are_spot_nodes_that_are_watched_and_nobody_carries_a_key() -> N
     assert "AWS_SECRET" not in (AWS / "cluster.yaml").read_text()
     (folder,) = tree["file_mounts"]
     assert f"{folder}/spot_watcher.py" in tree["worker_start_ray_commands"][-1]
+
+
+def test_the_image_has_what_the_launcher_needs_in_it() -> None:
+    """Ray copies files into a container by rsync, and asks AWS for nodes from within that of the head."""
+    text = (AWS.parent / "Dockerfile").read_text()
+    (packages,) = re.findall(r"apt-get install (.*) \\", text)
+    assert "rsync" in packages.split()
+    assert "constraints.txt . boto3\n" in text
+    assert re.search(r"^boto3==", (AWS.parent / "constraints.txt").read_text(), flags=re.MULTILINE)
 
 
 @contextmanager
@@ -118,3 +128,33 @@ def test_an_answer_that_makes_no_sense_is_said_and_asked_for_again(tmp_path: Pat
             server.at(NOTICE, only_with_token(in_s(60)))
             process.communicate(timeout=20)
             assert process.returncode == 0
+
+
+class Worker:
+    def begin(self) -> None:
+        pass
+
+
+@pytest.mark.ray
+def test_ray_drains_the_node_that_it_is_told_of() -> None:
+    import ray
+
+    from flux_batch.engine.ray_nodes import draining
+
+    ray.init(num_cpus=1, num_gpus=0, include_dashboard=False)
+    context = ray.get_runtime_context()
+    environment = {**os.environ, "RAY_ADDRESS": context.gcs_address}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    try:
+        worker = ray.remote(Worker).remote()  # a node without one leaves as soon as it is drained
+        ray.get(worker.begin.remote())
+        assert draining() == set()
+        with web_server() as server:
+            server.at("/latest/api/token", b"token")
+            server.at(NOTICE, only_with_token(in_s(60)))
+            words = [sys.executable, str(AWS / "spot_watcher.py"), "--metadata", server.url, "--interval", "0.1"]
+            done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert draining() == {context.get_node_id()}
+    finally:
+        ray.shutdown()
