@@ -25,6 +25,7 @@ from flux_batch.model.conditioned import ConditionedFlux, Conditioning
 from flux_batch.model.encoded_texts import EncodedTexts
 from flux_batch.model.folders import TITLES
 from flux_batch.model.params import ScheduleParams
+from flux_batch.model.position_tables import PositionTables
 from flux_batch.model.sampling import (
     Progress,
     Velocity,
@@ -34,7 +35,6 @@ from flux_batch.model.sampling import (
     make_noise,
     make_sigmas,
     pack,
-    position_ids,
     timesteps_of,
     unpack,
 )
@@ -82,6 +82,7 @@ class FluxImagePipeline:
         weight = transformer.img_in.weight
         self.device = weight.device
         self.torch_dtype = weight.dtype
+        self.position_tables = PositionTables(transformer, self.device)
 
     @classmethod
     def from_model_manager(
@@ -274,7 +275,7 @@ class FluxImagePipeline:
         length = p.t5_sequence_length or self.default_t5_sequence_length
         num_tokens = height // 2 * (width // 2)
         sigmas = make_sigmas(p.num_inference_steps, num_tokens, self.schedule, p.sigma_shift, p.denoising_strength)
-        pe = self.transformer.position_table(position_ids(length, height, width).to(self.device))
+        pe = self.position_tables(length, height, width)
         guidance = torch.tensor(p.embedded_guidance, device=self.device, dtype=self.torch_dtype)
         timesteps = timesteps_of(sigmas, guidance)
 

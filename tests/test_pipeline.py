@@ -363,6 +363,17 @@ class TestRepeatability:
         assert ours.isfinite().all()
         assert (ours.float() - exact).norm() / exact.norm() < 0.03
 
+    def test_tables_of_sizes_are_kept_and_change_nothing(self, repository: Path) -> None:
+        pipe = FluxImagePipeline.from_pretrained(repository, **CPU)
+        options = {"seed": 3, "output_type": "latent", "num_inference_steps": 1, "t5_sequence_length": 16}
+        first = [pipe("x", height=height, width=width, **options) for height, width in ((32, 48), (48, 32), (32, 48))]
+        assert len(pipe.position_tables) == 2
+        fresh = FluxImagePipeline.from_pretrained(repository, **CPU)
+        again = [fresh("x", height=height, width=width, **options) for height, width in ((48, 32), (32, 48))]
+        assert torch.equal(first[0], first[2])
+        assert torch.equal(first[1], again[0])
+        assert torch.equal(first[0], again[1])
+
 
 class TestWaysOfDiffSynth:
     def first_tokens(self, pipe: FluxImagePipeline, **options: Any) -> list[Tensor]:
