@@ -103,8 +103,10 @@ def flux_nightly() -> None:
     """Render the prompts of each day."""
 
     @task(retries=5, retry_delay=timedelta(minutes=5), execution_timeout=timedelta(hours=20))
-    def render(ds: str = "") -> dict[str, Any]:
-        """Render the day that Airflow says, which is the same for every try."""
+    def render(ds: str | None = None) -> dict[str, Any]:
+        """Render the day that Airflow puts here, which is the same for every try."""
+        if ds is None:  # Airflow 3 starts a DAG by hand without one
+            raise AirflowFailException("which day? trigger the DAG with a logical date")
         return render_day(ds)
 
     render()

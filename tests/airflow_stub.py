@@ -34,6 +34,8 @@ class Airflow:
 
     def task(self, **settings: Any) -> Callable[[Callable[..., Any]], Callable[[], None]]:
         def decorate(function: Callable[..., Any]) -> Callable[[], None]:
+            # What Airflow fills in must have this default: it refuses another when the file is read.
+            assert function.__defaults__ == (None,)
             self.tasks[function.__name__] = (function, settings)
             return lambda: None
 

@@ -71,6 +71,8 @@ def test_the_file_is_a_dag_of_one_task(monkeypatch: pytest.MonkeyPatch, version:
     assert settings["retries"] == 5
     monkeypatch.setattr(dag, "render_day", lambda date: {"day": date})
     assert render(ds="2026-11-23") == {"day": "2026-11-23"}
+    with pytest.raises(AirflowFailException, match="trigger the DAG with a logical date"):
+        render()
 
 
 def test_reading_the_file_needs_neither_ray_nor_this_package() -> None:
