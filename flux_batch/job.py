@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from flux_batch.pipeline_loader import load_pipeline
 from flux_batch.plan import Plan, check_same_job, extended, make_plan, remaining
 from flux_batch.records import Shard
 from flux_batch.report.card import card
+from flux_batch.report.model_revision import model_revision
 from flux_batch.report.progress import Progress
 from flux_batch.report.summary import RunReport, Totals
 from flux_batch.report.versions import versions
@@ -248,6 +250,8 @@ def close_run(config: JobConfig, store: Store, progress: Progress) -> RunReport:
         clear_scratch(store)
     if not store.exists(SUCCESS):
         progress.finish()
+        revision = model_revision(config.model.uri, config.model.storage_options)
+        report = replace(report, model={**report.model, "revision": revision})
         store.write(REPORT, report.to_json())
         if report.is_complete:
             store.write(SUCCESS, b"")

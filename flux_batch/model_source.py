@@ -197,31 +197,42 @@ def kind_of(uri: str) -> str:
 
 def from_storage(uri: str, storage_options: Mapping[str, Any], *, refresh: bool) -> Path:
     """Return the local copy of a folder or file that fsspec can reach."""
-    address = uri.partition("?")[0] if uri.startswith(("http://", "https://")) else uri
-    root, part = part_of(address)
+    list_files = partial(storage_listing, uri, storage_options)
+    return local_copy(place_of(uri, storage_options), list_files, refresh=refresh) / part_of(_address(uri))[1]
+
+
+def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:
+    """List the files that a model needs of a folder or file that fsspec can reach."""
+    root, part = part_of(_address(uri))
     choose = partial(needed_files, part=part)
     if is_weight(part):
-        list_files = partial(list_file, uri, part, root, storage_options, FOLDERS, choose)
-    else:
-        list_files = partial(list_folder, root, storage_options, FOLDERS, choose)
-    return local_copy(place_of(uri, storage_options), list_files, refresh=refresh) / part
+        return list_file(uri, part, root, storage_options, FOLDERS, choose)
+    return list_folder(root, storage_options, FOLDERS, choose)
 
 
 def from_hub(uri: str, *, refresh: bool) -> Path:
     """Return the local copy of a repository of Hugging Face, or of a folder or a file of it."""
     place = HubUri.parse(uri)
     base = f"{HF_SCHEME}{place.repository}"
-    root, part = part_of(f"{base}/{place.path}") if place.path else (base, "")
     if not place.path and not refresh and (known := in_hub_cache(place)):
         return known
-    list_files = partial(list_huggingface, place.repository, place.revision)
-    listing = partial(hub_listing, list_files, uri, folder=root.removeprefix(base).strip("/"), part=part)
+    part = part_of(f"{base}/{place.path}")[1] if place.path else ""
+    copy = place_of(f"{base}@{place.revision}/{place.path}", {})
     try:
-        return local_copy(place_of(f"{base}@{place.revision}/{place.path}", {}), listing, refresh=refresh) / part
+        return local_copy(copy, partial(repository_listing, uri), refresh=refresh) / part
     except ValueError as error:
         if "://" in uri:
             raise
         raise ValueError(f"there is no folder {uri} here, and as a repository: {error}") from error
+
+
+def repository_listing(uri: str) -> Listing:
+    """List the files that a model needs of a repository of Hugging Face, or of a folder or a file of it."""
+    place = HubUri.parse(uri)
+    base = f"{HF_SCHEME}{place.repository}"
+    root, part = part_of(f"{base}/{place.path}") if place.path else (base, "")
+    list_files = partial(list_huggingface, place.repository, place.revision)
+    return hub_listing(list_files, uri, folder=root.removeprefix(base).strip("/"), part=part)
 
 
 def in_hub_cache(place: HubUri) -> Path | None:
@@ -270,3 +281,8 @@ def source_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _address(uri: str) -> str:
+    """Leave out the query of a web address, which names no file."""
+    return uri.partition("?")[0] if uri.startswith(("http://", "https://")) else uri

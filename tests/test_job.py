@@ -12,6 +12,7 @@ from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, Interrupted, JobError, PlanMismatch, SourceError, StoreRefused
 from flux_batch.job import run
+from flux_batch.report.model_revision import model_revision
 from flux_batch.report.summary import RunReport
 from flux_batch.storage.store import Store
 from job_files import data_files, make_job, metadata, write_job, write_prompts
@@ -60,6 +61,7 @@ def test_the_report_tells_the_next_stage_what_the_run_came_to(tmp_path: Path) ->
     assert report["gpu_s_of_run"] == pytest.approx(report["device_s_of_run"] / 2, abs=1e-3)
     assert report["images_per_s"] == pytest.approx(report["num_new_images"] / report["wall_s"], rel=1e-3)
     assert (report["model"]["uri"], report["model"]["dtype"]) == ("demo", "bfloat16")
+    assert report["model"]["revision"] == model_revision("demo")
     assert all(report["versions"][name] for name in ("python", "flux-batch", "torch", "ray"))
 
 
