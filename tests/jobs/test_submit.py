@@ -124,7 +124,6 @@ class Submission:
         assert {key: self.store.read(key) for key in keys} == data_files(self._folder / "alone")
 
 
-@pytest.mark.long
 def test_what_was_stopped_goes_on_by_the_hand_of_airflow(
     cluster: JobServer, moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
