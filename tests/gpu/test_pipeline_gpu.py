@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from flux_batch import FluxImagePipeline
 from flux_batch.errors import OutOfMemory
+from flux_batch.model.sampling import denoise
 from tiny_flux import TinyFlux, make_tiny_repository
 
 pytestmark = [
@@ -66,12 +68,41 @@ def test_the_same_call_is_bit_for_bit_the_same(repository: Path) -> None:
     assert torch.equal(pipe("x", **options, **SMALL), pipe("x", **options, **SMALL))
 
 
+def test_the_autoencoder_is_laid_out_for_its_convolutions(repository: Path) -> None:
+    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda")
+    convolutions = [layer for layer in pipe.autoencoder.modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in convolutions)
+
+
 def test_a_picture_does_not_depend_on_its_neighbours(repository: Path) -> None:
     pipe = FluxImagePipeline.from_pretrained(repository, torch.float32, "cuda")
     together = pipe(PROMPTS, seed=SEEDS, cfg_scale=[1.0, 2.0, 1.0], output_type="np", **SMALL)
     for prompt, seed, scale, picture in zip(PROMPTS, SEEDS, [1.0, 2.0, 1.0], together, strict=True):
         alone = pipe(prompt, seed=seed, cfg_scale=scale, output_type="np", **SMALL)
         assert np.abs(picture.astype(int) - alone.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_the_host_never_waits_for_the_device_within_the_loop(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, quantization: Any
+) -> None:
+    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", quantization=quantization)
+    options = {"seed": [1, 2], "cfg_scale": [1.0, 2.0], "negative_prompt": "bad", "output_type": "latent", **SMALL}
+    expected = pipe(["x", "y"], **options)  # libraries get ready once
+    loops = []
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loops.append(len(args))
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return denoise(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    monkeypatch.setattr("flux_batch.pipeline.denoise", watched)
+    assert torch.equal(pipe(["x", "y"], **options), expected)
+    assert loops
 
 
 def test_running_out_of_memory_is_told_and_survived(repository: Path) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flux_batch.model import conditioned
 from flux_batch.model.conditioned import ConditionedFlux, Conditioning
 from flux_batch.model.params import SCHNELL_SCHEDULE
-from flux_batch.model.sampling import make_sigmas, position_ids, timesteps_of
+from flux_batch.model.sampling import denoise, make_sigmas, position_ids, timesteps_of
 from flux_batch.model.transformer import Flux, Modulations
 from golden import FLUX, filled, tensor
 
@@ -66,3 +68,38 @@ def test_a_model_without_guidance_takes_none() -> None:
     velocity = ConditionedFlux(model, TEXT, pe, TIMESTEPS)
     expected = model(IMG, TEXT.txt, pe, TIMESTEPS[3].expand(3), TEXT.y)
     torch.testing.assert_close(velocity(3, IMG), expected, rtol=0, atol=2e-5)
+
+
+class Travels(TorchDispatchMode):
+    """Notes what takes numbers, more than one, from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        if len({tensor.device for tensor in tensors if tensor.ndim}) > 1:
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_the_loop_neither_reads_from_the_device_nor_sends_to_it(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Either would make the host wait. The device is meta, which has no numbers: reading one raises."""
+    monkeypatch.setattr(conditioned, "MODULATION_ROWS", rows)
+    with torch.device("meta"):
+        model = Flux(FLUX)
+    sigmas = make_sigmas(STEPS, 24, SCHNELL_SCHEDULE)
+    pe = model.position_table(position_ids(7, 8, 12).to("meta"))
+    text = Conditioning(*(part.to("meta") for part in TEXT))
+    img, timesteps, guidance = (each.to("meta") for each in (IMG, TIMESTEPS, GUIDANCE))
+    velocity, negative = (ConditionedFlux(model, text, pe, timesteps, guidance) for _ in range(2))
+    with torch.inference_mode(), Travels() as travels:
+        denoise(velocity, img, sigmas, negative=negative, cfg_scale=guidance)
+        assert not travels.found
+        torch.ones(2).to("meta")
+        assert travels.found
+    with pytest.raises(RuntimeError, match="meta"):
+        img.sum().item()

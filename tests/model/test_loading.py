@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch import nn
 
+from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint import open_checkpoint
 from flux_batch.model.layouts import recognise
-from flux_batch.model.loading import load_transformer
+from flux_batch.model.loading import for_device, load_transformer
 from flux_batch.model.params import DEV, FluxParams
 from flux_batch.model.stored import StoredState
 from flux_batch.model.transformer import Flux
 from flux_batch.model.weights import transformer_to_diffusers
+from golden import AUTOENCODER, filled, tensor
 from layout_files import AXES_DIM, LAYOUTS, State, coarse_state, state_on_meta
 from sparse_files import sparse_gguf, sparse_safetensors
 
@@ -145,3 +147,12 @@ def test_loading_takes_little_memory_beside_the_model(tmp_path: Path) -> None:
         # Stored as wanted, a model is its pages of the file; converted, it is there once.
         kept = 0 if name == "bf16" else sum(sizes)
         assert after - before < kept + sum(sizes) // 10, f"{name}: {(after - before) / MIB:.0f} MiB kept"
+
+
+def test_an_autoencoder_is_laid_out_for_the_tensor_cores_of_cuda_alone() -> None:
+    plain = for_device(filled(AutoEncoder(AUTOENCODER)), CPU)
+    model = for_device(filled(AutoEncoder(AUTOENCODER)), torch.device("cuda"))  # the weights stay where they are
+    formats = [each.decoder.conv_out.weight.is_contiguous(memory_format=torch.channels_last) for each in (plain, model)]
+    assert formats == [False, True]
+    latents = tensor("in.noise", (1, 16, 4, 6))
+    torch.testing.assert_close(model.decode(latents), plain.decode(latents), rtol=0, atol=1e-4)
