@@ -1,4 +1,4 @@
-"""The nightly render as a DAG of Airflow (2.9 or later, 3): take this if Airflow runs your nights.
+"""The nightly render as a DAG of Airflow 3, written for 2.9 too but not tried there: for whose nights Airflow runs.
 
     cp jobs/airflow_dag.py "$AIRFLOW_HOME/dags/flux_nightly.py"      put your names in first
     airflow dags test flux_nightly 2026-11-23
@@ -6,6 +6,9 @@
 Submits jobs/nightly.yaml to a Ray cluster that is there, waits, and returns the report that the run left in its output.
 A try that is repeated goes on with the run of its day; what no repetition would mend fails at once. Airflow's workers
 need `ray[default]` in the version of the cluster and `fsspec` with `s3fs`; the cluster has flux-batch installed.
+
+The day is Airflow's `ds`, the same for every try: at 02:00 that same day in Airflow 3, the day before in Airflow 2
+(`[scheduler] create_cron_data_intervals` says which).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def pixels(data: bytes) -> bytes:
 
 
 @pytest.mark.ray
-@pytest.mark.long
+@pytest.mark.timeout(300)
 def test_a_pipeline_makes_the_pictures_of_the_job(tmp_path: Path) -> None:
     rows = [{"id": f"row-{at}", "prompt": "a red circle", "seed": None if at % 2 else at, "tag": at} for at in range(6)]
     rows[3]["prompt"] = " "
