@@ -8,6 +8,23 @@ from typing import Any, Literal, Protocol
 from flux_batch.storage.images import Pixels
 
 
+class CompileCache(Protocol):
+    """What a pipeline has compiled, as bytes for another process."""
+
+    @property
+    def name(self) -> str:
+        """A file name that tells which pipelines can use it."""
+        ...
+
+    def save(self) -> bytes | None:
+        """Return what was compiled so far, None if that is nothing."""
+        ...
+
+    def load(self, data: bytes) -> None:
+        """Take what another process has saved; it may run code that is in it. Raises: ValueError if it is damaged."""
+        ...
+
+
 class ImagePipeline(Protocol):
     """What computes pictures: prompts in, uint8 (h w 3) arrays out.
 
@@ -17,6 +34,11 @@ class ImagePipeline(Protocol):
     @property
     def default_t5_sequence_length(self) -> int:
         """The text length used where none is asked for, in tokens."""
+        ...
+
+    @property
+    def compile_cache(self) -> CompileCache | None:
+        """What was compiled; None if nothing is."""
         ...
 
     def __call__(

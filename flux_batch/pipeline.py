@@ -20,6 +20,7 @@ from flux_batch.errors import CheckpointError, InvalidSetting, RowError
 from flux_batch.loras import Loras
 from flux_batch.model.attention_order import attention_order
 from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.compile_cache import CompileCache
 from flux_batch.model.compiling import compile_blocks
 from flux_batch.model.conditioned import ConditionedFlux, Conditioning
 from flux_batch.model.encoded_texts import EncodedTexts
@@ -69,6 +70,7 @@ class FluxImagePipeline:
         *,
         step_cache: float = 0.0,
         loras: Loras | None = None,
+        compile_cache: CompileCache | None = None,
     ) -> None:
         self.transformer = transformer
         self.autoencoder = autoencoder
@@ -76,6 +78,7 @@ class FluxImagePipeline:
         self.t5 = t5
         self.schedule = schedule
         self.step_cache = step_cache
+        self.compile_cache = compile_cache
         self.texts = EncodedTexts(self.encode_text)
         self.loras = loras or Loras({"transformer": transformer, "clip": clip.model, "t5": t5.model})
         check_parts_fit(transformer, autoencoder, clip, t5)
@@ -109,7 +112,8 @@ class FluxImagePipeline:
             except ValueError as error:
                 raise InvalidSetting(f"compile = True: {error}", field="compile") from error
         parts = manager.transformer, manager.autoencoder, manager.clip, manager.t5, manager.schedule
-        return cls(*parts, step_cache=step_cache, loras=manager.loras)
+        cache = CompileCache(manager.transformer) if compile else None
+        return cls(*parts, step_cache=step_cache, loras=manager.loras, compile_cache=cache)
 
     @classmethod
     def from_pretrained(

@@ -36,6 +36,7 @@ from flux_batch.pulse import Pulse
 from flux_batch.recorder import Recorder, message_of
 from flux_batch.records import Attempt, Commit, FailedRow, InputImage, Shard, ShardResult
 from flux_batch.shard_run import ShardRun
+from flux_batch.shared_compile_cache import SharedCompileCache
 from flux_batch.storage.commits import Commits, Publisher
 from flux_batch.storage.input_images import load_picture
 from flux_batch.storage.prompts import PromptSource
@@ -89,6 +90,7 @@ class Worker:
             patience_s=config.failures.outage_s,
             on_wait=self._beat,
         )
+        self._compiled = SharedCompileCache(store, pipeline.compile_cache)
         self._staging = Staging(store, recipe.num_shards)
         self._commits = Commits(store, recipe.num_shards)
         layout = layout_for(config.output, recipe.passthrough)
@@ -111,6 +113,7 @@ class Worker:
                 return partial(_result, commit)
             run = self._take(shard, attempt, held.enter_context(scratch_folder()))
             ending = self._make(run, held)
+            self._compiled.share()
             return partial(self._finish, run, ending, held.pop_all(), started, self._maker.device_s - device_s)
 
     def stop(self) -> None:

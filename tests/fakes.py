@@ -53,6 +53,7 @@ class FakePipeline:
     """An ImagePipeline; `calls` has the prompts of each call, `options` its further arguments."""
 
     default_t5_sequence_length = 512
+    compile_cache: Any = None
 
     def __init__(self, memory: Path | None = None) -> None:
         self.calls: list[list[str]] = []

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "flux_batch"
 
 BOTTOM = {"errors", "records", "redaction"}
 PARTS_OF_WORKER = {"batch_maker", "batch_size", "batches", "image_pipeline", "lora_switch"}
-PARTS_OF_WORKER |= {"pulse", "recorder", "shard_run", "tally"}
+PARTS_OF_WORKER |= {"pulse", "recorder", "shared_compile_cache", "shard_run", "tally"}
 # Each unit of the package, and what it may import of the others. Only downwards: the order is that of the house.
 LADDER: dict[str, set[str]] = {
     "redaction": set(),
@@ -42,6 +42,7 @@ LADDER: dict[str, set[str]] = {
     "pulse": set(),
     "image_pipeline": {"storage"},
     "batch_size": BOTTOM | {"config", "storage", "image_pipeline"},
+    "shared_compile_cache": BOTTOM | {"storage", "image_pipeline"},
     "batch_maker": BOTTOM | {"storage", "batches", "image_pipeline", "lora_switch"},
     "recorder": BOTTOM | {"config", "storage", "batches"},
     "shard_run": BOTTOM | {"config", "storage", "batches", "batch_maker", "recorder"},

@@ -17,6 +17,7 @@ from flux_batch.storage.commits import Commits, parse_commit
 from flux_batch.storage.run_files import (
     BATCH_SIZE,
     COMMITS,
+    COMPILE_CACHE,
     FAILED,
     JOB,
     LEASE,
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 READERS = 16
 RUN_FOLDER = "_run"
-OWN = {BATCH_SIZE, JOB, PLAN, PROGRESS, REPORT, COMMITS, FAILED, LEASE, SCRATCH, STAGING, TAKEN_BACK}
+OWN = {BATCH_SIZE, COMPILE_CACHE, JOB, PLAN, PROGRESS, REPORT, COMMITS, FAILED, LEASE, SCRATCH, STAGING, TAKEN_BACK}
 
 # A file whose write never ended; staged pictures that nobody needs any more; files of a shard that is not committed,
 # which may still be; what no run puts there.

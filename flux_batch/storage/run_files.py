@@ -17,5 +17,7 @@ TAKEN_BACK = "_run/taken-back"
 SCRATCH = "_run/tmp"
 # How many pictures a forward pass makes, where the run was to find out itself.
 BATCH_SIZE = "_run/batch_size.json"
+# What torch.compile has made on one worker, for the others: an object a kind of device.
+COMPILE_CACHE = "_run/compile_cache"
 CARD = "README.md"
 SUCCESS = "_SUCCESS"
