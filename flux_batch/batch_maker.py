@@ -14,6 +14,7 @@ from flux_batch.batches import Item
 from flux_batch.errors import DeviceFatal, OutOfMemory
 from flux_batch.image_pipeline import ImagePipeline
 from flux_batch.lora_switch import LoraSwitch
+from flux_batch.records import LoraUse
 from flux_batch.storage.images import Pixels
 
 
@@ -61,7 +62,13 @@ class BatchMaker:
         self._tiles = tiles
         self._on_progress = on_progress
         self._fits: dict[tuple[Any, ...], Fit] = {}
+        self._expected: Sequence[Item] = ()
+        self._told: Sequence[LoraUse] | None = None  # for which LoRAs the pipeline knows what is expected
         self.device_s = 0.0
+
+    def expect(self, items: Sequence[Item]) -> None:
+        """Take note of the pictures that will be made, in order, so that their texts may be encoded together."""
+        self._expected, self._told = items, None
 
     def make(self, batch: Sequence[Item]) -> list[Made]:
         """Make the pictures of a batch, but for those whose input picture or LoRA cannot be read.
@@ -72,12 +79,20 @@ class BatchMaker:
         ready = [item for item in batch if not isinstance(item.picture, Exception)]
         if ready and (error := self._loras.use(ready[0].request.loras)):
             return [Made(item, error, None, cut) for item, cut in zip(batch, truncated, strict=True)]
+        self._tell(batch[0].request.loras)
         fit = self._fits.get(batch[0].shape, Fit(self._tiles))
         made = iter(self._attempt(ready, fit) if ready else [])
         return [
             Made(item, item.picture, None, cut) if isinstance(item.picture, Exception) else Made(item, *next(made), cut)
             for item, cut in zip(batch, truncated, strict=True)
         ]
+
+    def _tell(self, loras: Sequence[LoraUse]) -> None:
+        """Tell the pipeline which texts come next with the LoRAs that it has now."""
+        if self._expected and loras != self._told:
+            of_these = [item for item in self._expected if item.request.loras == loras]
+            self._pipeline.expect(list(dict.fromkeys(text for item in of_these for text in texts_of(item))))
+            self._told = loras
 
     def _attempt(self, batch: Sequence[Item], fit: Fit) -> list[tuple[Pixels | Exception, Tiles | None]]:
         """Make the pictures of a batch; if that fails, of its halves, until only what cannot be made has failed.
@@ -147,6 +162,13 @@ class BatchMaker:
         negative_prompts = [item.request.sampling.negative_prompt for item in batch]
         negative = self._pipeline.truncations(negative_prompts, params.t5_sequence_length)
         return [(a or c, b or d) for (a, b), (c, d) in zip(cut, negative, strict=True)]
+
+
+def texts_of(item: Item) -> list[tuple[str, int | None]]:
+    """Return the texts that are encoded for a picture, each with the length it is asked for in."""
+    params = item.request.sampling
+    texts = [item.request.prompt, params.negative_prompt] if params.uses_cfg else [item.request.prompt]
+    return [(text, params.t5_sequence_length) for text in texts]
 
 
 def is_larger(tiles: Tiles | None, others: Tiles) -> bool:

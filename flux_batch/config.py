@@ -203,6 +203,8 @@ class ModelConfig(Section):
     """Reuse most of a step that differs from the last computed one by less than this share; 0 is off."""
     compile: bool = False
     """Compile the transformer's blocks with torch.compile: faster pictures after a slower start."""
+    offload_text_encoders: bool = False
+    """Keep the text encoders in host memory while no texts are encoded; the pictures are the same."""
     loras: Annotated[tuple[LoraConfig, ...], Field(strict=False)] = ()
     """Merged into the weights for every row that names none; several add up."""
 

@@ -68,6 +68,10 @@ class ImagePipeline(Protocol):
         """Use these LoRAs, address and scale, from now on, and no others; called only if a job has any."""
         ...
 
+    def expect(self, texts: Sequence[tuple[str, int | None]]) -> None:
+        """Say which texts, with their `t5_sequence_length`, come next, before the LoRAs are exchanged again."""
+        ...
+
     def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
         """Tell for each prompt whether CLIP's and T5's tokenizers cut it."""
         ...

@@ -11,19 +11,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from flux_batch.errors import CheckpointError, InvalidSetting, RowError
+from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.loras import Loras
 from flux_batch.model.attention_order import attention_order
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.compile_cache import CompileCache
 from flux_batch.model.compiling import compile_blocks
 from flux_batch.model.conditioned import ConditionedFlux, Conditioning
-from flux_batch.model.encoded_texts import EncodedTexts
+from flux_batch.model.encoded_texts import MAX_BYTES, MAX_BYTES_AWAY, EncodedTexts
 from flux_batch.model.folders import TITLES
 from flux_batch.model.params import ScheduleParams
 from flux_batch.model.position_tables import PositionTables
@@ -43,12 +42,13 @@ from flux_batch.model.step_cache import StepCache
 from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.tiling import Tiling, tiled_decode, tiled_encode
 from flux_batch.model.transformer import Flux
+from flux_batch.model.visits import Visitors
 from flux_batch.model_errors import device_errors
 from flux_batch.model_manager import ModelManager, locate_parts
 from flux_batch.model_source import PathOrFolder
 from flux_batch.picture_request import PictureRequest
+from flux_batch.pixels import check_finite, to_pixels, to_uint8
 from flux_batch.records import ALIASES, PIXELS_PER_TOKEN, Quantization, check_choice, check_step_cache
-from flux_batch.rgb import to_rgb
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Value = TypeVar("Value")
@@ -71,6 +71,7 @@ class FluxImagePipeline:
         step_cache: float = 0.0,
         loras: Loras | None = None,
         compile_cache: CompileCache | None = None,
+        offload_text_encoders: bool = False,
     ) -> None:
         self.transformer = transformer
         self.autoencoder = autoencoder
@@ -79,13 +80,16 @@ class FluxImagePipeline:
         self.schedule = schedule
         self.step_cache = step_cache
         self.compile_cache = compile_cache
-        self.texts = EncodedTexts(self.encode_text)
         self.loras = loras or Loras({"transformer": transformer, "clip": clip.model, "t5": t5.model})
         check_parts_fit(transformer, autoencoder, clip, t5)
         weight = transformer.img_in.weight
         self.device = weight.device
         self.torch_dtype = weight.dtype
         self.position_tables = PositionTables(transformer, self.device)
+        self.is_offloaded = offload_text_encoders and self.device.type != "cpu"
+        self.encoders = Visitors([clip.model, t5.model] if self.is_offloaded else [], self.device)
+        max_bytes = MAX_BYTES_AWAY if self.is_offloaded else MAX_BYTES
+        self.texts = EncodedTexts(self.encode_text, max_bytes, self.encoders.visit)
 
     @classmethod
     def from_model_manager(
@@ -94,11 +98,13 @@ class FluxImagePipeline:
         *,
         step_cache: float = 0.0,
         compile: bool = False,
+        offload_text_encoders: bool = False,
     ) -> FluxImagePipeline:
         """Assemble the loaded parts.
 
         compile: let torch.compile have the transformer's blocks: the first picture of a size, and of the second size,
-        takes longer, all others less.
+        takes longer, all others less. offload_text_encoders: keep CLIP and T5 in host memory, but for when texts that
+        are not remembered are encoded; nothing changes on the CPU.
         Raises: CheckpointError naming the parts that were not loaded; InvalidSetting if nothing can be compiled here.
         """
         check_step_cache(step_cache)
@@ -113,7 +119,13 @@ class FluxImagePipeline:
                 raise InvalidSetting(f"compile = True: {error}", field="compile") from error
         parts = manager.transformer, manager.autoencoder, manager.clip, manager.t5, manager.schedule
         cache = CompileCache(manager.transformer) if compile else None
-        return cls(*parts, step_cache=step_cache, loras=manager.loras, compile_cache=cache)
+        return cls(
+            *parts,
+            step_cache=step_cache,
+            loras=manager.loras,
+            compile_cache=cache,
+            offload_text_encoders=offload_text_encoders,
+        )
 
     @classmethod
     def from_pretrained(
@@ -125,6 +137,7 @@ class FluxImagePipeline:
         quantization: Quantization = "none",
         step_cache: float = 0.0,
         compile: bool = False,
+        offload_text_encoders: bool = False,
         storage_options: Mapping[str, Any] | None = None,
         refresh: bool = False,
     ) -> FluxImagePipeline:
@@ -133,7 +146,8 @@ class FluxImagePipeline:
         uri: a path, an address that fsspec knows (s3://bucket/flux, with `storage_options`), or a repository of Hugging
         Face (hf://owner/name, owner/name); what is remote is fetched once a machine and then used without asking,
         unless `refresh`. torch_dtype: a dtype or its name; device: `cuda` if there is one, else `cpu`. quantization:
-        see ModelManager; step_cache: what calls take that name none; compile: see from_model_manager.
+        see ModelManager; step_cache: what calls take that name none; compile, offload_text_encoders: see
+        from_model_manager.
         Raises: CheckpointError saying what was looked for; StoreError for a remote that fails; InvalidSetting.
         """
         manager = ModelManager(
@@ -143,7 +157,9 @@ class FluxImagePipeline:
             storage_options=storage_options,
         )
         manager.load_models(locate_parts(uri, storage_options, refresh=refresh))
-        return cls.from_model_manager(manager, step_cache=step_cache, compile=compile)
+        return cls.from_model_manager(
+            manager, step_cache=step_cache, compile=compile, offload_text_encoders=offload_text_encoders
+        )
 
     @property
     def default_t5_sequence_length(self) -> int:
@@ -152,7 +168,8 @@ class FluxImagePipeline:
 
     def load_lora(self, uri: PathOrFolder, scale: float = 1.0) -> None:
         """Merge one more LoRA into the weights. Raises: as `set_loras`."""
-        self.loras.add(uri, scale)
+        with device_errors(), self.encoders.visit(may_change=True):
+            self.loras.add(uri, scale)
 
     def set_loras(self, loras: Sequence[tuple[PathOrFolder, float]]) -> None:
         """Make these LoRAs, each with its scale, the ones that are merged into the weights; [] takes all out.
@@ -162,11 +179,17 @@ class FluxImagePipeline:
         was merged before leaves no trace: without LoRAs, weights are what they were, bit for bit.
         Raises: CheckpointError naming what a file is instead, or its keys that match nothing; StoreError.
         """
-        self.loras.set(loras)
+        with device_errors(), self.encoders.visit(may_change=True):
+            self.loras.set(loras)
 
     def unload_loras(self) -> None:
         """Take all LoRAs out: the weights are what they were, bit for bit."""
-        self.loras.set([])
+        self.set_loras([])
+
+    def expect(self, texts: Sequence[tuple[str, int | None]]) -> None:
+        """Say which texts, and of which T5 length, come next: encoders that are offloaded take them in one visit."""
+        if self.is_offloaded:
+            self.texts.expected = [(text, length or self.default_t5_sequence_length) for text, length in texts]
 
     def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
         """Return of each prompt whether CLIP and whether T5 does not read its end."""
@@ -313,12 +336,14 @@ class FluxImagePipeline:
 
     def encode(self, prompts: Sequence[str], t5_sequence_length: int) -> Conditioning:
         """Return what the text encoders say of each prompt; of one that was there before, from memory."""
-        return self.texts(prompts, t5_sequence_length, tuple(self.loras.merged))
+        said = self.texts(prompts, t5_sequence_length, tuple(self.loras.merged))
+        return Conditioning(said.txt.to(self.device), said.y.to(self.device))
 
     def encode_text(self, text: str, t5_sequence_length: int) -> Conditioning:
-        """Run the text encoders on one text: txt (1, l, context), y (1, vec)."""
+        """Run the text encoders on one text: txt (1, l, context), y (1, vec); in host memory if they are offloaded."""
         txt, y = self.t5([text], t5_sequence_length), self.clip([text])
-        return Conditioning(txt.to(self.torch_dtype), y.to(self.torch_dtype))
+        home = torch.device("cpu") if self.is_offloaded else self.device
+        return Conditioning(txt.to(home, self.torch_dtype), y.to(home, self.torch_dtype))
 
     def encode_pixels(self, pixels: Tensor, noise: Tensor | None, tiling: Tiling | None) -> Tensor:
         """Return scaled latents, in the autoencoder's dtype: (b, 3, 8h, 8w) in [-1, 1] -> (b, c, h, w)."""
@@ -369,30 +394,3 @@ def one_each(name: str, value: Any, count: int) -> list[Any]:
     if len(value) != count:
         raise InvalidSetting(f"{name}: {len(value)} values for {count} prompts; give one, or one each", field=name)
     return list(value)
-
-
-def check_finite(pixels: Tensor) -> None:
-    """Raise RowError if a picture holds NaN or infinity, which uint8 would turn into black."""
-    if not torch.isfinite(pixels).all():
-        raise RowError(f"the model overflowed in {str(pixels.dtype).removeprefix('torch.')}: take bfloat16 or float32")
-
-
-def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
-    """Return a picture as the autoencoder takes it: fp32 (3, height, width) in [-1, 1], resized by Lanczos."""
-    if not isinstance(image, Image.Image):
-        raise InvalidSetting(f"input_image is a {type(image).__name__}: must be a PIL image", field="input_image")
-    try:
-        picture = to_rgb(image)
-    except RowError as error:
-        raise InvalidSetting(f"input_image {error}", field="input_image") from error
-    array = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
-    return torch.from_numpy(array / 255.0 * 2.0 - 1.0).permute(2, 0, 1)
-
-
-def to_uint8(pixels: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return uint8 (b, height, width, 3) of pixels (b, 3, height, width) in [-1, 1], rounded half to even.
-
-    Clamped in the dtype of the pixels, then rounded in fp32, as diffusers does; BFL and DiffSynth truncate.
-    """
-    unit = (pixels * 0.5 + 0.5).clamp(0.0, 1.0).float()
-    return (unit * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

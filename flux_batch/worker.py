@@ -158,6 +158,7 @@ class Worker:
         read, the last is encoded and staged, and what other attempts at the shard have done is looked up.
         """
         queue = run.queue(self._batch_size())
+        self._maker.expect([item for batch in queue for item in batch.items])
         behind: deque[Future[None]] = deque()
         looking: Future[Commit | None] | None = None
         encoders = held.enter_context(ThreadPoolExecutor(self._num_encoders, "encode"))

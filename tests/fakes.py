@@ -60,6 +60,7 @@ class FakePipeline:
         self.options: list[dict[str, Any]] = []
         self.input_images: list[Any] = []
         self.lora_calls: list[list[tuple[str, float]]] = []
+        self.expected: list[list[tuple[str, int | None]]] = []
         self._memory = memory
 
     @property
@@ -124,6 +125,9 @@ class FakePipeline:
             if "broken" in uri:
                 raise RuntimeError("broken by the device")
         self.lora_calls.append(list(loras))
+
+    def expect(self, texts: Sequence[tuple[str, int | None]]) -> None:
+        self.expected.append(list(texts))
 
     def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
         longest = t5_sequence_length or T5_CHARACTERS

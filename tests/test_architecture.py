@@ -34,8 +34,10 @@ LADDER: dict[str, set[str]] = {
     "model_errors": BOTTOM,
     "loras": BOTTOM | {"model", "model_errors", "model_source"},
     "model_manager": BOTTOM | {"model", "loras", "model_errors", "model_source"},
+    "pixels": BOTTOM | {"rgb"},
     "picture_request": BOTTOM | {"model"},
-    "pipeline": BOTTOM | {"model", "loras", "model_errors", "model_manager", "model_source", "picture_request", "rgb"},
+    "pipeline": BOTTOM
+    | {"model", "loras", "model_errors", "model_manager", "model_source", "picture_request", "pixels"},
     "plan": BOTTOM | {"config", "storage"},
     "batches": BOTTOM,
     "lora_switch": BOTTOM,
@@ -69,7 +71,7 @@ LADDER: dict[str, set[str]] = {
 }
 PROGRAMS = ("demo/train", "demo/score")
 STORAGE = ("storage/",)
-MODEL = ("model/", "model_errors.py", "loras.py", "model_manager.py", "pipeline.py", "demo/")
+MODEL = ("model/", "model_errors.py", "loras.py", "model_manager.py", "pipeline.py", "pixels.py", "demo/")
 HOMES: dict[str, tuple[str, ...]] = {
     "ray": ("engine/ray_", "bench/ray_data.py"),
     "torch": (*MODEL, "bench/"),
@@ -88,8 +90,17 @@ HOMES: dict[str, tuple[str, ...]] = {
     "aiohttp": STORAGE,
     "tenacity": ("storage/patience.py",),
     "pyarrow": ("storage/", "plan.py", "worker.py", "stage.py", "demo/", "bench/planning.py", "bench/job.py"),
-    "PIL": ("storage/", "rgb.py", "pipeline.py", "picture_request.py", "demo/", "report/gallery_", "bench/encode.py"),
-    "numpy": ("storage/", "rgb.py", "model/", "pipeline.py", "demo/", "report/gallery_", "bench/"),
+    "PIL": (
+        "storage/",
+        "rgb.py",
+        "pixels.py",
+        "pipeline.py",
+        "picture_request.py",
+        "demo/",
+        "report/gallery_",
+        "bench/encode.py",
+    ),
+    "numpy": ("storage/", "rgb.py", "model/", "pixels.py", "demo/", "report/gallery_", "bench/"),
     # What is measured beside ours; no need of a run.
     "diffusers": ("bench/peer.py",),
     "cv2": ("bench/encode.py",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from flux_batch.batch_maker import SMALL_TILES, BatchMaker, Made, Tiles
 from flux_batch.batches import Item
 from flux_batch.errors import DeviceFatal, OutOfMemory
 from flux_batch.lora_switch import LoraSwitch
-from flux_batch.records import ImageRequest, SamplingParams
+from flux_batch.records import ImageRequest, LoraUse, SamplingParams
 
+CFG = SamplingParams(width=64, height=32, num_inference_steps=1, cfg_scale=2.0, negative_prompt="bad")
 Fits = Callable[[int, bool], bool]  # the number of pictures, whether in small tiles
 
 
@@ -134,3 +136,19 @@ def test_every_call_is_a_sign_of_progress_and_a_lost_device_ends_them() -> None:
     with pytest.raises(DeviceFatal):
         maker(broken).make(batch(4))
     assert broken.num_calls == 1
+
+
+def test_the_pipeline_is_told_the_texts_that_come_with_its_loras() -> None:
+    pipeline = FakePipeline()
+    ours = maker(pipeline)
+    plain, other = batch(2), batch(2, prompt="q")
+    style = (LoraUse(name="style", uri="style", scale=1.0),)
+    other = [Item(replace(item.request, loras=style, sampling=CFG), 0) for item in other]
+    ours.expect([*plain, *other, *plain])
+    for group in (plain[:1], plain[1:], other, other):
+        ours.make(group)
+    expected = [("p0", None), ("p1", None)], [("q0", None), ("bad", None), ("q1", None)]
+    assert pipeline.expected == list(map(list, expected))
+    ours.expect([])
+    ours.make(plain)
+    assert len(pipeline.expected) == 2

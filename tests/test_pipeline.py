@@ -374,6 +374,14 @@ class TestRepeatability:
         assert torch.equal(first[1], again[0])
         assert torch.equal(first[0], again[1])
 
+    def test_text_encoders_that_are_to_be_offloaded_stay_on_the_cpu(
+        self, repository: Path, pipe: FluxImagePipeline
+    ) -> None:
+        ours = FluxImagePipeline.from_pretrained(repository, offload_text_encoders=True, **CPU)
+        ours.expect([("x", None), ("y", 16)])
+        options = {"seed": 3, "output_type": "latent", **SMALL}
+        assert torch.equal(ours("x", **options), pipe("x", **options))
+
 
 class TestWaysOfDiffSynth:
     def first_tokens(self, pipe: FluxImagePipeline, **options: Any) -> list[Tensor]:

@@ -71,7 +71,8 @@ def read_shapes(source: Path) -> dict[str, Shapes]:
 def parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantization: str) -> dict[str, int]:
     """Return the bytes of each part's weights and of the activations: the larger of denoising and decoding.
 
-    The text encoders' activations are smaller than either, but for pictures that are themselves small.
+    The text encoders' activations are smaller than either, but for pictures that are themselves small. Encoders that
+    are offloaded take none of their own, but what the activations take while there are none.
     """
     sampling, batch_size = config.sampling, batch_size_of(config)
     quantized = quantization != "none"
@@ -83,7 +84,11 @@ def parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantiz
         width, height = min(width, 8 * sampling.tile_size), min(height, 8 * sampling.tile_size)
     decode = decode_bytes(parts["autoencoder"], width, height, batch_size, dtype)
     weights = {part: weight_bytes(part, parts[part], dtype, quantized=quantized) for part in TITLES}
-    return weights | {"activations": max(denoise, decode)}
+    visiting = 0
+    if config.model.offload_text_encoders:
+        visiting = weights["clip"] + weights["t5"]
+        weights |= {"clip": 0, "t5": 0}
+    return weights | {"activations": max(denoise, decode, visiting)}
 
 
 def batch_size_of(config: JobConfig) -> int:

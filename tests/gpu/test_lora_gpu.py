@@ -63,3 +63,19 @@ def test_a_merge_equals_that_on_the_cpu(tmp_path: Path, repository: Path) -> Non
 
     for name, value in states[0].items():
         assert torch.allclose(value, states[1][name].cpu(), rtol=1e-6, atol=1e-6), name
+
+
+def test_loras_of_offloaded_text_encoders_are_those_of_others(tmp_path: Path, repository: Path) -> None:
+    shapes = {"text_model.encoder.layers.0.self_attn.q_proj": (32, 32)}
+    lora = write_lora(tmp_path / "x.safetensors", random_factors(shapes), prefix="text_encoder.")
+    pipes = [
+        FluxImagePipeline.from_pretrained(repository, device="cuda", offload_text_encoders=offload)
+        for offload in (False, True)
+    ]
+    plain = {name: value.cpu() for name, value in pipes[0].clip.model.state_dict().items()}
+    for loras in ([(lora, 1.0)], [(lora, 0.5)], []):
+        for pipe in pipes:
+            pipe.set_loras(loras)
+        states = [pipe.clip.model.state_dict() for pipe in pipes]
+        assert all(torch.equal(value.cpu(), states[1][name]) for name, value in states[0].items())
+        assert all(torch.equal(plain[name], value) for name, value in states[1].items()) == (not loras)

@@ -105,6 +105,26 @@ def test_the_host_never_waits_for_the_device_within_the_loop(
     assert loops
 
 
+def test_offloaded_text_encoders_say_the_same_and_are_on_the_device_for_visits_alone(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"seed": SEEDS, "output_type": "latent", **SMALL}
+    expected = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda")(PROMPTS, **options)
+    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", offload_text_encoders=True)
+    weights = [weight for model in (pipe.clip.model, pipe.t5.model) for weight in model.parameters()]
+    assert all(not weight.is_cuda and weight.is_pinned() for weight in weights)
+    visits = []
+    states = pipe.t5.states
+    monkeypatch.setattr(pipe.t5, "states", lambda ids: visits.append(pipe.t5.model.device.type) or states(ids))
+    pipe.expect([(prompt, 64) for prompt in PROMPTS])
+    for i, prompt in enumerate(PROMPTS):
+        alone = pipe([prompt], **{**options, "seed": SEEDS[i]})
+        assert torch.equal(alone, pipe([prompt], **{**options, "seed": SEEDS[i]}))
+    assert visits == ["cuda"] * len(PROMPTS)
+    assert torch.equal(pipe(PROMPTS, **options), expected)
+    assert not any(weight.is_cuda for weight in pipe.t5.model.parameters())
+
+
 def test_running_out_of_memory_is_told_and_survived(repository: Path) -> None:
     pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda")
     pipe("x", seed=1, **SMALL)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from flux_batch.model.conditioned import Conditioning
@@ -50,3 +53,39 @@ def test_a_batch_larger_than_the_memory_is_encoded_whole() -> None:
     texts = EncodedTexts(encoder, max_bytes=0)
     assert texts(["a", "bb", "a"], 1).y.tolist() == [[1], [2], [1]]
     assert [text for text, _ in encoder.asked] == ["a", "bb"]
+
+
+class Away(Encoder):
+    """Encoders that can be asked within a visit alone; `visits` has the texts of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visits: list[list[str]] = []
+
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        self.asked = []
+        yield
+        self.visits.append([text for text, _ in self.asked])
+        self.asked = None  # type: ignore[assignment]
+
+
+def test_what_is_expected_is_encoded_in_one_visit() -> None:
+    encoders = Away()
+    texts = EncodedTexts(encoders, visit=encoders.visit)
+    texts.expected = [("a", 1), ("", 1), ("ccc", 2), ("a", 1)]
+    assert texts(["a"], 1).y.tolist() == [[1]]
+    assert texts([""], 1).y.tolist() == [[0]]
+    assert texts(["ccc"], 2).y.tolist() == [[3, 3]]
+    assert encoders.visits == [["a", "", "ccc"]]
+    texts(["unexpected"], 1)
+    assert encoders.visits[1:] == [["unexpected"]]
+
+
+def test_a_visit_takes_as_many_texts_as_there_is_room_for_and_the_next_one_goes_on() -> None:
+    encoders = Away()
+    texts = EncodedTexts(encoders, max_bytes=3 * 8, visit=encoders.visit)
+    texts.expected = [(text, 1) for text in "abcdefg"]
+    for text in "abcdefg":
+        texts([text], 1)
+    assert encoders.visits == [["a", "b", "c"], ["d", "e", "f"], ["g"]]

@@ -119,6 +119,19 @@ def test_batches_and_sizes_count(
     assert (24 in cards(memory(config), "bfloat16", "fp8")) == fits_24
 
 
+@pytest.mark.parametrize(("batch_size", "fits"), [(3, [True, True]), (9, [False, True]), (10, [False, False])])
+def test_offloaded_text_encoders_leave_their_room_to_activations(
+    dev: Path, tmp_path: Path, batch_size: int, fits: list[bool]
+) -> None:
+    config = job(dev, tmp_path, batch_size=batch_size)
+    offloaded = config.model_copy(update={"model": config.model.model_copy(update={"offload_text_encoders": True})})
+    figures = [memory(each) for each in (config, offloaded)]
+    assert [40 in cards(each, "bfloat16", "none") for each in figures] == fits
+    assert figures[1]["bytes"]["t5"] == 0
+    # As they come back for texts, it is never less than what they take.
+    assert figures[1]["bytes"]["activations"] >= figures[0]["bytes"]["t5"] + figures[0]["bytes"]["clip"]
+
+
 def test_what_a_file_is_stored_as_does_not_count(dev: Path, diffusers: Path, tmp_path: Path) -> None:
     assert memory(job(diffusers, tmp_path)) == memory(job(dev, tmp_path))
 
