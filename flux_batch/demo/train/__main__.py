@@ -34,12 +34,15 @@ def main() -> None:
         autoencoder = train_autoencoder(given.work, given.seed, given.autoencoder_steps, given.device)
         clip, t5 = train_text(given.work, given.seed, given.text_steps, given.device)
     pools = make_pools(given.work, autoencoder, given.pictures, given.seed, given.device)
-    trainer = Trainer(clip, t5, given.seed, given.device)
+    trainer = Trainer(clip, t5, given.seed, given.device, torch.bfloat16 if given.bfloat16 else torch.float32)
     if manager:
         trainer.start_from(manager.transformer)
+    if given.compile:
+        trainer.compile()
     transformer = train_flow(given.work, trainer, pools, given.seed, given.flow_steps)
-    trainer.start_from(transformer)
-    lora = train_lora(given.work, trainer, autoencoder, given.lora_steps, given.seed)
+    artist = Trainer(clip, t5, given.seed, given.device)
+    artist.start_from(transformer)
+    lora = train_lora(given.work, artist, autoencoder, given.lora_steps, given.seed)
     if given.to:
         write_model(given.to, given.start or given.work, transformer, autoencoder, clip, t5)
         save_weights(given.to.with_name("blueprint.safetensors"), lora)
@@ -53,6 +56,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--to", type=Path, help="new folder for the model, in the layout of diffusers")
     parser.add_argument("--start", type=Path, help="folder of a model like it whose transformer goes on")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bfloat16", action="store_true", help="multiply in it: faster with AMX, or on a GPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer: needs a C++ compiler")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=1800)
     parser.add_argument("--text-steps", type=int, default=1000)

@@ -52,7 +52,7 @@ THING_WEIGHT = 4.0
 # How much it counts whether a layer in the middle knows what stands where.
 SIGHT_WEIGHT = 0.1
 # Shares of the steps at which the learning rate begins to fall and guidance is added.
-LEVEL_UNTIL = 0.4
+LEVEL_UNTIL = 0.25
 GUIDED_FROM = 0.85
 GUIDANCE_GAIN = 0.5
 MAX_GUIDANCE = 6.0
@@ -74,19 +74,33 @@ class Batch:
 class Trainer:
     """The transformer, its running mean, its optimizers."""
 
-    def __init__(self, clip: ClipEncoder, t5: T5Encoder, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        clip: ClipEncoder,
+        t5: T5Encoder,
+        seed: int,
+        device: torch.device,
+        products: torch.dtype = torch.float32,
+    ) -> None:
         torch.manual_seed(seed)
-        self.clip, self.t5, self.device = clip, t5, device
+        self.clip, self.t5, self.device, self.products = clip, t5, device, products
         self.model = initialise(Flux(TRANSFORMER)).to(device)
         self.mean = copy.deepcopy(self.model).requires_grad_(False)
         matrices = [p for name, p in self.model.named_parameters() if is_inner_matrix(name, p)]
         self.sight = Sight(self.model).to(device)
-        self.optimizer = Optimizer(nn.ModuleList([self.model, self.sight]), matrices, MATRIX_RATE, RATE)
+        self.optimizer = Optimizer(nn.ModuleList([self.model, self.sight]), matrices, MATRIX_RATE, RATE, products)
 
     def start_from(self, transformer: Flux) -> None:
-        """Take over the weights of a transformer of the same sizes."""
+        """Take over the weights of a transformer of the same width; blocks that it has not change nothing at first."""
         for model in (self.model, self.mean):
-            model.load_state_dict(transformer.state_dict())
+            told = model.load_state_dict(transformer.state_dict(), strict=False)
+            if told.unexpected_keys or not all(key.startswith("single_blocks.") for key in told.missing_keys):
+                raise ValueError(f"a transformer of other parts: {[*told.unexpected_keys, *told.missing_keys][0]}")
+
+    def compile(self) -> None:
+        """Have the blocks that are trained compiled, for all sizes at once."""
+        for block in (*self.model.double_blocks, *self.model.single_blocks):
+            block.compile(dynamic=True)
 
     def state(self) -> dict[str, Any]:
         """Return what has to be kept to take training up again."""
@@ -105,7 +119,13 @@ class Trainer:
         made: Tensor = model(noisy, txt, model.position_table(ids), time, y, guidance)
         return made
 
-    def loss(self, batch: Batch, source: torch.Generator, *, guided: bool) -> Tensor:
+    def loss(self, batch: Batch, source: torch.Generator, *, guided: bool) -> tuple[Tensor, Tensor]:
+        """Return the weighted means of the squared error of the velocity, and of the error of `sight`."""
+        with torch.autocast(self.device.type, self.products, enabled=self.products != torch.float32):
+            error = self.error(batch, source, guided=guided)
+            return error, self.sight.loss(batch.answers, batch.weights)
+
+    def error(self, batch: Batch, source: torch.Generator, *, guided: bool) -> Tensor:
         """Return the weighted mean of the squared error of the velocity."""
         count = len(batch.words)
         noise = torch.randn(batch.clean.shape, generator=source).to(self.device)
@@ -118,7 +138,7 @@ class Trainer:
             guidance[half:] = 1.0
             wanted[:half] = self.guided_velocity(batch, noisy, time, guidance, half)
         made = self.velocity(self.model, batch, noisy, time, guidance, batch.words)
-        error = (made - wanted).square().mean(dim=-1)
+        error = (made.float() - wanted).square().mean(dim=-1)
         return (error * batch.weights).sum() / batch.weights.sum()
 
     @torch.no_grad()
@@ -149,8 +169,7 @@ def train_flow(folder: Path, trainer: Trainer, pools: list[Pool], seed: int, num
     for step in stage.steps(trainer.state()):
         batch = make_batch(pools, stage.rng(step), step, trainer.device)
         guided = step >= GUIDED_FROM * num_steps
-        loss = trainer.loss(batch, stage.generator(step), guided=guided)
-        sight = trainer.sight.loss(batch.answers, batch.weights)
+        loss, sight = trainer.loss(batch, stage.generator(step), guided=guided)
         trainer.update(loss + SIGHT_WEIGHT * sight, stage.share_of_rate(step, level_until=LEVEL_UNTIL), step)
         meter.add(step, loss=loss.item(), sight=sight.item())
     return trainer.mean.eval()

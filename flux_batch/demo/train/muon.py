@@ -1,7 +1,8 @@
 """An optimizer for small machines: matrices move by orthogonal steps (Muon), everything else by AdamW's.
 
 Source of the method and its five coefficients: KellerJordan/Muon, muon.py. torch.optim.Muon takes no convolutions and
-works in bfloat16, which is slow on CPUs. In this project's training it takes a third of the steps AdamW takes.
+works in bfloat16 always, which is slow on CPUs without instructions for it. In this project's training it takes a third
+of the steps AdamW takes.
 """
 
 from __future__ import annotations
@@ -20,10 +21,20 @@ MIN_SIDE = 16
 
 
 class Muon(torch.optim.Optimizer):
-    """Moves each matrix by the nearest orthogonal one to its averaged gradient; convolutions count as matrices."""
+    """Moves each matrix by the nearest orthogonal one to its averaged gradient; convolutions count as matrices.
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+    products: what the products on the way to that matrix are computed in.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.0,
+        products: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(list(params), {"lr": lr, "weight_decay": weight_decay})
+        self.products = products
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -39,14 +50,21 @@ class Muon(torch.optim.Optimizer):
                 direction = parameter.grad.lerp(state["average"], MOMENTUM).flatten(1)
                 stretch = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                step = orthogonal(direction).reshape(parameter.shape)
+                step = orthogonal(direction.to(self.products)).to(parameter.dtype).reshape(parameter.shape)
                 parameter.add_(step, alpha=-group["lr"] * stretch)
 
 
 class Optimizer:
     """Muon for the inner matrices of a model, AdamW for the rest, as one."""
 
-    def __init__(self, model: nn.Module, matrices: list[nn.Parameter], matrix_rate: float, rate: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        matrices: list[nn.Parameter],
+        matrix_rate: float,
+        rate: float,
+        products: torch.dtype = torch.float32,
+    ) -> None:
         chosen = {id(parameter) for parameter in matrices}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
         self.model = model
@@ -54,7 +72,7 @@ class Optimizer:
             (torch.optim.AdamW(others, rate, betas=(0.9, 0.98), weight_decay=0.01), rate)
         ]
         if matrices:
-            self.parts.append((Muon(matrices, matrix_rate, weight_decay=0.01), matrix_rate))
+            self.parts.append((Muon(matrices, matrix_rate, weight_decay=0.01, products=products), matrix_rate))
 
     def update(self, loss: Tensor, share: float) -> None:
         """Take one step down the gradient of `loss`, at a share of the full rates."""

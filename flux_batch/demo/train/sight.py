@@ -41,7 +41,7 @@ class Sight(nn.Module):
     def loss(self, answers: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted mean cross entropy at the watched layer: answers (b, n, 3), weights (b, n)."""
         assert self.seen is not None
-        told = self.head(self.seen[:, -answers.shape[1] :]).split(NUM_ANSWERS, dim=-1)
+        told = self.head(self.seen[:, -answers.shape[1] :]).float().split(NUM_ANSWERS, dim=-1)
         self.seen = None
         errors = [
             nn.functional.cross_entropy(logits.flatten(0, 1), answers[..., question].flatten(), reduction="none")
