@@ -5,8 +5,8 @@ then serves all others; a batch of one and larger ones are compiled apart. What 
 (TORCHINDUCTOR_CACHE_DIR), which the processes of a machine share.
 
 The autoencoder's decoder is left as it is. Its blocks are hardly repeated: five widths make six graphs and more, where
-torch keeps eight of a function and then gives up. On two busy CPU cores a quarter as wide as FLUX.1's took 28 s to
-compile and was 6 to 11 % slower than without, its convolutions being most of the work. On a GPU it was not measured;
+torch keeps eight of a function and then gives up. On two busy CPU cores a quarter as wide as FLUX.1's took 28 to 41 s
+to compile and was 4 to 13 % slower than without, its convolutions being most of the work. On a GPU it was not measured;
 published are 27 ms instead of 117, of some 3.5 s an image.
 """
 
