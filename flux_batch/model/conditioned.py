@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from flux_batch.model.params import MODULATION_ROWS
+from flux_batch.model.params import MODULATION_ROWS, MODULATION_ROWS_ON_CPU
 from flux_batch.model.transformer import Flux, Modulations
 
 
@@ -48,7 +48,8 @@ class ConditionedFlux:
         """Return what modulates every block at a step, b rows; computed for some steps at once."""
         images = len(self._y)
         if self._modulations is None or step not in self._steps:
-            self._steps = range(step, min(step + max(1, MODULATION_ROWS // images), self.num_steps))
+            rows = MODULATION_ROWS_ON_CPU if self._y.device.type == "cpu" else MODULATION_ROWS
+            self._steps = range(step, min(step + max(1, rows // images), self.num_steps))
             self._modulations = self.model.modulations(self._conditioning())
         first = (step - self._steps.start) * images
         return self._modulations.of(slice(first, first + images))

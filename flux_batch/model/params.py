@@ -124,6 +124,8 @@ SCHNELL_SCHEDULE = ScheduleParams(use_dynamic_shifting=False)
 # Rows of modulation that are computed together, a row an image and step: each is the product of a row with a quarter of
 # all weights, which a GPU spends on reading these; so they are read once for all rows.
 MODULATION_ROWS = 64
+# On a CPU one step at a time: of many rows some kernels (bfloat16 with AMX) round each otherwise than alone.
+MODULATION_ROWS_ON_CPU = 1
 
 
 def flux_params(shapes: Shapes, config: Config) -> FluxParams:

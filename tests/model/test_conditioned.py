@@ -36,7 +36,7 @@ def make(model: Flux) -> ConditionedFlux:
 
 @pytest.mark.parametrize("rows", [1, 6, 64])
 def test_each_step_is_that_of_the_model(model: Flux, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(conditioned, "MODULATION_ROWS", rows)
+    monkeypatch.setattr(conditioned, "MODULATION_ROWS_ON_CPU", rows)
     velocity = make(model)
     for step in (*range(STEPS), 2, 6, 0):  # in any order, as nothing says that steps come in turn
         expected = model(IMG, TEXT.txt, velocity.pe, TIMESTEPS[step].expand(3), TEXT.y, GUIDANCE)
@@ -47,7 +47,7 @@ def test_each_step_is_that_of_the_model(model: Flux, monkeypatch: pytest.MonkeyP
 def test_modulation_is_computed_for_some_steps_at_once(
     model: Flux, monkeypatch: pytest.MonkeyPatch, rows: int, groups: list[int]
 ) -> None:
-    monkeypatch.setattr(conditioned, "MODULATION_ROWS", rows)
+    monkeypatch.setattr(conditioned, "MODULATION_ROWS_ON_CPU", rows)
     made: list[int] = []
 
     class Watched(Flux):
@@ -88,7 +88,7 @@ class Travels(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [1, 64])
 def test_the_loop_neither_reads_from_the_device_nor_sends_to_it(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Either would make the host wait. The device is meta, which has no numbers: reading one raises."""
-    monkeypatch.setattr(conditioned, "MODULATION_ROWS", rows)
+    monkeypatch.setattr(conditioned, "MODULATION_ROWS_ON_CPU", rows)
     with torch.device("meta"):
         model = Flux(FLUX)
     sigmas = make_sigmas(STEPS, 24, SCHNELL_SCHEDULE)
