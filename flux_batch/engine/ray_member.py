@@ -42,6 +42,7 @@ class Member:
     def is_idle(self) -> bool:
         """Whether it can take a shard."""
         is_free = self.task is None and len(self.finishing) <= MOST_FINISHING
+        is_free &= not any(task.attempt.lost for task in self.finishing.values())
         return self.is_up and is_free and not self.is_leaving and self.rest.is_over
 
     @property

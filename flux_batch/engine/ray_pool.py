@@ -145,7 +145,7 @@ class _Pool:
 
     def _dispatch(self) -> None:
         for member in self.members:
-            if member.is_idle:
+            if member.is_idle and not (member.finishing and self.queue.is_next_suspect):
                 task = self.queue.next() or self.queue.second(self.options.slow_factor, self.options.slow_s)
                 if task is None:
                     return
@@ -257,7 +257,7 @@ class _Pool:
             log.warning("a worker left with its node%s", f" {member.node[:8]}" if member.node else "")
         if not member.tasks and not with_node:
             self._count_failed_start(_first_line(error) if error else reason)
-        for task in member.tasks:  # which of them killed it, the next workers find out
+        for task in member.tasks:  # which of them killed it shows when each is tried alone
             if with_node:
                 self.queue.put_aside(task)
             elif given_up := self.queue.lost(task, reason):

@@ -62,6 +62,11 @@ class ShardQueue:
         return len(self._waiting)
 
     @property
+    def is_next_suspect(self) -> bool:
+        """Whether workers were lost on the next shard: it must have its worker for itself, to show if it is why."""
+        return bool(self._waiting) and self._losses[self._waiting[0].index] > 0
+
+    @property
     def is_settled(self) -> bool:
         """Whether every shard has its result."""
         return not self._waiting and all(index in self._settled for index in self._in_hand)

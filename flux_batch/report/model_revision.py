@@ -34,17 +34,20 @@ def model_revision(uri: str, storage_options: Mapping[str, Any] | None = None) -
     Of a repository of Hugging Face the revision that the address names, else the commit that its cache has here. Of a
     bucket, and else of a repository, the name that a copy has in our cache: a hash of names, sizes and what the store
     says of the bytes. Of files on this machine a hash of names, sizes and both ends of each.
-    Returns: None if they are not here and whoever has them cannot be asked, which is no reason for an error.
+    Returns: None for an address on the web, and if they are not here and whoever has them cannot be asked, which is no
+    reason for an error.
     """
     try:
         with source_errors():
             return _revision(uri, storage_options or {})
-    except (FluxBatchError, OSError) as error:
+    except (FluxBatchError, OSError, TypeError) as error:  # the last for options that a storage does not know
         log.debug("the revision of the model cannot be told: %s", error)
         return None
 
 
-def _revision(uri: str, storage_options: Mapping[str, Any]) -> str:
+def _revision(uri: str, storage_options: Mapping[str, Any]) -> str | None:
+    if uri.startswith(("http://", "https://")):
+        return None  # libraries log what they ask, and its query may be a signature
     kind = kind_of(uri)
     if uri == "demo" or kind in ("local", "file"):
         return _of_files(local_model(uri))

@@ -149,6 +149,15 @@ def test_what_a_worker_makes_and_finishes_is_tried_again_when_it_is_lost(tmp_pat
     assert begun(tmp_path, 0) == begun(tmp_path, 1) == [(1, 0, ""), (1, 1, "its worker died")]
 
 
+def test_a_shard_on_which_a_worker_was_lost_has_the_next_for_itself(tmp_path: Path) -> None:
+    pool = replace(POOL, max_workers=1)
+    runner = Runner(tmp_path, dies=(1,), times=99, finish_s=0.3, seconds=0.2)
+    results = {result.shard: result for result in pool.run(runner, make_shards(4))}
+    assert results.pop(1).error == "5 workers were lost on it; the last: its worker died"
+    assert [result.error for result in results.values()] == [None, None, None]
+    assert all(len(begun(tmp_path, index)) <= 2 for index in (0, 2, 3))
+
+
 def test_a_worker_that_hangs_while_it_finishes_is_killed(tmp_path: Path) -> None:
     results = list(replace(POOL, hang_s=2.0).run(Runner(tmp_path, hangs_finishing=(0,)), make_shards(1)))
     assert [result.error for result in results] == [None]

@@ -74,6 +74,15 @@ def test_losses_are_told_to_the_next_worker_and_end_only_when_rows_cannot_be_the
     assert queue.is_settled
 
 
+def test_a_shard_on_which_a_worker_was_lost_is_suspect_until_it_is_given_out() -> None:
+    queue = ShardQueue(make_shards(1))
+    assert not queue.is_next_suspect
+    queue.lost(take(queue), "its worker died")
+    assert queue.is_next_suspect
+    take(queue)
+    assert not queue.is_next_suspect
+
+
 def test_a_shard_put_aside_is_the_next_and_one_that_failed_the_last() -> None:
     queue = ShardQueue(make_shards(4))
     first, second = take(queue), take(queue)
