@@ -55,6 +55,13 @@ class Member:
         self.task, self._sign, self._asked = task, None, now
         self.call = self.actor.make.remote(task.shard, task.attempt)
 
+    def answered(self, call: Any) -> Task | None:
+        """Take note that a call is answered. Returns: the task that it was about, None if it was the start."""
+        if call != self.call:
+            return self.finishing.pop(call)
+        task, self.task, self.call = self.task, None, None
+        return task
+
     def finish(self, task: Task) -> None:
         """Have the shard that was made finished; the next one may be given meanwhile."""
         self.finishing[self.actor.finish.remote(task.shard.index)] = task
@@ -111,7 +118,7 @@ def hire(actor_class: Any, runner: Any, rest: Rest) -> Member:
 
 
 def wait(members: Iterable[Member], timeout_s: float) -> list[tuple[Member, Any]]:
-    """Wait until some member has answered what it was called for; yields it with that call."""
+    """Wait until some member has answered what it was called for. Returns: each with that call."""
     calls = {call: member for member in members for call in (member.call, *member.finishing) if call is not None}
     answered, _ = ray.wait(list(calls), timeout=timeout_s) if calls else ([], [])
     return [(calls[call], call) for call in answered]

@@ -173,15 +173,15 @@ class _Pool:
             log.debug("%s", outcome.details)
             if outcome.kind == "fatal" and outcome.error:
                 raise outcome.error
-        if call == member.call:
-            member.call = None
-        if not member.is_up:
+        task = member.answered(call)
+        if task is None:
             self._settle_start(member, outcome)
             return
         if outcome is None:
-            self._settle_made(member)
+            self.queue.made(task)
+            member.finish(task)
             return
-        yield from self._settle_task(member, self._returned(member, call), outcome)
+        yield from self._settle_task(member, task, outcome)
         if member.is_leaving and not member.tasks and member in self.members:
             self._remove(member)
 
@@ -201,21 +201,6 @@ class _Pool:
             self._count_failed_start(outcome.message)
         else:
             raise outcome.error or RunIncomplete(f"a worker could not start: {outcome.message}")
-
-    def _settle_made(self, member: Member) -> None:
-        """Have a shard that is made finished."""
-        task, member.task = member.task, None
-        assert task is not None
-        self.queue.made(task)
-        member.finish(task)
-
-    def _returned(self, member: Member, call: Any) -> Task:
-        """Take back the task that a call was about."""
-        task = member.finishing.pop(call, None)
-        if task is None:
-            task, member.task = member.task, None
-        assert task is not None
-        return task
 
     def _settle_task(self, member: Member, task: Task, outcome: Any) -> Iterator[ShardResult]:
         """Yield the result of a shard, or let it be tried again."""

@@ -206,5 +206,5 @@ class ShardQueue:
         return ShardResult(shard=shard.index, error=error)
 
     def _alone(self) -> list[Task]:
-        in_hand = [tasks[0] for index, tasks in self._in_hand.items() if len(tasks) == 1 and index not in self._settled]
-        return [task for task in in_hand if task not in self._made]
+        alone = (tasks[0] for tasks in self._in_hand.values() if len(tasks) == 1)
+        return [task for task in alone if task not in self._made and task.shard.index not in self._settled]
