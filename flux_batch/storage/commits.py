@@ -13,7 +13,7 @@ Killed in 0   A batch is staged while the next is made, and no third is begun be
               making and at most the one on its way. Whoever takes the shard next, on any node, adopts what is staged.
               A staged picture counts if its digest is right and it is what the plan asks for now; batches are formed
               of all rows, whatever is there, so that the rest has the neighbours, and the bytes, of an undisturbed run.
-              1 to 5 run while the next shard is at 0: what a worker loses is of one of them.
+              1 to 5 run while the next shard is at 0: a kill then loses what it loses in 0.
 Killed in 1   The next attempt adopts all pictures, and meets the files that are there, which it keeps.
 Killed in 2-3 The same. Before 4 nobody follows the files: nothing is done, however much is there.
 Killed in 4   The commit is there or not. If its answer is lost, the next attempt reads it and makes nothing.
