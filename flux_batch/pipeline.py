@@ -25,7 +25,7 @@ from flux_batch.model.conditioned import ConditionedFlux, Conditioning
 from flux_batch.model.encoded_texts import MAX_BYTES, MAX_BYTES_AWAY, EncodedTexts
 from flux_batch.model.folders import TITLES
 from flux_batch.model.params import ScheduleParams
-from flux_batch.model.position_tables import PositionTables
+from flux_batch.model.position_tables import position_tables
 from flux_batch.model.sampling import (
     Progress,
     Velocity,
@@ -85,7 +85,7 @@ class FluxImagePipeline:
         weight = transformer.img_in.weight
         self.device = weight.device
         self.torch_dtype = weight.dtype
-        self.position_tables = PositionTables(transformer, self.device)
+        self.position_tables = position_tables(transformer, self.device)
         self.is_offloaded = offload_text_encoders and self.device.type != "cpu"
         self.encoders = Visitors([clip.model, t5.model] if self.is_offloaded else [], self.device)
         max_bytes = MAX_BYTES_AWAY if self.is_offloaded else MAX_BYTES

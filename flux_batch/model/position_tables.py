@@ -5,7 +5,8 @@ Letters: l text tokens, n image tokens.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,24 +18,17 @@ from flux_batch.model.transformer import Flux
 MAX_TABLES = 8
 
 
-class PositionTables:
-    """Makes the table of each size once, and remembers the last ones, up to `max_tables` on the model's device."""
+def position_tables(
+    model: Flux, device: torch.device, max_tables: int = MAX_TABLES
+) -> Callable[[int, int, int], Tensor]:
+    """Return what makes the table of each size once, and remembers the last ones on `device`.
 
-    def __init__(self, model: Flux, device: torch.device, max_tables: int = MAX_TABLES) -> None:
-        self._model = model
-        self._device = device
-        self._max_tables = max_tables
-        self._known: OrderedDict[tuple[int, int, int], Tensor] = OrderedDict()
+    It takes the number of text tokens, height and width of the latents, and returns `position_table` of text, then of
+    such latents: (l + n, head_dim / 2, 2) fp32.
+    """
 
-    def __call__(self, num_txt_tokens: int, height: int, width: int) -> Tensor:
-        """Return `position_table` of text, then of latents of this size: (l + n, head_dim / 2, 2) fp32."""
-        size = num_txt_tokens, height, width
-        if size not in self._known:
-            self._known[size] = self._model.position_table(position_ids(*size).to(self._device))
-            if len(self._known) > self._max_tables:
-                self._known.popitem(last=False)
-        self._known.move_to_end(size)
-        return self._known[size]
+    @lru_cache(max_tables)
+    def table(num_txt_tokens: int, height: int, width: int) -> Tensor:
+        return model.position_table(position_ids(num_txt_tokens, height, width).to(device))
 
-    def __len__(self) -> int:
-        return len(self._known)
+    return table

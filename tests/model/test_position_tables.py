@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_batch.model.position_tables import PositionTables
+from flux_batch.model.position_tables import position_tables
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
 from golden import FLUX, filled
@@ -20,7 +20,7 @@ def model() -> Flux:
 
 
 def test_a_table_is_that_of_the_model_and_made_once(model: Flux) -> None:
-    tables = PositionTables(model, CPU)
+    tables = position_tables(model, CPU)
     for size in ((7, 8, 12), (7, 12, 8), (9, 8, 12)):
         table = tables(*size)
         assert torch.equal(table, model.position_table(position_ids(*size)))
@@ -36,7 +36,7 @@ def test_the_size_that_was_used_longest_ago_is_forgotten(model: Flux, monkeypatc
         return table(ids)
 
     monkeypatch.setattr(model, "position_table", counted)
-    tables = PositionTables(model, CPU, max_tables=2)
+    tables = position_tables(model, CPU, max_tables=2)
     for length in (1, 2, 1, 3, 1, 2):
         tables(length, 2, 2)
     assert made == [1, 2, 3, 2]
