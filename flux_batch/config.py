@@ -20,8 +20,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
+from flux_batch.config_errors import explain
 from flux_batch.errors import InvalidSetting, JobError
 from flux_batch.job_text import did_you_mean, read_tree
 from flux_batch.records import (
@@ -31,6 +31,7 @@ from flux_batch.records import (
     SAMPLING_FIELDS,
     Quantization,
     SamplingParams,
+    check_cuda_graphs,
     check_quantization,
     check_step_cache,
     check_tiles,
@@ -203,6 +204,8 @@ class ModelConfig(Section):
     """Reuse most of a step that differs from the last computed one by less than this share; 0 is off."""
     compile: bool = False
     """Compile the transformer's blocks with torch.compile: faster pictures after a slower start."""
+    cuda_graphs: bool = False
+    """Launch each step of the transformer in one piece: for small pictures on a GPU; not beside a step cache."""
     offload_text_encoders: bool = False
     """Keep the text encoders in host memory while no texts are encoded; the pictures are the same."""
     loras: Annotated[tuple[LoraConfig, ...], Field(strict=False)] = ()
@@ -219,6 +222,7 @@ class ModelConfig(Section):
     def _in_range(self) -> ModelConfig:
         check_quantization(self.quantization, self.dtype)
         check_step_cache(self.step_cache)
+        check_cuda_graphs(self.cuda_graphs, self.step_cache)
         check_no_secret(self.uri, "uri", "model")
         for lora in self.loras:
             if sum(lora.name == other.name for other in self.loras) > 1:
@@ -334,7 +338,7 @@ class JobConfig(Section):
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            raise JobError("\n".join(f"{origin}: {line}" for line in _explain(error))) from error
+            raise JobError("\n".join(f"{origin}: {line}" for line in explain(error, JobConfig))) from error
 
     def to_yaml(self) -> str:
         """Write the whole tree with every default spelled out and every secret redacted."""
@@ -357,42 +361,3 @@ class JobConfig(Section):
             "sampling": tree["sampling"],
         }
         return {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
-
-
-def _explain(error: ValidationError) -> list[str]:
-    """Turn pydantic's findings into one line each: dotted key, what was got, what would be right."""
-    lines = []
-    for finding in error.errors():
-        path = ".".join(str(part) for part in finding["loc"])
-        cause = finding.get("ctx", {}).get("error")
-        if finding["type"] == "extra_forbidden":
-            *sections, key = finding["loc"]
-            lines.append(f"{path}: unknown key{did_you_mean(str(key), _keys_at(sections))}")
-        elif finding["type"] == "missing":
-            lines.append(f"{path}: missing, and it has no default")
-        elif isinstance(cause, InvalidSetting):
-            lines.append(f"{path}.{cause}" if path else str(cause))
-        elif finding["type"] in ("model_type", "dict_type"):
-            lines.append(f"{path}: must be a section with keys and values")
-        else:
-            reason = finding["msg"].removeprefix("Value error, ")
-            reason = reason[0].lower() + reason[1:]
-            lines.append(f"{path}{_shown(finding)}: {reason}")
-    return lines
-
-
-def _shown(finding: ErrorDetails) -> str:
-    """Show the value that was wrong, unless it is, or holds, what may be a secret."""
-    value = finding["input"]
-    if "storage_options" in finding["loc"] or not isinstance(value, (str, int, float)):
-        return ""
-    text = repr(value)
-    return f" = {text}" if len(text) <= 100 else f" = {text[:100]}..."
-
-
-def _keys_at(sections: list[int | str]) -> list[str]:
-    model: Any = JobConfig
-    for section in sections:
-        is_item = isinstance(section, int)
-        model = get_args(model)[0] if is_item else model.model_fields[section].annotation
-    return list(model.model_fields)

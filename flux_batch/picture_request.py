@@ -5,7 +5,10 @@ Knows words and ranges, and how many steps an input picture leaves; computes not
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -13,6 +16,7 @@ from flux_batch.errors import InvalidSetting
 from flux_batch.model.steps import first_step
 from flux_batch.model.tiling import Tiling
 from flux_batch.records import (
+    ALIASES,
     MAX_SEED,
     MAX_STEPS,
     check_integer,
@@ -87,3 +91,23 @@ class PictureRequest:
     def num_steps_left(self) -> int:
         """Steps that remain after those that an input picture skips."""
         return self.num_inference_steps - first_step(self.num_inference_steps, self.denoising_strength)
+
+
+def one_each(name: str, value: Any, count: int) -> list[Any]:
+    """Return one value a picture. Raises: InvalidSetting for a list of another length."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidSetting(f"{name}: {len(value)} values for {count} prompts; give one, or one each", field=name)
+    return list(value)
+
+
+def resolve_aliases(aliases: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, Any]:
+    """Return other arguments under our names. Raises: InvalidSetting with the nearest name for one that is unknown."""
+    for name in aliases:
+        if name not in ALIASES:
+            names = [name for name in arguments if name not in ("aliases", "return")] + list(ALIASES)
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f": did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(names))}"
+            raise InvalidSetting(f"{name} is no argument of the pipeline{hint}", field=name)
+    return {ALIASES[name]: value for name, value in aliases.items()}

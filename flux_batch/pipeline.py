@@ -6,7 +6,6 @@ or storage.
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
@@ -22,6 +21,7 @@ from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.compile_cache import CompileCache
 from flux_batch.model.compiling import compile_blocks
 from flux_batch.model.conditioned import ConditionedFlux, Conditioning
+from flux_batch.model.cuda_graphs import CudaGraphs
 from flux_batch.model.encoded_texts import MAX_BYTES, MAX_BYTES_AWAY, EncodedTexts
 from flux_batch.model.folders import TITLES
 from flux_batch.model.params import ScheduleParams
@@ -46,9 +46,9 @@ from flux_batch.model.visits import Visitors
 from flux_batch.model_errors import device_errors
 from flux_batch.model_manager import ModelManager, locate_parts
 from flux_batch.model_source import PathOrFolder
-from flux_batch.picture_request import PictureRequest
+from flux_batch.picture_request import PictureRequest, one_each, resolve_aliases
 from flux_batch.pixels import check_finite, to_pixels, to_uint8
-from flux_batch.records import ALIASES, PIXELS_PER_TOKEN, Quantization, check_choice, check_step_cache
+from flux_batch.records import PIXELS_PER_TOKEN, Quantization, check_choice, check_cuda_graphs, check_step_cache
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Value = TypeVar("Value")
@@ -72,6 +72,7 @@ class FluxImagePipeline:
         loras: Loras | None = None,
         compile_cache: CompileCache | None = None,
         offload_text_encoders: bool = False,
+        graphs: CudaGraphs | None = None,
     ) -> None:
         self.transformer = transformer
         self.autoencoder = autoencoder
@@ -80,6 +81,7 @@ class FluxImagePipeline:
         self.schedule = schedule
         self.step_cache = step_cache
         self.compile_cache = compile_cache
+        self.graphs = graphs
         self.loras = loras or Loras({"transformer": transformer, "clip": clip.model, "t5": t5.model})
         check_parts_fit(transformer, autoencoder, clip, t5)
         weight = transformer.img_in.weight
@@ -98,16 +100,20 @@ class FluxImagePipeline:
         *,
         step_cache: float = 0.0,
         compile: bool = False,
+        cuda_graphs: bool = False,
         offload_text_encoders: bool = False,
     ) -> FluxImagePipeline:
         """Assemble the loaded parts.
 
         compile: let torch.compile have the transformer's blocks: the first picture of a size, and of the second size,
-        takes longer, all others less. offload_text_encoders: keep CLIP and T5 in host memory, but for when texts that
-        are not remembered are encoded; nothing changes on the CPU.
-        Raises: CheckpointError naming the parts that were not loaded; InvalidSetting if nothing can be compiled here.
+        takes longer, all others less. cuda_graphs: launch each step of the transformer in one piece, the first of each
+        size apart; not beside a step_cache. offload_text_encoders: keep CLIP and T5 in host memory, but for when texts
+        that are not remembered are encoded; nothing changes on the CPU.
+        Raises: CheckpointError naming the parts that were not loaded; InvalidSetting if nothing can be compiled here,
+        or there is no CUDA device to record graphs of.
         """
         check_step_cache(step_cache)
+        check_cuda_graphs(cuda_graphs, step_cache)
         missing = [title for part, title in TITLES.items() if getattr(model_manager, part) is None]
         if missing:
             raise CheckpointError(f"not loaded: {', '.join(missing)}; add their files to load_models([...])")
@@ -117,6 +123,10 @@ class FluxImagePipeline:
                 compile_blocks(manager.transformer)
             except ValueError as error:
                 raise InvalidSetting(f"compile = True: {error}", field="compile") from error
+        try:
+            graphs = CudaGraphs(manager.transformer) if cuda_graphs else None
+        except ValueError as error:
+            raise InvalidSetting(f"cuda_graphs = True: {error}", field="cuda_graphs") from error
         parts = manager.transformer, manager.autoencoder, manager.clip, manager.t5, manager.schedule
         cache = CompileCache(manager.transformer) if compile else None
         return cls(
@@ -125,6 +135,7 @@ class FluxImagePipeline:
             loras=manager.loras,
             compile_cache=cache,
             offload_text_encoders=offload_text_encoders,
+            graphs=graphs,
         )
 
     @classmethod
@@ -137,6 +148,7 @@ class FluxImagePipeline:
         quantization: Quantization = "none",
         step_cache: float = 0.0,
         compile: bool = False,
+        cuda_graphs: bool = False,
         offload_text_encoders: bool = False,
         storage_options: Mapping[str, Any] | None = None,
         refresh: bool = False,
@@ -146,7 +158,7 @@ class FluxImagePipeline:
         uri: a path, an address that fsspec knows (s3://bucket/flux, with `storage_options`), or a repository of Hugging
         Face (hf://owner/name, owner/name); what is remote is fetched once a machine and then used without asking,
         unless `refresh`. torch_dtype: a dtype or its name; device: `cuda` if there is one, else `cpu`. quantization:
-        see ModelManager; step_cache: what calls take that name none; compile, offload_text_encoders: see
+        see ModelManager; step_cache: what calls take that name none; compile, cuda_graphs, offload_text_encoders: see
         from_model_manager.
         Raises: CheckpointError saying what was looked for; StoreError for a remote that fails; InvalidSetting.
         """
@@ -158,7 +170,11 @@ class FluxImagePipeline:
         )
         manager.load_models(locate_parts(uri, storage_options, refresh=refresh))
         return cls.from_model_manager(
-            manager, step_cache=step_cache, compile=compile, offload_text_encoders=offload_text_encoders
+            manager,
+            step_cache=step_cache,
+            compile=compile,
+            cuda_graphs=cuda_graphs,
+            offload_text_encoders=offload_text_encoders,
         )
 
     @property
@@ -241,13 +257,14 @@ class FluxImagePipeline:
         step_cache, for speed at some cost in quality: at a step where the first block changes an image by less than
         this share from the last computed step, the later blocks are not run, and what they did then is done again.
         0 is off; about 0.1 is a start. An image is judged by itself; the first and the last step are always computed.
+        A pipeline with cuda_graphs takes none.
 
         Returns, by output_type: `pil`; `np` uint8 (height, width, 3); `pt` fp32 (b, 3, height, width) in [-1, 1];
         `latent` scaled (b, c, height/8, width/8). The last two keep the batch axis for a single prompt too.
         Raises: InvalidSetting naming the argument and what would be right; RowError for a picture with numbers that
         are not finite; OutOfMemory; DeviceFatal.
         """
-        named = resolve_aliases(aliases)
+        named = resolve_aliases(aliases, FluxImagePipeline.__call__.__annotations__)
         check_choice("output_type", output_type, get_args(OutputType))
         if not isinstance(prompt, (str, Sequence)):
             raise InvalidSetting(f"prompt = {prompt!r}: must be a string or a list of strings", field="prompt")
@@ -269,6 +286,7 @@ class FluxImagePipeline:
             tiling=Tiling(tile_size, tile_stride) if tiled else None,
             step_cache=self.step_cache if step_cache is None else step_cache,
         )
+        check_cuda_graphs(self.graphs is not None, request.step_cache)
         if not prompts:
             return []
         self.warn_of_cut_texts(request)
@@ -308,7 +326,9 @@ class FluxImagePipeline:
 
         def velocity(prompts: Sequence[str]) -> Velocity:
             model = ConditionedFlux(self.transformer, self.encode(prompts, length), pe, timesteps, guidance)
-            return StepCache(model, p.step_cache) if p.step_cache else model
+            if p.step_cache:
+                return StepCache(model, p.step_cache)
+            return self.graphs(model) if self.graphs else model
 
         tokens = denoise(
             velocity(p.prompts),
@@ -373,24 +393,3 @@ def check_parts_fit(transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncod
         count, vocab_size = len(encoder.tokenizer), encoder.model.config.vocab_size
         if count > vocab_size:
             raise CheckpointError(f"the tokenizer of {what} has {count} tokens, its text encoder knows {vocab_size}")
-
-
-def resolve_aliases(aliases: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments under our names. Raises: InvalidSetting with the nearest name for one that is unknown."""
-    for name in aliases:
-        if name not in ALIASES:
-            names = [name for name in FluxImagePipeline.__call__.__annotations__ if name not in ("aliases", "return")]
-            names += ALIASES
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f": did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(names))}"
-            raise InvalidSetting(f"{name} is no argument of the pipeline{hint}", field=name)
-    return {ALIASES[name]: value for name, value in aliases.items()}
-
-
-def one_each(name: str, value: Any, count: int) -> list[Any]:
-    """Return one value a picture. Raises: InvalidSetting for a list of another length."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * count
-    if len(value) != count:
-        raise InvalidSetting(f"{name}: {len(value)} values for {count} prompts; give one, or one each", field=name)
-    return list(value)

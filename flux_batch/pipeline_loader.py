@@ -16,6 +16,7 @@ def load_pipeline(model: ModelConfig) -> ImagePipeline:
         quantization=model.quantization,
         step_cache=model.step_cache,
         compile=model.compile,
+        cuda_graphs=model.cuda_graphs,
         offload_text_encoders=model.offload_text_encoders,
         storage_options=model.storage_options,
         refresh=model.refresh,

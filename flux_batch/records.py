@@ -99,6 +99,16 @@ def check_step_cache(value: float) -> None:
         raise InvalidSetting(f"step_cache = {value}: must be from 0, which is off, to 1", field="step_cache")
 
 
+def check_cuda_graphs(value: bool, step_cache: float) -> None:
+    """Raise InvalidSetting for CUDA graphs beside a step cache, which decides at each step what is launched."""
+    if value and step_cache:
+        raise InvalidSetting(
+            f"cuda_graphs = {value}: a step cache decides at each step what is launched, which no graph can; "
+            f"leave it out, or set step_cache = {step_cache} to 0",
+            field="cuda_graphs",
+        )
+
+
 def check_side(name: str, value: int) -> None:
     """Raise InvalidSetting unless `value` is a picture side in pixels that FLUX can make."""
     check_integer(name, value, PIXELS_PER_TOKEN, MAX_SIDE)

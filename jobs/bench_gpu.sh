@@ -86,6 +86,7 @@ half=(--width $((side / 2)) --height $((side / 2)) --steps "$steps" --repeats 3)
 for batch in 1 4; do
     measure "half-side-batch-$batch" "$small" pipeline "${weights[@]}" "${half[@]}" --batch-size "$batch"
 done
+measure half-side-graphs "$small" pipeline "${weights[@]}" "${half[@]}" --option cuda_graphs=true
 measure load "$small" load "${weights[@]}" --repeats 1
 measure encode "$small" encode --repeats 3 --side "$side"
 measure plan "$small" plan

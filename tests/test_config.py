@@ -139,6 +139,12 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("model.step_cache=1.5", "model.step_cache = 1.5: must be from 0, which is off, to 1"),
         ("model.step_cache=true", "model.step_cache = True: input should be a valid number"),
         ("model.compile=yes please", "model.compile = 'yes please': input should be a valid boolean"),
+        ("model.cuda_graphs=1", "model.cuda_graphs = 1: input should be a valid boolean"),
+        (
+            "model={uri: demo, cuda_graphs: true, step_cache: 0.1}",
+            "model.cuda_graphs = True: a step cache decides at each step what is launched, which no graph can; "
+            "leave it out, or set step_cache = 0.1 to 0",
+        ),
         ("model.loras=[a]", "model.loras.0: must be a section with keys and values"),
         ("model.loras=a", "model.loras = 'a'"),
         ("model.loras=[{uri: a, scal: 1}]", "model.loras.0.scal: unknown key; did you mean 'scale'?"),
@@ -340,7 +346,7 @@ def test_identity_names_what_changes_pictures_and_nothing_else() -> None:
     assert {"output.shard_size", "output.format", "output.image.type", "model.uri", "model.dtype"} <= keys
     assert {"model.quantization", "model.step_cache", "model.compile"} <= keys
     assert not [key for key in keys if key.startswith(("workers.", "failures.")) or "storage_options" in key]
-    assert not {"name", "output.uri", "prompts.uri"} & keys
+    assert not {"name", "output.uri", "prompts.uri", "model.cuda_graphs", "model.offload_text_encoders"} & keys
 
 
 def test_ways_to_start_from_a_picture() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 import tiny_flux
 from flux_batch import FluxImagePipeline, ModelManager
 from flux_batch.errors import CheckpointError, DeviceFatal, InvalidSetting, OutOfMemory, RowError
+from flux_batch.model.cuda_graphs import CudaGraphs
 from flux_batch.model.sampling import make_generators, make_noise, pack
 from flux_batch.model_manager import device_errors
 from flux_batch.storage.input_images import decode
@@ -70,6 +71,22 @@ def reference(repository: Path) -> FluxPipeline:
 @pytest.fixture(scope="session")
 def img2img(repository: Path) -> FluxImg2ImgPipeline:
     return load_reference(repository, FluxImg2ImgPipeline)
+
+
+def with_graphs(pipe: FluxImagePipeline, launched: list[int]) -> FluxImagePipeline:
+    """Return a pipeline of the same parts that runs each recorded step again where a device would launch it."""
+
+    def record(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        result = step()
+
+        def replay() -> None:
+            launched.append(len(result))
+            result.copy_(step())
+
+        return replay, result
+
+    parts = pipe.transformer, pipe.autoencoder, pipe.clip, pipe.t5, pipe.schedule
+    return FluxImagePipeline(*parts, graphs=CudaGraphs(pipe.transformer, record))
 
 
 def noise_picture(width: int, height: int) -> Image.Image:
@@ -374,6 +391,12 @@ class TestRepeatability:
         assert torch.equal(first[1], again[0])
         assert torch.equal(first[0], again[1])
 
+    def test_each_step_of_both_passes_is_a_recorded_one(self, pipe: FluxImagePipeline) -> None:
+        options = {"seed": 3, "cfg_scale": 2.0, "negative_prompt": "bad", "output_type": "latent", **SMALL}
+        launched: list[int] = []
+        assert torch.equal(with_graphs(pipe, launched)("x", **options), pipe("x", **options))
+        assert launched == [1] * 2 * SMALL["num_inference_steps"]
+
     def test_text_encoders_that_are_to_be_offloaded_stay_on_the_cpu(
         self, repository: Path, pipe: FluxImagePipeline
     ) -> None:
@@ -674,6 +697,20 @@ class TestFromPretrained:
     def test_no_cuda(self, repository: Path) -> None:
         with pytest.raises(InvalidSetting, match="there is no CUDA device here; use cpu"):
             FluxImagePipeline.from_pretrained(repository, device="cuda")
+
+    def test_cuda_graphs_on_no_cuda_device(self, repository: Path) -> None:
+        message = "^cuda_graphs = True: CUDA graphs need a CUDA device, and the transformer is on cpu$"
+        with pytest.raises(InvalidSetting, match=message) as caught:
+            FluxImagePipeline.from_pretrained(repository, cuda_graphs=True, **CPU)
+        assert caught.value.field == "cuda_graphs"
+
+    def test_cuda_graphs_beside_a_step_cache(self, repository: Path, pipe: FluxImagePipeline) -> None:
+        for refused in (
+            lambda: FluxImagePipeline.from_pretrained(repository, cuda_graphs=True, step_cache=0.1, **CPU),
+            lambda: with_graphs(pipe, [])("x", step_cache=0.1, **SMALL),
+        ):
+            with pytest.raises(InvalidSetting, match=r"leave it out, or set step_cache = 0\.1 to 0$"):
+                refused()
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def _add_repeats(kind: argparse.ArgumentParser, default: int = 5) -> None:
 
 
 def _add_json(kind: argparse.ArgumentParser) -> None:
-    kind.add_argument("--json", metavar="FILE", help="write all figures, with hardware, versions and command")
+    kind.add_argument("--json", metavar="FILE", help="write all figures, with hardware, versions, commit and command")
 
 
 def _source(arguments: argparse.Namespace) -> Source:

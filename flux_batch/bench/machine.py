@@ -1,4 +1,4 @@
-"""What a figure was measured on: the hardware, the versions, the command and the date; and how much memory was used."""
+"""What a figure was measured on: hardware, versions, commit, command and date; and how much memory was used."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import shlex
+import subprocess
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ PACKAGES = ("flux-batch", "torch", "transformers", "diffusers", "ray", "flash-at
 
 
 def describe_machine(argv: list[str] | None = None) -> dict[str, Any]:
-    """Return hardware, versions, the command without what may be a secret, and the date."""
+    """Return hardware, versions, commit, the command without what may be a secret, and the date."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": public_text(shlex.join(["flux-batch", *(sys.argv[1:] if argv is None else argv)])),
@@ -30,7 +31,19 @@ def describe_machine(argv: list[str] | None = None) -> dict[str, Any]:
             "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
         "versions": {**versions(PACKAGES), "cuda": cuda_version()},
+        "commit": commit_of(Path(__file__).parents[2]),
     }
+
+
+def commit_of(checkout: Path) -> str | None:
+    """Return the commit that is checked out in a folder, with + if files differ from it; None if it is no checkout."""
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git here, or none that trusts the folder
+        return None
 
 
 def gpu_name() -> str | None:

@@ -12,6 +12,7 @@ published are 27 ms instead of 117, of some 3.5 s an image.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -30,6 +31,8 @@ def compile_blocks(model: Flux) -> None:
         probe(torch.zeros(2, device=model.img_in.weight.device))
     except Exception as error:  # of many classes, by what is missing: a C++ compiler, Triton, headers, a folder
         raise ValueError(f"torch.compile does not work here: {error}") from error
+    # The rotation of heads on a CPU, left out on purpose: see model/rope.py.
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
     model.skips_unread = False  # a graph of its own would cost a cold start more than it saves
     for blocks in model.blocks:
         for block in blocks:

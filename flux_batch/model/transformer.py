@@ -6,7 +6,8 @@ src/flux/model.py. Letters: b batch, l text tokens, n image tokens.
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Callable
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +34,16 @@ class Modulations(NamedTuple):
 
     def of(self, rows: slice | list[int]) -> Modulations:
         """Return those of some rows."""
-        double = [(img[rows], txt[rows]) for img, txt in self.double]
-        return Modulations(double, [modulation[rows] for modulation in self.single], self.last[rows])
+        return self.map(lambda modulation: modulation[rows])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Modulations:
+        """Return what `change` makes of each."""
+        double = [(change(img), change(txt)) for img, txt in self.double]
+        return Modulations(double, [change(modulation) for modulation in self.single], change(self.last))
+
+    def tensors(self) -> list[Tensor]:
+        """List them all, in one order."""
+        return [*chain.from_iterable(self.double), *self.single, self.last]
 
 
 class Flux(nn.Module):

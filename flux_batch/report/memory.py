@@ -72,7 +72,8 @@ def parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantiz
     """Return the bytes of each part's weights and of the activations: the larger of denoising and decoding.
 
     The text encoders' activations are smaller than either, but for pictures that are themselves small. Encoders that
-    are offloaded take none of their own, but what the activations take while there are none.
+    are offloaded take none of their own, but what the activations take while there are none. With CUDA graphs, what
+    denoising takes is taken throughout.
     """
     sampling, batch_size = config.sampling, batch_size_of(config)
     quantized = quantization != "none"
@@ -88,7 +89,8 @@ def parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantiz
     if config.model.offload_text_encoders:
         visiting = weights["clip"] + weights["t5"]
         weights |= {"clip": 0, "t5": 0}
-    return weights | {"activations": max(denoise, decode, visiting)}
+    rest = max(decode, visiting)
+    return weights | {"activations": denoise + rest if config.model.cuda_graphs else max(denoise, rest)}
 
 
 def batch_size_of(config: JobConfig) -> int:

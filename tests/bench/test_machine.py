@@ -1,8 +1,11 @@
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from flux_batch.bench.machine import PeakMemory, describe_machine
+from flux_batch.bench.machine import PeakMemory, commit_of, describe_machine
 
 
 def test_a_secret_of_an_address_is_not_written_down() -> None:
@@ -10,6 +13,25 @@ def test_a_secret_of_an_address_is_not_written_down() -> None:
 
     assert "hunter2" not in str(described)
     assert "example.org" in described["command"]
+
+
+def test_a_checkout_names_its_commit_and_whether_it_was_changed(tmp_path: Path) -> None:
+    assert commit_of(tmp_path) is None
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *who, *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-qm", "first")
+    git("tag", "-am", "a name", "v1")
+    commit = git("rev-parse", "HEAD")[:12]
+    assert commit_of(tmp_path) == commit
+    (tmp_path / "a").write_text("2")
+    assert commit_of(tmp_path) == f"{commit}+"
 
 
 def test_a_peak_rises_with_what_is_used_and_stays_when_it_is_freed() -> None:

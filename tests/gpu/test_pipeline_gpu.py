@@ -82,11 +82,13 @@ def test_a_picture_does_not_depend_on_its_neighbours(repository: Path) -> None:
         assert np.abs(picture.astype(int) - alone.astype(int)).max() <= 1
 
 
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("quantization", ["none", "fp8"])
 def test_the_host_never_waits_for_the_device_within_the_loop(
-    repository: Path, monkeypatch: pytest.MonkeyPatch, quantization: Any
+    repository: Path, monkeypatch: pytest.MonkeyPatch, quantization: Any, cuda_graphs: bool
 ) -> None:
-    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", quantization=quantization)
+    how = {"quantization": quantization, "cuda_graphs": cuda_graphs}
+    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", **how)
     options = {"seed": [1, 2], "cfg_scale": [1.0, 2.0], "negative_prompt": "bad", "output_type": "latent", **SMALL}
     expected = pipe(["x", "y"], **options)  # libraries get ready once
     loops = []
@@ -103,6 +105,19 @@ def test_the_host_never_waits_for_the_device_within_the_loop(
     monkeypatch.setattr("flux_batch.pipeline.denoise", watched)
     assert torch.equal(pipe(["x", "y"], **options), expected)
     assert loops
+
+
+@pytest.mark.parametrize("how", [{}, {"quantization": "fp8"}, {"compile": True}], ids=["plain", "fp8", "compiled"])
+def test_cuda_graphs_change_no_bit(repository: Path, how: dict[str, Any]) -> None:
+    plain = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", **how)
+    graphs = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", cuda_graphs=True, **how)
+    options = {"output_type": "latent", "num_inference_steps": 3, "t5_sequence_length": 64}
+    for height, width in [(64, 96), (96, 64), (64, 64), (64, 96)]:
+        for prompts in (PROMPTS, PROMPTS[:1]):
+            size = {"height": height, "width": width, "seed": SEEDS[: len(prompts)]}
+            for cfg in ({}, {"cfg_scale": 2.0, "negative_prompt": "bad"}):
+                expected = plain(prompts, **size, **cfg, **options)
+                assert torch.equal(graphs(prompts, **size, **cfg, **options), expected)
 
 
 def test_offloaded_text_encoders_say_the_same_and_are_on_the_device_for_visits_alone(

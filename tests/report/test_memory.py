@@ -132,6 +132,14 @@ def test_offloaded_text_encoders_leave_their_room_to_activations(
     assert figures[1]["bytes"]["activations"] >= figures[0]["bytes"]["t5"] + figures[0]["bytes"]["clip"]
 
 
+def test_with_cuda_graphs_nobody_else_gets_what_denoising_takes(dev: Path, tmp_path: Path) -> None:
+    config = job(dev, tmp_path, batch_size=4)
+    graphs = config.model_copy(update={"model": config.model.model_copy(update={"cuda_graphs": True})})
+    plain, kept = (memory(each)["bytes"] for each in (config, graphs))
+    assert plain["activations"] < kept["activations"] < 2 * plain["activations"]
+    assert {**plain, "activations": 0} == {**kept, "activations": 0}
+
+
 def test_what_a_file_is_stored_as_does_not_count(dev: Path, diffusers: Path, tmp_path: Path) -> None:
     assert memory(job(diffusers, tmp_path)) == memory(job(dev, tmp_path))
 
