@@ -44,7 +44,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     kind.add_argument("--images", type=positive, default=64, help="how many (64)")
     kind.add_argument("--workers", type=positive, help="processes; as many as there are GPUs, or else 2")
     kind.add_argument("--batch-size", type=positive, default=4, help="images a call (4)")
-    kind.add_argument("--shard-size", type=positive, default=16, help="prompts a shard (16)")
+    kind.add_argument("--shard-size", type=positive, help="prompts a shard (a tenth of a worker's share)")
     kind.add_argument("--num-gpus", type=float, help="of a worker (1 if there are any, else 0)")
     kind.add_argument("--num-cpus", type=positive, default=1, help="of a worker, its threads (1)")
     kind.add_argument("--engine", choices=["ray", "local"], default="ray", help="local: this process alone")

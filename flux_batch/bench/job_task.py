@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from dataclasses import dataclass, replace
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flux_batch.bench.source import Source
+
+# So many shards that the end, when not every worker has one, is short against the whole; as one would choose them.
+SHARDS_A_WORKER = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +25,7 @@ class JobSize:
     steps: int = 4
     t5_sequence_length: int | None = None
     batch_size: int = 4
-    shard_size: int = 16
+    shard_size: int | None = None  # of a worker's share the tenth part, in whole batches
     workers: int | None = None  # as many as there are GPUs, or 2
     num_gpus: float | None = None  # of a worker: 1 if there are any, else 0
     num_cpus: int = 1
@@ -32,7 +36,13 @@ class JobSize:
 
         num_gpus = 0 if device == "cpu" else torch.cuda.device_count()
         workers = 1 if engine == "local" else self.workers or num_gpus or 2
-        return replace(self, workers=workers, num_gpus=float(num_gpus > 0) if self.num_gpus is None else self.num_gpus)
+        tenth = self.batch_size * math.ceil(self.images / workers / SHARDS_A_WORKER / self.batch_size)
+        return replace(
+            self,
+            workers=workers,
+            num_gpus=float(num_gpus > 0) if self.num_gpus is None else self.num_gpus,
+            shard_size=self.shard_size or tenth,
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the prompts, each another, with their seeds."""

@@ -47,6 +47,7 @@ def run_ray_data(task: Task, prompts: Path, guidance: float) -> float:
     """Make all pictures, into tars. Returns: when the last was written, in seconds since the epoch."""
     size = task.size
     assert size.workers is not None
+    assert size.shard_size is not None
     # As a job of ours: a local cluster with logical GPUs where there are none, and the same threads a worker.
     options: dict[str, Any] = {} if size.num_gpus else {"num_gpus": size.workers}
     if not os.environ.get("RAY_ADDRESS"):

@@ -37,6 +37,20 @@ def test_a_rate_counts_the_time_from_each_workers_start(tmp_path: Path) -> None:
     assert rate(task, 106.0, 8.0) == {"images_per_second": 6.0, "workers": 2, "device_busy_share": 0.8}
 
 
+@pytest.mark.parametrize(
+    ("size", "shard_size"),
+    [
+        (JobSize(images=400, workers=2), 20),
+        (JobSize(images=64, workers=2), 4),
+        (JobSize(images=20, workers=1, batch_size=1), 2),
+        (JobSize(images=8, workers=8), 4),
+        (JobSize(images=400, workers=2, shard_size=16), 16),
+    ],
+)
+def test_a_worker_gets_ten_shards_of_whole_batches_unless_told_otherwise(size: JobSize, shard_size: int) -> None:
+    assert size.here("ray", "cpu").shard_size == shard_size
+
+
 def test_all_contenders_get_the_same_prompts_and_seeds(tmp_path: Path) -> None:
     config = job_config(Task(source=TINY, size=SIZE.here("local"), engine="local", folder=tmp_path))
 

@@ -34,13 +34,14 @@ def main() -> None:
         autoencoder = train_autoencoder(given.work, given.seed, given.autoencoder_steps, given.device)
         clip, t5 = train_text(given.work, given.seed, given.text_steps, given.device)
     pools = make_pools(given.work, autoencoder, given.pictures, given.seed, given.device)
-    trainer = Trainer(clip, t5, given.seed, given.device, torch.bfloat16 if given.bfloat16 else torch.float32)
+    products = torch.bfloat16 if given.bfloat16 else torch.float32
+    trainer = Trainer(clip, t5, given.seed, given.device, products)
     if manager:
         trainer.start_from(manager.transformer)
     if given.compile:
         trainer.compile()
     transformer = train_flow(given.work, trainer, pools, given.seed, given.flow_steps)
-    artist = Trainer(clip, t5, given.seed, given.device)
+    artist = Trainer(clip, t5, given.seed, given.device, products)
     artist.start_from(transformer)
     lora = train_lora(given.work, artist, autoencoder, given.lora_steps, given.seed)
     if given.to:

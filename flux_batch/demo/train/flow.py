@@ -102,6 +102,10 @@ class Trainer:
         for block in (*self.model.double_blocks, *self.model.single_blocks):
             block.compile(dynamic=True)
 
+    def narrow(self) -> torch.autocast:
+        """Multiply in `products` inside."""
+        return torch.autocast(self.device.type, self.products, enabled=self.products != torch.float32)
+
     def state(self) -> dict[str, Any]:
         """Return what has to be kept to take training up again."""
         return {"model": self.model, "mean": self.mean, "sight": self.sight, "optimizer": self.optimizer}
@@ -121,7 +125,7 @@ class Trainer:
 
     def loss(self, batch: Batch, source: torch.Generator, *, guided: bool) -> tuple[Tensor, Tensor]:
         """Return the weighted means of the squared error of the velocity, and of the error of `sight`."""
-        with torch.autocast(self.device.type, self.products, enabled=self.products != torch.float32):
+        with self.narrow():
             error = self.error(batch, source, guided=guided)
             return error, self.sight.loss(batch.answers, batch.weights)
 

@@ -64,7 +64,8 @@ def train_lora(
     meter = Meter(stage)
     for step in stage.steps({"layers": layers, "optimizer": optimizer}):
         batch: Batch = make_batch([pool], stage.rng(step), 0, trainer.device)
-        loss = trainer.error(batch, stage.generator(step), guided=False)
+        with trainer.narrow():
+            loss = trainer.error(batch, stage.generator(step), guided=False)
         optimizer.update(loss, stage.share_of_rate(step))
         meter.add(step, loss=loss.item())
     return to_peft(layers)
