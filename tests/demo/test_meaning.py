@@ -28,6 +28,7 @@ from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted
 from flux_batch.job import run
 from flux_batch.pipeline import FluxImagePipeline
+from flux_batch.storage.images import encode
 from flux_batch.storage.store import Store
 from flux_batch.storage.stored_pictures import read_pictures
 from job_files import make_job, metadata
@@ -42,8 +43,8 @@ MOST_LOST = 0.03
 pytestmark = pytest.mark.timeout(400)
 
 
-# Strict: the day the model has seen enough of them, these say so.
-seldom_seen = pytest.mark.xfail(strict=True, reason="most of what the model was trained on is 128 x 128")
+# Strict: the day the model has seen enough of it, this says so.
+seldom_seen = pytest.mark.xfail(strict=True, reason="of the pictures the model was trained on, 12 % were that large")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,23 +86,22 @@ def test_guidance_1_says_less(pipeline: FluxImagePipeline, pictures: list[Image.
 
 
 def test_a_negative_colour_goes_away(pipeline: FluxImagePipeline) -> None:
-    without_colour = ["a large star in the centre", "a big circle in the middle", "a picture of a huge square"]
-    same: dict[str, Any] = SETTINGS | {"prompt": without_colour * 5, "seed": list(range(15)), "cfg_scale": 3.0}
+    without_colour = ["a large star in the centre", "a picture of a huge square", "a triangle left of a ring"]
+    same: dict[str, Any] = SETTINGS | {"prompt": without_colour * 10, "seed": list(range(30)), "cfg_scale": 3.0}
 
     plain, without_red = (
-        mean_share(pipeline(**same, negative_prompt=negative), "red") for negative in ("", "something red")
+        sum(colour_share(picture, "red") > 0.01 for picture in pipeline(**same, negative_prompt=negative))
+        for negative in ("", "something red")
     )
 
-    assert plain > 0.02
+    assert plain >= 4
     assert without_red < 0.5 * plain
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "size", [pytest.param((192, 128), marks=seldom_seen), (128, 192), pytest.param((160, 160), marks=seldom_seen)]
-)
+@pytest.mark.parametrize("size", [(192, 128), (128, 192), (160, 128), pytest.param((160, 160), marks=seldom_seen)])
 def test_other_sizes_show_what_is_said(pipeline: FluxImagePipeline, size: tuple[int, int]) -> None:
-    scores = score_model(pipeline, SOME[:12], BATCH, SETTINGS | {"width": size[0], "height": size[1]})
+    scores = score_model(pipeline, SOME, BATCH, SETTINGS | {"width": size[0], "height": size[1]})
 
     assert scores.share() >= 0.8, str(scores)
 
@@ -117,7 +117,7 @@ def test_batches_change_no_fact(pipeline: FluxImagePipeline, pictures: list[Imag
 def test_a_job_that_is_stopped_and_gone_on_with_changes_no_score_in_any_format(
     tmp_path: Path, layout: str, image_type: str
 ) -> None:
-    """Against the same captions and seeds in one call after the other."""
+    """Against the same captions and seeds in one call after the other, encoded alike; and as they were before that."""
     some = SOME[:12]
     rows = [{"prompt": caption.text, "seed": number} for number, caption in enumerate(some)]
     config = make_job(
@@ -137,7 +137,12 @@ def test_a_job_that_is_stopped_and_gone_on_with_changes_no_score_in_any_format(
     assert run(config, engine=LocalEngine()).num_new_images in range(1, 12)
     stored = [stored_picture(config, row) for row in metadata(config)]
 
-    assert score_all(some, stored).facts == score_all(some, pictures_of(load(torch.bfloat16), some, 3, SETTINGS)).facts
+    exact = list(pictures_of(load(torch.bfloat16), some, 3, SETTINGS))
+    alike = [decode(encode(np.asarray(picture), config.output.image, {})) for picture in exact]
+    assert score_all(some, stored).facts == score_all(some, alike).facts
+    # What a lossy format does may make a fact that hardly held, or hardly did not, appear the other way.
+    most_moved = 0.0 if image_type == "png" else 0.02
+    assert abs(score_all(some, alike).share() - score_all(some, exact).share()) <= most_moved
 
 
 @pytest.mark.parametrize("quantization", ["fp8", pytest.param("fp8_matmul", marks=pytest.mark.long)])
@@ -197,6 +202,10 @@ class StoppedSoon:
 def stored_picture(config: JobConfig, row: dict[str, Any]) -> Image.Image:
     sizes = {row["key"]: row["bytes"]}
     ((_, data),) = read_pictures(Store(config.output.uri), row["file_name"], sizes)
+    return decode(data)
+
+
+def decode(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
