@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from flux_batch.model.sampling import make_generators, make_noise, pack
 from flux_batch.model_manager import device_errors
 from flux_batch.storage.input_images import decode
 from golden import tensor
+from graph_recorder import GraphRecorder
 from tiny_flux import TinyFlux, copy_repository, make_tiny_repository
 
 CPU = {"torch_dtype": torch.float32, "device": "cpu"}
@@ -73,20 +74,10 @@ def img2img(repository: Path) -> FluxImg2ImgPipeline:
     return load_reference(repository, FluxImg2ImgPipeline)
 
 
-def with_graphs(pipe: FluxImagePipeline, launched: list[int]) -> FluxImagePipeline:
-    """Return a pipeline of the same parts that runs each recorded step again where a device would launch it."""
-
-    def record(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        result = step()
-
-        def replay() -> None:
-            launched.append(len(result))
-            result.copy_(step())
-
-        return replay, result
-
+def with_graphs(pipe: FluxImagePipeline, recorder: GraphRecorder) -> FluxImagePipeline:
+    """Return a pipeline of the same parts that records the steps of its transformer."""
     parts = pipe.transformer, pipe.autoencoder, pipe.clip, pipe.t5, pipe.schedule
-    return FluxImagePipeline(*parts, graphs=CudaGraphs(pipe.transformer, record))
+    return FluxImagePipeline(*parts, graphs=CudaGraphs(pipe.transformer, recorder))
 
 
 def noise_picture(width: int, height: int) -> Image.Image:
@@ -393,9 +384,9 @@ class TestRepeatability:
 
     def test_each_step_of_both_passes_is_a_recorded_one(self, pipe: FluxImagePipeline) -> None:
         options = {"seed": 3, "cfg_scale": 2.0, "negative_prompt": "bad", "output_type": "latent", **SMALL}
-        launched: list[int] = []
-        assert torch.equal(with_graphs(pipe, launched)("x", **options), pipe("x", **options))
-        assert launched == [1] * 2 * SMALL["num_inference_steps"]
+        recorder = GraphRecorder()
+        assert torch.equal(with_graphs(pipe, recorder)("x", **options), pipe("x", **options))
+        assert (recorder.num_records, recorder.num_replays) == (1, 2 * SMALL["num_inference_steps"])
 
     def test_text_encoders_that_are_to_be_offloaded_stay_on_the_cpu(
         self, repository: Path, pipe: FluxImagePipeline
@@ -707,7 +698,7 @@ class TestFromPretrained:
     def test_cuda_graphs_beside_a_step_cache(self, repository: Path, pipe: FluxImagePipeline) -> None:
         for refused in (
             lambda: FluxImagePipeline.from_pretrained(repository, cuda_graphs=True, step_cache=0.1, **CPU),
-            lambda: with_graphs(pipe, [])("x", step_cache=0.1, **SMALL),
+            lambda: with_graphs(pipe, GraphRecorder())("x", step_cache=0.1, **SMALL),
         ):
             with pytest.raises(InvalidSetting, match=r"leave it out, or set step_cache = 0\.1 to 0$"):
                 refused()

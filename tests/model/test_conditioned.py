@@ -10,18 +10,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flux_batch.model import conditioned
 from flux_batch.model.conditioned import ConditionedFlux, Conditioning
 from flux_batch.model.params import SCHNELL_SCHEDULE
 from flux_batch.model.sampling import denoise, make_sigmas, position_ids, timesteps_of
 from flux_batch.model.transformer import Flux, Modulations
-from golden import FLUX, filled, tensor
+from golden import FLUX, filled
+from three_images import GUIDANCE, NOISE, TEXT, conditioned
 
 STEPS = 7
-IMG = tensor("in.noise", (3, 24, 64), 1.7)
-TEXT = Conditioning(tensor("in.txt", (3, 7, 24)), tensor("in.vec", (3, 32)))
-GUIDANCE = torch.tensor([3.5, 1.0, 8.0])
-TIMESTEPS = timesteps_of(make_sigmas(STEPS, 24, SCHNELL_SCHEDULE), GUIDANCE)
+SIGMAS = make_sigmas(STEPS, 24, SCHNELL_SCHEDULE)
+TIMESTEPS = timesteps_of(SIGMAS, GUIDANCE)
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +28,23 @@ def model() -> Flux:
 
 
 def make(model: Flux) -> ConditionedFlux:
-    pe = model.position_table(position_ids(7, 8, 12))
-    return ConditionedFlux(model, TEXT, pe, TIMESTEPS, GUIDANCE)
+    return conditioned(model, SIGMAS)
 
 
 @pytest.mark.parametrize("rows", [1, 6, 64])
 def test_each_step_is_that_of_the_model(model: Flux, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(conditioned, "MODULATION_ROWS_ON_CPU", rows)
+    monkeypatch.setattr("flux_batch.model.conditioned.MODULATION_ROWS_ON_CPU", rows)
     velocity = make(model)
     for step in (*range(STEPS), 2, 6, 0):  # in any order, as nothing says that steps come in turn
-        expected = model(IMG, TEXT.txt, velocity.pe, TIMESTEPS[step].expand(3), TEXT.y, GUIDANCE)
-        torch.testing.assert_close(velocity(step, IMG), expected, rtol=0, atol=2e-5)
+        expected = model(NOISE, TEXT.txt, velocity.pe, TIMESTEPS[step].expand(3), TEXT.y, GUIDANCE)
+        torch.testing.assert_close(velocity(step, NOISE), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("rows", "groups"), [(1, [3] * 7), (6, [6, 6, 6, 3]), (8, [6, 6, 6, 3]), (64, [21])])
 def test_modulation_is_computed_for_some_steps_at_once(
     model: Flux, monkeypatch: pytest.MonkeyPatch, rows: int, groups: list[int]
 ) -> None:
-    monkeypatch.setattr(conditioned, "MODULATION_ROWS_ON_CPU", rows)
+    monkeypatch.setattr("flux_batch.model.conditioned.MODULATION_ROWS_ON_CPU", rows)
     made: list[int] = []
 
     class Watched(Flux):
@@ -57,7 +54,7 @@ def test_modulation_is_computed_for_some_steps_at_once(
 
     velocity = make(filled(Watched(FLUX)))
     for step in range(STEPS):
-        velocity(step, IMG)
+        velocity(step, NOISE)
     assert made == groups
 
 
@@ -66,8 +63,8 @@ def test_a_model_without_guidance_takes_none() -> None:
     model = filled(Flux(type(FLUX)(**{**params, "guidance_embed": False})))
     pe = model.position_table(position_ids(7, 8, 12))
     velocity = ConditionedFlux(model, TEXT, pe, TIMESTEPS)
-    expected = model(IMG, TEXT.txt, pe, TIMESTEPS[3].expand(3), TEXT.y)
-    torch.testing.assert_close(velocity(3, IMG), expected, rtol=0, atol=2e-5)
+    expected = model(NOISE, TEXT.txt, pe, TIMESTEPS[3].expand(3), TEXT.y)
+    torch.testing.assert_close(velocity(3, NOISE), expected, rtol=0, atol=2e-5)
 
 
 class Travels(TorchDispatchMode):
@@ -88,16 +85,15 @@ class Travels(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [1, 64])
 def test_the_loop_neither_reads_from_the_device_nor_sends_to_it(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Either would make the host wait. The device is meta, which has no numbers: reading one raises."""
-    monkeypatch.setattr(conditioned, "MODULATION_ROWS_ON_CPU", rows)
+    monkeypatch.setattr("flux_batch.model.conditioned.MODULATION_ROWS_ON_CPU", rows)
     with torch.device("meta"):
         model = Flux(FLUX)
-    sigmas = make_sigmas(STEPS, 24, SCHNELL_SCHEDULE)
     pe = model.position_table(position_ids(7, 8, 12).to("meta"))
     text = Conditioning(*(part.to("meta") for part in TEXT))
-    img, timesteps, guidance = (each.to("meta") for each in (IMG, TIMESTEPS, GUIDANCE))
+    img, timesteps, guidance = (each.to("meta") for each in (NOISE, TIMESTEPS, GUIDANCE))
     velocity, negative = (ConditionedFlux(model, text, pe, timesteps, guidance) for _ in range(2))
     with torch.inference_mode(), Travels() as travels:
-        denoise(velocity, img, sigmas, negative=negative, cfg_scale=guidance)
+        denoise(velocity, img, SIGMAS, negative=negative, cfg_scale=guidance)
         assert not travels.found
         torch.ones(2).to("meta")
         assert travels.found

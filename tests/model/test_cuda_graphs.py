@@ -1,49 +1,28 @@
 """Recorded steps: the velocities of the model, for every size, text and step, whatever came before.
 
-Recording itself needs a device, see tests/gpu. Here a step is run again where a device would launch its record, and as
-there it reads and writes only memory that was its own when it was recorded.
+Recording itself needs a device, see tests/gpu.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from flux_batch.model.conditioned import ConditionedFlux, Conditioning
-from flux_batch.model.cuda_graphs import CudaGraphs, Replay
-from flux_batch.model.sampling import denoise, position_ids, timesteps_of
+import three_images
+from flux_batch.model.conditioned import ConditionedFlux
+from flux_batch.model.cuda_graphs import CudaGraphs
+from flux_batch.model.sampling import denoise
 from flux_batch.model.transformer import Flux
-from golden import FLUX, filled, tensor
+from golden import FLUX, filled
+from graph_recorder import GraphRecorder
+from three_images import GUIDANCE, NEGATIVE, NOISE
 
 STEPS = 5
 SIGMAS = torch.linspace(1.0, 0.0, STEPS + 1)
-NOISE = tensor("in.noise", (3, 24, 64), 1.7)
-TEXT = Conditioning(tensor("in.txt", (3, 7, 24)), tensor("in.vec", (3, 32)))
-NEGATIVE = Conditioning(tensor("in.negtxt", (3, 7, 24)), tensor("in.negvec", (3, 32)))
-GUIDANCE = torch.tensor([3.5, 1.0, 8.0])
 SIZES = [(8, 12), (12, 8), (8, 8), (4, 4)]
-
-
-class Recorder:
-    """Notes each recording and launch."""
-
-    def __init__(self) -> None:
-        self.num_records = 0
-        self.num_replays = 0
-
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        self.num_records += 1
-        result = step()
-
-        def replay() -> None:
-            self.num_replays += 1
-            result.copy_(step())
-
-        return replay, result
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +31,12 @@ def model() -> Flux:
 
 
 @pytest.fixture
-def recorder() -> Recorder:
-    return Recorder()
+def recorder() -> GraphRecorder:
+    return GraphRecorder()
 
 
-def conditioned(model: Flux, size: tuple[int, int] = (8, 12), images: int = 3, text: Any = TEXT) -> ConditionedFlux:
-    pe, guidance = model.position_table(position_ids(7, *size)), GUIDANCE[:images]
-    chosen = Conditioning(text.txt[:images], text.y[:images])
-    return ConditionedFlux(model, chosen, pe, timesteps_of(SIGMAS, guidance), guidance)
+def conditioned(model: Flux, size: tuple[int, int] = (8, 12), images: int = 3, **text: Any) -> ConditionedFlux:
+    return three_images.conditioned(model, SIGMAS, slice(images), size=size, **text)
 
 
 def noise(size: tuple[int, int] = (8, 12), images: int = 3) -> Tensor:
@@ -67,7 +44,7 @@ def noise(size: tuple[int, int] = (8, 12), images: int = 3) -> Tensor:
 
 
 @torch.inference_mode()
-def test_a_loop_gives_the_same_bits_with_true_guidance(model: Flux, recorder: Recorder) -> None:
+def test_a_loop_gives_the_same_bits_with_true_guidance(model: Flux, recorder: GraphRecorder) -> None:
     graphs = CudaGraphs(model, recorder)
     positive, negative = conditioned(model), conditioned(model, text=NEGATIVE)
     expected = denoise(positive, noise(), SIGMAS, negative=negative, cfg_scale=GUIDANCE)
@@ -77,7 +54,7 @@ def test_a_loop_gives_the_same_bits_with_true_guidance(model: Flux, recorder: Re
 
 
 @torch.inference_mode()
-def test_each_number_of_tokens_and_images_has_a_record_of_its_own(model: Flux, recorder: Recorder) -> None:
+def test_each_number_of_tokens_and_images_has_a_record_of_its_own(model: Flux, recorder: GraphRecorder) -> None:
     graphs = CudaGraphs(model, recorder)
     for _ in range(2):
         for size in SIZES:
@@ -90,7 +67,7 @@ def test_each_number_of_tokens_and_images_has_a_record_of_its_own(model: Flux, r
 
 
 @torch.inference_mode()
-def test_the_sizes_used_last_are_remembered(model: Flux, recorder: Recorder) -> None:
+def test_the_sizes_used_last_are_remembered(model: Flux, recorder: GraphRecorder) -> None:
     graphs = CudaGraphs(model, recorder, max_graphs=2)
     records = []
     for images in (1, 2, 1, 3, 1, 2):
@@ -100,7 +77,7 @@ def test_the_sizes_used_last_are_remembered(model: Flux, recorder: Recorder) -> 
 
 
 @torch.inference_mode()
-def test_a_velocity_outlives_the_next_step(model: Flux, recorder: Recorder) -> None:
+def test_a_velocity_outlives_the_next_step(model: Flux, recorder: GraphRecorder) -> None:
     velocity = CudaGraphs(model, recorder)(conditioned(model))
     first = velocity(0, noise())
     kept = first.clone()
@@ -109,7 +86,7 @@ def test_a_velocity_outlives_the_next_step(model: Flux, recorder: Recorder) -> N
 
 
 @torch.inference_mode()
-def test_what_a_step_is_given_is_left_as_it_is(model: Flux, recorder: Recorder) -> None:
+def test_what_a_step_is_given_is_left_as_it_is(model: Flux, recorder: GraphRecorder) -> None:
     graphs, size = CudaGraphs(model, recorder), (8, 12)
     text = conditioned(model)
     kept = [each.clone() for each in (noise(), text.txt, text.pe)]
@@ -118,7 +95,7 @@ def test_what_a_step_is_given_is_left_as_it_is(model: Flux, recorder: Recorder) 
     assert all(torch.equal(*pair) for pair in zip((noise(), text.txt, text.pe), kept, strict=True))
 
 
-def test_weights_changed_in_their_place_are_heard_and_moved_ones_recorded_again(recorder: Recorder) -> None:
+def test_weights_changed_in_their_place_are_heard_and_moved_ones_recorded_again(recorder: GraphRecorder) -> None:
     model = filled(Flux(FLUX))
     graphs = CudaGraphs(model, recorder)
 

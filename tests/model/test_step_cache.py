@@ -10,20 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+import three_images
 from flux_batch.model.conditioned import ConditionedFlux, Conditioning
-from flux_batch.model.sampling import Velocity, denoise, position_ids, timesteps_of
+from flux_batch.model.sampling import Velocity, denoise
 from flux_batch.model.step_cache import StepCache, relative_change
 from flux_batch.model.transformer import Flux
-from golden import FLUX, filled, tensor
+from golden import FLUX, filled
+from three_images import NEGATIVE, NOISE, TEXT
 
 STEPS = 8
 # A threshold above every change.
 ALWAYS = 100.0
 SIGMAS = torch.linspace(1.0, 0.0, STEPS + 1)
-NOISE = tensor("in.noise", (3, 24, 64), 1.7)
-TEXT = Conditioning(tensor("in.txt", (3, 7, 24)), tensor("in.vec", (3, 32)))
-NEGATIVE = Conditioning(tensor("in.negtxt", (3, 7, 24)), tensor("in.negvec", (3, 32)))
-GUIDANCE = torch.tensor([3.5, 1.0, 8.0])
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +32,7 @@ def model() -> Flux:
 def conditioned(
     model: Flux, images: slice | list[int] = slice(None), text: Conditioning = TEXT, sigmas: Tensor = SIGMAS
 ) -> ConditionedFlux:
-    """Let a model know the texts of some of the three images."""
-    pe, guidance = model.position_table(position_ids(7, 8, 12)), GUIDANCE[images].to(text.txt.dtype)
-    chosen = Conditioning(text.txt[images], text.y[images])
-    return ConditionedFlux(model, chosen, pe, timesteps_of(sigmas, guidance), guidance)
+    return three_images.conditioned(model, sigmas, images, text)
 
 
 def caching(model: Flux, threshold: float, images: slice | list[int] = slice(None), **options: Any) -> StepCache:
