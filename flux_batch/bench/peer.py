@@ -77,10 +77,10 @@ class Peer:
 
 
 def loaded(kind: Any, config: Mapping[str, Any], state: State) -> Any:
-    """Return a model of diffusers around tensors that are there already."""
+    """Return a model of diffusers around tensors that are there already, but where it would lay them out otherwise."""
     with torch.device("meta"):
         model = kind(**config)
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, assign=True)
     return model.requires_grad_(False).eval()
 
 

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from flux_batch.demo.model import demo_model_folder
 from flux_batch.loras import Loras
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.loading import fill
+from flux_batch.model.loading import fill, for_device
 from flux_batch.model.params import (
     AUTOENCODER,
     DEV,
@@ -138,7 +138,8 @@ def random_manager(
     dtype = manager.torch_dtype
     manager.transformer = filled(transformer, dtype, device, TRANSFORMER_CHANGES[quantization])
     # As load_autoencoder: in float16 it overflows.
-    manager.autoencoder = filled(autoencoder, torch.float32 if dtype == torch.float16 else dtype, device)
+    autoencoder = filled(autoencoder, torch.float32 if dtype == torch.float16 else dtype, device)
+    manager.autoencoder = for_device(autoencoder, device)
     manager.schedule = size.schedule
     manager.clip = random_clip(size, dtype, device)
     manager.t5 = random_t5(size, dtype, device, quantization)
