@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from flux_batch.model import compiling, layers, quantize, rope
+from flux_batch.model import layers, quantize, rope
 from flux_batch.model.transformer import Flux
 
 
@@ -54,6 +54,6 @@ def device_kind(device: torch.device) -> str:
 def digest_of(model: Flux) -> str:
     """Return a short name of what a model's blocks are: their layers, sizes and dtype, and the source of all these."""
     blocks = [str(kind[:1]) for kind in model.blocks]
-    sources = [inspect.getsource(module) for module in (compiling, layers, quantize, rope)]
+    sources = [inspect.getsource(module) for module in (layers, quantize, rope)]
     text = "\0".join([str(model.img_in.weight.dtype), *blocks, *sources])
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -16,20 +16,9 @@ import warnings
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux_batch.model.transformer import Flux
-
-
-class BiasApart(nn.Linear):
-    """Leaves the bias to the kernel that reads the product: with a bias, a CPU first writes that out in full size."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return super().forward(x)
-        product = F.linear(x, self.weight)
-        return product if self.bias is None else product + self.bias
 
 
 def compile_blocks(model: Flux) -> None:
@@ -47,13 +36,4 @@ def compile_blocks(model: Flux) -> None:
     model.skips_unread = False  # a graph of its own would cost a cold start more than it saves
     for blocks in model.blocks:
         for block in blocks:
-            if model.img_in.weight.device.type == "cpu":
-                add_biases_apart(block)
             block.compile()
-
-
-def add_biases_apart(block: nn.Module) -> None:
-    """Let the plain products of a block be `BiasApart`; its weights stay where and what they are."""
-    for layer in block.modules():
-        if type(layer) is nn.Linear:
-            layer.__class__ = BiasApart

@@ -100,9 +100,9 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.norm = QKNorm(dim // num_heads)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (heads(part, self.num_heads) for part in project(self.qkv, x, 3 * (x.shape[-1],)))
@@ -150,8 +150,8 @@ class SingleStreamBlock(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.widths = (dim, dim, dim, mlp_dim)
-        self.linear1 = nn.Linear(dim, 3 * dim + mlp_dim)
-        self.linear2 = nn.Linear(dim + mlp_dim, dim)
+        self.linear1 = Linear(dim, 3 * dim + mlp_dim)
+        self.linear2 = Linear(dim + mlp_dim, dim)
         self.norm = QKNorm(dim // num_heads)
         self.modulation = Modulation(dim, num_branches=1)
 
@@ -183,7 +183,12 @@ class LastLayer(nn.Module):
 
 
 def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, hidden_dim), GELU(), nn.Linear(hidden_dim, dim))
+    return nn.Sequential(Linear(dim, hidden_dim), GELU(), Linear(hidden_dim, dim))
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.bias)
 
 
 class GELU(nn.Module):
@@ -206,13 +211,23 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def project(linear: nn.Module, x: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
     """Apply projections that lie in one matrix: (B, L, dim) -> (B, L, width) each.
 
-    In one product, but for a CPU: there that saves nothing, and some kernels (bfloat16 with AMX) round a wide product
-    otherwise than the narrow ones of diffusers.
+    In one product, but for a CPU: there that saves nothing, some kernels (bfloat16 with AMX) round a wide product
+    otherwise than the narrow ones of diffusers, and one of more than 32 MB is new memory from the system every time.
     """
-    if type(linear) is not nn.Linear or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not isinstance(linear, nn.Linear) or x.device.type != "cpu":
         return linear(x).split(widths, dim=-1)
     biases = [None] * len(widths) if linear.bias is None else linear.bias.split(widths)
-    return [F.linear(x, weight, bias) for weight, bias in zip(linear.weight.split(widths), biases, strict=True)]
+    return [product(x, weight, bias) for weight, bias in zip(linear.weight.split(widths), biases, strict=True)]
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a linear layer; compiled for a CPU, the bias is left to the kernel that reads the product.
+
+    With a bias, a CPU first writes that out in full size.
+    """
+    if bias is not None and x.device.type == "cpu" and torch.compiler.is_compiling():
+        return F.linear(x, weight) + bias
+    return F.linear(x, weight, bias)
 
 
 def heads(x: Tensor, num_heads: int) -> Tensor:
