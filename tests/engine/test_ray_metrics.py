@@ -69,7 +69,9 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
     """What a run of some seconds exported: NUM_PICTURES, and 3 rows that fail."""
     import ray
 
-    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, _system_config={"metrics_report_interval_ms": 300})
+    # Without "local", it would join a cluster that another test has started with `ray start`.
+    often = {"metrics_report_interval_ms": 300}
+    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, _system_config=often)
     exported = Scraped(ray.nodes()[0]["MetricsExportPort"])
     rows: list[dict[str, Any]] = [{"prompt": f"picture {number} [slow]"} for number in range(NUM_PICTURES)]
     rows += [{"prompt": "[raise]"}, {"prompt": "[raise] again"}, {"prompt": None}]
