@@ -30,7 +30,7 @@ def step_flops(params: FluxParams, num_image_tokens: int, num_text_tokens: int) 
     """Return the operations of one pass over one image: products of matrices and attention, nothing elementwise.
 
     Per block 8 h^2 S + 4 h m S + 4 S^2 h, which is 24 h^2 S + 4 S^2 h where m = 4 h. FLUX.1-dev at 1024 x 1024 with
-    512 text tokens: 74.4e12. Every block counts whole; `Flux.skips_unread` spares a thousandth of it.
+    512 text tokens: 74.4e12. Every block counts whole; the text that the last one leaves out is a thousandth of it.
     """
     h, m, n, l = params.hidden_size, params.mlp_hidden_dim, num_image_tokens, num_text_tokens  # noqa: E741
     tokens = n + l

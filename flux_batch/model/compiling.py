@@ -1,4 +1,4 @@
-"""`torch.compile` of the repeated blocks: a cold start costs one block of each kind, not the whole model.
+"""`torch.compile` of the repeated blocks: a cold start costs one block of each kind and the last, not the whole model.
 
 The model is built plain and changed from here. The first size is compiled for itself, the second as any size, which
 then serves all others; a batch of one and larger ones are compiled apart. What is compiled is kept in torch's own cache
@@ -33,7 +33,6 @@ def compile_blocks(model: Flux) -> None:
         raise ValueError(f"torch.compile does not work here: {error}") from error
     # The rotation of heads on a CPU, left out on purpose: see model/rope.py.
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
-    model.skips_unread = False  # a graph of its own would cost a cold start more than it saves
     for blocks in model.blocks:
         for block in blocks:
             block.compile()

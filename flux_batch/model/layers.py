@@ -155,15 +155,15 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(dim // num_heads)
         self.modulation = Modulation(dim, num_branches=1)
 
-    def forward(self, x: Tensor, modulation: Tensor, pe: Tensor, unread: int = 0) -> Tensor:
-        """Return the tokens after the first `unread`, which are attended to and else left out."""
+    def forward(self, x: Tensor, modulation: Tensor, pe: Tensor, read: int) -> Tensor:
+        """Return the last `read` tokens; those before them are attended to and else left out."""
         (branch,) = branches(modulation, 1)
         *qkv, hidden = project(self.linear1, branch.normed(x), self.widths)
         q, k, v = (heads(part, self.num_heads) for part in qkv)
-        q, k = self.norm(q[:, :, unread:], k)
+        q, k = self.norm(q[:, :, -read:], k)
         attn = attention(q, k, v, pe)
-        change = self.linear2(torch.cat((attn, gelu(hidden[:, unread:])), dim=-1))
-        return finite(branch.added(x[:, unread:], change))
+        change = self.linear2(torch.cat((attn, gelu(hidden[:, -read:])), dim=-1))
+        return finite(branch.added(x[:, -read:], change))
 
 
 class LastLayer(nn.Module):

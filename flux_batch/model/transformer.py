@@ -47,9 +47,6 @@ class Modulations(NamedTuple):
 
 
 class Flux(nn.Module):
-    skips_unread = True
-    """Whether the last block leaves out the text, which nobody reads after it; else all blocks of a kind are alike."""
-
     def __init__(self, params: FluxParams) -> None:
         super().__init__()
         p = self.params = params
@@ -94,7 +91,7 @@ class Flux(nn.Module):
             img, txt = block(img, txt, both, pe)
         x, last = torch.cat((txt, img), dim=1), len(self.single_blocks) - 1
         for index, (block, modulation) in enumerate(zip(self.single_blocks, modulations.single, strict=True)):
-            x = block(x, modulation, pe, txt.shape[1] if self.skips_unread and index == last else 0)
+            x = block(x, modulation, pe, read=img.shape[1] if index == last else x.shape[1])
         return x[:, -img.shape[1] :]
 
     def last_layer(self, img: Tensor, modulations: Modulations) -> Tensor:

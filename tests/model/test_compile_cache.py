@@ -29,7 +29,6 @@ model, path = filled(Flux(FLUX)), Path(sys.argv[1])
 cache = CompileCache(model)
 if path.exists():
     cache.load(path.read_bytes())
-model.skips_unread = False
 model.double_blocks[0].compile()
 with torch.inference_mode():
     pe = model.position_table(position_ids(7, 8, 12))

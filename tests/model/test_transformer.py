@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from flux_batch.model.layers import RMSNorm, SingleStreamBlock, timestep_embedding
 from flux_batch.model.rope import rotary_table, rotate
@@ -103,27 +104,29 @@ def test_blocks_are_golden(model: Flux) -> None:
     img, txt = model.double_blocks[1](img, txt, modulations.double[1], pe)
     first = [-1.697651, -0.399068, -0.611087, 0.383398, -0.085566]
     check(img, -19.014891, 937.610792, first, [-0.496485, 0.327781, -0.411176])
-    x = model.single_blocks[0](torch.cat((txt, img), dim=1), modulations.single[0], pe)
+    x = model.single_blocks[0](torch.cat((txt, img), dim=1), modulations.single[0], pe, read=31)
     first = [-0.571188, -1.199425, -0.243147, 0.122418, 0.466457]
     check(x, 14.960265, 1299.969737, first, [-0.506435, 0.285453, -0.533760])
-    x = model.single_blocks[1](x, modulations.single[1], pe)
-    x = model.single_blocks[2](x, modulations.single[2], pe)
+    x = model.single_blocks[1](x, modulations.single[1], pe, read=31)
+    x = model.single_blocks[2](x, modulations.single[2], pe, read=31)
     first = [-0.543140, -1.139133, -0.496298, 0.015803, 0.301811]
     check(x, -48.710583, 1525.489480, first, [-0.632302, 0.369279, -0.500592])
 
 
-def test_the_last_block_leaves_out_text_that_nobody_reads(model: Flux, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_block_leaves_out_text_that_nobody_reads(model: Flux) -> None:
     pe, modulations = model.position_table(IDS), model.modulations(model.conditioning(T, VEC, G))
-    lengths = []
-    hooks = [block.register_forward_hook(lambda *a: lengths.append(a[-1].shape[1])) for block in model.single_blocks]
+    seen: list[tuple[Tensor, Tensor]] = []
+    hooks = [
+        block.register_forward_hook(lambda _, given, x: seen.append((given[0], x))) for block in model.single_blocks
+    ]
     img, txt = model.first_block(model.img_in(IMG), model.txt_in(TXT), modulations, pe)
     some = model.later_blocks(img, txt, modulations, pe)
-    monkeypatch.setattr(model, "skips_unread", False)
-    torch.testing.assert_close(model.later_blocks(img, txt, modulations, pe), some, rtol=0, atol=2e-6)
-    both = txt.shape[1] + img.shape[1]
-    assert lengths == [both, both, img.shape[1], both, both, both]
     for hook in hooks:
         hook.remove()
+    both = txt.shape[1] + img.shape[1]
+    assert [x.shape[1] for _, x in seen] == [both, both, img.shape[1]]
+    whole = model.single_blocks[-1](seen[-1][0], modulations.single[-1], pe, read=both)
+    torch.testing.assert_close(whole[:, txt.shape[1] :], some, rtol=0, atol=2e-6)
 
 
 def test_model_output_is_golden(model: Flux) -> None:
@@ -159,6 +162,6 @@ def test_a_float16_stream_that_overflows_is_clipped() -> None:
     torch.nn.init.constant_(block.linear2.bias, 60_000.0)
     torch.nn.init.constant_(block.modulation.lin.bias, 4.0)
     pe = rotary_table(torch.zeros(3, 1), (8,), 10_000)
-    out = block(torch.ones(1, 3, 8).half(), block.modulation(torch.zeros(1, 8).half()), pe)
+    out = block(torch.ones(1, 3, 8).half(), block.modulation(torch.zeros(1, 8).half()), pe, read=3)
     assert out.isfinite().all()
     assert out.max() == 65504
