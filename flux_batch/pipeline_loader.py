@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from flux_batch.config import ModelConfig
+from flux_batch.heap import keep_freed_memory
 from flux_batch.image_pipeline import ImagePipeline
+
+if TYPE_CHECKING:
+    from flux_batch.pipeline import FluxImagePipeline
 
 
 def load_pipeline(model: ModelConfig) -> ImagePipeline:
     """Load FLUX. Raises: as FluxImagePipeline.from_pretrained."""
     from flux_batch.pipeline import FluxImagePipeline
 
-    return FluxImagePipeline.from_pretrained(
+    pipeline = FluxImagePipeline.from_pretrained(
         model.uri,
         torch_dtype=model.dtype,
         quantization=model.quantization,
@@ -21,3 +27,11 @@ def load_pipeline(model: ModelConfig) -> ImagePipeline:
         storage_options=model.storage_options,
         refresh=model.refresh,
     )
+    prepare_process(pipeline)
+    return pipeline
+
+
+def prepare_process(pipeline: FluxImagePipeline) -> None:
+    """Set this process up for a pipeline: on a CPU, what one step has freed is kept for the next."""
+    if pipeline.device.type == "cpu":
+        keep_freed_memory()

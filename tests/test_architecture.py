@@ -43,6 +43,7 @@ LADDER: dict[str, set[str]] = {
     "batches": BOTTOM,
     "lora_switch": BOTTOM,
     "pulse": set(),
+    "heap": set(),
     "image_pipeline": {"storage"},
     "batch_size": BOTTOM | {"config", "storage", "image_pipeline"},
     "shared_compile_cache": BOTTOM | {"storage", "image_pipeline"},
@@ -52,7 +53,7 @@ LADDER: dict[str, set[str]] = {
     "worker": BOTTOM | PARTS_OF_WORKER | {"config", "storage"},
     "engine": BOTTOM | {"tally"},
     "report": BOTTOM | {"config", "storage", "plan", "model", "model_source"},
-    "pipeline_loader": {"config", "image_pipeline", "pipeline"},
+    "pipeline_loader": {"config", "heap", "image_pipeline", "pipeline"},
     # A worker without shards: the same parts, in somebody's data pipeline.
     "stage": BOTTOM
     | {"config", "storage", "batch_maker", "batches", "image_pipeline", "lora_switch", "pipeline_loader", "recorder"},
@@ -61,7 +62,7 @@ LADDER: dict[str, set[str]] = {
     | {"demo", "model_source"},
     "bench": BOTTOM
     | {"config", "demo", "engine", "image_pipeline", "job", "job_text", "loras", "model", "model_manager", "pipeline"}
-    | {"plan", "report", "storage"},
+    | {"pipeline_loader", "plan", "report", "storage"},
     "cli": BOTTOM
     | {"bench", "config", "engine", "job", "job_text", "log_lines", "model_source", "plan", "report", "storage"},
     "__init__": {"config", "job", "model_manager", "model_source", "pipeline", "stage"},

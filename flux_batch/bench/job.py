@@ -1,7 +1,8 @@
 """What a whole job costs beside its pipelines: the same pictures by a job, by bare loops, and by Ray Data.
 
 Each contender runs in processes of its own, one after the other; start-up is left out of all alike. A rate is images
-over the mean time that the workers had, from when the model of each was loaded until the last picture was safe.
+over the mean time that the workers had, from when the model of each was loaded and had made a batch, until the last
+picture was safe.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flux_batch.bench.figures import Figures, table
-from flux_batch.bench.job_task import JobSize, Task, stamp
+from flux_batch.bench.job_task import GUIDANCE, JobSize, Task, stamp
 from flux_batch.bench.source import Source
 from flux_batch.config import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
@@ -31,23 +32,24 @@ from flux_batch.engine.stop import Stop
 from flux_batch.errors import JobError
 from flux_batch.image_pipeline import ImagePipeline
 from flux_batch.job import ray_pool, run
+from flux_batch.pipeline_loader import prepare_process
 from flux_batch.records import Shard, ShardResult
 
-GUIDANCE = 3.5
 LOADED_S = 900  # how much later than the first the last bare loop may have its model
 
 
 @dataclass(frozen=True)
 class StampedMaker:
-    """Makes pipelines, and notes in a folder when each was ready."""
+    """Makes pipelines as a job does, and notes when each was ready."""
 
-    source: Source
-    folder: Path
+    task: Task
 
     def __call__(self, model: ModelConfig) -> ImagePipeline:
         """Load the model, whatever the job file calls it."""
-        pipeline = self.source.open()
-        stamp(self.folder)
+        pipeline = self.task.source.open()
+        prepare_process(pipeline)
+        self.task.warm_up(lambda request: pipeline(**request, output_type="np"))
+        stamp(self.task.folder)
         return pipeline
 
 
@@ -127,7 +129,7 @@ def whole_job(task: Task) -> dict[str, Any]:
     """Make the pictures with a job: Parquet in, WebDataset out, in a local folder."""
     config = job_config(task)
     engine = StampedEngine(LocalEngine() if task.engine == "local" else ray_pool(config))
-    report = run(config, engine=engine, make_pipeline=StampedMaker(task.source, task.folder))
+    report = run(config, engine=engine, make_pipeline=StampedMaker(task))
     if report.num_failed or not report.is_complete:
         raise JobError(f"bench job: {report.num_failed} images failed: {'; '.join(report.errors)}")
     return rate(task, engine.ended, engine.device_s)
@@ -189,6 +191,7 @@ def bare_loop(task: Task, worker: int, barrier: Any, ends: Any) -> None:
     size = task.size
     try:
         pipeline = task.source.open()
+        task.warm_up(lambda request: pipeline(**request, output_type="np"))
     except BaseException:
         barrier.abort()
         raise
@@ -198,16 +201,7 @@ def bare_loop(task: Task, worker: int, barrier: Any, ends: Any) -> None:
     batches = [rows[start : start + size.batch_size] for start in range(0, len(rows), size.batch_size)]
     for batch in batches[worker :: size.workers]:
         started = time.monotonic()
-        pipeline(
-            [row["prompt"] for row in batch],
-            seed=[row["seed"] for row in batch],
-            width=size.width,
-            height=size.height,
-            num_inference_steps=size.steps,
-            embedded_guidance=GUIDANCE,
-            t5_sequence_length=size.t5_sequence_length,
-            output_type="np",
-        )
+        pipeline(**size.request(batch), output_type="np")
         device_s += time.monotonic() - started
     ends.put(json.dumps({"ended": time.time(), "device_s": device_s}))
 
@@ -216,7 +210,7 @@ def ray_data(task: Task) -> dict[str, Any]:
     """Make the pictures with Ray Data and diffusers."""
     from flux_batch.bench.ray_data import run_ray_data
 
-    return rate(task, run_ray_data(task, write_prompts(task), GUIDANCE))
+    return rate(task, run_ray_data(task, write_prompts(task)))
 
 
 def format_job(figures: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
-"""What every contender of `bench job` is given, and how it says that a worker is ready."""
+"""What every contender of `bench job` is given, and how a worker gets ready and says so."""
 
 from __future__ import annotations
 
 import math
 import time
 import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from flux_batch.bench.source import Source
 
 # So many shards that the end, when not every worker has one, is short against the whole; as one would choose them.
 SHARDS_A_WORKER = 10
+GUIDANCE = 3.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +48,19 @@ class JobSize:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the prompts, each another, with their seeds."""
-        return [{"prompt": f"a red circle on a blue ground, number {row}", "seed": row} for row in range(self.images)]
+        return [prompt_row(number) for number in range(self.images)]
+
+    def request(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return what a pipeline is asked for to make the pictures of a batch."""
+        return {
+            "prompt": [row["prompt"] for row in rows],
+            "seed": [row["seed"] for row in rows],
+            "width": self.width,
+            "height": self.height,
+            "num_inference_steps": self.steps,
+            "embedded_guidance": GUIDANCE,
+            "t5_sequence_length": self.t5_sequence_length,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +71,16 @@ class Task:
     size: JobSize
     engine: str
     folder: Path
+
+    def warm_up(self, pipeline: Callable[[dict[str, Any]], Any]) -> None:
+        """Make a batch that is in no data set: what is compiled, or set up with the first call, is start-up."""
+        size = self.size
+        pipeline(size.request([prompt_row(size.images + number) for number in range(size.batch_size)]))
+
+
+def prompt_row(number: int) -> dict[str, Any]:
+    """Return a prompt, another one for every number, with its seed."""
+    return {"prompt": f"a red circle on a blue ground, number {number}", "seed": number}
 
 
 def stamp(folder: Path) -> None:

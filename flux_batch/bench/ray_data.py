@@ -17,33 +17,26 @@ from flux_batch.bench.peer import Peer
 class Mapper:
     """diffusers' pipeline over a batch of rows, in an actor."""
 
-    def __init__(self, task: Task, guidance: float) -> None:
-        self._size, self._guidance = task.size, guidance
+    def __init__(self, task: Task) -> None:
+        self._size = task.size
         manager = task.source.load()
         self._pipeline = Peer("diffusers")
         self._pipeline.keep(manager)
         self._pipeline.open(task.source.assemble(manager))
+        task.warm_up(self._pipeline)
         stamp(task.folder)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Add the pictures of a batch."""
-        size = self._size
-        pictures = self._pipeline(
-            {
-                "prompt": batch["prompt"].tolist(),
-                "seed": batch["seed"].tolist(),
-                "width": size.width,
-                "height": size.height,
-                "num_inference_steps": size.steps,
-                "embedded_guidance": self._guidance,
-                "t5_sequence_length": size.t5_sequence_length,
-            }
-        )
+        rows = [
+            {"prompt": prompt, "seed": int(seed)} for prompt, seed in zip(batch["prompt"], batch["seed"], strict=True)
+        ]
+        pictures = self._pipeline(self._size.request(rows))
         keys = np.array([f"{seed:09}" for seed in batch["seed"]])
         return {"__key__": keys, "png": np.stack(pictures), "txt": batch["prompt"]}
 
 
-def run_ray_data(task: Task, prompts: Path, guidance: float) -> float:
+def run_ray_data(task: Task, prompts: Path) -> float:
     """Make all pictures, into tars. Returns: when the last was written, in seconds since the epoch."""
     size = task.size
     assert size.workers is not None
@@ -59,7 +52,7 @@ def run_ray_data(task: Task, prompts: Path, guidance: float) -> float:
         dataset = ray.data.read_parquet(str(prompts)).repartition(-(-size.images // size.shard_size))
         pictures = dataset.map_batches(
             Mapper,
-            fn_constructor_args=(task, guidance),
+            fn_constructor_args=(task,),
             batch_size=size.batch_size,
             concurrency=size.workers,
             num_gpus=size.num_gpus or 1,
