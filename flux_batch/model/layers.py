@@ -131,9 +131,9 @@ class DoubleStreamBlock(nn.Module):
 
         img_q, img_k, img_v = self.img_attn(img_1.normed(img))
         txt_q, txt_k, txt_v = self.txt_attn(txt_1.normed(txt))
-        q = torch.cat((txt_q, img_q), dim=2)
-        k = torch.cat((txt_k, img_k), dim=2)
-        v = torch.cat((txt_v, img_v), dim=2)
+        q = torch.cat((txt_q, img_q), dim=1)
+        k = torch.cat((txt_k, img_k), dim=1)
+        v = torch.cat((txt_v, img_v), dim=1)
         txt_attn, img_attn = attention(q, k, v, pe).split((txt.shape[1], img.shape[1]), dim=1)
 
         img = img_1.added(img, self.img_attn.proj(img_attn))
@@ -160,7 +160,7 @@ class SingleStreamBlock(nn.Module):
         (branch,) = branches(modulation, 1)
         *qkv, hidden = project(self.linear1, branch.normed(x), self.widths)
         q, k, v = (heads(part, self.num_heads) for part in qkv)
-        q, k = self.norm(q[:, :, -read:], k)
+        q, k = self.norm(q[:, -read:], k)
         attn = attention(q, k, v, pe)
         change = self.linear2(torch.cat((attn, gelu(hidden[:, -read:])), dim=-1))
         return finite(branch.added(x[:, -read:], change))
@@ -231,15 +231,17 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def heads(x: Tensor, num_heads: int) -> Tensor:
-    return rearrange(x, "B L (H D) -> B H L D", H=num_heads)
+    return rearrange(x, "B L (H D) -> B L H D", H=num_heads)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
     """Attend to all tokens, padding included (no mask, as every reference), from the last ones, as many as q has.
 
-    q: (B, H, M, D); k, v: (B, H, L, D); pe: of all L. Returns: (B, M, H D).
+    q: (B, M, H, D); k, v: (B, L, H, D); pe: of all L. Returns: (B, M, H D).
     """
-    x = F.scaled_dot_product_attention(rotate(q, pe[-q.shape[2] :]), rotate(k, pe), v)
+    parts = rotate(q, pe[-q.shape[1] :]), rotate(k, pe), v
+    q, k, v = (rearrange(part, "B L H D -> B H L D") for part in parts)
+    x = F.scaled_dot_product_attention(q, k, v)
     return rearrange(x, "B H L D -> B L (H D)")
 
 
