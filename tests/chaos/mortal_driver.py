@@ -7,6 +7,7 @@ and the published file.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -141,11 +142,12 @@ def _drive(
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    faulthandler.enable()
     os.environ.update(environment)
     Reaper(target, Path(log)).install()
     lease.SETTLE_S = SETTLE_S
     job.run = partial(job.run, engine=LocalEngine(), make_pipeline=make_paced_pipeline)  # type: ignore[assignment]
-    code = cli.main(["run", job_file, *options])
+    code = cli.main(["run", job_file, *options, "--debug"])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -177,7 +179,8 @@ class Nursery:
         process.start()
         process.join(timeout_s)
         if process.exitcode is None:
-            process.kill()
+            assert process.pid
+            os.kill(process.pid, signal.SIGABRT)  # upon which it says where each of its threads is
             process.join()
             raise AssertionError(f"the driver did not end within {timeout_s} s: {said.read_text()}")
         end = End(process.exitcode, said.read_text())
