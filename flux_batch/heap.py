@@ -2,7 +2,8 @@
 
 By default glibc gives the larger blocks back to the system, which clears every page before it hands it out again: for
 each step the same ones, a tenth of the time of a picture. Values as in mallopt(3); 32 MB is the most it takes for a
-block. A thread's heap is 64 MB; what does not fit there is still given back. Models are larger blocks, or mapped files.
+block. A thread's heap is 64 MB; what does not fit there is still given back. To be called once the model is loaded, so
+that what loading needed for a while is not kept.
 """
 
 from __future__ import annotations
