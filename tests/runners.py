@@ -35,8 +35,9 @@ def tries(folder: Path, shard: Shard) -> int:
 
 
 def attempts(folder: Path, index: int) -> list[dict[str, Any]]:
-    """Read what was known at each try of a shard, where it was, and how it ended."""
-    return [json.loads(line) for line in (folder / f"{index}.log").read_text().splitlines()]
+    """Read what was known at each try of a shard, where it was, and how it ended; [] while nobody has it."""
+    log = folder / f"{index}.log"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 @dataclass(frozen=True)

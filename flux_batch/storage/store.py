@@ -127,8 +127,10 @@ class Store:
             except FileNotFoundError:
                 return []
 
-        start = len(self._root) + 1
-        return sorted(str(path)[start:] for path in self._call(prefix, "list", find))
+        folder, start = self._path(prefix).rstrip("/"), len(self._root) + 1
+        paths = map(str, self._call(prefix, "list", find))
+        # s3fs names the folder itself if somebody puts the first object into it while it looks.
+        return sorted(path[start:] for path in paths if path.startswith(f"{folder}/"))
 
     def children(self, folder: str) -> dict[str, int | None]:
         """Give the names directly in a folder: the size of each object in bytes, None for a folder in it."""

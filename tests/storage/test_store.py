@@ -160,6 +160,24 @@ def test_a_folder_is_no_object(store: Store) -> None:
     assert not store.exists("a")
 
 
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["moto", "rclone"], indirect=True)
+def test_a_list_has_no_folders_even_if_its_own_fills_while_it_is_made(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = store._fs._lsdir
+
+    async def look_and_fill(path: str, **options: Any) -> Any:
+        seen = await look(path, **options)
+        await store._fs._pipe_file(f"{path}/b", b"x")
+        return seen
+
+    monkeypatch.setattr(store._fs, "_lsdir", look_and_fill)
+    assert store.list("a") == []
+    monkeypatch.undo()
+    assert store.list("a") == ["a/b"]
+
+
 def test_check_writable_leaves_nothing_behind(store: Store) -> None:
     store.check_writable()
 
