@@ -11,6 +11,14 @@ from typing import Any
 
 # As the defaults, but for how soon a silent node counts as dead: 2 s instead of 15.
 HEALTH = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 2}
+HEAD = {
+    "num_cpus": 1,
+    "num_gpus": 0,
+    "include_dashboard": False,
+    # Without this Ray insists on 8265, which another cluster may have, and leaves a socket open.
+    "dashboard_port": None,
+    "_system_config": HEALTH,
+}
 WORKER = b"ray::RayWorker"
 REAP_S = 20
 
@@ -61,8 +69,7 @@ class Raylets:
 def raylets(num_nodes: int) -> Iterator[Raylets]:
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": False, "_system_config": HEALTH}
-    cluster = Raylets(Cluster(initialize_head=True, head_node_args=head))
+    cluster = Raylets(Cluster(initialize_head=True, head_node_args=HEAD))
     try:
         for _ in range(num_nodes):
             cluster.add()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from chaos.raylets import HEAD
 from flux_batch.engine.ray_pool import RayPool
 from flux_batch.records import ShardResult
 from runners import Runner, attempts, make_shards
@@ -15,8 +16,6 @@ from waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
-# As the defaults, but for how soon a silent node counts as dead: 2 s instead of 15.
-HEALTH = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 2}
 POOL = RayPool(max_workers=2, max_attempts=1, num_cpus=0)
 
 
@@ -25,7 +24,7 @@ def raylets() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "_system_config": HEALTH})
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     cluster.connect()
     head = processes(cluster.head_node)
     yield cluster

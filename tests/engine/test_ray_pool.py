@@ -107,9 +107,7 @@ def test_devices_that_are_lost_from_the_start_are_tried_elsewhere_first() -> Non
 
 
 def test_a_worker_killed_from_outside_is_replaced(tmp_path: Path) -> None:
-    kill = when(
-        lambda: bool(attempts(tmp_path, 1)), lambda: os.kill(attempts(tmp_path, 1)[0]["pid"], signal.SIGKILL)
-    )
+    kill = when(lambda: bool(attempts(tmp_path, 1)), lambda: os.kill(attempts(tmp_path, 1)[0]["pid"], signal.SIGKILL))
     results = list(POOL.run(Runner(tmp_path, slow=(1,), slow_s=60), make_shards(4)))
     kill.join()
     assert sorted(result.shard for result in results if result.error is None) == [0, 1, 2, 3]
