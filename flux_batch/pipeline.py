@@ -21,6 +21,7 @@ from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.compile_cache import CompileCache
 from flux_batch.model.compiling import compile_blocks
 from flux_batch.model.conditioned import ConditionedFlux, Conditioning
+from flux_batch.model.cpu_products import choose_products
 from flux_batch.model.cuda_graphs import CudaGraphs
 from flux_batch.model.encoded_texts import MAX_BYTES, MAX_BYTES_AWAY, EncodedTexts
 from flux_batch.model.folders import TITLES
@@ -118,6 +119,7 @@ class FluxImagePipeline:
         if missing:
             raise CheckpointError(f"not loaded: {', '.join(missing)}; add their files to load_models([...])")
         manager: Any = model_manager  # every part is there, see above
+        choose_products(manager.transformer)
         if compile:
             try:
                 compile_blocks(manager.transformer)

@@ -7,8 +7,8 @@ Source of the formulas: black-forest-labs/flux 802fb47, src/flux/modules/layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from flux_batch.model.rope import rotate
 
 SINUSOID_WIDTH = 256
 FP16_MAX = 65504.0
+
+# Applies a linear layer: x (..., i), weight (o, i), bias (o,) or None -> (..., o).
+Product: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def timestep_embedding(t: Tensor) -> Tensor:
@@ -105,7 +108,8 @@ class SelfAttention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (heads(part, self.num_heads) for part in project(self.qkv, x, 3 * (x.shape[-1],)))
+        _, length, dim = x.shape
+        q, k, v = (heads(part, self.num_heads) for part in project(self.qkv, x, 3 * (dim,), 3 * (length,)))
         q, k = self.norm(q, k)
         return q, k, v
 
@@ -158,11 +162,12 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor, pe: Tensor, read: int) -> Tensor:
         """Return the last `read` tokens; those before them are attended to and else left out."""
         (branch,) = branches(modulation, 1)
-        *qkv, hidden = project(self.linear1, branch.normed(x), self.widths)
+        length = x.shape[1]
+        *qkv, hidden = project(self.linear1, branch.normed(x), self.widths, (read, length, length, read))
         q, k, v = (heads(part, self.num_heads) for part in qkv)
-        q, k = self.norm(q[:, -read:], k)
+        q, k = self.norm(q, k)
         attn = attention(q, k, v, pe)
-        change = self.linear2(torch.cat((attn, gelu(hidden[:, -read:])), dim=-1))
+        change = self.linear2(torch.cat((attn, gelu(hidden)), dim=-1))
         return finite(branch.added(x[:, -read:], change))
 
 
@@ -187,8 +192,14 @@ def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
 
 
 class Linear(nn.Linear):
+    """A matrix of a block; what multiplies with it may be changed from outside, see model/cpu_products.py."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.product: Product = product
+
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
 
 
 class GELU(nn.Module):
@@ -208,16 +219,21 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
 
 
-def project(linear: nn.Module, x: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
-    """Apply projections that lie in one matrix: (B, L, dim) -> (B, L, width) each.
+def project(linear: nn.Module, x: Tensor, widths: Sequence[int], lengths: Sequence[int]) -> Sequence[Tensor]:
+    """Apply projections that lie in one matrix, each to the last tokens: (B, L, dim) -> (B, length, width) each.
 
     In one product, but for a CPU: there that saves nothing, some kernels (bfloat16 with AMX) round a wide product
     otherwise than the narrow ones of diffusers, and one of more than 32 MB is new memory from the system every time.
     """
-    if not isinstance(linear, nn.Linear) or x.device.type != "cpu":
-        return linear(x).split(widths, dim=-1)
+    if not isinstance(linear, Linear) or x.device.type != "cpu":
+        parts: Sequence[Tensor] = linear(x).split(widths, dim=-1)
+        return [part[:, -length:] for part, length in zip(parts, lengths, strict=True)]
     biases = [None] * len(widths) if linear.bias is None else linear.bias.split(widths)
-    return [product(x, weight, bias) for weight, bias in zip(linear.weight.split(widths), biases, strict=True)]
+    of_parts = zip(linear.weight.split(widths), biases, lengths, strict=True)
+    if x.dtype == torch.float32:
+        return [linear.product(x[:, -length:], weight, bias) for weight, bias, length in of_parts]
+    # The same kernels round a product of fewer rows otherwise, too.
+    return [linear.product(x, weight, bias)[:, -length:] for weight, bias, length in of_parts]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
