@@ -120,7 +120,8 @@ class Reaper:
         Store.write, Store._call, Store._write_local = write_and_say, call_and_count, write_and_publish  # type: ignore
 
     def _name(self, key: str, operation: str) -> str:
-        name = next(name for pattern, name in NAMES if re.fullmatch(pattern, key))
+        name = next((name for pattern, name in NAMES if re.fullmatch(pattern, key)), None)
+        assert name, f"a write that has no name here: {operation} {key}"
         if operation == "delete":
             return {"staging": "clean-up", "announcement": "withdrawal"}.get(name, f"removal of {name}")
         if name == "lease" and operation == "write":
