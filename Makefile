@@ -48,7 +48,7 @@ $(BIN)/promtool: | $(VENV)/torch.stamp
 
 tools: $(BIN)/promtool ## fetch promtool, by which tests check the alerts, from Debian's packages
 
-chaos: $(VENV)/dev.stamp ## break everything that can break, for half an hour, and print what came of it
+chaos: $(VENV)/dev.stamp ## break everything that can break, for some 20 minutes, and print what came of it
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "long or not long" tests/chaos
 
 lint: $(VENV)/dev.stamp ## check style and types
