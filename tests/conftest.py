@@ -37,9 +37,9 @@ def moto() -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="session")
-def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+def rclone() -> Iterator[S3Server]:
     """An S3 server that ignores If-None-Match."""
-    with rclone_server(tmp_path_factory.mktemp("rclone")) as server:
+    with rclone_server() as server:
         yield server
 
 

