@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flux_batch.model.cpu_info import cpu_info
 from flux_batch.redaction import public_text
 from flux_batch.report.versions import versions
 
@@ -62,11 +63,7 @@ def cuda_version() -> str | None:
 
 def cpu_model() -> str:
     """Return what the processor calls itself."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return cpu_info("model name") or platform.processor() or platform.machine()
 
 
 class PeakMemory:

@@ -8,15 +8,12 @@ would change the last bits of pictures from one worker to the next.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
+from flux_batch.model.cpu_info import cpu_info
 from flux_batch.model.layers import Linear
 from flux_batch.model.transformer import Flux
-
-CPU_INFO = Path("/proc/cpuinfo")
 
 
 def choose_products(model: Flux) -> None:
@@ -32,13 +29,8 @@ def choose_products(model: Flux) -> None:
 def is_mkl_slow() -> bool:
     """Whether this CPU has AVX-512 and is none of Intel's, and torch asks MKL and could ask oneDNN."""
     has_both = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and vendor() not in ("GenuineIntel", "")
-
-
-def vendor() -> str:
-    """Return who made the CPU, as it says itself; "" where the system does not pass that on."""
-    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_both and has_avx512 and cpu_info("vendor_id") not in ("GenuineIntel", "")
 
 
 # One opaque call for torch.compile, whose own way to this kernel takes nothing but constant weights.

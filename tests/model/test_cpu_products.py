@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from flux_batch.model import cpu_products
+from flux_batch.model import cpu_info
 from flux_batch.model.compiling import compile_blocks
 from flux_batch.model.cpu_products import choose_products, product_by_onednn
-from flux_batch.model.layers import Linear
+from flux_batch.model.layers import Linear, Product, product, project
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
 from golden import FLUX, filled, tensor
@@ -24,13 +24,14 @@ def amd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A CPU on which oneDNN is asked, whatever this machine has; the file in which it says who made it."""
     info = tmp_path / "cpuinfo"
     info.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n")
-    monkeypatch.setattr(cpu_products, "CPU_INFO", info)
+    monkeypatch.setattr(cpu_info, "CPU_INFO", info)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     return info
 
 
-def asks_onednn(model: Flux) -> bool:
-    return all(each.product is product_by_onednn for each in model.modules() if isinstance(each, Linear))
+def products(model: Flux) -> set[Product]:
+    """Return what multiplies with the matrices of the blocks."""
+    return {each.product for each in model.modules() if isinstance(each, Linear)}
 
 
 def velocity(model: Flux) -> torch.Tensor:
@@ -44,7 +45,7 @@ def velocity(model: Flux) -> torch.Tensor:
 def test_a_cpu_with_avx512_that_intel_did_not_make_asks_onednn(amd: Path) -> None:
     model = filled(Flux(FLUX))
     choose_products(model)
-    assert asks_onednn(model)
+    assert products(model) == {product_by_onednn}
 
 
 @pytest.mark.parametrize("info", ["vendor_id\t: GenuineIntel\n", "Processor\t: ARMv8\n", None])
@@ -52,16 +53,36 @@ def test_others_ask_as_torch_does(amd: Path, info: str | None) -> None:
     amd.unlink() if info is None else amd.write_text(info)
     model = filled(Flux(FLUX))
     choose_products(model)
-    assert not asks_onednn(model)
+    assert products(model) == {product}
 
 
 def test_nor_is_it_asked_without_avx512_or_in_bfloat16(amd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow, model = filled(Flux(FLUX)).bfloat16(), filled(Flux(FLUX))
     choose_products(narrow)
-    assert not asks_onednn(narrow)
+    assert products(narrow) == {product}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     choose_products(model)
-    assert not asks_onednn(model)
+    assert products(model) == {product}
+
+
+@pytest.mark.parametrize(("dtype", "num_rows"), [(torch.float32, [3, 8, 8, 3]), (torch.bfloat16, [8, 8, 8, 8])])
+def test_unread_tokens_are_left_out_of_products_where_that_rounds_nothing_otherwise(
+    dtype: torch.dtype, num_rows: list[int]
+) -> None:
+    linear, asked = Linear(4, 8).to(dtype), []
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        asked.append(x.shape[1])
+        return product(x, weight, bias)
+
+    x = torch.arange(32, dtype=dtype).view(1, 8, 4)
+    whole = linear(x).split(2, dim=-1)
+    linear.product = noted
+    with torch.inference_mode():
+        parts = project(linear, x, (2, 2, 2, 2), (3, 8, 8, 3))
+    assert asked == num_rows
+    for part, all_rows, length in zip(parts, whole, (3, 8, 8, 3), strict=True):
+        torch.testing.assert_close(part, all_rows[:, -length:])
 
 
 @needs_both
