@@ -18,11 +18,11 @@ import pytest
 from chaos.figures import Figures
 from chaos.outputs import assert_verified, contents, read_back
 from chaos.paced_pipeline import forget, held, made, make_paced_pipeline, model_folder
-from chaos.raylets import Raylets, kill_worker, raylets
 from flux_batch.config import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
 from job_files import make_job, write_job
+from raylets import Raylets, kill_worker, raylets
 
 pytestmark = pytest.mark.ray
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from chaos.raylets import HEAD
 from flux_batch.engine.ray_pool import RayPool
 from flux_batch.records import ShardResult
+from raylets import HEAD, processes, reap
 from runners import Runner, attempts, make_shards
 from waiting import wait_until
 
@@ -48,16 +48,6 @@ def remove(cluster: Any, node: Any) -> None:
     dying = processes(node)
     cluster.remove_node(node, allow_graceful=False)
     reap(dying)
-
-
-def processes(node: Any) -> list[Any]:
-    return [info.process for infos in node.all_processes.values() for info in infos]
-
-
-def reap(dying: list[Any]) -> None:
-    """Wait for processes, which Ray kills without doing so: Python would warn of them in some later test."""
-    for process in dying:
-        process.wait(timeout=20)
 
 
 def alive() -> set[str]:

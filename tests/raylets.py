@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# As the defaults, but for how soon a silent node counts as dead: 2 s instead of 15.
-HEALTH = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 2}
+from job_server import HEALTH
+
 HEAD = {
     "num_cpus": 1,
     "num_gpus": 0,
@@ -43,11 +43,11 @@ class Raylets:
     def lose(self, number: int) -> None:
         """Kill the raylet of a node; its workers find out for themselves, and may write until then."""
         node = sorted(self._cluster.worker_nodes, key=lambda node: str(node.unique_id))[number]
-        processes = _processes(node)
+        dying = processes(node)
         for info in node.all_processes["raylet"]:
             _kill(info.process.pid)
         self._cluster.remove_node(node, allow_graceful=False)
-        _reap(processes)
+        reap(dying)
 
     def workers(self) -> list[int]:
         """List the processes in which a worker of a run is at home."""
@@ -60,9 +60,9 @@ class Raylets:
 
     def shut_down(self) -> None:
         nodes = [*self._cluster.worker_nodes, self._cluster.head_node]
-        processes = [process for node in nodes if node for process in _processes(node)]
+        dying = [process for node in nodes if node for process in processes(node)]
         self._cluster.shutdown()
-        _reap(processes)
+        reap(dying)
 
 
 @contextmanager
@@ -91,13 +91,14 @@ def _kill(pid: int) -> bool:
     return True
 
 
-def _processes(node: Any) -> list[Any]:
+def processes(node: Any) -> list[Any]:
+    """List the processes of a node."""
     return [info.process for infos in node.all_processes.values() for info in infos]
 
 
-def _reap(processes: list[Any]) -> None:
+def reap(dying: list[Any]) -> None:
     """Wait for processes, which Ray kills without doing so: Python would warn of them in some later test."""
-    for process in processes:
+    for process in dying:
         process.wait(timeout=REAP_S)
 
 
