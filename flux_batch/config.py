@@ -96,19 +96,19 @@ class PromptsConfig(Section):
     """Where the prompts are and which columns mean what."""
 
     uri: Uris
-    """File, folder, glob or list of them; .parquet .jsonl .csv .txt; `demo` for the prompts in the package."""
+    """A file, folder, glob or list of them: `.parquet`, `.jsonl`, `.csv`, `.txt`; or `demo`, the packaged prompts."""
     columns: Columns = {}
-    """Our field: their column."""
+    """Our field: your column, e.g. `{prompt: caption, id: uid}`."""
     passthrough: Names = ()
-    """Columns copied into the metadata."""
+    """Columns to copy into the metadata."""
     limit: int | None = Field(default=None, ge=1)
-    """Take only the first rows."""
+    """Take only this many rows, from the start; all if null."""
     allow_http: bool = False
-    """Whether rows may name pictures on the public internet."""
+    """Whether rows may name images on the public web."""
     input_image_root: str | None = Field(default=None, min_length=1)
-    """One more folder or bucket prefix whose pictures rows may name in full; else only those beside the prompts."""
+    """A folder or bucket prefix whose images rows may name in full, besides those next to the prompts."""
     storage_options: dict[str, Any] = Field(default={}, repr=False)
-    """fsspec options, e.g. `endpoint_url` for an S3-compatible store."""
+    """Options of fsspec for the prompts, e.g. `endpoint_url` for an S3-compatible store."""
 
     @field_validator("uri")
     @classmethod
@@ -145,19 +145,23 @@ class ImageConfig(Section):
     """How pictures are encoded."""
 
     type: Literal["png", "jpeg", "webp"] = "png"
+    """The file format of each image."""
     quality: int = Field(default=95, ge=1, le=100)
-    """JPEG and WebP only; PNG is lossless."""
+    """Quality of JPEG and WebP; PNG is lossless."""
 
 
 class OutputConfig(Section):
     """Where and in which layout the pictures go."""
 
     uri: str = Field(min_length=1)
+    """The folder or bucket prefix of this run."""
     format: Literal["webdataset", "files", "parquet"] = "webdataset"
+    """The layout of the data set: tars, folders of images, or Parquet."""
     image: ImageConfig = ImageConfig()
     shard_size: int = Field(default=256, ge=1, le=9999)
-    """Prompts a shard: the unit of work, retry and commit."""
+    """Prompts in a shard, which is the unit of work, retry and commit."""
     storage_options: dict[str, Any] = Field(default={}, repr=False)
+    """Options of fsspec for the output."""
 
     @model_validator(mode="after")
     def _no_secret(self) -> OutputConfig:
@@ -169,10 +173,11 @@ class LoraConfig(Section):
     """A LoRA to merge into the weights."""
 
     uri: str = Field(min_length=1)
-    """A safetensors file: a path, or an address as of a model."""
+    """A safetensors file: a path, or an address like that of a model."""
     scale: float = 1.0
+    """Strength of the LoRA; 0 is none."""
     name: str = ""
-    """What rows call it in their `lora` column; the uri as it stands here, without a query, if null."""
+    """The name that rows use in their `lora` column; the uri without its query if null."""
 
     @model_validator(mode="before")
     @classmethod
@@ -193,23 +198,24 @@ class ModelConfig(Section):
     """Which weights, in which arithmetic."""
 
     uri: str = Field(min_length=1)
-    """A FLUX.1 model: a folder, an address fsspec knows, `owner/repository` of Hugging Face, or `demo`."""
+    """A FLUX.1 model: a folder, a file, an address of fsspec, a repository of Hugging Face, or `demo`."""
     storage_options: dict[str, Any] = Field(default={}, repr=False)
+    """Options of fsspec for the model and its LoRAs."""
     refresh: bool = False
-    """Ask a remote whether the model has changed, before the copy on a node is used."""
+    """Ask the remote whether the model has changed before the copy on a node is used."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     quantization: Quantization = "none"
-    """`fp8`: weights in half the memory; `fp8_matmul`: multiplied in fp8 too, on GPUs of Ada, Hopper or later."""
+    """`fp8` halves the memory of the weights; `fp8_matmul` multiplies in fp8 too, on Ada, Hopper or later GPUs."""
     step_cache: float = 0.0
-    """Reuse most of a step that differs from the last computed one by less than this share; 0 is off."""
+    """Reuse most of a step that differs from the last computed one by less than this share, up to 1; 0 is off."""
     compile: bool = False
-    """Compile the transformer's blocks with torch.compile: faster pictures after a slower start."""
+    """Compile the transformer's blocks with torch.compile: faster images after a slower start."""
     cuda_graphs: bool = False
-    """Launch each step of the transformer in one piece: for small pictures on a GPU; not beside a step cache."""
+    """Launch each step of the transformer in one piece: for small images on a GPU; not with `step_cache`."""
     offload_text_encoders: bool = False
-    """Keep the text encoders in host memory while no texts are encoded; the pictures are the same."""
+    """Keep the text encoders in host memory while no texts are encoded; the images stay the same."""
     loras: Annotated[tuple[LoraConfig, ...], Field(strict=False)] = ()
-    """Merged into the weights for every row that names none; several add up."""
+    """LoRAs for every row that names none; several add up."""
 
     @field_validator("quantization", mode="before")
     @classmethod
@@ -234,27 +240,35 @@ class SamplingConfig(Section):
     """Defaults of every prompt; a row may override each by a column of that name."""
 
     width: int = 1024
+    """Pixels: a multiple of 16, from 16 to 8192."""
     height: int = 1024
+    """Pixels: a multiple of 16, from 16 to 8192."""
     num_inference_steps: int = 28
+    """Denoising steps, from 1 to 1000."""
     embedded_guidance: float = 3.5
+    """The guidance that the model was distilled with; at least 0."""
     cfg_scale: float = 1.0
+    """True classifier-free guidance; other than 1, each step runs twice, the second time with the negative prompt."""
     negative_prompt: str = ""
+    """What the image must not show; read if `cfg_scale` is not 1."""
     t5_sequence_length: int | None = None
-    """Text tokens; the model's own number if null."""
+    """Text tokens, from 1 to 4096; the model's own number if null: 512 for dev, 256 for schnell."""
     sigma_shift: float | None = None
-    """The static schedule of DiffSynth-Studio with this shift, its default being 3; the model's own if null."""
+    """The shift of DiffSynth-Studio's static schedule, which uses 3; the model's own schedule if null."""
     input_image: str | None = Field(default=None, min_length=1)
-    """Start from this picture: a path or an address."""
+    """The image to start from: a path or an address."""
     denoising_strength: float = 1.0
-    """How much of the input picture is noised over: 1 leaves nothing of it."""
+    """Share of the noise that is put over the input image, more than 0; 1 leaves nothing of it."""
     tiled: bool = False
-    """Whether the autoencoder works in tiles: less memory, and pictures that differ a little. For all rows."""
+    """Run the autoencoder in tiles: less memory, and images that differ a little. For all rows."""
     tile_size: int = 128
-    """Latents along a side of a tile when decoding, pixels when encoding, as in DiffSynth-Studio."""
+    """Side of a tile, from 16: in latents when decoding, in pixels when encoding. For all rows."""
     tile_stride: int = 64
+    """Distance of two tiles, at most `tile_size`. For all rows."""
     num_images_per_prompt: int = Field(default=1, ge=1, le=1000)
+    """Images of each prompt."""
     seed: int = Field(default=0, ge=0, lt=MAX_SEED)
-    """Seed of the run, from which images derive theirs when their row has none."""
+    """Seed of the run; an image derives its own from it if its row has none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -276,12 +290,15 @@ class WorkersConfig(Section):
     """How many workers, and what each one holds."""
 
     min: int = Field(default=1, ge=1)
-    """The run counts as stuck, and says so, while fewer than these are up."""
+    """The run counts as stuck, and says so, while fewer workers than this are up."""
     max: int = Field(default=8, ge=1)
+    """The most workers at a time."""
     num_gpus: float = Field(default=1, ge=0)
+    """GPUs of each worker."""
     num_cpus: float = Field(default=1, ge=0)
+    """CPUs of each worker."""
     batch_size: BatchSize = 4
-    """Images in one forward pass; `auto`: measured when the run starts, and remembered in it."""
+    """Images in one forward pass; `auto` measures it when the run starts and remembers it with the run."""
 
     @model_validator(mode="after")
     def _ordered(self) -> WorkersConfig:
@@ -296,13 +313,13 @@ class FailuresConfig(Section):
     max_ratio: float = Field(default=0.01, ge=0, le=1)
     """Share of images that may fail before the finished run exits with 3."""
     max_attempts: int = Field(default=3, ge=1)
-    """Tries of a shard that ends in an error; losing a worker on it is no error of its own."""
+    """Tries of a shard that ends in an error; the loss of a worker does not count."""
     hang_s: float = Field(default=900, gt=0)
-    """Seconds without a finished batch or another sign of life after which a worker is killed and replaced."""
+    """Seconds without a sign of life after which a worker is killed and replaced."""
     drain_s: float = Field(default=25, ge=0)
     """Seconds that a stopped run has to finish or put aside what is being made."""
     outage_s: float = Field(default=1800, ge=0)
-    """Seconds that a run waits for a storage that fails before it gives up for now."""
+    """Seconds that a run waits for a failing storage before it gives up for now."""
     lease_ttl_s: float = Field(default=60, ge=1)
     """Seconds that the driver may be out of touch before another one may go on with the run."""
 
@@ -311,6 +328,7 @@ class JobConfig(Section):
     """A whole job. Raises: JobError that names each wrong key and what would be right."""
 
     name: str = Field(default="flux-batch", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Name of the run in logs, metrics and the data set card: up to 100 letters, digits and `._-`."""
     prompts: PromptsConfig
     output: OutputConfig
     model: ModelConfig
