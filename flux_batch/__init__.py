@@ -2,14 +2,14 @@
 
 The folder, in the order in which data flows:
 
-    cli       parse, call, exception -> exit code        worker    rows -> batches -> pictures -> commit
-    job       the whole run on one screen                pipeline  prompts -> pictures, the only translator to model/
-    config    the job file                               model_manager  files -> the parts of a model
-                                                         model_source   a name or an address -> files here
-    plan      data set -> shards                         model/    what FLUX computes
-    engine/   where shards run                           storage/  bytes, tables, URLs
-    stage     the pipeline in somebody's data pipeline   report/   what people read of a run
-    records, errors: the nouns that cross a border, at the bottom
+    cli        parse, call, exception -> exit code     mapper     the pipeline in somebody's data pipeline
+    job        the whole run on one screen             pipeline/  prompts -> images, the only translator to model/
+    config/    the job file                            model/     what FLUX computes
+    prompts/   rows in                                 download/  a model onto this machine
+    plan/      data set -> shards                      output/    the data set on its way out
+    engine/    where shards run                        storage/   bytes
+    worker/    rows -> batches -> images -> commit     report/    what people read of a run
+    records, images, telemetry, errors: the nouns that cross a border, at the bottom
 
 Imports only go down; tests/test_architecture.py holds that. Importing this package loads neither torch nor ray.
 """
@@ -20,23 +20,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flux_batch.config import JobConfig
+    from flux_batch.config.schema import JobConfig
+    from flux_batch.download.models import download_models
     from flux_batch.job import run
-    from flux_batch.model_manager import ModelManager
-    from flux_batch.model_source import download_models
-    from flux_batch.pipeline import FluxImagePipeline
-    from flux_batch.stage import FluxMapper
+    from flux_batch.mapper import FluxMapper
+    from flux_batch.pipeline.model_manager import ModelManager
+    from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 __version__ = "0.1.0"
 
 __all__ = ["FluxImagePipeline", "FluxMapper", "JobConfig", "ModelManager", "download_models", "run"]
 
 _HOMES = {
-    "FluxImagePipeline": "flux_batch.pipeline",
-    "FluxMapper": "flux_batch.stage",
-    "JobConfig": "flux_batch.config",
-    "ModelManager": "flux_batch.model_manager",
-    "download_models": "flux_batch.model_source",
+    "FluxImagePipeline": "flux_batch.pipeline.pipeline",
+    "FluxMapper": "flux_batch.mapper",
+    "JobConfig": "flux_batch.config.schema",
+    "ModelManager": "flux_batch.pipeline.model_manager",
+    "download_models": "flux_batch.download.models",
     "run": "flux_batch.job",
 }
 

@@ -17,11 +17,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from flux_batch.bench.command import add_bench
-from flux_batch.log_lines import JsonLines, log_lines
+from flux_batch.logs import JsonLines, log_lines
 from flux_batch.redaction import plain_text
 
 if TYPE_CHECKING:
-    from flux_batch.config import JobConfig
+    from flux_batch.config.schema import JobConfig
     from flux_batch.report.summary import RunReport
 
 INTERRUPTED = 75
@@ -143,8 +143,8 @@ def _add_storage_options(command: argparse.ArgumentParser) -> None:
 
 
 def _load_job(arguments: argparse.Namespace) -> JobConfig:
+    from flux_batch.config.text import parse_moment
     from flux_batch.job import load_job
-    from flux_batch.job_text import parse_moment
 
     moment = None if arguments.logical_date is None else parse_moment(arguments.logical_date)
     return load_job(arguments.job, arguments.overrides, moment)
@@ -174,8 +174,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from flux_batch.job import located
-    from flux_batch.plan import make_plan
-    from flux_batch.report.estimate import estimate, format_estimate
+    from flux_batch.plan.estimate import estimate, format_estimate
+    from flux_batch.plan.plan import make_plan
 
     config = located(_load_job(arguments))
     figures = estimate(config, make_plan(config.prompts, config.output.shard_size))
@@ -193,7 +193,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _gallery(arguments: argparse.Namespace) -> int:
-    from flux_batch.report.gallery import format_gallery, write_gallery
+    from flux_batch.report.gallery.write import format_gallery, write_gallery
     from flux_batch.storage.store import Store
 
     store = Store(arguments.output, _options(arguments.storage_option))
@@ -205,9 +205,9 @@ def _gallery(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from contextlib import nullcontext
 
+    from flux_batch.output.lease import HeldStore, Lease
     from flux_batch.report.saved_run import SavedRun
     from flux_batch.report.verify import format_verdict, repair, verify
-    from flux_batch.storage.lease import HeldStore, Lease
     from flux_batch.storage.store import Store
 
     place = arguments.output, _options(arguments.storage_option)
@@ -223,9 +223,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _gc(arguments: argparse.Namespace) -> int:
+    from flux_batch.output.gc import Leftovers
+    from flux_batch.output.lease import HeldStore, Lease
     from flux_batch.report.saved_run import SavedRun
-    from flux_batch.storage.lease import HeldStore, Lease
-    from flux_batch.storage.leftovers import Leftovers
     from flux_batch.storage.store import Store
 
     place = arguments.output, _options(arguments.storage_option)
@@ -242,7 +242,7 @@ def _gc(arguments: argparse.Namespace) -> int:
 
 
 def _download(arguments: argparse.Namespace) -> int:
-    from flux_batch.model_source import download_models, local_model
+    from flux_batch.download.models import download_models, local_model
 
     if "://" in arguments.name:
         options = _options(arguments.storage_option)
@@ -262,8 +262,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
     """Read KEY=VALUE pairs; values are YAML."""
+    from flux_batch.config.text import load_yaml
     from flux_batch.errors import JobError
-    from flux_batch.job_text import load_yaml
 
     options = {}
     for pair in pairs:

@@ -14,29 +14,29 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flux_batch.config import JobConfig, ModelConfig
+from flux_batch.config.schema import JobConfig, ModelConfig
+from flux_batch.config.text import fill_in_dates, read_tree
+from flux_batch.download.revision import model_revision
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import AlreadyExists, Interrupted, JobError, NotFound, PlanMismatch, StoreError
-from flux_batch.image_pipeline import ImagePipeline
-from flux_batch.job_text import fill_in_dates, read_tree
-from flux_batch.pipeline_loader import load_pipeline
-from flux_batch.plan import Plan, check_same_job, extended, make_plan, remaining
+from flux_batch.output.card import card
+from flux_batch.output.commits import Commits
+from flux_batch.output.layouts import layout_for
+from flux_batch.output.lease import HeldStore, Lease
+from flux_batch.output.paths import CARD, JOB, PLAN, REPORT, STAGING, SUCCESS
+from flux_batch.output.revert import TakeBack
+from flux_batch.output.staging import Staging
+from flux_batch.pipeline.load import load_pipeline
+from flux_batch.plan.plan import Plan, check_same_job, extended, make_plan, remaining
+from flux_batch.prompts.input_images import check_of_job
+from flux_batch.prompts.source import PromptSource
 from flux_batch.records import Shard
-from flux_batch.report.card import card
-from flux_batch.report.model_revision import model_revision
 from flux_batch.report.progress import Progress
 from flux_batch.report.summary import RunReport, Totals
 from flux_batch.report.versions import versions
-from flux_batch.storage.commits import Commits
-from flux_batch.storage.input_images import check_of_job
-from flux_batch.storage.lease import HeldStore, Lease
-from flux_batch.storage.prompts import PromptSource
-from flux_batch.storage.run_files import CARD, JOB, PLAN, REPORT, SCRATCH, STAGING, SUCCESS
-from flux_batch.storage.shards import layout_for
-from flux_batch.storage.staging import Staging
-from flux_batch.storage.store import Store
-from flux_batch.storage.take_back import TakeBack
-from flux_batch.worker import WorkerRecipe
+from flux_batch.storage.store import SCRATCH, Store
+from flux_batch.worker.protocol import ImagePipeline
+from flux_batch.worker.worker import WorkerRecipe
 
 if TYPE_CHECKING:
     from flux_batch.engine.protocol import Engine, Runner
@@ -104,7 +104,7 @@ def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: date
 def located(config: JobConfig) -> JobConfig:
     """Fix relative paths to this process's folder, since workers have another; `demo` prompts are in the package."""
     from flux_batch.demo.prompts import demo_prompts_path
-    from flux_batch.model_source import located as located_model
+    from flux_batch.download.models import located as located_model
 
     uris = tuple(str(demo_prompts_path()) if uri == "demo" else _absolute(uri) for uri in config.prompts.uri)
     root, picture = config.prompts.input_image_root, config.sampling.input_image

@@ -6,7 +6,7 @@
 #
 #   ONLY="bf16 compiled" jobs/bench_gpu.sh     these alone
 #
-# Needs torch, transformers and what `import flux_batch.pipeline` takes. Leaves out what needs a package that is
+# Needs torch, transformers and what `import flux_batch.pipeline.pipeline` takes. Leaves out what needs a package that is
 # missing, and says so. Goes from what matters most to what matters least and begins nothing for which there is no time
 # left (LIMIT_S seconds in all), so it can be stopped at any point: what was measured by then is in FOLDER.
 set -uo pipefail

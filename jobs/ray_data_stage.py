@@ -23,10 +23,10 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset
 
 from flux_batch import FluxMapper
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
+from flux_batch.config.text import parse_moment
 from flux_batch.engine.ray_cluster import connect
 from flux_batch.job import load_job, located
-from flux_batch.job_text import parse_moment
 
 # What one call gets, is retried with, and costs if its worker is lost: some minutes of a GPU.
 ROWS_PER_CALL = 64

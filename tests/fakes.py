@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from flux_batch.config import ModelConfig
+from flux_batch.config.schema import ModelConfig
 from flux_batch.errors import CheckpointError, OutOfMemory, StoreError
-from flux_batch.storage.images import Pixels
+from flux_batch.images import Pixels
 
 SLOW_S = 0.2
 DEATH_EXIT = 66

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from flux_batch.model.cuda_graphs import Replay
+from flux_batch.model.optimize.cuda_graphs import Replay
 
 
 class GraphRecorder:

@@ -181,7 +181,7 @@ def point_at(hub: Hub, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     # Here, since huggingface_hub reads its environment at import, which conftest has yet to set.
     from huggingface_hub import constants
 
-    from flux_batch.storage import patience
+    from flux_batch.storage import retry
 
     for key in ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT"):
         monkeypatch.setenv(key, hub.endpoint)
@@ -191,7 +191,7 @@ def point_at(hub: Hub, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "huggingface"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no token"))
-    monkeypatch.setattr(patience, "ATTEMPTS", 3)  # fewer, so that what never comes is quick
+    monkeypatch.setattr(retry, "ATTEMPTS", 3)  # fewer, so that what never comes is quick
 
 
 def describe(path: str, data: bytes) -> dict[str, object]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from flux_batch.config import FailuresConfig
+from flux_batch.config.schema import FailuresConfig
 
 LONGEST_NAME = {"RayCronJob": 36, "RayJob": 47, "RayCluster": 53}
 # What a notice of AWS leaves, and what a driver needs beyond its drain to give its lease back.

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flux_batch.model.checkpoint.diffusers_keys import transformer_to_diffusers
 from flux_batch.model.params import FluxParams
 from flux_batch.model.transformer import Flux
-from flux_batch.model.weights import transformer_to_diffusers
 
 State = dict[str, Tensor]
 Encode = Callable[[State], State]

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 import pytest
 
-import flux_batch.worker
+import flux_batch.worker.worker
 from fakes import FakePipeline, make_fake_pipeline
-from flux_batch.config import JobConfig
-from flux_batch.plan import Plan, make_plan
+from flux_batch.config.schema import JobConfig
+from flux_batch.plan.plan import Plan, make_plan
 from flux_batch.storage.store import Store
-from flux_batch.worker import Worker, WorkerRecipe
+from flux_batch.worker.worker import Worker, WorkerRecipe
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ def open_worker(
     life = life or Life()
     plan = make_plan(config.prompts, config.output.shard_size)
     store = type("ItsStore", (MortalStore,), {"life": life})
-    monkeypatch.setattr(flux_batch.worker, "Store", store)
+    monkeypatch.setattr(flux_batch.worker.worker, "Store", store)
     pipeline = pipeline or MortalPipeline(life)
     worker = Worker(WorkerRecipe(config, len(plan.shards), plan.passthrough, make_fake_pipeline), pipeline)
     return worker, pipeline, plan

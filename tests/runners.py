@@ -15,9 +15,8 @@ from typing import Any
 
 from flux_batch.engine.protocol import Finish, Work
 from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, Stopped, StoreError, StoreRefused
-from flux_batch.pulse import Pulse
 from flux_batch.records import Attempt, Shard, ShardResult
-from flux_batch.tally import Tally
+from flux_batch.telemetry import Pulse, Tally
 
 STEP_S = 0.05
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from fakes import FakePipeline
-from flux_batch.batch_maker import SMALL_TILES, BatchMaker, Made, Tiles
-from flux_batch.batches import Item
 from flux_batch.errors import DeviceFatal, OutOfMemory
-from flux_batch.lora_switch import LoraSwitch
 from flux_batch.records import ImageRequest, LoraUse, SamplingParams
+from flux_batch.worker.batches import Item
+from flux_batch.worker.generate import SMALL_TILES, BatchMaker, Made, Tiles
+from flux_batch.worker.lora_switch import LoraSwitch
 
 CFG = SamplingParams(width=64, height=32, num_inference_steps=1, cfg_scale=2.0, negative_prompt="bad")
 Fits = Callable[[int, bool], bool]  # the number of pictures, whether in small tiles

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from fakes import FakePipeline, make_fake_pipeline
-from flux_batch.batch_size import measured_batch_size, remembered_batch_size
-from flux_batch.config import ModelConfig, SamplingConfig
+from flux_batch.config.schema import ModelConfig, SamplingConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import OutOfMemory, StoreError
 from flux_batch.job import run
-from flux_batch.storage.leftovers import Leftovers
+from flux_batch.output.gc import Leftovers
 from flux_batch.storage.store import Store
+from flux_batch.worker.auto_batch_size import measured_batch_size, remembered_batch_size
 from job_files import data_files, make_job, metadata
 
 SAMPLING = SamplingConfig(width=16, height=16, num_inference_steps=2)

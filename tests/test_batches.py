@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from flux_batch.batches import READ_AHEAD, InputPictures, Item, ReadPicture, batches
 from flux_batch.errors import RowError, StoreError
 from flux_batch.records import ImageRequest, InputImage, SamplingParams
+from flux_batch.worker.batches import READ_AHEAD, InputPictures, Item, ReadPicture, batches
 
 
 def item(row: int = 0, image: str = "", **sampling: Any) -> Item:

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_batch.config import JobConfig, PromptsConfig
+from flux_batch.config.schema import JobConfig, PromptsConfig
 from flux_batch.errors import JobError
 from flux_batch.records import ALIASES, SAMPLING_FIELDS
 from flux_batch.redaction import REDACTED

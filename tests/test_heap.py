@@ -11,7 +11,7 @@ import pytest
 PROGRAM = """
 import resource, sys, threading
 import numpy as np
-from flux_batch.heap import keep_freed_memory
+from flux_batch.pipeline.heap import keep_freed_memory
 
 def step():
     return [np.ones(1 << 19) for _ in range(6)]

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from fakes import SLOW_S, FakePipeline, make_fake_pipeline
-from flux_batch.config import JobConfig, ModelConfig
+from flux_batch.config.schema import JobConfig, ModelConfig
+from flux_batch.download.revision import model_revision
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, Interrupted, JobError, PlanMismatch, SourceError, StoreRefused
 from flux_batch.job import run
-from flux_batch.report.model_revision import model_revision
 from flux_batch.report.summary import RunReport
 from flux_batch.storage.store import Store
 from job_files import data_files, make_job, metadata, write_job, write_prompts

@@ -11,12 +11,12 @@ import pytest
 
 from driver import Drive, Driver, Hold, commits, first_to_end, wait_for_commits
 from fakes import HOLD, make_fake_pipeline
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted, RunHeld
 from flux_batch.job import run
-from flux_batch.storage.lease import Lease, read_holder
+from flux_batch.output.lease import Lease, read_holder
 from flux_batch.storage.store import Store
 from job_files import data_files, make_job, metadata, write_job
 from s3 import Bucket

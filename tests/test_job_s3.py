@@ -10,13 +10,13 @@ import fsspec
 import pytest
 
 from fakes import make_fake_pipeline
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import JobError, NotFound, StoreError, StoreRefused
 from flux_batch.job import load_job, run
 from flux_batch.report.status import read_status
 from flux_batch.report.summary import RunReport
-from flux_batch.storage import patience
+from flux_batch.storage import retry
 from flux_batch.storage.store import Store
 from job_files import make_job, metadata
 from s3 import KEY, SECRET, Bucket, S3Server, free_port
@@ -127,7 +127,7 @@ def test_the_job_file_lies_on_a_web_server(tmp_path: Path) -> None:
 
 
 def test_a_web_server_that_is_away_is_no_fault_of_the_job_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "ATTEMPTS", 2)
+    monkeypatch.setattr(retry, "ATTEMPTS", 2)
     with pytest.raises(StoreError) as caught:
         load_job(f"http://127.0.0.1:{free_port()}/cats.yaml")
     assert caught.value.exit_code == 75

@@ -12,7 +12,7 @@ import pytest
 
 from fakes import make_fake_pipeline
 from flux_batch.cli import main
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
 from flux_batch.storage.store import Store

@@ -7,8 +7,8 @@ import traceback
 
 import pytest
 
+from flux_batch.config.text import fill_in_dates, load_yaml, parse_moment
 from flux_batch.errors import JobError
-from flux_batch.job_text import fill_in_dates, load_yaml, parse_moment
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from driver import Drive
-from flux_batch.log_lines import log_lines
+from flux_batch.logs import log_lines
 from job_files import make_job, write_job
 
 log = logging.getLogger("flux_batch.somewhere")

@@ -14,13 +14,13 @@ from PIL import Image
 
 from fakes import FakePipeline, fake_picture
 from flux_batch import FluxImagePipeline
-from flux_batch.config import JobConfig, ModelConfig
+from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import CheckpointError, Interrupted, PlanMismatch
+from flux_batch.images import read_provenance
 from flux_batch.job import located, run
 from flux_batch.report.status import read_status
 from flux_batch.report.summary import RunReport
-from flux_batch.storage.images import read_provenance
 from flux_batch.storage.store import Store
 from job_files import data_files, make_job, metadata
 from lora_files import random_factors, write_lora

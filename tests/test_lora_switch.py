@@ -4,8 +4,8 @@ import pytest
 
 from fakes import FakePipeline
 from flux_batch.errors import CheckpointError, RowError, StoreError
-from flux_batch.lora_switch import LoraSwitch
 from flux_batch.records import LoraUse
+from flux_batch.worker.lora_switch import LoraSwitch
 
 STYLE = LoraUse(name="style", uri="/style.safetensors", scale=0.8)
 DETAIL = LoraUse(name="detail", uri="/detail.safetensors", scale=1.0)

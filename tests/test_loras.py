@@ -11,7 +11,7 @@ import torch
 
 from flux_batch import FluxImagePipeline, ModelManager
 from flux_batch.errors import CheckpointError, InvalidSetting
-from flux_batch.loras import Loras
+from flux_batch.pipeline.loras import Loras
 from lora_files import random_factors, write_lora
 from s3 import S3Server
 from tiny_flux import TinyFlux, make_tiny_repository

@@ -16,9 +16,10 @@ import torch
 
 from counting_proxy import counting_proxy
 from flux_batch import FluxImagePipeline, ModelManager, download_models
+from flux_batch.download import transfer
+from flux_batch.download.models import kind_of, local_model, local_path, located
 from flux_batch.errors import CheckpointError, StoreError, StoreRefused
-from flux_batch.model_source import kind_of, local_model, local_path, located
-from flux_batch.storage import patience, transfer
+from flux_batch.storage import retry
 from hub_server import COMMIT, TOKEN, Hub
 from s3 import S3Server
 from tiny_flux import make_tiny_repository
@@ -34,7 +35,7 @@ SMALL = {"height": 32, "width": 32, "num_inference_steps": 1, "seed": 1, "output
 def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(transfer, "CHUNK_BYTES", 65_536)
-    monkeypatch.setattr(patience, "ATTEMPTS", 2)
+    monkeypatch.setattr(retry, "ATTEMPTS", 2)
     monkeypatch.chdir(tmp_path)
 
 
@@ -237,7 +238,7 @@ def prefix_in(folder: Path, data: bytes) -> int:
 
 DOWNLOAD = """
 import sys
-from flux_batch.model_source import download_models
+from flux_batch.download.models import download_models
 from flux_batch.storage import transfer
 transfer.CHUNK_BYTES = 65_536
 download_models(["FLUX.1-dev"], [sys.argv[1]])
@@ -389,7 +390,7 @@ class TestBucket:
 # What a worker does first; without torch, whose import is most of the time of a short test.
 LOAD = """
 import json, sys
-from flux_batch.model_source import local_model
+from flux_batch.download.models import local_model
 from flux_batch.storage import transfer
 transfer.CHUNK_BYTES = 65_536
 print(local_model(sys.argv[1], json.loads(sys.argv[2])))

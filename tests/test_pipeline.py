@@ -19,10 +19,10 @@ from torch import Tensor
 import tiny_flux
 from flux_batch import FluxImagePipeline, ModelManager
 from flux_batch.errors import CheckpointError, DeviceFatal, InvalidSetting, OutOfMemory, RowError
-from flux_batch.model.cuda_graphs import CudaGraphs
+from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.sampling import make_generators, make_noise, pack
-from flux_batch.model_manager import device_errors
-from flux_batch.storage.input_images import decode
+from flux_batch.pipeline.model_manager import device_errors
+from flux_batch.prompts.input_images import decode
 from golden import tensor
 from graph_recorder import GraphRecorder
 from tiny_flux import TinyFlux, copy_repository, make_tiny_repository

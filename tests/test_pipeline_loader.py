@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from flux_batch import pipeline_loader
+from flux_batch.pipeline import load
 
 
 @pytest.mark.parametrize(("device", "times"), [("cpu", 1), ("cuda", 0)])
@@ -16,7 +16,7 @@ def test_a_process_keeps_freed_memory_for_a_pipeline_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, device: str, times: int
 ) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(pipeline_loader, "keep_freed_memory", lambda: calls.append(device))
+    monkeypatch.setattr(load, "keep_freed_memory", lambda: calls.append(device))
     pipeline: Any = SimpleNamespace(device=torch.device(device))
-    pipeline_loader.prepare_process(pipeline)
+    load.prepare_process(pipeline)
     assert len(calls) == times

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flux_batch.config import JobConfig, PromptsConfig
+from flux_batch.config.schema import JobConfig, PromptsConfig
 from flux_batch.errors import PlanMismatch, SourceError
-from flux_batch.plan import Plan, check_same_job, count, extended, make_plan, remaining
-from flux_batch.storage.prompts import PromptSource
+from flux_batch.plan.plan import Plan, check_same_job, count, extended, make_plan, remaining
+from flux_batch.prompts.source import PromptSource
 
 
 def write_prompts(path: Path, num_rows: int, *, first: int = 0, **columns: list[Any]) -> Path:
@@ -254,7 +254,9 @@ def test_new_files_that_do_not_fit_into_the_run_are_refused(tmp_path: Path, monk
     write_prompts(tmp_path / "a.parquet", 5, tag=["x"] * 5)
     config = prompts(tmp_path, passthrough=["tag"])
     plan = make_plan(config, 4)
-    monkeypatch.setattr("flux_batch.plan.shard_name", lambda index, num_shards: f"{index:0{len(str(num_shards))}d}")
+    monkeypatch.setattr(
+        "flux_batch.plan.plan.shard_name", lambda index, num_shards: f"{index:0{len(str(num_shards))}d}"
+    )
     write_prompts(tmp_path / "b.parquet", 29, tag=["x"] * 29)
     with pytest.raises(PlanMismatch, match="8 new shards make 10, and the names of the 2 that are there are too short"):
         extended(plan, config, 4)

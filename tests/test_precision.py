@@ -13,13 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fakes import make_fake_pipeline
-from flux_batch import FluxImagePipeline, ModelManager, model_manager
+from flux_batch import FluxImagePipeline, ModelManager
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import InvalidSetting, PlanMismatch
+from flux_batch.images import read_provenance
 from flux_batch.job import load_pipeline, run
 from flux_batch.model import layers
-from flux_batch.model.quantize import Fp8Linear, Fp8Product
-from flux_batch.storage.images import read_provenance
+from flux_batch.model.optimize.quantize import Fp8Linear, Fp8Product
+from flux_batch.pipeline import model_manager
 from job_files import make_job, metadata
 from tiny_flux import copy_repository, make_tiny_repository
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from flux_batch import pulse as module
-from flux_batch.pulse import Pulse
+from flux_batch import telemetry as module
+from flux_batch.telemetry import Pulse
 
 
 def test_only_work_is_expected_to_show_signs(monkeypatch: pytest.MonkeyPatch) -> None:

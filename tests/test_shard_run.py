@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from fakes import FakePipeline
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.errors import DeviceFatal, Stopped, StoreError
+from flux_batch.output.staging import StagedPicture, Staging, staged_record
 from flux_batch.records import Attempt, Shard, ShardResult
-from flux_batch.storage.staging import StagedPicture, Staging, staged_record
 from flux_batch.storage.store import Store
-from flux_batch.worker import Worker
+from flux_batch.worker.worker import Worker
 from job_files import data_files, make_job, metadata
 from mortal import Death, Life, MortalPipeline, open_worker, staged
 from waiting import wait_until

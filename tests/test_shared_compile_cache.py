@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from fakes import FakePipeline
-from flux_batch.config import ModelConfig
+from flux_batch.config.schema import ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import StoreError
 from flux_batch.job import run
-from flux_batch.shared_compile_cache import SharedCompileCache
-from flux_batch.storage.leftovers import Leftovers
+from flux_batch.output.gc import Leftovers
 from flux_batch.storage.store import Store
+from flux_batch.worker.compile_cache import SharedCompileCache
 from job_files import data_files, make_job
 
 KEY = "_run/compile_cache/torch-cpu"

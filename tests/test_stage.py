@@ -17,8 +17,8 @@ from fakes import FakePipeline, fake_picture
 from flux_batch import FluxMapper
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import CheckpointError, DeviceFatal, JobError, SourceError
+from flux_batch.images import read_provenance
 from flux_batch.job import run
-from flux_batch.storage.images import read_provenance
 from job_files import make_job, metadata
 
 SAMPLING = {"width": 16, "height": 16, "num_inference_steps": 2}

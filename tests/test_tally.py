@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from flux_batch.tally import Sum, Tally
+from flux_batch.telemetry import Sum, Tally
 
 
 def test_sums_grow_by_name_and_kind_from_any_thread() -> None:

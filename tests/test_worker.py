@@ -17,17 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import flux_batch.worker as worker_module
+import flux_batch.worker.worker as worker_module
 from fakes import FakePipeline, fake_picture, make_fake_pipeline
-from flux_batch.batches import Item, batches
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.errors import DeviceFatal, OutOfMemory
-from flux_batch.plan import Plan, make_plan
+from flux_batch.images import read_provenance
+from flux_batch.plan.plan import Plan, make_plan
+from flux_batch.prompts.input_images import load_picture
 from flux_batch.records import ImageRequest, SamplingParams, Shard, ShardResult
-from flux_batch.storage.images import read_provenance
-from flux_batch.storage.input_images import load_picture
 from flux_batch.storage.store import Store
-from flux_batch.worker import Worker, WorkerRecipe
+from flux_batch.worker.batches import Item, batches
+from flux_batch.worker.worker import Worker, WorkerRecipe
 
 FORMATS = ["webdataset", "files", "parquet"]
 HOSTILE = [

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from flux_batch.model.weights import autoencoder_from_diffusers, transformer_from_diffusers
+from flux_batch.model.checkpoint.diffusers_keys import autoencoder_from_diffusers, transformer_from_diffusers
 
 # Layers this small gain nothing from threads, and threads of several test runs on few cores wait for each other.
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flux_batch.errors import JobError
 
 if TYPE_CHECKING:
-    from flux_batch.bench.pipeline import Call
+    from flux_batch.bench.pipeline.pipeline import Call
     from flux_batch.bench.source import Source
 
 Figures = dict[str, Any]
@@ -134,7 +134,7 @@ def _add_json(kind: argparse.ArgumentParser) -> None:
 
 def _source(arguments: argparse.Namespace) -> Source:
     from flux_batch.bench.source import Source
-    from flux_batch.job_text import load_yaml
+    from flux_batch.config.text import load_yaml
 
     options = {}
     for pair in arguments.option:
@@ -153,13 +153,13 @@ def _source(arguments: argparse.Namespace) -> Source:
 
 
 def _call(arguments: argparse.Namespace) -> Call:
-    from flux_batch.bench.pipeline import Call
+    from flux_batch.bench.pipeline.pipeline import Call
 
     return Call(**{name: getattr(arguments, name) for name in Call.__slots__})
 
 
 def _pipeline(arguments: argparse.Namespace) -> tuple[Figures, str]:
-    from flux_batch.bench.pipeline import bench_pipeline, format_pipeline
+    from flux_batch.bench.pipeline.pipeline import bench_pipeline, format_pipeline
 
     figures = bench_pipeline(
         _source(arguments),
@@ -173,7 +173,7 @@ def _pipeline(arguments: argparse.Namespace) -> tuple[Figures, str]:
 
 
 def _lossy(arguments: argparse.Namespace) -> tuple[Figures, str]:
-    from flux_batch.bench.lossy import bench_lossy, format_lossy
+    from flux_batch.bench.pipeline.lossy import bench_lossy, format_lossy
 
     figures = bench_lossy(_source(arguments), _call(arguments), arguments.images)
     return figures, format_lossy(figures)

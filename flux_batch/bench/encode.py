@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from flux_batch.bench.figures import alternated, number, table
-from flux_batch.storage.images import Pixels
+from flux_batch.images import Pixels
 
 QUALITY = 95
 SEED = 6

@@ -25,15 +25,15 @@ import pyarrow.parquet as pq
 from flux_batch.bench.figures import Figures, table
 from flux_batch.bench.job_task import GUIDANCE, JobSize, Task, stamp
 from flux_batch.bench.source import Source
-from flux_batch.config import JobConfig, ModelConfig
+from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.protocol import Engine, Runner
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import JobError
-from flux_batch.image_pipeline import ImagePipeline
 from flux_batch.job import ray_pool, run
-from flux_batch.pipeline_loader import prepare_process
+from flux_batch.pipeline.load import prepare_process
 from flux_batch.records import Shard, ShardResult
+from flux_batch.worker.protocol import ImagePipeline
 
 LOADED_S = 900  # how much later than the first the last bare loop may have its model
 

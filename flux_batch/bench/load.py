@@ -44,7 +44,7 @@ def load_here(source: Source, process_started: float) -> dict[str, Any]:
     started = time.perf_counter()
     import torch
 
-    import flux_batch.pipeline  # noqa: F401  imported here, so that it is not counted as loading
+    import flux_batch.pipeline.pipeline  # noqa: F401  imported here, so that it is not counted as loading
 
     device = torch.device(source.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and torch.cuda.is_available():

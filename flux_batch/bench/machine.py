@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flux_batch.model.cpu_info import cpu_info
+from flux_batch.model.optimize.cpu_info import cpu_info
 from flux_batch.redaction import public_text
 from flux_batch.report.versions import versions
 

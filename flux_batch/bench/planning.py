@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flux_batch.bench.figures import Figures, alternated
-from flux_batch.config import PromptsConfig
-from flux_batch.plan import make_plan
+from flux_batch.config.schema import PromptsConfig
+from flux_batch.plan.plan import make_plan
 
 ROW_GROUP = 65_536
 

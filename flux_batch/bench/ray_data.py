@@ -11,7 +11,7 @@ import numpy as np
 import ray
 
 from flux_batch.bench.job_task import Task, stamp
-from flux_batch.bench.peer import Peer
+from flux_batch.bench.pipeline.peer import Peer
 
 
 class Mapper:

@@ -10,8 +10,8 @@ from flux_batch.errors import JobError
 from flux_batch.records import Quantization
 
 if TYPE_CHECKING:
-    from flux_batch.model_manager import ModelManager
-    from flux_batch.pipeline import FluxImagePipeline
+    from flux_batch.pipeline.model_manager import ModelManager
+    from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,11 @@ class Source:
         """Load or make the parts. Raises: CheckpointError, InvalidSetting, StoreError."""
         import torch
 
-        from flux_batch.model_manager import ModelManager, locate_parts
+        from flux_batch.pipeline.model_manager import ModelManager, locate_parts
 
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.random_weights:
-            from flux_batch.bench.random_model import random_manager
+            from flux_batch.bench.pipeline.random_model import random_manager
 
             return random_manager(self.random_weights, self.dtype, device, self.quantization)
         manager = ModelManager(self.dtype, device, quantization=self.quantization)
@@ -51,7 +51,7 @@ class Source:
 
     def assemble(self, manager: ModelManager) -> FluxImagePipeline:
         """Make the pipeline of loaded parts. Raises: JobError for an option that it does not have."""
-        from flux_batch.pipeline import FluxImagePipeline
+        from flux_batch.pipeline.pipeline import FluxImagePipeline
 
         try:
             return FluxImagePipeline.from_model_manager(manager, **self.options)

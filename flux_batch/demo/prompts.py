@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from flux_batch.demo.captions import (
+from flux_batch.demo.world.captions import (
     COLOURS,
     SHAPES,
     TEXTURES,

@@ -15,10 +15,10 @@ from typing import Any
 
 from PIL import Image
 
-from flux_batch.demo.captions import SCORED, Caption, captions
-from flux_batch.demo.scorer import Scores, score_all
+from flux_batch.demo.world.captions import SCORED, Caption, captions
+from flux_batch.demo.world.scorer import Scores, score_all
 from flux_batch.errors import FluxBatchError
-from flux_batch.pipeline import FluxImagePipeline
+from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 
 def main(argv: Sequence[str] | None = None) -> int:

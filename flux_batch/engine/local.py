@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from flux_batch.engine.outage import FIRST_REST_S, Outage, Rest
+from flux_batch.engine.backoff import FIRST_REST_S, Outage, Rest
 from flux_batch.engine.protocol import Runner, Work, describe, kind_of
 from flux_batch.engine.shard_queue import ShardQueue, Task
 from flux_batch.engine.stop import LOOK_S, Stop

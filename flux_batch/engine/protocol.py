@@ -21,7 +21,7 @@ from flux_batch.errors import (
     StoreRefused,
 )
 from flux_batch.records import Attempt, Shard, ShardResult
-from flux_batch.tally import Tally
+from flux_batch.telemetry import Tally
 
 # What an error asks an engine to do: end the run; leave the process; take the shard back, which was only put aside;
 # wait for the storage; try again, but not for ever.

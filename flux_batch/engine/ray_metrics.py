@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ray.util.metrics import Counter, Gauge
 
-from flux_batch.tally import Sum, Tally
+from flux_batch.telemetry import Sum, Tally
 
 PREFIX = "flux_batch_"
 INTERVAL_S = 5.0

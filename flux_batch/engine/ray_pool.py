@@ -15,11 +15,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from flux_batch.engine.outage import FIRST_REST_S, Outage, Rest
+from flux_batch.engine.backoff import FIRST_REST_S, Outage, Rest
 from flux_batch.engine.protocol import Runner
 from flux_batch.engine.ray_actor import Failure
 from flux_batch.engine.ray_cluster import await_cluster, connect, gcs_address, why_unreachable
-from flux_batch.engine.ray_member import Member, actor_class, hire, wait
+from flux_batch.engine.ray_handle import Member, actor_class, hire, wait
 from flux_batch.engine.ray_metrics import PoolMetrics
 from flux_batch.engine.ray_nodes import Nodes
 from flux_batch.engine.shard_queue import ShardQueue, Task

@@ -192,7 +192,7 @@ def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
 
 
 class Linear(nn.Linear):
-    """A matrix of a block; what multiplies with it may be changed from outside, see model/cpu_products.py."""
+    """A matrix of a block; what multiplies with it may be changed from outside, see model/optimize/cpu_products.py."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)

@@ -14,8 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flux_batch.model.params import ScheduleParams
-from flux_batch.model.steps import first_step
+from flux_batch.model.params import ScheduleParams, first_step
 
 # The last level of noise in DiffSynth-Studio's static schedule (fed7b18, diffsynth/diffusion/flow_match.py, FLUX.1).
 STATIC_SIGMA_MIN = 0.003 / 1.002

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from flux_batch.model.checkpoint import Checkpoint, read_config
-from flux_batch.model.loading import Prepare, fill, naming
+from flux_batch.model.checkpoint.checkpoint import Checkpoint, read_config
+from flux_batch.model.checkpoint.lazy_state import StoredState
+from flux_batch.model.checkpoint.loading import Prepare, fill, naming
 from flux_batch.model.params import Config, Shapes, count_of, shape_of
-from flux_batch.model.stored import StoredState
 
 CLIP_HEAD_DIM = 64
 # What the shapes of the weights do not tell; sizes are read from them, whatever a config.json says.

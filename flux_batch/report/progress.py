@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from flux_batch.output.paths import PROGRESS
 from flux_batch.records import ShardResult
 from flux_batch.report.summary import Totals
-from flux_batch.storage.run_files import PROGRESS
 from flux_batch.storage.store import Store
 
 log = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.errors import JobError, NotFound, StoreError
-from flux_batch.plan import Outline
-from flux_batch.storage.commits import Commits
-from flux_batch.storage.run_files import JOB, PLAN
-from flux_batch.storage.shards import Layout, layout_for, metadata_file, shard_name, stored_pictures, unpack_metadata
+from flux_batch.output.commits import Commits
+from flux_batch.output.layouts import Layout, layout_for, metadata_file, shard_name, stored_pictures, unpack_metadata
+from flux_batch.output.paths import JOB, PLAN
+from flux_batch.plan.plan import Outline
 from flux_batch.storage.store import Store
 
 

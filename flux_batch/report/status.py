@@ -7,12 +7,12 @@ import time
 from typing import Any
 
 from flux_batch.errors import JobError, NotFound
-from flux_batch.plan import count
+from flux_batch.output.commits import Commits
+from flux_batch.output.lease import Holder, read_holder
+from flux_batch.output.paths import PLAN, PROGRESS, SUCCESS
+from flux_batch.plan.plan import count
 from flux_batch.report.progress import duration
 from flux_batch.report.summary import Totals
-from flux_batch.storage.commits import Commits
-from flux_batch.storage.lease import Holder, read_holder
-from flux_batch.storage.run_files import PLAN, PROGRESS, SUCCESS
 from flux_batch.storage.store import Store
 
 

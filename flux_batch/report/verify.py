@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import get_args
 
+from flux_batch.output.gc import Leftovers
+from flux_batch.output.layouts import failed_file
+from flux_batch.output.paths import REPORT, SUCCESS
+from flux_batch.output.revert import TakeBack
 from flux_batch.report.progress import duration
 from flux_batch.report.saved_run import SavedRun
-from flux_batch.report.shard_check import Check, Problem, ShardCheck, ShardFindings, mended_failures
-from flux_batch.storage.leftovers import Leftovers
-from flux_batch.storage.run_files import REPORT, SUCCESS
+from flux_batch.report.verify_shard import Check, Problem, ShardCheck, ShardFindings, mended_failures
 from flux_batch.storage.scratch import scratch_folder
-from flux_batch.storage.shards import failed_file
 from flux_batch.storage.store import Store
-from flux_batch.storage.take_back import TakeBack
 
 READERS = 8
 # Of thousands of problems the first say what happened.

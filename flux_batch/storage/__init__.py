@@ -1,1 +1,1 @@
-"""Bytes, tables and URLs: fsspec, pyarrow and pillow; knows no tensor and no cluster."""
+"""Bytes: one store over fsspec, one way to try again, local disk; knows no tensor and no cluster."""

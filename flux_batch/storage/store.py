@@ -19,10 +19,11 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused
-from flux_batch.storage.patience import Patience
-from flux_batch.storage.run_files import SCRATCH
-from flux_batch.storage.store_errors import FULL_ERRNOS, code, reason, status
+from flux_batch.storage.errors import FULL_ERRNOS, code, reason, status
+from flux_batch.storage.retry import Patience
 
+# Half-written files of a killed process stay here, out of sight of whoever loads the data set.
+SCRATCH = "_run/tmp"
 # What file systems without hard links answer: FUSE mounts of buckets, FAT.
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # Some servers send the checksum of a whole object with a part of it; botocore would compare the two.

@@ -5,8 +5,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux_batch.bench.flops import peak_tflops, step_flops, utilisation
-from flux_batch.bench.random_model import SIZES
+from flux_batch.bench.pipeline.flops import peak_tflops, step_flops, utilisation
+from flux_batch.bench.pipeline.random_model import SIZES
 from flux_batch.model.params import DEV
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux

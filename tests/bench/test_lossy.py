@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from flux_batch.bench.lossy import EXACT, Mode, bench_lossy, format_lossy, psnr
-from flux_batch.bench.pipeline import Call
+from flux_batch.bench.pipeline.lossy import EXACT, Mode, bench_lossy, format_lossy, psnr
+from flux_batch.bench.pipeline.pipeline import Call
 from flux_batch.bench.source import Source
 
 CALL = Call(width=96, height=96, steps=3, batch_size=2, t5_sequence_length=64)

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flux_batch.bench.pipeline import Call, bench_pipeline, find_peers, format_pipeline, levels
+from flux_batch.bench.pipeline.pipeline import Call, bench_pipeline, find_peers, format_pipeline, levels
 from flux_batch.bench.source import Source
 from flux_batch.errors import JobError
 
@@ -71,7 +71,7 @@ def test_each_repeat_has_other_texts_and_seeds() -> None:
 
 def test_without_diffusers_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    monkeypatch.delitem(sys.modules, "flux_batch.bench.peer", raising=False)
+    monkeypatch.delitem(sys.modules, "flux_batch.bench.pipeline.peer", raising=False)
 
     with pytest.raises(JobError, match="diffusers cannot be imported") as caught:
         find_peers(["diffusers"])

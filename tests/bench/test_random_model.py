@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from flux_batch.bench.random_model import SIZES, random_manager
+from flux_batch.bench.pipeline.random_model import SIZES, random_manager
 from flux_batch.bench.source import Source
-from flux_batch.model.quantize import Fp8Linear
+from flux_batch.model.optimize.quantize import Fp8Linear
 from flux_batch.model.transformer import Flux
-from flux_batch.pipeline import FluxImagePipeline
+from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def test_dev_is_the_model_of_12_billion_and_schnell_embeds_no_guidance() -> None
 
 
 def test_text_encoders_of_dev_have_the_size_of_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flux_batch.bench import random_model
+    from flux_batch.bench.pipeline import random_model
 
     monkeypatch.setattr(random_model, "fill", lambda model, state, prepare: model)  # stays on meta
     t5 = random_model.random_t5(SIZES["dev"], torch.bfloat16, CPU, "none")

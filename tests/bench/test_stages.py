@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 import torch
 
+from flux_batch.bench.pipeline.stages import STAGES, StageClock, timed_stages
 from flux_batch.bench.source import Source
-from flux_batch.bench.stages import STAGES, StageClock, timed_stages
 
 
 def test_a_stage_has_its_own_time_and_not_that_of_the_stages_in_it() -> None:

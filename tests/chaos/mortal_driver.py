@@ -25,7 +25,7 @@ from typing import Any
 from chaos.paced_pipeline import make_paced_pipeline
 from flux_batch import cli, job
 from flux_batch.engine.local import LocalEngine
-from flux_batch.storage import lease
+from flux_batch.output import lease
 from flux_batch.storage.store import WRITES, Store
 
 NAMES = [
@@ -161,7 +161,9 @@ class Nursery:
         self._folder = folder
         self._num_drives = 0
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["chaos.mortal_driver", "flux_batch.job", "flux_batch.worker", "s3fs"])
+        self._context.set_forkserver_preload(
+            ["chaos.mortal_driver", "flux_batch.job", "flux_batch.worker.worker", "s3fs"]
+        )
 
     def drive(
         self,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify import format_verdict, verify
 from flux_batch.storage.store import Store

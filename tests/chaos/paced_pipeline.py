@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fakes import FakePipeline
-from flux_batch.config import ModelConfig
+from flux_batch.config.schema import ModelConfig
 
 LOG, PACE, HOLD = "made.log", "pace_s", "hold"
 # A hold that is not let go, since who asked for it has died, ends by itself.

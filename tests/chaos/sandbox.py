@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 
 from fakes import FakePipeline
 from flux_batch import cli, job
-from flux_batch.config import ModelConfig
+from flux_batch.config.schema import ModelConfig
 from flux_batch.engine.local import LocalEngine
 
 # Done, shards given up, bad input, finished with too many failures, for later.

@@ -18,7 +18,7 @@ import pytest
 from chaos.figures import Figures
 from chaos.outputs import assert_verified, contents, read_back
 from chaos.paced_pipeline import forget, held, made, make_paced_pipeline, model_folder
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
 from job_files import make_job, write_job

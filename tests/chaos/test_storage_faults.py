@@ -20,7 +20,7 @@ from chaos.figures import Figures
 from chaos.outputs import assert_verified, contents, read_back, store_of
 from chaos.paced_pipeline import forget, made, make_paced_pipeline, model_folder
 from counting_proxy import Proxy, counting_proxy
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
 from job_files import make_job, write_job

@@ -19,7 +19,7 @@ import pytest
 from chaos.figures import Figures
 from chaos.outputs import assert_verified, keys_of, read_back, store_of
 from chaos.paced_pipeline import made, model_folder
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.storage.store import Store
 from job_files import make_job, write_job
 from s3 import S3Server

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from flux_batch.demo.captions import (
+from flux_batch.demo.world.captions import (
     COLOURS,
     MIN_CONTRAST,
     POSITIONS,

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from flux_batch.demo.captions import captions
-from flux_batch.demo.drawing import draw
-from flux_batch.demo.model import demo_lora_path, demo_model_folder
-from flux_batch.pipeline import FluxImagePipeline
+from flux_batch.demo.paths import demo_lora_path, demo_model_folder
+from flux_batch.demo.world.captions import captions
+from flux_batch.demo.world.drawing import draw
+from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 FOLDER = demo_model_folder()
 PROMPT = "a small red star left of a large blue circle on a plain white background"
@@ -159,12 +159,12 @@ def write_original(folder: Path) -> None:
     """Write the demo model as the original files: two single files, encoders and tokenizers in their folders."""
     from safetensors.torch import load_file, save_file
 
-    from flux_batch.model import weights
+    from flux_batch.model.checkpoint import diffusers_keys
 
     transformer = load_file(FOLDER / "transformer" / "diffusion_pytorch_model.safetensors")
     vae = load_file(FOLDER / "vae" / "diffusion_pytorch_model.safetensors")
-    save_file(weights.transformer_from_diffusers(transformer), folder / "flux1-demo.safetensors")
-    save_file(weights.autoencoder_from_diffusers(vae), folder / "ae.safetensors")
+    save_file(diffusers_keys.transformer_from_diffusers(transformer), folder / "flux1-demo.safetensors")
+    save_file(diffusers_keys.autoencoder_from_diffusers(vae), folder / "ae.safetensors")
     for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
         shutil.copytree(FOLDER / part, folder / part)
 

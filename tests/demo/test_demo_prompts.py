@@ -43,7 +43,7 @@ def test_sizes_are_ones_that_can_be_made() -> None:
 
 def test_importing_the_demo_is_light() -> None:
     code = (
-        "import sys, flux_batch.demo.model, flux_batch.demo.prompts, flux_batch.demo.captions; "
+        "import sys, flux_batch.demo.paths, flux_batch.demo.prompts, flux_batch.demo.world.captions; "
         "sys.exit(str({'torch', 'pyarrow', 'transformers', 'ray'} & set(sys.modules) or ''))"
     )
 

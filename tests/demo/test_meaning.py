@@ -17,20 +17,20 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_batch.config import JobConfig, ModelConfig
-from flux_batch.demo.captions import SCORED, captions
-from flux_batch.demo.model import demo_lora_path
-from flux_batch.demo.reading import colour_share
+from flux_batch.config.schema import JobConfig, ModelConfig
+from flux_batch.demo.paths import demo_lora_path
 from flux_batch.demo.score import pictures_of, score_model
-from flux_batch.demo.scorer import score_all
+from flux_batch.demo.world.captions import SCORED, captions
+from flux_batch.demo.world.reading import colour_share
+from flux_batch.demo.world.scorer import score_all
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted
+from flux_batch.images import encode
 from flux_batch.job import run
-from flux_batch.pipeline import FluxImagePipeline
-from flux_batch.storage.images import encode
+from flux_batch.output.partial_read import read_pictures
+from flux_batch.pipeline.pipeline import FluxImagePipeline
 from flux_batch.storage.store import Store
-from flux_batch.storage.stored_pictures import read_pictures
 from job_files import make_job, metadata
 
 HELD_OUT = list(captions(200, SCORED, held_out=True))

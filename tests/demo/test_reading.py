@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from flux_batch.demo.captions import PALETTE
-from flux_batch.demo.reading import colour_share, read_picture
+from flux_batch.demo.world.captions import PALETTE
+from flux_batch.demo.world.reading import colour_share, read_picture
 
 
 def canvas(rgb: tuple[int, int, int], size: tuple[int, int] = (256, 256)) -> tuple[Image.Image, ImageDraw.ImageDraw]:

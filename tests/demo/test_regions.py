@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flux_batch.demo.regions import Region, components, grown, label, opened, shrunk
+from flux_batch.demo.world.regions import Region, components, grown, label, opened, shrunk
 
 
 def region(*rows: str) -> Region:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flux_batch.demo.captions import captions
-from flux_batch.demo.drawing import draw
 from flux_batch.demo.score import main, save
+from flux_batch.demo.world.captions import captions
+from flux_batch.demo.world.drawing import draw
 
 
 def test_pictures_are_saved_with_what_is_wrong_in_each(tmp_path: Path) -> None:

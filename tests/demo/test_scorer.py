@@ -11,10 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from flux_batch.demo.captions import COLOURS, POSITIONS, RELATIONS, SHAPES, SIZES, TEXTURES, Background, Caption, Scene
-from flux_batch.demo.captions import captions as say
-from flux_batch.demo.drawing import draw
-from flux_batch.demo.scorer import Fact, Kind, score, score_all
+from flux_batch.demo.world.captions import (
+    COLOURS,
+    POSITIONS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Background,
+    Caption,
+    Scene,
+)
+from flux_batch.demo.world.captions import captions as say
+from flux_batch.demo.world.drawing import draw
+from flux_batch.demo.world.scorer import Fact, Kind, score, score_all
 
 CAPTIONS = [*say(60, seed=11), *say(60, seed=12, held_out=True)]
 

@@ -1,6 +1,6 @@
 import pytest
 
-from flux_batch.engine.outage import LONGEST_REST_S, Outage, Rest
+from flux_batch.engine.backoff import LONGEST_REST_S, Outage, Rest
 from flux_batch.errors import Interrupted
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flux_batch.engine import ray_member, ray_nodes
+from flux_batch.engine import ray_handle, ray_nodes
 from flux_batch.engine.ray_cluster import connect
 from flux_batch.engine.ray_pool import RayPool
 from flux_batch.engine.stop import Stop
@@ -125,7 +125,7 @@ def test_a_worker_that_hangs_is_killed_and_one_that_is_slow_is_not(tmp_path: Pat
 
 
 def test_a_process_that_does_not_even_answer_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_member, "ANSWER_S", 1.0)
+    monkeypatch.setattr(ray_handle, "ANSWER_S", 1.0)
     results = list(replace(POOL, hang_s=100).run(Runner(tmp_path, freezes=(0,)), make_shards(2)))
     assert sorted(result.shard for result in results if result.error is None) == [0, 1]
     _, (_, lost, reason) = begun(tmp_path, 0)

@@ -11,8 +11,8 @@ import torch
 from flux_batch import FluxImagePipeline
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, weight_bytes
+from flux_batch.model.optimize.quantize import fp8_product, no_fp8_products, quantize_transformer, to_fp8
 from flux_batch.model.params import AUTOENCODER, FluxParams
-from flux_batch.model.quantize import fp8_product, no_fp8_products, quantize_transformer, to_fp8
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
 from tiny_flux import TinyFlux, make_tiny_repository

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from airflow_stub import load_dag
-from flux_batch.config import FailuresConfig
+from flux_batch.config.schema import FailuresConfig
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster/kuberay"

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fakes import FakePipeline
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import load_job, run
 from flux_batch.report.summary import RunReport

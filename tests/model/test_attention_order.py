@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from flux_batch.model import attention_order as module
-from flux_batch.model.attention_order import attention_order
+from flux_batch.model.optimize import kernels as module
+from flux_batch.model.optimize.kernels import attention_order
 
 CUDA = torch.device("cuda")
 

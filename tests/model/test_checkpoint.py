@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from flux_batch.errors import CheckpointError
-from flux_batch.model.checkpoint import Checkpoint, StoredTensor, files_of, open_checkpoint, read_json
-from flux_batch.model_manager import ModelManager
+from flux_batch.model.checkpoint.checkpoint import Checkpoint, StoredTensor, files_of, open_checkpoint, read_json
+from flux_batch.pipeline.model_manager import ModelManager
 from layout_files import LAYOUTS, coarse_state, save
 
 # One of each encoding; a damaged file is to be an error whichever it is.
@@ -257,7 +257,7 @@ def test_what_a_header_claims_is_not_allocated(tmp_path: Path, name: str) -> Non
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from flux_batch.model.checkpoint import open_checkpoint\n"
+        "from flux_batch.model.checkpoint.checkpoint import open_checkpoint\n"
         "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)\n"
         "try:\n"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flux_batch.model.compile_cache import CompileCache
-from flux_batch.model.quantize import quantize_transformer
+from flux_batch.model.optimize.compile_cache import CompileCache
+from flux_batch.model.optimize.quantize import quantize_transformer
 from flux_batch.model.transformer import Flux
 from golden import FLUX, filled
 
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
-from flux_batch.model.compile_cache import CompileCache
+from flux_batch.model.optimize.compile_cache import CompileCache
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
 from golden import FLUX, filled, tensor

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from flux_batch.model.compiling import compile_blocks
-from flux_batch.model.quantize import quantize_transformer
+from flux_batch.model.optimize.compile import compile_blocks
+from flux_batch.model.optimize.quantize import quantize_transformer
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
 from golden import FLUX, filled, tensor

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from flux_batch.model import cpu_info
-from flux_batch.model.compiling import compile_blocks
-from flux_batch.model.cpu_products import choose_products, product_by_onednn
 from flux_batch.model.layers import Linear, Product, product, project
+from flux_batch.model.optimize import cpu_info
+from flux_batch.model.optimize.compile import compile_blocks
+from flux_batch.model.optimize.cpu_products import choose_products, product_by_onednn
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
 from golden import FLUX, filled, tensor

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import three_images
 from flux_batch.model.conditioned import ConditionedFlux
-from flux_batch.model.cuda_graphs import CudaGraphs
+from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.sampling import denoise
 from flux_batch.model.transformer import Flux
 from golden import FLUX, filled

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_batch.model.dequantize import FORMATS, dequantize
-from flux_batch.model.gguf_file import QUANTISED
+from flux_batch.model.checkpoint.gguf_blocks import FORMATS, dequantize
+from flux_batch.model.checkpoint.gguf_header import QUANTISED
 
 # Where the fp16 factors of a block lie, which must be numbers.
 FACTORS = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}

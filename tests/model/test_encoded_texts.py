@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from flux_batch.model.conditioned import Conditioning
-from flux_batch.model.encoded_texts import EncodedTexts
+from flux_batch.pipeline.text_cache import EncodedTexts
 
 
 class Encoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flux_batch.model.files import FOLDERS, lacking, needed_files, part_of
+from flux_batch.model.checkpoint.files import FOLDERS, lacking, needed_files, part_of
 
 SETTINGS = [
     "model_index.json",

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
 from flux_batch.errors import CheckpointError
-from flux_batch.model.folders import find_parts
-from flux_batch.model.layouts import LLAMA_CPP_BLOCK_NAMES
-from flux_batch.model_manager import ModelManager
-from flux_batch.pipeline import FluxImagePipeline
+from flux_batch.model.checkpoint.folders import find_parts
+from flux_batch.model.checkpoint.recognise import LLAMA_CPP_BLOCK_NAMES
+from flux_batch.pipeline.model_manager import ModelManager
+from flux_batch.pipeline.pipeline import FluxImagePipeline
 from layout_files import COMFY_PREFIX, FP8, State, gguf_round, scaled_state, write_gguf
 from tiny_flux import copy_repository, make_tiny_repository
 

@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import T5Config, T5EncoderModel
 
-from flux_batch.model import quantize
 from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.checkpoint.diffusers_keys import autoencoder_to_diffusers, transformer_to_diffusers
 from flux_batch.model.conditioned import ConditionedFlux, Conditioning
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, is_quantizable, weight_bytes
+from flux_batch.model.optimize import quantize
+from flux_batch.model.optimize.quantize import Fp8Linear, quantize_t5, quantize_transformer
 from flux_batch.model.params import AUTOENCODER, DEV, SCHNELL, Shapes
-from flux_batch.model.quantize import Fp8Linear, quantize_t5, quantize_transformer
 from flux_batch.model.transformer import Flux
-from flux_batch.model.weights import autoencoder_to_diffusers, transformer_to_diffusers
 
 META = torch.device("meta")
 T5_XXL = {

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_batch.model.gguf_file import read_gguf
+from flux_batch.model.checkpoint.gguf_header import read_gguf
 from layout_files import coarse_state, write_gguf
 
 U32, U64, STRING, ARRAY = 4, 10, 8, 9

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 from huggingface_hub import constants
 
-from flux_batch.model.hub import HubUri, is_repository_name, list_huggingface, list_modelscope
+from flux_batch.download.hub import HubUri, is_repository_name, list_huggingface, list_modelscope
 from hub_server import COMMIT, TOKEN, Hub
 
 NAME = "black-forest-labs/FLUX.1-dev"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_batch.model.checkpoint import open_checkpoint, read_config
-from flux_batch.model.layouts import Layout, from_llama_cpp, parts_of, recognise, refuse_foreign
-from flux_batch.model.loading import load_transformer
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint, read_config
+from flux_batch.model.checkpoint.loading import load_transformer
+from flux_batch.model.checkpoint.recognise import Layout, from_llama_cpp, parts_of, recognise, refuse_foreign
 from layout_files import (
     COMFY_PREFIX,
     EXACT,

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.checkpoint import open_checkpoint
-from flux_batch.model.layouts import recognise
-from flux_batch.model.loading import for_device, load_transformer
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.diffusers_keys import transformer_to_diffusers
+from flux_batch.model.checkpoint.lazy_state import StoredState
+from flux_batch.model.checkpoint.loading import for_device, load_transformer
+from flux_batch.model.checkpoint.recognise import recognise
 from flux_batch.model.params import DEV, FluxParams
-from flux_batch.model.stored import StoredState
 from flux_batch.model.transformer import Flux
-from flux_batch.model.weights import transformer_to_diffusers
 from golden import AUTOENCODER, filled, tensor
 from layout_files import AXES_DIM, LAYOUTS, State, coarse_state, state_on_meta
 from sparse_files import sparse_gguf, sparse_safetensors
@@ -103,7 +103,7 @@ def write(folder: Path) -> dict[str, Path]:
 MEASURE = """
 import gc, json, sys, threading, time
 import torch
-from flux_batch.model_manager import ModelManager
+from flux_batch.pipeline.model_manager import ModelManager
 
 def private():
     with open("/proc/self/status") as file:

@@ -13,14 +13,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flux_batch.model.checkpoint import open_checkpoint
-from flux_batch.model.layouts import recognise
-from flux_batch.model.loading import load_transformer
-from flux_batch.model.lora import open_lora
-from flux_batch.model.lora_merge import LoraMerge
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.diffusers_keys import swap_halves, transformer_from_diffusers, transformer_to_diffusers
+from flux_batch.model.checkpoint.loading import load_transformer
+from flux_batch.model.checkpoint.recognise import recognise
+from flux_batch.model.lora.file import open_lora
+from flux_batch.model.lora.merge import LoraMerge
 from flux_batch.model.text import load_clip, load_t5
 from flux_batch.model.transformer import Flux
-from flux_batch.model.weights import swap_halves, transformer_from_diffusers, transformer_to_diffusers
 from lora_files import Factors, added, matrices, random_factors, write_lora
 from tiny_flux import TinyFlux, make_tiny_repository
 

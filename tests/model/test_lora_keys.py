@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flux_batch.model.lora_keys import Target, find_modules
+from flux_batch.model.lora.keys import Target, find_modules
 
 HIDDEN = 3072
 TRANSFORMER = {

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux_batch.model import lora_merge
-from flux_batch.model.checkpoint import open_checkpoint
-from flux_batch.model.layouts import recognise
-from flux_batch.model.loading import load_transformer
-from flux_batch.model.lora import Lora, open_lora
-from flux_batch.model.lora_merge import LoraMerge
-from flux_batch.model.quantize import Fp8Linear, quantize_transformer, to_fp8
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.loading import load_transformer
+from flux_batch.model.checkpoint.recognise import recognise
+from flux_batch.model.lora import merge as lora_merge
+from flux_batch.model.lora.file import Lora, open_lora
+from flux_batch.model.lora.merge import LoraMerge
+from flux_batch.model.optimize.quantize import Fp8Linear, quantize_transformer, to_fp8
 from lora_files import Factors, added, matrices, random_factors, write_lora
 from tiny_flux import TinyFlux, make_tiny_repository
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model
 
-from flux_batch.model.lora import open_lora
-from flux_batch.model.lora_merge import LoraMerge
+from flux_batch.model.lora.file import open_lora
+from flux_batch.model.lora.merge import LoraMerge
 from flux_batch.model.transformer import Flux
 from layout_files import PARAMS
 from lora_files import Factors, random_factors, write_lora

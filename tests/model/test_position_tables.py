@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_batch.model.position_tables import position_tables
+from flux_batch.model.conditioned import position_tables
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
 from golden import FLUX, filled

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from flux_batch.model import quantize
-from flux_batch.model.checkpoint import open_checkpoint
-from flux_batch.model.layouts import recognise
-from flux_batch.model.loading import Prepare, fill, load_transformer
-from flux_batch.model.quantize import (
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.lazy_state import StoredState
+from flux_batch.model.checkpoint.loading import Prepare, fill, load_transformer
+from flux_batch.model.checkpoint.recognise import recognise
+from flux_batch.model.optimize import quantize
+from flux_batch.model.optimize.quantize import (
     FeedForward,
     Fp8Linear,
     Fp8Product,
@@ -31,7 +32,6 @@ from flux_batch.model.quantize import (
     to_fp8_by_pieces,
 )
 from flux_batch.model.sampling import position_ids
-from flux_batch.model.stored import StoredState
 from flux_batch.model.transformer import Flux
 from golden import FLUX, filled, tensor
 from layout_files import LAYOUTS, coarse_state, save
@@ -267,10 +267,10 @@ import threading, time
 from pathlib import Path
 import torch
 from torch import nn
-from flux_batch.model.checkpoint import open_checkpoint
-from flux_batch.model.loading import fill
-from flux_batch.model.quantize import quantize_transformer
-from flux_batch.model.stored import StoredState
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.loading import fill
+from flux_batch.model.optimize.quantize import quantize_transformer
+from flux_batch.model.checkpoint.lazy_state import StoredState
 torch.set_num_threads(1)
 def own():
     return int(Path("/proc/self/statm").read_text().split()[1]) - int(Path("/proc/self/statm").read_text().split()[2])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_batch.model.conditioned import ConditionedFlux, Conditioning
-from flux_batch.model.params import DEV_SCHEDULE, SCHNELL_SCHEDULE, ScheduleParams
+from flux_batch.model.params import DEV_SCHEDULE, SCHNELL_SCHEDULE, ScheduleParams, first_step
 from flux_batch.model.sampling import (
     add_noise,
     denoise,
@@ -24,7 +24,6 @@ from flux_batch.model.sampling import (
     timesteps_of,
     unpack,
 )
-from flux_batch.model.steps import first_step
 from flux_batch.model.transformer import Flux
 from golden import FLUX, check, filled, tensor
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_batch.model.checkpoint import open_checkpoint
-from flux_batch.model.layouts import recognise
-from flux_batch.model.scaled_fp8 import declared_formats
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.recognise import recognise
+from flux_batch.model.checkpoint.scaled_fp8 import declared_formats
 from layout_files import State, as_bytes, coarse_state, save, scaled_state
 
 FP8 = torch.float8_e4m3fn

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import three_images
 from flux_batch.model.conditioned import ConditionedFlux, Conditioning
+from flux_batch.model.optimize.step_cache import StepCache, relative_change
 from flux_batch.model.sampling import Velocity, denoise
-from flux_batch.model.step_cache import StepCache, relative_change
 from flux_batch.model.transformer import Flux
 from golden import FLUX, filled
 from three_images import NEGATIVE, NOISE, TEXT

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_batch.model.params import DEV_SCHEDULE
+from flux_batch.model.params import DEV_SCHEDULE, first_step, steps_run
 from flux_batch.model.sampling import make_sigmas
-from flux_batch.model.steps import first_step, steps_run
 
 
 @pytest.mark.parametrize(

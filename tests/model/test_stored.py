@@ -9,12 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flux_batch.model import stored as module
-from flux_batch.model.checkpoint import Checkpoint, open_checkpoint
-from flux_batch.model.layouts import recognise
-from flux_batch.model.loading import diffusers_parts
-from flux_batch.model.stored import StoredState
-from flux_batch.model.weights import transformer_from_diffusers, transformer_rules, transformer_to_diffusers
+from flux_batch.model.checkpoint import lazy_state as module
+from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from flux_batch.model.checkpoint.diffusers_keys import (
+    transformer_from_diffusers,
+    transformer_rules,
+    transformer_to_diffusers,
+)
+from flux_batch.model.checkpoint.lazy_state import StoredState
+from flux_batch.model.checkpoint.loading import diffusers_parts
+from flux_batch.model.checkpoint.recognise import recognise
 from layout_files import FP8, FP8_WIDE, LAYOUTS, State, coarse_state, gguf_round, save, scaled_state, write_gguf
 
 CPU = torch.device("cpu")

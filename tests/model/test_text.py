@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from flux_batch.model.checkpoint import open_checkpoint
-from flux_batch.model.layouts import recognise
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.recognise import recognise
 from flux_batch.model.text import (
     ClipEncoder,
     T5Encoder,

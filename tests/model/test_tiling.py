@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.tiling import Tiling, blend_tiles, fade, starts, tiled_decode, tiled_encode
+from flux_batch.model.optimize.tiling import Tiling, blend_tiles, fade, starts, tiled_decode, tiled_encode
 from golden import AUTOENCODER, filled, tensor
 
 sides = st.integers(1, 70)

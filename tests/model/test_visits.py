@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux_batch.model.visits import Visitors
+from flux_batch.model.optimize.offload import Visitors
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 

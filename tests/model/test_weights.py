@@ -17,18 +17,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flux_batch.errors import CheckpointError
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.checkpoint import open_checkpoint
-from flux_batch.model.layouts import Layout, recognise
-from flux_batch.model.params import AUTOENCODER, DEV, SCHNELL
-from flux_batch.model.transformer import Flux
-from flux_batch.model.weights import (
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.diffusers_keys import (
     autoencoder_from_diffusers,
     autoencoder_to_diffusers,
     transformer_from_diffusers,
     transformer_to_diffusers,
 )
-from flux_batch.model_manager import ModelManager
-from flux_batch.pipeline import FluxImagePipeline
+from flux_batch.model.checkpoint.recognise import Layout, recognise
+from flux_batch.model.params import AUTOENCODER, DEV, SCHNELL
+from flux_batch.model.transformer import Flux
+from flux_batch.pipeline.model_manager import ModelManager
+from flux_batch.pipeline.pipeline import FluxImagePipeline
 from tiny_flux import TinyFlux, copy_repository, make_tiny_pipeline, make_tiny_repository, read_folder
 
 State = dict[str, Tensor]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from flux_batch.config import JobConfig
-from flux_batch.plan import make_plan
-from flux_batch.report.estimate import ASSUMED_FLOPS, estimate, format_estimate
+from flux_batch.config.schema import JobConfig
+from flux_batch.plan.estimate import ASSUMED_FLOPS, estimate, format_estimate
+from flux_batch.plan.plan import make_plan
 from job_files import make_job
 
 SIZE = {"width": 1024, "height": 1024, "num_inference_steps": 28}

@@ -16,15 +16,15 @@ import pytest
 from PIL import Image
 
 from fakes import make_fake_pipeline
-from flux_batch.config import ImageConfig, JobConfig
+from flux_batch.config.schema import ImageConfig, JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import JobError, StoreError
+from flux_batch.images import AI_SOURCE_TYPE, encode
 from flux_batch.job import run
-from flux_batch.report.gallery import PAGE, SHEET, write_gallery
-from flux_batch.report.gallery_content import _read_file
-from flux_batch.report.gallery_rows import Chosen
+from flux_batch.report.gallery.content import _read_file
+from flux_batch.report.gallery.rows import Chosen
+from flux_batch.report.gallery.write import PAGE, SHEET, write_gallery
 from flux_batch.report.status import read_status
-from flux_batch.storage.images import AI_SOURCE_TYPE, encode
 from flux_batch.storage.store import Store
 from job_files import data_files, make_job
 from s3 import Bucket
@@ -200,7 +200,7 @@ def test_of_many_pictures_a_sample_is_spread_over_the_run(tmp_path: Path, layout
 
 
 def test_failures_beyond_the_first_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flux_batch.report.gallery_content.MAX_FAILED", 5)
+    monkeypatch.setattr("flux_batch.report.gallery.content.MAX_FAILED", 5)
     page = gallery(
         render(tmp_path, [{"prompt": f"[raise] {number}"} for number in range(9)], failures={"max_ratio": 1.0})
     )

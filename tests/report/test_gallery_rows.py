@@ -1,6 +1,6 @@
 import pytest
 
-from flux_batch.report.gallery_rows import Tally, spread
+from flux_batch.report.gallery.rows import Tally, spread
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux_batch.config import ImageConfig
-from flux_batch.report.gallery_content import Gallery, Shown
-from flux_batch.report.gallery_sheet import (
+from flux_batch.config.schema import ImageConfig
+from flux_batch.images import AI_SOURCE_TYPE, encode
+from flux_batch.report.gallery.content import Gallery, Shown
+from flux_batch.report.gallery.sheet import (
     BACK,
     CELL,
     EMPTY,
@@ -19,8 +20,7 @@ from flux_batch.report.gallery_sheet import (
     _font,
     sheet,
 )
-from flux_batch.report.gallery_thumbnail import Thumbnail
-from flux_batch.storage.images import AI_SOURCE_TYPE, encode
+from flux_batch.report.gallery.thumbnail import Thumbnail
 
 
 def shown(number: int, color: tuple[int, int, int] = (200, 30, 30), width: int = 64, height: int = 64) -> Shown:

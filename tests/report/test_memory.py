@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.checkpoint.diffusers_keys import transformer_to_diffusers
 from flux_batch.model.params import AUTOENCODER, DEV
 from flux_batch.model.transformer import Flux
-from flux_batch.model.weights import transformer_to_diffusers
-from flux_batch.report.memory import CHOICES, format_memory, memory
+from flux_batch.plan.memory import CHOICES, format_memory, memory
 from job_files import make_job
 from sparse_files import sparse_safetensors
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flux_batch.model_source import local_model
-from flux_batch.report.model_revision import END_BYTES, model_revision
-from flux_batch.storage import patience
+from flux_batch.download.models import local_model
+from flux_batch.download.revision import END_BYTES, model_revision
+from flux_batch.storage import retry
 from flux_batch.storage.store import Store
 from hub_server import COMMIT, Hub
 from s3 import Bucket
@@ -20,7 +20,7 @@ NAME = "black-forest-labs/FLUX.1-dev"
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(patience, "ATTEMPTS", 2)
+    monkeypatch.setattr(retry, "ATTEMPTS", 2)
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from flux_batch.output.paths import PROGRESS
 from flux_batch.records import ShardResult
 from flux_batch.report.progress import Progress, duration
 from flux_batch.report.summary import Totals
-from flux_batch.storage.run_files import PROGRESS
 from flux_batch.storage.store import Store
 
 

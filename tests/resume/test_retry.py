@@ -10,15 +10,15 @@ import pytest
 
 import flux_batch.job
 from fakes import FakePipeline, make_fake_pipeline
-from flux_batch.config import JobConfig, ModelConfig
+from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
+from flux_batch.output.lease import HeldStore
+from flux_batch.output.paths import TAKEN_BACK
+from flux_batch.output.revert import TakeBack
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.summary import RunReport
-from flux_batch.storage.lease import HeldStore
-from flux_batch.storage.run_files import TAKEN_BACK
 from flux_batch.storage.store import Store
-from flux_batch.storage.take_back import TakeBack
 from job_files import data_files, make_job, metadata
 from mortal import Death, Life, MortalStore
 

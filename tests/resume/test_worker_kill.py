@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-import flux_batch.worker
+import flux_batch.worker.worker
 from fakes import make_fake_pipeline
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
+from flux_batch.output.commits import Commits
+from flux_batch.output.paths import JOB, PLAN
 from flux_batch.records import Attempt
-from flux_batch.storage.commits import Commits
-from flux_batch.storage.run_files import JOB, PLAN
 from flux_batch.storage.store import Store
 from job_files import data_files, make_job, metadata
 from mortal import Death, Life, open_worker, staged
@@ -75,7 +75,7 @@ def test_what_dies_between_commit_and_clean_up_is_cleaned_at_the_end_of_the_run(
     # What the driver wrote before it began.
     Store(config.output.uri).write(PLAN, plan.to_parquet())
     Store(config.output.uri).write(JOB, config.to_yaml().encode())
-    monkeypatch.setattr(flux_batch.worker, "Store", Store)
+    monkeypatch.setattr(flux_batch.worker.worker, "Store", Store)
 
     report = run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from flux_batch.storage import cache
-from flux_batch.storage.cache import cache_folder, locked
+from flux_batch.download import cache
+from flux_batch.download.cache import cache_folder, locked
 
 HOLD = """
 import sys
 from pathlib import Path
-from flux_batch.storage.cache import locked
+from flux_batch.download.cache import locked
 with locked(Path(sys.argv[1]), "tests"):
     print("held", flush=True)
     sys.stdin.read()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from flux_batch.storage.column_batches import extended, rows_of
+from flux_batch.mapper import extended, rows_of
 
 
 def test_rows_are_plain_values_of_the_columns_that_are_there() -> None:

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from fakes import fake_picture
-from flux_batch.config import ImageConfig, OutputConfig
+from flux_batch.config.schema import ImageConfig, OutputConfig
 from flux_batch.errors import NotFound, StoreError
+from flux_batch.images import encode
+from flux_batch.output.commits import Commits, Publisher
+from flux_batch.output.layouts import image_key, layout_for, unpack, unpack_metadata
 from flux_batch.records import Commit, ImageRecord, StoredFile
-from flux_batch.storage.commits import Commits, Publisher
-from flux_batch.storage.images import encode
-from flux_batch.storage.shards import image_key, layout_for, unpack, unpack_metadata
 from flux_batch.storage.store import Store
 
 FORMATS = ["webdataset", "files", "parquet"]

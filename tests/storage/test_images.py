@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fakes import fake_picture
-from flux_batch.config import ImageConfig
-from flux_batch.storage.images import AI_SOURCE_TYPE, SUFFIXES, Pixels, encode, read_provenance
+from flux_batch.config.schema import ImageConfig
+from flux_batch.images import AI_SOURCE_TYPE, SUFFIXES, Pixels, encode, read_provenance
 
 TYPES = ["png", "jpeg", "webp"]
 HOSTILE = [

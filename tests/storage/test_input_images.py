@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from flux_batch.errors import RowError, SourceError, StoreError
+from flux_batch.prompts import input_images, safe_http
+from flux_batch.prompts.input_images import check_of_job, decode, given_bytes, laid_aside, load_picture
 from flux_batch.records import InputImage
-from flux_batch.storage import input_images, web
-from flux_batch.storage.input_images import check_of_job, decode, given_bytes, laid_aside, load_picture
 from flux_batch.storage.store import Store
 from s3 import Bucket
 from web_server import web_server
@@ -347,7 +347,7 @@ def test_a_bucket_that_is_away_is_no_fault_of_the_row(monkeypatch: pytest.Monkey
         raise ConnectionError("refused")
 
     monkeypatch.setattr(input_images, "_read_object", away)
-    monkeypatch.setattr("flux_batch.storage.patience.ATTEMPTS", 1)
+    monkeypatch.setattr("flux_batch.storage.retry.ATTEMPTS", 1)
     with pytest.raises(StoreError, match="refused"):
         load("memory://a.png")
 
@@ -358,7 +358,7 @@ def test_the_web(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RowError, match=r"^input_image it: 127\.0\.0\.1: is 127\.0\.0\.1, which is not a public"):
             load(url)
         assert server.asked == []
-        monkeypatch.setattr(web, "is_public", lambda address: True)
+        monkeypatch.setattr(safe_http, "is_public", lambda address: True)
         assert_halves(load(url), BLUE, RED)
         with pytest.raises(RowError, match="input_image it: the server answered 404"):
             load(server.url + "/none.png")

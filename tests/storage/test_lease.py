@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from flux_batch.errors import AlreadyExists, Interrupted, LeaseLost, RunHeld, StoreError
-from flux_batch.storage import lease as lease_module
-from flux_batch.storage.lease import HeldStore, Holder, Lease, read_holder
-from flux_batch.storage.process import ProcessId
+from flux_batch.output import lease as lease_module
+from flux_batch.output.lease import HeldStore, Holder, Lease, read_holder
+from flux_batch.output.process_id import ProcessId
 from flux_batch.storage.store import Store
 from s3 import Bucket
 from waiting import wait_until

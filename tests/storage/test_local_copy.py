@@ -18,10 +18,9 @@ import fsspec
 import pytest
 
 from counting_proxy import Proxy, counting_proxy
-from flux_batch.errors import NotFound, StoreError, StoreRefused
-from flux_batch.storage import local_copy as module
-from flux_batch.storage import patience, transfer
-from flux_batch.storage.local_copy import (
+from flux_batch.download import local_copy as module
+from flux_batch.download import transfer
+from flux_batch.download.local_copy import (
     FOLDER_MANIFEST,
     MANIFEST,
     Listing,
@@ -31,7 +30,9 @@ from flux_batch.storage.local_copy import (
     local_copy,
     place_of,
 )
-from flux_batch.storage.transfer import RemoteFile
+from flux_batch.download.transfer import RemoteFile
+from flux_batch.errors import NotFound, StoreError, StoreRefused
+from flux_batch.storage import retry
 from s3 import S3Server
 from waiting import wait_until
 
@@ -49,7 +50,7 @@ CHUNK = 65_536
 @pytest.fixture(autouse=True)
 def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(patience, "ATTEMPTS", 2)
+    monkeypatch.setattr(retry, "ATTEMPTS", 2)
     monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path / "cache"))
 
 
@@ -260,7 +261,7 @@ class TestListing:
 COPY = """
 import json, sys
 from flux_batch.storage import transfer
-from flux_batch.storage.local_copy import list_folder, local_copy, place_of
+from flux_batch.download.local_copy import list_folder, local_copy, place_of
 transfer.CHUNK_BYTES = 65_536
 uri, options = sys.argv[1], json.loads(sys.argv[2])
 print(local_copy(place_of(uri, options), lambda: list_folder(uri, options, ["vae"], lambda names: sorted(names))))

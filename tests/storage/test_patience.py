@@ -14,8 +14,8 @@ import pytest
 
 from counting_proxy import Proxy, counting_proxy
 from flux_batch.errors import AlreadyExists, DiskFull, FluxBatchError, Interrupted, StoreError, StoreRefused
-from flux_batch.storage import patience
-from flux_batch.storage.patience import Patience, attempt
+from flux_batch.storage import retry
+from flux_batch.storage.retry import Patience, attempt
 from flux_batch.storage.store import Store
 from s3 import S3Server
 
@@ -221,7 +221,7 @@ def test_a_store_tells_by_its_answer_whether_it_knows_conditional_writes(
 def test_a_store_that_is_away_is_not_taken_for_one_without_conditional_writes(
     store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "ATTEMPTS", 2)
+    monkeypatch.setattr(retry, "ATTEMPTS", 2)
     seen: set[str] = set()
 
     def second_put(method: str, path: str) -> int | None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_batch.config import PromptsConfig
+from flux_batch.config.schema import PromptsConfig
 from flux_batch.errors import RowError
-from flux_batch.storage.places import Places, is_inside, scheme_of
+from flux_batch.prompts.access import Places, is_inside, scheme_of
 
 
 def places(file: str, uri: str | list[str] = "", **prompts: Any) -> Places:

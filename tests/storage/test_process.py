@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from flux_batch.storage.process import ProcessId
+from flux_batch.output.process_id import ProcessId
 
-OWN = "from flux_batch.storage.process import ProcessId; p = ProcessId.own(); print(p.pid, p.started, flush=True)"
+OWN = "from flux_batch.output.process_id import ProcessId; p = ProcessId.own(); print(p.pid, p.started, flush=True)"
 
 
 def test_a_living_process_is_not_gone() -> None:

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_batch.config import PROMPT_FIELDS, PromptsConfig, SamplingConfig
+from flux_batch.config.schema import PROMPT_FIELDS, PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError, StoreRefused
-from flux_batch.plan import make_plan
+from flux_batch.plan.plan import make_plan
+from flux_batch.prompts.source import PromptSource, RowParser
+from flux_batch.prompts.tables import BadRow
 from flux_batch.records import ALIASES, FailedRow, ImageRequest, InputImage, Shard, image_seed
-from flux_batch.storage.prompts import PromptSource, RowParser
 from flux_batch.storage.store import Store
-from flux_batch.storage.tables import BadRow
 from s3 import SECRET, Bucket, S3Server
 
 HOSTILE = [

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from flux_batch.config import LoraConfig
+from flux_batch.config.schema import LoraConfig
 from flux_batch.errors import RowError
+from flux_batch.prompts.row_loras import RowLoras
 from flux_batch.records import LoraUse
-from flux_batch.storage.row_loras import RowLoras
 
 STYLE = LoraConfig(uri="/loras/style.safetensors", scale=0.8, name="style")
 DETAIL = LoraConfig(uri="s3://bucket/detail.safetensors")

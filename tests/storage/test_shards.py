@@ -18,11 +18,9 @@ import pytest
 from PIL import Image
 
 from fakes import fake_picture
-from flux_batch.config import ImageConfig, OutputConfig
-from flux_batch.records import ImageRecord
-from flux_batch.storage.images import encode
-from flux_batch.storage.passthrough import as_json, portable
-from flux_batch.storage.shards import (
+from flux_batch.config.schema import ImageConfig, OutputConfig
+from flux_batch.images import encode
+from flux_batch.output.layouts import (
     RECORD_SCHEMA,
     Sample,
     image_key,
@@ -34,6 +32,8 @@ from flux_batch.storage.shards import (
     unpack,
     unpack_metadata,
 )
+from flux_batch.records import ImageRecord
+from flux_batch.storage.passthrough import as_json, portable
 
 FORMATS = ["webdataset", "files", "parquet"]
 PROMPTS = ["plain", 'say "cheese",\nplease', "猫と犬 🐈‍⬛", "x" * 2000, "a\x01b", "plain"]

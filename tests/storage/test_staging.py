@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flux_batch.storage.staging import StagedPicture, Staging, staged_record
+from flux_batch.output.staging import StagedPicture, Staging, staged_record
 from flux_batch.storage.store import Store
 
 PICTURES = [

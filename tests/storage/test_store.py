@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from flux_batch.errors import AlreadyExists, NotFound, StoreError, StoreRefused
-from flux_batch.storage.run_files import SCRATCH
-from flux_batch.storage.store import Store
+from flux_batch.storage.store import SCRATCH, Store
 from s3 import KEY, SECRET, S3Server, free_port
 
 KINDS = ["local", "memory", pytest.param("moto", marks=pytest.mark.s3), pytest.param("rclone", marks=pytest.mark.s3)]

@@ -8,8 +8,8 @@ from fakes import make_fake_pipeline
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import NotFound
 from flux_batch.job import run
+from flux_batch.output.partial_read import BLOCK, StoredFileReader, read_pictures
 from flux_batch.storage.store import Store
-from flux_batch.storage.stored_pictures import BLOCK, StoredFileReader, read_pictures
 from job_files import make_job, metadata
 
 
@@ -40,7 +40,7 @@ def render(folder: Path, layout: str, side: int = 16, **output: Any) -> dict[str
 def test_some_pictures_are_read_and_not_the_others(
     tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flux_batch.storage.shards.IMAGES_PER_ROW_GROUP", 4)
+    monkeypatch.setattr("flux_batch.output.layouts.IMAGES_PER_ROW_GROUP", 4)
     rows = render(tmp_path, layout, side=256)
     store = Meter(str(tmp_path / "out"))
     key = list(rows)[3]

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flux_batch.errors import SourceError
+from flux_batch.prompts.tables import BadRow, Row, RowRange, open_table
 from flux_batch.storage.store import Store
-from flux_batch.storage.tables import BadRow, Row, RowRange, open_table
 
 per_example = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Everything that a file of text can hold: no half surrogate pairs.
@@ -98,7 +98,7 @@ def test_a_range_within_a_large_row_group(tmp_path: Path) -> None:
 
 
 def test_a_column_of_pictures_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flux_batch.storage.tables.BATCH_BYTES", 100_000)
+    monkeypatch.setattr("flux_batch.prompts.tables.BATCH_BYTES", 100_000)
     pictures = [bytes([number]) * 20_000 for number in range(40)]
     pq.write_table(pa.table({"image": pictures}), tmp_path / "p.parquet", compression="none", use_dictionary=False)
     sizes = []

@@ -12,10 +12,10 @@ from typing import Any
 import fsspec
 import pytest
 
+from flux_batch.download import transfer
+from flux_batch.download.transfer import Listing, RemoteFile, fetch, sha256_if_same
 from flux_batch.errors import StoreError, StoreRefused
-from flux_batch.storage import transfer
 from flux_batch.storage.store import open_filesystem
-from flux_batch.storage.transfer import Listing, RemoteFile, fetch, sha256_if_same
 from hub_server import Hub
 
 SIZES = {"a.bin": 1_000_003, "folder/b.bin": 65_536, "folder/empty.json": 0, "one.json": 1}

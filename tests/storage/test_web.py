@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from flux_batch.errors import RowError
-from flux_batch.storage import web
-from flux_batch.storage.web import IpAddress, fetch, is_public
+from flux_batch.prompts import safe_http
+from flux_batch.prompts.safe_http import IpAddress, fetch, is_public
 from web_server import WebServer, redirect, status, web_server
 
 HERE = ipaddress.ip_address("127.0.0.1")
@@ -221,7 +221,7 @@ def test_an_answer_that_ends_too_soon_is_no_file(server: WebServer) -> None:
 
 @pytest.mark.parametrize("where", ["headers", "body"])
 def test_an_answer_that_never_ends_is_cut(server: WebServer, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    monkeypatch.setattr(web, "WHOLE_S", 0.5)
+    monkeypatch.setattr(safe_http, "WHOLE_S", 0.5)
 
     def dripping(request: BaseHTTPRequestHandler) -> None:
         request.wfile.write(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if where == "body" else b"X-A: "))

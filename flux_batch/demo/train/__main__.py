@@ -20,7 +20,7 @@ from flux_batch.demo.train.latents import make_pools
 from flux_batch.demo.train.lora import train_lora
 from flux_batch.demo.train.parts import save_weights, write_model
 from flux_batch.demo.train.text import train_text
-from flux_batch.model_manager import ModelManager, locate_parts
+from flux_batch.pipeline.model_manager import ModelManager, locate_parts
 
 
 def main() -> None:

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux_batch.demo.captions import is_held_out, random_scene
-from flux_batch.demo.drawing import draw
 from flux_batch.demo.train.muon import MIN_SIDE, Optimizer
 from flux_batch.demo.train.parts import AUTOENCODER
 from flux_batch.demo.train.progress import Meter, Stage, load
+from flux_batch.demo.world.captions import is_held_out, random_scene
+from flux_batch.demo.world.drawing import draw
 from flux_batch.model.autoencoder import AutoEncoder
 
 SIDE = 128

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux_batch.demo.captions import Scene
-from flux_batch.demo.drawing import CENTRES, CENTRES_OF_PAIR, EXTENTS, JITTER, PAIR_DRIFT, draw
 from flux_batch.demo.train.autoencoder import to_tensor
 from flux_batch.demo.train.world import training_scene
+from flux_batch.demo.world.captions import Scene
+from flux_batch.demo.world.drawing import CENTRES, CENTRES_OF_PAIR, EXTENTS, JITTER, PAIR_DRIFT, draw
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.sampling import pack
 from flux_batch.records import PIXELS_PER_TOKEN

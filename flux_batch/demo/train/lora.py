@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flux_batch.demo.captions import Scene
-from flux_batch.demo.drawing import Pixels, draw_shape, placements
 from flux_batch.demo.train.autoencoder import to_tensor
 from flux_batch.demo.train.flow import Batch, Trainer, make_batch
 from flux_batch.demo.train.latents import Pool
 from flux_batch.demo.train.muon import Optimizer
 from flux_batch.demo.train.progress import Meter, Stage
 from flux_batch.demo.train.world import training_scene
+from flux_batch.demo.world.captions import Scene
+from flux_batch.demo.world.drawing import Pixels, draw_shape, placements
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.sampling import pack
 

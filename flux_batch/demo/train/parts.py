@@ -16,10 +16,10 @@ from torch import Tensor
 
 from flux_batch.demo.train.tokenizers import CLIP_LENGTH, write_json
 from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.checkpoint.diffusers_keys import autoencoder_to_diffusers, transformer_to_diffusers
 from flux_batch.model.params import AutoencoderParams, FluxParams
 from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import Flux
-from flux_batch.model.weights import autoencoder_to_diffusers, transformer_to_diffusers
 
 # The release of diffusers that wrote the real folder; readers ask it which old habits to expect.
 DIFFUSERS_VERSION = "0.30.0"

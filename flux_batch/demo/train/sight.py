@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flux_batch.demo.captions import COLOURS, SHAPES, SIZES, Scene
 from flux_batch.demo.train.latents import thing_boxes
+from flux_batch.demo.world.captions import COLOURS, SHAPES, SIZES, Scene
 from flux_batch.model.transformer import Flux
 from flux_batch.records import PIXELS_PER_TOKEN
 

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux_batch.demo.captions import captions
 from flux_batch.demo.train.muon import MIN_SIDE, Optimizer
 from flux_batch.demo.train.parts import CLIP_WIDTH, T5_WIDTH, clip_config, t5_config
 from flux_batch.demo.train.progress import Meter, Stage, load
 from flux_batch.demo.train.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 from flux_batch.demo.train.world import FACTS, training_scene, training_text
+from flux_batch.demo.world.captions import captions
 from flux_batch.model.text import ClipEncoder, T5Encoder
 
 RATE = 2e-3

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flux_batch.demo.captions import (
+from flux_batch.demo.world.captions import (
     BARE_WORDINGS,
     COLOURS,
     POSITIONS,

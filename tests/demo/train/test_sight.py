@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from flux_batch.demo.captions import COLOURS, SHAPES, SIZES, Background, Scene, Thing
 from flux_batch.demo.train.parts import TRANSFORMER
 from flux_batch.demo.train.sight import BLOCK, Sight, token_answers
+from flux_batch.demo.world.captions import COLOURS, SHAPES, SIZES, Background, Scene, Thing
 from flux_batch.model.transformer import Flux
 
 WHITE = Background(texture="plain", colour="white")

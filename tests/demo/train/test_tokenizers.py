@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, CLIPTokenizer, T5TokenizerFast
 
-from flux_batch.demo.captions import captions
 from flux_batch.demo.train.tokenizers import write_clip_tokenizer, write_t5_tokenizer
+from flux_batch.demo.world.captions import captions
 
 TEXTS = [caption.text for caption in captions(4000, seed=0)]
 UNSEEN = [caption.text for caption in captions(200, seed=7, held_out=True)]

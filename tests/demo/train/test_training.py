@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flux_batch.demo.captions import Background, Scene, Thing
-from flux_batch.demo.model import demo_model_folder
+from flux_batch.demo.paths import demo_model_folder
 from flux_batch.demo.train import __main__ as program
 from flux_batch.demo.train import flow
 from flux_batch.demo.train.autoencoder import fold_statistics, make_autoencoder, pictures
@@ -19,8 +18,9 @@ from flux_batch.demo.train.flow import initialise
 from flux_batch.demo.train.latents import token_weights
 from flux_batch.demo.train.lora import LowRank, add_low_rank, to_peft
 from flux_batch.demo.train.parts import AUTOENCODER, TRANSFORMER
+from flux_batch.demo.world.captions import Background, Scene, Thing
 from flux_batch.model.transformer import Flux
-from flux_batch.pipeline import FluxImagePipeline
+from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 CPU = torch.device("cpu")
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from flux_batch.demo.captions import Background, Scene, Thing, is_held_out
 from flux_batch.demo.train.world import FACTS, answers, training_scene, training_text
+from flux_batch.demo.world.captions import Background, Scene, Thing, is_held_out
 
 SCENE = Scene(
     first=Thing(shape="star", colour="red", size="small"),

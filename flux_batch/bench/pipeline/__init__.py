@@ -1,0 +1,1 @@
+"""Benchmarks of one pipeline in one process: stages, operations, peers, lossy modes."""

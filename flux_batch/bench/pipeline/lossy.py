@@ -1,0 +1,147 @@
+"""What the lossy modes save and what they cost: seconds, distance from the exact picture, what still shows in it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from flux_batch.bench.figures import number, table
+from flux_batch.bench.pipeline.pipeline import GUIDANCE, Call
+from flux_batch.bench.source import Source
+from flux_batch.demo.world.captions import SCORED, Caption, captions
+from flux_batch.demo.world.scorer import score_all
+from flux_batch.errors import InvalidSetting
+from flux_batch.records import Quantization
+
+if TYPE_CHECKING:
+    from flux_batch.pipeline.pipeline import FluxImagePipeline
+
+
+class Mode(NamedTuple):
+    """One way to give up exactness, or none."""
+
+    quantization: Quantization
+    step_cache: float
+
+    def __str__(self) -> str:
+        parts: list[str] = [self.quantization] if self.quantization != "none" else []
+        parts += [f"step cache {self.step_cache:g}"] if self.step_cache else []
+        return ", ".join(parts) or "exact"
+
+
+EXACT = Mode("none", 0.0)
+MODES: tuple[Mode, ...] = (
+    EXACT,
+    *(Mode("none", threshold) for threshold in (0.05, 0.1, 0.2)),
+    Mode("fp8", 0.0),
+    Mode("fp8_matmul", 0.0),
+    Mode("fp8_matmul", 0.1),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """What a mode made of all prompts, and the seconds that an image took."""
+
+    images: list[Any]  # PIL
+    seconds: float
+
+
+def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mode] = MODES) -> dict[str, Any]:
+    """Make the same pictures in every mode; the first is what the others are compared with.
+
+    The prompts are captions of the demo's world, so that what a picture shows can be read back, unless the weights are
+    random. A mode that the model or the device does not have is named and left out. Raises: CheckpointError.
+    """
+    held_out = list(captions(num_images, SCORED, held_out=True))
+    made: dict[Mode, Pictures] = {}
+    missing: dict[Mode, str] = {}
+    for quantization in dict.fromkeys(mode.quantization for mode in modes):
+        of_it = [mode for mode in modes if mode.quantization == quantization]
+        try:
+            pipeline = replace(source, quantization=quantization).open()
+        except InvalidSetting as error:
+            missing |= dict.fromkeys(of_it, str(error))
+            continue
+        made |= {mode: make(pipeline, held_out, call, mode.step_cache) for mode in of_it}
+    exact = made[modes[0]]
+    reads = None if source.random_weights else held_out
+    return {
+        "benchmark": "lossy",
+        **source.describe(),
+        "call": {key: getattr(call, key) for key in Call.__slots__},
+        "num_images": num_images,
+        "modes": [{"mode": str(mode), **describe(pictures, exact, reads)} for mode, pictures in made.items()],
+        "missing": {str(mode): reason for mode, reason in missing.items()},
+    }
+
+
+def make(pipeline: FluxImagePipeline, held_out: Sequence[Caption], call: Call, step_cache: float) -> Pictures:
+    """Make a picture of each caption, in batches; the first batch once more before, to warm up."""
+    batches = list(arguments_of(held_out, call, step_cache))
+    pipeline(**batches[0])
+    started = time.perf_counter()
+    images = [one for arguments in batches for one in pipeline(**arguments)]
+    return Pictures(images, (time.perf_counter() - started) / len(images))
+
+
+def arguments_of(held_out: Sequence[Caption], call: Call, step_cache: float) -> Iterator[dict[str, Any]]:
+    """Yield what the pipeline is called with, batch by batch; the seed of a picture is its number."""
+    for start in range(0, len(held_out), call.batch_size):
+        part = held_out[start : start + call.batch_size]
+        yield {
+            "prompt": [caption.text for caption in part],
+            "seed": [start + place for place in range(len(part))],
+            "width": call.width,
+            "height": call.height,
+            "num_inference_steps": call.steps,
+            "embedded_guidance": GUIDANCE,
+            "t5_sequence_length": call.t5_sequence_length,
+            "step_cache": step_cache,
+        }
+
+
+def describe(pictures: Pictures, exact: Pictures, held_out: Sequence[Caption] | None) -> dict[str, Any]:
+    """Return the figures of one mode; `psnr`: in dB, null where every picture is the exact one."""
+    distances = [psnr(np.asarray(a), np.asarray(b)) for a, b in zip(pictures.images, exact.images, strict=True)]
+    known = [distance for distance in distances if math.isfinite(distance)]
+    return {
+        "seconds_per_image": pictures.seconds,
+        "times_as_fast": exact.seconds / pictures.seconds,
+        "psnr_median": float(np.median(distances)) if known and math.isfinite(np.median(distances)) else None,
+        "psnr_least": min(known, default=None),
+        "facts_that_hold": None if held_out is None else score_all(held_out, pictures.images).share(),
+    }
+
+
+def psnr(ours: Any, theirs: Any) -> float:
+    """Return 10 log10(255^2 / mean squared difference) of two uint8 pictures, in dB; infinite for equal ones."""
+    error = float(np.mean((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2))
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def format_lossy(figures: dict[str, Any]) -> str:
+    """Lay the figures out for people."""
+    call = figures["call"]
+    rows = [["mode", "s an image", "times as fast", "PSNR dB", "least", "facts that hold"]]
+    for one in figures["modes"]:
+        distances = [one["psnr_median"], one["psnr_least"]]
+        rows.append(
+            [
+                one["mode"],
+                number(one["seconds_per_image"]),
+                f"{one['times_as_fast']:.2f}",
+                *("the same" if distance is None else f"{distance:.1f}" for distance in distances),
+                "not read" if one["facts_that_hold"] is None else f"{100 * one['facts_that_hold']:.1f} %",
+            ]
+        )
+    left_out = "".join(f"\nnot measured: {mode}: {reason}" for mode, reason in figures["missing"].items())
+    return (
+        f"{figures['model']}, {figures['dtype']}: {call['width']} x {call['height']}, {call['steps']} steps, "
+        f"batch {call['batch_size']}, {figures['num_images']} pictures\n{table(rows)}{left_out}"
+    )

@@ -1,0 +1,133 @@
+"""diffusers' FluxPipeline on the weights of ours: what a user would run instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+from flux_batch.errors import JobError
+from flux_batch.model.checkpoint.diffusers_keys import autoencoder_to_diffusers, transformer_to_diffusers
+from flux_batch.model.params import AutoencoderParams, FluxParams, ScheduleParams
+from flux_batch.pipeline.model_manager import ModelManager
+from flux_batch.pipeline.pipeline import FluxImagePipeline
+
+State = Mapping[str, torch.Tensor]
+
+
+class Peer:
+    """diffusers' pipeline, eager or with its blocks compiled; shares the text encoders, and most weights, with ours."""
+
+    def __init__(self, name: str, *, compiled: bool = False) -> None:
+        self.name = name
+        self._compiled = compiled
+        self._states: tuple[State, State] | None = None
+        self._pipeline: Any = None
+
+    def keep(self, manager: ModelManager) -> None:
+        """Hold on to the weights as they were loaded. Raises: JobError for weights in fp8."""
+        if manager.quantization != "none":
+            raise JobError(f"--against {self.name}: needs the weights as they are, leave --quantization out")
+        assert manager.transformer is not None
+        assert manager.autoencoder is not None
+        self._states = (dict(manager.transformer.state_dict()), dict(manager.autoencoder.state_dict()))
+
+    def open(self, pipeline: FluxImagePipeline) -> None:
+        """Make diffusers' pipeline of the weights that were kept and the text encoders of ours."""
+        assert self._states is not None
+        transformer, autoencoder = self._states
+        schedule = pipeline.schedule
+        self._pipeline = FluxPipeline(
+            scheduler=scheduler_of(schedule),
+            vae=loaded(
+                AutoencoderKL, autoencoder_config(pipeline.autoencoder.params), autoencoder_to_diffusers(autoencoder)
+            ),
+            text_encoder=pipeline.clip.model,
+            tokenizer=pipeline.clip.tokenizer,
+            text_encoder_2=pipeline.t5.model,
+            tokenizer_2=pipeline.t5.tokenizer,
+            transformer=loaded(
+                FluxTransformer2DModel,
+                transformer_config(pipeline.transformer.params),
+                transformer_to_diffusers(transformer),
+            ),
+        )
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._length = pipeline.default_t5_sequence_length
+        self._states = None
+        if self._compiled:
+            self._pipeline.transformer.compile_repeated_blocks(fullgraph=True)
+
+    def __call__(self, arguments: Mapping[str, Any]) -> list[Any]:
+        """Make the pictures, uint8 (h w 3) each, of the arguments that our pipeline takes."""
+        images = self._pipeline(
+            prompt=list(arguments["prompt"]),
+            width=arguments["width"],
+            height=arguments["height"],
+            num_inference_steps=arguments["num_inference_steps"],
+            guidance_scale=arguments["embedded_guidance"],
+            max_sequence_length=arguments["t5_sequence_length"] or self._length,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in arguments["seed"]],
+            output_type="pil",
+        ).images
+        return [np.asarray(image) for image in images]
+
+
+def loaded(kind: Any, config: Mapping[str, Any], state: State) -> Any:
+    """Return a model of diffusers around tensors that are there already, but where it would lay them out otherwise."""
+    with torch.device("meta"):
+        model = kind(**config)
+    model.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def transformer_config(params: FluxParams) -> dict[str, Any]:
+    """Return diffusers' arguments of a transformer. Raises: JobError for one that it cannot build."""
+    if params.mlp_hidden_dim != 4 * params.hidden_size or not params.qkv_bias:
+        raise JobError("--against: diffusers has no transformer of this shape")
+    return {
+        "in_channels": params.in_channels,
+        "out_channels": params.out_channels,
+        "num_layers": params.depth,
+        "num_single_layers": params.depth_single_blocks,
+        "attention_head_dim": params.head_dim,
+        "num_attention_heads": params.num_heads,
+        "joint_attention_dim": params.context_in_dim,
+        "pooled_projection_dim": params.vec_in_dim,
+        "guidance_embeds": params.guidance_embed,
+        "axes_dims_rope": params.axes_dim,
+    }
+
+
+def autoencoder_config(params: AutoencoderParams) -> dict[str, Any]:
+    """Return diffusers' arguments of an autoencoder."""
+    levels = len(params.channels)
+    return {
+        "in_channels": params.in_channels,
+        "out_channels": params.out_ch,
+        "block_out_channels": params.channels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": params.num_res_blocks,
+        "latent_channels": params.z_channels,
+        "norm_num_groups": params.num_groups,
+        "scaling_factor": params.scale_factor,
+        "shift_factor": params.shift_factor,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+
+
+def scheduler_of(schedule: ScheduleParams) -> Any:
+    """Return diffusers' scheduler of a schedule."""
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=schedule.use_dynamic_shifting,
+        shift=schedule.shift,
+        base_shift=schedule.base_shift,
+        max_shift=schedule.max_shift,
+        base_image_seq_len=schedule.base_image_seq_len,
+        max_image_seq_len=schedule.max_image_seq_len,
+    )

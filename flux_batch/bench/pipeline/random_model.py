@@ -1,0 +1,188 @@
+"""Models of a known size with random weights, made on the device itself: to measure speed without a download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod, sqrt
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from flux_batch.demo.paths import demo_model_folder
+from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.checkpoint.lazy_state import StoredState
+from flux_batch.model.checkpoint.loading import fill, for_device
+from flux_batch.model.params import (
+    AUTOENCODER,
+    DEV,
+    DEV_SCHEDULE,
+    SCHNELL,
+    SCHNELL_SCHEDULE,
+    AutoencoderParams,
+    FluxParams,
+    ScheduleParams,
+)
+from flux_batch.model.text import ClipEncoder, T5Encoder, build, load_tokenizer
+from flux_batch.model.transformer import Flux
+from flux_batch.pipeline.loras import Loras
+from flux_batch.pipeline.model_manager import T5_CHANGES, TRANSFORMER_CHANGES, ModelManager
+from flux_batch.records import Quantization
+
+SizeName = Literal["dev", "schnell", "small", "tiny"]
+SEED = 6
+# How far modulation moves a block from what it would be without: as 1.0, rounding errors would grow from step to step.
+MODULATION_GAIN = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """How large each part is; the text encoders are as wide as the transformer takes them."""
+
+    transformer: FluxParams
+    autoencoder: AutoencoderParams
+    schedule: ScheduleParams
+    clip: Mapping[str, int]
+    t5: Mapping[str, int]
+
+
+# Sources: openai/clip-vit-large-patch14 and google/t5-v1_1-xxl, their config.json.
+CLIP_L = {"vocab_size": 49408, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+T5_XXL = {"vocab_size": 32128, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
+SMALL_CLIP = {"vocab_size": 1024, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL_T5 = {"vocab_size": 512, "d_ff": 512, "d_kv": 32, "num_heads": 4, "num_layers": 2}
+SMALL = replace(
+    DEV,
+    vec_in_dim=256,
+    context_in_dim=256,
+    hidden_size=768,
+    mlp_hidden_dim=3072,
+    num_heads=6,
+    depth=4,
+    depth_single_blocks=8,
+)
+TINY = replace(
+    SMALL, hidden_size=64, mlp_hidden_dim=256, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=(8, 12, 12)
+)
+SIZES: Mapping[SizeName, Size] = {
+    "dev": Size(transformer=DEV, autoencoder=AUTOENCODER, schedule=DEV_SCHEDULE, clip=CLIP_L, t5=T5_XXL),
+    "schnell": Size(transformer=SCHNELL, autoencoder=AUTOENCODER, schedule=SCHNELL_SCHEDULE, clip=CLIP_L, t5=T5_XXL),
+    "small": Size(
+        transformer=SMALL,
+        autoencoder=replace(AUTOENCODER, channels=(32, 32, 64, 64), num_res_blocks=1, num_groups=8),
+        schedule=DEV_SCHEDULE,
+        clip=SMALL_CLIP,
+        t5=SMALL_T5,
+    ),
+    "tiny": Size(
+        transformer=TINY,
+        autoencoder=replace(AUTOENCODER, channels=(8, 8, 16, 16), num_res_blocks=1, num_groups=4),
+        schedule=DEV_SCHEDULE,
+        clip=SMALL_CLIP,
+        t5=SMALL_T5,
+    ),
+}
+
+
+class RandomState(StoredState):
+    """A state dict of which every tensor is drawn when it is asked for, where and in the dtype that it is to have."""
+
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device, wide: frozenset[str]
+    ) -> None:
+        self.device = device
+        self._shapes = shapes
+        self._dtype = dtype
+        self._wide = wide
+        self._generator = torch.Generator(device).manual_seed(SEED)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return norm scales of 1, small biases, and rows that keep the size of what they are multiplied with."""
+        shape = self._shapes[name]
+        tensor = torch.empty(shape, dtype=self.dtype(name), device=self.device)
+        if len(shape) == 1 and not name.endswith("bias"):
+            return tensor.fill_(1.0)
+        gain = MODULATION_GAIN if ".lin." in name or "adaLN" in name else 1.0
+        spread = 0.02 if len(shape) == 1 else gain / sqrt(prod(shape[1:]))
+        return tensor.normal_(0.0, spread, generator=self._generator)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which the tensor `name` is handed out."""
+        return torch.float32 if name in self._wide else self._dtype
+
+    def fp8(self, name: str) -> None:
+        """Say that nothing is stored in fp8."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def random_manager(
+    name: SizeName, dtype: torch.dtype | str, device: torch.device, quantization: Quantization = "none"
+) -> ModelManager:
+    """Return a manager with all parts of a model of that size; the tokenizers are those of the demo model.
+
+    Raises: InvalidSetting as ModelManager.
+    """
+    size, manager = SIZES[name], ModelManager(dtype, device, quantization=quantization)
+    with torch.device("meta"):
+        transformer, autoencoder = Flux(size.transformer), AutoEncoder(size.autoencoder)
+    dtype = manager.torch_dtype
+    manager.transformer = filled(transformer, dtype, device, TRANSFORMER_CHANGES[quantization])
+    # As load_autoencoder: in float16 it overflows.
+    autoencoder = filled(autoencoder, torch.float32 if dtype == torch.float16 else dtype, device)
+    manager.autoencoder = for_device(autoencoder, device)
+    manager.schedule = size.schedule
+    manager.clip = random_clip(size, dtype, device)
+    manager.t5 = random_t5(size, dtype, device, quantization)
+    manager.loras = Loras({"transformer": manager.transformer, "clip": manager.clip.model, "t5": manager.t5.model})
+    return manager
+
+
+def random_clip(size: Size, dtype: torch.dtype, device: torch.device) -> ClipEncoder:
+    """Return CLIP's text half with random weights."""
+    settings = {
+        **size.clip,
+        "hidden_size": size.transformer.vec_in_dim,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "bos_token_id": 0,
+        "eos_token_id": 2,  # the legacy value, see clip_settings
+    }
+    model = filled(build(CLIPTextConfig, CLIPTextModel, settings), dtype, device)
+    positions = torch.arange(model.config.max_position_embeddings, device=device)[None]
+    for name, _ in list(model.named_buffers()):
+        model.get_submodule(name.rpartition(".")[0]).register_buffer("position_ids", positions, persistent=False)
+    return ClipEncoder(load_tokenizer(CLIPTokenizer, demo_model_folder(), "tokenizer"), model)
+
+
+def random_t5(size: Size, dtype: torch.dtype, device: torch.device, quantization: Quantization) -> T5Encoder:
+    """Return T5's encoder with random weights."""
+    settings = {
+        **size.t5,
+        "d_model": size.transformer.context_in_dim,
+        "feed_forward_proj": "gated-gelu",
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "tie_word_embeddings": False,
+    }
+    model = build(T5Config, T5EncoderModel, settings)
+    model.encoder.set_input_embeddings(model.shared)
+    model = filled(model, dtype, device, T5_CHANGES[quantization])
+    return T5Encoder(load_tokenizer(T5Tokenizer, demo_model_folder(), "tokenizer_2"), model)
+
+
+def filled(model: Any, dtype: torch.dtype, device: torch.device, prepare: Any = None) -> Any:
+    """Give a module on meta random weights, one tensor after another."""
+    shapes = {name: tensor.shape for name, tensor in nn.Module.state_dict(model).items()}
+    # As load_t5: in float16 it overflows there.
+    wide = {name for name in shapes if name.endswith(".DenseReluDense.wo.weight")} if dtype == torch.float16 else set()
+    return fill(model, RandomState(shapes, dtype, device, frozenset(wide)), prepare)

@@ -1,0 +1,1 @@
+"""The job file: one frozen, validated tree of settings, and its text."""

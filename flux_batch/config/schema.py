@@ -1,0 +1,381 @@
+"""The job file: one frozen, validated tree; what to make apart from how to run.
+
+Knows names, ranges and defaults; opens nothing but the text it is given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from flux_batch.config.errors import explain
+from flux_batch.config.text import did_you_mean, read_tree
+from flux_batch.errors import InvalidSetting, JobError
+from flux_batch.records import (
+    ALIASES,
+    MAX_SEED,
+    NO_LORA,
+    SAMPLING_FIELDS,
+    Quantization,
+    SamplingParams,
+    check_cuda_graphs,
+    check_quantization,
+    check_step_cache,
+    check_tiles,
+)
+from flux_batch.redaction import public_tree, public_uri, redact
+
+# Of the section `model`, what changes pictures: compiled, they are rounded in other places.
+MODEL_IDENTITY = ("uri", "dtype", "quantization", "step_cache", "compile", "loras")
+STORAGE_OPTIONS = {section: {"storage_options"} for section in ("prompts", "output", "model")}
+# Columns of the data set that the job understands, by our own names.
+PROMPT_FIELDS = ("prompt", "id", "seed", "num_images_per_prompt", "input_image", "lora", "lora_scale", *SAMPLING_FIELDS)
+
+
+def _with_aliases(values: Any) -> Any:
+    """Rename the diffusers spellings in a mapping to ours; both spellings at once are an error."""
+    if not isinstance(values, Mapping):
+        return values
+    renamed: dict[str, Any] = {}
+    for key, value in values.items():
+        name = ALIASES.get(str(key), str(key))
+        if name in renamed:
+            raise InvalidSetting(f"{key}: {name} is given twice, under two spellings", field=key)
+        renamed[name] = value
+    return renamed
+
+
+Uris = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(strict=False)]
+
+
+def _batch_size(value: Any) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if type(value) is not int or value < 1:
+        raise ValueError("must be a whole number of at least 1, or auto")
+    return value
+
+
+BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+Columns = Annotated[dict[str, str], BeforeValidator(_with_aliases)]
+
+
+def check_no_secret(uri: str, field: str, section: str) -> None:
+    """Raise InvalidSetting for an address with a user or password in it."""
+    if re.match("[^/]*://[^/]*@", uri):
+        raise InvalidSetting(
+            f"{field} holds a user name or password, which would be written down: use {section}.storage_options",
+            field=field,
+        )
+
+
+class Section(BaseModel):
+    """A part of the job file: frozen, exact types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return [(name, public_tree(value, name or "")) for name, value in super().__repr_args__()]
+
+
+class PromptsConfig(Section):
+    """Where the prompts are and which columns mean what."""
+
+    uri: Uris
+    """A file, folder, glob or list of them: `.parquet`, `.jsonl`, `.csv`, `.txt`; or `demo`, the packaged prompts."""
+    columns: Columns = {}
+    """Our field: your column, e.g. `{prompt: caption, id: uid}`."""
+    passthrough: Names = ()
+    """Columns to copy into the metadata."""
+    limit: int | None = Field(default=None, ge=1)
+    """Take only this many rows, from the start; all if null."""
+    allow_http: bool = False
+    """Whether rows may name images on the public web."""
+    input_image_root: str | None = Field(default=None, min_length=1)
+    """A folder or bucket prefix whose images rows may name in full, besides those next to the prompts."""
+    storage_options: dict[str, Any] = Field(default={}, repr=False)
+    """Options of fsspec for the prompts, e.g. `endpoint_url` for an S3-compatible store."""
+
+    @field_validator("uri")
+    @classmethod
+    def _not_empty(cls, uris: tuple[str, ...]) -> tuple[str, ...]:
+        if not uris or not all(uri.strip() for uri in uris):
+            raise ValueError("must name at least one file, folder or glob")
+        return uris
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> PromptsConfig:
+        for uri in self.uri:
+            check_no_secret(uri, "uri", "prompts")
+        check_no_secret(self.input_image_root or "", "input_image_root", "prompts")
+        return self
+
+    @field_validator("passthrough")
+    @classmethod
+    def _named_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"names column {name!r} twice")
+        return names
+
+    @field_validator("columns")
+    @classmethod
+    def _known_fields(cls, columns: dict[str, str]) -> dict[str, str]:
+        for name in columns:
+            if name not in PROMPT_FIELDS:
+                raise ValueError(f"{name!r} is not a field of a prompt{did_you_mean(name, PROMPT_FIELDS)}")
+        return columns
+
+
+class ImageConfig(Section):
+    """How pictures are encoded."""
+
+    type: Literal["png", "jpeg", "webp"] = "png"
+    """The file format of each image."""
+    quality: int = Field(default=95, ge=1, le=100)
+    """Quality of JPEG and WebP; PNG is lossless."""
+
+
+class OutputConfig(Section):
+    """Where and in which layout the pictures go."""
+
+    uri: str = Field(min_length=1)
+    """The folder or bucket prefix of this run."""
+    format: Literal["webdataset", "files", "parquet"] = "webdataset"
+    """The layout of the data set: tars, folders of images, or Parquet."""
+    image: ImageConfig = ImageConfig()
+    shard_size: int = Field(default=256, ge=1, le=9999)
+    """Prompts in a shard, which is the unit of work, retry and commit."""
+    storage_options: dict[str, Any] = Field(default={}, repr=False)
+    """Options of fsspec for the output."""
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> OutputConfig:
+        check_no_secret(self.uri, "uri", "output")
+        return self
+
+
+class LoraConfig(Section):
+    """A LoRA to merge into the weights."""
+
+    uri: str = Field(min_length=1)
+    """A safetensors file: a path, or an address like that of a model."""
+    scale: float = 1.0
+    """Strength of the LoRA; 0 is none."""
+    name: str = ""
+    """The name that rows use in their `lora` column; the uri without its query if null."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("name") is None:
+            return {**values, "name": public_uri(str(values.get("uri", "")))}
+        return values
+
+    @model_validator(mode="after")
+    def _in_range(self) -> LoraConfig:
+        check_no_secret(self.uri, "uri", "model")
+        if self.name.strip() in NO_LORA:
+            raise InvalidSetting(f"name = {self.name!r}: means no LoRA in a row; take another", field="name")
+        return self
+
+
+class ModelConfig(Section):
+    """Which weights, in which arithmetic."""
+
+    uri: str = Field(min_length=1)
+    """A FLUX.1 model: a folder, a file, an address of fsspec, a repository of Hugging Face, or `demo`."""
+    storage_options: dict[str, Any] = Field(default={}, repr=False)
+    """Options of fsspec for the model and its LoRAs."""
+    refresh: bool = False
+    """Ask the remote whether the model has changed before the copy on a node is used."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    quantization: Quantization = "none"
+    """`fp8` halves the memory of the weights; `fp8_matmul` multiplies in fp8 too, on Ada, Hopper or later GPUs."""
+    step_cache: float = 0.0
+    """Reuse most of a step that differs from the last computed one by less than this share, up to 1; 0 is off."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile: faster images after a slower start."""
+    cuda_graphs: bool = False
+    """Launch each step of the transformer in one piece: for small images on a GPU; not with `step_cache`."""
+    offload_text_encoders: bool = False
+    """Keep the text encoders in host memory while no texts are encoded; the images stay the same."""
+    loras: Annotated[tuple[LoraConfig, ...], Field(strict=False)] = ()
+    """LoRAs for every row that names none; several add up."""
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if value not in get_args(Quantization):
+            raise ValueError(f"no way to keep weights{did_you_mean(str(value), get_args(Quantization))}")
+        return value
+
+    @model_validator(mode="after")
+    def _in_range(self) -> ModelConfig:
+        check_quantization(self.quantization, self.dtype)
+        check_step_cache(self.step_cache)
+        check_cuda_graphs(self.cuda_graphs, self.step_cache)
+        check_no_secret(self.uri, "uri", "model")
+        for lora in self.loras:
+            if sum(lora.name == other.name for other in self.loras) > 1:
+                raise InvalidSetting(f"loras name {lora.name!r} twice: give each a name of its own", field="loras")
+        return self
+
+
+class SamplingConfig(Section):
+    """Defaults of every prompt; a row may override each by a column of that name."""
+
+    width: int = 1024
+    """Pixels: a multiple of 16, from 16 to 8192."""
+    height: int = 1024
+    """Pixels: a multiple of 16, from 16 to 8192."""
+    num_inference_steps: int = 28
+    """Denoising steps, from 1 to 1000."""
+    embedded_guidance: float = 3.5
+    """The guidance that the model was distilled with; at least 0."""
+    cfg_scale: float = 1.0
+    """True classifier-free guidance; other than 1, each step runs twice, the second time with the negative prompt."""
+    negative_prompt: str = ""
+    """What the image must not show; read if `cfg_scale` is not 1."""
+    t5_sequence_length: int | None = None
+    """Text tokens, from 1 to 4096; the model's own number if null: 512 for dev, 256 for schnell."""
+    sigma_shift: float | None = None
+    """The shift of DiffSynth-Studio's static schedule, which uses 3; the model's own schedule if null."""
+    input_image: str | None = Field(default=None, min_length=1)
+    """The image to start from: a path or an address."""
+    denoising_strength: float = 1.0
+    """Share of the noise that is put over the input image, more than 0; 1 leaves nothing of it."""
+    tiled: bool = False
+    """Run the autoencoder in tiles: less memory, and images that differ a little. For all rows."""
+    tile_size: int = 128
+    """Side of a tile, from 16: in latents when decoding, in pixels when encoding. For all rows."""
+    tile_stride: int = 64
+    """Distance of two tiles, at most `tile_size`. For all rows."""
+    num_images_per_prompt: int = Field(default=1, ge=1, le=1000)
+    """Images of each prompt."""
+    seed: int = Field(default=0, ge=0, lt=MAX_SEED)
+    """Seed of the run; an image derives its own from it if its row has none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _aliases(cls, values: Any) -> Any:
+        return _with_aliases(values)
+
+    @model_validator(mode="after")
+    def _in_range(self) -> SamplingConfig:
+        self.params()
+        check_tiles(self.tile_size, self.tile_stride)
+        return self
+
+    def params(self) -> SamplingParams:
+        """Give the defaults as the record that the pipeline is called with."""
+        return SamplingParams(**{name: getattr(self, name) for name in SAMPLING_FIELDS})
+
+
+class WorkersConfig(Section):
+    """How many workers, and what each one holds."""
+
+    min: int = Field(default=1, ge=1)
+    """The run counts as stuck, and says so, while fewer workers than this are up."""
+    max: int = Field(default=8, ge=1)
+    """The most workers at a time."""
+    num_gpus: float = Field(default=1, ge=0)
+    """GPUs of each worker."""
+    num_cpus: float = Field(default=1, ge=0)
+    """CPUs of each worker."""
+    batch_size: BatchSize = 4
+    """Images in one forward pass; `auto` measures it when the run starts and remembers it with the run."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WorkersConfig:
+        if self.min > self.max:
+            raise InvalidSetting(f"min = {self.min}: must not exceed max = {self.max}", field="min")
+        return self
+
+
+class FailuresConfig(Section):
+    """How much may fail."""
+
+    max_ratio: float = Field(default=0.01, ge=0, le=1)
+    """Share of images that may fail before the finished run exits with 3."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Tries of a shard that ends in an error; the loss of a worker does not count."""
+    hang_s: float = Field(default=900, gt=0)
+    """Seconds without a sign of life after which a worker is killed and replaced."""
+    drain_s: float = Field(default=25, ge=0)
+    """Seconds that a stopped run has to finish or put aside what is being made."""
+    outage_s: float = Field(default=1800, ge=0)
+    """Seconds that a run waits for a failing storage before it gives up for now."""
+    lease_ttl_s: float = Field(default=60, ge=1)
+    """Seconds that the driver may be out of touch before another one may go on with the run."""
+
+
+class JobConfig(Section):
+    """A whole job. Raises: JobError that names each wrong key and what would be right."""
+
+    name: str = Field(default="flux-batch", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Name of the run in logs, metrics and the data set card: up to 100 letters, digits and `._-`."""
+    prompts: PromptsConfig
+    output: OutputConfig
+    model: ModelConfig
+    sampling: SamplingConfig = SamplingConfig()
+    workers: WorkersConfig = WorkersConfig()
+    failures: FailuresConfig = FailuresConfig()
+
+    @model_validator(mode="after")
+    def _web_is_allowed(self) -> JobConfig:
+        uri, field = self.sampling.input_image or "", "sampling.input_image"
+        if uri.startswith(("http://", "https://")) and not self.prompts.allow_http:
+            raise InvalidSetting(f"{field} is on the web: set prompts.allow_http to true", field=field)
+        if re.match("[^/]*://[^/]*@", uri):
+            raise InvalidSetting(f"{field} holds a user name or password, which would be written down", field=field)
+        return self
+
+    @classmethod
+    def from_yaml(cls, text: str, origin: str = "job file", overrides: Iterable[str] = ()) -> JobConfig:
+        """Parse a job, its texts taken as they stand; `overrides`: see read_tree."""
+        return cls.from_dict(read_tree(text, origin, overrides), origin=origin)
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any], *, origin: str = "job") -> JobConfig:
+        """Validate a tree of plain values."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise JobError("\n".join(f"{origin}: {line}" for line in explain(error, JobConfig))) from error
+
+    def to_yaml(self) -> str:
+        """Write the whole tree with every default spelled out and every secret redacted."""
+        tree = public_tree(self.model_dump(mode="json", exclude=STORAGE_OPTIONS))
+        for section in STORAGE_OPTIONS:
+            tree[section]["storage_options"] = redact(getattr(self, section).storage_options)
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+    def identity(self) -> dict[str, Any]:
+        """Name everything that changes pictures, keys or layout, by dotted key; a resumed run must agree on all of it.
+
+        Where the prompts and the output lie, and how many workers run, is not part of it.
+        """
+        tree = public_tree(self.model_dump(mode="json", exclude=STORAGE_OPTIONS))
+        parts = {
+            "prompts": {key: tree["prompts"][key] for key in ("columns", "passthrough", "limit", "allow_http")},
+            "output": {key: tree["output"][key] for key in ("format", "shard_size")},
+            "output.image": tree["output"]["image"],
+            "model": {key: tree["model"][key] for key in MODEL_IDENTITY},
+            "sampling": tree["sampling"],
+        }
+        return {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}

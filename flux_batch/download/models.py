@@ -1,0 +1,281 @@
+"""Where a model comes from: the name, path or address of one -> a folder on this machine.
+
+The one place that knows both what a model consists of (model/) and how bytes travel (storage/). Knows no tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from flux_batch.download.hub import HF_SCHEME, HubUri, Repository, is_repository_name, list_huggingface, list_modelscope
+from flux_batch.download.local_copy import (
+    FOLDER_LOCK,
+    fill_folder,
+    is_filled,
+    list_file,
+    list_folder,
+    local_copy,
+    place_of,
+    snapshot_in,
+)
+from flux_batch.download.transfer import Listing, RemoteFile
+from flux_batch.errors import CheckpointError, StoreError, StoreRefused
+from flux_batch.model.checkpoint.files import FOLDERS, WEIGHTS, is_pickle, is_weight, lacking, needed_files, part_of
+from flux_batch.redaction import public_uri
+from flux_batch.storage.retry import attempt
+from flux_batch.storage.store import open_filesystem
+
+PathOrFolder = str | PathLike[str]
+
+DOWNLOADS = Path("models")
+# Where DiffSynth-Studio 1.x puts them, and which repositories they are on each hub.
+# Source: modelscope/DiffSynth-Studio v1.1.9, diffsynth/configs/model_config.py.
+PRESETS = {
+    "FLUX.1-dev": {"huggingface": "black-forest-labs/FLUX.1-dev", "modelscope": "AI-ModelScope/FLUX.1-dev"},
+    "FLUX.1-schnell": {"huggingface": "black-forest-labs/FLUX.1-schnell", "modelscope": "AI-ModelScope/FLUX.1-schnell"},
+}
+HUBS = {"huggingface": list_huggingface, "modelscope": list_modelscope}
+
+log = logging.getLogger(__name__)
+
+
+def download_models(
+    model_id_list: Sequence[str],
+    downloading_priority: Sequence[str] = ("HuggingFace", "ModelScope"),
+    *,
+    to: PathOrFolder | None = None,
+    token: str | None = None,
+) -> list[Path]:
+    """Download models, unless they are there, and return their folders.
+
+    FLUX.1-dev and FLUX.1-schnell go to models/FLUX/<name>, the original single files and what belongs to them, as the
+    scripts of DiffSynth-Studio expect; any `owner/repository` to models/<owner>/<repository>. `to` is another folder
+    for a single model. The hubs are asked in order, the next one if one cannot be reached. A model that is whole is
+    not asked about: no network is touched. Every file is checked by size and hash; a killed download goes on.
+    Raises: CheckpointError for a repository that is not there, gated, or an unknown name; StoreRefused for a full disk
+    or a file in the way; StoreError if no hub can be reached.
+    """
+    hubs = [hub.lower() for hub in downloading_priority]
+    if unknown := [hub for hub in hubs if hub not in HUBS]:
+        raise CheckpointError(f"{unknown[0]}: no such hub; there are HuggingFace and ModelScope")
+    if to is not None and len(model_id_list) != 1:
+        raise CheckpointError(f"one folder for {len(model_id_list)} models: download them one by one")
+    return [download_model(name, hubs, Path(to) if to else download_folder(name), token) for name in model_id_list]
+
+
+def download_model(name: str, hubs: Sequence[str], folder: Path, token: str | None) -> Path:
+    """Download one model into `folder` from the first hub that can be reached."""
+    if name not in PRESETS and not is_repository_name(name):
+        raise CheckpointError(f"{name}: no such model; known are {', '.join(PRESETS)}, or name it owner/repository")
+    if is_filled(folder) or is_placed(folder, name):
+        return folder
+    unreachable: list[str] = []
+    for hub in hubs:
+        repository, _, revision = PRESETS.get(name, {}).get(hub, name).partition("@")
+        options = {"revision": revision} if revision else {}
+        list_files = partial(HUBS[hub], repository, token=token, **options)
+        try:
+            with source_errors():
+                fill_folder(folder, partial(hub_listing, list_files, name, single_files=name in PRESETS))
+            return folder
+        except StoreRefused:
+            raise
+        except StoreError as error:
+            unreachable.append(str(error))
+            log.warning("%s", error)
+    raise StoreError("; ".join(unreachable))
+
+
+def download_folder(name: str) -> Path:
+    """Return where a download of that name goes."""
+    return DOWNLOADS / "FLUX" / name if name in PRESETS else DOWNLOADS / name
+
+
+def is_placed(folder: Path, name: str) -> bool:
+    """Tell whether somebody else has put a model into a folder, as far as file names tell."""
+    if (folder / FOLDER_LOCK).exists():  # then it is ours to say, by its manifest
+        return False
+    names = file_names(folder)
+    if name not in PRESETS:
+        return not lacking(names)
+    single_files = {f"{name.lower().replace('flux.1', 'flux1')}.safetensors", "ae.safetensors"}
+    can_lack = {"transformer", "vae"} if single_files <= set(names) else set()
+    return can_lack.issuperset(lacking([each for each in names if "/" in each]))
+
+
+def local_model(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = None, *, refresh: bool = False) -> Path:
+    """Return the folder, or the one file with all parts, of the model that `uri` names.
+
+    A path, a file:// address, `demo`; any address fsspec knows (s3://, gs://, https://); hf://owner/repository, with
+    @revision if it is not `main`, or just owner/repository if no such folder is here. What is remote is fetched once a
+    machine into the cache (FLUX_BATCH_CACHE), only the files a model needs, and from then on used without asking the
+    remote, until `refresh` asks whether it has changed.
+    Raises: CheckpointError if it is not there; StoreRefused, StoreError as storage answers.
+    """
+    if str(uri) == "demo":
+        from flux_batch.demo.paths import demo_model_folder
+
+        return demo_model_folder()
+    path = local_path(uri, storage_options, refresh=refresh)
+    if not path.exists():
+        raise CheckpointError(
+            f"no model folder {path}: `flux-batch download FLUX.1-dev` makes one; buckets (s3://bucket/flux) and "
+            "repositories (hf://owner/name) are models too"
+        )
+    return path
+
+
+def local_path(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = None, *, refresh: bool = False) -> Path:
+    """Return the local path of a file or folder that `uri` names, as `local_model` finds it; it may not be there.
+
+    Of a model, a component folder or a file of weights alone is fetched too, with the settings and tokenizers that lie
+    beside it, at the place where they expect each other.
+    """
+    text = str(uri)
+    kind = kind_of(text)
+    if kind == "local":
+        return Path(text).expanduser()
+    if kind == "file":
+        return Path(url2pathname(urlsplit(text).path))
+    if is_pickle(public_uri(text)):
+        raise CheckpointError(
+            f"{text} is a pickle, which can run any code when read: use the .safetensors file instead"
+        )
+    with source_errors():
+        if kind == "hub":
+            return from_hub(text, refresh=refresh)
+        return from_storage(text, storage_options or {}, refresh=refresh)
+
+
+def copy_here(uri: str, storage_options: Mapping[str, Any] | None = None) -> Path | None:
+    """Return the folder or file of a model if it is on this machine already; nothing is fetched or asked for."""
+    kind = kind_of(uri)
+    if uri == "demo" or kind in ("local", "file"):
+        path = local_model(uri) if uri == "demo" else local_path(uri)
+        return path if path.exists() else None
+    if kind == "hub":
+        with source_errors():
+            hub = HubUri.parse(uri)
+        base = f"{HF_SCHEME}{hub.repository}"
+        place, part = place_of(f"{base}@{hub.revision}/{hub.path}", {}), part_of(f"{base}/{hub.path}")[1]
+        snapshot = (None if hub.path else in_hub_cache(hub)) or snapshot_in(place)
+    else:
+        snapshot, part = snapshot_in(place_of(uri, storage_options or {})), part_of(uri.partition("?")[0])[1]
+    return snapshot / part if snapshot else None
+
+
+def located(uri: str) -> str:
+    """Fix a relative path to this process's folder; what is found from everywhere stays as it is."""
+    is_path = uri != "demo" and kind_of(uri) == "local"
+    return os.path.abspath(os.path.expanduser(uri)) if is_path else uri
+
+
+def kind_of(uri: str) -> str:
+    """Tell how to find a model: `local`, `file`, `hub` or `storage`."""
+    if "://" not in uri:
+        is_name = is_repository_name(uri) and not (is_pickle(uri) or uri.endswith(WEIGHTS))
+        return "hub" if is_name and not os.path.exists(uri) else "local"
+    scheme = uri.partition("://")[0]
+    return {"file": "file", "hf": "hub"}.get(scheme, "storage")
+
+
+def from_storage(uri: str, storage_options: Mapping[str, Any], *, refresh: bool) -> Path:
+    """Return the local copy of a folder or file that fsspec can reach."""
+    list_files = partial(storage_listing, uri, storage_options)
+    return local_copy(place_of(uri, storage_options), list_files, refresh=refresh) / part_of(_address(uri))[1]
+
+
+def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:
+    """List the files that a model needs of a folder or file that fsspec can reach."""
+    root, part = part_of(_address(uri))
+    choose = partial(needed_files, part=part)
+    if is_weight(part):
+        return list_file(uri, part, root, storage_options, FOLDERS, choose)
+    return list_folder(root, storage_options, FOLDERS, choose)
+
+
+def from_hub(uri: str, *, refresh: bool) -> Path:
+    """Return the local copy of a repository of Hugging Face, or of a folder or a file of it."""
+    place = HubUri.parse(uri)
+    base = f"{HF_SCHEME}{place.repository}"
+    if not place.path and not refresh and (known := in_hub_cache(place)):
+        return known
+    part = part_of(f"{base}/{place.path}")[1] if place.path else ""
+    copy = place_of(f"{base}@{place.revision}/{place.path}", {})
+    try:
+        return local_copy(copy, partial(repository_listing, uri), refresh=refresh) / part
+    except ValueError as error:
+        if "://" in uri:
+            raise
+        raise ValueError(f"there is no folder {uri} here, and as a repository: {error}") from error
+
+
+def repository_listing(uri: str) -> Listing:
+    """List the files that a model needs of a repository of Hugging Face, or of a folder or a file of it."""
+    place = HubUri.parse(uri)
+    base = f"{HF_SCHEME}{place.repository}"
+    root, part = part_of(f"{base}/{place.path}") if place.path else (base, "")
+    list_files = partial(list_huggingface, place.repository, place.revision)
+    return hub_listing(list_files, uri, folder=root.removeprefix(base).strip("/"), part=part)
+
+
+def in_hub_cache(place: HubUri) -> Path | None:
+    """Return the folder of a repository in Hugging Face's own cache, if another program has put a whole model there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(place.repository, "model_index.json", revision=place.revision)
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
+    return None if lacking(file_names(folder)) else folder
+
+
+def file_names(folder: Path) -> list[str]:
+    """Return the paths of all files in a folder, relative to it."""
+    return [path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_file()]
+
+
+def hub_listing(
+    list_files: Callable[[], Repository], uri: str, *, folder: str = "", part: str = "", single_files: bool = False
+) -> Listing:
+    """List the files of a repository that a model needs, to be read over HTTP."""
+    repository = attempt(uri, "list", list_files)
+    prefix = f"{folder}/" if folder else ""
+    files = {file.name.removeprefix(prefix): file for file in repository.files if file.name.startswith(prefix)}
+    chosen = needed_files(files, part=part, single_files=single_files)
+    if not any(is_weight(name) for name in chosen):
+        raise ValueError(f"{repository.page}: holds no weights{f' under {part or folder}' if part or folder else ''}")
+    # No compression: the bytes of a range are to be those of the file.
+    headers = {**repository.headers, "Accept-Encoding": "identity"}
+    fs, _ = open_filesystem(repository.page, {"client_kwargs": {"headers": headers}})
+    return Listing(
+        repository.page,
+        fs,
+        tuple(
+            RemoteFile(name=name, path=file.url, size=file.size, sha256=file.sha256, git_sha1=file.git_sha1)
+            for name, file in ((name, files[name]) for name in chosen)
+        ),
+    )
+
+
+@contextmanager
+def source_errors() -> Iterator[None]:
+    """Turn what the hubs refuse into CheckpointError; what storage says is one of ours already."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _address(uri: str) -> str:
+    """Leave out the query of a web address, which names no file."""
+    return uri.partition("?")[0] if uri.startswith(("http://", "https://")) else uri

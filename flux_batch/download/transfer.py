@@ -1,0 +1,239 @@
+"""Remote files onto this machine's disk: read in ranges side by side, gone on with, checked; knows no model.
+
+A file grows from its start, so what a killed process leaves is a prefix, and the next one reads on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import fsspec
+
+from flux_batch.errors import StoreError, StoreRefused
+from flux_batch.storage.errors import translated
+from flux_batch.storage.retry import attempt
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+# Eight ranges of 32 MiB at once: one stream from S3 gives some 100 MB/s, 256 MiB are little beside a model, and the
+# thousand requests that make one are below what hubs allow in a minute.
+CHUNK_BYTES = 32 << 20
+NUM_STREAMS = 8
+# Left free on the disk, which other programs use too.
+SPARE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteFile:
+    """A file elsewhere: `name` is relative to the folder it belongs to, `path` what its file system calls it.
+
+    `version` changes whenever the bytes do; `sha256` and `git_sha1` (git's name of a blob) are what the remote says
+    of them. Each is empty, and `size` None, if it says nothing.
+    """
+
+    name: str
+    path: str
+    size: int | None = None
+    version: str = ""
+    sha256: str = ""
+    git_sha1: str = ""
+
+    @property
+    def content(self) -> str:
+        """A name for the bytes, as far as the remote tells them apart."""
+        return self.sha256 or self.git_sha1 or self.version
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of one place: `uri` names it in messages, `fs` reads them."""
+
+    uri: str
+    fs: fsspec.AbstractFileSystem
+    files: tuple[RemoteFile, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for these bytes, as far as the remote tells them apart."""
+        facts = [(file.name, file.size, file.content) for file in self.files]
+        return hashlib.sha256(repr(sorted(facts)).encode()).hexdigest()[:16]
+
+
+class Digests:
+    """The hashes of a file, taken while its bytes pass: its sha256, and the other one if the remote tells it."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        # Git's name of a blob begins with its size.
+        has_git = file.git_sha1 and file.size is not None
+        self._git = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False) if has_git else None
+
+    def update(self, data: bytes) -> None:
+        """Take in the next bytes."""
+        self._sha256.update(data)
+        if self._git:
+            self._git.update(data)
+
+    @property
+    def sha256(self) -> str:
+        """The sha256 of the bytes so far."""
+        return self._sha256.hexdigest()
+
+    @property
+    def is_match(self) -> bool:
+        """Whether these are the bytes the remote speaks of, as far as it does."""
+        is_git_match = self._git is None or self._git.hexdigest() == self._file.git_sha1
+        return is_git_match and self._file.sha256 in ("", self.sha256)
+
+
+def fetch(
+    listing: Listing, folder: Path, name_in_folder: Callable[[RemoteFile], str] = attrgetter("name")
+) -> dict[str, str]:
+    """Bring all files of a listing into `folder`; what is there of one is not read again. Shows a progress bar.
+
+    `folder` must hold nothing but earlier parts of the same bytes. Returns: sha256 by name.
+    Raises: StoreRefused if the disk is too small, StoreError for a file that arrives damaged or not at all.
+    """
+    from tqdm import tqdm
+
+    paths = {file.name: folder / name_in_folder(file) for file in listing.files}
+    for path in paths.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    num_bytes = sum(file.size or 0 for file in listing.files)
+    there = sum(path.stat().st_size for path in paths.values() if path.is_file())
+    check_room(folder, num_bytes - there, listing.uri)
+    pool = ThreadPoolExecutor(NUM_STREAMS, thread_name_prefix="fetch")
+    bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=listing.uri, disable=None)
+    try:
+        return {file.name: fetch_file(listing, file, paths[file.name], pool, bar) for file in listing.files}
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def fetch_file(listing: Listing, file: RemoteFile, path: Path, pool: ThreadPoolExecutor, bar: tqdm[Any]) -> str:
+    """Bring one file to `path`, or the rest of it. Returns: its sha256."""
+    digests = Digests(file)
+    if path.exists() and (file.size is None or path.stat().st_size > file.size):
+        path.unlink()
+    with translated(str(path), "write"), path.open("a+b") as target:
+        target.seek(0)
+        for chunk in pieces(target):
+            digests.update(chunk)
+            bar.update(len(chunk))
+        for chunk in remainder(listing, file, target.tell(), pool):
+            target.write(chunk)
+            digests.update(chunk)
+            bar.update(len(chunk))
+        target.flush()
+        os.fsync(target.fileno())
+        num_bytes = target.tell()
+    if file.size not in (None, num_bytes) or not digests.is_match:
+        path.unlink()
+        raise StoreError(
+            f"{listing.uri}: {file.name} arrived damaged: {num_bytes} bytes with sha256 {digests.sha256}, should be "
+            f"{file.size} with {file.sha256 or file.git_sha1 or 'any'}; run the same command again"
+        )
+    return digests.sha256
+
+
+def sha256_if_same(path: Path, file: RemoteFile) -> str:
+    """Return the sha256 of a local file that is known to hold the bytes of a remote one, else "".
+
+    Reads all of it, if the sizes agree and the remote tells a hash.
+    """
+    if not (file.sha256 or file.git_sha1) or not path.is_file() or path.stat().st_size != file.size:
+        return ""
+    digests = Digests(file)
+    with path.open("rb") as source:
+        for chunk in pieces(source):
+            digests.update(chunk)
+    return digests.sha256 if digests.is_match else ""
+
+
+def check_room(folder: Path, num_bytes: int, uri: str) -> None:
+    """Raise StoreRefused unless the disk of `folder` has room for that many bytes more."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > 0 and num_bytes + SPARE_BYTES > free:
+        raise StoreRefused(
+            f"{folder}: {uri} needs {num_bytes / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free on this disk; "
+            "make room, or name a folder on a larger one (FLUX_BATCH_CACHE is that of the cache)"
+        )
+
+
+def remainder(listing: Listing, file: RemoteFile, start: int, pool: ThreadPoolExecutor) -> Iterator[bytes]:
+    """Yield what follows the first `start` bytes of a remote file; in one stream if its server knows no ranges."""
+    position = start
+    if file.size is not None:
+        try:
+            for chunk in ranges(listing, file, start, pool):
+                yield chunk
+                position += len(chunk)
+        except ValueError as error:
+            if "range requests" not in str(error):  # fsspec has no class for it
+                raise
+        else:
+            return
+    yield from stream(listing, file, position)
+
+
+def ranges(listing: Listing, file: RemoteFile, start: int, pool: ThreadPoolExecutor) -> Iterator[bytes]:
+    """Yield the ranges of a file in order, while the next ones are on their way."""
+    assert file.size is not None
+    coming: deque[Future[bytes]] = deque()
+    try:
+        for begin in range(start, file.size, CHUNK_BYTES):
+            coming.append(pool.submit(read_range, listing, file, begin, min(begin + CHUNK_BYTES, file.size)))
+            if len(coming) == NUM_STREAMS:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+    finally:
+        for future in coming:
+            future.cancel()
+
+
+def read_range(listing: Listing, file: RemoteFile, start: int, end: int) -> bytes:
+    """Read bytes `start` to `end` of a remote file, all of them."""
+
+    def read() -> bytes:
+        if "http" in listing.fs.protocol:
+            # Not cat_file: that takes whatever a server without ranges sends, which may be all of the file.
+            with listing.fs.open(file.path, block_size=end - start, cache_type="none", size=file.size) as source:
+                source.seek(start)
+                data = bytes(source.read(end - start))
+        else:
+            data = bytes(listing.fs.cat_file(file.path, start=start, end=end))
+        if len(data) != end - start:
+            raise OSError(f"{len(data)} bytes came instead of {end - start}")
+        return data
+
+    return attempt(f"{listing.uri}: {file.name}", "read", read)
+
+
+def stream(listing: Listing, file: RemoteFile, skip: int) -> Iterator[bytes]:
+    """Yield a remote file from its start, without the first `skip` bytes."""
+    with (
+        translated(f"{listing.uri}: {file.name}", "read"),
+        listing.fs.open(file.path, "rb", block_size=0) as source,
+    ):
+        for chunk in pieces(source):
+            yield chunk[skip:]
+            skip = max(0, skip - len(chunk))
+
+
+def pieces(source: IO[bytes]) -> Iterator[bytes]:
+    """Yield the rest of an open file in pieces that are quick to hash."""
+    while chunk := source.read(1 << 20):
+        yield chunk

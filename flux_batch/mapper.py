@@ -1,0 +1,221 @@
+"""FluxMapper: FLUX as one stage of somebody's data pipeline, by the same steps as a job.
+
+Knows batches of rows; does not know where they come from, where they go, nor who calls. Needs no Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from flux_batch.config.schema import JobConfig, ModelConfig
+from flux_batch.errors import DeviceFatal, JobError, SourceError, StoreError
+from flux_batch.images import encode
+from flux_batch.output.layouts import RECORD_SCHEMA, layout_for
+from flux_batch.pipeline.load import load_pipeline
+from flux_batch.prompts.input_images import load_picture
+from flux_batch.prompts.row_loras import RowLoras
+from flux_batch.prompts.source import RowParser
+from flux_batch.records import FailedRow, ImageRecord, ImageRequest, InputImage
+from flux_batch.worker.batches import READ_AHEAD, InputPictures, Item, batches
+from flux_batch.worker.generate import BatchMaker, Made, Tiles
+from flux_batch.worker.lora_switch import LoraSwitch
+from flux_batch.worker.protocol import ImagePipeline
+from flux_batch.worker.recorder import Recorder, message_of, provenance
+
+# What each picture adds to its row, of what a job writes into its metadata.
+ADDED = (
+    *("image_index", "seed", "width", "height", "clip_truncated", "t5_truncated", "sha256"),
+    *("status", "error_type", "error_message"),
+)
+SCHEMA = pa.schema([("image", pa.binary()), *((name, RECORD_SCHEMA.field(name).type) for name in ADDED)])
+# What a row may ask for under the same name: the answer takes its place.
+ANSWERED = {"seed", "width", "height"}
+READERS, ENCODERS = 4, 2
+# sysexits.h EX_SOFTWARE, as of the job's workers.
+DEVICE_FATAL_EXIT = 70
+
+# The encoded bytes, if it could be made, and what there is to say of it.
+Picture: TypeAlias = tuple[bytes | None, ImageRecord]
+# What Ray Data gives by the batch formats "numpy" and "pyarrow".
+Batch: TypeAlias = dict[str, Any] | pa.Table
+
+
+class FluxMapper:
+    """A callable for `ds.map_batches(FluxMapper, fn_constructor_kwargs=..., num_gpus=1)`.
+
+    Takes the sections `model`, `sampling` and `prompts` of a job file, and `image` of its `output`; rows are validated
+    and pictures made as in a job, so that the same ids and seeds give the same pictures. `prompts.uri` is only where
+    relative paths in rows start from: the folder of the process, unless it is given. `batch_size` is how many pictures
+    are made in one forward pass, whatever number of rows comes at a time.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        sampling: Mapping[str, Any] | None = None,
+        *,
+        prompts: Mapping[str, Any] | None = None,
+        image: Mapping[str, Any] | None = None,
+        batch_size: int = 4,
+        prefix: str = "",
+        exit_on_device_loss: bool = False,
+        make_pipeline: Callable[[ModelConfig], ImagePipeline] = load_pipeline,
+    ) -> None:
+        """Load the model.
+
+        prefix: put before the names of the columns that are added. exit_on_device_loss: end this process when its GPU
+        is lost for good, so that Ray Data takes another; else DeviceFatal is raised.
+        Raises: JobError for wrong settings; CheckpointError, StoreError for a model that cannot be loaded.
+        """
+        tree = {
+            "prompts": {"uri": ".", **(prompts or {})},
+            "output": {"uri": ".", "image": dict(image or {})},
+            "model": dict(model),
+            "sampling": dict(sampling or {}),
+            "workers": {"batch_size": batch_size},
+        }
+        config = JobConfig.from_dict(tree, origin="FluxMapper")
+        if config.prompts.limit or config.prompts.passthrough:
+            raise JobError("FluxMapper: prompts.limit and prompts.passthrough are for jobs: leave them out")
+        self._prompts, self._image, self._batch_size = config.prompts, config.output.image, batch_size
+        self._parser = RowParser(
+            config.prompts, config.sampling, f"{config.prompts.uri[0].rstrip('/')}/rows", config.model.loras
+        )
+        self._prefix, self._exit_on_device_loss = prefix, exit_on_device_loss
+        pipeline = make_pipeline(config.model)
+        loras = LoraSwitch(pipeline, RowLoras(config.model.loras, "").of_job)
+        tiles = Tiles(config.sampling.tile_size, config.sampling.tile_stride) if config.sampling.tiled else None
+        self._maker = BatchMaker(pipeline, loras, tiles, on_progress=lambda: None)
+        layout = layout_for(config.output, pa.schema([]))
+        self._recorder = Recorder(config.model, layout, pipeline.default_t5_sequence_length, loras.words)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Make the pictures of a batch: a dict of NumPy columns, or an Arrow table, which is what comes back.
+
+        Each row comes back once for each of its pictures, in order, with the columns `image` (encoded bytes) and ADDED;
+        `seed`, `width` and `height` are those of the picture. A picture that cannot be made has none, the status
+        `failed` and the reason. Raises: SourceError for a batch without the columns that the settings name.
+        """
+        self._check_columns(column_names(batch))
+        rows = self._parse(batch)
+        found: dict[tuple[int, int], Picture] = {
+            (row.row, 0): (None, self._recorder.failed_row("", row)) for row in rows if isinstance(row, FailedRow)
+        }
+        found |= self._make([row for row in rows if isinstance(row, ImageRequest)])
+        places = sorted(found)
+        columns: dict[str, list[Any]] = {"image": [found[place][0] for place in places]}
+        columns |= {name: [getattr(found[place][1], name) for place in places] for name in ADDED}
+        named = {self._prefix + name: values for name, values in columns.items()}
+        schema = pa.schema([field.with_name(self._prefix + field.name) for field in SCHEMA])
+        return extended(batch, [row for row, _ in places], named, schema)
+
+    def _check_columns(self, names: Sequence[str]) -> None:
+        for field, column in {"prompt": "prompt", **self._prompts.columns}.items():
+            if column not in names:
+                raise SourceError(f"the batch has no column {column!r}; prompts.columns.{field} says which it is")
+        for name in SCHEMA.names:
+            if self._prefix + name in names and not (name in ANSWERED and not self._prefix):
+                raise SourceError(f"the batch has a column {self._prefix + name!r} already; give another `prefix`")
+
+    def _parse(self, batch: Batch) -> list[ImageRequest | FailedRow]:
+        """Validate the rows; one without an id is known by its prompt, so that its picture is the same every time."""
+        prompt = self._prompts.columns.get("prompt", "prompt")
+        return [
+            self._parser.parse(values, row=row, default_id=_id_of(values.get(prompt)))
+            for row, values in enumerate(rows_of(batch, self._parser.columns))
+        ]
+
+    def _make(self, requests: Sequence[ImageRequest]) -> dict[tuple[int, int], Picture]:
+        """Make the pictures of rows, by row and image index; while some are made, the last are encoded."""
+        items = [Item(request, index) for request in requests for index in range(len(request.seeds))]
+        groups = list(batches(items, self._batch_size))
+        encoded: dict[tuple[int, int], Future[Picture]] = {}
+        with ThreadPoolExecutor(READERS, "read") as readers, ThreadPoolExecutor(ENCODERS, "encode") as encoders:
+            pictures = InputPictures(readers, self._read_picture)
+            for number, group in enumerate(groups):
+                ready = pictures.join(group, groups[number + 1 : number + 1 + READ_AHEAD])
+                encoded |= {made.item.place: encoders.submit(self._finish, made) for made in self._make_group(ready)}
+            return {place: future.result() for place, future in encoded.items()}
+
+    def _make_group(self, group: Sequence[Item]) -> list[Made]:
+        try:
+            return self._maker.make(group)
+        except StoreError as error:  # of a LoRA; there is no shard here that could wait for the storage
+            return [Made(item, error) for item in group]
+        except DeviceFatal:
+            if self._exit_on_device_loss:
+                os._exit(DEVICE_FATAL_EXIT)  # an exception would have the next batch tried on the same device
+            raise
+
+    def _read_picture(self, image: InputImage, size: tuple[int, int]) -> Any:
+        try:
+            return load_picture(image, self._prompts.storage_options, size)
+        except StoreError as error:  # costs the row, as above
+            return error
+
+    def _finish(self, made: Made) -> Picture:
+        """Encode one picture and record it as a job would, but for the key: it has no place in a data set yet."""
+        tile_size = made.tiles.size if made.tiles else None
+        fields = self._recorder.fields("", made.item, tile_size, made.truncated or (None, None))
+        if isinstance(made.outcome, Exception):
+            return None, self._recorder.failed(fields, type(made.outcome).__name__, message_of(made.outcome))
+        inside = {name: value for name, value in provenance(fields).items() if name != "key"}
+        data = encode(made.outcome, self._image, inside)
+        return data, self._recorder.made("", fields, data)
+
+
+def _id_of(prompt: Any) -> str:
+    return f"prompt-{hashlib.blake2b(repr(prompt).encode(), digest_size=8).hexdigest()}"
+
+
+def column_names(batch: Batch) -> list[str]:
+    """Name the columns. Raises: SourceError for anything but a batch in columns."""
+    if isinstance(batch, pa.Table):
+        return list(batch.column_names)
+    if isinstance(batch, dict):
+        return list(batch)
+    raise SourceError(f"a batch is a {type(batch).__name__}: take batch_format 'numpy' or 'pyarrow'")
+
+
+def rows_of(batch: Batch, names: Collection[str]) -> list[dict[str, Any]]:
+    """Give the rows of a batch in plain Python values, with those of the columns `names` that there are.
+
+    A NaN of NumPy is None, since NumPy has no other way to leave out a number.
+    """
+    found = [name for name in column_names(batch) if name in names]
+    if isinstance(batch, pa.Table):
+        return [dict(row) for row in batch.select(found).to_pylist()]
+    columns = [_plain(batch[name]) for name in found]
+    return [dict(zip(found, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def extended(batch: Batch, rows: Sequence[int], columns: Mapping[str, Sequence[Any]], schema: pa.Schema) -> Batch:
+    """Give the rows `rows` of a batch with further columns, in the place of any of their names; types as in `schema`.
+
+    Those of a batch of NumPy are of Python objects, since they may hold None.
+    """
+    if isinstance(batch, pa.Table):
+        table = batch.drop_columns([name for name in batch.column_names if name in columns]).take(pa.array(rows))
+        for name, values in columns.items():
+            table = table.append_column(schema.field(name), [pa.array(values, schema.field(name).type)])
+        return table
+    kept = {name: np.asarray(values)[list(rows)] for name, values in batch.items() if name not in columns}
+    return kept | {name: _objects(values) for name, values in columns.items()}
+
+
+def _plain(values: Any) -> list[Any]:
+    array = np.asarray(values)
+    return [None if isinstance(value, float) and value != value else value for value in array.tolist()]
+
+
+def _objects(values: Sequence[Any]) -> np.ndarray[Any, Any]:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array

@@ -1,0 +1,1 @@
+"""Files -> tensors: formats, quantisations and spellings of keys."""

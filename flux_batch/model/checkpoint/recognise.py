@@ -1,0 +1,186 @@
+"""What a checkpoint is, told by its keys alone: its parts, each with prefixes and spellings made plain.
+
+The layouts are the original one (black-forest-labs/flux 802fb47, keys as our modules), that of diffusers (58eb52c), of
+transformers for the text encoders, and of llama.cpp for T5 (package gguf 0.19, constants.py). ComfyUI's all-in-one
+files hold all four parts, each under a prefix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from enum import Enum
+
+from flux_batch.model.checkpoint.checkpoint import Checkpoint, listing
+from flux_batch.model.checkpoint.scaled_fp8 import MARKER, declared_formats, pair_scales
+
+
+class Layout(Enum):
+    """What a checkpoint is, and the start of a key that only it has."""
+
+    TRANSFORMER = "double_blocks."
+    TRANSFORMER_DIFFUSERS = "transformer_blocks."
+    AUTOENCODER = "decoder.up."
+    AUTOENCODER_DIFFUSERS = "decoder.up_blocks."
+    CLIP = "embeddings.token_embedding."
+    T5 = "encoder.block."
+
+    @property
+    def part(self) -> str:
+        """The part of a model it is: transformer, autoencoder, clip or t5."""
+        return self.name.removesuffix("_DIFFUSERS").lower()
+
+
+# What stands before every key of a part in files of several parts, of the community, and of CLIP; longest first.
+PREFIXES = {
+    "text_encoders.clip_l.transformer.text_model.": "clip",
+    "text_encoders.clip_l.transformer.": "clip",
+    "text_encoders.clip_l.": "clip",
+    "text_model.": "clip",
+    "text_encoders.t5xxl.transformer.": "t5",
+    "text_encoders.t5xxl.": "t5",
+    "model.diffusion_model.": "transformer",
+    "diffusion_model.": "transformer",
+    "first_stage_model.": "autoencoder",
+    "vae.": "autoencoder",
+}
+# torchtitan's and ComfyUI's spelling of the norm scales -> the original.
+NORM_SPELLINGS = {".query_norm.weight": ".query_norm.scale", ".key_norm.weight": ".key_norm.scale"}
+LLAMA_CPP_T5 = "enc.blk."
+LLAMA_CPP_NAMES = {
+    "token_embd": "shared",
+    "enc.output_norm": "encoder.final_layer_norm",
+    "output_norm": "encoder.final_layer_norm",
+}
+LLAMA_CPP_BLOCK_NAMES = {
+    "attn_norm": "layer.0.layer_norm",
+    "attn_q": "layer.0.SelfAttention.q",
+    "attn_k": "layer.0.SelfAttention.k",
+    "attn_v": "layer.0.SelfAttention.v",
+    "attn_o": "layer.0.SelfAttention.o",
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "ffn_norm": "layer.1.layer_norm",
+    "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "ffn_up": "layer.1.DenseReluDense.wi_1",
+    "ffn_down": "layer.1.DenseReluDense.wo",
+}
+# Beside the weights in some files, and not part of what FLUX.1 computes.
+NOT_NEEDED = {
+    "clip": {"logit_scale", "text_projection", "text_projection.weight", "embeddings.position_ids"},
+    "t5": {"logit_scale", "spiece_model"},
+}
+# What is not supported, by keys that nothing else has. The first that fits names the file.
+INSTEAD = "use the bf16, fp8 or GGUF file of the same model"
+FOREIGN = (
+    (
+        r"\.quant_state\.bitsandbytes__|\.absmax$|\.SCB$",
+        f"it is quantised by bitsandbytes (as NF4): {INSTEAD}",
+    ),
+    (r"\.(wscales|wzeros|wtscale|wcscales)$", f"it is quantised by Nunchaku (SVDQuant): {INSTEAD}"),
+    (r"\.qweight$|\.weight\._data$|\.encoded_exponent$", f"it is quantised in a way that is not known: {INSTEAD}"),
+    (r"(^|\.)lora_(up|down|A|B)\b|^lora_(unet|te\d?)_|\.lora\.|_lora\d?\.|\.(lokr|hada)_", "it is a LoRA, not a model"),
+    (r"(^|\.)(controlnet_|control_model\.|input_hint_block\.)", "it is a ControlNet"),
+    (r"^redux_(up|down)\.", "it is FLUX.1-Redux"),
+    (r"ip_adapter|^image_proj\.", "it is an IP-Adapter"),
+    (r"(double|single)_stream_modulation|^(vae\.|first_stage_model\.)?bn\.running_mean$", "it is FLUX.2"),
+    (r"(^|\.)distilled_guidance_layer\.", "it is Chroma"),
+    (r"(^|\.)joint_blocks\.", "it is Stable Diffusion 3"),
+    (r"(^|\.)input_blocks\.\d|^(unet\.)?down_blocks\.\d", "it is the UNet of Stable Diffusion or SDXL"),
+)
+
+
+def recognise(checkpoint: Checkpoint) -> tuple[Layout, Checkpoint]:
+    """Return what a checkpoint of one part is, and the checkpoint with its keys made plain.
+
+    Raises: ValueError if it is none of the layouts, or holds several parts.
+    """
+    parts = parts_of(checkpoint)
+    if len(parts) > 1:
+        raise ValueError(f"{checkpoint.source} holds several parts: {', '.join(layout.part for layout in parts)}")
+    return next(iter(parts.items()))
+
+
+def parts_of(checkpoint: Checkpoint) -> dict[Layout, Checkpoint]:
+    """Return the parts of a model that a checkpoint holds, mostly one, each with its keys made plain.
+
+    Raises: ValueError naming what it is instead, if that is known, or its keys.
+    """
+    refuse_foreign(checkpoint)
+    formats = {split_prefix(layer)[1]: kind for layer, kind in declared_formats(checkpoint).items()}
+    parts = {}
+    for part, names in names_by_part(checkpoint).items():
+        needed = {old: new for old, new in names.items() if new not in NOT_NEEDED.get(part, ())}
+        layout = recognise_names(checkpoint, needed.values())
+        if layout.part != part:
+            raise ValueError(f"{checkpoint.source} holds keys of the {layout.part} where those of the {part} should be")
+        parts[layout] = pair_scales(checkpoint.rename(needed), formats)
+    return parts
+
+
+def names_by_part(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    """Return for each part the keys of the file, and what they are without prefix and in the original spelling."""
+    by_part: dict[str, dict[str, str]] = {}
+    bare: dict[str, str] = {}
+    for name in checkpoint.tensors:
+        part, rest = split_prefix(name)
+        (by_part.setdefault(part, {}) if part else bare)[name] = spelled(rest)
+    if any(name.startswith(LLAMA_CPP_T5) for name in bare):
+        bare = {name: plain for name in bare if (plain := from_llama_cpp(name))}
+    for part, names in by_part.items():
+        # A key that is there with and without the prefix belongs to one part, which then says so.
+        known = set(names.values())
+        known |= {MARKER, *NOT_NEEDED.get(part, ())}
+        twice = {name: new for name, new in bare.items() if new in known}
+        names.update(twice)
+        bare = {name: new for name, new in bare.items() if name not in twice}
+    if bare or not by_part:
+        by_part.setdefault(recognise_names(checkpoint, bare.values()).part, {}).update(bare)
+    return by_part
+
+
+def recognise_names(checkpoint: Checkpoint, names: Iterable[str]) -> Layout:
+    """Return the layout that plain names are of. Raises: ValueError if it is none, or several."""
+    names = sorted(names)
+    found = [layout for layout in Layout if any(name.startswith(layout.value) for name in names)]
+    if len(found) > 1:
+        raise ValueError(f"{checkpoint.source} holds several models under the same prefix: use one file for each")
+    if not found:
+        raise ValueError(
+            f"{checkpoint.source} is no FLUX.1 transformer, autoencoder, CLIP or T5: its keys are {listing(names)}"
+        )
+    return found[0]
+
+
+def refuse_foreign(checkpoint: Checkpoint) -> None:
+    """Raise ValueError naming what the checkpoint is, if it is known not to be supported."""
+    for pattern, what in FOREIGN:
+        known = re.compile(pattern)
+        if keys := [name for name in checkpoint.tensors if known.search(name)]:
+            raise ValueError(f"{checkpoint.source} is not supported: {what} (its keys: {listing(keys, 1)})")
+
+
+def split_prefix(name: str) -> tuple[str, str]:
+    """Return the part that the key's prefix names, "" if it has none, and the rest of the key."""
+    for prefix, part in PREFIXES.items():
+        if name.startswith(prefix):
+            return part, name.removeprefix(prefix)
+    return "", name
+
+
+def spelled(name: str) -> str:
+    """Return the key in the original spelling."""
+    for ending, original in NORM_SPELLINGS.items():
+        if name.endswith(ending):
+            return name.removesuffix(ending) + original
+    return name
+
+
+def from_llama_cpp(name: str) -> str | None:
+    """Return the key of transformers for one of a T5 by llama.cpp; None for those of its decoder."""
+    if name.startswith("dec.") or name == "output.weight":
+        return None
+    stem, _, kind = name.rpartition(".")
+    block, _, layer = stem.removeprefix(LLAMA_CPP_T5).partition(".")
+    if stem.startswith(LLAMA_CPP_T5) and layer in LLAMA_CPP_BLOCK_NAMES:
+        return f"encoder.block.{block}.{LLAMA_CPP_BLOCK_NAMES[layer]}.{kind}"
+    return f"{LLAMA_CPP_NAMES[stem]}.{kind}" if stem in LLAMA_CPP_NAMES else name

@@ -1,0 +1,1 @@
+"""LoRAs: their files, spellings and scales, and how they are merged into weights."""

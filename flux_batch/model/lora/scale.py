@@ -1,0 +1,118 @@
+"""alpha / rank of a LoRA's modules: what the file says of it, where it says it; knows no tensor.
+
+A tensor `alpha` of the module goes first, then PEFT's configuration, which diffusers writes into the file's metadata
+and PEFT itself into a file beside it; without either, alpha is the rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from flux_batch.model.checkpoint.checkpoint import Checkpoint, read_json
+from flux_batch.model.lora.keys import PEFT_WRAPPER
+
+# Source: diffusers 0.42.1, loaders/lora_base.py; a part's settings, each under `<part>.`.
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+# Source: peft 0.21, utils/constants.py.
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Where training begins with another model than the one it is given: the file is a difference to that one.
+# Source: peft 0.21, tuners/lora/config.py, `init_lora_weights`; as it says, such a file can be converted.
+MOVES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# A pattern of PEFT is an expression, and files are not trusted: repeats inside repeats can take years to fail.
+REPEATED_GROUP, MOST_REPEATS = re.compile(r"\)[*+?{]|\\[1-9]|\(\?[^:]"), 3
+
+
+class Scales:
+    """What a LoRA file says of the alphas of its modules. Raises: ValueError if that cannot be read."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._source = checkpoint.source
+        self._settings = read_settings(checkpoint)
+        for settings in self._settings.values():
+            check_start(checkpoint.source, settings.get("init_lora_weights"))
+        # Trained with split_qkv, sd-scripts writes the pieces of a layer as one block-diagonal module, with their ranks
+        # added up and the alpha of one: alpha / rank is then too small by the number of pieces (kohya-ss/sd-scripts
+        # #2204; 450630c, networks/lora_flux.py, state_dict).
+        arguments = read_metadata(checkpoint, "ss_network_args")
+        self.is_of_split_layers = str(arguments.get("split_qkv")).lower() == "true"
+
+    def alpha_over_rank(self, stem: str, rank: int, alpha: float | None) -> float:
+        """Return what a module's product is multiplied by; `alpha`: that of its own tensor."""
+        settings, name = self._settings_of(stem)
+        if alpha is None:
+            alpha = self._stated(settings, name, "alpha", ("lora_alpha", "alpha"))
+        if alpha is None:
+            return 1.0
+        if not math.isfinite(alpha):
+            raise ValueError(f"{self._source}: the alpha of {stem} is {alpha}, should be a number")
+        return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+    def stated_alpha_over_rank(self, stem: str) -> float:
+        """Return what PEFT's settings say of a module without a product, whose tensors do not tell the rank."""
+        settings, name = self._settings_of(stem)
+        rank = self._stated(settings, name, "rank", ("r",))
+        if rank is None:
+            return 1.0
+        if not 1 <= rank < math.inf:
+            raise ValueError(f"{self._source}: the rank of {stem} is {rank} in its settings, should be 1 or more")
+        return self.alpha_over_rank(stem, int(rank), None)
+
+    def _settings_of(self, stem: str) -> tuple[Mapping[str, Any], str]:
+        """Return the settings for a module, and what they call it."""
+        name = stem.removeprefix(PEFT_WRAPPER)
+        part, _, rest = name.partition(".")
+        return (self._settings[part], rest) if part in self._settings else (self._settings.get("", {}), name)
+
+    def _stated(self, settings: Mapping[str, Any], name: str, what: str, keys: tuple[str, ...]) -> float | None:
+        """Return the alpha or the rank that PEFT's settings give a module: by its name, else the one for all."""
+        patterns = settings.get(f"{what}_pattern") or {}
+        if not isinstance(patterns, Mapping):
+            raise ValueError(f"{self._source}: {what}_pattern in its settings is no mapping")
+        of_all = next((settings[key] for key in keys if key in settings), None)
+        number = next((value for pattern, value in patterns.items() if self._fits(pattern, name)), of_all)
+        if number is None or (isinstance(number, (int, float)) and not isinstance(number, bool)):
+            return number
+        raise ValueError(f"{self._source}: the {what} of {name} is {number!r} in its settings, should be a number")
+
+    def _fits(self, pattern: str, name: str) -> bool:
+        """Tell whether a pattern of PEFT names a module. Source: peft 0.21, utils/other.py, get_pattern_key."""
+        if REPEATED_GROUP.search(pattern) or len(re.findall(r"[*+?{]", pattern)) > MOST_REPEATS:
+            raise ValueError(f"{self._source}: the pattern {pattern!r} in its settings is too complex to be supported")
+        try:
+            return re.match(rf"(.*\.)?({pattern})$", name) is not None
+        except re.error as error:
+            raise ValueError(f"{self._source}: the pattern {pattern!r} in its settings is wrong: {error}") from error
+
+
+def read_settings(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Return PEFT's settings by the first word of the stems they are for; "" is for all."""
+    beside = checkpoint.home / PEFT_CONFIG
+    is_of_peft = any(tensor.path.name == PEFT_WEIGHTS for tensor in checkpoint.tensors.values())
+    if is_of_peft and beside.is_file():
+        return {"": read_json(beside)}
+    settings: dict[str, dict[str, Any]] = {}
+    for key, value in read_metadata(checkpoint, DIFFUSERS_METADATA).items():
+        part, _, name = key.partition(".")
+        settings.setdefault(part, {})[name] = value
+    return settings
+
+
+def check_start(source: str, start: object) -> None:
+    """Raise ValueError for a LoRA that is no difference to the model that it was trained on."""
+    if isinstance(start, str) and start.lower().startswith(MOVES_THE_MODEL):
+        what = f"its training began with {start}, which changes the model, too; have PEFT convert it when it is saved"
+        raise ValueError(f"{source} is a LoRA that is not supported: {what} (path_initial_model_for_weight_conversion)")
+
+
+def read_metadata(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
+    """Return a JSON object that stands in the header; {} if there is none."""
+    text = next((header[key] for header in checkpoint.headers if header.get(key)), "{}")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{checkpoint.source}: {key} in its metadata is not valid JSON: {error}") from error
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,190 @@
+"""Weights in fp8: layers that keep them so, and which layers of a model become such.
+
+The model is built plain and changed from here, on meta before it is filled or with its weights in place. Numbers are
+e4m3 (4 bits of exponent, 3 of mantissa, up to 448) with a scale a row, so that each row uses the whole range.
+Letters: o outputs, i inputs, r rows (tokens).
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux_batch.model.checkpoint.lazy_state import CHUNK, StoredState
+from flux_batch.model.footprint import is_quantizable
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+# What products in fp8 need. https://docs.nvidia.com/cuda/cublas/#bit-floating-point-data-types-fp8-usage
+FP8_CAPABILITY = (8, 9)
+FP8_MULTIPLE = 16
+# The one layer of a `Modulation`: a row an image, where a token's products are thousands.
+MODULATION = ".lin"
+
+
+class Fp8Linear(nn.Module):
+    """nn.Linear with its weight in fp8, multiplied in the dtype of its input; for inference.
+
+    Buffers: weight (o, i) float8_e4m3fn, or float8_e5m2 if the checkpoint holds that; weight_scale (o, 1) fp32;
+    bias (o,) or None. The weight is `dense(dtype)`: as exact as if it had been read into that dtype.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Take over the weights of a linear layer, which may lie on meta."""
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = to_fp8_by_pieces(linear.weight.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def read_stored(self, state: StoredState, name: str) -> None:
+        """Take the weights of the layer `name` of a checkpoint; fp8 that it holds stays bit for bit."""
+        stored = state.fp8(f"{name}.weight")
+        if stored is not None and self.keeps(stored[0].dtype):
+            self.weight = stored[0]
+            self.weight_scale = stored[1].expand(len(self.weight), 1).contiguous()
+        else:
+            self.weight, self.weight_scale = to_fp8_by_pieces(state[f"{name}.weight"])
+        if self.bias is not None:
+            self.bias = state[f"{name}.bias"]
+
+    def keeps(self, dtype: torch.dtype) -> bool:
+        """Tell whether fp8 weights of this kind can be used as they are."""
+        return True
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight (o, i): the fp32 product with its scale, rounded once."""
+        return self.weight.float().mul_(self.weight_scale).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dense(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Fp8Product(Fp8Linear):
+    """An Fp8Linear that multiplies in fp8, its input too: bfloat16 in and out, sums in fp32.
+
+    Every row of the input gets a scale of its own when it comes, so a token does not depend on its neighbours. Without
+    a GPU the same numbers are multiplied in fp32: slow, and alike but for the order of the sums.
+    """
+
+    def keeps(self, dtype: torch.dtype) -> bool:
+        return dtype == E4M3  # rowwise products take no e5m2 on the right
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        product = fp8_product(*to_fp8(rows), self.weight, self.weight_scale).to(x.dtype)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.view(*x.shape[:-1], self.out_features)
+
+
+class FeedForward(nn.Module):
+    """T5's gated feed-forward; that of transformers casts to the dtype of wo's weight, which must not be fp8."""
+
+    def __init__(self, theirs: Any) -> None:
+        super().__init__()
+        self.wi_0, self.wi_1, self.wo, self.act = theirs.wi_0, theirs.wi_1, theirs.wo, theirs.act
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = self.act(self.wi_0(x)) * self.wi_1(x)
+        # wo overflows in float16, see load_t5.
+        return self.wo(gated.float() if gated.dtype == torch.float16 else gated)
+
+
+def quantize_transformer(model: nn.Module, *, products: bool = False) -> None:
+    """Keep the matrices of a Flux's blocks in fp8, in place; `products`: multiply in fp8 as well.
+
+    Modulation is multiplied in the dtype of its input either way: it has one row an image and steers every token.
+    """
+    for name, layer in quantizable(model, "transformer"):
+        fits = layer.in_features % FP8_MULTIPLE == 0 and layer.out_features % FP8_MULTIPLE == 0
+        kind = Fp8Product if products and fits and not name.endswith(MODULATION) else Fp8Linear
+        model.set_submodule(name, kind(layer))
+
+
+def quantize_t5(model: nn.Module) -> None:
+    """Keep the matrices of a T5 encoder's blocks in fp8, in place.
+
+    Multiplied in the dtype of their input always: T5 is under 1 % of the work, and its activations have the outliers
+    for which it overflows in float16.
+    """
+    for name, layer in quantizable(model, "t5"):
+        model.set_submodule(name, Fp8Linear(layer))
+    for name, module in list(model.named_modules()):
+        if name.endswith(".DenseReluDense"):
+            model.set_submodule(name, FeedForward(module))
+
+
+def quantizable(model: nn.Module, part: str) -> list[tuple[str, nn.Linear]]:
+    """Return the linear layers of a part that may be kept in fp8, by name."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and is_quantizable(part, f"{name}.weight", module.weight.ndim)
+    ]
+
+
+def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows (r, i) in e4m3 and their scales (r, 1) fp32: the largest number of a row becomes 448."""
+    if rows.is_meta:  # said outright, since torch takes a second to get ready for computing shapes
+        weight = torch.empty(rows.shape, dtype=E4M3, device=rows.device)
+        return weight, torch.empty((len(rows), 1), dtype=torch.float32, device=rows.device)
+    largest = torch.linalg.vector_norm(rows, ord=inf, dim=1, keepdim=True, dtype=torch.float32)
+    # A row of zeros has no scale; of tiny numbers, none so small that it is not exact.
+    scale = (largest / E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    return (rows / scale).to(E4M3), scale
+
+
+def to_fp8_by_pieces(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `to_fp8` does, for weights: some rows at a time, so that their fp32 form needs little memory."""
+    step = max(1, CHUNK // rows.shape[1])
+    if rows.is_meta or len(rows) <= step:
+        return to_fp8(rows)
+    weight = torch.empty(rows.shape, dtype=E4M3, device=rows.device)
+    scale = torch.empty((len(rows), 1), dtype=torch.float32, device=rows.device)
+    for start in range(0, len(rows), step):
+        at = slice(start, start + step)
+        weight[at], scale[at] = to_fp8(rows[at])
+    return weight, scale
+
+
+def fp8_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """Return a @ b.T of scaled fp8 rows a (r, i) and b (o, i): (r, o) bfloat16, summed in fp32, rounded once."""
+    if a.is_cuda:
+        # Exact sums: with use_fast_accum the tensor cores keep 22 bits of a sum, which is faster (pytorch #147971).
+        return torch._scaled_mm(
+            a, b.T, scale_a=a_scale, scale_b=b_scale.T, out_dtype=torch.bfloat16, use_fast_accum=False
+        )
+    return (a.float() @ b.float().T * a_scale * b_scale.T).bfloat16()
+
+
+def no_fp8_products(device: torch.device) -> str:
+    """Say why a device has no products in fp8, "" if it has; the CPU stands in for one that has.
+
+    A GPU without them is no stand-in: there they would cost more than the products they are to replace.
+    """
+    if device.type == "cpu":
+        return ""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"there are no products in fp8 on {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        name, has, needs = torch.cuda.get_device_name(device), dotted(capability), dotted(FP8_CAPABILITY)
+        return f"{name} has no products in fp8 (compute capability {has}; {needs} is needed: Ada, Hopper or later)"
+    return ""
+
+
+def dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

@@ -1,0 +1,1 @@
+"""The data set on its way out: names, formats, metadata, staging, commits, lease."""

@@ -1,0 +1,49 @@
+"""The data set card: the README.md of an output, so that `datasets.load_dataset(output)` works from the start."""
+
+from __future__ import annotations
+
+import json
+
+from flux_batch.config.schema import JobConfig
+from flux_batch.redaction import public_uri
+
+PATTERNS = {"webdataset": "train/*.tar", "files": "train/*/*", "parquet": "train/*.parquet"}
+
+
+def card(config: JobConfig, num_prompts: int) -> str:
+    """Write the card: a header for loaders, then what a person should know. No date: the same job, the same bytes."""
+    header = {
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": _pattern(config)}]}],
+        "tags": ["synthetic", "text-to-image", "flux"],
+    }
+    sampling = config.sampling
+    return f"""---
+{_yaml(header)}---
+
+# {config.name}
+
+Synthetic pictures, made by a model from text: {num_prompts} prompts, {sampling.num_images_per_prompt} image(s) each
+unless a row asked for more. Made with flux-batch.
+
+| setting | value |
+|---|---|
+| model | {public_uri(config.model.uri)} ({config.model.dtype}) |
+| size | {sampling.width} x {sampling.height} |
+| steps | {sampling.num_inference_steps} |
+| embedded guidance | {sampling.embedded_guidance} |
+| true CFG scale | {sampling.cfg_scale} |
+
+A prompt row may override each of these; `metadata/*.parquet` has what was used, one row for every requested image,
+failed ones included. Every picture carries its own settings inside and is labelled as AI generated.
+The run is complete when `_SUCCESS` is there. FLUX.1-dev weights have a licence of their own, which reaches the use of
+what they make.
+"""
+
+
+def _pattern(config: JobConfig) -> str:
+    return PATTERNS[config.output.format]
+
+
+def _yaml(header: dict[str, object]) -> str:
+    """Write the header; JSON values are YAML too, and need no second library here."""
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in header.items())

@@ -1,0 +1,141 @@
+"""The staging area: finished pictures of a shard that is not committed yet, for whoever takes the shard next.
+
+    _run/staging/NNNNN/ID.parquet            the pictures of one batch, those that failed included
+    _run/staging/NNNNN/try-LABEL-ID.json     a batch or a picture is being made; left behind by a worker that was lost
+
+Knows bytes, keys and names; does not know how pictures are made, nor when a shard is done. Names are unique to their
+writer, so nobody overwrites another's. What is here is a saving and never a fact: all of it may be removed at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flux_batch.errors import NotFound
+from flux_batch.output.layouts import RECORD_SCHEMA, shard_name
+from flux_batch.output.paths import STAGING
+from flux_batch.storage.store import Store
+
+SCHEMA = pa.schema(
+    [("key", pa.string()), ("record", pa.string()), ("data", pa.binary()), ("digest", pa.binary(32))],
+    metadata={"version": "1"},
+)
+# The record of a picture, but for what the bytes say (`data` is empty if there are none) and where they are stored.
+RECORD_FIELDS = [name for name in RECORD_SCHEMA.names if name not in {"status", "file_name", "sha256", "bytes"}]
+
+
+@dataclass(frozen=True, slots=True)
+class StagedPicture:
+    """One requested image: its encoded bytes, empty if it failed, and what it was made with, as its record has it."""
+
+    key: str
+    record: Mapping[str, Any]
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """What lies in the staging folder of a shard: names of objects, and how many tries of each label were left."""
+
+    objects: frozenset[str] = frozenset()
+    tries: Counter[str] = field(default_factory=Counter)
+
+
+def staged_record(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose what to stage of the fields of a record, or of a row of the metadata."""
+    return {name: fields[name] for name in RECORD_FIELDS if fields.get(name) is not None}
+
+
+@dataclass(frozen=True)
+class Staging:
+    """The staging folders of a run, in its store."""
+
+    store: Store
+    num_shards: int
+
+    def put(self, shard: int, pictures: Sequence[StagedPicture]) -> str:
+        """Store the pictures of a batch as one object. Returns: its name in the folder of the shard."""
+        name = f"{uuid.uuid4().hex}.parquet"
+        self.store.write(f"{self._folder(shard)}/{name}", _pack(pictures))
+        return name
+
+    def list(self, shard: int) -> Staged:
+        """List what is staged of a shard: one request."""
+        names = [key.rpartition("/")[2] for key in self.store.list(self._folder(shard))]
+        tries = [name.removeprefix("try-").rpartition("-")[0] for name in names if name.startswith("try-")]
+        return Staged(frozenset(name for name in names if name.endswith(".parquet")), Counter(tries))
+
+    def read(self, shard: int, name: str) -> Sequence[StagedPicture]:
+        """Read an object; one that is gone, or damaged at any byte, holds nothing.
+
+        All or nothing, so that what is missing is made in the same batch as without the damage.
+        """
+        try:
+            return _unpack(self.store.read(f"{self._folder(shard)}/{name}"))
+        except NotFound:
+            return ()
+
+    def announce(self, shard: int, label: str, worker: str) -> str:
+        """Write down that a batch or picture is about to be made. Returns: what `withdraw` takes."""
+        key = f"{self._folder(shard)}/try-{label}-{uuid.uuid4().hex}.json"
+        self.store.write(key, json.dumps({"worker": worker}).encode())
+        return key
+
+    def withdraw(self, announced: str) -> None:
+        """Take an announcement back, once the worker lived through it."""
+        self.store.delete(announced)
+
+    def remove(self, shard: int) -> None:
+        """Empty the folder of a shard. Safe to call twice."""
+        for key in self.store.list(self._folder(shard)):
+            self.store.delete(key)
+
+    def clear(self) -> None:
+        """Remove everything that is staged, of a run that is complete: what died between a commit and `remove`."""
+        self.store.delete_folder(STAGING)
+
+    def shards(self) -> set[int]:
+        """List the shards that have something staged: one listing of everything staged."""
+        folders = {key.split("/")[-2] for key in self.store.list(STAGING) if key.count("/") == STAGING.count("/") + 2}
+        return {int(name) for name in folders if name.isdecimal()}
+
+    def _folder(self, shard: int) -> str:
+        return f"{STAGING}/{shard_name(shard, self.num_shards)}"
+
+
+def _pack(pictures: Sequence[StagedPicture]) -> bytes:
+    rows = [
+        {"key": one.key, "record": record, "data": one.data, "digest": _digest(one.key, record, one.data)}
+        for one in pictures
+        for record in [json.dumps(one.record, ensure_ascii=False)]
+    ]
+    buffer = io.BytesIO()
+    # Pictures are compressed already.
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), buffer, compression="none")
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> list[StagedPicture]:
+    try:
+        rows = pq.read_table(io.BytesIO(data)).to_pylist()
+        if any(row["digest"] != _digest(row["key"], row["record"], row["data"]) for row in rows):
+            return []
+        return [StagedPicture(row["key"], json.loads(row["record"]), row["data"]) for row in rows]
+    except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError):  # whatever damage makes of Parquet
+        return []
+
+
+def _digest(key: str, record: str, data: bytes) -> bytes:
+    digest = hashlib.sha256(data)
+    digest.update(f"\0{key}\0{record}".encode())
+    return digest.digest()

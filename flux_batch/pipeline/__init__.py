@@ -1,0 +1,1 @@
+"""Prompts -> images: FluxImagePipeline, ModelManager; the one translator of words into what model/ computes."""

@@ -1,0 +1,82 @@
+"""Loras: the LoRAs of a loaded model, by their addresses, merged into its weights and taken out again.
+
+Knows where LoRA files come from, and turns what the model raises into our errors; what a merge is, model/ knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flux_batch.download.models import PathOrFolder, local_path
+from flux_batch.errors import InvalidSetting
+from flux_batch.model.lora.file import Lora, open_lora
+from flux_batch.model.lora.merge import LoraMerge
+from flux_batch.model.lora.scale import PEFT_WEIGHTS
+from flux_batch.pipeline.errors import checkpoint_errors, device_errors
+from flux_batch.records import check_number
+
+
+class Loras:
+    """What is merged into the parts of a model (transformer, clip, t5) now.
+
+    An address is a path, or whatever `local_model` takes: a file in a bucket or on a hub is fetched once a machine.
+    """
+
+    def __init__(
+        self, parts: Mapping[str, nn.Module] | None = None, storage_options: Mapping[str, Any] | None = None
+    ) -> None:
+        self._storage_options = storage_options or {}
+        self._merge = LoraMerge()
+        for part, module in (parts or {}).items():
+            self.add_part(part, module)
+
+    @property
+    def merged(self) -> list[tuple[str, float]]:
+        """The addresses of those that are merged, each with its scale."""
+        return [(lora.name, scale) for lora, scale in self._merge.merged]
+
+    def add_part(self, part: str, module: nn.Module) -> None:
+        """Take in a part that was loaded, or another in its place; what is merged is merged into it, too."""
+        with checkpoint_errors(), device_errors():
+            self._merge.add_part(part, module)
+
+    def set(self, loras: Sequence[tuple[PathOrFolder, float]]) -> None:
+        """Make these, address and scale, the ones that are merged; in any order, none takes all out.
+
+        All are opened before a weight changes. Raises: CheckpointError for one that is missing, damaged, for another
+        model or not supported; InvalidSetting for a scale that is no number; StoreError for a remote that fails.
+        """
+        self._merge_all([self._open(uri, scale) for uri, scale in as_pairs(loras)])
+
+    def add(self, uri: PathOrFolder, scale: float) -> None:
+        """Merge one more. Raises: as `set`."""
+        self._merge_all([*self._merge.merged, self._open(uri, scale)])
+
+    def _open(self, uri: PathOrFolder, scale: float) -> tuple[Lora, float]:
+        check_number("scale", scale)
+        path = self._fetch(str(uri))
+        with checkpoint_errors():
+            return open_lora(path, str(uri), self._merge.shapes()), scale
+
+    def _fetch(self, uri: str) -> Path:
+        """Return the file on this machine; PEFT's says what it means in another file beside it."""
+        folder, _, name = uri.rpartition("/")
+        if name == PEFT_WEIGHTS and "://" in uri and not uri.startswith(("http://", "https://")):
+            return local_path(folder, self._storage_options) / name
+        return local_path(uri, self._storage_options)
+
+    def _merge_all(self, loras: Sequence[tuple[Lora, float]]) -> None:
+        with checkpoint_errors(), device_errors():
+            self._merge.set(loras)
+
+
+def as_pairs(loras: Sequence[tuple[PathOrFolder, float]]) -> list[tuple[PathOrFolder, float]]:
+    """Return the pairs. Raises: InvalidSetting if they are none."""
+    try:
+        return [(uri, scale) for uri, scale in loras]
+    except (TypeError, ValueError) as error:
+        raise InvalidSetting("loras must be pairs of an address and a scale: [(path, 1.0)]", field="loras") from error

@@ -1,0 +1,165 @@
+"""ModelManager: files in, the parts of a model out, each recognised by its keys.
+
+Knows where the parts of a model may lie; knows no prompt or picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flux_batch.download.models import PathOrFolder, local_model, local_path
+from flux_batch.errors import InvalidSetting
+from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_config, read_json
+from flux_batch.model.checkpoint.folders import LOADING_ORDER, find_parts
+from flux_batch.model.checkpoint.loading import Prepare, load_autoencoder, load_transformer
+from flux_batch.model.checkpoint.recognise import Layout, parts_of
+from flux_batch.model.optimize.quantize import no_fp8_products, quantize_t5, quantize_transformer
+from flux_batch.model.params import ScheduleParams, schedule_params
+from flux_batch.model.text import ClipEncoder, T5Encoder, load_clip, load_t5
+from flux_batch.model.transformer import Flux
+from flux_batch.pipeline.errors import checkpoint_errors, device_errors
+from flux_batch.pipeline.loras import Loras
+from flux_batch.records import Quantization, check_quantization
+
+# What is done to a model before it is filled.
+TRANSFORMER_CHANGES: Mapping[Quantization, Prepare | None] = {
+    "none": None,
+    "fp8": quantize_transformer,
+    "fp8_matmul": partial(quantize_transformer, products=True),
+}
+T5_CHANGES: Mapping[Quantization, Prepare | None] = {"none": None, "fp8": quantize_t5, "fp8_matmul": quantize_t5}
+
+
+class ModelManager:
+    """Loads the parts of a model, each recognised by its keys, whatever its file is called and however encoded.
+
+    quantization: `fp8` keeps the matrices of transformer and T5 in fp8 (their bits, if the file holds fp8) and
+    multiplies in `torch_dtype`; `fp8_matmul` multiplies the transformer's in fp8 as well: bfloat16 only, on an NVIDIA
+    GPU of Ada, Hopper or later, or, slowly and for the same pictures, on the CPU.
+    Raises: CheckpointError for a file that is missing, damaged, incomplete or of a layout that is not supported;
+    InvalidSetting for a device that is not there, or lacks products in fp8.
+    """
+
+    def __init__(
+        self,
+        torch_dtype: torch.dtype | str = torch.bfloat16,
+        device: str | torch.device = "cuda",
+        file_path_list: Sequence[PathOrFolder | Sequence[PathOrFolder]] = (),
+        *,
+        quantization: Quantization = "none",
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.torch_dtype = to_dtype(torch_dtype)
+        self.quantization = quantization
+        self.storage_options = storage_options or {}
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise InvalidSetting(f"device = {device}: there is no CUDA device here; use cpu", field="device")
+        check_quantization(quantization, str(self.torch_dtype).removeprefix("torch."))
+        if quantization == "fp8_matmul" and (obstacle := no_fp8_products(self.device)):
+            raise InvalidSetting(f"quantization = {quantization}: {obstacle}; take fp8", field="quantization")
+        self.transformer: Flux | None = None
+        self.schedule: ScheduleParams | None = None
+        self.autoencoder: AutoEncoder | None = None
+        self.clip: ClipEncoder | None = None
+        self.t5: T5Encoder | None = None
+        self.loras = Loras(storage_options=self.storage_options)
+        self.load_models(file_path_list)
+
+    def load_models(
+        self,
+        file_path_list: Sequence[PathOrFolder | Sequence[PathOrFolder]],
+        torch_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Load each entry: a file, a folder that holds one part, or the list of files that make up one part.
+
+        Of a file that holds several parts (ComfyUI's all-in-one), all are loaded. torch_dtype: for these, if not that
+        of all; torch.float8_e4m3fn, as scripts for DiffSynth-Studio say, asks for `quantization` fp8. What lies in a
+        bucket or on a hub is fetched once a machine, with `storage_options` (see local_model).
+        """
+        dtype, quantization = self.torch_dtype, self.quantization
+        if torch_dtype == torch.float8_e4m3fn:
+            quantization = "fp8" if quantization == "none" else quantization
+        elif torch_dtype is not None:
+            dtype = to_dtype(torch_dtype)
+        check_quantization(quantization, str(dtype).removeprefix("torch."))
+        for source in file_path_list:
+            with checkpoint_errors(), device_errors():
+                parts = parts_of(open_checkpoint(to_path(source, self.storage_options)))
+                for layout in sorted(parts, key=lambda layout: LOADING_ORDER.index(layout.part)):
+                    self._load(layout, parts[layout], dtype, quantization)
+
+    def load_lora(self, file_path: PathOrFolder | Sequence[PathOrFolder], lora_alpha: float = 1.0) -> None:
+        """Merge one more LoRA, or several with the same scale, into the parts that are loaded; see Loras.
+
+        `lora_alpha` is the scale: what DiffSynth-Studio calls so. The alphas of the file count as well.
+        """
+        for path in [file_path] if isinstance(file_path, (str, PathLike)) else file_path:
+            self.loras.add(path, lora_alpha)
+
+    def _load(self, layout: Layout, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization) -> None:
+        home = checkpoint.home
+        if layout in (Layout.TRANSFORMER, Layout.TRANSFORMER_DIFFUSERS):
+            config = read_config(home, "transformer")
+            prepare = TRANSFORMER_CHANGES[quantization]
+            self.transformer = load_transformer(
+                checkpoint, layout, config, dtype=dtype, device=self.device, prepare=prepare
+            )
+            self.loras.add_part("transformer", self.transformer)
+            guidance_embed = self.transformer.params.guidance_embed
+            self.schedule = schedule_params(read_scheduler_config(home), guidance_embed=guidance_embed)
+        elif layout in (Layout.AUTOENCODER, Layout.AUTOENCODER_DIFFUSERS):
+            config = read_config(home, "vae")
+            self.autoencoder = load_autoencoder(checkpoint, layout, config, dtype=dtype, device=self.device)
+        elif layout is Layout.CLIP:
+            self.clip = load_clip(checkpoint, dtype=dtype, device=self.device)
+            self.loras.add_part("clip", self.clip.model)
+        else:
+            prepare = T5_CHANGES[quantization]
+            self.t5 = load_t5(checkpoint, dtype=dtype, device=self.device, prepare=prepare)
+            self.loras.add_part("t5", self.t5.model)
+
+
+def to_dtype(name: torch.dtype | str) -> torch.dtype:
+    """Return the dtype of that name. Raises: InvalidSetting for one that pictures are not computed in."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise InvalidSetting(f"torch_dtype = {name}: must be bfloat16, float16 or float32", field="torch_dtype")
+    return dtype
+
+
+def locate_parts(
+    uri: PathOrFolder, storage_options: Mapping[str, Any] | None = None, *, refresh: bool = False
+) -> list[Path]:
+    """Return what to load of the model a uri names, on this machine, wherever it comes from (see local_model).
+
+    Raises: CheckpointError saying what was looked for; StoreError.
+    """
+    model = local_model(uri, storage_options, refresh=refresh)
+    with checkpoint_errors():
+        return find_parts(model)
+
+
+def to_path(
+    source: PathOrFolder | Sequence[PathOrFolder], storage_options: Mapping[str, Any] | None = None
+) -> Path | list[Path]:
+    """Return the path, or the paths, of one part, on this machine."""
+    if isinstance(source, (str, PathLike)):
+        return local_path(source, storage_options)
+    return [local_path(path, storage_options) for path in source]
+
+
+def read_scheduler_config(home: Path) -> dict[str, Any]:
+    """Return the scheduler's configuration, which lies in the model folder, of weights in or one below it; else {}."""
+    for folder in (home, home.parent):
+        path = folder / "scheduler" / "scheduler_config.json"
+        if path.is_file():
+            return read_json(path)
+    return {}

@@ -1,0 +1,396 @@
+"""FluxImagePipeline: prompts in, pictures out.
+
+The one translator between public words (those of DiffSynth-Studio and diffusers) and the model's. Knows no file, job
+or storage.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flux_batch.download.models import PathOrFolder
+from flux_batch.errors import CheckpointError, InvalidSetting
+from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.checkpoint.folders import TITLES
+from flux_batch.model.conditioned import ConditionedFlux, Conditioning, position_tables
+from flux_batch.model.optimize.compile import compile_blocks
+from flux_batch.model.optimize.compile_cache import CompileCache
+from flux_batch.model.optimize.cpu_products import choose_products
+from flux_batch.model.optimize.cuda_graphs import CudaGraphs
+from flux_batch.model.optimize.kernels import attention_order
+from flux_batch.model.optimize.offload import Visitors
+from flux_batch.model.optimize.step_cache import StepCache
+from flux_batch.model.optimize.tiling import Tiling, tiled_decode, tiled_encode
+from flux_batch.model.params import ScheduleParams
+from flux_batch.model.sampling import (
+    Progress,
+    Velocity,
+    add_noise,
+    denoise,
+    make_generators,
+    make_noise,
+    make_sigmas,
+    pack,
+    timesteps_of,
+    unpack,
+)
+from flux_batch.model.text import ClipEncoder, T5Encoder
+from flux_batch.model.transformer import Flux
+from flux_batch.pipeline.errors import device_errors
+from flux_batch.pipeline.loras import Loras
+from flux_batch.pipeline.model_manager import ModelManager, locate_parts
+from flux_batch.pipeline.pixels import check_finite, to_pixels, to_uint8
+from flux_batch.pipeline.request import PictureRequest, one_each, resolve_aliases
+from flux_batch.pipeline.text_cache import MAX_BYTES, MAX_BYTES_AWAY, EncodedTexts
+from flux_batch.records import PIXELS_PER_TOKEN, Quantization, check_choice, check_cuda_graphs, check_step_cache
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+Value = TypeVar("Value")
+
+# Source: black-forest-labs/flux 802fb47, src/flux/cli.py: 256 for schnell, 512 for all others.
+T5_SEQUENCE_LENGTH = {True: 512, False: 256}  # by: is guidance embedded?
+
+
+class FluxImagePipeline:
+    """Text (and optionally a picture) to pictures. Call it; see `__call__`."""
+
+    def __init__(
+        self,
+        transformer: Flux,
+        autoencoder: AutoEncoder,
+        clip: ClipEncoder,
+        t5: T5Encoder,
+        schedule: ScheduleParams,
+        *,
+        step_cache: float = 0.0,
+        loras: Loras | None = None,
+        compile_cache: CompileCache | None = None,
+        offload_text_encoders: bool = False,
+        graphs: CudaGraphs | None = None,
+    ) -> None:
+        self.transformer = transformer
+        self.autoencoder = autoencoder
+        self.clip = clip
+        self.t5 = t5
+        self.schedule = schedule
+        self.step_cache = step_cache
+        self.compile_cache = compile_cache
+        self.graphs = graphs
+        self.loras = loras or Loras({"transformer": transformer, "clip": clip.model, "t5": t5.model})
+        check_parts_fit(transformer, autoencoder, clip, t5)
+        weight = transformer.img_in.weight
+        self.device = weight.device
+        self.torch_dtype = weight.dtype
+        self.position_tables = position_tables(transformer, self.device)
+        self.is_offloaded = offload_text_encoders and self.device.type != "cpu"
+        self.encoders = Visitors([clip.model, t5.model] if self.is_offloaded else [], self.device)
+        max_bytes = MAX_BYTES_AWAY if self.is_offloaded else MAX_BYTES
+        self.texts = EncodedTexts(self.encode_text, max_bytes, self.encoders.visit)
+
+    @classmethod
+    def from_model_manager(
+        cls,
+        model_manager: ModelManager,
+        *,
+        step_cache: float = 0.0,
+        compile: bool = False,
+        cuda_graphs: bool = False,
+        offload_text_encoders: bool = False,
+    ) -> FluxImagePipeline:
+        """Assemble the loaded parts.
+
+        compile: let torch.compile have the transformer's blocks: the first picture of a size, and of the second size,
+        takes longer, all others less. cuda_graphs: launch each step of the transformer in one piece, the first of each
+        size apart; not beside a step_cache. offload_text_encoders: keep CLIP and T5 in host memory, but for when texts
+        that are not remembered are encoded; nothing changes on the CPU.
+        Raises: CheckpointError naming the parts that were not loaded; InvalidSetting if nothing can be compiled here,
+        or there is no CUDA device to record graphs of.
+        """
+        check_step_cache(step_cache)
+        check_cuda_graphs(cuda_graphs, step_cache)
+        missing = [title for part, title in TITLES.items() if getattr(model_manager, part) is None]
+        if missing:
+            raise CheckpointError(f"not loaded: {', '.join(missing)}; add their files to load_models([...])")
+        manager: Any = model_manager  # every part is there, see above
+        choose_products(manager.transformer)
+        if compile:
+            try:
+                compile_blocks(manager.transformer)
+            except ValueError as error:
+                raise InvalidSetting(f"compile = True: {error}", field="compile") from error
+        try:
+            graphs = CudaGraphs(manager.transformer) if cuda_graphs else None
+        except ValueError as error:
+            raise InvalidSetting(f"cuda_graphs = True: {error}", field="cuda_graphs") from error
+        parts = manager.transformer, manager.autoencoder, manager.clip, manager.t5, manager.schedule
+        cache = CompileCache(manager.transformer) if compile else None
+        return cls(
+            *parts,
+            step_cache=step_cache,
+            loras=manager.loras,
+            compile_cache=cache,
+            offload_text_encoders=offload_text_encoders,
+            graphs=graphs,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        uri: PathOrFolder,
+        torch_dtype: torch.dtype | str = torch.bfloat16,
+        device: str | torch.device | None = None,
+        *,
+        quantization: Quantization = "none",
+        step_cache: float = 0.0,
+        compile: bool = False,
+        cuda_graphs: bool = False,
+        offload_text_encoders: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+        refresh: bool = False,
+    ) -> FluxImagePipeline:
+        """Load a model folder in the layout of diffusers or the original one, a file with all parts, or `demo`.
+
+        uri: a path, an address that fsspec knows (s3://bucket/flux, with `storage_options`), or a repository of Hugging
+        Face (hf://owner/name, owner/name); what is remote is fetched once a machine and then used without asking,
+        unless `refresh`. torch_dtype: a dtype or its name; device: `cuda` if there is one, else `cpu`. quantization:
+        see ModelManager; step_cache: what calls take that name none; compile, cuda_graphs, offload_text_encoders: see
+        from_model_manager.
+        Raises: CheckpointError saying what was looked for; StoreError for a remote that fails; InvalidSetting.
+        """
+        manager = ModelManager(
+            torch_dtype,
+            device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            quantization=quantization,
+            storage_options=storage_options,
+        )
+        manager.load_models(locate_parts(uri, storage_options, refresh=refresh))
+        return cls.from_model_manager(
+            manager,
+            step_cache=step_cache,
+            compile=compile,
+            cuda_graphs=cuda_graphs,
+            offload_text_encoders=offload_text_encoders,
+        )
+
+    @property
+    def default_t5_sequence_length(self) -> int:
+        """The T5 length the model was made for: 512 for dev, 256 for schnell, less if its tokenizer says less."""
+        return min(T5_SEQUENCE_LENGTH[self.transformer.params.guidance_embed], self.t5.max_length)
+
+    def load_lora(self, uri: PathOrFolder, scale: float = 1.0) -> None:
+        """Merge one more LoRA into the weights. Raises: as `set_loras`."""
+        with device_errors(), self.encoders.visit(may_change=True):
+            self.loras.add(uri, scale)
+
+    def set_loras(self, loras: Sequence[tuple[PathOrFolder, float]]) -> None:
+        """Make these LoRAs, each with its scale, the ones that are merged into the weights; [] takes all out.
+
+        uri: a path, or an address as of a model. Recognised by keys are those of PEFT and diffusers, sd-scripts,
+        ComfyUI, XLabs, OneTrainer, LyCORIS (LoHa, LoKr) and DiffSynth-Studio, for the transformer, CLIP and T5. What
+        was merged before leaves no trace: without LoRAs, weights are what they were, bit for bit.
+        Raises: CheckpointError naming what a file is instead, or its keys that match nothing; StoreError.
+        """
+        with device_errors(), self.encoders.visit(may_change=True):
+            self.loras.set(loras)
+
+    def unload_loras(self) -> None:
+        """Take all LoRAs out: the weights are what they were, bit for bit."""
+        self.set_loras([])
+
+    def expect(self, texts: Sequence[tuple[str, int | None]]) -> None:
+        """Say which texts, and of which T5 length, come next: encoders that are offloaded take them in one visit."""
+        if self.is_offloaded:
+            self.texts.expected = [(text, length or self.default_t5_sequence_length) for text, length in texts]
+
+    def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
+        """Return of each prompt whether CLIP and whether T5 does not read its end."""
+        if not prompts:
+            return []
+        length = t5_sequence_length or self.default_t5_sequence_length
+        return list(zip(self.clip.truncated(prompts), self.t5.truncated(prompts, length), strict=True))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] = "",
+        height: int = 1024,
+        width: int = 1024,
+        num_inference_steps: int = 30,
+        embedded_guidance: float | Sequence[float] = 3.5,
+        cfg_scale: float | Sequence[float] = 1.0,
+        seed: int | Sequence[int | None] | None = None,
+        t5_sequence_length: int | None = None,
+        input_image: Image.Image | Sequence[Image.Image] | None = None,
+        denoising_strength: float = 1.0,
+        sigma_shift: float | None = None,
+        output_type: OutputType = "pil",
+        progress_bar: Progress | None = None,
+        tiled: bool = False,
+        tile_size: int = 128,
+        tile_stride: int = 64,
+        step_cache: float | None = None,
+        **aliases: Any,
+    ) -> Any:
+        """Make one picture of a prompt, or a list of pictures of a list of prompts.
+
+        negative_prompt, embedded_guidance, cfg_scale, seed and input_image are one value for all or a list as long
+        as the prompts. A second pass with the negative prompt runs if any cfg_scale is not 1; an image whose scale
+        is exactly 1 does not feel it. Of a prompt that is too long for a text encoder the end is left out, with a
+        warning. seed None draws from torch's global generator. progress_bar wraps the steps,
+        e.g. tqdm. guidance_scale, true_cfg_scale and max_sequence_length, as diffusers calls them, are accepted.
+
+        input_image is put on white where it is transparent and resized to width x height by Lanczos, whatever its
+        proportions; as in a job, but that its EXIF orientation is left to you. denoising_strength is how much of it is
+        noised over: as in diffusers, the first int(steps - steps x strength) steps of the schedule are left out,
+        and the noise starts at the level of the next; 1 starts from noise alone. Its latents are drawn from the
+        posterior, before the noise and from the same generator. sigma_shift, e.g. 3.0, asks for DiffSynth-Studio's way:
+        its static schedule instead of the model's, which with an input_image runs all steps from a lower level, and the
+        posterior's mean. tiled runs the autoencoder, and nothing else, in tiles of tile_size every tile_stride, counted
+        in latents when decoding and in pixels when encoding: less memory, and a picture that differs a little; one that
+        fits into a tile does not.
+
+        step_cache, for speed at some cost in quality: at a step where the first block changes an image by less than
+        this share from the last computed step, the later blocks are not run, and what they did then is done again.
+        0 is off; about 0.1 is a start. An image is judged by itself; the first and the last step are always computed.
+        A pipeline with cuda_graphs takes none.
+
+        Returns, by output_type: `pil`; `np` uint8 (height, width, 3); `pt` fp32 (b, 3, height, width) in [-1, 1];
+        `latent` scaled (b, c, height/8, width/8). The last two keep the batch axis for a single prompt too.
+        Raises: InvalidSetting naming the argument and what would be right; RowError for a picture with numbers that
+        are not finite; OutOfMemory; DeviceFatal.
+        """
+        named = resolve_aliases(aliases, FluxImagePipeline.__call__.__annotations__)
+        check_choice("output_type", output_type, get_args(OutputType))
+        if not isinstance(prompt, (str, Sequence)):
+            raise InvalidSetting(f"prompt = {prompt!r}: must be a string or a list of strings", field="prompt")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        guidance = named.get("embedded_guidance", embedded_guidance)
+        request = PictureRequest(
+            prompts=prompts,
+            negative_prompts=one_each("negative_prompt", negative_prompt, len(prompts)),
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            embedded_guidance=one_each("embedded_guidance", guidance, len(prompts)),
+            cfg_scale=one_each("cfg_scale", named.get("cfg_scale", cfg_scale), len(prompts)),
+            seeds=one_each("seed", seed, len(prompts)),
+            t5_sequence_length=named.get("t5_sequence_length", t5_sequence_length),
+            input_images=None if input_image is None else one_each("input_image", input_image, len(prompts)),
+            denoising_strength=denoising_strength,
+            sigma_shift=sigma_shift,
+            tiling=Tiling(tile_size, tile_stride) if tiled else None,
+            step_cache=self.step_cache if step_cache is None else step_cache,
+        )
+        check_cuda_graphs(self.graphs is not None, request.step_cache)
+        if not prompts:
+            return []
+        self.warn_of_cut_texts(request)
+        with torch.inference_mode(), device_errors(), attention_order(self.device):
+            latents = self.make_latents(request, progress_bar)
+            if output_type == "latent":
+                return latents
+            pixels = self.decode(latents, request.tiling)
+            check_finite(pixels)
+            if output_type == "pt":
+                return pixels.float().clamp(-1.0, 1.0)
+            pictures: list[Any] = list(to_uint8(pixels))
+        if output_type == "pil":
+            pictures = [Image.fromarray(picture) for picture in pictures]
+        return pictures[0] if isinstance(prompt, str) else pictures
+
+    def warn_of_cut_texts(self, request: PictureRequest) -> None:
+        """Warn, as Python does once a program, if the end of a text is not read."""
+        texts = request.prompts + (request.negative_prompts if request.uses_cfg else [])
+        cut = self.truncations(list(dict.fromkeys(texts)), request.t5_sequence_length)
+        for title, is_cut in zip(("CLIP", "T5"), map(any, zip(*cut, strict=True)), strict=True):
+            if is_cut:
+                message = f"a prompt is longer than {title} reads, its end is left out: `truncations` tells which"
+                warnings.warn(message, stacklevel=3)
+
+    def make_latents(self, request: PictureRequest, progress_bar: Progress | None = None) -> Tensor:
+        """Encode the texts and denoise: scaled latents (b, c, height/8, width/8)."""
+        p = request
+        downscale = self.autoencoder.params.downscale
+        height, width = p.height // downscale, p.width // downscale
+        length = p.t5_sequence_length or self.default_t5_sequence_length
+        num_tokens = height // 2 * (width // 2)
+        sigmas = make_sigmas(p.num_inference_steps, num_tokens, self.schedule, p.sigma_shift, p.denoising_strength)
+        pe = self.position_tables(length, height, width)
+        guidance = torch.tensor(p.embedded_guidance, device=self.device, dtype=self.torch_dtype)
+        timesteps = timesteps_of(sigmas, guidance)
+
+        def velocity(prompts: Sequence[str]) -> Velocity:
+            model = ConditionedFlux(self.transformer, self.encode(prompts, length), pe, timesteps, guidance)
+            if p.step_cache:
+                return StepCache(model, p.step_cache)
+            return self.graphs(model) if self.graphs else model
+
+        tokens = denoise(
+            velocity(p.prompts),
+            pack(self.first_latents(p, height, width, sigmas[0])),
+            sigmas,
+            negative=velocity(p.negative_prompts) if p.uses_cfg else None,
+            cfg_scale=torch.tensor(p.cfg_scale, device=self.device, dtype=torch.float32),
+            progress=progress_bar,
+        )
+        return unpack(tokens, height, width)
+
+    def first_latents(self, request: PictureRequest, height: int, width: int, sigma: Tensor) -> Tensor:
+        """Return where denoising starts: noise, or the input pictures at noise level `sigma`."""
+        shape = (self.autoencoder.params.z_channels, height, width)
+        generators = make_generators(request.seeds)
+        if request.input_images is None:
+            return make_noise(shape, generators).to(self.device, self.torch_dtype)
+        pixels = [to_pixels(image, request.width, request.height) for image in request.input_images]
+        weight = self.autoencoder.encoder.conv_in.weight
+        # The posterior draws before the noise from the same generator, as in diffusers; DiffSynth takes its mean.
+        posterior = None if request.sigma_shift is not None else make_noise(shape, generators).to(weight)
+        noise = make_noise(shape, generators)
+        latents = self.encode_pixels(torch.stack(pixels).to(weight), posterior, request.tiling)
+        return add_noise(latents.to(self.torch_dtype), noise.to(self.device, self.torch_dtype), sigma)
+
+    def encode(self, prompts: Sequence[str], t5_sequence_length: int) -> Conditioning:
+        """Return what the text encoders say of each prompt; of one that was there before, from memory."""
+        said = self.texts(prompts, t5_sequence_length, tuple(self.loras.merged))
+        return Conditioning(said.txt.to(self.device), said.y.to(self.device))
+
+    def encode_text(self, text: str, t5_sequence_length: int) -> Conditioning:
+        """Run the text encoders on one text: txt (1, l, context), y (1, vec); in host memory if they are offloaded."""
+        txt, y = self.t5([text], t5_sequence_length), self.clip([text])
+        home = torch.device("cpu") if self.is_offloaded else self.device
+        return Conditioning(txt.to(home, self.torch_dtype), y.to(home, self.torch_dtype))
+
+    def encode_pixels(self, pixels: Tensor, noise: Tensor | None, tiling: Tiling | None) -> Tensor:
+        """Return scaled latents, in the autoencoder's dtype: (b, 3, 8h, 8w) in [-1, 1] -> (b, c, h, w)."""
+        if tiling:
+            return tiled_encode(self.autoencoder, pixels, tiling, noise)
+        return self.autoencoder.encode(pixels, noise)
+
+    def decode(self, latents: Tensor, tiling: Tiling | None = None) -> Tensor:
+        """Return pixels, about [-1, 1], in the autoencoder's dtype: (b, c, h, w) -> (b, 3, 8h, 8w)."""
+        latents = latents.to(self.autoencoder.decoder.conv_in.weight)
+        return tiled_decode(self.autoencoder, latents, tiling) if tiling else self.autoencoder.decode(latents)
+
+
+def check_parts_fit(transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncoder, t5: T5Encoder) -> None:
+    """Raise CheckpointError unless the parts are of one model."""
+    p, a = transformer.params, autoencoder.params
+    facts = [
+        ("channels of a latent patch (autoencoder)", 4 * a.z_channels, p.in_channels),
+        ("pixels along a token (autoencoder)", 2 * a.downscale, PIXELS_PER_TOKEN),
+        ("width of the CLIP text encoder", clip.width, p.vec_in_dim),
+        ("width of the T5 text encoder", t5.width, p.context_in_dim),
+    ]
+    for what, value, wanted in facts:
+        if value != wanted:
+            raise CheckpointError(f"the parts are not of one model: {what} is {value}, the transformer takes {wanted}")
+    for what, encoder in (("CLIP", clip), ("T5", t5)):
+        count, vocab_size = len(encoder.tokenizer), encoder.model.config.vocab_size
+        if count > vocab_size:
+            raise CheckpointError(f"the tokenizer of {what} has {count} tokens, its text encoder knows {vocab_size}")

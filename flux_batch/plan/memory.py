@@ -1,0 +1,129 @@
+"""What fits where: the memory a worker needs for its model and batches, and which cards have it. Rough.
+
+Counted from the headers of the checkpoint, whatever it is called, and the job's sizes; no weights are read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flux_batch.config.schema import JobConfig
+from flux_batch.download.models import copy_here
+from flux_batch.errors import FluxBatchError
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.folders import TITLES, find_parts
+from flux_batch.model.checkpoint.recognise import parts_of
+from flux_batch.model.footprint import decode_bytes, denoise_bytes, weight_bytes
+from flux_batch.model.params import Shapes
+
+# A card of 24 GB has 24 x 2^30 bytes and is counted as 24 x 10^9: what is between the two, 7 %, is left to CUDA, to
+# the convolutions' workspace and to what the allocator cannot use.
+CARDS_GB = (16, 24, 40, 48, 80, 141)
+CHOICES = (
+    ("bfloat16", "none"),
+    ("bfloat16", "fp8"),
+    ("bfloat16", "fp8_matmul"),
+    ("float16", "none"),
+    ("float16", "fp8"),
+    ("float32", "none"),
+)
+TEXT_TOKENS = 512
+PIXELS_A_TOKEN = 256
+
+
+def memory(config: JobConfig) -> dict[str, Any]:
+    """Estimate the bytes a worker needs by part, as the job is and by other choices of dtype and quantization.
+
+    Rows that override the size are not looked at. `error` says why where the model cannot be counted, as when it is
+    not on this machine.
+    """
+    model = config.model
+    try:
+        source = copy_here(model.uri, model.storage_options)
+        if source is None:
+            return {"error": f"{model.uri} is not on this machine"}
+        parts = read_shapes(source)
+        needed = parts_bytes(config, parts, model.dtype, model.quantization)
+        others = {choice: parts_bytes(config, parts, *choice) for choice in CHOICES}
+    except (FluxBatchError, ValueError, OSError) as error:
+        return {"error": str(error)}
+    return {
+        "batch_size": batch_size_of(config),
+        "bytes": needed,
+        **fit(sum(needed.values())),
+        "choices": [
+            {"dtype": dtype, "quantization": quantization, **fit(sum(sizes.values()))}
+            for (dtype, quantization), sizes in others.items()
+        ],
+    }
+
+
+def read_shapes(source: Path) -> dict[str, Shapes]:
+    """Return the shapes of each part of the model at `source`. Raises: ValueError if it is not whole."""
+    shapes: dict[str, Shapes] = {}
+    for path in find_parts(source):
+        for layout, checkpoint in parts_of(open_checkpoint(path)).items():
+            shapes.setdefault(layout.part, checkpoint.shapes)
+    return shapes
+
+
+def parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantization: str) -> dict[str, int]:
+    """Return the bytes of each part's weights and of the activations: the larger of denoising and decoding.
+
+    The text encoders' activations are smaller than either, but for pictures that are themselves small. Encoders that
+    are offloaded take none of their own, but what the activations take while there are none. With CUDA graphs, what
+    denoising takes is taken throughout.
+    """
+    sampling, batch_size = config.sampling, batch_size_of(config)
+    quantized = quantization != "none"
+    width, height = sampling.width, sampling.height
+    num_tokens = width * height // PIXELS_A_TOKEN + (sampling.t5_sequence_length or TEXT_TOKENS)
+    products = quantization == "fp8_matmul"
+    denoise = denoise_bytes(parts["transformer"], num_tokens, batch_size, dtype, quantized=quantized, products=products)
+    if sampling.tiled:
+        width, height = min(width, 8 * sampling.tile_size), min(height, 8 * sampling.tile_size)
+    decode = decode_bytes(parts["autoencoder"], width, height, batch_size, dtype)
+    weights = {part: weight_bytes(part, parts[part], dtype, quantized=quantized) for part in TITLES}
+    visiting = 0
+    if config.model.offload_text_encoders:
+        visiting = weights["clip"] + weights["t5"]
+        weights |= {"clip": 0, "t5": 0}
+    rest = max(decode, visiting)
+    return weights | {"activations": denoise + rest if config.model.cuda_graphs else max(denoise, rest)}
+
+
+def batch_size_of(config: JobConfig) -> int:
+    """Return the images in one forward pass; 1, the least that must fit, where the run is to find out itself."""
+    size = config.workers.batch_size
+    return 1 if size == "auto" else size
+
+
+def fit(num_bytes: int) -> dict[str, Any]:
+    """Tell which cards have so many bytes to give."""
+    return {"total_bytes": num_bytes, "fits_gb": [card for card in CARDS_GB if num_bytes <= card * 10**9]}
+
+
+def format_memory(figures: dict[str, Any]) -> list[str]:
+    """Lay the figures out for people, in lines."""
+    if "error" in figures:
+        return [f"memory   not known: {figures['error']}"]
+    parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in figures["bytes"].items())
+    return [
+        f"memory   about {shown(figures)}; in batches of {figures['batch_size']}: {parts}",
+        *(
+            f"         with {choice['dtype']}, quantization {choice['quantization']}: about {shown(choice)}"
+            for choice in figures["choices"]
+        ),
+    ]
+
+
+def shown(figures: dict[str, Any]) -> str:
+    """Say how much it is and for which cards."""
+    cards = ", ".join(str(card) for card in figures["fits_gb"])
+    return f"{gigabytes(figures['total_bytes'])} GB, {f'for cards of {cards} GB' if cards else 'more than a card has'}"
+
+
+def gigabytes(num_bytes: int) -> str:
+    """Write a size in GB of 10^9 bytes, no finer than it is known."""
+    return f"{num_bytes / 1e9:.2g}" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f}"

@@ -1,0 +1,227 @@
+"""The plan: data set -> ordered shards; made once from footers alone, saved, and the same for ever after.
+
+Knows row counts; has not read one prompt. A resumed run loads it and checks that the files are still those.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flux_batch.config.schema import JobConfig, PromptsConfig
+from flux_batch.errors import PlanMismatch, SourceError
+from flux_batch.output.layouts import shard_name
+from flux_batch.prompts.source import PromptFile, PromptSource
+from flux_batch.prompts.tables import RowRange
+from flux_batch.records import Shard
+
+VERSION = 1
+READERS = 16
+COLUMNS = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("file", pa.string()),
+        ("start", pa.int64()),
+        ("num_rows", pa.int32()),
+        ("offset", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shards of a run in order, all files of the data set, and the types of the passthrough columns."""
+
+    shards: tuple[Shard, ...]
+    files: tuple[PromptFile, ...]
+    passthrough: pa.Schema
+
+    @property
+    def num_prompts(self) -> int:
+        """Count the rows of all shards."""
+        return sum(shard.num_rows for shard in self.shards)
+
+    def to_parquet(self) -> bytes:
+        """Write the plan; the same plan gives the same bytes."""
+        rows = [
+            {
+                "shard": shard.index,
+                "file": shard.name,
+                "start": shard.start,
+                "num_rows": shard.num_rows,
+                "offset": shard.offset,
+            }
+            for shard in self.shards
+        ]
+        metadata = {
+            "flux_batch": json.dumps({"version": VERSION, "num_prompts": self.num_prompts}),
+            "files": json.dumps([[file.name, file.size, file.version] for file in self.files]),
+            "passthrough": base64.b64encode(self.passthrough.serialize().to_pybytes()),
+        }
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, COLUMNS.with_metadata(metadata)), buffer, compression="zstd")
+        return buffer.getvalue()
+
+    @classmethod
+    def from_parquet(cls, data: bytes, files: Sequence[PromptFile], *, new_files: bool = False) -> Plan:
+        """Load a plan and bind it to the data set as it lies now.
+
+        Raises: PlanMismatch if a file was removed or changed since, or added, unless `new_files` are welcome.
+        """
+        table = pq.read_table(io.BytesIO(data))
+        metadata = table.schema.metadata
+        planned = {name: (size, version) for name, size, version in json.loads(metadata[b"files"])}
+        found = {file.name: file for file in files}
+        _check_same_files(planned, found, new_files)
+        shards = tuple(
+            Shard(
+                index=row["shard"],
+                uri=found[row["file"]].uri,
+                name=row["file"],
+                start=row["start"],
+                num_rows=row["num_rows"],
+                offset=row["offset"],
+            )
+            for row in table.to_pylist()
+        )
+        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(metadata[b"passthrough"])))
+        return cls(shards=shards, files=tuple(found[name] for name in planned), passthrough=schema)
+
+
+def count(data: bytes) -> tuple[int, int]:
+    """Count the shards and the prompts of a saved plan without looking at the data set."""
+    table = pq.read_table(io.BytesIO(data), columns=["num_rows"])
+    return table.num_rows, sum(table["num_rows"].to_pylist())
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a saved plan says by itself: the rows of each shard, and the types of the passthrough columns."""
+
+    num_rows: tuple[int, ...]
+    passthrough: pa.Schema
+
+    @classmethod
+    def from_parquet(cls, data: bytes) -> Outline:
+        """Read it without looking at the data set. Raises: ValueError if it is something else."""
+        try:
+            table = pq.read_table(io.BytesIO(data), columns=["num_rows"])
+            passthrough = base64.b64decode(table.schema.metadata[b"passthrough"])
+            return cls(tuple(table["num_rows"].to_pylist()), pa.ipc.read_schema(pa.py_buffer(passthrough)))
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"not a plan of this program ({error})") from error
+
+
+def make_plan(prompts: PromptsConfig, shard_size: int) -> Plan:
+    """Cut the data set into shards of at most `shard_size` rows; a shard never spans two files.
+
+    Reads listings and Parquet footers (text formats are streamed once). Raises: SourceError if there is nothing to do.
+    """
+    plan = extended(Plan(shards=(), files=(), passthrough=pa.schema([])), prompts, shard_size)
+    if not plan.shards:
+        raise SourceError(f"{', '.join(prompts.uri)}: the data set has no rows")
+    return plan
+
+
+def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
+    """Append the files that are new to the data set, as shards of their own; what is planned stays as it is.
+
+    Returns: the very same plan if no file is new. Raises: SourceError; PlanMismatch if the new files do not fit in.
+    """
+    source = PromptSource(prompts)
+    planned = {file.name for file in plan.files}
+    files = [file for file in source.files() if file.name not in planned]
+    if not files:
+        return plan
+    with ThreadPoolExecutor(READERS) as pool:
+        ranges = list(pool.map(lambda file: source.split(file, shard_size), files))
+    pieces = [(file, rows) for file, cuts in zip(files, ranges, strict=True) for rows in cuts]
+    limit = None if prompts.limit is None else prompts.limit - plan.num_prompts
+    shards = tuple(
+        Shard(
+            index=index,
+            uri=file.uri,
+            name=file.name,
+            start=rows.start,
+            num_rows=rows.num_rows,
+            offset=rows.offset,
+        )
+        for index, (file, rows) in enumerate(_limited(pieces, limit), start=len(plan.shards))
+    )
+    used = {shard.name for shard in shards}
+    passthrough = source.passthrough_schema([file for file in files if file.name in used])
+    if plan.shards and shards:
+        _check_fits(plan, len(shards), passthrough)
+        passthrough = plan.passthrough
+    return Plan(plan.shards + shards, plan.files + tuple(files), passthrough if shards else plan.passthrough)
+
+
+def remaining(plan: Plan, done: set[int]) -> list[Shard]:
+    """Give the shards that are not committed yet, in order."""
+    return [shard for shard in plan.shards if shard.index not in done]
+
+
+def check_same_job(saved: JobConfig, config: JobConfig) -> None:
+    """Raise PlanMismatch with every difference, if `config` would make other pictures than the run that is there."""
+    before, now = saved.identity(), config.identity()
+    changed = [f"  {key}: {before.get(key)!r} -> {now[key]!r}" for key in now if before.get(key) != now[key]]
+    if changed:
+        raise PlanMismatch(
+            f"{config.output.uri}: this output holds a run of another job; take another output.uri, or undo:\n"
+            + "\n".join(changed)
+        )
+
+
+def _check_fits(plan: Plan, num_new: int, passthrough: pa.Schema) -> None:
+    """Raise PlanMismatch for new shards that would change the names or the columns of those that are there."""
+    num_shards = len(plan.shards) + num_new
+    if shard_name(0, num_shards) != shard_name(0, len(plan.shards)):
+        raise PlanMismatch(
+            f"{num_new} new shards make {num_shards}, and the names of the {len(plan.shards)} that are there are too "
+            "short for so many: take another output.uri for the new files"
+        )
+    for field in plan.passthrough:
+        new = passthrough.field(field.name).type
+        if not _holds(field.type, new):
+            raise PlanMismatch(
+                f"the new prompts have {new} in column {field.name!r}, which prompts.passthrough names, where the run "
+                f"has {field.type}"
+            )
+
+
+def _holds(kind: pa.DataType, new: pa.DataType) -> bool:
+    """Whether a column of a type can take in values of another, and remain what it is."""
+    fields = [pa.schema([("", kind)]), pa.schema([("", new)])]
+    try:
+        return bool(pa.unify_schemas(fields, promote_options="permissive").field(0).type == kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return False
+
+
+def _limited(pieces: list[tuple[PromptFile, RowRange]], limit: int | None) -> Iterator[tuple[PromptFile, RowRange]]:
+    """Keep the first `limit` rows."""
+    left = sum(rows.num_rows for _, rows in pieces) if limit is None else limit
+    for file, rows in pieces:
+        if left <= 0:
+            return
+        yield file, RowRange(rows.start, min(rows.num_rows, left), rows.offset)
+        left -= rows.num_rows
+
+
+def _check_same_files(planned: dict[str, tuple[int, str]], found: dict[str, PromptFile], new_files: bool) -> None:
+    differences = [f"  {name}: is gone" for name in planned if name not in found]
+    differences += [
+        f"  {name}: was {size} bytes, version {version}; is {found[name].size}, {found[name].version}"
+        for name, (size, version) in planned.items()
+        if name in found and (found[name].size, found[name].version) != (size, version)
+    ]
+    added = [] if new_files else [f"  {name}: is new; --extend takes it in" for name in found if name not in planned]
+    if differences + added:
+        raise PlanMismatch("the prompts are not those of the run that is there:\n" + "\n".join(differences + added))

@@ -1,0 +1,1 @@
+"""Rows in: files of prompts, their formats, and one row -> one request."""

@@ -1,0 +1,138 @@
+"""The pictures that rows start from: read with bounds, decoded, upright, in RGB, at the size they are needed in.
+
+Knows where bytes lie and how pictures are encoded; whether a row may name a place is decided before (access.py).
+Whatever is wrong with a picture is a RowError and costs its row. Only a storage of the data set's own that fails, and
+may be better later, is a StoreError: its shard is tried again, and the same rows succeed whenever it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from flux_batch.errors import NotFound, RowError, SourceError, StoreError, StoreRefused
+from flux_batch.images import to_rgb
+from flux_batch.prompts.access import WEB, is_inside, local_name, scheme_of, shortened
+from flux_batch.prompts.safe_http import fetch
+from flux_batch.records import InputImage
+from flux_batch.redaction import public_uri
+from flux_batch.storage.retry import attempt
+from flux_batch.storage.store import open_filesystem
+
+MAX_BYTES = 64 * 2**20
+MAX_PIXELS = 64_000_000
+# Pictures of pixels alone: no scripts, no fonts, no files that name other files.
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+# What the machine, and not the row, is to blame for.
+FAULTS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+def given_bytes(data: bytes) -> InputImage:
+    """Return the picture that a row holds itself. Raises: RowError if it is empty or too large."""
+    if not data:
+        raise RowError("column 'input_image' is empty: the bytes of a picture are needed")
+    if len(data) > MAX_BYTES:
+        raise RowError(f"column 'input_image' has more than the {MAX_BYTES} bytes allowed")
+    return InputImage(name=f"sha256:{hashlib.sha256(data).hexdigest()}", data=data)
+
+
+def laid_aside(image: InputImage, folder: Path) -> InputImage:
+    """Move the bytes of a picture from memory to a file in `folder`, which outlives it."""
+    if not image.data:
+        return image
+    path = folder / f"input-{image.name.rpartition(':')[2]}"
+    path.write_bytes(image.data)
+    return replace(image, data=b"", uri=str(path))
+
+
+def check_of_job(uri: str, storage_options: Mapping[str, Any]) -> None:
+    """Raise SourceError unless the picture that the job file names can be used."""
+    try:
+        load_picture(InputImage(name=public_uri(uri), uri=uri), storage_options)
+    except RowError as error:
+        raise SourceError(f"sampling.{error}") from error
+
+
+def load_picture(
+    image: InputImage, storage_options: Mapping[str, Any], size: tuple[int, int] | None = None
+) -> Image.Image:
+    """Return a picture in RGB: upright as its EXIF says, what is transparent in it white, colour profiles not applied.
+
+    size: (width, height) to resize it to, by Lanczos and whatever its proportions, as diffusers does.
+    Raises: RowError saying what is wrong with it; StoreError if the data set's storage is away.
+    """
+    try:
+        picture = decode(image.data or read_bytes(image, storage_options))
+        return picture.resize(size, Image.Resampling.LANCZOS) if size else picture
+    except (RowError, NotFound, StoreRefused) as error:
+        raise RowError(f"input_image {shortened(image.name)}: {error}") from error
+
+
+def read_bytes(image: InputImage, storage_options: Mapping[str, Any]) -> bytes:
+    """Return at most MAX_BYTES of a place that a row may name."""
+    scheme = scheme_of(image.uri)
+    if scheme in WEB:
+        return fetch(image.uri, MAX_BYTES)
+    if scheme in ("", "file"):
+        return _read_file(local_name(image.uri), image.within)
+    return attempt(image.uri, "read", lambda: _read_object(image.uri, storage_options))
+
+
+def decode(data: bytes) -> Image.Image:
+    """Return the (first) picture of a file in RGB. Raises: RowError."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise RowError(f"{width} x {height} pixels, more than the {MAX_PIXELS} allowed")
+            picture.load()
+            return to_rgb(ImageOps.exif_transpose(picture))
+    except RowError:
+        raise
+    except UnidentifiedImageError as error:
+        raise RowError(f"not a picture in a format that is read: {', '.join(FORMATS)}") from error
+    except Exception as error:  # a row ends here: Pillow raises whatever a damaged file makes it stumble over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RowError(f"cannot be decoded: {reason}") from error
+
+
+def _read_file(path: str, within: tuple[str, ...] | None) -> bytes:
+    try:
+        real = os.path.realpath(path)
+        if within is not None and not any(is_inside(real, os.path.realpath(folder)) for folder in within):
+            raise RowError(f"is a link that leads out of {' and '.join(within)}")
+        if not stat.S_ISREG(os.stat(real).st_mode):  # a pipe would be waited for, a device never ends
+            raise RowError(f"{path} is no file")
+        with open(real, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise RowError(f"there is no file {path}") from error
+    except OSError as error:
+        if error.errno in FAULTS:
+            raise StoreError(f"{path}: cannot read: {error}") from error
+        raise RowError(f"{path} cannot be read: {error.strerror}") from error
+    _check_length(len(data))
+    return data
+
+
+def _read_object(uri: str, storage_options: Mapping[str, Any]) -> bytes:
+    fs, path = open_filesystem(uri, storage_options)
+    info = fs.info(path)
+    if info["type"] != "file" or not info["size"]:
+        raise RowError("is empty, or no file")
+    _check_length(info["size"])
+    return bytes(fs.cat_file(path, start=0, end=info["size"]))
+
+
+def _check_length(num_bytes: int) -> None:
+    if num_bytes > MAX_BYTES:
+        raise RowError(f"has more than the {MAX_BYTES} bytes allowed")

@@ -1,0 +1,1 @@
+"""A page of the images of a run, and one picture of them."""
