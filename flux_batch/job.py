@@ -23,7 +23,7 @@ from flux_batch.output.card import card
 from flux_batch.output.commits import Commits
 from flux_batch.output.layouts import layout_for
 from flux_batch.output.lease import HeldStore, Lease
-from flux_batch.output.paths import CARD, JOB, PLAN, REPORT, STAGING, SUCCESS
+from flux_batch.output.paths import CARD, JOB, PLAN, PRECISION, REPORT, STAGING, SUCCESS
 from flux_batch.output.revert import TakeBack
 from flux_batch.output.staging import Staging
 from flux_batch.pipeline.load import load_pipeline
@@ -36,6 +36,7 @@ from flux_batch.report.summary import RunReport, Totals
 from flux_batch.report.versions import versions
 from flux_batch.storage.store import SCRATCH, Store
 from flux_batch.worker.protocol import ImagePipeline
+from flux_batch.worker.settled_precision import settled_job, with_dtype_of_run
 from flux_batch.worker.worker import WorkerRecipe
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def run(
     config = located(config if isinstance(config, JobConfig) else load_job(config))
     stop = stop or Stop()
     store = Store(config.output.uri, config.output.storage_options)
+    config = with_dtype_of_run(store, config)
     report = finished(config, store, extend=extend)
     if report and not (retry_failed and report.num_failed):
         return report
@@ -82,7 +84,7 @@ def run(
             log.info("%s: %d of %d shards to do, output %s", config.name, len(todo), len(plan.shards), store.uri)
             recipe = WorkerRecipe(config, len(plan.shards), plan.passthrough, make_pipeline or load_pipeline)
             render(engine or ray_pool(config), recipe, todo, stop, progress)
-        return close_run(config, store, progress)
+        return close_run(config, store, plan, progress)
 
 
 def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: datetime | None = None) -> JobConfig:
@@ -142,7 +144,7 @@ def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunRep
     if extend:
         log.info("%s: no prompt file is new", config.name)
     log.info("%s: nothing to do, all %d shards are committed in %s", config.name, len(plan.shards), store.uri)
-    return report_of(config, store, progress)
+    return report_of(settled_job(store, config), store, progress)
 
 
 def draft_run(config: JobConfig, store: Store) -> Plan:
@@ -161,7 +163,8 @@ def open_run(config: JobConfig, store: Store, draft: Plan | None = None, *, exte
         return extend_run(config, store, plan) if extend else plan
     plan = draft or draft_run(config, store)
     if store.exists(PLAN):
-        store.delete(PLAN)  # of another job, which has made nothing
+        for key in (PLAN, PRECISION):  # of another job, which has made nothing
+            store.delete(key)
     store.write(JOB, config.to_yaml().encode())
     store.write(CARD, card(config, plan.num_prompts).encode())
     try:
@@ -196,7 +199,8 @@ def saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Plan
     except NotFound:
         return None
     try:
-        check_same_job(JobConfig.from_yaml(store.read(JOB).decode(), origin=store.url(JOB)), config)
+        saved_job = JobConfig.from_yaml(store.read(JOB).decode(), origin=store.url(JOB))
+        check_same_job(settled_job(store, saved_job), settled_job(store, config))
         return Plan.from_parquet(saved, PromptSource(config.prompts).files(), new_files=extend)
     except PlanMismatch:
         if written(store):
@@ -242,8 +246,9 @@ def written(store: Store) -> list[str]:
     return store.list("train") or store.list("metadata") or store.list(STAGING)
 
 
-def close_run(config: JobConfig, store: Store, progress: Progress) -> RunReport:
+def close_run(config: JobConfig, store: Store, plan: Plan, progress: Progress) -> RunReport:
     """Write the report and, when every shard is committed, _SUCCESS as the last object of the run."""
+    config = settled_job(store, config)
     report = report_of(config, store, progress)
     if report.is_complete:
         Staging(store, progress.num_shards).clear()
@@ -253,6 +258,7 @@ def close_run(config: JobConfig, store: Store, progress: Progress) -> RunReport:
         revision = model_revision(config.model.uri, config.model.storage_options)
         report = replace(report, model={**report.model, "revision": revision})
         store.write(REPORT, report.to_json())
+        store.write(CARD, card(config, plan.num_prompts).encode())  # with the dtype that was settled on
         if report.is_complete:
             store.write(SUCCESS, b"")
     return report

@@ -90,11 +90,14 @@ class FluxMapper:
         )
         self._prefix, self._exit_on_device_loss = prefix, exit_on_device_loss
         pipeline = make_pipeline(config.model)
+        settings = config.model
+        if settings.quantization == "none":  # else it stands as the caller has set it
+            settings = settings.model_copy(update={"quantization": pipeline.precision["quantization"]})
         loras = LoraSwitch(pipeline, RowLoras(config.model.loras, "").of_job)
         tiles = Tiles(config.sampling.tile_size, config.sampling.tile_stride) if config.sampling.tiled else None
         self._maker = BatchMaker(pipeline, loras, tiles, on_progress=lambda: None)
         layout = layout_for(config.output, pa.schema([]))
-        self._recorder = Recorder(config.model, layout, pipeline.default_t5_sequence_length, loras.words)
+        self._recorder = Recorder(settings, layout, pipeline.default_t5_sequence_length, loras.words)
 
     def __call__(self, batch: Batch) -> Batch:
         """Make the pictures of a batch: a dict of NumPy columns, or an Arrow table, which is what comes back.

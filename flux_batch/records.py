@@ -22,8 +22,8 @@ ALIASES = {
     "max_sequence_length": "t5_sequence_length",
 }
 
-# How the weights are kept: as they are; in fp8, multiplied in the model's dtype; in fp8, multiplied in fp8.
-Quantization = Literal["none", "fp8", "fp8_matmul"]
+# How matrices are kept: as the model's dtype; in bfloat16 or fp8, widened to it for each product; multiplied in fp8.
+Quantization = Literal["none", "bfloat16", "fp8", "fp8_matmul"]
 
 # A packed latent token covers 16 x 16 pixels (8x autoencoder, 2x2 patches).
 PIXELS_PER_TOKEN = 16
@@ -85,9 +85,14 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 def check_quantization(value: str, dtype: str) -> None:
     """Raise InvalidSetting unless weights can be kept that way in a model of `dtype`, by its name."""
     check_choice("quantization", value, get_args(Quantization))
-    if value == "fp8_matmul" and dtype != "bfloat16":
+    if value == "fp8_matmul" and dtype not in ("bfloat16", "auto"):
         raise InvalidSetting(
             f"quantization = fp8_matmul: products in fp8 give bfloat16, not {dtype}; take bfloat16, or fp8 alone",
+            field="quantization",
+        )
+    if value == "bfloat16" and dtype not in ("float32", "auto"):
+        raise InvalidSetting(
+            f"quantization = bfloat16: saves nothing in a model of {dtype}; take dtype float32, or quantization none",
             field="quantization",
         )
 

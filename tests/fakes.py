@@ -54,6 +54,8 @@ class FakePipeline:
 
     default_t5_sequence_length = 512
     compile_cache: Any = None
+    precision = {"dtype": "float32", "quantization": "none"}  # noqa: RUF012
+    native_dtype = "float32"
 
     def __init__(self, memory: Path | None = None) -> None:
         self.calls: list[list[str]] = []

@@ -130,7 +130,7 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("prompts.passthrough=[a, b, a]", "prompts.passthrough: names column 'a' twice"),
         ("model.dtype=int8", "model.dtype = 'int8'"),
         ("model.quantization=fp9", "model.quantization = 'fp9': no way to keep weights; did you mean 'fp8'?"),
-        ("model.quantization=nf4", "known are none, fp8, fp8_matmul"),
+        ("model.quantization=nf4", "known are none, bfloat16, fp8, fp8_matmul"),
         (
             "model={uri: demo, dtype: float16, quantization: fp8_matmul}",
             "model.quantization = fp8_matmul: products in fp8 give bfloat16, not float16; take bfloat16, or fp8 alone",

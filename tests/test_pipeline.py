@@ -681,7 +681,7 @@ class TestFromPretrained:
 
     @pytest.mark.parametrize("dtype", ["bfloat17", "int8", "Tensor", torch.int64])
     def test_unknown_dtype(self, repository: Path, dtype: Any) -> None:
-        with pytest.raises(InvalidSetting, match="must be bfloat16, float16 or float32"):
+        with pytest.raises(InvalidSetting, match="must be bfloat16, float16, float32 or auto"):
             FluxImagePipeline.from_pretrained(repository, torch_dtype=dtype, device="cpu")
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

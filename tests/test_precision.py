@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from fakes import make_fake_pipeline
 from flux_batch import FluxImagePipeline, ModelManager
+from flux_batch.config.schema import ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import InvalidSetting, PlanMismatch
 from flux_batch.images import read_provenance
 from flux_batch.job import load_pipeline, run
 from flux_batch.model import layers
+from flux_batch.model.footprint import is_quantizable
 from flux_batch.model.optimize.quantize import Fp8Linear, Fp8Product
-from flux_batch.pipeline import model_manager
+from flux_batch.pipeline import model_manager, precision
 from job_files import make_job, metadata
 from tiny_flux import copy_repository, make_tiny_repository
 
@@ -78,6 +80,83 @@ def difference(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
     return float(np.abs(one - other).mean())
 
 
+PARTS = {"transformer": "transformer", "text_encoder_2": "t5"}
+
+
+class TestNarrowWeights:
+    def test_widened_weights_give_what_float32_gives_of_weights_rounded_to_bfloat16(
+        self, repository: Path, tmp_path: Path
+    ) -> None:
+        rounded = copy_repository(repository, tmp_path / "rounded")
+        for part in PARTS:
+            for path in (rounded / part).glob("*.safetensors"):
+                state = load_file(path)
+                narrow = {
+                    name: value.bfloat16().float() if is_quantizable(PARTS[part], name, value.ndim) else value
+                    for name, value in state.items()
+                }
+                save_file(narrow, path, metadata={"format": "pt"})
+        options: dict[str, Any] = {**SMALL, "output_type": "latent"}
+        exact = FluxImagePipeline.from_pretrained(rounded, torch_dtype="float32", device="cpu")
+        widened = FluxImagePipeline.from_pretrained(
+            rounded, torch_dtype="float32", device="cpu", quantization="bfloat16"
+        )
+        blocks = (
+            widened.transformer.double_blocks[0].img_mlp[0],
+            widened.t5.model.encoder.block[0].layer[0].SelfAttention.q,
+        )
+        assert {layer.weight.dtype for layer in blocks} == {torch.bfloat16}
+        assert widened.autoencoder.decoder.conv_in.weight.dtype == torch.float32
+        expected = exact(PROMPTS, seed=SEEDS, **options)
+        torch.testing.assert_close(widened(PROMPTS, seed=SEEDS, **options), expected, rtol=0, atol=1e-5)
+
+    def test_a_cpu_short_of_memory_keeps_bfloat16_and_one_with_room_float32(
+        self, repository: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(precision, "native_dtype", lambda _: torch.float32)
+        for free, expected in ((10_000, "bfloat16"), (10**12, "none")):
+            monkeypatch.setattr(precision, "free_memory", lambda free=free: free)
+            pipe = FluxImagePipeline.from_pretrained(repository, device="cpu")
+            assert pipe.precision == {"dtype": "float32", "quantization": expected}
+
+    def test_auto_is_a_name_of_it(self, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(precision, "native_dtype", lambda _: torch.bfloat16)
+        pipe = FluxImagePipeline.from_pretrained(repository, torch_dtype="auto", device="cpu")
+        assert (pipe.torch_dtype, pipe.quantization) == (torch.bfloat16, "none")
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_nothing_is_saved_beside_a_narrow_dtype(self, repository: Path, dtype: str) -> None:
+        with pytest.raises(InvalidSetting, match=f"saves nothing in a model of {dtype}"):
+            FluxImagePipeline.from_pretrained(repository, torch_dtype=dtype, device="cpu", quantization="bfloat16")
+
+    def test_a_dtype_without_instructions_is_named(
+        self, repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(precision, "native_dtype", lambda _: torch.float32)
+        load_pipeline(ModelConfig(uri=str(repository), dtype="bfloat16"))
+        assert "cpu has no instructions for bfloat16" in caplog.text
+        caplog.clear()
+        load_pipeline(ModelConfig(uri=str(repository)))
+        assert caplog.text == ""
+
+    def test_free_memory_is_that_of_the_cgroup_where_that_is_less(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        info = tmp_path / "meminfo"
+        info.write_text("MemTotal: 100 kB\nMemAvailable:   64 kB\n")
+        monkeypatch.setattr(precision, "MEMORY_INFO", info)
+        monkeypatch.setattr(precision, "CGROUP", tmp_path)
+        assert precision.free_memory() == 64 * 1024
+        (tmp_path / "memory.max").write_text("max\n")
+        (tmp_path / "memory.current").write_text("1000\n")
+        assert precision.free_memory() == 64 * 1024
+        (tmp_path / "memory.max").write_text("9000\n")
+        assert precision.free_memory() == 8000
+        monkeypatch.setattr(precision, "MEMORY_INFO", tmp_path / "none")
+        assert precision.free_memory() is None
+        assert precision.fits_into_memory(10**15)
+
+
 class TestQuantization:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
     def test_fp8_weights_give_nearly_the_same_pictures(self, load: Load, dtype: str) -> None:
@@ -114,10 +193,16 @@ class TestQuantization:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"quantization": "fp9"}, "quantization = 'fp9': must be one of none, fp8, fp8_matmul; did you mean fp8?"),
+            (
+                {"quantization": "fp9"},
+                "quantization = 'fp9': must be one of none, bfloat16, fp8, fp8_matmul; did you mean fp8?",
+            ),
             ({"quantization": "fp8_matmul", "torch_dtype": "float16"}, "give bfloat16, not float16"),
-            ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype = float8_e4m3fn: must be bfloat16, float16 or float32"),
-            ({"torch_dtype": torch.float64}, "must be bfloat16, float16 or float32"),
+            (
+                {"torch_dtype": "float8_e4m3fn"},
+                "float8_e4m3fn: must be bfloat16, float16, float32 or auto",
+            ),
+            ({"torch_dtype": torch.float64}, "must be bfloat16, float16, float32 or auto"),
             ({"step_cache": 2.0}, "step_cache = 2.0: must be from 0, which is off, to 1"),
         ],
     )

@@ -107,8 +107,8 @@ def _add_model(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--model", default="demo", metavar="URI", help="a model, as in a job file (demo)")
     kind.add_argument("--random-weights", choices=SIZE_NAMES, help="none, but one of that size with random weights")
     kind.add_argument("--device", help="cuda if there is one, else cpu")
-    kind.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    kind.add_argument("--quantization", choices=["none", "fp8", "fp8_matmul"], default="none")
+    kind.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
+    kind.add_argument("--quantization", choices=["none", "bfloat16", "fp8", "fp8_matmul"], default="none")
     kind.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="of the pipeline, e.g. step_cache=0.1"
     )

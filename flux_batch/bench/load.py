@@ -46,7 +46,7 @@ def load_here(source: Source, process_started: float) -> dict[str, Any]:
 
     import flux_batch.pipeline.pipeline  # noqa: F401  imported here, so that it is not counted as loading
 
-    device = torch.device(source.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = source.torch_device
     if device.type == "cuda" and torch.cuda.is_available():
         torch.zeros(1, device=device)  # makes the context now
     imported = time.perf_counter()

@@ -10,6 +10,8 @@ from flux_batch.errors import JobError
 from flux_batch.records import Quantization
 
 if TYPE_CHECKING:
+    import torch
+
     from flux_batch.pipeline.model_manager import ModelManager
     from flux_batch.pipeline.pipeline import FluxImagePipeline
 
@@ -21,7 +23,7 @@ class Source:
     uri: str = "demo"
     random_weights: Literal["dev", "schnell", "small", "tiny"] | None = None
     device: str | None = None
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     quantization: Quantization = "none"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -29,18 +31,31 @@ class Source:
         """Return what stands beside a figure."""
         return {
             "model": f"random weights, size {self.random_weights}" if self.random_weights else self.uri,
-            "dtype": self.dtype,
+            "dtype": self.dtype_name,
             "quantization": self.quantization,
             "pipeline_options": dict(self.options),
         }
 
-    def load(self) -> ModelManager:
-        """Load or make the parts. Raises: CheckpointError, InvalidSetting, StoreError."""
+    @property
+    def torch_device(self) -> torch.device:
+        """The device by name: `cuda` if there is one, else `cpu`, where none is named."""
         import torch
 
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype by name; for `auto` what the device computes natively."""
+        from flux_batch.model.optimize.dtypes import dtype_name
+        from flux_batch.pipeline.precision import to_dtype
+
+        return dtype_name(to_dtype(self.dtype, self.torch_device, self.quantization))
+
+    def load(self) -> ModelManager:
+        """Load or make the parts. Raises: CheckpointError, InvalidSetting, StoreError."""
         from flux_batch.pipeline.model_manager import ModelManager, locate_parts
 
-        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = self.torch_device
         if self.random_weights:
             from flux_batch.bench.pipeline.random_model import random_manager
 

@@ -203,9 +203,11 @@ class ModelConfig(Section):
     """Options of fsspec for the model and its LoRAs."""
     refresh: bool = False
     """Ask the remote whether the model has changed before the copy on a node is used."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """`auto` is what the device computes natively: the run's first worker writes it down, all others keep to it."""
     quantization: Quantization = "none"
-    """`fp8` halves the memory of the weights; `fp8_matmul` multiplies in fp8 too, on Ada, Hopper or later GPUs."""
+    """`fp8` halves the memory of bfloat16; `fp8_matmul` multiplies in fp8 too, on Ada, Hopper or later GPUs; `bfloat16`
+    halves that of float32, widened for each product, which `auto` takes on a CPU short of memory."""
     step_cache: float = 0.0
     """Reuse most of a step that differs from the last computed one by less than this share, up to 1; 0 is off."""
     compile: bool = False

@@ -40,16 +40,16 @@ def weight_dtype(part: str, dtype: str) -> str:
     return "float32" if part == "autoencoder" and dtype == "float16" else dtype
 
 
-def weight_bytes(part: str, shapes: Shapes, dtype: str, *, quantized: bool) -> int:
-    """Return the bytes of a part's weights: fp8 matrices take one a number, and a scale a row."""
+def weight_bytes(part: str, shapes: Shapes, dtype: str, quantization: str = "none") -> int:
+    """Return the bytes of a part's weights: fp8 matrices take one a number and a scale a row, bfloat16 ones two."""
     wide = DTYPE_BYTES[weight_dtype(part, dtype)]
     total = 0
     for name, shape in shapes.items():
         if name == TABLE_AGAIN and TABLE in shapes:
             continue
         numbers = math.prod(shape)
-        if quantized and is_quantizable(part, name, len(shape)):
-            total += numbers + SCALE_BYTES * shape[0]
+        if quantization != "none" and is_quantizable(part, name, len(shape)):
+            total += 2 * numbers if quantization == "bfloat16" else numbers + SCALE_BYTES * shape[0]
         elif part == "t5" and dtype == "float16" and name.endswith(".wo.weight"):
             total += 4 * numbers  # kept in float32, see model/text.py
         else:
@@ -57,16 +57,14 @@ def weight_bytes(part: str, shapes: Shapes, dtype: str, *, quantized: bool) -> i
     return total
 
 
-def denoise_bytes(
-    shapes: Shapes, num_tokens: int, batch_size: int, dtype: str, *, quantized: bool, products: bool = False
-) -> int:
+def denoise_bytes(shapes: Shapes, num_tokens: int, batch_size: int, dtype: str, quantization: str = "none") -> int:
     """Return the bytes of the transformer's activations at their peak, not compiled; text and image tokens of an image.
 
     The peak is in a single block, before linear2. Of each token there are then: the stream and what the first and the
     last double block left (3h), linear1's output (3h + m), q and k (2h), attention (h), the activated MLP (m), both
-    side by side (h + m). With fp8 it may come just after, when the weight of linear2 is there in fp32 and the dtype;
-    with products in fp8, when what goes into linear2 is there in fp32 and fp8 as well. Throughout there is what
-    modulates the blocks, of some steps.
+    side by side (h + m). With narrow weights it may come just after, when the weight of linear2 is there in fp32 and
+    the dtype, too; with products in fp8, when what goes into linear2 is there in fp32 and fp8 as well. Throughout there
+    is what modulates the blocks, of some steps.
     """
     h = first_shape(shapes, "img_in.weight", "x_embedder.weight")[0]
     m = first_shape(shapes, "double_blocks.0.img_mlp.0.weight", "transformer_blocks.0.ff.net.0.proj.weight")[0]
@@ -74,8 +72,9 @@ def denoise_bytes(
     numbers = batch_size * num_tokens * wide
     modulation = max(MODULATION_ROWS, batch_size) * num_modulations(shapes) * h * wide
     before = numbers * (10 * h + 3 * m)
-    if not quantized:
+    if quantization == "none":
         return modulation + before
+    products = quantization == "fp8_matmul"
     rows, narrow = (batch_size * num_tokens, 1) if products else (h, wide % 4)  # fp32 is no further copy
     return modulation + max(before, numbers * (10 * h + 2 * m) + rows * (h + m) * (4 + narrow))
 

@@ -23,6 +23,7 @@ from flux_batch.output.paths import (
     JOB,
     LEASE,
     PLAN,
+    PRECISION,
     PROGRESS,
     REPORT,
     STAGING,
@@ -35,7 +36,8 @@ log = logging.getLogger(__name__)
 
 READERS = 16
 RUN_FOLDER = "_run"
-OWN = {BATCH_SIZE, COMPILE_CACHE, JOB, PLAN, PROGRESS, REPORT, COMMITS, FAILED, LEASE, SCRATCH, STAGING, TAKEN_BACK}
+OWN = {BATCH_SIZE, COMPILE_CACHE, JOB, PLAN, PRECISION, PROGRESS, REPORT}
+OWN |= {COMMITS, FAILED, LEASE, SCRATCH, STAGING, TAKEN_BACK}
 
 # A file whose write never ended; staged pictures that nobody needs any more; files of a shard that is not committed,
 # which may still be; what no run puts there.

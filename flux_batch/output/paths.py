@@ -15,6 +15,8 @@ STAGING = "_run/staging"
 TAKEN_BACK = "_run/taken-back"
 # How many pictures a forward pass makes, where the run was to find out itself.
 BATCH_SIZE = "_run/batch_size.json"
+# Which dtype the run computes in, where its job leaves that open.
+PRECISION = "_run/precision.json"
 # What torch.compile has made on one worker, for the others: an object a kind of device.
 COMPILE_CACHE = "_run/compile_cache"
 CARD = "README.md"

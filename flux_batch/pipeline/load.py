@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from flux_batch.config.schema import ModelConfig
@@ -9,6 +10,9 @@ from flux_batch.pipeline.heap import keep_freed_memory
 
 if TYPE_CHECKING:
     from flux_batch.pipeline.pipeline import FluxImagePipeline
+    from flux_batch.pipeline.precision import slow_dtype
+
+log = logging.getLogger(__name__)
 
 
 def load_pipeline(model: ModelConfig) -> FluxImagePipeline:
@@ -26,6 +30,13 @@ def load_pipeline(model: ModelConfig) -> FluxImagePipeline:
         storage_options=model.storage_options,
         refresh=model.refresh,
     )
+    if native := slow_dtype(pipeline.device, pipeline.torch_dtype):
+        log.warning(
+            "%s has no instructions for %s: pictures take several times as long as in %s, which dtype auto takes",
+            pipeline.device,
+            model.dtype,
+            native,
+        )
     prepare_process(pipeline)
     return pipeline
 

@@ -20,49 +20,64 @@ from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint, 
 from flux_batch.model.checkpoint.folders import LOADING_ORDER, find_parts
 from flux_batch.model.checkpoint.loading import Prepare, load_autoencoder, load_transformer
 from flux_batch.model.checkpoint.recognise import Layout, parts_of
-from flux_batch.model.optimize.quantize import no_fp8_products, quantize_t5, quantize_transformer
+from flux_batch.model.optimize.dtypes import dtype_name
+from flux_batch.model.optimize.quantize import (
+    narrow_t5,
+    narrow_transformer,
+    no_fp8_products,
+    quantize_t5,
+    quantize_transformer,
+)
 from flux_batch.model.params import ScheduleParams, schedule_params
 from flux_batch.model.text import ClipEncoder, T5Encoder, load_clip, load_t5
 from flux_batch.model.transformer import Flux
 from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 from flux_batch.pipeline.loras import Loras
+from flux_batch.pipeline.precision import to_dtype
 from flux_batch.records import Quantization, check_quantization
 
 # What is done to a model before it is filled.
 TRANSFORMER_CHANGES: Mapping[Quantization, Prepare | None] = {
     "none": None,
+    "bfloat16": narrow_transformer,
     "fp8": quantize_transformer,
     "fp8_matmul": partial(quantize_transformer, products=True),
 }
-T5_CHANGES: Mapping[Quantization, Prepare | None] = {"none": None, "fp8": quantize_t5, "fp8_matmul": quantize_t5}
+T5_CHANGES: Mapping[Quantization, Prepare | None] = {
+    "none": None,
+    "bfloat16": narrow_t5,
+    "fp8": quantize_t5,
+    "fp8_matmul": quantize_t5,
+}
 
 
 class ModelManager:
     """Loads the parts of a model, each recognised by its keys, whatever its file is called and however encoded.
 
-    quantization: `fp8` keeps the matrices of transformer and T5 in fp8 (their bits, if the file holds fp8) and
-    multiplies in `torch_dtype`; `fp8_matmul` multiplies the transformer's in fp8 as well: bfloat16 only, on an NVIDIA
-    GPU of Ada, Hopper or later, or, slowly and for the same pictures, on the CPU.
+    torch_dtype: None is the device's native one, see native_dtype. quantization: `bfloat16` keeps the matrices of
+    transformer and T5 in bfloat16 and multiplies in float32; `fp8` keeps them in fp8 (their bits, if the file holds
+    fp8) and multiplies in `torch_dtype`; `fp8_matmul` multiplies the transformer's in fp8 as well: bfloat16 only, on an
+    NVIDIA GPU of Ada, Hopper or later, or, slowly and for the same pictures, on the CPU.
     Raises: CheckpointError for a file that is missing, damaged, incomplete or of a layout that is not supported;
     InvalidSetting for a device that is not there, or lacks products in fp8.
     """
 
     def __init__(
         self,
-        torch_dtype: torch.dtype | str = torch.bfloat16,
+        torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device = "cuda",
         file_path_list: Sequence[PathOrFolder | Sequence[PathOrFolder]] = (),
         *,
         quantization: Quantization = "none",
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.torch_dtype = to_dtype(torch_dtype)
-        self.quantization = quantization
         self.storage_options = storage_options or {}
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise InvalidSetting(f"device = {device}: there is no CUDA device here; use cpu", field="device")
-        check_quantization(quantization, str(self.torch_dtype).removeprefix("torch."))
+        self.torch_dtype = to_dtype(torch_dtype, self.device, quantization)
+        self.quantization = quantization
+        check_quantization(quantization, dtype_name(self.torch_dtype))
         if quantization == "fp8_matmul" and (obstacle := no_fp8_products(self.device)):
             raise InvalidSetting(f"quantization = {quantization}: {obstacle}; take fp8", field="quantization")
         self.transformer: Flux | None = None
@@ -88,8 +103,8 @@ class ModelManager:
         if torch_dtype == torch.float8_e4m3fn:
             quantization = "fp8" if quantization == "none" else quantization
         elif torch_dtype is not None:
-            dtype = to_dtype(torch_dtype)
-        check_quantization(quantization, str(dtype).removeprefix("torch."))
+            dtype = to_dtype(torch_dtype, self.device)
+        check_quantization(quantization, dtype_name(dtype))
         for source in file_path_list:
             with checkpoint_errors(), device_errors():
                 parts = parts_of(open_checkpoint(to_path(source, self.storage_options)))
@@ -125,14 +140,6 @@ class ModelManager:
             prepare = T5_CHANGES[quantization]
             self.t5 = load_t5(checkpoint, dtype=dtype, device=self.device, prepare=prepare)
             self.loras.add_part("t5", self.t5.model)
-
-
-def to_dtype(name: torch.dtype | str) -> torch.dtype:
-    """Return the dtype of that name. Raises: InvalidSetting for one that pictures are not computed in."""
-    dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise InvalidSetting(f"torch_dtype = {name}: must be bfloat16, float16 or float32", field="torch_dtype")
-    return dtype
 
 
 def locate_parts(

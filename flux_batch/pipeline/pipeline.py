@@ -23,6 +23,7 @@ from flux_batch.model.optimize.compile import compile_blocks
 from flux_batch.model.optimize.compile_cache import CompileCache
 from flux_batch.model.optimize.cpu_products import choose_products
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
+from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.model.optimize.kernels import attention_order
 from flux_batch.model.optimize.offload import Visitors
 from flux_batch.model.optimize.step_cache import StepCache
@@ -46,6 +47,7 @@ from flux_batch.pipeline.errors import device_errors
 from flux_batch.pipeline.loras import Loras
 from flux_batch.pipeline.model_manager import ModelManager, locate_parts
 from flux_batch.pipeline.pixels import check_finite, to_pixels, to_uint8
+from flux_batch.pipeline.precision import AUTO, must_be_narrow
 from flux_batch.pipeline.request import PictureRequest, one_each, resolve_aliases
 from flux_batch.pipeline.text_cache import MAX_BYTES, MAX_BYTES_AWAY, EncodedTexts
 from flux_batch.records import PIXELS_PER_TOKEN, Quantization, check_choice, check_cuda_graphs, check_step_cache
@@ -68,6 +70,7 @@ class FluxImagePipeline:
         t5: T5Encoder,
         schedule: ScheduleParams,
         *,
+        quantization: Quantization = "none",
         step_cache: float = 0.0,
         loras: Loras | None = None,
         compile_cache: CompileCache | None = None,
@@ -79,6 +82,7 @@ class FluxImagePipeline:
         self.clip = clip
         self.t5 = t5
         self.schedule = schedule
+        self.quantization = quantization
         self.step_cache = step_cache
         self.compile_cache = compile_cache
         self.graphs = graphs
@@ -132,6 +136,7 @@ class FluxImagePipeline:
         cache = CompileCache(manager.transformer) if compile else None
         return cls(
             *parts,
+            quantization=manager.quantization,
             step_cache=step_cache,
             loras=manager.loras,
             compile_cache=cache,
@@ -143,7 +148,7 @@ class FluxImagePipeline:
     def from_pretrained(
         cls,
         uri: PathOrFolder,
-        torch_dtype: torch.dtype | str = torch.bfloat16,
+        torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         *,
         quantization: Quantization = "none",
@@ -158,18 +163,18 @@ class FluxImagePipeline:
 
         uri: a path, an address that fsspec knows (s3://bucket/flux, with `storage_options`), or a repository of Hugging
         Face (hf://owner/name, owner/name); what is remote is fetched once a machine and then used without asking,
-        unless `refresh`. torch_dtype: a dtype or its name; device: `cuda` if there is one, else `cpu`. quantization:
-        see ModelManager; step_cache: what calls take that name none; compile, cuda_graphs, offload_text_encoders: see
+        unless `refresh`. device: `cuda` if there is one, else `cpu`. torch_dtype: a dtype or its name; None or `auto`
+        is what the device computes natively, on a CPU short of memory with quantization `bfloat16`. quantization: see
+        ModelManager; step_cache: what calls take that name none; compile, cuda_graphs, offload_text_encoders: see
         from_model_manager.
         Raises: CheckpointError saying what was looked for; StoreError for a remote that fails; InvalidSetting.
         """
-        manager = ModelManager(
-            torch_dtype,
-            device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            quantization=quantization,
-            storage_options=storage_options,
-        )
-        manager.load_models(locate_parts(uri, storage_options, refresh=refresh))
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        manager = ModelManager(torch_dtype, device, quantization=quantization, storage_options=storage_options)
+        paths = locate_parts(uri, storage_options, refresh=refresh)
+        if torch_dtype in AUTO and quantization == "none" and must_be_narrow(device, manager.torch_dtype, paths):
+            manager.quantization = "bfloat16"
+        manager.load_models(paths)
         return cls.from_model_manager(
             manager,
             step_cache=step_cache,
@@ -182,6 +187,16 @@ class FluxImagePipeline:
     def default_t5_sequence_length(self) -> int:
         """The T5 length the model was made for: 512 for dev, 256 for schnell, less if its tokenizer says less."""
         return min(T5_SEQUENCE_LENGTH[self.transformer.params.guidance_embed], self.t5.max_length)
+
+    @property
+    def precision(self) -> dict[str, str]:
+        """The dtype and quantization it computes in, as the `model` section of a job spells them."""
+        return {"dtype": dtype_name(self.torch_dtype), "quantization": self.quantization}
+
+    @property
+    def native_dtype(self) -> str:
+        """The dtype that its device computes natively, by name."""
+        return dtype_name(native_dtype(self.device))
 
     def load_lora(self, uri: PathOrFolder, scale: float = 1.0) -> None:
         """Merge one more LoRA into the weights. Raises: as `set_loras`."""

@@ -15,6 +15,7 @@ from flux_batch.model.checkpoint.checkpoint import open_checkpoint
 from flux_batch.model.checkpoint.folders import TITLES, find_parts
 from flux_batch.model.checkpoint.recognise import parts_of
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, weight_bytes
+from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.model.params import Shapes
 
 # A card of 24 GB has 24 x 2^30 bytes and is counted as 24 x 10^9: what is between the two, 7 %, is left to CUDA, to
@@ -44,7 +45,7 @@ def memory(config: JobConfig) -> dict[str, Any]:
         if source is None:
             return {"error": f"{model.uri} is not on this machine"}
         parts = read_shapes(source)
-        needed = parts_bytes(config, parts, model.dtype, model.quantization)
+        needed = parts_bytes(config, parts, expected_dtype(config), model.quantization)
         others = {choice: parts_bytes(config, parts, *choice) for choice in CHOICES}
     except (FluxBatchError, ValueError, OSError) as error:
         return {"error": str(error)}
@@ -76,21 +77,26 @@ def parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantiz
     denoising takes is taken throughout.
     """
     sampling, batch_size = config.sampling, batch_size_of(config)
-    quantized = quantization != "none"
     width, height = sampling.width, sampling.height
     num_tokens = width * height // PIXELS_A_TOKEN + (sampling.t5_sequence_length or TEXT_TOKENS)
-    products = quantization == "fp8_matmul"
-    denoise = denoise_bytes(parts["transformer"], num_tokens, batch_size, dtype, quantized=quantized, products=products)
+    denoise = denoise_bytes(parts["transformer"], num_tokens, batch_size, dtype, quantization)
     if sampling.tiled:
         width, height = min(width, 8 * sampling.tile_size), min(height, 8 * sampling.tile_size)
     decode = decode_bytes(parts["autoencoder"], width, height, batch_size, dtype)
-    weights = {part: weight_bytes(part, parts[part], dtype, quantized=quantized) for part in TITLES}
+    weights = {part: weight_bytes(part, parts[part], dtype, quantization) for part in TITLES}
     visiting = 0
     if config.model.offload_text_encoders:
         visiting = weights["clip"] + weights["t5"]
         weights |= {"clip": 0, "t5": 0}
     rest = max(decode, visiting)
     return weights | {"activations": denoise + rest if config.model.cuda_graphs else max(denoise, rest)}
+
+
+def expected_dtype(config: JobConfig) -> str:
+    """Return the dtype of the job; for `auto` bfloat16, as GPUs of today take it, or this CPU's own without GPUs."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "bfloat16" if config.workers.num_gpus else dtype_name(native_dtype("cpu"))
 
 
 def batch_size_of(config: JobConfig) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from flux_batch.images import Pixels
@@ -39,6 +39,16 @@ class ImagePipeline(Protocol):
     @property
     def compile_cache(self) -> CompileCache | None:
         """What was compiled; None if nothing is."""
+        ...
+
+    @property
+    def precision(self) -> Mapping[str, str]:
+        """The `dtype` and `quantization` it computes in, as the `model` section of a job spells them."""
+        ...
+
+    @property
+    def native_dtype(self) -> str:
+        """The dtype that its device computes natively, by name."""
         ...
 
     def __call__(

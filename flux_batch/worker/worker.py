@@ -44,6 +44,7 @@ from flux_batch.worker.generate import BatchMaker, Made, Tiles
 from flux_batch.worker.lora_switch import LoraSwitch
 from flux_batch.worker.protocol import ImagePipeline
 from flux_batch.worker.recorder import Recorder, message_of
+from flux_batch.worker.settled_precision import load_settled
 from flux_batch.worker.shard import ShardRun
 
 # Batches that may be on their way to the staging area while the next is made: what a kill can cost beside that one.
@@ -67,7 +68,10 @@ class WorkerRecipe:
     def open(self) -> Worker:
         """Load the model and open the output, once the disk is free of what killed workers left."""
         sweep_scratch()
-        return Worker(self, self.make_pipeline(self.config.model))
+        output, failures = self.config.output, self.config.failures
+        store = Store(output.uri, output.storage_options, patience_s=failures.outage_s)
+        pipeline, model = load_settled(store, self.config.model, self.make_pipeline)
+        return Worker(replace(self, config=self.config.model_copy(update={"model": model})), pipeline)
 
 
 class Worker:

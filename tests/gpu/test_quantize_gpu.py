@@ -120,12 +120,11 @@ def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 def test_denoising_takes_the_memory_that_a_plan_says(quantization: str) -> None:
     with CUDA:
         model = Flux(MEDIUM).bfloat16().requires_grad_(False)
-    shapes, products = shapes_of(model), quantization == "fp8_matmul"
+    shapes = shapes_of(model)
     if quantization != "none":
-        quantize_transformer(model, products=products)
-    quantized = quantization != "none"
+        quantize_transformer(model, products=quantization == "fp8_matmul")
     held = sum(value.nbytes for value in [*model.parameters(), *model.buffers()])
-    assert held == weight_bytes("transformer", shapes, "bfloat16", quantized=quantized)
+    assert held == weight_bytes("transformer", shapes, "bfloat16", quantization)
     ids = position_ids(512, 128, 128).to(CUDA)
     kind = {"dtype": torch.bfloat16, "device": CUDA}
     inputs = (
@@ -138,7 +137,7 @@ def test_denoising_takes_the_memory_that_a_plan_says(quantization: str) -> None:
     )
     with torch.inference_mode():
         peak = peak_of(lambda: model(*inputs))
-    counted = denoise_bytes(shapes, 4096 + 512, 2, "bfloat16", quantized=quantized, products=products)
+    counted = denoise_bytes(shapes, 4096 + 512, 2, "bfloat16", quantization)
     assert peak == pytest.approx(counted, rel=0.15)
 
 

@@ -21,6 +21,8 @@ from flux_batch.model.optimize import quantize
 from flux_batch.model.optimize.quantize import Fp8Linear, quantize_t5, quantize_transformer
 from flux_batch.model.params import AUTOENCODER, DEV, SCHNELL, Shapes
 from flux_batch.model.transformer import Flux
+from flux_batch.pipeline.model_manager import T5_CHANGES, TRANSFORMER_CHANGES
+from flux_batch.records import Quantization
 
 META = torch.device("meta")
 T5_XXL = {
@@ -49,28 +51,28 @@ def bytes_of(model: nn.Module) -> int:
 
 def test_dev_has_the_parameters_that_are_published() -> None:
     shapes = shapes_of(on_meta(lambda: Flux(DEV)))
-    assert weight_bytes("transformer", shapes, "bfloat16", quantized=False) == 2 * 11_901_408_320
-    assert weight_bytes("transformer", shapes, "float32", quantized=False) == 4 * 11_901_408_320
+    assert weight_bytes("transformer", shapes, "bfloat16", "none") == 2 * 11_901_408_320
+    assert weight_bytes("transformer", shapes, "float32", "none") == 4 * 11_901_408_320
     schnell = shapes_of(on_meta(lambda: Flux(SCHNELL)))
-    assert weight_bytes("transformer", schnell, "float16", quantized=False) == 2 * 11_891_178_560
+    assert weight_bytes("transformer", schnell, "float16", "none") == 2 * 11_891_178_560
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("quantized", [False, True])
-def test_a_transformer_takes_what_is_counted(dtype: str, quantized: bool) -> None:
+@pytest.mark.parametrize("quantization", TRANSFORMER_CHANGES)
+def test_a_transformer_takes_what_is_counted(dtype: str, quantization: Quantization) -> None:
     model = on_meta(lambda: Flux(DEV), getattr(torch, dtype))
     shapes = shapes_of(model)
     diffusers = {name: tuple(value.shape) for name, value in transformer_to_diffusers(model.state_dict()).items()}
-    if quantized:
-        quantize_transformer(model)
-    counted = weight_bytes("transformer", shapes, dtype, quantized=quantized)
+    if change := TRANSFORMER_CHANGES[quantization]:
+        change(model)
+    counted = weight_bytes("transformer", shapes, dtype, quantization)
     assert counted == bytes_of(model)
-    assert weight_bytes("transformer", diffusers, dtype, quantized=quantized) == counted
+    assert weight_bytes("transformer", diffusers, dtype, quantization) == counted
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("quantized", [False, True])
-def test_a_t5_takes_what_is_counted(dtype: str, quantized: bool) -> None:
+@pytest.mark.parametrize("quantization", T5_CHANGES)
+def test_a_t5_takes_what_is_counted(dtype: str, quantization: Quantization) -> None:
     model = on_meta(lambda: T5EncoderModel(T5Config(**T5_XXL)), getattr(torch, dtype))
     if dtype == "float16":  # as load_t5 does
         for name, module in model.named_modules():
@@ -79,10 +81,10 @@ def test_a_t5_takes_what_is_counted(dtype: str, quantized: bool) -> None:
     model.encoder.set_input_embeddings(model.shared)
     shapes = shapes_of(model)
     assert "encoder.embed_tokens.weight" in shapes  # the one table under its two names
-    if quantized:
-        quantize_t5(model)
-    assert weight_bytes("t5", shapes, dtype, quantized=quantized) == bytes_of(model)
-    if not quantized and dtype == "bfloat16":
+    if change := T5_CHANGES[quantization]:
+        change(model)
+    assert weight_bytes("t5", shapes, dtype, quantization) == bytes_of(model)
+    if quantization == "none" and dtype == "bfloat16":
         assert bytes_of(model) == 2 * 4_762_310_656
 
 
@@ -99,7 +101,7 @@ def test_what_is_counted_as_fp8_is_what_becomes_fp8() -> None:
 
 def test_the_autoencoder_is_no_narrower_than_float32_in_float16() -> None:
     model = on_meta(lambda: AutoEncoder(AUTOENCODER))
-    counts = {dtype: weight_bytes("autoencoder", shapes_of(model), dtype, quantized=True) for dtype in DTYPES}
+    counts = {dtype: weight_bytes("autoencoder", shapes_of(model), dtype, "fp8") for dtype in DTYPES}
     assert counts == {"bfloat16": 2 * 83_819_683, "float16": 4 * 83_819_683, "float32": 4 * 83_819_683}
 
 
@@ -160,15 +162,20 @@ def _products_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_fused_attention", "_products_as_on_a_gpu")
 @pytest.mark.parametrize(
     ("dtype", "quantization", "batch_size"),
-    [("bfloat16", "none", 2), ("bfloat16", "fp8", 1), ("bfloat16", "fp8_matmul", 2), ("float32", "fp8", 1)],
+    [
+        ("bfloat16", "none", 2),
+        ("bfloat16", "fp8", 1),
+        ("bfloat16", "fp8_matmul", 2),
+        ("float32", "fp8", 1),
+        ("float32", "bfloat16", 1),
+    ],
 )
-def test_denoising_holds_what_is_counted(dtype: str, quantization: str, batch_size: int) -> None:
+def test_denoising_holds_what_is_counted(dtype: str, quantization: Quantization, batch_size: int) -> None:
     kind, num_txt, num_img = getattr(torch, dtype), 512, 4096
     model = on_meta(lambda: Flux(DEV), kind)
     shapes = shapes_of(model)
-    quantized, products = quantization != "none", quantization == "fp8_matmul"
-    if quantized:
-        quantize_transformer(model, products=products)
+    if change := TRANSFORMER_CHANGES[quantization]:
+        change(model)
     alive = Alive(model)
     with torch.no_grad(), META, alive:
         text = Conditioning(
@@ -178,7 +185,7 @@ def test_denoising_holds_what_is_counted(dtype: str, quantization: str, batch_si
         velocity = ConditionedFlux(model, text, pe, steps, torch.empty(batch_size, dtype=kind))
         for step in range(2):
             velocity(step, torch.empty((batch_size, num_img, 64), dtype=kind))
-    counted = denoise_bytes(shapes, num_txt + num_img, batch_size, dtype, quantized=quantized, products=products)
+    counted = denoise_bytes(shapes, num_txt + num_img, batch_size, dtype, quantization)
     assert alive.peak == pytest.approx(counted, rel=0.03)
 
 

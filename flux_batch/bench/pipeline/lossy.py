@@ -58,6 +58,7 @@ def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mod
     The prompts are captions of the demo's world, so that what a picture shows can be read back, unless the weights are
     random. A mode that the model or the device does not have is named and left out. Raises: CheckpointError.
     """
+    source = replace(source, dtype=source.dtype_name)  # one for all modes
     held_out = list(captions(num_images, SCORED, held_out=True))
     made: dict[Mode, Pictures] = {}
     missing: dict[Mode, str] = {}

@@ -94,7 +94,7 @@ def bench_pipeline(
     flops = step_flops(pipeline.transformer.params, tokens, length)
     # The name as torch has it: of the device that is used.
     name = gpu_name() if pipeline.device.type == "cuda" else None
-    peak = peak or peak_tflops(name, source.dtype)
+    peak = peak or peak_tflops(name, source.dtype_name)
     return {
         "benchmark": "pipeline",
         **source.describe(),

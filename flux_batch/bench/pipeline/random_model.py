@@ -98,10 +98,10 @@ class RandomState(StoredState):
         self._wide = wide
         self._generator = torch.Generator(device).manual_seed(SEED)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return norm scales of 1, small biases, and rows that keep the size of what they are multiplied with."""
         shape = self._shapes[name]
-        tensor = torch.empty(shape, dtype=self.dtype(name), device=self.device)
+        tensor = torch.empty(shape, dtype=dtype, device=self.device)
         if len(shape) == 1 and not name.endswith("bias"):
             return tensor.fill_(1.0)
         gain = MODULATION_GAIN if ".lin." in name or "adaLN" in name else 1.0

@@ -52,7 +52,10 @@ class StoredState(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the tensor `name`, decoded: of fp8 with a scale the fp32 product, rounded once."""
-        dtype = self.dtype(name)
+        return self.read(name, self.dtype(name))
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return the tensor `name` as __getitem__ does, in another dtype."""
         if self._parts is None:
             return self._dense(self._tensors[name], dtype)
         parts = self._parts[name]

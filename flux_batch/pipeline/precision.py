@@ -1,0 +1,93 @@
+"""Which dtype a pipeline computes in, where the caller leaves it open.
+
+Knows devices, the shapes of a checkpoint and the memory of this machine; knows no job and no storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from flux_batch.errors import InvalidSetting
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.recognise import parts_of
+from flux_batch.model.footprint import weight_bytes
+from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
+from flux_batch.model.params import Shapes
+from flux_batch.pipeline.errors import checkpoint_errors
+from flux_batch.records import Quantization
+
+# How callers leave the dtype open.
+AUTO = (None, "auto")
+MEMORY_INFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+# Weights may take this share of what is free: the rest is for activations, libraries and the system.
+SHARE_FOR_WEIGHTS = 0.8
+
+
+def must_be_narrow(device: torch.device, dtype: torch.dtype, paths: Sequence[Path]) -> bool:
+    """Return whether the model whose parts lie at `paths` needs narrow matrices to fit into memory in float32.
+
+    That is so on a CPU alone, which can widen them for each product. Raises: CheckpointError.
+    """
+    if device.type != "cpu" or dtype != torch.float32:
+        return False
+    with checkpoint_errors():
+        shapes = shapes_of(paths)
+    return not fits_into_memory(sum(weight_bytes(part, each, "float32") for part, each in shapes.items()))
+
+
+def default_dtype(device: torch.device, quantization: Quantization = "none") -> torch.dtype:
+    """Return the native dtype of a device, unless `quantization` needs another one."""
+    if quantization == "fp8_matmul":
+        return torch.bfloat16
+    return torch.float32 if quantization == "bfloat16" else native_dtype(device)
+
+
+def to_dtype(name: torch.dtype | str | None, device: torch.device, quantization: Quantization = "none") -> torch.dtype:
+    """Return the dtype of that name; the default one for None and `auto`.
+
+    Raises: InvalidSetting for one that images are not computed in.
+    """
+    if name in AUTO:
+        return default_dtype(device, quantization)
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise InvalidSetting(f"torch_dtype = {name}: must be bfloat16, float16, float32 or auto", field="torch_dtype")
+    return dtype
+
+
+def shapes_of(paths: Sequence[Path]) -> dict[str, Shapes]:
+    """Read the shapes of each part of a model from the headers of its files. Raises: ValueError if one is damaged."""
+    shapes: dict[str, Shapes] = {}
+    for path in paths:
+        for layout, checkpoint in parts_of(open_checkpoint(path)).items():
+            shapes.setdefault(layout.part, checkpoint.shapes)
+    return shapes
+
+
+def fits_into_memory(num_bytes: int) -> bool:
+    """Return whether weights of that size fit into the memory that is free; True where that is not known."""
+    free = free_memory()
+    return free is None or num_bytes <= SHARE_FOR_WEIGHTS * free
+
+
+def free_memory() -> int | None:
+    """Return the bytes that this process may still take: of the system, or of its cgroup if that leaves less."""
+    with suppress(OSError, ValueError, StopIteration):
+        line = next(line for line in MEMORY_INFO.read_text().splitlines() if line.startswith("MemAvailable:"))
+        free = int(line.split()[1]) * 1024
+        with suppress(OSError, ValueError):  # no cgroup, or no limit: "max"
+            limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+            free = min(free, max(0, limit - used))
+        return free
+    return None
+
+
+def slow_dtype(device: torch.device, dtype: torch.dtype) -> str:
+    """Return the native dtype of a device by name if `dtype` is a slow one there, else ""."""
+    native = native_dtype(device)
+    return "" if dtype in (native, torch.float32) else dtype_name(native)

@@ -1,0 +1,93 @@
+"""The dtype of a run whose job leaves it open: the first worker settles it, all others and all later ones keep it.
+
+A run that goes on may find other machines, which would take another dtype and make other pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+
+from flux_batch.config.schema import JobConfig, ModelConfig
+from flux_batch.errors import AlreadyExists, JobError, NotFound, StoreError
+from flux_batch.output.paths import JOB, PRECISION
+from flux_batch.storage.store import Store
+from flux_batch.worker.protocol import ImagePipeline
+
+log = logging.getLogger(__name__)
+
+
+def load_settled(
+    store: Store, model: ModelConfig, make_pipeline: Callable[[ModelConfig], ImagePipeline]
+) -> tuple[ImagePipeline, ModelConfig]:
+    """Load a pipeline in the dtype of the run, settling it if this worker is the first. Raises: StoreError.
+
+    Returns: the pipeline, and the `model` section with that dtype in place of `auto`.
+    """
+    settled = settled_model(store, model)
+    pipeline = make_pipeline(settled)
+    if model.dtype != "auto":
+        return pipeline, model
+    if settled.dtype == "auto":
+        chosen = {"dtype": pipeline.precision["dtype"]}
+        if model.quantization == "none":
+            chosen["quantization"] = pipeline.precision["quantization"]
+        settled = model.model_copy(update=chosen)
+        try:
+            store.put_if_absent(PRECISION, json.dumps(chosen).encode())
+            log.info("the run computes in %s", _words(settled))
+            return pipeline, settled
+        except AlreadyExists:  # another worker was quicker
+            mine, settled = settled, settled_model(store, model)
+            if settled == mine:
+                return pipeline, settled
+            pipeline = make_pipeline(settled)
+    if pipeline.native_dtype != settled.dtype:
+        log.warning(
+            "this worker computes in %s, as the run began; its own device would take %s",
+            _words(settled),
+            pipeline.native_dtype,
+        )
+    return pipeline, settled
+
+
+def with_dtype_of_run(store: Store, config: JobConfig) -> JobConfig:
+    """Return a job that names no dtype with the one that it named when its run began. Raises: StoreError, JobError."""
+    if config.model.dtype != "auto":
+        return config
+    try:
+        before = JobConfig.from_yaml(store.read(JOB).decode(), origin=store.url(JOB))
+    except NotFound:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": before.model.dtype})})
+
+
+def settled_job(store: Store, config: JobConfig) -> JobConfig:
+    """Return a job with the dtype that its run has settled on, if it leaves that open. Raises: StoreError."""
+    return config.model_copy(update={"model": settled_model(store, config.model)})
+
+
+def settled_model(store: Store, model: ModelConfig) -> ModelConfig:
+    """Return the section with the dtype that the run has settled on; as it is if it names one or none is settled."""
+    if model.dtype != "auto":
+        return model
+    try:
+        data = store.read(PRECISION)
+    except NotFound:
+        return model
+    try:
+        chosen = json.loads(data)
+        if model.quantization != "none":
+            chosen = {"dtype": chosen["dtype"]}
+        settled = ModelConfig.model_validate({**model.model_dump(), **chosen})
+        if settled.dtype == "auto":
+            raise ValueError("dtype is auto")
+    except (ValueError, KeyError, TypeError, RecursionError, JobError) as error:
+        reason = " ".join(str(error).split())
+        raise StoreError(f"{store.url(PRECISION)}: is damaged ({reason}); delete it") from error
+    return settled
+
+
+def _words(model: ModelConfig) -> str:
+    return model.dtype if model.quantization == "none" else f"{model.dtype}, quantization {model.quantization}"
