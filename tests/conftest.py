@@ -22,6 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# As many shares of a core as everybody has: workers of Ray would stand still wherever something else is busy.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 # A shell that starts the suite in its background lets it ignore SIGINT, and so would every process that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

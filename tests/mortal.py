@@ -15,6 +15,7 @@ from flux_batch.config.schema import JobConfig
 from flux_batch.plan.plan import Plan, make_plan
 from flux_batch.storage.store import Store
 from flux_batch.worker.worker import Worker, WorkerRecipe
+from waiting import PATIENCE_S
 
 T = TypeVar("T")
 
@@ -82,7 +83,7 @@ class MortalPipeline(FakePipeline):
             self._begun.append(set(prompt))
         pictures = super().__call__([text.replace("[die]", "") for text in prompt], **others)
         with self._life.has_written:
-            assert self._life.has_written.wait_for(self._is_last_stored, timeout=5)
+            assert self._life.has_written.wait_for(self._is_last_stored, PATIENCE_S)
         if any("[die]" in text for text in prompt):
             self._life.end()
         self._life.check()

@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from flux_batch.records import Attempt, Shard, ShardResult
 from flux_batch.telemetry import Pulse, Tally
 
 STEP_S = 0.05
+# Longer than any test may take: what waits so long in vain fails it.
+FOREVER_S = 3600.0
 
 
 def make_shards(count: int) -> list[Shard]:
@@ -39,11 +42,20 @@ def attempts(folder: Path, index: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
+def settled(folder: Path, results: Iterable[ShardResult]) -> Iterator[ShardResult]:
+    """Yield the results of a run, and note for its workers which the engine has."""
+    for result in results:
+        (folder / f"{result.shard}.settled").touch()
+        yield result
+
+
 @dataclass(frozen=True)
 class Runner:
     """Each named shard misbehaves at its first `times` tries; `slow` ones take `slow_s`, with signs of life.
 
-    No shard but the first three ends before `num_workers` of them were at work.
+    No shard but the first three ends before `num_workers` of them were at work, and none of `makes_after` is made, none
+    of `finishes_after` finished, before that has become of another: (its index, "begun", "made", "stopped", "done" or
+    "settled", see there). With `settles_first`, a worker has no other shard on its way when it is through with one.
     """
 
     folder: Path
@@ -62,6 +74,9 @@ class Runner:
     slow_s: float = 0.0
     finish_s: float = 0.0
     num_workers: int = 0
+    makes_after: Mapping[int, tuple[int, str]] = field(default_factory=dict)
+    finishes_after: Mapping[int, tuple[int, str]] = field(default_factory=dict)
+    settles_first: bool = False
 
     def open(self) -> Work:
         return Toil(self)
@@ -75,6 +90,7 @@ class Toil:
         self._pulse, self._finishing = Pulse(), Pulse()
         self.tally = Tally("toil")
         self._stopping = threading.Event()
+        self._made: set[int] = set()
 
     def make(self, shard: Shard, attempt: Attempt) -> Finish:
         runner = self._runner
@@ -83,7 +99,7 @@ class Toil:
         is_early = number <= runner.times
         with self._pulse.at_work():
             until = time.monotonic() + (runner.slow_s if is_early and shard.index in runner.slow else runner.seconds)
-            while (left := until - time.monotonic()) > 0 or not self._has_company(shard):
+            while (left := until - time.monotonic()) > 0 or not self._may_end(shard):
                 time.sleep(min(STEP_S, max(left, 0.01)))
                 self._pulse.beat()
                 if self._stopping.is_set():
@@ -93,11 +109,15 @@ class Toil:
                 self._misbehave(shard)
         if shard.index in runner.is_refused:
             raise StoreRefused("s3://bucket: no permission")
+        self._made.add(shard.index)
         self._log(shard, attempt, "made")
         return partial(self._finish, shard, attempt, is_early)
 
     def _finish(self, shard: Shard, attempt: Attempt, is_early: bool) -> ShardResult:
         with self._finishing.at_work():
+            while not self._has_become(self._runner.finishes_after.get(shard.index)):
+                time.sleep(0.01)
+                self._finishing.beat()
             time.sleep(self._runner.finish_s)
             if is_early and shard.index in self._runner.dies_finishing:
                 os._exit(1)
@@ -105,6 +125,20 @@ class Toil:
                 time.sleep(600)
         self._log(shard, attempt, "done")
         return ShardResult(shard=shard.index, worker=str(os.getpid()), num_images=1)
+
+    def _may_end(self, shard: Shard) -> bool:
+        runner = self._runner
+        if runner.settles_first and not all(self._has_become((index, "settled")) for index in self._made):
+            return False
+        return self._has_company(shard) and self._has_become(runner.makes_after.get(shard.index))
+
+    def _has_become(self, event: tuple[int, str] | None) -> bool:
+        if event is None:
+            return True
+        index, what = event
+        if what == "settled":
+            return (self._runner.folder / f"{index}.settled").exists()
+        return any(each["what"] == what for each in attempts(self._runner.folder, index))
 
     def _has_company(self, shard: Shard) -> bool:
         if shard.index < 3 or not self._runner.num_workers:
@@ -137,7 +171,7 @@ class Toil:
     def _log(self, shard: Shard, attempt: Attempt, what: str) -> None:
         ray = sys.modules.get("ray")
         node = ray.get_runtime_context().get_node_id() if ray and ray.is_initialized() else ""
-        line = asdict(attempt) | {"what": what, "pid": os.getpid(), "node": node, "at": time.time()}
+        line = asdict(attempt) | {"what": what, "pid": os.getpid(), "node": node, "at": time.monotonic()}
         with (self._runner.folder / f"{shard.index}.log").open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -59,7 +59,8 @@ def test_the_report_tells_the_next_stage_what_the_run_came_to(tmp_path: Path) ->
     assert report["device_s_of_run"] >= report["device_s"] > 0
     assert report["device_s_of_run"] >= 2 * SLOW_S
     assert report["gpu_s_of_run"] == pytest.approx(report["device_s_of_run"] / 2, abs=1e-3)
-    assert report["images_per_s"] == pytest.approx(report["num_new_images"] / report["wall_s"], rel=1e-3)
+    assert report["num_new_images"] == 4  # the others were made before
+    assert 0 < report["images_per_s"] <= 4 / SLOW_S
     assert (report["model"]["uri"], report["model"]["dtype"]) == ("demo", "float32")
     assert report["model"]["revision"] == model_revision("demo")
     assert all(report["versions"][name] for name in ("python", "flux-batch", "torch", "ray"))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 
 import pytest
 
 from flux_batch.config.text import fill_in_dates, load_yaml, parse_moment
 from flux_batch.errors import JobError
+from yardstick import work
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,11 @@ def doubled(levels: int) -> str:
     "text", [doubled(40), "a: &a {x: 1}\nb: {<<: [" + "*a, " * 1000 + "]}", "a: &a {x: 1}\nb:\n" + "  <<: *a\n" * 1000]
 )
 def test_a_bomb_of_merges_is_refused_before_it_goes_off(text: str) -> None:
-    started = time.monotonic()
-    with pytest.raises(JobError, match="too much is merged"):
-        load_yaml(text, "job.yaml")
-    assert time.monotonic() - started < 2
+    def read() -> None:
+        with pytest.raises(JobError, match="too much is merged"):
+            load_yaml(text, "job.yaml")
+
+    assert work(read) < 20
 
 
 def test_a_bomb_of_aliases_stays_small() -> None:

@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 
@@ -16,11 +17,21 @@ def test_sums_grow_by_name_and_kind_from_any_thread() -> None:
     assert tally.sums() == {Sum("images"): 4000, Sum("failures", "RowError"): 2}
 
 
-def test_time_counts_also_for_what_fails() -> None:
+def test_time_counts_also_for_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     tally = Tally("cats")
-    with pytest.raises(ValueError, match="no"), tally.timed("make"):
+
+    def fail() -> None:
+        nonlocal now
+        now += 4.0
         raise ValueError("no")
-    assert 0 <= tally.sums()[Sum("stage_seconds", "make")] < 1
+
+    with tally.timed("make"):
+        now += 2.5
+    with pytest.raises(ValueError, match="no"), tally.timed("make"):
+        fail()
+    assert tally.sums() == {Sum("stage_seconds", "make"): 6.5}
 
 
 def test_levels_rise_and_fall() -> None:

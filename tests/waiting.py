@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
+# A bound on what hangs: no machine takes so long for what any test waits for.
+PATIENCE_S = 240.0
 
-def wait_until(is_so: Callable[[], bool], said: Callable[[], str] = str, timeout_s: float = 60) -> None:
+
+def wait_until(is_so: Callable[[], bool], said: Callable[[], str] = str, timeout_s: float = PATIENCE_S) -> None:
     """Wait until something is so; in vain, fail with what `said` gives."""
     deadline = time.monotonic() + timeout_s
     while not is_so():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain: {said()}"
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s in vain: {said()}"
         time.sleep(0.01)
+
+
+def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Act from another thread as soon as a condition holds."""
+
+    def watch() -> None:
+        wait_until(condition)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread

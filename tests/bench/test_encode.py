@@ -1,20 +1,30 @@
 import io
+import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from flux_batch.bench import encode as module
 from flux_batch.bench.encode import bench_encode, encoders, format_encode, noisy_picture, smooth_picture
+from flux_batch.bench.figures import alternated
 
 
-def test_every_level_and_format_is_measured_on_both_pictures() -> None:
+def test_every_level_and_format_is_measured_on_both_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(0.0, 0.25)
+    monkeypatch.setattr(module, "alternated", partial(alternated, clock=lambda: next(now)))
     figures = bench_encode(64, 2)
 
     names = [result["encoder"] for result in figures["results"] if result["picture"] == "smooth"]
     assert names[:10] == [f"Pillow PNG {level}" for level in range(10)]
     assert names[-3:] == ["Pillow JPEG 95", "Pillow WebP 95", "Pillow WebP lossless"]
     assert len(figures["results"]) == 2 * len(names)
-    assert all(result["bytes"] > 0 and result["milliseconds"]["median"] > 0 for result in figures["results"])
+    for picture, make in (("smooth", smooth_picture), ("noise-like", noisy_picture)):
+        sizes = {result["encoder"]: result["bytes"] for result in figures["results"] if result["picture"] == picture}
+        assert sizes == {name: len(encode(make(64))) for name, encode in encoders()}
+    assert {result["milliseconds"]["median"] for result in figures["results"]} == {250.0}
+    assert {result["megabytes_of_pixels_per_second"] for result in figures["results"]} == {3 * 64 * 64 / 0.25 / 1e6}
     assert "noise-like, Pillow PNG 9" in format_encode(figures)
 
 

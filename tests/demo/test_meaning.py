@@ -150,14 +150,14 @@ def test_fp8_costs_little(quantization: str, pictures: list[Image.Image]) -> Non
     lossy = load(torch.bfloat16, quantization=quantization)
     made = list(pictures_of(lossy, SOME, BATCH, SETTINGS))
 
-    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(made, pictures, strict=False))
+    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(made, pictures, strict=True))
     assert score_all(SOME, made).share() >= score_all(SOME, pictures).share() - MOST_LOST
 
 
 def test_the_step_cache_costs_little(pipeline: FluxImagePipeline, pictures: list[Image.Image]) -> None:
     made = list(pictures_of(pipeline, SOME, BATCH, SETTINGS | {"step_cache": 0.1}))
 
-    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(made, pictures, strict=False))
+    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(made, pictures, strict=True))
     assert score_all(SOME, made).share() >= score_all(SOME, pictures).share() - MOST_LOST
 
 
@@ -172,7 +172,7 @@ def test_the_lora_makes_blueprints_and_leaves_no_trace(
     blue, white = (mean_share(blueprints, colour) for colour in ("blue", "white"))
     assert blue > 0.5
     assert white > 0.02
-    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(after, pictures, strict=False))
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(after, pictures[:8], strict=True))
 
 
 def test_four_steps_are_enough_to_see_what_it_is(pipeline: FluxImagePipeline, pictures: list[Image.Image]) -> None:

@@ -1,5 +1,3 @@
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +5,8 @@ import pytest
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, DeviceFatal, Interrupted, StoreRefused
-from runners import BrokenStart, Runner, attempts, make_shards
+from runners import FOREVER_S, BrokenStart, Runner, attempts, make_shards
+from waiting import when
 
 
 def test_every_shard_has_one_result_in_order(tmp_path: Path) -> None:
@@ -63,15 +62,16 @@ def test_an_outage_that_lasts_ends_the_run_with_75(tmp_path: Path) -> None:
 
 def test_a_stop_reaches_the_shard_in_hand(tmp_path: Path) -> None:
     stop = Stop()
-    threading.Timer(0.3, stop.request, ["enough"]).start()
-    began = time.monotonic()
-    assert list(LocalEngine().run(Runner(tmp_path, seconds=60), make_shards(2), stop)) == []
-    assert time.monotonic() - began < 10
+    request = when(lambda: bool(attempts(tmp_path, 0)), lambda: stop.request("enough"))
+    assert list(LocalEngine().run(Runner(tmp_path, seconds=FOREVER_S), make_shards(2), stop)) == []
+    request.join()
     assert [each["what"] for each in attempts(tmp_path, 0)] == ["begun", "stopped"]
+    assert attempts(tmp_path, 1) == []
 
 
 def test_a_shard_is_finished_while_the_next_is_made_and_no_third_is_begun(tmp_path: Path) -> None:
-    results = list(LocalEngine().run(Runner(tmp_path, finish_s=0.3), make_shards(4)))
+    runner = Runner(tmp_path, finishes_after={0: (1, "made"), 1: (2, "begun")}, finish_s=0.3)
+    results = list(LocalEngine().run(runner, make_shards(4)))
     assert [result.shard for result in results] == [0, 1, 2, 3]
     first, second, third = ({each["what"]: each["at"] for each in attempts(tmp_path, index)} for index in range(3))
     assert second["made"] < first["done"] < third["begun"] < second["done"]
@@ -79,15 +79,16 @@ def test_a_shard_is_finished_while_the_next_is_made_and_no_third_is_begun(tmp_pa
 
 def test_a_stop_waits_for_what_is_being_finished(tmp_path: Path) -> None:
     stop = Stop()
-    threading.Timer(0.3, stop.request, ["enough"]).start()
-    runner = Runner(tmp_path, finish_s=1.5, slow=(1,), slow_s=60)
+    request = when(lambda: bool(attempts(tmp_path, 1)), lambda: stop.request("enough"))
+    runner = Runner(tmp_path, finishes_after={0: (1, "stopped")}, slow=(1,), slow_s=FOREVER_S)
     assert [result.shard for result in LocalEngine().run(runner, make_shards(3), stop)] == [0]
+    request.join()
     assert [each["what"] for each in attempts(tmp_path, 1)] == ["begun", "stopped"]
 
 
 def test_a_stop_ends_a_rest(tmp_path: Path) -> None:
     stop = Stop()
-    threading.Timer(0.3, stop.request, ["enough"]).start()
-    began = time.monotonic()
-    assert list(LocalEngine(rest_s=60).run(Runner(tmp_path, meets_outage=(0,)), make_shards(1), stop)) == []
-    assert time.monotonic() - began < 10
+    request = when(lambda: bool(attempts(tmp_path, 0)), lambda: stop.request("enough"))
+    engine = LocalEngine(rest_s=FOREVER_S)
+    assert list(engine.run(Runner(tmp_path, meets_outage=(0,)), make_shards(1), stop)) == []
+    request.join()

@@ -11,12 +11,12 @@ import pytest
 from flux_batch.engine.ray_pool import RayPool
 from flux_batch.records import ShardResult
 from raylets import HEAD, processes, reap
-from runners import Runner, attempts, make_shards
-from waiting import wait_until
+from runners import FOREVER_S, Runner, attempts, make_shards
+from waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.ray
 
-POOL = RayPool(max_workers=2, max_attempts=1, num_cpus=0)
+POOL = RayPool(max_workers=2, max_attempts=1, num_cpus=0, slow_s=FOREVER_S)
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +80,11 @@ def begun(folder: Path, index: int) -> list[dict[str, Any]]:
 
 def test_a_node_that_dies_costs_its_shard_nothing_and_a_new_one_is_used(cluster: Any, tmp_path: Path) -> None:
     first = cluster.add_node(num_gpus=1, num_cpus=0)
-    results, thread = run(Runner(tmp_path, slow=(0,), slow_s=60), 2)
+    results, thread = run(Runner(tmp_path, slow=(0,), slow_s=FOREVER_S), 2)
     wait_until((tmp_path / "0.log").exists)
     remove(cluster, first)
     second = cluster.add_node(num_gpus=1, num_cpus=0)
-    thread.join(60)
+    thread.join(PATIENCE_S)
     assert sorted((result.shard, result.error) for result in results) == [(0, None), (1, None)]
     assert [(each["number"], each["lost"], each["node"]) for each in begun(tmp_path, 0)] == [
         (1, 0, first.node_id),
@@ -94,11 +94,11 @@ def test_a_node_that_dies_costs_its_shard_nothing_and_a_new_one_is_used(cluster:
 
 def test_a_draining_node_gets_no_shard_and_its_own_goes_on_elsewhere(cluster: Any, tmp_path: Path) -> None:
     going = cluster.add_node(num_gpus=1, num_cpus=0)
-    results, thread = run(Runner(tmp_path, slow=(0,), slow_s=60, seconds=0.3), 12)
+    results, thread = run(Runner(tmp_path, slow=(0,), slow_s=FOREVER_S, seconds=0.3), 12)
     wait_until((tmp_path / "0.log").exists)
     staying = cluster.add_node(num_gpus=1, num_cpus=0)
     drain(cluster, going.node_id)
-    thread.join(60)
+    thread.join(PATIENCE_S)
     assert sorted(result.shard for result in results if result.error is None) == list(range(12))
     first, second = begun(tmp_path, 0)
     assert (first["node"], second["node"], second["lost"]) == (going.node_id, staying.node_id, 0)
@@ -112,7 +112,7 @@ def test_a_worker_that_comes_late_takes_its_share(cluster: Any, tmp_path: Path) 
     results, thread = run(Runner(tmp_path, seconds=0.1, num_workers=2), 15)
     wait_until((tmp_path / "2.log").exists)
     nodes.append(cluster.add_node(num_gpus=1, num_cpus=0))
-    thread.join(60)
+    thread.join(PATIENCE_S)
     assert sorted(result.shard for result in results if result.error is None) == list(range(15))
     used = [begun(tmp_path, index)[0]["node"] for index in range(15)]
     assert set(used[:2]) == {nodes[0].node_id}

@@ -11,7 +11,7 @@ import pytest
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop, stopped_by_signals
 from flux_batch.errors import Interrupted
-from runners import BrokenStart, Runner, make_shards
+from runners import FOREVER_S, BrokenStart, Runner, make_shards
 
 
 def test_the_first_reason_stays() -> None:
@@ -32,8 +32,7 @@ def test_a_wait_ends_when_somebody_asks_to_stop() -> None:
     assert time.monotonic() - began >= 0.05
     threading.Timer(0.1, stop.request, ["stopped by hand"]).start()
     with pytest.raises(Interrupted, match="stopped by hand"):
-        stop.sleep(60)
-    assert time.monotonic() - began < 10
+        stop.sleep(FOREVER_S)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

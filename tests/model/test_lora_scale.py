@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from flux_batch.model.lora.merge import LoraMerge
 from flux_batch.model.transformer import Flux
 from layout_files import PARAMS
 from lora_files import Factors, random_factors, write_lora
+from yardstick import work
 
 Names = Sequence[str]
 LAYERS = ("img_attn.qkv", "txt_mlp.2", "img_mod.lin", "linear1", "linear2")
@@ -154,7 +154,4 @@ def test_a_pattern_takes_no_years(tmp_path: Path, merge: LoraMerge) -> None:
     write_lora(path, random_factors(shapes))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "alpha_pattern": {".*.*.*!": 2}}))
 
-    begun = time.perf_counter()
-    open_lora(path, "x", merge.shapes())
-
-    assert time.perf_counter() - begun < 5
+    assert work(lambda: open_lora(path, "x", merge.shapes())) < 20

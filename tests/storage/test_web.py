@@ -225,7 +225,7 @@ def test_an_answer_that_never_ends_is_cut(server: WebServer, monkeypatch: pytest
 
     def dripping(request: BaseHTTPRequestHandler) -> None:
         request.wfile.write(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if where == "body" else b"X-A: "))
-        for _ in range(100):
+        while True:  # until nobody listens any more
             time.sleep(0.05)
             try:
                 request.wfile.write(b"x")
@@ -233,9 +233,7 @@ def test_an_answer_that_never_ends_is_cut(server: WebServer, monkeypatch: pytest
             except OSError:
                 return
 
-    started = time.monotonic()
     assert "took longer than 0.5 s" in refusal(server.at(f"/drip/{where}", dripping))
-    assert time.monotonic() - started < 3
 
 
 def test_nobody_there() -> None:
