@@ -346,7 +346,7 @@ def test_a_worker_at_work_is_quiet_only_between_signs_of_progress(
     config = job(tmp_path)
     workers: list[Worker] = []
     now = 1000.0
-    monkeypatch.setattr("flux_batch.pulse.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("flux_batch.telemetry.time", SimpleNamespace(monotonic=lambda: now))
 
     def is_quiet_while_time_passes() -> bool:
         nonlocal now

@@ -1,5 +1,5 @@
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_sums_grow_by_name_and_kind_from_any_thread() -> None:
 
 def test_time_counts_also_for_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr("flux_batch.telemetry.time", SimpleNamespace(monotonic=lambda: now))
     tally = Tally("cats")
 
     def fail() -> None:
