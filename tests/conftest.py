@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from driver import Drive, Driver
-from hub_server import Hub, hub_server, point_at
-from s3 import Bucket, S3Server, moto_server, rclone_server
+from helpers.driver import Drive, Driver
+from helpers.hub_server import Hub, hub_server, point_at
+from helpers.s3 import Bucket, S3Server, moto_server, rclone_server
 
-# Workers of a local cluster import the fakes of this folder by name.
+# Workers of a local cluster import the helpers of this folder by name.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 # Tiny models are quicker on one thread, and processes side by side do not fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

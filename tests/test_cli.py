@@ -9,13 +9,13 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from driver import wait_for_commits
-from fakes import make_fake_pipeline
 from flux_batch.cli import main
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
-from hub_server import TOKEN, Hub
-from job_files import make_job, write_job
+from helpers.driver import wait_for_commits
+from helpers.fakes import make_fake_pipeline
+from helpers.hub_server import TOKEN, Hub
+from helpers.job_files import make_job, write_job
 
 
 def flux_batch(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:

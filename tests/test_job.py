@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fakes import SLOW_S, FakePipeline, make_fake_pipeline
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.download.revision import model_revision
 from flux_batch.engine.local import LocalEngine
@@ -15,7 +14,8 @@ from flux_batch.errors import CheckpointError, Interrupted, JobError, PlanMismat
 from flux_batch.job import run
 from flux_batch.report.summary import RunReport
 from flux_batch.storage.store import Store
-from job_files import data_files, make_job, metadata, write_job, write_prompts
+from helpers.fakes import SLOW_S, FakePipeline, make_fake_pipeline
+from helpers.job_files import data_files, make_job, metadata, write_job, write_prompts
 
 
 def render(config: JobConfig) -> RunReport:

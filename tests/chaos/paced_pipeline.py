@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fakes import FakePipeline
 from flux_batch.config.schema import ModelConfig
+from helpers.fakes import FakePipeline
 
 LOG, PACE, HOLD = "made.log", "pace_s", "hold"
 # A hold that is not let go, since who asked for it has died, ends by itself.

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from fakes import FakePipeline
 from flux_batch import cli, job
 from flux_batch.config.schema import ModelConfig
 from flux_batch.engine.local import LocalEngine
+from helpers.fakes import FakePipeline
 
 # Done, shards given up, bad input, finished with too many failures, for later.
 EXPECTED = (0, 1, 2, 3, 75)

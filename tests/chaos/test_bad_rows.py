@@ -13,7 +13,7 @@ import pytest
 from chaos.figures import Figures
 from chaos.outputs import assert_verified, read_back
 from chaos.paced_pipeline import made, model_folder
-from job_files import make_job, write_job
+from helpers.job_files import make_job, write_job
 
 DRIVE = Path(__file__).with_name("drive.py")
 BATCH = 4

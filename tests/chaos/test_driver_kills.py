@@ -13,8 +13,8 @@ from chaos.mortal_driver import PHASES, Nursery, Point
 from chaos.outputs import assert_verified, contents, read_back
 from chaos.paced_pipeline import forget, made, model_folder
 from flux_batch.config.schema import JobConfig
-from job_files import make_job, write_job
-from s3 import S3Server
+from helpers.job_files import make_job, write_job
+from helpers.s3 import S3Server
 
 EXPERIMENT = "driver killed at a write"
 BATCH = 2

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from chaos.figures import Figures
 from chaos.sandbox import Sandbox, fuzz
-from tiny_flux import make_tiny_repository
+from helpers.tiny_flux import make_tiny_repository
 
 SHORT, LONG = 12, 150
 ODD = st.sampled_from(

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save
 
 from chaos.figures import Figures
 from chaos.sandbox import Sandbox, fuzz
-from layout_files import write_gguf
-from tiny_flux import make_tiny_repository
+from helpers.layout_files import write_gguf
+from helpers.tiny_flux import make_tiny_repository
 
 SHORT, LONG = 15, 600
 

@@ -21,8 +21,8 @@ from chaos.paced_pipeline import forget, held, made, make_paced_pipeline, model_
 from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
-from job_files import make_job, write_job
-from raylets import Raylets, kill_worker, raylets
+from helpers.job_files import make_job, write_job
+from helpers.raylets import Raylets, kill_worker, raylets
 
 pytestmark = pytest.mark.ray
 

@@ -19,13 +19,13 @@ import pytest
 from chaos.figures import Figures
 from chaos.outputs import assert_verified, contents, read_back, store_of
 from chaos.paced_pipeline import forget, made, make_paced_pipeline, model_folder
-from counting_proxy import Proxy, counting_proxy
 from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
-from job_files import make_job, write_job
-from s3 import S3Server
-from waiting import wait_until
+from helpers.counting_proxy import Proxy, counting_proxy
+from helpers.job_files import make_job, write_job
+from helpers.s3 import S3Server
+from helpers.waiting import wait_until
 
 DRIVE = Path(__file__).with_name("drive.py")
 RATE = 0.1

@@ -1,6 +1,7 @@
 """Two drivers of one run, on each store: at once, and one that was paused past its lease and wakes up.
 
-tests/test_job_lease.py looks at each case on the disk more closely; here it is the same on every store, with figures.
+tests/end_to_end/test_job_lease.py looks at each case on the disk more closely; here it is the same on every store,
+with figures.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from chaos.outputs import assert_verified, keys_of, read_back, store_of
 from chaos.paced_pipeline import made, model_folder
 from flux_batch.config.schema import JobConfig
 from flux_batch.storage.store import Store
-from job_files import make_job, write_job
-from s3 import S3Server
-from waiting import wait_until
+from helpers.job_files import make_job, write_job
+from helpers.s3 import S3Server
+from helpers.waiting import wait_until
 
 DRIVE = Path(__file__).with_name("drive.py")
 BATCH = 2

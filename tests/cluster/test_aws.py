@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from waiting import wait_until
-from web_server import WebServer, web_server
+from helpers.waiting import wait_until
+from helpers.web_server import WebServer, web_server
 
 AWS = Path(__file__).parents[2] / "cluster/aws"
 NOTICE = "/latest/meta-data/spot/instance-action"

@@ -4,7 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from tool import tool
+from helpers.tool import tool
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "cluster/Dockerfile"

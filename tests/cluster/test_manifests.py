@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from flux_batch.cli import parser
-from kuberay_rules import broken_rules, cluster_of, job_of
-from kuberay_schemas import schema_errors
+from helpers.kuberay_rules import broken_rules, cluster_of, job_of
+from helpers.kuberay_schemas import schema_errors
 
 KUBERAY = Path(__file__).parents[2] / "cluster/kuberay"
 FOLDERS = ("job", "nightly", "interactive", "nightly-cronjob", "example")

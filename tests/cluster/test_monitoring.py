@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tool import tool
+from helpers.tool import tool
 
 MONITORING = Path(__file__).parents[2] / "cluster/monitoring"
 

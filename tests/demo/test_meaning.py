@@ -31,7 +31,7 @@ from flux_batch.job import run
 from flux_batch.output.partial_read import read_pictures
 from flux_batch.pipeline.pipeline import FluxImagePipeline
 from flux_batch.storage.store import Store
-from job_files import make_job, metadata
+from helpers.job_files import make_job, metadata
 
 HELD_OUT = list(captions(200, SCORED, held_out=True))
 SOME = HELD_OUT[:32]

@@ -5,8 +5,8 @@ import pytest
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, DeviceFatal, Interrupted, StoreRefused
-from runners import FOREVER_S, BrokenStart, Runner, attempts, make_shards
-from waiting import when
+from helpers.runners import FOREVER_S, BrokenStart, Runner, attempts, make_shards
+from helpers.waiting import when
 
 
 def test_every_shard_has_one_result_in_order(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from fakes import make_fake_pipeline
 from flux_batch.engine.ray_metrics import LEVELS, POOL, SUMS
 from flux_batch.job import run
-from job_files import make_job
+from helpers.fakes import make_fake_pipeline
+from helpers.job_files import make_job
 
 pytestmark = pytest.mark.ray
 

@@ -11,8 +11,8 @@ from flux_batch.engine.ray_cluster import connect
 from flux_batch.engine.ray_pool import RayPool
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, Interrupted, RunIncomplete, StoreRefused
-from runners import FOREVER_S, BrokenStart, Runner, attempts, make_shards, settled
-from waiting import wait_until, when
+from helpers.runners import FOREVER_S, BrokenStart, Runner, attempts, make_shards, settled
+from helpers.waiting import wait_until, when
 
 pytestmark = pytest.mark.ray
 

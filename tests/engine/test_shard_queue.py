@@ -2,7 +2,7 @@ import pytest
 
 from flux_batch.engine.shard_queue import ShardQueue, Task
 from flux_batch.records import Attempt
-from runners import make_shards
+from helpers.runners import make_shards
 
 
 class Clock:

@@ -11,7 +11,7 @@ import pytest
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop, stopped_by_signals
 from flux_batch.errors import Interrupted
-from runners import FOREVER_S, BrokenStart, Runner, make_shards
+from helpers.runners import FOREVER_S, BrokenStart, Runner, make_shards
 
 
 def test_the_first_reason_stays() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flux_batch import FluxImagePipeline
-from lora_files import random_factors, write_lora
-from tiny_flux import TinyFlux, make_tiny_repository
+from helpers.lora_files import random_factors, write_lora
+from helpers.tiny_flux import TinyFlux, make_tiny_repository
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,7 +13,7 @@ import torch
 from flux_batch import FluxImagePipeline
 from flux_batch.errors import OutOfMemory
 from flux_batch.model.sampling import denoise
-from tiny_flux import TinyFlux, make_tiny_repository
+from helpers.tiny_flux import TinyFlux, make_tiny_repository
 
 pytestmark = [
     pytest.mark.gpu,

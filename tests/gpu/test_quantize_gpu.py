@@ -15,7 +15,7 @@ from flux_batch.model.optimize.quantize import fp8_product, no_fp8_products, qua
 from flux_batch.model.params import AUTOENCODER, FluxParams
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
-from tiny_flux import TinyFlux, make_tiny_repository
+from helpers.tiny_flux import TinyFlux, make_tiny_repository
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ import pytest
 import ray.job_submission
 from ray.job_submission import JobStatus
 
-from airflow_stub import DAG_FILE, AirflowFailException, load_dag
+from helpers.airflow_stub import DAG_FILE, AirflowFailException, load_dag
 
 
 @dataclass
@@ -76,7 +76,7 @@ def test_the_file_is_a_dag_of_one_task(monkeypatch: pytest.MonkeyPatch, version:
 
 
 def test_reading_the_file_needs_neither_ray_nor_this_package() -> None:
-    code = "import sys, airflow_stub, pytest; airflow_stub.load_dag(pytest.MonkeyPatch());"
+    code = "import sys, pytest; from helpers import airflow_stub; airflow_stub.load_dag(pytest.MonkeyPatch());"
     code += "sys.exit(any(name in sys.modules for name in ('ray', 'fsspec', 'flux_batch')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
     assert "flux_batch" not in DAG_FILE.read_text()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from airflow_stub import load_dag
 from flux_batch.config.schema import FailuresConfig
+from helpers.airflow_stub import load_dag
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster/kuberay"

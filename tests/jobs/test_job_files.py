@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fakes import FakePipeline
 from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import load_job, run
 from flux_batch.report.summary import RunReport
 from flux_batch.storage.store import Store
-from job_files import metadata, write_prompts
-from s3 import KEY, SECRET, Bucket
+from helpers.fakes import FakePipeline
+from helpers.job_files import metadata, write_prompts
+from helpers.s3 import KEY, SECRET, Bucket
 
 ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "jobs"

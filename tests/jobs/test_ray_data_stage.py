@@ -16,7 +16,7 @@ from PIL import Image
 from flux_batch.engine.local import LocalEngine
 from flux_batch.images import read_provenance
 from flux_batch.job import run
-from job_files import make_job, metadata, write_job
+from helpers.job_files import make_job, metadata, write_job
 
 SCRIPT = Path(__file__).parents[2] / "jobs/ray_data_stage.py"
 

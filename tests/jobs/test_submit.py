@@ -14,16 +14,16 @@ from typing import Any
 import fsspec
 import pytest
 
-from airflow_stub import AirflowFailException, load_dag
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import load_job, run
 from flux_batch.report.status import read_status
 from flux_batch.report.verify import format_verdict, verify
 from flux_batch.storage.store import Store
-from job_files import data_files, write_prompts
-from job_server import ROOT, JobServer, job_server
-from s3 import KEY, SECRET, Bucket, S3Server
-from waiting import wait_until
+from helpers.airflow_stub import AirflowFailException, load_dag
+from helpers.job_files import data_files, write_prompts
+from helpers.job_server import ROOT, JobServer, job_server
+from helpers.s3 import KEY, SECRET, Bucket, S3Server
+from helpers.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(300)]
 

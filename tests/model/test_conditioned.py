@@ -14,8 +14,8 @@ from flux_batch.model.conditioned import ConditionedFlux, Conditioning
 from flux_batch.model.params import SCHNELL_SCHEDULE
 from flux_batch.model.sampling import denoise, make_sigmas, position_ids, timesteps_of
 from flux_batch.model.transformer import Flux, Modulations
-from golden import FLUX, filled
-from three_images import GUIDANCE, NOISE, TEXT, conditioned
+from helpers.golden import FLUX, filled
+from helpers.three_images import GUIDANCE, NOISE, TEXT, conditioned
 
 STEPS = 7
 SIGMAS = make_sigmas(STEPS, 24, SCHNELL_SCHEDULE)

@@ -25,7 +25,7 @@ from flux_batch.model.sampling import (
     unpack,
 )
 from flux_batch.model.transformer import Flux
-from golden import FLUX, check, filled, tensor
+from helpers.golden import FLUX, check, filled, tensor
 
 POSITIVE = Conditioning(tensor("in.txt", (1, 7, 24)), tensor("in.vec", (1, 32)))
 NEGATIVE = Conditioning(tensor("in.negtxt", (1, 7, 24)), tensor("in.negvec", (1, 32)))

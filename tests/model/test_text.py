@@ -24,8 +24,8 @@ from flux_batch.model.text import (
     t5_settings,
     tokenize,
 )
-from golden import check, weight
-from tiny_flux import TinyFlux, make_tiny_pipeline
+from helpers.golden import check, weight
+from helpers.tiny_flux import TinyFlux, make_tiny_pipeline
 
 CPU = torch.device("cpu")
 TOKENIZERS = Path(__file__).parents[3] / "shared" / "tokenizers"

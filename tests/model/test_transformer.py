@@ -12,7 +12,7 @@ from flux_batch.model.layers import RMSNorm, SingleStreamBlock, timestep_embeddi
 from flux_batch.model.rope import rotary_table, rotate
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
-from golden import FLUX, check, filled, tensor, u
+from helpers.golden import FLUX, check, filled, tensor, u
 
 IMG = tensor("in.img", (1, 24, 64))
 TXT = tensor("in.txt", (1, 7, 24))

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from fakes import make_fake_pipeline
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
 from flux_batch.output.lease import Holder
 from flux_batch.output.process_id import ProcessId
 from flux_batch.report.status import format_status, read_status
 from flux_batch.storage.store import Store
-from job_files import make_job
+from helpers.fakes import make_fake_pipeline
+from helpers.job_files import make_job
 
 HOLDER = Holder(
     epoch=7,

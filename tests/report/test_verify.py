@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fakes import FakePipeline
 from flux_batch.cli import main
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
@@ -28,8 +27,9 @@ from flux_batch.output.lease import Lease
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify import format_verdict, repair, verify
 from flux_batch.storage.store import Store
-from job_files import data_files, make_job
-from s3 import Bucket
+from helpers.fakes import FakePipeline
+from helpers.job_files import data_files, make_job
+from helpers.s3 import Bucket
 
 LAYOUTS = ["webdataset", "files", "parquet"]
 # Three shards of four; the second has a failed row.

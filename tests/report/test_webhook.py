@@ -7,7 +7,7 @@ import pytest
 
 from flux_batch.report import webhook
 from flux_batch.report.webhook import Webhook
-from web_server import WebServer, redirect, status, web_server
+from helpers.web_server import WebServer, redirect, status, web_server
 
 
 @pytest.fixture

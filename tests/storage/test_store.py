@@ -14,7 +14,7 @@ import pytest
 
 from flux_batch.errors import AlreadyExists, NotFound, StoreError, StoreRefused
 from flux_batch.storage.store import SCRATCH, Store
-from s3 import KEY, SECRET, S3Server, free_port
+from helpers.s3 import KEY, SECRET, S3Server, free_port
 
 KINDS = ["local", "memory", pytest.param("moto", marks=pytest.mark.s3), pytest.param("rclone", marks=pytest.mark.s3)]
 # botocore alone would try for seconds before the first of our own attempts ends.

@@ -1,0 +1,102 @@
+"""YAML: its types are safe, its messages quote nothing, and no few lines of it fill the memory."""
+
+from __future__ import annotations
+
+import traceback
+
+import pytest
+
+from flux_batch.config.text import fill_in_dates, load_yaml, parse_moment
+from flux_batch.errors import JobError
+from helpers.yardstick import work
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "output: {storage_options: {key: hush\n  bad: [",
+        "key: *hush",
+        "key: !hush x",
+        "key: !!int hush",
+        "key: !!python/object/apply:os.system [hush]",
+        "key: !!python/name:hush",
+        "key: 'hush",
+        "key: hush: hush",
+        "<<: hush",
+        "? [hush, {hush: x}]",
+    ],
+)
+def test_neither_the_message_nor_its_traceback_quotes_the_text(text: str) -> None:
+    with pytest.raises(JobError, match="not valid YAML") as caught:
+        load_yaml(text, "job.yaml")
+    assert "hush" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_the_signs_of_yaml_are_still_named() -> None:
+    with pytest.raises(JobError, match=r"job\.yaml: line 1: not valid YAML: expected ',' or ']', but got"):
+        load_yaml("a: [b", "job.yaml")
+
+
+def test_merge_keys_merge() -> None:
+    tree = load_yaml("a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: [*b, *a], z: 4}\n", "job.yaml")
+    assert (tree["b"], tree["c"]) == ({"x": 1, "y": 3}, {"x": 1, "y": 3, "z": 4})
+
+
+def doubled(levels: int) -> str:
+    lines = ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, levels))]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text", [doubled(40), "a: &a {x: 1}\nb: {<<: [" + "*a, " * 1000 + "]}", "a: &a {x: 1}\nb:\n" + "  <<: *a\n" * 1000]
+)
+def test_a_bomb_of_merges_is_refused_before_it_goes_off(text: str) -> None:
+    def read() -> None:
+        with pytest.raises(JobError, match="too much is merged"):
+            load_yaml(text, "job.yaml")
+
+    assert work(read) < 20
+
+
+def test_a_bomb_of_aliases_stays_small() -> None:
+    lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60))]
+    assert len(load_yaml("\n".join(lines), "job.yaml")) == 60
+
+
+def test_depth_without_end_is_refused() -> None:
+    with pytest.raises(JobError, match="not valid YAML"):
+        load_yaml("[" * 100_000, "job.yaml")
+
+
+def test_dates_are_those_of_the_run_wherever_a_text_asks_for_one() -> None:
+    tree = {"name": "cats-{date}", "prompts": {"uri": ["s3://b/{date}/", "x"]}, "n": 3, "model": {"uri": "{datetime}"}}
+    assert fill_in_dates(tree, parse_moment("2026-11-23T02:30:00+00:00"), "job.yaml") == {
+        "name": "cats-2026-11-23",
+        "prompts": {"uri": ["s3://b/2026-11-23/", "x"]},
+        "n": 3,
+        "model": {"uri": "2026-11-23T02-30-00"},
+    }
+    assert fill_in_dates({"a": "{datetime} {other} {"}, parse_moment("2026-11-23"), "") == {
+        "a": "2026-11-23T00-00-00 {other} {"
+    }
+
+
+def test_a_date_is_asked_for_and_never_guessed() -> None:
+    with pytest.raises(
+        JobError, match=r"job\.yaml: prompts\.uri\.1 asks for the date of the run: say .*--logical-date"
+    ):
+        fill_in_dates({"prompts": {"uri": ["x", "s3://b/{date}/"]}}, None, "job.yaml")
+    assert fill_in_dates({"prompts": {"uri": "{day}"}}, None, "job.yaml") == {"prompts": {"uri": "{day}"}}
+
+
+@pytest.mark.parametrize("text", ["yesterday", "", "23.11.2026", "2026-13-01"])
+def test_a_date_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(JobError, match=r"--logical-date .*: must be a date"):
+        parse_moment(text)
+
+
+def test_dates_are_filled_into_trees_of_aliases_once() -> None:
+    lines = ["a0: &a0 ['{date}']", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60)), "b: &b [*b]"]
+    tree = fill_in_dates(load_yaml("\n".join(lines), "job.yaml"), parse_moment("2026-11-23"), "job.yaml")
+    assert tree["a1"] == [["2026-11-23"]] * 2
+    assert tree["b"][0] is tree["b"]

@@ -1,0 +1,133 @@
+"""The whole flow from bucket to bucket, on a store that honours conditional writes and on one that does not."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from flux_batch.config.schema import JobConfig
+from flux_batch.engine.local import LocalEngine
+from flux_batch.errors import JobError, NotFound, StoreError, StoreRefused
+from flux_batch.job import load_job, run
+from flux_batch.report.status import read_status
+from flux_batch.report.summary import RunReport
+from flux_batch.storage import retry
+from flux_batch.storage.store import Store
+from helpers.fakes import make_fake_pipeline
+from helpers.job_files import make_job, metadata
+from helpers.s3 import KEY, SECRET, Bucket, S3Server, free_port
+from helpers.tiny_flux import make_tiny_repository
+from helpers.web_server import web_server
+
+
+def render(config: JobConfig) -> RunReport:
+    return run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+
+
+def job_in(bucket: Bucket, folder: Path, **sections: Any) -> JobConfig:
+    """Make a job whose prompts and output lie in the bucket."""
+    local = make_job(folder)
+    fs, path = fsspec.url_to_fs(bucket.uri, **bucket.storage_options)
+    fs.put_file(local.prompts.uri[0], f"{path}/prompts/prompts.parquet")
+    place = {"storage_options": bucket.storage_options}
+    output = {"uri": f"{bucket.uri}/runs/one", **place} | sections.pop("output", {})
+    return make_job(folder, prompts={"uri": f"{bucket.uri}/prompts/", **place}, output=output, **sections)
+
+
+@pytest.mark.s3
+def test_the_model_comes_from_a_bucket_too(moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path / "cache"))
+    uri = f"{moto.make_bucket()}/models/flux"
+    fs, path = fsspec.url_to_fs(uri, **moto.storage_options)
+    fs.put(f"{make_tiny_repository(tmp_path / 'model')}/", path, recursive=True)
+    sampling = {"width": 32, "height": 32, "num_inference_steps": 1}
+    options = {"model": {"uri": uri, "dtype": "float32", "storage_options": moto.storage_options}}
+    config = make_job(tmp_path, [{"prompt": "a cat"}], sampling=sampling, **options)
+    assert run(config, engine=LocalEngine()).exit_code == 0
+    assert [(row["status"], row["model"]) for row in metadata(config)] == [("success", uri)]
+    assert SECRET not in (tmp_path / "out/_run/job.yaml").read_text()
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
+def test_a_run_from_bucket_to_bucket(s3_store: Bucket, tmp_path: Path, layout: str) -> None:
+    config = job_in(s3_store, tmp_path, output={"format": layout})
+    assert render(config).exit_code == 0
+    assert [row["id"] for row in metadata(config)] == [f"prompts.parquet:{number}" for number in range(10)]
+    store = Store(config.output.uri, config.output.storage_options)
+    if layout == "files":
+        for row in metadata(config):
+            assert hashlib.sha256(store.read(row["file_name"])).hexdigest() == row["sha256"]
+    assert read_status(store)["is_complete"]
+    assert store.list("_run/tmp") == []
+    assert SECRET not in store.read("_run/job.yaml").decode()
+    assert render(config).num_new_images == 0
+
+
+def test_a_run_goes_on_where_commits_are_missing(s3_store: Bucket, tmp_path: Path) -> None:
+    config = job_in(s3_store, tmp_path)
+    render(config)
+    store = Store(config.output.uri, config.output.storage_options)
+    before = {key: store.read(key) for key in (*store.list("train"), *store.list("metadata"))}
+    store.delete("_run/commits/00001.json")
+    store.delete("metadata/00001.parquet")
+    assert render(config).num_new_images == 4
+    assert {key: store.read(key) for key in (*store.list("train"), *store.list("metadata"))} == before
+
+
+def test_wrong_credentials_are_one_sentence_without_the_secret(s3_store: Bucket, tmp_path: Path) -> None:
+    if s3_store.server == "moto":
+        pytest.skip("moto lets every key in")
+    config = job_in(s3_store, tmp_path)
+    wrong = s3_store.storage_options | {"secret": "wrong-secret-77aa"}
+    prompts = config.prompts.model_copy(update={"storage_options": wrong})
+    with pytest.raises(StoreRefused, match="prompts") as caught:
+        render(config.model_copy(update={"prompts": prompts}))
+    assert caught.value.exit_code == 2
+    assert "wrong-secret" not in str(caught.value)
+
+
+def test_a_missing_bucket_is_one_sentence(s3_store: Bucket, tmp_path: Path) -> None:
+    config = job_in(s3_store, tmp_path, output={"uri": "s3://nowhere-at-all/runs"})
+    with pytest.raises(StoreRefused, match="s3://nowhere-at-all/runs") as caught:
+        render(config)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.s3
+def test_the_job_file_lies_in_a_bucket_too(moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = moto.make_bucket()
+    Store(uri, moto.storage_options).write("jobs/cats.yaml", make_job(tmp_path).to_yaml().encode())
+    with monkeypatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", KEY)
+        environment.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        environment.setenv("AWS_ENDPOINT_URL", moto.endpoint_url)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        assert load_job(f"{uri}/jobs/cats.yaml", ["name=cats"]) == make_job(tmp_path).model_copy(
+            update={"name": "cats"}
+        )
+        with pytest.raises(NotFound, match=r"jobs/dogs\.yaml: not found") as caught:
+            load_job(f"{uri}/jobs/dogs.yaml")
+        assert caught.value.exit_code == 2
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_the_job_file_lies_on_a_web_server(tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    with web_server() as server:
+        address = server.at("/jobs/cats.yaml?version=3", config.to_yaml().encode())
+        assert load_job(address) == config
+        with pytest.raises(JobError, match="must be a mapping"):
+            load_job(server.at("/list.yaml", b"- 1"))
+        with pytest.raises(JobError, match="cannot be read"):
+            load_job(server.at("/latin.yaml", b"name: \xff"))
+
+
+def test_a_web_server_that_is_away_is_no_fault_of_the_job_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "ATTEMPTS", 2)
+    with pytest.raises(StoreError) as caught:
+        load_job(f"http://127.0.0.1:{free_port()}/cats.yaml")
+    assert caught.value.exit_code == 75

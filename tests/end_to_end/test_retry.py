@@ -1,0 +1,156 @@
+"""Failed rows are tried again, and nothing else is; whatever is killed meanwhile, nothing is lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flux_batch.job
+from flux_batch.config.schema import JobConfig, ModelConfig
+from flux_batch.engine.local import LocalEngine
+from flux_batch.job import run
+from flux_batch.output.lease import HeldStore
+from flux_batch.output.paths import TAKEN_BACK
+from flux_batch.output.revert import TakeBack
+from flux_batch.report.saved_run import SavedRun
+from flux_batch.report.summary import RunReport
+from flux_batch.storage.store import Store
+from helpers.fakes import FakePipeline, make_fake_pipeline
+from helpers.job_files import data_files, make_job, metadata
+from helpers.mortal import Death, Life, MortalStore
+
+FAILING = [2, 5, 8]
+ROWS = [{"prompt": f"picture {number}" + (" [raise]" if number in FAILING else "")} for number in range(12)]
+LAYOUTS = ["webdataset", "files", "parquet"]
+
+
+class Healed(FakePipeline):
+    """A pipeline that fails at nothing."""
+
+    def _misbehave(self, prompt: str, batch_size: int, *, is_tiled: bool) -> None:
+        pass
+
+
+class Making:
+    """Makes healed pipelines, and counts what they make."""
+
+    def __init__(self) -> None:
+        self.made: list[FakePipeline] = []
+
+    def __call__(self, model: ModelConfig) -> FakePipeline:
+        self.made.append(Healed())
+        return self.made[-1]
+
+    @property
+    def prompts(self) -> Counter[str]:
+        return Counter(text for pipeline in self.made for call in pipeline.calls for text in call)
+
+
+def job(folder: Path, layout: str = "webdataset", rows: list[dict[str, Any]] = ROWS) -> JobConfig:
+    return make_job(folder, rows, output={"format": layout}, failures={"max_ratio": 1.0})
+
+
+def healed(config: JobConfig, making: Making | None = None, **options: Any) -> RunReport:
+    return run(config, engine=LocalEngine(), make_pipeline=making or Making(), **options)
+
+
+@pytest.fixture(params=LAYOUTS)
+def failed(request: pytest.FixtureRequest, tmp_path: Path) -> JobConfig:
+    """A complete run of three shards, one picture failed in each of the first two and in the third."""
+    config = job(tmp_path / "failed", request.param)
+    report = run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+    assert (report.is_complete, report.num_failed) == (True, 3)
+    return config
+
+
+def test_only_what_failed_is_made_again_and_the_bytes_are_those_of_a_run_without_failures(
+    failed: JobConfig, tmp_path: Path
+) -> None:
+    whole = job(tmp_path / "whole", failed.output.format)
+    healed(whole)
+    making = Making()
+
+    report = healed(failed, making, retry_failed=True)
+
+    assert (report.is_complete, report.num_failed, report.num_images) == (True, 0, 12)
+    assert making.prompts == Counter(ROWS[number]["prompt"] for number in FAILING)
+    assert data_files(Path(failed.output.uri)) == data_files(Path(whole.output.uri))
+    assert Store(failed.output.uri).list("_run/failed") == []
+    assert Store(failed.output.uri).list("_run/staging") == []
+
+
+def test_without_the_flag_and_without_failures_there_is_nothing_to_do(failed: JobConfig) -> None:
+    making = Making()
+    assert healed(failed, making).num_failed == 3
+    healed(failed, making, retry_failed=True)
+    before = data_files(Path(failed.output.uri))
+    num_made = making.prompts.total()
+
+    report = healed(failed, making, retry_failed=True)
+
+    assert (report.exit_code, report.num_new_images) == (0, 0)
+    assert making.prompts.total() == num_made == 3
+    assert data_files(Path(failed.output.uri)) == before
+
+
+def test_shards_without_failures_are_not_touched(tmp_path: Path) -> None:
+    config = job(tmp_path, rows=[*ROWS[:3], *({"prompt": f"fine {number}"} for number in range(9))])
+    run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+    before = {path: path.stat().st_mtime_ns for path in Path(config.output.uri).rglob("*") if path.is_file()}
+
+    healed(config, retry_failed=True)
+
+    touched = {path.relative_to(config.output.uri).as_posix() for path, at in before.items() if at_of(path) != at}
+    assert {name for name in touched if name.startswith(("train/", "metadata/", "_run/commits"))} == {
+        "train/00000.tar",
+        "metadata/00000.parquet",
+        "_run/commits/00000.json",
+    }
+
+
+def test_what_was_taken_back_already_keeps_what_was_staged_of_it(failed: JobConfig) -> None:
+    store = Store(failed.output.uri)
+    plan = SavedRun.open(store)
+    take_back = TakeBack(store, plan.num_shards, plan.layout)
+    take_back([0])
+    take_back([0])
+    making = Making()
+    healed(failed, making)
+    assert making.prompts == Counter({ROWS[2]["prompt"]: 1})
+
+
+def at_of(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def test_a_kill_at_any_write_of_it_loses_no_picture(
+    failed: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = job(tmp_path / "whole", failed.output.format)
+    healed(whole)
+    for last in range(LAYOUTS.index(failed.output.format), 1000, len(LAYOUTS)):  # each layout has its share of them
+        config = job(tmp_path / str(last), failed.output.format)
+        run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+        making, life = Making(), Life(last)
+        with monkeypatch.context() as patch:
+            patch.setattr(flux_batch.job, "HeldStore", type("Its", (MortalStore, HeldStore), {"life": life}))
+            try:
+                healed(config, making, retry_failed=True)
+                is_over = True
+            except Death:
+                is_over = False
+
+        healed(config, making)
+        assert Store(config.output.uri).list(TAKEN_BACK) == []
+        assert [row["prompt"] for row in metadata(config)] == [row["prompt"] for row in ROWS]
+        for row in metadata(config):
+            assert row["status"] == "success" or "[raise]" in row["prompt"]
+        healed(config, making, retry_failed=True)
+        assert data_files(Path(config.output.uri)) == data_files(Path(whole.output.uri)), last
+        assert making.prompts.keys() == {ROWS[number]["prompt"] for number in FAILING}
+        if is_over:
+            break
+    assert last >= 3 * 7

@@ -1,0 +1,118 @@
+"""Workers that die as processes do: from one moment on, nothing of theirs reaches the store and nothing unwinds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+import flux_batch.worker.worker
+from flux_batch.config.schema import JobConfig
+from flux_batch.plan.plan import Plan, make_plan
+from flux_batch.storage.store import Store
+from flux_batch.worker.worker import Worker, WorkerRecipe
+from helpers.fakes import FakePipeline, make_fake_pipeline
+from helpers.waiting import PATIENCE_S
+
+T = TypeVar("T")
+
+
+class Death(BaseException):
+    """What the test sees of the end of a worker; its own code may not do a thing about it."""
+
+
+class Life:
+    """Ends before write or delete number `last`, or when told so."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.is_over = False
+        self.writes: list[str] = []
+        self.has_written = threading.Condition()
+        self._last = last
+
+    def end(self) -> None:
+        self.is_over = True
+        raise Death
+
+    def spend(self, key: str) -> None:
+        with self.has_written:
+            self.check()
+            if len(self.writes) == self._last:
+                self.is_over = True
+                self.has_written.notify_all()
+                raise Death
+            self.writes.append(key)
+
+    def check(self) -> None:
+        if self.is_over:
+            raise Death
+
+
+class MortalStore(Store):
+    """A store that hears nothing more of a user that is dead."""
+
+    life = Life()
+
+    def _call(self, key: str, operation: str, function: Callable[[], T]) -> T:
+        if operation in ("write", "create", "delete"):
+            self.life.spend(key)
+        self.life.check()
+        result = super()._call(key, operation, function)
+        with self.life.has_written:
+            self.life.has_written.notify_all()
+        return result
+
+
+class MortalPipeline(FakePipeline):
+    """Counts the pictures it lived to finish; a prompt with `[die]` ends it.
+
+    The device is slower than the store: no batch is finished before the last one is stored.
+    """
+
+    def __init__(self, life: Life) -> None:
+        super().__init__()
+        self.made: list[str] = []
+        self._life = life
+        self._begun: list[set[str]] = []  # batches
+
+    def __call__(self, prompt: Any, **others: Any) -> Any:
+        if not (self._begun and self._begun[-1] >= set(prompt)):  # else it is a part of one that failed
+            self._begun.append(set(prompt))
+        pictures = super().__call__([text.replace("[die]", "") for text in prompt], **others)
+        with self._life.has_written:
+            assert self._life.has_written.wait_for(self._is_last_stored, PATIENCE_S)
+        if any("[die]" in text for text in prompt):
+            self._life.end()
+        self._life.check()
+        self.made += prompt
+        return pictures
+
+    def _is_last_stored(self) -> bool:
+        return self._life.is_over or self._num_staged() >= len(self._begun) - 1
+
+    def _num_staged(self) -> int:
+        return sum("staging" in key and key.endswith(".parquet") for key in self._life.writes)
+
+
+def open_worker(
+    config: JobConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    life: Life | None = None,
+    pipeline: FakePipeline | None = None,
+) -> tuple[Worker, Any, Plan]:
+    """Open a worker as a process of its own would; without `life`, one that lives on."""
+    life = life or Life()
+    plan = make_plan(config.prompts, config.output.shard_size)
+    store = type("ItsStore", (MortalStore,), {"life": life})
+    monkeypatch.setattr(flux_batch.worker.worker, "Store", store)
+    pipeline = pipeline or MortalPipeline(life)
+    worker = Worker(WorkerRecipe(config, len(plan.shards), plan.passthrough, make_fake_pipeline), pipeline)
+    return worker, pipeline, plan
+
+
+def staged(config: JobConfig) -> list[Path]:
+    """List what is in the staging area of a run on this disk."""
+    return sorted(path for path in Path(config.output.uri, "_run/staging").rglob("*") if path.is_file())

@@ -1,0 +1,114 @@
+"""A cluster of several raylets on this machine, to lose nodes and workers of."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from helpers.job_server import HEALTH
+
+HEAD = {
+    "num_cpus": 1,
+    "num_gpus": 0,
+    "include_dashboard": False,
+    # Without this Ray insists on 8265, which another cluster may have, and leaves a socket open.
+    "dashboard_port": None,
+    "_system_config": HEALTH,
+}
+WORKER = b"ray::RayWorker"
+REAP_S = 20
+
+
+class Raylets:
+    """A head without a GPU, and nodes with one each."""
+
+    def __init__(self, cluster: Any) -> None:
+        self._cluster = cluster
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self._cluster.worker_nodes)
+
+    def add(self) -> None:
+        self._cluster.add_node(wait=False, num_gpus=1, num_cpus=0, include_dashboard=False)
+
+    def lose(self, number: int) -> None:
+        """Kill the raylet of a node; its workers find out for themselves, and may write until then."""
+        node = sorted(self._cluster.worker_nodes, key=lambda node: str(node.unique_id))[number]
+        dying = processes(node)
+        for info in node.all_processes["raylet"]:
+            _kill(info.process.pid)
+        self._cluster.remove_node(node, allow_graceful=False)
+        reap(dying)
+
+    def workers(self) -> list[int]:
+        """List the processes in which a worker of a run is at home."""
+        return sorted(pid for node in self._cluster.worker_nodes for pid in self._workers_of(node))
+
+    def _workers_of(self, node: Any) -> list[int]:
+        """List them for one node: children of its raylet that bear the name of the actor."""
+        raylets = [info.process.pid for info in node.all_processes.get("raylet", [])]
+        return [pid for pid, parent, title in _table() if parent in raylets and title.startswith(WORKER)]
+
+    def shut_down(self) -> None:
+        nodes = [*self._cluster.worker_nodes, self._cluster.head_node]
+        dying = [process for node in nodes if node for process in processes(node)]
+        self._cluster.shutdown()
+        reap(dying)
+
+
+@contextmanager
+def raylets(num_nodes: int) -> Iterator[Raylets]:
+    from ray.cluster_utils import Cluster
+
+    cluster = Raylets(Cluster(initialize_head=True, head_node_args=HEAD))
+    try:
+        for _ in range(num_nodes):
+            cluster.add()
+        yield cluster
+    finally:
+        cluster.shut_down()
+
+
+def kill_worker(pid: int) -> bool:
+    """Kill a worker unless it has just ended, and its number may be another's."""
+    return any(each == pid and title.startswith(WORKER) for each, _, title in _table()) and _kill(pid)
+
+
+def _kill(pid: int) -> bool:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def processes(node: Any) -> list[Any]:
+    """List the processes of a node."""
+    return [info.process for infos in node.all_processes.values() for info in infos]
+
+
+def reap(dying: list[Any]) -> None:
+    """Wait for processes, which Ray kills without doing so: Python would warn of them in some later test."""
+    for process in dying:
+        process.wait(timeout=REAP_S)
+
+
+def _table() -> Iterator[tuple[int, int, bytes]]:
+    """Yield the number, the parent and the title of every process."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                # proc_pid_stat(5): the second field, the name of the program, may hold blanks and brackets.
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                yield int(folder.name), parent, (folder / "cmdline").read_bytes()
+            except (OSError, IndexError):
+                continue  # it has ended

@@ -1,0 +1,529 @@
+"""Every family of LoRA files against fp64 references, and against diffusers and PEFT where these are right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.diffusers_keys import swap_halves, transformer_from_diffusers, transformer_to_diffusers
+from flux_batch.model.checkpoint.loading import load_transformer
+from flux_batch.model.checkpoint.recognise import recognise
+from flux_batch.model.lora.file import open_lora
+from flux_batch.model.lora.merge import LoraMerge
+from flux_batch.model.text import load_clip, load_t5
+from flux_batch.model.transformer import Flux
+from helpers.lora_files import Factors, added, matrices, random_factors, write_lora
+from helpers.tiny_flux import TinyFlux, make_tiny_repository
+
+F32 = {"dtype": torch.float32, "device": torch.device("cpu")}
+KOHYA = {"down": "lora_down.weight", "up": "lora_up.weight"}
+ALPHAS = (None, 4.0, 1.0, 0.0, 2.5)
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_repository(tmp_path_factory.mktemp("models") / "tiny", TinyFlux(seed=7))
+
+
+@pytest.fixture
+def merge(repository: Path) -> LoraMerge:
+    """The parts of a tiny model, fresh."""
+    merge = LoraMerge()
+    transformer = open_checkpoint(repository / "transformer")
+    config = json.loads((repository / "transformer" / "config.json").read_text())
+    merge.add_part("transformer", load_transformer(transformer, recognise(transformer)[0], config, **F32))
+    clip = recognise(open_checkpoint(repository / "text_encoder"))[1]
+    merge.add_part("clip", load_clip(clip, **F32).model)
+    merge.add_part("t5", load_t5(recognise(open_checkpoint(repository / "text_encoder_2"))[1], **F32).model)
+    return merge
+
+
+def put_in(merge: LoraMerge, path: Path, scale: float = 1.0) -> None:
+    merge.set([(open_lora(path, path.name, merge.shapes()), scale)])
+
+
+def state_of(merge: LoraMerge, part: str = "transformer") -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in merge.parts[part].state_dict().items()}
+
+
+def in_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return transformer_to_diffusers({name: value.double() for name, value in state.items()})
+
+
+def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-6) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.allclose(value.double(), expected[name].double(), rtol=tolerance, atol=tolerance), name
+
+
+DIFFUSERS_NAMES = {
+    "diffusers": {"prefix": "transformer."},
+    "peft": {"prefix": "base_model.model."},
+    "peft with an adapter's name": {
+        "prefix": "base_model.model.",
+        "down": "lora_A.default.weight",
+        "up": "lora_B.default.weight",
+    },
+    "no prefix": {},
+    "diffusers with kohya's endings": {"prefix": "transformer.", **KOHYA},
+    "old diffusers": {"prefix": "transformer.", "down": "lora.down.weight", "up": "lora.up.weight"},
+    "onetrainer": {"prefix": "lora_transformer_", "underscores": True, **KOHYA},
+    "lycoris": {"prefix": "lycoris_", "underscores": True, **KOHYA},
+}
+ORIGINAL_NAMES = {
+    "kohya": {"prefix": "lora_unet_", "underscores": True, **KOHYA},
+    "comfyui": {"prefix": "diffusion_model.", **KOHYA},
+    "comfyui with peft's endings": {"prefix": "diffusion_model."},
+    "original": {"prefix": ""},
+    "fal": {"prefix": "base_model.model."},
+}
+
+
+@pytest.mark.parametrize("family", DIFFUSERS_NAMES)
+@pytest.mark.parametrize("scale", [1.0, -0.7])
+def test_layers_of_diffusers_are_rows_of_ours(tmp_path: Path, merge: LoraMerge, family: str, scale: float) -> None:
+    before = in_diffusers(state_of(merge))
+    modules = random_factors(matrices(before), seed=1, alphas=ALPHAS)
+    path = write_lora(tmp_path / "lora.safetensors", modules, **DIFFUSERS_NAMES[family])
+
+    put_in(merge, path, scale)
+
+    assert_close(in_diffusers(state_of(merge)), added(before, modules, scale))
+
+
+@pytest.mark.parametrize("family", ORIGINAL_NAMES)
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_original_layers_are_ours(tmp_path: Path, merge: LoraMerge, family: str, scale: float) -> None:
+    before = state_of(merge)
+    modules = random_factors(matrices(before), seed=2, alphas=ALPHAS)
+    path = write_lora(tmp_path / "lora.safetensors", modules, **ORIGINAL_NAMES[family])
+
+    put_in(merge, path, scale)
+
+    assert_close(state_of(merge), added(before, modules, scale))
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_xlabs(tmp_path: Path, merge: LoraMerge, prefix: str) -> None:
+    before = state_of(merge)
+    names = {}
+    for i in range(2):
+        names |= {
+            f"double_blocks.{i}.processor.qkv_lora1": f"double_blocks.{i}.img_attn.qkv",
+            f"double_blocks.{i}.processor.qkv_lora2": f"double_blocks.{i}.txt_attn.qkv",
+            f"double_blocks.{i}.processor.proj_lora1": f"double_blocks.{i}.img_attn.proj",
+            f"double_blocks.{i}.processor.proj_lora2": f"double_blocks.{i}.txt_attn.proj",
+            f"single_blocks.{i}.processor.proj_lora": f"single_blocks.{i}.linear2",
+        }
+    shapes = matrices(before)
+    modules = random_factors({theirs: shapes[ours] for theirs, ours in names.items()}, seed=3)
+    # Of linear1 only query, key and value.
+    qkv = random_factors({f"single_blocks.{i}.processor.qkv_lora": (96, 32) for i in range(2)}, seed=4)
+    path = write_lora(tmp_path / "x.safetensors", {**modules, **qkv}, prefix=prefix, down="down.weight", up="up.weight")
+
+    put_in(merge, path, 0.8)
+
+    expected = added(before, {names[name]: factors for name, factors in modules.items()}, 0.8)
+    for i in range(2):
+        expected[f"single_blocks.{i}.linear1.weight"][:96] += 0.8 * qkv[f"single_blocks.{i}.processor.qkv_lora"].delta
+    assert_close(state_of(merge), expected)
+
+
+def test_diffsynth(tmp_path: Path, merge: LoraMerge) -> None:
+    before = state_of(merge)
+    names = {
+        "blocks.1.attn.a_to_qkv": "double_blocks.1.img_attn.qkv",
+        "blocks.1.attn.b_to_out": "double_blocks.1.txt_attn.proj",
+        "blocks.0.norm1_a.linear": "double_blocks.0.img_mod.lin",
+        "blocks.0.ff_b.2": "double_blocks.0.txt_mlp.2",
+        "single_blocks.1.to_qkv_mlp": "single_blocks.1.linear1",
+        "single_blocks.0.proj_out": "single_blocks.0.linear2",
+        "single_blocks.0.norm.linear": "single_blocks.0.modulation.lin",
+        "x_embedder": "img_in",
+        "time_embedder.timestep_embedder.2": "time_in.out_layer",
+        "guidance_embedder.timestep_embedder.0": "guidance_in.in_layer",
+        "pooled_text_embedder.0": "vector_in.in_layer",
+        "final_proj_out": "final_layer.linear",
+        "final_norm_out.linear": "final_layer.adaLN_modulation.1",
+    }
+    shapes = matrices(before)
+    modules = random_factors({theirs: shapes[ours] for theirs, ours in names.items()}, seed=5)
+    path = write_lora(tmp_path / "x.safetensors", modules, down="lora_A.default.weight", up="lora_B.default.weight")
+
+    put_in(merge, path)
+
+    last = modules["final_norm_out.linear"]
+    swapped = Factors(last.down, swap_halves(last.up))
+    ours = {names[name]: swapped if factors is last else factors for name, factors in modules.items()}
+    assert_close(state_of(merge), added(before, ours))
+
+
+CLIP_NAMES = {
+    "kohya": {"prefix": "lora_te1_text_model_", "underscores": True, **KOHYA},
+    "kohya of SD": {"prefix": "lora_te_text_model_", "underscores": True, **KOHYA},
+    "diffusers": {"prefix": "text_encoder.text_model."},
+    "diffusers on transformers 5": {"prefix": "text_encoder."},
+    "old diffusers": {
+        "prefix": "text_encoder.text_model.",
+        "down": "lora_linear_layer.down.weight",
+        "up": "lora_linear_layer.up.weight",
+    },
+    "comfyui": {"prefix": "text_encoders.clip_l.transformer.text_model.", **KOHYA},
+    "peft": {"prefix": "base_model.model.text_model."},
+}
+T5_NAMES = {
+    "kohya": {"prefix": "lora_te3_", "underscores": True, **KOHYA},
+    "onetrainer": {"prefix": "lora_te2_", "underscores": True, **KOHYA},
+    "diffusers": {"prefix": "text_encoder_2."},
+    "comfyui": {"prefix": "text_encoders.t5xxl.transformer.", **KOHYA},
+    "peft": {"prefix": "base_model.model."},
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "spelling"),
+    [*(("clip", spelling) for spelling in CLIP_NAMES.values()), *(("t5", spelling) for spelling in T5_NAMES.values())],
+)
+def test_text_encoders(tmp_path: Path, merge: LoraMerge, part: str, spelling: dict[str, str | bool]) -> None:
+    before = state_of(merge, part)
+    shapes = {name: shape for name, shape in matrices(before).items() if "embed_tokens" not in name}
+    modules = random_factors(shapes, seed=6, alphas=ALPHAS)
+    path = write_lora(tmp_path / "x.safetensors", modules, **spelling)
+
+    put_in(merge, path, 1.5)
+
+    expected = added(before, modules, 1.5)
+    if part == "t5":
+        expected["encoder.embed_tokens.weight"] = expected["shared.weight"]
+    assert_close(state_of(merge, part), expected)
+
+
+def test_all_parts_of_one_file_at_once(tmp_path: Path, merge: LoraMerge) -> None:
+    shapes = {
+        "lora_unet_single_blocks_0_linear2": (32, 160),
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1": (64, 32),
+        "lora_te3_encoder_block_1_layer_1_DenseReluDense_wo": (24, 48),
+    }
+    before = {part: state_of(merge, part) for part in merge.parts}
+    path = write_lora(tmp_path / "x.safetensors", random_factors(shapes), **KOHYA)
+
+    put_in(merge, path)
+
+    for part, name in (
+        ("transformer", "single_blocks.0.linear2.weight"),
+        ("clip", "encoder.layers.0.mlp.fc1.weight"),
+        ("t5", "encoder.block.1.layer.1.DenseReluDense.wo.weight"),
+    ):
+        after = state_of(merge, part)
+        assert [key for key in after if not torch.equal(after[key], before[part][key])] == [name]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_the_dtype_of_the_file_does_not_matter(tmp_path: Path, merge: LoraMerge, dtype: torch.dtype) -> None:
+    before = state_of(merge)
+    drawn = random_factors({"double_blocks.0.img_attn.qkv": (96, 32)})
+    stored = {name: Factors(f.down.to(dtype).float(), f.up.to(dtype).float()) for name, f in drawn.items()}
+    path = write_lora(tmp_path / "x.safetensors", drawn, dtype=dtype)
+
+    put_in(merge, path)
+
+    assert_close(state_of(merge), added(before, stored))
+
+
+# diffusers and PEFT
+
+
+@pytest.fixture
+def reference(repository: Path) -> FluxPipeline:
+    return FluxPipeline.from_pretrained(repository, dtype=torch.float32)
+
+
+def fused_by_diffusers(reference: FluxPipeline, path: Path, scale: float) -> dict[str, Tensor]:
+    """Return the transformer, in the original layout, after diffusers has merged a LoRA."""
+    reference.load_lora_weights(str(path.parent), weight_name=path.name)
+    reference.fuse_lora(lora_scale=scale)
+    reference.unload_lora_weights()
+    return transformer_from_diffusers(reference.transformer.state_dict())
+
+
+def of_double_blocks(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    return {name: shape for name, shape in shapes.items() if name.startswith("double_blocks.")}
+
+
+@pytest.mark.parametrize("family", ["diffusers", "onetrainer"])
+def test_equal_to_diffusers(tmp_path: Path, merge: LoraMerge, reference: FluxPipeline, family: str) -> None:
+    names = matrices(in_diffusers(state_of(merge)))
+    blocks = {name: shape for name, shape in names.items() if ".attn." in name or name == "x_embedder"}
+    # diffusers' own OneTrainer conversion wants an alpha of every module.
+    modules = random_factors(blocks, seed=8, alphas=(None,) if family == "diffusers" else (2.0, 8.0))
+    path = write_lora(tmp_path / "lora.safetensors", modules, **DIFFUSERS_NAMES[family])
+
+    put_in(merge, path, 0.6)
+
+    assert_close(state_of(merge), fused_by_diffusers(reference, path, 0.6))
+
+
+def test_equal_to_diffusers_on_kohyas_files(tmp_path: Path, merge: LoraMerge, reference: FluxPipeline) -> None:
+    shapes = of_double_blocks(matrices(state_of(merge)))  # its single blocks are of full size only
+    modules = random_factors(shapes, seed=9, alphas=(None, 1.0, 4.0, 16.0))
+    path = write_lora(tmp_path / "lora.safetensors", modules, **ORIGINAL_NAMES["kohya"])
+
+    put_in(merge, path, 0.9)
+
+    assert_close(state_of(merge), fused_by_diffusers(reference, path, 0.9))
+
+
+def test_equal_to_diffusers_on_xlabs_files(tmp_path: Path, merge: LoraMerge, reference: FluxPipeline) -> None:
+    shapes = {"double_blocks.0.processor.qkv_lora1": (96, 32), "double_blocks.1.processor.proj_lora2": (32, 32)}
+    shapes |= {"single_blocks.1.processor.qkv_lora": (96, 32), "single_blocks.0.processor.proj_lora": (32, 160)}
+    path = write_lora(tmp_path / "x.safetensors", random_factors(shapes), down="down.weight", up="up.weight")
+
+    put_in(merge, path)
+
+    assert_close(state_of(merge), fused_by_diffusers(reference, path, 1.0))
+
+
+def test_equal_to_diffusers_on_text_encoders(tmp_path: Path, merge: LoraMerge, reference: FluxPipeline) -> None:
+    shapes = {f"text_model.encoder.layers.{i}.self_attn.{name}_proj": (32, 32) for i in range(2) for name in "qkv"}
+    path = write_lora(tmp_path / "x.safetensors", random_factors(shapes, seed=10), prefix="text_encoder.")
+
+    put_in(merge, path, 0.5)
+    reference.load_lora_weights(str(tmp_path), weight_name=path.name)
+    reference.fuse_lora(components=["text_encoder"], lora_scale=0.5)
+    reference.unload_lora_weights()
+
+    assert_close(state_of(merge, "clip"), reference.text_encoder.state_dict())
+
+
+def test_metadata_of_diffusers_states_alphas(tmp_path: Path, merge: LoraMerge, reference: FluxPipeline) -> None:
+    config = LoraConfig(
+        r=4,
+        lora_alpha=10,
+        target_modules=["to_q", "to_out.0", "proj_mlp"],
+        alpha_pattern={"proj_mlp": 3},
+        rank_pattern={"proj_mlp": 2},
+        use_rslora=True,
+        init_lora_weights=False,
+    )
+    reference.transformer.add_adapter(config)
+    reference.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers={
+            name.replace(".default", ""): value
+            for name, value in reference.transformer.state_dict().items()
+            if "lora_" in name
+        },
+        transformer_lora_adapter_metadata=config.to_dict(),
+    )
+    reference.unload_lora_weights()
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+
+    put_in(merge, path, 0.7)
+
+    assert_close(state_of(merge), fused_by_diffusers(reference, path, 0.7))
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # of PEFT, which takes a bias for a damaged matrix
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"lora_alpha": 9}, {"use_rslora": True}])
+def test_equal_to_peft(tmp_path: Path, merge: LoraMerge, options: dict[str, object]) -> None:
+    before = state_of(merge)
+    plain = Flux(merge.parts["transformer"].params)
+    plain.load_state_dict(before)
+    targets = [f"double_blocks.{i}.{name}" for i in range(2) for name in ("img_attn.qkv", "txt_mlp.2")]
+    settings = {"r": 3, "lora_alpha": 2, "target_modules": targets, "init_lora_weights": False, **options}
+    torch.manual_seed(0)
+    wrapped = get_peft_model(plain, LoraConfig(**settings))
+    for name, value in wrapped.named_parameters():
+        if "magnitude" in name or "lora_B" in name:
+            nn.init.normal_(value, mean=1.0)
+    wrapped.save_pretrained(tmp_path)
+
+    put_in(merge, tmp_path / "adapter_model.safetensors")
+
+    assert_close(state_of(merge), wrapped.merge_and_unload().state_dict())
+
+
+# Kinds
+
+
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [
+        (
+            {"hada_w1_a": (96, 3), "hada_w1_b": (3, 32), "hada_w2_a": (96, 3), "hada_w2_b": (3, 32), "alpha": 6.0},
+            lambda f: 2 * (f["hada_w1_a"] @ f["hada_w1_b"]) * (f["hada_w2_a"] @ f["hada_w2_b"]),
+        ),
+        (
+            {"lokr_w1": (4, 8), "lokr_w2_a": (24, 2), "lokr_w2_b": (2, 4), "alpha": 1.0},
+            lambda f: 0.5 * torch.kron(f["lokr_w1"], f["lokr_w2_a"] @ f["lokr_w2_b"]),
+        ),
+        (
+            {"lokr_w1_a": (4, 5), "lokr_w1_b": (5, 8), "lokr_w2": (24, 4)},
+            lambda f: torch.kron(f["lokr_w1_a"] @ f["lokr_w1_b"], f["lokr_w2"]),
+        ),
+        # Two whole factors have no rank, and alpha means nothing.
+        ({"lokr_w1": (8, 4), "lokr_w2": (12, 8), "alpha": 7.0}, lambda f: torch.kron(f["lokr_w1"], f["lokr_w2"])),
+        ({"diff": (96, 32)}, lambda f: f["diff"]),
+    ],
+)
+def test_kinds(
+    tmp_path: Path,
+    merge: LoraMerge,
+    factors: dict[str, tuple[int, ...] | float],
+    expected: Callable[[dict[str, Tensor]], Tensor],
+) -> None:
+    before = state_of(merge)
+    stem = "lora_unet_double_blocks_1_txt_attn_qkv"
+    tensors = {
+        role: torch.tensor(shape) if isinstance(shape, float) else torch.randn(shape) for role, shape in factors.items()
+    }
+    path = tmp_path / "x.safetensors"
+    save_file({f"{stem}.{role}": tensor for role, tensor in tensors.items()}, path)
+
+    put_in(merge, path, 0.25)
+
+    name = "double_blocks.1.txt_attn.qkv.weight"
+    wide = {role: tensor.double() for role, tensor in tensors.items()}
+    assert_close(state_of(merge), before | {name: before[name].double() + 0.25 * expected(wide)})
+
+
+@pytest.mark.parametrize("shape", [(32,), (32, 1), (1, 32)])
+def test_dora_of_a_piece_of_a_fused_layer(tmp_path: Path, merge: LoraMerge, shape: tuple[int, ...]) -> None:
+    before = state_of(merge)
+    name = "transformer_blocks.0.attn.to_k"
+    factors = random_factors({name: (32, 32)}, alphas=(3.0,))[name]
+    magnitude = torch.rand(shape) + 0.5
+    key = f"transformer.{name}.dora_scale"
+    path = write_lora(tmp_path / "x.safetensors", {name: factors}, prefix="transformer.", extra={key: magnitude})
+
+    put_in(merge, path, 0.5)
+
+    own = before["double_blocks.0.img_attn.qkv.weight"][32:64].double()
+    moved = own + factors.delta
+    dim = 0 if shape == (1, 32) else 1
+    target = magnitude.double().reshape((1, 32) if dim == 0 else (32, 1)) * moved / moved.norm(dim=dim, keepdim=True)
+    expected = {key: value.double() for key, value in before.items()}
+    expected["double_blocks.0.img_attn.qkv.weight"][32:64] = 0.5 * own + 0.5 * target
+    assert_close(state_of(merge), expected)
+
+
+def test_differences_of_norms_and_biases(tmp_path: Path, merge: LoraMerge) -> None:
+    before = state_of(merge)
+    norm, bias = torch.randn(16), torch.randn(64)
+    path = tmp_path / "x.safetensors"
+    save_file(
+        {
+            "diffusion_model.double_blocks.0.img_attn.norm.key_norm.diff": norm,
+            "diffusion_model.final_layer.adaLN_modulation.1.diff_b": bias,
+            "transformer.norm_out.linear.diff": torch.ones(64, 32),
+        },
+        path,
+    )
+
+    put_in(merge, path, 2.0)
+
+    changed = {
+        "double_blocks.0.img_attn.norm.key_norm.scale": 2 * norm,
+        "final_layer.adaLN_modulation.1.bias": 2 * bias,
+        "final_layer.adaLN_modulation.1.weight": torch.full((64, 32), 2.0),
+    }
+    assert_close(state_of(merge), before | {name: before[name] + change for name, change in changed.items()})
+
+
+# Scales
+
+
+def test_a_fused_file_trained_in_pieces_has_the_scale_of_a_piece(tmp_path: Path, merge: LoraMerge) -> None:
+    before = state_of(merge)
+    metadata = {"ss_network_args": json.dumps({"split_qkv": "True"})}
+    up = torch.block_diag(torch.randn(32, 2), torch.randn(32, 2), torch.randn(32, 2))
+    modules = {
+        "double_blocks.0.img_attn.qkv": Factors(torch.randn(6, 32), up, 1.0),
+        # Not block-diagonal any more, as after a resize.
+        "double_blocks.1.img_attn.qkv": Factors(torch.randn(6, 32), torch.randn(96, 6), 1.0),
+    }
+    path = write_lora(tmp_path / "x.safetensors", modules, metadata=metadata, **ORIGINAL_NAMES["kohya"])
+
+    put_in(merge, path)
+
+    split = Factors(modules["double_blocks.0.img_attn.qkv"].down, up, 3.0)
+    assert_close(state_of(merge), added(before, modules | {"double_blocks.0.img_attn.qkv": split}))
+
+
+def test_a_block_diagonal_file_that_says_nothing_is_as_it_is(tmp_path: Path, merge: LoraMerge) -> None:
+    before = state_of(merge)
+    up = torch.block_diag(torch.randn(32, 2), torch.randn(32, 2), torch.randn(32, 2))
+    modules = {"double_blocks.0.img_attn.qkv": Factors(torch.randn(6, 32), up, 1.0)}
+    path = write_lora(tmp_path / "x.safetensors", modules, **ORIGINAL_NAMES["kohya"])
+
+    put_in(merge, path)
+
+    assert_close(state_of(merge), added(before, modules))
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_an_alpha_that_is_no_number_is_an_error(tmp_path: Path, merge: LoraMerge, alpha: float) -> None:
+    modules = {"img_in": Factors(torch.randn(2, 64), torch.randn(32, 2), alpha)}
+
+    with pytest.raises(ValueError, match=r"alpha of transformer\.img_in is"):
+        open_lora(write_lora(tmp_path / "x.safetensors", modules, prefix="transformer."), "x", merge.shapes())
+
+
+# What is wrong with a file
+
+
+def good_lora(path: Path) -> dict[str, Tensor]:
+    """Write a LoRA of rank 3, and return its tensors."""
+    blocks, embedder = Factors(torch.ones(3, 32), torch.ones(96, 3)), Factors(torch.ones(3, 64), torch.ones(32, 3))
+    return load_file(write_lora(path, {"double_blocks.0.img_attn.qkv": blocks, "img_in": embedder}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"img_in.lora_B.weight": None}, "img_in is not a whole module of a LoRA: it has only img_in.lora_A.weight"),
+        ({"img_in.lora_A.weight": torch.zeros(9, 64)}, "do not fit together"),
+        ({"img_in.lora_A.weight": torch.zeros(2, 64, 1)}, "img_in.lora_A.weight is [2, 64, 1], should be a matrix"),
+        ({"img_in.lora_A.weight": torch.zeros(())}, "img_in.lora_A.weight is [], should be a matrix"),
+        (
+            {"img_in.lora_A.weight": torch.zeros(2, 128), "img_in.lora_B.weight": torch.zeros(32, 2)},
+            "make up [32, 128], and img_in.weight is [32, 64] here; it is for a variant of FLUX.1 with more input",
+        ),
+        ({"img_in.lora_A.weight": torch.full((3, 64), float("nan"))}, "img_in.lora_A.weight is not finite"),
+        ({"img_in.lora_A.weight": torch.zeros(3, 64, dtype=torch.int8)}, "img_in.lora_A.weight (I8)"),
+        ({"img_in.alpha": torch.zeros(3)}, "img_in.alpha is [3], should be one number"),
+        ({"double_blocks.0.txt_attn.norm.key_norm.diff_b": torch.zeros(16)}, "which this model does not have"),
+        ({"img_in.lokr_w1": torch.zeros(2, 2)}, "img_in is not a whole module of a LoRA"),
+    ],
+)
+def test_damaged_modules_are_named(
+    tmp_path: Path, merge: LoraMerge, damage: dict[str, Tensor | None], words: str
+) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = good_lora(path) | damage
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the words say which)
+        open_lora(path, "x", merge.shapes())
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_every_cut_of_a_file_is_one_clear_error(tmp_path: Path, merge: LoraMerge) -> None:
+    path = tmp_path / "x.safetensors"
+    good_lora(path)
+    whole = path.read_bytes()
+
+    for tenth in range(10):
+        path.write_bytes(whole[: len(whole) * tenth // 10])
+        with pytest.raises(ValueError, match="cut short or damaged"):
+            open_lora(path, "x", merge.shapes())

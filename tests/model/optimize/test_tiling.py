@@ -1,0 +1,140 @@
+"""Tiles: every pixel covered at every size, seams that cannot be seen, memory of one tile."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.optimize.tiling import Tiling, blend_tiles, fade, starts, tiled_decode, tiled_encode
+from helpers.golden import AUTOENCODER, filled, tensor
+
+sides = st.integers(1, 70)
+tilings = st.integers(1, 40).flatmap(
+    lambda size: st.builds(Tiling, st.just(size), st.integers(max(1, size // 4), size))
+)
+
+
+def larger(x: Tensor) -> Tensor:
+    """Stand in for the decoder: the same picture, eight times as large."""
+    return F.interpolate(x, scale_factor=8.0, mode="nearest")
+
+
+def smaller(x: Tensor) -> Tensor:
+    """Stand in for the encoder: the mean of each 8 x 8."""
+    return F.avg_pool2d(x, 8)
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> AutoEncoder:
+    return filled(AutoEncoder(AUTOENCODER))
+
+
+@given(st.integers(1, 300), tilings)
+def test_tiles_cover_everything_and_stay_inside(length: int, tiling: Tiling) -> None:
+    size = min(tiling.size, length)
+    found = starts(length, size, tiling.stride)
+    assert found[0] == 0
+    assert found[-1] + size == length
+    assert all(0 < after - before <= tiling.stride for before, after in pairwise(found))
+
+
+@settings(deadline=None, max_examples=60)
+@given(sides, sides, tilings)
+def test_no_pixel_is_uncovered_at_any_size(height: int, width: int, tiling: Tiling) -> None:
+    x = torch.arange(height * width, dtype=torch.float32).reshape(1, 1, height, width) / (height * width) - 0.5
+    torch.testing.assert_close(blend_tiles(larger, x, tiling), larger(x), atol=1e-5, rtol=0)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4))
+def test_tiles_shrink_too(height: int, width: int, size: int, stride: int) -> None:
+    x = tensor("in.tiles", (2, 3, 8 * height, 8 * width))
+    tiling = Tiling(8 * max(size, stride), 8 * stride)
+    torch.testing.assert_close(blend_tiles(smaller, x, tiling), smaller(x), atol=1e-5, rtol=0)
+
+
+@given(st.integers(1, 40), st.integers(0, 20), st.booleans(), st.booleans())
+def test_weights_are_positive_and_fall_only_where_asked(length: int, border: int, at_start: bool, at_end: bool) -> None:
+    weights = fade(length, border, at_start=at_start, at_end=at_end)
+    assert ((weights > 0) & (weights <= 1)).all()
+    if not at_start and not at_end:
+        assert (weights == 1).all()
+    if at_start and border > 1:
+        assert weights[0] == pytest.approx(1 / border * (min(1.0, length / border) if at_end else 1))
+
+
+def test_seams_are_smooth() -> None:
+    """Tiles that disagree by 1 are blended in small steps, right up to the borders of the picture."""
+    tiles: list[Tensor] = []
+
+    def disagreeing(x: Tensor) -> Tensor:
+        tiles.append(x)
+        return torch.full_like(x, float(len(tiles) % 2))
+
+    blended = blend_tiles(disagreeing, torch.zeros(1, 1, 40, 200), Tiling(64, 32))
+
+    assert len(tiles) == 6
+    assert blended.diff(dim=-1).abs().max() < 1.5 / 16  # the blend is 16 wide
+    assert blended.diff(dim=-2).abs().max() < 1e-6
+    assert blended.min() == 0
+    assert blended.max() == 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 12), (16, 16), (2, 16)])
+def test_what_fits_into_a_tile_is_bit_for_bit_untiled(autoencoder: AutoEncoder, height: int, width: int) -> None:
+    z = tensor("in.latents", (2, 16, height, width))
+    assert torch.equal(tiled_decode(autoencoder, z, Tiling(16, 8)), autoencoder.decode(z))
+    image, noise = tensor("in.image", (2, 3, 8 * height, 8 * width)), tensor("in.posterior", (2, 16, height, width))
+    assert torch.equal(tiled_encode(autoencoder, image, Tiling(128, 64), noise), autoencoder.encode(image, noise))
+    assert torch.equal(tiled_encode(autoencoder, image, Tiling(135, 64)), autoencoder.encode(image))
+
+
+@pytest.mark.parametrize(("height", "width"), [(18, 10), (10, 34), (22, 22)])
+def test_tiled_is_near_untiled_and_has_its_shape(autoencoder: AutoEncoder, height: int, width: int) -> None:
+    z = tensor("in.latents", (2, 16, height, width))
+    whole, tiled = autoencoder.decode(z), tiled_decode(autoencoder, z, Tiling(12, 6))
+    assert tiled.shape == whole.shape
+    assert tiled.dtype == whole.dtype
+    assert 0 < (tiled - whole).norm() / whole.norm() < 0.3  # noise has no structure that tiles could agree on
+    image = tensor("in.image", (2, 3, 8 * height, 8 * width))
+    whole, tiled = autoencoder.encode(image), tiled_encode(autoencoder, image, Tiling(100, 50))
+    assert tiled.shape == whole.shape
+    assert 0 < (tiled - whole).norm() / whole.norm() < 0.3
+
+
+def test_a_tiled_picture_does_not_depend_on_its_neighbours(autoencoder: AutoEncoder) -> None:
+    z = tensor("in.latents", (3, 16, 18, 10))
+    together = tiled_decode(autoencoder, z, Tiling(12, 6))
+    for i in range(3):
+        assert torch.equal(together[i : i + 1], tiled_decode(autoencoder, z[i : i + 1], Tiling(12, 6)))
+
+
+def test_one_tile_of_one_picture_is_computed_at_a_time() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def spy(x: Tensor) -> Tensor:
+        seen.append(tuple(x.shape))
+        return x
+
+    x = tensor("in.tiles", (2, 3, 40, 90)).bfloat16()
+    assert blend_tiles(spy, x, Tiling(32, 16)).dtype == torch.bfloat16
+    assert set(seen) == {(1, 3, 32, 32)}
+    assert len(seen) == 2 * 2 * 5
+
+
+@pytest.mark.parametrize("tiling", [Tiling(8, 9), Tiling(8, 0), Tiling(0, 0)])
+def test_strides_that_leave_gaps_are_refused(tiling: Tiling) -> None:
+    with pytest.raises(ValueError, match="the stride must be from 1 to the size"):
+        blend_tiles(larger, torch.zeros(1, 1, 4, 4), tiling)
+
+
+def test_moments_are_blended_before_the_posterior_is_drawn(autoencoder: AutoEncoder) -> None:
+    image, noise = tensor("in.image", (1, 3, 144, 80)), tensor("in.posterior", (1, 16, 18, 10))
+    moments = blend_tiles(autoencoder.encoder, image, Tiling(96, 48))
+    assert torch.equal(tiled_encode(autoencoder, image, Tiling(96, 48), noise), autoencoder.sample(moments, noise))

@@ -1,0 +1,166 @@
+"""What fits where, for a model of FLUX.1-dev's real size: its headers, and holes where its weights would be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from flux_batch.config.schema import JobConfig
+from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.checkpoint.diffusers_keys import transformer_to_diffusers
+from flux_batch.model.params import AUTOENCODER, DEV
+from flux_batch.model.transformer import Flux
+from flux_batch.plan.memory import CHOICES, format_memory, memory
+from helpers.job_files import make_job
+from helpers.sparse_files import sparse_safetensors
+
+T5_XXL = {"vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
+CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+}
+GB = 10**9
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if "position_ids" not in name}
+
+
+def write(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sparse_safetensors(path, {name: (dtype, shape) for name, shape in shapes.items()})
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, nn.Module]:
+    with torch.device("meta"):
+        return {
+            "transformer": Flux(DEV),
+            "autoencoder": AutoEncoder(AUTOENCODER),
+            "t5": T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **T5_XXL)),
+            "clip": CLIPTextModel(CLIPTextConfig(**CLIP_L)),
+        }
+
+
+@pytest.fixture(scope="module")
+def dev(parts: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX.1-dev in single files."""
+    folder = tmp_path_factory.mktemp("models") / "dev"
+    write(folder / "flux1-dev.safetensors", shapes_of(parts["transformer"]), "BF16")
+    write(folder / "ae.safetensors", shapes_of(parts["autoencoder"]), "F32")
+    write(folder / "t5xxl.safetensors", shapes_of(parts["t5"]), "F16")
+    write(folder / "clip_l.safetensors", shapes_of(parts["clip"]), "F16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def diffusers(parts: dict[str, nn.Module], dev: Path) -> Path:
+    """The same in folders of diffusers, the transformer in fp8."""
+    folder = dev.parent / "diffusers"
+    state = transformer_to_diffusers(parts["transformer"].state_dict())
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    write(folder / "transformer" / "diffusion_pytorch_model.safetensors", shapes, "F8_E4M3")
+    for name, file in (("vae", "ae"), ("text_encoder_2", "t5xxl"), ("text_encoder", "clip_l")):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").symlink_to(dev / f"{file}.safetensors")
+    return folder
+
+
+def job(model: Path, folder: Path, *, batch_size: int = 1, **sampling: Any) -> JobConfig:
+    return make_job(
+        folder,
+        model={"uri": str(model)},
+        sampling={"width": 1024, "height": 1024} | sampling,
+        workers={"batch_size": batch_size},
+    )
+
+
+def cards(figures: dict[str, Any], dtype: str, quantization: str) -> list[int]:
+    """Return the cards that one choice is said to fit."""
+    (choice,) = (x for x in figures["choices"] if (x["dtype"], x["quantization"]) == (dtype, quantization))
+    fits: list[int] = choice["fits_gb"]
+    return fits
+
+
+def test_weights_are_those_that_are_published(dev: Path, tmp_path: Path) -> None:
+    sizes = memory(job(dev, tmp_path))["bytes"]
+    assert sizes["transformer"] == 2 * 11_901_408_320
+    assert sizes["t5"] == 2 * 4_762_310_656
+    assert sizes["clip"] == 2 * 123_060_480
+    assert sizes["autoencoder"] == 2 * 83_819_683
+
+
+def test_fp8_fits_a_card_of_24_gb_and_bfloat16_does_not(dev: Path, tmp_path: Path) -> None:
+    figures = memory(job(dev, tmp_path))
+    for quantization in ("fp8", "fp8_matmul"):
+        assert cards(figures, "bfloat16", quantization) == [24, 40, 48, 80, 141]
+    assert cards(figures, "bfloat16", "none") == [40, 48, 80, 141]
+    assert cards(figures, "float16", "fp8") == [24, 40, 48, 80, 141]
+    assert cards(figures, "float32", "none") == [80, 141]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "side", "tiled", "fits_24"),
+    [(4, 1024, False, True), (8, 1024, False, False), (8, 1024, True, True), (1, 2048, False, True)],
+)
+def test_batches_and_sizes_count(
+    dev: Path, tmp_path: Path, batch_size: int, side: int, tiled: bool, fits_24: bool
+) -> None:
+    config = job(dev, tmp_path, batch_size=batch_size, width=side, height=side, tiled=tiled, tile_size=64)
+    assert (24 in cards(memory(config), "bfloat16", "fp8")) == fits_24
+
+
+@pytest.mark.parametrize(("batch_size", "fits"), [(3, [True, True]), (9, [False, True]), (10, [False, False])])
+def test_offloaded_text_encoders_leave_their_room_to_activations(
+    dev: Path, tmp_path: Path, batch_size: int, fits: list[bool]
+) -> None:
+    config = job(dev, tmp_path, batch_size=batch_size)
+    offloaded = config.model_copy(update={"model": config.model.model_copy(update={"offload_text_encoders": True})})
+    figures = [memory(each) for each in (config, offloaded)]
+    assert [40 in cards(each, "bfloat16", "none") for each in figures] == fits
+    assert figures[1]["bytes"]["t5"] == 0
+    # As they come back for texts, it is never less than what they take.
+    assert figures[1]["bytes"]["activations"] >= figures[0]["bytes"]["t5"] + figures[0]["bytes"]["clip"]
+
+
+def test_with_cuda_graphs_nobody_else_gets_what_denoising_takes(dev: Path, tmp_path: Path) -> None:
+    config = job(dev, tmp_path, batch_size=4)
+    graphs = config.model_copy(update={"model": config.model.model_copy(update={"cuda_graphs": True})})
+    plain, kept = (memory(each)["bytes"] for each in (config, graphs))
+    assert plain["activations"] < kept["activations"] < 2 * plain["activations"]
+    assert {**plain, "activations": 0} == {**kept, "activations": 0}
+
+
+def test_what_a_file_is_stored_as_does_not_count(dev: Path, diffusers: Path, tmp_path: Path) -> None:
+    assert memory(job(diffusers, tmp_path)) == memory(job(dev, tmp_path))
+
+
+def test_the_choice_of_the_job_comes_first(dev: Path, tmp_path: Path) -> None:
+    config = make_job(tmp_path, model={"uri": str(dev), "quantization": "fp8"}, sampling={"width": 64, "height": 64})
+    figures = memory(config)
+    lines = format_memory(figures)
+    assert lines[0].startswith("memory   about 17.")
+    assert ", for cards of 24, 40, 48, 80, 141 GB; in batches of 2: transformer 12.0" in lines[0]
+    assert len(lines) == 1 + len(CHOICES)
+    assert figures["bytes"]["transformer"] == pytest.approx(11.97 * GB, rel=0.01)
+
+
+def test_what_no_card_has_is_said(dev: Path, tmp_path: Path) -> None:
+    lines = format_memory(memory(job(dev, tmp_path, batch_size=100, width=2048, height=2048)))
+    assert "more than a card has; in batches of 100" in lines[0]
+
+
+def test_a_model_that_is_not_whole_is_said(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    figures = memory(job(tmp_path / "model", tmp_path))
+    assert "no transformer: looked for" in figures["error"]
+    assert format_memory(figures) == [f"memory   not known: {figures['error']}"]

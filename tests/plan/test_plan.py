@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flux_batch.config.schema import JobConfig, PromptsConfig
+from flux_batch.errors import PlanMismatch, SourceError
+from flux_batch.plan.plan import Plan, check_same_job, count, extended, make_plan, remaining
+from flux_batch.prompts.source import PromptSource
+from helpers.yardstick import work
+
+
+def write_prompts(path: Path, num_rows: int, *, first: int = 0, **columns: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prompts = [f"prompt {number}" for number in range(first, first + num_rows)]
+    pq.write_table(pa.table({"prompt": pa.array(prompts, pa.string()), **columns}), path, row_group_size=7)
+    return path
+
+
+def prompts(folder: Path, **settings: Any) -> PromptsConfig:
+    return PromptsConfig(uri=str(folder), **settings)
+
+
+def plan_again(plan: Plan, config: PromptsConfig) -> Plan:
+    return Plan.from_parquet(plan.to_parquet(), PromptSource(config).files())
+
+
+def job(**sections: Any) -> JobConfig:
+    tree: dict[str, Any] = {"prompts": {"uri": "p.txt"}, "output": {"uri": "out"}, "model": {"uri": "demo"}}
+    for section, values in sections.items():
+        tree[section] = tree.get(section, {}) | values
+    return JobConfig.from_dict(tree)
+
+
+def test_shards_cover_every_file_in_order_and_never_span_two(tmp_path: Path) -> None:
+    for name, num_rows in (("b", 5), ("a", 20), ("c/d", 10)):
+        write_prompts(tmp_path / f"{name}.parquet", num_rows)
+
+    plan = make_plan(prompts(tmp_path), 10)
+
+    assert [(shard.index, shard.name, shard.start, shard.num_rows) for shard in plan.shards] == [
+        (0, "a.parquet", 0, 10),
+        (1, "a.parquet", 10, 10),
+        (2, "b.parquet", 0, 5),
+        (3, "c/d.parquet", 0, 10),
+    ]
+    assert plan.num_prompts == 35
+    assert count(plan.to_parquet()) == (4, 35)
+
+
+def test_the_same_data_set_gives_the_same_bytes_and_comes_back_from_them(tmp_path: Path) -> None:
+    for number in range(20):
+        write_prompts(tmp_path / f"{number}.parquet", number + 1, tags=[["x"]] * (number + 1))
+    (tmp_path / "lines.txt").write_text("one\ntwo\n\nthree\n")
+    config = prompts(tmp_path / "*.parquet", passthrough=("tags",))
+
+    plan = make_plan(config, 3)
+
+    assert make_plan(config, 3).to_parquet() == plan.to_parquet()
+    assert plan_again(plan, config) == plan
+    assert plan_again(plan, config).passthrough == pa.schema([("tags", pa.list_(pa.string()))])
+
+
+def test_text_formats_remember_where_each_shard_begins(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("\n\none\ntwo\n\nthree\n")
+    config = prompts(path)
+
+    plan = plan_again(make_plan(config, 2), config)
+
+    assert [(shard.start, shard.num_rows, shard.offset) for shard in plan.shards] == [(0, 2, 2), (2, 1, 11)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(1, [("a", 1)]), (4, [("a", 4)]), (6, [("a", 4), ("a", 1), ("b", 1)]), (99, [("a", 4), ("a", 1), ("b", 3)])],
+)
+def test_limit_takes_the_first_rows(tmp_path: Path, limit: int, expected: list[tuple[str, int]]) -> None:
+    write_prompts(tmp_path / "a.parquet", 5)
+    write_prompts(tmp_path / "b.parquet", 3)
+
+    plan = make_plan(prompts(tmp_path, limit=limit), 4)
+
+    assert [(shard.name.removesuffix(".parquet"), shard.num_rows) for shard in plan.shards] == expected
+
+
+def test_files_without_rows_are_no_shards_and_no_rows_at_all_an_error(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "empty.parquet", 0)
+    with pytest.raises(SourceError, match="has no rows"):
+        make_plan(prompts(tmp_path), 4)
+
+    write_prompts(tmp_path / "full.parquet", 1)
+    assert [shard.name for shard in make_plan(prompts(tmp_path), 4).shards] == ["full.parquet"]
+
+
+def test_a_changed_file_is_named(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "a.parquet", 5)
+    write_prompts(tmp_path / "b.parquet", 5)
+    config = prompts(tmp_path)
+    plan = make_plan(config, 4)
+
+    write_prompts(tmp_path / "b.parquet", 5, first=1)  # as many rows, other words
+
+    with pytest.raises(PlanMismatch, match=r"b\.parquet") as caught:
+        plan_again(plan, config)
+    assert "a.parquet" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_removed_file_is_named(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "a.parquet", 5)
+    write_prompts(tmp_path / "b.parquet", 5)
+    config = prompts(tmp_path)
+    plan = make_plan(config, 4)
+
+    (tmp_path / "a.parquet").unlink()
+
+    with pytest.raises(PlanMismatch, match=r"a\.parquet: is gone"):
+        plan_again(plan, config)
+
+
+def test_an_added_file_is_named(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "a.parquet", 5)
+    write_prompts(tmp_path / "empty.parquet", 0)
+    config = prompts(tmp_path)
+    plan = make_plan(config, 4)
+    assert plan_again(plan, config).shards == plan.shards
+
+    write_prompts(tmp_path / "b.parquet", 5)
+
+    with pytest.raises(PlanMismatch, match=r"b\.parquet: is new"):
+        plan_again(plan, config)
+
+
+def test_moving_the_data_set_as_a_whole_is_no_change(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "here" / "a.parquet", 5)
+    plan = make_plan(prompts(tmp_path / "here"), 4)
+
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = plan_again(plan, prompts(tmp_path / "there"))
+
+    assert [dataclasses.replace(shard, uri="") for shard in moved.shards] == [
+        dataclasses.replace(shard, uri="") for shard in plan.shards
+    ]
+    assert all("/there/" in shard.uri for shard in moved.shards)
+
+
+def test_remaining_keeps_the_order(tmp_path: Path) -> None:
+    plan = make_plan(prompts(write_prompts(tmp_path / "a.parquet", 10)), 2)
+
+    assert [shard.index for shard in remaining(plan, {3, 1})] == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"sampling": {"num_inference_steps": 4}}, "sampling.num_inference_steps: 28 -> 4"),
+        ({"sampling": {"guidance_scale": 4.0}}, "sampling.embedded_guidance: 3.5 -> 4.0"),
+        ({"sampling": {"seed": 1}}, "sampling.seed: 0 -> 1"),
+        ({"model": {"uri": "other"}}, "model.uri: 'demo' -> 'other'"),
+        ({"model": {"dtype": "float32"}}, "model.dtype"),
+        ({"output": {"shard_size": 10}}, "output.shard_size: 256 -> 10"),
+        ({"output": {"image": {"type": "webp"}}}, "output.image.type: 'png' -> 'webp'"),
+        ({"output": {"format": "files"}}, "output.format"),
+        ({"prompts": {"passthrough": ["x"]}}, "prompts.passthrough"),
+        ({"prompts": {"columns": {"prompt": "text"}}}, "prompts.columns"),
+        ({"prompts": {"limit": 3}}, "prompts.limit: None -> 3"),
+    ],
+)
+def test_a_changed_job_is_refused_with_the_difference(sections: dict[str, Any], key: str) -> None:
+    with pytest.raises(PlanMismatch) as caught:
+        check_same_job(job(), job(**sections))
+
+    assert key in str(caught.value)
+    assert str(caught.value).count("->") == 1
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"workers": {"max": 2, "batch_size": 9}},
+        {"failures": {"max_ratio": 1.0}},
+        {"prompts": {"uri": "elsewhere.txt", "storage_options": {"key": "new"}}},
+        {"output": {"uri": "elsewhere"}},
+    ],
+)
+def test_where_and_how_a_job_runs_may_change(sections: dict[str, Any]) -> None:
+    check_same_job(job(), job(**sections))
+
+
+def test_a_saved_job_agrees_with_itself() -> None:
+    config = job(prompts={"passthrough": ["a"], "columns": {"prompt": "x"}}, output={"storage_options": {"key": "k"}})
+
+    check_same_job(JobConfig.from_yaml(config.to_yaml()), config)
+
+
+def test_a_million_rows_plan_quickly_and_small(tmp_path: Path) -> None:
+    rows = pa.table({"prompt": pa.array(["a"] * 100_000)})
+    for number in range(10):
+        pq.write_table(rows, tmp_path / f"{number}.parquet")
+    config = prompts(tmp_path)
+
+    made: list[tuple[bytes, Plan]] = []
+
+    def there_and_back() -> None:
+        data = make_plan(config, 256).to_parquet()
+        made.append((data, Plan.from_parquet(data, PromptSource(config).files())))
+
+    assert work(there_and_back) < 40
+    ((data, again),) = made
+    assert again.num_prompts == 1_000_000
+    assert len(again.shards) == 10 * 391
+    assert len(data) < 100_000
+    assert len(pickle.dumps(again.shards[17])) < 400
+
+
+def test_new_files_become_shards_behind_those_that_are_there(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "b.parquet", 5, tag=["x"] * 5)
+    config = prompts(tmp_path, passthrough=["tag"])
+    plan = make_plan(config, 4)
+    assert extended(plan, config, 4) is plan
+
+    write_prompts(tmp_path / "a.parquet", 6, tag=["y"] * 6)
+    write_prompts(tmp_path / "empty.parquet", 0, tag=[])
+    longer = extended(plan, config, 4)
+
+    assert longer.shards[:2] == plan.shards
+    assert [(shard.index, shard.name, shard.start, shard.num_rows) for shard in longer.shards[2:]] == [
+        (2, "a.parquet", 0, 4),
+        (3, "a.parquet", 4, 2),
+    ]
+    assert extended(longer, config, 4) is longer
+    assert plan_again(longer, config) == longer  # what is planned is no news
+
+
+def test_a_limit_counts_what_is_planned(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "a.parquet", 5)
+    config = prompts(tmp_path, limit=7)
+    plan = make_plan(config, 4)
+
+    write_prompts(tmp_path / "b.parquet", 5)
+    longer = extended(plan, config, 4)
+    assert [shard.num_rows for shard in longer.shards] == [4, 1, 2]
+
+    write_prompts(tmp_path / "c.parquet", 5)
+    assert extended(longer, config, 4).shards == longer.shards
+
+
+def test_new_files_that_do_not_fit_into_the_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_prompts(tmp_path / "a.parquet", 5, tag=["x"] * 5)
+    config = prompts(tmp_path, passthrough=["tag"])
+    plan = make_plan(config, 4)
+    monkeypatch.setattr(
+        "flux_batch.plan.plan.shard_name", lambda index, num_shards: f"{index:0{len(str(num_shards))}d}"
+    )
+    write_prompts(tmp_path / "b.parquet", 29, tag=["x"] * 29)
+    with pytest.raises(PlanMismatch, match="8 new shards make 10, and the names of the 2 that are there are too short"):
+        extended(plan, config, 4)
+
+    write_prompts(tmp_path / "b.parquet", 5, tag=[None] * 5)
+    assert extended(plan, config, 4).passthrough == plan.passthrough
+    write_prompts(tmp_path / "b.parquet", 5, tag=[1] * 5)
+    with pytest.raises(PlanMismatch, match=r"have int64 in column 'tag', .* where the run has string"):
+        extended(plan, config, 4)
+
+
+def test_a_changed_file_is_no_new_one(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "a.parquet", 5)
+    plan = make_plan(prompts(tmp_path), 4)
+    write_prompts(tmp_path / "a.parquet", 6)
+    write_prompts(tmp_path / "b.parquet", 6)
+
+    files = PromptSource(prompts(tmp_path)).files()
+    with pytest.raises(PlanMismatch, match=r"a\.parquet: was") as caught:
+        Plan.from_parquet(plan.to_parquet(), files, new_files=True)
+    assert "b.parquet" not in str(caught.value)

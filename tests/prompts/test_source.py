@@ -1,0 +1,533 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flux_batch.config.schema import PROMPT_FIELDS, PromptsConfig, SamplingConfig
+from flux_batch.errors import SourceError, StoreRefused
+from flux_batch.plan.plan import make_plan
+from flux_batch.prompts.source import PromptSource, RowParser
+from flux_batch.prompts.tables import BadRow
+from flux_batch.records import ALIASES, FailedRow, ImageRequest, InputImage, Shard, image_seed
+from flux_batch.storage.store import Store
+from helpers.s3 import SECRET, Bucket, S3Server
+
+HOSTILE = [
+    "plain",
+    'say "cheese"',
+    "two\nlines\r\nand\ttabs",
+    "猫と犬 🐈‍⬛ é e\u0301 \u202eright to left",
+    "p" * 2000,
+    "plain",
+    " leading and trailing ",
+    "nul \x00 and bell \x07",
+    "'; DROP TABLE prompts; --",
+    "{json} <xml/> %s $HOME \\n",
+]
+
+
+def read(config: PromptsConfig, shard_size: int = 4, **sampling: Any) -> list[ImageRequest | FailedRow]:
+    """Plan and read a whole data set."""
+    source = PromptSource(config)
+    found: list[ImageRequest | FailedRow] = []
+    for file in source.files():
+        for rows in source.split(file, shard_size):
+            shard = Shard(
+                index=0,
+                uri=file.uri,
+                name=file.name,
+                **{"start": rows.start, "num_rows": rows.num_rows, "offset": rows.offset},
+            )
+            part = list(source.read(shard, SamplingConfig(**sampling)))
+            assert [row.row for row in part] == list(range(rows.num_rows))
+            found += part
+    return found
+
+
+def parse(values: dict[str, Any], sampling: dict[str, Any] | None = None, **prompts: Any) -> ImageRequest | FailedRow:
+    parser = RowParser(PromptsConfig(uri="x", **prompts), SamplingConfig(**sampling or {}))
+    return parser.parse({"prompt": "a cat"} | values, row=3, default_id="p.csv:7")
+
+
+def request(values: dict[str, Any], sampling: dict[str, Any] | None = None, **prompts: Any) -> ImageRequest:
+    parsed = parse(values, sampling, **prompts)
+    assert isinstance(parsed, ImageRequest), parsed
+    return parsed
+
+
+def refusal(values: dict[str, Any]) -> str:
+    parsed = parse(values)
+    assert isinstance(parsed, FailedRow), parsed
+    assert parsed.error_message.startswith("p.csv:7: ")
+    return parsed.error_message
+
+
+def write_parquet(path: Path, columns: dict[str, Any]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=3)
+    return str(path)
+
+
+def prompts_of(rows: Sequence[ImageRequest | FailedRow]) -> list[str]:
+    return [row.prompt for row in rows]
+
+
+# --- which files
+
+
+def fill(folder: Path) -> None:
+    for name in ("b.txt", "a.txt", "sub/c.txt", "_hidden.txt", ".part.txt", "notes.md", "sub/_SUCCESS"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"from {name}\n")
+
+
+@pytest.mark.parametrize(
+    ("uris", "expected"),
+    [
+        (["{}"], ["a.txt", "b.txt", "sub/c.txt"]),
+        (["{}/"], ["a.txt", "b.txt", "sub/c.txt"]),
+        (["{}/*.txt"], ["a.txt", "b.txt"]),
+        (["{}/**/*.txt"], ["a.txt", "b.txt", "sub/c.txt"]),
+        (["{}/[bc].txt"], ["b.txt"]),
+        (["{}/b.txt"], ["b.txt"]),
+        (["{}/b.txt", "{}/a.txt", "{}/b.txt"], ["a.txt", "b.txt"]),
+        (["{}/sub", "{}/_hidden.txt"], ["_hidden.txt", "sub/c.txt"]),
+    ],
+)
+def test_a_file_folder_glob_or_list_names_files_in_a_fixed_order(
+    tmp_path: Path, uris: list[str], expected: list[str]
+) -> None:
+    fill(tmp_path)
+    config = PromptsConfig(uri=[uri.format(tmp_path) for uri in uris])
+
+    assert [file.name for file in PromptSource(config).files()] == expected
+    assert prompts_of(read(config)) == [f"from {name}" for name in expected]
+
+
+def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "a[1] 100%#?.txt").write_text("odd name\n")
+
+    rows = read(PromptsConfig(uri=str(tmp_path / "a[1] 100%#?.txt")))
+
+    assert [(row.prompt, row.id) for row in rows] == [("odd name", "a[1] 100%#?.txt:0")]
+
+
+def test_formats_may_be_mixed(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", {"prompt": ["from parquet"]})
+    (tmp_path / "b.jsonl").write_text('{"prompt": "from jsonl"}\n')
+    (tmp_path / "c.csv").write_text("prompt\nfrom csv\n")
+    (tmp_path / "d.txt").write_text("from txt\n")
+
+    rows = read(PromptsConfig(uri=str(tmp_path)))
+
+    assert prompts_of(rows) == ["from parquet", "from jsonl", "from csv", "from txt"]
+    assert [row.id for row in rows] == ["a.parquet:0", "b.jsonl:0", "c.csv:0", "d.txt:0"]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("what", ["data/p.parquet", "data", "data/*.parquet", "data/p.jsonl"])
+def test_prompts_in_a_bucket_are_those_on_disk(tmp_path: Path, s3_store: Bucket, what: str) -> None:
+    store = Store(s3_store.uri, s3_store.storage_options)
+    table = pa.table({"prompt": HOSTILE * 200, "id": [str(number) for number in range(len(HOSTILE) * 200)]})
+    pq.write_table(table, tmp_path / "p.parquet", row_group_size=300, compression="none")
+    store.write("data/p.parquet", tmp_path / "p.parquet")
+    if not what.endswith("parquet"):
+        lines = [json.dumps({"prompt": text, "id": f"j{number}"}) for number, text in enumerate(HOSTILE)]
+        store.write("data/p.jsonl", "\n".join(lines).encode())
+    config = PromptsConfig(uri=f"{s3_store.uri}/{what}", storage_options=s3_store.storage_options)
+
+    rows = read(config, 500)
+
+    expected = {"data": HOSTILE + HOSTILE * 200, "data/p.jsonl": HOSTILE}
+    assert prompts_of(rows) == expected.get(what, HOSTILE * 200)
+    first = PromptSource(config).files()
+    assert first == PromptSource(config).files()
+    store.write("data/p.jsonl" if what.endswith("jsonl") else "data/p.parquet", b"changed")
+    assert PromptSource(config).files() != first
+
+
+# --- what the columns mean
+
+
+@pytest.mark.parametrize("name", ["p.parquet", "p.jsonl"])
+@pytest.mark.parametrize("shard_size", [1, 3, 99])
+def test_hostile_prompts_come_through_unchanged(tmp_path: Path, name: str, shard_size: int) -> None:
+    write_parquet(tmp_path / "p.parquet", {"prompt": HOSTILE})
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in HOSTILE))
+
+    assert prompts_of(read(PromptsConfig(uri=str(tmp_path / name)), shard_size)) == HOSTILE
+
+
+def test_columns_are_mapped_and_override_the_defaults(tmp_path: Path) -> None:
+    uri = write_parquet(
+        tmp_path / "p.parquet",
+        {"caption": ["a", "b"], "uid": ["x", None], "w": [64, None], "cfg": [2.5, None], "width": [16, 32]},
+    )
+    columns = {"prompt": "caption", "id": "uid", "width": "w", "true_cfg_scale": "cfg"}
+
+    first, second = read(PromptsConfig(uri=uri, columns=columns), height=32)
+
+    assert isinstance(first, ImageRequest)
+    assert isinstance(second, ImageRequest)
+    assert (first.id, first.prompt, first.sampling.width, first.sampling.cfg_scale) == ("x", "a", 64, 2.5)
+    assert (second.id, second.prompt, second.sampling.width) == ("p.parquet:1", "b", 1024)
+    assert first.sampling.height == second.sampling.height == 32
+
+
+@pytest.mark.parametrize(
+    ("column", "field"),
+    [
+        ("guidance_scale", "embedded_guidance"),
+        ("true_cfg_scale", "cfg_scale"),
+        ("max_sequence_length", "t5_sequence_length"),
+    ],
+)
+def test_columns_may_have_the_names_of_diffusers(column: str, field: str) -> None:
+    assert getattr(request({column: 7}).sampling, field) == 7
+    assert getattr(request({"other": 7}, columns={column: "other"}).sampling, field) == 7
+
+
+@pytest.mark.parametrize("value", [64, 64.0, "64", "64.0", " 64 ", Decimal(64)])
+def test_whole_numbers_of_any_spelling_count(value: Any) -> None:
+    parsed = request({"width": value, "num_inference_steps": value, "seed": value, "num_images_per_prompt": 2})
+
+    assert (parsed.sampling.width, parsed.sampling.num_inference_steps) == (64, 64)
+    assert parsed.seeds == (64, 65)
+    assert type(parsed.seeds[0]) is type(parsed.sampling.width) is int
+
+
+@pytest.mark.parametrize("value", [2, 2.0, "2", "2.0", "2e0", Decimal("2.0")])
+def test_numbers_of_any_spelling_count(value: Any) -> None:
+    parsed = request({"embedded_guidance": value, "cfg_scale": value})
+
+    assert parsed.sampling.embedded_guidance == parsed.sampling.cfg_scale == 2.0
+    assert type(parsed.sampling.cfg_scale) is float
+
+
+def test_large_seeds_are_exact() -> None:
+    assert request({"seed": 2**62 - 1}).seeds == (2**62 - 1,)
+    assert request({"seed": str(2**61 + 1)}).seeds == (2**61 + 1,)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"width": 1000}, "width = 1000: must be a multiple of 16; the nearest are 992 and 1008"),
+        ({"height": 8}, "height = 8: must be a whole number from 16"),
+        ({"height": "tall"}, "height = 'tall': must be a number"),
+        ({"width": 64.5}, "width = 64.5: must be a whole number"),
+        ({"width": True}, "width = True"),
+        ({"num_inference_steps": -1}, "num_inference_steps = -1"),
+        ({"num_inference_steps": 0}, "num_inference_steps = 0"),
+        ({"embedded_guidance": float("nan")}, "embedded_guidance = nan: must be a finite number"),
+        ({"embedded_guidance": "nan"}, "embedded_guidance = 'nan': must be a finite number"),
+        ({"guidance_scale": float("inf")}, "embedded_guidance = inf"),
+        ({"cfg_scale": -1.0}, "cfg_scale = -1.0: must be a finite number of at least 0"),
+        ({"cfg_scale": [1]}, "cfg_scale = [1]: must be a number"),
+        ({"cfg_scale": False}, "cfg_scale = False"),
+        ({"seed": True}, "seed = True"),
+        ({"seed": -1}, "seed = -1"),
+        ({"seed": 2**62}, f"seed = {2**62}"),
+        ({"seed": 1.5}, "seed = 1.5: must be a whole number"),
+        ({"seed": float("nan")}, "seed = nan"),
+        ({"seed": 10**400}, "seed = 1"),
+        ({"seed": "9" * 5000}, "seed = "),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt = 0"),
+        ({"num_images_per_prompt": 1001}, "num_images_per_prompt = 1001"),
+        ({"negative_prompt": 5}, "negative_prompt = 5: must be text"),
+        ({"t5_sequence_length": 0}, "t5_sequence_length = 0"),
+        ({"prompt": None}, "column 'prompt' is null"),
+        ({"prompt": ""}, "column 'prompt' is empty"),
+        ({"prompt": " \n"}, "column 'prompt' is empty"),
+        ({"prompt": 5}, "column 'prompt' holds int: a prompt must be text"),
+    ],
+)
+def test_a_bad_row_says_what_is_wrong(values: dict[str, Any], words: str) -> None:
+    assert words in refusal(values)
+
+
+def test_a_failed_row_keeps_what_could_be_read() -> None:
+    parsed = parse({"prompt": "p", "id": 12, "width": 1, "tag": "t"}, passthrough=("tag",))
+
+    assert isinstance(parsed, FailedRow)
+    assert (parsed.row, parsed.id, parsed.prompt, parsed.passthrough) == (3, "12", "p", {"tag": "t"})
+    assert parsed.error_type == "InvalidSetting"
+
+
+def test_a_row_that_no_parser_could_read_is_a_failed_row() -> None:
+    parser = RowParser(PromptsConfig(uri="x"), SamplingConfig())
+
+    parsed = parser.parse(BadRow("not valid JSON"), row=0, default_id="p.jsonl:0")
+
+    assert parsed == FailedRow(
+        row=0, id="p.jsonl:0", prompt="", error_type="RowError", error_message="p.jsonl:0: not valid JSON"
+    )
+
+
+def test_empty_cells_mean_the_default_but_an_empty_negative_prompt_is_one() -> None:
+    defaults = {"negative_prompt": "blur", "seed": 5}
+
+    assert request({"width": None, "negative_prompt": None}, defaults).sampling.negative_prompt == "blur"
+    assert request({"negative_prompt": ""}, defaults).sampling.negative_prompt == ""
+
+
+def test_seeds_come_from_the_row_or_from_its_id() -> None:
+    assert request({"seed": 0, "num_images_per_prompt": 3}).seeds == (0, 1, 2)
+    derived = request({"id": "r"}, {"seed": 9, "num_images_per_prompt": 2}).seeds
+    assert derived == (image_seed(9, "r", 0), image_seed(9, "r", 1))
+    assert request({"id": "s"}, {"seed": 9}).seeds != derived[:1]
+    assert request({"id": "r"}, {"seed": 8}).seeds != derived[:1]
+    assert request({"id": ""}, {"seed": 9}).seeds == (image_seed(9, "p.csv:7", 0),)
+
+
+cells = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=3),
+    st.just([]),
+    st.just({}),
+)
+
+names = (*PROMPT_FIELDS, *ALIASES)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(names), cells))
+def test_no_row_whatever_is_in_it_is_an_outage(values: dict[str, Any]) -> None:
+    parsed = parse(values)
+
+    assert isinstance(parsed.id, str)
+    assert isinstance(parsed.prompt, str)
+    if isinstance(parsed, ImageRequest):
+        assert all(0 <= seed < 2**63 for seed in parsed.seeds)
+
+
+def test_csv_and_pandas_numbers_override_too(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,width,guidance_scale,seed\na,64.0,2,7\nb,,,\nc,63,,\n")
+    uri = write_parquet(tmp_path / "q.parquet", {"prompt": ["d", "e"], "width": [48.0, None], "seed": [3.0, None]})
+
+    a, b, c, d, e = read(PromptsConfig(uri=[str(tmp_path / "p.csv"), uri]))
+
+    assert isinstance(a, ImageRequest)
+    assert isinstance(b, ImageRequest)
+    assert isinstance(d, ImageRequest)
+    assert isinstance(e, ImageRequest)
+    assert (a.sampling.width, a.sampling.embedded_guidance, a.seeds) == (64, 2.0, (7,))
+    assert (b.sampling.width, d.sampling.width, d.seeds, e.sampling.width) == (1024, 48, (3,), 1024)
+    assert isinstance(c, FailedRow)
+    assert "width = 63" in c.error_message
+
+
+# --- columns that travel along
+
+
+def schema_of(config: PromptsConfig) -> pa.Schema:
+    source = PromptSource(config)
+    return source.passthrough_schema(source.files())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (pa.int32(), pa.int64(), pa.int64()),
+        (pa.int64(), pa.float64(), pa.float64()),
+        (pa.string(), pa.large_string(), pa.string()),
+        (pa.string(), pa.dictionary(pa.int8(), pa.string()), pa.string()),
+        (pa.null(), pa.list_(pa.string()), pa.list_(pa.string())),
+        (pa.timestamp("s"), pa.timestamp("us"), pa.timestamp("us")),
+        (pa.date32(), pa.date64(), pa.date32()),
+        (pa.binary(), pa.binary(4), pa.binary()),
+        (pa.list_(pa.int64()), pa.large_list(pa.int64()), pa.list_(pa.int64())),
+        (pa.list_(pa.int64(), 2), pa.list_(pa.int64()), pa.list_(pa.int64())),
+    ],
+)
+def test_files_agree_on_the_type_that_holds_both(
+    tmp_path: Path, first: pa.DataType, second: pa.DataType, expected: pa.DataType
+) -> None:
+    for name, kind in (("a", first), ("b", second)):
+        write_parquet(tmp_path / f"{name}.parquet", {"prompt": ["p"], "x": pa.array([None], kind)})
+
+    assert schema_of(PromptsConfig(uri=str(tmp_path), passthrough=("x",))) == pa.schema([("x", expected)])
+
+
+def test_files_that_disagree_are_an_error_that_names_the_column(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", {"prompt": ["p"], "x": ["text"]})
+    write_parquet(tmp_path / "b.parquet", {"prompt": ["p"], "x": [1]})
+
+    with pytest.raises(SourceError, match=r"prompts\.passthrough.*x"):
+        schema_of(PromptsConfig(uri=str(tmp_path), passthrough=("x",)))
+
+
+@pytest.mark.parametrize("kind", [pa.map_(pa.string(), pa.int64()), pa.list_(pa.map_(pa.string(), pa.int64()))])
+def test_a_type_that_cannot_travel_is_refused_at_once(tmp_path: Path, kind: pa.DataType) -> None:
+    uri = write_parquet(tmp_path / "a.parquet", {"prompt": ["p"], "x": pa.array([None], kind)})
+
+    with pytest.raises(SourceError, match=r"a\.parquet: column 'x'.*map<.* cannot be carried along"):
+        schema_of(PromptsConfig(uri=uri, passthrough=("x",)))
+
+
+# --- bad data sets
+
+
+def plan_error(uri: str, **prompts: Any) -> str:
+    with pytest.raises(SourceError) as caught:
+        make_plan(PromptsConfig(uri=uri, **prompts), 10)
+    assert caught.value.exit_code == 2
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith((uri, "prompts."))
+    return message
+
+
+def test_a_missing_file_or_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.md").write_text("")
+
+    assert "no such prompts file or folder" in plan_error(str(tmp_path / "missing.parquet"))
+    assert "no prompts found; expected files ending in .parquet, .jsonl" in plan_error(str(tmp_path / "empty"))
+    assert "no prompts found" in plan_error(str(tmp_path / "*.csv"))
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "p.xlsx").write_bytes(b"PK")
+
+    assert "prompts must be .parquet, .jsonl, .csv, .txt" in plan_error(str(tmp_path / "p.xlsx"))
+
+
+@pytest.mark.parametrize("name", ["p.parquet", "p.jsonl", "p.csv"])
+def test_a_missing_column_is_named_with_the_key_that_names_it(tmp_path: Path, name: str) -> None:
+    write_parquet(tmp_path / "p.parquet", {"text": ["a"], "prompt": ["b"]})
+    (tmp_path / "p.jsonl").write_text('{"text": "a", "prompt": "b"}\n')
+    (tmp_path / "p.csv").write_text("text,prompt\na,b\n")
+    uri = str(tmp_path / name)
+
+    assert "no column 'caption', which prompts.columns.prompt names" in plan_error(uri, columns={"prompt": "caption"})
+    assert "no column 'uid', which prompts.columns.id names" in plan_error(uri, columns={"id": "uid"})
+    assert "no column 'tag', which prompts.passthrough names" in plan_error(uri, passthrough=("tag",))
+
+
+def test_a_data_set_without_a_prompt_column_says_how_to_name_it(tmp_path: Path) -> None:
+    uri = write_parquet(tmp_path / "p.parquet", {"text": ["a"]})
+
+    assert "no column 'prompt'; name yours in prompts.columns.prompt" in plan_error(uri)
+
+
+@pytest.mark.parametrize("column", [[1, 2], [["a"], ["b"]], [b"a", b"b"], [1.5, None]])
+def test_a_prompt_column_that_is_not_text(tmp_path: Path, column: list[Any]) -> None:
+    uri = write_parquet(tmp_path / "p.parquet", {"prompt": column})
+
+    assert "column 'prompt' holds" in plan_error(uri)
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1 this is no Parquet file PAR1"])
+def test_an_unreadable_parquet_file(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "bad.parquet").write_bytes(data)
+
+    assert "not a readable Parquet file" in plan_error(str(tmp_path / "bad.parquet"))
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.txt"])
+def test_an_empty_text_file_among_others_does_no_harm(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("\n")
+    (tmp_path / "q.txt").write_text("a\n")
+
+    assert prompts_of(read(PromptsConfig(uri=str(tmp_path)))) == ["a"]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("what", ["", "/data", "/data/p.parquet", "/data/*.parquet"])
+def test_wrong_credentials_are_refused_without_showing_them(rclone: S3Server, what: str) -> None:
+    uri = f"{rclone.make_bucket()}{what}"
+    options = rclone.storage_options | {"secret": "wrong-secret-12"}
+
+    with pytest.raises(StoreRefused, match="credentials") as caught:
+        PromptSource(PromptsConfig(uri=uri, storage_options=options)).files()
+    assert uri in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert SECRET not in repr(PromptsConfig(uri=uri, storage_options=rclone.storage_options))
+
+
+def test_the_ids_of_a_folder_do_not_change_when_a_sibling_appears(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "set/monday/a.parquet", {"prompt": ["x"]})
+    config = PromptsConfig(uri=str(tmp_path / "set"))
+    before = [row.id for row in read(config)]
+    write_parquet(tmp_path / "set/tuesday/a.parquet", {"prompt": ["y"]})
+    assert before == ["monday/a.parquet:0"]
+    assert [row.id for row in read(config)] == ["monday/a.parquet:0", "tuesday/a.parquet:0"]
+
+
+def test_the_ids_of_a_glob_are_relative_to_what_is_fixed_in_it(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "set/monday/a.parquet", {"prompt": ["x"]})
+    assert [row.id for row in read(PromptsConfig(uri=f"{tmp_path}/set/*/a.parquet"))] == ["monday/a.parquet:0"]
+
+
+@pytest.mark.s3
+def test_a_list_may_mix_a_disk_with_a_bucket(tmp_path: Path, moto: S3Server) -> None:
+    bucket = moto.make_bucket()
+    local = write_parquet(tmp_path / "a.parquet", {"prompt": ["x"]})
+    Store(bucket, moto.storage_options).write("b.parquet", Path(local))
+    config = PromptsConfig(uri=(local, f"{bucket}/b.parquet"), storage_options=moto.storage_options)
+    assert len({row.id for row in read(config)}) == 2
+
+
+# --- what a row starts from
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("a.png", "a.png"),
+        ({"bytes": None, "path": "a.png"}, "a.png"),
+        ({"bytes": b"x", "path": "a.png"}, "sha256:2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"),
+        (b"x", "sha256:2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"),
+        ({"bytes": None, "path": None}, "/job.png"),
+        (None, "/job.png"),
+        ("", None),
+    ],
+)
+def test_a_cell_or_the_job_says_what_a_row_starts_from(value: Any, name: str | None) -> None:
+    found = request({"input_image": value, "denoising_strength": 1}, {"input_image": "/job.png"}).input_image
+
+    assert (found and found.name) == name
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv"])
+def test_pictures_named_in_text_formats(tmp_path: Path, name: str) -> None:
+    rows = [{"prompt": "a", "input_image": "a.png", "denoising_strength": "0.5", "sigma_shift": "3"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "p.csv").write_text("prompt,input_image,denoising_strength,sigma_shift\na,a.png,0.5,3\n")
+
+    (row,) = read(PromptsConfig(uri=str(tmp_path / name)))
+
+    assert isinstance(row, ImageRequest), row
+    assert row.input_image == InputImage(name="a.png", uri=str(tmp_path / "a.png"), within=(str(tmp_path),))
+    assert (row.sampling.denoising_strength, row.sampling.sigma_shift) == (0.5, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"input_image": 5}, "column 'input_image' holds int: must be a path, an address, bytes, or a struct"),
+        ({"input_image": {"bytes": 5}}, "column 'input_image' holds int"),
+        ({"input_image": ["a.png"]}, "column 'input_image' holds list"),
+        ({"input_image": b""}, "column 'input_image' is empty"),
+        ({"input_image": "/etc/passwd"}, "input_image /etc/passwd: a row may name an absolute path only under"),
+        ({"denoising_strength": 0.5}, "denoising_strength = 0.5: needs an input_image, and there is none"),
+        ({"denoising_strength": 0}, "denoising_strength = 0.0: must be more than 0 and at most 1"),
+        ({"sigma_shift": "much"}, "sigma_shift = 'much': must be a number"),
+    ],
+)
+def test_a_row_that_cannot_start_says_why(values: dict[str, Any], reason: str) -> None:
+    assert reason in refusal(values)

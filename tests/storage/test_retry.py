@@ -1,0 +1,274 @@
+"""What is tried again, for how long, and what is not."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux_batch.errors import AlreadyExists, DiskFull, FluxBatchError, Interrupted, StoreError, StoreRefused
+from flux_batch.storage import retry
+from flux_batch.storage.retry import Patience, attempt
+from flux_batch.storage.store import Store
+from helpers.counting_proxy import Proxy, counting_proxy
+from helpers.s3 import S3Server
+
+# Else botocore and s3fs would try again before we do.
+NO_RETRIES_OF_THEIRS = {"config_kwargs": {"retries": {"max_attempts": 0}}}
+
+
+class Clock:
+    """Stands in for `time`: what sleeps only moves it on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def away(clock: Clock, until: float = float("inf")) -> Callable[[], str]:
+    """Be an operation that fails up to a time."""
+
+    def operation() -> str:
+        if clock.now < until:
+            raise OSError(errno.EIO, "I/O error")
+        return "back"
+
+    return operation
+
+
+def test_little_patience_is_five_attempts_within_seconds(clock: Clock) -> None:
+    calls: list[int] = []
+
+    def operation() -> None:
+        calls.append(1)
+        raise TimeoutError("slow")
+
+    with pytest.raises(StoreError, match="store/k: cannot read: slow"):
+        attempt("store/k", "read", operation)
+
+    assert len(calls) == 5
+    assert clock.now - 100 <= 0.2 + 0.4 + 0.8 + 1.6
+
+
+def test_patience_outlasts_an_outage_and_says_what_it_waits_for(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    signs: list[float] = []
+    waiting = Patience(1800, on_wait=lambda: signs.append(clock.now))
+    with caplog.at_level(logging.WARNING):
+        assert waiting.attempt("s3://b/k", "read", away(clock, 100 + 600)) == "back"
+
+    assert max(after - before for before, after in itertools.pairwise(signs)) < 1.001
+    assert 600 <= clock.now - 100 <= 600 + 30
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("s3://b/k: [Errno 5] I/O error; waiting for the storage, ")
+    assert 600 / 60 <= len(lines) <= 600 / 30
+
+
+def test_patience_has_an_end(clock: Clock) -> None:
+    with pytest.raises(StoreError):
+        Patience(1800).attempt("k", "read", away(clock))
+
+    assert 1800 <= clock.now - 100 <= 1800 + 30
+
+
+def test_a_stop_ends_the_wait(clock: Clock) -> None:
+    def look() -> None:
+        if clock.now > 150:
+            raise Interrupted("stopped by SIGTERM")
+
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        Patience(1800, look).attempt("k", "read", away(clock))
+
+    assert clock.now < 152
+
+
+def test_a_stop_does_not_end_what_works_at_the_second_try(clock: Clock) -> None:
+    def look() -> None:
+        raise Interrupted("stopped by SIGTERM")
+
+    assert Patience(1800, look).attempt("k", "read", away(clock, 100.001)) == "back"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "exit_code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFull, 75),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), DiskFull, 75),
+        (OSError(errno.EROFS, "Read-only file system"), StoreRefused, 2),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), StoreRefused, 2),
+        (PermissionError(errno.EACCES, "Permission denied"), StoreRefused, 2),
+        (FileExistsError("k"), AlreadyExists, 75),
+    ],
+)
+def test_what_will_not_pass_is_not_waited_for(
+    clock: Clock, error: OSError, kind: type[FluxBatchError], exit_code: int
+) -> None:
+    def operation() -> None:
+        raise error
+
+    with pytest.raises(kind, match="store/k") as caught:
+        Patience(1800).attempt("store/k", "write", operation)
+
+    assert clock.now == 100
+    assert caught.value.exit_code == exit_code
+
+
+def test_a_bug_is_no_outage(clock: Clock) -> None:
+    with pytest.raises(ZeroDivisionError):
+        Patience(1800).attempt("k", "read", lambda: 1 / 0)
+
+    assert clock.now == 100
+
+
+# --- what servers answer
+
+
+@pytest.fixture
+def proxy(moto: S3Server) -> Iterator[Proxy]:
+    with counting_proxy(moto.endpoint_url) as running:
+        yield running
+
+
+@pytest.fixture
+def store(moto: S3Server, proxy: Proxy) -> Store:
+    options = moto.storage_options | {"endpoint_url": proxy.endpoint_url} | NO_RETRIES_OF_THEIRS
+    return Store(f"{moto.make_bucket()}/run", options)
+
+
+def once(fault: int | str, method: str) -> Callable[[str, str], Any]:
+    """Do one thing wrong, with the first request of a kind for an object named k."""
+    left = [fault]
+    return lambda asked, path: left.pop() if left and asked == method and "/run/k" in path else None
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("fault", [400, 409, 412, 500, 503, "lost"])
+def test_an_object_is_created_once_whatever_the_first_answer(store: Store, proxy: Proxy, fault: int | str) -> None:
+    assert store.has_conditional_put
+    proxy.fault = once(fault, "PUT")
+    if fault == "lost":  # it was written: what is said is true, and the contents tell whose it is
+        with pytest.raises(AlreadyExists):
+            store.put_if_absent("k", b"ours")
+    else:
+        store.put_if_absent("k", b"ours")
+
+    assert store.read("k") == b"ours"
+    with pytest.raises(AlreadyExists):
+        store.put_if_absent("k", b"theirs")
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("fault", [500, 503, "lost", "half"])
+def test_an_object_is_read_whole_or_read_again(store: Store, proxy: Proxy, tmp_path: Path, fault: int | str) -> None:
+    data = bytes(range(256)) * 1000
+    store.write("k", data)
+
+    proxy.fault = once(fault, "GET")
+    assert store.read("k") == data
+    proxy.fault = once(fault, "GET")
+    store.download("k", tmp_path / "k")
+    assert (tmp_path / "k").read_bytes() == data
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("fault", [409, 500, 503, "lost"])
+def test_what_is_asked_twice_is_done(store: Store, proxy: Proxy, fault: int | str) -> None:
+    proxy.fault = once(fault, "PUT")
+    store.write("k", b"x")
+    proxy.fault = once(fault, "HEAD")
+    assert store.exists("k")
+    proxy.fault = once(fault, "GET")
+    assert store.list("") == ["k"]
+    proxy.fault = once(fault, "DELETE")
+    store.delete("k")
+    assert not store.exists("k")
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(("fault", "honoured"), [(501, False), (412, True)])
+def test_a_store_tells_by_its_answer_whether_it_knows_conditional_writes(
+    store: Store, proxy: Proxy, fault: int, honoured: bool
+) -> None:
+    """412 without more is what MinIO and others say."""
+    seen: set[str] = set()
+
+    def second_put(method: str, path: str) -> int | None:
+        if method != "PUT":
+            return None
+        is_second = path in seen
+        seen.add(path)
+        return fault if is_second else None
+
+    proxy.fault = second_put
+    assert store.has_conditional_put == honoured
+
+
+@pytest.mark.s3
+def test_a_store_that_is_away_is_not_taken_for_one_without_conditional_writes(
+    store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "ATTEMPTS", 2)
+    seen: set[str] = set()
+
+    def second_put(method: str, path: str) -> int | None:
+        is_second = path in seen
+        if method == "PUT":
+            seen.add(path)
+        return 503 if method == "PUT" and is_second else None
+
+    proxy.fault = second_put
+    with pytest.raises(StoreError, match="ServiceUnavailable"):
+        _ = store.has_conditional_put
+
+    proxy.fault = lambda method, path: None
+    assert store.has_conditional_put
+
+
+@pytest.mark.s3
+def test_a_full_bucket_is_a_full_disk(store: Store, proxy: Proxy) -> None:
+    proxy.fault = lambda method, path: 507 if method == "PUT" else None
+    with pytest.raises(DiskFull, match=r"/run/k: cannot write: there is no room left") as caught:
+        store.write("k", b"x")
+
+    assert caught.value.exit_code == 75
+    assert len(proxy.requests) == 1
+
+
+@pytest.mark.s3
+def test_an_upload_in_parts_that_got_lost_is_made_again(store: Store, proxy: Proxy, tmp_path: Path) -> None:
+    assert store.has_conditional_put
+    with (tmp_path / "tar").open("wb") as file:
+        file.truncate(101 * 2**20)  # s3fs sends more than 100 MiB in parts
+    left = [404]
+    proxy.fault = lambda method, path: (
+        left.pop() if left and method == "POST" and "uploadId" in path and "/run/k" in path else None
+    )
+    store.put_if_absent("k", tmp_path / "tar")
+
+    assert store.children("") == {"k": 101 * 2**20}
+
+
+def test_no_room_for_a_copy_names_the_disk_it_has_none_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path / "store"))
+    store.write("k", b"x")
+
+    def full(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store._fs, "get_file", full)
+    with pytest.raises(DiskFull, match=rf"^{tmp_path}/scratch: no room for a copy of .*store/k"):
+        store.download("k", tmp_path / "scratch/k")

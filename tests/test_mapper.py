@@ -1,0 +1,212 @@
+"""The stage for data pipelines, called as Ray Data calls it; jobs/ray_data_stage.py is run in tests/jobs."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from flux_batch import FluxMapper
+from flux_batch.engine.local import LocalEngine
+from flux_batch.errors import CheckpointError, DeviceFatal, JobError, SourceError
+from flux_batch.images import read_provenance
+from flux_batch.job import run
+from helpers.fakes import FakePipeline, fake_picture
+from helpers.job_files import make_job, metadata
+
+SAMPLING = {"width": 16, "height": 16, "num_inference_steps": 2}
+
+
+def mapper(pipeline: FakePipeline | None = None, **settings: Any) -> FluxMapper:
+    settings = {"model": {"uri": "demo"}, "sampling": SAMPLING, "batch_size": 2} | settings
+    return FluxMapper(make_pipeline=lambda model: pipeline or FakePipeline(), **settings)
+
+
+def pixels(data: bytes) -> bytes:
+    with Image.open(io.BytesIO(data)) as picture:
+        return np.asarray(picture).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_the_same_rows_give_the_pictures_of_a_job(tmp_path: Path, kind: str) -> None:
+    rows = [
+        {"id": f"row-{at}", "prompt": f"picture {at}", "seed": None if at % 3 else 7 * at, "cfg_scale": 1.0 + at % 2}
+        for at in range(9)
+    ]
+    rows[4] |= {"prompt": " "}
+    image = {"type": kind}
+    sampling = {"num_images_per_prompt": 2, "seed": 5}
+    config = make_job(tmp_path, rows, output={"format": "files", "image": image}, sampling=sampling)
+    run(config, engine=LocalEngine(), make_pipeline=lambda model: FakePipeline())
+    of_job = metadata(config)
+
+    table = mapper(sampling=SAMPLING | sampling, image=image)(pa.Table.from_pylist(rows))
+
+    found = table.to_pylist()
+    assert table.column_names[:3] == ["id", "prompt", "cfg_scale"]
+    for name in ("id", "image_index", "seed", "width", "height", "status", "error_type", "clip_truncated"):
+        assert [row[name] for row in found] == [row[name] for row in of_job], name
+    assert [row["image_index"] for row in found[6:]] == [0, 1, 0, *[0, 1] * 4]
+    for row, record in zip(found, of_job, strict=True):
+        if record["status"] == "failed":
+            assert row["image"] is row["sha256"] is None
+            continue
+        stored = (tmp_path / "out" / record["file_name"]).read_bytes()
+        assert pixels(row["image"]) == pixels(stored)
+        assert row["sha256"] == hashlib.sha256(row["image"]).hexdigest()
+        inside = read_provenance(stored)
+        assert inside.pop("key") == record["key"]
+        assert read_provenance(row["image"]) == inside
+
+
+def test_a_bad_row_is_a_row() -> None:
+    prompts = ["good", None, "[raise] it", "also good", "wide", "[oom whole]", "x" * 100]
+    widths = [None, None, None, None, 17, None, None]
+
+    found = mapper()(pa.table({"prompt": prompts, "width": widths})).to_pylist()
+
+    assert [row["prompt"] for row in found] == prompts
+    assert [row["status"] for row in found] == [
+        "success",
+        "failed",
+        "failed",
+        "success",
+        "failed",
+        "success",
+        "success",
+    ]
+    assert "a prompt is needed" in found[1]["error_message"]
+    assert (found[2]["error_type"], found[2]["width"]) == ("RuntimeError", 16)
+    assert "width = 17: must be a multiple of 16" in found[4]["error_message"]
+    assert [row["clip_truncated"] for row in found] == [False, None, False, False, None, False, True]
+    assert [row["image"] is not None for row in found] == [row["status"] == "success" for row in found]
+
+
+def test_types_do_not_depend_on_what_fails() -> None:
+    good, bad = (mapper()(pa.table({"prompt": [prompt]})) for prompt in ("good", "[raise]"))
+
+    assert good.schema == bad.schema
+    assert good.schema.field("image").type == pa.binary()
+
+
+def test_columns_of_numpy_come_back_as_such() -> None:
+    batch = {
+        "prompt": np.array(["a", "b", "c"]),
+        "seed": np.array([3.0, np.nan, 2.0]),  # what becomes of integers with a null
+        "embedding": np.arange(6).reshape(3, 2),
+        "num_images_per_prompt": np.array([1, 2, 1]),
+    }
+
+    found = mapper()(batch)
+
+    assert isinstance(found, dict)
+    assert found["prompt"].tolist() == ["a", "b", "b", "c"]
+    assert found["embedding"].tolist() == [[0, 1], [2, 3], [2, 3], [4, 5]]
+    assert found["seed"].tolist()[::3] == [3, 2]
+    assert found["error_type"].tolist() == [None] * 4
+    first = fake_picture("a", seed=3, width=16, height=16, num_inference_steps=2)
+    assert pixels(found["image"][0]) == first.tobytes()
+
+
+def test_a_row_without_id_and_seed_gives_one_picture_wherever_it_comes() -> None:
+    stage = mapper()
+
+    found = stage(pa.table({"prompt": ["a", "b", "a"]}))["sha256"].to_pylist()
+
+    assert found[0] == found[2] != found[1]
+    assert stage(pa.table({"prompt": ["b"]}))["sha256"].to_pylist() == found[1:2]
+
+
+def test_stages_can_follow_each_other() -> None:
+    pipeline = FakePipeline()
+    first = mapper()
+    refine = {"input_image": "image"}
+    second = mapper(
+        pipeline, prompts={"columns": refine}, sampling=SAMPLING | {"denoising_strength": 0.5}, prefix="fine_"
+    )
+
+    found = second(first(pa.table({"prompt": ["a", "[raise]"]}))).to_pylist()
+
+    assert [row["fine_status"] for row in found] == ["success", "failed"]
+    assert "needs an input_image" in found[1]["fine_error_message"]
+    assert np.asarray(pipeline.input_images[0]).tobytes() == pixels(found[0]["image"])
+    assert pixels(found[0]["fine_image"]) != pixels(found[0]["image"])
+
+
+def test_relative_paths_start_from_the_folder_of_the_prompts(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    stage = mapper(prompts={"uri": str(tmp_path)})
+
+    found = stage(pa.table({"prompt": ["a", "b", "c"], "input_image": ["red.png", "../red.png", "blue.png"]}))
+
+    assert found["status"].to_pylist() == ["success", "failed", "failed"]
+    assert "leads out of" in found["error_message"][1].as_py()
+    assert "there is no file" in found["error_message"][2].as_py()
+
+
+def test_a_storage_that_is_away_costs_rows_that_say_so() -> None:
+    names = ["none", "s3://away/x.safetensors", "none"]
+
+    found = mapper()(pa.table({"prompt": ["a", "b", "c"], "lora": names}))
+
+    assert found["error_type"].to_pylist() == [None, "StoreError", None]
+
+
+def test_a_lost_device_is_no_matter_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lost(FakePipeline):
+        def __call__(self, *prompts: Any, **others: Any) -> Any:
+            raise DeviceFatal("an illegal memory access was encountered")
+
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    for exit_on_device_loss in (False, True):
+        with pytest.raises(DeviceFatal):
+            mapper(Lost(), exit_on_device_loss=exit_on_device_loss)(pa.table({"prompt": ["a"]}))
+        assert exits == [70] * exit_on_device_loss
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "words"),
+    [
+        ({"caption": ["a"]}, {}, "no column 'prompt'; prompts.columns.prompt says which it is"),
+        ({"prompt": ["a"]}, {"prompts": {"columns": {"id": "uid"}}}, "no column 'uid'; prompts.columns.id"),
+        ({"prompt": ["a"], "status": ["x"]}, {}, "column 'status' already"),
+        ({"prompt": ["a"], "a_seed": [1]}, {"prefix": "a_"}, "column 'a_seed' already"),
+    ],
+)
+def test_a_batch_of_other_columns_is_one_sentence(
+    columns: dict[str, Any], settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(SourceError, match=words):
+        mapper(**settings)(pa.table(columns))
+
+
+def test_a_batch_of_another_kind_is_one_sentence() -> None:
+    with pytest.raises(SourceError, match="take batch_format 'numpy' or 'pyarrow'"):
+        mapper()([{"prompt": "a"}])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sampling": {"widht": 16}}, "FluxMapper: sampling.widht: unknown key; did you mean 'width'"),
+        ({"sampling": {"width": 17}}, "FluxMapper: sampling.width = 17: must be a multiple of 16"),
+        ({"prompts": {"limit": 3}}, "prompts.limit and prompts.passthrough are for jobs"),
+        ({"image": {"type": "gif"}}, "output.image.type = 'gif'"),
+    ],
+)
+def test_wrong_settings_are_those_of_a_job_file(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        mapper(**settings)
+
+
+def test_the_model_is_loaded_by_the_words_of_a_job_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        FluxMapper({"uri": str(tmp_path)})

@@ -1,0 +1,113 @@
+"""What one worker compiled is there for the next, and a run goes on whatever becomes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux_batch.config.schema import ModelConfig
+from flux_batch.engine.local import LocalEngine
+from flux_batch.errors import StoreError
+from flux_batch.job import run
+from flux_batch.output.gc import Leftovers
+from flux_batch.storage.store import Store
+from flux_batch.worker.compile_cache import SharedCompileCache
+from helpers.fakes import FakePipeline
+from helpers.job_files import data_files, make_job
+
+KEY = "_run/compile_cache/torch-cpu"
+
+
+class Cache:
+    """A compile cache that holds `data`, or takes what it is given."""
+
+    name = "torch-cpu"
+
+    def __init__(self, data: bytes | None = None) -> None:
+        self.data = data
+        self.num_saved = 0
+
+    def save(self) -> bytes | None:
+        self.num_saved += 1
+        return self.data
+
+    def load(self, data: bytes) -> None:
+        if data == b"damaged":
+            raise ValueError("not what torch.compile has saved")
+        self.data = data
+
+
+def test_the_first_worker_gives_and_the_next_takes(tmp_path: Path) -> None:
+    store, first, second = Store(str(tmp_path)), Cache(b"blocks"), Cache()
+    shared = SharedCompileCache(store, first)
+    assert not (tmp_path / KEY).exists()
+    shared.share()
+    shared.share()
+    assert first.num_saved == 1
+    assert store.read(KEY) == b"blocks"
+
+    taken = SharedCompileCache(store, second)
+    assert second.data == b"blocks"
+    taken.share()
+    assert second.num_saved == 0
+
+
+def test_of_two_that_give_the_first_counts(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    one, other = (SharedCompileCache(store, Cache(data)) for data in (b"one", b"other"))
+    one.share()
+    other.share()
+    assert store.read(KEY) == b"one"
+
+
+def test_where_nothing_was_compiled_nothing_is_written(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for cache in (None, Cache(None)):
+        SharedCompileCache(store, cache).share()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_damaged_is_said_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, cache = Store(str(tmp_path)), Cache(b"own")
+    store.write(KEY, b"damaged")
+    SharedCompileCache(store, cache).share()
+    assert cache.data == b"own"
+    assert store.read(KEY) == b"damaged"
+    assert "torch-cpu is not used, blocks are compiled again: not what torch.compile" in caplog.text
+
+
+def test_a_storage_that_is_away_costs_nothing_but_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(*_: Any) -> Any:
+        raise StoreError("away")
+
+    store = Store(str(tmp_path))
+    for operation in ("read", "exists", "put_if_absent"):
+        monkeypatch.setattr(store, operation, away)
+    SharedCompileCache(store, Cache(b"blocks")).share()
+    assert "compiled again: away" in caplog.text
+    assert "not shared: away" in caplog.text
+
+
+def test_a_run_shares_it_once_and_knows_it_as_its_own(tmp_path: Path) -> None:
+    caches: list[Cache] = []
+
+    def compiling(model: ModelConfig) -> FakePipeline:
+        caches.append(Cache(b"blocks" if not caches else None))
+        pipeline = FakePipeline()
+        pipeline.compile_cache = caches[-1]
+        return pipeline
+
+    config = make_job(tmp_path)
+    assert run(config, engine=LocalEngine(), make_pipeline=compiling).is_complete
+    store = Store(config.output.uri)
+    assert store.read(KEY) == b"blocks"
+    assert caches[0].num_saved == 1
+    assert not list(Leftovers(store, 3).find())
+
+    before = data_files(tmp_path / "out")
+    assert run(config, engine=LocalEngine(), make_pipeline=compiling).is_complete
+    assert data_files(tmp_path / "out") == before

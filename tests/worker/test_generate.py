@@ -1,0 +1,154 @@
+"""What happens when a batch does not fit into memory, and that it happens once for each shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flux_batch.errors import DeviceFatal, OutOfMemory
+from flux_batch.records import ImageRequest, LoraUse, SamplingParams
+from flux_batch.worker.batches import Item
+from flux_batch.worker.generate import SMALL_TILES, BatchMaker, Made, Tiles
+from flux_batch.worker.lora_switch import LoraSwitch
+from helpers.fakes import FakePipeline
+
+CFG = SamplingParams(width=64, height=32, num_inference_steps=1, cfg_scale=2.0, negative_prompt="bad")
+Fits = Callable[[int, bool], bool]  # the number of pictures, whether in small tiles
+
+
+class SmallMemory(FakePipeline):
+    """Makes only what fits; `sizes` has the number of pictures of each call, negative in tiles."""
+
+    def __init__(self, fits: Fits) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self._fits = fits
+
+    def __call__(self, prompt: Any, **others: Any) -> Any:
+        is_small = others.get("tile_size", 1000) <= SMALL_TILES.size
+        self.sizes.append(-len(prompt) if is_small else len(prompt))
+        if others["width"] == 64 and not self._fits(len(prompt), is_small):
+            raise OutOfMemory("CUDA out of memory")
+        return super().__call__(prompt, **others)
+
+    def take_sizes(self) -> list[int]:
+        sizes, self.sizes = self.sizes, []
+        return sizes
+
+
+def batch(size: int, width: int = 64, prompt: str = "p") -> list[Item]:
+    params = SamplingParams(width=width, height=32, num_inference_steps=1)
+    requests = [
+        ImageRequest(row=row, id="", prompt=f"{prompt}{row}", sampling=params, seeds=(1,)) for row in range(size)
+    ]
+    return [Item(request, 0) for request in requests]
+
+
+def maker(
+    pipeline: FakePipeline, tiles: Tiles | None = None, on_progress: Callable[[], None] = lambda: None
+) -> BatchMaker:
+    return BatchMaker(pipeline, LoraSwitch(pipeline, ()), tiles, on_progress)
+
+
+def is_made(made: list[Made]) -> list[bool]:
+    return [isinstance(one.outcome, np.ndarray) for one in made]
+
+
+@pytest.mark.parametrize(
+    ("size", "fits", "first", "next_"),
+    [
+        (4, lambda number, small: number < 4, [4, 2, 2], [2, 2]),
+        (4, lambda number, small: number < 2, [4, 2, 1, 1, 2, 1, 1], [1, 1, 1, 1]),
+        (6, lambda number, small: number < 3, [6, 3, 1, 2, 3, 1, 2], [1, 2, 1, 2]),
+        (2, lambda number, small: number == 1 and small, [2, 1, -1, 1, -1], [-1, -1]),
+        (3, lambda number, small: True, [3], [3]),
+        (2, lambda number, small: False, [2, 1, -1, 1, -1], [-1, -1]),
+    ],
+)
+def test_what_did_not_fit_is_not_tried_again(size: int, fits: Fits, first: list[int], next_: list[int]) -> None:
+    pipeline = SmallMemory(fits)
+    make = maker(pipeline).make
+
+    made = make(batch(size))
+    assert pipeline.take_sizes() == first
+    assert make(batch(size))[0].tiles == made[0].tiles
+    assert pipeline.take_sizes() == next_
+    expected = fits(1, True)
+    assert is_made(made) == [expected] * size
+    # Those of another shape have room.
+    assert is_made(make(batch(size, width=32))) == [True] * size
+    assert pipeline.take_sizes() == [size]
+
+
+def test_the_pictures_are_those_of_a_worker_without_memory() -> None:
+    """A resumed run must leave the same bytes: the same calls, those that failed left out."""
+
+    def fits(number: int, small: bool) -> bool:
+        return number < 2
+
+    old, new = SmallMemory(fits), SmallMemory(fits)
+    experienced = maker(old)
+    experienced.make(batch(3, prompt="before"))
+    old.calls.clear()
+
+    made, again = experienced.make(batch(3)), maker(new).make(batch(3))
+
+    assert old.calls == new.calls
+    for one, other in zip(made, again, strict=True):
+        assert np.array_equal(np.asarray(one.outcome), np.asarray(other.outcome))
+
+
+def test_other_errors_leave_no_memory() -> None:
+    pipeline = SmallMemory(lambda number, small: True)
+    make = maker(pipeline).make
+
+    assert is_made(make([*batch(3), *batch(1, prompt="[raise]")])) == [True, True, True, False]
+    pipeline.take_sizes()
+    make(batch(4))
+
+    assert pipeline.take_sizes() == [4]
+
+
+def test_tiles_are_recorded_where_they_were_used() -> None:
+    whole = maker(SmallMemory(lambda number, small: small)).make(batch(1))
+    asked = maker(SmallMemory(lambda number, small: True), Tiles(128, 64)).make(batch(1))
+    none = maker(SmallMemory(lambda number, small: True)).make(batch(1))
+
+    assert [made[0].tiles for made in (whole, asked, none)] == [SMALL_TILES, Tiles(128, 64), None]
+
+
+def test_every_call_is_a_sign_of_progress_and_a_lost_device_ends_them() -> None:
+    signs: list[int] = []
+    make = maker(SmallMemory(lambda number, small: number < 2), on_progress=lambda: signs.append(1)).make
+    make(batch(2))
+    assert len(signs) == 3
+
+    class Broken(FakePipeline):
+        def __call__(self, *args: Any, **others: Any) -> Any:
+            self.calls.append([])
+            raise DeviceFatal("gone")
+
+    broken = Broken()
+    with pytest.raises(DeviceFatal):
+        maker(broken).make(batch(4))
+    assert broken.num_calls == 1
+
+
+def test_the_pipeline_is_told_the_texts_that_come_with_its_loras() -> None:
+    pipeline = FakePipeline()
+    ours = maker(pipeline)
+    plain, other = batch(2), batch(2, prompt="q")
+    style = (LoraUse(name="style", uri="style", scale=1.0),)
+    other = [Item(replace(item.request, loras=style, sampling=CFG), 0) for item in other]
+    ours.expect([*plain, *other, *plain])
+    for group in (plain[:1], plain[1:], other, other):
+        ours.make(group)
+    expected = [("p0", None), ("p1", None)], [("q0", None), ("bad", None), ("q1", None)]
+    assert pipeline.expected == list(map(list, expected))
+    ours.expect([])
+    ours.make(plain)
+    assert len(pipeline.expected) == 2

@@ -1,0 +1,146 @@
+"""The dtype of a run whose job leaves it open: settled by its first worker, kept on whatever machine it goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux_batch.config.schema import JobConfig, ModelConfig
+from flux_batch.engine.local import LocalEngine
+from flux_batch.engine.stop import Stop
+from flux_batch.errors import Interrupted, PlanMismatch, StoreError
+from flux_batch.job import run
+from flux_batch.output.gc import Leftovers
+from flux_batch.output.paths import PRECISION
+from flux_batch.storage.store import Store
+from flux_batch.worker.settled_precision import load_settled, settled_model
+from helpers.fakes import FakePipeline
+from helpers.job_files import make_job
+
+AUTO = ModelConfig(uri="demo")
+
+
+def machine(
+    native: str, quantization: str = "none", kind: type[FakePipeline] = FakePipeline
+) -> Callable[[ModelConfig], FakePipeline]:
+    """Return what loads a pipeline on a machine that computes natively in `native`."""
+
+    def load(model: ModelConfig) -> FakePipeline:
+        pipeline = kind()
+        is_auto = model.dtype == "auto"
+        pipeline.precision = {
+            "dtype": native if is_auto else model.dtype,
+            "quantization": quantization if is_auto else model.quantization,
+        }
+        pipeline.native_dtype = native
+        return pipeline
+
+    return load
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "out"))
+
+
+def test_the_first_worker_settles_what_all_others_take(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    first, model = load_settled(store, AUTO, machine("float32", "bfloat16"))
+    assert (first.precision["dtype"], model.dtype, model.quantization) == ("float32", "float32", "bfloat16")
+    assert json.loads(store.read(PRECISION)) == {"dtype": "float32", "quantization": "bfloat16"}
+
+    with caplog.at_level(logging.WARNING):
+        other, model = load_settled(store, AUTO, machine("bfloat16"))
+    assert other.precision == {"dtype": "float32", "quantization": "bfloat16"}
+    assert model.dtype == "float32"
+    assert "computes in float32, quantization bfloat16, as the run began" in caplog.text
+    assert "would take bfloat16" in caplog.text
+
+
+def test_of_two_that_settle_at_once_the_later_one_loads_again(store: Store) -> None:
+    loaded = []
+
+    def slow(model: ModelConfig) -> FakePipeline:
+        if not loaded:
+            load_settled(store, AUTO, machine("bfloat16"))
+        loaded.append(model.dtype)
+        return machine("float32")(model)
+
+    pipeline, model = load_settled(store, AUTO, slow)
+    assert loaded == ["auto", "bfloat16"]
+    assert pipeline.precision["dtype"] == model.dtype == "bfloat16"
+
+
+def test_of_two_of_a_kind_none_loads_twice(store: Store) -> None:
+    loaded = []
+
+    def slow(model: ModelConfig) -> FakePipeline:
+        load_settled(store, AUTO, machine("float32"))
+        loaded.append(model.dtype)
+        return machine("float32")(model)
+
+    assert load_settled(store, AUTO, slow)[1].dtype == "float32"
+    assert loaded == ["auto"]
+
+
+def test_a_quantization_that_the_job_names_stands(store: Store) -> None:
+    fp8 = AUTO.model_copy(update={"quantization": "fp8"})
+    assert load_settled(store, fp8, machine("float32"))[1].quantization == "fp8"
+    assert json.loads(store.read(PRECISION)) == {"dtype": "float32"}
+    assert settled_model(store, fp8).quantization == "fp8"
+    assert settled_model(store, AUTO).quantization == "none"
+
+
+def test_a_dtype_that_the_job_names_is_not_settled(store: Store) -> None:
+    load_settled(store, AUTO.model_copy(update={"dtype": "float16"}), machine("float32"))
+    assert not store.exists(PRECISION)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"dtype": "auto", "quantization": "none"}', b'{"dtype": "int8"}'])
+def test_what_no_run_wrote_is_named(store: Store, data: bytes) -> None:
+    store.write(PRECISION, data)
+    with pytest.raises(StoreError, match=r"precision\.json: is damaged .*; delete it"):
+        settled_model(store, AUTO)
+
+
+def begun(tmp_path: Path, native: str, **sections: Any) -> JobConfig:
+    """Begin a run on a machine, and stop it after its first shard."""
+    config = make_job(tmp_path, **sections)
+    stop = Stop()
+
+    class Stopping(FakePipeline):
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            stop.request("enough")
+            return super().__call__(*args, **options)
+
+    with pytest.raises(Interrupted):
+        run(config, engine=LocalEngine(), make_pipeline=machine(native, kind=Stopping), stop=stop)
+    return config
+
+
+def test_a_run_keeps_its_dtype_on_another_machine_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = begun(tmp_path, "float32")
+    with caplog.at_level(logging.WARNING):
+        report = run(config, engine=LocalEngine(), make_pipeline=machine("bfloat16"))
+    assert "computes in float32, as the run began; its own device would take bfloat16" in caplog.text
+    assert report.model["dtype"] == "float32"
+    assert "demo (float32)" in (tmp_path / "out/README.md").read_text()
+    assert [left.key for left in Leftovers(Store(config.output.uri), 4).find()] == []
+
+
+def test_a_run_goes_on_with_the_dtype_that_it_named_before(tmp_path: Path) -> None:
+    """As runs do whose job file left out the key when it meant bfloat16."""
+    begun(tmp_path, "float32", model={"dtype": "bfloat16"})
+    report = run(make_job(tmp_path), engine=LocalEngine(), make_pipeline=machine("float32"))
+    assert report.model["dtype"] == "bfloat16"
+
+
+def test_a_job_may_name_what_its_run_has_settled_on_and_nothing_else(tmp_path: Path) -> None:
+    begun(tmp_path, "float32")
+    with pytest.raises(PlanMismatch, match=r"model\.dtype: 'float32' -> 'bfloat16'"):
+        run(make_job(tmp_path, model={"dtype": "bfloat16"}), engine=LocalEngine(), make_pipeline=machine("bfloat16"))
+    run(make_job(tmp_path, model={"dtype": "float32"}), engine=LocalEngine(), make_pipeline=machine("bfloat16"))

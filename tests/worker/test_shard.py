@@ -1,0 +1,517 @@
+"""What a worker keeps of a shard that others began, and what it leaves for those after it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flux_batch.config.schema import JobConfig
+from flux_batch.errors import DeviceFatal, Stopped, StoreError
+from flux_batch.output.staging import StagedPicture, Staging, staged_record
+from flux_batch.records import Attempt, Shard, ShardResult
+from flux_batch.storage.store import Store
+from flux_batch.worker.worker import Worker
+from helpers.fakes import FakePipeline
+from helpers.job_files import data_files, make_job, metadata
+from helpers.mortal import Death, Life, MortalPipeline, open_worker, staged
+from helpers.waiting import PATIENCE_S, wait_until
+
+PROMPTS = [f"picture {number}" for number in range(8)]
+
+
+def job(folder: Path, prompts: list[str] | None = None, batch_size: int = 2, **sections: Any) -> JobConfig:
+    """Make a job of one shard."""
+    rows = [{"prompt": prompt} for prompt in prompts or PROMPTS]
+    return make_job(folder, rows, output={"shard_size": 20}, workers={"batch_size": batch_size}, **sections)
+
+
+def die_after(config: JobConfig, monkeypatch: pytest.MonkeyPatch, num_writes: int) -> list[str]:
+    """Let a worker die. Returns: the prompts whose pictures it staged."""
+    life = Life(num_writes)
+    worker, _, plan = open_worker(config, monkeypatch, life)
+    with pytest.raises(Death):
+        worker.make(plan.shards[0])()
+    staging = Staging(Store(config.output.uri), 1)
+    return sorted(one.record["prompt"] for name in staging.list(0).objects for one in staging.read(0, name))
+
+
+def run(config: JobConfig, monkeypatch: pytest.MonkeyPatch, attempt: Attempt | None = None) -> tuple[ShardResult, Any]:
+    worker, pipeline, plan = open_worker(config, monkeypatch)
+    return worker.make(plan.shards[0], attempt or Attempt())(), pipeline
+
+
+def undisturbed(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, bytes]:
+    config = job(folder / "undisturbed", **options)
+    run(config, monkeypatch)
+    return data_files(Path(config.output.uri))
+
+
+def test_what_a_lost_worker_staged_is_adopted_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(tmp_path)
+    assert die_after(config, monkeypatch, 2) == PROMPTS[:4]
+
+    result, pipeline = run(config, monkeypatch)
+
+    assert pipeline.calls == [PROMPTS[4:6], PROMPTS[6:]]
+    assert (result.num_images, result.is_new) == (8, True)
+    assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch)
+    assert staged(config) == []
+
+
+def test_pictures_are_safe_before_the_shard_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(tmp_path, batch_size=8)
+    life = Life()
+    worker, _, plan = open_worker(config, monkeypatch, life)
+
+    worker.make(plan.shards[0])()
+
+    folders = [key.rpartition("/")[0] for key in life.writes]
+    staging = "_run/staging/00000"
+    assert folders == [staging, "train", "metadata", "_run/commits", staging]
+
+
+def test_all_batches_are_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(tmp_path)
+    life = Life()
+    worker, _, plan = open_worker(config, monkeypatch, life)
+
+    worker.make(plan.shards[0])()
+
+    folders = Counter(key.rpartition("/")[0] for key in life.writes)
+    assert folders == {"_run/staging/00000": 4 + 4, "train": 1, "metadata": 1, "_run/commits": 1}  # written, removed
+
+
+@pytest.mark.parametrize("how", ["changed", "cut", "emptied", "foreign"])
+def test_damaged_objects_are_made_again_in_their_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    config = job(tmp_path)
+    die_after(config, monkeypatch, 2)
+    staging = Staging(Store(config.output.uri), 1)
+    (path,) = (path for path in staged(config) if staging.read(0, path.name)[0].record["prompt"] == PROMPTS[2])
+    data = path.read_bytes()
+    place = data.index(b"IDAT") + 9
+    path.write_bytes(
+        {
+            "changed": data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :],
+            "cut": data[:place],
+            "emptied": b"",
+            "foreign": b"PAR1 but not for long",
+        }[how]
+    )
+
+    _, pipeline = run(config, monkeypatch)
+
+    assert pipeline.calls == [PROMPTS[2:4], PROMPTS[4:6], PROMPTS[6:]]
+    assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch)
+    assert staged(config) == []
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"prompt": "another"}, {"embedded_guidance": 9.0}, {"lora": "x"}])
+def test_only_what_the_plan_asks_for_is_adopted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    config = job(tmp_path)
+    die_after(config, monkeypatch, 2)
+    staging = Staging(Store(config.output.uri), 1)
+    for name in staging.list(0).objects:
+        others = [StagedPicture(one.key, {**one.record, **change}, one.data) for one in staging.read(0, name)]
+        Path(config.output.uri, "_run/staging/00000", name).unlink()
+        staging.put(0, others)
+    staging.put(0, [StagedPicture("000009999", {"prompt": "of no row"}, b"x")])
+
+    _, pipeline = run(config, monkeypatch)
+
+    assert pipeline.made == PROMPTS
+    assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch)
+
+
+def test_failed_rows_are_adopted_with_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["a [raise]", *PROMPTS[1:]]
+    config = job(tmp_path, prompts)
+    assert die_after(config, monkeypatch, 1) == prompts[:2]
+
+    _, pipeline = run(config, monkeypatch)
+
+    assert pipeline.calls[0] == prompts[2:4]
+    assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch, prompts=prompts)
+
+
+def test_the_good_pictures_of_a_finished_shard_can_be_staged_to_retry_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `run --retry-failed` does."""
+    config = job(tmp_path, ["a", "b [raise]", "c", "d"])
+    run(config, monkeypatch)
+    before = metadata(config)
+    store = Store(config.output.uri)
+    good = [row for row in before if row["status"] == "success"]
+    made = pictures_of(config)
+    Staging(store, 1).put(0, [StagedPicture(row["key"], staged_record(row), made[row["key"]]) for row in good])
+    for key in ["_run/commits/00000.json", "metadata/00000.parquet", "train/00000.tar"]:
+        store.delete(key)
+
+    _, pipeline = run(config, monkeypatch)
+
+    assert pipeline.calls == [["b [raise]"]]
+    assert metadata(config) == before
+    assert pictures_of(config) == made
+
+
+def pictures_of(config: JobConfig) -> dict[str, bytes]:
+    import tarfile
+
+    with tarfile.open(Path(config.output.uri, "train/00000.tar")) as tar:
+        members = [member for member in tar if member.name.endswith(".png")]
+        return {member.name.removesuffix(".png"): tar.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+
+
+# --- two workers on one shard
+
+
+def test_from_the_end_the_last_batches_are_made_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(tmp_path)
+
+    _, pipeline = run(config, monkeypatch, Attempt(from_end=True))
+
+    assert pipeline.calls == [PROMPTS[6:], PROMPTS[4:6], PROMPTS[2:4], PROMPTS[:2]]
+    assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch)
+
+
+class InStep(MortalPipeline):
+    """Begins a batch when the other worker begins one; alone, when that one has none left."""
+
+    def __init__(self, life: Life, step: threading.Barrier) -> None:
+        super().__init__(life)
+        self._step = step
+
+    def __call__(self, prompt: Any, **others: Any) -> Any:
+        with suppress(threading.BrokenBarrierError):
+            self._step.wait()
+        return super().__call__(prompt, **others)
+
+
+def test_two_workers_meet_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [f"picture {number}" for number in range(20)]
+    config = job(tmp_path, prompts)
+    step = threading.Barrier(2)
+    lives = Life(), Life()
+    pipelines = [InStep(life, step) for life in lives]
+    workers = [
+        open_worker(config, monkeypatch, life, pipeline)[0] for life, pipeline in zip(lives, pipelines, strict=True)
+    ]
+    _, _, plan = open_worker(config, monkeypatch)
+    attempts = Attempt(), Attempt(from_end=True)
+    results: list[ShardResult] = []
+
+    def work(worker: Worker, shard: Shard, attempt: Attempt) -> None:
+        finish = worker.make(shard, attempt)
+        step.abort()
+        results.append(finish())
+
+    threads = [
+        threading.Thread(target=work, args=(worker, plan.shards[0], attempt), daemon=True)
+        for worker, attempt in zip(workers, attempts, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+
+    assert [result.num_images for result in results] == [20, 20]
+    calls = [len(pipeline.calls) for pipeline in pipelines]
+    assert min(calls) >= 3
+    assert sum(calls) <= 10 + 4  # each may make what the other had in hand, and had just made, when it looked
+    assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch, prompts=prompts)
+    assert staged(config) == []
+
+
+def test_a_worker_stops_as_soon_as_another_has_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(tmp_path)
+    other, _, plan = open_worker(config, monkeypatch)
+    monkeypatch.setattr(other, "_name", "elsewhere:1")
+    monkeypatch.setattr(other, "_publisher", replace(other._publisher, worker="elsewhere:1"))
+
+    class Overtaken(FakePipeline):
+        def __call__(self, *args: Any, **others: Any) -> Any:
+            if self.num_calls == 1:
+                wait_until(lambda: len(staged(config)) == 1)
+                other.make(plan.shards[0])()
+            return super().__call__(*args, **others)
+
+    pipeline = Overtaken()
+    worker, _, plan = open_worker(config, monkeypatch, pipeline=pipeline)
+
+    result = worker.make(plan.shards[0])()
+
+    assert (result.num_images, result.worker, result.is_new) == (8, "elsewhere:1", False)
+    assert pipeline.num_calls in (2, 3)  # it looks while it makes a batch
+    assert staged(config) == []
+
+
+# --- stop and signs of life
+
+
+def test_a_stopped_worker_puts_its_batch_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(tmp_path)
+    workers: list[Worker] = []
+
+    class Stopping(FakePipeline):
+        def __call__(self, *args: Any, **others: Any) -> Any:
+            if self.num_calls == 1:
+                workers[0].stop()
+            return super().__call__(*args, **others)
+
+    worker, pipeline, plan = open_worker(config, monkeypatch, pipeline=Stopping())
+    workers.append(worker)
+
+    with pytest.raises(Stopped, match="shard 00000: put aside with 4 of 8 pictures"):
+        worker.make(plan.shards[0])()
+    with pytest.raises(Stopped):
+        worker.make(plan.shards[0])()
+    assert pipeline.num_calls == 2
+    assert len(staged(config)) == 2
+
+    _, pipeline = run(config, monkeypatch)
+    assert pipeline.calls == [PROMPTS[4:6], PROMPTS[6:]]
+
+
+def test_a_worker_stopped_after_another_has_committed_leaves_nothing_staged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose driver was paused past its lease and then woke: its batch in hand comes after the end of the run."""
+    config = job(tmp_path)
+    other, _, plan = open_worker(config, monkeypatch)
+    workers: list[Worker] = []
+
+    class Late(FakePipeline):
+        def __call__(self, *args: Any, **others: Any) -> Any:
+            if self.num_calls == 1:
+                wait_until(lambda: len(staged(config)) == 1)
+                other.make(plan.shards[0])()
+                workers[0].stop()
+            return super().__call__(*args, **others)
+
+    worker, _, plan = open_worker(config, monkeypatch, pipeline=Late())
+    workers.append(worker)
+
+    assert worker.make(plan.shards[0])().num_images == 8
+    assert staged(config) == []
+
+
+def test_a_stop_in_the_last_batch_still_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(tmp_path, batch_size=8)
+    workers: list[Worker] = []
+
+    class Stopping(FakePipeline):
+        def __call__(self, *args: Any, **others: Any) -> Any:
+            workers[0].stop()
+            return super().__call__(*args, **others)
+
+    worker, _, plan = open_worker(config, monkeypatch, pipeline=Stopping())
+    workers.append(worker)
+
+    assert worker.make(plan.shards[0])().num_images == 8
+
+
+def test_a_lost_device_loses_only_the_batch_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(tmp_path)
+
+    class Broken(FakePipeline):
+        def __call__(self, *args: Any, **others: Any) -> Any:
+            if self.num_calls == 2:
+                raise DeviceFatal("the device fell off the bus")
+            return super().__call__(*args, **others)
+
+    worker, _, plan = open_worker(config, monkeypatch, pipeline=Broken())
+    with pytest.raises(DeviceFatal):
+        worker.make(plan.shards[0], Attempt(number=2, lost=1))()
+
+    listed = Staging(Store(config.output.uri), 1).list(0)
+    assert len(listed.objects) == 2
+    assert listed.tries == {"b2": 1}  # as of a process that died in it
+
+
+def test_a_worker_at_work_is_quiet_only_between_signs_of_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = job(tmp_path)
+    workers: list[Worker] = []
+    now = 1000.0
+    monkeypatch.setattr("flux_batch.telemetry.time", SimpleNamespace(monotonic=lambda: now))
+
+    def is_quiet_while_time_passes() -> bool:
+        nonlocal now
+        before = workers[0].quiet_s()
+        now += 100
+        return workers[0].quiet_s() - before == 100
+
+    class Watched(FakePipeline):
+        def __call__(self, *args: Any, **others: Any) -> Any:
+            wait_until(lambda: len(staged(config)) == self.num_calls)
+            wait_until(lambda: workers[0].quiet_s() == 0)  # the batch before was progress
+            wait_until(is_quiet_while_time_passes)  # what is staged shows before its own sign of progress
+            return super().__call__(*args, **others)
+
+    worker, _, plan = open_worker(config, monkeypatch, pipeline=Watched())
+    workers.append(worker)
+    assert worker.quiet_s() == 0
+
+    worker.make(plan.shards[0])()
+
+    assert worker.quiet_s() == 0
+    assert now >= 1400
+
+
+# --- what kills workers
+
+
+def run_to_the_end(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[MortalPipeline]]:
+    """Run a shard as an engine does, with a new worker after each that dies. Returns: the losses, the pipelines."""
+    pipelines: list[MortalPipeline] = []
+    for lost in range(20):
+        worker, pipeline, plan = open_worker(config, monkeypatch)
+        pipelines.append(pipeline)
+        try:
+            worker.make(plan.shards[0], Attempt(number=1, lost=lost, reason="its worker died" if lost else ""))()
+            return lost, pipelines
+        except Death:
+            continue
+    raise AssertionError("no end in sight")
+
+
+def test_a_row_that_kills_its_process_is_found_and_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [*PROMPTS[:5], "poison [die]", *PROMPTS[6:], "more", "and more"]
+    config = job(tmp_path, prompts, batch_size=4)
+
+    lost, pipelines = run_to_the_end(config, monkeypatch)
+
+    assert lost == 4  # in its batch, in its announced batch, and twice alone
+    rows = metadata(config)
+    assert [row["prompt"] for row in rows if row["status"] == "failed"] == ["poison [die]"]
+    assert (rows[5]["error_type"], rows[5]["error_message"]) == (
+        "WorkerLost",
+        "2 workers were lost while they made this picture alone; the last: its worker died",
+    )
+    made = Counter(prompt for pipeline in pipelines for prompt in pipeline.made)
+    assert set(made.values()) == {1}
+    assert len(made) == 9
+    assert [pipeline.calls for pipeline in pipelines] == [
+        [PROMPTS[:4], ["picture 4", "poison ", "picture 6", "picture 7"]],
+        [["picture 4", "poison ", "picture 6", "picture 7"]],
+        [["more", "and more"], ["picture 4"], ["poison "]],
+        [["picture 6"], ["picture 7"], ["poison "]],
+        [],
+    ]
+    calm = [prompt.replace("[die]", "") for prompt in prompts]
+    other = job(tmp_path / "calm", calm, batch_size=4)
+    run(other, monkeypatch)
+    assert [row["sha256"] for row in rows if row["status"] == "success"] == [
+        row["sha256"] for row in metadata(other) if row["prompt"] != "poison "
+    ]
+    assert staged(config) == []
+
+
+def test_two_such_rows_in_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(tmp_path, ["a", "first [die]", "b", "second [die]"], batch_size=4)
+
+    lost, _ = run_to_the_end(config, monkeypatch)
+
+    assert lost == 6
+    assert [(row["prompt"], row["error_type"]) for row in metadata(config)] == [
+        ("a", None),
+        ("first [die]", "WorkerLost"),
+        ("b", None),
+        ("second [die]", "WorkerLost"),
+    ]
+
+
+def test_a_batch_of_one_needs_no_taking_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(tmp_path, ["a", "poison [die]", "b"], batch_size=1)
+
+    lost, _ = run_to_the_end(config, monkeypatch)
+
+    assert lost == 3
+    assert [row["error_type"] for row in metadata(config)] == [None, "WorkerLost", None]
+
+
+def test_after_a_loss_no_batch_is_begun_before_the_last_is_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = job(tmp_path)
+    life = Life()
+
+    class Sudden(FakePipeline):
+        def __call__(self, *args: Any, **others: Any) -> Any:
+            if self.num_calls == 2:
+                life.end()
+            return super().__call__(*args, **others)
+
+    worker, _, plan = open_worker(config, monkeypatch, life, Sudden())
+    with pytest.raises(Death):
+        worker.make(plan.shards[0], Attempt(number=1, lost=1))()
+
+    listed = Staging(Store(config.output.uri), 1).list(0)
+    assert len(listed.objects) == 2
+    assert listed.tries == {"b2": 1}
+
+
+def test_an_error_is_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that answers has lived: its announcement is taken back."""
+    config = job(tmp_path)
+    worker, _, plan = open_worker(config, monkeypatch)
+
+    def away(*args: Any) -> Any:
+        raise StoreError("the store is away")
+
+    monkeypatch.setattr(worker._maker, "make", away)
+    with pytest.raises(StoreError):
+        worker.make(plan.shards[0], Attempt(number=3, lost=2))()
+
+    assert staged(config) == []
+
+
+def test_a_first_attempt_announces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(tmp_path)
+    life = Life()
+    worker, _, plan = open_worker(config, monkeypatch, life)
+
+    worker.make(plan.shards[0])()
+
+    assert not [key for key in life.writes if "try-" in key]
+
+
+# --- two shards at a time
+
+
+def test_a_shard_is_published_while_the_next_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    config = make_job(tmp_path, rows, output={"shard_size": 4}, workers={"batch_size": 2})
+    pipeline = FakePipeline()
+    worker, _, plan = open_worker(config, monkeypatch, pipeline=pipeline)
+    may_publish = threading.Event()
+    publish = worker._publisher.publish
+
+    def wait_and_publish(*args: Any) -> Any:
+        assert may_publish.wait(30)
+        return publish(*args)
+
+    monkeypatch.setattr(type(worker._publisher), "publish", lambda _, *args: wait_and_publish(*args))
+    with ThreadPoolExecutor(1) as finisher:
+        first = finisher.submit(worker.make(plan.shards[0]))
+        second = worker.make(plan.shards[1])
+        assert pipeline.num_calls == 4
+        assert not first.done()
+        may_publish.set()
+        results = [first.result(), second()]
+
+    assert [(result.shard, result.num_images, result.is_new) for result in results] == [(0, 4, True), (1, 4, True)]
+    assert worker.quiet_s() == 0

@@ -1,0 +1,716 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import flux_batch.worker.worker as worker_module
+from flux_batch.config.schema import JobConfig
+from flux_batch.errors import DeviceFatal, OutOfMemory
+from flux_batch.images import read_provenance
+from flux_batch.plan.plan import Plan, make_plan
+from flux_batch.prompts.input_images import load_picture
+from flux_batch.records import ImageRequest, SamplingParams, Shard, ShardResult
+from flux_batch.storage.store import Store
+from flux_batch.worker.batches import Item, batches
+from flux_batch.worker.worker import Worker, WorkerRecipe
+from helpers.fakes import FakePipeline, fake_picture, make_fake_pipeline
+
+FORMATS = ["webdataset", "files", "parquet"]
+HOSTILE = [
+    'say "cheese",\nplease',
+    "猫と犬 🐈‍⬛",
+    "x" * 2000,
+    "tab\tand \\ and 'quote'",
+    "a\x01b\x7f",
+    "<&>]]>",
+    "dup",
+    "dup",
+]
+
+
+def make_job(tmp_path: Path, rows: Sequence[dict[str, Any] | str], **sections: Any) -> JobConfig:
+    """Write rows (or bare prompts) as Parquet, and a job of 64 x 48 pictures for them."""
+    rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
+    names = {name: None for row in rows for name in row}
+    path = tmp_path / "prompts.parquet"
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path, row_group_size=3)
+    tree: dict[str, Any] = {
+        "prompts": {"uri": str(path)},
+        "output": {"uri": str(tmp_path / "out"), "shard_size": 4},
+        "model": {"uri": "fake"},
+        "sampling": {"width": 64, "height": 48, "num_inference_steps": 3},
+        "workers": {"batch_size": 3},
+    }
+    return JobConfig.from_dict({key: tree.get(key, {}) | sections.get(key, {}) for key in {**tree, **sections}})
+
+
+def open_worker(config: JobConfig, pipeline: FakePipeline | None = None) -> tuple[Worker, Plan]:
+    plan = make_plan(config.prompts, config.output.shard_size)
+    recipe = WorkerRecipe(config, len(plan.shards), plan.passthrough, make_fake_pipeline)
+    return Worker(recipe, pipeline or FakePipeline()), plan
+
+
+def render(config: JobConfig, pipeline: FakePipeline | None = None) -> list[ShardResult]:
+    """Run every shard of a job in this process."""
+    worker, plan = open_worker(config, pipeline)
+    results = [worker.make(shard)() for shard in plan.shards]
+    return results
+
+
+def metadata(config: JobConfig) -> list[dict[str, Any]]:
+    files = sorted(Path(config.output.uri, "metadata").iterdir())
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def pictures(config: JobConfig) -> dict[str, bytes]:
+    """Read every picture of a run by its key, without the code under test."""
+    train = Path(config.output.uri, "train")
+    found: dict[str, bytes] = {}
+    for path in sorted(train.rglob("*")):
+        if path.suffix == ".tar":
+            with tarfile.open(path) as tar:
+                members = [member for member in tar if not member.name.endswith((".txt", ".json"))]
+                found |= {member.name.partition(".")[0]: tar.extractfile(member).read() for member in members}
+        elif path.name == "metadata.parquet":
+            continue
+        elif path.suffix == ".parquet":
+            rows = pq.read_table(path, columns=["key", "image"]).to_pylist()
+            found |= {row["key"]: row["image"]["bytes"] for row in rows}
+        elif path.is_file():
+            found[path.stem] = path.read_bytes()
+    return found
+
+
+def files_of(config: JobConfig, *folders: str) -> dict[str, bytes]:
+    root = Path(config.output.uri)
+    paths = [path for folder in folders for path in (root / folder).rglob("*") if path.is_file()]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+
+
+def pixels_of(data: bytes) -> np.ndarray[Any, Any]:
+    with Image.open(io.BytesIO(data)) as picture:
+        return np.asarray(picture)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_each_prompt_becomes_its_picture_once(tmp_path: Path, layout: str) -> None:
+    config = make_job(tmp_path, HOSTILE, output={"format": layout})
+
+    render(config)
+
+    rows, made = metadata(config), pictures(config)
+    assert [row["prompt"] for row in rows] == HOSTILE
+    assert [row["key"] for row in rows] == sorted(made)
+    assert {row["status"] for row in rows} == {"success"}
+    for row in rows:
+        data = made[row["key"]]
+        expected = fake_picture(row["prompt"], seed=row["seed"], width=64, height=48, num_inference_steps=3)
+        assert np.array_equal(pixels_of(data), expected)
+        assert row["sha256"] == hashlib.sha256(data).hexdigest()
+        assert row["bytes"] == len(data)
+        assert Path(config.output.uri, row["file_name"]).is_file()
+        inside = read_provenance(data)
+        assert (inside["prompt"], inside["seed"], inside["key"]) == (row["prompt"], row["seed"], row["key"])
+
+
+@pytest.mark.parametrize("image_type", ["jpeg", "webp"])
+def test_other_picture_types_have_their_size_and_prompt(tmp_path: Path, image_type: str) -> None:
+    config = make_job(tmp_path, HOSTILE, output={"image": {"type": image_type}})
+
+    render(config)
+
+    made = pictures(config)
+    for row in metadata(config):
+        assert pixels_of(made[row["key"]]).shape == (48, 64, 3)
+        assert read_provenance(made[row["key"]])["prompt"] == row["prompt"]
+
+
+@pytest.mark.parametrize("image_type", ["png", "jpeg", "webp"])
+def test_a_very_long_prompt_is_no_outage(tmp_path: Path, image_type: str) -> None:
+    prompts = ["猫" * 30_000, "short"]
+    config = make_job(tmp_path, prompts, output={"image": {"type": image_type}})
+
+    render(config)
+
+    assert [(row["prompt"], row["status"]) for row in metadata(config)] == [(text, "success") for text in prompts]
+
+
+def test_a_negative_prompt_that_is_cut_counts_where_it_is_used(tmp_path: Path) -> None:
+    long = {"prompt": "short", "negative_prompt": "x" * 100, "t5_sequence_length": 99}
+    rows = [long | {"cfg_scale": scale} for scale in (1.0, 2.0, 0.5)]
+    config = make_job(tmp_path, [*rows, long | {"cfg_scale": 2.0, "t5_sequence_length": 200}])
+
+    render(config)
+
+    truncated = [(row["clip_truncated"], row["t5_truncated"]) for row in metadata(config)]
+    assert truncated == [(False, False), (True, True), (True, True), (True, False)]
+
+
+def test_rows_override_the_defaults(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "plain"},
+        {"prompt": "own size", "width": 32, "height": 16},
+        {"prompt": "own words", "negative_prompt": "blur", "true_cfg_scale": 4.0, "guidance_scale": 2.0},
+        {"prompt": "own seed", "seed": 7, "num_images_per_prompt": 2, "num_inference_steps": 9},
+        {"prompt": "own length", "max_sequence_length": 5},
+    ]
+    config = make_job(tmp_path, rows)
+
+    render(config)
+
+    plain, size, words, seed, again, length = metadata(config)
+    assert (plain["width"], plain["height"], plain["embedded_guidance"]) == (64, 48, 3.5)
+    assert (size["width"], size["height"]) == (32, 16)
+    assert (words["negative_prompt"], words["cfg_scale"], words["embedded_guidance"]) == ("blur", 4.0, 2.0)
+    assert [(row["key"], row["seed"], row["image_index"]) for row in (seed, again)] == [
+        ("000000003", 7, 0),
+        ("000000003_1", 8, 1),
+    ]
+    assert (length["t5_sequence_length"], length["t5_truncated"]) == (5, True)
+    assert (plain["t5_sequence_length"], plain["t5_truncated"]) == (512, False)
+    made = pictures(config)
+    assert pixels_of(made[size["key"]]).shape == (16, 32, 3)
+    expected = fake_picture(
+        "own words",
+        negative_prompt="blur",
+        seed=words["seed"],
+        height=48,
+        num_inference_steps=3,
+        embedded_guidance=2.0,
+        cfg_scale=4.0,
+    )
+    assert np.array_equal(pixels_of(made[words["key"]]), expected)
+
+
+def test_several_images_of_a_prompt_differ(tmp_path: Path) -> None:
+    config = make_job(tmp_path, ["one", "two"], sampling={"num_images_per_prompt": 3})
+
+    render(config)
+
+    rows = metadata(config)
+    assert [(row["prompt"], row["image_index"]) for row in rows] == [
+        (prompt, index) for prompt in ("one", "two") for index in range(3)
+    ]
+    assert len({row["seed"] for row in rows}) == len({row["sha256"] for row in rows}) == 6
+    assert len(pictures(config)) == 6
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_bad_rows_are_recorded_with_their_reason_and_cost_nobody_else(tmp_path: Path, layout: str) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "good"},
+        {"prompt": None},
+        {"prompt": "  "},
+        {"prompt": "size", "width": 1000},
+        {"prompt": "guidance", "embedded_guidance": float("nan")},
+        {"prompt": "steps", "num_inference_steps": -1},
+        {"prompt": "good too", "tag": "kept"},
+    ]
+    config = make_job(tmp_path, rows, prompts={"passthrough": ["tag"]}, output={"format": layout})
+
+    results = render(config)
+
+    found = metadata(config)
+    assert [row["status"] for row in found] == ["success", *["failed"] * 5, "success"]
+    assert sorted(pictures(config)) == ["000000000", "000010002"]
+    assert sum(result.num_failed for result in results) == 5
+    assert sum(result.num_images for result in results) == 7
+    reasons = [row["error_message"] for row in found[1:6]]
+    for reason, words in zip(
+        reasons,
+        ["'prompt' is null", "'prompt' is empty", "width = 1000", "embedded_guidance = nan", "steps = -1"],
+        strict=True,
+    ):
+        assert words in reason
+    assert "prompts.parquet:3" in reasons[2]
+    for row in found[1:6]:
+        assert row["error_type"] in {"RowError", "InvalidSetting"}
+        assert row["file_name"] is row["sha256"] is row["bytes"] is None
+    assert [row["prompt"] for row in found[1:6]] == ["", "  ", "size", "guidance", "steps"]
+    assert [row["tag"] for row in found] == [None] * 6 + ["kept"]
+    failed = files_of(config, "_run/failed")
+    assert sorted(failed) == ["_run/failed/00000.parquet", "_run/failed/00001.parquet"]
+    assert pq.read_table(io.BytesIO(failed["_run/failed/00000.parquet"])).num_rows == 3
+
+
+def test_a_shard_of_failures_only_commits_without_data(tmp_path: Path) -> None:
+    config = make_job(tmp_path, [{"prompt": None, "n": 1}, {"prompt": "", "n": 2}])
+
+    assert [(result.num_images, result.num_failed) for result in render(config)] == [(2, 2)]
+    assert files_of(config, "train") == {}
+
+
+def test_only_the_culprit_of_a_failed_batch_fails(tmp_path: Path) -> None:
+    prompts = ["a", "b", "c [raise]", "d", "e", "f", "g", "h"]
+    config = make_job(tmp_path, prompts, output={"shard_size": 8}, workers={"batch_size": 8})
+    pipeline = FakePipeline()
+
+    render(config, pipeline)
+
+    rows = metadata(config)
+    assert [row["prompt"] for row in rows if row["status"] == "failed"] == ["c [raise]"]
+    culprit = rows[2]
+    assert culprit["error_type"] == "RuntimeError"
+    assert culprit["error_message"].startswith("asked to fail (fakes.py:")
+    assert culprit["seed"] is not None
+    assert len(pictures(config)) == 7
+    assert [len(call) for call in pipeline.calls] == [8, 4, 2, 2, 1, 1, 4]
+
+
+def test_a_batch_out_of_memory_is_made_in_smaller_ones(tmp_path: Path) -> None:
+    prompts = ["a", "b [oom]", "c", "d"]
+    config = make_job(tmp_path, prompts, workers={"batch_size": 4})
+
+    render(config)
+
+    assert {row["status"] for row in metadata(config)} == {"success"}
+
+
+def test_a_lost_device_ends_the_shard_without_a_commit(tmp_path: Path) -> None:
+    class Broken(FakePipeline):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            raise DeviceFatal("the device fell off the bus")
+
+    config = make_job(tmp_path, ["a"])
+    with pytest.raises(DeviceFatal):
+        render(config, Broken())
+
+    assert files_of(config, ".") == {}
+
+
+def test_a_picture_is_the_same_whatever_shard_and_batch_it_is_made_in(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"p{number % 5}", "id": f"row {number}", "width": 64 if number % 3 else 32} for number in range(11)
+    ]
+    hashes: list[dict[tuple[str, int], str]] = []
+    for number, (shard_size, batch_size) in enumerate([(11, 1), (4, 3), (3, 11), (1, 2)]):
+        config = make_job(
+            tmp_path,
+            rows,
+            output={"uri": str(tmp_path / f"out{number}"), "shard_size": shard_size},
+            workers={"batch_size": batch_size},
+        )
+        render(config)
+        made = pictures(config)
+        hashes.append({row["id"]: hashlib.sha256(pixels_of(made[row["key"]])).hexdigest() for row in metadata(config)})
+
+    assert len(hashes[0]) == 11
+    assert all(other == hashes[0] for other in hashes)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_two_runs_leave_the_same_bytes(tmp_path: Path, layout: str) -> None:
+    rows = [{"prompt": text, "tag": [text[:3]]} for text in HOSTILE] + [{"prompt": None, "tag": None}]
+    found = []
+    for number in range(2):
+        output = {"uri": str(tmp_path / f"out{number}"), "format": layout}
+        config = make_job(tmp_path, rows, output=output, prompts={"passthrough": ["tag"]})
+        render(config)
+        found.append(files_of(config, "train", "metadata", "_run/failed"))
+
+    assert len(found[0]) >= 6
+    assert found[0] == found[1]
+
+
+def test_a_shard_whose_commit_was_lost_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    config = make_job(tmp_path, HOSTILE)
+    render(config)
+    before = files_of(config, "train", "metadata")
+    path = Path(config.output.uri, "_run/commits/00001.json")
+    commit = json.loads(path.read_text())
+
+    path.unlink()
+    render(config)
+
+    assert files_of(config, "train", "metadata") == before
+    assert json.loads(path.read_text()) == commit | {"device_s": ANY}  # of another try
+
+
+def test_a_committed_shard_is_not_rendered_again(tmp_path: Path) -> None:
+    config = make_job(tmp_path, HOSTILE)
+    first = render(config)
+    pipeline = FakePipeline()
+
+    again = render(config, pipeline)
+
+    assert pipeline.num_calls == 0
+    assert [(result.num_images, result.num_bytes) for result in again] == [
+        (result.num_images, result.num_bytes) for result in first
+    ]
+
+
+def test_the_recipe_travels_and_opens_elsewhere(tmp_path: Path) -> None:
+    config = make_job(tmp_path, ["a"])
+    plan = make_plan(config.prompts, config.output.shard_size)
+    recipe = WorkerRecipe(config, len(plan.shards), plan.passthrough, make_fake_pipeline)
+
+    data = pickle.dumps(recipe)
+    worker = pickle.loads(data).open()
+    result = worker.make(pickle.loads(pickle.dumps(plan.shards[0])))()
+
+    assert len(data) < 5000
+    assert pickle.loads(pickle.dumps(result)) == result
+    assert (result.shard, result.num_images, result.error) == (0, 1, None)
+    assert result.num_bytes > 0
+
+
+def item(**sampling: Any) -> Item:
+    params = SamplingParams(**sampling)
+    return Item(ImageRequest(row=0, id="x", prompt="p", sampling=params, seeds=(1,)), 0)
+
+
+def test_batches_hold_what_can_share_a_pass() -> None:
+    wide, tall = {"width": 64, "height": 32}, {"width": 32, "height": 64}
+    items = [item(**wide), item(**tall), item(**wide, embedded_guidance=1.0), item(**wide), item(**wide, cfg_scale=2.0)]
+
+    found = [[items.index(one) for one in batch] for batch in batches(items, 2)]
+
+    assert found == [[0, 2], [0], [1], [4]]  # items 0 and 3 are equal
+
+
+@pytest.mark.parametrize("shards", [10, 100_001])
+def test_keys_have_no_dots_and_widen_with_the_run(tmp_path: Path, shards: int) -> None:
+    config = make_job(tmp_path, ["a", "b"])
+    plan = make_plan(config.prompts, 4)
+    recipe = WorkerRecipe(config, shards, plan.passthrough, make_fake_pipeline)
+    worker = recipe.open()
+
+    worker.make(plan.shards[0])()
+
+    digits = {10: "00000", 100_001: "000000"}[shards]
+    assert list(pictures(config)) == [f"{digits}0000", f"{digits}0001"]
+    assert json.loads((tmp_path / f"out/_run/commits/{digits}.json").read_text())["shard"] == 0
+
+
+@pytest.mark.s3
+def test_a_run_in_a_bucket_equals_one_on_disk(tmp_path: Path, s3_store: Any) -> None:
+    here = make_job(tmp_path, HOSTILE, output={"uri": str(tmp_path / "out")})
+    there = make_job(
+        tmp_path, HOSTILE, output={"uri": f"{s3_store.uri}/run", "storage_options": s3_store.storage_options}
+    )
+    render(here)
+    render(there)
+    render(there)
+
+    import fsspec
+
+    fs, root = fsspec.url_to_fs(there.output.uri, **s3_store.storage_options)
+    found = {path.removeprefix(f"{root}/"): fs.cat_file(path) for path in fs.find(root)}
+    assert {name: data for name, data in found.items() if name.startswith(("train/", "metadata/"))} == files_of(
+        here, "train", "metadata"
+    )
+    assert Counter(name.split("/")[0] for name in found) == {"train": 2, "metadata": 2, "_run": 2}
+
+
+def test_the_fake_pipeline_is_a_function_of_the_request_alone() -> None:
+    settings: dict[str, Any] = {
+        "negative_prompt": "n",
+        "seed": 1,
+        "width": 16,
+        "height": 32,
+        "num_inference_steps": 2,
+        "embedded_guidance": 1.0,
+        "cfg_scale": 2.0,
+    }
+    base = fake_picture("p", **settings)
+
+    assert base.shape == (32, 16, 3)
+    assert np.array_equal(base, fake_picture("p", **settings))
+    changes: dict[str, Callable[[Any], Any]] = {
+        name: (lambda value: value + "x") if isinstance(value, str) else (lambda value: value * 2)
+        for name, value in settings.items()
+    }
+    for name, change in changes.items():
+        assert not np.array_equal(base, fake_picture("p", **settings | {name: change(settings[name])})), name
+
+
+def test_a_shard_shorter_than_planned_says_that_the_file_changed(tmp_path: Path) -> None:
+    config = make_job(tmp_path, ["a", "b"])
+    worker, plan = open_worker(config)
+    shard = plan.shards[0]
+
+    with pytest.raises(Exception, match=r"2 rows from row 0 where the plan has 3; the file changed"):
+        worker.make(Shard(index=0, uri=shard.uri, name=shard.name, start=0, num_rows=3))()
+
+
+# --- what pictures start from
+
+
+def colour(number: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+
+
+def as_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def started_from(image: Image.Image, prompt: str, seed: int, **others: Any) -> Any:
+    """Compute the picture of a row that starts from `image`, in a job of `make_job`."""
+    start = image.resize((64, 48), Image.Resampling.LANCZOS)
+    common = {"width": 64, "height": 48, "num_inference_steps": 3, "denoising_strength": 0.6}
+    return fake_picture(prompt, seed=seed, input_image=start, **common | others)
+
+
+def make_picture_job(tmp_path: Path, rows: Sequence[dict[str, Any]], **sections: Any) -> JobConfig:
+    sampling = {"denoising_strength": 0.6} | sections.pop("sampling", {})
+    base = {"width": 64, "height": 48, "num_inference_steps": 3}
+    return make_job(tmp_path, rows, sampling=base | sampling, **sections)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("kind", ["path", "bytes", "struct", "struct of a path"])
+def test_rows_start_from_their_own_pictures(tmp_path: Path, kind: str, layout: str) -> None:
+    cells: list[Any] = []
+    for number in range(5):
+        name, data = f"pictures/{number}.png", as_png(colour(number))
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+        structs = {"struct": {"bytes": data, "path": "x.png"}, "struct of a path": {"bytes": None, "path": name}}
+        cells.append({"path": name, "bytes": data, **structs}[kind])
+    rows = [{"prompt": f"p{number}", "input_image": cell} for number, cell in enumerate(cells)]
+    config = make_picture_job(tmp_path, rows, output={"format": layout})
+
+    render(config)
+
+    found, made = metadata(config), pictures(config)
+    for number, row in enumerate(found):
+        expected = started_from(colour(number), row["prompt"], row["seed"])
+        assert np.array_equal(pixels_of(made[row["key"]]), expected), row["error_message"]
+        assert row["denoising_strength"] == 0.6
+        name = f"pictures/{number}.png"
+        if "bytes" in kind or kind == "struct":
+            name = f"sha256:{hashlib.sha256(as_png(colour(number))).hexdigest()}"
+        assert row["input_image"] == name
+        assert read_provenance(made[row["key"]])["input_image"] == name
+
+
+def test_bad_input_pictures_are_recorded_and_cost_nobody_else(tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(as_png(colour(0)))
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes(as_png(colour(0))[:500])
+    outside = tmp_path.parent / f"{tmp_path.name}-outside.png"
+    outside.write_bytes(as_png(colour(0)))
+    (tmp_path / "link.png").symlink_to(outside)
+    reasons = {
+        "good.png": "",
+        "none.png": "there is no file",
+        "text.png": "not a picture",
+        "cut.png": "cannot be decoded",
+        f"../{outside.name}": "leads out of",
+        "link.png": "is a link that leads out of",
+        str(outside): "only under prompts.input_image_root",
+        "http://example.com/a.png": "only if prompts.allow_http",
+        "": "denoising_strength = 0.6: needs an input_image",
+        "./good.png": "",
+    }
+    config = make_picture_job(tmp_path, [{"prompt": "p", "input_image": name} for name in reasons])
+
+    render(config)
+
+    rows = metadata(config)
+    assert len(rows) == len(reasons)
+    for row, (name, reason) in zip(rows, reasons.items(), strict=True):
+        assert row["status"] == ("failed" if reason else "success"), name
+        assert reason in (row["error_message"] or ""), name
+        if reason:
+            assert row["error_type"] == "RowError"
+            assert "(" not in row["error_message"]  # no place in our code: the message is for users
+    assert len(pictures(config)) == 2
+
+
+def test_pictures_in_cells_of_the_wrong_kind(tmp_path: Path) -> None:
+    config = make_picture_job(tmp_path, [{"prompt": "p", "input_image": 5}])
+
+    render(config)
+
+    assert "holds int: must be a path, an address, bytes" in metadata(config)[0]["error_message"]
+
+
+def test_a_job_of_one_picture_reads_it_once_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "job.png").write_bytes(as_png(colour(7)))
+    (tmp_path / "own.png").write_bytes(as_png(colour(8)))
+    read: list[str] = []
+    monkeypatch.setattr(
+        worker_module, "load_picture", lambda image, *rest: [read.append(image.name), load_picture(image, *rest)][1]
+    )
+    rows = [{"prompt": f"p{number}", "input_image": None} for number in range(7)]
+    rows[5] |= {"input_image": "own.png"}
+    sampling = {"input_image": str(tmp_path / "job.png"), "num_images_per_prompt": 2}
+    config = make_picture_job(tmp_path, rows, sampling=sampling)
+
+    render(config)
+
+    made = pictures(config)
+    for row in metadata(config):
+        start = colour(8 if row["prompt"] == "p5" else 7)
+        assert np.array_equal(pixels_of(made[row["key"]]), started_from(start, row["prompt"], row["seed"]))
+    assert Counter(read) == {str(tmp_path / "job.png"): 2, "own.png": 1}
+
+
+def test_rows_without_a_picture_are_made_from_noise(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(as_png(colour(1)))
+    rows = [
+        {"prompt": "noise", "input_image": None, "denoising_strength": None},
+        {"prompt": "half", "input_image": "a.png", "denoising_strength": 0.5},
+        {"prompt": "all", "input_image": "a.png", "denoising_strength": 1.0},
+        {"prompt": "none", "input_image": "a.png", "denoising_strength": 0.0},
+    ]
+    config = make_job(tmp_path, rows)
+    pipeline = FakePipeline()
+
+    render(config, pipeline)
+
+    noise, half, whole, none = metadata(config)
+    assert (noise["input_image"], noise["denoising_strength"]) == (None, 1.0)
+    assert (half["input_image"], half["denoising_strength"]) == ("a.png", 0.5)
+    assert (whole["input_image"], whole["denoising_strength"]) == ("a.png", 1.0)
+    assert "denoising_strength = 0.0: must be more than 0 and at most 1" in none["error_message"]
+    assert pipeline.options == [{}, {"denoising_strength": 0.5}, {"denoising_strength": 1.0}]
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_runs_with_input_pictures_leave_the_same_bytes(tmp_path: Path, layout: str) -> None:
+    (tmp_path / "a.png").write_bytes(as_png(colour(1)))
+    rows: list[dict[str, Any]] = [{"prompt": f"p{number}", "input_image": "a.png"} for number in range(6)]
+    rows[1]["input_image"] = "none.png"
+    found = []
+    for number in range(2):
+        config = make_picture_job(tmp_path, rows, output={"uri": str(tmp_path / f"out{number}"), "format": layout})
+        render(config)
+        if number:
+            Path(config.output.uri, "_run/commits/00000.json").unlink()
+            render(config)
+        found.append(files_of(config, "train", "metadata", "_run/failed"))
+
+    assert found[0] == found[1]
+
+
+@pytest.mark.s3
+def test_prompts_in_a_bucket_start_from_pictures_beside_them(tmp_path: Path, s3_store: Any) -> None:
+    store = Store(s3_store.uri, s3_store.storage_options)
+    store.write("set/sub/a.png", as_png(colour(1)))
+    store.write("b.png", as_png(colour(2)))
+    names = ["a.png", "../sub/a.png", f"{s3_store.uri}/b.png", "../../b.png", "none.png"]
+    lines = [json.dumps({"prompt": "p", "input_image": name}) for name in names]
+    store.write("set/sub/p.jsonl", "\n".join(lines).encode())
+    prompts = {"uri": f"{s3_store.uri}/set", "storage_options": s3_store.storage_options}
+    config = make_picture_job(tmp_path, [{"prompt": "unused"}], prompts=prompts)
+
+    render(config)
+
+    rows, made = metadata(config), pictures(config)
+    assert [row["status"] for row in rows] == ["success"] * 3 + ["failed"] * 2
+    for row, number in zip(rows, [1, 1, 2], strict=False):
+        assert np.array_equal(pixels_of(made[row["key"]]), started_from(colour(number), "p", row["seed"]))
+    assert "leads out of" in rows[3]["error_message"]
+    assert "not found" in rows[4]["error_message"]
+
+
+# --- other ways of DiffSynth, and too little memory
+
+
+def test_the_job_passes_on_what_it_asks_for_and_nothing_else(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "sigma_shift": None}, {"prompt": "b", "sigma_shift": 5.0}]
+    sampling = {"sigma_shift": 3.0, "tiled": True, "tile_size": 96, "tile_stride": 48, "cfg_scale": 0.5}
+    config = make_job(tmp_path, rows, sampling={"width": 64, "height": 48} | sampling)
+    pipeline = FakePipeline()
+
+    render(config, pipeline)
+
+    tiles = {"tiled": True, "tile_size": 96, "tile_stride": 48}
+    assert pipeline.options == [{"sigma_shift": 3.0, **tiles}, {"sigma_shift": 5.0, **tiles}]
+    rows = metadata(config)
+    assert [(row["sigma_shift"], row["tile_size"], row["cfg_scale"]) for row in rows] == [
+        (3.0, 96, 0.5),
+        (5.0, 96, 0.5),
+    ]
+
+    plain = make_job(tmp_path, ["a"], output={"uri": str(tmp_path / "plain")})
+    pipeline = FakePipeline()
+    render(plain, pipeline)
+    assert pipeline.options == [{}]
+    (row,) = metadata(plain)
+    assert (row["sigma_shift"], row["tile_size"], row["input_image"]) == (None, None, None)
+
+
+def test_a_picture_that_does_not_fit_is_made_in_tiles(tmp_path: Path) -> None:
+    config = make_job(tmp_path, ["a", "b [oom whole]", "c"], workers={"batch_size": 4})
+    pipeline = FakePipeline()
+
+    render(config, pipeline)
+
+    rows = metadata(config)
+    assert {row["status"] for row in rows} == {"success"}
+    assert [row["tile_size"] for row in rows] == [None, 64, None]
+    assert [options for options in pipeline.options if options] == [{"tiled": True, "tile_size": 64, "tile_stride": 32}]
+
+
+def test_tiles_that_are_too_large_become_smaller_and_then_the_row_fails(tmp_path: Path) -> None:
+    class Full(FakePipeline):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            self.options.append({name: kwargs[name] for name in ("tile_size", "tile_stride")})
+            raise OutOfMemory("full")
+
+    config = make_job(tmp_path, ["a"], sampling={"width": 64, "height": 48, "tiled": True})
+    pipeline = Full()
+
+    render(config, pipeline)
+
+    (row,) = metadata(config)
+    assert (row["error_type"], row["error_message"], row["tile_size"]) == ("OutOfMemory", "full", None)
+    assert pipeline.options == [{"tile_size": 128, "tile_stride": 64}, {"tile_size": 64, "tile_stride": 32}]
+
+
+def test_a_job_of_input_pictures_is_the_call_of_the_pipeline(tmp_path: Path) -> None:
+    """The whole way with a tiny model, in batches: each picture is that of the same call alone."""
+    from flux_batch import FluxImagePipeline
+    from helpers.tiny_flux import TinyFlux, make_tiny_repository
+
+    folder = make_tiny_repository(tmp_path / "model", TinyFlux(depth=1, depth_single_blocks=1))
+    pipe = FluxImagePipeline.from_pretrained(folder, torch_dtype="float32", device="cpu")
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "input_image": as_png(colour(1)), "sigma_shift": None, "cfg_scale": None},
+        {"prompt": "b", "input_image": as_png(colour(2)), "sigma_shift": None, "cfg_scale": 2.5},
+        {"prompt": "c", "input_image": as_png(colour(3)), "sigma_shift": None, "cfg_scale": None},
+        {"prompt": "d", "input_image": as_png(colour(4)), "sigma_shift": 3.0, "cfg_scale": 0.5},
+    ]
+    sampling = {"t5_sequence_length": 16, "negative_prompt": "blur", "tiled": True, "tile_size": 16, "tile_stride": 8}
+    config = make_picture_job(tmp_path, rows, sampling=sampling)
+
+    render(config, pipe)
+
+    made = pictures(config)
+    for number, row in enumerate(metadata(config)):
+        alone = pipe(
+            row["prompt"],
+            negative_prompt="blur",
+            width=64,
+            height=48,
+            num_inference_steps=3,
+            cfg_scale=rows[number]["cfg_scale"] or 1.0,
+            sigma_shift=rows[number]["sigma_shift"],
+            input_image=colour(number + 1),
+            denoising_strength=0.6,
+            seed=row["seed"],
+            output_type="np",
+            **{name: value for name, value in sampling.items() if name != "negative_prompt"},
+        )
+        difference = np.abs(pixels_of(made[row["key"]]).astype(int) - alone.astype(int))
+        assert difference.max() <= 1, row["error_message"]
+        assert row["tile_size"] == 16
