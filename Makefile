@@ -8,7 +8,7 @@ APT := apt-get -qq -o Dir::State::Lists=$(CURDIR)/$(UNPACKED)/lists -o Dir::Cach
 	-o APT::Sandbox::User=root -o Acquire::Retries=3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long tools chaos lint fix constraints clean
+.PHONY: help demo test test-long tools chaos lint fix pages constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,9 @@ lint: $(VENV)/dev.stamp ## check style and types
 fix: $(VENV)/dev.stamp ## format, and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+pages: $(VENV)/dev.stamp ## write the tables of keys into jobs/README.md
+	$(BIN)/python tests/helpers/job_file_table.py
 
 constraints: $(VENV)/dev.stamp ## write down the versions that are installed
 	@{ head -2 $(CONSTRAINTS); $(BIN)/pip freeze --exclude-editable | grep -v '^torch=='; } > $(CONSTRAINTS).new

@@ -177,7 +177,7 @@ class LoraConfig(Section):
     scale: float = 1.0
     """Strength of the LoRA; 0 is none."""
     name: str = ""
-    """The name that rows use in their `lora` column; the uri without its query if null."""
+    """The name that rows use in their `lora` column; the uri without its query if left out."""
 
     @model_validator(mode="before")
     @classmethod
