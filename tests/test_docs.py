@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -423,3 +424,10 @@ def test_the_house_has_every_folder_and_file_at_its_top() -> None:
     folders = {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").is_file()}
     files = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
     assert sorted(named) == sorted(folders | files)
+
+
+def test_pages_and_their_images_are_not_packed() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packed = [path for pattern in tools["package-data"]["flux_batch"] for path in (ROOT / "flux_batch").glob(pattern)]
+    assert {path.suffix for path in packed} >= {".parquet", ".safetensors"}
+    assert [path for path in packed if path.suffix in (".md", ".webp")] == []
