@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from flux_batch.config import JobConfig
+from flux_batch.config.schema import JobConfig
 
 PAGE = Path(__file__).parents[2] / "jobs/README.md"
 START, END = "<!-- keys: `make pages` writes these tables -->\n", "<!-- end of keys -->\n"
