@@ -36,19 +36,19 @@ PNG_LEVEL = 1
 EXIF_SETTINGS_BYTES, EXIF_DESCRIPTION, XMP_TEXT = 60_000, 2_000, 10_000
 
 
-def encode(pixels: Pixels, image: ImageConfig, provenance: Mapping[str, Any]) -> bytes:
+def encode(pixels: Pixels, config: ImageConfig, provenance: Mapping[str, Any]) -> bytes:
     """Encode `pixels` (uint8, h w 3) with its settings inside and a label that a model made it.
 
     PNG carries text chunks, JPEG and WebP an EXIF block that cuts what is longer than it can hold; all carry XMP.
     """
     picture = Image.fromarray(pixels)
     buffer = io.BytesIO()
-    if image.type == "png":
+    if config.type == "png":
         picture.save(buffer, "PNG", compress_level=PNG_LEVEL, pnginfo=_png_chunks(provenance))
-    elif image.type == "jpeg":
-        picture.save(buffer, "JPEG", quality=image.quality, subsampling=0, exif=_exif(provenance), xmp=_xmp(provenance))
+    elif config.type == "jpeg":
+        picture.save(buffer, "JPEG", quality=config.quality, subsampling=0, exif=_exif(provenance), xmp=_xmp(provenance))
     else:
-        picture.save(buffer, "WEBP", quality=image.quality, exif=_exif(provenance), xmp=_xmp(provenance))
+        picture.save(buffer, "WEBP", quality=config.quality, exif=_exif(provenance), xmp=_xmp(provenance))
     return buffer.getvalue()
 
 

@@ -24,10 +24,10 @@ def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
     if not isinstance(image, Image.Image):
         raise InvalidSetting(f"input_image is a {type(image).__name__}: must be a PIL image", field="input_image")
     try:
-        picture = to_rgb(image)
+        rgb = to_rgb(image)
     except RowError as error:
         raise InvalidSetting(f"input_image {error}", field="input_image") from error
-    array = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
+    array = np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
     return torch.from_numpy(array / 255.0 * 2.0 - 1.0).permute(2, 0, 1)
 
 

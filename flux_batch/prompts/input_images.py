@@ -63,7 +63,7 @@ def check_of_job(uri: str, storage_options: Mapping[str, Any]) -> None:
 
 
 def load_picture(
-    image: InputImage, storage_options: Mapping[str, Any], size: tuple[int, int] | None = None
+    source: InputImage, storage_options: Mapping[str, Any], size: tuple[int, int] | None = None
 ) -> Image.Image:
     """Return a picture in RGB: upright as its EXIF says, what is transparent in it white, colour profiles not applied.
 
@@ -71,10 +71,10 @@ def load_picture(
     Raises: RowError saying what is wrong with it; StoreError if the data set's storage is away.
     """
     try:
-        picture = decode(image.data or read_bytes(image, storage_options))
+        picture = decode(source.data or read_bytes(source, storage_options))
         return picture.resize(size, Image.Resampling.LANCZOS) if size else picture
     except (RowError, NotFound, StoreRefused) as error:
-        raise RowError(f"input_image {shortened(image.name)}: {error}") from error
+        raise RowError(f"input_image {shortened(source.name)}: {error}") from error
 
 
 def read_bytes(image: InputImage, storage_options: Mapping[str, Any]) -> bytes:

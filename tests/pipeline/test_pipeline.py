@@ -463,7 +463,7 @@ class TestWaysOfDiffSynth:
 class TestSampleOfDiffSynth:
     """The program on the model card: only the import differs."""
 
-    def run(self, folder: Path, picture: Path) -> bytes:
+    def run(self, folder: Path, path: Path) -> bytes:
         model_manager = ModelManager(torch_dtype=torch.bfloat16, device="cpu")
         model_manager.load_models(
             [
@@ -476,8 +476,8 @@ class TestSampleOfDiffSynth:
         pipe = FluxImagePipeline.from_model_manager(model_manager)
         torch.manual_seed(6)
         image = pipe(prompt="a cat", num_inference_steps=30, embedded_guidance=3.5, height=32, width=32)
-        image.save(picture)
-        return picture.read_bytes()
+        image.save(path)
+        return path.read_bytes()
 
     def test_runs_and_manual_seed_repeats_it(self, original_repository: Path, tmp_path: Path) -> None:
         with torch.random.fork_rng():

@@ -24,7 +24,7 @@ from helpers.web_server import web_server
 RED, BLUE = (200, 30, 40), (10, 20, 220)
 
 
-def picture(mode: str = "RGB", size: tuple[int, int] = (24, 16)) -> Image.Image:
+def halves(mode: str = "RGB", size: tuple[int, int] = (24, 16)) -> Image.Image:
     """Return a red picture with a blue left half."""
     image = Image.new("RGB", size, RED)
     image.paste(BLUE, (0, 0, size[0] // 2, size[1]))
@@ -73,7 +73,7 @@ def assert_halves(image: Image.Image, left: tuple[int, ...], right: tuple[int, .
     ],
 )
 def test_every_format_of_the_list(format: str, options: dict[str, Any], tolerance: int) -> None:
-    found = decode(encoded(picture(), format, **options))
+    found = decode(encoded(halves(), format, **options))
 
     assert found.size == (24, 16)
     assert_halves(found, BLUE, RED, tolerance)
@@ -83,14 +83,14 @@ def test_every_format_of_the_list(format: str, options: dict[str, Any], toleranc
     ("format", "mode"), [("PNG", "P"), ("PNG", "L"), ("PNG", "1"), ("TIFF", "CMYK"), ("JPEG", "CMYK")]
 )
 def test_other_modes(format: str, mode: str) -> None:
-    image = picture(mode)
+    image = halves(mode)
     expected = image.convert("RGB")
 
     assert_halves(decode(encoded(image, format)), expected.getpixel((1, 8)), expected.getpixel((22, 8)), 20)
 
 
 def test_transparency_is_white() -> None:
-    image = picture("RGBA")
+    image = halves("RGBA")
     image.paste((*BLUE, 0), (0, 0, 12, 16))
     assert_halves(decode(encoded(image)), (255, 255, 255), RED)
     assert_halves(decode(encoded(image, "WEBP", lossless=True)), (255, 255, 255), RED)
@@ -105,7 +105,7 @@ def test_transparency_is_white() -> None:
     palette.paste(1, (0, 0, 12, 16))
     assert_halves(decode(encoded(palette, transparency=1)), (255, 255, 255), RED)
     assert_halves(decode(encoded(palette, transparency=b"\xff\x00")), (255, 255, 255), RED)
-    assert_halves(decode(encoded(picture(), transparency=BLUE)), (255, 255, 255), RED)
+    assert_halves(decode(encoded(halves(), transparency=BLUE)), (255, 255, 255), RED)
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
@@ -143,7 +143,7 @@ TURNS = {
 @pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
 def test_pictures_are_turned_upright(orientation: int, format: str) -> None:
-    image = picture()
+    image = halves()
     image.putpixel((0, 0), (255, 255, 255))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -155,13 +155,13 @@ def test_pictures_are_turned_upright(orientation: int, format: str) -> None:
 
 def test_the_first_picture_of_several() -> None:
     for format in ("GIF", "WEBP", "TIFF"):
-        data = encoded(picture(), format, save_all=True, append_images=[Image.new("RGB", (24, 16))])
+        data = encoded(halves(), format, save_all=True, append_images=[Image.new("RGB", (24, 16))])
         assert_halves(decode(data), BLUE, RED, 20)
 
 
 @pytest.mark.parametrize("format", ["ICO", "PPM", "TGA", "PCX", "EPS", "PDF", "ICNS"])
 def test_other_formats_are_refused(format: str) -> None:
-    assert "not a picture in a format that is read: PNG, JPEG" in refusal(encoded(picture(size=(64, 64)), format))
+    assert "not a picture in a format that is read: PNG, JPEG" in refusal(encoded(halves(size=(64, 64)), format))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_cut_files_are_refused(format: str, tenths: int) -> None:
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"])
 def test_damaged_files_are_refused_or_read_but_never_more(format: str) -> None:
     random = np.random.default_rng(1)
-    good = np.frombuffer(encoded(picture(), format, **({"exif": b"Exif\0\0MM"} if format == "JPEG" else {})), np.uint8)
+    good = np.frombuffer(encoded(halves(), format, **({"exif": b"Exif\0\0MM"} if format == "JPEG" else {})), np.uint8)
     for _ in range(60):
         data = good.copy()
         data[random.integers(0, len(data), 4)] = random.integers(0, 256, 4)
@@ -211,15 +211,15 @@ def test_bombs_are_refused_before_they_are_decoded(width: int, height: int) -> N
 
 def test_the_largest_picture_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_images, "MAX_PIXELS", 24 * 16)
-    assert decode(encoded(picture())).size == (24, 16)
-    assert "25 x 16 pixels, more than the 384 allowed" in refusal(encoded(picture(size=(25, 16))))
+    assert decode(encoded(halves())).size == (24, 16)
+    assert "25 x 16 pixels, more than the 384 allowed" in refusal(encoded(halves(size=(25, 16))))
 
 
 def test_a_bomb_of_text_in_a_png() -> None:
     bomb = zlib.compress(b"x" * 5_000_000, 9)
     data = b"Comment\0\0" + bomb
     chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
-    good = encoded(picture())
+    good = encoded(halves())
 
     assert refusal(good[:33] + chunk + good[33:])
 
@@ -241,7 +241,7 @@ def test_a_picture_is_resized_as_the_pipeline_would() -> None:
 
 
 def test_bytes_are_named_by_their_hash_and_wait_on_the_disk(tmp_path: Path) -> None:
-    given = given_bytes(encoded(picture()))
+    given = given_bytes(encoded(halves()))
     assert given.name.startswith("sha256:")
     assert len(given.name) == 71
 
@@ -264,7 +264,7 @@ def test_bytes_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(encoded(picture()))
+    (tmp_path / "a.png").write_bytes(encoded(halves()))
 
     assert_halves(load(tmp_path / "a.png"), BLUE, RED)
     assert_halves(load(tmp_path / "a.png", (str(tmp_path),)), BLUE, RED)
@@ -297,7 +297,7 @@ def test_links_may_not_lead_out(tmp_path: Path) -> None:
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
     outside.mkdir()
-    (outside / "a.png").write_bytes(encoded(picture()))
+    (outside / "a.png").write_bytes(encoded(halves()))
     (inside / "file.png").symlink_to(outside / "a.png")
     (inside / "folder").symlink_to(outside)
     (tmp_path / "again").symlink_to(inside)
@@ -307,7 +307,7 @@ def test_links_may_not_lead_out(tmp_path: Path) -> None:
             load(inside / name, (str(inside),))
         assert load(inside / name, (str(inside), str(outside)))
         assert load(inside / name)
-    (inside / "own.png").write_bytes(encoded(picture()))
+    (inside / "own.png").write_bytes(encoded(halves()))
     assert load(tmp_path / "again" / "own.png", (str(tmp_path / "again"),))
 
 
@@ -315,7 +315,7 @@ def test_a_failing_disk_is_no_fault_of_the_row(tmp_path: Path, monkeypatch: pyte
     def broken(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
-    (tmp_path / "a.png").write_bytes(encoded(picture()))
+    (tmp_path / "a.png").write_bytes(encoded(halves()))
     monkeypatch.setattr(os, "open", broken)
     with pytest.raises(StoreError, match="Input/output error"):
         load(tmp_path / "a.png")
@@ -327,7 +327,7 @@ def test_a_failing_disk_is_no_fault_of_the_row(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.s3
 def test_an_object_in_a_bucket(s3_store: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(s3_store.uri, s3_store.storage_options)
-    store.write("in/a b.png", encoded(picture()))
+    store.write("in/a b.png", encoded(halves()))
     store.write("in/empty.png", b"")
 
     def get(key: str) -> Image.Image:
@@ -354,7 +354,7 @@ def test_a_bucket_that_is_away_is_no_fault_of_the_row(monkeypatch: pytest.Monkey
 
 def test_the_web(monkeypatch: pytest.MonkeyPatch) -> None:
     with web_server() as server:
-        url = server.at("/a.png", encoded(picture()))
+        url = server.at("/a.png", encoded(halves()))
         with pytest.raises(RowError, match=r"^input_image it: 127\.0\.0\.1: is 127\.0\.0\.1, which is not a public"):
             load(url)
         assert server.asked == []
@@ -365,7 +365,7 @@ def test_the_web(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_picture_of_a_job(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(encoded(picture()))
+    (tmp_path / "a.png").write_bytes(encoded(halves()))
     check_of_job(str(tmp_path / "a.png"), {})
     with pytest.raises(SourceError, match=r"^sampling\.input_image .*b\.png: there is no file"):
         check_of_job(str(tmp_path / "b.png"), {})
