@@ -73,18 +73,18 @@ def parser() -> argparse.ArgumentParser:
     _add_storage_options(command)
     command.set_defaults(command=_status)
 
-    command = commands.add_parser("gallery", help="make a page and a contact sheet of a run's pictures")
+    command = commands.add_parser("gallery", help="make a page and a contact sheet of a run's images")
     command.add_argument("output", metavar="OUTPUT_URI")
     command.add_argument("--max-images", type=int, default=200, metavar="N", help="at most so many, evenly spread")
     command.add_argument(
-        "--columns", metavar="NAME,NAME", help="what to say of each picture; else what differs between them"
+        "--columns", metavar="NAME,NAME", help="what to say of each image; else what differs between them"
     )
     _add_storage_options(command)
     command.set_defaults(command=_gallery)
 
     command = commands.add_parser("verify", help="read everything that is committed again, and say what is wrong")
     command.add_argument("output", metavar="OUTPUT_URI")
-    command.add_argument("--quick", action="store_true", help="compare sizes and tables, and read no picture")
+    command.add_argument("--quick", action="store_true", help="compare sizes and tables, and read no image")
     command.add_argument(
         "--repair", action="store_true", help="take broken commits back, so that `run` makes them again"
     )

@@ -54,7 +54,7 @@ class InvalidSetting(JobError):
 
 
 class PlanMismatch(JobError):
-    """The output holds a run whose pictures would differ from what the job file asks for now."""
+    """The output holds a run whose images would differ from what the job file asks for now."""
 
 
 class SourceError(FluxBatchError):

@@ -1,6 +1,6 @@
-"""Pictures as bytes: encode with provenance inside, read it back.
+"""Images as bytes: encode with provenance inside, read it back.
 
-Knows pixels and file formats; does not know where the bytes go. The same picture and record give the same bytes:
+Knows pixels and file formats; does not know where the bytes go. The same image and record give the same bytes:
 no time stamps, no machine names.
 """
 
@@ -24,13 +24,13 @@ ImageType: TypeAlias = Literal["png", "jpeg", "webp"]
 
 SUFFIXES: Mapping[str, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 SOFTWARE = "flux-batch (AI generated)"
-# IPTC's term for pictures made by a model from a prompt; what image libraries and search engines look for.
+# IPTC's term for images made by a model from a prompt; what image libraries and search engines look for.
 # https://cv.iptc.org/newscodes/digitalsourcetype/
 AI_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 EXIF_IMAGE_DESCRIPTION, EXIF_SOFTWARE, EXIF_USER_COMMENT = 0x010E, 0x0131, 0x9286
 EXIF_IFD = 0x8769
 # zlib level of PNG. Measured with Pillow 13 on one core, 1024 x 1024 of 1/f noise: level 1 takes 147 ms and 2.46 MB,
-# level 6 161 ms and 2.38 MB; on smoother pictures the gap in time widens.
+# level 6 161 ms and 2.38 MB; on smoother images the gap in time widens.
 PNG_LEVEL = 1
 # A JPEG segment holds 65,533 bytes: EXIF has the settings and a description, XMP a text that escapes may lengthen.
 EXIF_SETTINGS_BYTES, EXIF_DESCRIPTION, XMP_TEXT = 60_000, 2_000, 10_000
@@ -41,38 +41,38 @@ def encode(pixels: Pixels, config: ImageConfig, provenance: Mapping[str, Any]) -
 
     PNG carries text chunks, JPEG and WebP an EXIF block that cuts what is longer than it can hold; all carry XMP.
     """
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     buffer = io.BytesIO()
     if config.type == "png":
-        picture.save(buffer, "PNG", compress_level=PNG_LEVEL, pnginfo=_png_chunks(provenance))
+        image.save(buffer, "PNG", compress_level=PNG_LEVEL, pnginfo=_png_chunks(provenance))
     elif config.type == "jpeg":
-        picture.save(buffer, "JPEG", quality=config.quality, subsampling=0, exif=_exif(provenance), xmp=_xmp(provenance))
+        image.save(buffer, "JPEG", quality=config.quality, subsampling=0, exif=_exif(provenance), xmp=_xmp(provenance))
     else:
-        picture.save(buffer, "WEBP", quality=config.quality, exif=_exif(provenance), xmp=_xmp(provenance))
+        image.save(buffer, "WEBP", quality=config.quality, exif=_exif(provenance), xmp=_xmp(provenance))
     return buffer.getvalue()
 
 
 def read_provenance(data: bytes) -> dict[str, Any]:
-    """Read the settings that `encode` wrote into a picture; empty if there are none."""
-    with Image.open(io.BytesIO(data)) as picture:
-        if isinstance(picture, PngImagePlugin.PngImageFile):
-            settings = picture.text.get("flux_batch", "{}")
+    """Read the settings that `encode` wrote into an image; empty if there are none."""
+    with Image.open(io.BytesIO(data)) as image:
+        if isinstance(image, PngImagePlugin.PngImageFile):
+            settings = image.text.get("flux_batch", "{}")
         else:
-            settings = picture.getexif().get_ifd(EXIF_IFD).get(EXIF_USER_COMMENT, b"")
+            settings = image.getexif().get_ifd(EXIF_IFD).get(EXIF_USER_COMMENT, b"")
             settings = settings[8:].decode() or "{}"
     return dict(json.loads(settings))
 
 
-def check_picture(data: bytes, image_type: ImageType, width: int, height: int) -> None:
-    """Raise ValueError unless `data` can be decoded to a picture of that type and size, to its last pixel."""
+def check_image(data: bytes, image_type: ImageType, width: int, height: int) -> None:
+    """Raise ValueError unless `data` can be decoded to an image of that type and size, to its last pixel."""
     try:
-        with Image.open(io.BytesIO(data), formats=[image_type.upper()]) as picture:
-            if picture.size != (width, height):  # asked first: pixels are not unpacked beyond what was recorded
-                raise ValueError(f"{picture.width} x {picture.height} pixels where {width} x {height} are recorded")
-            picture.verify()
-        with Image.open(io.BytesIO(data), formats=[image_type.upper()]) as picture:
-            picture.load()
-    except Exception as error:  # a picture ends here: Pillow raises whatever damage makes it stumble over
+        with Image.open(io.BytesIO(data), formats=[image_type.upper()]) as image:
+            if image.size != (width, height):  # asked first: pixels are not unpacked beyond what was recorded
+                raise ValueError(f"{image.width} x {image.height} pixels where {width} x {height} are recorded")
+            image.verify()
+        with Image.open(io.BytesIO(data), formats=[image_type.upper()]) as image:
+            image.load()
+    except Exception as error:  # an image ends here: Pillow raises whatever damage makes it stumble over
         raise ValueError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
@@ -124,14 +124,14 @@ def _ascii(text: str) -> str:
     return text.encode("ascii", errors="replace").decode()
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Return a picture of any mode in RGB, 8 bits a channel, on white. Raises: RowError for samples without a range."""
-    if picture.mode in ("I", "F"):
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any mode in RGB, 8 bits a channel, on white. Raises: RowError for samples without a range."""
+    if image.mode in ("I", "F"):
         raise RowError("has samples of 32 bits, of which nobody says what is white")
-    if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip to white whatever is above 255
-        samples = np.asarray(picture, dtype=np.uint32)
-        picture = Image.fromarray(((samples * 255 + 32767) // 65535).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip to white whatever is above 255
+        samples = np.asarray(image, dtype=np.uint32)
+        image = Image.fromarray(((samples * 255 + 32767) // 65535).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

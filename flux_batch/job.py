@@ -80,7 +80,7 @@ def run(
         reopen(config, plan, store, retry_failed=retry_failed)
         todo, progress = state_of(plan, store)
         if todo:
-            check_pictures(config)
+            check_images(config)
             log.info("%s: %d of %d shards to do, output %s", config.name, len(todo), len(plan.shards), store.uri)
             recipe = WorkerRecipe(config, len(plan.shards), plan.passthrough, make_pipeline or load_pipeline)
             render(engine or ray_pool(config), recipe, todo, stop, progress)
@@ -109,11 +109,11 @@ def located(config: JobConfig) -> JobConfig:
     from flux_batch.download.models import located as located_model
 
     uris = tuple(str(demo_prompts_path()) if uri == "demo" else _absolute(uri) for uri in config.prompts.uri)
-    root, picture = config.prompts.input_image_root, config.sampling.input_image
+    root, image = config.prompts.input_image_root, config.sampling.input_image
     return config.model_copy(
         update={
             "prompts": config.prompts.model_copy(update={"uri": uris, "input_image_root": root and _absolute(root)}),
-            "sampling": config.sampling.model_copy(update={"input_image": picture and _absolute(picture)}),
+            "sampling": config.sampling.model_copy(update={"input_image": image and _absolute(image)}),
             "output": config.output.model_copy(update={"uri": _absolute(config.output.uri)}),
             "model": config.model.model_copy(
                 update={
@@ -127,8 +127,8 @@ def located(config: JobConfig) -> JobConfig:
     )
 
 
-def check_pictures(config: JobConfig) -> None:
-    """Raise SourceError if the picture that all rows start from cannot be used."""
+def check_images(config: JobConfig) -> None:
+    """Raise SourceError if the image that all rows start from cannot be used."""
     if config.sampling.input_image:
         check_of_job(config.sampling.input_image, config.prompts.storage_options)
 
@@ -242,7 +242,7 @@ def render(engine: Engine, runner: Runner, todo: Sequence[Shard], stop: Stop, pr
 
 
 def written(store: Store) -> list[str]:
-    """List pictures and metadata in the output, of whatever origin; those of unfinished shards included."""
+    """List images and metadata in the output, of whatever origin; those of unfinished shards included."""
     return store.list("train") or store.list("metadata") or store.list(STAGING)
 
 

@@ -19,17 +19,17 @@ from flux_batch.errors import DeviceFatal, JobError, SourceError, StoreError
 from flux_batch.images import encode
 from flux_batch.output.layouts import RECORD_SCHEMA, layout_for
 from flux_batch.pipeline.load import load_pipeline
-from flux_batch.prompts.input_images import load_picture
+from flux_batch.prompts.input_images import load_image
 from flux_batch.prompts.row_loras import RowLoras
 from flux_batch.prompts.source import RowParser
 from flux_batch.records import FailedRow, ImageRecord, ImageRequest, InputImage
-from flux_batch.worker.batches import READ_AHEAD, InputPictures, Item, batches
+from flux_batch.worker.batches import READ_AHEAD, InputImages, Item, batches
 from flux_batch.worker.generate import BatchMaker, Made, Tiles
 from flux_batch.worker.lora_switch import LoraSwitch
 from flux_batch.worker.protocol import ImagePipeline
 from flux_batch.worker.recorder import Recorder, message_of, provenance
 
-# What each picture adds to its row, of what a job writes into its metadata.
+# What each image adds to its row, of what a job writes into its metadata.
 ADDED = (
     *("image_index", "seed", "width", "height", "clip_truncated", "t5_truncated", "sha256"),
     *("status", "error_type", "error_message"),
@@ -42,7 +42,7 @@ READERS, ENCODERS = 4, 2
 DEVICE_FATAL_EXIT = 70
 
 # The encoded bytes, if it could be made, and what there is to say of it.
-Picture: TypeAlias = tuple[bytes | None, ImageRecord]
+Image: TypeAlias = tuple[bytes | None, ImageRecord]
 # What Ray Data gives by the batch formats "numpy" and "pyarrow".
 Batch: TypeAlias = dict[str, Any] | pa.Table
 
@@ -51,8 +51,8 @@ class FluxMapper:
     """A callable for `ds.map_batches(FluxMapper, fn_constructor_kwargs=..., num_gpus=1)`.
 
     Takes the sections `model`, `sampling` and `prompts` of a job file, and `image` of its `output`; rows are validated
-    and pictures made as in a job, so that the same ids and seeds give the same pictures. `prompts.uri` is only where
-    relative paths in rows start from: the folder of the process, unless it is given. `batch_size` is how many pictures
+    and images made as in a job, so that the same ids and seeds give the same images. `prompts.uri` is only where
+    relative paths in rows start from: the folder of the process, unless it is given. `batch_size` is how many images
     are made in one forward pass, whatever number of rows comes at a time.
     """
 
@@ -100,15 +100,15 @@ class FluxMapper:
         self._recorder = Recorder(settings, layout, pipeline.default_t5_sequence_length, loras.words)
 
     def __call__(self, batch: Batch) -> Batch:
-        """Make the pictures of a batch: a dict of NumPy columns, or an Arrow table, which is what comes back.
+        """Make the images of a batch: a dict of NumPy columns, or an Arrow table, which is what comes back.
 
-        Each row comes back once for each of its pictures, in order, with the columns `image` (encoded bytes) and ADDED;
-        `seed`, `width` and `height` are those of the picture. A picture that cannot be made has none, the status
+        Each row comes back once for each of its images, in order, with the columns `image` (encoded bytes) and ADDED;
+        `seed`, `width` and `height` are those of the image. An image that cannot be made has none, the status
         `failed` and the reason. Raises: SourceError for a batch without the columns that the settings name.
         """
         self._check_columns(column_names(batch))
         rows = self._parse(batch)
-        found: dict[tuple[int, int], Picture] = {
+        found: dict[tuple[int, int], Image] = {
             (row.row, 0): (None, self._recorder.failed_row("", row)) for row in rows if isinstance(row, FailedRow)
         }
         found |= self._make([row for row in rows if isinstance(row, ImageRequest)])
@@ -128,22 +128,22 @@ class FluxMapper:
                 raise SourceError(f"the batch has a column {self._prefix + name!r} already; give another `prefix`")
 
     def _parse(self, batch: Batch) -> list[ImageRequest | FailedRow]:
-        """Validate the rows; one without an id is known by its prompt, so that its picture is the same every time."""
+        """Validate the rows; one without an id is known by its prompt, so that its image is the same every time."""
         prompt = self._prompts.columns.get("prompt", "prompt")
         return [
             self._parser.parse(values, row=row, default_id=_id_of(values.get(prompt)))
             for row, values in enumerate(rows_of(batch, self._parser.columns))
         ]
 
-    def _make(self, requests: Sequence[ImageRequest]) -> dict[tuple[int, int], Picture]:
-        """Make the pictures of rows, by row and image index; while some are made, the last are encoded."""
+    def _make(self, requests: Sequence[ImageRequest]) -> dict[tuple[int, int], Image]:
+        """Make the images of rows, by row and image index; while some are made, the last are encoded."""
         items = [Item(request, index) for request in requests for index in range(len(request.seeds))]
         groups = list(batches(items, self._batch_size))
-        encoded: dict[tuple[int, int], Future[Picture]] = {}
+        encoded: dict[tuple[int, int], Future[Image]] = {}
         with ThreadPoolExecutor(READERS, "read") as readers, ThreadPoolExecutor(ENCODERS, "encode") as encoders:
-            pictures = InputPictures(readers, self._read_picture)
+            images = InputImages(readers, self._read_image)
             for number, group in enumerate(groups):
-                ready = pictures.join(group, groups[number + 1 : number + 1 + READ_AHEAD])
+                ready = images.join(group, groups[number + 1 : number + 1 + READ_AHEAD])
                 encoded |= {made.item.place: encoders.submit(self._finish, made) for made in self._make_group(ready)}
             return {place: future.result() for place, future in encoded.items()}
 
@@ -157,14 +157,14 @@ class FluxMapper:
                 os._exit(DEVICE_FATAL_EXIT)  # an exception would have the next batch tried on the same device
             raise
 
-    def _read_picture(self, image: InputImage, size: tuple[int, int]) -> Any:
+    def _read_image(self, image: InputImage, size: tuple[int, int]) -> Any:
         try:
-            return load_picture(image, self._prompts.storage_options, size)
+            return load_image(image, self._prompts.storage_options, size)
         except StoreError as error:  # costs the row, as above
             return error
 
-    def _finish(self, made: Made) -> Picture:
-        """Encode one picture and record it as a job would, but for the key: it has no place in a data set yet."""
+    def _finish(self, made: Made) -> Image:
+        """Encode one image and record it as a job would, but for the key: it has no place in a data set yet."""
         tile_size = made.tiles.size if made.tiles else None
         fields = self._recorder.fields("", made.item, tile_size, made.truncated or (None, None))
         if isinstance(made.outcome, Exception):

@@ -30,7 +30,7 @@ PIXELS_PER_TOKEN = 16
 # Position ids of a side longer than this are no longer exact in bfloat16 pipelines, and no FLUX.1 was trained near it.
 MAX_SIDE = 8192
 MAX_STEPS = 1000
-# Latents along a side of a tile: smaller ones would know too little of the picture to be worth the name.
+# Latents along a side of a tile: smaller ones would know too little of the image to be worth the name.
 MIN_TILE = 16
 # What a row's `lora` column says for none: CSV has no empty text, only missing values.
 NO_LORA = ("", "none")
@@ -115,7 +115,7 @@ def check_cuda_graphs(value: bool, step_cache: float) -> None:
 
 
 def check_side(name: str, value: int) -> None:
-    """Raise InvalidSetting unless `value` is a picture side in pixels that FLUX can make."""
+    """Raise InvalidSetting unless `value` is an image side in pixels that FLUX can make."""
     check_integer(name, value, PIXELS_PER_TOKEN, MAX_SIDE)
     if value % PIXELS_PER_TOKEN:
         below = value - value % PIXELS_PER_TOKEN
@@ -156,7 +156,7 @@ def check_strength(name: str, value: float) -> None:
 
 
 def check_tiles(tile_size: int, tile_stride: int) -> None:
-    """Raise InvalidSetting unless tiles of that size and distance, in latents, cover a picture without gaps."""
+    """Raise InvalidSetting unless tiles of that size and distance, in latents, cover an image without gaps."""
     check_integer("tile_size", tile_size, MIN_TILE, MAX_SIDE)
     check_integer("tile_stride", tile_stride, 1, tile_size)
 
@@ -199,7 +199,7 @@ class Attempt:
     """One try at a shard: what the engine knows of those before it.
 
     `number` counts the tries, from 1; `lost` the workers that were lost while they made it, and `reason` says how the
-    last one was. `from_end` makes the last pictures first, since another worker makes the first ones now.
+    last one was. `from_end` makes the last images first, since another worker makes the first ones now.
     """
 
     number: int = 1
@@ -210,7 +210,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputImage:
-    """The picture that an image starts from: where it is, or its bytes.
+    """The image that an image starts from: where it is, or its bytes.
 
     `name` is what the metadata says of it: the address as it was given, or the hash of the bytes. `within` are the
     local folders of which one must hold it; None if the job file names it, which is trusted.

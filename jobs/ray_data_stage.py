@@ -1,13 +1,13 @@
-"""FLUX as one stage of a Ray Data pipeline: take this instead of a job where pictures go on to further stages.
+"""FLUX as one stage of a Ray Data pipeline: take this instead of a job where images go on to further stages.
 
-    python jobs/ray_data_stage.py jobs/demo.yaml out/pictures
-    ray job submit --working-dir . -- python jobs/ray_data_stage.py jobs/nightly.yaml s3://bucket/pictures \
+    python jobs/ray_data_stage.py jobs/demo.yaml out/images
+    ray job submit --working-dir . -- python jobs/ray_data_stage.py jobs/nightly.yaml s3://bucket/images \
         --logical-date 2026-11-23
 
 Streams the Parquet files of `prompts.uri` through the model and writes Parquet with an `image` column (encoded bytes),
 its `seed` and `sha256`, and `status`, `error_type` and `error_message`, since a row that fails stays a row. The same
-ids and seeds give the pictures of `flux-batch run`. What a job has and a pipeline of Ray Data has not: it goes on where
-it was stopped, writes each picture once, and waits for a storage that is away. Here, all is made again, in another
+ids and seeds give the images of `flux-batch run`. What a job has and a pipeline of Ray Data has not: it goes on where
+it was stopped, writes each image once, and waits for a storage that is away. Here, all is made again, in another
 folder: one that is there is refused.
 
 Credentials of buckets come from the environment: Ray Data and Arrow know no `storage_options`.
@@ -32,8 +32,8 @@ from flux_batch.job import load_job, located
 ROWS_PER_CALL = 64
 
 
-def with_pictures(prompts: Dataset, config: JobConfig) -> Dataset:
-    """Add the pictures of a data set of prompts, with the settings of a job file."""
+def with_images(prompts: Dataset, config: JobConfig) -> Dataset:
+    """Add the images of a data set of prompts, with the settings of a job file."""
     settings = {
         "model": config.model.model_dump(),
         "sampling": config.sampling.model_dump(),
@@ -65,7 +65,7 @@ def main() -> int:
     connect(config.workers.max, config.workers.num_gpus)
 
     prompts = ray.data.read_parquet(list(config.prompts.uri))
-    with_pictures(prompts, config).write_parquet(arguments.output, mode="create")  # a second run would add to it
+    with_images(prompts, config).write_parquet(arguments.output, mode="create")  # a second run would add to it
 
     outcomes: Counter[str] = Counter()
     for batch in ray.data.read_parquet(arguments.output).select_columns("status").iter_batches(batch_format="pyarrow"):

@@ -115,7 +115,7 @@ def test_gallery_says_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFi
     code, said, err = flux_batch(capsys, "gallery", out, "--max-images", "4", "--columns", "model,key")
     assert (code, err) == (0, "")
     assert said.splitlines() == [
-        "flux-batch: 4 of 10 pictures, 0 failed; complete",
+        "flux-batch: 4 of 10 images, 0 failed; complete",
         f"page          {out}/_run/gallery/index.html",
         f"contact sheet {out}/_run/gallery/contact-sheet.jpg",
     ]
@@ -159,7 +159,7 @@ def test_download_fills_the_cache_from_an_address(
 def test_sigterm_ends_a_run_with_75_and_the_same_command_goes_on(tmp_path: Path) -> None:
     config = make_job(
         tmp_path,
-        [{"prompt": f"picture {number}"} for number in range(12)],
+        [{"prompt": f"image {number}"} for number in range(12)],
         model={"uri": "demo"},
         sampling={"width": 64, "height": 64, "num_inference_steps": 100, "t5_sequence_length": 32},
         workers={"max": 1, "num_cpus": 1},

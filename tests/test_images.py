@@ -13,7 +13,7 @@ from PIL import Image
 
 from flux_batch.config.schema import ImageConfig
 from flux_batch.images import AI_SOURCE_TYPE, SUFFIXES, Pixels, encode, read_provenance
-from helpers.fakes import fake_picture
+from helpers.fakes import fake_image
 
 TYPES = ["png", "jpeg", "webp"]
 HOSTILE = [
@@ -40,12 +40,12 @@ def provenance(prompt: str, **settings: Any) -> dict[str, Any]:
     } | settings
 
 
-def picture(width: int = 48, height: int = 32) -> Pixels:
-    return fake_picture("p", width=width, height=height)
+def image(width: int = 48, height: int = 32) -> Pixels:
+    return fake_image("p", width=width, height=height)
 
 
 def encoded(image_type: str, prompt: str = "a cat", **settings: Any) -> bytes:
-    return encode(picture(), ImageConfig(type=image_type), provenance(prompt, **settings))  # type: ignore[arg-type]
+    return encode(image(), ImageConfig(type=image_type), provenance(prompt, **settings))  # type: ignore[arg-type]
 
 
 def xmp_of(data: bytes) -> ElementTree.Element:
@@ -80,7 +80,7 @@ def test_any_text_can_be_written_inside(image_type: str, prompt: str) -> None:
 
 @pytest.mark.parametrize("image_type", TYPES)
 @pytest.mark.parametrize("prompt", HOSTILE, ids=range(len(HOSTILE)))
-def test_every_picture_is_labelled_as_ai_generated(image_type: str, prompt: str) -> None:
+def test_every_image_is_labelled_as_ai_generated(image_type: str, prompt: str) -> None:
     description = xmp_of(encoded(image_type, prompt))
 
     assert description.get(f"{IPTC}DigitalSourceType") == AI_SOURCE_TYPE
@@ -102,20 +102,20 @@ def test_the_program_and_the_prompt_stand_where_viewers_look(image_type: str) ->
 
 
 @pytest.mark.parametrize("image_type", TYPES)
-def test_the_same_picture_gives_the_same_bytes(image_type: str) -> None:
+def test_the_same_image_gives_the_same_bytes(image_type: str) -> None:
     assert encoded(image_type) == encoded(image_type)
     assert encoded(image_type) != encoded(image_type, seed=2)
 
 
 def test_png_is_lossless() -> None:
     with Image.open(io.BytesIO(encoded("png"))) as opened:
-        assert np.array_equal(np.asarray(opened), picture())
+        assert np.array_equal(np.asarray(opened), image())
 
 
 @pytest.mark.parametrize("image_type", ["jpeg", "webp"])
 def test_quality_is_heeded(image_type: str) -> None:
     sizes = [
-        len(encode(picture(256, 256), ImageConfig(type=image_type, quality=quality), {}))  # type: ignore[arg-type]
+        len(encode(image(256, 256), ImageConfig(type=image_type, quality=quality), {}))  # type: ignore[arg-type]
         for quality in (20, 60, 95)
     ]
 
@@ -124,7 +124,7 @@ def test_quality_is_heeded(image_type: str) -> None:
 
 
 def test_pixels_that_are_not_contiguous_are_encoded_as_they_look() -> None:
-    pixels = picture(64, 64)[::2, ::-1]
+    pixels = image(64, 64)[::2, ::-1]
 
     with Image.open(io.BytesIO(encode(pixels, ImageConfig(), {}))) as opened:
         assert np.array_equal(np.asarray(opened), pixels)
@@ -148,9 +148,9 @@ def test_png_and_webp_hold_texts_of_any_length() -> None:
 
 
 @pytest.mark.parametrize("image_type", TYPES)
-def test_a_picture_of_another_program_has_no_provenance(image_type: str) -> None:
+def test_a_image_of_another_program_has_no_provenance(image_type: str) -> None:
     buffer = io.BytesIO()
-    Image.fromarray(picture()).save(buffer, image_type)
+    Image.fromarray(image()).save(buffer, image_type)
 
     assert read_provenance(buffer.getvalue()) == {}
 

@@ -27,11 +27,11 @@ def no_pipeline(model: ModelConfig) -> FakePipeline:
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
-def test_a_run_makes_every_picture_once_and_says_so(tmp_path: Path, layout: str) -> None:
+def test_a_run_makes_every_image_once_and_says_so(tmp_path: Path, layout: str) -> None:
     config = make_job(tmp_path, output={"format": layout})
     report = render(config)
     assert (report.num_images, report.num_failed, report.num_new_images, report.exit_code) == (10, 0, 10, 0)
-    assert [row["prompt"] for row in metadata(config)] == [f"picture {number}" for number in range(10)]
+    assert [row["prompt"] for row in metadata(config)] == [f"image {number}" for number in range(10)]
     assert [row["key"] for row in metadata(config)][3:6] == ["000000003", "000010000", "000010001"]
     assert json.loads((tmp_path / "out/_run/report.json").read_text())["num_images"] == 10
     assert (tmp_path / "out/_SUCCESS").exists()
@@ -134,8 +134,8 @@ def test_fewer_failures_than_allowed_are_a_success(tmp_path: Path) -> None:
 
 def test_a_damaged_prompts_file_costs_its_own_shards_and_is_named(tmp_path: Path) -> None:
     make_job(tmp_path)
-    good = write_prompts(tmp_path / "set/a.parquet", [{"prompt": f"picture {number}"} for number in range(4)])
-    bad = write_prompts(tmp_path / "set/b.parquet", [{"prompt": f"picture {number}" * 40} for number in range(4)])
+    good = write_prompts(tmp_path / "set/a.parquet", [{"prompt": f"image {number}"} for number in range(4)])
+    bad = write_prompts(tmp_path / "set/b.parquet", [{"prompt": f"image {number}" * 40} for number in range(4)])
     data = bad.read_bytes()
     bad.write_bytes(data[:20] + b"\xff" * 40 + data[60:])  # within the first page: the footer still reads
     config = make_job(tmp_path, prompts={"uri": str(tmp_path / "set")})
@@ -267,7 +267,7 @@ def test_a_driver_killed_while_it_takes_in_new_files_is_followed(
 def test_moved_prompts_are_the_same_prompts(tmp_path: Path) -> None:
     config = make_job(tmp_path)
     render(config)
-    uri = str(write_prompts(tmp_path / "elsewhere/prompts.parquet", [{"prompt": f"picture {n}"} for n in range(10)]))
+    uri = str(write_prompts(tmp_path / "elsewhere/prompts.parquet", [{"prompt": f"image {n}"} for n in range(10)]))
     assert render(make_job(tmp_path, prompts={"uri": uri})).num_new_images == 0
 
 
@@ -310,15 +310,15 @@ def test_bad_input_is_found_before_any_work(tmp_path: Path, change: dict[str, An
 def test_paths_of_the_job_file_are_relative_to_the_folder_it_is_run_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "pictures/a.png")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "images/a.png")
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": "own", "input_image": str(tmp_path / "pictures/a.png")}, {"prompt": "of the job"}]
-    sampling = {"input_image": "pictures/a.png", "denoising_strength": 0.5}
-    config = make_job(tmp_path / "job", rows, sampling=sampling, prompts={"input_image_root": "pictures"})
+    rows = [{"prompt": "own", "input_image": str(tmp_path / "images/a.png")}, {"prompt": "of the job"}]
+    sampling = {"input_image": "images/a.png", "denoising_strength": 0.5}
+    config = make_job(tmp_path / "job", rows, sampling=sampling, prompts={"input_image_root": "images"})
 
     assert render(config).num_failed == 0
-    assert {row["input_image"] for row in metadata(config)} == {str(tmp_path / "pictures/a.png")}
+    assert {row["input_image"] for row in metadata(config)} == {str(tmp_path / "images/a.png")}
 
 
 def test_an_empty_data_set_is_an_error(tmp_path: Path) -> None:
@@ -331,8 +331,8 @@ def test_an_empty_data_set_is_an_error(tmp_path: Path) -> None:
         render(config)
 
 
-def test_the_picture_of_a_row_does_not_depend_on_how_the_run_is_cut(tmp_path: Path) -> None:
-    pictures = set()
+def test_the_image_of_a_row_does_not_depend_on_how_the_run_is_cut(tmp_path: Path) -> None:
+    images = set()
     for number, (shard_size, batch_size) in enumerate([(1, 1), (4, 3), (10, 10)]):
         folder = tmp_path / str(number)
         config = make_job(
@@ -340,8 +340,8 @@ def test_the_picture_of_a_row_does_not_depend_on_how_the_run_is_cut(tmp_path: Pa
         )
         render(config)
         files = [folder / "out" / row["file_name"] for row in metadata(config)]
-        pictures.add(tuple(Image.open(file).tobytes() for file in files))
-    assert len(pictures) == 1
+        images.add(tuple(Image.open(file).tobytes() for file in files))
+    assert len(images) == 1
 
 
 class Killed(BaseException):

@@ -28,7 +28,7 @@ def test_programs_get_an_object_a_line(capsys: pytest.CaptureFixture[str], monke
 
 
 def test_a_run_tells_programs_its_name_its_shards_and_its_end(tmp_path: Path, drive: Drive) -> None:
-    rows = [{"prompt": "[raise]"}] + [{"prompt": f"picture {number}"} for number in range(5)]
+    rows = [{"prompt": "[raise]"}] + [{"prompt": f"image {number}"} for number in range(5)]
     job = write_job(make_job(tmp_path, rows).model_copy(update={"name": "cats"}), tmp_path / "job.yaml")
     code, err = drive(job, RAY_LOGGING_CONFIG_ENCODING="JSON").end()
     lines = [json.loads(line) for line in err.splitlines()]
@@ -44,7 +44,7 @@ def test_a_run_tells_programs_its_name_its_shards_and_its_end(tmp_path: Path, dr
 
 @pytest.mark.ray
 def test_workers_on_ray_tell_programs_the_same_and_the_driver_tells_it_once(tmp_path: Path) -> None:
-    rows = [{"prompt": f"picture {number}"} for number in range(8)]
+    rows = [{"prompt": f"image {number}"} for number in range(8)]
     config = make_job(tmp_path, rows, workers={"num_gpus": 0}).model_copy(update={"name": "cats"})
     job = write_job(config, tmp_path / "job.yaml")
     script = (

@@ -18,7 +18,7 @@ from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import CheckpointError, DeviceFatal, JobError, SourceError
 from flux_batch.images import read_provenance
 from flux_batch.job import run
-from helpers.fakes import FakePipeline, fake_picture
+from helpers.fakes import FakePipeline, fake_image
 from helpers.job_files import make_job, metadata
 
 SAMPLING = {"width": 16, "height": 16, "num_inference_steps": 2}
@@ -30,14 +30,14 @@ def mapper(pipeline: FakePipeline | None = None, **settings: Any) -> FluxMapper:
 
 
 def pixels(data: bytes) -> bytes:
-    with Image.open(io.BytesIO(data)) as picture:
-        return np.asarray(picture).tobytes()
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image).tobytes()
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
-def test_the_same_rows_give_the_pictures_of_a_job(tmp_path: Path, kind: str) -> None:
+def test_the_same_rows_give_the_images_of_a_job(tmp_path: Path, kind: str) -> None:
     rows = [
-        {"id": f"row-{at}", "prompt": f"picture {at}", "seed": None if at % 3 else 7 * at, "cfg_scale": 1.0 + at % 2}
+        {"id": f"row-{at}", "prompt": f"image {at}", "seed": None if at % 3 else 7 * at, "cfg_scale": 1.0 + at % 2}
         for at in range(9)
     ]
     rows[4] |= {"prompt": " "}
@@ -111,11 +111,11 @@ def test_columns_of_numpy_come_back_as_such() -> None:
     assert found["embedding"].tolist() == [[0, 1], [2, 3], [2, 3], [4, 5]]
     assert found["seed"].tolist()[::3] == [3, 2]
     assert found["error_type"].tolist() == [None] * 4
-    first = fake_picture("a", seed=3, width=16, height=16, num_inference_steps=2)
+    first = fake_image("a", seed=3, width=16, height=16, num_inference_steps=2)
     assert pixels(found["image"][0]) == first.tobytes()
 
 
-def test_a_row_without_id_and_seed_gives_one_picture_wherever_it_comes() -> None:
+def test_a_row_without_id_and_seed_gives_one_image_wherever_it_comes() -> None:
     stage = mapper()
 
     found = stage(pa.table({"prompt": ["a", "b", "a"]}))["sha256"].to_pylist()

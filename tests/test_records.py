@@ -62,7 +62,7 @@ def test_aliases_name_fields_and_shadow_none() -> None:
 
 
 def test_seeds_stay_what_they_are_for_ever() -> None:
-    """A change here would give every run of every user other pictures."""
+    """A change here would give every run of every user other images."""
     assert image_seed(0, "p.parquet:0", 0) == 8008297008445437
     assert len({image_seed(run, row, index) for run in (0, 1) for row in ("", "1", "11") for index in (0, 1, 11)}) == 18
 

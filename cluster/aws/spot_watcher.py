@@ -2,7 +2,7 @@
 
     nohup python spot_watcher.py &        on every spot node, once `ray start` has returned
 
-The driver then has the workers of the node put their shards aside and begins them elsewhere, which costs no picture.
+The driver then has the workers of the node put their shards aside and begins them elsewhere, which costs no image.
 Needs nothing but Python and the `ray` command. Source of the addresses: AWS, "Spot Instance interruption notices" and
 "Use the Instance Metadata Service" (version 2: a token first).
 """

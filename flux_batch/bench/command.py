@@ -57,7 +57,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     _add_repeats(kind, 3)
     kind.set_defaults(measure=_load)
 
-    kind = kinds.add_parser("lossy", help="fp8 and step caches: what they save, and what they cost the pictures")
+    kind = kinds.add_parser("lossy", help="fp8 and step caches: what they save, and what they cost the images")
     _add_model(kind)
     _add_call(kind, steps=28, side=128)
     kind.add_argument("--images", type=positive, default=48, help="how many, in each mode (48)")

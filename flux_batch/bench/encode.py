@@ -1,4 +1,4 @@
-"""How fast pictures become files, by format and level: what one CPU has to keep up with."""
+"""How fast images become files, by format and level: what one CPU has to keep up with."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SEED = 6
 
 
 def bench_encode(side: int, repeats: int) -> dict[str, Any]:
-    """Encode two pictures in every format, one thread each; OpenCV's too, if it is installed."""
+    """Encode two images in every format, one thread each; OpenCV's too, if it is installed."""
     results = []
-    for content, pixels in (("smooth", smooth_picture(side)), ("noise-like", noisy_picture(side))):
+    for content, pixels in (("smooth", smooth_image(side)), ("noise-like", noisy_image(side))):
         for name, encode in encoders():
             size = len(encode(pixels))
             seconds = alternated({name: partial(again, encode, pixels)}, repeats, warm_ups=0)
             results.append(
                 {
-                    "picture": content,
+                    "image": content,
                     "encoder": name,
                     "bytes": size,
                     "milliseconds": seconds[name].scaled(1000).to_json(),
@@ -41,14 +41,14 @@ def again(encode: Callable[[Pixels], bytes], pixels: Pixels, repeat: int) -> byt
     return encode(pixels)
 
 
-def smooth_picture(side: int) -> Pixels:
-    """Return a picture of gradients: uint8 (side, side, 3)."""
+def smooth_image(side: int) -> Pixels:
+    """Return an image of gradients: uint8 (side, side, 3)."""
     rows, columns = np.mgrid[0:side, 0:side] / side
     channels = [np.sin(6 * rows + 3 * columns), np.cos(4 * columns), np.sin(5 * rows * columns)]
     return to_uint8(np.stack(channels, axis=-1))
 
 
-def noisy_picture(side: int) -> Pixels:
+def noisy_image(side: int) -> Pixels:
     """Return the same with noise of all scales, as photographs have: amplitude 1 over frequency."""
     spectrum = np.fft.rfft2(np.random.default_rng(SEED).standard_normal((3, side, side)))
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
@@ -76,7 +76,7 @@ def encoders() -> Iterator[tuple[str, Callable[[Pixels], bytes]]]:
 
 
 def opencv_png(pixels: Pixels, level: int | None) -> bytes:
-    """Return the PNG file that OpenCV makes of a picture, at its own level if none is named."""
+    """Return the PNG file that OpenCV makes of an image, at its own level if none is named."""
     import cv2
 
     flags = [] if level is None else [cv2.IMWRITE_PNG_COMPRESSION, level]
@@ -84,7 +84,7 @@ def opencv_png(pixels: Pixels, level: int | None) -> bytes:
 
 
 def pillow(pixels: Pixels, kind: str, **options: Any) -> bytes:
-    """Return the file that Pillow makes of a picture."""
+    """Return the file that Pillow makes of an image."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, **options)
     return buffer.getvalue()
@@ -101,12 +101,12 @@ def has_opencv() -> bool:
 
 def format_encode(figures: dict[str, Any]) -> str:
     """Lay the figures out for people."""
-    rows = [["picture, encoder", "ms", "least", "most", "KB", "MB/s of pixels"]]
+    rows = [["image, encoder", "ms", "least", "most", "KB", "MB/s of pixels"]]
     for result in figures["results"]:
         ms = result["milliseconds"]
         rows.append(
             [
-                f"{result['picture']}, {result['encoder']}",
+                f"{result['image']}, {result['encoder']}",
                 *(number(ms[key]) for key in ("median", "least", "most")),
                 number(result["bytes"] / 1e3),
                 number(result["megabytes_of_pixels_per_second"]),

@@ -1,8 +1,8 @@
-"""What a whole job costs beside its pipelines: the same pictures by a job, by bare loops, and by Ray Data.
+"""What a whole job costs beside its pipelines: the same images by a job, by bare loops, and by Ray Data.
 
 Each contender runs in processes of its own, one after the other; start-up is left out of all alike. A rate is images
 over the mean time that the workers had, from when the model of each was loaded and had made a batch, until the last
-picture was safe.
+image was safe.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def rate(task: Task, ended: float, device_s: float | None = None) -> dict[str, A
 
 
 def whole_job(task: Task) -> dict[str, Any]:
-    """Make the pictures with a job: Parquet in, WebDataset out, in a local folder."""
+    """Make the images with a job: Parquet in, WebDataset out, in a local folder."""
     config = job_config(task)
     engine = StampedEngine(LocalEngine() if task.engine == "local" else ray_pool(config))
     report = run(config, engine=engine, make_pipeline=StampedMaker(task))
@@ -164,7 +164,7 @@ def write_prompts(task: Task) -> Path:
 
 
 def bare_loops(task: Task) -> dict[str, Any]:
-    """Make the pictures by one loop a process over the pipeline alone, and throw them away."""
+    """Make the images by one loop a process over the pipeline alone, and throw them away."""
     size, context = task.size, multiprocessing.get_context("spawn")
     assert size.workers is not None
     barrier, ends = context.Barrier(size.workers), context.SimpleQueue()
@@ -207,7 +207,7 @@ def bare_loop(task: Task, worker: int, barrier: Any, ends: Any) -> None:
 
 
 def ray_data(task: Task) -> dict[str, Any]:
-    """Make the pictures with Ray Data and diffusers."""
+    """Make the images with Ray Data and diffusers."""
     from flux_batch.bench.ray_data import run_ray_data
 
     return rate(task, run_ray_data(task, write_prompts(task)))

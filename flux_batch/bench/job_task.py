@@ -51,7 +51,7 @@ class JobSize:
         return [prompt_row(number) for number in range(self.images)]
 
     def request(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return what a pipeline is asked for to make the pictures of a batch."""
+        """Return what a pipeline is asked for to make the images of a batch."""
         return {
             "prompt": [row["prompt"] for row in rows],
             "seed": [row["seed"] for row in rows],

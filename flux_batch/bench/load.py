@@ -40,7 +40,7 @@ def load_elsewhere(source: Source) -> dict[str, Any]:
 
 
 def load_here(source: Source, process_started: float) -> dict[str, Any]:
-    """Load, go to the first denoising step of a small picture, and say what it took."""
+    """Load, go to the first denoising step of a small image, and say what it took."""
     started = time.perf_counter()
     import torch
 
@@ -85,7 +85,7 @@ def format_load(figures: dict[str, Any]) -> str:
             f"load     {seconds['median']:.4g} s ({seconds['least']:.4g} to {seconds['most']:.4g}); "
             f"importing before it {imports['median']:.4g} s; medians of {figures['repeats']}",
             f"start    {first['median']:.4g} s ({first['least']:.4g} to {first['most']:.4g}) from process start "
-            "to the first denoising step of a small picture",
+            "to the first denoising step of a small image",
             f"memory   {figures['peak_memory_bytes'] / 1e9:.3g} GB at most on {figures['device']}, "
             f"{figures['peak_host_memory_bytes'] / 1e9:.3g} GB resident on the host",
         ]

@@ -27,17 +27,17 @@ class Mapper:
         stamp(task.folder)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Add the pictures of a batch."""
+        """Add the images of a batch."""
         rows = [
             {"prompt": prompt, "seed": int(seed)} for prompt, seed in zip(batch["prompt"], batch["seed"], strict=True)
         ]
-        pictures = self._pipeline(self._size.request(rows))
+        images = self._pipeline(self._size.request(rows))
         keys = np.array([f"{seed:09}" for seed in batch["seed"]])
-        return {"__key__": keys, "png": np.stack(pictures), "txt": batch["prompt"]}
+        return {"__key__": keys, "png": np.stack(images), "txt": batch["prompt"]}
 
 
 def run_ray_data(task: Task, prompts: Path) -> float:
-    """Make all pictures, into tars. Returns: when the last was written, in seconds since the epoch."""
+    """Make all images, into tars. Returns: when the last was written, in seconds since the epoch."""
     size = task.size
     assert size.workers is not None
     assert size.shard_size is not None
@@ -50,7 +50,7 @@ def run_ray_data(task: Task, prompts: Path) -> float:
     ray.init(log_to_driver=False, runtime_env={"env_vars": env}, **options)
     try:
         dataset = ray.data.read_parquet(str(prompts)).repartition(-(-size.images // size.shard_size))
-        pictures = dataset.map_batches(
+        images = dataset.map_batches(
             Mapper,
             fn_constructor_args=(task,),
             batch_size=size.batch_size,
@@ -58,7 +58,7 @@ def run_ray_data(task: Task, prompts: Path) -> float:
             num_gpus=size.num_gpus or 1,
             num_cpus=0,  # else actors take the cores of a small machine, and reading and writing never start
         )
-        pictures.write_webdataset(str(task.folder / "tars"))
+        images.write_webdataset(str(task.folder / "tars"))
         return time.time()
     finally:
         ray.shutdown()

@@ -38,7 +38,7 @@ from flux_batch.records import (
 )
 from flux_batch.redaction import public_tree, public_uri, redact
 
-# Of the section `model`, what changes pictures: compiled, they are rounded in other places.
+# Of the section `model`, what changes images: compiled, they are rounded in other places.
 MODEL_IDENTITY = ("uri", "dtype", "quantization", "step_cache", "compile", "loras")
 STORAGE_OPTIONS = {section: {"storage_options"} for section in ("prompts", "output", "model")}
 # Columns of the data set that the job understands, by our own names.
@@ -142,7 +142,7 @@ class PromptsConfig(Section):
 
 
 class ImageConfig(Section):
-    """How pictures are encoded."""
+    """How images are encoded."""
 
     type: Literal["png", "jpeg", "webp"] = "png"
     """The file format of each image."""
@@ -151,7 +151,7 @@ class ImageConfig(Section):
 
 
 class OutputConfig(Section):
-    """Where and in which layout the pictures go."""
+    """Where and in which layout the images go."""
 
     uri: str = Field(min_length=1)
     """The folder or bucket prefix of this run."""
@@ -368,7 +368,7 @@ class JobConfig(Section):
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
     def identity(self) -> dict[str, Any]:
-        """Name everything that changes pictures, keys or layout, by dotted key; a resumed run must agree on all of it.
+        """Name everything that changes images, keys or layout, by dotted key; a resumed run must agree on all of it.
 
         Where the prompts and the output lie, and how many workers run, is not part of it.
         """

@@ -1,6 +1,6 @@
 """How well a model draws what captions say: `python -m flux_batch.demo.score [--model demo]`.
 
-Renders captions no training picture was drawn from and reads the pictures back.
+Renders captions no training image was drawn from and reads the images back.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.5, help="the guidance value the model embeds")
     parser.add_argument("--cfg-scale", type=float, default=1.0, help="classifier-free guidance; 1 is off")
-    parser.add_argument("--negative-prompt", default="", help="what pictures should not show; needs --cfg-scale")
+    parser.add_argument("--negative-prompt", default="", help="what images should not show; needs --cfg-scale")
     parser.add_argument("--t5-length", type=int, default=64)
     parser.add_argument("--step-cache", type=float, default=0.0)
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here too")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write pictures here, and what is wrong in each")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write images here, and what is wrong in each")
     return parser.parse_args(argv)
 
 
@@ -69,7 +69,7 @@ def score(given: argparse.Namespace) -> None:
         "t5_sequence_length": given.t5_length,
         "step_cache": given.step_cache,
     }
-    images = list(pictures_of(pipeline, held_out, given.batch_size, settings))
+    images = list(images_of(pipeline, held_out, given.batch_size, settings))
     scores = score_all(held_out, images)
     print(scores)
     if given.json:
@@ -79,7 +79,7 @@ def score(given: argparse.Namespace) -> None:
 
 
 def save(folder: Path, held_out: Sequence[Caption], images: Sequence[Image.Image]) -> None:
-    """Write each picture, and a text file with every caption and what its picture shows instead."""
+    """Write each image, and a text file with every caption and what its image shows instead."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, (caption, image) in enumerate(zip(held_out, images, strict=True)):
@@ -93,14 +93,14 @@ def save(folder: Path, held_out: Sequence[Caption], images: Sequence[Image.Image
 def score_model(
     pipeline: Callable[..., Any], held_out: Sequence[Caption], batch_size: int, settings: dict[str, Any]
 ) -> Scores:
-    """Render captions, seed 0 for the first and so on, and score the pictures."""
-    return score_all(held_out, list(pictures_of(pipeline, held_out, batch_size, settings)))
+    """Render captions, seed 0 for the first and so on, and score the images."""
+    return score_all(held_out, list(images_of(pipeline, held_out, batch_size, settings)))
 
 
-def pictures_of(
+def images_of(
     pipeline: Callable[..., Any], held_out: Sequence[Caption], batch_size: int, settings: dict[str, Any]
 ) -> Iterator[Image.Image]:
-    """Yield the picture of each caption."""
+    """Yield the image of each caption."""
     numbered = list(enumerate(held_out))
     for start in range(0, len(numbered), batch_size):
         part = numbered[start : start + batch_size]

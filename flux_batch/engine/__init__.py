@@ -1,1 +1,1 @@
-"""Where shards run: a picklable runner goes in, shard results come out; knows no picture, model or file."""
+"""Where shards run: a picklable runner goes in, shard results come out; knows no image, model or file."""

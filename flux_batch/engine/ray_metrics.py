@@ -19,12 +19,12 @@ INTERVAL_S = 5.0
 SUMS = {
     "images": ("images made", None),
     "failures": ("images that failed", "error_type"),
-    "bytes": ("bytes committed, of pictures and metadata", None),
+    "bytes": ("bytes committed, of images and metadata", None),
     "shards": ("shards committed by this worker", None),
     "stage_seconds": ("seconds spent in a stage; stages run side by side", "stage"),
 }
 LEVELS = {
-    "encode_queue": "pictures that wait to be encoded, or are",
+    "encode_queue": "images that wait to be encoded, or are",
     "stage_queue": "batches that wait to be staged, or are",
 }
 # What the driver knows of all workers.

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 # Shards whose durations tell what is usual: the last ones, since a run may change its pace.
 RECENT = 1000
-# Losses that a shard may cost for each of its rows: a worker makes a picture that kills alone twice, and gives it up.
+# Losses that a shard may cost for each of its rows: a worker makes an image that kills alone twice, and gives it up.
 LOSSES_PER_ROW = 2
 
 
@@ -53,7 +53,7 @@ class ShardQueue:
         self._failures: Counter[int] = Counter()
         self._losses: Counter[int] = Counter()
         self._reasons: dict[int, str] = {}  # of the last loss
-        self._from_end: set[int] = set()  # shards whose first pictures somebody makes now
+        self._from_end: set[int] = set()  # shards whose first images somebody makes now
         self._durations: deque[float] = deque(maxlen=RECENT)
 
     @property

@@ -1,7 +1,7 @@
 """The autoencoder: pixels to scaled latents and back; knows no prompt and no schedule.
 
 Attribute names are the keys of the original checkpoints. Source of the layout: black-forest-labs/flux 802fb47,
-src/flux/modules/autoencoder.py. Letters: b batch, c channels, h and w of the picture or the latents.
+src/flux/modules/autoencoder.py. Letters: b batch, c channels, h and w of the image or the latents.
 """
 
 from __future__ import annotations

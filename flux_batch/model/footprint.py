@@ -15,7 +15,7 @@ SCALE_BYTES = 4
 # The matrices that may be kept in fp8, in the names of either layout: those of the blocks, 99 % of the weights. The
 # embedders and the last layer cost more precision than all blocks together: on a random model of hidden 512 with 4 + 8
 # blocks the relative error (L2) of the output was 0.9 % in bfloat16, 2.7 % with the blocks in fp8, 4.0 % with the
-# embedders alone and 3.2 % with the last layer alone. aredden/flux-fp8-api (61a425a, README) says so of real pictures.
+# embedders alone and 3.2 % with the last layer alone. aredden/flux-fp8-api (61a425a, README) says so of real images.
 BLOCKS = {
     "transformer": ("double_blocks.", "single_blocks.", "transformer_blocks.", "single_transformer_blocks."),
     "t5": ("encoder.block.",),
@@ -89,7 +89,7 @@ def num_modulations(shapes: Shapes) -> int:
 
 
 def decode_bytes(shapes: Shapes, width: int, height: int, batch_size: int, dtype: str) -> int:
-    """Return the bytes of the decoder's activations at their peak, for pictures of `width` x `height` pixels.
+    """Return the bytes of the decoder's activations at their peak, for images of `width` x `height` pixels.
 
     The peak is in the first block of the finest level, which gets the channels of the level below: input, normed,
     activated.

@@ -262,8 +262,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """Keep a float16 stream in range: without this it overflows to black pictures (diffusers #9096, #9097).
+    """Keep a float16 stream in range: without this it overflows to black images (diffusers #9096, #9097).
 
-    diffusers leaves out the images of the double blocks, which changes nothing but pictures that would be lost.
+    diffusers leaves out the images of the double blocks, which changes nothing but images that would be lost.
     """
     return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x

@@ -1,4 +1,4 @@
-"""From noise to latents: noise, packing, positions, schedules and the Euler loop; knows no text and no picture.
+"""From noise to latents: noise, packing, positions, schedules and the Euler loop; knows no text and no image.
 
 Letters: b batch, c latent channels, h and w of the latents, n packed tokens.
 """
@@ -64,7 +64,7 @@ def make_sigmas(
 ) -> Tensor:
     """Return the noise level at each step and the final 0: (num_steps + 1,) fp32 on the CPU, falling from 1.
 
-    num_tokens: of the packed image; larger pictures stay noisy for longer. sigma_shift: use the static schedule of
+    num_tokens: of the packed image; larger images stay noisy for longer. sigma_shift: use the static schedule of
     DiffSynth-Studio with this shift instead. strength: of image-to-image; diffusers leaves out the first steps below 1,
     DiffSynth-Studio's schedule has all of them, from a lower start. Source: diffusers 0.42.1, FluxPipeline's call and
     FlowMatchEulerDiscreteScheduler.set_timesteps; BFL's differs by at most one unit in the last place.

@@ -1,7 +1,7 @@
-"""The two text encoders: prompts in, embeddings out; knows no picture.
+"""The two text encoders: prompts in, embeddings out; knows no image.
 
 The networks and tokenizers are those of transformers. No attention mask is passed for padding, as in BFL, diffusers
-and DiffSynth-Studio: pad tokens are tokens like others, and the pad length changes the picture.
+and DiffSynth-Studio: pad tokens are tokens like others, and the pad length changes the image.
 Letters: b batch, l tokens, d width.
 """
 

@@ -22,7 +22,7 @@ def card(config: JobConfig, num_prompts: int) -> str:
 
 # {config.name}
 
-Synthetic pictures, made by a model from text: {num_prompts} prompts, {sampling.num_images_per_prompt} image(s) each
+Synthetic images, made by a model from text: {num_prompts} prompts, {sampling.num_images_per_prompt} image(s) each
 unless a row asked for more. Made with flux-batch.
 
 | setting | value |
@@ -34,7 +34,7 @@ unless a row asked for more. Made with flux-batch.
 | true CFG scale | {sampling.cfg_scale} |
 
 A prompt row may override each of these; `metadata/*.parquet` has what was used, one row for every requested image,
-failed ones included. Every picture carries its own settings inside and is labelled as AI generated.
+failed ones included. Every image carries its own settings inside and is labelled as AI generated.
 The run is complete when `_SUCCESS` is there. FLUX.1-dev weights have a licence of their own, which reaches the use of
 what they make.
 """

@@ -2,8 +2,8 @@
 
 The order of writes of one attempt at a shard. Each object is there whole or not at all (Store):
 
-    0. staging    _run/staging/NNNNN/ID.parquet, the finished pictures of a batch
-    1. data       train/NNNNN.tar, or train/NNNNN.parquet, or the pictures one by one and then the list of them
+    0. staging    _run/staging/NNNNN/ID.parquet, the finished images of a batch
+    1. data       train/NNNNN.tar, or train/NNNNN.parquet, or the images one by one and then the list of them
     2. metadata   metadata/NNNNN.parquet
     3. failures   _run/failed/NNNNN.parquet, the failed rows of 2 once more, when there are any
     4. commit     _run/commits/NNNNN.json, which names the files of 1 and 2 with size and sha256
@@ -11,16 +11,16 @@ The order of writes of one attempt at a shard. Each object is there whole or not
 
 Killed in 0   A batch is staged while the next is made, and no third is begun before it is: lost are the batch in the
               making and at most the one on its way. Whoever takes the shard next, on any node, adopts what is staged.
-              A staged picture counts if its digest is right and it is what the plan asks for now; batches are formed
+              A staged image counts if its digest is right and it is what the plan asks for now; batches are formed
               of all rows, whatever is there, so that the rest has the neighbours, and the bytes, of an undisturbed run.
               1 to 5 run while the next shard is at 0: a kill then loses what it loses in 0.
-Killed in 1   The next attempt adopts all pictures, and meets the files that are there, which it keeps.
+Killed in 1   The next attempt adopts all images, and meets the files that are there, which it keeps.
 Killed in 2-3 The same. Before 4 nobody follows the files: nothing is done, however much is there.
 Killed in 4   The commit is there or not. If its answer is lost, the next attempt reads it and makes nothing.
 Killed in 5   The shard is done. What is left is removed when the run is complete, or by `gc`.
 
 The commit alone makes a shard done, and it comes after everything it names: a reader that follows the commits never
-sees half a shard. What lies in staging is a saving and never a fact; to lose it costs time and no picture.
+sees half a shard. What lies in staging is a saving and never a fact; to lose it costs time and no image.
 
 1, 2 and 4 are put-if-absent: the first writer wins, file by file. Whoever finds a file taken reads what is there: the
 same bytes are as good as its own; other bytes (a device that rounds differently, a row that failed for one and not for
@@ -31,7 +31,7 @@ removes what it staged, reports the commit that stands, and overwrites nothing. 
 
 A worker that is lost tells by what it leaves. After the first loss on a shard, each batch waits until the last one is
 staged, is announced (_run/staging/NNNNN/try-*.json) before anything of it is read or made, and the announcement is
-withdrawn after it. A batch that was announced and not withdrawn is next made last, one picture at a time; a picture
+withdrawn after it. A batch that was announced and not withdrawn is next made last, one image at a time; an image
 left behind twice is recorded as failed (WorkerLost). Everything else of the shard is made and committed.
 
 On a store without conditional writes, put-if-absent is a look-up and a write. Two workers that render one shard within
@@ -71,7 +71,7 @@ from flux_batch.storage.store import Store
 
 VERSION = 1
 READERS = 16
-# Single pictures are small: what counts is how many are on their way to a bucket at once.
+# Single images are small: what counts is how many are on their way to a bucket at once.
 WRITERS = 16
 
 
@@ -140,7 +140,7 @@ def _file_of_run(*, path: str, bytes: int, sha256: str) -> StoredFile:
 
 @dataclass(frozen=True)
 class Publisher:
-    """Takes the finished pictures of a shard through the protocol above."""
+    """Takes the finished images of a shard through the protocol above."""
 
     commits: Commits
     layout: Layout
@@ -151,18 +151,18 @@ class Publisher:
         self,
         shard: int,
         records: Sequence[ImageRecord],
-        pictures: dict[str, Path],
+        images: dict[str, Path],
         scratch: Path,
         device_s: float = 0.0,
     ) -> Commit:
         """Write data, failures, metadata and commit of a shard.
 
-        `records` are all of the shard in input order, failed ones included; `pictures` has the encoded file of each
+        `records` are all of the shard in input order, failed ones included; `images` has the encoded file of each
         made one by key; `scratch` is an empty local folder; `device_s` is noted in the commit. Returns: the commit that
         stands.
         """
         name = shard_name(shard, self.commits.num_shards)
-        files, records = self._put_data(name, records, pictures, scratch)
+        files, records = self._put_data(name, records, images, scratch)
         metadata, data = self._put_metadata(name, records)
         if failed := pack_failures(data):
             self.commits.store.write(failed_file(name), failed)
@@ -181,11 +181,11 @@ class Publisher:
         )
 
     def _put_data(
-        self, name: str, records: Sequence[ImageRecord], pictures: dict[str, Path], scratch: Path
+        self, name: str, records: Sequence[ImageRecord], images: dict[str, Path], scratch: Path
     ) -> tuple[list[StoredFile], Sequence[ImageRecord]]:
         """Write the data files. Returns: them, and the records, which now describe what is stored, whoever made it."""
         put = _Files(self.commits.store, scratch)
-        if samples := [Sample(record, pictures[record.key]) for record in records if record.status == "success"]:
+        if samples := [Sample(record, images[record.key]) for record in records if record.status == "success"]:
             put.create(self.layout.pack(name, samples, scratch))
         # What failed for us, another attempt may have made.
         for key in sorted({self.layout.file_name(name, record.key) for record in records if record.status == "failed"}):
@@ -193,7 +193,7 @@ class Publisher:
         if put.is_adopted:
             adopted = unpack(self.layout, name, put.paths)
             records = [_adopt(record, adopted, self.layout.file_name(name, record.key)) for record in records]
-        put.create(self.layout.list_pictures(name, records, scratch))
+        put.create(self.layout.list_images(name, records, scratch))
         return put.stored, records
 
     def _put_metadata(self, name: str, records: Sequence[ImageRecord]) -> tuple[StoredFile, bytes]:
@@ -249,9 +249,9 @@ class _Files:
         self.is_adopted |= is_adopted
 
 
-def _adopt(record: ImageRecord, pictures: dict[str, bytes], file_name: str) -> ImageRecord:
-    """Let a record describe the picture that is stored, whoever made it."""
-    if record.key not in pictures:
+def _adopt(record: ImageRecord, images: dict[str, bytes], file_name: str) -> ImageRecord:
+    """Let a record describe the image that is stored, whoever made it."""
+    if record.key not in images:
         if record.status == "failed":
             return record
         return replace(
@@ -263,7 +263,7 @@ def _adopt(record: ImageRecord, pictures: dict[str, bytes], file_name: str) -> I
             sha256=None,
             bytes=None,
         )
-    data = pictures[record.key]
+    data = images[record.key]
     return replace(
         record,
         status="success",

@@ -39,7 +39,7 @@ RUN_FOLDER = "_run"
 OWN = {BATCH_SIZE, COMPILE_CACHE, JOB, PLAN, PRECISION, PROGRESS, REPORT}
 OWN |= {COMMITS, FAILED, LEASE, SCRATCH, STAGING, TAKEN_BACK}
 
-# A file whose write never ended; staged pictures that nobody needs any more; files of a shard that is not committed,
+# A file whose write never ended; staged images that nobody needs any more; files of a shard that is not committed,
 # which may still be; what no run puts there.
 Kind = Literal["half-written", "staged", "uncommitted", "stray"]
 
@@ -98,7 +98,7 @@ class Leftovers:
                 yield Leftover(f"{COMMITS}/{name}", "stray")
 
     def _staged(self, done: set[int]) -> Iterator[Leftover]:
-        """Find staged pictures of shards that are done, or are none."""
+        """Find staged images of shards that are done, or are none."""
         for name, size in self.store.children(STAGING).items():
             folder = f"{STAGING}/{name}"
             if size is not None:
@@ -118,7 +118,7 @@ class Leftovers:
                 yield Leftover(key, "uncommitted", int(stem))
 
     def _of_data(self, done: set[int]) -> Iterator[Leftover]:
-        """Find pictures that no commit names; in a folder a shard, or one file a shard."""
+        """Find images that no commit names; in a folder a shard, or one file a shard."""
         with ThreadPoolExecutor(READERS) as pool:
             entries = self.store.children("train").items()
             for some in pool.map(lambda entry: self._of_entry(entry[0], entry[1], done), entries):

@@ -1,7 +1,7 @@
 """The files of a shard in each output format: which names, which bytes, and how to read them back.
 
-Knows records and encoded pictures; does not know how they were made or when a shard counts as done (commits.py).
-Bytes are a function of the records and the pictures: fixed times and owners in tars, fixed order everywhere.
+Knows records and encoded images; does not know how they were made or when a shard counts as done (commits.py).
+Bytes are a function of the records and the images: fixed times and owners in tars, fixed order everywhere.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ RECORD_SCHEMA = pa.schema(
 )
 # What a sample need not say: it was made, and it is where it is.
 NOT_OF_SAMPLES = {"status", "error_type", "error_message", "file_name"}
-# Row groups of at most 100 pictures: what dataset viewers can still page through.
+# Row groups of at most 100 images: what dataset viewers can still page through.
 IMAGES_PER_ROW_GROUP = 100
 IMAGES_IN_MEMORY = 16
 # What readers of tars and Parquet raise at bytes that are none.
@@ -68,51 +68,51 @@ DAMAGE = (tarfile.TarError, pa.ArrowException, OSError, ValueError, EOFError, Ke
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A picture that was made: its record and its encoded bytes on local disk."""
+    """An image that was made: its record and its encoded bytes on local disk."""
 
     record: ImageRecord
     path: Path
 
 
 class Layout(Protocol):
-    """How one output format names, packs and unpacks the pictures of a shard."""
+    """How one output format names, packs and unpacks the images of a shard."""
 
     @property
     def suffix(self) -> str:
-        """How the names of pictures end, without the dot."""
+        """How the names of images end, without the dot."""
         ...
 
     def file_name(self, shard: str, key: str) -> str:
-        """Name the file that holds a picture, relative to the output."""
+        """Name the file that holds an image, relative to the output."""
         ...
 
     def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
-        """Yield each file that holds pictures: its key in the store, and where its bytes lie under `scratch`."""
+        """Yield each file that holds images: its key in the store, and where its bytes lie under `scratch`."""
         ...
 
-    def list_pictures(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
-        """Yield the files that describe pictures from outside; made when it is settled which pictures are stored."""
+    def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Yield the files that describe images from outside; made when it is settled which images are stored."""
         ...
 
     def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
-        """Yield what the data files hold, one by one: each picture as KEY.suffix, and what lies beside it.
+        """Yield what the data files hold, one by one: each image as KEY.suffix, and what lies beside it.
 
         Raises: one of DAMAGE if the files are not what they should be.
         """
         ...
 
     def names(self, keys: Iterable[str]) -> Iterator[str]:
-        """Name every entry that belongs to the pictures of these keys."""
+        """Name every entry that belongs to the images of these keys."""
         ...
 
 
 def unpack(layout: Layout, shard: str, files: Mapping[str, Path]) -> dict[str, bytes]:
-    """Read the pictures back from the files that `pack` named: picture key -> bytes."""
-    return dict(stored_pictures(layout, shard, files))
+    """Read the images back from the files that `pack` named: image key -> bytes."""
+    return dict(stored_images(layout, shard, files))
 
 
-def stored_pictures(layout: Layout, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
-    """Yield the key and the bytes of each picture in the data files of a shard, one by one. Raises: as `entries`."""
+def stored_images(layout: Layout, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
+    """Yield the key and the bytes of each image in the data files of a shard, one by one. Raises: as `entries`."""
     for name, data in layout.entries(shard, files):
         if name.endswith(f".{layout.suffix}"):
             yield name.removesuffix(f".{layout.suffix}"), data
@@ -145,13 +145,13 @@ class WebDataset:
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for sample in samples:
                 key = sample.record.key
-                # A failed row must never be a member: one sample without its picture makes the whole set unreadable.
+                # A failed row must never be a member: one sample without its image makes the whole set unreadable.
                 _add(tar, f"{key}.{self.suffix}", sample.path.read_bytes())
                 _add(tar, f"{key}.txt", sample.record.prompt.encode())
                 _add(tar, f"{key}.json", _json(sample_fields(sample.record, self.passthrough)))
         yield f"train/{shard}.tar", path
 
-    def list_pictures(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
+    def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
         """Yield nothing: each sample has its record beside it."""
         return iter(())
 
@@ -169,7 +169,7 @@ class WebDataset:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """One folder a shard: a file a picture, and a metadata.parquet that makes it a Hugging Face imagefolder.
+    """One folder a shard: a file an image, and a metadata.parquet that makes it a Hugging Face imagefolder.
 
     Parquet and not JSON lines, since types must be those of all shards and not what a loader guesses from one.
     """
@@ -178,15 +178,15 @@ class Files:
     passthrough: pa.Schema
 
     def file_name(self, shard: str, key: str) -> str:
-        """Name the picture."""
+        """Name the image."""
         return f"train/{shard}/{key}.{self.suffix}"
 
     def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
-        """Give each picture as it is."""
+        """Give each image as it is."""
         for sample in samples:
             yield self.file_name(shard, sample.record.key), sample.path
 
-    def list_pictures(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
+    def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
         """Write metadata.parquet."""
         rows = [
             record_row(record, self.passthrough) | {"file_name": f"{record.key}.{self.suffix}"}
@@ -214,7 +214,7 @@ class Files:
 
 @dataclass(frozen=True, slots=True)
 class Parquet:
-    """One Parquet file a shard: the picture inside, as Hugging Face's Image feature, beside its record."""
+    """One Parquet file a shard: the image inside, as Hugging Face's Image feature, beside its record."""
 
     suffix: str
     passthrough: pa.Schema
@@ -224,7 +224,7 @@ class Parquet:
         return f"train/{shard}.parquet"
 
     def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
-        """Write the Parquet file, one row group of pictures in memory at a time."""
+        """Write the Parquet file, one row group of images in memory at a time."""
         image = pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
         schema = pa.schema([image, *_sample_columns(self.passthrough)])
         schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": _features(schema)}})})
@@ -239,19 +239,19 @@ class Parquet:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
         yield f"train/{shard}.parquet", path
 
-    def list_pictures(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
+    def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
         """Yield nothing: each row is the record."""
         return iter(())
 
     def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
-        """Yield the pictures of the Parquet file."""
+        """Yield the images of the Parquet file."""
         with pq.ParquetFile(files[f"train/{shard}.parquet"]) as file:
             for batch in file.iter_batches(IMAGES_IN_MEMORY, columns=["key", "image"]):
                 for row in batch.to_pylist():
                     yield f"{row['key']}.{self.suffix}", row["image"]["bytes"]
 
     def names(self, keys: Iterable[str]) -> Iterator[str]:
-        """Name the pictures."""
+        """Name the images."""
         return (f"{key}.{self.suffix}" for key in keys)
 
 
@@ -261,7 +261,7 @@ def shard_name(index: int, num_shards: int) -> str:
 
 
 def image_key(shard: str, row: int, image_index: int) -> str:
-    """Name a picture: shard and row digits, `_1` and so on for further images of the row; no dots."""
+    """Name an image: shard and row digits, `_1` and so on for further images of the row; no dots."""
     return f"{shard}{row:04d}" + (f"_{image_index}" if image_index else "")
 
 
@@ -307,7 +307,7 @@ def record_row(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]:
 
 
 def sample_fields(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]:
-    """Give the fields of a made picture for JSON: one fixed set of keys and no nulls, as loaders infer types from them.
+    """Give the fields of a made image for JSON: one fixed set of keys and no nulls, as loaders infer types from them.
 
     A null becomes the empty value of its type; the metadata keeps it null.
     """
@@ -346,5 +346,5 @@ def _json(fields: dict[str, Any]) -> bytes:
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
-    """Describe the columns as Hugging Face features, so that `image` loads as pictures."""
+    """Describe the columns as Hugging Face features, so that `image` loads as images."""
     return {field.name: feature(field.type) for field in schema} | {"image": {"_type": "Image"}}

@@ -1,6 +1,6 @@
-"""Some of the pictures that a run has stored, read one by one and, of tars and Parquet files, about where they lie.
+"""Some of the images that a run has stored, read one by one and, of tars and Parquet files, about where they lie.
 
-The name of a file tells its layout (layouts.py), so that nothing but the metadata is needed to find a picture.
+The name of a file tells its layout (layouts.py), so that nothing but the metadata is needed to find an image.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 
 from flux_batch.storage.store import Store
 
-# One request to a bucket has at least this much; a tar has two small members and three headers between two pictures.
+# One request to a bucket has at least this much; a tar has two small members and three headers between two images.
 BLOCK = 64 << 10
 
 
-def read_pictures(store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
-    """Yield key and encoded bytes of each picture of `sizes` that a data file holds, in the file's order.
+def read_images(store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+    """Yield key and encoded bytes of each image of `sizes` that a data file holds, in the file's order.
 
     `file_name` is that of the metadata; `sizes` has the recorded bytes by key, of which at most one more is read from
-    a tar or a picture; of Parquet, a row group is in memory.
+    a tar or an image; of Parquet, a row group is in memory.
     Raises: StoreError; whatever tarfile and pyarrow raise at a file that is damaged.
     """
     if file_name.endswith(".tar"):
@@ -35,7 +35,7 @@ def read_pictures(store: Store, file_name: str, sizes: Mapping[str, int]) -> Ite
 
 
 def _from_tar(file: io.BufferedReader, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
-    """Walk from header to header and stop at the last picture that is wanted."""
+    """Walk from header to header and stop at the last image that is wanted."""
     left = set(sizes)
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
@@ -48,15 +48,15 @@ def _from_tar(file: io.BufferedReader, sizes: Mapping[str, int]) -> Iterator[tup
 
 
 def _from_parquet(file: io.BufferedReader, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
-    """Read the keys, then the pictures of each row group that has some of them: they lie in one page."""
+    """Read the keys, then the images of each row group that has some of them: they lie in one page."""
     with pq.ParquetFile(file, buffer_size=BLOCK, pre_buffer=False) as table:
         for group in range(table.num_row_groups):
             keys = table.read_row_group(group, columns=["key"])["key"].to_pylist()
             wanted = [number for number, key in enumerate(keys) if key in sizes]
             if wanted:
-                pictures = table.read_row_group(group, columns=["image.bytes"])["image"]
+                images = table.read_row_group(group, columns=["image.bytes"])["image"]
                 for number in wanted:
-                    yield keys[number], pictures[number].as_py()["bytes"]
+                    yield keys[number], images[number].as_py()["bytes"]
 
 
 def _opened(store: Store, key: str) -> io.BufferedReader:

@@ -9,11 +9,11 @@ PROGRESS = "_run/progress.json"
 LEASE = "_run/lease"
 REPORT = "_run/report.json"
 GALLERY = "_run/gallery"
-# Finished pictures of shards that are not committed yet, a folder a shard.
+# Finished images of shards that are not committed yet, a folder a shard.
 STAGING = "_run/staging"
 # Commits that are being taken back; what is noted here, the next driver finishes.
 TAKEN_BACK = "_run/taken-back"
-# How many pictures a forward pass makes, where the run was to find out itself.
+# How many images a forward pass makes, where the run was to find out itself.
 BATCH_SIZE = "_run/batch_size.json"
 # Which dtype the run computes in, where its job leaves that open.
 PRECISION = "_run/precision.json"

@@ -1,6 +1,6 @@
 """How a commit is taken back, so that `run` makes its shard again: whole, or finished by whoever comes next.
 
-    1. staging      the good pictures of the shard, so that they need not be made again
+    1. staging      the good images of the shard, so that they need not be made again
     2. _SUCCESS     and the report are removed: the run is not complete any more
     3. note         _run/taken-back/NNNNN says what is going on
     4. commit       is removed: from here on no reader follows the files of the shard
@@ -31,22 +31,22 @@ from flux_batch.output.layouts import (
     failed_file,
     metadata_file,
     shard_name,
-    stored_pictures,
+    stored_images,
     unpack_metadata,
 )
 from flux_batch.output.paths import REPORT, SUCCESS, TAKEN_BACK
-from flux_batch.output.staging import StagedPicture, Staging, staged_record
+from flux_batch.output.staging import StagedImage, Staging, staged_record
 from flux_batch.storage.scratch import scratch_folder
 from flux_batch.storage.store import Store
 
-# Shards at once, and pictures of each in memory.
+# Shards at once, and images of each in memory.
 SHARDS_AT_ONCE = 4
-PICTURES_AT_ONCE = 8
+IMAGES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
 class TakeBack:
-    """Takes commits of a run back; what `layout` can still read of their pictures is kept in the staging area."""
+    """Takes commits of a run back; what `layout` can still read of their images is kept in the staging area."""
 
     store: Store
     num_shards: int
@@ -69,33 +69,33 @@ class TakeBack:
                 remove_shard(self.store, self.num_shards, int(name))
 
     def _keep(self, shard: int) -> None:
-        """Stage the good pictures of a shard; without a commit it was taken back already, and they are."""
+        """Stage the good images of a shard; without a commit it was taken back already, and they are."""
         if not self.store.exists(Commits(self.store, self.num_shards).key(shard)):
             return
         staging = Staging(self.store, self.num_shards)
         staging.remove(shard)
         with scratch_folder() as scratch:
-            pictures = self._good_pictures(shard_name(shard, self.num_shards), scratch)
-            while some := list(islice(pictures, PICTURES_AT_ONCE)):
+            images = self._good_images(shard_name(shard, self.num_shards), scratch)
+            while some := list(islice(images, IMAGES_AT_ONCE)):
                 staging.put(shard, some)
 
-    def _good_pictures(self, name: str, scratch: Path) -> Iterator[StagedPicture]:
-        """Yield the pictures that are what the metadata says of them, up to the first byte that cannot be read."""
+    def _good_images(self, name: str, scratch: Path) -> Iterator[StagedImage]:
+        """Yield the images that are what the metadata says of them, up to the first byte that cannot be read."""
         made = self._made(name)
         files: dict[str, Path] = {}
         for file in sorted({self.layout.file_name(name, key) for key in made}):
             with suppress(NotFound):
                 files[file] = self.store.fetch(file, scratch)
         try:
-            for key, data in stored_pictures(self.layout, name, files) if files else ():
+            for key, data in stored_images(self.layout, name, files) if files else ():
                 row = made.get(key)
                 if row and row["sha256"] == hashlib.sha256(data).hexdigest():
-                    yield StagedPicture(key, staged_record(row), data)
+                    yield StagedImage(key, staged_record(row), data)
         except DAMAGE:
             return
 
     def _made(self, name: str) -> Mapping[str, Mapping[str, Any]]:
-        """Read which pictures a shard should have: metadata rows by key; none if they cannot be read."""
+        """Read which images a shard should have: metadata rows by key; none if they cannot be read."""
         try:
             data = self.store.read(metadata_file(name))
         except NotFound:

@@ -1,9 +1,9 @@
-"""The staging area: finished pictures of a shard that is not committed yet, for whoever takes the shard next.
+"""The staging area: finished images of a shard that is not committed yet, for whoever takes the shard next.
 
-    _run/staging/NNNNN/ID.parquet            the pictures of one batch, those that failed included
-    _run/staging/NNNNN/try-LABEL-ID.json     a batch or a picture is being made; left behind by a worker that was lost
+    _run/staging/NNNNN/ID.parquet            the images of one batch, those that failed included
+    _run/staging/NNNNN/try-LABEL-ID.json     a batch or an image is being made; left behind by a worker that was lost
 
-Knows bytes, keys and names; does not know how pictures are made, nor when a shard is done. Names are unique to their
+Knows bytes, keys and names; does not know how images are made, nor when a shard is done. Names are unique to their
 writer, so nobody overwrites another's. What is here is a saving and never a fact: all of it may be removed at any time.
 """
 
@@ -30,12 +30,12 @@ SCHEMA = pa.schema(
     [("key", pa.string()), ("record", pa.string()), ("data", pa.binary()), ("digest", pa.binary(32))],
     metadata={"version": "1"},
 )
-# The record of a picture, but for what the bytes say (`data` is empty if there are none) and where they are stored.
+# The record of an image, but for what the bytes say (`data` is empty if there are none) and where they are stored.
 RECORD_FIELDS = [name for name in RECORD_SCHEMA.names if name not in {"status", "file_name", "sha256", "bytes"}]
 
 
 @dataclass(frozen=True, slots=True)
-class StagedPicture:
+class StagedImage:
     """One requested image: its encoded bytes, empty if it failed, and what it was made with, as its record has it."""
 
     key: str
@@ -63,10 +63,10 @@ class Staging:
     store: Store
     num_shards: int
 
-    def put(self, shard: int, pictures: Sequence[StagedPicture]) -> str:
-        """Store the pictures of a batch as one object. Returns: its name in the folder of the shard."""
+    def put(self, shard: int, images: Sequence[StagedImage]) -> str:
+        """Store the images of a batch as one object. Returns: its name in the folder of the shard."""
         name = f"{uuid.uuid4().hex}.parquet"
-        self.store.write(f"{self._folder(shard)}/{name}", _pack(pictures))
+        self.store.write(f"{self._folder(shard)}/{name}", _pack(images))
         return name
 
     def list(self, shard: int) -> Staged:
@@ -75,7 +75,7 @@ class Staging:
         tries = [name.removeprefix("try-").rpartition("-")[0] for name in names if name.startswith("try-")]
         return Staged(frozenset(name for name in names if name.endswith(".parquet")), Counter(tries))
 
-    def read(self, shard: int, name: str) -> Sequence[StagedPicture]:
+    def read(self, shard: int, name: str) -> Sequence[StagedImage]:
         """Read an object; one that is gone, or damaged at any byte, holds nothing.
 
         All or nothing, so that what is missing is made in the same batch as without the damage.
@@ -86,7 +86,7 @@ class Staging:
             return ()
 
     def announce(self, shard: int, label: str, worker: str) -> str:
-        """Write down that a batch or picture is about to be made. Returns: what `withdraw` takes."""
+        """Write down that a batch or image is about to be made. Returns: what `withdraw` takes."""
         key = f"{self._folder(shard)}/try-{label}-{uuid.uuid4().hex}.json"
         self.store.write(key, json.dumps({"worker": worker}).encode())
         return key
@@ -113,24 +113,24 @@ class Staging:
         return f"{STAGING}/{shard_name(shard, self.num_shards)}"
 
 
-def _pack(pictures: Sequence[StagedPicture]) -> bytes:
+def _pack(images: Sequence[StagedImage]) -> bytes:
     rows = [
         {"key": one.key, "record": record, "data": one.data, "digest": _digest(one.key, record, one.data)}
-        for one in pictures
+        for one in images
         for record in [json.dumps(one.record, ensure_ascii=False)]
     ]
     buffer = io.BytesIO()
-    # Pictures are compressed already.
+    # Images are compressed already.
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), buffer, compression="none")
     return buffer.getvalue()
 
 
-def _unpack(data: bytes) -> list[StagedPicture]:
+def _unpack(data: bytes) -> list[StagedImage]:
     try:
         rows = pq.read_table(io.BytesIO(data)).to_pylist()
         if any(row["digest"] != _digest(row["key"], row["record"], row["data"]) for row in rows):
             return []
-        return [StagedPicture(row["key"], json.loads(row["record"]), row["data"]) for row in rows]
+        return [StagedImage(row["key"], json.loads(row["record"]), row["data"]) for row in rows]
     except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError):  # whatever damage makes of Parquet
         return []
 

@@ -1,7 +1,7 @@
 """What the C library does with memory that is freed: on a CPU, a worker has it kept for the next step.
 
 By default glibc gives the larger blocks back to the system, which clears every page before it hands it out again: for
-each step the same ones, a tenth of the time of a picture. Values as in mallopt(3); 32 MB is the most it takes for a
+each step the same ones, a tenth of the time of an image. Values as in mallopt(3); 32 MB is the most it takes for a
 block. A thread's heap is 64 MB; what does not fit there is still given back. To be called once the model is loaded, so
 that what loading needed for a while is not kept.
 """

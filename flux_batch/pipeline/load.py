@@ -32,7 +32,7 @@ def load_pipeline(model: ModelConfig) -> FluxImagePipeline:
     )
     if native := slow_dtype(pipeline.device, pipeline.torch_dtype):
         log.warning(
-            "%s has no instructions for %s: pictures take several times as long as in %s, which dtype auto takes",
+            "%s has no instructions for %s: images take several times as long as in %s, which dtype auto takes",
             pipeline.device,
             model.dtype,
             native,

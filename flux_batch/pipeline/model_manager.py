@@ -1,6 +1,6 @@
 """ModelManager: files in, the parts of a model out, each recognised by its keys.
 
-Knows where the parts of a model may lie; knows no prompt or picture.
+Knows where the parts of a model may lie; knows no prompt or image.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ModelManager:
     torch_dtype: None is the device's native one, see native_dtype. quantization: `bfloat16` keeps the matrices of
     transformer and T5 in bfloat16 and multiplies in float32; `fp8` keeps them in fp8 (their bits, if the file holds
     fp8) and multiplies in `torch_dtype`; `fp8_matmul` multiplies the transformer's in fp8 as well: bfloat16 only, on an
-    NVIDIA GPU of Ada, Hopper or later, or, slowly and for the same pictures, on the CPU.
+    NVIDIA GPU of Ada, Hopper or later, or, slowly and for the same images, on the CPU.
     Raises: CheckpointError for a file that is missing, damaged, incomplete or of a layout that is not supported;
     InvalidSetting for a device that is not there, or lacks products in fp8.
     """

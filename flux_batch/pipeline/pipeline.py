@@ -1,4 +1,4 @@
-"""FluxImagePipeline: prompts in, pictures out.
+"""FluxImagePipeline: prompts in, images out.
 
 The one translator between public words (those of DiffSynth-Studio and diffusers) and the model's. Knows no file, job
 or storage.
@@ -48,7 +48,7 @@ from flux_batch.pipeline.loras import Loras
 from flux_batch.pipeline.model_manager import ModelManager, locate_parts
 from flux_batch.pipeline.pixels import check_finite, to_pixels, to_uint8
 from flux_batch.pipeline.precision import AUTO, must_be_narrow
-from flux_batch.pipeline.request import PictureRequest, one_each, resolve_aliases
+from flux_batch.pipeline.request import ImageRequest, one_each, resolve_aliases
 from flux_batch.pipeline.text_cache import MAX_BYTES, MAX_BYTES_AWAY, EncodedTexts
 from flux_batch.records import PIXELS_PER_TOKEN, Quantization, check_choice, check_cuda_graphs, check_step_cache
 
@@ -60,7 +60,7 @@ T5_SEQUENCE_LENGTH = {True: 512, False: 256}  # by: is guidance embedded?
 
 
 class FluxImagePipeline:
-    """Text (and optionally a picture) to pictures. Call it; see `__call__`."""
+    """Text (and optionally an image) to images. Call it; see `__call__`."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class FluxImagePipeline:
     ) -> FluxImagePipeline:
         """Assemble the loaded parts.
 
-        compile: let torch.compile have the transformer's blocks: the first picture of a size, and of the second size,
+        compile: let torch.compile have the transformer's blocks: the first image of a size, and of the second size,
         takes longer, all others less. cuda_graphs: launch each step of the transformer in one piece, the first of each
         size apart; not beside a step_cache. offload_text_encoders: keep CLIP and T5 in host memory, but for when texts
         that are not remembered are encoded; nothing changes on the CPU.
@@ -252,7 +252,7 @@ class FluxImagePipeline:
         step_cache: float | None = None,
         **aliases: Any,
     ) -> Any:
-        """Make one picture of a prompt, or a list of pictures of a list of prompts.
+        """Make one image of a prompt, or a list of images of a list of prompts.
 
         negative_prompt, embedded_guidance, cfg_scale, seed and input_image are one value for all or a list as long
         as the prompts. A second pass with the negative prompt runs if any cfg_scale is not 1; an image whose scale
@@ -267,7 +267,7 @@ class FluxImagePipeline:
         posterior, before the noise and from the same generator. sigma_shift, e.g. 3.0, asks for DiffSynth-Studio's way:
         its static schedule instead of the model's, which with an input_image runs all steps from a lower level, and the
         posterior's mean. tiled runs the autoencoder, and nothing else, in tiles of tile_size every tile_stride, counted
-        in latents when decoding and in pixels when encoding: less memory, and a picture that differs a little; one that
+        in latents when decoding and in pixels when encoding: less memory, and an image that differs a little; one that
         fits into a tile does not.
 
         step_cache, for speed at some cost in quality: at a step where the first block changes an image by less than
@@ -277,7 +277,7 @@ class FluxImagePipeline:
 
         Returns, by output_type: `pil`; `np` uint8 (height, width, 3); `pt` fp32 (b, 3, height, width) in [-1, 1];
         `latent` scaled (b, c, height/8, width/8). The last two keep the batch axis for a single prompt too.
-        Raises: InvalidSetting naming the argument and what would be right; RowError for a picture with numbers that
+        Raises: InvalidSetting naming the argument and what would be right; RowError for an image with numbers that
         are not finite; OutOfMemory; DeviceFatal.
         """
         named = resolve_aliases(aliases, FluxImagePipeline.__call__.__annotations__)
@@ -286,7 +286,7 @@ class FluxImagePipeline:
             raise InvalidSetting(f"prompt = {prompt!r}: must be a string or a list of strings", field="prompt")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         guidance = named.get("embedded_guidance", embedded_guidance)
-        request = PictureRequest(
+        request = ImageRequest(
             prompts=prompts,
             negative_prompts=one_each("negative_prompt", negative_prompt, len(prompts)),
             height=height,
@@ -314,12 +314,12 @@ class FluxImagePipeline:
             check_finite(pixels)
             if output_type == "pt":
                 return pixels.float().clamp(-1.0, 1.0)
-            pictures: list[Any] = list(to_uint8(pixels))
+            images: list[Any] = list(to_uint8(pixels))
         if output_type == "pil":
-            pictures = [Image.fromarray(picture) for picture in pictures]
-        return pictures[0] if isinstance(prompt, str) else pictures
+            images = [Image.fromarray(image) for image in images]
+        return images[0] if isinstance(prompt, str) else images
 
-    def warn_of_cut_texts(self, request: PictureRequest) -> None:
+    def warn_of_cut_texts(self, request: ImageRequest) -> None:
         """Warn, as Python does once a program, if the end of a text is not read."""
         texts = request.prompts + (request.negative_prompts if request.uses_cfg else [])
         cut = self.truncations(list(dict.fromkeys(texts)), request.t5_sequence_length)
@@ -328,7 +328,7 @@ class FluxImagePipeline:
                 message = f"a prompt is longer than {title} reads, its end is left out: `truncations` tells which"
                 warnings.warn(message, stacklevel=3)
 
-    def make_latents(self, request: PictureRequest, progress_bar: Progress | None = None) -> Tensor:
+    def make_latents(self, request: ImageRequest, progress_bar: Progress | None = None) -> Tensor:
         """Encode the texts and denoise: scaled latents (b, c, height/8, width/8)."""
         p = request
         downscale = self.autoencoder.params.downscale
@@ -356,8 +356,8 @@ class FluxImagePipeline:
         )
         return unpack(tokens, height, width)
 
-    def first_latents(self, request: PictureRequest, height: int, width: int, sigma: Tensor) -> Tensor:
-        """Return where denoising starts: noise, or the input pictures at noise level `sigma`."""
+    def first_latents(self, request: ImageRequest, height: int, width: int, sigma: Tensor) -> Tensor:
+        """Return where denoising starts: noise, or the input images at noise level `sigma`."""
         shape = (self.autoencoder.params.z_channels, height, width)
         generators = make_generators(request.seeds)
         if request.input_images is None:

@@ -1,4 +1,4 @@
-"""Pixels of the autoencoder to pictures, and pictures to pixels; knows no model."""
+"""Pixels of the autoencoder to images, and images to pixels; knows no model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from flux_batch.images import to_rgb
 
 
 def check_finite(pixels: Tensor) -> None:
-    """Raise RowError if a picture holds NaN or infinity, which uint8 would turn into black."""
+    """Raise RowError if an image holds NaN or infinity, which uint8 would turn into black."""
     if not torch.isfinite(pixels).all():
         raise RowError(f"the model overflowed in {str(pixels.dtype).removeprefix('torch.')}: take bfloat16 or float32")
 
 
 def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
-    """Return a picture as the autoencoder takes it: fp32 (3, height, width) in [-1, 1], resized by Lanczos."""
+    """Return an image as the autoencoder takes it: fp32 (3, height, width) in [-1, 1], resized by Lanczos."""
     if not isinstance(image, Image.Image):
         raise InvalidSetting(f"input_image is a {type(image).__name__}: must be a PIL image", field="input_image")
     try:

@@ -1,6 +1,6 @@
-"""One call of the pipeline, checked: what to make from which texts and pictures.
+"""One call of the pipeline, checked: what to make from which texts and images.
 
-Knows words and ranges, and how many steps an input picture leaves; computes nothing.
+Knows words and ranges, and how many steps an input image leaves; computes nothing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from flux_batch.records import (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PictureRequest:
-    """One call, checked: lists have one entry a picture. Raises: InvalidSetting naming the argument."""
+class ImageRequest:
+    """One call, checked: lists have one entry an image. Raises: InvalidSetting naming the argument."""
 
     prompts: list[str]
     negative_prompts: list[str]
@@ -89,12 +89,12 @@ class PictureRequest:
 
     @property
     def num_steps_left(self) -> int:
-        """Steps that remain after those that an input picture skips."""
+        """Steps that remain after those that an input image skips."""
         return self.num_inference_steps - first_step(self.num_inference_steps, self.denoising_strength)
 
 
 def one_each(name: str, value: Any, count: int) -> list[Any]:
-    """Return one value a picture. Raises: InvalidSetting for a list of another length."""
+    """Return one value an image. Raises: InvalidSetting for a list of another length."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:

@@ -1,4 +1,4 @@
-"""What the text encoders said of the last texts, so that a prompt of several images is encoded once; knows no picture.
+"""What the text encoders said of the last texts, so that a prompt of several images is encoded once; knows no image.
 
 Encoders that are away until they are needed are asked for the texts that come next, too, as long as they are there.
 
@@ -28,7 +28,7 @@ Visit = Callable[[], AbstractContextManager[None]]
 class EncodedTexts:
     """Encodes each text by itself, and remembers the last ones, up to `max_bytes` where the encoders leave it.
 
-    By itself, so that neither its neighbours in a batch nor what is remembered can change a bit of a picture: a sum
+    By itself, so that neither its neighbours in a batch nor what is remembered can change a bit of an image: a sum
     over more rows may be rounded in another order. A text of 512 tokens keeps a GPU busy alone.
 
     visit: within it the encoders can be asked; `expected`: texts and their lengths, in the order in which they will be.

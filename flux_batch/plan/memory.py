@@ -72,7 +72,7 @@ def read_shapes(source: Path) -> dict[str, Shapes]:
 def parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantization: str) -> dict[str, int]:
     """Return the bytes of each part's weights and of the activations: the larger of denoising and decoding.
 
-    The text encoders' activations are smaller than either, but for pictures that are themselves small. Encoders that
+    The text encoders' activations are smaller than either, but for images that are themselves small. Encoders that
     are offloaded take none of their own, but what the activations take while there are none. With CUDA graphs, what
     denoising takes is taken throughout.
     """

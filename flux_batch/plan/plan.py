@@ -169,7 +169,7 @@ def remaining(plan: Plan, done: set[int]) -> list[Shard]:
 
 
 def check_same_job(saved: JobConfig, config: JobConfig) -> None:
-    """Raise PlanMismatch with every difference, if `config` would make other pictures than the run that is there."""
+    """Raise PlanMismatch with every difference, if `config` would make other images than the run that is there."""
     before, now = saved.identity(), config.identity()
     changed = [f"  {key}: {before.get(key)!r} -> {now[key]!r}" for key in now if before.get(key) != now[key]]
     if changed:

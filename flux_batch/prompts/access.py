@@ -1,7 +1,7 @@
-"""What the name of a picture in a row means, and whether a row may name it.
+"""What the name of an image in a row means, and whether a row may name it.
 
-The job file is trusted, rows are not: a row reaches the pictures beside its prompts, those under
-`prompts.input_image_root`, and, where the job file allows it, the public web. Knows names; opens no picture.
+The job file is trusted, rows are not: a row reaches the images beside its prompts, those under
+`prompts.input_image_root`, and, where the job file allows it, the public web. Knows names; opens no image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ S3 = ("s3", "s3a", "s3n")
 
 
 class Places:
-    """Where the rows of one prompts file may take pictures from."""
+    """Where the rows of one prompts file may take images from."""
 
     def __init__(self, config: PromptsConfig, file: str) -> None:
         self._config = config
@@ -38,7 +38,7 @@ class Places:
         self._root = os.path.abspath(root) if root and not scheme_of(root) else root
 
     def find(self, name: str) -> InputImage:
-        """Return the picture that a row names. Raises: RowError that says why it may not, and what it may name."""
+        """Return the image that a row names. Raises: RowError that says why it may not, and what it may name."""
         if len(name) > LONGEST or "\0" in name:
             raise RowError(f"column 'input_image' holds {len(name)} characters that are no path and no address")
         try:
@@ -114,7 +114,7 @@ def local_name(uri: str) -> str:
         return uri
     parts = urlsplit(uri)
     if parts.netloc not in ("", "localhost"):
-        raise RowError("a file:// address names a file of this machine: file:///folder/picture.png")
+        raise RowError("a file:// address names a file of this machine: file:///folder/image.png")
     return url2pathname(parts.path)
 
 

@@ -1,7 +1,7 @@
-"""The pictures that rows start from: read with bounds, decoded, upright, in RGB, at the size they are needed in.
+"""The images that rows start from: read with bounds, decoded, upright, in RGB, at the size they are needed in.
 
-Knows where bytes lie and how pictures are encoded; whether a row may name a place is decided before (access.py).
-Whatever is wrong with a picture is a RowError and costs its row. Only a storage of the data set's own that fails, and
+Knows where bytes lie and how images are encoded; whether a row may name a place is decided before (access.py).
+Whatever is wrong with an image is a RowError and costs its row. Only a storage of the data set's own that fails, and
 may be better later, is a StoreError: its shard is tried again, and the same rows succeed whenever it is.
 """
 
@@ -30,23 +30,23 @@ from flux_batch.storage.store import open_filesystem
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000
-# Pictures of pixels alone: no scripts, no fonts, no files that name other files.
+# Images of pixels alone: no scripts, no fonts, no files that name other files.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 # What the machine, and not the row, is to blame for.
 FAULTS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 def given_bytes(data: bytes) -> InputImage:
-    """Return the picture that a row holds itself. Raises: RowError if it is empty or too large."""
+    """Return the image that a row holds itself. Raises: RowError if it is empty or too large."""
     if not data:
-        raise RowError("column 'input_image' is empty: the bytes of a picture are needed")
+        raise RowError("column 'input_image' is empty: the bytes of an image are needed")
     if len(data) > MAX_BYTES:
         raise RowError(f"column 'input_image' has more than the {MAX_BYTES} bytes allowed")
     return InputImage(name=f"sha256:{hashlib.sha256(data).hexdigest()}", data=data)
 
 
 def laid_aside(image: InputImage, folder: Path) -> InputImage:
-    """Move the bytes of a picture from memory to a file in `folder`, which outlives it."""
+    """Move the bytes of an image from memory to a file in `folder`, which outlives it."""
     if not image.data:
         return image
     path = folder / f"input-{image.name.rpartition(':')[2]}"
@@ -55,24 +55,24 @@ def laid_aside(image: InputImage, folder: Path) -> InputImage:
 
 
 def check_of_job(uri: str, storage_options: Mapping[str, Any]) -> None:
-    """Raise SourceError unless the picture that the job file names can be used."""
+    """Raise SourceError unless the image that the job file names can be used."""
     try:
-        load_picture(InputImage(name=public_uri(uri), uri=uri), storage_options)
+        load_image(InputImage(name=public_uri(uri), uri=uri), storage_options)
     except RowError as error:
         raise SourceError(f"sampling.{error}") from error
 
 
-def load_picture(
+def load_image(
     source: InputImage, storage_options: Mapping[str, Any], size: tuple[int, int] | None = None
 ) -> Image.Image:
-    """Return a picture in RGB: upright as its EXIF says, what is transparent in it white, colour profiles not applied.
+    """Return an image in RGB: upright as its EXIF says, what is transparent in it white, colour profiles not applied.
 
     size: (width, height) to resize it to, by Lanczos and whatever its proportions, as diffusers does.
     Raises: RowError saying what is wrong with it; StoreError if the data set's storage is away.
     """
     try:
-        picture = decode(source.data or read_bytes(source, storage_options))
-        return picture.resize(size, Image.Resampling.LANCZOS) if size else picture
+        image = decode(source.data or read_bytes(source, storage_options))
+        return image.resize(size, Image.Resampling.LANCZOS) if size else image
     except (RowError, NotFound, StoreRefused) as error:
         raise RowError(f"input_image {shortened(source.name)}: {error}") from error
 
@@ -88,18 +88,18 @@ def read_bytes(image: InputImage, storage_options: Mapping[str, Any]) -> bytes:
 
 
 def decode(data: bytes) -> Image.Image:
-    """Return the (first) picture of a file in RGB. Raises: RowError."""
+    """Return the (first) image of a file in RGB. Raises: RowError."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            width, height = picture.size
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
             if width * height > MAX_PIXELS:
                 raise RowError(f"{width} x {height} pixels, more than the {MAX_PIXELS} allowed")
-            picture.load()
-            return to_rgb(ImageOps.exif_transpose(picture))
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
     except RowError:
         raise
     except UnidentifiedImageError as error:
-        raise RowError(f"not a picture in a format that is read: {', '.join(FORMATS)}") from error
+        raise RowError(f"not an image in a format that is read: {', '.join(FORMATS)}") from error
     except Exception as error:  # a row ends here: Pillow raises whatever a damaged file makes it stumble over
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RowError(f"cannot be decoded: {reason}") from error

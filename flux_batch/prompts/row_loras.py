@@ -1,4 +1,4 @@
-"""Which LoRAs the pictures of a row are made with: those of the job, or one that the row names.
+"""Which LoRAs the images of a row are made with: those of the job, or one that the row names.
 
 The job file is trusted, rows are not: a row names LoRAs of the job, files and objects in buckets, and nothing else on a
 network. Knows names; opens no file.

@@ -1,6 +1,6 @@
 """The data set of prompts: which files it has, what its columns mean, rows -> ImageRequests.
 
-Knows the `prompts` and `sampling` sections of the job file; does not know shards of output or pictures.
+Knows the `prompts` and `sampling` sections of the job file; does not know shards of output or images.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ class RowParser:
         self._passthrough = config.passthrough
         self._places = Places(config, uri)
         self._loras = RowLoras(loras, uri)
-        picture = sampling.input_image
-        self._input_image = InputImage(name=public_uri(picture), uri=picture) if picture else None
+        image = sampling.input_image
+        self._input_image = InputImage(name=public_uri(image), uri=image) if image else None
         self._defaults = sampling.params()
         self._num_images = sampling.num_images_per_prompt
         self._run_seed = sampling.seed
@@ -192,8 +192,8 @@ class RowParser:
         try:
             prompt = self._prompt(values)
             params = self._sampling(values)
-            picture = self._picture(values)
-            if picture is None and params.denoising_strength < 1:
+            image = self._image(values)
+            if image is None and params.denoising_strength < 1:
                 raise RowError(
                     f"denoising_strength = {params.denoising_strength}: needs an input_image, and there is none"
                 )
@@ -214,7 +214,7 @@ class RowParser:
             prompt=prompt,
             sampling=params,
             seeds=seeds,
-            input_image=picture,
+            input_image=image,
             loras=loras,
             passthrough=passthrough,
         )
@@ -240,7 +240,7 @@ class RowParser:
                 overrides[field] = _convert(field, value)
         return replace(self._defaults, **overrides) if overrides else self._defaults
 
-    def _picture(self, values: Row) -> InputImage | None:
+    def _image(self, values: Row) -> InputImage | None:
         """Find what the row starts from: a path or an address, bytes, or both as Hugging Face writes them."""
         value = self._cell(values, "input_image")
         if isinstance(value, Mapping):

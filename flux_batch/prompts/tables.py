@@ -25,7 +25,7 @@ from flux_batch.storage.store import open_filesystem
 
 Row = dict[str, Any]
 BUFFER_BYTES = 1 << 20
-# Rows of Parquet that are decoded at a time: many of text, few of pictures.
+# Rows of Parquet that are decoded at a time: many of text, few of images.
 BATCH_ROWS, BATCH_BYTES = 8192, 64 << 20
 
 
@@ -61,7 +61,7 @@ class Table(Protocol):
         ...
 
     def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
-        """Read them one after the other, so that a column of pictures never lies in memory whole."""
+        """Read them one after the other, so that a column of images never lies in memory whole."""
         ...
 
 

@@ -1,6 +1,6 @@
 """A run as its output alone tells it: no job file, no data set and no secret of them is needed.
 
-For whoever reads what a run left: verify, and whatever shows or repeats its pictures.
+For whoever reads what a run left: verify, and whatever shows or repeats its images.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from flux_batch.config.schema import JobConfig
 from flux_batch.errors import JobError, NotFound, StoreError
 from flux_batch.output.commits import Commits
-from flux_batch.output.layouts import Layout, layout_for, metadata_file, shard_name, stored_pictures, unpack_metadata
+from flux_batch.output.layouts import Layout, layout_for, metadata_file, shard_name, stored_images, unpack_metadata
 from flux_batch.output.paths import JOB, PLAN
 from flux_batch.plan.plan import Outline
 from flux_batch.storage.store import Store
@@ -53,7 +53,7 @@ class SavedRun:
 
     @property
     def layout(self) -> Layout:
-        """Give the layout its pictures are stored in."""
+        """Give the layout its images are stored in."""
         return layout_for(self.config.output, self.outline.passthrough)
 
     def name(self, shard: int) -> str:
@@ -64,11 +64,11 @@ class SavedRun:
         """Read the metadata rows of a committed shard, in order. Raises: NotFound."""
         return unpack_metadata(self.store.read(metadata_file(self.name(shard))))
 
-    def pictures(self, shard: int, scratch: Path) -> Iterator[tuple[str, bytes]]:
-        """Yield the key and the encoded bytes of each picture of a committed shard, one by one.
+    def images(self, shard: int, scratch: Path) -> Iterator[tuple[str, bytes]]:
+        """Yield the key and the encoded bytes of each image of a committed shard, one by one.
 
         `scratch` is a folder for copies of what lies in a bucket. Raises: NotFound, and one of DAMAGE.
         """
         files = [file.path for file in self.commits.read(shard).files if file.path != metadata_file(self.name(shard))]
         local: Mapping[str, Path] = {path: self.store.fetch(path, scratch) for path in files}
-        return stored_pictures(self.layout, self.name(shard), local) if local else iter(())
+        return stored_images(self.layout, self.name(shard), local) if local else iter(())

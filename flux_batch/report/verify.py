@@ -1,6 +1,6 @@
 """The proof of a run: every committed shard is read again and held against its commit, its plan and itself.
 
-Memory is bounded by the shards that are read at once, one picture of each. Repair takes broken commits back, under the
+Memory is bounded by the shards that are read at once, one image of each. Repair takes broken commits back, under the
 lease of the run; `run` then makes what is missing.
 """
 
@@ -40,7 +40,7 @@ class Verdict:
     num_committed: int = 0
     num_files: int = 0
     num_rows: int = 0
-    num_pictures: int = 0
+    num_images: int = 0
     num_failed: int = 0
     num_bytes: int = 0
     wall_s: float = 0.0
@@ -62,20 +62,20 @@ class Verdict:
         self.num_committed += 1
         self.num_files += found.num_files
         self.num_rows += found.num_rows
-        self.num_pictures += found.num_pictures
+        self.num_images += found.num_images
         self.num_failed += found.num_failed
         self.num_bytes += found.num_bytes
         self.problems += found.problems
 
 
 # What makes a commit worthless; the rest can be mended around it.
-BREAKING: tuple[Check, ...] = ("commit", "files", "rows", "pictures")
+BREAKING: tuple[Check, ...] = ("commit", "files", "rows", "images")
 
 
 def verify(
     store: Store, *, quick: bool = False, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Verdict:
-    """Read every committed shard again; `quick` compares sizes and tables, and reads no picture.
+    """Read every committed shard again; `quick` compares sizes and tables, and reads no image.
 
     `on_progress` is told how many of how many shards are read. Changes nothing, and may run beside a run.
     Raises: JobError if there is no run, StoreError.
@@ -103,7 +103,7 @@ def verify(
 def repair(store: Store, verdict: Verdict) -> list[int]:
     """Take back the commits that are broken, and mend what lies around the others; needs the lease.
 
-    Returns: the shards that `run` has to make again; the good pictures of them are kept.
+    Returns: the shards that `run` has to make again; the good images of them are kept.
     """
     run = SavedRun.open(store)
     broken = verdict.broken
@@ -127,7 +127,7 @@ def format_verdict(verdict: Verdict) -> str:
         "commit": f"{verdict.num_committed} of {verdict.num_shards} shards",
         "files": f"{verdict.num_files} files, {verdict.num_bytes / 1e6:.1f} MB",
         "rows": f"{verdict.num_rows} images, {verdict.num_failed} failed",
-        "pictures": "not read (--quick)" if verdict.quick else f"{verdict.num_pictures} pictures",
+        "images": "not read (--quick)" if verdict.quick else f"{verdict.num_images} images",
         "failed rows": f"{verdict.num_failed} rows",
         "leftovers": ", ".join(f"{number} {kind}" for kind, number in sorted(verdict.leftovers.items())) or "none",
     }

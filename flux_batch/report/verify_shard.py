@@ -1,4 +1,4 @@
-"""What is wrong with one committed shard: everything that its commit, its metadata and its pictures say of each other.
+"""What is wrong with one committed shard: everything that its commit, its metadata and its images say of each other.
 
 Reads all of it again and changes nothing. An outage of the storage is no finding: it is raised.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flux_batch.errors import NotFound
-from flux_batch.images import check_picture
+from flux_batch.images import check_image
 from flux_batch.output.commits import parse_commit
 from flux_batch.output.layouts import DAMAGE, failed_file, image_key, metadata_file, pack_failures, unpack_metadata
 from flux_batch.records import Commit, StoredFile
@@ -24,7 +24,7 @@ from flux_batch.report.saved_run import SavedRun
 FETCHERS = 8
 
 # The checks, in the order in which they are made.
-Check = Literal["commit", "files", "rows", "pictures", "failed rows", "leftovers"]
+Check = Literal["commit", "files", "rows", "images", "failed rows", "leftovers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,14 @@ class ShardFindings:
     shard: int
     num_files: int = 0
     num_rows: int = 0
-    num_pictures: int = 0
+    num_images: int = 0
     num_failed: int = 0
     num_bytes: int = 0
     problems: list[Problem] = field(default_factory=list)
 
 
 class ShardCheck:
-    """One look at one shard; `sizes` has those of the objects directly in `train`, `quick` reads no picture."""
+    """One look at one shard; `sizes` has those of the objects directly in `train`, `quick` reads no image."""
 
     def __init__(self, run: SavedRun, shard: int, scratch: Path, sizes: Mapping[str, int | None], quick: bool) -> None:
         self._run = run
@@ -92,7 +92,7 @@ class ShardCheck:
         self._check_named(rows, files)
         self._check_failed(rows, metadata.read_bytes())
         if not self._quick and not any(problem.check == "files" for problem in self.found.problems):
-            self._check_pictures(rows, local)
+            self._check_images(rows, local)
 
     def _check_files(self, files: Mapping[str, StoredFile]) -> dict[str, Path]:
         """Compare each file with what the commit says of it. Returns: a local copy of each that is as it should be."""
@@ -145,7 +145,7 @@ class ShardCheck:
         """Compare the metadata with the plan and the commit: every row of the shard, every image of it, each once."""
         self.found.num_rows = len(rows)
         self.found.num_failed = sum(row.get("status") == "failed" for row in rows)
-        self.found.num_pictures = len(rows) - self.found.num_failed
+        self.found.num_images = len(rows) - self.found.num_failed
         planned = self._run.outline.num_rows[self.found.shard]
         row, index, row_id = -1, 0, None
         for at in rows:
@@ -199,8 +199,8 @@ class ShardCheck:
         elif copy is not None and not _says(copy, [row for row in rows if row["status"] == "failed"]):
             self._add("failed rows", f"{path}: does not hold the failed rows of the metadata")
 
-    def _check_pictures(self, rows: Sequence[Mapping[str, Any]], local: Mapping[str, Path]) -> None:
-        """Look at every picture: there once, of the recorded bytes, decodable; and at what else lies beside them."""
+    def _check_images(self, rows: Sequence[Mapping[str, Any]], local: Mapping[str, Path]) -> None:
+        """Look at every image: there once, of the recorded bytes, decodable; and at what else lies beside them."""
         layout = self._run.layout
         made = {f"{row['key']}.{layout.suffix}": row for row in rows if row["status"] == "success"}
         due = Counter(layout.names(str(row["key"]) for row in made.values()))
@@ -210,20 +210,20 @@ class ShardCheck:
             for name, data in layout.entries(self._name, data_files) if made else ():
                 found[name] += 1
                 if (row := made.get(name)) and (wrong := self._wrong_with(row, data)):
-                    self._add("pictures", f"{name}: {wrong}")
+                    self._add("images", f"{name}: {wrong}")
         except DAMAGE as error:
-            self._add("pictures", f"the data cannot be read: {' '.join(str(error).split())}")
+            self._add("images", f"the data cannot be read: {' '.join(str(error).split())}")
             return
         for name in sorted((due - found).keys()):
-            self._add("pictures", f"{name}: is missing")
+            self._add("images", f"{name}: is missing")
         for name in sorted((found - due).keys()):
-            self._add("pictures", f"{name}: is there {found[name]} times, {due[name]} are due")
+            self._add("images", f"{name}: is there {found[name]} times, {due[name]} are due")
 
     def _wrong_with(self, row: Mapping[str, Any], data: bytes) -> str:
         if (len(data), hashlib.sha256(data).hexdigest()) != (row["bytes"], row["sha256"]):
             return "other bytes than the metadata has (size or sha256)"
         try:
-            check_picture(data, self._run.config.output.image.type, row["width"], row["height"])
+            check_image(data, self._run.config.output.image.type, row["width"], row["height"])
         except ValueError as error:
             return str(error)
         return ""

@@ -1,4 +1,4 @@
-"""Which versions of what made the pictures, or the figures; nothing is imported to find out."""
+"""Which versions of what made the images, or the figures; nothing is imported to find out."""
 
 from __future__ import annotations
 

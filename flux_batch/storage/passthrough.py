@@ -1,4 +1,4 @@
-"""The user's own columns that travel along with the pictures: which types may, and how a value stands in each format.
+"""The user's own columns that travel along with the images: which types may, and how a value stands in each format.
 
 Knows Arrow types and Python values; does not know what the columns mean.
 """

@@ -1,8 +1,8 @@
-"""How many pictures a forward pass should make, where the job leaves that to us: measured once a run, and remembered.
+"""How many images a forward pass should make, where the job leaves that to us: measured once a run, and remembered.
 
-Large pictures fill a device one at a time, and a batch only makes them wait for each other; small ones do not. The
-first worker measures on pictures of the job's own size and writes the number down; all others, and all that go on with
-the run, take that one, since what is made together decides the last bit of a picture.
+Large images fill a device one at a time, and a batch only makes them wait for each other; small ones do not. The
+first worker measures on images of the job's own size and writes the number down; all others, and all that go on with
+the run, take that one, since what is made together decides the last bit of an image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flux_batch.storage.store import Store
 from flux_batch.worker.protocol import ImagePipeline
 
 SIZES = (1, 2, 4, 8, 16)
-# Enough steps for the transformer to outweigh texts and decoding, as it does in a whole picture.
+# Enough steps for the transformer to outweigh texts and decoding, as it does in a whole image.
 STEPS = 4
 # A batch that saves less is not worth what a kill of it costs.
 WORTH = 0.97
@@ -47,26 +47,26 @@ def measured_batch_size(
     on_progress: Callable[[], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Return the smallest of SIZES after which pictures come hardly faster, or no longer fit into memory."""
+    """Return the smallest of SIZES after which images come hardly faster, or no longer fit into memory."""
     best, best_s = 1, float("inf")
     for size in SIZES:
         try:
             # The first of two warms up.
-            picture_s = min(_seconds(pipeline, sampling, size, clock) for _ in range(2)) / size
+            image_s = min(_seconds(pipeline, sampling, size, clock) for _ in range(2)) / size
         except OutOfMemory:
             break
         finally:
             on_progress()
-        if picture_s > WORTH * best_s:
+        if image_s > WORTH * best_s:
             break
-        best, best_s = size, picture_s
+        best, best_s = size, image_s
     return best
 
 
 def _seconds(pipeline: ImagePipeline, sampling: SamplingConfig, size: int, clock: Callable[[], float]) -> float:
     started = clock()
     pipeline(
-        [f"picture {number}" for number in range(size)],
+        [f"image {number}" for number in range(size)],
         negative_prompt=[sampling.negative_prompt] * size,
         width=sampling.width,
         height=sampling.height,

@@ -1,6 +1,6 @@
-"""Which pictures are made together, and what each starts from, read ahead of the device.
+"""Which images are made together, and what each starts from, read ahead of the device.
 
-Knows requests; does not know what computes pictures nor where they go.
+Knows requests; does not know what computes images nor where they go.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any
 from flux_batch.errors import RowError
 from flux_batch.records import ImageRequest, InputImage
 
-# Batches whose input pictures are read while one is on the device: enough to hide a slow server, and a bound on memory.
+# Batches whose input images are read while one is on the device: enough to hide a slow server, and a bound on memory.
 READ_AHEAD = 1
 
-ReadPicture = Callable[[InputImage, tuple[int, int]], Any]
+ReadImage = Callable[[InputImage, tuple[int, int]], Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One picture to make; `picture` is what it starts from, once read, or why that cannot be read."""
+    """One image to make; `image` is what it starts from, once read, or why that cannot be read."""
 
     request: ImageRequest
     image_index: int
-    picture: Any = None
+    image: Any = None
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What the pictures of one batch must have in common."""
+        """What the images of one batch must have in common."""
         params = self.request.sampling
         return (
             params.width,
@@ -54,7 +54,7 @@ class Item:
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Group pictures that can share a forward pass, in order of first appearance; a function of the input alone.
+    """Group images that can share a forward pass, in order of first appearance; a function of the input alone.
 
     Those of the same LoRAs come one after the other, since to exchange LoRAs takes as long as to load a model.
     """
@@ -66,18 +66,18 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
             yield group[first : first + size]
 
 
-class InputPictures:
-    """What the pictures of batches start from, read on threads: each once while batches near each other want it."""
+class InputImages:
+    """What the images of batches start from, read on threads: each once while batches near each other want it."""
 
-    def __init__(self, readers: Executor, read: ReadPicture) -> None:
+    def __init__(self, readers: Executor, read: ReadImage) -> None:
         self._readers = readers
         self._read = read
         self._reading: dict[tuple[InputImage, tuple[int, int]], Future[Any]] = {}
 
     def join(self, batch: Sequence[Item], following: Iterable[Sequence[Item]] = ()) -> list[Item]:
-        """Give a batch with its pictures, while those of the following batches are read.
+        """Give a batch with its images, while those of the following batches are read.
 
-        A picture that cannot be read is the RowError that says why. Raises: what else `read` raises.
+        An image that cannot be read is the RowError that says why. Raises: what else `read` raises.
         """
         window = [item for near in (batch, *following) for item in near]
         wanted = dict.fromkeys((item.request.input_image, item.size) for item in window)
@@ -86,14 +86,14 @@ class InputPictures:
             for image, size in wanted
             if image is not None
         }
-        return [_with_picture(item, self._reading) for item in batch]
+        return [_with_image(item, self._reading) for item in batch]
 
 
-def _with_picture(item: Item, reading: dict[tuple[InputImage, tuple[int, int]], Future[Any]]) -> Item:
+def _with_image(item: Item, reading: dict[tuple[InputImage, tuple[int, int]], Future[Any]]) -> Item:
     image = item.request.input_image
     if image is None:
         return item
     try:
-        return replace(item, picture=reading[image, item.size].result())
+        return replace(item, image=reading[image, item.size].result())
     except RowError as error:
-        return replace(item, picture=error)
+        return replace(item, image=error)

@@ -1,4 +1,4 @@
-"""How a batch becomes pictures: the right LoRAs, one call, and smaller ones when that fails.
+"""How a batch becomes images: the right LoRAs, one call, and smaller ones when that fails.
 
 Knows the pipeline and its memory; does not know files, records or shards.
 """
@@ -25,13 +25,13 @@ class Tiles(NamedTuple):
     stride: int
 
 
-# The last resort: a quarter of the pixels of a 1024 x 1024 picture at a time.
+# The last resort: a quarter of the pixels of a 1024 x 1024 image at a time.
 SMALL_TILES = Tiles(64, 32)
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What became of an item: its picture (uint8, h w 3) or why there is none, and how it was made."""
+    """What became of an item: its image (uint8, h w 3) or why there is none, and how it was made."""
 
     item: Item
     outcome: Pixels | Exception
@@ -41,16 +41,16 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What fits into memory of pictures of one shape: fewer than `too_many` at once (None: unknown), in these tiles."""
+    """What fits into memory of images of one shape: fewer than `too_many` at once (None: unknown), in these tiles."""
 
     tiles: Tiles | None
     too_many: int | None = None
 
 
 class BatchMaker:
-    """Makes the pictures of one batch after the other; remembers what did not fit, for the next of that shape.
+    """Makes the images of one batch after the other; remembers what did not fit, for the next of that shape.
 
-    The memory leads to the calls that trying again would lead to, so that a picture does not depend on whether the
+    The memory leads to the calls that trying again would lead to, so that an image does not depend on whether the
     worker is new. `device_s` is the time the pipeline was at work.
     """
 
@@ -67,23 +67,23 @@ class BatchMaker:
         self.device_s = 0.0
 
     def expect(self, items: Sequence[Item]) -> None:
-        """Take note of the pictures that will be made, in order, so that their texts may be encoded together."""
+        """Take note of the images that will be made, in order, so that their texts may be encoded together."""
         self._expected, self._told = items, None
 
     def make(self, batch: Sequence[Item]) -> list[Made]:
-        """Make the pictures of a batch, but for those whose input picture or LoRA cannot be read.
+        """Make the images of a batch, but for those whose input image or LoRA cannot be read.
 
         Raises: DeviceFatal; StoreError for a LoRA whose storage is away.
         """
         truncated = self._truncations(batch)
-        ready = [item for item in batch if not isinstance(item.picture, Exception)]
+        ready = [item for item in batch if not isinstance(item.image, Exception)]
         if ready and (error := self._loras.use(ready[0].request.loras)):
             return [Made(item, error, None, cut) for item, cut in zip(batch, truncated, strict=True)]
         self._tell(batch[0].request.loras)
         fit = self._fits.get(batch[0].shape, Fit(self._tiles))
         made = iter(self._attempt(ready, fit) if ready else [])
         return [
-            Made(item, item.picture, None, cut) if isinstance(item.picture, Exception) else Made(item, *next(made), cut)
+            Made(item, item.image, None, cut) if isinstance(item.image, Exception) else Made(item, *next(made), cut)
             for item, cut in zip(batch, truncated, strict=True)
         ]
 
@@ -95,7 +95,7 @@ class BatchMaker:
             self._told = loras
 
     def _attempt(self, batch: Sequence[Item], fit: Fit) -> list[tuple[Pixels | Exception, Tiles | None]]:
-        """Make the pictures of a batch; if that fails, of its halves, until only what cannot be made has failed.
+        """Make the images of a batch; if that fails, of its halves, until only what cannot be made has failed.
 
         A single one that does not fit into memory is tried once more with the autoencoder in small tiles.
         """
@@ -132,9 +132,9 @@ class BatchMaker:
         options: dict[str, Any] = {}
         if params.sigma_shift is not None:
             options["sigma_shift"] = params.sigma_shift
-        if batch[0].picture is not None:
+        if batch[0].image is not None:
             options |= {
-                "input_image": [item.picture for item in batch],
+                "input_image": [item.image for item in batch],
                 "denoising_strength": params.denoising_strength,
             }
         if tiles:
@@ -154,7 +154,7 @@ class BatchMaker:
         )
 
     def _truncations(self, batch: Sequence[Item]) -> list[tuple[bool, bool]]:
-        """Tell of each picture whether CLIP and whether T5 leaves out the end of its prompt or negative prompt."""
+        """Tell of each image whether CLIP and whether T5 leaves out the end of its prompt or negative prompt."""
         params = batch[0].request.sampling
         cut = self._pipeline.truncations([item.request.prompt for item in batch], params.t5_sequence_length)
         if not params.uses_cfg:
@@ -165,12 +165,12 @@ class BatchMaker:
 
 
 def texts_of(item: Item) -> list[tuple[str, int | None]]:
-    """Return the texts that are encoded for a picture, each with the length it is asked for in."""
+    """Return the texts that are encoded for an image, each with the length it is asked for in."""
     params = item.request.sampling
     texts = [item.request.prompt, params.negative_prompt] if params.uses_cfg else [item.request.prompt]
     return [(text, params.t5_sequence_length) for text in texts]
 
 
 def is_larger(tiles: Tiles | None, others: Tiles) -> bool:
-    """Whether a picture, whole or in tiles, takes more memory than in others."""
+    """Whether an image, whole or in tiles, takes more memory than in others."""
     return tiles is None or tiles.size > others.size

@@ -48,7 +48,7 @@ class LoraSwitch:
             return error
 
     def words(self, loras: Loras) -> dict[str, Any]:
-        """Say what a picture was made with; none is "" in a job that has some."""
+        """Say what an image was made with; none is "" in a job that has some."""
         if len(loras) == 1:
             return {"lora": loras[0].name, "lora_scale": loras[0].scale}
         if not loras and not self._has_some:

@@ -1,4 +1,4 @@
-"""What a worker needs of whatever computes pictures; FluxImagePipeline is one, tests bring their own."""
+"""What a worker needs of whatever computes images; FluxImagePipeline is one, tests bring their own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CompileCache(Protocol):
 
 
 class ImagePipeline(Protocol):
-    """What computes pictures: prompts in, uint8 (h w 3) arrays out.
+    """What computes images: prompts in, uint8 (h w 3) arrays out.
 
     Of the arguments with a default, only those that a batch needs are given.
     """
@@ -71,7 +71,7 @@ class ImagePipeline(Protocol):
         tile_size: int = 128,
         tile_stride: int = 64,
     ) -> Sequence[Pixels]:
-        """Make one picture for each prompt."""
+        """Make one image for each prompt."""
         ...
 
     def set_loras(self, loras: Sequence[tuple[str, float]]) -> None:

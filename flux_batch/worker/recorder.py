@@ -1,6 +1,6 @@
 """What is written down of a requested image, made or failed.
 
-Knows requests, records and the job; does not know how pictures are made or where they lie.
+Knows requests, records and the job; does not know how images are made or where they lie.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LONGEST_MESSAGE = 1000
 
 
 class Recorder:
-    """Writes the records of a job: `lora_words` says what a picture was made with, `text_length` T5's default."""
+    """Writes the records of a job: `lora_words` says what an image was made with, `text_length` T5's default."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Recorder:
     def fields(
         self, shard: str, item: Item, tile_size: int | None, truncated: tuple[bool | None, bool | None]
     ) -> dict[str, Any]:
-        """Give the fields of a record that are known before it is known how the picture turned out."""
+        """Give the fields of a record that are known before it is known how the image turned out."""
         request = item.request
         fields: dict[str, Any] = {name: getattr(request.sampling, name) for name in SAMPLING_FIELDS}
         fields["t5_sequence_length"] = fields["t5_sequence_length"] or self._text_length
@@ -60,7 +60,7 @@ class Recorder:
         }
 
     def made(self, shard: str, fields: Mapping[str, Any], data: bytes) -> ImageRecord:
-        """Record a picture by its encoded bytes."""
+        """Record an image by its encoded bytes."""
         return ImageRecord(
             **fields,
             status="success",
@@ -70,7 +70,7 @@ class Recorder:
         )
 
     def failed(self, fields: Mapping[str, Any], error_type: str, error_message: str) -> ImageRecord:
-        """Record why there is no picture."""
+        """Record why there is no image."""
         return ImageRecord(**fields, status="failed", error_type=error_type, error_message=error_message)
 
     def failed_row(self, shard: str, row: FailedRow) -> ImageRecord:
@@ -88,13 +88,13 @@ class Recorder:
         )
 
     def _model_words(self) -> dict[str, Any]:
-        """Say which model made a picture, and what was traded for speed or memory."""
+        """Say which model made an image, and what was traded for speed or memory."""
         model = self._model
         return {"model": public_uri(model.uri), "quantization": model.quantization, "step_cache": model.step_cache}
 
 
 def provenance(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose what a picture says of itself: what it was made with."""
+    """Choose what an image says of itself: what it was made with."""
     return {name: value for name, value in fields.items() if name != "passthrough" and value is not None}
 
 

@@ -1,6 +1,6 @@
 """The dtype of a run whose job leaves it open: the first worker settles it, all others and all later ones keep it.
 
-A run that goes on may find other machines, which would take another dtype and make other pictures.
+A run that goes on may find other machines, which would take another dtype and make other images.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The state of one shard while it is being made: what is wanted, what is there, what is left to do.
 
-Knows items, records and the staging area; does not know what computes pictures nor how a shard is committed.
+Knows items, records and the staging area; does not know what computes images nor how a shard is committed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from flux_batch.config.schema import ImageConfig
 from flux_batch.errors import DeviceFatal
 from flux_batch.images import encode
 from flux_batch.output.layouts import image_key, shard_name
-from flux_batch.output.staging import StagedPicture, Staging, staged_record
+from flux_batch.output.staging import StagedImage, Staging, staged_record
 from flux_batch.prompts.input_images import laid_aside
 from flux_batch.records import Attempt, FailedRow, ImageRecord, ImageRequest, Shard
 from flux_batch.worker.batches import Item, batches
 from flux_batch.worker.generate import Made
 from flux_batch.worker.recorder import Recorder, message_of, provenance
 
-# Objects of the staging area that are read at once; each holds the pictures of a batch.
+# Objects of the staging area that are read at once; each holds the images of a batch.
 READERS = 8
-# A picture is given up once that many workers were lost while each made nothing but it.
+# An image is given up once that many workers were lost while each made nothing but it.
 TRIES_ALONE = 2
 
 
@@ -38,10 +38,10 @@ class Batch:
 
 
 class ShardRun:
-    """One attempt at a shard: `records` by (row, image index), `pictures` by key, the encoded files on this disk.
+    """One attempt at a shard: `records` by (row, image index), `images` by key, the encoded files on this disk.
 
     After a worker was lost on the shard, this one is careful: it announces what it makes. A batch whose announcement
-    was left behind is taken apart and made last, one picture at a time; a picture left behind twice is given up.
+    was left behind is taken apart and made last, one image at a time; an image left behind twice is given up.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ShardRun:
         self.name = shard_name(shard.index, staging.num_shards)
         self.scratch = scratch
         self.records: dict[tuple[int, int], ImageRecord] = {}
-        self.pictures: dict[str, Path] = {}
+        self.images: dict[str, Path] = {}
         self._attempt = attempt
         self._recorder = recorder
         self._staging = staging
@@ -73,7 +73,7 @@ class ShardRun:
         return self._attempt.lost > 0 or bool(self._tries)
 
     def add(self, row: ImageRequest | FailedRow) -> None:
-        """Take in a row; bytes of a picture in it wait on the disk, as a shard of them may not fit into memory."""
+        """Take in a row; bytes of an image in it wait on the disk, as a shard of them may not fit into memory."""
         if isinstance(row, FailedRow):
             self.records[row.row, 0] = self._recorder.failed_row(self.name, row)
             return
@@ -92,7 +92,7 @@ class ShardRun:
     def queue(self, size: int) -> list[Batch]:
         """Give what is left to make, in the order to make it.
 
-        Batches are formed of all items, whatever is there already, so that a picture has the neighbours it has in an
+        Batches are formed of all items, whatever is there already, so that an image has the neighbours it has in an
         undisturbed run; what may have killed a worker comes last, when everything else is safe.
         """
         whole: list[Batch] = []
@@ -130,23 +130,23 @@ class ShardRun:
             raise
         self._staging.withdraw(mark)
 
-    def finish(self, made: Made) -> StagedPicture:
-        """Encode one picture to this disk and record it; runs on an encoder thread."""
+    def finish(self, made: Made) -> StagedImage:
+        """Encode one image to this disk and record it; runs on an encoder thread."""
         tile_size = made.tiles.size if made.tiles else None
         fields = self._recorder.fields(self.name, made.item, tile_size, made.truncated or (None, None))
         if isinstance(made.outcome, Exception):
             error_type, error_message = type(made.outcome).__name__, message_of(made.outcome)
             self.records[made.item.place] = self._recorder.failed(fields, error_type, error_message)
             reason = {"error_type": error_type, "error_message": error_message}
-            return StagedPicture(fields["key"], staged_record(fields | reason), b"")
+            return StagedImage(fields["key"], staged_record(fields | reason), b"")
         data = encode(made.outcome, self._image, provenance(fields))
         self._keep(fields["key"], data)
         self.records[made.item.place] = self._recorder.made(self.name, fields, data)
-        return StagedPicture(fields["key"], staged_record(fields), data)
+        return StagedImage(fields["key"], staged_record(fields), data)
 
-    def stage(self, pictures: Sequence[Future[StagedPicture]]) -> None:
-        """Wait for the pictures of a batch and stage them, the last one too: the next shard is begun by then."""
-        name = self._staging.put(self.index, [picture.result() for picture in pictures])
+    def stage(self, images: Sequence[Future[StagedImage]]) -> None:
+        """Wait for the images of a batch and stage them, the last one too: the next shard is begun by then."""
+        name = self._staging.put(self.index, [image.result() for image in images])
         self._ours.add(name)
         self._seen.add(name)
 
@@ -172,22 +172,22 @@ class ShardRun:
 
     def _adopt_object(self, name: str) -> None:
         self._seen.add(name)
-        for picture in self._staging.read(self.index, name):
-            item = self._items.get(picture.key)
+        for image in self._staging.read(self.index, name):
+            item = self._items.get(image.key)
             if item is not None and item.place not in self._begun and item.place not in self.records:
-                self._adopt_picture(item, picture)
+                self._adopt_image(item, image)
 
-    def _adopt_picture(self, item: Item, picture: StagedPicture) -> None:
-        """Take a picture in, unless it was made for another row or by other settings than those of now."""
-        record = dict(picture.record)
+    def _adopt_image(self, item: Item, image: StagedImage) -> None:
+        """Take an image in, unless it was made for another row or by other settings than those of now."""
+        record = dict(image.record)
         error = record.pop("error_type", ""), record.pop("error_message", "")
         cut = record.get("clip_truncated"), record.get("t5_truncated")
         fields = self._recorder.fields(self.name, item, record.get("tile_size"), cut)
         if staged_record(fields) != record:
             return
-        if picture.data:
-            self._keep(picture.key, picture.data)
-            self.records[item.place] = self._recorder.made(self.name, fields, picture.data)
+        if image.data:
+            self._keep(image.key, image.data)
+            self.records[item.place] = self._recorder.made(self.name, fields, image.data)
         else:
             self.records[item.place] = self._recorder.failed(fields, *error)
 
@@ -198,13 +198,13 @@ class ShardRun:
             if tries >= TRIES_ALONE and item.place not in self.records:
                 fields = self._recorder.fields(self.name, item, None, (None, None))
                 last = f"; the last: {self._attempt.reason}" if self._attempt.reason else ""
-                reason = f"{tries} workers were lost while they made this picture alone{last}"
+                reason = f"{tries} workers were lost while they made this image alone{last}"
                 self.records[item.place] = self._recorder.failed(fields, "WorkerLost", reason)
 
     def _keep(self, key: str, data: bytes) -> None:
         path = self.scratch / key
         path.write_bytes(data)
-        self.pictures[key] = path
+        self.images[key] = path
 
     def key(self, item: Item) -> str:
         """Name an image."""

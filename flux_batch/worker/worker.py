@@ -1,9 +1,9 @@
-"""What a worker does with a shard: rows -> batches -> pictures -> files -> commit.
+"""What a worker does with a shard: rows -> batches -> images -> files -> commit.
 
-In two parts, so that the device need not wait for the storage: `make` ends with the last picture, what it returns takes
+In two parts, so that the device need not wait for the storage: `make` ends with the last image, what it returns takes
 the shard to its commit while the next one is made.
 
-Knows prompts, records and storage; takes the pipeline as an argument and does not know what computes a picture,
+Knows prompts, records and storage; takes the pipeline as an argument and does not know what computes an image,
 nor on which machine it runs.
 """
 
@@ -29,8 +29,8 @@ from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.errors import NotFound, Stopped
 from flux_batch.output.commits import Commits, Publisher
 from flux_batch.output.layouts import layout_for
-from flux_batch.output.staging import StagedPicture, Staging
-from flux_batch.prompts.input_images import load_picture
+from flux_batch.output.staging import StagedImage, Staging
+from flux_batch.prompts.input_images import load_image
 from flux_batch.prompts.row_loras import RowLoras
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import Attempt, Commit, FailedRow, InputImage, Shard, ShardResult
@@ -38,7 +38,7 @@ from flux_batch.storage.scratch import scratch_folder, sweep_scratch
 from flux_batch.storage.store import Store
 from flux_batch.telemetry import Pulse, Tally
 from flux_batch.worker.auto_batch_size import measured_batch_size, remembered_batch_size
-from flux_batch.worker.batches import READ_AHEAD, InputPictures
+from flux_batch.worker.batches import READ_AHEAD, InputImages
 from flux_batch.worker.compile_cache import SharedCompileCache
 from flux_batch.worker.generate import BatchMaker, Made, Tiles
 from flux_batch.worker.lora_switch import LoraSwitch
@@ -49,7 +49,7 @@ from flux_batch.worker.shard import ShardRun
 
 # Batches that may be on their way to the staging area while the next is made: what a kill can cost beside that one.
 BATCHES_BEHIND = 1
-# Threads that read input pictures; each may hold a large one before it is made smaller.
+# Threads that read input images; each may hold a large one before it is made smaller.
 READERS = 4
 FIRST = Attempt()
 
@@ -105,7 +105,7 @@ class Worker:
         self._recorder = Recorder(config.model, layout, pipeline.default_t5_sequence_length, loras.words)
 
     def make(self, shard: Shard, attempt: Attempt = FIRST) -> Callable[[], ShardResult]:
-        """Make the pictures of a shard; one that is committed already is left as it is.
+        """Make the images of a shard; one that is committed already is left as it is.
 
         Returns: what takes the shard to its commit. It may be called on another thread while the next shard is made.
         Raises: Stopped after stop(), with what was made in the staging area.
@@ -130,7 +130,7 @@ class Worker:
     def _finish(
         self, run: ShardRun, ending: Callable[[], Commit | None], held: ExitStack, started: float, device_s: float
     ) -> ShardResult:
-        """Take a shard whose pictures are made to its commit."""
+        """Take a shard whose images are made to its commit."""
         with held, self._finishing.at_work():
             commit = ending() or self._publish(run, device_s)
             run.clean()
@@ -155,7 +155,7 @@ class Worker:
         return run
 
     def _make(self, run: ShardRun, held: ExitStack) -> Callable[[], Commit | None]:
-        """Make all pictures of a shard. Returns: what waits until they are encoded and staged.
+        """Make all images of a shard. Returns: what waits until they are encoded and staged.
 
         That returns None, or the commit of whoever was first. While one batch is made, what the next starts from is
         read, the last is encoded and staged, and what other attempts at the shard have done is looked up.
@@ -166,13 +166,13 @@ class Worker:
         looking: Future[Commit | None] | None = None
         encoders = held.enter_context(ThreadPoolExecutor(self._num_encoders, "encode"))
         stager = held.enter_context(ThreadPoolExecutor(1, "stage"))
-        pictures = InputPictures(held.enter_context(ThreadPoolExecutor(READERS, "read")), self._read_picture)
+        images = InputImages(held.enter_context(ThreadPoolExecutor(READERS, "read")), self._read_image)
         for number, batch in enumerate(queue):
             if self._stopping.is_set():
                 _join(behind)
                 if commit := self._committed(run.index):
                     return partial(self._ended, run, behind, commit)  # of another driver's worker
-                raise Stopped(f"shard {run.name}: put aside with {len(run.pictures)} of {run.num_items} pictures")
+                raise Stopped(f"shard {run.name}: put aside with {len(run.images)} of {run.num_items} images")
             if looking and (commit := looking.result()):
                 return partial(self._ended, run, behind, commit)
             if not (items := run.begin(batch)):
@@ -183,7 +183,7 @@ class Worker:
             following = [] if run.is_careful else queue[number + 1 : number + 1 + READ_AHEAD]
             with run.announced(batch, self._name):
                 with self.tally.timed("input"):
-                    ready = pictures.join(items, [one.items for one in following])
+                    ready = images.join(items, [one.items for one in following])
                 with self.tally.timed("make"):
                     made = self._maker.make(ready)
             self._count_made(run, made)
@@ -214,11 +214,11 @@ class Worker:
     def _measure(self) -> int:
         return measured_batch_size(self._pipeline, self._config.sampling, self._making.beat)
 
-    def _read_picture(self, image: InputImage, size: tuple[int, int]) -> Any:
-        return load_picture(image, self._config.prompts.storage_options, size)
+    def _read_image(self, image: InputImage, size: tuple[int, int]) -> Any:
+        return load_image(image, self._config.prompts.storage_options, size)
 
     def _count_made(self, run: ShardRun, made: Sequence[Made]) -> None:
-        """Count a batch whose pictures are on their way to the encoders and to the staging area."""
+        """Count a batch whose images are on their way to the encoders and to the staging area."""
         errors = {run.key(one.item): one.outcome for one in made if isinstance(one.outcome, Exception)}
         self.tally.add("images", len(made) - len(errors))
         for key, error in errors.items():
@@ -228,17 +228,17 @@ class Worker:
         self.tally.shift("encode_queue", len(made))
         self.tally.shift("stage_queue", 1)
 
-    def _encode(self, run: ShardRun, made: Made) -> StagedPicture:
+    def _encode(self, run: ShardRun, made: Made) -> StagedImage:
         try:
             with self.tally.timed("encode"):
                 return run.finish(made)
         finally:
             self.tally.shift("encode_queue", -1)
 
-    def _stage(self, run: ShardRun, pictures: list[Future[StagedPicture]]) -> None:
+    def _stage(self, run: ShardRun, images: list[Future[StagedImage]]) -> None:
         try:
             with self.tally.timed("stage"):
-                run.stage(pictures)
+                run.stage(images)
         finally:
             self.tally.shift("stage_queue", -1)
         self._beat()
@@ -247,7 +247,7 @@ class Worker:
         self._finishing.beat()
         records = [run.records[place] for place in sorted(run.records)]
         with self.tally.timed("publish"):
-            return self._publisher.publish(run.index, records, run.pictures, run.scratch, device_s)
+            return self._publisher.publish(run.index, records, run.images, run.scratch, device_s)
 
     def _count(self, commit: Commit) -> None:
         if commit.worker == self._name:

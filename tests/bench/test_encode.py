@@ -7,21 +7,21 @@ import pytest
 from PIL import Image
 
 from flux_batch.bench import encode as module
-from flux_batch.bench.encode import bench_encode, encoders, format_encode, noisy_picture, smooth_picture
+from flux_batch.bench.encode import bench_encode, encoders, format_encode, noisy_image, smooth_image
 from flux_batch.bench.figures import alternated
 
 
-def test_every_level_and_format_is_measured_on_both_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_level_and_format_is_measured_on_both_images(monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count(0.0, 0.25)
     monkeypatch.setattr(module, "alternated", partial(alternated, clock=lambda: next(now)))
     figures = bench_encode(64, 2)
 
-    names = [result["encoder"] for result in figures["results"] if result["picture"] == "smooth"]
+    names = [result["encoder"] for result in figures["results"] if result["image"] == "smooth"]
     assert names[:10] == [f"Pillow PNG {level}" for level in range(10)]
     assert names[-3:] == ["Pillow JPEG 95", "Pillow WebP 95", "Pillow WebP lossless"]
     assert len(figures["results"]) == 2 * len(names)
-    for picture, make in (("smooth", smooth_picture), ("noise-like", noisy_picture)):
-        sizes = {result["encoder"]: result["bytes"] for result in figures["results"] if result["picture"] == picture}
+    for image, make in (("smooth", smooth_image), ("noise-like", noisy_image)):
+        sizes = {result["encoder"]: result["bytes"] for result in figures["results"] if result["image"] == image}
         assert sizes == {name: len(encode(make(64))) for name, encode in encoders()}
     assert {result["milliseconds"]["median"] for result in figures["results"]} == {250.0}
     assert {result["megabytes_of_pixels_per_second"] for result in figures["results"]} == {3 * 64 * 64 / 0.25 / 1e6}
@@ -30,14 +30,14 @@ def test_every_level_and_format_is_measured_on_both_pictures(monkeypatch: pytest
 
 def test_noise_is_what_compresses_badly() -> None:
     sizes = {
-        result["picture"]: result["bytes"] for result in bench_encode(64, 1)["results"] if "PNG 6" in result["encoder"]
+        result["image"]: result["bytes"] for result in bench_encode(64, 1)["results"] if "PNG 6" in result["encoder"]
     }
 
     assert sizes["noise-like"] > 1.5 * sizes["smooth"]
 
 
-@pytest.mark.parametrize("make", [smooth_picture, noisy_picture])
-def test_lossless_encoders_give_the_picture_back(make: object) -> None:
+@pytest.mark.parametrize("make", [smooth_image, noisy_image])
+def test_lossless_encoders_give_the_image_back(make: object) -> None:
     assert callable(make)
     pixels = make(32)
 

@@ -79,7 +79,7 @@ def test_a_job_on_ray_is_compared_with_ray_data() -> None:
 @pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_ray_data_makes_every_picture_once(tmp_path: Path) -> None:
+def test_ray_data_makes_every_image_once(tmp_path: Path) -> None:
     elsewhere(ray_data, Task(source=TINY, size=SIZE.here("ray"), engine="ray", folder=tmp_path))
 
     members = []

@@ -15,12 +15,12 @@ class Row:
 
     experiment: str
     store: str
-    pictures: int = 0  # asked for, over all runs of the experiment
+    images: int = 0  # asked for, over all runs of the experiment
     kills: int = 0  # processes and nodes ended by force, and survived
     faults: int = 0  # answers of a store, files or rows that were made bad
-    lost: int = 0  # pictures that were asked for, could be made, and are not there
-    doubled: int = 0  # pictures that a reader finds more than once
-    redone: int = 0  # pictures made beyond the first time
+    lost: int = 0  # images that were asked for, could be made, and are not there
+    doubled: int = 0  # images that a reader finds more than once
+    redone: int = 0  # images made beyond the first time
 
 
 class Figures:
@@ -34,7 +34,7 @@ class Figures:
         *,
         experiment: str,
         store: str,
-        pictures: int = 0,
+        images: int = 0,
         kills: int = 0,
         faults: int = 0,
         lost: int = 0,
@@ -45,7 +45,7 @@ class Figures:
         row = Row(
             experiment=experiment,
             store=store,
-            pictures=pictures,
+            images=images,
             kills=kills,
             faults=faults,
             lost=lost,
@@ -62,7 +62,7 @@ def table(rows: Iterable[Row]) -> list[str]:
         there = summed.get((row.experiment, row.store))
         summed[row.experiment, row.store] = row if there is None else _sum(there, row)
     lines = [
-        ["experiment", "store", "pictures", "kills survived", "faults injected", "lost", "doubled", "redone"],
+        ["experiment", "store", "images", "kills survived", "faults injected", "lost", "doubled", "redone"],
         *(_cells(row) for row in summed.values()),
     ]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -76,8 +76,8 @@ def _sum(one: Row, other: Row) -> Row:
 
 
 def _cells(row: Row) -> list[str]:
-    share = f" ({row.redone / row.pictures:.1%})" if row.redone and row.pictures else ""
-    counts = [row.pictures, row.kills, row.faults, row.lost, row.doubled]
+    share = f" ({row.redone / row.images:.1%})" if row.redone and row.images else ""
+    counts = [row.images, row.kills, row.faults, row.lost, row.doubled]
     return [row.experiment, row.store, *(f"{count:,}" for count in counts), f"{row.redone:,}{share}"]
 
 

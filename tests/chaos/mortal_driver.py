@@ -36,7 +36,7 @@ NAMES = [
     (r"_run/plan\.parquet", "plan"),
     (r"_run/staging/.*/try-.*", "announcement"),
     (r"_run/staging/.*", "staging"),
-    (r"train/.*/metadata.jsonl", "list of pictures"),
+    (r"train/.*/metadata.jsonl", "list of images"),
     (r"train/.*", "data"),
     (r"metadata/.*", "metadata"),
     (r"_run/failed/.*", "failed rows"),

@@ -22,7 +22,7 @@ OF_WORKER = ("worker", "device_s")
 
 @dataclass(frozen=True)
 class Found:
-    """What a reader finds: pictures that could be made and are not there, pictures that are there more than once."""
+    """What a reader finds: images that could be made and are not there, images that are there more than once."""
 
     lost: int
     doubled: int
@@ -68,7 +68,7 @@ def read_back(config: JobConfig, wanted: Counter[str], scratch: Path) -> Found:
     there: Counter[str] = Counter()
     failed: dict[str, tuple[str, str]] = {}
     for shard in range(run.num_shards):
-        stored = Counter(key for key, _ in run.pictures(shard, scratch))
+        stored = Counter(key for key, _ in run.images(shard, scratch))
         for row in run.metadata(shard):
             there[row["prompt"]] += stored.pop(row["key"], 0)
             if row["status"] == "failed":

@@ -1,6 +1,6 @@
-"""A fake pipeline that takes its time and writes down, outside of the output, which pictures it finished.
+"""A fake pipeline that takes its time and writes down, outside of the output, which images it finished.
 
-The folder `model.uri` has the log, one line a picture, how long a picture takes, and whether they are held up now. Its
+The folder `model.uri` has the log, one line an image, how long an image takes, and whether they are held up now. Its
 marks are those of the fakes.
 """
 
@@ -30,7 +30,7 @@ class PacedPipeline(FakePipeline):
         self._pace_s = float((folder / PACE).read_text())
 
     def __call__(self, prompt: Any, **others: Any) -> Any:
-        pictures = super().__call__(prompt, **others)
+        images = super().__call__(prompt, **others)
         time.sleep(self._pace_s * len(prompt))
         until = time.monotonic() + HOLD_S
         while self._hold.exists() and time.monotonic() < until:
@@ -40,7 +40,7 @@ class PacedPipeline(FakePipeline):
         handle = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(handle, lines)
         os.close(handle)
-        return pictures
+        return images
 
 
 def make_paced_pipeline(model: ModelConfig) -> PacedPipeline:
@@ -56,7 +56,7 @@ def model_folder(folder: Path, pace_s: float) -> Path:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Let no picture be finished meanwhile, as long as it takes."""
+    """Let no image be finished meanwhile, as long as it takes."""
     (folder / HOLD).touch()
     try:
         yield
@@ -65,7 +65,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def made(folder: Path) -> Counter[str]:
-    """Count how often each prompt became a picture."""
+    """Count how often each prompt became an image."""
     log = folder / LOG
     lines = log.read_text().splitlines() if log.exists() else []
     return Counter(line.partition(" ")[2] for line in lines)

@@ -58,7 +58,7 @@ class Sandbox:
         self.use(lambda model: FakePipeline())
 
     def use(self, make_pipeline: Callable[[ModelConfig], Any] | None) -> None:
-        """Let runs make pictures with this pipeline; None: with the real one."""
+        """Let runs make images with this pipeline; None: with the real one."""
         self._patch.setattr(job, "run", partial(self._run, make_pipeline=make_pipeline))
 
     def flux_batch(self, *arguments: str) -> Said:

@@ -19,7 +19,7 @@ DRIVE = Path(__file__).with_name("drive.py")
 BATCH = 4
 # In batches of four; the first two are in one batch, the others among good ones.
 BAD = {5: " [die]", 6: " [raise]", 13: " [oom]", 18: " [hang]"}
-ROWS = [{"prompt": f"picture {number}{BAD.get(number, '')}"} for number in range(24)]
+ROWS = [{"prompt": f"image {number}{BAD.get(number, '')}"} for number in range(24)]
 HANG_S = 1.5
 # Of one that ends its process: in its batch, and twice alone; the same for one that hangs.
 LOST_WORKERS = 6
@@ -54,7 +54,7 @@ def test_each_bad_row_costs_itself_alone_and_says_why(tmp_path: Path, figures: F
     figures.add(
         experiment="rows that do harm",
         store="disk",
-        pictures=len(ROWS),
+        images=len(ROWS),
         kills=LOST_WORKERS,
         faults=len(BAD),
         lost=found.lost,
@@ -63,14 +63,14 @@ def test_each_bad_row_costs_itself_alone_and_says_why(tmp_path: Path, figures: F
     )
     assert (found.lost, found.doubled) == (0, 0)
     assert {prompt: kind for prompt, (kind, _) in found.failed.items()} == {
-        "picture 5 [die]": "WorkerLost",
-        "picture 6 [raise]": "RuntimeError",
-        "picture 18 [hang]": "WorkerLost",
+        "image 5 [die]": "WorkerLost",
+        "image 6 [raise]": "RuntimeError",
+        "image 18 [hang]": "WorkerLost",
     }
     reasons = {prompt: message for prompt, (_, message) in found.failed.items()}
-    assert "its worker died" in reasons["picture 5 [die]"]
-    assert reasons["picture 6 [raise]"].startswith("asked to fail")
-    assert "no sign of life for" in reasons["picture 18 [hang]"]
-    # Of a batch that kills, the other pictures are made a second time at most.
+    assert "its worker died" in reasons["image 5 [die]"]
+    assert reasons["image 6 [raise]"].startswith("asked to fail")
+    assert "no sign of life for" in reasons["image 18 [hang]"]
+    # Of a batch that kills, the other images are made a second time at most.
     assert redone <= LOST_WORKERS * BATCH
     assert_verified(config)

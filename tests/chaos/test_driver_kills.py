@@ -19,8 +19,8 @@ from helpers.s3 import S3Server
 EXPERIMENT = "driver killed at a write"
 BATCH = 2
 # Three shards of five, four and one: two objects staged of the first, failed rows of two kinds in the second.
-ROWS: list[dict[str, Any]] = [{"prompt": f"picture {number}"} for number in range(11)]
-ROWS[6] = {"prompt": "picture 6 [raise]"}
+ROWS: list[dict[str, Any]] = [{"prompt": f"image {number}"} for number in range(11)]
+ROWS[6] = {"prompt": "image 6 [raise]"}
 ROWS[7] = {"prompt": None}
 WANTED = Counter(row["prompt"] for number, row in enumerate(ROWS) if number not in (6, 7))
 LAYOUTS = ["webdataset", "files", "parquet"]
@@ -119,7 +119,7 @@ class Experiment:
         self._figures.add(
             experiment=EXPERIMENT,
             store=places.name,
-            pictures=WANTED.total(),
+            images=WANTED.total(),
             kills=1,
             lost=found.lost,
             doubled=found.doubled,

@@ -1,4 +1,4 @@
-"""Model folders as no training wrote them: a sentence that says what is wrong, or pictures; never a traceback.
+"""Model folders as no training wrote them: a sentence that says what is wrong, or images; never a traceback.
 
 Any byte of any file may be another, and any value in a config, an index or a header; weights may be what no weight is.
 """

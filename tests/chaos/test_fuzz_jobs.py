@@ -70,7 +70,7 @@ CELLS: dict[str, st.SearchStrategy[Any]] = {
 @pytest.fixture
 def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     box = Sandbox(tmp_path, monkeypatch)
-    pq.write_table(pa.table({"prompt": [f"picture {number}" for number in range(5)]}), tmp_path / "prompts.parquet")
+    pq.write_table(pa.table({"prompt": [f"image {number}" for number in range(5)]}), tmp_path / "prompts.parquet")
     return box
 
 

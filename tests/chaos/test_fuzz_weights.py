@@ -1,4 +1,4 @@
-"""Weights as a wrong converter or a broken download leaves them: a sentence, or pictures; no traceback, no hang."""
+"""Weights as a wrong converter or a broken download leaves them: a sentence, or images; no traceback, no hang."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.ray
 DRIVE = Path(__file__).with_name("drive.py")
 BATCH = 4
 NODES = 3
-# A picture takes so long: some kills hit within a batch, some within what comes between.
+# An image takes so long: some kills hit within a batch, some within what comes between.
 PACE_S = 0.1
 LOOK_S = 0.05
 
@@ -106,7 +106,7 @@ def cluster() -> Iterator[Raylets]:
 
 
 def plan_kills(size: Size) -> list[tuple[int, str, float]]:
-    """Draw the kills: from how many pictures on, what, and how long after."""
+    """Draw the kills: from how many images on, what, and how long after."""
     dice = random.Random(size.seed)
     victims = ["worker"] * size.workers + ["driver"] * size.drivers + ["raylet"] * size.raylets
     dice.shuffle(victims)
@@ -136,12 +136,12 @@ def run_with_kills(size: Size, job: Path, model: Path, cluster: Raylets, said: P
     driver = Driver(job, cluster.address, said)
     plan = plan_kills(size)
     while not driver.is_done():
-        assert time.monotonic() < until, f"{kills}, {len(made(model))} pictures: {driver.said()[-4000:]}"
+        assert time.monotonic() < until, f"{kills}, {len(made(model))} images: {driver.said()[-4000:]}"
         time.sleep(LOOK_S)
         if plan and len(made(model)) >= plan[0][0]:
             _, victim, pause_s = plan[0]
             time.sleep(pause_s)
-            with held(model):  # to kill a node takes longer than to make many pictures
+            with held(model):  # to kill a node takes longer than to make many images
                 was_there = kill_one(victim, driver, cluster, dice)
             if was_there:  # else there is none just now: later
                 kills[victim] += 1
@@ -152,7 +152,7 @@ def run_with_kills(size: Size, job: Path, model: Path, cluster: Raylets, said: P
 
 def judge(size: Size, tmp_path: Path, cluster: Raylets, figures: Figures) -> None:
     model = model_folder(tmp_path / "model", PACE_S)
-    rows = [{"prompt": f"picture {number}"} for number in range(size.num_images)]
+    rows = [{"prompt": f"image {number}"} for number in range(size.num_images)]
     wanted = Counter(row["prompt"] for row in rows)
 
     def job(name: str) -> JobConfig:
@@ -174,7 +174,7 @@ def judge(size: Size, tmp_path: Path, cluster: Raylets, figures: Figures) -> Non
     figures.add(
         experiment="random kills on a cluster",
         store="disk",
-        pictures=size.num_images,
+        images=size.num_images,
         kills=kills.total(),
         lost=found.lost,
         doubled=found.doubled,

@@ -72,7 +72,7 @@ class Scene:
         self._bucket = server.make_bucket()
 
     def rows(self, count: int) -> list[dict[str, Any]]:
-        return [{"prompt": f"picture {number}"} for number in range(count)]
+        return [{"prompt": f"image {number}"} for number in range(count)]
 
     def job(self, name: str, count: int, options: dict[str, Any]) -> JobConfig:
         return make_job(
@@ -105,7 +105,7 @@ class Scene:
         figures.add(
             experiment=experiment,
             store=self.server.name,
-            pictures=count,
+            images=count,
             faults=num_faults,
             lost=found.lost,
             doubled=found.doubled,

@@ -28,7 +28,7 @@ from helpers.waiting import wait_until
 
 DRIVE = Path(__file__).with_name("drive.py")
 BATCH = 2
-ROWS = [{"prompt": f"picture {number}"} for number in range(24)]
+ROWS = [{"prompt": f"image {number}"} for number in range(24)]
 WANTED = Counter(row["prompt"] for row in ROWS)
 NUM_SHARDS = 6
 # Slower than stores on a busy machine, so that two drivers meet before one is done.
@@ -94,7 +94,7 @@ class Scene:
         figures.add(
             experiment=experiment,
             store=self.store_name,
-            pictures=WANTED.total(),
+            images=WANTED.total(),
             kills=kills,
             lost=found.lost,
             doubled=found.doubled,

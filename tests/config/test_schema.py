@@ -339,7 +339,7 @@ def test_secrets_of_overrides_show_in_no_message(override: str) -> None:
     assert "hush" not in refusal(MINIMAL, override)
 
 
-def test_identity_names_what_changes_pictures_and_nothing_else() -> None:
+def test_identity_names_what_changes_images_and_nothing_else() -> None:
     keys = parse(FULL).identity().keys()
 
     assert {f"sampling.{name}" for name in (*SAMPLING_FIELDS, "seed", "num_images_per_prompt")} <= keys
@@ -349,7 +349,7 @@ def test_identity_names_what_changes_pictures_and_nothing_else() -> None:
     assert not {"name", "output.uri", "prompts.uri", "model.cuda_graphs", "model.offload_text_encoders"} & keys
 
 
-def test_ways_to_start_from_a_picture() -> None:
+def test_ways_to_start_from_a_image() -> None:
     overrides = ["prompts.allow_http=true", "sampling.input_image=https://h/a.png", "sampling.denoising_strength=0.5"]
     job = parse(MINIMAL, *overrides)
 

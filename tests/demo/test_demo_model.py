@@ -93,7 +93,7 @@ def test_latents_have_no_mean_and_unit_variance(pipeline: FluxImagePipeline) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pictures_are_neither_flat_nor_broken(dtype: torch.dtype) -> None:
+def test_images_are_neither_flat_nor_broken(dtype: torch.dtype) -> None:
     pipe = FluxImagePipeline.from_pretrained("demo", torch_dtype=dtype, device="cpu")
 
     pixels = pipe(
@@ -104,21 +104,21 @@ def test_pictures_are_neither_flat_nor_broken(dtype: torch.dtype) -> None:
     assert pixels.std(dim=(2, 3)).min() > 0.1
 
 
-def test_pictures_depend_on_prompt_and_seed(pipeline: FluxImagePipeline) -> None:
-    def picture(prompt: str, seed: int) -> Any:
+def test_images_depend_on_prompt_and_seed(pipeline: FluxImagePipeline) -> None:
+    def image(prompt: str, seed: int) -> Any:
         size: dict[str, Any] = {"height": 128, "width": 128, "num_inference_steps": 4, "t5_sequence_length": 48}
         return pipeline(prompt=prompt, seed=seed, output_type="np", **size).astype(float)
 
-    first = picture(PROMPT, 0)
+    first = image(PROMPT, 0)
 
-    assert np.abs(first - picture(PROMPT, 0)).max() == 0
-    assert np.abs(first - picture("a huge black heart at the top on a pink background", 0)).mean() > 20
-    assert np.abs(first - picture(PROMPT, 1)).mean() > 0
+    assert np.abs(first - image(PROMPT, 0)).max() == 0
+    assert np.abs(first - image("a huge black heart at the top on a pink background", 0)).mean() > 20
+    assert np.abs(first - image(PROMPT, 1)).mean() > 0
 
 
 @pytest.mark.parametrize(("width", "height"), [(128, 128), (192, 128)])
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
-def test_diffusers_makes_the_same_picture(
+def test_diffusers_makes_the_same_image(
     pipeline: FluxImagePipeline, peer: Any, width: int, height: int, cfg_scale: float
 ) -> None:
     same: dict[str, Any] = {
@@ -137,7 +137,7 @@ def test_diffusers_makes_the_same_picture(
     assert largest_difference(ours, theirs) <= 1
 
 
-def test_diffusers_makes_the_same_picture_when_nothing_is_said(pipeline: FluxImagePipeline, peer: Any) -> None:
+def test_diffusers_makes_the_same_image_when_nothing_is_said(pipeline: FluxImagePipeline, peer: Any) -> None:
     same: dict[str, Any] = {"prompt": PROMPT, "width": 128, "height": 128, "num_inference_steps": 4}
 
     (theirs,) = peer(**same, generator=torch.Generator().manual_seed(5)).images
@@ -145,14 +145,14 @@ def test_diffusers_makes_the_same_picture_when_nothing_is_said(pipeline: FluxIma
     assert largest_difference(pipeline(**same, seed=5), theirs) <= 1
 
 
-def test_the_original_layout_gives_the_same_pictures(pipeline: FluxImagePipeline, tmp_path: Path) -> None:
+def test_the_original_layout_gives_the_same_images(pipeline: FluxImagePipeline, tmp_path: Path) -> None:
     write_original(tmp_path)
     original = FluxImagePipeline.from_pretrained(str(tmp_path), torch_dtype=torch.float32, device="cpu")
     settings: dict[str, Any] = {"width": 128, "height": 128, "num_inference_steps": 3, "t5_sequence_length": 48}
 
-    pictures = [pipe(prompt=PROMPT, seed=2, output_type="np", **settings) for pipe in (pipeline, original)]
+    images = [pipe(prompt=PROMPT, seed=2, output_type="np", **settings) for pipe in (pipeline, original)]
 
-    assert np.array_equal(*pictures)
+    assert np.array_equal(*images)
 
 
 def write_original(folder: Path) -> None:

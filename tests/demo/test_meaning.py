@@ -1,6 +1,6 @@
-"""Do pictures show what prompts say? The demo model's are read back, with and without what trades quality for speed.
+"""Do images show what prompts say? The demo model's are read back, with and without what trades quality for speed.
 
-Captions are of shapes in colours that no training picture had them in. What takes minutes is marked `long`: `make
+Captions are of shapes in colours that no training image had them in. What takes minutes is marked `long`: `make
 test-long` runs it.
 """
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.demo.paths import demo_lora_path
-from flux_batch.demo.score import pictures_of, score_model
+from flux_batch.demo.score import images_of, score_model
 from flux_batch.demo.world.captions import SCORED, captions
 from flux_batch.demo.world.reading import colour_share
 from flux_batch.demo.world.scorer import score_all
@@ -28,7 +28,7 @@ from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted
 from flux_batch.images import encode
 from flux_batch.job import run
-from flux_batch.output.partial_read import read_pictures
+from flux_batch.output.partial_read import read_images
 from flux_batch.pipeline.pipeline import FluxImagePipeline
 from flux_batch.storage.store import Store
 from helpers.job_files import make_job, metadata
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.timeout(400)
 
 
 # Strict: the day the model has seen enough of it, this says so.
-seldom_seen = pytest.mark.xfail(strict=True, reason="of the pictures the model was trained on, 12 % were that large")
+seldom_seen = pytest.mark.xfail(strict=True, reason="of the images the model was trained on, 12 % were that large")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,8 +62,8 @@ def pipeline() -> FluxImagePipeline:
 
 
 @pytest.fixture(scope="module")
-def pictures(pipeline: FluxImagePipeline) -> list[Image.Image]:
-    return list(pictures_of(pipeline, SOME, BATCH, SETTINGS))
+def images(pipeline: FluxImagePipeline) -> list[Image.Image]:
+    return list(images_of(pipeline, SOME, BATCH, SETTINGS))
 
 
 @pytest.mark.long
@@ -73,24 +73,24 @@ def test_nine_of_ten_facts_of_unseen_captions_hold(pipeline: FluxImagePipeline) 
     assert scores.share() >= 0.9, str(scores)
 
 
-def test_pictures_show_what_is_said(pictures: list[Image.Image]) -> None:
-    scores = score_all(SOME, pictures)
+def test_images_show_what_is_said(images: list[Image.Image]) -> None:
+    scores = score_all(SOME, images)
 
     assert scores.share() >= 0.9, str(scores)
 
 
-def test_guidance_1_says_less(pipeline: FluxImagePipeline, pictures: list[Image.Image]) -> None:
+def test_guidance_1_says_less(pipeline: FluxImagePipeline, images: list[Image.Image]) -> None:
     scores = score_model(pipeline, SOME, BATCH, SETTINGS | {"embedded_guidance": 1.0})
 
-    assert scores.share() < score_all(SOME, pictures).share()
+    assert scores.share() < score_all(SOME, images).share()
 
 
 def test_a_negative_colour_goes_away(pipeline: FluxImagePipeline) -> None:
-    without_colour = ["a large star in the centre", "a picture of a huge square", "a triangle left of a ring"]
+    without_colour = ["a large star in the centre", "an image of a huge square", "a triangle left of a ring"]
     same: dict[str, Any] = SETTINGS | {"prompt": without_colour * 10, "seed": list(range(30)), "cfg_scale": 3.0}
 
     plain, without_red = (
-        sum(colour_share(picture, "red") > 0.01 for picture in pipeline(**same, negative_prompt=negative))
+        sum(colour_share(image, "red") > 0.01 for image in pipeline(**same, negative_prompt=negative))
         for negative in ("", "something red")
     )
 
@@ -106,10 +106,10 @@ def test_other_sizes_show_what_is_said(pipeline: FluxImagePipeline, size: tuple[
     assert scores.share() >= 0.8, str(scores)
 
 
-def test_batches_change_no_fact(pipeline: FluxImagePipeline, pictures: list[Image.Image]) -> None:
-    one_by_one = list(pictures_of(pipeline, SOME[:8], 1, SETTINGS))
+def test_batches_change_no_fact(pipeline: FluxImagePipeline, images: list[Image.Image]) -> None:
+    one_by_one = list(images_of(pipeline, SOME[:8], 1, SETTINGS))
 
-    assert score_all(SOME[:8], one_by_one).facts == score_all(SOME[:8], pictures[:8]).facts
+    assert score_all(SOME[:8], one_by_one).facts == score_all(SOME[:8], images[:8]).facts
 
 
 @pytest.mark.long
@@ -135,10 +135,10 @@ def test_a_job_that_is_stopped_and_gone_on_with_changes_no_score_in_any_format(
     with pytest.raises(Interrupted):
         run(config, engine=LocalEngine(), make_pipeline=stopping, stop=stop)
     assert run(config, engine=LocalEngine()).num_new_images in range(1, 12)
-    stored = [stored_picture(config, row) for row in metadata(config)]
+    stored = [stored_image(config, row) for row in metadata(config)]
 
-    exact = list(pictures_of(load(torch.bfloat16), some, 3, SETTINGS))
-    alike = [decode(encode(np.asarray(picture), config.output.image, {})) for picture in exact]
+    exact = list(images_of(load(torch.bfloat16), some, 3, SETTINGS))
+    alike = [decode(encode(np.asarray(image), config.output.image, {})) for image in exact]
     assert score_all(some, stored).facts == score_all(some, alike).facts
     # What a lossy format does may make a fact that hardly held, or hardly did not, appear the other way.
     most_moved = 0.0 if image_type == "png" else 0.02
@@ -146,36 +146,34 @@ def test_a_job_that_is_stopped_and_gone_on_with_changes_no_score_in_any_format(
 
 
 @pytest.mark.parametrize("quantization", ["fp8", pytest.param("fp8_matmul", marks=pytest.mark.long)])
-def test_fp8_costs_little(quantization: str, pictures: list[Image.Image]) -> None:
+def test_fp8_costs_little(quantization: str, images: list[Image.Image]) -> None:
     lossy = load(torch.bfloat16, quantization=quantization)
-    made = list(pictures_of(lossy, SOME, BATCH, SETTINGS))
+    made = list(images_of(lossy, SOME, BATCH, SETTINGS))
 
-    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(made, pictures, strict=True))
-    assert score_all(SOME, made).share() >= score_all(SOME, pictures).share() - MOST_LOST
-
-
-def test_the_step_cache_costs_little(pipeline: FluxImagePipeline, pictures: list[Image.Image]) -> None:
-    made = list(pictures_of(pipeline, SOME, BATCH, SETTINGS | {"step_cache": 0.1}))
-
-    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(made, pictures, strict=True))
-    assert score_all(SOME, made).share() >= score_all(SOME, pictures).share() - MOST_LOST
+    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(made, images, strict=True))
+    assert score_all(SOME, made).share() >= score_all(SOME, images).share() - MOST_LOST
 
 
-def test_the_lora_makes_blueprints_and_leaves_no_trace(
-    pipeline: FluxImagePipeline, pictures: list[Image.Image]
-) -> None:
+def test_the_step_cache_costs_little(pipeline: FluxImagePipeline, images: list[Image.Image]) -> None:
+    made = list(images_of(pipeline, SOME, BATCH, SETTINGS | {"step_cache": 0.1}))
+
+    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(made, images, strict=True))
+    assert score_all(SOME, made).share() >= score_all(SOME, images).share() - MOST_LOST
+
+
+def test_the_lora_makes_blueprints_and_leaves_no_trace(pipeline: FluxImagePipeline, images: list[Image.Image]) -> None:
     pipeline.load_lora(demo_lora_path())
-    blueprints = list(pictures_of(pipeline, SOME[:8], BATCH, SETTINGS))
+    blueprints = list(images_of(pipeline, SOME[:8], BATCH, SETTINGS))
     pipeline.unload_loras()
-    after = list(pictures_of(pipeline, SOME[:8], BATCH, SETTINGS))
+    after = list(images_of(pipeline, SOME[:8], BATCH, SETTINGS))
 
     blue, white = (mean_share(blueprints, colour) for colour in ("blue", "white"))
     assert blue > 0.5
     assert white > 0.02
-    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(after, pictures[:8], strict=True))
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(after, images[:8], strict=True))
 
 
-def test_four_steps_are_enough_to_see_what_it_is(pipeline: FluxImagePipeline, pictures: list[Image.Image]) -> None:
+def test_four_steps_are_enough_to_see_what_it_is(pipeline: FluxImagePipeline, images: list[Image.Image]) -> None:
     scores = score_model(pipeline, SOME[:16], BATCH, SETTINGS | {"num_inference_steps": 4})
 
     assert scores.share() >= 0.6, str(scores)
@@ -199,9 +197,9 @@ class StoppedSoon:
         return self._pipeline(*args, **others)
 
 
-def stored_picture(config: JobConfig, row: dict[str, Any]) -> Image.Image:
+def stored_image(config: JobConfig, row: dict[str, Any]) -> Image.Image:
     sizes = {row["key"]: row["bytes"]}
-    ((_, data),) = read_pictures(Store(config.output.uri), row["file_name"], sizes)
+    ((_, data),) = read_images(Store(config.output.uri), row["file_name"], sizes)
     return decode(data)
 
 

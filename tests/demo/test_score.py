@@ -11,14 +11,14 @@ from flux_batch.demo.world.captions import captions
 from flux_batch.demo.world.drawing import draw
 
 
-def test_pictures_are_saved_with_what_is_wrong_in_each(tmp_path: Path) -> None:
+def test_images_are_saved_with_what_is_wrong_in_each(tmp_path: Path) -> None:
     first, second = captions(2, seed=3, held_out=True)
     image = draw(first.scene, 128, 128, random.Random(0))
 
-    save(tmp_path / "pictures", [first, second], [image, image])
+    save(tmp_path / "images", [first, second], [image, image])
 
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["000.png", "001.png", "captions.txt"]
-    right, wrong = (tmp_path / "pictures" / "captions.txt").read_text().splitlines()
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["000.png", "001.png", "captions.txt"]
+    right, wrong = (tmp_path / "images" / "captions.txt").read_text().splitlines()
     assert right == f"000  {first.text}  [all holds]"
     assert wrong.startswith(f"001  {second.text}  [")
     assert ", not " in wrong
@@ -29,7 +29,7 @@ def test_scores_and_settings_are_written_as_json(tmp_path: Path, capsys: pytest.
 
     written = json.loads((tmp_path / "s.json").read_text())
     assert (written["settings"]["width"], written["settings"]["num_inference_steps"]) == (96, 1)
-    assert written["scores"]["num_pictures"] == 1
+    assert written["scores"]["num_images"] == 1
     assert f"{100 * written['scores']['share']:.1f} %" in capsys.readouterr().out
 
 

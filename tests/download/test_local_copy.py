@@ -42,7 +42,7 @@ FILES = {
     "vae/model.safetensors": os.urandom(300_001),
     "top.safetensors": os.urandom(500_003),
 }
-CLUTTER = {"picture.jpg": b"x", "vae/deeper/model.safetensors": b"y", "other/model.safetensors": b"z"}
+CLUTTER = {"image.jpg": b"x", "vae/deeper/model.safetensors": b"y", "other/model.safetensors": b"z"}
 # As many ranges as a large file has.
 CHUNK = 65_536
 
@@ -282,7 +282,7 @@ def test_two_processes_fetch_once(bucket: Remote, proxy: Proxy) -> None:
     (folder,) = folders
     assert {name: data for name, data in read(Path(folder.strip())).items() if name in FILES} == FILES
     ranges = proxy.gets()
-    assert len(ranges) == len(set(ranges)) == 1 + 1 + 5 + 8 + 1  # the picture too
+    assert len(ranges) == len(set(ranges)) == 1 + 1 + 5 + 8 + 1  # the image too
 
 
 @pytest.mark.s3

@@ -90,8 +90,8 @@ class TestDownload:
                 "models/FLUX/FLUX.1-dev/flux1-dev.safetensors",
             ]
         )
-        picture = latents(FluxImagePipeline.from_model_manager(manager))
-        assert torch.equal(picture, latents(FluxImagePipeline.from_pretrained("models/FLUX/FLUX.1-dev", **CPU)))
+        image = latents(FluxImagePipeline.from_model_manager(manager))
+        assert torch.equal(image, latents(FluxImagePipeline.from_pretrained("models/FLUX/FLUX.1-dev", **CPU)))
         files = {name: data for name, data in read(Path("models/FLUX/FLUX.1-dev")).items() if name[0] != "."}
         assert files == {name: repository[name] for name in files}
         assert {name for name in repository if name not in files} == {

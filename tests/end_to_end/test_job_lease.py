@@ -21,8 +21,8 @@ from helpers.fakes import HOLD, make_fake_pipeline
 from helpers.job_files import data_files, make_job, metadata, write_job
 from helpers.s3 import Bucket
 
-# Ten shards of two pictures; a driver that is held has made five of them, and is in the middle of the sixth.
-ROWS = [{"prompt": f"picture {number}" + (" [hold]" if number == 10 else "")} for number in range(20)]
+# Ten shards of two images; a driver that is held has made five of them, and is in the middle of the sixth.
+ROWS = [{"prompt": f"image {number}" + (" [hold]" if number == 10 else "")} for number in range(20)]
 SECTIONS: dict[str, Any] = {"output": {"shard_size": 2}, "workers": {"batch_size": 2}}
 NUM_BEFORE = 5
 

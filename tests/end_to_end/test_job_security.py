@@ -77,8 +77,8 @@ def test_no_secret_of_a_job_is_written_or_logged(
     assert "not a public address" in found[0]["error_message"]
     assert found[3]["model"] == "https://host/flux.safetensors"
     assert found[3]["lora"] == "https://civitai.com/api/download/models/7"
-    pictures = [data for name, data in read_all(Path(config.output.uri)).items() if name.startswith("train/")]
-    assert any(b"civitai.com/api/download/models/7" in data for data in pictures)  # they could hold one
+    images = [data for name, data in read_all(Path(config.output.uri)).items() if name.startswith("train/")]
+    assert any(b"civitai.com/api/download/models/7" in data for data in images)  # they could hold one
     assert written_secrets(Path(config.output.uri)) == []
     assert main(["status", config.output.uri]) == main(["verify", config.output.uri]) == 0
     printed = capsys.readouterr()
@@ -86,7 +86,7 @@ def test_no_secret_of_a_job_is_written_or_logged(
 
 
 def test_prompts_may_have_a_signed_address_and_its_signature_may_change(tmp_path: Path) -> None:
-    table = pa.Table.from_pylist([{"prompt": f"picture {number}"} for number in range(6)])
+    table = pa.Table.from_pylist([{"prompt": f"image {number}"} for number in range(6)])
     pq.write_table(table, tmp_path / "p.parquet")
     with hub_server() as hub:
         config = make_job(tmp_path, prompts={"uri": signed(hub, tmp_path / "p.parquet", SECRET)})

@@ -10,7 +10,7 @@ from helpers.fakes import DEATH_EXIT
 from helpers.job_files import data_files, make_job, metadata, write_job
 
 # Of five shards, the third can be held in the middle.
-ROWS = [{"prompt": f"picture {number}" + (" [hold]" if number == 10 else "")} for number in range(20)]
+ROWS = [{"prompt": f"image {number}" + (" [hold]" if number == 10 else "")} for number in range(20)]
 
 
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.ray)])
@@ -38,7 +38,7 @@ def test_a_driver_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path: Path,
 
 
 def test_a_process_that_dies_within_a_shard_leaves_what_it_made(tmp_path: Path, drive: Drive) -> None:
-    rows = [{"prompt": f"picture {number}" + (" [die once]" if number == 7 else "")} for number in range(10)]
+    rows = [{"prompt": f"image {number}" + (" [die once]" if number == 7 else "")} for number in range(10)]
     whole, killed = (
         make_job(tmp_path / name, rows, output={"shard_size": 10}, model={"uri": str(tmp_path)})
         for name in ("whole", "killed")
@@ -59,7 +59,7 @@ def test_a_process_that_dies_within_a_shard_leaves_what_it_made(tmp_path: Path, 
 
 @pytest.mark.ray
 def test_a_worker_that_dies_in_the_middle_costs_nothing(tmp_path: Path, drive: Drive) -> None:
-    rows = [{"prompt": f"picture {number}" + (" [die once]" if number == 5 else "")} for number in range(16)]
+    rows = [{"prompt": f"image {number}" + (" [die once]" if number == 5 else "")} for number in range(16)]
     config = make_job(tmp_path, rows, model={"uri": str(tmp_path)})
     assert drive(write_job(config, tmp_path / "job.yaml"), engine="ray").end()[0] == 0
     assert (tmp_path / "died").exists()

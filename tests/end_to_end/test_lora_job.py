@@ -21,7 +21,7 @@ from flux_batch.job import located, run
 from flux_batch.report.status import read_status
 from flux_batch.report.summary import RunReport
 from flux_batch.storage.store import Store
-from helpers.fakes import FakePipeline, fake_picture
+from helpers.fakes import FakePipeline, fake_image
 from helpers.job_files import data_files, make_job, metadata
 from helpers.lora_files import random_factors, write_lora
 from helpers.tiny_flux import TinyFlux, make_tiny_repository
@@ -70,7 +70,7 @@ def test_loras_are_exchanged_no_more_often_for_other_sizes(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_pictures_do_not_depend_on_order_and_batches(tmp_path: Path, batch_size: int) -> None:
+def test_images_do_not_depend_on_order_and_batches(tmp_path: Path, batch_size: int) -> None:
     choices = [{"lora": "style", "lora_scale": scale / 4} for scale in range(4)] + [
         {"lora": lora, "lora_scale": None} for lora in ("", None)
     ]
@@ -88,15 +88,15 @@ def test_pictures_do_not_depend_on_order_and_batches(tmp_path: Path, batch_size:
 
 
 def pixels(config: JobConfig, row: dict[str, Any]) -> bytes:
-    """Read a picture of a run in the layout `webdataset`."""
+    """Read an image of a run in the layout `webdataset`."""
     import io
     import tarfile
 
     with tarfile.open(Path(config.output.uri) / row["file_name"]) as tar:
         member = tar.extractfile(f"{row['key']}.png")
         assert member is not None
-        with Image.open(io.BytesIO(member.read())) as picture:
-            return np.asarray(picture).tobytes()
+        with Image.open(io.BytesIO(member.read())) as image:
+            return np.asarray(image).tobytes()
 
 
 def test_a_job_without_loras_does_not_know_the_word(tmp_path: Path) -> None:
@@ -107,8 +107,8 @@ def test_a_job_without_loras_does_not_know_the_word(tmp_path: Path) -> None:
     assert pipeline.lora_calls == []
     row = metadata(config)[0]
     assert (row["lora"], row["lora_scale"]) == (None, None)
-    picture = fake_picture("picture 0", seed=row["seed"], width=16, height=16, num_inference_steps=2)
-    assert pixels(config, row) == picture.tobytes()
+    image = fake_image("image 0", seed=row["seed"], width=16, height=16, num_inference_steps=2)
+    assert pixels(config, row) == image.tobytes()
 
 
 def test_a_lora_that_cannot_be_read_fails_its_rows_alone(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_relative_paths_of_loras_mean_the_folder_of_the_caller(tmp_path: Path, m
     ]
 
 
-def test_pictures_say_their_lora(tmp_path: Path) -> None:
+def test_images_say_their_lora(tmp_path: Path) -> None:
     config = make_job(tmp_path, [{"prompt": "x"}], model={"loras": [STYLE]}, output={"format": "files"})
     render(config)
 

@@ -71,7 +71,7 @@ def load(repository: Path) -> Load:
     return load_once
 
 
-def pictures(pipe: FluxImagePipeline, **options: Any) -> np.ndarray[Any, Any]:
+def images(pipe: FluxImagePipeline, **options: Any) -> np.ndarray[Any, Any]:
     return np.stack(pipe(PROMPTS, seed=SEEDS, **SMALL | options)).astype(int)
 
 
@@ -159,12 +159,12 @@ class TestNarrowWeights:
 
 class TestQuantization:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-    def test_fp8_weights_give_nearly_the_same_pictures(self, load: Load, dtype: str) -> None:
-        exact, quantised = pictures(load("float32")), pictures(load(dtype, "fp8"))
+    def test_fp8_weights_give_nearly_the_same_images(self, load: Load, dtype: str) -> None:
+        exact, quantised = images(load("float32")), images(load(dtype, "fp8"))
         assert 0 < difference(quantised, exact) < 3
 
     def test_fp8_products_cost_more_and_not_much(self, load: Load) -> None:
-        assert difference(pictures(load("bfloat16", "fp8_matmul")), pictures(load("float32"))) < 4
+        assert difference(images(load("bfloat16", "fp8_matmul")), images(load("float32"))) < 4
 
     def test_which_layers_it_is(self, load: Load) -> None:
         pipe = load("bfloat16", "fp8_matmul")
@@ -176,10 +176,10 @@ class TestQuantization:
         assert pipe.torch_dtype == torch.bfloat16
 
     @pytest.mark.parametrize("quantization", ["fp8", "fp8_matmul"])
-    def test_a_picture_does_not_depend_on_its_neighbours(self, load: Load, quantization: str) -> None:
+    def test_a_image_does_not_depend_on_its_neighbours(self, load: Load, quantization: str) -> None:
         pipe = load("bfloat16", quantization)
         alone = [pipe([prompt], seed=[seed], **SMALL)[0] for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
-        assert difference(np.stack(alone).astype(int), pictures(pipe)) < 1
+        assert difference(np.stack(alone).astype(int), images(pipe)) < 1
 
     def test_the_dtype_that_diffsynths_scripts_ask_for(self, repository: Path) -> None:
         manager = ModelManager(torch.bfloat16, "cpu")
@@ -221,18 +221,18 @@ class TestQuantization:
 
 class TestFloat16:
     def test_it_is_near_float32(self, load: Load) -> None:
-        assert difference(pictures(load("float16")), pictures(load("float32"))) < 1
+        assert difference(images(load("float16")), images(load("float32"))) < 1
         assert load("float16").autoencoder.decoder.conv_in.weight.dtype == torch.float32
 
     @pytest.mark.parametrize("quantization", ["none", "fp8"])
-    def test_streams_that_overflow_still_make_pictures(
+    def test_streams_that_overflow_still_make_images(
         self, loud_repository: Path, quantization: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pipe = FluxImagePipeline.from_pretrained(
             loud_repository, torch_dtype="float16", device="cpu", quantization=quantization
         )
-        for picture in pictures(pipe):
-            assert picture.std() > 5
+        for image in images(pipe):
+            assert image.std() > 5
         monkeypatch.setattr(layers, "finite", lambda x: x)
         latents = pipe(PROMPTS, seed=SEEDS, **SMALL | {"output_type": "latent"})
         assert not latents.isfinite().all()  # so the test above could fail
@@ -247,41 +247,41 @@ class TestFloat16:
 class TestStepCache:
     def test_0_is_off(self, load: Load) -> None:
         pipe = load("float32")
-        assert np.array_equal(pictures(pipe, step_cache=0.0), pictures(pipe))
+        assert np.array_equal(images(pipe, step_cache=0.0), images(pipe))
 
-    def test_a_high_threshold_changes_pictures_and_a_low_one_does_not(self, load: Load) -> None:
+    def test_a_high_threshold_changes_images_and_a_low_one_does_not(self, load: Load) -> None:
         pipe = load("float32")
-        assert difference(pictures(pipe, step_cache=1.0), pictures(pipe)) > 0
-        assert np.array_equal(pictures(pipe, step_cache=1e-9), pictures(pipe))
+        assert difference(images(pipe, step_cache=1.0), images(pipe)) > 0
+        assert np.array_equal(images(pipe, step_cache=1e-9), images(pipe))
 
     @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
-    def test_a_picture_does_not_depend_on_its_neighbours(self, load: Load, cfg_scale: float) -> None:
+    def test_a_image_does_not_depend_on_its_neighbours(self, load: Load, cfg_scale: float) -> None:
         pipe, options = load("float32"), {"step_cache": 0.4, "cfg_scale": cfg_scale}
         alone = [
             pipe([prompt], seed=[seed], **SMALL, **options)[0] for prompt, seed in zip(PROMPTS, SEEDS, strict=True)
         ]
-        assert np.abs(np.stack(alone).astype(int) - pictures(pipe, **options)).max() <= 1
+        assert np.abs(np.stack(alone).astype(int) - images(pipe, **options)).max() <= 1
 
     def test_the_pipelines_own_threshold_holds_for_calls_that_name_none(self, load: Load, repository: Path) -> None:
         pipe = FluxImagePipeline.from_pretrained(repository, torch_dtype="float32", device="cpu", step_cache=1.0)
-        assert np.array_equal(pictures(pipe), pictures(load("float32"), step_cache=1.0))
-        assert np.array_equal(pictures(pipe, step_cache=0), pictures(load("float32")))
+        assert np.array_equal(images(pipe), images(load("float32"), step_cache=1.0))
+        assert np.array_equal(images(pipe, step_cache=0), images(load("float32")))
 
-    def test_it_works_from_a_picture(self, load: Load) -> None:
+    def test_it_works_from_a_image(self, load: Load) -> None:
         image = Image.new("RGB", (48, 32), "red")
-        made = pictures(load("float32"), step_cache=1.0, input_image=image, denoising_strength=0.7)
+        made = images(load("float32"), step_cache=1.0, input_image=image, denoising_strength=0.7)
         assert made.shape == (3, 32, 48, 3)
 
     @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "much"])
     def test_other_thresholds_are_refused(self, load: Load, value: Any) -> None:
         with pytest.raises(InvalidSetting, match="step_cache = "):
-            pictures(load("float32"), step_cache=value)
+            images(load("float32"), step_cache=value)
 
 
 class TestJob:
     LOSSY: ClassVar[dict[str, Any]] = {"uri": "demo", "quantization": "fp8", "step_cache": 0.1}
 
-    def test_what_was_traded_is_in_the_metadata_and_in_the_pictures(self, tmp_path: Path) -> None:
+    def test_what_was_traded_is_in_the_metadata_and_in_the_images(self, tmp_path: Path) -> None:
         job = make_job(tmp_path, [{"prompt": "a"}, {"prompt": ""}], model=self.LOSSY, output={"format": "files"})
         run(job, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
         rows = metadata(job)

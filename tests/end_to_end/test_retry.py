@@ -23,7 +23,7 @@ from helpers.job_files import data_files, make_job, metadata
 from helpers.mortal import Death, Life, MortalStore
 
 FAILING = [2, 5, 8]
-ROWS = [{"prompt": f"picture {number}" + (" [raise]" if number in FAILING else "")} for number in range(12)]
+ROWS = [{"prompt": f"image {number}" + (" [raise]" if number in FAILING else "")} for number in range(12)]
 LAYOUTS = ["webdataset", "files", "parquet"]
 
 
@@ -59,7 +59,7 @@ def healed(config: JobConfig, making: Making | None = None, **options: Any) -> R
 
 @pytest.fixture(params=LAYOUTS)
 def failed(request: pytest.FixtureRequest, tmp_path: Path) -> JobConfig:
-    """A complete run of three shards, one picture failed in each of the first two and in the third."""
+    """A complete run of three shards, one image failed in each of the first two and in the third."""
     config = job(tmp_path / "failed", request.param)
     report = run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
     assert (report.is_complete, report.num_failed) == (True, 3)
@@ -126,7 +126,7 @@ def at_of(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def test_a_kill_at_any_write_of_it_loses_no_picture(
+def test_a_kill_at_any_write_of_it_loses_no_image(
     failed: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = job(tmp_path / "whole", failed.output.format)

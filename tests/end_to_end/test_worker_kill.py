@@ -21,7 +21,7 @@ from helpers.job_files import data_files, make_job, metadata
 from helpers.mortal import Death, Life, open_worker, staged
 
 BATCH = 2
-ROWS = [{"prompt": f"picture {number}"} for number in range(7)] + [{"prompt": "bad [raise]"}, {"prompt": None}]
+ROWS = [{"prompt": f"image {number}"} for number in range(7)] + [{"prompt": "bad [raise]"}, {"prompt": None}]
 MAKEABLE = 7
 
 
@@ -111,7 +111,7 @@ def test_a_worker_killed_again_and_again_still_gets_on(tmp_path: Path, monkeypat
 
 # --- in buckets
 
-PROMPTS = [f"picture {number}" for number in range(8)]
+PROMPTS = [f"image {number}" for number in range(8)]
 
 
 def bucket_job(folder: Path, server: Any, name: str) -> JobConfig:
@@ -125,7 +125,7 @@ def objects(config: JobConfig) -> dict[str, bytes]:
 
 
 @pytest.mark.s3
-def test_staged_pictures_are_adopted_from_a_bucket(
+def test_staged_images_are_adopted_from_a_bucket(
     tmp_path: Path, s3_store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, killed = bucket_job(tmp_path, s3_store, "whole"), bucket_job(tmp_path, s3_store, "killed")

@@ -27,7 +27,7 @@ GPU_ONLY = {"ray_node_gpus_utilization"}
 SAMPLE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 # So many that two workers take several times as long as the driver waits before it looks after them.
-NUM_PICTURES = 60
+NUM_IMAGES = 60
 
 
 class Scraped:
@@ -66,14 +66,14 @@ class Scraped:
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
-    """What a run of some seconds exported: NUM_PICTURES, and 3 rows that fail."""
+    """What a run of some seconds exported: NUM_IMAGES, and 3 rows that fail."""
     import ray
 
     # Without "local", it would join a cluster that another test has started with `ray start`.
     often = {"metrics_report_interval_ms": 300}
     ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, _system_config=often)
     exported = Scraped(ray.nodes()[0]["MetricsExportPort"])
-    rows: list[dict[str, Any]] = [{"prompt": f"picture {number} [slow]"} for number in range(NUM_PICTURES)]
+    rows: list[dict[str, Any]] = [{"prompt": f"image {number} [slow]"} for number in range(NUM_IMAGES)]
     rows += [{"prompt": "[raise]"}, {"prompt": "[raise] again"}, {"prompt": None}]
     config = make_job(tmp_path_factory.mktemp("run"), rows, failures={"max_ratio": 0.5})
     config = config.model_copy(update={"name": "nightly"})
@@ -96,11 +96,11 @@ def test_every_figure_is_exported_under_its_name(scraped: Scraped) -> None:
 
 def test_sums_are_those_of_the_run(scraped: Scraped) -> None:
     # A worker is killed once its last shard is told, before it exports what that added.
-    assert 0.5 * NUM_PICTURES <= scraped.total("ray_flux_batch_images_total") <= NUM_PICTURES
+    assert 0.5 * NUM_IMAGES <= scraped.total("ray_flux_batch_images_total") <= NUM_IMAGES
     assert scraped.total("ray_flux_batch_failures_total", 'error_type="RuntimeError"') in (0, 1, 2)
     stages = {series[2] for series in scraped.series if series[0] == "ray_flux_batch_stage_seconds_total"}
     assert stages == {f'stage="{name}"' for name in ("read", "input", "make", "wait", "encode", "stage", "publish")}
-    assert scraped.total("ray_flux_batch_stage_seconds_total", 'stage="make"') > 0.5 * NUM_PICTURES * 0.1
+    assert scraped.total("ray_flux_batch_stage_seconds_total", 'stage="make"') > 0.5 * NUM_IMAGES * 0.1
 
 
 def test_levels_fall_to_nothing_when_the_run_is_over(scraped: Scraped) -> None:

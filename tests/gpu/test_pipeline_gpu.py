@@ -44,14 +44,14 @@ def no_tf32() -> Iterator[None]:
         yield
 
 
-def test_float32_gives_the_latents_and_pictures_of_the_cpu(repository: Path, expected: torch.Tensor) -> None:
+def test_float32_gives_the_latents_and_images_of_the_cpu(repository: Path, expected: torch.Tensor) -> None:
     pipe = FluxImagePipeline.from_pretrained(repository, torch.float32, "cuda")
     latents = pipe(PROMPTS, seed=SEEDS, output_type="latent", **SMALL)
     assert latents.is_cuda
     torch.testing.assert_close(latents.cpu(), expected, atol=1e-3, rtol=0)
     on_cpu = FluxImagePipeline.from_pretrained(repository, torch.float32, "cpu")
-    pictures = [one(PROMPTS, seed=SEEDS, output_type="np", **SMALL) for one in (pipe, on_cpu)]
-    assert np.abs(np.stack(pictures[0]).astype(int) - np.stack(pictures[1]).astype(int)).max() <= 1
+    images = [one(PROMPTS, seed=SEEDS, output_type="np", **SMALL) for one in (pipe, on_cpu)]
+    assert np.abs(np.stack(images[0]).astype(int) - np.stack(images[1]).astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -74,12 +74,12 @@ def test_the_autoencoder_is_laid_out_for_its_convolutions(repository: Path) -> N
     assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in convolutions)
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(repository: Path) -> None:
+def test_a_image_does_not_depend_on_its_neighbours(repository: Path) -> None:
     pipe = FluxImagePipeline.from_pretrained(repository, torch.float32, "cuda")
     together = pipe(PROMPTS, seed=SEEDS, cfg_scale=[1.0, 2.0, 1.0], output_type="np", **SMALL)
-    for prompt, seed, scale, picture in zip(PROMPTS, SEEDS, [1.0, 2.0, 1.0], together, strict=True):
+    for prompt, seed, scale, image in zip(PROMPTS, SEEDS, [1.0, 2.0, 1.0], together, strict=True):
         alone = pipe(prompt, seed=seed, cfg_scale=scale, output_type="np", **SMALL)
-        assert np.abs(picture.astype(int) - alone.astype(int)).max() <= 1
+        assert np.abs(image.astype(int) - alone.astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
@@ -144,7 +144,7 @@ def test_running_out_of_memory_is_told_and_survived(repository: Path) -> None:
     pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda")
     pipe("x", seed=1, **SMALL)
     torch.cuda.empty_cache()
-    # A quarter of a gigabyte at most on the largest devices; this picture needs more.
+    # A quarter of a gigabyte at most on the largest devices; this image needs more.
     torch.cuda.set_per_process_memory_fraction(0.001)
     try:
         with pytest.raises(OutOfMemory):

@@ -70,7 +70,7 @@ Drive: TypeAlias = Callable[..., Driver]
 
 
 class Hold:
-    """Keeps the pictures with `[hold]` in their prompt waiting, in every process with this environment."""
+    """Keeps the images with `[hold]` in their prompt waiting, in every process with this environment."""
 
     def __init__(self, folder: Path) -> None:
         self.environment = {HOLD: str(folder)}
@@ -79,7 +79,7 @@ class Hold:
         (folder / "hold").touch()
 
     def wait_for(self, pid: int) -> None:
-        """Wait until a process is in the middle of such a picture."""
+        """Wait until a process is in the middle of such an image."""
         wait_until(lambda: (self._folder / f"held-{pid}").exists())
 
     def release(self) -> None:

@@ -1,4 +1,4 @@
-"""A pipeline that computes no FLUX: its picture is a cheap function of the request alone.
+"""A pipeline that computes no FLUX: its image is a cheap function of the request alone.
 
 Marks in a prompt make it misbehave: `[raise]` fails the whole call, `[oom]` runs out of memory in a batch of more than
 one, `[oom whole]` in one that is not tiled, `[die]` ends the process, `[die once]` only the first that meets it (a file
@@ -27,7 +27,7 @@ HOLD = "FAKE_PIPELINE_HOLD"
 CLIP_CHARACTERS, T5_CHARACTERS = 77, 512
 
 
-def fake_picture(
+def fake_image(
     prompt: str,
     *,
     negative_prompt: str = "",
@@ -40,7 +40,7 @@ def fake_picture(
     input_image: Any = None,
     **others: Any,
 ) -> Pixels:
-    """Compute the picture (uint8, h w 3) of a request."""
+    """Compute the image (uint8, h w 3) of a request."""
     request = (prompt, negative_prompt, seed, width, height, num_inference_steps, embedded_guidance, cfg_scale)
     if input_image is not None or others:
         start = None if input_image is None else np.asarray(input_image).tobytes()
@@ -94,7 +94,7 @@ class FakePipeline:
         for text in prompt:
             self._misbehave(text, len(prompt), is_tiled=others.get("tiled", False))
         return [
-            fake_picture(
+            fake_image(
                 text,
                 negative_prompt=negative,
                 seed=number,
@@ -118,7 +118,7 @@ class FakePipeline:
         ]
 
     def set_loras(self, loras: Sequence[tuple[str, float]]) -> None:
-        """Make pictures with these; of what is called `missing` or `away`, raise what a real one raises."""
+        """Make images with these; of what is called `missing` or `away`, raise what a real one raises."""
         for uri, _ in loras:
             if "missing" in uri:
                 raise CheckpointError(f"{uri} is not there")

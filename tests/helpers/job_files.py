@@ -20,9 +20,9 @@ def write_prompts(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def make_job(folder: Path, rows: list[dict[str, Any]] | None = None, **sections: dict[str, Any]) -> JobConfig:
-    """Make a small job in `folder`: prompts in prompts.parquet, output in out, 16 x 16 pictures, shards of 4."""
+    """Make a small job in `folder`: prompts in prompts.parquet, output in out, 16 x 16 images, shards of 4."""
     if rows is None:
-        rows = [{"prompt": f"picture {number}"} for number in range(10)]
+        rows = [{"prompt": f"image {number}"} for number in range(10)]
     uri = str(write_prompts(folder / "prompts.parquet", rows))
     tree: dict[str, dict[str, Any]] = {
         "prompts": {"uri": uri},

@@ -67,7 +67,7 @@ class MortalStore(Store):
 
 
 class MortalPipeline(FakePipeline):
-    """Counts the pictures it lived to finish; a prompt with `[die]` ends it.
+    """Counts the images it lived to finish; a prompt with `[die]` ends it.
 
     The device is slower than the store: no batch is finished before the last one is stored.
     """
@@ -81,14 +81,14 @@ class MortalPipeline(FakePipeline):
     def __call__(self, prompt: Any, **others: Any) -> Any:
         if not (self._begun and self._begun[-1] >= set(prompt)):  # else it is a part of one that failed
             self._begun.append(set(prompt))
-        pictures = super().__call__([text.replace("[die]", "") for text in prompt], **others)
+        images = super().__call__([text.replace("[die]", "") for text in prompt], **others)
         with self._life.has_written:
             assert self._life.has_written.wait_for(self._is_last_stored, PATIENCE_S)
         if any("[die]" in text for text in prompt):
             self._life.end()
         self._life.check()
         self.made += prompt
-        return pictures
+        return images
 
     def _is_last_stored(self) -> bool:
         return self._life.is_over or self._num_staged() >= len(self._begun) - 1

@@ -91,7 +91,7 @@ def test_loras_are_compared_at_the_scales_of_the_rows(tmp_path: Path) -> None:
     assert {row["seed"] for row in rows} == {11}
 
 
-def test_pictures_stay_nearer_to_the_one_they_start_from_the_less_is_noised_over(tmp_path: Path) -> None:
+def test_images_stay_nearer_to_the_one_they_start_from_the_less_is_noised_over(tmp_path: Path) -> None:
     config = load("img2img.yaml", f"output.uri={tmp_path}/out", "sampling.num_inference_steps=6", *DRAWABLE)
 
     assert run(config, engine=LocalEngine()).num_failed == 0

@@ -22,13 +22,13 @@ SCRIPT = Path(__file__).parents[2] / "jobs/ray_data_stage.py"
 
 
 def pixels(data: bytes) -> bytes:
-    with Image.open(io.BytesIO(data)) as picture:
-        return np.asarray(picture).tobytes()
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image).tobytes()
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-def test_a_pipeline_makes_the_pictures_of_the_job(tmp_path: Path) -> None:
+def test_a_pipeline_makes_the_images_of_the_job(tmp_path: Path) -> None:
     rows = [{"id": f"row-{at}", "prompt": "a red circle", "seed": None if at % 2 else at, "tag": at} for at in range(6)]
     rows[3]["prompt"] = " "
     config = make_job(
@@ -41,7 +41,7 @@ def test_a_pipeline_makes_the_pictures_of_the_job(tmp_path: Path) -> None:
     )
     assert run(config, engine=LocalEngine()).num_failed == 1
     of_job = metadata(config)
-    job, output = write_job(config, tmp_path / "job.yaml"), tmp_path / "pictures"
+    job, output = write_job(config, tmp_path / "job.yaml"), tmp_path / "images"
 
     said = subprocess.run(
         [sys.executable, str(SCRIPT), str(job), str(output)],

@@ -1,6 +1,6 @@
 """jobs/ on a real cluster: two nodes, its job server, and buckets as operators have them.
 
-Needs no GPU: the demo model makes small pictures.
+Needs no GPU: the demo model makes small images.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def autoencoder() -> AutoEncoder:
 
 @pytest.fixture(scope="module")
 def decoded(autoencoder: AutoEncoder) -> torch.Tensor:
-    """The picture at the end of the golden denoising."""
+    """The image at the end of the golden denoising."""
     model = filled(Flux(FLUX))
     text = Conditioning(tensor("in.txt", (1, 7, 24)), tensor("in.vec", (1, 32)))
     sigmas, guidance = make_sigmas(4, 24, DEV_SCHEDULE), torch.tensor([3.5])
@@ -58,10 +58,10 @@ def test_decoding_is_golden(decoded: torch.Tensor) -> None:
 
 
 def test_rounding_to_uint8_is_golden(decoded: torch.Tensor) -> None:
-    picture = to_uint8(decoded)[0].transpose(2, 0, 1).astype(int)
+    image = to_uint8(decoded)[0].transpose(2, 0, 1).astype(int)
     # A value within 1e-6 of a half may round either way on another CPU.
-    assert abs(int(picture.sum()) - 2396151) <= 3
-    assert picture.ravel()[:6].tolist() == [172, 184, 180, 177, 153, 157]
+    assert abs(int(image.sum()) - 2396151) <= 3
+    assert image.ravel()[:6].tolist() == [172, 184, 180, 177, 153, 157]
 
 
 def test_uint8_is_clamped_and_rounded_half_to_even() -> None:
@@ -72,7 +72,7 @@ def test_uint8_is_clamped_and_rounded_half_to_even() -> None:
     assert values[7:] == [2, 255]
 
 
-def test_every_picture_of_a_batch_is_decoded_alike(autoencoder: AutoEncoder) -> None:
+def test_every_image_of_a_batch_is_decoded_alike(autoencoder: AutoEncoder) -> None:
     latents = tensor("in.noise", (2, 16, 4, 6))
     together = autoencoder.decode(latents)
     for i in range(2):

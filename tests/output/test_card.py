@@ -14,7 +14,7 @@ def test_datasets_loads_an_output_by_its_card(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets
 
-    rows = [{"prompt": f"picture {number}", "class": None if number == 1 else "x"} for number in range(6)]
+    rows = [{"prompt": f"image {number}", "class": None if number == 1 else "x"} for number in range(6)]
     config = make_job(
         tmp_path, [*rows, {"prompt": None}], prompts={"passthrough": ["class"]}, output={"format": layout}
     )
@@ -24,5 +24,5 @@ def test_datasets_loads_an_output_by_its_card(tmp_path: Path, monkeypatch: pytes
     loaded = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     samples = [sample.get("json") or sample for sample in loaded]
     # imagefolder promises no order.
-    assert sorted(sample["prompt"] for sample in samples) == [f"picture {number}" for number in range(6)]
+    assert sorted(sample["prompt"] for sample in samples) == [f"image {number}" for number in range(6)]
     assert all((sample.get("png") or sample["image"]).size == (16, 16) for sample in loaded)

@@ -21,7 +21,7 @@ from flux_batch.output.commits import Commits, Publisher
 from flux_batch.output.layouts import image_key, layout_for, unpack, unpack_metadata
 from flux_batch.records import Commit, ImageRecord, StoredFile
 from flux_batch.storage.store import Store
-from helpers.fakes import fake_picture
+from helpers.fakes import fake_image
 
 FORMATS = ["webdataset", "files", "parquet"]
 PASSTHROUGH = pa.schema([("Schlüssel", pa.string())])
@@ -38,7 +38,7 @@ class FragileStore(Store):
     def __init__(self, uri: str, last: int) -> None:
         super().__init__(uri)
         self._left = last
-        self._turn = threading.Lock()  # pictures are written side by side
+        self._turn = threading.Lock()  # images are written side by side
 
     def write(self, key: str, data: bytes | Path) -> None:
         self._count()
@@ -64,13 +64,13 @@ class Attempt:
         self.layout = layout_for(self.output, PASSTHROUGH)
         folder.mkdir(parents=True)
         self.records: list[ImageRecord] = []
-        self.pictures: dict[str, Path] = {}
+        self.images: dict[str, Path] = {}
         for row, prompt in enumerate(PROMPTS):
             self._make(row, prompt, rounding, prompt in fails)
 
     def publish(self, store: Store, worker: str = "host:1") -> Commit:
         publisher = Publisher(Commits(store, 1), self.layout, PASSTHROUGH, worker)
-        return publisher.publish(0, self.records, self.pictures, self.scratch)
+        return publisher.publish(0, self.records, self.images, self.scratch)
 
     def _make(self, row: int, prompt: str, rounding: int, fails: bool) -> None:
         key = image_key("00000", row, 0)
@@ -89,12 +89,10 @@ class Attempt:
             passthrough={"Schlüssel": f"ü{row}"},
         )
         if not fails:
-            data = encode(
-                fake_picture(prompt, seed=row + rounding, width=32, height=16), self.output.image, {"key": key}
-            )
+            data = encode(fake_image(prompt, seed=row + rounding, width=32, height=16), self.output.image, {"key": key})
             path = self.scratch / key
             path.write_bytes(data)
-            self.pictures[key] = path
+            self.images[key] = path
             record = replace(
                 record,
                 status="success",
@@ -236,7 +234,7 @@ def test_a_row_that_failed_for_one_attempt_alone_has_one_story(
     rows = check_consistent(store, layout)
     if not first:
         assert {row["status"] for row in rows} == {"success"}
-    elif layout != "files":  # the tar stands without the picture
+    elif layout != "files":  # the tar stands without the image
         assert [row["error_type"] for row in rows if row["status"] == "failed"] == ["Superseded"]
 
 

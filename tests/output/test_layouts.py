@@ -33,7 +33,7 @@ from flux_batch.output.layouts import (
 )
 from flux_batch.records import ImageRecord
 from flux_batch.storage.passthrough import as_json, portable
-from helpers.fakes import fake_picture
+from helpers.fakes import fake_image
 
 FORMATS = ["webdataset", "files", "parquet"]
 PROMPTS = ["plain", 'say "cheese",\nplease', "猫と犬 🐈‍⬛", "x" * 2000, "a\x01b", "plain"]
@@ -68,19 +68,19 @@ COLUMNS: dict[str, tuple[pa.DataType, list[Any]]] = {
     ),
     "nothing": (pa.null(), [None] * 6),
     "prompt": (pa.string(), ["shadows", "a", "column", "of", "the", "metadata"]),
-    "image": (pa.string(), ["shadows", "the", "picture", "of", "Parquet", "files"]),
+    "image": (pa.string(), ["shadows", "the", "image", "of", "Parquet", "files"]),
     "dots.in it": (pa.int64(), [1, 2, 3, 4, 5, 6]),
 }
 PASSTHROUGH = pa.schema([(name, kind) for name, (kind, _) in COLUMNS.items()])
 
 
 def make_samples(folder: Path, output: OutputConfig, prompts: Sequence[str] = PROMPTS) -> list[Sample]:
-    """Encode a picture for each prompt."""
+    """Encode an image for each prompt."""
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     for row, prompt in enumerate(prompts):
         record = make_record(row, prompt)
-        data = encode(fake_picture(prompt, seed=row, width=32, height=16), output.image, {"prompt": prompt})
+        data = encode(fake_image(prompt, seed=row, width=32, height=16), output.image, {"prompt": prompt})
         path = folder / record.key
         path.write_bytes(data)
         samples.append(Sample(with_file(record, data), path))
@@ -130,7 +130,7 @@ def pack(
     scratch = folder / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
     records = [sample.record for sample in samples]
-    for files in (layout.pack(shard, samples, scratch), layout.list_pictures(shard, records, scratch)):
+    for files in (layout.pack(shard, samples, scratch), layout.list_images(shard, records, scratch)):
         for key, path in files:
             target = folder / key
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def load(loader: str, tmp_path: Path, **data: str) -> Any:
 def test_packing_twice_gives_the_same_bytes(tmp_path: Path, layout: str) -> None:
     output = output_of(layout)
     packed = [
-        files_under(pack(tmp_path / str(turn), output, make_samples(tmp_path / f"pictures{turn}", output)) / "train")
+        files_under(pack(tmp_path / str(turn), output, make_samples(tmp_path / f"images{turn}", output)) / "train")
         for turn in range(2)
     ]
 
@@ -162,16 +162,16 @@ def test_packing_twice_gives_the_same_bytes(tmp_path: Path, layout: str) -> None
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_unpacking_gives_the_pictures_that_were_packed(tmp_path: Path, layout: str) -> None:
+def test_unpacking_gives_the_images_that_were_packed(tmp_path: Path, layout: str) -> None:
     output = output_of(layout, image=ImageConfig(type="jpeg"))
-    samples = make_samples(tmp_path / "pictures", output)
+    samples = make_samples(tmp_path / "images", output)
     chosen = layout_for(output, PASSTHROUGH)
     (tmp_path / "scratch").mkdir()
 
     files = dict(chosen.pack("00000", samples, tmp_path / "scratch"))
 
     assert set(files) == {chosen.file_name("00000", sample.record.key) for sample in samples}
-    files |= dict(chosen.list_pictures("00000", [sample.record for sample in samples], tmp_path / "scratch"))
+    files |= dict(chosen.list_images("00000", [sample.record for sample in samples], tmp_path / "scratch"))
     keys = [sample.record.key for sample in samples]
     assert [name for name, _ in chosen.entries("00000", files)] == list(chosen.names(keys))
     assert unpack(chosen, "00000", files) == {sample.record.key: sample.path.read_bytes() for sample in samples}
@@ -179,7 +179,7 @@ def test_unpacking_gives_the_pictures_that_were_packed(tmp_path: Path, layout: s
 
 def test_a_tar_has_nothing_of_the_moment_or_the_machine_in_it(tmp_path: Path) -> None:
     output = output_of("webdataset")
-    pack(tmp_path, output, make_samples(tmp_path / "pictures", output))
+    pack(tmp_path, output, make_samples(tmp_path / "images", output))
 
     with tarfile.open(tmp_path / "train/00000.tar") as tar:
         members = tar.getmembers()
@@ -196,7 +196,7 @@ def test_a_tar_has_nothing_of_the_moment_or_the_machine_in_it(tmp_path: Path) ->
 
 def test_the_json_of_all_samples_has_one_set_of_keys_and_types_and_no_nulls(tmp_path: Path) -> None:
     output = output_of("webdataset")
-    pack(tmp_path, output, make_samples(tmp_path / "pictures", output))
+    pack(tmp_path, output, make_samples(tmp_path / "images", output))
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
@@ -232,7 +232,7 @@ def test_webdataset_reads_the_tars(tmp_path: Path, image_type: str) -> None:
     import webdataset
 
     output = output_of("webdataset", image=ImageConfig(type=image_type))  # type: ignore[arg-type]
-    samples = make_samples(tmp_path / "pictures", output)
+    samples = make_samples(tmp_path / "images", output)
     pack(tmp_path, output, samples)
 
     url = str(tmp_path / "train/00000.tar")
@@ -245,20 +245,20 @@ def test_webdataset_reads_the_tars(tmp_path: Path, image_type: str) -> None:
     assert rows[5]["json"]["seed"] == samples[5].record.seed
 
 
-def check_pictures(rows: Any, prompts: Sequence[str], picture: str) -> None:
+def check_images(rows: Any, prompts: Sequence[str], image: str) -> None:
     assert len(rows) == len(prompts)
     for row, prompt in enumerate(prompts):
-        expected = fake_picture(prompt, seed=row, width=32, height=16)
-        assert np.array_equal(np.asarray(rows[row][picture]), expected)
+        expected = fake_image(prompt, seed=row, width=32, height=16)
+        assert np.array_equal(np.asarray(rows[row][image]), expected)
 
 
 def test_datasets_loads_the_tars(tmp_path: Path) -> None:
     output = output_of("webdataset")
-    pack(tmp_path, output, make_samples(tmp_path / "pictures", output))
+    pack(tmp_path, output, make_samples(tmp_path / "images", output))
 
     rows = load("webdataset", tmp_path, data_files=str(tmp_path / "train/*.tar"))
 
-    check_pictures(rows, PROMPTS, "png")
+    check_images(rows, PROMPTS, "png")
     assert [row["txt"] for row in rows] == PROMPTS
     assert [row["json"]["number"] for row in rows] == [1.0, 0.0, 2.5, 0.0, 0.0, 0.0]
     assert [row["json"]["tags"] for row in rows] == [[], [], ["a", ""], ["ü"], [], ["b", "c"]]
@@ -267,12 +267,12 @@ def test_datasets_loads_the_tars(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("layout", "loader"), [("files", "imagefolder"), ("parquet", "parquet")])
 def test_datasets_loads_folders_and_parquet_files_with_their_types(tmp_path: Path, layout: str, loader: str) -> None:
     output = output_of(layout)
-    pack(tmp_path, output, make_samples(tmp_path / "pictures", output))
+    pack(tmp_path, output, make_samples(tmp_path / "images", output))
 
     where = {"imagefolder": {"data_dir": str(tmp_path / "train")}, "parquet": {"data_files": str(tmp_path / "train/*")}}
     rows = load(loader, tmp_path, **where[loader])
 
-    check_pictures(rows, PROMPTS, "image")
+    check_images(rows, PROMPTS, "image")
     assert [row["prompt"] for row in rows] == PROMPTS
     for name, (kind, values) in COLUMNS.items():
         found = [row[passthrough_name(name)] for row in rows]
@@ -300,7 +300,7 @@ def test_shards_whose_values_look_different_load_as_one_set(tmp_path: Path, layo
 
 def test_parquet_has_row_groups_that_viewers_can_page_through(tmp_path: Path) -> None:
     output = output_of("parquet")
-    pack(tmp_path, output, make_samples(tmp_path / "pictures", output, [f"p{number}" for number in range(201)]))
+    pack(tmp_path, output, make_samples(tmp_path / "images", output, [f"p{number}" for number in range(201)]))
 
     file = pq.ParquetFile(tmp_path / "train/00000.parquet")
     assert [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)] == [100, 100, 1]
@@ -345,7 +345,7 @@ def test_values_of_other_types_fit_the_columns_they_were_merged_into() -> None:
     assert row["number"] == float(2**60)
 
 
-def test_names_of_shards_and_pictures_sort_and_have_no_dots() -> None:
+def test_names_of_shards_and_images_sort_and_have_no_dots() -> None:
     assert shard_name(7, 8) == shard_name(7, 100_000) == "00007"
     assert shard_name(7, 100_001) == "000007"
     assert image_key("00007", 12, 0) == "000070012"

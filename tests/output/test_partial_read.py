@@ -8,7 +8,7 @@ import pytest
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import NotFound
 from flux_batch.job import run
-from flux_batch.output.partial_read import BLOCK, StoredFileReader, read_pictures
+from flux_batch.output.partial_read import BLOCK, StoredFileReader, read_images
 from flux_batch.storage.store import Store
 from helpers.fakes import make_fake_pipeline
 from helpers.job_files import make_job, metadata
@@ -29,7 +29,7 @@ class Meter(Store):
 def render(folder: Path, layout: str, side: int = 16, **output: Any) -> dict[str, dict[str, Any]]:
     config = make_job(
         folder,
-        [{"prompt": f"picture {number}"} for number in range(16)],
+        [{"prompt": f"image {number}"} for number in range(16)],
         output={"uri": str(folder / "out"), "shard_size": 16, "format": layout, **output},
         sampling={"width": side, "height": side, "num_inference_steps": 1},
     )
@@ -38,31 +38,29 @@ def render(folder: Path, layout: str, side: int = 16, **output: Any) -> dict[str
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "parquet", "files"])
-def test_some_pictures_are_read_and_not_the_others(
-    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_some_images_are_read_and_not_the_others(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flux_batch.output.layouts.IMAGES_PER_ROW_GROUP", 4)
     rows = render(tmp_path, layout, side=256)
     store = Meter(str(tmp_path / "out"))
     key = list(rows)[3]
     row = rows[key]
-    pictures = dict(read_pictures(store, row["file_name"], {key: row["bytes"]}))
+    images = dict(read_images(store, row["file_name"], {key: row["bytes"]}))
 
-    assert list(pictures) == [key]
-    assert len(pictures[key]) == row["bytes"]
-    assert hashlib.sha256(pictures[key]).hexdigest() == row["sha256"]
-    # A picture of noise has some 200 kB; of the others before it no more than the block around a header is read.
+    assert list(images) == [key]
+    assert len(images[key]) == row["bytes"]
+    assert hashlib.sha256(images[key]).hexdigest() == row["sha256"]
+    # An image of noise has some 200 kB; of the others before it no more than the block around a header is read.
     assert row["bytes"] > 2.5 * BLOCK
     total = sum(each["bytes"] for each in rows.values())
     assert store.num_bytes < total / 2.5
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "parquet"])
-def test_pictures_come_in_the_order_of_the_file_and_unknown_ones_not(tmp_path: Path, layout: str) -> None:
+def test_images_come_in_the_order_of_the_file_and_unknown_ones_not(tmp_path: Path, layout: str) -> None:
     rows = render(tmp_path, layout)
     keys = [list(rows)[number] for number in (15, 0, 7)]
     sizes = {key: rows[key]["bytes"] for key in keys} | {"999999999": 5}
-    found = dict(read_pictures(Store(str(tmp_path / "out")), rows[keys[0]]["file_name"], sizes))
+    found = dict(read_images(Store(str(tmp_path / "out")), rows[keys[0]]["file_name"], sizes))
     assert list(found) == sorted(keys)
     assert all(hashlib.sha256(data).hexdigest() == rows[key]["sha256"] for key, data in found.items())
 
@@ -70,7 +68,7 @@ def test_pictures_come_in_the_order_of_the_file_and_unknown_ones_not(tmp_path: P
 def test_more_than_is_recorded_is_not_read(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.write("train/00000/1.png", bytes(1000))
-    assert dict(read_pictures(store, "train/00000/1.png", {"1": 10})) == {"1": bytes(11)}
+    assert dict(read_images(store, "train/00000/1.png", {"1": 10})) == {"1": bytes(11)}
 
 
 def test_a_stored_file_reads_like_a_file(tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from flux_batch.output.staging import StagedPicture, Staging, staged_record
+from flux_batch.output.staging import StagedImage, Staging, staged_record
 from flux_batch.storage.store import Store
 
-PICTURES = [
-    StagedPicture(
+IMAGES = [
+    StagedImage(
         "000030000", {"prompt": "猫 \x01", "seed": 2**61, "cfg_scale": 0.1, "t5_truncated": True}, b"\0png" * 9
     ),
-    StagedPicture("000030001", {"error_type": "RowError", "error_message": "no"}, b""),
+    StagedImage("000030001", {"error_type": "RowError", "error_message": "no"}, b""),
 ]
 
 
@@ -28,38 +28,38 @@ def object_path(staging: Staging, name: str) -> Path:
 
 
 def test_what_is_staged_comes_back(staging: Staging) -> None:
-    name = staging.put(3, PICTURES)
+    name = staging.put(3, IMAGES)
 
     assert staging.list(3).objects == {name}
-    assert staging.read(3, name) == PICTURES
+    assert staging.read(3, name) == IMAGES
     assert staging.list(2).objects == frozenset()
     assert staging.shards() == {3}
 
 
 def test_writers_never_meet(staging: Staging) -> None:
-    names = {staging.put(3, PICTURES) for _ in range(3)}
+    names = {staging.put(3, IMAGES) for _ in range(3)}
 
     assert staging.list(3).objects == names
     assert len(names) == 3
 
 
 def test_damage_at_any_byte_makes_the_object_worth_nothing(staging: Staging) -> None:
-    name = staging.put(3, PICTURES)
+    name = staging.put(3, IMAGES)
     path = object_path(staging, name)
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        assert staging.read(3, name) in ([], PICTURES), place  # some bytes of Parquet carry no meaning
+        assert staging.read(3, name) in ([], IMAGES), place  # some bytes of Parquet carry no meaning
     for length in range(0, len(whole), 50):
         path.write_bytes(whole[:length])
         assert staging.read(3, name) == []
-    for pictured in (b"\0png" * 9, "猫".encode(), b"000030001"):
-        path.write_bytes(whole.replace(pictured, bytes([pictured[0] ^ 1]) + pictured[1:]))
+    for imaged in (b"\0png" * 9, "猫".encode(), b"000030001"):
+        path.write_bytes(whole.replace(imaged, bytes([imaged[0] ^ 1]) + imaged[1:]))
         assert staging.read(3, name) == []
 
 
 def test_what_another_removed_holds_nothing(staging: Staging) -> None:
-    name = staging.put(3, PICTURES)
+    name = staging.put(3, IMAGES)
     staging.remove(3)
 
     assert staging.read(3, name) == ()
@@ -70,7 +70,7 @@ def test_announcements_left_behind_are_counted_by_label(staging: Staging) -> Non
     staging.announce(3, "000030000_1", "host:2")
     staging.announce(3, "b4", "host:2")
     lived = staging.announce(3, "000030001", "host:2")
-    name = staging.put(3, PICTURES)
+    name = staging.put(3, IMAGES)
     assert staging.list(3).tries == Counter({"000030000_1": 2, "b4": 1, "000030001": 1})
 
     staging.withdraw(lived)
@@ -81,9 +81,9 @@ def test_announcements_left_behind_are_counted_by_label(staging: Staging) -> Non
 
 
 def test_removing_empties_one_shard(staging: Staging) -> None:
-    staging.put(3, PICTURES)
+    staging.put(3, IMAGES)
     staging.announce(3, "b4", "host:2")
-    name = staging.put(4, PICTURES)
+    name = staging.put(4, IMAGES)
 
     staging.remove(3)
     staging.remove(3)
@@ -110,7 +110,7 @@ def test_a_row_of_the_metadata_can_be_staged_as_a_record_can() -> None:
 @pytest.mark.s3
 def test_in_a_bucket(s3_store: Any) -> None:
     staging = Staging(Store(s3_store.uri, s3_store.storage_options), 9)
-    names = {staging.put(3, PICTURES), staging.put(3, PICTURES[:1])}
+    names = {staging.put(3, IMAGES), staging.put(3, IMAGES[:1])}
     staging.announce(3, "b0", "host:1")
 
     assert staging.list(3).objects == names

@@ -1,4 +1,4 @@
-"""LoRAs by their addresses, in the manager and the pipeline, and in pictures."""
+"""LoRAs by their addresses, in the manager and the pipeline, and in images."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def same(a: Any, b: Any) -> bool:
     return all(np.array_equal(one, other) for one, other in zip(a, b, strict=True))
 
 
-def test_pictures_with_and_without(pipe: FluxImagePipeline, style: Path, words: Path) -> None:
+def test_images_with_and_without(pipe: FluxImagePipeline, style: Path, words: Path) -> None:
     plain = pipe(**CALL)
 
     pipe.load_lora(style, 0.8)

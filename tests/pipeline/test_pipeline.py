@@ -80,8 +80,8 @@ def with_graphs(pipe: FluxImagePipeline, recorder: GraphRecorder) -> FluxImagePi
     return FluxImagePipeline(*parts, graphs=CudaGraphs(pipe.transformer, recorder))
 
 
-def noise_picture(width: int, height: int) -> Image.Image:
-    values = tensor("in.picture", (height, width, 3)).add(1).mul(127.5).to(torch.uint8)
+def noise_image(width: int, height: int) -> Image.Image:
+    values = tensor("in.image", (height, width, 3)).add(1).mul(127.5).to(torch.uint8)
     return Image.fromarray(values.numpy())
 
 
@@ -129,14 +129,14 @@ def assert_same(
         if output_type == "latent":
             torch.testing.assert_close(result, reference_latents(reference, **arguments), atol=1e-4, rtol=0)
         else:
-            for picture, expected in zip(result, reference(**arguments).images, strict=True):
-                assert_within_one_level(picture, expected)
+            for image, expected in zip(result, reference(**arguments).images, strict=True):
+                assert_within_one_level(image, expected)
 
 
-def assert_within_one_level(picture: Image.Image, expected: Image.Image) -> None:
-    assert picture.size == expected.size
-    assert picture.mode == expected.mode == "RGB"
-    difference = np.abs(np.asarray(picture, dtype=int) - np.asarray(expected, dtype=int))
+def assert_within_one_level(image: Image.Image, expected: Image.Image) -> None:
+    assert image.size == expected.size
+    assert image.mode == expected.mode == "RGB"
+    difference = np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int))
     assert difference.max() <= 1
 
 
@@ -157,7 +157,7 @@ class TestParity:
 
     @pytest.mark.parametrize("prompt", PROMPTS)
     def test_bfloat16_is_rounded_in_the_same_places(self, repository: Path, prompt: str) -> None:
-        """A picture at a time: diffusers encodes the texts of a batch together, which rounds them otherwise."""
+        """An image at a time: diffusers encodes the texts of a batch together, which rounds them otherwise."""
         reference = load_reference(repository, dtype=torch.bfloat16)
         ours = FluxImagePipeline.from_pretrained(repository, torch_dtype="bfloat16", device="cpu")
         size = {"height": 64, "width": 96, "num_inference_steps": 4}
@@ -179,7 +179,7 @@ class TestParity:
         ours, theirs = {"embedded_guidance": guidance}, {"guidance_scale": guidance}
         assert_same(pipe, reference, ours=ours, theirs=theirs, num_inference_steps=2)
 
-    def test_embedded_guidance_changes_the_picture(self, pipe: FluxImagePipeline) -> None:
+    def test_embedded_guidance_changes_the_image(self, pipe: FluxImagePipeline) -> None:
         low, high = pipe(["x", "x"], seed=1, embedded_guidance=[1.0, 10.0], output_type="latent", **SMALL)
         assert (low - high).abs().max() > 1e-2
 
@@ -247,8 +247,8 @@ class TestParity:
             pipe,
             img2img,
             num_inference_steps=5,
-            ours={"input_image": noise_picture(*size), "denoising_strength": strength},
-            theirs={"image": [noise_picture(*size)] * 3, "strength": strength, "guidance_scale": 3.5},
+            ours={"input_image": noise_image(*size), "denoising_strength": strength},
+            theirs={"image": [noise_image(*size)] * 3, "strength": strength, "guidance_scale": 3.5},
         )
 
     @pytest.mark.parametrize(
@@ -265,9 +265,9 @@ class TestParity:
             height=32,
             width=48,
             num_inference_steps=num_steps,
-            ours={"input_image": noise_picture(48, 32), "denoising_strength": strength, "t5_sequence_length": 64},
+            ours={"input_image": noise_image(48, 32), "denoising_strength": strength, "t5_sequence_length": 64},
             theirs={
-                "image": [noise_picture(48, 32)],
+                "image": [noise_image(48, 32)],
                 "strength": strength,
                 "guidance_scale": 3.5,
                 "max_sequence_length": 64,
@@ -279,7 +279,7 @@ class TestParity:
     def test_image_to_image_of_several_with_true_cfg(
         self, pipe: FluxImagePipeline, img2img: FluxImg2ImgPipeline, height: int, width: int, scale: float
     ) -> None:
-        images = [noise_picture(40, 30), noise_picture(width, height), noise_picture(7, 300)]
+        images = [noise_image(40, 30), noise_image(width, height), noise_image(7, 300)]
         negative = ["blurry", "", "a cat"]
         ours = {"input_image": images, "denoising_strength": 0.7, "negative_prompt": negative, "cfg_scale": scale}
         theirs = {"image": images, "strength": 0.7, "negative_prompt": negative, "true_cfg_scale": scale}
@@ -289,8 +289,8 @@ class TestParity:
     def test_image_to_image_of_schnell(self, repositories: dict[str, Path]) -> None:
         reference = load_reference(repositories["schnell"], FluxImg2ImgPipeline)
         pipe = FluxImagePipeline.from_pretrained(repositories["schnell"], **CPU)
-        ours = {"input_image": noise_picture(40, 30), "denoising_strength": 0.6}
-        theirs = {"image": [noise_picture(40, 30)] * 3, "strength": 0.6, "max_sequence_length": 256}
+        ours = {"input_image": noise_image(40, 30), "denoising_strength": 0.6}
+        theirs = {"image": [noise_image(40, 30)] * 3, "strength": 0.6, "max_sequence_length": 256}
         assert_same(pipe, reference, num_inference_steps=4, ours=ours, theirs=theirs)
 
     def test_noise_is_that_of_a_cpu_generator_an_image(self, reference: FluxPipeline) -> None:
@@ -300,19 +300,19 @@ class TestParity:
         assert torch.equal(reference._pack_latents(ours, 3, 16, 8, 12), theirs)
 
 
-class TestInputPictures:
+class TestInputImages:
     @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "CMYK", "L", "1"])
-    def test_pictures_of_other_modes_start_as_they_do_in_a_job(self, pipe: FluxImagePipeline, mode: str) -> None:
+    def test_images_of_other_modes_start_as_they_do_in_a_job(self, pipe: FluxImagePipeline, mode: str) -> None:
         """diffusers takes no alpha, and its load_image shows what lies under it."""
         samples = np.arange(32 * 48, dtype=np.uint16).reshape(32, 48) * 40
-        picture = Image.fromarray(samples) if mode == "I;16" else noise_picture(48, 32).convert(mode)
+        image = Image.fromarray(samples) if mode == "I;16" else noise_image(48, 32).convert(mode)
         if "A" in mode:
-            picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+            image.putalpha(Image.linear_gradient("L").resize(image.size))
         buffer = io.BytesIO()
-        picture.save(buffer, "TIFF")
+        image.save(buffer, "TIFF")
         in_a_job = decode(buffer.getvalue())
         common = {"denoising_strength": 0.5, "seed": 1, "output_type": "latent", **SMALL}
-        assert torch.equal(pipe("x", input_image=picture, **common), pipe("x", input_image=in_a_job, **common))
+        assert torch.equal(pipe("x", input_image=image, **common), pipe("x", input_image=in_a_job, **common))
 
     def test_what_is_transparent_is_white(self, pipe: FluxImagePipeline) -> None:
         common = {"denoising_strength": 0.5, "seed": 1, "output_type": "latent", **SMALL}
@@ -321,7 +321,7 @@ class TestInputPictures:
 
 
 class TestRepeatability:
-    def test_a_picture_does_not_depend_on_its_neighbours(self, pipe: FluxImagePipeline) -> None:
+    def test_a_image_does_not_depend_on_its_neighbours(self, pipe: FluxImagePipeline) -> None:
         options = {
             "negative_prompt": ["", "no", "x"],
             "embedded_guidance": [1.0, 3.5, 8.0],
@@ -409,23 +409,23 @@ class TestWaysOfDiffSynth:
         return seen
 
     @pytest.mark.parametrize("strength", [0.01, 0.6, 1.0])
-    def test_static_shift_runs_all_steps_from_the_mean_of_the_picture(
+    def test_static_shift_runs_all_steps_from_the_mean_of_the_image(
         self, pipe: FluxImagePipeline, strength: float
     ) -> None:
         """fed7b18: FlowMatchScheduler.set_timesteps_flux and FluxImageUnit_InputImageEmbedder."""
-        picture = noise_picture(96, 64)
-        seen = self.first_tokens(pipe, input_image=picture, denoising_strength=strength, sigma_shift=3.0)
+        image = noise_image(96, 64)
+        seen = self.first_tokens(pipe, input_image=image, denoising_strength=strength, sigma_shift=3.0)
 
         low = 0.003 / 1.002
         start = low + (1 - low) * strength
         sigma = 3 * start / (1 + 2 * start)
-        pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
         noise = make_noise((16, 8, 12), make_generators([3]))
         expected = sigma * noise + (1 - sigma) * pipe.autoencoder.encode(pixels)
         assert len(seen) == SMALL["num_inference_steps"]
         torch.testing.assert_close(seen[0], pack(expected), atol=1e-5, rtol=0)
 
-    def test_static_shift_starts_pictures_from_text_with_the_noise_alone(self, pipe: FluxImagePipeline) -> None:
+    def test_static_shift_starts_images_from_text_with_the_noise_alone(self, pipe: FluxImagePipeline) -> None:
         seen = self.first_tokens(pipe, sigma_shift=3.0)
         assert torch.equal(seen[0], pack(make_noise((16, 8, 12), make_generators([3]))))
 
@@ -439,7 +439,7 @@ class TestWaysOfDiffSynth:
             assert (between - other).abs().max() > 1e-3
 
     @pytest.mark.parametrize("tile_size", [16, 128])
-    def test_tiles_that_hold_the_picture_change_nothing(self, pipe: FluxImagePipeline, tile_size: int) -> None:
+    def test_tiles_that_hold_the_image_change_nothing(self, pipe: FluxImagePipeline, tile_size: int) -> None:
         tiles = {"tiled": True, "tile_size": tile_size, "tile_stride": 8}
         whole, tiled = (pipe("x", seed=1, output_type="pt", **SMALL, **options) for options in ({}, tiles))
         assert torch.equal(whole, tiled)
@@ -453,7 +453,7 @@ class TestWaysOfDiffSynth:
         assert 0 < (tiled - whole).norm() / whole.norm() < 0.1
 
     def test_tiles_reach_the_encoder_in_pixels(self, pipe: FluxImagePipeline) -> None:
-        common = {"input_image": noise_picture(96, 64), "denoising_strength": 0.5, "output_type": "latent", "seed": 1}
+        common = {"input_image": noise_image(96, 64), "denoising_strength": 0.5, "output_type": "latent", "seed": 1}
         whole = pipe("x", **common, **SMALL)
         assert torch.equal(whole, pipe("x", tiled=True, tile_size=96, tile_stride=48, **common, **SMALL))
         tiled = pipe("x", tiled=True, tile_size=48, tile_stride=24, **common, **SMALL)
@@ -483,8 +483,8 @@ class TestSampleOfDiffSynth:
         with torch.random.fork_rng():
             first = self.run(original_repository, tmp_path / "1.png")
             assert self.run(original_repository, tmp_path / "2.png") == first
-        with Image.open(tmp_path / "1.png") as picture:
-            assert picture.size == (32, 32)
+        with Image.open(tmp_path / "1.png") as image:
+            assert image.size == (32, 32)
 
     def test_files_can_be_given_at_once_and_in_any_order(self, repository: Path, pipe: FluxImagePipeline) -> None:
         parts = [repository / name for name in ("vae", "transformer", "text_encoder_2", "text_encoder")]
@@ -545,7 +545,7 @@ def test_a_bad_call_names_the_argument_and_what_would_be_right(pipe: FluxImagePi
 
 
 class TestOutput:
-    def test_a_text_in_a_picture_out_a_list_in_a_list_out(self, pipe: FluxImagePipeline) -> None:
+    def test_a_text_in_a_image_out_a_list_in_a_list_out(self, pipe: FluxImagePipeline) -> None:
         one = pipe("x", seed=1, **SMALL)
         assert isinstance(one, Image.Image)
         assert one.size == (96, 64)
@@ -720,7 +720,7 @@ def test_what_a_device_raises_becomes_ours(error: RuntimeError, expected: type[E
     assert type(caught.value) is expected
 
 
-def test_a_picture_that_overflowed_is_an_error_and_not_black(repository: Path) -> None:
+def test_a_image_that_overflowed_is_an_error_and_not_black(repository: Path) -> None:
     broken = FluxImagePipeline.from_pretrained(repository, **CPU)
     broken.autoencoder.decoder.conv_out.bias.data[0] = float("nan")
     with pytest.raises(RowError, match="overflowed in float32"):

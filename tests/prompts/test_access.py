@@ -20,7 +20,7 @@ def places(file: str, uri: str | list[str] = "", **prompts: Any) -> Places:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A data set: data/set/sub/p.jsonl, pictures beside it and above it."""
+    """A data set: data/set/sub/p.jsonl, images beside it and above it."""
     folder = tmp_path / "data"
     (folder / "set" / "sub").mkdir(parents=True)
     (folder / "set" / "sub" / "p.jsonl").touch()
@@ -87,18 +87,18 @@ def test_an_absolute_path_needs_a_root_that_holds_it(data: Path, name: str) -> N
     assert f"which is {data}" in refusal(places(file, input_image_root=str(data)), name)
 
 
-@pytest.mark.parametrize("name", ["{}/pictures/a.png", "file://{}/pictures/a.png", "file://localhost{}/pictures/a.png"])
-@pytest.mark.parametrize("root", ["{}/pictures", "{}/pictures/", "file://{}/pictures", "{}/other/../pictures"])
+@pytest.mark.parametrize("name", ["{}/images/a.png", "file://{}/images/a.png", "file://localhost{}/images/a.png"])
+@pytest.mark.parametrize("root", ["{}/images", "{}/images/", "file://{}/images", "{}/other/../images"])
 def test_absolute_paths_under_the_root(data: Path, name: str, root: str) -> None:
     found = places(str(data / "set/sub/p.jsonl"), input_image_root=root.format(data)).find(name.format(data))
 
-    assert found.uri == f"{data}/pictures/a.png"
-    assert found.within == (f"{data}/pictures",)
+    assert found.uri == f"{data}/images/a.png"
+    assert found.within == (f"{data}/images",)
 
 
-@pytest.mark.parametrize("name", ["{}/pictures2/a.png", "{}/pictures/../a.png", "file://host{}/pictures/a.png"])
+@pytest.mark.parametrize("name", ["{}/images2/a.png", "{}/images/../a.png", "file://host{}/images/a.png"])
 def test_names_that_only_look_like_the_root(data: Path, name: str) -> None:
-    of = places(str(data / "set/sub/p.jsonl"), input_image_root=str(data / "pictures"))
+    of = places(str(data / "set/sub/p.jsonl"), input_image_root=str(data / "images"))
 
     refusal(of, name.format(data))
 
@@ -129,10 +129,10 @@ def test_other_stores_only_where_the_data_set_lies(data: Path, name: str) -> Non
 
 
 def test_a_root_may_be_a_store(data: Path) -> None:
-    of = places(str(data / "set/sub/p.jsonl"), input_image_root="s3://bucket/pictures")
+    of = places(str(data / "set/sub/p.jsonl"), input_image_root="s3://bucket/images")
 
-    assert of.find("s3://bucket/pictures/a.png").uri == "s3://bucket/pictures/a.png"
-    for name in ("s3://bucket/other/a.png", "s3://bucket/pictures/../a.png", "s3://bucket/pictures2/a.png"):
+    assert of.find("s3://bucket/images/a.png").uri == "s3://bucket/images/a.png"
+    for name in ("s3://bucket/other/a.png", "s3://bucket/images/../a.png", "s3://bucket/images2/a.png"):
         refusal(of, name)
 
 

@@ -1,4 +1,4 @@
-"""Input pictures: every mode comes out as upright RGB, everything hostile or damaged costs its row and nothing more."""
+"""Input images: every mode comes out as upright RGB, everything hostile or damaged costs its row and nothing more."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from flux_batch.errors import RowError, SourceError, StoreError
 from flux_batch.prompts import input_images, safe_http
-from flux_batch.prompts.input_images import check_of_job, decode, given_bytes, laid_aside, load_picture
+from flux_batch.prompts.input_images import check_of_job, decode, given_bytes, laid_aside, load_image
 from flux_batch.records import InputImage
 from flux_batch.storage.store import Store
 from helpers.s3 import Bucket
@@ -25,7 +25,7 @@ RED, BLUE = (200, 30, 40), (10, 20, 220)
 
 
 def halves(mode: str = "RGB", size: tuple[int, int] = (24, 16)) -> Image.Image:
-    """Return a red picture with a blue left half."""
+    """Return a red image with a blue left half."""
     image = Image.new("RGB", size, RED)
     image.paste(BLUE, (0, 0, size[0] // 2, size[1]))
     return image.convert(mode)
@@ -38,7 +38,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 
 def load(path: Path | str, within: tuple[str, ...] | None = None, **options: Any) -> Image.Image:
-    return load_picture(InputImage(name="it", uri=str(path), within=within), {}, **options)
+    return load_image(InputImage(name="it", uri=str(path), within=within), {}, **options)
 
 
 def refusal(data: bytes) -> str:
@@ -142,7 +142,7 @@ TURNS = {
 
 @pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
-def test_pictures_are_turned_upright(orientation: int, format: str) -> None:
+def test_images_are_turned_upright(orientation: int, format: str) -> None:
     image = halves()
     image.putpixel((0, 0), (255, 255, 255))
     exif = Image.Exif()
@@ -153,7 +153,7 @@ def test_pictures_are_turned_upright(orientation: int, format: str) -> None:
     assert found.tobytes() == TURNS[orientation](image).tobytes()
 
 
-def test_the_first_picture_of_several() -> None:
+def test_the_first_image_of_several() -> None:
     for format in ("GIF", "WEBP", "TIFF"):
         data = encoded(halves(), format, save_all=True, append_images=[Image.new("RGB", (24, 16))])
         assert_halves(decode(data), BLUE, RED, 20)
@@ -161,14 +161,14 @@ def test_the_first_picture_of_several() -> None:
 
 @pytest.mark.parametrize("format", ["ICO", "PPM", "TGA", "PCX", "EPS", "PDF", "ICNS"])
 def test_other_formats_are_refused(format: str) -> None:
-    assert "not a picture in a format that is read: PNG, JPEG" in refusal(encoded(halves(size=(64, 64)), format))
+    assert "not an image in a format that is read: PNG, JPEG" in refusal(encoded(halves(size=(64, 64)), format))
 
 
 @pytest.mark.parametrize(
     "data",
     [b"", b"\x89PNG\r\n\x1a\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.7", b"x" * 1000, b"GIF89a"],
 )
-def test_what_is_no_picture(data: bytes) -> None:
+def test_what_is_no_image(data: bytes) -> None:
     assert refusal(data)
 
 
@@ -209,7 +209,7 @@ def test_bombs_are_refused_before_they_are_decoded(width: int, height: int) -> N
     assert "pixels" in refusal(png_of(width, height, 2, b"\0" * 100_000))
 
 
-def test_the_largest_picture_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_image_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_images, "MAX_PIXELS", 24 * 16)
     assert decode(encoded(halves())).size == (24, 16)
     assert "25 x 16 pixels, more than the 384 allowed" in refusal(encoded(halves(size=(25, 16))))
@@ -227,12 +227,12 @@ def test_a_bomb_of_text_in_a_png() -> None:
 # --- resizing
 
 
-def test_a_picture_is_resized_as_the_pipeline_would() -> None:
+def test_a_image_is_resized_as_the_pipeline_would() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     given = given_bytes(encoded(image))
 
-    assert load_picture(given, {}).tobytes() == image.tobytes()
-    resized = load_picture(given, {}, (64, 16))
+    assert load_image(given, {}).tobytes() == image.tobytes()
+    resized = load_image(given, {}, (64, 16))
     assert resized.tobytes() == image.resize((64, 16), Image.Resampling.LANCZOS).tobytes()
     assert resized.resize((64, 16), Image.Resampling.LANCZOS).tobytes() == resized.tobytes()
 
@@ -248,7 +248,7 @@ def test_bytes_are_named_by_their_hash_and_wait_on_the_disk(tmp_path: Path) -> N
     aside = laid_aside(given, tmp_path)
 
     assert (aside.name, aside.data, Path(aside.uri).parent) == (given.name, b"", tmp_path)
-    assert load_picture(aside, {}).tobytes() == load_picture(given, {}).tobytes()
+    assert load_image(aside, {}).tobytes() == load_image(given, {}).tobytes()
     assert laid_aside(aside, tmp_path) == aside
 
 
@@ -284,7 +284,7 @@ def test_what_is_wrong_with_a_file_names_it(tmp_path: Path, monkeypatch: pytest.
         tmp_path / "pipe": "is no file",
         tmp_path / "loop": "cannot be read",
         tmp_path / ("x" * 300): "cannot be read",
-        tmp_path / "text": "not a picture",
+        tmp_path / "text": "not an image",
         tmp_path / "large": "more than the 1000 bytes allowed",
         Path("/dev/zero"): "is no file",
     }.items():
@@ -331,7 +331,7 @@ def test_an_object_in_a_bucket(s3_store: Bucket, monkeypatch: pytest.MonkeyPatch
     store.write("in/empty.png", b"")
 
     def get(key: str) -> Image.Image:
-        return load_picture(InputImage(name=key, uri=f"{s3_store.uri}/{key}"), s3_store.storage_options)
+        return load_image(InputImage(name=key, uri=f"{s3_store.uri}/{key}"), s3_store.storage_options)
 
     assert_halves(get("in/a b.png"), BLUE, RED)
     for key, reason in {"in/none.png": "not found", "in/empty.png": "is empty", "in": "no file|not found"}.items():
@@ -364,7 +364,7 @@ def test_the_web(monkeypatch: pytest.MonkeyPatch) -> None:
             load(server.url + "/none.png")
 
 
-def test_the_picture_of_a_job(tmp_path: Path) -> None:
+def test_the_image_of_a_job(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(halves()))
     check_of_job(str(tmp_path / "a.png"), {})
     with pytest.raises(SourceError, match=r"^sampling\.input_image .*b\.png: there is no file"):

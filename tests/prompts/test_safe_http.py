@@ -134,8 +134,8 @@ def resolves_to(*addresses: str) -> Any:
 
 def test_one_bad_address_of_a_name_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", resolves_to("8.8.8.8", "169.254.169.254"))
-    with pytest.raises(RowError, match=r"pictures\.example: is 169\.254\.169\.254, which is not a public address"):
-        fetch("http://pictures.example/x.png", 1000)
+    with pytest.raises(RowError, match=r"images\.example: is 169\.254\.169\.254, which is not a public address"):
+        fetch("http://images.example/x.png", 1000)
 
 
 def test_the_address_that_was_looked_at_is_the_one_that_is_asked(

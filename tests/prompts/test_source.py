@@ -504,7 +504,7 @@ def test_a_cell_or_the_job_says_what_a_row_starts_from(value: Any, name: str | N
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.csv"])
-def test_pictures_named_in_text_formats(tmp_path: Path, name: str) -> None:
+def test_images_named_in_text_formats(tmp_path: Path, name: str) -> None:
     rows = [{"prompt": "a", "input_image": "a.png", "denoising_strength": "0.5", "sigma_shift": "3"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "p.csv").write_text("prompt,input_image,denoising_strength,sigma_shift\na,a.png,0.5,3\n")

@@ -97,10 +97,10 @@ def test_a_range_within_a_large_row_group(tmp_path: Path) -> None:
     assert rows == [{"prompt": str(index)} for index in range(8190, 8194)]
 
 
-def test_a_column_of_pictures_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_column_of_images_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flux_batch.prompts.tables.BATCH_BYTES", 100_000)
-    pictures = [bytes([number]) * 20_000 for number in range(40)]
-    pq.write_table(pa.table({"image": pictures}), tmp_path / "p.parquet", compression="none", use_dictionary=False)
+    images = [bytes([number]) * 20_000 for number in range(40)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "p.parquet", compression="none", use_dictionary=False)
     sizes = []
     read = pq.ParquetFile.iter_batches
 
@@ -112,9 +112,9 @@ def test_a_column_of_pictures_is_read_in_pieces(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", counting)
     rows = open_table(str(tmp_path / "p.parquet"), {}).stream(RowRange(1, 38), {"image"})
 
-    assert next(rows) == {"image": pictures[1]}
+    assert next(rows) == {"image": images[1]}
     assert len(sizes) == 1
-    assert [row["image"] for row in rows] == pictures[2:39]  # type: ignore[index]
+    assert [row["image"] for row in rows] == images[2:39]  # type: ignore[index]
     assert max(sizes) <= 5
 
 

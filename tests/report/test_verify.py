@@ -34,7 +34,7 @@ from helpers.s3 import Bucket
 LAYOUTS = ["webdataset", "files", "parquet"]
 # Three shards of four; the second has a failed row.
 ROWS: list[dict[str, Any]] = [
-    {"prompt": f"picture {number}" + (" [raise]" if number == 5 else "")} for number in range(12)
+    {"prompt": f"image {number}" + (" [raise]" if number == 5 else "")} for number in range(12)
 ]
 DATA = {"webdataset": "train/00001.tar", "files": "train/00001/000010000.png", "parquet": "train/00001.parquet"}
 
@@ -94,7 +94,7 @@ def test_a_good_run_is_good(store: Store, quick: bool) -> None:
     assert verdict.problems == []
     assert (verdict.exit_code, verdict.is_complete) == (0, True)
     assert (verdict.num_committed, verdict.num_shards) == (3, 3)
-    assert (verdict.num_rows, verdict.num_pictures, verdict.num_failed) == (12, 11, 1)
+    assert (verdict.num_rows, verdict.num_images, verdict.num_failed) == (12, 11, 1)
     assert format_verdict(verdict).endswith("all is well")
     assert data_files(Path(store.uri)) == before
 
@@ -171,7 +171,7 @@ def test_damaged_data_is_found_and_repaired_to_the_same_bytes(
     assert making.prompts.keys() <= {row["prompt"] for row in ROWS[4:8]}
 
 
-def test_a_repair_keeps_the_pictures_that_are_good(tmp_path: Path) -> None:
+def test_a_repair_keeps_the_images_that_are_good(tmp_path: Path) -> None:
     config = make_run(tmp_path, "files")
     store = Store(config.output.uri)
     Path(store.uri, DATA["files"]).unlink()
@@ -180,7 +180,7 @@ def test_a_repair_keeps_the_pictures_that_are_good(tmp_path: Path) -> None:
     repair(store, verify(store))
     finish(config, making)
 
-    assert making.prompts.keys() == {"picture 4", "picture 5 [raise]"}
+    assert making.prompts.keys() == {"image 4", "image 5 [raise]"}
     assert verify(store).problems == []
 
 
@@ -308,23 +308,23 @@ def repack(store: Store, change: Callable[[list[tuple[str, bytes]]], Any]) -> No
         (lambda members: members.__setitem__(0, (members[0][0], b"x")), "000010000.png: other bytes than the metadata"),
     ],
 )
-def test_pictures_that_are_not_those_of_the_metadata_are_found(
+def test_images_that_are_not_those_of_the_metadata_are_found(
     webdataset: Store, change: Callable[[list[tuple[str, bytes]]], Any], words: str
 ) -> None:
     repack(webdataset, change)
 
     assert texts(webdataset, quick=True) == []
     found = texts(webdataset)
-    assert [(check, shard) for check, shard, _ in found] == [("pictures", 1)]
+    assert [(check, shard) for check, shard, _ in found] == [("images", 1)]
     assert words in found[0][2]
 
 
-def test_a_picture_that_cannot_be_decoded_is_found_though_every_hash_agrees(tmp_path: Path) -> None:
+def test_a_image_that_cannot_be_decoded_is_found_though_every_hash_agrees(tmp_path: Path) -> None:
     store = Store(make_run(tmp_path, "files").output.uri)
     broken = store.read(DATA["files"])[:-30]
     store.write(DATA["files"], broken)
     rewrite_rows(store, set_to(0, bytes=len(broken), sha256=hashlib.sha256(broken).hexdigest()))
-    assert [(check, shard) for check, shard, _ in texts(store)] == [("pictures", 1)]
+    assert [(check, shard) for check, shard, _ in texts(store)] == [("images", 1)]
     assert "000010000.png: cannot be decoded" in texts(store)[0][2]
 
     rewrite_rows(store, set_to(2, width=32))

@@ -23,7 +23,7 @@ def age(folder: Path) -> None:
 def test_a_folder_is_empty_and_gone_after_use() -> None:
     with scratch_folder() as folder:
         assert list(folder.iterdir()) == []
-        (folder / "picture").write_bytes(b"x")
+        (folder / "image").write_bytes(b"x")
     assert not folder.exists()
 
 
@@ -31,7 +31,7 @@ def test_what_a_killed_worker_left_is_swept() -> None:
     with scratch_folder() as folder:
         pass
     folder.mkdir()
-    (folder / "picture").write_bytes(b"x")
+    (folder / "image").write_bytes(b"x")
     age(folder)
     assert sweep_scratch() == 1
     assert not folder.exists()

@@ -19,7 +19,7 @@ SAMPLING = SamplingConfig(width=16, height=16, num_inference_steps=2)
 
 
 class Device:
-    """A pipeline and its clock: a call takes a second, and more of them beyond `room` pictures."""
+    """A pipeline and its clock: a call takes a second, and more of them beyond `room` images."""
 
     def __init__(self, *, room: int, memory: int = 100) -> None:
         self.room, self.memory, self.now = room, memory, 0.0
@@ -75,7 +75,7 @@ def test_a_damaged_memory_is_named(tmp_path: Path, text: str) -> None:
         remembered_batch_size(Store(str(tmp_path)), lambda: 1)
 
 
-def test_a_job_that_leaves_the_size_open_makes_the_same_pictures(tmp_path: Path) -> None:
+def test_a_job_that_leaves_the_size_open_makes_the_same_images(tmp_path: Path) -> None:
     sizes: list[int] = []
 
     class Counting(FakePipeline):

@@ -1,4 +1,4 @@
-"""Batches: what may share a pass, and input pictures that are there when their batch is."""
+"""Batches: what may share a pass, and input images that are there when their batch is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from flux_batch.errors import RowError, StoreError
 from flux_batch.records import ImageRequest, InputImage, SamplingParams
-from flux_batch.worker.batches import READ_AHEAD, InputPictures, Item, ReadPicture, batches
+from flux_batch.worker.batches import READ_AHEAD, InputImages, Item, ReadImage, batches
 
 
 def item(row: int = 0, image: str = "", **sampling: Any) -> Item:
@@ -21,11 +21,11 @@ def item(row: int = 0, image: str = "", **sampling: Any) -> Item:
     return Item(ImageRequest(row=row, id="x", prompt="p", sampling=params, seeds=(1,), input_image=start), 0)
 
 
-def with_pictures(todo: Sequence[list[Item]], readers: Executor, read: ReadPicture) -> Iterator[list[Item]]:
+def with_images(todo: Sequence[list[Item]], readers: Executor, read: ReadImage) -> Iterator[list[Item]]:
     """Go through batches as a worker does."""
-    pictures = InputPictures(readers, read)
+    images = InputImages(readers, read)
     for number, batch in enumerate(todo):
-        yield pictures.join(batch, todo[number + 1 : number + 1 + READ_AHEAD])
+        yield images.join(batch, todo[number + 1 : number + 1 + READ_AHEAD])
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,12 @@ def test_what_can_share_a_pass() -> None:
     assert list(batches(items, 1)) == [items[:1], items[1:]]
 
 
-def test_pictures_come_with_their_batch() -> None:
+def test_images_come_with_their_batch() -> None:
     todo = [[item(0, "a"), item(1)], [item(2, "b"), item(3, "a")], [item(4, "a", width=64)]]
     with ThreadPoolExecutor(2) as readers:
-        found = list(with_pictures(todo, readers, lambda image, size: (image.name, size)))
+        found = list(with_images(todo, readers, lambda image, size: (image.name, size)))
 
-    assert [[one.picture for one in batch] for batch in found] == [
+    assert [[one.image for one in batch] for batch in found] == [
         [("a", (1024, 1024)), None],
         [("b", (1024, 1024)), ("a", (1024, 1024))],
         [("a", (64, 1024))],
@@ -79,15 +79,15 @@ def test_the_next_batch_is_read_while_one_is_made_and_no_further() -> None:
 
     todo = [[item(number, str(number))] for number in range(5)]
     with ThreadPoolExecutor(1) as readers:
-        found = with_pictures(todo, readers, reader)
+        found = with_images(todo, readers, reader)
         next(found)
         assert ahead.wait(5)
         readers.submit(lambda: None).result()
         assert read == ["0", "1"]
-        assert [batch[0].picture for batch in found] == ["1", "2", "3", "4"]
+        assert [batch[0].image for batch in found] == ["1", "2", "3", "4"]
 
 
-def test_the_same_picture_is_read_once() -> None:
+def test_the_same_image_is_read_once() -> None:
     count: Counter[str] = Counter()
 
     def reader(image: InputImage, size: tuple[int, int]) -> str:
@@ -96,21 +96,21 @@ def test_the_same_picture_is_read_once() -> None:
 
     todo = [[item(2 * number, "a"), item(2 * number + 1, "a")] for number in range(4)]
     with ThreadPoolExecutor(4) as readers:
-        list(with_pictures(todo, readers, reader))
+        list(with_images(todo, readers, reader))
     assert count == {"a": 1}
 
 
-def test_a_bad_picture_costs_its_rows_and_an_outage_the_attempt() -> None:
+def test_a_bad_image_costs_its_rows_and_an_outage_the_attempt() -> None:
     def reader(image: InputImage, size: tuple[int, int]) -> str:
         if image.name == "bad":
-            raise RowError("no picture")
+            raise RowError("no image")
         if image.name == "away":
             raise StoreError("no answer")
         return image.name
 
     with ThreadPoolExecutor(1) as readers:
-        (batch,) = with_pictures([[item(0, "a"), item(1, "bad"), item(2, "b"), item(3, "bad")]], readers, reader)
-        assert [str(one.picture) for one in batch] == ["a", "no picture", "b", "no picture"]
-        assert isinstance(batch[1].picture, RowError)
+        (batch,) = with_images([[item(0, "a"), item(1, "bad"), item(2, "b"), item(3, "bad")]], readers, reader)
+        assert [str(one.image) for one in batch] == ["a", "no image", "b", "no image"]
+        assert isinstance(batch[1].image, RowError)
         with pytest.raises(StoreError):
-            list(with_pictures([[item(0, "away")]], readers, reader))
+            list(with_images([[item(0, "away")]], readers, reader))

@@ -17,11 +17,11 @@ from flux_batch.worker.lora_switch import LoraSwitch
 from helpers.fakes import FakePipeline
 
 CFG = SamplingParams(width=64, height=32, num_inference_steps=1, cfg_scale=2.0, negative_prompt="bad")
-Fits = Callable[[int, bool], bool]  # the number of pictures, whether in small tiles
+Fits = Callable[[int, bool], bool]  # the number of images, whether in small tiles
 
 
 class SmallMemory(FakePipeline):
-    """Makes only what fits; `sizes` has the number of pictures of each call, negative in tiles."""
+    """Makes only what fits; `sizes` has the number of images of each call, negative in tiles."""
 
     def __init__(self, fits: Fits) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def test_what_did_not_fit_is_not_tried_again(size: int, fits: Fits, first: list[
     assert pipeline.take_sizes() == [size]
 
 
-def test_the_pictures_are_those_of_a_worker_without_memory() -> None:
+def test_the_images_are_those_of_a_worker_without_memory() -> None:
     """A resumed run must leave the same bytes: the same calls, those that failed left out."""
 
     def fits(number: int, small: bool) -> bool:

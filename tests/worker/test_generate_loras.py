@@ -68,7 +68,7 @@ def test_those_of_the_job_must_be_there() -> None:
         ((STYLE, DETAIL), (STYLE, DETAIL), {"lora": "style (0.8), detail (1)"}),
     ],
 )
-def test_what_is_said_of_a_picture(
+def test_what_is_said_of_a_image(
     of_job: tuple[LoraUse, ...], loras: tuple[LoraUse, ...], words: dict[str, object]
 ) -> None:
     assert LoraSwitch(FakePipeline(), of_job).words(loras) == words

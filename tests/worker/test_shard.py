@@ -15,7 +15,7 @@ import pytest
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.errors import DeviceFatal, Stopped, StoreError
-from flux_batch.output.staging import StagedPicture, Staging, staged_record
+from flux_batch.output.staging import StagedImage, Staging, staged_record
 from flux_batch.records import Attempt, Shard, ShardResult
 from flux_batch.storage.store import Store
 from flux_batch.worker.worker import Worker
@@ -24,7 +24,7 @@ from helpers.job_files import data_files, make_job, metadata
 from helpers.mortal import Death, Life, MortalPipeline, open_worker, staged
 from helpers.waiting import PATIENCE_S, wait_until
 
-PROMPTS = [f"picture {number}" for number in range(8)]
+PROMPTS = [f"image {number}" for number in range(8)]
 
 
 def job(folder: Path, prompts: list[str] | None = None, batch_size: int = 2, **sections: Any) -> JobConfig:
@@ -34,7 +34,7 @@ def job(folder: Path, prompts: list[str] | None = None, batch_size: int = 2, **s
 
 
 def die_after(config: JobConfig, monkeypatch: pytest.MonkeyPatch, num_writes: int) -> list[str]:
-    """Let a worker die. Returns: the prompts whose pictures it staged."""
+    """Let a worker die. Returns: the prompts whose images it staged."""
     life = Life(num_writes)
     worker, _, plan = open_worker(config, monkeypatch, life)
     with pytest.raises(Death):
@@ -66,7 +66,7 @@ def test_what_a_lost_worker_staged_is_adopted_and_removed(tmp_path: Path, monkey
     assert staged(config) == []
 
 
-def test_pictures_are_safe_before_the_shard_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_safe_before_the_shard_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path, batch_size=8)
     life = Life()
     worker, _, plan = open_worker(config, monkeypatch, life)
@@ -123,10 +123,10 @@ def test_only_what_the_plan_asks_for_is_adopted(
     die_after(config, monkeypatch, 2)
     staging = Staging(Store(config.output.uri), 1)
     for name in staging.list(0).objects:
-        others = [StagedPicture(one.key, {**one.record, **change}, one.data) for one in staging.read(0, name)]
+        others = [StagedImage(one.key, {**one.record, **change}, one.data) for one in staging.read(0, name)]
         Path(config.output.uri, "_run/staging/00000", name).unlink()
         staging.put(0, others)
-    staging.put(0, [StagedPicture("000009999", {"prompt": "of no row"}, b"x")])
+    staging.put(0, [StagedImage("000009999", {"prompt": "of no row"}, b"x")])
 
     _, pipeline = run(config, monkeypatch)
 
@@ -145,7 +145,7 @@ def test_failed_rows_are_adopted_with_their_reason(tmp_path: Path, monkeypatch: 
     assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch, prompts=prompts)
 
 
-def test_the_good_pictures_of_a_finished_shard_can_be_staged_to_retry_the_others(
+def test_the_good_images_of_a_finished_shard_can_be_staged_to_retry_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `run --retry-failed` does."""
@@ -154,8 +154,8 @@ def test_the_good_pictures_of_a_finished_shard_can_be_staged_to_retry_the_others
     before = metadata(config)
     store = Store(config.output.uri)
     good = [row for row in before if row["status"] == "success"]
-    made = pictures_of(config)
-    Staging(store, 1).put(0, [StagedPicture(row["key"], staged_record(row), made[row["key"]]) for row in good])
+    made = images_of(config)
+    Staging(store, 1).put(0, [StagedImage(row["key"], staged_record(row), made[row["key"]]) for row in good])
     for key in ["_run/commits/00000.json", "metadata/00000.parquet", "train/00000.tar"]:
         store.delete(key)
 
@@ -163,10 +163,10 @@ def test_the_good_pictures_of_a_finished_shard_can_be_staged_to_retry_the_others
 
     assert pipeline.calls == [["b [raise]"]]
     assert metadata(config) == before
-    assert pictures_of(config) == made
+    assert images_of(config) == made
 
 
-def pictures_of(config: JobConfig) -> dict[str, bytes]:
+def images_of(config: JobConfig) -> dict[str, bytes]:
     import tarfile
 
     with tarfile.open(Path(config.output.uri, "train/00000.tar")) as tar:
@@ -200,7 +200,7 @@ class InStep(MortalPipeline):
 
 
 def test_two_workers_meet_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = [f"picture {number}" for number in range(20)]
+    prompts = [f"image {number}" for number in range(20)]
     config = job(tmp_path, prompts)
     step = threading.Barrier(2)
     lives = Life(), Life()
@@ -273,7 +273,7 @@ def test_a_stopped_worker_puts_its_batch_aside(tmp_path: Path, monkeypatch: pyte
     worker, pipeline, plan = open_worker(config, monkeypatch, pipeline=Stopping())
     workers.append(worker)
 
-    with pytest.raises(Stopped, match="shard 00000: put aside with 4 of 8 pictures"):
+    with pytest.raises(Stopped, match="shard 00000: put aside with 4 of 8 images"):
         worker.make(plan.shards[0])()
     with pytest.raises(Stopped):
         worker.make(plan.shards[0])()
@@ -399,16 +399,16 @@ def test_a_row_that_kills_its_process_is_found_and_set_aside(tmp_path: Path, mon
     assert [row["prompt"] for row in rows if row["status"] == "failed"] == ["poison [die]"]
     assert (rows[5]["error_type"], rows[5]["error_message"]) == (
         "WorkerLost",
-        "2 workers were lost while they made this picture alone; the last: its worker died",
+        "2 workers were lost while they made this image alone; the last: its worker died",
     )
     made = Counter(prompt for pipeline in pipelines for prompt in pipeline.made)
     assert set(made.values()) == {1}
     assert len(made) == 9
     assert [pipeline.calls for pipeline in pipelines] == [
-        [PROMPTS[:4], ["picture 4", "poison ", "picture 6", "picture 7"]],
-        [["picture 4", "poison ", "picture 6", "picture 7"]],
-        [["more", "and more"], ["picture 4"], ["poison "]],
-        [["picture 6"], ["picture 7"], ["poison "]],
+        [PROMPTS[:4], ["image 4", "poison ", "image 6", "image 7"]],
+        [["image 4", "poison ", "image 6", "image 7"]],
+        [["more", "and more"], ["image 4"], ["poison "]],
+        [["image 6"], ["image 7"], ["poison "]],
         [],
     ]
     calm = [prompt.replace("[die]", "") for prompt in prompts]

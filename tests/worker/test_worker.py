@@ -22,12 +22,12 @@ from flux_batch.config.schema import JobConfig
 from flux_batch.errors import DeviceFatal, OutOfMemory
 from flux_batch.images import read_provenance
 from flux_batch.plan.plan import Plan, make_plan
-from flux_batch.prompts.input_images import load_picture
+from flux_batch.prompts.input_images import load_image
 from flux_batch.records import ImageRequest, SamplingParams, Shard, ShardResult
 from flux_batch.storage.store import Store
 from flux_batch.worker.batches import Item, batches
 from flux_batch.worker.worker import Worker, WorkerRecipe
-from helpers.fakes import FakePipeline, fake_picture, make_fake_pipeline
+from helpers.fakes import FakePipeline, fake_image, make_fake_pipeline
 
 FORMATS = ["webdataset", "files", "parquet"]
 HOSTILE = [
@@ -43,7 +43,7 @@ HOSTILE = [
 
 
 def make_job(tmp_path: Path, rows: Sequence[dict[str, Any] | str], **sections: Any) -> JobConfig:
-    """Write rows (or bare prompts) as Parquet, and a job of 64 x 48 pictures for them."""
+    """Write rows (or bare prompts) as Parquet, and a job of 64 x 48 images for them."""
     rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
     names = {name: None for row in rows for name in row}
     path = tmp_path / "prompts.parquet"
@@ -76,8 +76,8 @@ def metadata(config: JobConfig) -> list[dict[str, Any]]:
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
-def pictures(config: JobConfig) -> dict[str, bytes]:
-    """Read every picture of a run by its key, without the code under test."""
+def images(config: JobConfig) -> dict[str, bytes]:
+    """Read every image of a run by its key, without the code under test."""
     train = Path(config.output.uri, "train")
     found: dict[str, bytes] = {}
     for path in sorted(train.rglob("*")):
@@ -102,23 +102,23 @@ def files_of(config: JobConfig, *folders: str) -> dict[str, bytes]:
 
 
 def pixels_of(data: bytes) -> np.ndarray[Any, Any]:
-    with Image.open(io.BytesIO(data)) as picture:
-        return np.asarray(picture)
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image)
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_each_prompt_becomes_its_picture_once(tmp_path: Path, layout: str) -> None:
+def test_each_prompt_becomes_its_image_once(tmp_path: Path, layout: str) -> None:
     config = make_job(tmp_path, HOSTILE, output={"format": layout})
 
     render(config)
 
-    rows, made = metadata(config), pictures(config)
+    rows, made = metadata(config), images(config)
     assert [row["prompt"] for row in rows] == HOSTILE
     assert [row["key"] for row in rows] == sorted(made)
     assert {row["status"] for row in rows} == {"success"}
     for row in rows:
         data = made[row["key"]]
-        expected = fake_picture(row["prompt"], seed=row["seed"], width=64, height=48, num_inference_steps=3)
+        expected = fake_image(row["prompt"], seed=row["seed"], width=64, height=48, num_inference_steps=3)
         assert np.array_equal(pixels_of(data), expected)
         assert row["sha256"] == hashlib.sha256(data).hexdigest()
         assert row["bytes"] == len(data)
@@ -128,12 +128,12 @@ def test_each_prompt_becomes_its_picture_once(tmp_path: Path, layout: str) -> No
 
 
 @pytest.mark.parametrize("image_type", ["jpeg", "webp"])
-def test_other_picture_types_have_their_size_and_prompt(tmp_path: Path, image_type: str) -> None:
+def test_other_image_types_have_their_size_and_prompt(tmp_path: Path, image_type: str) -> None:
     config = make_job(tmp_path, HOSTILE, output={"image": {"type": image_type}})
 
     render(config)
 
-    made = pictures(config)
+    made = images(config)
     for row in metadata(config):
         assert pixels_of(made[row["key"]]).shape == (48, 64, 3)
         assert read_provenance(made[row["key"]])["prompt"] == row["prompt"]
@@ -182,9 +182,9 @@ def test_rows_override_the_defaults(tmp_path: Path) -> None:
     ]
     assert (length["t5_sequence_length"], length["t5_truncated"]) == (5, True)
     assert (plain["t5_sequence_length"], plain["t5_truncated"]) == (512, False)
-    made = pictures(config)
+    made = images(config)
     assert pixels_of(made[size["key"]]).shape == (16, 32, 3)
-    expected = fake_picture(
+    expected = fake_image(
         "own words",
         negative_prompt="blur",
         seed=words["seed"],
@@ -206,7 +206,7 @@ def test_several_images_of_a_prompt_differ(tmp_path: Path) -> None:
         (prompt, index) for prompt in ("one", "two") for index in range(3)
     ]
     assert len({row["seed"] for row in rows}) == len({row["sha256"] for row in rows}) == 6
-    assert len(pictures(config)) == 6
+    assert len(images(config)) == 6
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -226,7 +226,7 @@ def test_bad_rows_are_recorded_with_their_reason_and_cost_nobody_else(tmp_path: 
 
     found = metadata(config)
     assert [row["status"] for row in found] == ["success", *["failed"] * 5, "success"]
-    assert sorted(pictures(config)) == ["000000000", "000010002"]
+    assert sorted(images(config)) == ["000000000", "000010002"]
     assert sum(result.num_failed for result in results) == 5
     assert sum(result.num_images for result in results) == 7
     reasons = [row["error_message"] for row in found[1:6]]
@@ -267,7 +267,7 @@ def test_only_the_culprit_of_a_failed_batch_fails(tmp_path: Path) -> None:
     assert culprit["error_type"] == "RuntimeError"
     assert culprit["error_message"].startswith("asked to fail (fakes.py:")
     assert culprit["seed"] is not None
-    assert len(pictures(config)) == 7
+    assert len(images(config)) == 7
     assert [len(call) for call in pipeline.calls] == [8, 4, 2, 2, 1, 1, 4]
 
 
@@ -292,7 +292,7 @@ def test_a_lost_device_ends_the_shard_without_a_commit(tmp_path: Path) -> None:
     assert files_of(config, ".") == {}
 
 
-def test_a_picture_is_the_same_whatever_shard_and_batch_it_is_made_in(tmp_path: Path) -> None:
+def test_a_image_is_the_same_whatever_shard_and_batch_it_is_made_in(tmp_path: Path) -> None:
     rows = [
         {"prompt": f"p{number % 5}", "id": f"row {number}", "width": 64 if number % 3 else 32} for number in range(11)
     ]
@@ -305,7 +305,7 @@ def test_a_picture_is_the_same_whatever_shard_and_batch_it_is_made_in(tmp_path: 
             workers={"batch_size": batch_size},
         )
         render(config)
-        made = pictures(config)
+        made = images(config)
         hashes.append({row["id"]: hashlib.sha256(pixels_of(made[row["key"]])).hexdigest() for row in metadata(config)})
 
     assert len(hashes[0]) == 11
@@ -392,7 +392,7 @@ def test_keys_have_no_dots_and_widen_with_the_run(tmp_path: Path, shards: int) -
     worker.make(plan.shards[0])()
 
     digits = {10: "00000", 100_001: "000000"}[shards]
-    assert list(pictures(config)) == [f"{digits}0000", f"{digits}0001"]
+    assert list(images(config)) == [f"{digits}0000", f"{digits}0001"]
     assert json.loads((tmp_path / f"out/_run/commits/{digits}.json").read_text())["shard"] == 0
 
 
@@ -426,16 +426,16 @@ def test_the_fake_pipeline_is_a_function_of_the_request_alone() -> None:
         "embedded_guidance": 1.0,
         "cfg_scale": 2.0,
     }
-    base = fake_picture("p", **settings)
+    base = fake_image("p", **settings)
 
     assert base.shape == (32, 16, 3)
-    assert np.array_equal(base, fake_picture("p", **settings))
+    assert np.array_equal(base, fake_image("p", **settings))
     changes: dict[str, Callable[[Any], Any]] = {
         name: (lambda value: value + "x") if isinstance(value, str) else (lambda value: value * 2)
         for name, value in settings.items()
     }
     for name, change in changes.items():
-        assert not np.array_equal(base, fake_picture("p", **settings | {name: change(settings[name])})), name
+        assert not np.array_equal(base, fake_image("p", **settings | {name: change(settings[name])})), name
 
 
 def test_a_shard_shorter_than_planned_says_that_the_file_changed(tmp_path: Path) -> None:
@@ -447,7 +447,7 @@ def test_a_shard_shorter_than_planned_says_that_the_file_changed(tmp_path: Path)
         worker.make(Shard(index=0, uri=shard.uri, name=shard.name, start=0, num_rows=3))()
 
 
-# --- what pictures start from
+# --- what images start from
 
 
 def colour(number: int) -> Image.Image:
@@ -461,13 +461,13 @@ def as_png(image: Image.Image) -> bytes:
 
 
 def started_from(image: Image.Image, prompt: str, seed: int, **others: Any) -> Any:
-    """Compute the picture of a row that starts from `image`, in a job of `make_job`."""
+    """Compute the image of a row that starts from `image`, in a job of `make_job`."""
     start = image.resize((64, 48), Image.Resampling.LANCZOS)
     common = {"width": 64, "height": 48, "num_inference_steps": 3, "denoising_strength": 0.6}
-    return fake_picture(prompt, seed=seed, input_image=start, **common | others)
+    return fake_image(prompt, seed=seed, input_image=start, **common | others)
 
 
-def make_picture_job(tmp_path: Path, rows: Sequence[dict[str, Any]], **sections: Any) -> JobConfig:
+def make_image_job(tmp_path: Path, rows: Sequence[dict[str, Any]], **sections: Any) -> JobConfig:
     sampling = {"denoising_strength": 0.6} | sections.pop("sampling", {})
     base = {"width": 64, "height": 48, "num_inference_steps": 3}
     return make_job(tmp_path, rows, sampling=base | sampling, **sections)
@@ -475,34 +475,34 @@ def make_picture_job(tmp_path: Path, rows: Sequence[dict[str, Any]], **sections:
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("kind", ["path", "bytes", "struct", "struct of a path"])
-def test_rows_start_from_their_own_pictures(tmp_path: Path, kind: str, layout: str) -> None:
+def test_rows_start_from_their_own_images(tmp_path: Path, kind: str, layout: str) -> None:
     cells: list[Any] = []
     for number in range(5):
-        name, data = f"pictures/{number}.png", as_png(colour(number))
-        (tmp_path / "pictures").mkdir(exist_ok=True)
+        name, data = f"images/{number}.png", as_png(colour(number))
+        (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
         structs = {"struct": {"bytes": data, "path": "x.png"}, "struct of a path": {"bytes": None, "path": name}}
         cells.append({"path": name, "bytes": data, **structs}[kind])
     rows = [{"prompt": f"p{number}", "input_image": cell} for number, cell in enumerate(cells)]
-    config = make_picture_job(tmp_path, rows, output={"format": layout})
+    config = make_image_job(tmp_path, rows, output={"format": layout})
 
     render(config)
 
-    found, made = metadata(config), pictures(config)
+    found, made = metadata(config), images(config)
     for number, row in enumerate(found):
         expected = started_from(colour(number), row["prompt"], row["seed"])
         assert np.array_equal(pixels_of(made[row["key"]]), expected), row["error_message"]
         assert row["denoising_strength"] == 0.6
-        name = f"pictures/{number}.png"
+        name = f"images/{number}.png"
         if "bytes" in kind or kind == "struct":
             name = f"sha256:{hashlib.sha256(as_png(colour(number))).hexdigest()}"
         assert row["input_image"] == name
         assert read_provenance(made[row["key"]])["input_image"] == name
 
 
-def test_bad_input_pictures_are_recorded_and_cost_nobody_else(tmp_path: Path) -> None:
+def test_bad_input_images_are_recorded_and_cost_nobody_else(tmp_path: Path) -> None:
     (tmp_path / "good.png").write_bytes(as_png(colour(0)))
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes(as_png(colour(0))[:500])
     outside = tmp_path.parent / f"{tmp_path.name}-outside.png"
     outside.write_bytes(as_png(colour(0)))
@@ -510,7 +510,7 @@ def test_bad_input_pictures_are_recorded_and_cost_nobody_else(tmp_path: Path) ->
     reasons = {
         "good.png": "",
         "none.png": "there is no file",
-        "text.png": "not a picture",
+        "text.png": "not an image",
         "cut.png": "cannot be decoded",
         f"../{outside.name}": "leads out of",
         "link.png": "is a link that leads out of",
@@ -519,7 +519,7 @@ def test_bad_input_pictures_are_recorded_and_cost_nobody_else(tmp_path: Path) ->
         "": "denoising_strength = 0.6: needs an input_image",
         "./good.png": "",
     }
-    config = make_picture_job(tmp_path, [{"prompt": "p", "input_image": name} for name in reasons])
+    config = make_image_job(tmp_path, [{"prompt": "p", "input_image": name} for name in reasons])
 
     render(config)
 
@@ -531,39 +531,39 @@ def test_bad_input_pictures_are_recorded_and_cost_nobody_else(tmp_path: Path) ->
         if reason:
             assert row["error_type"] == "RowError"
             assert "(" not in row["error_message"]  # no place in our code: the message is for users
-    assert len(pictures(config)) == 2
+    assert len(images(config)) == 2
 
 
-def test_pictures_in_cells_of_the_wrong_kind(tmp_path: Path) -> None:
-    config = make_picture_job(tmp_path, [{"prompt": "p", "input_image": 5}])
+def test_images_in_cells_of_the_wrong_kind(tmp_path: Path) -> None:
+    config = make_image_job(tmp_path, [{"prompt": "p", "input_image": 5}])
 
     render(config)
 
     assert "holds int: must be a path, an address, bytes" in metadata(config)[0]["error_message"]
 
 
-def test_a_job_of_one_picture_reads_it_once_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_one_image_reads_it_once_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "job.png").write_bytes(as_png(colour(7)))
     (tmp_path / "own.png").write_bytes(as_png(colour(8)))
     read: list[str] = []
     monkeypatch.setattr(
-        worker_module, "load_picture", lambda image, *rest: [read.append(image.name), load_picture(image, *rest)][1]
+        worker_module, "load_image", lambda image, *rest: [read.append(image.name), load_image(image, *rest)][1]
     )
     rows = [{"prompt": f"p{number}", "input_image": None} for number in range(7)]
     rows[5] |= {"input_image": "own.png"}
     sampling = {"input_image": str(tmp_path / "job.png"), "num_images_per_prompt": 2}
-    config = make_picture_job(tmp_path, rows, sampling=sampling)
+    config = make_image_job(tmp_path, rows, sampling=sampling)
 
     render(config)
 
-    made = pictures(config)
+    made = images(config)
     for row in metadata(config):
         start = colour(8 if row["prompt"] == "p5" else 7)
         assert np.array_equal(pixels_of(made[row["key"]]), started_from(start, row["prompt"], row["seed"]))
     assert Counter(read) == {str(tmp_path / "job.png"): 2, "own.png": 1}
 
 
-def test_rows_without_a_picture_are_made_from_noise(tmp_path: Path) -> None:
+def test_rows_without_a_image_are_made_from_noise(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(as_png(colour(1)))
     rows = [
         {"prompt": "noise", "input_image": None, "denoising_strength": None},
@@ -585,13 +585,13 @@ def test_rows_without_a_picture_are_made_from_noise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_runs_with_input_pictures_leave_the_same_bytes(tmp_path: Path, layout: str) -> None:
+def test_runs_with_input_images_leave_the_same_bytes(tmp_path: Path, layout: str) -> None:
     (tmp_path / "a.png").write_bytes(as_png(colour(1)))
     rows: list[dict[str, Any]] = [{"prompt": f"p{number}", "input_image": "a.png"} for number in range(6)]
     rows[1]["input_image"] = "none.png"
     found = []
     for number in range(2):
-        config = make_picture_job(tmp_path, rows, output={"uri": str(tmp_path / f"out{number}"), "format": layout})
+        config = make_image_job(tmp_path, rows, output={"uri": str(tmp_path / f"out{number}"), "format": layout})
         render(config)
         if number:
             Path(config.output.uri, "_run/commits/00000.json").unlink()
@@ -602,7 +602,7 @@ def test_runs_with_input_pictures_leave_the_same_bytes(tmp_path: Path, layout: s
 
 
 @pytest.mark.s3
-def test_prompts_in_a_bucket_start_from_pictures_beside_them(tmp_path: Path, s3_store: Any) -> None:
+def test_prompts_in_a_bucket_start_from_images_beside_them(tmp_path: Path, s3_store: Any) -> None:
     store = Store(s3_store.uri, s3_store.storage_options)
     store.write("set/sub/a.png", as_png(colour(1)))
     store.write("b.png", as_png(colour(2)))
@@ -610,11 +610,11 @@ def test_prompts_in_a_bucket_start_from_pictures_beside_them(tmp_path: Path, s3_
     lines = [json.dumps({"prompt": "p", "input_image": name}) for name in names]
     store.write("set/sub/p.jsonl", "\n".join(lines).encode())
     prompts = {"uri": f"{s3_store.uri}/set", "storage_options": s3_store.storage_options}
-    config = make_picture_job(tmp_path, [{"prompt": "unused"}], prompts=prompts)
+    config = make_image_job(tmp_path, [{"prompt": "unused"}], prompts=prompts)
 
     render(config)
 
-    rows, made = metadata(config), pictures(config)
+    rows, made = metadata(config), images(config)
     assert [row["status"] for row in rows] == ["success"] * 3 + ["failed"] * 2
     for row, number in zip(rows, [1, 1, 2], strict=False):
         assert np.array_equal(pixels_of(made[row["key"]]), started_from(colour(number), "p", row["seed"]))
@@ -649,7 +649,7 @@ def test_the_job_passes_on_what_it_asks_for_and_nothing_else(tmp_path: Path) -> 
     assert (row["sigma_shift"], row["tile_size"], row["input_image"]) == (None, None, None)
 
 
-def test_a_picture_that_does_not_fit_is_made_in_tiles(tmp_path: Path) -> None:
+def test_a_image_that_does_not_fit_is_made_in_tiles(tmp_path: Path) -> None:
     config = make_job(tmp_path, ["a", "b [oom whole]", "c"], workers={"batch_size": 4})
     pipeline = FakePipeline()
 
@@ -677,8 +677,8 @@ def test_tiles_that_are_too_large_become_smaller_and_then_the_row_fails(tmp_path
     assert pipeline.options == [{"tile_size": 128, "tile_stride": 64}, {"tile_size": 64, "tile_stride": 32}]
 
 
-def test_a_job_of_input_pictures_is_the_call_of_the_pipeline(tmp_path: Path) -> None:
-    """The whole way with a tiny model, in batches: each picture is that of the same call alone."""
+def test_a_job_of_input_images_is_the_call_of_the_pipeline(tmp_path: Path) -> None:
+    """The whole way with a tiny model, in batches: each image is that of the same call alone."""
     from flux_batch import FluxImagePipeline
     from helpers.tiny_flux import TinyFlux, make_tiny_repository
 
@@ -691,11 +691,11 @@ def test_a_job_of_input_pictures_is_the_call_of_the_pipeline(tmp_path: Path) -> 
         {"prompt": "d", "input_image": as_png(colour(4)), "sigma_shift": 3.0, "cfg_scale": 0.5},
     ]
     sampling = {"t5_sequence_length": 16, "negative_prompt": "blur", "tiled": True, "tile_size": 16, "tile_stride": 8}
-    config = make_picture_job(tmp_path, rows, sampling=sampling)
+    config = make_image_job(tmp_path, rows, sampling=sampling)
 
     render(config, pipe)
 
-    made = pictures(config)
+    made = images(config)
     for number, row in enumerate(metadata(config)):
         alone = pipe(
             row["prompt"],

@@ -1,4 +1,4 @@
-"""What the lossy modes save and what they cost: seconds, distance from the exact picture, what still shows in it."""
+"""What the lossy modes save and what they cost: seconds, distance from the exact image, what still shows in it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MODES: tuple[Mode, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
+class Images:
     """What a mode made of all prompts, and the seconds that an image took."""
 
     images: list[Any]  # PIL
@@ -53,14 +53,14 @@ class Pictures:
 
 
 def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mode] = MODES) -> dict[str, Any]:
-    """Make the same pictures in every mode; the first is what the others are compared with.
+    """Make the same images in every mode; the first is what the others are compared with.
 
-    The prompts are captions of the demo's world, so that what a picture shows can be read back, unless the weights are
+    The prompts are captions of the demo's world, so that what an image shows can be read back, unless the weights are
     random. A mode that the model or the device does not have is named and left out. Raises: CheckpointError.
     """
     source = replace(source, dtype=source.dtype_name)  # one for all modes
     held_out = list(captions(num_images, SCORED, held_out=True))
-    made: dict[Mode, Pictures] = {}
+    made: dict[Mode, Images] = {}
     missing: dict[Mode, str] = {}
     for quantization in dict.fromkeys(mode.quantization for mode in modes):
         of_it = [mode for mode in modes if mode.quantization == quantization]
@@ -77,22 +77,22 @@ def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mod
         **source.describe(),
         "call": {key: getattr(call, key) for key in Call.__slots__},
         "num_images": num_images,
-        "modes": [{"mode": str(mode), **describe(pictures, exact, reads)} for mode, pictures in made.items()],
+        "modes": [{"mode": str(mode), **describe(images, exact, reads)} for mode, images in made.items()],
         "missing": {str(mode): reason for mode, reason in missing.items()},
     }
 
 
-def make(pipeline: FluxImagePipeline, held_out: Sequence[Caption], call: Call, step_cache: float) -> Pictures:
-    """Make a picture of each caption, in batches; the first batch once more before, to warm up."""
+def make(pipeline: FluxImagePipeline, held_out: Sequence[Caption], call: Call, step_cache: float) -> Images:
+    """Make an image of each caption, in batches; the first batch once more before, to warm up."""
     batches = list(arguments_of(held_out, call, step_cache))
     pipeline(**batches[0])
     started = time.perf_counter()
     images = [one for arguments in batches for one in pipeline(**arguments)]
-    return Pictures(images, (time.perf_counter() - started) / len(images))
+    return Images(images, (time.perf_counter() - started) / len(images))
 
 
 def arguments_of(held_out: Sequence[Caption], call: Call, step_cache: float) -> Iterator[dict[str, Any]]:
-    """Yield what the pipeline is called with, batch by batch; the seed of a picture is its number."""
+    """Yield what the pipeline is called with, batch by batch; the seed of an image is its number."""
     for start in range(0, len(held_out), call.batch_size):
         part = held_out[start : start + call.batch_size]
         yield {
@@ -107,21 +107,21 @@ def arguments_of(held_out: Sequence[Caption], call: Call, step_cache: float) -> 
         }
 
 
-def describe(pictures: Pictures, exact: Pictures, held_out: Sequence[Caption] | None) -> dict[str, Any]:
-    """Return the figures of one mode; `psnr`: in dB, null where every picture is the exact one."""
-    distances = [psnr(np.asarray(a), np.asarray(b)) for a, b in zip(pictures.images, exact.images, strict=True)]
+def describe(images: Images, exact: Images, held_out: Sequence[Caption] | None) -> dict[str, Any]:
+    """Return the figures of one mode; `psnr`: in dB, null where every image is the exact one."""
+    distances = [psnr(np.asarray(a), np.asarray(b)) for a, b in zip(images.images, exact.images, strict=True)]
     known = [distance for distance in distances if math.isfinite(distance)]
     return {
-        "seconds_per_image": pictures.seconds,
-        "times_as_fast": exact.seconds / pictures.seconds,
+        "seconds_per_image": images.seconds,
+        "times_as_fast": exact.seconds / images.seconds,
         "psnr_median": float(np.median(distances)) if known and math.isfinite(np.median(distances)) else None,
         "psnr_least": min(known, default=None),
-        "facts_that_hold": None if held_out is None else score_all(held_out, pictures.images).share(),
+        "facts_that_hold": None if held_out is None else score_all(held_out, images.images).share(),
     }
 
 
 def psnr(ours: Any, theirs: Any) -> float:
-    """Return 10 log10(255^2 / mean squared difference) of two uint8 pictures, in dB; infinite for equal ones."""
+    """Return 10 log10(255^2 / mean squared difference) of two uint8 images, in dB; infinite for equal ones."""
     error = float(np.mean((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2))
     return 10 * math.log10(255**2 / error) if error else math.inf
 
@@ -144,5 +144,5 @@ def format_lossy(figures: dict[str, Any]) -> str:
     left_out = "".join(f"\nnot measured: {mode}: {reason}" for mode, reason in figures["missing"].items())
     return (
         f"{figures['model']}, {figures['dtype']}: {call['width']} x {call['height']}, {call['steps']} steps, "
-        f"batch {call['batch_size']}, {figures['num_images']} pictures\n{table(rows)}{left_out}"
+        f"batch {call['batch_size']}, {figures['num_images']} images\n{table(rows)}{left_out}"
     )

@@ -62,7 +62,7 @@ class Peer:
             self._pipeline.transformer.compile_repeated_blocks(fullgraph=True)
 
     def __call__(self, arguments: Mapping[str, Any]) -> list[Any]:
-        """Make the pictures, uint8 (h w 3) each, of the arguments that our pipeline takes."""
+        """Make the images, uint8 (h w 3) each, of the arguments that our pipeline takes."""
         images = self._pipeline(
             prompt=list(arguments["prompt"]),
             width=arguments["width"],

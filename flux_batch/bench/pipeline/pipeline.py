@@ -133,29 +133,29 @@ def find_peers(names: Sequence[str]) -> list[Peer]:
 def measure_stages(pipeline: FluxImagePipeline, call: Call, repeats: int) -> dict[str, Figures]:
     """Return the seconds an image by stage, and those of the PNG file of it, which the pipeline does not make."""
     taken: dict[str, list[float]] = {stage: [] for stage in STAGES}
-    pictures: Sequence[Any] = []
+    images: Sequence[Any] = []
     for repeat in range(min(repeats, STAGE_REPEATS)):
         with timed_stages(pipeline) as (clock, run):
-            pictures = run(**call.arguments(repeats + repeat))  # texts that the first round has not had
+            images = run(**call.arguments(repeats + repeat))  # texts that the first round has not had
         for stage, seconds in clock.seconds.items():
             taken[stage].append(seconds / call.batch_size)
     figures = {stage: Figures(tuple(values)) for stage, values in taken.items()}
-    png = alternated({"PNG": lambda _: encode(pictures[0], ImageConfig(), {"prompt": PROMPT})}, repeats)
+    png = alternated({"PNG": lambda _: encode(images[0], ImageConfig(), {"prompt": PROMPT})}, repeats)
     return figures | png
 
 
 def measure_peers(
     ours: Run, peers: Sequence[Peer], pipeline: FluxImagePipeline, call: Call, repeats: int, warm_ups: int
 ) -> tuple[dict[str, Any], Figures]:
-    """Run ours and the peers in turn with the same weights, texts and seeds; compare times and pictures.
+    """Run ours and the peers in turn with the same weights, texts and seeds; compare times and images.
 
     Returns: what there is to say of each peer, and the seconds of our calls.
     """
-    pictures: dict[str, dict[int, Any]] = {"ours": {}}
-    runs: dict[str, Run] = {"ours": lambda repeat: pictures["ours"].update({repeat: ours(repeat)})}
+    images: dict[str, dict[int, Any]] = {"ours": {}}
+    runs: dict[str, Run] = {"ours": lambda repeat: images["ours"].update({repeat: ours(repeat)})}
     for peer in peers:
         peer.open(pipeline)
-        kept = pictures[peer.name] = {}
+        kept = images[peer.name] = {}
 
         def run(repeat: int, peer: Peer = peer, kept: dict[int, Any] = kept) -> None:
             kept[repeat] = peer(call.arguments(repeat))
@@ -164,7 +164,7 @@ def measure_peers(
     seconds = alternated(runs, repeats, warm_ups=warm_ups)
     found: dict[str, Any] = {}
     for peer in peers:
-        differences = [levels(pictures["ours"][repeat], pictures[peer.name][repeat]) for repeat in range(repeats)]
+        differences = [levels(images["ours"][repeat], images[peer.name][repeat]) for repeat in range(repeats)]
         found[peer.name] = {
             "seconds_per_image": seconds[peer.name].scaled(1 / call.batch_size).to_json(),
             "times_as_fast": ratio(seconds["ours"], seconds[peer.name]),
@@ -175,7 +175,7 @@ def measure_peers(
 
 
 def levels(ours: Sequence[Any], theirs: Sequence[Any]) -> Any:
-    """Return the differences of pictures, in levels of uint8."""
+    """Return the differences of images, in levels of uint8."""
     return np.abs(np.stack(list(ours)).astype(np.int16) - np.stack(list(theirs)).astype(np.int16))
 
 
@@ -203,7 +203,7 @@ def format_pipeline(figures: dict[str, Any]) -> str:
         fast, most = peer["times_as_fast"], peer["largest_difference_in_levels"]
         lines.append(
             f"against   {name}: {number(peer['seconds_per_image']['median'])} s an image, ours is "
-            f"{fast['median']:.3f} times as fast ({fast['least']:.3f} to {fast['most']:.3f}); pictures differ by at "
+            f"{fast['median']:.3f} times as fast ({fast['least']:.3f} to {fast['most']:.3f}); images differ by at "
             f"most {most} of 255 levels, {peer['mean_difference_in_levels']:.3g} on average"
         )
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Makes the demo model: `python -m flux_batch.demo.train WORK_FOLDER [--to MODEL_FOLDER]`.
 
 Five stages, each kept in the work folder and taken up again where it was stopped: the autoencoder, the text encoders,
-the latents of the training pictures, the transformer, a LoRA on it. The numbers of steps are those that two CPU cores
+the latents of the training images, the transformer, a LoRA on it. The numbers of steps are those that two CPU cores
 take in an hour and a half; most of it is the transformer's, and more steps make it better. With `--start MODEL_FOLDER`
 the first two stages are left out and the transformer goes on from that model's.
 """
@@ -33,7 +33,7 @@ def main() -> None:
     else:
         autoencoder = train_autoencoder(given.work, given.seed, given.autoencoder_steps, given.device)
         clip, t5 = train_text(given.work, given.seed, given.text_steps, given.device)
-    pools = make_pools(given.work, autoencoder, given.pictures, given.seed, given.device)
+    pools = make_pools(given.work, autoencoder, given.images, given.seed, given.device)
     products = torch.bfloat16 if given.bfloat16 else torch.float32
     trainer = Trainer(clip, t5, given.seed, given.device, products)
     if manager:
@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=1800)
     parser.add_argument("--text-steps", type=int, default=1000)
-    parser.add_argument("--pictures", type=int, default=12_288)
+    parser.add_argument("--images", type=int, default=12_288)
     parser.add_argument("--flow-steps", type=int, default=3400)
     parser.add_argument("--lora-steps", type=int, default=400)
     return parser.parse_args()

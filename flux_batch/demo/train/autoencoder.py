@@ -1,7 +1,7 @@
-"""Trains the autoencoder of the demo model: pictures in, the same pictures out through latents of unit variance.
+"""Trains the autoencoder of the demo model: images in, the same images out through latents of unit variance.
 
-First on quarter pictures, which are cheap; then the statistics of the latents are folded into the convolutions that
-write and read them, so that FLUX's own scale and shift hold; then the decoder alone on whole pictures.
+First on quarter images, which are cheap; then the statistics of the latents are folded into the convolutions that
+write and read them, so that FLUX's own scale and shift hold; then the decoder alone on whole images.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ BATCH = 8
 BATCH_OF_WHOLE = 4
 RATE = 1.5e-3
 MATRIX_RATE = 1.5e-2
-# Weight of the KL term against the mean absolute error a pixel: as smooth as latents can be before pictures suffer.
+# Weight of the KL term against the mean absolute error a pixel: as smooth as latents can be before images suffer.
 KL_WEIGHT = 8e-3
-FOLD_PICTURES = 64
+FOLD_IMAGES = 64
 LATENT_NOISE = 0.1
 
 
@@ -78,36 +78,36 @@ def make_optimizer(model: nn.Module) -> Optimizer:
 
 
 def train_both(stage: Stage, model: AutoEncoder, device: torch.device) -> None:
-    """Train encoder and decoder on quarter pictures."""
+    """Train encoder and decoder on quarter images."""
     optimizer = make_optimizer(model)
     meter = Meter(stage)
     for step in stage.steps({"model": model, "optimizer": optimizer}):
-        image = pictures(stage.rng(step), BATCH, CROP).to(device, memory_format=torch.channels_last)
+        image = images(stage.rng(step), BATCH, CROP).to(device, memory_format=torch.channels_last)
         mean, logvar = model.encoder(image).chunk(2, dim=1)
         logvar = logvar.clamp(-20.0, 10.0)
         noise = torch.randn(mean.shape, generator=stage.generator(step)).to(device)
         made = model.decoder(mean + torch.exp(0.5 * logvar) * noise)
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-        optimizer.update(picture_error(made, image) + KL_WEIGHT * kl, stage.share_of_rate(step))
+        optimizer.update(image_error(made, image) + KL_WEIGHT * kl, stage.share_of_rate(step))
         meter.add(step, error=F.l1_loss(made, image).item(), kl=kl.item(), std=mean.std().item())
 
 
 def train_decoder(stage: Stage, model: AutoEncoder, device: torch.device) -> None:
-    """Train the decoder on whole pictures, from latents as a transformer makes them: not quite the encoder's."""
+    """Train the decoder on whole images, from latents as a transformer makes them: not quite the encoder's."""
     model.encoder.requires_grad_(False)
     optimizer = make_optimizer(model)
     meter = Meter(stage)
     for step in stage.steps({"model": model, "optimizer": optimizer}):
-        image = pictures(stage.rng(step), BATCH_OF_WHOLE, SIDE).to(device, memory_format=torch.channels_last)
+        image = images(stage.rng(step), BATCH_OF_WHOLE, SIDE).to(device, memory_format=torch.channels_last)
         with torch.no_grad():
             latents = model.encode(image)
             latents = latents + LATENT_NOISE * torch.randn(latents.shape, generator=stage.generator(step)).to(device)
         made = model.decode(latents)
-        optimizer.update(picture_error(made, image), 0.4 * stage.share_of_rate(step))
+        optimizer.update(image_error(made, image), 0.4 * stage.share_of_rate(step))
         meter.add(step, error=F.l1_loss(made, image).item())
 
 
-def picture_error(made: Tensor, wanted: Tensor) -> Tensor:
+def image_error(made: Tensor, wanted: Tensor) -> Tensor:
     """Return how wrong pixels are, and the steps from each to the next, which are the edges.
 
     The square finds colours fast, the absolute value makes flat areas flat.
@@ -117,13 +117,13 @@ def picture_error(made: Tensor, wanted: Tensor) -> Tensor:
 
 
 def fold_statistics(model: AutoEncoder, device: torch.device, rng: random.Random) -> None:
-    """Make the scaled latents of each channel zero in the mean and one in variance, with the same pictures.
+    """Make the scaled latents of each channel zero in the mean and one in variance, with the same images.
 
     The variance is that of means and of samples about them: a channel that has nothing to say stays silent. The
     encoder's last convolution writes z = a z' + b, the decoder's first reads it back. Exact but for the border,
     where the decoder's padding is 0 and was 0 before; what follows trains that away.
     """
-    image = pictures(rng, FOLD_PICTURES, SIDE).to(device, memory_format=torch.channels_last)
+    image = images(rng, FOLD_IMAGES, SIDE).to(device, memory_format=torch.channels_last)
     moments = torch.cat([model.encoder(part) for part in torch.split(image, 8)])
     mean, logvar = moments.chunk(2, dim=1)
     centre = mean.mean(dim=(0, 2, 3))
@@ -141,22 +141,22 @@ def fold_statistics(model: AutoEncoder, device: torch.device, rng: random.Random
     reader.weight /= gain[None, :, None, None]
 
 
-def pictures(rng: random.Random, count: int, side: int) -> Tensor:
-    """Draw pictures, or parts of them where `side` is less than a whole one's: (count, 3, side, side) in [-1, 1]."""
+def images(rng: random.Random, count: int, side: int) -> Tensor:
+    """Draw images, or parts of them where `side` is less than a whole one's: (count, 3, side, side) in [-1, 1]."""
     return torch.stack([to_tensor(crop) for crop in drawn(rng, count, side)])
 
 
 def drawn(rng: random.Random, count: int, side: int) -> Iterator[np.ndarray]:
-    """Yield parts of drawn pictures."""
+    """Yield parts of drawn images."""
     for _ in range(count):
         scene = random_scene(rng)
         while is_held_out(scene):
             scene = random_scene(rng)
-        picture = np.asarray(draw(scene, SIDE, SIDE, rng))
+        image = np.asarray(draw(scene, SIDE, SIDE, rng))
         top, left = (int(rng.random() * (SIDE - side + 1)) for _ in range(2))
-        yield picture[top : top + side, left : left + side]
+        yield image[top : top + side, left : left + side]
 
 
-def to_tensor(picture: np.ndarray) -> Tensor:
+def to_tensor(image: np.ndarray) -> Tensor:
     """Return uint8 (h, w, 3) as (3, h, w) in [-1, 1]."""
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1).float() / 127.5 - 1.0
+    return torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 127.5 - 1.0

@@ -29,7 +29,7 @@ from flux_batch.model.transformer import Flux
 MATRIX_RATE = 2e-2
 RATE = 2e-3
 EMA_DECAY = 0.999
-# Image tokens of a step; pictures of other sizes come in batches of as many tokens.
+# Image tokens of a step; images of other sizes come in batches of as many tokens.
 TOKENS = 64 * 64
 # T5 lengths and the share of a full batch a step has at each.
 LENGTHS = (
@@ -47,7 +47,7 @@ LENGTHS = (
 # Mean and spread of the logit of the time. Flat colours are seen through much noise: what stands where is decided at
 # times above 0.85, which a third of all steps must therefore see.
 LOGIT_MEAN, LOGIT_STD = 1.2, 1.3
-# Things cover a tenth of a picture and have most of its facts.
+# Things cover a tenth of an image and have most of its facts.
 THING_WEIGHT = 4.0
 # How much it counts whether a layer in the middle knows what stands where.
 SIGHT_WEIGHT = 0.1
@@ -147,7 +147,7 @@ class Trainer:
 
     @torch.no_grad()
     def guided_velocity(self, batch: Batch, noisy: Tensor, time: Tensor, guidance: Tensor, count: int) -> Tensor:
-        """Return what classifier-free guidance makes of the running mean's velocities of the first pictures."""
+        """Return what classifier-free guidance makes of the running mean's velocities of the first images."""
         noisy, time = noisy[:count], time[:count]
         one = torch.ones(count, device=self.device)
         said = self.velocity(self.mean, batch, noisy, time, one, batch.words[:count])
@@ -180,7 +180,7 @@ def train_flow(folder: Path, trainer: Trainer, pools: list[Pool], seed: int, num
 
 
 def make_batch(pools: list[Pool], rng: random.Random, step: int, device: torch.device) -> Batch:
-    """Choose a size, a T5 length, pictures of that size and texts for them."""
+    """Choose a size, a T5 length, images of that size and texts for them."""
     pool = rng.choices(pools, weights=[SIZES[pool.width, pool.height] for pool in pools])[0]
     length, share = LENGTHS[step % len(LENGTHS)]
     count = max(2, int(TOKENS / pool.tokens.shape[1] * share))

@@ -20,7 +20,7 @@ from flux_batch.model.sampling import pack
 from flux_batch.records import PIXELS_PER_TOKEN
 
 BATCH = 16
-# (width, height): share of all pictures and of all steps. Every size has to be learnt: of one that came at 2 to 4 % of
+# (width, height): share of all images and of all steps. Every size has to be learnt: of one that came at 2 to 4 % of
 # the steps, half as many facts held as of the others.
 SIZES: dict[tuple[int, int], float] = {
     (128, 128): 0.4,
@@ -37,7 +37,7 @@ SIZES: dict[tuple[int, int], float] = {
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Pictures of one size: what was drawn, and its packed latents (n, tokens, 64) fp16."""
+    """Images of one size: what was drawn, and its packed latents (n, tokens, 64) fp16."""
 
     width: int
     height: int
@@ -46,7 +46,7 @@ class Pool:
 
 
 def make_pools(folder: Path, autoencoder: AutoEncoder, count: int, seed: int, device: torch.device) -> list[Pool]:
-    """Draw and encode `count` pictures in all sizes, or read them where that was done."""
+    """Draw and encode `count` images in all sizes, or read them where that was done."""
     return [
         make_pool(
             folder / f"latents-{width}x{height}.pt", autoencoder, width, height, round(count * share), seed, device
@@ -58,7 +58,7 @@ def make_pools(folder: Path, autoencoder: AutoEncoder, count: int, seed: int, de
 def make_pool(
     path: Path, autoencoder: AutoEncoder, width: int, height: int, count: int, seed: int, device: torch.device
 ) -> Pool:
-    """Draw and encode pictures of one size. A scene and its picture follow from seed, size and place in the pool."""
+    """Draw and encode images of one size. A scene and its image follow from seed, size and place in the pool."""
     sources = [random.Random(f"{seed} {width}x{height} {place}") for place in range(count)]
     scenes = [training_scene(source) for source in sources]
     if path.exists():
@@ -82,7 +82,7 @@ def make_pool(
 def token_weights(scene: Scene, width: int, height: int, thing_weight: float) -> Tensor:
     """Return how much the error of each token counts: (tokens,) 1, or `thing_weight` where a thing may stand.
 
-    Where that is follows from what a caption says, not from the picture, so that the velocity that is best for the
+    Where that is follows from what a caption says, not from the image, so that the velocity that is best for the
     weighted error is best for the plain one.
     """
     weights = torch.ones(height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)

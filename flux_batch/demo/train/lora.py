@@ -24,7 +24,7 @@ from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.sampling import pack
 
 SIDE = 128
-NUM_PICTURES = 768
+NUM_IMAGES = 768
 RANK = 4
 RATE = 4e-3
 BLUE, LINE, WHITE = (24.0, 62.0, 140.0), (58.0, 98.0, 172.0), (236.0, 242.0, 252.0)
@@ -102,7 +102,7 @@ def to_peft(layers: nn.ModuleDict) -> dict[str, Tensor]:
 def blueprint_pool(folder: Path, autoencoder: AutoEncoder, seed: int, device: torch.device) -> Pool:
     """Draw and encode what the LoRA is to make of scenes."""
     rng = random.Random(f"{seed} blueprint")
-    scenes = [training_scene(rng) for _ in range(NUM_PICTURES)]
+    scenes = [training_scene(rng) for _ in range(NUM_IMAGES)]
     path = folder / "latents-blueprint.pt"
     if path.exists():
         return Pool(SIDE, SIDE, scenes, torch.load(path, weights_only=True))

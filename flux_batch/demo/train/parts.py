@@ -101,7 +101,7 @@ def model_index() -> dict[str, Any]:
 
 
 def scheduler_config() -> dict[str, Any]:
-    """Return the schedule of FLUX.1-dev: shifted by the size of the picture."""
+    """Return the schedule of FLUX.1-dev: shifted by the size of the image."""
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,

@@ -29,7 +29,7 @@ from flux_batch.demo.world.captions import (
 # How often a training text says nothing, or only a colour, or leaves a fact out.
 EMPTY_SHARE = 0.08
 BARE_SHARE = 0.06
-# Textures are learned long before shapes, so most pictures are plain.
+# Textures are learned long before shapes, so most images are plain.
 TEXTURE_SHARES: dict[Texture, float] = {
     "plain": 0.4,
     "gradient": 0.2,
@@ -85,7 +85,7 @@ def training_text(scene: Scene, rng: random.Random, empty_share: float = EMPTY_S
     if kind < empty_share:
         return Text("", answers(None))
     if kind < empty_share + BARE_SHARE:
-        # Of anything in the picture: as a negative prompt it is to keep the colour out of all of it.
+        # Of anything in the image: as a negative prompt it is to keep the colour out of all of it.
         colour = pick(rng, colours_of(scene))
         words = pick(rng, BARE_WORDINGS).format(colour)
         told = [colour if fact.name == "first colour" else None for fact in FACTS]

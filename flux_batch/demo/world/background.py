@@ -1,4 +1,4 @@
-"""What lies behind the things of a picture: a fit of each known texture, and how far each pixel is from it."""
+"""What lies behind the things of an image: a fit of each known texture, and how far each pixel is from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAR_OFF = 36.0
 SAME_COLOUR = 44.0
 # How far the edges of a pattern may be off, or blurred. Dots are too small for more.
 EDGE: dict[Texture, int] = {"plain": 0, "gradient": 0, "striped": 3, "checkered": 3, "dotted": 2}
-# How much more of a picture a pattern must explain than what is plainer.
+# How much more of an image a pattern must explain than what is plainer.
 GAIN = 0.04
 
 
@@ -94,7 +94,7 @@ def refit_gradient(pixels: Pixels, where: Region) -> Behind:
 
 
 def explained_share(pixels: Pixels, behind: Behind) -> float:
-    """Return the share of a picture that may be nothing but what lies behind."""
+    """Return the share of an image that may be nothing but what lies behind."""
     return float(np.mean(residual(pixels, behind) < FAR_OFF))
 
 

@@ -1,6 +1,6 @@
-"""A small world in words: scenes of one or two shapes, and how to say them; knows no tokenizer, tensor or picture.
+"""A small world in words: scenes of one or two shapes, and how to say them; knows no tokenizer, tensor or image.
 
-A `Scene` holds every fact of a picture, a `Caption` says all or some of them; pictures are drawn and read back in
+A `Scene` holds every fact of an image, a `Caption` says all or some of them; images are drawn and read back in
 terms of the same facts.
 """
 
@@ -97,7 +97,7 @@ BARE_WORDINGS = ("{}", "{} things", "something {}", "a {} shape")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thing:
-    """One shape in a picture."""
+    """One shape in an image."""
 
     shape: Shape
     colour: Colour
@@ -144,7 +144,7 @@ class Caption:
 def captions(count: int, seed: int, *, held_out: bool = False) -> Iterator[Caption]:
     """Yield captions that say everything; the same ones for the same seed, on every machine.
 
-    held_out: with at least one thing that no training picture shows, otherwise with none.
+    held_out: with at least one thing that no training image shows, otherwise with none.
     """
     rng = random.Random(seed)
     while count:

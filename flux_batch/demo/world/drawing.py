@@ -1,4 +1,4 @@
-"""Draws a scene: facts in, an anti-aliased picture out; knows no words and no model."""
+"""Draws a scene: facts in, an anti-aliased image out; knows no words and no model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Point = tuple[float, float]
 
 # Each edge pixel is the mean of this many samples along either axis.
 SAMPLES = 4
-# Extent of a thing as a share of the shorter side of the picture.
+# Extent of a thing as a share of the shorter side of the image.
 EXTENTS: dict[Size, float] = {"small": 0.25, "medium": 0.34, "large": 0.44}
 # Centres as shares of width and height.
 NEAR, MIDDLE, FAR = 0.26, 0.50, 0.74
@@ -82,7 +82,7 @@ def placements(scene: Scene, width: int, height: int, rng: random.Random) -> lis
 
 
 def place(centre: Point, size: Size, width: int, height: int, rng: random.Random) -> Placement:
-    """Put a thing of a size near a centre, given in shares of the picture, and keep it inside."""
+    """Put a thing of a size near a centre, given in shares of the image, and keep it inside."""
     x, y = (share + (2 * rng.random() - 1) * JITTER for share in centre)
     extent = EXTENTS[size] * (0.96 + 0.08 * rng.random()) * min(width, height)
     margin = extent / 2 + 1
@@ -95,7 +95,7 @@ def shade(colour: Colour, rng: random.Random, spread: float = 6.0) -> Pixels:
 
 
 def draw_background(background: Background, width: int, height: int, rng: random.Random) -> Pixels:
-    """Fill a picture. A gradient runs from top to bottom, stripes stand upright."""
+    """Fill an image. A gradient runs from top to bottom, stripes stand upright."""
     first = shade(background.colour, rng)
     if background.second is None:
         return np.broadcast_to(first, (height, width, 3)).copy()

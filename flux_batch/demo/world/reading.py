@@ -1,6 +1,6 @@
-"""Reads a picture of the small world back: which things stand where, and what lies behind them; knows no caption.
+"""Reads an image of the small world back: which things stand where, and what lies behind them; knows no caption.
 
-Plain image operations on a picture whose shorter side is 128 pixels: what lies behind is fitted first, as one of the
+Plain image operations on an image whose shorter side is 128 pixels: what lies behind is fitted first, as one of the
 known textures; what it does not explain are things, told apart by colour and place; a thing's shape is the one whose
 drawing, of the same area and centre of mass, covers it best.
 """
@@ -29,11 +29,11 @@ from flux_batch.demo.world.captions import COLOURS, PALETTE, SHAPES, Background,
 from flux_batch.demo.world.drawing import EXTENTS, Mask, Pixels, Placement, draw_shape
 from flux_batch.demo.world.regions import Region, components, grown, opened, shrunk
 
-# Every picture is read at this length of its shorter side, in pixels; lengths below are at this scale.
+# Every image is read at this length of its shorter side, in pixels; lengths below are at this scale.
 SIDE = 128
-# What lies behind must explain this share of a picture; the two largest things leave 0.69.
+# What lies behind must explain this share of an image; the two largest things leave 0.69.
 MIN_EXPLAINED = 0.55
-# Pixels. A small star covers 196, the specks that are no things up to 0.3 % of a picture, 98 of one twice as wide.
+# Pixels. A small star covers 196, the specks that are no things up to 0.3 % of an image, 98 of one twice as wide.
 MIN_AREA = 140.0
 MAX_COLOURS = 8
 # Overlap with the best shape below which a thing has none.
@@ -45,7 +45,7 @@ LARGE_ABOVE = (EXTENTS["medium"] * EXTENTS["large"]) ** 0.5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadThing:
-    """A thing in a picture: centre in shares of width and height, extent in shares of the shorter side.
+    """A thing in an image: centre in shares of width and height, extent in shares of the shorter side.
 
     `shape` is None if it looks like none of them.
     """
@@ -60,14 +60,14 @@ class ReadThing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """What a picture shows, larger things first; `background` is None if it is none of the textures."""
+    """What an image shows, larger things first; `background` is None if it is none of the textures."""
 
     things: tuple[ReadThing, ...]
     background: Background | None
 
 
-def read_picture(image: Image.Image) -> Reading:
-    """Read a picture of any size and aspect ratio; the world is drawn from 96 x 96 to 256 x 256."""
+def read_image(image: Image.Image) -> Reading:
+    """Read an image of any size and aspect ratio; the world is drawn from 96 x 96 to 256 x 256."""
     pixels = normalized(image)
     behind, explained = find_behind(pixels)
     if explained < MIN_EXPLAINED:
@@ -76,7 +76,7 @@ def read_picture(image: Image.Image) -> Reading:
 
 
 def normalized(image: Image.Image) -> Pixels:
-    """Scale a picture to a shorter side of `SIDE`: (height, width, 3), 0 to 255."""
+    """Scale an image to a shorter side of `SIDE`: (height, width, 3), 0 to 255."""
     scale = SIDE / min(image.size)
     width, height = (max(SIDE, round(length * scale)) for length in image.size)
     resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
@@ -84,7 +84,7 @@ def normalized(image: Image.Image) -> Pixels:
 
 
 def colour_share(image: Image.Image, colour: Colour) -> float:
-    """Return the share of a picture, 0 to 1, that is nearer to this colour than to any other and not far from it."""
+    """Return the share of an image, 0 to 1, that is nearer to this colour than to any other and not far from it."""
     pixels = normalized(image)
     distances = [np.linalg.norm(pixels - np.array(rgb, np.float32), axis=2) for rgb in PALETTE.values()]
     nearest = np.argmin(distances, axis=0) == COLOURS.index(colour)

@@ -1,4 +1,4 @@
-"""Tells which facts of a caption hold in a picture, and sums them up; knows no model."""
+"""Tells which facts of a caption hold in an image, and sums them up; knows no model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from PIL import Image
 
 from flux_batch.demo.world.captions import POSITIONS, Caption, Position, Relation, Scene, Thing
 from flux_batch.demo.world.drawing import CENTRES
-from flux_batch.demo.world.reading import Reading, ReadThing, read_picture
+from flux_batch.demo.world.reading import Reading, ReadThing, read_image
 
 Kind = Literal["count", "shape", "colour", "size", "position", "relation", "texture", "background colour"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # Things that are compared with those of a caption: the largest ones.
 MAX_COMPARED = 6
-# How far apart, in shares of the picture, two things of a relation must be.
+# How far apart, in shares of the image, two things of a relation must be.
 MIN_APART = 0.15
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One fact of a caption: what it says, what the picture shows (empty if nothing), and whether that is the same."""
+    """One fact of a caption: what it says, what the image shows (empty if nothing), and whether that is the same."""
 
     kind: Kind
     said: str
@@ -34,9 +34,9 @@ class Fact:
 
 @dataclass(frozen=True)
 class Scores:
-    """How many facts of captions hold in their pictures."""
+    """How many facts of captions hold in their images."""
 
-    num_pictures: int
+    num_images: int
     facts: tuple[Fact, ...]
 
     def share(self, kind: Kind | None = None) -> float:
@@ -47,7 +47,7 @@ class Scores:
     def to_dict(self) -> dict[str, Any]:
         """Return the shares for JSON."""
         return {
-            "num_pictures": self.num_pictures,
+            "num_images": self.num_images,
             "num_facts": len(self.facts),
             "share": round(self.share(), 4),
             "by_kind": {kind: round(self.share(kind), 4) for kind in self._kinds()},
@@ -65,20 +65,20 @@ class Scores:
 
 
 def score_all(captions: Iterable[Caption], images: Iterable[Image.Image]) -> Scores:
-    """Score pictures against their captions, in the same order. Raises: ValueError if their numbers differ."""
+    """Score images against their captions, in the same order. Raises: ValueError if their numbers differ."""
     scored = [score(caption, image) for caption, image in zip(captions, images, strict=True)]
     return Scores(len(scored), tuple(fact for facts in scored for fact in facts))
 
 
 def score(caption: Caption, image: Image.Image) -> list[Fact]:
-    """Return every fact that a caption says, and whether it holds in a picture."""
-    return compare(caption, read_picture(image))
+    """Return every fact that a caption says, and whether it holds in an image."""
+    return compare(caption, read_image(image))
 
 
 def compare(caption: Caption, reading: Reading) -> list[Fact]:
     """Compare a caption with what was read. What it leaves unsaid is no fact.
 
-    Which thing is which is not in a picture: of all ways to take them, the one in which most facts hold counts.
+    Which thing is which is not in an image: of all ways to take them, the one in which most facts hold counts.
     """
     said = [thing for thing in (caption.scene.first, caption.scene.second) if thing]
     facts = [make_fact("count", str(len(said)), str(len(reading.things)))]

@@ -10,7 +10,7 @@ WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 FOLDERS = (*WEIGHT_FOLDERS, "scheduler", "tokenizer", "tokenizer_2")
 WEIGHTS = (".safetensors", ".gguf")
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
-# Settings and vocabularies. Pickles, other frameworks' weights and pictures are not among them.
+# Settings and vocabularies. Pickles, other frameworks' weights and images are not among them.
 SETTINGS = (".json", ".txt", ".model")
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")

@@ -87,7 +87,7 @@ def load_autoencoder(
 def for_device(model: AutoEncoder, device: torch.device) -> AutoEncoder:
     """Lay an autoencoder out as the device's convolutions read it: channels last on CUDA, whose tensor cores take them.
 
-    On the CPU it stays as it is: there pictures are those of diffusers bit for bit.
+    On the CPU it stays as it is: there images are those of diffusers bit for bit.
     """
     if device.type != "cuda":
         return model

@@ -167,7 +167,7 @@ def refuse_foreign(source: str, names: Sequence[str]) -> None:
     if not any(split_role(name)[1] for name in names):
         raise ValueError(f"{source} is no LoRA: its keys are {listing(names) or 'none'}")
     if key := next((name for name in names if re.search(CONTROL, name)), None):
-        what = "it is a control LoRA of FLUX.1 (Canny or Depth), which needs a control picture"
+        what = "it is a control LoRA of FLUX.1 (Canny or Depth), which needs a control image"
         raise ValueError(f"{source} is a LoRA that is not supported: {what} (its keys: {key})")
 
 

@@ -57,7 +57,7 @@ class LoraMerge:
         Their order does not matter. What fails leaves none merged. Raises: ValueError for weights that overflow.
         """
         wanted: dict[Place, list[tuple[Change, float]]] = defaultdict(list)
-        # Sums of floats depend on their order, pictures should not.
+        # Sums of floats depend on their order, images should not.
         for lora, scale in sorted(loras, key=lambda each: (each[0].name, each[1])):
             for change in lora.changes if scale else ():
                 wanted[change.target.part, change.target.layer].append((change, scale))

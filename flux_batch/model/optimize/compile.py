@@ -24,7 +24,7 @@ from flux_batch.model.transformer import Flux
 def compile_blocks(model: Flux) -> None:
     """Let the blocks of a transformer be compiled when they are first run.
 
-    Raises: ValueError if this machine lacks what that needs, which would else come up with the first picture.
+    Raises: ValueError if this machine lacks what that needs, which would else come up with the first image.
     """
     try:
         probe: Callable[[Tensor], Tensor] = torch.compile(lambda x: x + 1)

@@ -3,7 +3,7 @@
 torch asks MKL, which keeps its AVX-512 kernels for CPUs that Intel made. oneDNN, which torch brings too and asks in
 bfloat16, goes by what a CPU can do: on two cores of an AMD EPYC (Zen 5) it multiplied the widest product of a FLUX
 block of hidden size 768 at 0.47 TFLOP/s, MKL at 0.22. The choice is by the kind of CPU and never by the clock, which
-would change the last bits of pictures from one worker to the next.
+would change the last bits of images from one worker to the next.
 """
 
 from __future__ import annotations

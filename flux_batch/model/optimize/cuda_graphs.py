@@ -2,7 +2,7 @@
 
 The first step of a size is recorded: which kernels it launches, and on which memory. Later steps of that size put what
 they are given there, launch the record, and copy the result out. The kernels are those that would be launched without,
-so that pictures are the same; what is saved is the host's time, which counts where kernels are short: small pictures,
+so that images are the same; what is saved is the host's time, which counts where kernels are short: small images,
 small models. The memory of a step stays taken, by the largest size that was recorded.
 """
 

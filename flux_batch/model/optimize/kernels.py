@@ -1,7 +1,7 @@
 """Which attention kernels are asked first, by device: all compute the same, and differ in speed and the last bit.
 
 The order is fixed by the kind of device and never measured while a run is at work: a choice by the clock would change
-the last bits of pictures from one worker to the next. On Hopper: FlashAttention 3 where its package is installed, else
+the last bits of images from one worker to the next. On Hopper: FlashAttention 3 where its package is installed, else
 cuDNN. FLUX.1 at 1024 x 1024 and 28 steps on an H200, published: 4.32 s with SDPA's default, 3.73 s with
 FlashAttention 3 (sgl-project/sglang, pull request 19673). Not measured with this code yet.
 """

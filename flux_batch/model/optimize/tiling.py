@@ -1,10 +1,10 @@
-"""The autoencoder in overlapping tiles: less memory for large pictures; knows no schedule and no prompt.
+"""The autoencoder in overlapping tiles: less memory for large images; knows no schedule and no prompt.
 
-A tile sees nothing beyond its border, so a tiled picture differs a little from a whole one. Sizes, strides and the
+A tile sees nothing beyond its border, so a tiled image differs a little from a whole one. Sizes, strides and the
 width of the blend are those of DiffSynth-Studio (105fe39, diffsynth/models/tiler.py, TileWorker). It leaves the ends of
-some sizes uncovered and fades at the borders of the picture too, which shows seams there; here the last tile of a row
-or column is moved back to end with the picture, and tiles fade only where another goes on.
-Letters: b batch, c channels, h and w of the picture or the latents.
+some sizes uncovered and fades at the borders of the image too, which shows seams there; here the last tile of a row
+or column is moved back to end with the image, and tiles fade only where another goes on.
+Letters: b batch, c channels, h and w of the image or the latents.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def tiled_encode(autoencoder: AutoEncoder, image: Tensor, tiling: Tiling, noise:
 def blend_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling) -> Tensor:
     """Return function(x), computed tile by tile: (b, c, h, w) -> (b, c', s h, s w), in the dtype of x.
 
-    function: keeps or scales h and w by one factor s. One tile of one picture is computed at a time, and the sums are
+    function: keeps or scales h and w by one factor s. One tile of one image is computed at a time, and the sums are
     fp32. What fits into one tile is function(x) itself.
     Raises: ValueError unless 1 <= stride <= size: wider strides leave gaps.
     """
@@ -51,7 +51,7 @@ def blend_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling)
         raise ValueError(f"tiles of {tiling.size} every {tiling.stride}: the stride must be from 1 to the size")
     if max(x.shape[-2:]) <= tiling.size:
         return function(x)
-    return torch.cat([_blend_one(function, picture, tiling) for picture in x.split(1)])
+    return torch.cat([_blend_one(function, image, tiling) for image in x.split(1)])
 
 
 def starts(length: int, size: int, stride: int) -> list[int]:

@@ -1,1 +1,1 @@
-"""A page of the images of a run, and one picture of them."""
+"""A page of the images of a run, and one image of them."""

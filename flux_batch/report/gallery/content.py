@@ -1,6 +1,6 @@
-"""What a gallery shows of a run, read from its output alone: a sample of the pictures, small, each with its row.
+"""What a gallery shows of a run, read from its output alone: a sample of the images, small, each with its row.
 
-A picture that is missing or damaged is a note; an outage of the storage is an error.
+An image that is missing or damaged is a note; an outage of the storage is an error.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from flux_batch.errors import JobError, NotFound, StoreError
-from flux_batch.output.partial_read import read_pictures
+from flux_batch.output.partial_read import read_images
 from flux_batch.output.paths import SUCCESS
 from flux_batch.report.gallery.rows import Chosen, Row, chosen_rows, failed_rows, spread, tallies
 from flux_batch.report.gallery.thumbnail import Thumbnail, make_thumbnail
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.storage.store import Store
 
-# The page holds its pictures, some 20 kB each: more than this no browser should be asked to open.
+# The page holds its images, some 20 kB each: more than this no browser should be asked to open.
 MOST_IMAGES = 2000
 MAX_FAILED = 200
-# Files read at once; each holds one picture at a time.
+# Files read at once; each holds one image at a time.
 READERS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A picture on the page: its row, and a small copy or the reason why there is none."""
+    """An image on the page: its row, and a small copy or the reason why there is none."""
 
     row: Row
     thumbnail: Thumbnail | None = None
@@ -52,7 +52,7 @@ class Gallery:
         """Say how much is shown of how much, in one line of plain text."""
         some = "" if num_shown == self.num_made else f"{num_shown:,} of "
         state = "complete" if self.is_complete else f"{self.num_committed:,} of {self.num_shards:,} shards committed"
-        return f"{self.name}: {some}{self.num_made:,} pictures, {self.num_failed:,} failed; {state}"
+        return f"{self.name}: {some}{self.num_made:,} images, {self.num_failed:,} failed; {state}"
 
 
 def read_gallery(store: Store, max_images: int, columns: Sequence[str] | None = None) -> Gallery:
@@ -90,7 +90,7 @@ def _by_file(chosen: Iterator[Chosen]) -> list[list[Chosen]]:
 
 
 def _read_file(store: Store, chosen: Sequence[Chosen]) -> Iterator[Shown]:
-    """Read the pictures that one file has; those that cannot be read are shown with the reason."""
+    """Read the images that one file has; those that cannot be read are shown with the reason."""
     file_name = str(chosen[0].row.get("file_name") or "")
     readable = {str(each.row["key"]): each.row for each in chosen if not each.problem}
     thumbnails: dict[str, Thumbnail | str] = {}
@@ -99,7 +99,7 @@ def _read_file(store: Store, chosen: Sequence[Chosen]) -> Iterator[Shown]:
         if readable:
             _check_place(file_name)
             sizes = {key: int(row["bytes"]) for key, row in readable.items()}
-            for key, data in read_pictures(store, file_name, sizes):
+            for key, data in read_images(store, file_name, sizes):
                 thumbnails[key] = _thumbnail(data, readable[key])
     except NotFound:
         problem = f"{file_name} is missing"
@@ -120,9 +120,9 @@ def _thumbnail(data: Any, row: Row) -> Thumbnail | str:
 
 
 def _check_place(file_name: str) -> None:
-    """Raise ValueError unless a file lies where pictures do: rows are data, and may say anything."""
+    """Raise ValueError unless a file lies where images do: rows are data, and may say anything."""
     if not file_name.startswith("train/") or ".." in file_name.split("/"):
-        raise ValueError(f"{file_name} is no place for pictures")
+        raise ValueError(f"{file_name} is no place for images")
 
 
 def _check_columns(columns: Sequence[str] | None, shown: Sequence[Shown]) -> None:

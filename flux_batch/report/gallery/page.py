@@ -1,4 +1,4 @@
-"""The page of a gallery: one HTML file with its pictures inside, no script, nothing fetched from anywhere.
+"""The page of a gallery: one HTML file with its images inside, no script, nothing fetched from anywhere.
 
 Everything a row says is data: escaped, cut to a length, free of control characters.
 """
@@ -17,12 +17,12 @@ from flux_batch.report.gallery.content import Gallery, Shown
 from flux_batch.report.gallery.rows import Row
 
 LONGEST_PROMPT, LONGEST_VALUE = 2000, 300
-# What each picture says of itself in one line; what its row is called; what stands in the data set only.
+# What each image says of itself in one line; what its row is called; what stands in the data set only.
 FACTS = ("seed", "width", "height", "num_inference_steps", "embedded_guidance")
 NAMES = ("key", "id", "prompt")
 NOT_SHOWN = {"image_index", "status", "error_type", "error_message", "file_name", "sha256", "bytes"}
-# A picture in a file of its own can be opened from here.
-SINGLE_PICTURE = re.compile(r"train/[^/]+/[^/]+\.(png|jpg|webp)")
+# An image in a file of its own can be opened from here.
+SINGLE_IMAGE = re.compile(r"train/[^/]+/[^/]+\.(png|jpg|webp)")
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1d1d1f; --faint: #5f6368; --line: #dadce0; --card: #f6f7f8; }
@@ -34,7 +34,7 @@ body { margin: 0 auto; max-width: 110rem; padding: 1rem; background: var(--back)
   font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
 p { margin: 0; } a { color: inherit; } .faint { color: var(--faint); font-size: .85rem; }
-.pictures { display: grid; gap: 1rem; margin-top: 1rem;
+.images { display: grid; gap: 1rem; margin-top: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 12rem), 1fr)); }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden;
   content-visibility: auto; contain-intrinsic-size: auto 20rem; }
@@ -44,7 +44,7 @@ img, .none { display: block; width: 100%; height: auto; aspect-ratio: 1; object-
 figcaption { padding: .6rem .7rem .7rem; } .prompt { max-height: 8.7em; overflow-y: auto; white-space: pre-line; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 0 .6rem; margin: .2rem 0 0; font-size: .85rem; }
 dt { color: var(--faint); } dd { margin: 0; max-height: 5.8em; overflow-y: auto; }
-@media (max-width: 40rem) { .pictures { gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); } }
+@media (max-width: 40rem) { .images { gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); } }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; table-layout: fixed; min-width: 40rem; width: 100%; font-size: .9rem; }
 th:nth-child(even) { width: 34%; }
@@ -70,8 +70,8 @@ def page(gallery: Gallery) -> str:
 <body>
 <h1>{text(gallery.name)}</h1>
 <p>{_counts(gallery)}</p>
-<p class="faint">The pictures were made by a model from text.</p>
-{_common(common)}<div class="pictures">
+<p class="faint">The images were made by a model from text.</p>
+{_common(common)}<div class="images">
 {"".join(_figure(each, own) for each in gallery.shown)}</div>
 {_failures(gallery)}</body>
 </html>
@@ -100,7 +100,7 @@ def _is_control(character: str) -> bool:
 
 
 def _columns(rows: Sequence[Row], asked: Sequence[str] | None) -> tuple[list[str], dict[str, Any]]:
-    """Choose what a picture says besides its facts. Returns: these columns, and the values that all have in common."""
+    """Choose what an image says besides its facts. Returns: these columns, and the values that all have in common."""
     names = [name for name in (rows[0] if rows else ()) if name not in (*FACTS, *NAMES) and name not in NOT_SHOWN]
     differ = [name for name in names if len({repr(row.get(name)) for row in rows}) > 1]
     common = {name: rows[0][name] for name in names if name not in differ and rows[0][name] not in (None, "")}
@@ -110,10 +110,10 @@ def _columns(rows: Sequence[Row], asked: Sequence[str] | None) -> tuple[list[str
 def _counts(gallery: Gallery) -> str:
     """Say how much is shown of how much."""
     shown, made = f"{len(gallery.shown):,}", f"{gallery.num_made:,}"
-    pictures = f"{made} pictures" if shown == made else f"{shown} of {made} pictures, evenly spread over the run"
+    images = f"{made} images" if shown == made else f"{shown} of {made} images, evenly spread over the run"
     failed = f'<a href="#failed">{gallery.num_failed:,} failed</a>' if gallery.num_failed else "none failed"
     shards = f"{gallery.num_committed:,} of {gallery.num_shards:,} shards committed"
-    return f"{pictures} &middot; {failed} &middot; {'complete' if gallery.is_complete else shards}"
+    return f"{images} &middot; {failed} &middot; {'complete' if gallery.is_complete else shards}"
 
 
 def _common(common: dict[str, Any]) -> str:
@@ -128,12 +128,12 @@ def _pairs(pairs: Iterable[tuple[str, Any]]) -> str:
 
 
 def _figure(shown: Shown, own: Sequence[str]) -> str:
-    """Lay out one picture; its row in the data set is named last."""
+    """Lay out one image; its row in the data set is named last."""
     row = shown.row
-    picture = _picture(shown)
+    image = _image(shown)
     values = [(name, row[name]) for name in own if row.get(name) not in (None, "")]
     return (
-        f"<figure>{picture}<figcaption>"
+        f"<figure>{image}<figcaption>"
         f'<p class="prompt" dir="auto">{text(row.get("prompt"), LONGEST_PROMPT)}</p>'
         f'<p class="faint">{" &middot; ".join(_facts(row))}</p>'
         f"{_pairs(values)}"
@@ -142,16 +142,16 @@ def _figure(shown: Shown, own: Sequence[str]) -> str:
     )
 
 
-def _picture(shown: Shown) -> str:
+def _image(shown: Shown) -> str:
     if shown.thumbnail is None:
-        return f'<div class="none">No picture: {text(shown.problem)}</div>'
+        return f'<div class="none">No image: {text(shown.problem)}</div>'
     small = shown.thumbnail
     image = (
         f'<img src="data:image/webp;base64,{base64.b64encode(small.data).decode()}" width="{small.width}" '
         f'height="{small.height}" alt="{text(shown.row.get("prompt"))}" loading="lazy" decoding="async">'
     )
     file_name = str(shown.row.get("file_name"))
-    return f'<a href="../../{quote(file_name)}">{image}</a>' if SINGLE_PICTURE.fullmatch(file_name) else image
+    return f'<a href="../../{quote(file_name)}">{image}</a>' if SINGLE_IMAGE.fullmatch(file_name) else image
 
 
 def _facts(row: Row) -> list[str]:

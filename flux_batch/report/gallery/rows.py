@@ -1,4 +1,4 @@
-"""Which rows of a run a gallery shows: pictures spread evenly over all that are committed, and the first failures.
+"""Which rows of a run a gallery shows: images spread evenly over all that are committed, and the first failures.
 
 Of a large run only the shards that were chosen are read; of the others, their commits.
 """
@@ -22,7 +22,7 @@ COMMITS_AT_ONCE = 256
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How many pictures a committed shard has, and how many of its rows failed."""
+    """How many images a committed shard has, and how many of its rows failed."""
 
     shard: int
     num_made: int
@@ -31,7 +31,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A picture to show: its metadata row; if that cannot be read, why, and a row of a key alone."""
+    """An image to show: its metadata row; if that cannot be read, why, and a row of a key alone."""
 
     row: Row
     problem: str = ""
@@ -48,7 +48,7 @@ def tallies(commits: Commits) -> list[Tally]:
 
 
 def spread(counts: Sequence[Tally], most: int) -> dict[int, list[int]]:
-    """Choose at most `most` pictures at even distances. Returns: shard -> which of its made pictures, from 0."""
+    """Choose at most `most` images at even distances. Returns: shard -> which of its made images, from 0."""
     total = sum(tally.num_made for tally in counts)
     num = min(most, total)
     places = iter((2 * number + 1) * total // (2 * num) for number in range(num))
@@ -63,11 +63,11 @@ def spread(counts: Sequence[Tally], most: int) -> dict[int, list[int]]:
 
 
 def chosen_rows(commits: Commits, shard: int, places: Sequence[int]) -> list[Chosen]:
-    """Read the metadata rows of some of the pictures of a shard."""
+    """Read the metadata rows of some of the images of a shard."""
     name = shard_name(shard, commits.num_shards)
     rows, problem = _rows(commits, metadata_file(name))
     made = [row for row in rows if row.get("status") == "success"]
-    problem = problem or "the metadata has fewer pictures than the commit"
+    problem = problem or "the metadata has fewer images than the commit"
     return [Chosen(made[place]) if place < len(made) else Chosen({"key": f"shard {name}"}, problem) for place in places]
 
 

@@ -1,4 +1,4 @@
-"""The contact sheet of a gallery: some of its pictures with their prompts in one picture, for a README."""
+"""The contact sheet of a gallery: some of its images with their prompts in one image, for a README."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flux_batch.config.schema import ImageConfig
 from flux_batch.images import encode
 from flux_batch.report.gallery.content import Gallery, Shown
 
-# Pictures on the sheet, and pixels: a picture's box, the lines below it, what is between two boxes.
+# Images on the sheet, and pixels: an image's box, the lines below it, what is between two boxes.
 MOST = 48
 CELL, LINE, LABEL_LINES, GAP, TITLE = 200, 17, 4, 14, 44
 FONT_SIZE, TITLE_SIZE = 13, 20
@@ -24,7 +24,7 @@ JPEG = ImageConfig(type="jpeg", quality=90)
 
 
 def sheet(gallery: Gallery) -> bytes:
-    """Draw the sheet as JPEG, labelled as AI generated; of many pictures, MOST at even distances."""
+    """Draw the sheet as JPEG, labelled as AI generated; of many images, MOST at even distances."""
     shown = _some(gallery.shown)
     columns = max(1, math.ceil(math.sqrt(len(shown) * 4 / 3)))
     width = GAP + max(columns, 3) * (CELL + GAP)
@@ -45,13 +45,13 @@ def _some(shown: Sequence[Shown]) -> list[Shown]:
 
 
 def _draw_cell(canvas: Image.Image, draw: ImageDraw.ImageDraw, shown: Shown, left: int, top: int) -> None:
-    """Draw a picture in its box, or an empty box, and what it is below."""
+    """Draw an image in its box, or an empty box, and what it is below."""
     if shown.thumbnail is None:
         draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), EMPTY)
-        draw.text((left + CELL / 2, top + CELL / 2), "no picture", FAINT, _font(FONT_SIZE), anchor="mm")
+        draw.text((left + CELL / 2, top + CELL / 2), "no image", FAINT, _font(FONT_SIZE), anchor="mm")
     else:
-        with Image.open(io.BytesIO(shown.thumbnail.data)) as picture:
-            fitted = ImageOps.contain(picture.convert("RGB"), (CELL, CELL), Image.Resampling.LANCZOS)
+        with Image.open(io.BytesIO(shown.thumbnail.data)) as image:
+            fitted = ImageOps.contain(image.convert("RGB"), (CELL, CELL), Image.Resampling.LANCZOS)
         canvas.paste(fitted, (left + (CELL - fitted.width) // 2, top + (CELL - fitted.height) // 2))
     font = _font(FONT_SIZE)
     below = top + CELL + 3

@@ -1,4 +1,4 @@
-"""A small copy of a stored picture, once its bytes are those that the metadata records."""
+"""A small copy of a stored image, once its bytes are those that the metadata records."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ class Thumbnail:
 
 
 def make_thumbnail(data: bytes, row: Mapping[str, Any]) -> Thumbnail:
-    """Shrink a picture to LONGEST pixels a side, never enlarge it.
+    """Shrink an image to LONGEST pixels a side, never enlarge it.
 
-    Raises: ValueError that says why it cannot be shown: other bytes than recorded, no picture, too large a one.
+    Raises: ValueError that says why it cannot be shown: other bytes than recorded, no image, too large a one.
     """
     if hashlib.sha256(data).hexdigest() != row.get("sha256"):
         raise ValueError("it has other bytes than the metadata records")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            if max(picture.size) > MAX_SIDE:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if max(image.size) > MAX_SIDE:
                 raise ValueError(f"it is larger than {MAX_SIDE} pixels a side")
-            picture.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
-            pixels = np.asarray(picture.convert("RGB"))
+            image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+            pixels = np.asarray(image.convert("RGB"))
     except ValueError:
         raise
-    except Exception as error:  # whatever a decoder says; one picture less is shown
+    except Exception as error:  # whatever a decoder says; one image less is shown
         raise ValueError(f"it cannot be decoded ({type(error).__name__})") from error
     height, width, _ = pixels.shape
     return Thumbnail(encode(pixels, WEBP, {}), width, height)

@@ -1,4 +1,4 @@
-"""A look at a run: one page with its pictures and settings, and a contact sheet; both lie in the run itself."""
+"""A look at a run: one page with its images and settings, and a contact sheet; both lie in the run itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHEET = f"{GALLERY}/contact-sheet.jpg"
 def write_gallery(store: Store, max_images: int, columns: Sequence[str] | None = None) -> Gallery:
     """Read a run and write PAGE and SHEET into it, over those of before. Returns: what they show.
 
-    Raises: JobError if there is no run, for a number out of range or a column that no picture has; StoreError.
+    Raises: JobError if there is no run, for a number out of range or a column that no image has; StoreError.
     """
     gallery = read_gallery(store, max_images, columns)
     _write_named(store, SHEET, sheet(gallery))

@@ -16,7 +16,7 @@ def test_psnr_is_that_of_the_textbook() -> None:
     assert psnr(grey, grey) == math.inf
 
 
-def test_modes_are_compared_with_the_exact_pictures() -> None:
+def test_modes_are_compared_with_the_exact_images() -> None:
     modes = [EXACT, Mode("none", 0.9), Mode("fp8", 0.0), Mode("fp8_matmul", 0.1)]
     figures = bench_lossy(Source(dtype="float32", device="cpu"), CALL, 3, modes)
     exact, cached, fp8 = figures["modes"]

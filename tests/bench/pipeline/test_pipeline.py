@@ -24,7 +24,7 @@ def figures() -> dict[str, Any]:
     return bench_pipeline(Source(device="cpu", dtype="float32"), SMALL, repeats=2, against=["diffusers"], peak=1.0)
 
 
-def test_pictures_are_those_of_diffusers(figures: dict[str, Any]) -> None:
+def test_images_are_those_of_diffusers(figures: dict[str, Any]) -> None:
     peer = figures["against"]["diffusers"]
 
     assert peer["largest_difference_in_levels"] <= 2
@@ -76,7 +76,7 @@ def test_people_read_a_line_a_stage_and_the_ratio(figures: dict[str, Any]) -> No
     assert "utilisation not known" in unknown
 
 
-def test_a_difference_of_one_picture_is_found() -> None:
+def test_a_difference_of_one_image_is_found() -> None:
     ours = np.zeros((2, 4, 4, 3), dtype=np.uint8)
     theirs = ours.copy()
     theirs[1, 2, 3, 0] = 255

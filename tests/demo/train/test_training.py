@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from flux_batch.demo.paths import demo_model_folder
 from flux_batch.demo.train import __main__ as program
 from flux_batch.demo.train import flow
-from flux_batch.demo.train.autoencoder import fold_statistics, make_autoencoder, pictures
+from flux_batch.demo.train.autoencoder import fold_statistics, images, make_autoencoder
 from flux_batch.demo.train.flow import initialise
 from flux_batch.demo.train.latents import token_weights
 from flux_batch.demo.train.lora import LowRank, add_low_rank, to_peft
@@ -25,13 +25,13 @@ from flux_batch.pipeline.pipeline import FluxImagePipeline
 CPU = torch.device("cpu")
 
 
-def test_folding_makes_latents_standard_and_keeps_the_pictures() -> None:
+def test_folding_makes_latents_standard_and_keeps_the_images() -> None:
     model = make_autoencoder(0).eval()
-    image = pictures(random.Random(1), 2, 128)
+    image = images(random.Random(1), 2, 128)
     with torch.no_grad():
         before = model.decoder(model.encoder(image).chunk(2, dim=1)[0])
         fold_statistics(model, CPU, random.Random(2))
-        means, logvar = model.encoder(pictures(random.Random(2), 64, 128)).chunk(2, dim=1)
+        means, logvar = model.encoder(images(random.Random(2), 64, 128)).chunk(2, dim=1)
         after = model.decode(model.encode(image))
 
     spread = AUTOENCODER.scale_factor * (means.var(dim=(0, 2, 3)) + logvar.exp().mean(dim=(0, 2, 3))).sqrt()
@@ -85,7 +85,7 @@ def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_training_is_taken_up_again_and_writes_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*more: str) -> None:
-        counts = {"autoencoder-steps": 6, "text-steps": 2, "pictures": 40, "flow-steps": 3, "lora-steps": 2}
+        counts = {"autoencoder-steps": 6, "text-steps": 2, "images": 40, "flow-steps": 3, "lora-steps": 2}
         words = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
         monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "work"), "--device", "cpu", *words, *more])
         program.main()
@@ -102,7 +102,7 @@ def test_training_is_taken_up_again_and_writes_a_model(tmp_path: Path, monkeypat
 
 
 def test_training_goes_on_from_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--device", "cpu", "--pictures", "40", "--flow-steps", "1", "--lora-steps", "1", "--start"]
+    words = ["--device", "cpu", "--images", "40", "--flow-steps", "1", "--lora-steps", "1", "--start"]
     to = tmp_path / "model"
     monkeypatch.setattr(sys, "argv", ["train", str(tmp_path), *words, str(demo_model_folder()), "--to", str(to)])
     program.main()

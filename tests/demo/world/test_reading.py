@@ -1,4 +1,4 @@
-"""Things and what lies behind them, read from pictures drawn here with Pillow and not by the package."""
+"""Things and what lies behind them, read from images drawn here with Pillow and not by the package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from flux_batch.demo.world.captions import PALETTE
-from flux_batch.demo.world.reading import colour_share, read_picture
+from flux_batch.demo.world.reading import colour_share, read_image
 
 
 def canvas(rgb: tuple[int, int, int], size: tuple[int, int] = (256, 256)) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -22,7 +22,7 @@ def test_a_star_of_ones_own() -> None:
     tips = [(math.pi * step / 5 - math.pi / 2, (60, 24)[step % 2]) for step in range(10)]
     pen.polygon([(190 + r * math.cos(a), 66 + r * math.sin(a)) for a, r in tips], fill=(200, 30, 50))
 
-    reading = read_picture(image)
+    reading = read_image(image)
 
     (thing,) = reading.things
     assert (thing.shape, thing.colour, thing.size) == ("star", "red", "large")
@@ -37,7 +37,7 @@ def test_things_that_touch_are_two_if_their_colours_differ() -> None:
     pen.ellipse((40, 90, 120, 170), fill=PALETTE["blue"])
     pen.rectangle((120, 95, 190, 165), fill=PALETTE["black"])
 
-    assert sorted((thing.shape, thing.colour) for thing in read_picture(image).things) == [
+    assert sorted((thing.shape, thing.colour) for thing in read_image(image).things) == [
         ("circle", "blue"),
         ("square", "black"),
     ]
@@ -46,9 +46,9 @@ def test_things_that_touch_are_two_if_their_colours_differ() -> None:
 def test_a_ring_is_no_circle() -> None:
     image, pen = canvas(PALETTE["green"])
     pen.ellipse((60, 60, 180, 180), fill=PALETTE["white"])
-    assert [thing.shape for thing in read_picture(image).things] == ["circle"]
+    assert [thing.shape for thing in read_image(image).things] == ["circle"]
     pen.ellipse((90, 90, 150, 150), fill=PALETTE["green"])
-    assert [thing.shape for thing in read_picture(image).things] == ["ring"]
+    assert [thing.shape for thing in read_image(image).things] == ["ring"]
 
 
 def test_specks_are_no_things() -> None:
@@ -56,14 +56,14 @@ def test_specks_are_no_things() -> None:
     for place in range(20, 240, 40):
         pen.ellipse((place, place, place + 5, place + 5), fill=PALETTE["black"])
 
-    assert read_picture(image).things == ()
+    assert read_image(image).things == ()
 
 
 def test_a_shape_of_no_kind_has_none() -> None:
     image, pen = canvas(PALETTE["white"])
     pen.rectangle((20, 118, 236, 132), fill=PALETTE["purple"])
 
-    (thing,) = read_picture(image).things
+    (thing,) = read_image(image).things
 
     assert (thing.shape, thing.colour) == (None, "purple")
 
@@ -71,7 +71,7 @@ def test_a_shape_of_no_kind_has_none() -> None:
 def test_noise_is_nothing() -> None:
     noise = np.random.default_rng(1).integers(0, 255, (128, 128, 3), dtype=np.uint8)
 
-    reading = read_picture(Image.fromarray(noise))
+    reading = read_image(Image.fromarray(noise))
 
     assert reading.background is None
     assert reading.things == ()
@@ -82,7 +82,7 @@ def test_a_gradient_is_named_from_top_to_bottom() -> None:
     pixels = np.array(PALETTE["red"]) * (1 - share) + np.array(PALETTE["blue"]) * share
     image = Image.fromarray(np.broadcast_to(pixels, (128, 160, 3)).astype(np.uint8))
 
-    background = read_picture(image).background
+    background = read_image(image).background
 
     assert background is not None
     assert (background.texture, background.colour, background.second) == ("gradient", "red", "blue")

@@ -43,11 +43,11 @@ def test_growing_and_shrinking_undo_each_other_on_a_block(by: int) -> None:
 
 
 def test_opening_removes_lines_and_keeps_blocks() -> None:
-    picture = np.zeros((12, 12), bool)
-    picture[2:7, 2:7] = True
-    picture[10] = True
+    image = np.zeros((12, 12), bool)
+    image[2:7, 2:7] = True
+    image[10] = True
 
-    kept = opened(picture)
+    kept = opened(image)
 
     assert kept[2:7, 2:7].all()
     assert not kept[10].any()

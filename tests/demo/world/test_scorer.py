@@ -1,4 +1,4 @@
-"""The scorer on pictures whose facts are known, since they were drawn from them."""
+"""The scorer on images whose facts are known, since they were drawn from them."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def test_what_is_not_said_is_no_fact() -> None:
     ],
     ids=["plain", "grey", "transparent", "noise", "palette", "pixel", "mandelbrot"],
 )
-def test_any_picture_can_be_scored(image: Image.Image) -> None:
+def test_any_image_can_be_scored(image: Image.Image) -> None:
     assert {fact.holds for fact in score(CAPTIONS[0], image) if fact.kind == "shape"} == {False}
 
 
-def test_pictures_and_captions_come_in_pairs() -> None:
+def test_images_and_captions_come_in_pairs() -> None:
     with pytest.raises(ValueError, match="zip"):
         score_all(CAPTIONS[:2], drawn(CAPTIONS[:1]))
 
@@ -102,7 +102,7 @@ def test_scores_are_shares() -> None:
     image = next(iter(drawn(CAPTIONS[:1])))
     facts = score_all([CAPTIONS[0], CAPTIONS[1]], [image, image]).to_dict()
 
-    assert facts["num_pictures"] == 2
+    assert facts["num_images"] == 2
     assert facts["by_kind"]["count"] in (0.5, 1.0)
     assert 0.5 <= facts["share"] < 1
 

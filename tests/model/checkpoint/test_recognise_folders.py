@@ -32,7 +32,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def picture(repository: Path) -> np.ndarray:
+def image(repository: Path) -> np.ndarray:
     return draw(repository)
 
 
@@ -74,16 +74,16 @@ def move_configs(model: Path, home: Path) -> None:
             path.unlink()
 
 
-def test_one_file_with_everything_draws_the_same_picture(model: Path, picture: np.ndarray, tmp_path: Path) -> None:
+def test_one_file_with_everything_draws_the_same_image(model: Path, image: np.ndarray, tmp_path: Path) -> None:
     home = tmp_path / "comfy"
     move_configs(model, home)
     path = home / "flux1-dev-fp8.safetensors"
     save_file(all_in_one(model), path)
     assert find_parts(path) == [path]
-    assert np.array_equal(draw(path), picture)
+    assert np.array_equal(draw(path), image)
     # The folder it lies in is a model as well, and it is read once.
     assert find_parts(home) == [path]
-    assert np.array_equal(draw(home), picture)
+    assert np.array_equal(draw(home), image)
 
 
 def test_one_file_without_tokenizers_says_what_belongs_beside_it(model: Path, tmp_path: Path) -> None:
@@ -100,16 +100,16 @@ def test_one_file_that_lacks_a_part_says_which(model: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-def test_a_gguf_transformer_lies_beside_the_rest(model: Path, picture: np.ndarray, kind: str) -> None:
+def test_a_gguf_transformer_lies_beside_the_rest(model: Path, image: np.ndarray, kind: str) -> None:
     state = load_file(model / FILE)
     (model / FILE).unlink()
     path = write_gguf(state, model / "flux1-dev.gguf", kind)
     assert path in find_parts(model)
-    assert np.array_equal(draw(model), picture) == (kind == "F32")
+    assert np.array_equal(draw(model), image) == (kind == "F32")
     (model / "transformer").joinpath(path.name).write_bytes(path.read_bytes())
     path.unlink()
     assert model / "transformer" in find_parts(model)
-    assert np.array_equal(draw(model), picture) == (kind == "F32")
+    assert np.array_equal(draw(model), image) == (kind == "F32")
 
 
 def llama_cpp_names(state: State) -> State:
@@ -132,11 +132,11 @@ def with_decoder(state: State) -> State:
 
 
 @pytest.mark.parametrize("rename", [dict, llama_cpp_names, with_decoder], ids=["transformers", "t5encoder", "t5"])
-def test_a_gguf_t5_is_read_by_either_names(model: Path, picture: np.ndarray, rename: Callable[[State], State]) -> None:
+def test_a_gguf_t5_is_read_by_either_names(model: Path, image: np.ndarray, rename: Callable[[State], State]) -> None:
     state = load_file(model / T5_FILE)
     (model / T5_FILE).unlink()
     write_gguf(rename(state), model / "t5-xxl.gguf", "F32", "t5encoder", tokens=["a", "b"])
-    assert np.array_equal(draw(model), picture)
+    assert np.array_equal(draw(model), image)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "F16"])
@@ -166,10 +166,10 @@ TEXT_ENCODERS: dict[str, tuple[str, Callable[[State], State]]] = {
 
 
 @pytest.mark.parametrize("name", TEXT_ENCODERS)
-def test_other_parts_are_read_in_every_spelling(model: Path, picture: np.ndarray, name: str) -> None:
+def test_other_parts_are_read_in_every_spelling(model: Path, image: np.ndarray, name: str) -> None:
     file, change = TEXT_ENCODERS[name]
     save_file(change(load_file(model / file)), model / file)
-    assert np.array_equal(draw(model), picture)
+    assert np.array_equal(draw(model), image)
 
 
 @pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale", "comfy_quant", "metadata"])
@@ -195,16 +195,16 @@ def test_two_files_for_one_part_are_named(model: Path) -> None:
         draw(model)
 
 
-def test_what_doubles_the_sub_folders_is_left_alone(model: Path, picture: np.ndarray) -> None:
+def test_what_doubles_the_sub_folders_is_left_alone(model: Path, image: np.ndarray) -> None:
     """As in the official repositories, which hold the transformer in both layouts."""
     (model / "transformer" / "model.safetensors").write_bytes((model / FILE).read_bytes())
     assert model / FILE not in find_parts(model)
-    assert np.array_equal(draw(model), picture)
+    assert np.array_equal(draw(model), image)
 
 
-def test_files_of_other_models_are_left_alone_and_named_if_a_part_is_missing(model: Path, picture: np.ndarray) -> None:
+def test_files_of_other_models_are_left_alone_and_named_if_a_part_is_missing(model: Path, image: np.ndarray) -> None:
     save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(1)}, model / "style.safetensors")
-    assert np.array_equal(draw(model), picture)
+    assert np.array_equal(draw(model), image)
     (model / "ae.safetensors").unlink()
     with pytest.raises(
         CheckpointError, match=r"no autoencoder: looked for .*style\.safetensors is not supported: it is"

@@ -219,7 +219,7 @@ class TestLoading:
         "layout", ["fp8 e4m3fn", "fp8 e5m2", "scale_weight", "weight_scale by row", "weight_scale of diffusers"]
     )
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    def test_fp8_of_a_file_stays_and_gives_the_pictures_of_the_dense_model(
+    def test_fp8_of_a_file_stays_and_gives_the_images_of_the_dense_model(
         self, tmp_path: Path, layout: str, dtype: torch.dtype
     ) -> None:
         path = LAYOUTS[layout].write(coarse_state(), tmp_path / "model")

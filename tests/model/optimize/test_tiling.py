@@ -22,7 +22,7 @@ tilings = st.integers(1, 40).flatmap(
 
 
 def larger(x: Tensor) -> Tensor:
-    """Stand in for the decoder: the same picture, eight times as large."""
+    """Stand in for the decoder: the same image, eight times as large."""
     return F.interpolate(x, scale_factor=8.0, mode="nearest")
 
 
@@ -70,7 +70,7 @@ def test_weights_are_positive_and_fall_only_where_asked(length: int, border: int
 
 
 def test_seams_are_smooth() -> None:
-    """Tiles that disagree by 1 are blended in small steps, right up to the borders of the picture."""
+    """Tiles that disagree by 1 are blended in small steps, right up to the borders of the image."""
     tiles: list[Tensor] = []
 
     def disagreeing(x: Tensor) -> Tensor:
@@ -108,14 +108,14 @@ def test_tiled_is_near_untiled_and_has_its_shape(autoencoder: AutoEncoder, heigh
     assert 0 < (tiled - whole).norm() / whole.norm() < 0.3
 
 
-def test_a_tiled_picture_does_not_depend_on_its_neighbours(autoencoder: AutoEncoder) -> None:
+def test_a_tiled_image_does_not_depend_on_its_neighbours(autoencoder: AutoEncoder) -> None:
     z = tensor("in.latents", (3, 16, 18, 10))
     together = tiled_decode(autoencoder, z, Tiling(12, 6))
     for i in range(3):
         assert torch.equal(together[i : i + 1], tiled_decode(autoencoder, z[i : i + 1], Tiling(12, 6)))
 
 
-def test_one_tile_of_one_picture_is_computed_at_a_time() -> None:
+def test_one_tile_of_one_image_is_computed_at_a_time() -> None:
     seen: list[tuple[int, ...]] = []
 
     def spy(x: Tensor) -> Tensor:

@@ -26,14 +26,14 @@ from flux_batch.report.gallery.thumbnail import Thumbnail
 def shown(number: int, color: tuple[int, int, int] = (200, 30, 30), width: int = 64, height: int = 64) -> Shown:
     pixels = np.full((height, width, 3), color, np.uint8)
     data = encode(pixels, ImageConfig(type="webp"), {})
-    return Shown({"key": f"{number:09}", "prompt": f"picture {number}", "seed": number}, Thumbnail(data, width, height))
+    return Shown({"key": f"{number:09}", "prompt": f"image {number}", "seed": number}, Thumbnail(data, width, height))
 
 
-def draw(pictures: list[Shown], name: str = "test") -> Image.Image:
+def draw(images: list[Shown], name: str = "test") -> Image.Image:
     gallery = Gallery(
         name=name,
-        shown=pictures,
-        num_made=len(pictures),
+        shown=images,
+        num_made=len(images),
         failed=[],
         num_failed=0,
         num_committed=1,
@@ -43,42 +43,42 @@ def draw(pictures: list[Shown], name: str = "test") -> Image.Image:
     return Image.open(io.BytesIO(sheet(gallery)))
 
 
-def middle(picture: Image.Image, row: int, column: int) -> tuple[int, ...]:
+def middle(image: Image.Image, row: int, column: int) -> tuple[int, ...]:
     """Read the colour in the middle of a cell."""
     left, top = GAP + column * (CELL + GAP), TITLE + GAP + row * (CELL + LABEL_LINES * LINE + GAP)
-    color = picture.getpixel((left + CELL // 3, top + CELL // 2))
+    color = image.getpixel((left + CELL // 3, top + CELL // 2))
     assert isinstance(color, tuple)
     return color
 
 
 @pytest.mark.parametrize(("num", "columns", "rows"), [(1, 3, 1), (4, 3, 2), (12, 4, 3), (48, 8, 6), (200, 8, 6)])
-def test_pictures_stand_in_a_grid(num: int, columns: int, rows: int) -> None:
-    picture = draw([shown(number) for number in range(num)])
-    assert picture.size == (
+def test_images_stand_in_a_grid(num: int, columns: int, rows: int) -> None:
+    image = draw([shown(number) for number in range(num)])
+    assert image.size == (
         GAP + columns * (CELL + GAP),
         TITLE + GAP + rows * (CELL + LABEL_LINES * LINE + GAP),
     )
-    assert middle(picture, 0, 0) == pytest.approx((200, 30, 30), abs=12)
-    assert AI_SOURCE_TYPE in str(picture.info.get("xmp"))
+    assert middle(image, 0, 0) == pytest.approx((200, 30, 30), abs=12)
+    assert AI_SOURCE_TYPE in str(image.info.get("xmp"))
 
 
-def test_many_pictures_are_drawn_from_the_whole_run() -> None:
+def test_many_images_are_drawn_from_the_whole_run() -> None:
     colors = [(255, 0, 0)] * 100 + [(0, 0, 255)] * 100
-    picture = draw([shown(number, color) for number, color in enumerate(colors)])
+    image = draw([shown(number, color) for number, color in enumerate(colors)])
     assert MOST == 48
-    assert middle(picture, 2, 7) == pytest.approx((255, 0, 0), abs=12)
-    assert middle(picture, 3, 0) == pytest.approx((0, 0, 255), abs=12)
+    assert middle(image, 2, 7) == pytest.approx((255, 0, 0), abs=12)
+    assert middle(image, 3, 0) == pytest.approx((0, 0, 255), abs=12)
 
 
-def test_a_wide_picture_keeps_its_shape_and_a_missing_one_is_an_empty_box() -> None:
-    picture = draw([shown(0, width=64, height=16), Shown({"key": "1"}, problem="gone"), shown(2)])
-    corner = picture.getpixel((GAP + 2, TITLE + GAP + 2))
+def test_a_wide_image_keeps_its_shape_and_a_missing_one_is_an_empty_box() -> None:
+    image = draw([shown(0, width=64, height=16), Shown({"key": "1"}, problem="gone"), shown(2)])
+    corner = image.getpixel((GAP + 2, TITLE + GAP + 2))
     assert corner == pytest.approx(tuple(bytes.fromhex(BACK[1:])), abs=6)
-    assert middle(picture, 0, 0) == pytest.approx((200, 30, 30), abs=12)
-    assert middle(picture, 0, 1) == pytest.approx(tuple(bytes.fromhex(EMPTY[1:])), abs=6)
+    assert middle(image, 0, 0) == pytest.approx((200, 30, 30), abs=12)
+    assert middle(image, 0, 1) == pytest.approx(tuple(bytes.fromhex(EMPTY[1:])), abs=6)
 
 
-def test_a_run_without_pictures_has_a_sheet() -> None:
+def test_a_run_without_images_has_a_sheet() -> None:
     assert draw([]).size[1] > TITLE
 
 

@@ -91,23 +91,23 @@ def gallery(config: JobConfig, most: int = 200, columns: Sequence[str] | None = 
 
 
 def prompts(page: Page) -> list[str]:
-    """List the alternative texts of the pictures on a page."""
+    """List the alternative texts of the images on a page."""
     return [str(image["alt"]) for image in page.all("img")]
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
 @pytest.mark.parametrize("image", ["png", "jpeg", "webp"])
-def test_every_layout_shows_its_pictures_with_their_rows(tmp_path: Path, layout: str, image: str) -> None:
-    rows = [{"prompt": f"picture {number}", "seed": 700 + number} for number in range(10)]
+def test_every_layout_shows_its_images_with_their_rows(tmp_path: Path, layout: str, image: str) -> None:
+    rows = [{"prompt": f"image {number}", "seed": 700 + number} for number in range(10)]
     config = render(tmp_path, rows, output={"format": layout, "image": {"type": image}})
     before = data_files(tmp_path / "out")
     page = gallery(config)
 
-    assert prompts(page) == [f"picture {number}" for number in range(10)]
+    assert prompts(page) == [f"image {number}" for number in range(10)]
     assert page.open == []
-    assert "10 pictures · none failed · complete" in page.text
+    assert "10 images · none failed · complete" in page.text
     for number in range(10):
-        assert f"picture {number} seed {700 + number} · 16 x 16 · 2 steps · guidance 3.5" in page.text
+        assert f"image {number} seed {700 + number} · 16 x 16 · 2 steps · guidance 3.5" in page.text
     assert data_files(tmp_path / "out") == before
     linked = [tmp_path / "out/_run/gallery" / unquote(str(link["href"])) for link in page.all("a")]
     assert len(linked) == (10 if layout == "files" else 0)
@@ -117,7 +117,7 @@ def test_every_layout_shows_its_pictures_with_their_rows(tmp_path: Path, layout:
         assert str(attributes["src"]).startswith("data:image/webp;base64,")
 
 
-def test_the_right_picture_stands_beside_a_prompt(tmp_path: Path) -> None:
+def test_the_right_image_stands_beside_a_prompt(tmp_path: Path) -> None:
     config = render(tmp_path, output={"format": "webdataset"}, sampling={"width": 32, "height": 16})
     shown = write_gallery(Store(config.output.uri), 4).shown
 
@@ -126,7 +126,7 @@ def test_the_right_picture_stands_beside_a_prompt(tmp_path: Path) -> None:
         assert each.thumbnail is not None
         small = np.asarray(Image.open(io.BytesIO(each.thumbnail.data))).astype(int)
         assert (each.thumbnail.width, each.thumbnail.height) == (32, 16)
-        # WebP is lossy, and the fake pictures are noise: what remains is that of no other picture.
+        # WebP is lossy, and the fake images are noise: what remains is that of no other image.
         assert np.corrcoef(small.mean(2).ravel(), np.asarray(stored).astype(int).mean(2).ravel())[0, 1] > 0.8
         assert AI_SOURCE_TYPE.encode() in each.thumbnail.data
 
@@ -169,7 +169,7 @@ def test_a_file_name_in_the_rows_reaches_no_other_file(tmp_path: Path) -> None:
         assert "damaged" in shown.problem
 
 
-def test_what_differs_is_said_of_each_picture_and_the_rest_once(tmp_path: Path) -> None:
+def test_what_differs_is_said_of_each_image_and_the_rest_once(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{number}", "kind": "ab"[number % 2], "same": 3.25} for number in range(4)]
     config = render(tmp_path, rows, prompts={"passthrough": ["kind", "same"]})
     page = gallery(config)
@@ -185,7 +185,7 @@ def test_what_differs_is_said_of_each_picture_and_the_rest_once(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
-def test_of_many_pictures_a_sample_is_spread_over_the_run(tmp_path: Path, layout: str) -> None:
+def test_of_many_images_a_sample_is_spread_over_the_run(tmp_path: Path, layout: str) -> None:
     rows = [{"prompt": f"[raise] {number}" if number % 10 == 3 else f"p{number}"} for number in range(40)]
     config = render(tmp_path, rows, output={"format": layout}, failures={"max_ratio": 1.0})
     page = gallery(config, 6)
@@ -193,7 +193,7 @@ def test_of_many_pictures_a_sample_is_spread_over_the_run(tmp_path: Path, layout
     shown = [int(prompt[1:]) for prompt in prompts(page)]
     gaps = [after - before for before, after in pairwise(shown)]
     assert (len(shown), shown[0] < 7, shown[-1] >= 33, min(gaps) >= 5, max(gaps) <= 9) == (6, True, True, True, True)
-    assert "6 of 36 pictures, evenly spread over the run · 4 failed" in page.text
+    assert "6 of 36 images, evenly spread over the run · 4 failed" in page.text
     assert len(prompts(gallery(config, 35))) == 35
     assert len(prompts(gallery(config, 36))) == 36
     for number in (0, 2001):
@@ -221,11 +221,11 @@ def test_a_run_in_progress_shows_what_is_committed(tmp_path: Path) -> None:
     assert "2 of 3 shards committed" in page.text
     for commit in (out / "_run/commits").iterdir():
         commit.unlink()
-    assert "0 pictures" in gallery(config).text
+    assert "0 images" in gallery(config).text
     assert read_status(Store(str(out)))["num_committed"] == 0
 
 
-# What is said of the pictures of a file that was harmed, by its layout; like the one of single files if not named.
+# What is said of the images of a file that was harmed, by its layout; like the one of single files if not named.
 HARMS = {
     "gone": {"files": "{} is missing"},
     "cut": {"files": OTHER_BYTES, "webdataset": "it is not in {}", "parquet": "{} is damaged (ArrowInvalid)"},
@@ -251,11 +251,11 @@ def test_a_missing_or_damaged_file_is_a_note_and_the_rest_is_shown(tmp_path: Pat
         damaged = {"cut": whole[: len(whole) // 2], "other": bytes(len(whole)), "empty": b""}
         path.write_bytes(damaged[harm])
     page = gallery(config)
-    notes = re.findall(r"No picture: (.*?)(?: picture \d)", page.text)
+    notes = re.findall(r"No image: (.*?)(?: image \d)", page.text)
     assert len(prompts(page)) + len(notes) == 10
     assert 1 <= len(notes) <= (1 if layout == "files" else 4)
     assert set(notes) == {HARMS[harm].get(layout, HARMS[harm]["files"]).format(f"train/{victim}")}
-    assert "picture 6" in page.text
+    assert "image 6" in page.text
 
 
 def test_other_bytes_than_recorded_are_not_shown(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_other_bytes_than_recorded_are_not_shown(tmp_path: Path) -> None:
     (tmp_path / "out/train/00000/000000001.png").write_bytes((tmp_path / "out/train/00000/000000002.png").read_bytes())
     page = gallery(config)
     assert len(prompts(page)) == 9
-    assert "No picture: it has other bytes than the metadata records picture 1" in page.text
+    assert "No image: it has other bytes than the metadata records image 1" in page.text
 
 
 @pytest.mark.parametrize("data", [None, b"no table"])
@@ -276,7 +276,7 @@ def test_a_shard_without_metadata_is_a_note(tmp_path: Path, data: bytes | None) 
     page = gallery(config)
     assert prompts(page) == ["p0", "p1", "p2", "p3"]
     word = "missing" if data is None else "damaged"
-    assert page.text.count(f"No picture: metadata/00001.parquet is {word}") == 3
+    assert page.text.count(f"No image: metadata/00001.parquet is {word}") == 3
     assert f"_run/failed/00001.parquet is {word}" in page.text
 
 
@@ -327,7 +327,7 @@ def test_a_bucket_serves_the_page_as_a_page(tmp_path: Path, s3_store: Bucket, la
     store = Store(config.output.uri, config.output.storage_options)
     for key in store.list("train"):
         store.write(key, b"")
-    assert gallery(config, 5).text.count("No picture: ") == 5
+    assert gallery(config, 5).text.count("No image: ") == 5
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
