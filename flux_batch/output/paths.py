@@ -1,4 +1,4 @@
-"""What the files of a run are called, relative to its output; the page beside this file draws them. Never renamed: old runs go on."""
+"""The names of the files of a run, relative to its output; README.md here draws them. Never renamed: old runs go on."""
 
 JOB = "_run/job.yaml"
 PLAN = "_run/plan.parquet"
