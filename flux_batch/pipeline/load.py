@@ -10,7 +10,6 @@ from flux_batch.pipeline.heap import keep_freed_memory
 
 if TYPE_CHECKING:
     from flux_batch.pipeline.pipeline import FluxImagePipeline
-    from flux_batch.pipeline.precision import slow_dtype
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +17,7 @@ log = logging.getLogger(__name__)
 def load_pipeline(model: ModelConfig) -> FluxImagePipeline:
     """Load FLUX. Raises: as FluxImagePipeline.from_pretrained."""
     from flux_batch.pipeline.pipeline import FluxImagePipeline
+    from flux_batch.pipeline.precision import slow_dtype
 
     pipeline = FluxImagePipeline.from_pretrained(
         model.uri,
