@@ -3,6 +3,7 @@ import pytest
 from flux_batch.bench.load import bench_load, format_load
 from flux_batch.bench.source import Source
 from flux_batch.errors import CheckpointError
+from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 
 
 def test_loading_is_measured_in_a_process_of_its_own() -> None:
@@ -11,7 +12,7 @@ def test_loading_is_measured_in_a_process_of_its_own() -> None:
     assert 0 < figures["weights_bytes"] < figures["peak_memory_bytes"]
     load_s, import_s = figures["seconds"]["median"], figures["import_seconds"]["median"]
     assert 0 < load_s + import_s < figures["seconds_from_process_start_to_first_step"]["median"]
-    assert "random weights, size tiny, bfloat16, cpu" in format_load(figures)
+    assert f"random weights, size tiny, {dtype_name(native_dtype('cpu'))}, cpu" in format_load(figures)
 
 
 def test_a_model_that_is_not_there_is_the_error_that_a_job_would_meet() -> None:
