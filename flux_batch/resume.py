@@ -1,0 +1,175 @@
+"""The run that is in an output: opened, extended, taken up again, closed.
+
+Knows the plan, the output and what is reported of it; knows no worker and no engine. Whoever writes needs the lease.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from flux_batch.config.schema import JobConfig
+from flux_batch.download.revision import model_revision
+from flux_batch.errors import AlreadyExists, JobError, NotFound, PlanMismatch
+from flux_batch.output.card import card
+from flux_batch.output.commits import Commits
+from flux_batch.output.layouts import layout_for
+from flux_batch.output.paths import CARD, JOB, PLAN, PRECISION, REPORT, STAGING, SUCCESS
+from flux_batch.output.revert import TakeBack
+from flux_batch.output.staging import Staging
+from flux_batch.plan.plan import Plan, check_same_job, extended, make_plan, remaining
+from flux_batch.prompts.source import PromptSource
+from flux_batch.records import Shard
+from flux_batch.report.progress import Progress
+from flux_batch.report.summary import RunReport, Totals
+from flux_batch.report.versions import versions
+from flux_batch.storage.store import SCRATCH, Store
+from flux_batch.worker.settled_precision import settled_job
+
+log = logging.getLogger(__name__)
+
+
+def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunReport | None:
+    """Report on a run that has nothing left to do, without a lease or a write. Returns: None if there is work."""
+    plan = saved_plan(config, store, extend=extend) if store.exists(SUCCESS) else None
+    if plan is None or (extend and extended(plan, config.prompts, config.output.shard_size) is not plan):
+        return None
+    todo, progress = state_of(plan, store)
+    if todo or store.list(SCRATCH):  # the last writer was killed in the middle of a write
+        return None
+    if extend:
+        log.info("%s: no prompt file is new", config.name)
+    log.info("%s: nothing to do, all %d shards are committed in %s", config.name, len(plan.shards), store.uri)
+    return report_of(settled_job(store, config), store, progress)
+
+
+def draft_run(config: JobConfig, store: Store) -> Plan:
+    """Plan a new run and write nothing, so that what is wrong with it leaves no trace."""
+    if foreign := written(store):
+        raise JobError(f"{store.uri}: holds {foreign[0]}, but no run; take an empty folder as output.uri")
+    return make_plan(config.prompts, config.output.shard_size)
+
+
+def open_run(config: JobConfig, store: Store, draft: Plan | None = None, *, extend: bool = False) -> Plan:
+    """Load the plan of the run that is in the output, or write down a new run; needs the lease.
+
+    The plan comes last and makes the run exist. Raises: PlanMismatch, JobError.
+    """
+    if plan := saved_plan(config, store, extend=extend):
+        return extend_run(config, store, plan) if extend else plan
+    plan = draft or draft_run(config, store)
+    if store.exists(PLAN):
+        for key in (PLAN, PRECISION):  # of another job, which has made nothing
+            store.delete(key)
+    store.write(JOB, config.to_yaml().encode())
+    store.write(CARD, card(config, plan.num_prompts).encode())
+    try:
+        store.put_if_absent(PLAN, plan.to_parquet())
+    except AlreadyExists:
+        return open_run(config, store, extend=extend)  # the answer to our own write was lost
+    return plan
+
+
+def extend_run(config: JobConfig, store: Store, plan: Plan) -> Plan:
+    """Take the files that came since into a run; needs the lease. The plan comes last: it is the old or the new one."""
+    longer = extended(plan, config.prompts, config.output.shard_size)
+    if longer is plan:
+        return plan
+    num_new = len(longer.shards) - len(plan.shards)
+    log.info("%s: %d new prompts in %d shards", config.name, longer.num_prompts - plan.num_prompts, num_new)
+    if store.exists(SUCCESS):
+        store.delete(SUCCESS)  # said of the old plan, it must not stand beside the new one
+    store.write(CARD, card(config, longer.num_prompts).encode())
+    store.write(PLAN, longer.to_parquet())
+    return longer
+
+
+def saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Plan | None:
+    """Load the plan of the run that is in the output; None if there is no run.
+
+    A run that has written nothing yet, since its model was not found say, may still be changed: it does not count.
+    Raises: PlanMismatch.
+    """
+    try:
+        saved = store.read(PLAN)
+    except NotFound:
+        return None
+    try:
+        saved_job = JobConfig.from_yaml(store.read(JOB).decode(), origin=store.url(JOB))
+        check_same_job(settled_job(store, saved_job), settled_job(store, config))
+        return Plan.from_parquet(saved, PromptSource(config.prompts).files(), new_files=extend)
+    except PlanMismatch:
+        if written(store):
+            raise
+    return None
+
+
+def reopen(config: JobConfig, plan: Plan, store: Store, *, retry_failed: bool) -> None:
+    """Take back the commits with failed rows, if they are to be tried again; finish what was being taken back."""
+    take_back = TakeBack(store, len(plan.shards), layout_for(config.output, plan.passthrough))
+    take_back.finish()
+    if retry_failed:
+        commits = Commits(store, len(plan.shards))
+        failed = [commit for commit in commits.read_all(sorted(commits.done())) if commit.num_failed]
+        num_rows = sum(commit.num_failed for commit in failed)
+        log.info("%s: %d failed images in %d shards are tried again", config.name, num_rows, len(failed))
+        take_back([commit.shard for commit in failed])
+
+
+def state_of(plan: Plan, store: Store) -> tuple[list[Shard], Progress]:
+    """Read which shards are left to do, and what the others came to."""
+    commits = Commits(store, len(plan.shards))
+    done = commits.done()
+    return remaining(plan, done), Progress(store, len(plan.shards), Totals.of(commits.read_all(sorted(done))))
+
+
+def written(store: Store) -> list[str]:
+    """List images and metadata in the output, of whatever origin; those of unfinished shards included."""
+    return store.list("train") or store.list("metadata") or store.list(STAGING)
+
+
+def close_run(config: JobConfig, store: Store, plan: Plan, progress: Progress) -> RunReport:
+    """Write the report and, when every shard is committed, _SUCCESS as the last object of the run."""
+    config = settled_job(store, config)
+    report = report_of(config, store, progress)
+    if report.is_complete:
+        Staging(store, progress.num_shards).clear()
+        clear_scratch(store)
+    if not store.exists(SUCCESS):
+        progress.finish()
+        revision = model_revision(config.model.uri, config.model.storage_options)
+        report = replace(report, model={**report.model, "revision": revision})
+        store.write(REPORT, report.to_json())
+        store.write(CARD, card(config, plan.num_prompts).encode())  # with the dtype that was settled on
+        if report.is_complete:
+            store.write(SUCCESS, b"")
+    return report
+
+
+def clear_scratch(store: Store) -> None:
+    """Remove the half-written files of killed processes; whoever is alive and writes one, writes it again."""
+    for key in store.list(SCRATCH):
+        store.delete(key)
+
+
+def report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport:
+    """Sum up a run and this invocation of it."""
+    return RunReport(
+        name=config.name,
+        output=store.uri,
+        num_shards=progress.num_shards,
+        num_committed=progress.totals.num_committed,
+        num_images=progress.totals.num_images,
+        num_failed=progress.totals.num_failed,
+        num_new_images=progress.num_new_images,
+        num_workers=len(progress.workers),
+        wall_s=round(progress.wall_s, 3),
+        device_s=round(progress.device_s, 3),
+        max_failed_ratio=config.failures.max_ratio,
+        failures=dict(sorted(progress.totals.failures.items())),
+        device_s_of_run=round(progress.totals.device_s, 3),
+        num_gpus=config.workers.num_gpus,
+        model={key.removeprefix("model."): value for key, value in config.identity().items() if key[:6] == "model."},
+        versions=versions(),
+        errors=tuple(progress.errors),
+    )
