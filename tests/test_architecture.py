@@ -38,12 +38,11 @@ LADDER: dict[str, set[str]] = {
     "report": BOTTOM | {"config", "images", "output", "plan", "storage"},
     # A worker without shards: the same parts, in somebody's data pipeline.
     "mapper": BOTTOM | {"config", "images", "output", "pipeline", "prompts", "worker"},
-    "resume": BOTTOM
-    | {"config", "download", "output", "plan", "prompts", "report", "storage", "worker"},
     # The run that is in an output; `worker` for what the first worker settled.
     "resume": BOTTOM | {"config", "download", "output", "plan", "prompts", "report", "storage", "worker"},
     "job": BOTTOM
-    | {"config", "demo", "download", "engine", "output", "pipeline", "prompts", "report", "resume", "storage", "worker"},
+    | {"config", "demo", "download", "engine", "output", "pipeline", "prompts", "report", "resume", "storage"}
+    | {"worker"},
     "bench": BOTTOM | {"config", "demo", "engine", "images", "job", "model", "pipeline", "plan", "report", "worker"},
     "cli": BOTTOM | {"bench", "config", "download", "engine", "job", "logs", "output", "plan", "report", "storage"},
     "__init__": {"config", "download", "job", "mapper", "pipeline"},
