@@ -28,7 +28,7 @@ from flux_batch.resume import close_run, draft_run, finished, open_run, reopen, 
 from flux_batch.storage.store import Store
 from flux_batch.worker.protocol import ImagePipeline
 from flux_batch.worker.settled_precision import with_dtype_of_run
-from flux_batch.worker.worker import WorkerRecipe
+from flux_batch.worker.worker import WorkerFactory
 
 if TYPE_CHECKING:
     from flux_batch.engine.protocol import Engine, Runner
@@ -73,7 +73,7 @@ def run(
         if todo:
             check_images(config)
             log.info("%s: %d of %d shards to do, output %s", config.name, len(todo), len(plan.shards), store.uri)
-            recipe = WorkerRecipe(config, len(plan.shards), plan.passthrough, make_pipeline or load_pipeline)
+            recipe = WorkerFactory(config, len(plan.shards), plan.passthrough, make_pipeline or load_pipeline)
             render(engine or ray_pool(config), recipe, todo, stop, progress)
         return close_run(config, store, plan, progress)
 

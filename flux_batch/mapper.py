@@ -23,9 +23,8 @@ from flux_batch.prompts.input_images import load_image
 from flux_batch.prompts.row_loras import RowLoras
 from flux_batch.prompts.source import RowParser
 from flux_batch.records import FailedRow, ImageRecord, ImageRequest, InputImage
-from flux_batch.worker.batches import READ_AHEAD, InputImages, Item, batches
-from flux_batch.worker.generate import BatchMaker, Made, Tiles
-from flux_batch.worker.lora_switch import LoraSwitch
+from flux_batch.worker.batches import READ_AHEAD, ImageTask, InputImages, batches, tasks_of
+from flux_batch.worker.generate import BatchMaker, ImageOutcome, Tiles
 from flux_batch.worker.protocol import ImagePipeline
 from flux_batch.worker.recorder import Recorder, message_of, provenance
 
@@ -93,11 +92,10 @@ class FluxMapper:
         settings = config.model
         if settings.quantization == "none":  # else it stands as the caller has set it
             settings = settings.model_copy(update={"quantization": pipeline.precision["quantization"]})
-        loras = LoraSwitch(pipeline, RowLoras(config.model.loras, "").of_job)
-        tiles = Tiles(config.sampling.tile_size, config.sampling.tile_stride) if config.sampling.tiled else None
-        self._maker = BatchMaker(pipeline, loras, tiles, on_progress=lambda: None)
+        loras = RowLoras(config.model.loras, "").of_job
+        self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling))
         layout = layout_for(config.output, pa.schema([]))
-        self._recorder = Recorder(settings, layout, pipeline.default_t5_sequence_length, loras.words)
+        self._recorder = Recorder(settings, layout, pipeline.default_t5_sequence_length)
 
     def __call__(self, batch: Batch) -> Batch:
         """Make the images of a batch: a dict of NumPy columns, or an Arrow table, which is what comes back.
@@ -137,21 +135,22 @@ class FluxMapper:
 
     def _make(self, requests: Sequence[ImageRequest]) -> dict[tuple[int, int], Image]:
         """Make the images of rows, by row and image index; while some are made, the last are encoded."""
-        items = [Item(request, index) for request in requests for index in range(len(request.seeds))]
-        groups = list(batches(items, self._batch_size))
+        tasks = [task for request in requests for task in tasks_of(request)]
+        groups = list(batches(tasks, self._batch_size))
         encoded: dict[tuple[int, int], Future[Image]] = {}
         with ThreadPoolExecutor(READERS, "read") as readers, ThreadPoolExecutor(ENCODERS, "encode") as encoders:
             images = InputImages(readers, self._read_image)
             for number, group in enumerate(groups):
                 ready = images.join(group, groups[number + 1 : number + 1 + READ_AHEAD])
-                encoded |= {made.item.place: encoders.submit(self._finish, made) for made in self._make_group(ready)}
-            return {place: future.result() for place, future in encoded.items()}
+                outcomes = self._make_group(ready)
+                encoded |= {one.task.position: encoders.submit(self._encode, one) for one in outcomes}
+            return {position: future.result() for position, future in encoded.items()}
 
-    def _make_group(self, group: Sequence[Item]) -> list[Made]:
+    def _make_group(self, group: Sequence[ImageTask]) -> list[ImageOutcome]:
         try:
             return self._maker.make(group)
         except StoreError as error:  # of a LoRA; there is no shard here that could wait for the storage
-            return [Made(item, error) for item in group]
+            return [ImageOutcome(task, error) for task in group]
         except DeviceFatal:
             if self._exit_on_device_loss:
                 os._exit(DEVICE_FATAL_EXIT)  # an exception would have the next batch tried on the same device
@@ -163,14 +162,13 @@ class FluxMapper:
         except StoreError as error:  # costs the row, as above
             return error
 
-    def _finish(self, made: Made) -> Image:
-        """Encode one image and record it as a job would, but for the key: it has no place in a data set yet."""
-        tile_size = made.tiles.size if made.tiles else None
-        fields = self._recorder.fields("", made.item, tile_size, made.truncated or (None, None))
-        if isinstance(made.outcome, Exception):
-            return None, self._recorder.failed(fields, type(made.outcome).__name__, message_of(made.outcome))
+    def _encode(self, outcome: ImageOutcome) -> Image:
+        """Encode one image and record it as a job would, but without its key, which is of a shard."""
+        fields = self._recorder.outcome_fields("", outcome)
+        if isinstance(outcome.result, Exception):
+            return None, self._recorder.failed(fields, type(outcome.result).__name__, message_of(outcome.result))
         inside = {name: value for name, value in provenance(fields).items() if name != "key"}
-        data = encode(made.outcome, self._image, inside)
+        data = encode(outcome.result, self._image, inside)
         return data, self._recorder.made("", fields, data)
 
 

@@ -1,4 +1,4 @@
-"""What a process has done so far, in running sums that whoever watches it may read at any time; knows no watcher."""
+"""Running figures of a process, which whoever watches it may read at any time; knows no watcher."""
 
 from __future__ import annotations
 
@@ -10,76 +10,81 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 
-class Sum(NamedTuple):
-    """Which sum: what it counts, and of what kind, such as the type of an error; "" if all are of one kind."""
+class CounterKey(NamedTuple):
+    """The name of a counter and its label, such as the type of an error; "" for a counter without labels."""
 
     name: str
-    kind: str = ""
+    label: str = ""
 
 
-class Tally:
-    """Sums that only grow, and levels that go up and down; safe to use from several threads.
+class Metrics:
+    """Counters that only grow and gauges that rise and fall; safe to use from several threads.
 
-    run: the name of the run that they are of.
+    run: the name of the run that they belong to.
     """
 
     def __init__(self, run: str) -> None:
         self.run = run
         self._lock = threading.Lock()
-        self._sums: Counter[Sum] = Counter()
-        self._levels: Counter[str] = Counter()
+        self._counters: Counter[CounterKey] = Counter()
+        self._gauges: Counter[str] = Counter()
 
-    def add(self, name: str, amount: float = 1, kind: str = "") -> None:
-        """Let a sum grow."""
+    def add(self, counter: str, amount: float = 1, label: str = "") -> None:
+        """Add an amount to a counter."""
         with self._lock:
-            self._sums[Sum(name, kind)] += amount  # type: ignore[assignment]  # of seconds too
+            self._counters[CounterKey(counter, label)] += amount  # type: ignore[assignment]  # seconds are floats
+
+    def gauge_add(self, gauge: str, amount: int) -> None:
+        """Add an amount, which may be negative, to a gauge."""
+        with self._lock:
+            self._gauges[gauge] += amount
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds that something takes to those of a stage, also if it fails."""
+        """Add the seconds spent inside to the counter `stage_seconds`, after an error too."""
         started = time.monotonic()
         try:
             yield
         finally:
             self.add("stage_seconds", time.monotonic() - started, stage)
 
-    def shift(self, level: str, by: int) -> None:
-        """Let a level rise or fall."""
+    def counters(self) -> dict[CounterKey, float]:
+        """Return a copy of the counters."""
         with self._lock:
-            self._levels[level] += by
+            return dict(self._counters)
 
-    def sums(self) -> dict[Sum, float]:
-        """Read the sums."""
+    def gauges(self) -> dict[str, float]:
+        """Return a copy of the gauges."""
         with self._lock:
-            return dict(self._sums)
-
-    def levels(self) -> dict[str, float]:
-        """Read the levels."""
-        with self._lock:
-            return dict(self._levels)
+            return dict(self._gauges)
 
 
-class Pulse:
-    """Remembers the last sign of progress; one attribute, so that any thread may give and read it."""
+class Heartbeat:
+    """The last sign of progress of each activity that is under way; safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._last: float | None = None
-
-    def beat(self) -> None:
-        """Give a sign of progress."""
-        if self._last is not None:
-            self._last = time.monotonic()
-
-    def quiet_s(self) -> float:
-        """Tell how long ago the last sign was, in seconds; 0 while there is nothing to do."""
-        last = self._last
-        return 0.0 if last is None else time.monotonic() - last
+        self._lock = threading.Lock()
+        self._last: dict[str, float] = {}
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Expect signs of progress from now until the work is done."""
-        self._last = time.monotonic()
+    def busy(self, activity: str) -> Iterator[None]:
+        """Expect signs of progress from an activity, which the block carries out."""
+        with self._lock:
+            self._last[activity] = time.monotonic()
         try:
             yield
         finally:
-            self._last = None
+            with self._lock:
+                self._last.pop(activity, None)
+
+    def beat(self, activity: str | None = None) -> None:
+        """Record progress of an activity; without a name, of every activity under way."""
+        with self._lock:
+            for name in [activity] if activity else list(self._last):
+                if name in self._last:
+                    self._last[name] = time.monotonic()
+
+    def idle_s(self) -> float:
+        """Return the seconds since the last sign of the activity that is silent longest; 0 if none is under way."""
+        with self._lock:
+            return max((time.monotonic() - last for last in self._last.values()), default=0.0)

@@ -1,41 +1,85 @@
+from __future__ import annotations
+
 import threading
 from types import SimpleNamespace
 
 import pytest
 
-from flux_batch.telemetry import Sum, Tally
+from flux_batch.telemetry import CounterKey, Heartbeat, Metrics
 
 
-def test_sums_grow_by_name_and_kind_from_any_thread() -> None:
-    tally = Tally("cats")
-    threads = [threading.Thread(target=lambda: [tally.add("images") for _ in range(1000)]) for _ in range(4)]
+def test_counters_grow_by_name_and_label_from_any_thread() -> None:
+    metrics = Metrics("cats")
+    threads = [threading.Thread(target=lambda: [metrics.add("images") for _ in range(1000)]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    tally.add("failures", 2, "RowError")
-    assert tally.sums() == {Sum("images"): 4000, Sum("failures", "RowError"): 2}
+    metrics.add("failures", 2, "RowError")
+    assert metrics.counters() == {CounterKey("images"): 4000, CounterKey("failures", "RowError"): 2}
 
 
 def test_time_counts_also_for_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("flux_batch.telemetry.time", SimpleNamespace(monotonic=lambda: now))
-    tally = Tally("cats")
+    metrics = Metrics("cats")
 
     def fail() -> None:
         nonlocal now
         now += 4.0
         raise ValueError("no")
 
-    with tally.timed("make"):
+    with metrics.timed("make"):
         now += 2.5
-    with pytest.raises(ValueError, match="no"), tally.timed("make"):
+    with pytest.raises(ValueError, match="no"), metrics.timed("make"):
         fail()
-    assert tally.sums() == {Sum("stage_seconds", "make"): 6.5}
+    assert metrics.counters() == {CounterKey("stage_seconds", "make"): 6.5}
 
 
-def test_levels_rise_and_fall() -> None:
-    tally = Tally("cats")
-    tally.shift("queue", 3)
-    tally.shift("queue", -2)
-    assert tally.levels() == {"queue": 1}
+def test_gauges_rise_and_fall() -> None:
+    metrics = Metrics("cats")
+    metrics.gauge_add("queue", 3)
+    metrics.gauge_add("queue", -2)
+    assert metrics.gauges() == {"queue": 1}
+
+
+def test_only_a_busy_process_is_expected_to_show_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("flux_batch.telemetry.time", SimpleNamespace(monotonic=lambda: now))
+    heartbeat = Heartbeat()
+    heartbeat.beat()
+    heartbeat.beat("make")
+    assert heartbeat.idle_s() == 0
+
+    with heartbeat.busy("make"):
+        now = 107.0
+        assert heartbeat.idle_s() == 7
+        heartbeat.beat("make")
+        now = 108.0
+        assert heartbeat.idle_s() == 1
+    now = 500.0
+    assert heartbeat.idle_s() == 0
+
+    with pytest.raises(ValueError, match="broken"), heartbeat.busy("make"):
+        raise ValueError("broken")
+    now = 900.0
+    assert heartbeat.idle_s() == 0
+
+
+def test_progress_of_one_activity_does_not_hide_that_another_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("flux_batch.telemetry.time", SimpleNamespace(monotonic=lambda: now))
+    heartbeat = Heartbeat()
+
+    with heartbeat.busy("finish"), heartbeat.busy("make"):
+        now = 107.0
+        heartbeat.beat("make")
+        assert heartbeat.idle_s() == 7
+        heartbeat.beat("finish")
+        now = 110.0
+        assert heartbeat.idle_s() == 3
+        heartbeat.beat()
+        assert heartbeat.idle_s() == 0
+        heartbeat.beat("make")
+        now = 111.0
+    assert heartbeat.idle_s() == 0

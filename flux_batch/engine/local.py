@@ -59,7 +59,7 @@ class _Rounds:
         while (task := self._next()) or self.behind:
             if task:
                 try:
-                    self.behind.append((task, finisher.submit(work.make(task.shard, task.attempt))))
+                    self.behind.append((task, finisher.submit(work.make(task.shard, task.attempt).finish)))
                 except Exception as error:
                     yield from self._failed(task, error)
             if len(self.behind) > (1 if task else 0):

@@ -5,7 +5,7 @@ Any program with picklable units of work can use an engine; nothing here knows w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
 from flux_batch.engine.stop import Stop
@@ -21,13 +21,19 @@ from flux_batch.errors import (
     StoreRefused,
 )
 from flux_batch.records import Attempt, Shard, ShardResult
-from flux_batch.telemetry import Tally
+from flux_batch.telemetry import Metrics
 
 # What an error asks an engine to do: end the run; leave the process; take the shard back, which was only put aside;
 # wait for the storage; try again, but not for ever.
 Kind = Literal["fatal", "lost", "stopped", "outage", "failed"]
-# What is left of a shard once the device is done with it.
-Finish = Callable[[], ShardResult]
+
+
+class MadeShard(Protocol):
+    """A shard with which the device is done."""
+
+    def finish(self) -> ShardResult:
+        """Take the shard to its commit; may be called on another thread while the next shard is made."""
+        ...
 
 
 class Work(Protocol):
@@ -36,8 +42,8 @@ class Work(Protocol):
     The other methods may come from any thread.
     """
 
-    def make(self, shard: Shard, attempt: Attempt) -> Finish:
-        """Do what needs the device. Returns: what does the rest, to be called while the next shard is made.
+    def make(self, shard: Shard, attempt: Attempt) -> MadeShard:
+        """Do what needs the device. Returns: the shard, to be finished while the next one is made.
 
         Raises: Stopped after `stop`.
         """
@@ -48,12 +54,12 @@ class Work(Protocol):
         ...
 
     @property
-    def tally(self) -> Tally:
-        """What it has done so far, for whoever shows it."""
+    def metrics(self) -> Metrics:
+        """The figures of what it has done so far."""
         ...
 
-    def quiet_s(self) -> float:
-        """Tell how long ago what is made or finished last got on, in seconds; 0 while nothing is."""
+    def idle_s(self) -> float:
+        """Return the seconds since the last progress of what is made or finished; 0 while nothing is."""
         ...
 
 

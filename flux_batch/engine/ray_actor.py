@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import ray
 
-from flux_batch.engine.protocol import Finish, Kind, Runner, Work, describe, kind_of
+from flux_batch.engine.protocol import Kind, MadeShard, Runner, Work, describe, kind_of
 from flux_batch.engine.ray_metrics import WorkerMetrics
 from flux_batch.errors import FluxBatchError
 from flux_batch.records import Attempt, Shard, ShardResult
@@ -59,13 +59,13 @@ class RayWorker:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._work: Work | None = None
-        self._made: dict[int, Finish] = {}
+        self._made: dict[int, MadeShard] = {}
 
     def open(self) -> Failure | None:
         """Load what the work needs; apart from the constructor, so that a failure can be answered with its reason."""
         try:
             self._work = self._runner.open()
-            self._metrics = WorkerMetrics(self._work.tally)
+            self._metrics = WorkerMetrics(self._work.metrics)
             self._metrics.start()
         except Exception as error:
             return _failure(error)
@@ -84,7 +84,7 @@ class RayWorker:
     def finish(self, index: int) -> ShardResult | Failure:
         """Finish a shard that was made."""
         try:
-            return self._made.pop(index)()
+            return self._made.pop(index).finish()
         except Exception as error:
             return _failure(error)
         finally:
@@ -96,9 +96,9 @@ class RayWorker:
         return str(ray.get_runtime_context().get_node_id())
 
     @watched
-    def quiet_s(self) -> float:
+    def idle_s(self) -> float:
         """Tell how long ago the last sign of progress was; to answer at all is a sign of life."""
-        return self._work.quiet_s() if self._work else 0.0
+        return self._work.idle_s() if self._work else 0.0
 
     @watched
     def stop(self) -> None:

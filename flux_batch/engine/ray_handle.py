@@ -80,12 +80,12 @@ class Member:
         """Ask for signs of life. Returns: None, or what speaks against it."""
         if self._sign is None:
             if now - self._asked >= min(hang_s / 4, ANSWER_S / 4):
-                self._sign, self._asked = self.actor.quiet_s.remote(), now
+                self._sign, self._asked = self.actor.idle_s.remote(), now
             return None
-        quiet_s, self._sign = _answer(self._sign)
+        idle_s, self._sign = _answer(self._sign)
         if self._sign is not None:
             return f"its process did not answer for {now - self._asked:.0f} s" if now - self._asked > ANSWER_S else None
-        return f"no sign of life for {quiet_s:.0f} s" if quiet_s is not None and quiet_s > hang_s else None
+        return f"no sign of life for {idle_s:.0f} s" if idle_s is not None and idle_s > hang_s else None
 
     def find(self) -> None:
         """Learn where it is, if it has said so."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ray.util.metrics import Counter, Gauge
 
-from flux_batch.telemetry import Sum, Tally
+from flux_batch.telemetry import CounterKey, Metrics
 
 PREFIX = "flux_batch_"
 INTERVAL_S = 5.0
@@ -38,12 +38,12 @@ POOL = {
 
 @dataclass
 class WorkerMetrics:
-    """Hands on what a worker's tally has grown by."""
+    """Hands on what a worker's metrics have grown by."""
 
-    tally: Tally
+    metrics: Metrics
     counters: dict[str, Counter] = field(default_factory=dict)
     gauges: dict[str, Gauge] = field(default_factory=dict)
-    told: dict[Sum, float] = field(default_factory=dict)
+    told: dict[CounterKey, float] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -62,14 +62,14 @@ class WorkerMetrics:
             self._tell()
 
     def _tell(self) -> None:
-        for key, value in self.tally.sums().items():
+        for key, value in self.metrics.counters().items():
             label = SUMS[key.name][1]
-            tags = {"run": self.tally.run} | ({label: key.kind} if label else {})
+            tags = {"run": self.metrics.run} | ({label: key.label} if label else {})
             if value > self.told.get(key, 0.0):
                 self.counters[key.name].inc(value - self.told.get(key, 0.0), tags)
                 self.told[key] = value
         for name, gauge in self.gauges.items():
-            gauge.set(self.tally.levels().get(name, 0), {"run": self.tally.run})
+            gauge.set(self.metrics.gauges().get(name, 0), {"run": self.metrics.run})
 
     def _keep_telling(self) -> None:
         pause = threading.Event()

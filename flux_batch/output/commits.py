@@ -48,12 +48,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 
-from flux_batch.errors import AlreadyExists, StoreError
+from flux_batch.errors import AlreadyExists, NotFound, StoreError
 from flux_batch.output.layouts import (
     Layout,
     Sample,
@@ -94,6 +95,12 @@ class Commits:
             return parse_commit(self.store.read(key))
         except ValueError as error:
             raise StoreError(f"{self.store.url(key)}: {error}; `flux-batch verify --repair` takes it back") from error
+
+    def find(self, shard: int) -> Commit | None:
+        """Return the commit of a shard, None if it is not done. Raises: StoreError if it is damaged."""
+        with suppress(NotFound):
+            return self.read(shard)
+        return None
 
     def read_all(self, shards: Iterable[int]) -> list[Commit]:
         """Read many commits at once."""

@@ -1,4 +1,4 @@
-"""Which images are made together, and what each starts from, read ahead of the device.
+"""The images that are made together, and their input images, read ahead of the device.
 
 Knows requests; does not know what computes images nor where they go.
 """
@@ -20,16 +20,20 @@ ReadImage = Callable[[InputImage, tuple[int, int]], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One image to make; `image` is what it starts from, once read, or why that cannot be read."""
+class ImageTask:
+    """One image to make.
+
+    input_image: the decoded image that it starts from, the error if that cannot be read, None if it starts from noise
+    or is not read yet.
+    """
 
     request: ImageRequest
     image_index: int
-    image: Any = None
+    input_image: Any = None
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What the images of one batch must have in common."""
+        """The settings that all images of one batch share."""
         params = self.request.sampling
         return (
             params.width,
@@ -43,8 +47,8 @@ class Item:
         )
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Row in the shard and index of the image."""
+    def position(self) -> tuple[int, int]:
+        """The row in the shard and the index of the image in its row."""
         return self.request.row, self.image_index
 
     @property
@@ -53,47 +57,53 @@ class Item:
         return self.request.sampling.width, self.request.sampling.height
 
 
-def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Group images that can share a forward pass, in order of first appearance; a function of the input alone.
+def tasks_of(request: ImageRequest) -> list[ImageTask]:
+    """Return a task for each image that a row asks for."""
+    return [ImageTask(request, index) for index in range(len(request.seeds))]
 
-    Those of the same LoRAs come one after the other, since to exchange LoRAs takes as long as to load a model.
+
+def batches(tasks: Iterable[ImageTask], size: int) -> Iterator[list[ImageTask]]:
+    """Yield groups of at most `size` images that can share a forward pass, in order of first appearance.
+
+    The groups are a function of the tasks alone. Groups with the same LoRAs follow each other, since exchanging LoRAs
+    takes as long as loading a model.
     """
-    groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Item]]] = {}
-    for item in items:
-        groups.setdefault(item.request.loras, {}).setdefault(item.shape, []).append(item)
-    for group in (group for of_loras in groups.values() for group in of_loras.values()):
+    groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[ImageTask]]] = {}
+    for task in tasks:
+        groups.setdefault(task.request.loras, {}).setdefault(task.shape, []).append(task)
+    for group in (group for same_loras in groups.values() for group in same_loras.values()):
         for first in range(0, len(group), size):
             yield group[first : first + size]
 
 
 class InputImages:
-    """What the images of batches start from, read on threads: each once while batches near each other want it."""
+    """Input images of batches, read on threads; one that batches near each other share is read once."""
 
     def __init__(self, readers: Executor, read: ReadImage) -> None:
         self._readers = readers
         self._read = read
         self._reading: dict[tuple[InputImage, tuple[int, int]], Future[Any]] = {}
 
-    def join(self, batch: Sequence[Item], following: Iterable[Sequence[Item]] = ()) -> list[Item]:
-        """Give a batch with its images, while those of the following batches are read.
+    def join(self, batch: Sequence[ImageTask], following: Iterable[Sequence[ImageTask]] = ()) -> list[ImageTask]:
+        """Return a batch with its input images, and begin to read those of the following batches.
 
-        An image that cannot be read is the RowError that says why. Raises: what else `read` raises.
+        An image that cannot be read is replaced by its RowError. Raises: any other error of `read`.
         """
-        window = [item for near in (batch, *following) for item in near]
-        wanted = dict.fromkeys((item.request.input_image, item.size) for item in window)
+        window = [task for near in (batch, *following) for task in near]
+        wanted = dict.fromkeys((task.request.input_image, task.size) for task in window)
         self._reading = {
             (image, size): self._reading.get((image, size)) or self._readers.submit(self._read, image, size)
             for image, size in wanted
             if image is not None
         }
-        return [_with_image(item, self._reading) for item in batch]
+        return [_with_input_image(task, self._reading) for task in batch]
 
 
-def _with_image(item: Item, reading: dict[tuple[InputImage, tuple[int, int]], Future[Any]]) -> Item:
-    image = item.request.input_image
+def _with_input_image(task: ImageTask, reading: dict[tuple[InputImage, tuple[int, int]], Future[Any]]) -> ImageTask:
+    image = task.request.input_image
     if image is None:
-        return item
+        return task
     try:
-        return replace(item, image=reading[image, item.size].result())
+        return replace(task, input_image=reading[image, task.size].result())
     except RowError as error:
-        return replace(item, image=error)
+        return replace(task, input_image=error)

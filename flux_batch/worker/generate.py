@@ -1,4 +1,4 @@
-"""How a batch becomes images: the right LoRAs, one call, and smaller ones when that fails.
+"""The step from a batch to its images: LoRAs, one call of the pipeline, and smaller ones if that fails.
 
 Knows the pipeline and its memory; does not know files, records or shards.
 """
@@ -10,19 +10,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from flux_batch.errors import DeviceFatal, OutOfMemory
+from flux_batch.config.schema import SamplingConfig
+from flux_batch.errors import (
+    CheckpointError,
+    DeviceFatal,
+    InvalidSetting,
+    NotFound,
+    OutOfMemory,
+    RowError,
+    StoreError,
+    StoreRefused,
+)
 from flux_batch.images import Pixels
 from flux_batch.records import LoraUse
-from flux_batch.worker.batches import Item
-from flux_batch.worker.lora_switch import LoraSwitch
+from flux_batch.worker.batches import ImageTask
 from flux_batch.worker.protocol import ImagePipeline
 
 
 class Tiles(NamedTuple):
-    """How the autoencoder is cut, in latents when decoding."""
+    """Size and stride of the tiles that the autoencoder works in, in latents when decoding."""
 
     size: int
     stride: int
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig) -> Tiles | None:
+        """Return the tiles that a job asks for, None if it decodes whole images."""
+        return cls(sampling.tile_size, sampling.tile_stride) if sampling.tiled else None
 
 
 # The last resort: a quarter of the pixels of a 1024 x 1024 image at a time.
@@ -30,74 +44,118 @@ SMALL_TILES = Tiles(64, 32)
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """What became of an item: its image (uint8, h w 3) or why there is none, and how it was made."""
+class ImageOutcome:
+    """The result of a task: an image (uint8, h w 3) or the error in its place, and how it was made.
 
-    item: Item
-    outcome: Pixels | Exception
+    truncated: whether the tokenizers of CLIP and of T5 cut the prompt or the negative prompt.
+    """
+
+    task: ImageTask
+    result: Pixels | Exception
     tiles: Tiles | None = None
-    truncated: tuple[bool, bool] | None = None  # by the tokenizers of CLIP and T5
+    truncated: tuple[bool, bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """What fits into memory of images of one shape: fewer than `too_many` at once (None: unknown), in these tiles."""
+class MemoryFit:
+    """The memory limit learned for one image shape: a batch size below `too_many` (None: not met yet), in `tiles`."""
 
     tiles: Tiles | None
     too_many: int | None = None
 
 
-class BatchMaker:
-    """Makes the images of one batch after the other; remembers what did not fit, for the next of that shape.
+class LoraSwitch:
+    """The LoRAs that a pipeline uses now, exchanged only for a batch that needs others."""
 
-    The memory leads to the calls that trying again would lead to, so that an image does not depend on whether the
-    worker is new. `device_s` is the time the pipeline was at work.
+    def __init__(self, pipeline: ImagePipeline, defaults: Sequence[LoraUse]) -> None:
+        """Set the LoRAs of the job. Raises: any error of setting them."""
+        self._pipeline = pipeline
+        # None after a failure, which may have left anything.
+        self._current: tuple[LoraUse, ...] | None = ()
+        if defaults:
+            self._set(tuple(defaults))
+
+    def use(self, loras: tuple[LoraUse, ...]) -> Exception | None:
+        """Set the LoRAs of the next batch. Returns: the error of its rows if these cannot be used, else None.
+
+        Raises: DeviceFatal; StoreError while a storage is unavailable, after which the same rows may succeed.
+        """
+        if loras == self._current:
+            return None
+        try:
+            self._set(loras)
+            return None
+        except (CheckpointError, InvalidSetting, NotFound, StoreRefused) as error:
+            return RowError(f"lora {', '.join(lora.name for lora in loras)}: {error}")
+        except (DeviceFatal, StoreError):
+            raise
+        except Exception as error:  # the rows of a batch end here
+            return error
+
+    def _set(self, loras: tuple[LoraUse, ...]) -> None:
+        self._current = None
+        self._pipeline.set_loras([(lora.uri, lora.scale) for lora in loras])
+        self._current = loras
+
+
+class BatchMaker:
+    """Makes the images of one batch after the other; remembers per image shape which batch size was too large.
+
+    What it remembers only skips calls that would fail again, so that an image does not depend on whether the worker is
+    new. `device_s` is the time in seconds that calls of the pipeline took.
     """
 
     def __init__(
-        self, pipeline: ImagePipeline, loras: LoraSwitch, tiles: Tiles | None, on_progress: Callable[[], None]
+        self,
+        pipeline: ImagePipeline,
+        loras: Sequence[LoraUse],
+        tiles: Tiles | None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
+        """Set the LoRAs of the job, `loras`; `on_progress` is called after each call of the pipeline."""
         self._pipeline = pipeline
-        self._loras = loras
+        self._loras = LoraSwitch(pipeline, loras)
         self._tiles = tiles
         self._on_progress = on_progress
-        self._fits: dict[tuple[Any, ...], Fit] = {}
-        self._expected: Sequence[Item] = ()
+        self._fits: dict[tuple[Any, ...], MemoryFit] = {}
+        self._expected: Sequence[ImageTask] = ()
         self._told: Sequence[LoraUse] | None = None  # for which LoRAs the pipeline knows what is expected
         self.device_s = 0.0
 
-    def expect(self, items: Sequence[Item]) -> None:
+    def expect(self, tasks: Sequence[ImageTask]) -> None:
         """Take note of the images that will be made, in order, so that their texts may be encoded together."""
-        self._expected, self._told = items, None
+        self._expected, self._told = tasks, None
 
-    def make(self, batch: Sequence[Item]) -> list[Made]:
-        """Make the images of a batch, but for those whose input image or LoRA cannot be read.
+    def make(self, batch: Sequence[ImageTask]) -> list[ImageOutcome]:
+        """Make the images of a batch, except those whose input image or LoRA cannot be read.
 
-        Raises: DeviceFatal; StoreError for a LoRA whose storage is away.
+        Raises: DeviceFatal; StoreError if the storage of a LoRA is unavailable.
         """
         truncated = self._truncations(batch)
-        ready = [item for item in batch if not isinstance(item.image, Exception)]
+        ready = [task for task in batch if not isinstance(task.input_image, Exception)]
         if ready and (error := self._loras.use(ready[0].request.loras)):
-            return [Made(item, error, None, cut) for item, cut in zip(batch, truncated, strict=True)]
+            return [ImageOutcome(task, error, None, cut) for task, cut in zip(batch, truncated, strict=True)]
         self._tell(batch[0].request.loras)
-        fit = self._fits.get(batch[0].shape, Fit(self._tiles))
-        made = iter(self._attempt(ready, fit) if ready else [])
+        fit = self._fits.get(batch[0].shape, MemoryFit(self._tiles))
+        results = iter(self._make_parts(ready, fit) if ready else [])
         return [
-            Made(item, item.image, None, cut) if isinstance(item.image, Exception) else Made(item, *next(made), cut)
-            for item, cut in zip(batch, truncated, strict=True)
+            ImageOutcome(task, task.input_image, None, cut)
+            if isinstance(task.input_image, Exception)
+            else ImageOutcome(task, *next(results), cut)
+            for task, cut in zip(batch, truncated, strict=True)
         ]
 
     def _tell(self, loras: Sequence[LoraUse]) -> None:
         """Tell the pipeline which texts come next with the LoRAs that it has now."""
         if self._expected and loras != self._told:
-            of_these = [item for item in self._expected if item.request.loras == loras]
-            self._pipeline.expect(list(dict.fromkeys(text for item in of_these for text in texts_of(item))))
+            of_these = [task for task in self._expected if task.request.loras == loras]
+            self._pipeline.expect(list(dict.fromkeys(text for task in of_these for text in texts_of(task))))
             self._told = loras
 
-    def _attempt(self, batch: Sequence[Item], fit: Fit) -> list[tuple[Pixels | Exception, Tiles | None]]:
-        """Make the images of a batch; if that fails, of its halves, until only what cannot be made has failed.
+    def _make_parts(self, batch: Sequence[ImageTask], fit: MemoryFit) -> list[tuple[Pixels | Exception, Tiles | None]]:
+        """Make the images of a batch; after an error those of its halves, down to single images.
 
-        A single one that does not fit into memory is tried once more with the autoencoder in small tiles.
+        A single image that does not fit into memory is tried once more with the autoencoder in small tiles.
         """
         if fit.too_many is None or len(batch) < max(fit.too_many, 2):
             started = time.monotonic()
@@ -107,7 +165,7 @@ class BatchMaker:
                 raise
             except Exception as error:
                 is_too_large = isinstance(error, OutOfMemory)
-                if len(batch) == 1 and not (is_too_large and is_larger(fit.tiles, SMALL_TILES)):
+                if len(batch) == 1 and not (is_too_large and _is_larger(fit.tiles, SMALL_TILES)):
                     return [(error, None)]
                 if is_too_large:
                     self._remember(batch, fit.tiles)
@@ -115,62 +173,62 @@ class BatchMaker:
                 self.device_s += time.monotonic() - started
                 self._on_progress()
         if len(batch) == 1:
-            return self._attempt(batch, Fit(SMALL_TILES))
+            return self._make_parts(batch, MemoryFit(SMALL_TILES))
         middle = len(batch) // 2
-        return self._attempt(batch[:middle], fit) + self._attempt(batch[middle:], fit)
+        return self._make_parts(batch[:middle], fit) + self._make_parts(batch[middle:], fit)
 
-    def _remember(self, batch: Sequence[Item], tiles: Tiles | None) -> None:
-        """Let the next batch of that shape begin where this one will arrive."""
-        known = self._fits.get(batch[0].shape, Fit(tiles))
+    def _remember(self, batch: Sequence[ImageTask], tiles: Tiles | None) -> None:
+        """Lower the memory limit of a shape after a batch that did not fit."""
+        known = self._fits.get(batch[0].shape, MemoryFit(tiles))
         if len(batch) == 1:
-            self._fits[batch[0].shape] = Fit(SMALL_TILES, 2)
+            self._fits[batch[0].shape] = MemoryFit(SMALL_TILES, 2)
         elif known.too_many is None or len(batch) < known.too_many:
-            self._fits[batch[0].shape] = Fit(known.tiles, len(batch))
+            self._fits[batch[0].shape] = MemoryFit(known.tiles, len(batch))
 
-    def _call_pipeline(self, batch: Sequence[Item], tiles: Tiles | None) -> Sequence[Pixels]:
+    def _call_pipeline(self, batch: Sequence[ImageTask], tiles: Tiles | None) -> Sequence[Pixels]:
         params = batch[0].request.sampling
         options: dict[str, Any] = {}
         if params.sigma_shift is not None:
             options["sigma_shift"] = params.sigma_shift
-        if batch[0].image is not None:
+        if batch[0].input_image is not None:
             options |= {
-                "input_image": [item.image for item in batch],
+                "input_image": [task.input_image for task in batch],
                 "denoising_strength": params.denoising_strength,
             }
         if tiles:
             options |= {"tiled": True, "tile_size": tiles.size, "tile_stride": tiles.stride}
         return self._pipeline(
-            [item.request.prompt for item in batch],
-            negative_prompt=[item.request.sampling.negative_prompt for item in batch],
+            [task.request.prompt for task in batch],
+            negative_prompt=[task.request.sampling.negative_prompt for task in batch],
             width=params.width,
             height=params.height,
             num_inference_steps=params.num_inference_steps,
-            embedded_guidance=[item.request.sampling.embedded_guidance for item in batch],
-            cfg_scale=[item.request.sampling.cfg_scale for item in batch],
+            embedded_guidance=[task.request.sampling.embedded_guidance for task in batch],
+            cfg_scale=[task.request.sampling.cfg_scale for task in batch],
             t5_sequence_length=params.t5_sequence_length,
-            seed=[item.request.seeds[item.image_index] for item in batch],
+            seed=[task.request.seeds[task.image_index] for task in batch],
             output_type="np",
             **options,
         )
 
-    def _truncations(self, batch: Sequence[Item]) -> list[tuple[bool, bool]]:
-        """Tell of each image whether CLIP and whether T5 leaves out the end of its prompt or negative prompt."""
+    def _truncations(self, batch: Sequence[ImageTask]) -> list[tuple[bool, bool]]:
+        """Return for each image whether CLIP and whether T5 cut its prompt or its negative prompt."""
         params = batch[0].request.sampling
-        cut = self._pipeline.truncations([item.request.prompt for item in batch], params.t5_sequence_length)
+        cut = self._pipeline.truncations([task.request.prompt for task in batch], params.t5_sequence_length)
         if not params.uses_cfg:
             return cut
-        negative_prompts = [item.request.sampling.negative_prompt for item in batch]
+        negative_prompts = [task.request.sampling.negative_prompt for task in batch]
         negative = self._pipeline.truncations(negative_prompts, params.t5_sequence_length)
         return [(a or c, b or d) for (a, b), (c, d) in zip(cut, negative, strict=True)]
 
 
-def texts_of(item: Item) -> list[tuple[str, int | None]]:
+def texts_of(task: ImageTask) -> list[tuple[str, int | None]]:
     """Return the texts that are encoded for an image, each with the length it is asked for in."""
-    params = item.request.sampling
-    texts = [item.request.prompt, params.negative_prompt] if params.uses_cfg else [item.request.prompt]
+    params = task.request.sampling
+    texts = [task.request.prompt, params.negative_prompt] if params.uses_cfg else [task.request.prompt]
     return [(text, params.t5_sequence_length) for text in texts]
 
 
-def is_larger(tiles: Tiles | None, others: Tiles) -> bool:
-    """Whether an image, whole or in tiles, takes more memory than in others."""
+def _is_larger(tiles: Tiles | None, others: Tiles) -> bool:
+    """Return whether decoding in `tiles` (None: the whole image at once) takes more memory than in `others`."""
     return tiles is None or tiles.size > others.size

@@ -1,4 +1,4 @@
-"""What is written down of a requested image, made or failed.
+"""The metadata record of a requested image, made or failed.
 
 Knows requests, records and the job; does not know how images are made or where they lie.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +16,54 @@ from flux_batch.errors import FluxBatchError
 from flux_batch.output.layouts import Layout, image_key
 from flux_batch.records import SAMPLING_FIELDS, FailedRow, ImageRecord, LoraUse
 from flux_batch.redaction import public_text, public_uri
-from flux_batch.worker.batches import Item
+from flux_batch.worker.batches import ImageTask
+from flux_batch.worker.generate import ImageOutcome
 
 # A message is a line in a table, not a log.
-LONGEST_MESSAGE = 1000
+MAX_MESSAGE_LENGTH = 1000
 
 
 class Recorder:
-    """Writes the records of a job: `lora_words` says what an image was made with, `text_length` T5's default."""
+    """Builds the records of a job; `text_length` is the T5 sequence length of images that ask for none, in tokens."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        layout: Layout,
-        text_length: int,
-        lora_words: Callable[[tuple[LoraUse, ...]], Mapping[str, Any]],
-    ) -> None:
+    def __init__(self, model: ModelConfig, layout: Layout, text_length: int) -> None:
         self._model = model
         self._layout = layout
         self._text_length = text_length
-        self._lora_words = lora_words
+
+    def outcome_fields(self, shard: str, outcome: ImageOutcome) -> dict[str, Any]:
+        """Return the fields that `fields` returns, for an image that was made or failed in making."""
+        tile_size = outcome.tiles.size if outcome.tiles else None
+        return self.fields(shard, outcome.task, tile_size, outcome.truncated or (None, None))
 
     def fields(
-        self, shard: str, item: Item, tile_size: int | None, truncated: tuple[bool | None, bool | None]
+        self,
+        shard: str,
+        task: ImageTask,
+        tile_size: int | None = None,
+        truncated: tuple[bool | None, bool | None] = (None, None),
     ) -> dict[str, Any]:
-        """Give the fields of a record that are known before it is known how the image turned out."""
-        request = item.request
+        """Return the fields of a record that do not depend on whether the image was made."""
+        request = task.request
         fields: dict[str, Any] = {name: getattr(request.sampling, name) for name in SAMPLING_FIELDS}
         fields["t5_sequence_length"] = fields["t5_sequence_length"] or self._text_length
         return fields | {
-            "key": image_key(shard, request.row, item.image_index),
+            "key": image_key(shard, request.row, task.image_index),
             "id": request.id,
-            "image_index": item.image_index,
+            "image_index": task.image_index,
             "prompt": request.prompt,
-            "seed": request.seeds[item.image_index],
+            "seed": request.seeds[task.image_index],
             "input_image": request.input_image.name if request.input_image else None,
-            **self._lora_words(request.loras),
+            **self._lora_fields(request.loras),
             "tile_size": tile_size,
             "clip_truncated": truncated[0],
             "t5_truncated": truncated[1],
-            **self._model_words(),
+            **self._model_fields(),
             "passthrough": request.passthrough,
         }
 
     def made(self, shard: str, fields: Mapping[str, Any], data: bytes) -> ImageRecord:
-        """Record an image by its encoded bytes."""
+        """Return the record of an image, by its encoded bytes."""
         return ImageRecord(
             **fields,
             status="success",
@@ -70,37 +73,45 @@ class Recorder:
         )
 
     def failed(self, fields: Mapping[str, Any], error_type: str, error_message: str) -> ImageRecord:
-        """Record why there is no image."""
+        """Return the record of an image that could not be made."""
         return ImageRecord(**fields, status="failed", error_type=error_type, error_message=error_message)
 
     def failed_row(self, shard: str, row: FailedRow) -> ImageRecord:
-        """Record a row that never became a request: one failed image, whatever number it asked for."""
+        """Return the record of an invalid row: one failed image, however many the row asked for."""
         return ImageRecord(
             key=image_key(shard, row.row, 0),
             id=row.id,
             image_index=0,
             prompt=row.prompt,
-            **self._model_words(),
+            **self._model_fields(),
             status="failed",
             error_type=row.error_type,
             error_message=row.error_message,
             passthrough=row.passthrough,
         )
 
-    def _model_words(self) -> dict[str, Any]:
-        """Say which model made an image, and what was traded for speed or memory."""
+    def _lora_fields(self, loras: tuple[LoraUse, ...]) -> dict[str, Any]:
+        """Return the LoRAs of an image; "" for an image without one in a job that has some."""
+        if len(loras) == 1:
+            return {"lora": loras[0].name, "lora_scale": loras[0].scale}
+        if not loras and not self._model.loras:
+            return {}
+        return {"lora": ", ".join(f"{lora.name} ({lora.scale:g})" for lora in loras)}
+
+    def _model_fields(self) -> dict[str, Any]:
+        """Return the model, and the settings that trade quality for speed or memory."""
         model = self._model
         return {"model": public_uri(model.uri), "quantization": model.quantization, "step_cache": model.step_cache}
 
 
 def provenance(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose what an image says of itself: what it was made with."""
+    """Return the fields of a record that are written into the image file."""
     return {name: value for name, value in fields.items() if name != "passthrough" and value is not None}
 
 
 def message_of(error: Exception) -> str:
-    """Say what went wrong in one line, with the place for errors that are not meant for users."""
-    line = " ".join(public_text(str(error)).split())[:LONGEST_MESSAGE]
+    """Return the message of an error in one line; errors of other libraries with the line of code that raised them."""
+    line = " ".join(public_text(str(error)).split())[:MAX_MESSAGE_LENGTH]
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, FluxBatchError) or not frames:
         return line

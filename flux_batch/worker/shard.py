@@ -1,6 +1,6 @@
-"""The state of one shard while it is being made: what is wanted, what is there, what is left to do.
+"""The state of one shard while it is made: requested images, finished ones, and those left to make.
 
-Knows items, records and the staging area; does not know what computes images nor how a shard is committed.
+Knows tasks, records and the staging area; does not know what computes images nor how a shard is published.
 """
 
 from __future__ import annotations
@@ -19,34 +19,36 @@ from flux_batch.output.layouts import image_key, shard_name
 from flux_batch.output.staging import StagedImage, Staging, staged_record
 from flux_batch.prompts.input_images import laid_aside
 from flux_batch.records import Attempt, FailedRow, ImageRecord, ImageRequest, Shard
-from flux_batch.worker.batches import Item, batches
-from flux_batch.worker.generate import Made
+from flux_batch.worker.batches import ImageTask, batches, tasks_of
+from flux_batch.worker.generate import ImageOutcome
 from flux_batch.worker.recorder import Recorder, message_of, provenance
 
 # Objects of the staging area that are read at once; each holds the images of a batch.
-READERS = 8
-# An image is given up once that many workers were lost while each made nothing but it.
-TRIES_ALONE = 2
+STAGED_READERS = 8
+# An image is recorded as failed once that many workers were lost while each made nothing but it.
+MAX_LOSSES_ALONE = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Items to be made together; `label` names them in announcements, the same for every attempt at the shard."""
+class PlannedBatch:
+    """Tasks to be made together; `label` names them in marks, the same for every attempt at the shard."""
 
     label: str
-    items: list[Item]
+    tasks: list[ImageTask]
 
 
 class ShardRun:
     """One attempt at a shard: `records` by (row, image index), `images` by key, the encoded files on this disk.
 
-    After a worker was lost on the shard, this one is careful: it announces what it makes. A batch whose announcement
-    was left behind is taken apart and made last, one image at a time; an image left behind twice is given up.
+    After a worker was lost on the shard, batches are isolated: each is marked as started, and staged before the next
+    begins. A batch whose mark was left behind is split and made last, one image at a time; an image whose mark was
+    left behind twice fails.
     """
 
     def __init__(
         self, shard: Shard, attempt: Attempt, recorder: Recorder, staging: Staging, image: ImageConfig, scratch: Path
     ) -> None:
+        """Begin with nothing; `scratch` is an empty local folder, which the caller removes."""
         self.index = shard.index
         self.name = shard_name(shard.index, staging.num_shards)
         self.scratch = scratch
@@ -55,157 +57,164 @@ class ShardRun:
         self._attempt = attempt
         self._recorder = recorder
         self._staging = staging
-        self._image = image
-        self._items: dict[str, Item] = {}  # by key
-        self._begun: set[tuple[int, int]] = set()  # what this attempt makes itself
-        self._ours: set[str] = set()  # objects in the staging area
-        self._seen: set[str] = set()
-        self._tries: Counter[str] = Counter()
+        self._image_config = image
+        self._tasks: dict[str, ImageTask] = {}  # by key
+        self._begun: set[tuple[int, int]] = set()  # positions that this attempt makes itself
+        self._own_objects: set[str] = set()  # in the staging area
+        self._seen_objects: set[str] = set()
+        self._losses: Counter[str] = Counter()  # by label: marks that lost workers left behind
 
     @property
-    def num_items(self) -> int:
-        """Count the images wanted of the rows that can be used."""
-        return len(self._items)
+    def num_tasks(self) -> int:
+        """The number of images that the valid rows request."""
+        return len(self._tasks)
 
     @property
-    def is_careful(self) -> bool:
-        """Whether workers were lost on this shard, so that the next loss must tell more than the last."""
-        return self._attempt.lost > 0 or bool(self._tries)
+    def is_isolated(self) -> bool:
+        """Whether workers were lost on this shard, so that the next loss must tell which image caused it."""
+        return self._attempt.lost > 0 or bool(self._losses)
+
+    def ordered_records(self) -> list[ImageRecord]:
+        """Return the records in input order."""
+        return [self.records[position] for position in sorted(self.records)]
+
+    def key(self, task: ImageTask) -> str:
+        """Return the key of an image."""
+        return image_key(self.name, task.request.row, task.image_index)
 
     def add(self, row: ImageRequest | FailedRow) -> None:
-        """Take in a row; bytes of an image in it wait on the disk, as a shard of them may not fit into memory."""
+        """Add a row; the bytes of its input image are spilled to disk, as those of a shard may not fit into memory."""
         if isinstance(row, FailedRow):
             self.records[row.row, 0] = self._recorder.failed_row(self.name, row)
             return
         if row.input_image:
             row = replace(row, input_image=laid_aside(row.input_image, self.scratch))
-        self._items |= {image_key(self.name, row.row, index): Item(row, index) for index in range(len(row.seeds))}
+        self._tasks |= {self.key(task): task for task in tasks_of(row)}
 
     def adopt_staged(self) -> None:
-        """Take in what earlier attempts left, once all rows are known."""
+        """Adopt the images that earlier attempts have staged, once all rows are added."""
         staged = self._staging.list(self.index)
-        self._tries = staged.tries
+        self._losses = staged.tries
         self._adopt(staged.objects)
-        if not self._attempt.from_end:  # a try of the other worker that is at it now may be no loss
-            self._give_up()
+        if not self._attempt.from_end:  # a mark of the other worker, which is at it now, may be no loss
+            self._fail_repeated_losses()
 
-    def queue(self, size: int) -> list[Batch]:
-        """Give what is left to make, in the order to make it.
+    def queue(self, size: int) -> list[PlannedBatch]:
+        """Return the batches that are left to make, in the order to make them.
 
-        Batches are formed of all items, whatever is there already, so that an image has the neighbours it has in an
-        undisturbed run; what may have killed a worker comes last, when everything else is safe.
+        Batches are formed of all tasks, made or not, so that an image has the neighbours that it has in an undisturbed
+        run; images that may have killed a worker come last and alone, when everything else is safe.
         """
-        whole: list[Batch] = []
-        suspects: list[Batch] = []
-        for number, items in enumerate(batches(self._items.values(), size)):
-            left = [item for item in items if item.place not in self.records]
-            alone = [Batch(self.key(item), [item]) for item in left]
-            if self._tries[f"b{number}"] or any(self._tries[batch.label] for batch in alone):
-                suspects += alone
+        whole: list[PlannedBatch] = []
+        isolated: list[PlannedBatch] = []
+        for number, tasks in enumerate(batches(self._tasks.values(), size)):
+            left = [task for task in tasks if task.position not in self.records]
+            alone = [PlannedBatch(self.key(task), [task]) for task in left]
+            if self._losses[f"b{number}"] or any(self._losses[batch.label] for batch in alone):
+                isolated += alone
             elif left:
-                whole += [Batch(f"b{number}", left)] if len(left) > 1 else alone
+                whole += [PlannedBatch(f"b{number}", left)] if len(left) > 1 else alone
         if self._attempt.from_end:
             whole.reverse()
-        return whole + sorted(suspects, key=lambda batch: self._tries[batch.label])
+        return whole + sorted(isolated, key=lambda batch: self._losses[batch.label])
 
-    def begin(self, batch: Batch) -> list[Item]:
-        """Set out to make a batch. Returns: its items, but for those that another attempt has staged meanwhile."""
-        items = [item for item in batch.items if item.place not in self.records]
-        self._begun |= {item.place for item in items}
-        return items
+    def begin(self, batch: PlannedBatch) -> list[ImageTask]:
+        """Begin a batch. Returns: its tasks, except those that were adopted from another attempt meanwhile."""
+        tasks = [task for task in batch.tasks if task.position not in self.records]
+        self._begun |= {task.position for task in tasks}
+        return tasks
 
     @contextmanager
-    def announced(self, batch: Batch, worker: str) -> Iterator[None]:
-        """Leave a mark that stays only if the process is lost on the way; none unless this attempt is careful."""
-        if not self.is_careful:
+    def marked(self, batch: PlannedBatch, worker: str) -> Iterator[None]:
+        """Mark a batch as started while the block runs, if batches are isolated; the mark outlives a lost process."""
+        if not self.is_isolated:
             yield
             return
         mark = self._staging.announce(self.index, batch.label, worker)
         try:
             yield
         except DeviceFatal:
-            raise  # the process leaves, as if it were lost
+            raise  # this process ends, so the mark stays as that of a lost one
         except BaseException:
             self._staging.withdraw(mark)
             raise
         self._staging.withdraw(mark)
 
-    def finish(self, made: Made) -> StagedImage:
+    def encode(self, outcome: ImageOutcome) -> StagedImage:
         """Encode one image to this disk and record it; runs on an encoder thread."""
-        tile_size = made.tiles.size if made.tiles else None
-        fields = self._recorder.fields(self.name, made.item, tile_size, made.truncated or (None, None))
-        if isinstance(made.outcome, Exception):
-            error_type, error_message = type(made.outcome).__name__, message_of(made.outcome)
-            self.records[made.item.place] = self._recorder.failed(fields, error_type, error_message)
+        fields = self._recorder.outcome_fields(self.name, outcome)
+        position = outcome.task.position
+        if isinstance(outcome.result, Exception):
+            error_type, error_message = type(outcome.result).__name__, message_of(outcome.result)
+            self.records[position] = self._recorder.failed(fields, error_type, error_message)
             reason = {"error_type": error_type, "error_message": error_message}
             return StagedImage(fields["key"], staged_record(fields | reason), b"")
-        data = encode(made.outcome, self._image, provenance(fields))
-        self._keep(fields["key"], data)
-        self.records[made.item.place] = self._recorder.made(self.name, fields, data)
+        data = encode(outcome.result, self._image_config, provenance(fields))
+        self._write_image(fields["key"], data)
+        self.records[position] = self._recorder.made(self.name, fields, data)
         return StagedImage(fields["key"], staged_record(fields), data)
 
-    def stage(self, images: Sequence[Future[StagedImage]]) -> None:
-        """Wait for the images of a batch and stage them, the last one too: the next shard is begun by then."""
-        name = self._staging.put(self.index, [image.result() for image in images])
-        self._ours.add(name)
-        self._seen.add(name)
+    def stage(self, encoded: Sequence[Future[StagedImage]]) -> None:
+        """Stage a batch once its images are encoded, the last one too: the next shard is begun before the commit."""
+        name = self._staging.put(self.index, [image.result() for image in encoded])
+        self._own_objects.add(name)
+        self._seen_objects.add(name)
 
-    def look(self) -> bool:
-        """Adopt what another attempt at the shard has staged meanwhile.
+    def adopt_others(self) -> bool:
+        """Adopt the images that another attempt at the shard has staged meanwhile.
 
-        Returns: whether all that this one staged is still there; it is removed after a commit.
+        Returns: whether everything that this attempt staged is still there; it is removed after a commit.
         """
-        ours = self._ours.copy()
+        own = self._own_objects.copy()
         staged = self._staging.list(self.index)
-        if any(item.place not in self._begun and item.place not in self.records for item in self._items.values()):
-            self._adopt(staged.objects - self._seen)
-        return ours <= staged.objects
+        if any(self._is_wanted(task) for task in self._tasks.values()):
+            self._adopt(staged.objects - self._seen_objects)
+        return own <= staged.objects
 
     def clean(self) -> None:
-        """Empty the staging folder, once the shard is committed; nothing to do if nothing was ever in it."""
-        if self._seen or self.is_careful or self._attempt.from_end:
+        """Empty the staging folder after the commit; no request is made if nothing was ever in it."""
+        if self._seen_objects or self.is_isolated or self._attempt.from_end:
             self._staging.remove(self.index)
 
+    def _is_wanted(self, task: ImageTask) -> bool:
+        return task.position not in self._begun and task.position not in self.records
+
     def _adopt(self, names: Iterable[str]) -> None:
-        with ThreadPoolExecutor(READERS, "adopt") as readers:
+        with ThreadPoolExecutor(STAGED_READERS, "adopt") as readers:
             list(readers.map(self._adopt_object, sorted(names)))
 
     def _adopt_object(self, name: str) -> None:
-        self._seen.add(name)
+        self._seen_objects.add(name)
         for image in self._staging.read(self.index, name):
-            item = self._items.get(image.key)
-            if item is not None and item.place not in self._begun and item.place not in self.records:
-                self._adopt_image(item, image)
+            task = self._tasks.get(image.key)
+            if task is not None and self._is_wanted(task):
+                self._adopt_image(task, image)
 
-    def _adopt_image(self, item: Item, image: StagedImage) -> None:
-        """Take an image in, unless it was made for another row or by other settings than those of now."""
+    def _adopt_image(self, task: ImageTask, image: StagedImage) -> None:
+        """Adopt an image, unless it was made for another row or with other settings than the present ones."""
         record = dict(image.record)
         error = record.pop("error_type", ""), record.pop("error_message", "")
-        cut = record.get("clip_truncated"), record.get("t5_truncated")
-        fields = self._recorder.fields(self.name, item, record.get("tile_size"), cut)
+        truncated = record.get("clip_truncated"), record.get("t5_truncated")
+        fields = self._recorder.fields(self.name, task, record.get("tile_size"), truncated)
         if staged_record(fields) != record:
             return
         if image.data:
-            self._keep(image.key, image.data)
-            self.records[item.place] = self._recorder.made(self.name, fields, image.data)
+            self._write_image(image.key, image.data)
+            self.records[task.position] = self._recorder.made(self.name, fields, image.data)
         else:
-            self.records[item.place] = self._recorder.failed(fields, *error)
+            self.records[task.position] = self._recorder.failed(fields, *error)
 
-    def _give_up(self) -> None:
-        """Record as failed what may be tried no more."""
-        for key, item in self._items.items():
-            tries = self._tries[key]
-            if tries >= TRIES_ALONE and item.place not in self.records:
-                fields = self._recorder.fields(self.name, item, None, (None, None))
+    def _fail_repeated_losses(self) -> None:
+        """Record images as failed that were made alone by too many lost workers."""
+        for key, task in self._tasks.items():
+            losses = self._losses[key]
+            if losses >= MAX_LOSSES_ALONE and task.position not in self.records:
                 last = f"; the last: {self._attempt.reason}" if self._attempt.reason else ""
-                reason = f"{tries} workers were lost while they made this image alone{last}"
-                self.records[item.place] = self._recorder.failed(fields, "WorkerLost", reason)
+                reason = f"{losses} workers were lost while they made this image alone{last}"
+                fields = self._recorder.fields(self.name, task)
+                self.records[task.position] = self._recorder.failed(fields, "WorkerLost", reason)
 
-    def _keep(self, key: str, data: bytes) -> None:
+    def _write_image(self, key: str, data: bytes) -> None:
         path = self.scratch / key
         path.write_bytes(data)
         self.images[key] = path
-
-    def key(self, item: Item) -> str:
-        """Name an image."""
-        return image_key(self.name, item.request.row, item.image_index)

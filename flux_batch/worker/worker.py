@@ -1,7 +1,7 @@
-"""What a worker does with a shard: rows -> batches -> images -> files -> commit.
+"""The work on a shard: rows -> batches -> images -> files -> commit.
 
-In two parts, so that the device need not wait for the storage: `make` ends with the last image, what it returns takes
-the shard to its commit while the next one is made.
+It has two halves, so that the device need not wait for the storage: `Worker.make` ends with the last image, and
+`MadeShard.finish` takes the shard to its commit while the next one is made.
 
 Knows prompts, records and storage; takes the pipeline as an argument and does not know what computes an image,
 nor on which machine it runs.
@@ -14,51 +14,51 @@ import os
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from flux_batch.config.schema import JobConfig, ModelConfig
-from flux_batch.errors import NotFound, Stopped
+from flux_batch.errors import Stopped
 from flux_batch.output.commits import Commits, Publisher
 from flux_batch.output.layouts import layout_for
-from flux_batch.output.staging import StagedImage, Staging
+from flux_batch.output.staging import Staging
 from flux_batch.prompts.input_images import load_image
 from flux_batch.prompts.row_loras import RowLoras
 from flux_batch.prompts.source import PromptSource
-from flux_batch.records import Attempt, Commit, FailedRow, InputImage, Shard, ShardResult
+from flux_batch.records import Attempt, Commit, FailedRow, InputImage, Shard
 from flux_batch.storage.scratch import scratch_folder, sweep_scratch
 from flux_batch.storage.store import Store
-from flux_batch.telemetry import Pulse, Tally
+from flux_batch.telemetry import Heartbeat, Metrics
 from flux_batch.worker.auto_batch_size import measured_batch_size, remembered_batch_size
 from flux_batch.worker.batches import READ_AHEAD, InputImages
 from flux_batch.worker.compile_cache import SharedCompileCache
-from flux_batch.worker.generate import BatchMaker, Made, Tiles
-from flux_batch.worker.lora_switch import LoraSwitch
+from flux_batch.worker.generate import BatchMaker, ImageOutcome, Tiles
+from flux_batch.worker.made_shard import CommittedShard, MadeShard
 from flux_batch.worker.protocol import ImagePipeline
 from flux_batch.worker.recorder import Recorder, message_of
 from flux_batch.worker.settled_precision import load_settled
 from flux_batch.worker.shard import ShardRun
+from flux_batch.worker.staging_queue import StagingQueue
 
 # Batches that may be on their way to the staging area while the next is made: what a kill can cost beside that one.
-BATCHES_BEHIND = 1
+MAX_IN_FLIGHT = 1
 # Threads that read input images; each may hold a large one before it is made smaller.
-READERS = 4
-FIRST = Attempt()
+INPUT_IMAGE_READERS = 4
+FIRST_ATTEMPT = Attempt()
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class WorkerRecipe:
-    """How to make a worker, wherever it is to run: pickles small, is opened where the device is."""
+class WorkerFactory:
+    """The settings of a worker; pickles small, so that the worker is opened where its device is."""
 
     config: JobConfig
     num_shards: int
@@ -66,7 +66,7 @@ class WorkerRecipe:
     make_pipeline: Callable[[ModelConfig], ImagePipeline]
 
     def open(self) -> Worker:
-        """Load the model and open the output, once the disk is free of what killed workers left."""
+        """Load the model and open the output, after removing the local files of killed workers."""
         sweep_scratch()
         output, failures = self.config.output, self.config.failures
         store = Store(output.uri, output.storage_options, patience_s=failures.outage_s)
@@ -75,213 +75,138 @@ class WorkerRecipe:
 
 
 class Worker:
-    """A pipeline with a way in and a way out: makes one shard after the other, and finishes one after the other."""
+    """A pipeline with an input and an output: makes one shard after the other."""
 
-    def __init__(self, recipe: WorkerRecipe, pipeline: ImagePipeline) -> None:
-        config = self._config = recipe.config
-        self._name = f"{socket.gethostname()}:{os.getpid()}"
-        self._num_encoders = max(1, round(config.workers.num_cpus))
-        self._making, self._finishing = Pulse(), Pulse()
-        self.tally = Tally(config.name)
+    def __init__(self, factory: WorkerFactory, pipeline: ImagePipeline) -> None:
+        config = self._config = factory.config
+        self.metrics = Metrics(config.name)
+        self._heartbeat = Heartbeat()
         self._stopping = threading.Event()
         self._source = PromptSource(config.prompts)
         self._pipeline = pipeline
-        self._measured: int | None = None  # once it was asked for
-        store = self._store = Store(
+        self._store = Store(
             config.output.uri,
             config.output.storage_options,
             patience_s=config.failures.outage_s,
-            on_wait=self._beat,
+            on_wait=self._heartbeat.beat,
         )
-        self._compiled = SharedCompileCache(store, pipeline.compile_cache)
-        self._staging = Staging(store, recipe.num_shards)
-        self._commits = Commits(store, recipe.num_shards)
-        layout = layout_for(config.output, recipe.passthrough)
-        self._publisher = Publisher(self._commits, layout, recipe.passthrough, self._name)
-        loras = LoraSwitch(pipeline, RowLoras(config.model.loras, "").of_job)
-        sampling = config.sampling
-        tiles = Tiles(sampling.tile_size, sampling.tile_stride) if sampling.tiled else None
-        self._maker = BatchMaker(pipeline, loras, tiles, self._making.beat)
-        self._recorder = Recorder(config.model, layout, pipeline.default_t5_sequence_length, loras.words)
+        self._compile_cache = SharedCompileCache(self._store, pipeline.compile_cache)
+        self._staging = Staging(self._store, factory.num_shards)
+        self._commits = Commits(self._store, factory.num_shards)
+        layout = layout_for(config.output, factory.passthrough)
+        name = f"{socket.gethostname()}:{os.getpid()}"
+        self._publisher = Publisher(self._commits, layout, factory.passthrough, name)
+        loras = RowLoras(config.model.loras, "").of_job
+        self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling), self._beat_making)
+        self._recorder = Recorder(config.model, layout, pipeline.default_t5_sequence_length)
 
-    def make(self, shard: Shard, attempt: Attempt = FIRST) -> Callable[[], ShardResult]:
-        """Make the images of a shard; one that is committed already is left as it is.
+    def make(self, shard: Shard, attempt: Attempt = FIRST_ATTEMPT) -> MadeShard | CommittedShard:
+        """Make the images of a shard; a committed one is left as it is.
 
-        Returns: what takes the shard to its commit. It may be called on another thread while the next shard is made.
-        Raises: Stopped after stop(), with what was made in the staging area.
+        Returns: the shard, to be finished, which may be done on another thread while the next one is made.
+        Raises: Stopped after stop(), with the images made so far in the staging area.
         """
-        with self._making.at_work(), ExitStack() as held:
-            started, device_s = time.monotonic(), self._maker.device_s
-            if commit := self._committed(shard.index):
-                return partial(_result, commit)
-            run = self._take(shard, attempt, held.enter_context(scratch_folder()))
-            ending = self._make(run, held)
-            self._compiled.share()
-            return partial(self._finish, run, ending, held.pop_all(), started, self._maker.device_s - device_s)
+        started, device_s = time.monotonic(), self._maker.device_s
+        with self._heartbeat.busy("make"), ExitStack() as resources:
+            if commit := self._commits.find(shard.index):
+                return CommittedShard(commit)
+            run = self._read_rows(shard, attempt, resources.enter_context(scratch_folder()))
+            num_encoders = max(1, round(self._config.workers.num_cpus))
+            staging = StagingQueue(run, self._commits, num_encoders, self.metrics, self._heartbeat.beat)
+            resources.enter_context(staging)
+            other_commit = self._make_batches(run, staging)
+            self._compile_cache.share()
+            return MadeShard(
+                run=run,
+                staging=staging,
+                commit=other_commit,
+                publisher=self._publisher,
+                metrics=self.metrics,
+                heartbeat=self._heartbeat,
+                resources=resources.pop_all(),
+                started=started,
+                device_s=self._maker.device_s - device_s,
+            )
 
     def stop(self) -> None:
-        """Put the shard that is made aside after the batch in hand, and take no other."""
+        """Put the current shard aside after the batch in hand, and take no other."""
         self._stopping.set()
 
-    def quiet_s(self) -> float:
-        """Tell how long ago what this worker makes or finishes last got on, in seconds; 0 while it has nothing."""
-        return max(self._making.quiet_s(), self._finishing.quiet_s())
+    def idle_s(self) -> float:
+        """Return the seconds since the last progress of what is made or finished; 0 while nothing is."""
+        return self._heartbeat.idle_s()
 
-    def _finish(
-        self, run: ShardRun, ending: Callable[[], Commit | None], held: ExitStack, started: float, device_s: float
-    ) -> ShardResult:
-        """Take a shard whose images are made to its commit."""
-        with held, self._finishing.at_work():
-            commit = ending() or self._publish(run, device_s)
-            run.clean()
-        self._count(commit)
-        return replace(
-            _result(commit),
-            is_new=commit.worker == self._name,
-            device_s=device_s,
-            wall_s=time.monotonic() - started,
-        )
-
-    def _take(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:
-        """Read the rows of a shard, and what earlier attempts have left of it."""
+    def _read_rows(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:
+        """Read the rows of a shard, and adopt the images that earlier attempts have staged."""
         run = ShardRun(shard, attempt, self._recorder, self._staging, self._config.output.image, scratch)
-        with self.tally.timed("read"):
+        with self.metrics.timed("read"):
             for row in self._source.read(shard, self._config.sampling, self._config.model.loras):
                 run.add(row)
                 if isinstance(row, FailedRow):
-                    self.tally.add("failures", kind=row.error_type)
+                    self.metrics.add("failures", label=row.error_type)
             run.adopt_staged()
-        self._making.beat()
+        self._beat_making()
         return run
 
-    def _make(self, run: ShardRun, held: ExitStack) -> Callable[[], Commit | None]:
-        """Make all images of a shard. Returns: what waits until they are encoded and staged.
+    def _make_batches(self, run: ShardRun, staging: StagingQueue) -> Commit | None:
+        """Make the images of a shard that nobody has made. Returns: the commit of another attempt that was faster.
 
-        That returns None, or the commit of whoever was first. While one batch is made, what the next starts from is
-        read, the last is encoded and staged, and what other attempts at the shard have done is looked up.
+        While one batch is made, the input images of the next are read, the last batch is encoded and staged, and
+        other attempts at the shard are polled.
         """
-        queue = run.queue(self._batch_size())
-        self._maker.expect([item for batch in queue for item in batch.items])
-        behind: deque[Future[None]] = deque()
-        looking: Future[Commit | None] | None = None
-        encoders = held.enter_context(ThreadPoolExecutor(self._num_encoders, "encode"))
-        stager = held.enter_context(ThreadPoolExecutor(1, "stage"))
-        images = InputImages(held.enter_context(ThreadPoolExecutor(READERS, "read")), self._read_image)
-        for number, batch in enumerate(queue):
-            if self._stopping.is_set():
-                _join(behind)
-                if commit := self._committed(run.index):
-                    return partial(self._ended, run, behind, commit)  # of another driver's worker
-                raise Stopped(f"shard {run.name}: put aside with {len(run.images)} of {run.num_items} images")
-            if looking and (commit := looking.result()):
-                return partial(self._ended, run, behind, commit)
-            if not (items := run.begin(batch)):
-                continue
-            if len(queue) > 1:
-                looking = stager.submit(self._done_elsewhere, run)
-            # Of a process that dies while it reads, the mark must name the batch that it was reading for.
-            following = [] if run.is_careful else queue[number + 1 : number + 1 + READ_AHEAD]
-            with run.announced(batch, self._name):
-                with self.tally.timed("input"):
-                    ready = images.join(items, [one.items for one in following])
-                with self.tally.timed("make"):
-                    made = self._maker.make(ready)
-            self._count_made(run, made)
-            encoded = [encoders.submit(self._encode, run, one) for one in made]
-            behind.append(stager.submit(self._stage, run, encoded))
-            with self.tally.timed("wait"):
-                while len(behind) > (0 if run.is_careful else BATCHES_BEHIND):
-                    behind.popleft().result()
-        return partial(self._ended, run, behind, None, is_shared=len(queue) > 1)
+        queue = run.queue(self._batch_size)
+        self._maker.expect([task for batch in queue for task in batch.tasks])
+        with ThreadPoolExecutor(INPUT_IMAGE_READERS, "read") as readers:
+            images = InputImages(readers, self._read_image)
+            for number, batch in enumerate(queue):
+                if self._stopping.is_set():
+                    return self._put_aside(run, staging)
+                if commit := staging.polled_commit():
+                    return commit
+                tasks = run.begin(batch)
+                if not tasks:
+                    continue
+                if len(queue) > 1:
+                    staging.poll()
+                # If the process dies while it reads, the mark must name the batch that it was reading for.
+                following = [] if run.is_isolated else queue[number + 1 : number + 1 + READ_AHEAD]
+                with run.marked(batch, self._publisher.worker):
+                    with self.metrics.timed("input"):
+                        ready = images.join(tasks, [one.tasks for one in following])
+                    with self.metrics.timed("make"):
+                        outcomes = self._maker.make(ready)
+                self._count(run, outcomes)
+                staging.put(outcomes)
+                with self.metrics.timed("wait"):
+                    staging.wait(0 if run.is_isolated else MAX_IN_FLIGHT)
+        return None
 
-    def _ended(
-        self, run: ShardRun, behind: Iterable[Future[None]], commit: Commit | None, *, is_shared: bool = False
-    ) -> Commit | None:
-        """Wait for the last batches; look what other attempts at the shard have done, if there was time for any."""
-        if commit:
-            wait(behind)  # what is staged after a commit must not stay
+    def _put_aside(self, run: ShardRun, staging: StagingQueue) -> Commit:
+        """Return the commit of a shard if another driver's worker has finished it. Raises: Stopped if none has."""
+        staging.wait()
+        if commit := self._commits.find(run.index):
             return commit
-        _join(behind)
-        return self._done_elsewhere(run) if is_shared else None
+        raise Stopped(f"shard {run.name}: put aside with {len(run.images)} of {run.num_tasks} images")
 
+    def _count(self, run: ShardRun, outcomes: Sequence[ImageOutcome]) -> None:
+        """Count the images of a batch, and log those that failed."""
+        errors = {run.key(one.task): one.result for one in outcomes if isinstance(one.result, Exception)}
+        self.metrics.add("images", len(outcomes) - len(errors))
+        for key, error in errors.items():
+            self.metrics.add("failures", label=type(error).__name__)
+            about = {"run": self._config.name, "shard": run.index, "key": key}
+            log.info("%s: %s", key, message_of(error), extra=about)
+
+    @cached_property
     def _batch_size(self) -> int:
         size = self._config.workers.batch_size
-        if size == "auto":
-            self._measured = self._measured or remembered_batch_size(self._store, self._measure)
-            return self._measured
-        return size
+        return remembered_batch_size(self._store, self._measure_batch_size) if size == "auto" else size
 
-    def _measure(self) -> int:
-        return measured_batch_size(self._pipeline, self._config.sampling, self._making.beat)
+    def _measure_batch_size(self) -> int:
+        return measured_batch_size(self._pipeline, self._config.sampling, self._beat_making)
 
     def _read_image(self, image: InputImage, size: tuple[int, int]) -> Any:
         return load_image(image, self._config.prompts.storage_options, size)
 
-    def _count_made(self, run: ShardRun, made: Sequence[Made]) -> None:
-        """Count a batch whose images are on their way to the encoders and to the staging area."""
-        errors = {run.key(one.item): one.outcome for one in made if isinstance(one.outcome, Exception)}
-        self.tally.add("images", len(made) - len(errors))
-        for key, error in errors.items():
-            self.tally.add("failures", kind=type(error).__name__)
-            about = {"run": self._config.name, "shard": run.index, "key": key}
-            log.info("%s: %s", key, message_of(error), extra=about)
-        self.tally.shift("encode_queue", len(made))
-        self.tally.shift("stage_queue", 1)
-
-    def _encode(self, run: ShardRun, made: Made) -> StagedImage:
-        try:
-            with self.tally.timed("encode"):
-                return run.finish(made)
-        finally:
-            self.tally.shift("encode_queue", -1)
-
-    def _stage(self, run: ShardRun, images: list[Future[StagedImage]]) -> None:
-        try:
-            with self.tally.timed("stage"):
-                run.stage(images)
-        finally:
-            self.tally.shift("stage_queue", -1)
-        self._beat()
-
-    def _publish(self, run: ShardRun, device_s: float) -> Commit:
-        self._finishing.beat()
-        records = [run.records[place] for place in sorted(run.records)]
-        with self.tally.timed("publish"):
-            return self._publisher.publish(run.index, records, run.images, run.scratch, device_s)
-
-    def _count(self, commit: Commit) -> None:
-        if commit.worker == self._name:
-            self.tally.add("shards")
-            self.tally.add("bytes", sum(file.bytes for file in commit.files))
-            about = {"run": self._config.name, "shard": commit.shard}
-            log.info("shard %d: %d images, %d failed", commit.shard, commit.num_images, commit.num_failed, extra=about)
-
-    def _beat(self) -> None:
-        """Give a sign of progress that may be of the shard that is made or of the one that is finished."""
-        self._making.beat()
-        self._finishing.beat()
-
-    def _done_elsewhere(self, run: ShardRun) -> Commit | None:
-        """Look what other attempts at the shard have done; return the commit if one was first."""
-        return None if run.look() else self._committed(run.index)
-
-    def _committed(self, shard: int) -> Commit | None:
-        with suppress(NotFound):
-            return self._commits.read(shard)
-        return None
-
-
-def _join(futures: Iterable[Future[None]]) -> None:
-    for future in futures:
-        future.result()
-
-
-def _result(commit: Commit) -> ShardResult:
-    return ShardResult(
-        shard=commit.shard,
-        worker=commit.worker,
-        num_images=commit.num_images,
-        num_failed=commit.num_failed,
-        num_bytes=sum(file.bytes for file in commit.files),
-        failures=commit.failures,
-    )
+    def _beat_making(self) -> None:
+        self._heartbeat.beat("make")

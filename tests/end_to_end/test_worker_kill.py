@@ -36,7 +36,7 @@ def test_a_kill_at_any_write_costs_at_most_a_batch_and_no_byte(
     whole = job(tmp_path / "whole", layout)
     life = Life()
     worker, _, plan = open_worker(whole, monkeypatch, life)
-    worker.make(plan.shards[0])()
+    worker.make(plan.shards[0]).finish()
     num_writes = len(life.writes)
     assert num_writes >= 3 + 3 + 3  # staged, published, removed
 
@@ -45,12 +45,12 @@ def test_a_kill_at_any_write_costs_at_most_a_batch_and_no_byte(
         made: Counter[str] = Counter()
         first, pipeline, plan = open_worker(config, monkeypatch, Life(last))
         with pytest.raises(Death):
-            first.make(plan.shards[0])()
+            first.make(plan.shards[0]).finish()
         made.update(pipeline.made)
         is_done = Commits(Store(config.output.uri), 1).done() == {0}
 
         second, pipeline, plan = open_worker(config, monkeypatch)
-        result = second.make(plan.shards[0], Attempt(number=2, lost=1))()
+        result = second.make(plan.shards[0], Attempt(number=2, lost=1)).finish()
         made.update(pipeline.made)
 
         assert result.is_new is not is_done
@@ -69,7 +69,7 @@ def test_what_dies_between_commit_and_clean_up_is_cleaned_at_the_end_of_the_run(
     life = Life(4 + 4)  # staged, published with its failed rows, and then nothing more
     worker, _, plan = open_worker(config, monkeypatch, life)
     with pytest.raises(Death):
-        worker.make(plan.shards[0])()
+        worker.make(plan.shards[0]).finish()
     assert life.writes[-1] == "_run/commits/00000.json"
     assert len(staged(config)) == 4
     # What the driver wrote before it began.
@@ -88,7 +88,7 @@ def test_a_worker_killed_again_and_again_still_gets_on(tmp_path: Path, monkeypat
     """Each life lasts for three writes: enough for one batch, announced, staged and withdrawn."""
     whole = job(tmp_path / "whole", "webdataset")
     worker, _, plan = open_worker(whole, monkeypatch)
-    worker.make(plan.shards[0])()
+    worker.make(plan.shards[0]).finish()
 
     config = job(tmp_path / "killed", "webdataset")
     made: Counter[str] = Counter()
@@ -96,7 +96,7 @@ def test_a_worker_killed_again_and_again_still_gets_on(tmp_path: Path, monkeypat
     for _ in range(20):
         worker, pipeline, plan = open_worker(config, monkeypatch, Life(3))
         try:
-            worker.make(plan.shards[0], Attempt(number=1 + lost, lost=lost))()
+            worker.make(plan.shards[0], Attempt(number=1 + lost, lost=lost)).finish()
             break
         except Death:
             lost += 1
@@ -130,15 +130,15 @@ def test_staged_images_are_adopted_from_a_bucket(
 ) -> None:
     whole, killed = bucket_job(tmp_path, s3_store, "whole"), bucket_job(tmp_path, s3_store, "killed")
     worker, _, plan = open_worker(whole, monkeypatch)
-    worker.make(plan.shards[0])()
+    worker.make(plan.shards[0]).finish()
 
     life = Life(2)
     worker, _, plan = open_worker(killed, monkeypatch, life)
     with pytest.raises(Death):
-        worker.make(plan.shards[0])()
+        worker.make(plan.shards[0]).finish()
     assert len(life.writes) == 2
     worker, pipeline, plan = open_worker(killed, monkeypatch)
-    result = worker.make(plan.shards[0], Attempt(number=2, lost=1, reason="its worker died"))()
+    result = worker.make(plan.shards[0], Attempt(number=2, lost=1, reason="its worker died")).finish()
 
     assert pipeline.made == PROMPTS[4:]
     assert result.is_new

@@ -170,6 +170,6 @@ class FakePipeline:
 
 
 def make_fake_pipeline(model: ModelConfig) -> FakePipeline:
-    """Make one from the `model` section of a job; for WorkerRecipe.make_pipeline, picklable by name."""
+    """Make one from the `model` section of a job; for WorkerFactory.make_pipeline, picklable by name."""
     folder = Path(model.uri)
     return FakePipeline(folder if folder.is_dir() else None)

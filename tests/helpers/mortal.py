@@ -13,7 +13,7 @@ import flux_batch.worker.worker
 from flux_batch.config.schema import JobConfig
 from flux_batch.plan.plan import Plan, make_plan
 from flux_batch.storage.store import Store
-from flux_batch.worker.worker import Worker, WorkerRecipe
+from flux_batch.worker.worker import Worker, WorkerFactory
 from helpers.fakes import FakePipeline, make_fake_pipeline
 from helpers.waiting import PATIENCE_S
 
@@ -109,7 +109,7 @@ def open_worker(
     store = type("ItsStore", (MortalStore,), {"life": life})
     monkeypatch.setattr(flux_batch.worker.worker, "Store", store)
     pipeline = pipeline or MortalPipeline(life)
-    worker = Worker(WorkerRecipe(config, len(plan.shards), plan.passthrough, make_fake_pipeline), pipeline)
+    worker = Worker(WorkerFactory(config, len(plan.shards), plan.passthrough, make_fake_pipeline), pipeline)
     return worker, pipeline, plan
 
 

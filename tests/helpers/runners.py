@@ -8,16 +8,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flux_batch.engine.protocol import Finish, Work
+from flux_batch.engine.protocol import MadeShard, Work
 from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, Stopped, StoreError, StoreRefused
 from flux_batch.records import Attempt, Shard, ShardResult
-from flux_batch.telemetry import Pulse, Tally
+from flux_batch.telemetry import Heartbeat, Metrics
 
 STEP_S = 0.05
 # Longer than any test may take: what waits so long in vain fails it.
@@ -82,26 +82,33 @@ class Runner:
         return Toil(self)
 
 
+@dataclass(frozen=True)
+class MadeToil:
+    """A shard that a Toil has made."""
+
+    finish: Callable[[], ShardResult]
+
+
 class Toil:
     """The work of a Runner: small steps, each a sign of life, with an ear for a request to stop."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._pulse, self._finishing = Pulse(), Pulse()
-        self.tally = Tally("toil")
+        self._heartbeat = Heartbeat()
+        self.metrics = Metrics("toil")
         self._stopping = threading.Event()
         self._made: set[int] = set()
 
-    def make(self, shard: Shard, attempt: Attempt) -> Finish:
+    def make(self, shard: Shard, attempt: Attempt) -> MadeShard:
         runner = self._runner
         number = tries(runner.folder, shard)
         self._log(shard, attempt, "begun")
         is_early = number <= runner.times
-        with self._pulse.at_work():
+        with self._heartbeat.busy("make"):
             until = time.monotonic() + (runner.slow_s if is_early and shard.index in runner.slow else runner.seconds)
             while (left := until - time.monotonic()) > 0 or not self._may_end(shard):
                 time.sleep(min(STEP_S, max(left, 0.01)))
-                self._pulse.beat()
+                self._heartbeat.beat("make")
                 if self._stopping.is_set():
                     self._log(shard, attempt, "stopped")
                     raise Stopped(f"shard {shard.index}: put aside")
@@ -111,13 +118,13 @@ class Toil:
             raise StoreRefused("s3://bucket: no permission")
         self._made.add(shard.index)
         self._log(shard, attempt, "made")
-        return partial(self._finish, shard, attempt, is_early)
+        return MadeToil(partial(self._finish, shard, attempt, is_early))
 
     def _finish(self, shard: Shard, attempt: Attempt, is_early: bool) -> ShardResult:
-        with self._finishing.at_work():
+        with self._heartbeat.busy("finish"):
             while not self._has_become(self._runner.finishes_after.get(shard.index)):
                 time.sleep(0.01)
-                self._finishing.beat()
+                self._heartbeat.beat("finish")
             time.sleep(self._runner.finish_s)
             if is_early and shard.index in self._runner.dies_finishing:
                 os._exit(1)
@@ -150,8 +157,8 @@ class Toil:
     def stop(self) -> None:
         self._stopping.set()
 
-    def quiet_s(self) -> float:
-        return max(self._pulse.quiet_s(), self._finishing.quiet_s())
+    def idle_s(self) -> float:
+        return self._heartbeat.idle_s()
 
     def _misbehave(self, shard: Shard) -> None:
         runner = self._runner

@@ -12,16 +12,16 @@ import pytest
 
 from flux_batch.errors import RowError, StoreError
 from flux_batch.records import ImageRequest, InputImage, SamplingParams
-from flux_batch.worker.batches import READ_AHEAD, InputImages, Item, ReadImage, batches
+from flux_batch.worker.batches import READ_AHEAD, ImageTask, InputImages, ReadImage, batches
 
 
-def item(row: int = 0, image: str = "", **sampling: Any) -> Item:
+def task(row: int = 0, image: str = "", **sampling: Any) -> ImageTask:
     start = InputImage(name=image, uri=image) if image else None
     params = SamplingParams(**sampling)
-    return Item(ImageRequest(row=row, id="x", prompt="p", sampling=params, seeds=(1,), input_image=start), 0)
+    return ImageTask(ImageRequest(row=row, id="x", prompt="p", sampling=params, seeds=(1,), input_image=start), 0)
 
 
-def with_images(todo: Sequence[list[Item]], readers: Executor, read: ReadImage) -> Iterator[list[Item]]:
+def with_images(todo: Sequence[list[ImageTask]], readers: Executor, read: ReadImage) -> Iterator[list[ImageTask]]:
     """Go through batches as a worker does."""
     images = InputImages(readers, read)
     for number, batch in enumerate(todo):
@@ -42,20 +42,20 @@ def with_images(todo: Sequence[list[Item]], readers: Executor, read: ReadImage) 
     ],
 )
 def test_what_cannot_share_a_pass(other: dict[str, Any]) -> None:
-    assert [len(batch) for batch in batches([item(0), item(1, **other), item(2)], 9)] == [2, 1]
+    assert [len(batch) for batch in batches([task(0), task(1, **other), task(2)], 9)] == [2, 1]
 
 
 def test_what_can_share_a_pass() -> None:
-    items = [
-        item(0, "a.png", denoising_strength=0.5),
-        item(1, "b.png", denoising_strength=0.5, embedded_guidance=1.0, negative_prompt="x"),
+    tasks = [
+        task(0, "a.png", denoising_strength=0.5),
+        task(1, "b.png", denoising_strength=0.5, embedded_guidance=1.0, negative_prompt="x"),
     ]
-    assert list(batches(items, 9)) == [items]
-    assert list(batches(items, 1)) == [items[:1], items[1:]]
+    assert list(batches(tasks, 9)) == [tasks]
+    assert list(batches(tasks, 1)) == [tasks[:1], tasks[1:]]
 
 
 def test_images_come_with_their_batch() -> None:
-    todo = [[item(0, "a"), item(1)], [item(2, "b"), item(3, "a")], [item(4, "a", width=64)]]
+    todo = [[task(0, "a"), task(1)], [task(2, "b"), task(3, "a")], [task(4, "a", width=64)]]
     with ThreadPoolExecutor(2) as readers:
         found = list(with_images(todo, readers, lambda image, size: (image.name, size)))
 
@@ -77,7 +77,7 @@ def test_the_next_batch_is_read_while_one_is_made_and_no_further() -> None:
             ahead.set()
         return image.name
 
-    todo = [[item(number, str(number))] for number in range(5)]
+    todo = [[task(number, str(number))] for number in range(5)]
     with ThreadPoolExecutor(1) as readers:
         found = with_images(todo, readers, reader)
         next(found)
@@ -94,7 +94,7 @@ def test_the_same_image_is_read_once() -> None:
         count[image.name] += 1
         return image.name
 
-    todo = [[item(2 * number, "a"), item(2 * number + 1, "a")] for number in range(4)]
+    todo = [[task(2 * number, "a"), task(2 * number + 1, "a")] for number in range(4)]
     with ThreadPoolExecutor(4) as readers:
         list(with_images(todo, readers, reader))
     assert count == {"a": 1}
@@ -109,8 +109,8 @@ def test_a_bad_image_costs_its_rows_and_an_outage_the_attempt() -> None:
         return image.name
 
     with ThreadPoolExecutor(1) as readers:
-        (batch,) = with_images([[item(0, "a"), item(1, "bad"), item(2, "b"), item(3, "bad")]], readers, reader)
+        (batch,) = with_images([[task(0, "a"), task(1, "bad"), task(2, "b"), task(3, "bad")]], readers, reader)
         assert [str(one.image) for one in batch] == ["a", "no image", "b", "no image"]
         assert isinstance(batch[1].image, RowError)
         with pytest.raises(StoreError):
-            list(with_images([[item(0, "away")]], readers, reader))
+            list(with_images([[task(0, "away")]], readers, reader))

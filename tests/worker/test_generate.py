@@ -11,9 +11,8 @@ import pytest
 
 from flux_batch.errors import DeviceFatal, OutOfMemory
 from flux_batch.records import ImageRequest, LoraUse, SamplingParams
-from flux_batch.worker.batches import Item
-from flux_batch.worker.generate import SMALL_TILES, BatchMaker, Made, Tiles
-from flux_batch.worker.lora_switch import LoraSwitch
+from flux_batch.worker.batches import ImageTask
+from flux_batch.worker.generate import SMALL_TILES, BatchMaker, ImageOutcome, Tiles
 from helpers.fakes import FakePipeline
 
 CFG = SamplingParams(width=64, height=32, num_inference_steps=1, cfg_scale=2.0, negative_prompt="bad")
@@ -40,22 +39,22 @@ class SmallMemory(FakePipeline):
         return sizes
 
 
-def batch(size: int, width: int = 64, prompt: str = "p") -> list[Item]:
+def batch(size: int, width: int = 64, prompt: str = "p") -> list[ImageTask]:
     params = SamplingParams(width=width, height=32, num_inference_steps=1)
     requests = [
         ImageRequest(row=row, id="", prompt=f"{prompt}{row}", sampling=params, seeds=(1,)) for row in range(size)
     ]
-    return [Item(request, 0) for request in requests]
+    return [ImageTask(request, 0) for request in requests]
 
 
 def maker(
     pipeline: FakePipeline, tiles: Tiles | None = None, on_progress: Callable[[], None] = lambda: None
 ) -> BatchMaker:
-    return BatchMaker(pipeline, LoraSwitch(pipeline, ()), tiles, on_progress)
+    return BatchMaker(pipeline, (), tiles, on_progress)
 
 
-def is_made(made: list[Made]) -> list[bool]:
-    return [isinstance(one.outcome, np.ndarray) for one in made]
+def is_made(made: list[ImageOutcome]) -> list[bool]:
+    return [isinstance(one.result, np.ndarray) for one in made]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +98,7 @@ def test_the_images_are_those_of_a_worker_without_memory() -> None:
 
     assert old.calls == new.calls
     for one, other in zip(made, again, strict=True):
-        assert np.array_equal(np.asarray(one.outcome), np.asarray(other.outcome))
+        assert np.array_equal(np.asarray(one.result), np.asarray(other.result))
 
 
 def test_other_errors_leave_no_memory() -> None:
@@ -143,7 +142,7 @@ def test_the_pipeline_is_told_the_texts_that_come_with_its_loras() -> None:
     ours = maker(pipeline)
     plain, other = batch(2), batch(2, prompt="q")
     style = (LoraUse(name="style", uri="style", scale=1.0),)
-    other = [Item(replace(item.request, loras=style, sampling=CFG), 0) for item in other]
+    other = [ImageTask(replace(task.request, loras=style, sampling=CFG), 0) for task in other]
     ours.expect([*plain, *other, *plain])
     for group in (plain[:1], plain[1:], other, other):
         ours.make(group)

@@ -4,7 +4,7 @@ import pytest
 
 from flux_batch.errors import CheckpointError, RowError, StoreError
 from flux_batch.records import LoraUse
-from flux_batch.worker.lora_switch import LoraSwitch
+from flux_batch.worker.generate import LoraSwitch
 from helpers.fakes import FakePipeline
 
 STYLE = LoraUse(name="style", uri="/style.safetensors", scale=0.8)
@@ -56,19 +56,3 @@ def test_a_storage_that_is_away_is_no_error_of_its_rows() -> None:
 def test_those_of_the_job_must_be_there() -> None:
     with pytest.raises(CheckpointError):
         LoraSwitch(FakePipeline(), (STYLE, MISSING))
-
-
-@pytest.mark.parametrize(
-    ("of_job", "loras", "words"),
-    [
-        ((), (), {}),
-        ((STYLE,), (), {"lora": ""}),
-        ((STYLE,), (STYLE,), {"lora": "style", "lora_scale": 0.8}),
-        ((), (DETAIL,), {"lora": "detail", "lora_scale": 1.0}),
-        ((STYLE, DETAIL), (STYLE, DETAIL), {"lora": "style (0.8), detail (1)"}),
-    ],
-)
-def test_what_is_said_of_a_image(
-    of_job: tuple[LoraUse, ...], loras: tuple[LoraUse, ...], words: dict[str, object]
-) -> None:
-    assert LoraSwitch(FakePipeline(), of_job).words(loras) == words

@@ -38,14 +38,14 @@ def die_after(config: JobConfig, monkeypatch: pytest.MonkeyPatch, num_writes: in
     life = Life(num_writes)
     worker, _, plan = open_worker(config, monkeypatch, life)
     with pytest.raises(Death):
-        worker.make(plan.shards[0])()
+        worker.make(plan.shards[0]).finish()
     staging = Staging(Store(config.output.uri), 1)
     return sorted(one.record["prompt"] for name in staging.list(0).objects for one in staging.read(0, name))
 
 
 def run(config: JobConfig, monkeypatch: pytest.MonkeyPatch, attempt: Attempt | None = None) -> tuple[ShardResult, Any]:
     worker, pipeline, plan = open_worker(config, monkeypatch)
-    return worker.make(plan.shards[0], attempt or Attempt())(), pipeline
+    return worker.make(plan.shards[0], attempt or Attempt()).finish(), pipeline
 
 
 def undisturbed(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, bytes]:
@@ -71,7 +71,7 @@ def test_images_are_safe_before_the_shard_is_published(tmp_path: Path, monkeypat
     life = Life()
     worker, _, plan = open_worker(config, monkeypatch, life)
 
-    worker.make(plan.shards[0])()
+    worker.make(plan.shards[0]).finish()
 
     folders = [key.rpartition("/")[0] for key in life.writes]
     staging = "_run/staging/00000"
@@ -83,7 +83,7 @@ def test_all_batches_are_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     life = Life()
     worker, _, plan = open_worker(config, monkeypatch, life)
 
-    worker.make(plan.shards[0])()
+    worker.make(plan.shards[0]).finish()
 
     folders = Counter(key.rpartition("/")[0] for key in life.writes)
     assert folders == {"_run/staging/00000": 4 + 4, "train": 1, "metadata": 1, "_run/commits": 1}  # written, removed
@@ -213,9 +213,9 @@ def test_two_workers_meet_in_the_middle(tmp_path: Path, monkeypatch: pytest.Monk
     results: list[ShardResult] = []
 
     def work(worker: Worker, shard: Shard, attempt: Attempt) -> None:
-        finish = worker.make(shard, attempt)
+        made = worker.make(shard, attempt)
         step.abort()
-        results.append(finish())
+        results.append(made.finish())
 
     threads = [
         threading.Thread(target=work, args=(worker, plan.shards[0], attempt), daemon=True)
@@ -237,20 +237,19 @@ def test_two_workers_meet_in_the_middle(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_worker_stops_as_soon_as_another_has_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path)
     other, _, plan = open_worker(config, monkeypatch)
-    monkeypatch.setattr(other, "_name", "elsewhere:1")
     monkeypatch.setattr(other, "_publisher", replace(other._publisher, worker="elsewhere:1"))
 
     class Overtaken(FakePipeline):
         def __call__(self, *args: Any, **others: Any) -> Any:
             if self.num_calls == 1:
                 wait_until(lambda: len(staged(config)) == 1)
-                other.make(plan.shards[0])()
+                other.make(plan.shards[0]).finish()
             return super().__call__(*args, **others)
 
     pipeline = Overtaken()
     worker, _, plan = open_worker(config, monkeypatch, pipeline=pipeline)
 
-    result = worker.make(plan.shards[0])()
+    result = worker.make(plan.shards[0]).finish()
 
     assert (result.num_images, result.worker, result.is_new) == (8, "elsewhere:1", False)
     assert pipeline.num_calls in (2, 3)  # it looks while it makes a batch
@@ -274,9 +273,9 @@ def test_a_stopped_worker_puts_its_batch_aside(tmp_path: Path, monkeypatch: pyte
     workers.append(worker)
 
     with pytest.raises(Stopped, match="shard 00000: put aside with 4 of 8 images"):
-        worker.make(plan.shards[0])()
+        worker.make(plan.shards[0]).finish()
     with pytest.raises(Stopped):
-        worker.make(plan.shards[0])()
+        worker.make(plan.shards[0]).finish()
     assert pipeline.num_calls == 2
     assert len(staged(config)) == 2
 
@@ -296,14 +295,14 @@ def test_a_worker_stopped_after_another_has_committed_leaves_nothing_staged(
         def __call__(self, *args: Any, **others: Any) -> Any:
             if self.num_calls == 1:
                 wait_until(lambda: len(staged(config)) == 1)
-                other.make(plan.shards[0])()
+                other.make(plan.shards[0]).finish()
                 workers[0].stop()
             return super().__call__(*args, **others)
 
     worker, _, plan = open_worker(config, monkeypatch, pipeline=Late())
     workers.append(worker)
 
-    assert worker.make(plan.shards[0])().num_images == 8
+    assert worker.make(plan.shards[0]).finish().num_images == 8
     assert staged(config) == []
 
 
@@ -319,7 +318,7 @@ def test_a_stop_in_the_last_batch_still_commits(tmp_path: Path, monkeypatch: pyt
     worker, _, plan = open_worker(config, monkeypatch, pipeline=Stopping())
     workers.append(worker)
 
-    assert worker.make(plan.shards[0])().num_images == 8
+    assert worker.make(plan.shards[0]).finish().num_images == 8
 
 
 def test_a_lost_device_loses_only_the_batch_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +332,7 @@ def test_a_lost_device_loses_only_the_batch_in_hand(tmp_path: Path, monkeypatch:
 
     worker, _, plan = open_worker(config, monkeypatch, pipeline=Broken())
     with pytest.raises(DeviceFatal):
-        worker.make(plan.shards[0], Attempt(number=2, lost=1))()
+        worker.make(plan.shards[0], Attempt(number=2, lost=1)).finish()
 
     listed = Staging(Store(config.output.uri), 1).list(0)
     assert len(listed.objects) == 2
@@ -350,24 +349,24 @@ def test_a_worker_at_work_is_quiet_only_between_signs_of_progress(
 
     def is_quiet_while_time_passes() -> bool:
         nonlocal now
-        before = workers[0].quiet_s()
+        before = workers[0].idle_s()
         now += 100
-        return workers[0].quiet_s() - before == 100
+        return workers[0].idle_s() - before == 100
 
     class Watched(FakePipeline):
         def __call__(self, *args: Any, **others: Any) -> Any:
             wait_until(lambda: len(staged(config)) == self.num_calls)
-            wait_until(lambda: workers[0].quiet_s() == 0)  # the batch before was progress
+            wait_until(lambda: workers[0].idle_s() == 0)  # the batch before was progress
             wait_until(is_quiet_while_time_passes)  # what is staged shows before its own sign of progress
             return super().__call__(*args, **others)
 
     worker, _, plan = open_worker(config, monkeypatch, pipeline=Watched())
     workers.append(worker)
-    assert worker.quiet_s() == 0
+    assert worker.idle_s() == 0
 
-    worker.make(plan.shards[0])()
+    worker.make(plan.shards[0]).finish()
 
-    assert worker.quiet_s() == 0
+    assert worker.idle_s() == 0
     assert now >= 1400
 
 
@@ -381,7 +380,7 @@ def run_to_the_end(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[
         worker, pipeline, plan = open_worker(config, monkeypatch)
         pipelines.append(pipeline)
         try:
-            worker.make(plan.shards[0], Attempt(number=1, lost=lost, reason="its worker died" if lost else ""))()
+            worker.make(plan.shards[0], Attempt(number=1, lost=lost, reason="its worker died" if lost else "")).finish()
             return lost, pipelines
         except Death:
             continue
@@ -457,7 +456,7 @@ def test_after_a_loss_no_batch_is_begun_before_the_last_is_safe(
 
     worker, _, plan = open_worker(config, monkeypatch, life, Sudden())
     with pytest.raises(Death):
-        worker.make(plan.shards[0], Attempt(number=1, lost=1))()
+        worker.make(plan.shards[0], Attempt(number=1, lost=1)).finish()
 
     listed = Staging(Store(config.output.uri), 1).list(0)
     assert len(listed.objects) == 2
@@ -474,7 +473,7 @@ def test_an_error_is_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(worker._maker, "make", away)
     with pytest.raises(StoreError):
-        worker.make(plan.shards[0], Attempt(number=3, lost=2))()
+        worker.make(plan.shards[0], Attempt(number=3, lost=2)).finish()
 
     assert staged(config) == []
 
@@ -484,7 +483,7 @@ def test_a_first_attempt_announces_nothing(tmp_path: Path, monkeypatch: pytest.M
     life = Life()
     worker, _, plan = open_worker(config, monkeypatch, life)
 
-    worker.make(plan.shards[0])()
+    worker.make(plan.shards[0]).finish()
 
     assert not [key for key in life.writes if "try-" in key]
 
@@ -506,12 +505,12 @@ def test_a_shard_is_published_while_the_next_is_made(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(type(worker._publisher), "publish", lambda _, *args: wait_and_publish(*args))
     with ThreadPoolExecutor(1) as finisher:
-        first = finisher.submit(worker.make(plan.shards[0]))
+        first = finisher.submit(worker.make(plan.shards[0]).finish)
         second = worker.make(plan.shards[1])
         assert pipeline.num_calls == 4
         assert not first.done()
         may_publish.set()
-        results = [first.result(), second()]
+        results = [first.result(), second.finish()]
 
     assert [(result.shard, result.num_images, result.is_new) for result in results] == [(0, 4, True), (1, 4, True)]
-    assert worker.quiet_s() == 0
+    assert worker.idle_s() == 0

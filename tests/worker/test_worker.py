@@ -25,8 +25,8 @@ from flux_batch.plan.plan import Plan, make_plan
 from flux_batch.prompts.input_images import load_image
 from flux_batch.records import ImageRequest, SamplingParams, Shard, ShardResult
 from flux_batch.storage.store import Store
-from flux_batch.worker.batches import Item, batches
-from flux_batch.worker.worker import Worker, WorkerRecipe
+from flux_batch.worker.batches import ImageTask, batches
+from flux_batch.worker.worker import Worker, WorkerFactory
 from helpers.fakes import FakePipeline, fake_image, make_fake_pipeline
 
 FORMATS = ["webdataset", "files", "parquet"]
@@ -60,14 +60,14 @@ def make_job(tmp_path: Path, rows: Sequence[dict[str, Any] | str], **sections: A
 
 def open_worker(config: JobConfig, pipeline: FakePipeline | None = None) -> tuple[Worker, Plan]:
     plan = make_plan(config.prompts, config.output.shard_size)
-    recipe = WorkerRecipe(config, len(plan.shards), plan.passthrough, make_fake_pipeline)
+    recipe = WorkerFactory(config, len(plan.shards), plan.passthrough, make_fake_pipeline)
     return Worker(recipe, pipeline or FakePipeline()), plan
 
 
 def render(config: JobConfig, pipeline: FakePipeline | None = None) -> list[ShardResult]:
     """Run every shard of a job in this process."""
     worker, plan = open_worker(config, pipeline)
-    results = [worker.make(shard)() for shard in plan.shards]
+    results = [worker.make(shard).finish() for shard in plan.shards]
     return results
 
 
@@ -356,11 +356,11 @@ def test_a_committed_shard_is_not_rendered_again(tmp_path: Path) -> None:
 def test_the_recipe_travels_and_opens_elsewhere(tmp_path: Path) -> None:
     config = make_job(tmp_path, ["a"])
     plan = make_plan(config.prompts, config.output.shard_size)
-    recipe = WorkerRecipe(config, len(plan.shards), plan.passthrough, make_fake_pipeline)
+    recipe = WorkerFactory(config, len(plan.shards), plan.passthrough, make_fake_pipeline)
 
     data = pickle.dumps(recipe)
     worker = pickle.loads(data).open()
-    result = worker.make(pickle.loads(pickle.dumps(plan.shards[0])))()
+    result = worker.make(pickle.loads(pickle.dumps(plan.shards[0]))).finish()
 
     assert len(data) < 5000
     assert pickle.loads(pickle.dumps(result)) == result
@@ -368,28 +368,28 @@ def test_the_recipe_travels_and_opens_elsewhere(tmp_path: Path) -> None:
     assert result.num_bytes > 0
 
 
-def item(**sampling: Any) -> Item:
+def task(**sampling: Any) -> ImageTask:
     params = SamplingParams(**sampling)
-    return Item(ImageRequest(row=0, id="x", prompt="p", sampling=params, seeds=(1,)), 0)
+    return ImageTask(ImageRequest(row=0, id="x", prompt="p", sampling=params, seeds=(1,)), 0)
 
 
 def test_batches_hold_what_can_share_a_pass() -> None:
     wide, tall = {"width": 64, "height": 32}, {"width": 32, "height": 64}
-    items = [item(**wide), item(**tall), item(**wide, embedded_guidance=1.0), item(**wide), item(**wide, cfg_scale=2.0)]
+    tasks = [task(**wide), task(**tall), task(**wide, embedded_guidance=1.0), task(**wide), task(**wide, cfg_scale=2.0)]
 
-    found = [[items.index(one) for one in batch] for batch in batches(items, 2)]
+    found = [[tasks.index(one) for one in batch] for batch in batches(tasks, 2)]
 
-    assert found == [[0, 2], [0], [1], [4]]  # items 0 and 3 are equal
+    assert found == [[0, 2], [0], [1], [4]]  # tasks 0 and 3 are equal
 
 
 @pytest.mark.parametrize("shards", [10, 100_001])
 def test_keys_have_no_dots_and_widen_with_the_run(tmp_path: Path, shards: int) -> None:
     config = make_job(tmp_path, ["a", "b"])
     plan = make_plan(config.prompts, 4)
-    recipe = WorkerRecipe(config, shards, plan.passthrough, make_fake_pipeline)
+    recipe = WorkerFactory(config, shards, plan.passthrough, make_fake_pipeline)
     worker = recipe.open()
 
-    worker.make(plan.shards[0])()
+    worker.make(plan.shards[0]).finish()
 
     digits = {10: "00000", 100_001: "000000"}[shards]
     assert list(images(config)) == [f"{digits}0000", f"{digits}0001"]
@@ -444,7 +444,7 @@ def test_a_shard_shorter_than_planned_says_that_the_file_changed(tmp_path: Path)
     shard = plan.shards[0]
 
     with pytest.raises(Exception, match=r"2 rows from row 0 where the plan has 3; the file changed"):
-        worker.make(Shard(index=0, uri=shard.uri, name=shard.name, start=0, num_rows=3))()
+        worker.make(Shard(index=0, uri=shard.uri, name=shard.name, start=0, num_rows=3)).finish()
 
 
 # --- what images start from

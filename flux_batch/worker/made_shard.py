@@ -1,0 +1,93 @@
+"""A shard with which the device is done, on its way to its commit.
+
+Knows the staged images and the commit protocol; does not know how images are made.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from flux_batch.output.commits import Publisher
+from flux_batch.records import Commit, ShardResult
+from flux_batch.telemetry import Heartbeat, Metrics
+from flux_batch.worker.shard import ShardRun
+from flux_batch.worker.staging_queue import StagingQueue
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CommittedShard:
+    """A shard that was committed before this attempt at it began."""
+
+    commit: Commit
+
+    def finish(self) -> ShardResult:
+        """Return the result that the commit names."""
+        return _result(self.commit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeShard:
+    """A shard whose images are made; `finish` may run on another thread while the next shard is made.
+
+    commit: that of another attempt which was faster, None if there is none yet. resources: the local files and the
+    threads of the shard. started: time.monotonic() when the shard was begun. device_s: seconds the pipeline took.
+    """
+
+    run: ShardRun
+    staging: StagingQueue
+    commit: Commit | None
+    publisher: Publisher
+    metrics: Metrics
+    heartbeat: Heartbeat
+    resources: ExitStack
+    started: float
+    device_s: float
+
+    def finish(self) -> ShardResult:
+        """Wait until the images are staged, publish the shard and empty its staging folder."""
+        with self.resources, self.heartbeat.busy("finish"):
+            commit = self._other_commit() or self._publish()
+            self.run.clean()
+        is_new = commit.worker == self.publisher.worker
+        if is_new:
+            self._count(commit)
+        wall_s = time.monotonic() - self.started
+        return replace(_result(commit), is_new=is_new, device_s=self.device_s, wall_s=wall_s)
+
+    def _other_commit(self) -> Commit | None:
+        if self.commit is None:
+            return self.staging.settle()
+        self.staging.drain()  # an image staged after `clean` would stay
+        return self.commit
+
+    def _publish(self) -> Commit:
+        self.heartbeat.beat("finish")
+        run = self.run
+        with self.metrics.timed("publish"):
+            return self.publisher.publish(run.index, run.ordered_records(), run.images, run.scratch, self.device_s)
+
+    def _count(self, commit: Commit) -> None:
+        self.metrics.add("shards")
+        self.metrics.add("bytes", _num_bytes(commit))
+        about = {"run": self.metrics.run, "shard": commit.shard}
+        log.info("shard %d: %d images, %d failed", commit.shard, commit.num_images, commit.num_failed, extra=about)
+
+
+def _result(commit: Commit) -> ShardResult:
+    return ShardResult(
+        shard=commit.shard,
+        worker=commit.worker,
+        num_images=commit.num_images,
+        num_failed=commit.num_failed,
+        num_bytes=_num_bytes(commit),
+        failures=commit.failures,
+    )
+
+
+def _num_bytes(commit: Commit) -> int:
+    return sum(file.bytes for file in commit.files)
