@@ -59,7 +59,7 @@ def test_images_come_with_their_batch() -> None:
     with ThreadPoolExecutor(2) as readers:
         found = list(with_images(todo, readers, lambda image, size: (image.name, size)))
 
-    assert [[one.image for one in batch] for batch in found] == [
+    assert [[one.input_image for one in batch] for batch in found] == [
         [("a", (1024, 1024)), None],
         [("b", (1024, 1024)), ("a", (1024, 1024))],
         [("a", (64, 1024))],
@@ -84,7 +84,7 @@ def test_the_next_batch_is_read_while_one_is_made_and_no_further() -> None:
         assert ahead.wait(5)
         readers.submit(lambda: None).result()
         assert read == ["0", "1"]
-        assert [batch[0].image for batch in found] == ["1", "2", "3", "4"]
+        assert [batch[0].input_image for batch in found] == ["1", "2", "3", "4"]
 
 
 def test_the_same_image_is_read_once() -> None:
@@ -110,7 +110,7 @@ def test_a_bad_image_costs_its_rows_and_an_outage_the_attempt() -> None:
 
     with ThreadPoolExecutor(1) as readers:
         (batch,) = with_images([[task(0, "a"), task(1, "bad"), task(2, "b"), task(3, "bad")]], readers, reader)
-        assert [str(one.image) for one in batch] == ["a", "no image", "b", "no image"]
-        assert isinstance(batch[1].image, RowError)
+        assert [str(one.input_image) for one in batch] == ["a", "no image", "b", "no image"]
+        assert isinstance(batch[1].input_image, RowError)
         with pytest.raises(StoreError):
             list(with_images([[task(0, "away")]], readers, reader))
