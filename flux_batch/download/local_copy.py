@@ -20,14 +20,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
-from flux_batch.download.cache import cache_folder, locked
 from flux_batch.download.transfer import Listing, RemoteFile, fetch, sha256_if_same
 from flux_batch.errors import NotFound, StoreError, StoreRefused
 from flux_batch.redaction import public_uri
@@ -40,6 +39,9 @@ MANIFEST = "manifest.json"
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "Last-Modified", "created")
 # Names of our own in a folder that belongs to the user.
 FOLDER_MANIFEST, FOLDER_LOCK, FOLDER_PARTIAL = ".flux-batch.json", ".flux-batch.lock", ".flux-batch-partial"
+
+# Two processes that start together differ by less; whoever waits longer should see why.
+WARN_AFTER_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -315,3 +317,28 @@ def link(source: Path, target: Path) -> None:
 def size_of(path: Path) -> int | None:
     """Return the size of a file in bytes; None if there is none."""
     return path.stat().st_size if path.is_file() else None
+
+
+def cache_folder() -> Path:
+    """Return where this package may keep files: FLUX_BATCH_CACHE, else `flux-batch` in the user's cache."""
+    if own := os.environ.get("FLUX_BATCH_CACHE"):
+        return Path(own).expanduser()
+    users = os.environ.get("XDG_CACHE_HOME")
+    return (Path(users) if users else Path.home() / ".cache") / "flux-batch"
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file, as the only process of this machine; its death frees it. `what` is named if it has to wait."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=WARN_AFTER_S)
+    except Timeout:
+        log.info("waiting for the process that %s", what)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from flux_batch.download import cache
-from flux_batch.download.cache import cache_folder, locked
+from flux_batch.download import local_copy
+from flux_batch.download.local_copy import cache_folder, locked
 
 HOLD = """
 import sys
 from pathlib import Path
-from flux_batch.download.cache import locked
+from flux_batch.download.local_copy import locked
 with locked(Path(sys.argv[1]), "tests"):
     print("held", flush=True)
     sys.stdin.read()
@@ -38,7 +38,7 @@ def test_the_environment_names_the_cache(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_lock_is_free_when_its_holder_ends(
     tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cache, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(local_copy, "WARN_AFTER_S", 0.1)
     caplog.set_level(logging.INFO, "flux_batch")
     command = [sys.executable, "-c", HOLD, str(tmp_path / "lock")]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -50,7 +50,7 @@ def test_a_lock_is_free_when_its_holder_ends(
         assert str(message) == "waiting for the process that builds a house"
         holder.kill() if ending == "is killed" else holder.stdin.close()  # type: ignore[union-attr]
 
-    monkeypatch.setattr(cache.log, "info", lambda text, *values: end(text % values))
+    monkeypatch.setattr(local_copy.log, "info", lambda text, *values: end(text % values))
     with locked(tmp_path / "lock", "builds a house"):
         pass
     holder.wait(timeout=60)
