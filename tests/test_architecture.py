@@ -63,7 +63,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "tokenizers": ("model/", "demo/"),
     "sentencepiece": ("model/", "demo/"),
     "filelock": ("download/",),
-    # The hub's client gives listings, tokens and errors; bytes travel through fsspec, which goes on where it stopped.
+    # Its cache is shared with other programs; what goes into a folder of the user's is read by our own transfer.
     "huggingface_hub": ("download/",),
     "tqdm": ("download/transfer.py",),
     "fsspec": ("storage/", "prompts/", "download/"),

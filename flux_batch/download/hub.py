@@ -1,23 +1,27 @@
-"""What the model hubs hold: the files of a repository of Hugging Face or ModelScope, their addresses and hashes.
+"""Repositories of Hugging Face and ModelScope: their lists of files with addresses and hashes, and downloads by name.
 
-Reads lists, not files. Raises ValueError for what another try will not change, ConnectionError for what it may.
+Raises ValueError for what another try will not change, ConnectionError for what it may.
 Sources: huggingface_hub; modelscope/modelscope e68c327, modelscope/hub/file_download.py, and
 dragonflyoss/client (the bearer token) for ModelScope, whose own client would bring half a framework.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
 from urllib.request import Request, urlopen
+
+from flux_batch.storage.errors import is_full, is_refusal
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HF_SCHEME = "hf://"
@@ -39,12 +43,16 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository at one revision; `headers` are to be sent with every request for its files, and are secret."""
+    """A repository at one revision; `commit` is empty where the hub names none.
+
+    `headers` belong to every request for its files, and are secret.
+    """
 
     name: str
     page: str
     headers: dict[str, str]
     files: tuple[HubFile, ...]
+    commit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +88,7 @@ def list_huggingface(repository: str, revision: str = "main", token: str | None 
     """
     from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_url
 
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    endpoint = huggingface_endpoint()
     page = f"{endpoint}/{repository}"
     with huggingface_errors(repository, revision, page):
         token = token or get_token()
@@ -99,7 +107,40 @@ def list_huggingface(repository: str, revision: str = "main", token: str | None 
         # Everyone may list a gated repository; who may read it shows at a file.
         for file in sorted(files, key=lambda file: -(file.size or 0))[:1]:
             get_hf_file_metadata(file.url, token=token, endpoint=endpoint, timeout=TIMEOUT_S)
-    return Repository(repository, page, bearer(token), files)
+    return Repository(repository, page, bearer(token), files, info.sha or "")
+
+
+def download_snapshot(repository: str, revision: str, names: Sequence[str]) -> Path:
+    """Download files of a repository into Hugging Face's cache, and return the folder named after its commit.
+
+    Files that are there are not read again. Raises: as list_huggingface, and OSError for a disk that says no.
+    """
+    from huggingface_hub import snapshot_download
+
+    endpoint = huggingface_endpoint()
+    patterns = [glob.escape(name) for name in names]
+    with huggingface_errors(repository, revision, f"{endpoint}/{repository}"):
+        return Path(snapshot_download(repository, revision=revision, endpoint=endpoint, allow_patterns=patterns))
+
+
+def cached_file(repository: str, name: str, revision: str) -> Path | None:
+    """Return a file of a repository in Hugging Face's cache; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, name, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def huggingface_cache() -> Path:
+    """Return the folder of Hugging Face's cache, which HF_HUB_CACHE or HF_HOME names."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).expanduser()
+
+
+def huggingface_endpoint() -> str:
+    """Return the address of Hugging Face, or of the hub that HF_ENDPOINT names."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 def list_modelscope(repository: str, revision: str = "master", token: str | None = None) -> Repository:
@@ -188,8 +229,11 @@ def huggingface_errors(repository: str, revision: str, page: str) -> Iterator[No
     except (ConnectionError, ValueError):
         raise
     except Exception as error:
+        if is_full(error) or is_refusal(error):  # by the disk
+            raise
         # Its HTTP client has changed its name and its errors twice; told by module, so that none has to be imported.
         if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "requests"}:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            cause = error.__cause__ or error
+            reason = " ".join(str(cause).split()) or type(cause).__name__
             raise ConnectionError(f"{page} cannot be reached: {reason}") from error
         raise

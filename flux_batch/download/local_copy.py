@@ -38,6 +38,7 @@ MANIFEST = "manifest.json"
 # What file systems call the thing that changes with the bytes.
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "Last-Modified", "created")
 # Names of our own in a folder that belongs to the user.
+LOCK = ".lock"
 FOLDER_MANIFEST, FOLDER_LOCK, FOLDER_PARTIAL = ".flux-batch.json", ".flux-batch.lock", ".flux-batch-partial"
 
 # Two processes that start together differ by less; whoever waits longer should see why.
@@ -46,6 +47,7 @@ WARN_AFTER_S = 5.0
 log = logging.getLogger(__name__)
 
 Choose = Callable[[list[str]], Iterable[str]]
+Fetch = Callable[[Listing], Path]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ class KeptFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder holds, and of which address; `snapshot` is the folder's name beside the manifest, or `.`."""
+    """The files of a copy and the address they came from.
+
+    `snapshot`: the copy's folder, relative to that of the manifest, or absolute.
+    """
 
     uri: str
     snapshot: str
@@ -88,25 +93,30 @@ class Manifest:
         return folder if is_whole else None
 
 
-def local_copy(place: Path, list_files: Callable[[], Listing], *, refresh: bool = False) -> Path:
-    """Return the folder in the cache that holds the files listed, fetching them first if they are not there.
+def local_copy(
+    place: Path, list_files: Callable[[], Listing], *, fetch_files: Fetch | None = None, refresh: bool = False
+) -> Path:
+    """Return the folder that holds the files listed, fetching them first if they are not there.
 
+    `fetch_files`: fetches a listing, writes the manifest in `place` and returns the folder; if not by a snapshot there.
     Safe in many processes at once, of which one fetches, and whenever one is killed: the next goes on.
     Raises: StoreError for a remote that cannot be reached, StoreRefused for one that says no, or a full disk.
     """
-    found = snapshot_in(place)
+    found = current_snapshot(place)
     if found and not refresh:
         return found
     with translated(str(place), "keep a copy (FLUX_BATCH_CACHE names another place)"):
         place.mkdir(parents=True, exist_ok=True)
-        with locked(place / ".lock", f"fetches {place.name}"):
-            current = snapshot_in(place)
+        with locked(place / LOCK, f"fetches {place.name}"):
+            current = current_snapshot(place)
             if current and (current != found or not refresh):  # brought by another process, while this one waited
                 return current
-            return new_copy(place, list_files, current)
+            return new_copy(place, list_files, current, fetch_files)
 
 
-def new_copy(place: Path, list_files: Callable[[], Listing], current: Path | None) -> Path:
+def new_copy(
+    place: Path, list_files: Callable[[], Listing], current: Path | None, fetch_files: Fetch | None = None
+) -> Path:
     """Return a copy of what the remote holds now: a new one, or `current`, if that is the same or all there is."""
     try:
         listing = list_files()
@@ -115,6 +125,8 @@ def new_copy(place: Path, list_files: Callable[[], Listing], current: Path | Non
             raise
         log.warning("%s; the copy in %s is used as it is", error, current)
         return current
+    if fetch_files:
+        return fetch_files(listing)
     if current and current.name == listing.fingerprint:
         return current
     return make_snapshot(place, listing, list_files, current)
@@ -201,7 +213,7 @@ def is_filled(folder: Path) -> bool:
     return manifest is not None and manifest.whole(folder) is not None
 
 
-def place_of(uri: str, storage_options: Mapping[str, Any]) -> Path:
+def cache_dir_of(uri: str, storage_options: Mapping[str, Any]) -> Path:
     """Return the place in the cache for an address on the store that the options name."""
     client = storage_options.get("client_kwargs") or {}
     endpoint = storage_options.get("endpoint_url") or client.get("endpoint_url") or ""
@@ -280,7 +292,7 @@ def listing_of(uri: str, fs: Any, infos: Mapping[str, Mapping[str, Any]], choose
     return Listing(public_uri(uri), fs, tuple(files))
 
 
-def snapshot_in(place: Path) -> Path | None:
+def current_snapshot(place: Path) -> Path | None:
     """Return the snapshot in use of a place in the cache, if it is whole."""
     manifest = Manifest.read(place / MANIFEST)
     return manifest.whole(place) if manifest else None
@@ -312,6 +324,11 @@ def link(source: Path, target: Path) -> None:
     with suppress(OSError):
         target.unlink(missing_ok=True)
         os.link(source, target)
+
+
+def file_names(folder: Path) -> list[str]:
+    """Return the paths of all files in a folder, relative to it."""
+    return [path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_file()]
 
 
 def size_of(path: Path) -> int | None:

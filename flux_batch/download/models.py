@@ -17,19 +17,29 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from flux_batch.download.hub import HF_SCHEME, HubUri, Repository, is_repository_name, list_huggingface, list_modelscope
+from flux_batch.download.hub_cache import fetch_repository, find_repository, repository_cache_dir
 from flux_batch.download.local_copy import (
     FOLDER_LOCK,
+    cache_dir_of,
+    current_snapshot,
+    file_names,
     fill_folder,
     is_filled,
     list_file,
     list_folder,
     local_copy,
-    place_of,
-    snapshot_in,
 )
 from flux_batch.download.transfer import Listing, RemoteFile
 from flux_batch.errors import CheckpointError, StoreError, StoreRefused
-from flux_batch.model.checkpoint.files import FOLDERS, WEIGHTS, is_pickle, is_weight, lacking, needed_files, part_of
+from flux_batch.model.checkpoint.files import (
+    FOLDERS,
+    WEIGHTS,
+    is_pickle,
+    is_weight,
+    missing_components,
+    needed_files,
+    part_of,
+)
 from flux_batch.redaction import public_uri
 from flux_batch.storage.retry import attempt
 from flux_batch.storage.store import open_filesystem
@@ -106,10 +116,10 @@ def is_placed(folder: Path, name: str) -> bool:
         return False
     names = file_names(folder)
     if name not in PRESETS:
-        return not lacking(names)
+        return not missing_components(names)
     single_files = {f"{name.lower().replace('flux.1', 'flux1')}.safetensors", "ae.safetensors"}
     can_lack = {"transformer", "vae"} if single_files <= set(names) else set()
-    return can_lack.issuperset(lacking([each for each in names if "/" in each]))
+    return can_lack.issuperset(missing_components([each for each in names if "/" in each]))
 
 
 def local_model(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = None, *, refresh: bool = False) -> Path:
@@ -117,8 +127,8 @@ def local_model(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = N
 
     A path, a file:// address, `demo`; any address fsspec knows (s3://, gs://, https://); hf://owner/repository, with
     @revision if it is not `main`, or just owner/repository if no such folder is here. What is remote is fetched once a
-    machine into the cache (FLUX_BATCH_CACHE), only the files a model needs, and from then on used without asking the
-    remote, until `refresh` asks whether it has changed.
+    machine, only the files a model needs, into the cache of Hugging Face or (FLUX_BATCH_CACHE) of this package; from
+    then on it is used without asking the remote, until `refresh` asks whether it has changed.
     Raises: CheckpointError if it is not there; StoreRefused, StoreError as storage answers.
     """
     if str(uri) == "demo":
@@ -165,11 +175,9 @@ def copy_here(uri: str, storage_options: Mapping[str, Any] | None = None) -> Pat
     if kind == "hub":
         with source_errors():
             hub = HubUri.parse(uri)
-        base = f"{HF_SCHEME}{hub.repository}"
-        place, part = place_of(f"{base}@{hub.revision}/{hub.path}", {}), part_of(f"{base}/{hub.path}")[1]
-        snapshot = (None if hub.path else in_hub_cache(hub)) or snapshot_in(place)
+        snapshot, part = find_repository(hub), model_and_part(hub)[1]
     else:
-        snapshot, part = snapshot_in(place_of(uri, storage_options or {})), part_of(uri.partition("?")[0])[1]
+        snapshot, part = current_snapshot(cache_dir_of(uri, storage_options or {})), part_of(uri.partition("?")[0])[1]
     return snapshot / part if snapshot else None
 
 
@@ -191,7 +199,7 @@ def kind_of(uri: str) -> str:
 def from_storage(uri: str, storage_options: Mapping[str, Any], *, refresh: bool) -> Path:
     """Return the local copy of a folder or file that fsspec can reach."""
     list_files = partial(storage_listing, uri, storage_options)
-    return local_copy(place_of(uri, storage_options), list_files, refresh=refresh) / part_of(_address(uri))[1]
+    return local_copy(cache_dir_of(uri, storage_options), list_files, refresh=refresh) / part_of(_address(uri))[1]
 
 
 def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:
@@ -205,14 +213,14 @@ def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:
 
 def from_hub(uri: str, *, refresh: bool) -> Path:
     """Return the local copy of a repository of Hugging Face, or of a folder or a file of it."""
-    place = HubUri.parse(uri)
-    base = f"{HF_SCHEME}{place.repository}"
-    if not place.path and not refresh and (known := in_hub_cache(place)):
-        return known
-    part = part_of(f"{base}/{place.path}")[1] if place.path else ""
-    copy = place_of(f"{base}@{place.revision}/{place.path}", {})
+    hub = HubUri.parse(uri)
+    folder, part = model_and_part(hub)
+    if not refresh and (found := find_repository(hub)):
+        return found / part
+    fetch = partial(fetch_repository, hub, folder=folder)
+    list_files = partial(repository_listing, uri)
     try:
-        return local_copy(copy, partial(repository_listing, uri), refresh=refresh) / part
+        return local_copy(repository_cache_dir(hub), list_files, fetch_files=fetch, refresh=refresh) / part
     except ValueError as error:
         if "://" in uri:
             raise
@@ -221,27 +229,16 @@ def from_hub(uri: str, *, refresh: bool) -> Path:
 
 def repository_listing(uri: str) -> Listing:
     """List the files that a model needs of a repository of Hugging Face, or of a folder or a file of it."""
-    place = HubUri.parse(uri)
-    base = f"{HF_SCHEME}{place.repository}"
-    root, part = part_of(f"{base}/{place.path}") if place.path else (base, "")
-    list_files = partial(list_huggingface, place.repository, place.revision)
-    return hub_listing(list_files, uri, folder=root.removeprefix(base).strip("/"), part=part)
+    hub = HubUri.parse(uri)
+    folder, part = model_and_part(hub)
+    return hub_listing(partial(list_huggingface, hub.repository, hub.revision), uri, folder=folder, part=part)
 
 
-def in_hub_cache(place: HubUri) -> Path | None:
-    """Return the folder of a repository in Hugging Face's own cache, if another program has put a whole model there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(place.repository, "model_index.json", revision=place.revision)
-    if not isinstance(found, str):
-        return None
-    folder = Path(found).parent
-    return None if lacking(file_names(folder)) else folder
-
-
-def file_names(folder: Path) -> list[str]:
-    """Return the paths of all files in a folder, relative to it."""
-    return [path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_file()]
+def model_and_part(hub: HubUri) -> tuple[str, str]:
+    """Return the folder of the model in a repository, and the part of the model that the address names, or ""."""
+    base = f"{HF_SCHEME}{hub.repository}"
+    root, part = part_of(f"{base}/{hub.path}") if hub.path else (base, "")
+    return root.removeprefix(base).strip("/"), part
 
 
 def hub_listing(
@@ -264,6 +261,7 @@ def hub_listing(
             RemoteFile(name=name, path=file.url, size=file.size, sha256=file.sha256, git_sha1=file.git_sha1)
             for name, file in ((name, files[name]) for name in chosen)
         ),
+        repository.commit,
     )
 
 

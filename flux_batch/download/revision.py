@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from flux_batch.download.hub import HubUri
+from flux_batch.download.hub_cache import find_repository
+from flux_batch.download.local_copy import file_names
 from flux_batch.download.models import (
-    file_names,
-    in_hub_cache,
     kind_of,
     local_model,
     repository_listing,
@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 def model_revision(uri: str, storage_options: Mapping[str, Any] | None = None) -> str | None:
     """Name the version of the files of a model as they are now; nothing is fetched.
 
-    Of a repository of Hugging Face the revision that the address names, else the commit that its cache has here. Of a
-    bucket, and else of a repository, the name that a copy has in our cache: a hash of names, sizes and what the store
-    says of the bytes. Of files on this machine a hash of names, sizes and both ends of each.
+    Of a repository of Hugging Face, the revision that the address names, else the commit that is here, else the one
+    that the hub names. Of a bucket, the name that a copy has in our cache: a hash of names, sizes and what the store
+    says of the bytes. Of files on this machine, a hash of names, sizes and both ends of each.
     Returns: None for an address on the web, and if they are not here and whoever has them cannot be asked, which is no
     reason for an error.
     """
@@ -53,11 +53,11 @@ def _revision(uri: str, storage_options: Mapping[str, Any]) -> str | None:
         return _of_files(local_model(uri))
     if kind == "storage":
         return storage_listing(uri, storage_options).fingerprint
-    place = HubUri.parse(uri)
-    if place.revision != BRANCH:
-        return place.revision
-    known = None if place.path else in_hub_cache(place)
-    return known.name if known else repository_listing(uri).fingerprint
+    hub = HubUri.parse(uri)
+    if hub.revision != BRANCH:
+        return hub.revision
+    found = None if hub.path else find_repository(hub)
+    return found.name if found else repository_listing(uri).commit
 
 
 def _of_files(model: Path) -> str:

@@ -56,11 +56,12 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of one place: `uri` names it in messages, `fs` reads them."""
+    """The remote files of one folder: `uri` names it in messages, `fs` reads them; `commit` is that of a repository."""
 
     uri: str
     fs: fsspec.AbstractFileSystem
     files: tuple[RemoteFile, ...]
+    commit: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -162,13 +163,13 @@ def sha256_if_same(path: Path, file: RemoteFile) -> str:
     return digests.sha256 if digests.is_match else ""
 
 
-def check_room(folder: Path, num_bytes: int, uri: str) -> None:
+def check_room(folder: Path, num_bytes: int, uri: str, *, variable: str = "FLUX_BATCH_CACHE") -> None:
     """Raise StoreRefused unless the disk of `folder` has room for that many bytes more."""
     free = shutil.disk_usage(folder).free
     if num_bytes > 0 and num_bytes + SPARE_BYTES > free:
         raise StoreRefused(
             f"{folder}: {uri} needs {num_bytes / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free on this disk; "
-            "make room, or name a folder on a larger one (FLUX_BATCH_CACHE is that of the cache)"
+            f"make room, or name a folder on a larger one ({variable} is that of the cache)"
         )
 
 

@@ -23,11 +23,11 @@ from flux_batch.download.local_copy import (
     FOLDER_MANIFEST,
     MANIFEST,
     Listing,
+    cache_dir_of,
     fill_folder,
     list_file,
     list_folder,
     local_copy,
-    place_of,
 )
 from flux_batch.download.transfer import RemoteFile
 from flux_batch.errors import NotFound, StoreError, StoreRefused
@@ -71,7 +71,7 @@ class Remote:
         return list_folder(self.uri, self.options, ["vae", "not-there"], choose)
 
     def copy(self, **options: bool) -> Path:
-        return local_copy(place_of(self.uri, self.options), self.listing, **options)
+        return local_copy(cache_dir_of(self.uri, self.options), self.listing, **options)
 
 
 def choose(names: list[str]) -> list[str]:
@@ -204,11 +204,11 @@ class TestLocalCopy:
 
     def test_different_stores_have_different_places(self) -> None:
         one, two = {"endpoint_url": "http://one"}, {"client_kwargs": {"endpoint_url": "http://two"}}
-        places = [place_of("s3://b/flux", options) for options in ({}, one, two, {"key": "k"})]
+        places = [cache_dir_of("s3://b/flux", options) for options in ({}, one, two, {"key": "k"})]
         assert len(set(places)) == 3
         assert places[0] == places[3]
         assert places[0].name.startswith("flux-")
-        assert place_of("s3://b/flux", {}) != place_of("s3://c/flux", {})
+        assert cache_dir_of("s3://b/flux", {}) != cache_dir_of("s3://c/flux", {})
 
 
 class TestListing:
@@ -235,7 +235,7 @@ class TestListing:
             f"{bucket.uri}/top.safetensors", "top.safetensors", bucket.uri, bucket.options, ["vae"], choose
         )
         assert [file.name for file in listing.files] == ["top.safetensors", "vae/config.json", "vae/model.safetensors"]
-        assert read(local_copy(place_of("x", {}), lambda: listing)) == {
+        assert read(local_copy(cache_dir_of("x", {}), lambda: listing)) == {
             name: data for name, data in FILES.items() if name != "index.json"
         }
 
@@ -244,7 +244,7 @@ class TestListing:
         root = f"{hub.endpoint}/a/b/resolve/main"
         listing = list_file(f"{root}/x.safetensors?sig=secret", "x.safetensors", root, {}, ["vae"], lambda names: names)
         assert "secret" not in listing.uri
-        assert read(local_copy(place_of("x", {}), lambda: listing)) == {"x.safetensors": b"1234"}
+        assert read(local_copy(cache_dir_of("x", {}), lambda: listing)) == {"x.safetensors": b"1234"}
 
     def test_a_file_that_is_not_there(self, hub: Any) -> None:
         with pytest.raises(NotFound):
@@ -261,10 +261,10 @@ class TestListing:
 COPY = """
 import json, sys
 from flux_batch.download import transfer
-from flux_batch.download.local_copy import list_folder, local_copy, place_of
+from flux_batch.download.local_copy import list_folder, local_copy, cache_dir_of
 transfer.CHUNK_BYTES = 65_536
 uri, options = sys.argv[1], json.loads(sys.argv[2])
-print(local_copy(place_of(uri, options), lambda: list_folder(uri, options, ["vae"], lambda names: sorted(names))))
+print(local_copy(cache_dir_of(uri, options), lambda: list_folder(uri, options, ["vae"], lambda names: sorted(names))))
 """
 
 
@@ -290,7 +290,7 @@ def test_two_processes_fetch_once(bucket: Remote, proxy: Proxy) -> None:
 def test_a_killed_copy_goes_on(bucket: Remote, proxy: Proxy, share: float) -> None:
     proxy.pause_s = 0.1
     process = start(bucket)
-    place = place_of(bucket.uri, bucket.options)
+    place = cache_dir_of(bucket.uri, bucket.options)
     size = sum(len(data) for data in FILES.values())
     wait_until(lambda: place.exists() and sum(map(len, read(place).values())) >= share * size)
     process.send_signal(signal.SIGKILL)

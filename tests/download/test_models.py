@@ -8,14 +8,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 
 from flux_batch import FluxImagePipeline, ModelManager, download_models
-from flux_batch.download import transfer
+from flux_batch.download import hub_cache, transfer
 from flux_batch.download.models import kind_of, local_model, local_path, located
 from flux_batch.errors import CheckpointError, StoreError, StoreRefused
 from flux_batch.storage import retry
@@ -239,16 +243,27 @@ def prefix_in(folder: Path, data: bytes) -> int:
 DOWNLOAD = """
 import sys
 from flux_batch.download.models import download_models
-from flux_batch.download import transfer
+from flux_batch.download import hub_cache, transfer
 transfer.CHUNK_BYTES = 65_536
 download_models(["FLUX.1-dev"], [sys.argv[1]])
 """
 
 
+LOAD_HUB = """
+import sys
+from flux_batch.download.models import local_model
+print(local_model(sys.argv[1]))
+"""
+
+
 def start_download(hub: Hub, website: str, folder: Path) -> subprocess.Popen[bytes]:
+    return start(DOWNLOAD, hub, website, folder)
+
+
+def start(program: str, hub: Hub, argument: str, folder: Path, **options: Any) -> subprocess.Popen[bytes]:
     endpoints = {"HF_ENDPOINT": hub.endpoint, "MODELSCOPE_ENDPOINT": hub.endpoint}
     environment = {**os.environ, **endpoints, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf")}
-    return subprocess.Popen([sys.executable, "-c", DOWNLOAD, website], env=environment, cwd=folder)
+    return subprocess.Popen([sys.executable, "-c", program, argument], env=environment, cwd=folder, **options)
 
 
 def place(path: Path, data: bytes) -> None:
@@ -263,7 +278,7 @@ class TestLocalModel:
         hubs.requests.clear()
         assert local_model(HF) == local_model(f"hf://{HF}@main") == folder
         assert hubs.requests == []
-        assert local_model(f"hf://{HF}@{COMMIT}") != folder
+        assert local_model(f"hf://{HF}@{COMMIT}") == folder
 
     def test_a_part_and_a_file_of_a_repository(self, hubs: Hub, repository: dict[str, bytes]) -> None:
         encoder = local_path(f"hf://{HF}/text_encoder_2")
@@ -289,7 +304,87 @@ class TestLocalModel:
         assert local_model(HF) == snapshot
         assert hubs.requests == []
         (snapshot / "text_encoder/model.safetensors").unlink()
-        assert local_model(HF) != snapshot
+        assert local_model(HF) == snapshot
+        assert (snapshot / "text_encoder/model.safetensors").exists()
+        assert {each.path.rpartition("/")[2].partition("?")[0] for each in hubs.gets()} == {"model.safetensors"}
+
+    def test_what_was_fetched_is_there_for_other_programs(self, hubs: Hub) -> None:
+        folder = local_model(HF)
+        hubs.requests.clear()
+        names = ["model_index.json", "transformer/*", "text_encoder*/*", "vae/config.json", "scheduler/*"]
+        assert snapshot_download(HF, allow_patterns=names, endpoint=hubs.endpoint) == str(folder)
+        assert hubs.gets() == []
+
+    @pytest.mark.parametrize("name", ["text_encoder/model.safetensors", "vae/config.json"])
+    def test_a_damaged_file_of_the_hub_is_not_kept(self, hubs: Hub, repository: dict[str, bytes], name: str) -> None:
+        hubs.damaged = {name.rpartition("/")[2], name}
+        with pytest.raises(StoreError, match=f"{name} arrived damaged"):
+            local_model(HF)
+        hubs.damaged = set()
+        assert (local_model(HF) / name).read_bytes() == repository[name]
+
+    def test_a_file_that_is_gone_is_fetched_again(self, hubs: Hub, repository: dict[str, bytes]) -> None:
+        path = local_model(HF) / "text_encoder/model.safetensors"
+        path.resolve().unlink()
+        assert local_model(HF) / "text_encoder/model.safetensors" == path
+        assert path.read_bytes() == repository["text_encoder/model.safetensors"]
+
+    def test_a_hub_that_changes_while_it_is_copied(self, hubs: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = hub_cache.download_snapshot
+
+        def another_commit(repository: str, revision: str, names: Sequence[str]) -> Path:
+            hubs.commit = "9" * 40
+            return real(repository, revision, names)
+
+        monkeypatch.setattr(hub_cache, "download_snapshot", another_commit)
+        with pytest.raises(StoreError, match="was changed while it was copied; run the same command again"):
+            local_model(HF)
+        assert local_model(HF).name == "9" * 40
+
+    def test_refresh_fetches_what_changed(self, hubs: Hub) -> None:
+        old = local_model(HF)
+        hubs.requests.clear()
+        assert local_model(HF, refresh=True) == old
+        assert hubs.gets() == []
+        hubs.commit = "9" * 40
+        hubs.repositories[HF]["scheduler/scheduler_config.json"] = b'{"shift": 1}'
+        new = local_model(HF, refresh=True)
+        assert (new.name, local_model(HF)) == ("9" * 40, new)
+        assert {each.path.rpartition("/")[2] for each in hubs.gets()} == {"scheduler_config.json"}
+        hubs.statuses = [503] * 99
+        assert local_model(HF, refresh=True) == new
+
+    def test_a_disk_that_is_too_small_for_the_hub(self, hubs: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=transfer.SPARE_BYTES))
+        with pytest.raises(StoreRefused, match=r"GB are free on this disk; .*HF_HUB_CACHE"):
+            local_model(HF)
+        assert hubs.gets() == []
+
+    def test_two_processes_fetch_a_repository_once(self, hubs: Hub, tmp_path: Path) -> None:
+        hubs.pause_s = 0.02
+        processes = [start(LOAD_HUB, hubs, HF, tmp_path, stdout=subprocess.PIPE) for _ in range(2)]
+        folders = {process.communicate(timeout=110)[0] for process in processes}
+        assert ([process.returncode for process in processes], len(folders)) == ([0, 0], 1)
+        asked = [each.path for each in hubs.gets()]
+        assert len(asked) == len(set(asked))
+
+    def test_a_killed_fetch_goes_on_with_the_next_file(self, hubs: Hub, tmp_path: Path) -> None:
+        hubs.repositories[HF]["transformer/diffusion_pytorch_model.safetensors"] = os.urandom(2_000_000)
+        hubs.pause_s = 0.1
+        process = start(LOAD_HUB, hubs, HF, tmp_path)
+        blobs = tmp_path / "hf/hub"
+        wait_until(lambda: any(blobs.glob("**/snapshots/*/vae/*.safetensors")))
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+
+        hubs.pause_s = 0.0
+        hubs.requests.clear()
+        process = start(LOAD_HUB, hubs, HF, tmp_path)
+        process.communicate(timeout=110)
+        assert process.returncode == 0
+        assert {each.path.rpartition("/")[2].partition("?")[0] for each in hubs.gets() if each.is_cdn} == {
+            "diffusion_pytorch_model.safetensors"
+        }
 
     def test_what_is_neither_folder_nor_repository(self, hubs: Hub) -> None:
         with pytest.raises(
@@ -391,7 +486,7 @@ class TestBucket:
 LOAD = """
 import json, sys
 from flux_batch.download.models import local_model
-from flux_batch.download import transfer
+from flux_batch.download import hub_cache, transfer
 transfer.CHUNK_BYTES = 65_536
 print(local_model(sys.argv[1], json.loads(sys.argv[2])))
 """

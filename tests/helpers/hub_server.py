@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -39,6 +40,7 @@ class Hub:
     cdn: str = ""
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
+    commit: str = COMMIT
     requests: list[Seen] = field(default_factory=list)
     # Misbehaviour.
     statuses: list[int] = field(default_factory=list)  # answers to the next requests, instead of what was asked
@@ -82,6 +84,8 @@ class Handler(BaseHTTPRequestHandler):
             self.contents(parts[2], self.hub.bytes_of(parts[1]))
         elif parts[:3] == ["api", "v1", "models"]:
             self.modelscope("/".join(parts[3:5]), parts[5:], parse_qs(url.query))
+        elif parts[:2] == ["api", "models"] and parts[4:5] == ["tree"]:
+            self.tree("/".join(parts[2:4]))
         elif parts[:2] == ["api", "models"]:
             self.model_info("/".join(parts[2:4]), parts[-1])
         elif parts[2:3] == ["resolve"]:
@@ -93,16 +97,21 @@ class Handler(BaseHTTPRequestHandler):
         """Describe a repository of Hugging Face, as GET /api/models/.../revision/... does with blobs=true."""
         if name not in self.hub.repositories:
             self.send(401, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
-        elif revision not in ("main", COMMIT):
+        elif revision not in ("main", self.hub.commit):
             self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
         else:
             files = self.hub.repositories[name]
             siblings = [describe(path, data) for path, data in files.items()]
-            self.send(200, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
+            self.send(200, json.dumps({"id": name, "sha": self.hub.commit, "siblings": siblings}).encode())
+
+    def tree(self, name: str) -> None:
+        """List the files of a repository of Hugging Face, as GET /api/models/.../tree/... does with recursive=true."""
+        entries = [tree_entry(describe(path, data)) for path, data in self.hub.repositories.get(name, {}).items()]
+        self.send(200, json.dumps(entries).encode())
 
     def resolve(self, name: str, path: str) -> None:
-        """Give a file of Hugging Face: small ones here, large ones by pointing elsewhere."""
-        common = {"X-Repo-Commit": COMMIT}
+        """Send a file of Hugging Face: small ones here, large ones by pointing elsewhere."""
+        common = {"X-Repo-Commit": self.hub.commit}
         data = self.hub.repositories.get(name, {}).get(path)
         if data is None:
             self.send(404, b"", common | {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
@@ -116,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
             location = f"{self.hub.cdn}/cdn/{digest}/{path.rpartition('/')[2]}?Signature=secret"
             self.send(302, b"", common | linked | {"Location": location})
         else:
-            self.contents(path, data, common)
+            self.contents(path, data, common | {"ETag": f'"{git_sha1(data)}"'})
 
     def modelscope(self, name: str, rest: list[str], query: Mapping[str, list[str]]) -> None:
         """List a repository of ModelScope, or give a file of it."""
@@ -139,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
     def contents(self, path: str, data: bytes, headers: Mapping[str, str] | None = None) -> None:
         """Send the contents of a file, or the range asked for."""
         start, end, status = 0, len(data), 200
-        headers = {**(headers or {}), "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', **(headers or {})}
         if self.hub.has_ranges and (asked := self.headers["Range"]):
             first, _, last = asked.removeprefix("bytes=").partition("-")
             start, end, status = int(first), min(int(last or len(data)) + 1, len(data)), 206
@@ -196,13 +205,25 @@ def point_at(hub: Hub, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 
 def describe(path: str, data: bytes) -> dict[str, object]:
     """Describe a file as Hugging Face does."""
-    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    facts: dict[str, object] = {"rfilename": path, "size": len(data), "blobId": blob}
+    facts: dict[str, object] = {"rfilename": path, "size": len(data), "blobId": git_sha1(data)}
     if path.endswith(LARGE):
         digest = hashlib.sha256(data).hexdigest()
         facts["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
         facts["blobId"] = "0" * 40  # that of the pointer
     return facts
+
+
+def tree_entry(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of a file as a listing of a tree has it."""
+    entry = {"type": "file", "path": facts["rfilename"], "size": facts["size"], "oid": facts["blobId"]}
+    if lfs := facts.get("lfs"):
+        entry["lfs"] = {"oid": lfs["sha256"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
+    return entry
+
+
+def git_sha1(data: bytes) -> str:
+    """Return git's name of a blob."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 @contextmanager

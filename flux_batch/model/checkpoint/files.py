@@ -38,7 +38,7 @@ def needed_files(names: Iterable[str], *, part: str = "", single_files: bool = F
     return sorted([*settings, *one_variant(weights, settings)])
 
 
-def lacking(names: Iterable[str]) -> list[str]:
+def missing_components(names: Iterable[str]) -> list[str]:
     """Return the folders whose weights are neither there nor, as far as names tell, in single files; shards count."""
     known = [name for name in names if is_known(name)]
     weights = [name for name in known if is_weight(name)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flux_batch.model.checkpoint.files import FOLDERS, lacking, needed_files, part_of
+from flux_batch.model.checkpoint.files import FOLDERS, missing_components, needed_files, part_of
 
 SETTINGS = [
     "model_index.json",
@@ -101,12 +101,12 @@ def test_no_name_leads_out_of_the_folder(name: str) -> None:
 
 
 def test_what_is_lacking_is_told_by_folder() -> None:
-    assert lacking([*SETTINGS, *ENCODERS, *FOLDER_WEIGHTS]) == []
-    assert lacking([*SETTINGS, *ENCODERS, *SINGLE_FILES]) == []
-    assert lacking([*SETTINGS, *ENCODERS[:2], *FOLDER_WEIGHTS]) == ["text_encoder_2"]  # one shard of two
-    assert lacking([*SETTINGS, *ENCODERS[1:], *FOLDER_WEIGHTS]) == ["text_encoder"]
-    assert lacking(["all.safetensors"]) == ["tokenizer", "tokenizer_2"]
-    assert lacking([]) == [folder for folder in FOLDERS if folder != "scheduler"]
+    assert missing_components([*SETTINGS, *ENCODERS, *FOLDER_WEIGHTS]) == []
+    assert missing_components([*SETTINGS, *ENCODERS, *SINGLE_FILES]) == []
+    assert missing_components([*SETTINGS, *ENCODERS[:2], *FOLDER_WEIGHTS]) == ["text_encoder_2"]  # one shard of two
+    assert missing_components([*SETTINGS, *ENCODERS[1:], *FOLDER_WEIGHTS]) == ["text_encoder"]
+    assert missing_components(["all.safetensors"]) == ["tokenizer", "tokenizer_2"]
+    assert missing_components([]) == [folder for folder in FOLDERS if folder != "scheduler"]
 
 
 @pytest.mark.parametrize(
