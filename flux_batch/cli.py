@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from flux_batch.bench.command import add_bench
 from flux_batch.logs import JsonLines, log_lines
+from flux_batch.output.paths import RunFolder
 from flux_batch.redaction import plain_text
 
 if TYPE_CHECKING:
@@ -223,21 +224,22 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _gc(arguments: argparse.Namespace) -> int:
-    from flux_batch.output.gc import Leftovers
+    from flux_batch.output.gc import find_leftovers, remove_leftovers
     from flux_batch.output.lease import HeldStore, Lease
     from flux_batch.report.saved_run import SavedRun
     from flux_batch.storage.store import Store
 
     place = arguments.output, _options(arguments.storage_option)
     store = Store(*place)
-    num_shards = SavedRun.open(store).num_shards
+    run = SavedRun.open(store)
     if arguments.dry_run:
-        for leftover in Leftovers(store, num_shards).find():
+        for leftover in find_leftovers(run.folder):
             _print(f"{leftover.kind:<12} {leftover.key}")
         return 0
     with Lease(store) as lease:
-        leftovers = Leftovers(HeldStore(*place, check=lease.check), num_shards)
-        _print(f"{leftovers.sweep(list(leftovers.find()))} objects removed")
+        folder = RunFolder(HeldStore(*place, check=lease.check), run.folder.num_shards)
+        num_removed = remove_leftovers(folder, run.output_format, list(find_leftovers(folder)))
+        _print(f"{num_removed} objects removed")
     return 0
 
 
@@ -276,17 +278,19 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _summary(report: RunReport) -> str:
     """Say in a few lines what a run came to."""
+    from flux_batch.output.paths import FAILED, METADATA, TRAIN
+
     lines = [
         report.line,
-        f"images   {report.output}/train",
-        f"metadata {report.output}/metadata",
+        f"images   {report.output}/{TRAIN}",
+        f"metadata {report.output}/{METADATA}",
     ]
     if not report.is_complete:
         lines.append("NOT COMPLETE: run it again")
     elif report.exit_code:
         lines.append(
             f"{100 * report.failed_ratio:.1f} % failed, failures.max_ratio = {report.max_failed_ratio:g} allows less; "
-            f"the reasons are in {report.output}/_run/failed"
+            f"the reasons are in {report.output}/{FAILED}"
         )
     return "\n".join(lines)
 

@@ -17,7 +17,8 @@ import pyarrow as pa
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.errors import DeviceFatal, JobError, SourceError, StoreError
 from flux_batch.images import encode
-from flux_batch.output.layouts import RECORD_SCHEMA, layout_for
+from flux_batch.output.formats import format_for
+from flux_batch.output.metadata import RECORD_SCHEMA
 from flux_batch.pipeline.load import load_pipeline
 from flux_batch.prompts.input_images import load_image
 from flux_batch.prompts.row_loras import RowLoras
@@ -94,8 +95,7 @@ class FluxMapper:
             settings = settings.model_copy(update={"quantization": pipeline.precision["quantization"]})
         loras = RowLoras(config.model.loras, "").of_job
         self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling))
-        layout = layout_for(config.output, pa.schema([]))
-        self._recorder = Recorder(settings, layout, pipeline.default_t5_sequence_length)
+        self._recorder = Recorder(settings, format_for(config.output), pipeline.default_t5_sequence_length)
 
     def __call__(self, batch: Batch) -> Batch:
         """Make the images of a batch: a dict of NumPy columns, or an Arrow table, which is what comes back.

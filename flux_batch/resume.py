@@ -13,9 +13,9 @@ from flux_batch.download.revision import model_revision
 from flux_batch.errors import AlreadyExists, JobError, NotFound, PlanMismatch
 from flux_batch.output.card import card
 from flux_batch.output.commits import Commits
-from flux_batch.output.layouts import layout_for
-from flux_batch.output.paths import CARD, JOB, PLAN, PRECISION, REPORT, STAGING, SUCCESS
-from flux_batch.output.revert import TakeBack
+from flux_batch.output.formats import format_for
+from flux_batch.output.paths import CARD, JOB, METADATA, PLAN, PRECISION, REPORT, STAGING, SUCCESS, TRAIN, RunFolder
+from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.output.staging import Staging
 from flux_batch.plan.plan import Plan, check_same_job, extended, make_plan, remaining
 from flux_batch.prompts.source import PromptSource
@@ -23,7 +23,7 @@ from flux_batch.records import Shard
 from flux_batch.report.progress import Progress
 from flux_batch.report.summary import RunReport, Totals
 from flux_batch.report.versions import versions
-from flux_batch.storage.store import SCRATCH, Store
+from flux_batch.storage.store import STORE_TMP, Store
 from flux_batch.worker.settled_precision import settled_job
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunRep
     if plan is None or (extend and extended(plan, config.prompts, config.output.shard_size) is not plan):
         return None
     todo, progress = state_of(plan, store)
-    if todo or store.list(SCRATCH):  # the last writer was killed in the middle of a write
+    if todo or store.list(STORE_TMP):  # the last writer was killed in the middle of a write
         return None
     if extend:
         log.info("%s: no prompt file is new", config.name)
@@ -106,26 +106,26 @@ def saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Plan
 
 def reopen(config: JobConfig, plan: Plan, store: Store, *, retry_failed: bool) -> None:
     """Take back the commits with failed rows, if they are to be tried again; finish what was being taken back."""
-    take_back = TakeBack(store, len(plan.shards), layout_for(config.output, plan.passthrough))
-    take_back.finish()
+    run, output_format = RunFolder(store, len(plan.shards)), format_for(config.output, plan.passthrough)
+    finish_reverts(run, output_format)
     if retry_failed:
-        commits = Commits(store, len(plan.shards))
+        commits = Commits(run)
         failed = [commit for commit in commits.read_all(sorted(commits.done())) if commit.num_failed]
         num_rows = sum(commit.num_failed for commit in failed)
         log.info("%s: %d failed images in %d shards are tried again", config.name, num_rows, len(failed))
-        take_back([commit.shard for commit in failed])
+        revert(run, output_format, [commit.shard for commit in failed])
 
 
 def state_of(plan: Plan, store: Store) -> tuple[list[Shard], Progress]:
     """Read which shards are left to do, and what the others came to."""
-    commits = Commits(store, len(plan.shards))
+    commits = Commits(RunFolder(store, len(plan.shards)))
     done = commits.done()
     return remaining(plan, done), Progress(store, len(plan.shards), Totals.of(commits.read_all(sorted(done))))
 
 
 def written(store: Store) -> list[str]:
     """List images and metadata in the output, of whatever origin; those of unfinished shards included."""
-    return store.list("train") or store.list("metadata") or store.list(STAGING)
+    return store.list(TRAIN) or store.list(METADATA) or store.list(STAGING)
 
 
 def close_run(config: JobConfig, store: Store, plan: Plan, progress: Progress) -> RunReport:
@@ -133,7 +133,7 @@ def close_run(config: JobConfig, store: Store, plan: Plan, progress: Progress) -
     config = settled_job(store, config)
     report = report_of(config, store, progress)
     if report.is_complete:
-        Staging(store, progress.num_shards).clear()
+        Staging(RunFolder(store, progress.num_shards)).clear()
         clear_scratch(store)
     if not store.exists(SUCCESS):
         progress.finish()
@@ -148,7 +148,7 @@ def close_run(config: JobConfig, store: Store, plan: Plan, progress: Progress) -
 
 def clear_scratch(store: Store) -> None:
     """Remove the half-written files of killed processes; whoever is alive and writes one, writes it again."""
-    for key in store.list(SCRATCH):
+    for key in store.list(STORE_TMP):
         store.delete(key)
 
 

@@ -25,7 +25,7 @@ import flux_batch.output.paths as run_paths
 from flux_batch.cli import parser
 from flux_batch.config.schema import PROMPT_FIELDS, JobConfig
 from flux_batch.errors import JobError
-from flux_batch.output.layouts import RECORD_SCHEMA
+from flux_batch.output.metadata import RECORD_SCHEMA
 from helpers import job_file_table
 
 ROOT = Path(__file__).parents[1]

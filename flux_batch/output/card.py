@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 
 from flux_batch.config.schema import JobConfig
+from flux_batch.output.formats import format_for
+from flux_batch.output.paths import METADATA, SUCCESS, TRAIN
 from flux_batch.redaction import public_uri
-
-PATTERNS = {"webdataset": "train/*.tar", "files": "train/*/*", "parquet": "train/*.parquet"}
 
 
 def card(config: JobConfig, num_prompts: int) -> str:
     """Write the card: a header for loaders, then what a person should know. No date: the same job, the same bytes."""
+    pattern = format_for(config.output).loader_pattern
     header = {
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": _pattern(config)}]}],
+        "configs": [{"config_name": "default", "data_files": [{"split": TRAIN, "path": pattern}]}],
         "tags": ["synthetic", "text-to-image", "flux"],
     }
     sampling = config.sampling
@@ -33,15 +34,11 @@ unless a row asked for more. Made with flux-batch.
 | embedded guidance | {sampling.embedded_guidance} |
 | true CFG scale | {sampling.cfg_scale} |
 
-A prompt row may override each of these; `metadata/*.parquet` has what was used, one row for every requested image,
+A prompt row may override each of these; `{METADATA}/*.parquet` has what was used, one row for every requested image,
 failed ones included. Every image carries its own settings inside and is labelled as AI generated.
-The run is complete when `_SUCCESS` is there. FLUX.1-dev weights have a licence of their own, which reaches the use of
+The run is complete when `{SUCCESS}` is there. FLUX.1-dev weights have a licence of their own, which reaches the use of
 what they make.
 """
-
-
-def _pattern(config: JobConfig) -> str:
-    return PATTERNS[config.output.format]
 
 
 def _yaml(header: dict[str, object]) -> str:

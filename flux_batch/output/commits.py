@@ -55,18 +55,19 @@ from pathlib import Path
 import pyarrow as pa
 
 from flux_batch.errors import AlreadyExists, NotFound, StoreError
-from flux_batch.output.layouts import (
-    Layout,
-    Sample,
+from flux_batch.output.formats import OutputFormat, Sample, iter_images
+from flux_batch.output.metadata import pack_failures, pack_metadata, unpack_metadata
+from flux_batch.output.paths import (
+    COMMITS,
+    METADATA,
+    TRAIN,
+    RunFolder,
+    commit_file,
     failed_file,
+    is_within,
     metadata_file,
-    pack_failures,
-    pack_metadata,
-    shard_name,
-    unpack,
-    unpack_metadata,
+    number_in,
 )
-from flux_batch.output.paths import COMMITS
 from flux_batch.records import Commit, ImageRecord, StoredFile
 from flux_batch.storage.store import Store
 
@@ -78,23 +79,22 @@ WRITERS = 16
 
 @dataclass(frozen=True)
 class Commits:
-    """The commits of a run, in its store."""
+    """The commits of a run."""
 
-    store: Store
-    num_shards: int
+    run: RunFolder
 
     def done(self) -> set[int]:
         """List the shards that are committed."""
-        names = (key.rpartition("/")[2] for key in self.store.list(COMMITS))
-        return {int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdecimal()}
+        numbers = (number_in(key.rpartition("/")[2], ".json") for key in self.run.store.list(COMMITS))
+        return {number for number in numbers if number is not None}
 
     def read(self, shard: int) -> Commit:
         """Read the commit of a shard. Raises: NotFound if it is not done, StoreError if it is damaged."""
         key = self.key(shard)
         try:
-            return parse_commit(self.store.read(key))
+            return parse_commit(self.run.store.read(key))
         except ValueError as error:
-            raise StoreError(f"{self.store.url(key)}: {error}; `flux-batch verify --repair` takes it back") from error
+            raise StoreError(f"{self.run.store.url(key)}: {error}; `flux-batch verify --repair` reverts it") from error
 
     def find(self, shard: int) -> Commit | None:
         """Return the commit of a shard, None if it is not done. Raises: StoreError if it is damaged."""
@@ -111,14 +111,14 @@ class Commits:
         """Make a shard done. Returns: the commit that stands, which is another worker's if that came first."""
         body = json.dumps({"version": VERSION, **asdict(commit)}, indent=1).encode()
         try:
-            self.store.put_if_absent(self.key(commit.shard), body)
+            self.run.store.put_if_absent(self.key(commit.shard), body)
         except AlreadyExists:
             return self.read(commit.shard)
         return commit
 
     def key(self, shard: int) -> str:
         """Name the commit of a shard."""
-        return f"{COMMITS}/{shard_name(shard, self.num_shards)}.json"
+        return commit_file(self.run.shard_name(shard))
 
 
 def parse_commit(data: bytes) -> Commit:
@@ -140,7 +140,7 @@ def parse_commit(data: bytes) -> Commit:
 
 def _file_of_run(*, path: str, bytes: int, sha256: str) -> StoredFile:
     """Make the record of a file. Raises: ValueError for a path that leads elsewhere: an output may be a stranger's."""
-    if not path.startswith(("train/", "metadata/")) or ".." in path.split("/"):
+    if not is_within(path, TRAIN, METADATA):
         raise ValueError(f"{path!r} is no file of a run")
     return StoredFile(path=path, bytes=bytes, sha256=sha256)
 
@@ -150,7 +150,7 @@ class Publisher:
     """Takes the finished images of a shard through the protocol above."""
 
     commits: Commits
-    layout: Layout
+    output_format: OutputFormat
     passthrough: pa.Schema
     worker: str
 
@@ -168,11 +168,11 @@ class Publisher:
         made one by key; `scratch` is an empty local folder; `device_s` is noted in the commit. Returns: the commit that
         stands.
         """
-        name = shard_name(shard, self.commits.num_shards)
+        name = self.commits.run.shard_name(shard)
         files, records = self._put_data(name, records, images, scratch)
         metadata, data = self._put_metadata(name, records)
         if failed := pack_failures(data):
-            self.commits.store.write(failed_file(name), failed)
+            self.commits.run.store.write(failed_file(name), failed)
         rows = unpack_metadata(data)
         failures = Counter(row["error_type"] for row in rows if row["status"] == "failed")
         return self.commits.put(
@@ -191,25 +191,26 @@ class Publisher:
         self, name: str, records: Sequence[ImageRecord], images: dict[str, Path], scratch: Path
     ) -> tuple[list[StoredFile], Sequence[ImageRecord]]:
         """Write the data files. Returns: them, and the records, which now describe what is stored, whoever made it."""
-        put = _Files(self.commits.store, scratch)
+        put = _Files(self.commits.run.store, scratch)
         if samples := [Sample(record, images[record.key]) for record in records if record.status == "success"]:
-            put.create(self.layout.pack(name, samples, scratch))
+            put.create(self.output_format.pack(name, samples, scratch))
         # What failed for us, another attempt may have made.
-        for key in sorted({self.layout.file_name(name, record.key) for record in records if record.status == "failed"}):
-            put.adopt(key)
+        failed = [record.key for record in records if record.status == "failed"]
+        for file in sorted({self.output_format.file_name(name, key) for key in failed}):
+            put.adopt(file)
         if put.is_adopted:
-            adopted = unpack(self.layout, name, put.paths)
-            records = [_adopt(record, adopted, self.layout.file_name(name, record.key)) for record in records]
-        put.create(self.layout.list_images(name, records, scratch))
+            adopted = dict(iter_images(self.output_format, name, put.paths))
+            records = [_adopt(record, adopted, self.output_format.file_name(name, record.key)) for record in records]
+        put.create(self.output_format.list_images(name, records, scratch))
         return put.stored, records
 
     def _put_metadata(self, name: str, records: Sequence[ImageRecord]) -> tuple[StoredFile, bytes]:
         key = metadata_file(name)
         data = pack_metadata(records, self.passthrough)
         try:
-            self.commits.store.put_if_absent(key, data)
+            self.commits.run.store.put_if_absent(key, data)
         except AlreadyExists:
-            data = self.commits.store.read(key)
+            data = self.commits.run.store.read(key)
         return StoredFile(path=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()), data
 
 

@@ -1,20 +1,19 @@
-"""What lies in an output and no commit names: half-written, staged in vain, not committed, or strange.
+"""Leftovers: the objects of an output that no commit names, half-written, staged in vain, not committed or unknown.
 
-Looks at the folders of a run alone, `train`, `metadata` and `_run`: what else lies beside them is somebody else's.
+Looks at the folders of a run alone, `train`, `metadata` and `_run`: whatever else lies beside them is somebody else's.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Literal
 
 from flux_batch.errors import NotFound
 from flux_batch.output.commits import Commits, parse_commit
-from flux_batch.output.layouts import shard_name
+from flux_batch.output.formats import OutputFormat
 from flux_batch.output.paths import (
     BATCH_SIZE,
     COMMITS,
@@ -22,125 +21,123 @@ from flux_batch.output.paths import (
     FAILED,
     JOB,
     LEASE,
+    METADATA,
     PLAN,
     PRECISION,
     PROGRESS,
     REPORT,
+    REVERTING,
+    RUN,
     STAGING,
-    TAKEN_BACK,
+    TRAIN,
+    RunFolder,
+    commit_file,
 )
 from flux_batch.output.revert import remove_shard
-from flux_batch.storage.store import SCRATCH, Store
+from flux_batch.storage.store import STORE_TMP
 
 log = logging.getLogger(__name__)
 
-READERS = 16
-RUN_FOLDER = "_run"
-OWN = {BATCH_SIZE, COMPILE_CACHE, JOB, PLAN, PRECISION, PROGRESS, REPORT}
-OWN |= {COMMITS, FAILED, LEASE, SCRATCH, STAGING, TAKEN_BACK}
+# Objects that are listed, or removed, at once.
+THREADS = 16
+# The files and folders of this program in RUN; the gallery is a leftover too, which `flux-batch gallery` makes again.
+OF_RUN = {BATCH_SIZE, COMPILE_CACHE, JOB, PLAN, PRECISION, PROGRESS, REPORT}
+OF_RUN |= {COMMITS, FAILED, LEASE, REVERTING, STAGING, STORE_TMP}
 
 # A file whose write never ended; staged images that nobody needs any more; files of a shard that is not committed,
-# which may still be; what no run puts there.
-Kind = Literal["half-written", "staged", "uncommitted", "stray"]
+# and still may be; a file that no run puts there.
+LeftoverKind = Literal["half-written", "staged", "uncommitted", "stray"]
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """An object that no commit names; `shard` is whose it would be, if that can be told."""
+    """An object that no commit names; `shard` is the one it seems to belong to, if any."""
 
     key: str
-    kind: Kind
+    kind: LeftoverKind
     shard: int | None = None
 
 
-@dataclass(frozen=True)
-class Leftovers:
-    """Finds what no commit names, in the store of a run."""
+def find_leftovers(run: RunFolder) -> Iterator[Leftover]:
+    """Yield every leftover. Those that are `uncommitted` may be committed by a worker meanwhile."""
+    done = Commits(run).done()
+    yield from _unknown_files(run)
+    yield from (Leftover(key, "half-written") for key in run.store.list(STORE_TMP))
+    yield from _staged(run, done)
+    for folder in (METADATA, FAILED):
+        yield from _tables(run, folder, done)
+    yield from _data_files(run, done)
 
-    store: Store
-    num_shards: int
 
-    def find(self) -> Iterator[Leftover]:
-        """Yield every leftover. What a worker commits meanwhile may be among those that are `uncommitted`."""
-        done = self._commits.done()
-        yield from self._strangers()
-        yield from (Leftover(key, "half-written") for key in self.store.list(SCRATCH))
-        yield from self._staged(done)
-        for folder in ("metadata", FAILED):
-            yield from self._of_tables(folder, done)
-        yield from self._of_data(done)
+def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Sequence[Leftover]) -> int:
+    """Remove leftovers; needs the lease. Returns: their number.
 
-    def sweep(self, found: list[Leftover]) -> int:
-        """Remove leftovers; needs the lease. Returns: how many there were.
+    A worker of a driver that is gone may commit its shard while its files are being removed: such a commit is
+    reverted, so that `run` makes the shard.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda leftover: run.store.delete(leftover.key), leftovers))
+    uncommitted = {leftover.shard for leftover in leftovers if leftover.kind == "uncommitted"} - {None}
+    for shard in Commits(run).done() & uncommitted:
+        log.warning("shard %d was committed while its files were removed; `run` makes it again", shard)
+        remove_shard(run, output_format, shard)
+    return len(leftovers)
 
-        A worker of a driver that is gone may commit its shard while its files are being removed: such a commit is
-        taken back, so that `run` makes the shard.
-        """
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(lambda leftover: self.store.delete(leftover.key), found))
-        uncommitted = {leftover.shard for leftover in found if leftover.kind == "uncommitted"} - {None}
-        for shard in self._commits.done() & uncommitted:
-            log.warning("shard %d was committed while its files were removed; `run` makes it again", shard)
-            remove_shard(self.store, self.num_shards, shard)
-        return len(found)
 
-    @property
-    def _commits(self) -> Commits:
-        return Commits(self.store, self.num_shards)
+def _unknown_files(run: RunFolder) -> Iterator[Leftover]:
+    """Yield what is not of this program among its own files."""
+    for name, size in run.store.children(RUN).items():
+        if (key := f"{RUN}/{name}") not in OF_RUN:
+            yield from (Leftover(each, "stray") for each in (run.store.list(key) if size is None else [key]))
+    for name in run.store.children(COMMITS):
+        if run.shard_of(name, ".json") is None:
+            yield Leftover(f"{COMMITS}/{name}", "stray")
 
-    def _strangers(self) -> Iterator[Leftover]:
-        """Find what is not of this program among its own files."""
-        for name, size in self.store.children(RUN_FOLDER).items():
-            if (key := f"{RUN_FOLDER}/{name}") not in OWN:
-                yield from (Leftover(each, "stray") for each in (self.store.list(key) if size is None else [key]))
-        for name in self.store.children(COMMITS):
-            if not self._is_shard(name.removesuffix(".json")) or not name.endswith(".json"):
-                yield Leftover(f"{COMMITS}/{name}", "stray")
 
-    def _staged(self, done: set[int]) -> Iterator[Leftover]:
-        """Find staged images of shards that are done, or are none."""
-        for name, size in self.store.children(STAGING).items():
-            folder = f"{STAGING}/{name}"
-            if size is not None:
-                yield Leftover(folder, "stray")
-            elif not self._is_shard(name) or int(name) in done:
-                yield from (Leftover(key, "staged") for key in self.store.list(folder))
+def _staged(run: RunFolder, done: set[int]) -> Iterator[Leftover]:
+    """Yield staged images of shards that are done, or that the plan does not have."""
+    for name, size in run.store.children(STAGING).items():
+        folder, shard = f"{STAGING}/{name}", run.shard_of(name)
+        if size is not None:
+            yield Leftover(folder, "stray")
+        elif shard is None or shard in done:
+            yield from (Leftover(key, "staged") for key in run.store.list(folder))
 
-    def _of_tables(self, folder: str, done: set[int]) -> Iterator[Leftover]:
-        """Find the tables, one a shard, of shards that are not done."""
-        for name, size in self.store.children(folder).items():
-            key, stem = f"{folder}/{name}", name.removesuffix(".parquet")
-            if size is None:
-                yield from (Leftover(each, "stray") for each in self.store.list(key))
-            elif not self._is_shard(stem) or stem == name:
-                yield Leftover(key, "stray")
-            elif int(stem) not in done:
-                yield Leftover(key, "uncommitted", int(stem))
 
-    def _of_data(self, done: set[int]) -> Iterator[Leftover]:
-        """Find images that no commit names; in a folder a shard, or one file a shard."""
-        with ThreadPoolExecutor(READERS) as pool:
-            entries = self.store.children("train").items()
-            for some in pool.map(lambda entry: self._of_entry(entry[0], entry[1], done), entries):
-                yield from some
+def _tables(run: RunFolder, folder: str, done: set[int]) -> Iterator[Leftover]:
+    """Yield the tables, one a shard, of shards that are not done."""
+    for name, size in run.store.children(folder).items():
+        key, shard = f"{folder}/{name}", run.shard_of(name, ".parquet")
+        if size is None:
+            yield from (Leftover(each, "stray") for each in run.store.list(key))
+        elif shard is None:
+            yield Leftover(key, "stray")
+        elif shard not in done:
+            yield Leftover(key, "uncommitted", shard)
 
-    def _of_entry(self, name: str, size: int | None, done: set[int]) -> list[Leftover]:
-        stem = name if size is None else PurePosixPath(name).stem
-        keys = self.store.list(f"train/{name}") if size is None else [f"train/{name}"]
-        if not self._is_shard(stem):
-            return [Leftover(key, "stray") for key in keys]
-        shard = int(stem)
-        if shard not in done:
-            return [Leftover(key, "uncommitted", shard) for key in keys]
-        named = self._named(shard)
-        return [] if named is None else [Leftover(key, "stray", shard) for key in keys if key not in named]
 
-    def _named(self, shard: int) -> set[str] | None:
-        """Read which files the commit of a shard names; None if it cannot be told, and none of them may go."""
-        try:
-            return {file.path for file in parse_commit(self.store.read(self._commits.key(shard))).files}
-        except (NotFound, ValueError):
-            return None
+def _data_files(run: RunFolder, done: set[int]) -> Iterator[Leftover]:
+    """Yield files of images that no commit names; a shard has one file, or a folder."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        entries = run.store.children(TRAIN).items()
+        for leftovers in pool.map(lambda entry: _data_of_shard(run, entry[0], entry[1], done), entries):
+            yield from leftovers
 
-    def _is_shard(self, name: str) -> bool:
-        return name.isdecimal() and int(name) < self.num_shards and shard_name(int(name), self.num_shards) == name
+
+def _data_of_shard(run: RunFolder, name: str, size: int | None, done: set[int]) -> list[Leftover]:
+    keys = run.store.list(f"{TRAIN}/{name}") if size is None else [f"{TRAIN}/{name}"]
+    shard = run.shard_of(name if size is None else name.partition(".")[0])
+    if shard is None:
+        return [Leftover(key, "stray") for key in keys]
+    if shard not in done:
+        return [Leftover(key, "uncommitted", shard) for key in keys]
+    committed = _committed_files(run, shard)
+    return [] if committed is None else [Leftover(key, "stray", shard) for key in keys if key not in committed]
+
+
+def _committed_files(run: RunFolder, shard: int) -> set[str] | None:
+    """Return the files that the commit of a shard names; None if it cannot be read, and none of them may go."""
+    try:
+        return {file.path for file in parse_commit(run.store.read(commit_file(run.shard_name(shard)))).files}
+    except (NotFound, ValueError):
+        return None

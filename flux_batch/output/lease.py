@@ -34,7 +34,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from flux_batch.errors import AlreadyExists, Interrupted, LeaseLost, NotFound, RunHeld, StoreError
-from flux_batch.output.paths import LEASE
+from flux_batch.output.paths import LEASE, number_in
 from flux_batch.output.process_id import ProcessId
 from flux_batch.storage.store import WRITES, Store
 
@@ -283,8 +283,8 @@ def _key(epoch: int) -> str:
 
 
 def _epochs(store: Store) -> list[int]:
-    names = (key.rpartition("/")[2].removesuffix(".json") for key in store.list(LEASE))
-    return sorted(int(name) for name in names if name.isdecimal())
+    numbers = (number_in(key.rpartition("/")[2], ".json") for key in store.list(LEASE))
+    return sorted(number for number in numbers if number is not None)
 
 
 def _held(store: Store, holder: Holder) -> RunHeld:

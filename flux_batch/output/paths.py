@@ -1,23 +1,92 @@
-"""The names of the files of a run, relative to its output; README.md here draws them. Never renamed: old runs go on."""
+"""The names of all files of a run, relative to its output; README.md beside this file draws them.
 
-JOB = "_run/job.yaml"
-PLAN = "_run/plan.parquet"
-COMMITS = "_run/commits"
-FAILED = "_run/failed"
-PROGRESS = "_run/progress.json"
-# Who drives the run: one small object an epoch, the last one counts.
-LEASE = "_run/lease"
-REPORT = "_run/report.json"
-GALLERY = "_run/gallery"
-# Finished images of shards that are not committed yet, a folder a shard.
-STAGING = "_run/staging"
-# Commits that are being taken back; what is noted here, the next driver finishes.
-TAKEN_BACK = "_run/taken-back"
-# How many images a forward pass makes, where the run was to find out itself.
-BATCH_SIZE = "_run/batch_size.json"
-# Which dtype the run computes in, where its job leaves that open.
-PRECISION = "_run/precision.json"
-# What torch.compile has made on one worker, for the others: an object a kind of device.
-COMPILE_CACHE = "_run/compile_cache"
+Never renamed: old runs go on. The files of images are named by their format (formats.py), all in TRAIN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flux_batch.storage.store import Store
+
+# The images, a file or a folder a shard; and their records, a file a shard.
+TRAIN = "train"
+METADATA = "metadata"
 CARD = "README.md"
 SUCCESS = "_SUCCESS"
+
+# Everything below belongs to the run, and no reader of the data set needs it.
+RUN = "_run"
+JOB = f"{RUN}/job.yaml"
+PLAN = f"{RUN}/plan.parquet"
+COMMITS = f"{RUN}/commits"
+FAILED = f"{RUN}/failed"
+PROGRESS = f"{RUN}/progress.json"
+# The driver of the run: one small object an epoch, the last one counts.
+LEASE = f"{RUN}/lease"
+REPORT = f"{RUN}/report.json"
+GALLERY = f"{RUN}/gallery"
+# Finished images of shards that are not committed yet, a folder a shard.
+STAGING = f"{RUN}/staging"
+# Notes of commits that are being reverted; the next driver finishes what is noted here.
+REVERTING = f"{RUN}/taken-back"
+# The number of images in a forward pass, if the run measured it.
+BATCH_SIZE = f"{RUN}/batch_size.json"
+# The dtype that the run computes in, if its job leaves that open.
+PRECISION = f"{RUN}/precision.json"
+# Kernels that torch.compile built on one worker, for the others: an object a kind of device.
+COMPILE_CACHE = f"{RUN}/compile_cache"
+
+
+def shard_name(shard: int, num_shards: int) -> str:
+    """Return the name of a shard: five digits, more if the run has more than 99,999."""
+    return f"{shard:0{max(5, len(str(num_shards - 1)))}d}"
+
+
+def number_in(name: str, suffix: str = "") -> int | None:
+    """Return the number that a file is named after, as in `00012.json`; None if its name is no number and `suffix`."""
+    stem = name.removesuffix(suffix)
+    return int(stem) if stem.isdecimal() and name.endswith(suffix) else None
+
+
+def image_key(shard: str, row: int, image_index: int) -> str:
+    """Return the key of an image: shard and row digits, `_1` and so on for further images of the row; no dots."""
+    return f"{shard}{row:04d}" + (f"_{image_index}" if image_index else "")
+
+
+def metadata_file(shard: str) -> str:
+    """Return the name of a shard's metadata: one row for every requested image, failed ones included."""
+    return f"{METADATA}/{shard}.parquet"
+
+
+def failed_file(shard: str) -> str:
+    """Return the name of the copy of a shard's failed rows; there is no such file if nothing failed."""
+    return f"{FAILED}/{shard}.parquet"
+
+
+def commit_file(shard: str) -> str:
+    """Return the name of a shard's commit."""
+    return f"{COMMITS}/{shard}.json"
+
+
+def is_within(path: str, *folders: str) -> bool:
+    """Return whether a path stays inside one of `folders`: it may come from a file that a stranger wrote."""
+    return any(path.startswith(f"{folder}/") for folder in folders) and ".." not in path.split("/")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The folder of a run, and the number of shards in its plan, which decides how their files are named."""
+
+    store: Store
+    num_shards: int
+
+    def shard_name(self, shard: int) -> str:
+        """Return the name of a shard, as its files have it."""
+        return shard_name(shard, self.num_shards)
+
+    def shard_of(self, name: str, suffix: str = "") -> int | None:
+        """Return the shard that a file or folder is named after; None if it is not one of the plan."""
+        shard = number_in(name, suffix)
+        is_named = shard is not None and shard < self.num_shards and f"{self.shard_name(shard)}{suffix}" == name
+        return shard if is_named else None

@@ -1,8 +1,8 @@
-"""How a commit is taken back, so that `run` makes its shard again: whole, or finished by whoever comes next.
+"""Reverting a commit, so that `run` makes its shard again: whole, or finished by the next driver.
 
     1. staging      the good images of the shard, so that they need not be made again
     2. _SUCCESS     and the report are removed: the run is not complete any more
-    3. note         _run/taken-back/NNNNN says what is going on
+    3. note         _run/taken-back/NNNNN says that the commit is being reverted
     4. commit       is removed: from here on no reader follows the files of the shard
     5. files        metadata, failed rows and data are removed
     6. note         is removed
@@ -18,101 +18,99 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from flux_batch.errors import NotFound
-from flux_batch.output.commits import Commits
-from flux_batch.output.layouts import (
-    DAMAGE,
-    Layout,
+from flux_batch.output.formats import DECODE_ERRORS, OutputFormat, iter_images
+from flux_batch.output.metadata import unpack_metadata
+from flux_batch.output.paths import (
+    REPORT,
+    REVERTING,
+    SUCCESS,
+    RunFolder,
+    commit_file,
     failed_file,
     metadata_file,
-    shard_name,
-    stored_images,
-    unpack_metadata,
+    number_in,
 )
-from flux_batch.output.paths import REPORT, SUCCESS, TAKEN_BACK
 from flux_batch.output.staging import StagedImage, Staging, staged_record
 from flux_batch.storage.scratch import scratch_folder
-from flux_batch.storage.store import Store
 
-# Shards at once, and images of each in memory.
+# Shards that are reverted at once, and images of each in memory.
 SHARDS_AT_ONCE = 4
 IMAGES_AT_ONCE = 8
 
 
-@dataclass(frozen=True)
-class TakeBack:
-    """Takes commits of a run back; what `layout` can still read of their images is kept in the staging area."""
+def revert(run: RunFolder, output_format: OutputFormat, shards: Sequence[int]) -> None:
+    """Revert the commits of some shards, and keep their good images in the staging area. Safe to call twice.
 
-    store: Store
-    num_shards: int
-    layout: Layout
-
-    def __call__(self, shards: Sequence[int]) -> None:
-        """Take back the commits of these shards, those that are no commits included. Safe to call twice."""
-        if not shards:
-            return
-        with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-            list(pool.map(self._keep, shards))
-            for key in (SUCCESS, REPORT):
-                self.store.delete(key)
-            list(pool.map(lambda shard: remove_shard(self.store, self.num_shards, shard), shards))
-
-    def finish(self) -> None:
-        """Finish what a killed process began."""
-        for name in self.store.children(TAKEN_BACK):
-            if name.isdecimal():
-                remove_shard(self.store, self.num_shards, int(name))
-
-    def _keep(self, shard: int) -> None:
-        """Stage the good images of a shard; without a commit it was taken back already, and they are."""
-        if not self.store.exists(Commits(self.store, self.num_shards).key(shard)):
-            return
-        staging = Staging(self.store, self.num_shards)
-        staging.remove(shard)
-        with scratch_folder() as scratch:
-            images = self._good_images(shard_name(shard, self.num_shards), scratch)
-            while some := list(islice(images, IMAGES_AT_ONCE)):
-                staging.put(shard, some)
-
-    def _good_images(self, name: str, scratch: Path) -> Iterator[StagedImage]:
-        """Yield the images that are what the metadata says of them, up to the first byte that cannot be read."""
-        made = self._made(name)
-        files: dict[str, Path] = {}
-        for file in sorted({self.layout.file_name(name, key) for key in made}):
-            with suppress(NotFound):
-                files[file] = self.store.fetch(file, scratch)
-        try:
-            for key, data in stored_images(self.layout, name, files) if files else ():
-                row = made.get(key)
-                if row and row["sha256"] == hashlib.sha256(data).hexdigest():
-                    yield StagedImage(key, staged_record(row), data)
-        except DAMAGE:
-            return
-
-    def _made(self, name: str) -> Mapping[str, Mapping[str, Any]]:
-        """Read which images a shard should have: metadata rows by key; none if they cannot be read."""
-        try:
-            data = self.store.read(metadata_file(name))
-        except NotFound:
-            return {}
-        try:
-            return {row["key"]: row for row in unpack_metadata(data) if row["status"] == "success"}
-        except DAMAGE:
-            return {}
+    A shard whose commit is damaged, or missing, is reverted too.
+    """
+    if not shards:
+        return
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        list(pool.map(lambda shard: _stage_good_images(run, output_format, shard), shards))
+        for key in (SUCCESS, REPORT):
+            run.store.delete(key)
+        list(pool.map(lambda shard: remove_shard(run, output_format, shard), shards))
 
 
-def remove_shard(store: Store, num_shards: int, shard: int) -> None:
-    """Do steps 3 to 6 for one shard."""
-    name = shard_name(shard, num_shards)
-    note = f"{TAKEN_BACK}/{name}"
-    store.write(note, b"")
-    store.delete(Commits(store, num_shards).key(shard))
-    for key in (metadata_file(name), failed_file(name), f"train/{name}.tar", f"train/{name}.parquet"):
-        store.delete(key)
-    store.delete_folder(f"train/{name}")
-    store.delete(note)
+def finish_reverts(run: RunFolder, output_format: OutputFormat) -> None:
+    """Finish the reverts that a killed process began."""
+    for name in run.store.children(REVERTING):
+        if (shard := number_in(name)) is not None:
+            remove_shard(run, output_format, shard)
+
+
+def remove_shard(run: RunFolder, output_format: OutputFormat, shard: int) -> None:
+    """Remove the commit and the files of a shard: steps 3 to 6."""
+    name = run.shard_name(shard)
+    note, data = f"{REVERTING}/{name}", output_format.location(name)
+    run.store.write(note, b"")
+    for key in (commit_file(name), metadata_file(name), failed_file(name), data):
+        run.store.delete(key)
+    run.store.delete_folder(data)
+    run.store.delete(note)
+
+
+def _stage_good_images(run: RunFolder, output_format: OutputFormat, shard: int) -> None:
+    """Stage the good images of a shard; one without a commit was reverted before, and they are staged already."""
+    name = run.shard_name(shard)
+    if not run.store.exists(commit_file(name)):
+        return
+    staging = Staging(run)
+    staging.remove(shard)
+    with scratch_folder() as scratch:
+        images = _good_images(run, output_format, name, scratch)
+        while some := list(islice(images, IMAGES_AT_ONCE)):
+            staging.put(shard, some)
+
+
+def _good_images(run: RunFolder, output_format: OutputFormat, name: str, scratch: Path) -> Iterator[StagedImage]:
+    """Yield the images whose bytes are those of the metadata, up to the first byte that cannot be read."""
+    made = _made_rows(run, name)
+    files: dict[str, Path] = {}
+    for file in sorted({output_format.file_name(name, key) for key in made}):
+        with suppress(NotFound):
+            files[file] = run.store.local_file(file, scratch)
+    try:
+        for key, data in iter_images(output_format, name, files) if files else ():
+            row = made.get(key)
+            if row and row["sha256"] == hashlib.sha256(data).hexdigest():
+                yield StagedImage(key, staged_record(row), data)
+    except DECODE_ERRORS:
+        return
+
+
+def _made_rows(run: RunFolder, name: str) -> Mapping[str, Mapping[str, Any]]:
+    """Return the metadata rows of the images of a shard by key; none if they cannot be read."""
+    try:
+        data = run.store.read(metadata_file(name))
+    except NotFound:
+        return {}
+    try:
+        return {row["key"]: row for row in unpack_metadata(data) if row["status"] == "success"}
+    except DECODE_ERRORS:
+        return {}

@@ -22,9 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flux_batch.errors import NotFound
-from flux_batch.output.layouts import RECORD_SCHEMA, shard_name
-from flux_batch.output.paths import STAGING
-from flux_batch.storage.store import Store
+from flux_batch.output.metadata import RECORD_SCHEMA
+from flux_batch.output.paths import STAGING, RunFolder, number_in
 
 SCHEMA = pa.schema(
     [("key", pa.string()), ("record", pa.string()), ("data", pa.binary()), ("digest", pa.binary(32))],
@@ -58,20 +57,19 @@ def staged_record(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Staging:
-    """The staging folders of a run, in its store."""
+    """The staging folders of a run."""
 
-    store: Store
-    num_shards: int
+    run: RunFolder
 
     def put(self, shard: int, images: Sequence[StagedImage]) -> str:
         """Store the images of a batch as one object. Returns: its name in the folder of the shard."""
         name = f"{uuid.uuid4().hex}.parquet"
-        self.store.write(f"{self._folder(shard)}/{name}", _pack(images))
+        self.run.store.write(f"{self._folder(shard)}/{name}", _pack(images))
         return name
 
     def list(self, shard: int) -> Staged:
         """List what is staged of a shard: one request."""
-        names = [key.rpartition("/")[2] for key in self.store.list(self._folder(shard))]
+        names = [key.rpartition("/")[2] for key in self.run.store.list(self._folder(shard))]
         tries = [name.removeprefix("try-").rpartition("-")[0] for name in names if name.startswith("try-")]
         return Staged(frozenset(name for name in names if name.endswith(".parquet")), Counter(tries))
 
@@ -81,36 +79,37 @@ class Staging:
         All or nothing, so that what is missing is made in the same batch as without the damage.
         """
         try:
-            return _unpack(self.store.read(f"{self._folder(shard)}/{name}"))
+            return _unpack(self.run.store.read(f"{self._folder(shard)}/{name}"))
         except NotFound:
             return ()
 
     def announce(self, shard: int, label: str, worker: str) -> str:
         """Write down that a batch or image is about to be made. Returns: what `withdraw` takes."""
         key = f"{self._folder(shard)}/try-{label}-{uuid.uuid4().hex}.json"
-        self.store.write(key, json.dumps({"worker": worker}).encode())
+        self.run.store.write(key, json.dumps({"worker": worker}).encode())
         return key
 
     def withdraw(self, announced: str) -> None:
         """Take an announcement back, once the worker lived through it."""
-        self.store.delete(announced)
+        self.run.store.delete(announced)
 
     def remove(self, shard: int) -> None:
         """Empty the folder of a shard. Safe to call twice."""
-        for key in self.store.list(self._folder(shard)):
-            self.store.delete(key)
+        for key in self.run.store.list(self._folder(shard)):
+            self.run.store.delete(key)
 
     def clear(self) -> None:
         """Remove everything that is staged, of a run that is complete: what died between a commit and `remove`."""
-        self.store.delete_folder(STAGING)
+        self.run.store.delete_folder(STAGING)
 
     def shards(self) -> set[int]:
         """List the shards that have something staged: one listing of everything staged."""
-        folders = {key.split("/")[-2] for key in self.store.list(STAGING) if key.count("/") == STAGING.count("/") + 2}
-        return {int(name) for name in folders if name.isdecimal()}
+        parts = (key.removeprefix(f"{STAGING}/").split("/") for key in self.run.store.list(STAGING))
+        folders = {part[0] for part in parts if len(part) == 2}
+        return {shard for folder in folders if (shard := number_in(folder)) is not None}
 
     def _folder(self, shard: int) -> str:
-        return f"{STAGING}/{shard_name(shard, self.num_shards)}"
+        return f"{STAGING}/{self.run.shard_name(shard)}"
 
 
 def _pack(images: Sequence[StagedImage]) -> bytes:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from flux_batch.config.schema import JobConfig, PromptsConfig
 from flux_batch.errors import PlanMismatch, SourceError
-from flux_batch.output.layouts import shard_name
+from flux_batch.output.paths import shard_name
 from flux_batch.prompts.source import PromptFile, PromptSource
 from flux_batch.prompts.tables import RowRange
 from flux_batch.records import Shard

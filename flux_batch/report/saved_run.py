@@ -13,8 +13,9 @@ from typing import Any
 from flux_batch.config.schema import JobConfig
 from flux_batch.errors import JobError, NotFound, StoreError
 from flux_batch.output.commits import Commits
-from flux_batch.output.layouts import Layout, layout_for, metadata_file, shard_name, stored_images, unpack_metadata
-from flux_batch.output.paths import JOB, PLAN
+from flux_batch.output.formats import OutputFormat, format_for, iter_images
+from flux_batch.output.metadata import unpack_metadata
+from flux_batch.output.paths import JOB, PLAN, RunFolder, metadata_file
 from flux_batch.plan.plan import Outline
 from flux_batch.storage.store import Store
 
@@ -23,7 +24,7 @@ from flux_batch.storage.store import Store
 class SavedRun:
     """The job and the plan that are written down in an output; `config` has its secrets redacted."""
 
-    store: Store
+    folder: RunFolder
     config: JobConfig
     outline: Outline
 
@@ -39,26 +40,31 @@ class SavedRun:
             config = JobConfig.from_yaml(job.decode(), origin=store.url(JOB))
         except ValueError as error:  # JobError is one too
             raise StoreError(f"{store.uri}: {PLAN} or {JOB} is damaged: {error}") from error
-        return cls(store, config, outline)
+        return cls(RunFolder(store, len(outline.num_rows)), config, outline)
+
+    @property
+    def store(self) -> Store:
+        """The store of the output."""
+        return self.folder.store
 
     @property
     def num_shards(self) -> int:
-        """Count the shards of the plan."""
-        return len(self.outline.num_rows)
+        """The number of shards in the plan."""
+        return self.folder.num_shards
 
     @property
     def commits(self) -> Commits:
-        """Give the commits of the run."""
-        return Commits(self.store, self.num_shards)
+        """The commits of the run."""
+        return Commits(self.folder)
 
     @property
-    def layout(self) -> Layout:
-        """Give the layout its images are stored in."""
-        return layout_for(self.config.output, self.outline.passthrough)
+    def output_format(self) -> OutputFormat:
+        """The format in which its images are stored."""
+        return format_for(self.config.output, self.outline.passthrough)
 
     def name(self, shard: int) -> str:
         """Name a shard, as its files do."""
-        return shard_name(shard, self.num_shards)
+        return self.folder.shard_name(shard)
 
     def metadata(self, shard: int) -> list[dict[str, Any]]:
         """Read the metadata rows of a committed shard, in order. Raises: NotFound."""
@@ -67,8 +73,8 @@ class SavedRun:
     def images(self, shard: int, scratch: Path) -> Iterator[tuple[str, bytes]]:
         """Yield the key and the encoded bytes of each image of a committed shard, one by one.
 
-        `scratch` is a folder for copies of what lies in a bucket. Raises: NotFound, and one of DAMAGE.
+        `scratch` is a folder for copies of what lies in a bucket. Raises: NotFound, and one of DECODE_ERRORS.
         """
         files = [file.path for file in self.commits.read(shard).files if file.path != metadata_file(self.name(shard))]
-        local: Mapping[str, Path] = {path: self.store.fetch(path, scratch) for path in files}
-        return stored_images(self.layout, self.name(shard), local) if local else iter(())
+        local: Mapping[str, Path] = {path: self.store.local_file(path, scratch) for path in files}
+        return iter_images(self.output_format, self.name(shard), local) if local else iter(())

@@ -9,7 +9,7 @@ from typing import Any
 from flux_batch.errors import JobError, NotFound
 from flux_batch.output.commits import Commits
 from flux_batch.output.lease import Holder, read_holder
-from flux_batch.output.paths import PLAN, PROGRESS, SUCCESS
+from flux_batch.output.paths import PLAN, PROGRESS, SUCCESS, RunFolder
 from flux_batch.plan.plan import count
 from flux_batch.report.progress import duration
 from flux_batch.report.summary import Totals
@@ -22,7 +22,7 @@ def read_status(store: Store) -> dict[str, Any]:
         num_shards, num_prompts = count(store.read(PLAN))
     except NotFound as error:
         raise JobError(f"{store.uri}: there is no run here (no {PLAN})") from error
-    commits = Commits(store, num_shards)
+    commits = Commits(RunFolder(store, num_shards))
     totals = Totals.of(commits.read_all(sorted(commits.done())))
     holder = read_holder(store)
     return {

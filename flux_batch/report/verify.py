@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import get_args
 
-from flux_batch.output.gc import Leftovers
-from flux_batch.output.layouts import failed_file
-from flux_batch.output.paths import REPORT, SUCCESS
-from flux_batch.output.revert import TakeBack
+from flux_batch.output.gc import find_leftovers
+from flux_batch.output.paths import REPORT, SUCCESS, TRAIN, failed_file
+from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.report.progress import duration
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify_shard import Check, Problem, ShardCheck, ShardFindings, mended_failures
@@ -84,7 +83,7 @@ def verify(
     run = SavedRun.open(store)
     verdict = Verdict(store.uri, run.num_shards, quick, is_complete=store.exists(SUCCESS))
     done = run.commits.done()
-    sizes = store.children("train")
+    sizes = store.children(TRAIN)
     shards = sorted(shard for shard in done if shard < run.num_shards)
 
     def check(shard: int) -> ShardFindings | None:
@@ -107,8 +106,8 @@ def repair(store: Store, verdict: Verdict) -> list[int]:
     """
     run = SavedRun.open(store)
     broken = verdict.broken
-    TakeBack(store, run.num_shards, run.layout).finish()
-    TakeBack(store, run.num_shards, run.layout)(broken)
+    finish_reverts(run.folder, run.output_format)
+    revert(run.folder, run.output_format, broken)
     for shard in {p.shard for p in verdict.problems if p.check == "failed rows" and p.shard is not None} - {*broken}:
         if failures := mended_failures(run, shard):
             store.write(failed_file(run.name(shard)), failures)
@@ -152,7 +151,7 @@ def _check_whole(run: SavedRun, verdict: Verdict, done: set[int]) -> None:
     """Look at what is not about one shard that is done: missing ones, foreign ones, and what no commit names."""
     for shard in sorted(shard for shard in done if shard >= run.num_shards):
         verdict.problems.append(Problem("commit", f"{shard}: the plan has {run.num_shards} shards"))
-    leftovers = list(Leftovers(run.store, run.num_shards).find())
+    leftovers = list(find_leftovers(run.folder))
     late = run.commits.done() - done  # committed while we read
     if verdict.is_complete and len(done | late) < run.num_shards:
         missing = run.num_shards - len(done | late)

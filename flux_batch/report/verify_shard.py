@@ -16,11 +16,13 @@ from typing import Any, Literal
 from flux_batch.errors import NotFound
 from flux_batch.images import check_image
 from flux_batch.output.commits import parse_commit
-from flux_batch.output.layouts import DAMAGE, failed_file, image_key, metadata_file, pack_failures, unpack_metadata
+from flux_batch.output.formats import DECODE_ERRORS
+from flux_batch.output.metadata import pack_failures, unpack_metadata
+from flux_batch.output.paths import TRAIN, failed_file, image_key, metadata_file
 from flux_batch.records import Commit, StoredFile
 from flux_batch.report.saved_run import SavedRun
 
-# Files of a shard that are fetched at once; all but one layout have two.
+# Files of a shard that are fetched at once; all formats but one have two.
 FETCHERS = 8
 
 # The checks, in the order in which they are made.
@@ -108,7 +110,7 @@ class ShardCheck:
 
     def _fetch(self, file: StoredFile) -> Path | None:
         try:
-            copy = self._run.store.fetch(file.path, self._scratch)
+            copy = self._run.store.local_file(file.path, self._scratch)
         except NotFound:
             self._add("files", f"{file.path}: is gone")
             return None
@@ -130,14 +132,14 @@ class ShardCheck:
 
     def _listed_sizes(self) -> Mapping[str, int | None]:
         if self._name in self._sizes:  # a folder
-            folder = f"train/{self._name}"
+            folder = f"{TRAIN}/{self._name}"
             return {f"{folder}/{name}": size for name, size in self._run.store.children(folder).items()}
-        return {f"train/{name}": size for name, size in self._sizes.items()}
+        return {f"{TRAIN}/{name}": size for name, size in self._sizes.items()}
 
     def _rows(self, metadata: bytes) -> list[dict[str, Any]] | None:
         try:
             return unpack_metadata(metadata)
-        except DAMAGE as error:
+        except DECODE_ERRORS as error:
             self._add("rows", f"{metadata_file(self._name)}: cannot be read: {error}")
             return None
 
@@ -167,7 +169,7 @@ class ShardCheck:
 
     def _wrong_of(self, row: Mapping[str, Any]) -> str:
         """Say what is wrong within a row of the metadata; empty if nothing is."""
-        place = self._run.layout.file_name(self._name, row["key"])
+        place = self._run.output_format.file_name(self._name, row["key"])
         if row.get("status") == "success":
             is_whole = row.get("sha256") and row.get("bytes") and row.get("file_name") == place
             return "" if is_whole else f"made, but it is not said that it lies in {place}, with size and sha256"
@@ -177,9 +179,8 @@ class ShardCheck:
 
     def _check_named(self, rows: Sequence[Mapping[str, Any]], files: Mapping[str, StoredFile]) -> None:
         """Compare the files of the commit with those that the rows need."""
-        due = {metadata_file(self._name)} | {str(row["file_name"]) for row in rows if row["status"] == "success"}
-        if self._run.config.output.format == "files" and len(due) > 1:
-            due.add(f"train/{self._name}/metadata.parquet")
+        made = [str(row["key"]) for row in rows if row["status"] == "success"]
+        due = {metadata_file(self._name)} | self._run.output_format.files(self._name, made)
         for path in sorted(due - files.keys()):
             self._add("files", f"{path}: is not named by the commit")
         for path in sorted(files.keys() - due):
@@ -201,17 +202,17 @@ class ShardCheck:
 
     def _check_images(self, rows: Sequence[Mapping[str, Any]], local: Mapping[str, Path]) -> None:
         """Look at every image: there once, of the recorded bytes, decodable; and at what else lies beside them."""
-        layout = self._run.layout
-        made = {f"{row['key']}.{layout.suffix}": row for row in rows if row["status"] == "success"}
-        due = Counter(layout.names(str(row["key"]) for row in made.values()))
+        output_format = self._run.output_format
+        made = {f"{row['key']}.{output_format.suffix}": row for row in rows if row["status"] == "success"}
+        due = Counter(output_format.entry_names(str(row["key"]) for row in made.values()))
         data_files = {path: copy for path, copy in local.items() if path != metadata_file(self._name)}
         found: Counter[str] = Counter()
         try:
-            for name, data in layout.entries(self._name, data_files) if made else ():
+            for name, data in output_format.entries(self._name, data_files) if made else ():
                 found[name] += 1
                 if (row := made.get(name)) and (wrong := self._wrong_with(row, data)):
                     self._add("images", f"{name}: {wrong}")
-        except DAMAGE as error:
+        except DECODE_ERRORS as error:
             self._add("images", f"the data cannot be read: {' '.join(str(error).split())}")
             return
         for name in sorted((due - found).keys()):
@@ -240,5 +241,5 @@ def mended_failures(run: SavedRun, shard: int) -> bytes | None:
 def _says(copy: bytes, rows: list[Mapping[str, Any]]) -> bool:
     try:
         return repr(unpack_metadata(copy)) == repr(rows)  # a NaN equals none, not even itself
-    except DAMAGE:
+    except DECODE_ERRORS:
         return False

@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused
 from flux_batch.storage.errors import FULL_ERRNOS, code, reason, status
 from flux_batch.storage.retry import Patience
 
 # Half-written files of a killed process stay here, out of sight of whoever loads the data set.
-SCRATCH = "_run/tmp"
+STORE_TMP = "_run/tmp"
 # What file systems without hard links answer: FUSE mounts of buckets, FAT.
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # Some servers send the checksum of a whole object with a part of it; botocore would compare the two.
@@ -31,6 +32,8 @@ S3_CLIENT = {"response_checksum_validation": "when_required"}
 
 # The operations that change something.
 WRITES = {"write", "create", "delete"}
+# The least that one request for a part of an object reads.
+BLOCK_BYTES = 64 << 10
 
 T = TypeVar("T")
 
@@ -88,6 +91,10 @@ class Store:
         """Read the bytes [start, end) of an object, fewer if it is shorter. Raises: NotFound."""
         return self._call(key, "read", lambda: bytes(self._fs.cat_file(self._path(key), start=start, end=end)))
 
+    def open(self, key: str) -> StoredFile:
+        """Open an object to read and seek in; each request is tried again as `read_range` is. Raises: NotFound."""
+        return StoredFile(self, self._fs, self._path(key), key)
+
     def size(self, key: str) -> int:
         """Tell how many bytes an object has. Raises: NotFound."""
         return self._call(key, "look up", lambda: int(self._fs.info(self._path(key))["size"]))
@@ -105,7 +112,7 @@ class Store:
 
         self._call(key, "read", get)
 
-    def fetch(self, key: str, folder: Path) -> Path:
+    def local_file(self, key: str, folder: Path) -> Path:
         """Give a file with the bytes of an object: itself on a disk, else a copy in `folder`. Raises: NotFound."""
         if self._is_local:
             if not self.exists(key):
@@ -194,7 +201,7 @@ class Store:
         """
         if self._is_local:
             return True
-        key = f"{SCRATCH}/{uuid.uuid4().hex}"
+        key = f"{STORE_TMP}/{uuid.uuid4().hex}"
         self._call(key, "write", lambda: self._send(key, b"first", mode="overwrite"))
         try:
             self._call(key, "create", lambda: self._send(key, b"second", mode="create"))
@@ -209,7 +216,7 @@ class Store:
 
     def check_writable(self) -> None:
         """Write and delete one small object. Raises: StoreRefused or StoreError before any work is spent."""
-        key = f"{SCRATCH}/{uuid.uuid4().hex}"
+        key = f"{STORE_TMP}/{uuid.uuid4().hex}"
         self.write(key, b"")
         self.delete(key)
 
@@ -251,7 +258,7 @@ class Store:
     def _write_local(self, key: str, data: bytes | Path, publish: Callable[[str, str], None]) -> None:
         """Write beside and publish in one step: os.replace takes the name over, a link refuses a taken one."""
         target = Path(self._path(key))
-        scratch = Path(self._path(SCRATCH)) / uuid.uuid4().hex
+        scratch = Path(self._path(STORE_TMP)) / uuid.uuid4().hex
         try:
             scratch.parent.mkdir(parents=True, exist_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -278,6 +285,18 @@ class Store:
 
     def _call(self, key: str, operation: str, function: Callable[[], T]) -> T:
         return self._patience.attempt(self.url(key), operation, function)
+
+
+class StoredFile(AbstractBufferedFile):  # type: ignore[misc]
+    """An object as a file, which reads blocks of BLOCK_BYTES through its store."""
+
+    def __init__(self, store: Store, fs: fsspec.AbstractFileSystem, path: str, key: str) -> None:
+        super().__init__(fs, path, block_size=BLOCK_BYTES, cache_type="readahead", size=store.size(key))
+        self._store = store
+        self._key = key
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return self._store.read_range(self._key, start, end)
 
 
 def _http_client() -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from flux_batch.config.schema import ModelConfig
 from flux_batch.errors import FluxBatchError
-from flux_batch.output.layouts import Layout, image_key
+from flux_batch.output.formats import OutputFormat
+from flux_batch.output.paths import image_key
 from flux_batch.records import SAMPLING_FIELDS, FailedRow, ImageRecord, LoraUse
 from flux_batch.redaction import public_text, public_uri
 from flux_batch.worker.batches import ImageTask
@@ -26,9 +27,9 @@ MAX_MESSAGE_LENGTH = 1000
 class Recorder:
     """Builds the records of a job; `text_length` is the T5 sequence length of images that ask for none, in tokens."""
 
-    def __init__(self, model: ModelConfig, layout: Layout, text_length: int) -> None:
+    def __init__(self, model: ModelConfig, output_format: OutputFormat, text_length: int) -> None:
         self._model = model
-        self._layout = layout
+        self._format = output_format
         self._text_length = text_length
 
     def outcome_fields(self, shard: str, outcome: ImageOutcome) -> dict[str, Any]:
@@ -67,7 +68,7 @@ class Recorder:
         return ImageRecord(
             **fields,
             status="success",
-            file_name=self._layout.file_name(shard, fields["key"]),
+            file_name=self._format.file_name(shard, fields["key"]),
             sha256=hashlib.sha256(data).hexdigest(),
             bytes=len(data),
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from flux_batch.config.schema import ImageConfig
 from flux_batch.errors import DeviceFatal
 from flux_batch.images import encode
-from flux_batch.output.layouts import image_key, shard_name
+from flux_batch.output.paths import image_key
 from flux_batch.output.staging import StagedImage, Staging, staged_record
 from flux_batch.prompts.input_images import laid_aside
 from flux_batch.records import Attempt, FailedRow, ImageRecord, ImageRequest, Shard
@@ -50,7 +50,7 @@ class ShardRun:
     ) -> None:
         """Begin with nothing; `scratch` is an empty local folder, which the caller removes."""
         self.index = shard.index
-        self.name = shard_name(shard.index, staging.num_shards)
+        self.name = staging.run.shard_name(shard.index)
         self.scratch = scratch
         self.records: dict[tuple[int, int], ImageRecord] = {}
         self.images: dict[str, Path] = {}

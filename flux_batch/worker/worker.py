@@ -27,7 +27,8 @@ import pyarrow as pa
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.errors import Stopped
 from flux_batch.output.commits import Commits, Publisher
-from flux_batch.output.layouts import layout_for
+from flux_batch.output.formats import format_for
+from flux_batch.output.paths import RunFolder
 from flux_batch.output.staging import Staging
 from flux_batch.prompts.input_images import load_image
 from flux_batch.prompts.row_loras import RowLoras
@@ -91,14 +92,14 @@ class Worker:
             on_wait=self._heartbeat.beat,
         )
         self._compile_cache = SharedCompileCache(self._store, pipeline.compile_cache)
-        self._staging = Staging(self._store, factory.num_shards)
-        self._commits = Commits(self._store, factory.num_shards)
-        layout = layout_for(config.output, factory.passthrough)
+        run = RunFolder(self._store, factory.num_shards)
+        self._staging, self._commits = Staging(run), Commits(run)
+        output_format = format_for(config.output, factory.passthrough)
         name = f"{socket.gethostname()}:{os.getpid()}"
-        self._publisher = Publisher(self._commits, layout, factory.passthrough, name)
+        self._publisher = Publisher(self._commits, output_format, factory.passthrough, name)
         loras = RowLoras(config.model.loras, "").of_job
         self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling), self._beat_making)
-        self._recorder = Recorder(config.model, layout, pipeline.default_t5_sequence_length)
+        self._recorder = Recorder(config.model, output_format, pipeline.default_t5_sequence_length)
 
     def make(self, shard: Shard, attempt: Attempt = FIRST_ATTEMPT) -> MadeShard | CommittedShard:
         """Make the images of a shard; a committed one is left as it is.

@@ -28,7 +28,7 @@ from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted
 from flux_batch.images import encode
 from flux_batch.job import run
-from flux_batch.output.partial_read import read_images
+from flux_batch.output.formats import format_for
 from flux_batch.pipeline.pipeline import FluxImagePipeline
 from flux_batch.storage.store import Store
 from helpers.job_files import make_job, metadata
@@ -199,7 +199,7 @@ class StoppedSoon:
 
 def stored_image(config: JobConfig, row: dict[str, Any]) -> Image.Image:
     sizes = {row["key"]: row["bytes"]}
-    ((_, data),) = read_images(Store(config.output.uri), row["file_name"], sizes)
+    ((_, data),) = format_for(config.output).read_images(Store(config.output.uri), row["file_name"], sizes)
     return decode(data)
 
 

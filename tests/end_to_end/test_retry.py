@@ -13,8 +13,8 @@ from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
 from flux_batch.output.lease import HeldStore
-from flux_batch.output.paths import TAKEN_BACK
-from flux_batch.output.revert import TakeBack
+from flux_batch.output.paths import REVERTING
+from flux_batch.output.revert import revert
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.summary import RunReport
 from flux_batch.storage.store import Store
@@ -113,10 +113,9 @@ def test_shards_without_failures_are_not_touched(tmp_path: Path) -> None:
 
 def test_what_was_taken_back_already_keeps_what_was_staged_of_it(failed: JobConfig) -> None:
     store = Store(failed.output.uri)
-    plan = SavedRun.open(store)
-    take_back = TakeBack(store, plan.num_shards, plan.layout)
-    take_back([0])
-    take_back([0])
+    saved = SavedRun.open(store)
+    for _ in range(2):
+        revert(saved.folder, saved.output_format, [0])
     making = Making()
     healed(failed, making)
     assert making.prompts == Counter({ROWS[2]["prompt"]: 1})
@@ -144,7 +143,7 @@ def test_a_kill_at_any_write_of_it_loses_no_image(
                 is_over = False
 
         healed(config, making)
-        assert Store(config.output.uri).list(TAKEN_BACK) == []
+        assert Store(config.output.uri).list(REVERTING) == []
         assert [row["prompt"] for row in metadata(config)] == [row["prompt"] for row in ROWS]
         for row in metadata(config):
             assert row["status"] == "success" or "[raise]" in row["prompt"]

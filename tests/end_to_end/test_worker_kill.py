@@ -13,7 +13,7 @@ from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
 from flux_batch.output.commits import Commits
-from flux_batch.output.paths import JOB, PLAN
+from flux_batch.output.paths import JOB, PLAN, RunFolder
 from flux_batch.records import Attempt
 from flux_batch.storage.store import Store
 from helpers.fakes import make_fake_pipeline
@@ -47,7 +47,7 @@ def test_a_kill_at_any_write_costs_at_most_a_batch_and_no_byte(
         with pytest.raises(Death):
             first.make(plan.shards[0]).finish()
         made.update(pipeline.made)
-        is_done = Commits(Store(config.output.uri), 1).done() == {0}
+        is_done = Commits(RunFolder(Store(config.output.uri), 1)).done() == {0}
 
         second, pipeline, plan = open_worker(config, monkeypatch)
         result = second.make(plan.shards[0], Attempt(number=2, lost=1)).finish()

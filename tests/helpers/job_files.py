@@ -54,7 +54,7 @@ def data_files(output: Path) -> dict[str, bytes]:
 
 def metadata(config: JobConfig) -> list[dict[str, Any]]:
     """Read all metadata rows of a run, in order."""
-    from flux_batch.output.layouts import unpack_metadata
+    from flux_batch.output.metadata import unpack_metadata
 
     store = Store(config.output.uri, config.output.storage_options)
     return [row for key in store.list("metadata") for row in unpack_metadata(store.read(key))]

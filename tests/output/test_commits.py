@@ -18,7 +18,9 @@ from flux_batch.config.schema import ImageConfig, OutputConfig
 from flux_batch.errors import NotFound, StoreError
 from flux_batch.images import encode
 from flux_batch.output.commits import Commits, Publisher
-from flux_batch.output.layouts import image_key, layout_for, unpack, unpack_metadata
+from flux_batch.output.formats import format_for, iter_images
+from flux_batch.output.metadata import unpack_metadata
+from flux_batch.output.paths import RunFolder, image_key
 from flux_batch.records import Commit, ImageRecord, StoredFile
 from flux_batch.storage.store import Store
 from helpers.fakes import fake_image
@@ -61,7 +63,7 @@ class Attempt:
     def __init__(self, folder: Path, layout: str, *, rounding: int = 0, fails: Sequence[str] = ("[fails]",)) -> None:
         self.scratch = folder
         self.output = OutputConfig(uri="x", format=layout, image=ImageConfig())  # type: ignore[arg-type]
-        self.layout = layout_for(self.output, PASSTHROUGH)
+        self.layout = format_for(self.output, PASSTHROUGH)
         folder.mkdir(parents=True)
         self.records: list[ImageRecord] = []
         self.images: dict[str, Path] = {}
@@ -69,7 +71,7 @@ class Attempt:
             self._make(row, prompt, rounding, prompt in fails)
 
     def publish(self, store: Store, worker: str = "host:1") -> Commit:
-        publisher = Publisher(Commits(store, 1), self.layout, PASSTHROUGH, worker)
+        publisher = Publisher(Commits(RunFolder(store, 1)), self.layout, PASSTHROUGH, worker)
         return publisher.publish(0, self.records, self.images, self.scratch)
 
     def _make(self, row: int, prompt: str, rounding: int, fails: bool) -> None:
@@ -111,7 +113,7 @@ def files_of(store: Store, *folders: str) -> dict[str, bytes]:
 
 def check_consistent(store: Store, layout: str) -> list[dict[str, Any]]:
     """Follow the one commit and check everything it says. Returns: the metadata rows."""
-    commits = Commits(store, 1)
+    commits = Commits(RunFolder(store, 1))
     assert commits.done() == {0}
     commit = commits.read(0)
     listed = {file.path for file in commit.files}
@@ -123,8 +125,8 @@ def check_consistent(store: Store, layout: str) -> list[dict[str, Any]]:
     assert [row["prompt"] for row in rows] == PROMPTS
     made: dict[str, bytes] = {}
     if data_files := {key: Path(store.uri, key) for key in store.list("train")}:
-        chosen = layout_for(OutputConfig(uri="x", format=layout), PASSTHROUGH)  # type: ignore[arg-type]
-        made = unpack(chosen, "00000", data_files)
+        chosen = format_for(OutputConfig(uri="x", format=layout), PASSTHROUGH)  # type: ignore[arg-type]
+        made = dict(iter_images(chosen, "00000", data_files))
     for row in rows:
         if row["status"] == "success":
             assert row["sha256"] == hashlib.sha256(made[row["key"]]).hexdigest()
@@ -150,14 +152,14 @@ def check_consistent(store: Store, layout: str) -> list[dict[str, Any]]:
 def test_a_published_shard_is_done_and_fits_together(tmp_path: Path, layout: str) -> None:
     store = Store(str(tmp_path / "out"))
     attempt = Attempt(tmp_path / "a", layout)
-    assert Commits(store, 1).done() == set()
+    assert Commits(RunFolder(store, 1)).done() == set()
 
     commit = attempt.publish(store)
 
     rows = check_consistent(store, layout)
     assert [row["status"] for row in rows] == ["success", "success", "failed", "success"]
     assert [row["Schlüssel"] for row in rows] == ["ü0", "ü1", "ü2", "ü3"]
-    assert Commits(store, 1).read(0) == commit
+    assert Commits(RunFolder(store, 1)).read(0) == commit
     assert commit.worker == "host:1"
 
 
@@ -188,7 +190,7 @@ def test_a_crash_before_any_write_ends_in_what_the_next_attempt_finds_and_makes(
         try:
             Attempt(tmp_path / f"b{crashes}", layout).publish(FragileStore(store.uri, crashes))
         except Crash:
-            assert Commits(store, 1).done() == set()
+            assert Commits(RunFolder(store, 1)).done() == set()
         else:
             break
         Attempt(tmp_path / f"c{crashes}", layout, rounding=rounding).publish(store, "host:2")
@@ -279,7 +281,7 @@ class InterruptedStore(FragileStore):
 
 def test_commits_are_counted_and_read_by_their_names(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    commits = Commits(store, 200_000)
+    commits = Commits(RunFolder(store, 200_000))
     commit = Commit(
         shard=7, worker="w", num_images=1, num_failed=0, files=(StoredFile(path="train/p", bytes=1, sha256="s"),)
     )
@@ -304,7 +306,7 @@ def test_a_damaged_commit_is_named(tmp_path: Path, body: bytes) -> None:
     store.write("_run/commits/00001.json", body)
 
     with pytest.raises(StoreError, match=r"00001\.json: not a commit"):
-        Commits(store, 2).read(1)
+        Commits(RunFolder(store, 2)).read(1)
 
 
 def test_a_commit_says_its_version(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flux_batch.output.paths import RunFolder
 from flux_batch.output.staging import StagedImage, Staging, staged_record
 from flux_batch.storage.store import Store
 
@@ -20,11 +21,11 @@ IMAGES = [
 
 @pytest.fixture
 def staging(tmp_path: Path) -> Staging:
-    return Staging(Store(str(tmp_path)), 9)
+    return Staging(RunFolder(Store(str(tmp_path)), 9))
 
 
 def object_path(staging: Staging, name: str) -> Path:
-    return Path(staging.store.uri, "_run/staging/00003", name)
+    return Path(staging.run.store.uri, "_run/staging/00003", name)
 
 
 def test_what_is_staged_comes_back(staging: Staging) -> None:
@@ -109,7 +110,7 @@ def test_a_row_of_the_metadata_can_be_staged_as_a_record_can() -> None:
 
 @pytest.mark.s3
 def test_in_a_bucket(s3_store: Any) -> None:
-    staging = Staging(Store(s3_store.uri, s3_store.storage_options), 9)
+    staging = Staging(RunFolder(Store(s3_store.uri, s3_store.storage_options), 9))
     names = {staging.put(3, IMAGES), staging.put(3, IMAGES[:1])}
     staging.announce(3, "b0", "host:1")
 

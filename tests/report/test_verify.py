@@ -22,8 +22,8 @@ from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import JobError, StoreError
 from flux_batch.job import run
-from flux_batch.output.layouts import metadata_file
 from flux_batch.output.lease import Lease
+from flux_batch.output.paths import metadata_file
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify import format_verdict, repair, verify
 from flux_batch.storage.store import Store

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from flux_batch.errors import AlreadyExists, NotFound, StoreError, StoreRefused
-from flux_batch.storage.store import SCRATCH, Store
+from flux_batch.storage.store import STORE_TMP, Store
 from helpers.s3 import KEY, SECRET, S3Server, free_port
 
 KINDS = ["local", "memory", pytest.param("moto", marks=pytest.mark.s3), pytest.param("rclone", marks=pytest.mark.s3)]
@@ -190,7 +191,7 @@ def test_of_racing_writers_exactly_one_wins(store: Store) -> None:
 
         assert len(won) == 1
         assert store.read(f"commits/{number}") == b"%d" % won[0]
-    assert store.list(SCRATCH) == []
+    assert store.list(STORE_TMP) == []
 
 
 @pytest.mark.s3
@@ -216,7 +217,7 @@ def test_a_local_write_that_is_killed_leaves_no_half_object(tmp_path: Path) -> N
         assert subprocess.run([sys.executable, "-c", code, str(tmp_path), method]).returncode == 9
 
     assert store.read("k") == b"whole"
-    assert [key.rpartition("/")[0] for key in store.list("")] == [SCRATCH, SCRATCH, ""]
+    assert [key.rpartition("/")[0] for key in store.list("")] == [STORE_TMP, STORE_TMP, ""]
 
 
 @pytest.mark.parametrize(("method", "name"), [("write", "replace"), ("put_if_absent", "link")])
@@ -240,7 +241,7 @@ def test_a_local_write_outlives_a_sweep_of_half_written_files_and_empty_folders(
 
 
 def sweep(store: Store) -> None:
-    for key in store.list(SCRATCH):
+    for key in store.list(STORE_TMP):
         store.delete(key)
 
 
@@ -359,3 +360,23 @@ def test_options_that_do_not_fit_are_refused_by_name(uri: str, options: dict[str
         Store(uri, {"key": KEY, "secret": SECRET, **options} if uri.startswith("s3:") else options)
 
     assert_clear(caught, uri)
+
+
+def test_a_stored_file_reads_like_a_file(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 1000
+    store = Store(str(tmp_path))
+    store.write("file", data)
+    with store.open("file") as file:
+        assert file.read(10) == data[:10]
+        assert file.seek(-5, io.SEEK_END) == len(data) - 5
+        assert file.read() == data[-5:]
+        assert file.read(1) == b""
+        file.seek(1000)
+        file.seek(5, io.SEEK_CUR)
+        assert (file.tell(), file.read(5000)) == (1005, data[1005:6005])
+        file.seek(10**9)
+        assert file.read(5) == b""
+    with pytest.raises(ValueError, match="before start"):
+        store.open("file").seek(-1)
+    with pytest.raises(NotFound):
+        store.open("none")

@@ -9,7 +9,8 @@ from flux_batch.config.schema import ModelConfig, SamplingConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import OutOfMemory, StoreError
 from flux_batch.job import run
-from flux_batch.output.gc import Leftovers
+from flux_batch.output.gc import find_leftovers
+from flux_batch.output.paths import RunFolder
 from flux_batch.storage.store import Store
 from flux_batch.worker.auto_batch_size import measured_batch_size, remembered_batch_size
 from helpers.fakes import FakePipeline, make_fake_pipeline
@@ -100,4 +101,4 @@ def test_a_job_that_leaves_the_size_open_makes_the_same_images(tmp_path: Path) -
     assert run(measured, engine=LocalEngine(), make_pipeline=make_fake_pipeline).is_complete
     assert json.loads((tmp_path / "measured/out/_run/batch_size.json").read_text())["batch_size"] in (1, 2, 4, 8, 16)
     assert len(metadata(measured)) == 10
-    assert not list(Leftovers(Store(str(tmp_path / "measured/out")), 3).find())
+    assert not list(find_leftovers(RunFolder(Store(str(tmp_path / "measured/out")), 3)))

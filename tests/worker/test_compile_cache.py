@@ -11,7 +11,8 @@ from flux_batch.config.schema import ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import StoreError
 from flux_batch.job import run
-from flux_batch.output.gc import Leftovers
+from flux_batch.output.gc import find_leftovers
+from flux_batch.output.paths import RunFolder
 from flux_batch.storage.store import Store
 from flux_batch.worker.compile_cache import SharedCompileCache
 from helpers.fakes import FakePipeline
@@ -106,7 +107,7 @@ def test_a_run_shares_it_once_and_knows_it_as_its_own(tmp_path: Path) -> None:
     store = Store(config.output.uri)
     assert store.read(KEY) == b"blocks"
     assert caches[0].num_saved == 1
-    assert not list(Leftovers(store, 3).find())
+    assert not list(find_leftovers(RunFolder(store, 3)))
 
     before = data_files(tmp_path / "out")
     assert run(config, engine=LocalEngine(), make_pipeline=compiling).is_complete

@@ -4,9 +4,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from flux_batch.output.layouts import layout_for
 
 from flux_batch.config.schema import JobConfig
-from flux_batch.output.layouts import layout_for
 from flux_batch.records import ImageRequest, LoraUse, SamplingParams
 from flux_batch.worker.batches import ImageTask
 from flux_batch.worker.recorder import Recorder

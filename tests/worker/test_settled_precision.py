@@ -15,8 +15,8 @@ from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted, PlanMismatch, StoreError
 from flux_batch.job import run
-from flux_batch.output.gc import Leftovers
-from flux_batch.output.paths import PRECISION
+from flux_batch.output.gc import find_leftovers
+from flux_batch.output.paths import PRECISION, RunFolder
 from flux_batch.storage.store import Store
 from flux_batch.worker.settled_precision import load_settled, settled_model
 from helpers.fakes import FakePipeline
@@ -129,7 +129,7 @@ def test_a_run_keeps_its_dtype_on_another_machine_and_says_so(tmp_path: Path, ca
     assert "computes in float32, as the run began; its own device would take bfloat16" in caplog.text
     assert report.model["dtype"] == "float32"
     assert "demo (float32)" in (tmp_path / "out/README.md").read_text()
-    assert [left.key for left in Leftovers(Store(config.output.uri), 4).find()] == []
+    assert [left.key for left in find_leftovers(RunFolder(Store(config.output.uri), 4))] == []
 
 
 def test_a_run_goes_on_with_the_dtype_that_it_named_before(tmp_path: Path) -> None:

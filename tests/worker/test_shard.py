@@ -15,6 +15,7 @@ import pytest
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.errors import DeviceFatal, Stopped, StoreError
+from flux_batch.output.paths import RunFolder
 from flux_batch.output.staging import StagedImage, Staging, staged_record
 from flux_batch.records import Attempt, Shard, ShardResult
 from flux_batch.storage.store import Store
@@ -39,7 +40,7 @@ def die_after(config: JobConfig, monkeypatch: pytest.MonkeyPatch, num_writes: in
     worker, _, plan = open_worker(config, monkeypatch, life)
     with pytest.raises(Death):
         worker.make(plan.shards[0]).finish()
-    staging = Staging(Store(config.output.uri), 1)
+    staging = Staging(RunFolder(Store(config.output.uri), 1))
     return sorted(one.record["prompt"] for name in staging.list(0).objects for one in staging.read(0, name))
 
 
@@ -95,7 +96,7 @@ def test_damaged_objects_are_made_again_in_their_batch(
 ) -> None:
     config = job(tmp_path)
     die_after(config, monkeypatch, 2)
-    staging = Staging(Store(config.output.uri), 1)
+    staging = Staging(RunFolder(Store(config.output.uri), 1))
     (path,) = (path for path in staged(config) if staging.read(0, path.name)[0].record["prompt"] == PROMPTS[2])
     data = path.read_bytes()
     place = data.index(b"IDAT") + 9
@@ -121,7 +122,7 @@ def test_only_what_the_plan_asks_for_is_adopted(
 ) -> None:
     config = job(tmp_path)
     die_after(config, monkeypatch, 2)
-    staging = Staging(Store(config.output.uri), 1)
+    staging = Staging(RunFolder(Store(config.output.uri), 1))
     for name in staging.list(0).objects:
         others = [StagedImage(one.key, {**one.record, **change}, one.data) for one in staging.read(0, name)]
         Path(config.output.uri, "_run/staging/00000", name).unlink()
@@ -155,7 +156,7 @@ def test_the_good_images_of_a_finished_shard_can_be_staged_to_retry_the_others(
     store = Store(config.output.uri)
     good = [row for row in before if row["status"] == "success"]
     made = images_of(config)
-    Staging(store, 1).put(0, [StagedImage(row["key"], staged_record(row), made[row["key"]]) for row in good])
+    Staging(RunFolder(store, 1)).put(0, [StagedImage(row["key"], staged_record(row), made[row["key"]]) for row in good])
     for key in ["_run/commits/00000.json", "metadata/00000.parquet", "train/00000.tar"]:
         store.delete(key)
 
@@ -334,7 +335,7 @@ def test_a_lost_device_loses_only_the_batch_in_hand(tmp_path: Path, monkeypatch:
     with pytest.raises(DeviceFatal):
         worker.make(plan.shards[0], Attempt(number=2, lost=1)).finish()
 
-    listed = Staging(Store(config.output.uri), 1).list(0)
+    listed = Staging(RunFolder(Store(config.output.uri), 1)).list(0)
     assert len(listed.objects) == 2
     assert listed.tries == {"b2": 1}  # as of a process that died in it
 
@@ -458,7 +459,7 @@ def test_after_a_loss_no_batch_is_begun_before_the_last_is_safe(
     with pytest.raises(Death):
         worker.make(plan.shards[0], Attempt(number=1, lost=1)).finish()
 
-    listed = Staging(Store(config.output.uri), 1).list(0)
+    listed = Staging(RunFolder(Store(config.output.uri), 1)).list(0)
     assert len(listed.objects) == 2
     assert listed.tries == {"b2": 1}
 

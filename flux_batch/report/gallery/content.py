@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flux_batch.errors import JobError, NotFound, StoreError
-from flux_batch.output.partial_read import read_images
-from flux_batch.output.paths import SUCCESS
+from flux_batch.output.formats import OutputFormat
+from flux_batch.output.paths import SUCCESS, TRAIN, is_within
 from flux_batch.report.gallery.rows import Chosen, Row, chosen_rows, failed_rows, spread, tallies
 from flux_batch.report.gallery.thumbnail import Thumbnail, make_thumbnail
 from flux_batch.report.saved_run import SavedRun
@@ -63,10 +63,18 @@ def read_gallery(store: Store, max_images: int, columns: Sequence[str] | None = 
     commits = run.commits
     counts = tallies(commits)
     places = spread(counts, max_images)
+
+    def read(chosen: Sequence[Chosen]) -> list[Shown]:
+        return list(_read_file(store, run.output_format, chosen))
+
     with ThreadPoolExecutor(READERS) as pool:
         rows = pool.map(lambda shard: chosen_rows(commits, shard, places[shard]), places)
         files = _by_file(chosen for some in rows for chosen in some)
-        shown = [each for some in pool.map(lambda file: list(_read_file(store, file)), files) for each in some]
+        shown = [
+            each
+            for some in pool.map(lambda file: list(_read_file(store, run.output_format, file)), files)
+            for each in some
+        ]
     _check_columns(columns, shown)
     return Gallery(
         name=run.config.name,
@@ -89,7 +97,7 @@ def _by_file(chosen: Iterator[Chosen]) -> list[list[Chosen]]:
     return list(files.values())
 
 
-def _read_file(store: Store, chosen: Sequence[Chosen]) -> Iterator[Shown]:
+def _read_file(store: Store, output_format: OutputFormat, chosen: Sequence[Chosen]) -> Iterator[Shown]:
     """Read the images that one file has; those that cannot be read are shown with the reason."""
     file_name = str(chosen[0].row.get("file_name") or "")
     readable = {str(each.row["key"]): each.row for each in chosen if not each.problem}
@@ -99,7 +107,7 @@ def _read_file(store: Store, chosen: Sequence[Chosen]) -> Iterator[Shown]:
         if readable:
             _check_place(file_name)
             sizes = {key: int(row["bytes"]) for key, row in readable.items()}
-            for key, data in read_images(store, file_name, sizes):
+            for key, data in output_format.read_images(store, file_name, sizes):
                 thumbnails[key] = _thumbnail(data, readable[key])
     except NotFound:
         problem = f"{file_name} is missing"
@@ -121,7 +129,7 @@ def _thumbnail(data: Any, row: Row) -> Thumbnail | str:
 
 def _check_place(file_name: str) -> None:
     """Raise ValueError unless a file lies where images do: rows are data, and may say anything."""
-    if not file_name.startswith("train/") or ".." in file_name.split("/"):
+    if not is_within(file_name, TRAIN):
         raise ValueError(f"{file_name} is no place for images")
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from flux_batch.images import SUFFIXES
+from flux_batch.output.paths import TRAIN
 from flux_batch.report.gallery.content import Gallery, Shown
 from flux_batch.report.gallery.rows import Row
 
@@ -22,7 +24,7 @@ FACTS = ("seed", "width", "height", "num_inference_steps", "embedded_guidance")
 NAMES = ("key", "id", "prompt")
 NOT_SHOWN = {"image_index", "status", "error_type", "error_message", "file_name", "sha256", "bytes"}
 # An image in a file of its own can be opened from here.
-SINGLE_IMAGE = re.compile(r"train/[^/]+/[^/]+\.(png|jpg|webp)")
+SINGLE_IMAGE = re.compile(rf"{TRAIN}/[^/]+/[^/]+\.({'|'.join(SUFFIXES.values())})")
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1d1d1f; --faint: #5f6368; --line: #dadce0; --card: #f6f7f8; }

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 from flux_batch.errors import NotFound, StoreError
 from flux_batch.output.commits import Commits
-from flux_batch.output.layouts import metadata_file, shard_name, unpack_metadata
-from flux_batch.output.paths import FAILED
+from flux_batch.output.metadata import unpack_metadata
+from flux_batch.output.paths import failed_file, metadata_file
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -64,7 +64,7 @@ def spread(counts: Sequence[Tally], most: int) -> dict[int, list[int]]:
 
 def chosen_rows(commits: Commits, shard: int, places: Sequence[int]) -> list[Chosen]:
     """Read the metadata rows of some of the images of a shard."""
-    name = shard_name(shard, commits.num_shards)
+    name = commits.run.shard_name(shard)
     rows, problem = _rows(commits, metadata_file(name))
     made = [row for row in rows if row.get("status") == "success"]
     problem = problem or "the metadata has fewer images than the commit"
@@ -78,8 +78,8 @@ def failed_rows(commits: Commits, counts: Sequence[Tally], most: int) -> list[Ro
         if len(found) >= most:
             break
         if tally.num_failed:
-            name = shard_name(tally.shard, commits.num_shards)
-            rows, problem = _rows(commits, f"{FAILED}/{name}.parquet")
+            name = commits.run.shard_name(tally.shard)
+            rows, problem = _rows(commits, failed_file(name))
             found += rows or [{"id": f"shard {name}", "error_type": "", "error_message": problem}]
     return found[:most]
 
@@ -87,7 +87,7 @@ def failed_rows(commits: Commits, counts: Sequence[Tally], most: int) -> list[Ro
 def _rows(commits: Commits, key: str) -> tuple[list[dict[str, Any]], str]:
     """Read a table of a shard. Returns: its rows, or why there are none."""
     try:
-        return unpack_metadata(commits.store.read(key)), ""
+        return unpack_metadata(commits.run.store.read(key)), ""
     except NotFound:
         return [], f"{key} is missing"
     except StoreError:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import datetime
-import decimal
 import hashlib
 import io
 import json
@@ -18,60 +16,18 @@ import pytest
 from PIL import Image
 
 from flux_batch.config.schema import ImageConfig, OutputConfig
+from flux_batch.engine.local import LocalEngine
 from flux_batch.images import encode
-from flux_batch.output.layouts import (
-    RECORD_SCHEMA,
-    Sample,
-    image_key,
-    layout_for,
-    pack_failures,
-    pack_metadata,
-    passthrough_name,
-    shard_name,
-    unpack,
-    unpack_metadata,
-)
+from flux_batch.job import run
+from flux_batch.output.formats import Sample, format_for, iter_images
+from flux_batch.output.metadata import passthrough_name
 from flux_batch.records import ImageRecord
-from flux_batch.storage.passthrough import as_json, portable
-from helpers.fakes import fake_image
+from flux_batch.storage.store import BLOCK_BYTES, Store
+from helpers.fakes import fake_image, make_fake_pipeline
+from helpers.image_records import COLUMNS, PASSTHROUGH, PROMPTS, make_record
+from helpers.job_files import make_job, metadata
 
 FORMATS = ["webdataset", "files", "parquet"]
-PROMPTS = ["plain", 'say "cheese",\nplease', "猫と犬 🐈‍⬛", "x" * 2000, "a\x01b", "plain"]
-UTC = datetime.UTC
-MAP = pa.map_(pa.string(), pa.int8())
-MOMENT = pa.timestamp("us", "UTC")
-# A column of each type that may travel, with values that loaders get wrong: nulls first, whole floats, empty lists.
-COLUMNS: dict[str, tuple[pa.DataType, list[Any]]] = {
-    "text": (pa.string(), [None, "", "ü 猫", "null", "1", "2020-01-01"]),
-    "flag": (pa.bool_(), [None, True, False, True, None, False]),
-    "whole": (pa.int64(), [None, 2**62, -1, 0, 5, 6]),
-    "number": (pa.float64(), [1.0, None, 2.5, float("nan"), float("inf"), -0.0]),
-    "price": (pa.decimal128(10, 2), [None, *(decimal.Decimal(text) for text in ("1.50", "2", "-3.25", "0", "7"))]),
-    "day": (pa.date32(), [None, *[datetime.date(2026, 11, day) for day in range(1, 6)]]),
-    "moment": (
-        pa.timestamp("us", "UTC"),
-        [None, *[datetime.datetime(2026, 1, day, tzinfo=UTC) for day in range(1, 6)]],
-    ),
-    "span": (pa.duration("ms"), [None, *[datetime.timedelta(seconds=number) for number in range(5)]]),
-    "blob": (pa.binary(), [None, b"", b"\x00\xff", b"abc", b"", b"x"]),
-    "tags": (pa.list_(pa.string()), [None, [], ["a", None], ["ü"], [], ["b", "c"]]),
-    "box": (
-        pa.struct([("x", pa.int32()), ("names", pa.list_(pa.string()))]),
-        [
-            None,
-            {"x": 1, "names": ["a"]},
-            {"x": None, "names": None},
-            {"x": 2, "names": []},
-            None,
-            {"x": 3, "names": []},
-        ],
-    ),
-    "nothing": (pa.null(), [None] * 6),
-    "prompt": (pa.string(), ["shadows", "a", "column", "of", "the", "metadata"]),
-    "image": (pa.string(), ["shadows", "the", "image", "of", "Parquet", "files"]),
-    "dots.in it": (pa.int64(), [1, 2, 3, 4, 5, 6]),
-}
-PASSTHROUGH = pa.schema([(name, kind) for name, (kind, _) in COLUMNS.items()])
 
 
 def make_samples(folder: Path, output: OutputConfig, prompts: Sequence[str] = PROMPTS) -> list[Sample]:
@@ -85,29 +41,6 @@ def make_samples(folder: Path, output: OutputConfig, prompts: Sequence[str] = PR
         path.write_bytes(data)
         samples.append(Sample(with_file(record, data), path))
     return samples
-
-
-def make_record(row: int, prompt: str) -> ImageRecord:
-    values = {name: values[row % len(values)] for name, (_, values) in COLUMNS.items()}
-    return ImageRecord(
-        key=image_key("00000", row, 0),
-        id=f"p.csv:{row}",
-        image_index=0,
-        prompt=prompt,
-        negative_prompt="",
-        seed=2**53 - 1 - row,
-        width=32,
-        height=16,
-        num_inference_steps=4,
-        embedded_guidance=3.0 if row % 2 else 3.5,
-        cfg_scale=1.0,
-        t5_sequence_length=512,
-        clip_truncated=False,
-        t5_truncated=row == 3,
-        model="demo",
-        status="success",
-        passthrough=values,
-    )
 
 
 def with_file(record: ImageRecord, data: bytes) -> ImageRecord:
@@ -126,7 +59,7 @@ def pack(
     shard: str = "00000",
 ) -> Path:
     """Lay a shard out under `folder` as the store would hold it. Returns: the folder."""
-    layout = layout_for(output, passthrough)
+    layout = format_for(output, passthrough)
     scratch = folder / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
     records = [sample.record for sample in samples]
@@ -165,7 +98,7 @@ def test_packing_twice_gives_the_same_bytes(tmp_path: Path, layout: str) -> None
 def test_unpacking_gives_the_images_that_were_packed(tmp_path: Path, layout: str) -> None:
     output = output_of(layout, image=ImageConfig(type="jpeg"))
     samples = make_samples(tmp_path / "images", output)
-    chosen = layout_for(output, PASSTHROUGH)
+    chosen = format_for(output, PASSTHROUGH)
     (tmp_path / "scratch").mkdir()
 
     files = dict(chosen.pack("00000", samples, tmp_path / "scratch"))
@@ -173,8 +106,10 @@ def test_unpacking_gives_the_images_that_were_packed(tmp_path: Path, layout: str
     assert set(files) == {chosen.file_name("00000", sample.record.key) for sample in samples}
     files |= dict(chosen.list_images("00000", [sample.record for sample in samples], tmp_path / "scratch"))
     keys = [sample.record.key for sample in samples]
-    assert [name for name, _ in chosen.entries("00000", files)] == list(chosen.names(keys))
-    assert unpack(chosen, "00000", files) == {sample.record.key: sample.path.read_bytes() for sample in samples}
+    assert [name for name, _ in chosen.entries("00000", files)] == list(chosen.entry_names(keys))
+    assert dict(iter_images(chosen, "00000", files)) == {
+        sample.record.key: sample.path.read_bytes() for sample in samples
+    }
 
 
 def test_a_tar_has_nothing_of_the_moment_or_the_machine_in_it(tmp_path: Path) -> None:
@@ -309,93 +244,59 @@ def test_parquet_has_row_groups_that_viewers_can_page_through(tmp_path: Path) ->
     assert Image.open(io.BytesIO(first["bytes"])).size == (32, 16)
 
 
-def test_metadata_keeps_every_value_as_it_was() -> None:
-    records = [make_record(row, prompt) for row, prompt in enumerate(PROMPTS)]
+class Meter(Store):
+    """A store that notes what is read of it."""
 
-    data = pack_metadata(records, PASSTHROUGH)
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.num_bytes = 0
 
-    rows = unpack_metadata(data)
-    assert data == pack_metadata(records, PASSTHROUGH)
-    assert [row["prompt"] for row in rows] == PROMPTS
-    assert list(rows[0]) == [*RECORD_SCHEMA.names, *(passthrough_name(name) for name in COLUMNS)]
-    for name, (_, values) in COLUMNS.items():
-        if name != "number":
-            assert [row[passthrough_name(name)] for row in rows] == values, name
-    assert pq.read_schema(io.BytesIO(data)).field("moment").type == pa.timestamp("us", "UTC")
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        self.num_bytes += end - start
+        return super().read_range(key, start, end)
 
 
-def test_failures_are_the_failed_rows_of_the_metadata() -> None:
-    records = [make_record(row, prompt) for row, prompt in enumerate(PROMPTS)]
-    records[2] = replace(records[2], status="failed", error_type="RowError", error_message="p.csv:2: why")
-
-    failures = pack_failures(pack_metadata(records, PASSTHROUGH))
-
-    assert failures is not None
-    assert [(row["key"], row["error_message"]) for row in unpack_metadata(failures)] == [("000000002", "p.csv:2: why")]
-    assert pack_failures(pack_metadata(records[:2], PASSTHROUGH)) is None
-
-
-def test_values_of_other_types_fit_the_columns_they_were_merged_into() -> None:
-    schema = pa.schema([("text", pa.string()), ("number", pa.float64())])
-    record = replace(make_record(0, "p"), passthrough={"text": {"a": ["ü", None]}, "number": 2**60 + 1})
-
-    (row,) = unpack_metadata(pack_metadata([record], schema))
-
-    assert row["text"] == '{"a": ["ü", null]}'
-    assert row["number"] == float(2**60)
+def render(folder: Path, layout: str, side: int = 16) -> dict[str, dict[str, Any]]:
+    config = make_job(
+        folder,
+        [{"prompt": f"image {number}"} for number in range(16)],
+        output={"uri": str(folder / "out"), "shard_size": 16, "format": layout},
+        sampling={"width": side, "height": side, "num_inference_steps": 1},
+    )
+    run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+    return {row["key"]: row for row in metadata(config)}
 
 
-def test_names_of_shards_and_images_sort_and_have_no_dots() -> None:
-    assert shard_name(7, 8) == shard_name(7, 100_000) == "00007"
-    assert shard_name(7, 100_001) == "000007"
-    assert image_key("00007", 12, 0) == "000070012"
-    assert image_key("00007", 12, 3) == "000070012_3"
-    assert shard_name(99_999, 100_000) == "99999"
+@pytest.mark.parametrize("layout", ["webdataset", "parquet", "files"])
+def test_some_images_are_read_and_not_the_others(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flux_batch.output.formats.IMAGES_PER_ROW_GROUP", 4)
+    rows = render(tmp_path, layout, side=256)
+    store = Meter(str(tmp_path / "out"))
+    key = list(rows)[3]
+    row = rows[key]
+    images = dict(format_for(output_of(layout)).read_images(store, row["file_name"], {key: row["bytes"]}))
+
+    assert list(images) == [key]
+    assert len(images[key]) == row["bytes"]
+    assert hashlib.sha256(images[key]).hexdigest() == row["sha256"]
+    # An image of noise has some 200 kB; of the others before it no more than the block around a header is read.
+    assert row["bytes"] > 2.5 * BLOCK_BYTES
+    total = sum(each["bytes"] for each in rows.values())
+    assert store.num_bytes < total / 2.5
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pa.int8(),
-        pa.uint64(),
-        pa.float16(),
-        pa.large_string(),
-        pa.string_view(),
-        pa.binary(4),
-        pa.large_binary(),
-        pa.date64(),
-        pa.time32("s"),
-        pa.time64("us"),
-        pa.decimal256(50, 2),
-        pa.decimal32(5, 1),
-        pa.list_(pa.int64(), 3),
-        pa.large_list(pa.large_string()),
-        pa.dictionary(pa.int32(), pa.string()),
-        pa.struct([("a", pa.list_(pa.dictionary(pa.int8(), pa.string())))]),
-        pa.uuid(),
-        pa.null(),
-    ],
-    ids=str,
-)
-def test_every_type_that_may_travel_is_one_that_datasets_knows(kind: pa.DataType) -> None:
-    import datasets
-
-    carried = portable(kind)
-
-    assert portable(carried) == carried
-    datasets.Features.from_arrow_schema(pa.schema([("x", carried)]))
-    json.dumps(as_json(None, carried))
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_images_come_in_the_order_of_the_file_and_unknown_ones_not(tmp_path: Path, layout: str) -> None:
+    rows = render(tmp_path, layout)
+    keys = [list(rows)[number] for number in (15, 0, 7)]
+    sizes = {key: rows[key]["bytes"] for key in keys} | {"999999999": 5}
+    store = Store(str(tmp_path / "out"))
+    found = dict(format_for(output_of(layout)).read_images(store, rows[keys[0]]["file_name"], sizes))
+    assert list(found) == sorted(keys)
+    assert all(hashlib.sha256(data).hexdigest() == rows[key]["sha256"] for key, data in found.items())
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pa.map_(pa.string(), pa.int8()),
-        pa.month_day_nano_interval(),
-        pa.struct([("a", pa.map_(pa.string(), pa.int8()))]),
-    ],
-    ids=str,
-)
-def test_other_types_may_not(kind: pa.DataType) -> None:
-    with pytest.raises(ValueError, match="cannot be carried along"):
-        portable(kind)
+def test_more_than_is_recorded_is_not_read(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write("train/00000/1.png", bytes(1000))
+    assert dict(format_for(output_of("files")).read_images(store, "train/00000/1.png", {"1": 10})) == {"1": bytes(11)}

@@ -1,0 +1,317 @@
+"""The output formats: which files a shard has in each, which bytes, and how to read the images back.
+
+Knows records and encoded images; does not know how they were made or when a shard counts as done (commits.py).
+Bytes are a function of the records and the images: fixed times and owners in tars, fixed order everywhere.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flux_batch.config.schema import OutputConfig
+from flux_batch.images import SUFFIXES
+from flux_batch.output.metadata import parquet_bytes, record_row, sample_columns, sample_fields
+from flux_batch.output.paths import TRAIN
+from flux_batch.records import ImageRecord
+from flux_batch.storage.passthrough import feature
+from flux_batch.storage.store import BLOCK_BYTES, Store
+
+# Row groups of at most 100 images: what dataset viewers can still page through.
+IMAGES_PER_ROW_GROUP = 100
+IMAGES_IN_MEMORY = 16
+# The errors that readers of tars and Parquet raise for damaged bytes.
+DECODE_ERRORS = (
+    *(tarfile.TarError, pa.ArrowException, OSError, EOFError),
+    *(ValueError, KeyError, TypeError, AttributeError),
+)
+NO_PASSTHROUGH = pa.schema([])
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An image that was made: its record and its encoded bytes on local disk."""
+
+    record: ImageRecord
+    path: Path
+
+
+class OutputFormat(Protocol):
+    """One way to name, pack and unpack the images of a shard. All its files are in TRAIN, named after the shard."""
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of an image's name, without the dot."""
+        ...
+
+    @property
+    def loader_pattern(self) -> str:
+        """The pattern by which `datasets` finds the files of all shards."""
+        ...
+
+    def location(self, shard: str) -> str:
+        """Return the file, or the folder, that holds everything of a shard."""
+        ...
+
+    def file_name(self, shard: str, key: str) -> str:
+        """Return the name of the file that holds an image, relative to the output."""
+        ...
+
+    def files(self, shard: str, keys: Iterable[str]) -> set[str]:
+        """Return the names of all files of a shard that holds the images of these keys."""
+        ...
+
+    def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Yield each file that holds images: its key in the store, and its local path, which may be under `scratch`."""
+        ...
+
+    def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Yield the files that describe images from outside; called when it is settled which images are stored."""
+        ...
+
+    def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
+        """Yield the contents of the data files, one by one: each image as KEY.suffix, and what lies beside it.
+
+        Raises: one of DECODE_ERRORS if the files are not what they should be.
+        """
+        ...
+
+    def entry_names(self, keys: Iterable[str]) -> Iterator[str]:
+        """Yield the name of every entry that belongs to the images of these keys."""
+        ...
+
+    def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+        """Yield key and encoded bytes of some images of a stored file, in its order, and read little of the others.
+
+        `sizes` has the recorded bytes by key, of which at most one more is read from a tar or an image; of Parquet, a
+        row group is in memory. Raises: StoreError; one of DECODE_ERRORS at a file that is damaged.
+        """
+        ...
+
+
+def format_for(output: OutputConfig, passthrough: pa.Schema = NO_PASSTHROUGH) -> OutputFormat:
+    """Return the format that the section `output` of a job file asks for."""
+    suffix = SUFFIXES[output.image.type]
+    if output.format == "webdataset":
+        return WebDataset(suffix, passthrough)
+    if output.format == "files":
+        return Files(suffix, passthrough)
+    return Parquet(suffix, passthrough)
+
+
+def iter_images(output_format: OutputFormat, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
+    """Yield the key and the bytes of each image in the local data files of a shard. Raises: as `entries`."""
+    for name, data in output_format.entries(shard, files):
+        if name.endswith(f".{output_format.suffix}"):
+            yield name.removesuffix(f".{output_format.suffix}"), data
+
+
+@dataclass(frozen=True, slots=True)
+class WebDataset:
+    """One tar a shard: KEY.png, KEY.txt, KEY.json a sample; loads with webdataset and datasets."""
+
+    suffix: str
+    passthrough: pa.Schema
+    loader_pattern = f"{TRAIN}/*.tar"
+
+    def location(self, shard: str) -> str:
+        """Return the name of the tar."""
+        return f"{TRAIN}/{shard}.tar"
+
+    def file_name(self, shard: str, key: str) -> str:
+        """Return the name of the tar."""
+        return self.location(shard)
+
+    def files(self, shard: str, keys: Iterable[str]) -> set[str]:
+        """Return the name of the tar; there is none without an image."""
+        return {self.file_name(shard, key) for key in keys}
+
+    def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Write the tar."""
+        path = scratch / f"{shard}.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                key = sample.record.key
+                # A failed row must never be a member: one sample without its image makes the whole set unreadable.
+                _add(tar, f"{key}.{self.suffix}", sample.path.read_bytes())
+                _add(tar, f"{key}.txt", sample.record.prompt.encode())
+                _add(tar, f"{key}.json", _json(sample_fields(sample.record, self.passthrough)))
+        yield self.location(shard), path
+
+    def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Yield nothing: each sample has its record beside it."""
+        return iter(())
+
+    def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
+        """Yield the members of the tar."""
+        with tarfile.open(files[self.location(shard)], "r:") as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.isreg() else None
+                yield member.name, file.read() if file else b""
+
+    def entry_names(self, keys: Iterable[str]) -> Iterator[str]:
+        """Yield the names of the members."""
+        return (f"{key}.{kind}" for key in keys for kind in (self.suffix, "txt", "json"))
+
+    def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+        """Walk from header to header and stop at the last image that is wanted."""
+        left = set(sizes)
+        with store.open(file_name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                key, _, suffix = member.name.rpartition(".")
+                if key in left and suffix == self.suffix and (content := tar.extractfile(member)):
+                    left.remove(key)
+                    yield key, content.read(sizes[key] + 1)
+                if not left:
+                    return
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """One folder a shard: a file an image, and a metadata.parquet that makes it a Hugging Face imagefolder.
+
+    Parquet and not JSON lines, since types must be those of all shards and not what a loader guesses from one.
+    """
+
+    suffix: str
+    passthrough: pa.Schema
+    loader_pattern = f"{TRAIN}/*/*"
+
+    def location(self, shard: str) -> str:
+        """Return the name of the folder."""
+        return f"{TRAIN}/{shard}"
+
+    def file_name(self, shard: str, key: str) -> str:
+        """Return the name of the image."""
+        return f"{self.location(shard)}/{key}.{self.suffix}"
+
+    def files(self, shard: str, keys: Iterable[str]) -> set[str]:
+        """Return the names of the images and, if there are some, of the list of them."""
+        return {f"{self.location(shard)}/{name}" for name in self.entry_names(keys)}
+
+    def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Yield each image as it is."""
+        for sample in samples:
+            yield self.file_name(shard, sample.record.key), sample.path
+
+    def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Write metadata.parquet."""
+        rows = [
+            record_row(record, self.passthrough) | {"file_name": f"{record.key}.{self.suffix}"}
+            for record in records
+            if record.status == "success"
+        ]
+        if rows:
+            schema = pa.schema([("file_name", pa.string()), *sample_columns(self.passthrough)])
+            path = scratch / "metadata.parquet"
+            path.write_bytes(parquet_bytes(pa.Table.from_pylist(rows, schema)))
+            yield f"{self.location(shard)}/metadata.parquet", path
+
+    def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
+        """Yield the files of the folder."""
+        folder = f"{self.location(shard)}/"
+        return (
+            (name.removeprefix(folder), path.read_bytes()) for name, path in files.items() if name.startswith(folder)
+        )
+
+    def entry_names(self, keys: Iterable[str]) -> Iterator[str]:
+        """Yield the names of the files."""
+        names = [f"{key}.{self.suffix}" for key in keys]
+        return iter([*names, "metadata.parquet"] if names else [])
+
+    def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+        """Read the one image of a file."""
+        for key, size in sizes.items():
+            with store.open(file_name) as file:
+                yield key, file.read(size + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Parquet:
+    """One Parquet file a shard: the image inside, as Hugging Face's Image feature, beside its record."""
+
+    suffix: str
+    passthrough: pa.Schema
+    loader_pattern = f"{TRAIN}/*.parquet"
+
+    def location(self, shard: str) -> str:
+        """Return the name of the Parquet file."""
+        return f"{TRAIN}/{shard}.parquet"
+
+    def file_name(self, shard: str, key: str) -> str:
+        """Return the name of the Parquet file."""
+        return self.location(shard)
+
+    def files(self, shard: str, keys: Iterable[str]) -> set[str]:
+        """Return the name of the Parquet file; there is none without an image."""
+        return {self.file_name(shard, key) for key in keys}
+
+    def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Write the Parquet file, one row group of images in memory at a time."""
+        image = pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+        schema = pa.schema([image, *sample_columns(self.passthrough)])
+        schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": _features(schema)}})})
+        path = scratch / f"{shard}.parquet"
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for first in range(0, len(samples), IMAGES_PER_ROW_GROUP):
+                rows = [
+                    {"image": {"bytes": sample.path.read_bytes(), "path": f"{sample.record.key}.{self.suffix}"}}
+                    | record_row(sample.record, self.passthrough)
+                    for sample in samples[first : first + IMAGES_PER_ROW_GROUP]
+                ]
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+        yield self.location(shard), path
+
+    def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Yield nothing: each row is the record."""
+        return iter(())
+
+    def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
+        """Yield the images of the Parquet file."""
+        with pq.ParquetFile(files[self.location(shard)]) as file:
+            for batch in file.iter_batches(IMAGES_IN_MEMORY, columns=["key", "image"]):
+                for row in batch.to_pylist():
+                    yield f"{row['key']}.{self.suffix}", row["image"]["bytes"]
+
+    def entry_names(self, keys: Iterable[str]) -> Iterator[str]:
+        """Yield the names of the images."""
+        return (f"{key}.{self.suffix}" for key in keys)
+
+    def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+        """Read the keys, then the images of each row group that has some of them: they lie in one page."""
+        with (
+            store.open(file_name) as file,
+            pq.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False) as table,
+        ):
+            for group in range(table.num_row_groups):
+                keys = table.read_row_group(group, columns=["key"])["key"].to_pylist()
+                wanted = [number for number, key in enumerate(keys) if key in sizes]
+                if wanted:
+                    images = table.read_row_group(group, columns=["image.bytes"])["image"]
+                    for number in wanted:
+                        yield keys[number], images[number].as_py()["bytes"]
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a member with nothing of this machine or moment in it."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    member.mode = 0o644
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _json(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, ensure_ascii=False).encode()
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """Return the columns as Hugging Face features, so that `image` loads as images."""
+    return {field.name: feature(field.type) for field in schema} | {"image": {"_type": "Image"}}

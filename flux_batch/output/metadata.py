@@ -1,0 +1,114 @@
+"""The metadata of a shard: one row for every requested image, failed ones included, in the order of the prompts.
+
+Knows records and Arrow types; does not know in which format the images are stored.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from flux_batch.records import ImageRecord
+from flux_batch.storage.passthrough import as_json, passthrough_of
+
+RECORD_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("image_index", pa.int32(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        ("negative_prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("num_inference_steps", pa.int32()),
+        ("embedded_guidance", pa.float64()),
+        ("cfg_scale", pa.float64()),
+        ("t5_sequence_length", pa.int32()),
+        ("sigma_shift", pa.float64()),
+        ("denoising_strength", pa.float64()),
+        ("input_image", pa.string()),
+        ("lora", pa.string()),
+        ("lora_scale", pa.float64()),
+        ("tile_size", pa.int32()),
+        ("clip_truncated", pa.bool_()),
+        ("t5_truncated", pa.bool_()),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("quantization", pa.string(), nullable=False),
+        pa.field("step_cache", pa.float64(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        ("error_type", pa.string()),
+        ("error_message", pa.string()),
+        ("file_name", pa.string()),
+        ("sha256", pa.string()),
+        ("bytes", pa.int64()),
+    ]
+)
+# Columns that say nothing of an image that stands beside its record: it was made, and it is where it is.
+NOT_OF_SAMPLES = {"status", "error_type", "error_message", "file_name"}
+
+
+def pack_metadata(records: Iterable[ImageRecord], passthrough: pa.Schema) -> bytes:
+    """Return records as the bytes of a Parquet file, in the order given."""
+    schema = pa.schema([*RECORD_SCHEMA, *_renamed(passthrough)])
+    return parquet_bytes(pa.Table.from_pylist([record_row(record, passthrough) for record in records], schema))
+
+
+def pack_failures(metadata: bytes) -> bytes | None:
+    """Return the failed rows of a shard's metadata as the bytes of a Parquet file; None if there are none."""
+    table = pq.read_table(io.BytesIO(metadata))
+    failed = table.filter(pc.field("status") == "failed")
+    return parquet_bytes(failed) if failed.num_rows else None
+
+
+def unpack_metadata(data: bytes) -> list[dict[str, Any]]:
+    """Read the rows that `pack_metadata` wrote."""
+    return pq.read_table(io.BytesIO(data)).to_pylist()  # type: ignore[no-any-return]
+
+
+def record_row(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]:
+    """Return a record as one row of a table."""
+    row = asdict(record)
+    extra = passthrough_of(row.pop("passthrough"), passthrough)
+    return row | {passthrough_name(name): value for name, value in extra.items()}
+
+
+def sample_fields(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]:
+    """Return the fields of a made image for JSON: one fixed set of keys and no nulls.
+
+    Loaders infer types from a few samples: a null becomes the empty value of its type. The metadata keeps it null.
+    """
+    row = record_row(record, passthrough)
+    for field in [*RECORD_SCHEMA, *_renamed(passthrough)]:
+        row[field.name] = as_json(row[field.name], field.type)
+    return {name: value for name, value in row.items() if name not in NOT_OF_SAMPLES}
+
+
+def sample_columns(passthrough: pa.Schema) -> list[pa.Field]:
+    """Return the columns of a made image that is stored beside its record."""
+    return [field for field in RECORD_SCHEMA if field.name not in NOT_OF_SAMPLES] + _renamed(passthrough)
+
+
+def passthrough_name(name: str) -> str:
+    """Return the name of a passthrough column in the metadata: its own, with one `_` more if we have a column of it.
+
+    So that `key_` cannot meet what becomes of `key`, it gets one more too.
+    """
+    return f"{name}_" if name.rstrip("_") in {*RECORD_SCHEMA.names, "image"} else name
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Return a table as the bytes of a Parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _renamed(passthrough: pa.Schema) -> list[pa.Field]:
+    return [field.with_name(passthrough_name(field.name)).with_nullable(True) for field in passthrough]

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flux_batch.output.metadata import RECORD_SCHEMA, pack_failures, pack_metadata, passthrough_name, unpack_metadata
+from helpers.image_records import COLUMNS, PASSTHROUGH, PROMPTS, make_record
+
+
+def test_metadata_keeps_every_value_as_it_was() -> None:
+    records = [make_record(row, prompt) for row, prompt in enumerate(PROMPTS)]
+
+    data = pack_metadata(records, PASSTHROUGH)
+
+    rows = unpack_metadata(data)
+    assert data == pack_metadata(records, PASSTHROUGH)
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert list(rows[0]) == [*RECORD_SCHEMA.names, *(passthrough_name(name) for name in COLUMNS)]
+    for name, (_, values) in COLUMNS.items():
+        if name != "number":
+            assert [row[passthrough_name(name)] for row in rows] == values, name
+    assert pq.read_schema(io.BytesIO(data)).field("moment").type == pa.timestamp("us", "UTC")
+
+
+def test_failures_are_the_failed_rows_of_the_metadata() -> None:
+    records = [make_record(row, prompt) for row, prompt in enumerate(PROMPTS)]
+    records[2] = replace(records[2], status="failed", error_type="RowError", error_message="p.csv:2: why")
+
+    failures = pack_failures(pack_metadata(records, PASSTHROUGH))
+
+    assert failures is not None
+    assert [(row["key"], row["error_message"]) for row in unpack_metadata(failures)] == [("000000002", "p.csv:2: why")]
+    assert pack_failures(pack_metadata(records[:2], PASSTHROUGH)) is None
+
+
+def test_values_of_other_types_fit_the_columns_they_were_merged_into() -> None:
+    schema = pa.schema([("text", pa.string()), ("number", pa.float64())])
+    record = replace(make_record(0, "p"), passthrough={"text": {"a": ["ü", None]}, "number": 2**60 + 1})
+
+    (row,) = unpack_metadata(pack_metadata([record], schema))
+
+    assert row["text"] == '{"a": ["ü", null]}'
+    assert row["number"] == float(2**60)
