@@ -69,8 +69,10 @@ def remove_shard(run: RunFolder, output_format: OutputFormat, shard: int) -> Non
     name = run.shard_name(shard)
     note, data = f"{REVERTING}/{name}", output_format.location(name)
     run.store.write(note, b"")
-    for key in (commit_file(name), metadata_file(name), failed_file(name), data):
+    for key in (commit_file(name), metadata_file(name), failed_file(name)):
         run.store.delete(key)
+    if run.store.exists(data):  # a file; else it is a folder
+        run.store.delete(data)
     run.store.delete_folder(data)
     run.store.delete(note)
 

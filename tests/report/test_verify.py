@@ -378,7 +378,7 @@ def test_an_outage_is_no_finding(webdataset: Store, monkeypatch: pytest.MonkeyPa
     def away(key: str, folder: Path) -> Path:
         raise StoreError(f"{key}: cannot read: 503")
 
-    monkeypatch.setattr(webdataset, "fetch", away)
+    monkeypatch.setattr(webdataset, "local_file", away)
     with pytest.raises(StoreError, match="503"):
         verify(webdataset)
 
