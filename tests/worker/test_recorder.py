@@ -2,11 +2,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyarrow as pa
 import pytest
-from flux_batch.output.layouts import layout_for
 
 from flux_batch.config.schema import JobConfig
+from flux_batch.output.formats import format_for
 from flux_batch.records import ImageRequest, LoraUse, SamplingParams
 from flux_batch.worker.batches import ImageTask
 from flux_batch.worker.recorder import Recorder
@@ -19,7 +18,7 @@ def lora_fields(of_job: tuple[LoraUse, ...], loras: tuple[LoraUse, ...]) -> dict
     """Return the fields about LoRAs of an image that is made with `loras`."""
     model = {"uri": "m", "loras": [{"name": lora.name, "uri": lora.uri, "scale": lora.scale} for lora in of_job]}
     config = JobConfig.from_dict({"prompts": {"uri": "p"}, "output": {"uri": "o"}, "model": model})
-    recorder = Recorder(config.model, layout_for(config.output, pa.schema([])), 512)
+    recorder = Recorder(config.model, format_for(config.output), 512)
     request = ImageRequest(row=0, id="x", prompt="p", sampling=SamplingParams(), seeds=(1,), loras=loras)
     fields = recorder.fields("00000", ImageTask(request, 0))
     return {name: value for name, value in fields.items() if name.startswith("lora")}
