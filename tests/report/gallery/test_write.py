@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux_batch.config.schema import ImageConfig, JobConfig
+from flux_batch.config.schema import ImageConfig, JobConfig, OutputConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import JobError, StoreError
 from flux_batch.images import AI_SOURCE_TYPE, encode
 from flux_batch.job import run
+from flux_batch.output.formats import format_for
 from flux_batch.report.gallery.content import _read_file
 from flux_batch.report.gallery.rows import Chosen
 from flux_batch.report.gallery.write import PAGE, SHEET, write_gallery
@@ -162,9 +163,10 @@ def test_a_file_name_in_the_rows_reaches_no_other_file(tmp_path: Path) -> None:
     secret = encode(np.zeros((16, 16, 3), np.uint8), ImageConfig(), {})
     (tmp_path / "secret.png").write_bytes(secret)
     store = Store(str(tmp_path / "out"))
+    output_format = format_for(OutputConfig(uri="x"))
     row = {"key": "1", "sha256": hashlib.sha256(secret).hexdigest(), "bytes": len(secret)}
     for name in ("../secret.png", "train/../../secret.png", str(tmp_path / "secret.png"), "javascript:alert(1)"):
-        (shown,) = _read_file(store, [Chosen(row | {"file_name": name})])
+        (shown,) = _read_file(store, output_format, [Chosen(row | {"file_name": name})])
         assert shown.thumbnail is None
         assert "damaged" in shown.problem
 
