@@ -1,4 +1,4 @@
-"""FluxMapper: FLUX as one stage of somebody's data pipeline, by the same steps as a job.
+"""FLUX as one stage of a data pipeline, by the same steps as a job.
 
 Knows batches of rows; does not know where they come from, where they go, nor who calls. Needs no Ray.
 """
@@ -29,31 +29,32 @@ from flux_batch.worker.generate import BatchMaker, ImageOutcome, Tiles
 from flux_batch.worker.protocol import ImagePipeline
 from flux_batch.worker.recorder import Recorder, message_of, provenance
 
-# What each image adds to its row, of what a job writes into its metadata.
-ADDED = (
+# Columns that each image adds to its row, out of those in the metadata of a job.
+_ADDED_FIELDS = (
     *("image_index", "seed", "width", "height", "clip_truncated", "t5_truncated", "sha256"),
     *("status", "error_type", "error_message"),
 )
-SCHEMA = pa.schema([("image", pa.binary()), *((name, RECORD_SCHEMA.field(name).type) for name in ADDED)])
-# What a row may ask for under the same name: the answer takes its place.
-ANSWERED = {"seed", "width", "height"}
-READERS, ENCODERS = 4, 2
-# sysexits.h EX_SOFTWARE, as of the job's workers.
-DEVICE_FATAL_EXIT = 70
+_ADDED_SCHEMA = pa.schema([("image", pa.binary()), *((name, RECORD_SCHEMA.field(name).type) for name in _ADDED_FIELDS)])
+# Settings that a row may request in a column of the same name, which the values of the image replace.
+_REPLACED_COLUMNS = {"seed", "width", "height"}
+_INPUT_IMAGE_READERS = 4
+_ENCODERS = 2
+# sysexits.h EX_SOFTWARE, as for the workers of a job.
+_DEVICE_FATAL_EXIT = 70
 
-# The encoded bytes, if it could be made, and what there is to say of it.
-Image: TypeAlias = tuple[bytes | None, ImageRecord]
-# What Ray Data gives by the batch formats "numpy" and "pyarrow".
-Batch: TypeAlias = dict[str, Any] | pa.Table
+# The bytes of an image, None if it failed, and its record.
+_EncodedImage: TypeAlias = tuple[bytes | None, ImageRecord]
+# A batch of rows in the batch formats "numpy" and "pyarrow" of Ray Data.
+_ColumnBatch: TypeAlias = dict[str, Any] | pa.Table
 
 
 class FluxMapper:
     """A callable for `ds.map_batches(FluxMapper, fn_constructor_kwargs=..., num_gpus=1)`.
 
-    Takes the sections `model`, `sampling` and `prompts` of a job file, and `image` of its `output`; rows are validated
-    and images made as in a job, so that the same ids and seeds give the same images. `prompts.uri` is only where
-    relative paths in rows start from: the folder of the process, unless it is given. `batch_size` is how many images
-    are made in one forward pass, whatever number of rows comes at a time.
+    Takes the sections `model`, `sampling` and `prompts` of a job file, and `image` of its `output`. Rows are validated
+    and images made as in a job, so that the same ids and seeds give the same images. `prompts.uri` only is the folder
+    that relative paths in rows start from, by default the working directory. `batch_size` is the number of images in
+    one forward pass, however many rows a call brings.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class FluxMapper:
     ) -> None:
         """Load the model.
 
-        prefix: put before the names of the columns that are added. exit_on_device_loss: end this process when its GPU
-        is lost for good, so that Ray Data takes another; else DeviceFatal is raised.
+        prefix: put before the names of the added columns. exit_on_device_loss: end this process when its GPU is lost
+        for good, so that Ray Data starts another; otherwise DeviceFatal is raised.
         Raises: JobError for wrong settings; CheckpointError, StoreError for a model that cannot be loaded.
         """
         tree = {
@@ -83,62 +84,66 @@ class FluxMapper:
         }
         config = JobConfig.from_dict(tree, origin="FluxMapper")
         if config.prompts.limit or config.prompts.passthrough:
-            raise JobError("FluxMapper: prompts.limit and prompts.passthrough are for jobs: leave them out")
-        self._prompts, self._image, self._batch_size = config.prompts, config.output.image, batch_size
+            raise JobError("FluxMapper: prompts.limit and prompts.passthrough are for jobs; leave them out")
+        self._prompts, self._image_config, self._batch_size = config.prompts, config.output.image, batch_size
         self._parser = RowParser(
             config.prompts, config.sampling, f"{config.prompts.uri[0].rstrip('/')}/rows", config.model.loras
         )
         self._prefix, self._exit_on_device_loss = prefix, exit_on_device_loss
         pipeline = make_pipeline(config.model)
         settings = config.model
-        if settings.quantization == "none":  # else it stands as the caller has set it
+        if settings.quantization == "none":  # otherwise the record names the setting of the caller
             settings = settings.model_copy(update={"quantization": pipeline.precision["quantization"]})
         loras = RowLoras(config.model.loras, "").of_job
         self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling))
         self._recorder = Recorder(settings, format_for(config.output), pipeline.default_t5_sequence_length)
 
-    def __call__(self, batch: Batch) -> Batch:
-        """Make the images of a batch: a dict of NumPy columns, or an Arrow table, which is what comes back.
+    def __call__(self, batch: _ColumnBatch) -> _ColumnBatch:
+        """Make the images of a batch, a dict of NumPy columns or an Arrow table; return one of the same kind.
 
-        Each row comes back once for each of its images, in order, with the columns `image` (encoded bytes) and ADDED;
-        `seed`, `width` and `height` are those of the image. An image that cannot be made has none, the status
-        `failed` and the reason. Raises: SourceError for a batch without the columns that the settings name.
+        Each row is returned once for each of its images, in order, with the columns `image` (encoded bytes),
+        `image_index`, `seed`, `width`, `height`, `clip_truncated`, `t5_truncated`, `sha256`, `status`, `error_type` and
+        `error_message` of that image. An image that cannot be made is null, with status `failed` and the reason.
+        Raises: SourceError for a batch without the columns that the settings name.
         """
-        self._check_columns(column_names(batch))
+        self._check_columns(_column_names(batch))
         rows = self._parse(batch)
-        found: dict[tuple[int, int], Image] = {
+        encoded: dict[tuple[int, int], _EncodedImage] = {
             (row.row, 0): (None, self._recorder.failed_row("", row)) for row in rows if isinstance(row, FailedRow)
         }
-        found |= self._make([row for row in rows if isinstance(row, ImageRequest)])
-        places = sorted(found)
-        columns: dict[str, list[Any]] = {"image": [found[place][0] for place in places]}
-        columns |= {name: [getattr(found[place][1], name) for place in places] for name in ADDED}
+        encoded |= self._make([row for row in rows if isinstance(row, ImageRequest)])
+        positions = sorted(encoded)
+        columns: dict[str, list[Any]] = {"image": [encoded[position][0] for position in positions]}
+        columns |= {name: [getattr(encoded[position][1], name) for position in positions] for name in _ADDED_FIELDS}
         named = {self._prefix + name: values for name, values in columns.items()}
-        schema = pa.schema([field.with_name(self._prefix + field.name) for field in SCHEMA])
-        return extended(batch, [row for row, _ in places], named, schema)
+        schema = pa.schema([field.with_name(self._prefix + field.name) for field in _ADDED_SCHEMA])
+        return with_columns(batch, [row for row, _ in positions], named, schema)
 
     def _check_columns(self, names: Sequence[str]) -> None:
         for field, column in {"prompt": "prompt", **self._prompts.columns}.items():
             if column not in names:
-                raise SourceError(f"the batch has no column {column!r}; prompts.columns.{field} says which it is")
-        for name in SCHEMA.names:
-            if self._prefix + name in names and not (name in ANSWERED and not self._prefix):
-                raise SourceError(f"the batch has a column {self._prefix + name!r} already; give another `prefix`")
+                raise SourceError(f"the batch has no column {column!r}; prompts.columns.{field} names the column")
+        for name in _ADDED_SCHEMA.names:
+            if self._prefix + name in names and not (name in _REPLACED_COLUMNS and not self._prefix):
+                raise SourceError(f"the batch has a column {self._prefix + name!r} already; choose another `prefix`")
 
-    def _parse(self, batch: Batch) -> list[ImageRequest | FailedRow]:
-        """Validate the rows; one without an id is known by its prompt, so that its image is the same every time."""
+    def _parse(self, batch: _ColumnBatch) -> list[ImageRequest | FailedRow]:
+        """Validate the rows; the id of a row without one is made of its prompt, so that its image stays the same."""
         prompt = self._prompts.columns.get("prompt", "prompt")
         return [
-            self._parser.parse(values, row=row, default_id=_id_of(values.get(prompt)))
+            self._parser.parse(values, row=row, default_id=_default_id(values.get(prompt)))
             for row, values in enumerate(rows_of(batch, self._parser.columns))
         ]
 
-    def _make(self, requests: Sequence[ImageRequest]) -> dict[tuple[int, int], Image]:
-        """Make the images of rows, by row and image index; while some are made, the last are encoded."""
+    def _make(self, requests: Sequence[ImageRequest]) -> dict[tuple[int, int], _EncodedImage]:
+        """Make the images of rows, by (row, image index), and encode each batch while the next is made."""
         tasks = [task for request in requests for task in tasks_of(request)]
         groups = list(batches(tasks, self._batch_size))
-        encoded: dict[tuple[int, int], Future[Image]] = {}
-        with ThreadPoolExecutor(READERS, "read") as readers, ThreadPoolExecutor(ENCODERS, "encode") as encoders:
+        encoded: dict[tuple[int, int], Future[_EncodedImage]] = {}
+        with (
+            ThreadPoolExecutor(_INPUT_IMAGE_READERS, "read") as readers,
+            ThreadPoolExecutor(_ENCODERS, "encode") as encoders,
+        ):
             images = InputImages(readers, self._read_image)
             for number, group in enumerate(groups):
                 ready = images.join(group, groups[number + 1 : number + 1 + READ_AHEAD])
@@ -149,58 +154,61 @@ class FluxMapper:
     def _make_group(self, group: Sequence[ImageTask]) -> list[ImageOutcome]:
         try:
             return self._maker.make(group)
-        except StoreError as error:  # of a LoRA; there is no shard here that could wait for the storage
+        except StoreError as error:  # the storage of a LoRA; no shard waits here until it is available again
             return [ImageOutcome(task, error) for task in group]
         except DeviceFatal:
             if self._exit_on_device_loss:
-                os._exit(DEVICE_FATAL_EXIT)  # an exception would have the next batch tried on the same device
+                os._exit(_DEVICE_FATAL_EXIT)  # after an exception Ray Data would try the next batch on the same device
             raise
 
     def _read_image(self, image: InputImage, size: tuple[int, int]) -> Any:
         try:
             return load_image(image, self._prompts.storage_options, size)
-        except StoreError as error:  # costs the row, as above
+        except StoreError as error:  # fails the row, as in _make_group
             return error
 
-    def _encode(self, outcome: ImageOutcome) -> Image:
-        """Encode one image and record it as a job would, but without its key, which is of a shard."""
+    def _encode(self, outcome: ImageOutcome) -> _EncodedImage:
+        """Encode one image and record it as a job does, without a key, which only a shard gives."""
         fields = self._recorder.outcome_fields("", outcome)
         if isinstance(outcome.result, Exception):
             return None, self._recorder.failed(fields, type(outcome.result).__name__, message_of(outcome.result))
         inside = {name: value for name, value in provenance(fields).items() if name != "key"}
-        data = encode(outcome.result, self._image, inside)
+        data = encode(outcome.result, self._image_config, inside)
         return data, self._recorder.made("", fields, data)
 
 
-def _id_of(prompt: Any) -> str:
+def _default_id(prompt: Any) -> str:
     return f"prompt-{hashlib.blake2b(repr(prompt).encode(), digest_size=8).hexdigest()}"
 
 
-def column_names(batch: Batch) -> list[str]:
-    """Name the columns. Raises: SourceError for anything but a batch in columns."""
+def _column_names(batch: _ColumnBatch) -> list[str]:
+    """Return the names of the columns. Raises: SourceError for any other kind of batch."""
     if isinstance(batch, pa.Table):
         return list(batch.column_names)
     if isinstance(batch, dict):
         return list(batch)
-    raise SourceError(f"a batch is a {type(batch).__name__}: take batch_format 'numpy' or 'pyarrow'")
+    raise SourceError(f"the batch is a {type(batch).__name__}: take batch_format 'numpy' or 'pyarrow'")
 
 
-def rows_of(batch: Batch, names: Collection[str]) -> list[dict[str, Any]]:
-    """Give the rows of a batch in plain Python values, with those of the columns `names` that there are.
+def rows_of(batch: _ColumnBatch, names: Collection[str]) -> list[dict[str, Any]]:
+    """Return the rows of a batch as plain Python values, with the columns among `names` that it has.
 
-    A NaN of NumPy is None, since NumPy has no other way to leave out a number.
+    A NaN of NumPy becomes None, since NumPy has no other way to leave out a number.
     """
-    found = [name for name in column_names(batch) if name in names]
+    present = [name for name in _column_names(batch) if name in names]
     if isinstance(batch, pa.Table):
-        return [dict(row) for row in batch.select(found).to_pylist()]
-    columns = [_plain(batch[name]) for name in found]
-    return [dict(zip(found, values, strict=True)) for values in zip(*columns, strict=True)]
+        return [dict(row) for row in batch.select(present).to_pylist()]
+    columns = [_plain(batch[name]) for name in present]
+    return [dict(zip(present, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def extended(batch: Batch, rows: Sequence[int], columns: Mapping[str, Sequence[Any]], schema: pa.Schema) -> Batch:
-    """Give the rows `rows` of a batch with further columns, in the place of any of their names; types as in `schema`.
+def with_columns(
+    batch: _ColumnBatch, rows: Sequence[int], columns: Mapping[str, Sequence[Any]], schema: pa.Schema
+) -> _ColumnBatch:
+    """Return the rows `rows` of a batch with further columns, which replace columns of the same name.
 
-    Those of a batch of NumPy are of Python objects, since they may hold None.
+    The types of an Arrow table are those of `schema`; new columns of a NumPy batch hold Python objects, as they may
+    hold None.
     """
     if isinstance(batch, pa.Table):
         table = batch.drop_columns([name for name in batch.column_names if name in columns]).take(pa.array(rows))

@@ -59,7 +59,7 @@ def xmp_of(data: bytes) -> ElementTree.Element:
 
 @pytest.mark.parametrize("image_type", TYPES)
 @pytest.mark.parametrize("prompt", HOSTILE, ids=range(len(HOSTILE)))
-def test_what_is_written_inside_can_be_read(image_type: str, prompt: str) -> None:
+def test_provenance_survives_encoding(image_type: str, prompt: str) -> None:
     data = encoded(image_type, prompt)
 
     assert read_provenance(data) == provenance(prompt)
@@ -71,7 +71,7 @@ def test_what_is_written_inside_can_be_read(image_type: str, prompt: str) -> Non
 @pytest.mark.parametrize("image_type", TYPES)
 @settings(max_examples=50, deadline=None)
 @given(prompt=st.text(st.characters(exclude_categories=["Cs"])))
-def test_any_text_can_be_written_inside(image_type: str, prompt: str) -> None:
+def test_any_prompt_can_be_embedded(image_type: str, prompt: str) -> None:
     data = encoded(image_type, prompt)
 
     assert read_provenance(data)["prompt"] == prompt
@@ -90,7 +90,7 @@ def test_every_image_is_labelled_as_ai_generated(image_type: str, prompt: str) -
 
 
 @pytest.mark.parametrize("image_type", TYPES)
-def test_the_program_and_the_prompt_stand_where_viewers_look(image_type: str) -> None:
+def test_program_and_prompt_stand_in_the_standard_fields(image_type: str) -> None:
     with Image.open(io.BytesIO(encoded(image_type, "a café"))) as opened:
         opened.load()
         if image_type == "png":
@@ -113,7 +113,7 @@ def test_png_is_lossless() -> None:
 
 
 @pytest.mark.parametrize("image_type", ["jpeg", "webp"])
-def test_quality_is_heeded(image_type: str) -> None:
+def test_quality_decides_the_size(image_type: str) -> None:
     sizes = [
         len(encode(image(256, 256), ImageConfig(type=image_type, quality=quality), {}))  # type: ignore[arg-type]
         for quality in (20, 60, 95)
@@ -123,7 +123,7 @@ def test_quality_is_heeded(image_type: str) -> None:
     assert sizes[0] < sizes[2] / 2
 
 
-def test_pixels_that_are_not_contiguous_are_encoded_as_they_look() -> None:
+def test_pixels_that_are_not_contiguous_are_encoded_in_order() -> None:
     pixels = image(64, 64)[::2, ::-1]
 
     with Image.open(io.BytesIO(encode(pixels, ImageConfig(), {}))) as opened:
@@ -148,7 +148,7 @@ def test_png_and_webp_hold_texts_of_any_length() -> None:
 
 
 @pytest.mark.parametrize("image_type", TYPES)
-def test_a_image_of_another_program_has_no_provenance(image_type: str) -> None:
+def test_an_image_of_another_program_has_no_provenance(image_type: str) -> None:
     buffer = io.BytesIO()
     Image.fromarray(image()).save(buffer, image_type)
 

@@ -66,7 +66,7 @@ def test_the_same_rows_give_the_images_of_a_job(tmp_path: Path, kind: str) -> No
         assert read_provenance(row["image"]) == inside
 
 
-def test_a_bad_row_is_a_row() -> None:
+def test_a_bad_row_comes_back_as_a_failed_row() -> None:
     prompts = ["good", None, "[raise] it", "also good", "wide", "[oom whole]", "x" * 100]
     widths = [None, None, None, None, 17, None, None]
 
@@ -89,17 +89,17 @@ def test_a_bad_row_is_a_row() -> None:
     assert [row["image"] is not None for row in found] == [row["status"] == "success" for row in found]
 
 
-def test_types_do_not_depend_on_what_fails() -> None:
+def test_column_types_do_not_depend_on_failures() -> None:
     good, bad = (mapper()(pa.table({"prompt": [prompt]})) for prompt in ("good", "[raise]"))
 
     assert good.schema == bad.schema
     assert good.schema.field("image").type == pa.binary()
 
 
-def test_columns_of_numpy_come_back_as_such() -> None:
+def test_a_numpy_batch_comes_back_as_a_numpy_batch() -> None:
     batch = {
         "prompt": np.array(["a", "b", "c"]),
-        "seed": np.array([3.0, np.nan, 2.0]),  # what becomes of integers with a null
+        "seed": np.array([3.0, np.nan, 2.0]),  # integers with a null become floats
         "embedding": np.arange(6).reshape(3, 2),
         "num_images_per_prompt": np.array([1, 2, 1]),
     }
@@ -115,7 +115,7 @@ def test_columns_of_numpy_come_back_as_such() -> None:
     assert pixels(found["image"][0]) == first.tobytes()
 
 
-def test_a_row_without_id_and_seed_gives_one_image_wherever_it_comes() -> None:
+def test_a_row_without_id_and_seed_gives_the_same_image_in_any_batch() -> None:
     stage = mapper()
 
     found = stage(pa.table({"prompt": ["a", "b", "a"]}))["sha256"].to_pylist()
@@ -151,7 +151,7 @@ def test_relative_paths_start_from_the_folder_of_the_prompts(tmp_path: Path) -> 
     assert "there is no file" in found["error_message"][2].as_py()
 
 
-def test_a_storage_that_is_away_costs_rows_that_say_so() -> None:
+def test_an_unavailable_storage_fails_the_rows_that_need_it() -> None:
     names = ["none", "s3://away/x.safetensors", "none"]
 
     found = mapper()(pa.table({"prompt": ["a", "b", "c"], "lora": names}))
@@ -159,7 +159,7 @@ def test_a_storage_that_is_away_costs_rows_that_say_so() -> None:
     assert found["error_type"].to_pylist() == [None, "StoreError", None]
 
 
-def test_a_lost_device_is_no_matter_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_device_fails_the_call_and_not_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     class Lost(FakePipeline):
         def __call__(self, *prompts: Any, **others: Any) -> Any:
             raise DeviceFatal("an illegal memory access was encountered")
@@ -173,28 +173,28 @@ def test_a_lost_device_is_no_matter_of_a_row(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("columns", "settings", "words"),
+    ("columns", "settings", "message"),
     [
-        ({"caption": ["a"]}, {}, "no column 'prompt'; prompts.columns.prompt says which it is"),
+        ({"caption": ["a"]}, {}, "no column 'prompt'; prompts.columns.prompt names the column"),
         ({"prompt": ["a"]}, {"prompts": {"columns": {"id": "uid"}}}, "no column 'uid'; prompts.columns.id"),
         ({"prompt": ["a"], "status": ["x"]}, {}, "column 'status' already"),
         ({"prompt": ["a"], "a_seed": [1]}, {"prefix": "a_"}, "column 'a_seed' already"),
     ],
 )
-def test_a_batch_of_other_columns_is_one_sentence(
-    columns: dict[str, Any], settings: dict[str, Any], words: str
+def test_wrong_columns_are_refused_in_one_sentence(
+    columns: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(SourceError, match=words):
+    with pytest.raises(SourceError, match=message):
         mapper(**settings)(pa.table(columns))
 
 
-def test_a_batch_of_another_kind_is_one_sentence() -> None:
+def test_another_kind_of_batch_is_refused_in_one_sentence() -> None:
     with pytest.raises(SourceError, match="take batch_format 'numpy' or 'pyarrow'"):
         mapper()([{"prompt": "a"}])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"sampling": {"widht": 16}}, "FluxMapper: sampling.widht: unknown key; did you mean 'width'"),
         ({"sampling": {"width": 17}}, "FluxMapper: sampling.width = 17: must be a multiple of 16"),
@@ -202,11 +202,11 @@ def test_a_batch_of_another_kind_is_one_sentence() -> None:
         ({"image": {"type": "gif"}}, "output.image.type = 'gif'"),
     ],
 )
-def test_wrong_settings_are_those_of_a_job_file(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(JobError, match=words):
+def test_settings_are_checked_as_in_a_job_file(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(JobError, match=message):
         mapper(**settings)
 
 
-def test_the_model_is_loaded_by_the_words_of_a_job_file(tmp_path: Path) -> None:
+def test_the_model_section_is_that_of_a_job_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         FluxMapper({"uri": str(tmp_path)})

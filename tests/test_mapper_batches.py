@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from flux_batch.mapper import extended, rows_of
+from flux_batch.mapper import rows_of, with_columns
 
 
-def test_rows_are_plain_values_of_the_columns_that_are_there() -> None:
+def test_rows_hold_plain_values_of_the_requested_columns() -> None:
     large = 2**60 + 1  # no float holds it
     rows = [{"prompt": "a", "seed": large}, {"prompt": "b", "seed": None}]
     batch = {"prompt": np.array(["a", "b"]), "seed": np.array([large, None], dtype=object), "other": np.zeros(2)}
@@ -17,13 +17,13 @@ def test_rows_are_plain_values_of_the_columns_that_are_there() -> None:
     assert type(rows_of({"seed": np.array([3])}, {"seed"})[0]["seed"]) is int
 
 
-def test_columns_take_the_place_of_those_of_their_name() -> None:
+def test_new_columns_replace_those_of_the_same_name() -> None:
     schema = pa.schema([("seed", pa.int64()), ("image", pa.binary())])
     columns = {"seed": [7, None, 9], "image": [b"x", None, b"z"]}
 
-    table = extended(pa.table({"seed": ["a", "b"], "prompt": ["p", "q"]}), [0, 0, 1], columns, schema)
+    table = with_columns(pa.table({"seed": ["a", "b"], "prompt": ["p", "q"]}), [0, 0, 1], columns, schema)
 
     assert table.schema == pa.schema([("prompt", pa.string()), *schema])
     assert table.to_pydict() == {"prompt": ["p", "p", "q"], **columns}
-    of_numpy = extended({"seed": np.array(["a", "b"]), "prompt": ["p", "q"]}, [0, 0, 1], columns, schema)
-    assert {name: values.tolist() for name, values in of_numpy.items()} == {"prompt": ["p", "p", "q"], **columns}
+    in_numpy = with_columns({"seed": np.array(["a", "b"]), "prompt": ["p", "q"]}, [0, 0, 1], columns, schema)
+    assert {name: values.tolist() for name, values in in_numpy.items()} == {"prompt": ["p", "p", "q"], **columns}

@@ -1,4 +1,4 @@
-"""What a worker needs of whatever computes images; FluxImagePipeline is one, tests bring their own."""
+"""The protocol between a worker and what computes images; FluxImagePipeline is one, tests bring their own."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from flux_batch.images import Pixels
 
 
 class CompileCache(Protocol):
-    """What a pipeline has compiled, as bytes for another process."""
+    """The compiled code of a pipeline, as bytes for another process."""
 
     @property
     def name(self) -> str:
-        """A file name that tells which pipelines can use it."""
+        """A file name, the same for all pipelines that can use the cache."""
         ...
 
     def save(self) -> bytes | None:
-        """Return what was compiled so far, None if that is nothing."""
+        """Return the code compiled so far, None if there is none."""
         ...
 
     def load(self, data: bytes) -> None:
-        """Take what another process has saved; it may run code that is in it. Raises: ValueError if it is damaged."""
+        """Load what another process has saved, which may run code in it. Raises: ValueError if it is damaged."""
         ...
 
 
 class ImagePipeline(Protocol):
-    """What computes images: prompts in, uint8 (h w 3) arrays out.
+    """A model that computes images: prompts in, uint8 (h w 3) arrays out.
 
-    Of the arguments with a default, only those that a batch needs are given.
+    A worker passes arguments that have a default only to a batch that needs them.
     """
 
     @property
     def default_t5_sequence_length(self) -> int:
-        """The text length used where none is asked for, in tokens."""
+        """The T5 sequence length of images that ask for none, in tokens."""
         ...
 
     @property
     def compile_cache(self) -> CompileCache | None:
-        """What was compiled; None if nothing is."""
+        """The compile cache, None for a pipeline that compiles nothing."""
         ...
 
     @property
@@ -75,7 +75,7 @@ class ImagePipeline(Protocol):
         ...
 
     def set_loras(self, loras: Sequence[tuple[str, float]]) -> None:
-        """Use these LoRAs, address and scale, from now on, and no others; called only if a job has any."""
+        """Use only these LoRAs from now on, as (uri, scale); called only if a job has any."""
         ...
 
     def expect(self, texts: Sequence[tuple[str, int | None]]) -> None:
@@ -83,5 +83,5 @@ class ImagePipeline(Protocol):
         ...
 
     def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
-        """Tell for each prompt whether CLIP's and T5's tokenizers cut it."""
+        """Return for each prompt whether the tokenizer of CLIP and whether that of T5 cuts it."""
         ...

@@ -1,6 +1,6 @@
-"""The dtype of a run whose job leaves it open: the first worker settles it, all others and all later ones keep it.
+"""The dtype of a run whose job says `auto`: the first worker settles it, all other workers keep it.
 
-A run that goes on may find other machines, which would take another dtype and make other images.
+A resumed run may use other machines, which would choose another dtype and make other images.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 def load_settled(
     store: Store, model: ModelConfig, make_pipeline: Callable[[ModelConfig], ImagePipeline]
 ) -> tuple[ImagePipeline, ModelConfig]:
-    """Load a pipeline in the dtype of the run, settling it if this worker is the first. Raises: StoreError.
+    """Load a pipeline in the dtype of the run, which the first worker settles. Raises: StoreError.
 
-    Returns: the pipeline, and the `model` section with that dtype in place of `auto`.
+    Returns: the pipeline, and the `model` section with that dtype instead of `auto`.
     """
     settled = settled_model(store, model)
     pipeline = make_pipeline(settled)
@@ -36,24 +36,24 @@ def load_settled(
         settled = model.model_copy(update=chosen)
         try:
             store.put_if_absent(PRECISION, json.dumps(chosen).encode())
-            log.info("the run computes in %s", _words(settled))
+            log.info("the run computes in %s", _name_of(settled))
             return pipeline, settled
-        except AlreadyExists:  # another worker was quicker
+        except AlreadyExists:  # another worker was faster
             mine, settled = settled, settled_model(store, model)
             if settled == mine:
                 return pipeline, settled
             pipeline = make_pipeline(settled)
     if pipeline.native_dtype != settled.dtype:
         log.warning(
-            "this worker computes in %s, as the run began; its own device would take %s",
-            _words(settled),
+            "this worker computes in %s, as the run began; its device computes natively in %s",
+            _name_of(settled),
             pipeline.native_dtype,
         )
     return pipeline, settled
 
 
 def with_dtype_of_run(store: Store, config: JobConfig) -> JobConfig:
-    """Return a job that names no dtype with the one that it named when its run began. Raises: StoreError, JobError."""
+    """Return a job without a dtype with the one it had when its run began. Raises: StoreError, JobError."""
     if config.model.dtype != "auto":
         return config
     try:
@@ -64,12 +64,12 @@ def with_dtype_of_run(store: Store, config: JobConfig) -> JobConfig:
 
 
 def settled_job(store: Store, config: JobConfig) -> JobConfig:
-    """Return a job with the dtype that its run has settled on, if it leaves that open. Raises: StoreError."""
+    """Return a job with the settled dtype of its run instead of `auto`. Raises: StoreError."""
     return config.model_copy(update={"model": settled_model(store, config.model)})
 
 
 def settled_model(store: Store, model: ModelConfig) -> ModelConfig:
-    """Return the section with the dtype that the run has settled on; as it is if it names one or none is settled."""
+    """Return the section with the settled dtype of the run instead of `auto`, if one is settled. Raises: StoreError."""
     if model.dtype != "auto":
         return model
     try:
@@ -89,5 +89,5 @@ def settled_model(store: Store, model: ModelConfig) -> ModelConfig:
     return settled
 
 
-def _words(model: ModelConfig) -> str:
+def _name_of(model: ModelConfig) -> str:
     return model.dtype if model.quantization == "none" else f"{model.dtype}, quantization {model.quantization}"

@@ -532,7 +532,7 @@ BAD_CALLS = {
     "tile": ({"tiled": True, "tile_size": 8}, "tile_size", "tile_size = 8.* from 16 to"),
     "shift 0": ({"sigma_shift": 0.0}, "sigma_shift", "more than 0"),
     "image": ({"input_image": "cat.png"}, "input_image", "must be a PIL image"),
-    "32 bits": ({"input_image": Image.new("F", (8, 8))}, "input_image", "samples of 32 bits"),
+    "32 bits": ({"input_image": Image.new("F", (8, 8))}, "input_image", "32-bit samples"),
 }
 
 

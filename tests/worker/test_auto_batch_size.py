@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +40,7 @@ class Device:
 
 
 @pytest.mark.parametrize(("room", "expected"), [(1, 1), (2, 2), (3, 4), (4, 4), (100, 16)])
-def test_a_batch_is_as_large_as_it_helps(room: int, expected: int) -> None:
+def test_the_batch_grows_while_it_saves_time(room: int, expected: int) -> None:
     assert Device(room=room).measured() == expected
 
 
@@ -46,7 +48,7 @@ def test_a_batch_is_no_larger_than_memory() -> None:
     assert Device(room=100, memory=5).measured() == 4
 
 
-def test_measuring_ends_where_it_no_longer_helps() -> None:
+def test_measuring_ends_once_a_larger_batch_saves_nothing() -> None:
     device = Device(room=1)
     device.measured()
     assert device.calls == [1, 1, 2, 2]
@@ -58,7 +60,7 @@ def test_the_first_measurement_of_a_run_counts(tmp_path: Path) -> None:
     assert remembered_batch_size(store, lambda: pytest.fail("measured again")) == 8
 
 
-def test_of_two_workers_that_measure_at_once_both_take_what_was_written_first(tmp_path: Path) -> None:
+def test_two_workers_that_measure_at_once_take_the_size_written_first(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
 
     def overtaken() -> int:
@@ -69,14 +71,14 @@ def test_of_two_workers_that_measure_at_once_both_take_what_was_written_first(tm
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"batch_size": 0}', '{"batch_size": "many"}'])
-def test_a_damaged_memory_is_named(tmp_path: Path, text: str) -> None:
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "_run").mkdir()
     (tmp_path / "_run/batch_size.json").write_text(text)
-    with pytest.raises(StoreError, match=r"_run/batch_size\.json: not a batch size"):
+    with pytest.raises(StoreError, match=r"_run/batch_size\.json: is damaged"):
         remembered_batch_size(Store(str(tmp_path)), lambda: 1)
 
 
-def test_a_job_that_leaves_the_size_open_makes_the_same_images(tmp_path: Path) -> None:
+def test_an_automatic_batch_size_makes_the_same_images(tmp_path: Path) -> None:
     sizes: list[int] = []
 
     class Counting(FakePipeline):

@@ -1,4 +1,4 @@
-"""What one worker compiled is there for the next, and a run goes on whatever becomes of it."""
+"""The compile cache that workers share, without which a run goes on too."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Cache:
         self.data = data
 
 
-def test_the_first_worker_gives_and_the_next_takes(tmp_path: Path) -> None:
+def test_the_first_worker_writes_and_the_next_reads(tmp_path: Path) -> None:
     store, first, second = Store(str(tmp_path)), Cache(b"blocks"), Cache()
     shared = SharedCompileCache(store, first)
     assert not (tmp_path / KEY).exists()
@@ -55,7 +55,7 @@ def test_the_first_worker_gives_and_the_next_takes(tmp_path: Path) -> None:
     assert second.num_saved == 0
 
 
-def test_of_two_that_give_the_first_counts(tmp_path: Path) -> None:
+def test_the_first_of_two_writers_wins(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     one, other = (SharedCompileCache(store, Cache(data)) for data in (b"one", b"other"))
     one.share()
@@ -63,23 +63,23 @@ def test_of_two_that_give_the_first_counts(tmp_path: Path) -> None:
     assert store.read(KEY) == b"one"
 
 
-def test_where_nothing_was_compiled_nothing_is_written(tmp_path: Path) -> None:
+def test_nothing_is_written_if_nothing_was_compiled(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     for cache in (None, Cache(None)):
         SharedCompileCache(store, cache).share()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_damaged_is_said_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_cache_is_reported_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store, cache = Store(str(tmp_path)), Cache(b"own")
     store.write(KEY, b"damaged")
     SharedCompileCache(store, cache).share()
     assert cache.data == b"own"
     assert store.read(KEY) == b"damaged"
-    assert "torch-cpu is not used, blocks are compiled again: not what torch.compile" in caplog.text
+    assert "torch-cpu: not used, blocks are compiled again: not what torch.compile" in caplog.text
 
 
-def test_a_storage_that_is_away_costs_nothing_but_time(
+def test_an_unavailable_storage_costs_only_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def away(*_: Any) -> Any:
@@ -93,7 +93,7 @@ def test_a_storage_that_is_away_costs_nothing_but_time(
     assert "not shared: away" in caplog.text
 
 
-def test_a_run_shares_it_once_and_knows_it_as_its_own(tmp_path: Path) -> None:
+def test_a_run_writes_its_cache_once_and_knows_it_as_its_own_file(tmp_path: Path) -> None:
     caches: list[Cache] = []
 
     def compiling(model: ModelConfig) -> FakePipeline:

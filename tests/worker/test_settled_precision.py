@@ -1,4 +1,4 @@
-"""The dtype of a run whose job leaves it open: settled by its first worker, kept on whatever machine it goes on."""
+"""The dtype of a run whose job says `auto`: settled by its first worker, kept on any machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AUTO = ModelConfig(uri="demo")
 def machine(
     native: str, quantization: str = "none", kind: type[FakePipeline] = FakePipeline
 ) -> Callable[[ModelConfig], FakePipeline]:
-    """Return what loads a pipeline on a machine that computes natively in `native`."""
+    """Return a loader of pipelines on a machine that computes natively in `native`."""
 
     def load(model: ModelConfig) -> FakePipeline:
         pipeline = kind()
@@ -48,7 +48,7 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "out"))
 
 
-def test_the_first_worker_settles_what_all_others_take(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_worker_settles_the_dtype_of_all_others(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     first, model = load_settled(store, AUTO, machine("float32", "bfloat16"))
     assert (first.precision["dtype"], model.dtype, model.quantization) == ("float32", "float32", "bfloat16")
     assert json.loads(store.read(PRECISION)) == {"dtype": "float32", "quantization": "bfloat16"}
@@ -58,10 +58,10 @@ def test_the_first_worker_settles_what_all_others_take(store: Store, caplog: pyt
     assert other.precision == {"dtype": "float32", "quantization": "bfloat16"}
     assert model.dtype == "float32"
     assert "computes in float32, quantization bfloat16, as the run began" in caplog.text
-    assert "would take bfloat16" in caplog.text
+    assert "computes natively in bfloat16" in caplog.text
 
 
-def test_of_two_that_settle_at_once_the_later_one_loads_again(store: Store) -> None:
+def test_the_later_of_two_first_workers_loads_again(store: Store) -> None:
     loaded = []
 
     def slow(model: ModelConfig) -> FakePipeline:
@@ -75,7 +75,7 @@ def test_of_two_that_settle_at_once_the_later_one_loads_again(store: Store) -> N
     assert pipeline.precision["dtype"] == model.dtype == "bfloat16"
 
 
-def test_of_two_of_a_kind_none_loads_twice(store: Store) -> None:
+def test_two_first_workers_with_the_same_dtype_load_once(store: Store) -> None:
     loaded = []
 
     def slow(model: ModelConfig) -> FakePipeline:
@@ -87,7 +87,7 @@ def test_of_two_of_a_kind_none_loads_twice(store: Store) -> None:
     assert loaded == ["auto"]
 
 
-def test_a_quantization_that_the_job_names_stands(store: Store) -> None:
+def test_a_quantization_of_the_job_is_kept(store: Store) -> None:
     fp8 = AUTO.model_copy(update={"quantization": "fp8"})
     assert load_settled(store, fp8, machine("float32"))[1].quantization == "fp8"
     assert json.loads(store.read(PRECISION)) == {"dtype": "float32"}
@@ -95,13 +95,13 @@ def test_a_quantization_that_the_job_names_stands(store: Store) -> None:
     assert settled_model(store, AUTO).quantization == "none"
 
 
-def test_a_dtype_that_the_job_names_is_not_settled(store: Store) -> None:
+def test_a_dtype_of_the_job_is_not_settled(store: Store) -> None:
     load_settled(store, AUTO.model_copy(update={"dtype": "float16"}), machine("float32"))
     assert not store.exists(PRECISION)
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"dtype": "auto", "quantization": "none"}', b'{"dtype": "int8"}'])
-def test_what_no_run_wrote_is_named(store: Store, data: bytes) -> None:
+def test_a_damaged_file_is_named(store: Store, data: bytes) -> None:
     store.write(PRECISION, data)
     with pytest.raises(StoreError, match=r"precision\.json: is damaged .*; delete it"):
         settled_model(store, AUTO)
@@ -126,20 +126,20 @@ def test_a_run_keeps_its_dtype_on_another_machine_and_says_so(tmp_path: Path, ca
     config = begun(tmp_path, "float32")
     with caplog.at_level(logging.WARNING):
         report = run(config, engine=LocalEngine(), make_pipeline=machine("bfloat16"))
-    assert "computes in float32, as the run began; its own device would take bfloat16" in caplog.text
+    assert "computes in float32, as the run began; its device computes natively in bfloat16" in caplog.text
     assert report.model["dtype"] == "float32"
     assert "demo (float32)" in (tmp_path / "out/README.md").read_text()
     assert [left.key for left in find_leftovers(RunFolder(Store(config.output.uri), 4))] == []
 
 
-def test_a_run_goes_on_with_the_dtype_that_it_named_before(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_dtype_that_its_job_had_before(tmp_path: Path) -> None:
     """As runs do whose job file left out the key when it meant bfloat16."""
     begun(tmp_path, "float32", model={"dtype": "bfloat16"})
     report = run(make_job(tmp_path), engine=LocalEngine(), make_pipeline=machine("float32"))
     assert report.model["dtype"] == "bfloat16"
 
 
-def test_a_job_may_name_what_its_run_has_settled_on_and_nothing_else(tmp_path: Path) -> None:
+def test_a_job_may_name_the_settled_dtype_and_no_other(tmp_path: Path) -> None:
     begun(tmp_path, "float32")
     with pytest.raises(PlanMismatch, match=r"model\.dtype: 'float32' -> 'bfloat16'"):
         run(make_job(tmp_path, model={"dtype": "bfloat16"}), engine=LocalEngine(), make_pipeline=machine("bfloat16"))
