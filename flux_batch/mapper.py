@@ -136,7 +136,7 @@ class FluxMapper:
         ]
 
     def _make(self, requests: Sequence[ImageRequest]) -> dict[tuple[int, int], _EncodedImage]:
-        """Make the images of rows, by (row, image index), and encode each batch while the next is made."""
+        """Make the images of rows, by (row, image index); encode each batch behind the next."""
         tasks = [task for request in requests for task in tasks_of(request)]
         groups = list(batches(tasks, self._batch_size))
         encoded: dict[tuple[int, int], Future[_EncodedImage]] = {}
@@ -168,7 +168,7 @@ class FluxMapper:
             return error
 
     def _encode(self, outcome: ImageOutcome) -> _EncodedImage:
-        """Encode one image and record it as a job does, without a key, which only a shard gives."""
+        """Encode one image and record it as a job does, but without a key."""
         fields = self._recorder.outcome_fields("", outcome)
         if isinstance(outcome.result, Exception):
             return None, self._recorder.failed(fields, type(outcome.result).__name__, message_of(outcome.result))
@@ -191,7 +191,7 @@ def _column_names(batch: _ColumnBatch) -> list[str]:
 
 
 def rows_of(batch: _ColumnBatch, names: Collection[str]) -> list[dict[str, Any]]:
-    """Return the rows of a batch as plain Python values, with the columns among `names` that it has.
+    """Return the rows of a batch as Python values, with its columns among `names`.
 
     A NaN of NumPy becomes None, since NumPy has no other way to leave out a number.
     """
@@ -205,7 +205,7 @@ def rows_of(batch: _ColumnBatch, names: Collection[str]) -> list[dict[str, Any]]
 def with_columns(
     batch: _ColumnBatch, rows: Sequence[int], columns: Mapping[str, Sequence[Any]], schema: pa.Schema
 ) -> _ColumnBatch:
-    """Return the rows `rows` of a batch with further columns, which replace columns of the same name.
+    """Return the rows `rows` of a batch with columns added or replaced.
 
     The types of an Arrow table are those of `schema`; new columns of a NumPy batch hold Python objects, as they may
     hold None.

@@ -1,1 +1,1 @@
-"""What is done with a shard: rows -> batches -> images -> staged -> commit; knows neither model nor cluster."""
+"""The work on a shard: rows -> batches -> images -> staged -> commit; knows neither model nor cluster."""

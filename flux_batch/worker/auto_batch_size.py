@@ -47,9 +47,9 @@ def measured_batch_size(
     on_progress: Callable[[], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Return the smallest of 1, 2, 4, 8, 16 after which an image takes hardly less time, or memory is full.
+    """Measure the smallest batch size of 1, 2, 4, 8, 16 that the next one hardly beats.
 
-    on_progress: called after each size. clock: returns seconds.
+    Measuring ends where a batch no longer fits into memory. on_progress: called after each size. clock: returns seconds.
     """
     best, best_s = 1, float("inf")
     for size in _BATCH_SIZES:

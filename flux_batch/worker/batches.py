@@ -63,9 +63,9 @@ def tasks_of(request: ImageRequest) -> list[ImageTask]:
 
 
 def batches(tasks: Iterable[ImageTask], size: int) -> Iterator[list[ImageTask]]:
-    """Yield groups of at most `size` images that can share a forward pass, in order of first appearance.
+    """Yield groups of at most `size` images that can share a forward pass.
 
-    The groups are a function of the tasks alone. Groups with the same LoRAs follow each other, since exchanging LoRAs
+    They come in order of first appearance and are a function of the tasks alone. Groups with the same LoRAs follow each other, since exchanging LoRAs
     takes as long as loading a model.
     """
     groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[ImageTask]]] = {}
@@ -85,7 +85,7 @@ class InputImages:
         self._reading: dict[tuple[InputImage, tuple[int, int]], Future[Any]] = {}
 
     def join(self, batch: Sequence[ImageTask], following: Iterable[Sequence[ImageTask]] = ()) -> list[ImageTask]:
-        """Return a batch with its input images, and begin to read those of the following batches.
+        """Return a batch with its input images; begin to read those of `following` batches.
 
         An image that cannot be read is replaced by its RowError. Raises: any other error of `read`.
         """

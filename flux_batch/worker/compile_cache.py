@@ -29,7 +29,7 @@ class SharedCompileCache:
         self._is_done = cache is None or self._load(cache)
 
     def share(self) -> None:
-        """Write the compiled code into the run at the first call, unless it was loaded from there."""
+        """Write the compiled code into the run, once, unless it was loaded from there."""
         if self._is_done or self._cache is None:
             return
         self._is_done = True

@@ -57,7 +57,7 @@ class ImageOutcome:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryFit:
+class _MemoryFit:
     """The memory limit learned for one image shape: a batch size below `too_many` (None: not met yet), in `tiles`."""
 
     tiles: Tiles | None
@@ -117,7 +117,7 @@ class BatchMaker:
         self._loras = LoraSwitch(pipeline, loras)
         self._tiles = tiles
         self._on_progress = on_progress
-        self._fits: dict[tuple[Any, ...], MemoryFit] = {}
+        self._fits: dict[tuple[Any, ...], _MemoryFit] = {}
         self._expected: Sequence[ImageTask] = ()
         self._told: Sequence[LoraUse] | None = None  # for which LoRAs the pipeline knows what is expected
         self.device_s = 0.0
@@ -127,7 +127,7 @@ class BatchMaker:
         self._expected, self._told = tasks, None
 
     def make(self, batch: Sequence[ImageTask]) -> list[ImageOutcome]:
-        """Make the images of a batch, except those whose input image or LoRA cannot be read.
+        """Make the images of a batch whose input images and LoRAs can be read.
 
         Raises: DeviceFatal; StoreError if the storage of a LoRA is unavailable.
         """
@@ -136,7 +136,7 @@ class BatchMaker:
         if ready and (error := self._loras.use(ready[0].request.loras)):
             return [ImageOutcome(task, error, None, cut) for task, cut in zip(batch, truncated, strict=True)]
         self._tell(batch[0].request.loras)
-        fit = self._fits.get(batch[0].shape, MemoryFit(self._tiles))
+        fit = self._fits.get(batch[0].shape, _MemoryFit(self._tiles))
         results = iter(self._make_parts(ready, fit) if ready else [])
         return [
             ImageOutcome(task, task.input_image, None, cut)
@@ -152,7 +152,7 @@ class BatchMaker:
             self._pipeline.expect(list(dict.fromkeys(text for task in of_these for text in texts_of(task))))
             self._told = loras
 
-    def _make_parts(self, batch: Sequence[ImageTask], fit: MemoryFit) -> list[tuple[Pixels | Exception, Tiles | None]]:
+    def _make_parts(self, batch: Sequence[ImageTask], fit: _MemoryFit) -> list[tuple[Pixels | Exception, Tiles | None]]:
         """Make the images of a batch; after an error those of its halves, down to single images.
 
         A single image that does not fit into memory is tried once more with the autoencoder in small tiles.
@@ -173,17 +173,17 @@ class BatchMaker:
                 self.device_s += time.monotonic() - started
                 self._on_progress()
         if len(batch) == 1:
-            return self._make_parts(batch, MemoryFit(SMALL_TILES))
+            return self._make_parts(batch, _MemoryFit(SMALL_TILES))
         middle = len(batch) // 2
         return self._make_parts(batch[:middle], fit) + self._make_parts(batch[middle:], fit)
 
     def _remember(self, batch: Sequence[ImageTask], tiles: Tiles | None) -> None:
         """Lower the memory limit of a shape after a batch that did not fit."""
-        known = self._fits.get(batch[0].shape, MemoryFit(tiles))
+        known = self._fits.get(batch[0].shape, _MemoryFit(tiles))
         if len(batch) == 1:
-            self._fits[batch[0].shape] = MemoryFit(SMALL_TILES, 2)
+            self._fits[batch[0].shape] = _MemoryFit(SMALL_TILES, 2)
         elif known.too_many is None or len(batch) < known.too_many:
-            self._fits[batch[0].shape] = MemoryFit(known.tiles, len(batch))
+            self._fits[batch[0].shape] = _MemoryFit(known.tiles, len(batch))
 
     def _call_pipeline(self, batch: Sequence[ImageTask], tiles: Tiles | None) -> Sequence[Pixels]:
         params = batch[0].request.sampling
@@ -212,7 +212,7 @@ class BatchMaker:
         )
 
     def _truncations(self, batch: Sequence[ImageTask]) -> list[tuple[bool, bool]]:
-        """Return for each image whether CLIP and whether T5 cut its prompt or its negative prompt."""
+        """Return for each image whether CLIP and whether T5 cut one of its prompts."""
         params = batch[0].request.sampling
         cut = self._pipeline.truncations([task.request.prompt for task in batch], params.t5_sequence_length)
         if not params.uses_cfg:

@@ -43,7 +43,7 @@ class ImagePipeline(Protocol):
 
     @property
     def precision(self) -> Mapping[str, str]:
-        """The `dtype` and `quantization` it computes in, as the `model` section of a job spells them."""
+        """The `dtype` and `quantization` in use, spelled as in the `model` section of a job."""
         ...
 
     @property
@@ -83,5 +83,5 @@ class ImagePipeline(Protocol):
         ...
 
     def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
-        """Return for each prompt whether the tokenizer of CLIP and whether that of T5 cuts it."""
+        """Return for each prompt whether the tokenizers of CLIP and of T5 cut it."""
         ...

@@ -21,7 +21,7 @@ from flux_batch.worker.batches import ImageTask
 from flux_batch.worker.generate import ImageOutcome
 
 # A message is a line in a table, not a log.
-MAX_MESSAGE_LENGTH = 1000
+_MAX_MESSAGE_LENGTH = 1000
 
 
 class Recorder:
@@ -33,7 +33,7 @@ class Recorder:
         self._text_length = text_length
 
     def outcome_fields(self, shard: str, outcome: ImageOutcome) -> dict[str, Any]:
-        """Return the fields that `fields` returns, for an image that was made or failed in making."""
+        """Return the same fields as `fields`, for the outcome of a task."""
         tile_size = outcome.tiles.size if outcome.tiles else None
         return self.fields(shard, outcome.task, tile_size, outcome.truncated or (None, None))
 
@@ -44,7 +44,7 @@ class Recorder:
         tile_size: int | None = None,
         truncated: tuple[bool | None, bool | None] = (None, None),
     ) -> dict[str, Any]:
-        """Return the fields of a record that do not depend on whether the image was made."""
+        """Return the fields that records of made and failed images share."""
         request = task.request
         fields: dict[str, Any] = {name: getattr(request.sampling, name) for name in SAMPLING_FIELDS}
         fields["t5_sequence_length"] = fields["t5_sequence_length"] or self._text_length
@@ -112,7 +112,7 @@ def provenance(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def message_of(error: Exception) -> str:
     """Return the message of an error in one line; errors of other libraries with the line of code that raised them."""
-    line = " ".join(public_text(str(error)).split())[:MAX_MESSAGE_LENGTH]
+    line = " ".join(public_text(str(error)).split())[:_MAX_MESSAGE_LENGTH]
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, FluxBatchError) or not frames:
         return line

@@ -69,7 +69,7 @@ def settled_job(store: Store, config: JobConfig) -> JobConfig:
 
 
 def settled_model(store: Store, model: ModelConfig) -> ModelConfig:
-    """Return the section with the settled dtype of the run instead of `auto`, if one is settled. Raises: StoreError."""
+    """Return the section with the settled dtype instead of `auto`, if there is one. Raises: StoreError."""
     if model.dtype != "auto":
         return model
     try:

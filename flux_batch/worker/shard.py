@@ -24,13 +24,13 @@ from flux_batch.worker.generate import ImageOutcome
 from flux_batch.worker.recorder import Recorder, message_of, provenance
 
 # Objects of the staging area that are read at once; each holds the images of a batch.
-STAGED_READERS = 8
+_STAGED_READERS = 8
 # An image is recorded as failed once that many workers were lost while each made nothing but it.
-MAX_LOSSES_ALONE = 2
+_MAX_LOSSES_ALONE = 2
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedBatch:
+class _PlannedBatch:
     """Tasks to be made together; `label` names them in marks, the same for every attempt at the shard."""
 
     label: str
@@ -71,7 +71,7 @@ class ShardRun:
 
     @property
     def is_isolated(self) -> bool:
-        """Whether workers were lost on this shard, so that the next loss must tell which image caused it."""
+        """Whether workers were lost on this shard, so that the next loss must name its batch."""
         return self._attempt.lost > 0 or bool(self._losses)
 
     def ordered_records(self) -> list[ImageRecord]:
@@ -99,33 +99,33 @@ class ShardRun:
         if not self._attempt.from_end:  # a mark of the other worker, which is at it now, may be no loss
             self._fail_repeated_losses()
 
-    def queue(self, size: int) -> list[PlannedBatch]:
+    def queue(self, size: int) -> list[_PlannedBatch]:
         """Return the batches that are left to make, in the order to make them.
 
         Batches are formed of all tasks, made or not, so that an image has the neighbours that it has in an undisturbed
         run; images that may have killed a worker come last and alone, when everything else is safe.
         """
-        whole: list[PlannedBatch] = []
-        isolated: list[PlannedBatch] = []
+        whole: list[_PlannedBatch] = []
+        isolated: list[_PlannedBatch] = []
         for number, tasks in enumerate(batches(self._tasks.values(), size)):
             left = [task for task in tasks if task.position not in self.records]
-            alone = [PlannedBatch(self.key(task), [task]) for task in left]
+            alone = [_PlannedBatch(self.key(task), [task]) for task in left]
             if self._losses[f"b{number}"] or any(self._losses[batch.label] for batch in alone):
                 isolated += alone
             elif left:
-                whole += [PlannedBatch(f"b{number}", left)] if len(left) > 1 else alone
+                whole += [_PlannedBatch(f"b{number}", left)] if len(left) > 1 else alone
         if self._attempt.from_end:
             whole.reverse()
         return whole + sorted(isolated, key=lambda batch: self._losses[batch.label])
 
-    def begin(self, batch: PlannedBatch) -> list[ImageTask]:
+    def begin(self, batch: _PlannedBatch) -> list[ImageTask]:
         """Begin a batch. Returns: its tasks, except those that were adopted from another attempt meanwhile."""
         tasks = [task for task in batch.tasks if task.position not in self.records]
         self._begun |= {task.position for task in tasks}
         return tasks
 
     @contextmanager
-    def marked(self, batch: PlannedBatch, worker: str) -> Iterator[None]:
+    def marked(self, batch: _PlannedBatch, worker: str) -> Iterator[None]:
         """Mark a batch as started while the block runs, if batches are isolated; the mark outlives a lost process."""
         if not self.is_isolated:
             yield
@@ -180,7 +180,7 @@ class ShardRun:
         return task.position not in self._begun and task.position not in self.records
 
     def _adopt(self, names: Iterable[str]) -> None:
-        with ThreadPoolExecutor(STAGED_READERS, "adopt") as readers:
+        with ThreadPoolExecutor(_STAGED_READERS, "adopt") as readers:
             list(readers.map(self._adopt_object, sorted(names)))
 
     def _adopt_object(self, name: str) -> None:
@@ -191,7 +191,7 @@ class ShardRun:
                 self._adopt_image(task, image)
 
     def _adopt_image(self, task: ImageTask, image: StagedImage) -> None:
-        """Adopt an image, unless it was made for another row or with other settings than the present ones."""
+        """Adopt an image, unless it was made for another row or with other settings."""
         record = dict(image.record)
         error = record.pop("error_type", ""), record.pop("error_message", "")
         truncated = record.get("clip_truncated"), record.get("t5_truncated")
@@ -208,7 +208,7 @@ class ShardRun:
         """Record images as failed that were made alone by too many lost workers."""
         for key, task in self._tasks.items():
             losses = self._losses[key]
-            if losses >= MAX_LOSSES_ALONE and task.position not in self.records:
+            if losses >= _MAX_LOSSES_ALONE and task.position not in self.records:
                 last = f"; the last: {self._attempt.reason}" if self._attempt.reason else ""
                 reason = f"{losses} workers were lost while they made this image alone{last}"
                 fields = self._recorder.fields(self.name, task)

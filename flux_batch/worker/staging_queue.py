@@ -18,10 +18,10 @@ from flux_batch.worker.shard import ShardRun
 
 
 class StagingQueue:
-    """Encodes and stages the batches of one shard on threads of its own, in the order in which they are put.
+    """Encodes and stages the batches of one shard, in order, on threads of its own.
 
-    Between two batches it polls what other attempts at the shard have done. A context manager: leaving it waits for
-    its threads.
+    Between two batches it can look for other attempts at the shard. A context manager, which waits for its threads at
+    the end.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class StagingQueue:
             self._in_flight.popleft().result()
 
     def poll(self) -> None:
-        """Begin to look for other attempts at the shard, once the batches put before are staged."""
+        """Look for other attempts at the shard once the batches before are staged."""
         self._polled = self._stager.submit(self._other_commit)
 
     def polled_commit(self) -> Commit | None:
@@ -70,7 +70,7 @@ class StagingQueue:
         wait(self._in_flight)
 
     def settle(self) -> Commit | None:
-        """Wait until all batches are staged, and poll once more if there was time for another attempt."""
+        """Wait until all batches are staged. Returns: the commit of another attempt, if one was polled for and is there."""
         self.wait()
         return self._other_commit() if self._polled else None
 

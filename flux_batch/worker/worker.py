@@ -49,10 +49,10 @@ from flux_batch.worker.shard import ShardRun
 from flux_batch.worker.staging_queue import StagingQueue
 
 # Batches that may be on their way to the staging area while the next is made: what a kill can cost beside that one.
-MAX_IN_FLIGHT = 1
+_MAX_IN_FLIGHT = 1
 # Threads that read input images; each may hold a large one before it is made smaller.
-INPUT_IMAGE_READERS = 4
-FIRST_ATTEMPT = Attempt()
+_INPUT_IMAGE_READERS = 4
+_FIRST_ATTEMPT = Attempt()
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Worker:
         self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling), self._beat_making)
         self._recorder = Recorder(config.model, output_format, pipeline.default_t5_sequence_length)
 
-    def make(self, shard: Shard, attempt: Attempt = FIRST_ATTEMPT) -> MadeShard | CommittedShard:
+    def make(self, shard: Shard, attempt: Attempt = _FIRST_ATTEMPT) -> MadeShard | CommittedShard:
         """Make the images of a shard; a committed one is left as it is.
 
         Returns: the shard, to be finished, which may be done on another thread while the next one is made.
@@ -157,7 +157,7 @@ class Worker:
         """
         queue = run.queue(self._batch_size)
         self._maker.expect([task for batch in queue for task in batch.tasks])
-        with ThreadPoolExecutor(INPUT_IMAGE_READERS, "read") as readers:
+        with ThreadPoolExecutor(_INPUT_IMAGE_READERS, "read") as readers:
             images = InputImages(readers, self._read_image)
             for number, batch in enumerate(queue):
                 if self._stopping.is_set():
@@ -179,7 +179,7 @@ class Worker:
                 self._count(run, outcomes)
                 staging.put(outcomes)
                 with self.metrics.timed("wait"):
-                    staging.wait(0 if run.is_isolated else MAX_IN_FLIGHT)
+                    staging.wait(0 if run.is_isolated else _MAX_IN_FLIGHT)
         return None
 
     def _put_aside(self, run: ShardRun, staging: StagingQueue) -> Commit:

@@ -1,4 +1,4 @@
-"""Batches: what may share a pass, and input images that are there when their batch is."""
+"""Batches: images that may share a pass, and input images that are read ahead."""
 
 from __future__ import annotations
 
@@ -41,17 +41,26 @@ def with_images(todo: Sequence[list[ImageTask]], readers: Executor, read: ReadIm
         {"image": "a.png"},
     ],
 )
-def test_what_cannot_share_a_pass(other: dict[str, Any]) -> None:
+def test_images_of_other_settings_get_a_batch_of_their_own(other: dict[str, Any]) -> None:
     assert [len(batch) for batch in batches([task(0), task(1, **other), task(2)], 9)] == [2, 1]
 
 
-def test_what_can_share_a_pass() -> None:
+def test_images_that_differ_in_other_ways_share_a_batch() -> None:
     tasks = [
         task(0, "a.png", denoising_strength=0.5),
         task(1, "b.png", denoising_strength=0.5, embedded_guidance=1.0, negative_prompt="x"),
     ]
     assert list(batches(tasks, 9)) == [tasks]
     assert list(batches(tasks, 1)) == [tasks[:1], tasks[1:]]
+
+
+def test_batches_are_formed_in_order_of_first_appearance() -> None:
+    wide, tall = {"width": 64, "height": 32}, {"width": 32, "height": 64}
+    tasks = [task(0, **wide), task(1, **tall), task(2, **wide), task(3, **wide), task(4, **wide, cfg_scale=2.0)]
+
+    found = [[one.request.row for one in batch] for batch in batches(tasks, 2)]
+
+    assert found == [[0, 2], [3], [1], [4]]
 
 
 def test_images_come_with_their_batch() -> None:
@@ -67,7 +76,7 @@ def test_images_come_with_their_batch() -> None:
     assert [[one.request.row for one in batch] for batch in found] == [[0, 1], [2, 3], [4]]
 
 
-def test_the_next_batch_is_read_while_one_is_made_and_no_further() -> None:
+def test_only_the_next_batch_is_read_ahead() -> None:
     read: list[str] = []
     ahead = threading.Event()
 
@@ -100,7 +109,7 @@ def test_the_same_image_is_read_once() -> None:
     assert count == {"a": 1}
 
 
-def test_a_bad_image_costs_its_rows_and_an_outage_the_attempt() -> None:
+def test_a_bad_image_fails_its_rows_and_an_unavailable_storage_the_attempt() -> None:
     def reader(image: InputImage, size: tuple[int, int]) -> str:
         if image.name == "bad":
             raise RowError("no image")

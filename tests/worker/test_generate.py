@@ -1,4 +1,4 @@
-"""What happens when a batch does not fit into memory, and that it happens once for each shape."""
+"""Batches that fail or do not fit into memory, which is learned once for each image shape."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def is_made(made: list[ImageOutcome]) -> list[bool]:
         (2, lambda number, small: False, [2, 1, -1, 1, -1], [-1, -1]),
     ],
 )
-def test_what_did_not_fit_is_not_tried_again(size: int, fits: Fits, first: list[int], next_: list[int]) -> None:
+def test_a_batch_that_did_not_fit_is_not_tried_again(size: int, fits: Fits, first: list[int], next_: list[int]) -> None:
     pipeline = SmallMemory(fits)
     make = maker(pipeline).make
 
@@ -78,12 +78,12 @@ def test_what_did_not_fit_is_not_tried_again(size: int, fits: Fits, first: list[
     assert pipeline.take_sizes() == next_
     expected = fits(1, True)
     assert is_made(made) == [expected] * size
-    # Those of another shape have room.
+    # Images of another shape fit.
     assert is_made(make(batch(size, width=32))) == [True] * size
     assert pipeline.take_sizes() == [size]
 
 
-def test_the_images_are_those_of_a_worker_without_memory() -> None:
+def test_a_new_worker_makes_the_same_calls() -> None:
     """A resumed run must leave the same bytes: the same calls, those that failed left out."""
 
     def fits(number: int, small: bool) -> bool:
@@ -101,7 +101,7 @@ def test_the_images_are_those_of_a_worker_without_memory() -> None:
         assert np.array_equal(np.asarray(one.result), np.asarray(other.result))
 
 
-def test_other_errors_leave_no_memory() -> None:
+def test_other_errors_do_not_lower_the_batch_size() -> None:
     pipeline = SmallMemory(lambda number, small: True)
     make = maker(pipeline).make
 
@@ -120,7 +120,7 @@ def test_tiles_are_recorded_where_they_were_used() -> None:
     assert [made[0].tiles for made in (whole, asked, none)] == [SMALL_TILES, Tiles(128, 64), None]
 
 
-def test_every_call_is_a_sign_of_progress_and_a_lost_device_ends_them() -> None:
+def test_every_call_is_progress_until_the_device_is_lost() -> None:
     signs: list[int] = []
     make = maker(SmallMemory(lambda number, small: number < 2), on_progress=lambda: signs.append(1)).make
     make(batch(2))

@@ -14,7 +14,7 @@ AWAY = LoraUse(name="away", uri="s3://away/x.safetensors", scale=1.0)
 BROKEN = LoraUse(name="bad", uri="/broken.safetensors", scale=1.0)
 
 
-def test_what_is_in_use_already_is_not_set_again() -> None:
+def test_loras_in_use_are_not_set_again() -> None:
     pipeline = FakePipeline()
     switch = LoraSwitch(pipeline, (STYLE,))
 
@@ -25,20 +25,20 @@ def test_what_is_in_use_already_is_not_set_again() -> None:
     assert pipeline.lora_calls == [[style], [], [style, detail], [style]]
 
 
-def test_a_pipeline_is_not_asked_for_loras_where_there_are_none() -> None:
+def test_no_loras_are_set_in_a_job_without_any() -> None:
     switch = LoraSwitch(object(), ())  # type: ignore[arg-type]
 
     assert switch.use(()) is None
 
 
-def test_one_that_cannot_be_read_is_an_error_of_its_rows_with_its_name() -> None:
+def test_a_lora_that_cannot_be_read_fails_its_rows_by_name() -> None:
     error = LoraSwitch(FakePipeline(), ()).use((MISSING,))
 
     assert isinstance(error, RowError)
     assert str(error) == "lora gone: /missing.safetensors is not there"
 
 
-def test_after_a_failure_nothing_is_taken_for_granted() -> None:
+def test_after_an_error_loras_are_set_again() -> None:
     pipeline = FakePipeline()
     switch = LoraSwitch(pipeline, (STYLE,))
 
@@ -48,11 +48,11 @@ def test_after_a_failure_nothing_is_taken_for_granted() -> None:
     assert pipeline.lora_calls == [[("/style.safetensors", 0.8)]] * 2
 
 
-def test_a_storage_that_is_away_is_no_error_of_its_rows() -> None:
+def test_an_unavailable_storage_fails_the_attempt() -> None:
     with pytest.raises(StoreError):
         LoraSwitch(FakePipeline(), ()).use((AWAY,))
 
 
-def test_those_of_the_job_must_be_there() -> None:
+def test_the_loras_of_the_job_must_be_readable() -> None:
     with pytest.raises(CheckpointError):
         LoraSwitch(FakePipeline(), (STYLE, MISSING))

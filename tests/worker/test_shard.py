@@ -1,4 +1,4 @@
-"""What a worker keeps of a shard that others began, and what it leaves for those after it."""
+"""Shards that several workers take: adoption of staged images, stops, losses, and two shards at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def job(folder: Path, prompts: list[str] | None = None, batch_size: int = 2, **s
 
 
 def die_after(config: JobConfig, monkeypatch: pytest.MonkeyPatch, num_writes: int) -> list[str]:
-    """Let a worker die. Returns: the prompts whose images it staged."""
+    """Run a worker that dies after some writes. Returns: the prompts whose images it staged."""
     life = Life(num_writes)
     worker, _, plan = open_worker(config, monkeypatch, life)
     with pytest.raises(Death):
@@ -67,7 +67,7 @@ def test_what_a_lost_worker_staged_is_adopted_and_removed(tmp_path: Path, monkey
     assert staged(config) == []
 
 
-def test_images_are_safe_before_the_shard_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_staged_before_the_shard_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path, batch_size=8)
     life = Life()
     worker, _, plan = open_worker(config, monkeypatch, life)
@@ -117,7 +117,7 @@ def test_damaged_objects_are_made_again_in_their_batch(
 
 
 @pytest.mark.parametrize("change", [{"seed": 4}, {"prompt": "another"}, {"embedded_guidance": 9.0}, {"lora": "x"}])
-def test_only_what_the_plan_asks_for_is_adopted(
+def test_only_images_that_the_plan_requests_are_adopted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     config = job(tmp_path)
@@ -178,7 +178,7 @@ def images_of(config: JobConfig) -> dict[str, bytes]:
 # --- two workers on one shard
 
 
-def test_from_the_end_the_last_batches_are_made_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_speculative_attempt_makes_the_last_batches_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path)
 
     _, pipeline = run(config, monkeypatch, Attempt(from_end=True))
@@ -340,15 +340,13 @@ def test_a_lost_device_loses_only_the_batch_in_hand(tmp_path: Path, monkeypatch:
     assert listed.tries == {"b2": 1}  # as of a process that died in it
 
 
-def test_a_worker_at_work_is_quiet_only_between_signs_of_progress(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_is_idle_only_between_signs_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path)
     workers: list[Worker] = []
     now = 1000.0
     monkeypatch.setattr("flux_batch.telemetry.time", SimpleNamespace(monotonic=lambda: now))
 
-    def is_quiet_while_time_passes() -> bool:
+    def is_idle_while_time_passes() -> bool:
         nonlocal now
         before = workers[0].idle_s()
         now += 100
@@ -358,7 +356,7 @@ def test_a_worker_at_work_is_quiet_only_between_signs_of_progress(
         def __call__(self, *args: Any, **others: Any) -> Any:
             wait_until(lambda: len(staged(config)) == self.num_calls)
             wait_until(lambda: workers[0].idle_s() == 0)  # the batch before was progress
-            wait_until(is_quiet_while_time_passes)  # what is staged shows before its own sign of progress
+            wait_until(is_idle_while_time_passes)  # what is staged shows before its own sign of progress
             return super().__call__(*args, **others)
 
     worker, _, plan = open_worker(config, monkeypatch, pipeline=Watched())
@@ -371,7 +369,7 @@ def test_a_worker_at_work_is_quiet_only_between_signs_of_progress(
     assert now >= 1400
 
 
-# --- what kills workers
+# --- rows that kill workers
 
 
 def run_to_the_end(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[MortalPipeline]]:
@@ -388,13 +386,13 @@ def run_to_the_end(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[
     raise AssertionError("no end in sight")
 
 
-def test_a_row_that_kills_its_process_is_found_and_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_kills_its_process_is_found_and_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [*PROMPTS[:5], "poison [die]", *PROMPTS[6:], "more", "and more"]
     config = job(tmp_path, prompts, batch_size=4)
 
     lost, pipelines = run_to_the_end(config, monkeypatch)
 
-    assert lost == 4  # in its batch, in its announced batch, and twice alone
+    assert lost == 4  # in its batch, in its marked batch, and twice alone
     rows = metadata(config)
     assert [row["prompt"] for row in rows if row["status"] == "failed"] == ["poison [die]"]
     assert (rows[5]["error_type"], rows[5]["error_message"]) == (
@@ -420,7 +418,7 @@ def test_a_row_that_kills_its_process_is_found_and_set_aside(tmp_path: Path, mon
     assert staged(config) == []
 
 
-def test_two_such_rows_in_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_rows_of_one_batch_that_kill_their_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path, ["a", "first [die]", "b", "second [die]"], batch_size=4)
 
     lost, _ = run_to_the_end(config, monkeypatch)
@@ -434,7 +432,7 @@ def test_two_such_rows_in_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
 
 
-def test_a_batch_of_one_needs_no_taking_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_of_one_that_kills_its_process_is_not_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path, ["a", "poison [die]", "b"], batch_size=1)
 
     lost, _ = run_to_the_end(config, monkeypatch)
@@ -464,8 +462,8 @@ def test_after_a_loss_no_batch_is_begun_before_the_last_is_safe(
     assert listed.tries == {"b2": 1}
 
 
-def test_an_error_is_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that answers has lived: its announcement is taken back."""
+def test_an_error_leaves_no_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that raises an error has survived, so that its mark is removed."""
     config = job(tmp_path)
     worker, _, plan = open_worker(config, monkeypatch)
 
@@ -479,7 +477,7 @@ def test_an_error_is_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert staged(config) == []
 
 
-def test_a_first_attempt_announces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_attempt_leaves_no_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path)
     life = Life()
     worker, _, plan = open_worker(config, monkeypatch, life)

@@ -23,9 +23,8 @@ from flux_batch.errors import DeviceFatal, OutOfMemory
 from flux_batch.images import read_provenance
 from flux_batch.plan.plan import Plan, make_plan
 from flux_batch.prompts.input_images import load_image
-from flux_batch.records import ImageRequest, SamplingParams, Shard, ShardResult
+from flux_batch.records import Shard, ShardResult
 from flux_batch.storage.store import Store
-from flux_batch.worker.batches import ImageTask, batches
 from flux_batch.worker.worker import Worker, WorkerFactory
 from helpers.fakes import FakePipeline, fake_image, make_fake_pipeline
 
@@ -60,8 +59,8 @@ def make_job(tmp_path: Path, rows: Sequence[dict[str, Any] | str], **sections: A
 
 def open_worker(config: JobConfig, pipeline: FakePipeline | None = None) -> tuple[Worker, Plan]:
     plan = make_plan(config.prompts, config.output.shard_size)
-    recipe = WorkerFactory(config, len(plan.shards), plan.passthrough, make_fake_pipeline)
-    return Worker(recipe, pipeline or FakePipeline()), plan
+    factory = WorkerFactory(config, len(plan.shards), plan.passthrough, make_fake_pipeline)
+    return Worker(factory, pipeline or FakePipeline()), plan
 
 
 def render(config: JobConfig, pipeline: FakePipeline | None = None) -> list[ShardResult]:
@@ -140,7 +139,7 @@ def test_other_image_types_have_their_size_and_prompt(tmp_path: Path, image_type
 
 
 @pytest.mark.parametrize("image_type", ["png", "jpeg", "webp"])
-def test_a_very_long_prompt_is_no_outage(tmp_path: Path, image_type: str) -> None:
+def test_a_very_long_prompt_is_made_and_recorded(tmp_path: Path, image_type: str) -> None:
     prompts = ["猫" * 30_000, "short"]
     config = make_job(tmp_path, prompts, output={"image": {"type": image_type}})
 
@@ -292,7 +291,7 @@ def test_a_lost_device_ends_the_shard_without_a_commit(tmp_path: Path) -> None:
     assert files_of(config, ".") == {}
 
 
-def test_a_image_is_the_same_whatever_shard_and_batch_it_is_made_in(tmp_path: Path) -> None:
+def test_an_image_does_not_depend_on_its_shard_and_batch(tmp_path: Path) -> None:
     rows = [
         {"prompt": f"p{number % 5}", "id": f"row {number}", "width": 64 if number % 3 else 32} for number in range(11)
     ]
@@ -353,12 +352,12 @@ def test_a_committed_shard_is_not_rendered_again(tmp_path: Path) -> None:
     ]
 
 
-def test_the_recipe_travels_and_opens_elsewhere(tmp_path: Path) -> None:
+def test_the_factory_pickles_small_and_opens_a_worker(tmp_path: Path) -> None:
     config = make_job(tmp_path, ["a"])
     plan = make_plan(config.prompts, config.output.shard_size)
-    recipe = WorkerFactory(config, len(plan.shards), plan.passthrough, make_fake_pipeline)
+    factory = WorkerFactory(config, len(plan.shards), plan.passthrough, make_fake_pipeline)
 
-    data = pickle.dumps(recipe)
+    data = pickle.dumps(factory)
     worker = pickle.loads(data).open()
     result = worker.make(pickle.loads(pickle.dumps(plan.shards[0]))).finish()
 
@@ -368,26 +367,12 @@ def test_the_recipe_travels_and_opens_elsewhere(tmp_path: Path) -> None:
     assert result.num_bytes > 0
 
 
-def task(**sampling: Any) -> ImageTask:
-    params = SamplingParams(**sampling)
-    return ImageTask(ImageRequest(row=0, id="x", prompt="p", sampling=params, seeds=(1,)), 0)
-
-
-def test_batches_hold_what_can_share_a_pass() -> None:
-    wide, tall = {"width": 64, "height": 32}, {"width": 32, "height": 64}
-    tasks = [task(**wide), task(**tall), task(**wide, embedded_guidance=1.0), task(**wide), task(**wide, cfg_scale=2.0)]
-
-    found = [[tasks.index(one) for one in batch] for batch in batches(tasks, 2)]
-
-    assert found == [[0, 2], [0], [1], [4]]  # tasks 0 and 3 are equal
-
-
 @pytest.mark.parametrize("shards", [10, 100_001])
 def test_keys_have_no_dots_and_widen_with_the_run(tmp_path: Path, shards: int) -> None:
     config = make_job(tmp_path, ["a", "b"])
     plan = make_plan(config.prompts, 4)
-    recipe = WorkerFactory(config, shards, plan.passthrough, make_fake_pipeline)
-    worker = recipe.open()
+    factory = WorkerFactory(config, shards, plan.passthrough, make_fake_pipeline)
+    worker = factory.open()
 
     worker.make(plan.shards[0]).finish()
 
@@ -438,7 +423,7 @@ def test_the_fake_pipeline_is_a_function_of_the_request_alone() -> None:
         assert not np.array_equal(base, fake_image("p", **settings | {name: change(settings[name])})), name
 
 
-def test_a_shard_shorter_than_planned_says_that_the_file_changed(tmp_path: Path) -> None:
+def test_a_shard_shorter_than_planned_is_an_error_about_the_file(tmp_path: Path) -> None:
     config = make_job(tmp_path, ["a", "b"])
     worker, plan = open_worker(config)
     shard = plan.shards[0]
@@ -447,7 +432,7 @@ def test_a_shard_shorter_than_planned_says_that_the_file_changed(tmp_path: Path)
         worker.make(Shard(index=0, uri=shard.uri, name=shard.name, start=0, num_rows=3)).finish()
 
 
-# --- what images start from
+# --- input images
 
 
 def colour(number: int) -> Image.Image:
@@ -534,7 +519,7 @@ def test_bad_input_images_are_recorded_and_cost_nobody_else(tmp_path: Path) -> N
     assert len(images(config)) == 2
 
 
-def test_images_in_cells_of_the_wrong_kind(tmp_path: Path) -> None:
+def test_a_cell_that_holds_no_image_fails_its_row(tmp_path: Path) -> None:
     config = make_image_job(tmp_path, [{"prompt": "p", "input_image": 5}])
 
     render(config)
@@ -563,7 +548,7 @@ def test_a_job_of_one_image_reads_it_once_a_shard(tmp_path: Path, monkeypatch: p
     assert Counter(read) == {str(tmp_path / "job.png"): 2, "own.png": 1}
 
 
-def test_rows_without_a_image_are_made_from_noise(tmp_path: Path) -> None:
+def test_rows_without_an_input_image_are_made_from_noise(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(as_png(colour(1)))
     rows = [
         {"prompt": "noise", "input_image": None, "denoising_strength": None},
@@ -622,10 +607,10 @@ def test_prompts_in_a_bucket_start_from_images_beside_them(tmp_path: Path, s3_st
     assert "not found" in rows[4]["error_message"]
 
 
-# --- other ways of DiffSynth, and too little memory
+# --- options of DiffSynth, and too little memory
 
 
-def test_the_job_passes_on_what_it_asks_for_and_nothing_else(tmp_path: Path) -> None:
+def test_the_pipeline_gets_the_options_of_the_job_and_no_others(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "sigma_shift": None}, {"prompt": "b", "sigma_shift": 5.0}]
     sampling = {"sigma_shift": 3.0, "tiled": True, "tile_size": 96, "tile_stride": 48, "cfg_scale": 0.5}
     config = make_job(tmp_path, rows, sampling={"width": 64, "height": 48} | sampling)
@@ -649,7 +634,7 @@ def test_the_job_passes_on_what_it_asks_for_and_nothing_else(tmp_path: Path) -> 
     assert (row["sigma_shift"], row["tile_size"], row["input_image"]) == (None, None, None)
 
 
-def test_a_image_that_does_not_fit_is_made_in_tiles(tmp_path: Path) -> None:
+def test_an_image_that_does_not_fit_is_made_in_tiles(tmp_path: Path) -> None:
     config = make_job(tmp_path, ["a", "b [oom whole]", "c"], workers={"batch_size": 4})
     pipeline = FakePipeline()
 
@@ -677,8 +662,8 @@ def test_tiles_that_are_too_large_become_smaller_and_then_the_row_fails(tmp_path
     assert pipeline.options == [{"tile_size": 128, "tile_stride": 64}, {"tile_size": 64, "tile_stride": 32}]
 
 
-def test_a_job_of_input_images_is_the_call_of_the_pipeline(tmp_path: Path) -> None:
-    """The whole way with a tiny model, in batches: each image is that of the same call alone."""
+def test_a_job_makes_the_images_of_the_same_calls_of_the_pipeline(tmp_path: Path) -> None:
+    """A job with a tiny model, in batches: each image is that of the same call alone."""
     from flux_batch import FluxImagePipeline
     from helpers.tiny_flux import TinyFlux, make_tiny_repository
 
