@@ -47,9 +47,10 @@ def measured_batch_size(
     on_progress: Callable[[], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Measure the smallest batch size of 1, 2, 4, 8, 16 that the next one hardly beats.
+    """Measure the smallest batch size that the next larger one hardly beats.
 
-    Measuring ends where a batch no longer fits into memory. on_progress: called after each size. clock: returns seconds.
+    Sizes are 1, 2, 4, 8, 16, up to the first that does not fit into memory. on_progress: called after each size.
+    clock: returns seconds.
     """
     best, best_s = 1, float("inf")
     for size in _BATCH_SIZES:

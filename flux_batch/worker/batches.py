@@ -65,8 +65,8 @@ def tasks_of(request: ImageRequest) -> list[ImageTask]:
 def batches(tasks: Iterable[ImageTask], size: int) -> Iterator[list[ImageTask]]:
     """Yield groups of at most `size` images that can share a forward pass.
 
-    They come in order of first appearance and are a function of the tasks alone. Groups with the same LoRAs follow each other, since exchanging LoRAs
-    takes as long as loading a model.
+    They come in order of first appearance and are a function of the tasks alone. Groups with the same LoRAs follow
+    each other, since exchanging LoRAs takes as long as loading a model.
     """
     groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[ImageTask]]] = {}
     for task in tasks:

@@ -70,7 +70,7 @@ class StagingQueue:
         wait(self._in_flight)
 
     def settle(self) -> Commit | None:
-        """Wait until all batches are staged. Returns: the commit of another attempt, if one was polled for and is there."""
+        """Wait until all batches are staged. Returns: the commit of another attempt, polled for once more."""
         self.wait()
         return self._other_commit() if self._polled else None
 
