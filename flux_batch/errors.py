@@ -27,6 +27,9 @@ No message holds what may be a secret of an address.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 from flux_batch.redaction import public_text
 
 
@@ -127,3 +130,14 @@ class RunHeld(Interrupted):
 
 class LeaseLost(Interrupted):
     """Another driver went on with the run, since this one was out of touch for longer than its lease."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of any error as one public line; its type if it has no message."""
+    return " ".join(public_text(str(error)).split()) or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence that suggests the nearest of `known`; empty if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

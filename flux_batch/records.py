@@ -1,172 +1,19 @@
 """The nouns that cross a border: between files and code, driver and worker, worker and storage.
 
-Plain frozen dataclasses that pickle small. Knows words and ranges; knows no file, tensor or cluster.
+Plain frozen dataclasses that pickle small. Knows no file, tensor or cluster.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from numbers import Integral
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from flux_batch.errors import InvalidSetting
+from flux_batch.sampling_params import Quantization, SamplingParams
 
-# The spellings of diffusers, accepted wherever ours are: in the call, the job file and as columns.
-ALIASES = {
-    "guidance_scale": "embedded_guidance",
-    "true_cfg_scale": "cfg_scale",
-    "max_sequence_length": "t5_sequence_length",
-}
-
-# How matrices are kept: as the model's dtype; in bfloat16 or fp8, widened to it for each product; multiplied in fp8.
-Quantization = Literal["none", "bfloat16", "fp8", "fp8_matmul"]
-
-# A packed latent token covers 16 x 16 pixels (8x autoencoder, 2x2 patches).
-PIXELS_PER_TOKEN = 16
-# Position ids of a side longer than this are no longer exact in bfloat16 pipelines, and no FLUX.1 was trained near it.
-MAX_SIDE = 8192
-MAX_STEPS = 1000
-# Latents along a side of a tile: smaller ones would know too little of the image to be worth the name.
-MIN_TILE = 16
 # What a row's `lora` column says for none: CSV has no empty text, only missing values.
 NO_LORA = ("", "none")
-# torch.Generator takes 64 bits; one bit is kept free so that seed + image index never overflows a signed column.
-MAX_SEED = 2**62
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """What to make from a prompt. Width and height in pixels. Raises: InvalidSetting for a value out of range."""
-
-    width: int = 1024
-    height: int = 1024
-    num_inference_steps: int = 28
-    embedded_guidance: float = 3.5
-    cfg_scale: float = 1.0
-    negative_prompt: str = ""
-    t5_sequence_length: int | None = None
-    sigma_shift: float | None = None
-    denoising_strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_side("width", self.width)
-        check_side("height", self.height)
-        check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
-        check_scale("embedded_guidance", self.embedded_guidance)
-        check_scale("cfg_scale", self.cfg_scale)
-        check_text("negative_prompt", self.negative_prompt)
-        if self.t5_sequence_length is not None:
-            check_integer("t5_sequence_length", self.t5_sequence_length, 1, 4096)
-        if self.sigma_shift is not None:
-            check_shift("sigma_shift", self.sigma_shift)
-        check_strength("denoising_strength", self.denoising_strength)
-
-    @property
-    def uses_cfg(self) -> bool:
-        """Whether a second forward pass with the negative prompt is needed."""
-        return self.cfg_scale != 1.0
-
-
-SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise InvalidSetting, with the nearest, unless `value` is one of `choices`."""
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InvalidSetting(f"{name} = {value!r}: must be one of {', '.join(choices)}{hint}", field=name)
-
-
-def check_quantization(value: str, dtype: str) -> None:
-    """Raise InvalidSetting unless weights can be kept that way in a model of `dtype`, by its name."""
-    check_choice("quantization", value, get_args(Quantization))
-    if value == "fp8_matmul" and dtype not in ("bfloat16", "auto"):
-        raise InvalidSetting(
-            f"quantization = fp8_matmul: products in fp8 give bfloat16, not {dtype}; take bfloat16, or fp8 alone",
-            field="quantization",
-        )
-    if value == "bfloat16" and dtype not in ("float32", "auto"):
-        raise InvalidSetting(
-            f"quantization = bfloat16: saves nothing in a model of {dtype}; take dtype float32, or quantization none",
-            field="quantization",
-        )
-
-
-def check_step_cache(value: float) -> None:
-    """Raise InvalidSetting unless `value` is a threshold for reusing steps: 0, which is off, to 1."""
-    check_scale("step_cache", value)
-    if value > 1:
-        raise InvalidSetting(f"step_cache = {value}: must be from 0, which is off, to 1", field="step_cache")
-
-
-def check_cuda_graphs(value: bool, step_cache: float) -> None:
-    """Raise InvalidSetting for CUDA graphs beside a step cache, which decides at each step what is launched."""
-    if value and step_cache:
-        raise InvalidSetting(
-            f"cuda_graphs = {value}: a step cache decides at each step what is launched, which no graph can; "
-            f"leave it out, or set step_cache = {step_cache} to 0",
-            field="cuda_graphs",
-        )
-
-
-def check_side(name: str, value: int) -> None:
-    """Raise InvalidSetting unless `value` is an image side in pixels that FLUX can make."""
-    check_integer(name, value, PIXELS_PER_TOKEN, MAX_SIDE)
-    if value % PIXELS_PER_TOKEN:
-        below = value - value % PIXELS_PER_TOKEN
-        nearest = f"the nearest are {below} and {below + PIXELS_PER_TOKEN}"
-        raise InvalidSetting(f"{name} = {value}: must be a multiple of {PIXELS_PER_TOKEN}; {nearest}", field=name)
-
-
-def check_integer(name: str, value: int, low: int, high: int) -> None:
-    """Raise InvalidSetting unless `value` is a whole number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
-        raise InvalidSetting(f"{name} = {value!r}: must be a whole number from {low} to {high}", field=name)
-
-
-def check_scale(name: str, value: float) -> None:
-    """Raise InvalidSetting unless `value` is a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
-        raise InvalidSetting(f"{name} = {value!r}: must be a finite number of at least 0", field=name)
-
-
-def check_number(name: str, value: float) -> None:
-    """Raise InvalidSetting unless `value` is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InvalidSetting(f"{name} = {value!r}: must be a finite number", field=name)
-
-
-def check_shift(name: str, value: float) -> None:
-    """Raise InvalidSetting unless `value` is a finite number of more than 0."""
-    check_scale(name, value)
-    if value == 0:
-        raise InvalidSetting(f"{name} = {value}: must be more than 0", field=name)
-
-
-def check_strength(name: str, value: float) -> None:
-    """Raise InvalidSetting unless `value` is a share of the noise: more than 0, at most 1."""
-    check_scale(name, value)
-    if not 0 < value <= 1:
-        raise InvalidSetting(f"{name} = {value}: must be more than 0 and at most 1", field=name)
-
-
-def check_tiles(tile_size: int, tile_stride: int) -> None:
-    """Raise InvalidSetting unless tiles of that size and distance, in latents, cover an image without gaps."""
-    check_integer("tile_size", tile_size, MIN_TILE, MAX_SIDE)
-    check_integer("tile_stride", tile_stride, 1, tile_size)
-
-
-def check_text(name: str, value: str) -> None:
-    """Raise InvalidSetting unless `value` is text that a file can hold: YAML and JSON can spell half a character."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidSetting(f"{name} = {value!r}: must be valid Unicode", field=name) from error
 
 
 def image_seed(run_seed: int, row_id: str, image_index: int) -> int:
@@ -261,23 +108,15 @@ class FailedRow:
 class ImageRecord:
     """One row of the metadata: a requested image, made or failed.
 
-    Sampling fields are None only when the row was too broken to read them.
+    `seed` and `sampling` are None only when the row was too broken to read them.
     """
 
     key: str
     id: str
     image_index: int
     prompt: str
-    negative_prompt: str | None = None
     seed: int | None = None
-    width: int | None = None
-    height: int | None = None
-    num_inference_steps: int | None = None
-    embedded_guidance: float | None = None
-    cfg_scale: float | None = None
-    t5_sequence_length: int | None = None
-    sigma_shift: float | None = None
-    denoising_strength: float | None = None
+    sampling: SamplingParams | None = None
     input_image: str | None = None
     lora: str | None = None
     lora_scale: float | None = None

@@ -13,12 +13,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flux_batch"
 
-BOTTOM = {"errors", "records", "redaction"}
+BOTTOM = {"errors", "records", "redaction", "sampling_params"}
 # Each unit of the package, a folder or a file at its top, and what it may import of the others. Only downwards.
 LADDER: dict[str, set[str]] = {
     "redaction": set(),
     "errors": {"redaction"},
-    "records": {"errors"},
+    "sampling_params": {"errors"},
+    "records": {"sampling_params"},
     "telemetry": set(),
     "logs": {"redaction"},
     "config": BOTTOM,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from flux_batch.errors import JobError
-from flux_batch.records import Quantization
+from flux_batch.sampling_params import Quantization
 
 if TYPE_CHECKING:
     import torch

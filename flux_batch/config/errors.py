@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from flux_batch.config.text import did_you_mean
+from flux_batch.config.text import nearest_or_all
 from flux_batch.errors import InvalidSetting
 
 
@@ -19,7 +19,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
         cause = finding.get("ctx", {}).get("error")
         if finding["type"] == "extra_forbidden":
             *sections, key = finding["loc"]
-            lines.append(f"{path}: unknown key{did_you_mean(str(key), _keys_at(model, sections))}")
+            lines.append(f"{path}: unknown key{nearest_or_all(str(key), _keys_at(model, sections))}")
         elif finding["type"] == "missing":
             lines.append(f"{path}: missing, and it has no default")
         elif isinstance(cause, InvalidSetting):

@@ -22,12 +22,13 @@ from pydantic import (
 )
 
 from flux_batch.config.errors import explain
-from flux_batch.config.text import did_you_mean, read_tree
+from flux_batch.config.text import nearest_or_all, read_tree
 from flux_batch.errors import InvalidSetting, JobError
-from flux_batch.records import (
+from flux_batch.records import NO_LORA
+from flux_batch.redaction import public_tree, public_uri, redact
+from flux_batch.sampling_params import (
     ALIASES,
     MAX_SEED,
-    NO_LORA,
     SAMPLING_FIELDS,
     Quantization,
     SamplingParams,
@@ -36,7 +37,6 @@ from flux_batch.records import (
     check_step_cache,
     check_tiles,
 )
-from flux_batch.redaction import public_tree, public_uri, redact
 
 # Of the section `model`, what changes images: compiled, they are rounded in other places.
 MODEL_IDENTITY = ("uri", "dtype", "quantization", "step_cache", "compile", "loras")
@@ -137,7 +137,7 @@ class PromptsConfig(Section):
     def _known_fields(cls, columns: dict[str, str]) -> dict[str, str]:
         for name in columns:
             if name not in PROMPT_FIELDS:
-                raise ValueError(f"{name!r} is not a field of a prompt{did_you_mean(name, PROMPT_FIELDS)}")
+                raise ValueError(f"{name!r} is not a field of a prompt{nearest_or_all(name, PROMPT_FIELDS)}")
         return columns
 
 
@@ -223,7 +223,7 @@ class ModelConfig(Section):
     @classmethod
     def _known(cls, value: Any) -> Any:
         if value not in get_args(Quantization):
-            raise ValueError(f"no way to keep weights{did_you_mean(str(value), get_args(Quantization))}")
+            raise ValueError(f"no way to keep weights{nearest_or_all(str(value), get_args(Quantization))}")
         return value
 
     @model_validator(mode="after")
@@ -238,29 +238,11 @@ class ModelConfig(Section):
         return self
 
 
-class SamplingConfig(Section):
+class SamplingConfig(Section, SamplingParams, frozen=True):
     """Defaults of every prompt; a row may override each by a column of that name."""
 
-    width: int = 1024
-    """Pixels: a multiple of 16, from 16 to 8192."""
-    height: int = 1024
-    """Pixels: a multiple of 16, from 16 to 8192."""
-    num_inference_steps: int = 28
-    """Denoising steps, from 1 to 1000."""
-    embedded_guidance: float = 3.5
-    """The guidance that the model was distilled with; at least 0."""
-    cfg_scale: float = 1.0
-    """True classifier-free guidance; other than 1, each step runs twice, the second time with the negative prompt."""
-    negative_prompt: str = ""
-    """What the image must not show; read if `cfg_scale` is not 1."""
-    t5_sequence_length: int | None = None
-    """Text tokens, from 1 to 4096; the model's own number if null: 512 for dev, 256 for schnell."""
-    sigma_shift: float | None = None
-    """The shift of DiffSynth-Studio's static schedule, which uses 3; the model's own schedule if null."""
     input_image: str | None = Field(default=None, min_length=1)
     """The image to start from: a path or an address."""
-    denoising_strength: float = 1.0
-    """Share of the noise that is put over the input image, more than 0; 1 leaves nothing of it."""
     tiled: bool = False
     """Run the autoencoder in tiles: less memory, and images that differ a little. For all rows."""
     tile_size: int = 128
@@ -284,7 +266,7 @@ class SamplingConfig(Section):
         return self
 
     def params(self) -> SamplingParams:
-        """Give the defaults as the record that the pipeline is called with."""
+        """Return the defaults of an image as the rows and the pipeline take them."""
         return SamplingParams(**{name: getattr(self, name) for name in SAMPLING_FIELDS})
 
 

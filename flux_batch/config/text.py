@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from datetime import datetime
@@ -11,8 +10,8 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from flux_batch.errors import JobError
-from flux_batch.records import ALIASES
+from flux_batch.errors import JobError, did_you_mean
+from flux_batch.sampling_params import ALIASES
 
 # A merge of merges doubles with every line, and a few lines would fill any memory.
 MOST_MERGES, MOST_KEYS = 100, 10_000
@@ -110,11 +109,10 @@ def fill_in_dates(tree: dict[str, Any], moment: datetime | None, origin: str) ->
     return dated
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Suggest the nearest known name, or list them all: the tail of an error message."""
+def nearest_or_all(name: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence that suggests the nearest known name, or lists them all."""
     known = list(known)
-    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+    return did_you_mean(name, [*known, *ALIASES]) or f"; known are {', '.join(known)}"
 
 
 def _unquoted(reason: object) -> str:

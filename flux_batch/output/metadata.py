@@ -15,8 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flux_batch.records import ImageRecord
+from flux_batch.sampling_params import SAMPLING_FIELDS
 from flux_batch.storage.passthrough import as_json, passthrough_of
 
+_COLUMN_TYPES = {int: pa.int32(), float: pa.float64(), str: pa.string()}
 RECORD_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -25,14 +27,7 @@ RECORD_SCHEMA = pa.schema(
         pa.field("prompt", pa.string(), nullable=False),
         ("negative_prompt", pa.string()),
         ("seed", pa.int64()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("num_inference_steps", pa.int32()),
-        ("embedded_guidance", pa.float64()),
-        ("cfg_scale", pa.float64()),
-        ("t5_sequence_length", pa.int32()),
-        ("sigma_shift", pa.float64()),
-        ("denoising_strength", pa.float64()),
+        *[(name, _COLUMN_TYPES[field.type]) for name, field in SAMPLING_FIELDS.items() if name != "negative_prompt"],
         ("input_image", pa.string()),
         ("lora", pa.string()),
         ("lora_scale", pa.float64()),
@@ -73,9 +68,11 @@ def unpack_metadata(data: bytes) -> list[dict[str, Any]]:
 
 
 def record_row(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]:
-    """Return a record as one row of a table."""
-    row = asdict(record)
-    extra = passthrough_of(row.pop("passthrough"), passthrough)
+    """Return a record as one row of a table, in the order of the columns."""
+    values = asdict(record)
+    values |= values.pop("sampling") or dict.fromkeys(SAMPLING_FIELDS)
+    extra = passthrough_of(values["passthrough"], passthrough)
+    row = {name: values[name] for name in RECORD_SCHEMA.names}
     return row | {passthrough_name(name): value for name, value in extra.items()}
 
 

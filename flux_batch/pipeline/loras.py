@@ -17,7 +17,7 @@ from flux_batch.model.lora.file import Lora, open_lora
 from flux_batch.model.lora.merge import LoraMerge
 from flux_batch.model.lora.scale import PEFT_WEIGHTS
 from flux_batch.pipeline.errors import checkpoint_errors, device_errors
-from flux_batch.records import check_number
+from flux_batch.sampling_params import check_number
 
 
 class Loras:

@@ -34,7 +34,7 @@ from flux_batch.model.transformer import Flux
 from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 from flux_batch.pipeline.loras import Loras
 from flux_batch.pipeline.precision import to_dtype
-from flux_batch.records import Quantization, check_quantization
+from flux_batch.sampling_params import Quantization, check_quantization
 
 # What is done to a model before it is filled.
 TRANSFORMER_CHANGES: Mapping[Quantization, Prepare | None] = {

@@ -48,9 +48,9 @@ from flux_batch.pipeline.loras import Loras
 from flux_batch.pipeline.model_manager import ModelManager, locate_parts
 from flux_batch.pipeline.pixels import check_finite, to_pixels, to_uint8
 from flux_batch.pipeline.precision import AUTO, must_be_narrow
-from flux_batch.pipeline.request import ImageRequest, one_each, resolve_aliases
+from flux_batch.pipeline.request import PipelineRequest, one_each, resolve_aliases, sampling_of_call
 from flux_batch.pipeline.text_cache import MAX_BYTES, MAX_BYTES_AWAY, EncodedTexts
-from flux_batch.records import PIXELS_PER_TOKEN, Quantization, check_choice, check_cuda_graphs, check_step_cache
+from flux_batch.sampling_params import TOKEN_SIDE_PX, Quantization, check_choice, check_cuda_graphs, check_step_cache
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Value = TypeVar("Value")
@@ -285,20 +285,22 @@ class FluxImagePipeline:
         if not isinstance(prompt, (str, Sequence)):
             raise InvalidSetting(f"prompt = {prompt!r}: must be a string or a list of strings", field="prompt")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        guidance = named.get("embedded_guidance", embedded_guidance)
-        request = ImageRequest(
+        sampling: dict[str, Any] = {
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+            "embedded_guidance": embedded_guidance,
+            "cfg_scale": cfg_scale,
+            "t5_sequence_length": t5_sequence_length,
+            "denoising_strength": denoising_strength,
+            "sigma_shift": sigma_shift,
+        }
+        request = PipelineRequest(
             prompts=prompts,
-            negative_prompts=one_each("negative_prompt", negative_prompt, len(prompts)),
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            embedded_guidance=one_each("embedded_guidance", guidance, len(prompts)),
-            cfg_scale=one_each("cfg_scale", named.get("cfg_scale", cfg_scale), len(prompts)),
+            sampling=sampling_of_call(len(prompts), **sampling | named),
             seeds=one_each("seed", seed, len(prompts)),
-            t5_sequence_length=named.get("t5_sequence_length", t5_sequence_length),
             input_images=None if input_image is None else one_each("input_image", input_image, len(prompts)),
-            denoising_strength=denoising_strength,
-            sigma_shift=sigma_shift,
             tiling=Tiling(tile_size, tile_stride) if tiled else None,
             step_cache=self.step_cache if step_cache is None else step_cache,
         )
@@ -319,53 +321,54 @@ class FluxImagePipeline:
             images = [Image.fromarray(image) for image in images]
         return images[0] if isinstance(prompt, str) else images
 
-    def warn_of_cut_texts(self, request: ImageRequest) -> None:
+    def warn_of_cut_texts(self, request: PipelineRequest) -> None:
         """Warn, as Python does once a program, if the end of a text is not read."""
         texts = request.prompts + (request.negative_prompts if request.uses_cfg else [])
-        cut = self.truncations(list(dict.fromkeys(texts)), request.t5_sequence_length)
+        cut = self.truncations(list(dict.fromkeys(texts)), request.shared.t5_sequence_length)
         for title, is_cut in zip(("CLIP", "T5"), map(any, zip(*cut, strict=True)), strict=True):
             if is_cut:
                 message = f"a prompt is longer than {title} reads, its end is left out: `truncations` tells which"
                 warnings.warn(message, stacklevel=3)
 
-    def make_latents(self, request: ImageRequest, progress_bar: Progress | None = None) -> Tensor:
+    def make_latents(self, request: PipelineRequest, progress_bar: Progress | None = None) -> Tensor:
         """Encode the texts and denoise: scaled latents (b, c, height/8, width/8)."""
-        p = request
+        p = request.shared
         downscale = self.autoencoder.params.downscale
         height, width = p.height // downscale, p.width // downscale
         length = p.t5_sequence_length or self.default_t5_sequence_length
         num_tokens = height // 2 * (width // 2)
         sigmas = make_sigmas(p.num_inference_steps, num_tokens, self.schedule, p.sigma_shift, p.denoising_strength)
         pe = self.position_tables(length, height, width)
-        guidance = torch.tensor(p.embedded_guidance, device=self.device, dtype=self.torch_dtype)
+        guidance = torch.tensor(request.values("embedded_guidance"), device=self.device, dtype=self.torch_dtype)
         timesteps = timesteps_of(sigmas, guidance)
 
         def velocity(prompts: Sequence[str]) -> Velocity:
             model = ConditionedFlux(self.transformer, self.encode(prompts, length), pe, timesteps, guidance)
-            if p.step_cache:
-                return StepCache(model, p.step_cache)
+            if request.step_cache:
+                return StepCache(model, request.step_cache)
             return self.graphs(model) if self.graphs else model
 
         tokens = denoise(
-            velocity(p.prompts),
-            pack(self.first_latents(p, height, width, sigmas[0])),
+            velocity(request.prompts),
+            pack(self.first_latents(request, height, width, sigmas[0])),
             sigmas,
-            negative=velocity(p.negative_prompts) if p.uses_cfg else None,
-            cfg_scale=torch.tensor(p.cfg_scale, device=self.device, dtype=torch.float32),
+            negative=velocity(request.negative_prompts) if request.uses_cfg else None,
+            cfg_scale=torch.tensor(request.values("cfg_scale"), device=self.device, dtype=torch.float32),
             progress=progress_bar,
         )
         return unpack(tokens, height, width)
 
-    def first_latents(self, request: ImageRequest, height: int, width: int, sigma: Tensor) -> Tensor:
+    def first_latents(self, request: PipelineRequest, height: int, width: int, sigma: Tensor) -> Tensor:
         """Return where denoising starts: noise, or the input images at noise level `sigma`."""
         shape = (self.autoencoder.params.z_channels, height, width)
         generators = make_generators(request.seeds)
         if request.input_images is None:
             return make_noise(shape, generators).to(self.device, self.torch_dtype)
-        pixels = [to_pixels(image, request.width, request.height) for image in request.input_images]
+        size = request.shared.width, request.shared.height
+        pixels = [to_pixels(image, *size) for image in request.input_images]
         weight = self.autoencoder.encoder.conv_in.weight
         # The posterior draws before the noise from the same generator, as in diffusers; DiffSynth takes its mean.
-        posterior = None if request.sigma_shift is not None else make_noise(shape, generators).to(weight)
+        posterior = None if request.shared.sigma_shift is not None else make_noise(shape, generators).to(weight)
         noise = make_noise(shape, generators)
         latents = self.encode_pixels(torch.stack(pixels).to(weight), posterior, request.tiling)
         return add_noise(latents.to(self.torch_dtype), noise.to(self.device, self.torch_dtype), sigma)
@@ -398,7 +401,7 @@ def check_parts_fit(transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncod
     p, a = transformer.params, autoencoder.params
     facts = [
         ("channels of a latent patch (autoencoder)", 4 * a.z_channels, p.in_channels),
-        ("pixels along a token (autoencoder)", 2 * a.downscale, PIXELS_PER_TOKEN),
+        ("pixels along a token (autoencoder)", 2 * a.downscale, TOKEN_SIDE_PX),
         ("width of the CLIP text encoder", clip.width, p.vec_in_dim),
         ("width of the T5 text encoder", t5.width, p.context_in_dim),
     ]

@@ -18,7 +18,7 @@ from flux_batch.model.footprint import weight_bytes
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.model.params import Shapes
 from flux_batch.pipeline.errors import checkpoint_errors
-from flux_batch.records import Quantization
+from flux_batch.sampling_params import Quantization
 
 # How callers leave the dtype open.
 AUTO = (None, "auto")

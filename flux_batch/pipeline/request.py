@@ -5,92 +5,95 @@ Knows words and ranges, and how many steps an input image leaves; computes nothi
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from flux_batch.errors import InvalidSetting
+from flux_batch.errors import InvalidSetting, did_you_mean
 from flux_batch.model.optimize.tiling import Tiling
 from flux_batch.model.params import first_step
-from flux_batch.records import (
+from flux_batch.sampling_params import (
     ALIASES,
     MAX_SEED,
-    MAX_STEPS,
+    SAMPLING_FIELDS,
+    SamplingParams,
     check_integer,
-    check_scale,
-    check_shift,
-    check_side,
     check_step_cache,
     check_tiles,
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImageRequest:
-    """One call, checked: lists have one entry an image. Raises: InvalidSetting naming the argument."""
+class PipelineRequest:
+    """One call, checked: each list has one entry an image. Raises: InvalidSetting naming the argument."""
 
     prompts: list[str]
-    negative_prompts: list[str]
-    height: int
-    width: int
-    num_inference_steps: int
-    embedded_guidance: list[float]
-    cfg_scale: list[float]
+    sampling: list[SamplingParams]
     seeds: list[int | None]
-    t5_sequence_length: int | None
     input_images: list[Image.Image] | None
-    denoising_strength: float
-    sigma_shift: float | None
     tiling: Tiling | None
     step_cache: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, texts in (("prompt", self.prompts), ("negative_prompt", self.negative_prompts)):
-            for text in texts:
-                if not isinstance(text, str):
-                    raise InvalidSetting(f"{name} = {text!r}: must be a string or a list of strings", field=name)
+        for text in self.prompts:
+            if not isinstance(text, str):
+                raise InvalidSetting(f"prompt = {text!r}: must be a string or a list of strings", field="prompt")
         check_step_cache(self.step_cache)
-        check_side("height", self.height)
-        check_side("width", self.width)
-        check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
-        for guidance in self.embedded_guidance:
-            check_scale("embedded_guidance", guidance)
-        for scale in self.cfg_scale:
-            check_scale("cfg_scale", scale)
         for seed in self.seeds:
             if seed is not None:
                 check_integer("seed", seed, 0, MAX_SEED)
-        if self.t5_sequence_length is not None:
-            check_integer("t5_sequence_length", self.t5_sequence_length, 1, 4096)
-        check_scale("denoising_strength", self.denoising_strength)
-        if self.denoising_strength > 1.0 or self.num_steps_left < 1:
-            raise InvalidSetting(
-                f"denoising_strength = {self.denoising_strength}: must be at most 1 and leave at least one of "
-                f"{self.num_inference_steps} steps to run",
-                field="denoising_strength",
-            )
-        if self.denoising_strength < 1.0 and self.input_images is None:
-            raise InvalidSetting(
-                f"denoising_strength = {self.denoising_strength}: must be 1 without an input_image",
-                field="denoising_strength",
-            )
         if self.tiling is not None:
             check_tiles(*self.tiling)
-        if self.sigma_shift is not None:
-            check_shift("sigma_shift", self.sigma_shift)
+        if self.prompts:
+            self._check_strength(self.shared.denoising_strength)
+
+    def _check_strength(self, strength: float) -> None:
+        if self.num_steps_left < 1:
+            raise InvalidSetting(
+                f"denoising_strength = {strength}: must leave at least one of {self.shared.num_inference_steps} steps "
+                "to run",
+                field="denoising_strength",
+            )
+        if strength < 1.0 and self.input_images is None:
+            raise InvalidSetting(
+                f"denoising_strength = {strength}: must be 1 without an input_image", field="denoising_strength"
+            )
+
+    @property
+    def shared(self) -> SamplingParams:
+        """The settings that all images have in common, beside those of the first one."""
+        return self.sampling[0]
+
+    @property
+    def negative_prompts(self) -> list[str]:
+        """The negative prompt of each image."""
+        return self.values("negative_prompt")
 
     @property
     def uses_cfg(self) -> bool:
         """Whether a second pass with the negative prompts is needed."""
-        return any(scale != 1.0 for scale in self.cfg_scale)
+        return any(params.uses_cfg for params in self.sampling)
 
     @property
     def num_steps_left(self) -> int:
         """Steps that remain after those that an input image skips."""
-        return self.num_inference_steps - first_step(self.num_inference_steps, self.denoising_strength)
+        num_steps = self.shared.num_inference_steps
+        return num_steps - first_step(num_steps, self.shared.denoising_strength)
+
+    def values(self, name: str) -> list[Any]:
+        """Return the value of one sampling field for each image."""
+        return [getattr(params, name) for params in self.sampling]
+
+
+def sampling_of_call(count: int, **arguments: Any) -> list[SamplingParams]:
+    """Return the settings of each of `count` images from a call's arguments. Raises: InvalidSetting."""
+    values = {
+        name: one_each(name, value, count) if SAMPLING_FIELDS[name].is_per_image else [value] * count
+        for name, value in arguments.items()
+    }
+    return [SamplingParams(**{name: each[index] for name, each in values.items()}) for index in range(count)]
 
 
 def one_each(name: str, value: Any, count: int) -> list[Any]:
@@ -107,7 +110,6 @@ def resolve_aliases(aliases: Mapping[str, Any], arguments: Iterable[str]) -> dic
     for name in aliases:
         if name not in ALIASES:
             names = [name for name in arguments if name not in ("aliases", "return")] + list(ALIASES)
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f": did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(names))}"
+            hint = did_you_mean(name, names) or f"; there are {', '.join(sorted(names))}"
             raise InvalidSetting(f"{name} is no argument of the pipeline{hint}", field=name)
     return {ALIASES[name]: value for name, value in aliases.items()}

@@ -25,28 +25,15 @@ from flux_batch.prompts.access import Places
 from flux_batch.prompts.input_images import given_bytes
 from flux_batch.prompts.row_loras import RowLoras
 from flux_batch.prompts.tables import FORMATS, BadRow, Row, RowRange, Table, open_table
-from flux_batch.records import (
-    ALIASES,
-    MAX_SEED,
-    SAMPLING_FIELDS,
-    FailedRow,
-    ImageRequest,
-    InputImage,
-    LoraUse,
-    SamplingParams,
-    Shard,
-    check_integer,
-    image_seed,
-)
+from flux_batch.records import FailedRow, ImageRequest, InputImage, LoraUse, Shard, image_seed
 from flux_batch.redaction import public_uri
+from flux_batch.sampling_params import ALIASES, MAX_SEED, SAMPLING_FIELDS, SamplingParams, check_integer
 from flux_batch.storage.errors import translated
 from flux_batch.storage.passthrough import is_text, portable
 from flux_batch.storage.store import open_filesystem
 
 # Enough to notice an edit of a file whose store gives no checksum, at the price of two small reads.
 SAMPLED_BYTES = 64 * 1024
-INTEGER_FIELDS = {"width", "height", "num_inference_steps", "t5_sequence_length"}
-FLOAT_FIELDS = {"embedded_guidance", "cfg_scale", "sigma_shift", "denoising_strength"}
 READERS = 16
 
 
@@ -273,9 +260,10 @@ class RowParser:
 
 
 def _convert(field: str, value: Any) -> Any:
-    if field in INTEGER_FIELDS:
+    kind = SAMPLING_FIELDS[field].type
+    if kind is int:
         return _integer(field, value)
-    if field in FLOAT_FIELDS:
+    if kind is float:
         return _number(field, value)
     if not isinstance(value, str):
         raise InvalidSetting(f"{field} = {value!r}: must be text", field=field)

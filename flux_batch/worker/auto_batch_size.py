@@ -11,10 +11,12 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from flux_batch.config.schema import SamplingConfig
 from flux_batch.errors import AlreadyExists, NotFound, OutOfMemory, StoreError
 from flux_batch.output.paths import BATCH_SIZE
+from flux_batch.sampling_params import call_arguments
 from flux_batch.storage.store import Store
 from flux_batch.worker.protocol import ImagePipeline
 
@@ -68,18 +70,14 @@ def measured_batch_size(
 
 
 def _call_s(pipeline: ImagePipeline, sampling: SamplingConfig, size: int, clock: Callable[[], float]) -> float:
+    steps = min(_MEASURED_STEPS, sampling.num_inference_steps)
+    params = replace(sampling.params(), num_inference_steps=steps, denoising_strength=1.0)  # there is no input image
     started = clock()
     pipeline(
         [f"image {number}" for number in range(size)],
-        negative_prompt=[sampling.negative_prompt] * size,
-        width=sampling.width,
-        height=sampling.height,
-        num_inference_steps=min(_MEASURED_STEPS, sampling.num_inference_steps),
-        embedded_guidance=[sampling.embedded_guidance] * size,
-        cfg_scale=[sampling.cfg_scale] * size,
-        t5_sequence_length=sampling.t5_sequence_length,
         seed=list(range(size)),
         output_type="np",
+        **call_arguments([params] * size),
     )
     return clock() - started
 

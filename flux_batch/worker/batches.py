@@ -35,16 +35,7 @@ class ImageTask:
     def shape(self) -> tuple[Any, ...]:
         """The settings that all images of one batch share."""
         params = self.request.sampling
-        return (
-            params.width,
-            params.height,
-            params.num_inference_steps,
-            params.uses_cfg,
-            params.t5_sequence_length,
-            params.sigma_shift,
-            params.denoising_strength,
-            self.request.input_image is None,
-        )
+        return *params.shared, params.uses_cfg, self.request.input_image is None
 
     @property
     def position(self) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from flux_batch.errors import (
 )
 from flux_batch.images import Pixels
 from flux_batch.records import LoraUse
+from flux_batch.sampling_params import call_arguments
 from flux_batch.worker.batches import ImageTask
 from flux_batch.worker.protocol import ImagePipeline
 
@@ -186,26 +187,13 @@ class BatchMaker:
             self._fits[batch[0].shape] = _MemoryFit(known.tiles, len(batch))
 
     def _call_pipeline(self, batch: Sequence[ImageTask], tiles: Tiles | None) -> Sequence[Pixels]:
-        params = batch[0].request.sampling
-        options: dict[str, Any] = {}
-        if params.sigma_shift is not None:
-            options["sigma_shift"] = params.sigma_shift
+        options = call_arguments([task.request.sampling for task in batch])
         if batch[0].input_image is not None:
-            options |= {
-                "input_image": [task.input_image for task in batch],
-                "denoising_strength": params.denoising_strength,
-            }
+            options["input_image"] = [task.input_image for task in batch]
         if tiles:
             options |= {"tiled": True, "tile_size": tiles.size, "tile_stride": tiles.stride}
         return self._pipeline(
             [task.request.prompt for task in batch],
-            negative_prompt=[task.request.sampling.negative_prompt for task in batch],
-            width=params.width,
-            height=params.height,
-            num_inference_steps=params.num_inference_steps,
-            embedded_guidance=[task.request.sampling.embedded_guidance for task in batch],
-            cfg_scale=[task.request.sampling.cfg_scale for task in batch],
-            t5_sequence_length=params.t5_sequence_length,
             seed=[task.request.seeds[task.image_index] for task in batch],
             output_type="np",
             **options,

@@ -28,7 +28,8 @@ class CompileCache(Protocol):
 class ImagePipeline(Protocol):
     """A model that computes images: prompts in, uint8 (h w 3) arrays out.
 
-    A worker passes arguments that have a default only to a batch that needs them.
+    A worker passes arguments that have a default only to a batch that needs them, and so any further field of
+    SamplingParams that is marked IF_SET.
     """
 
     @property

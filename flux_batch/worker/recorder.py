@@ -15,8 +15,9 @@ from flux_batch.config.schema import ModelConfig
 from flux_batch.errors import FluxBatchError
 from flux_batch.output.formats import OutputFormat
 from flux_batch.output.paths import image_key
-from flux_batch.records import SAMPLING_FIELDS, FailedRow, ImageRecord, LoraUse
+from flux_batch.records import FailedRow, ImageRecord, LoraUse
 from flux_batch.redaction import public_text, public_uri
+from flux_batch.sampling_params import SAMPLING_FIELDS, SamplingParams
 from flux_batch.worker.batches import ImageTask
 from flux_batch.worker.generate import ImageOutcome
 
@@ -65,8 +66,8 @@ class Recorder:
 
     def made(self, shard: str, fields: Mapping[str, Any], data: bytes) -> ImageRecord:
         """Return the record of an image, by its encoded bytes."""
-        return ImageRecord(
-            **fields,
+        return _record(
+            fields,
             status="success",
             file_name=self._format.file_name(shard, fields["key"]),
             sha256=hashlib.sha256(data).hexdigest(),
@@ -75,7 +76,7 @@ class Recorder:
 
     def failed(self, fields: Mapping[str, Any], error_type: str, error_message: str) -> ImageRecord:
         """Return the record of an image that could not be made."""
-        return ImageRecord(**fields, status="failed", error_type=error_type, error_message=error_message)
+        return _record(fields, status="failed", error_type=error_type, error_message=error_message)
 
     def failed_row(self, shard: str, row: FailedRow) -> ImageRecord:
         """Return the record of an invalid row: one failed image, however many the row asked for."""
@@ -103,6 +104,12 @@ class Recorder:
         """Return the model, and the settings that trade quality for speed or memory."""
         model = self._model
         return {"model": public_uri(model.uri), "quantization": model.quantization, "step_cache": model.step_cache}
+
+
+def _record(fields: Mapping[str, Any], **outcome: Any) -> ImageRecord:
+    sampling = SamplingParams(**{name: fields[name] for name in SAMPLING_FIELDS})
+    others = {name: value for name, value in fields.items() if name not in SAMPLING_FIELDS}
+    return ImageRecord(**others, **outcome, sampling=sampling)
 
 
 def provenance(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from flux_batch.config.schema import JobConfig, PromptsConfig
 from flux_batch.errors import JobError
-from flux_batch.records import ALIASES, SAMPLING_FIELDS
 from flux_batch.redaction import REDACTED
+from flux_batch.sampling_params import ALIASES, SAMPLING_FIELDS
 
 MINIMAL = "prompts: {uri: p.parquet}\noutput: {uri: out}\nmodel: {uri: demo}\n"
 FULL = """

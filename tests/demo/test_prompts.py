@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from flux_batch.demo.prompts import demo_prompts_path, prompt_rows, write_prompts
-from flux_batch.records import SamplingParams
+from flux_batch.sampling_params import SamplingParams
 
 
 def test_the_file_is_what_the_function_makes(tmp_path: Path) -> None:

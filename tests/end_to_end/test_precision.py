@@ -195,7 +195,7 @@ class TestQuantization:
         [
             (
                 {"quantization": "fp9"},
-                "quantization = 'fp9': must be one of none, bfloat16, fp8, fp8_matmul; did you mean fp8?",
+                "quantization = 'fp9': must be one of none, bfloat16, fp8, fp8_matmul; did you mean 'fp8'?",
             ),
             ({"quantization": "fp8_matmul", "torch_dtype": "float16"}, "give bfloat16, not float16"),
             (

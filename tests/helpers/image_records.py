@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from flux_batch.output.paths import image_key
 from flux_batch.records import ImageRecord
+from flux_batch.sampling_params import SamplingParams
 
 PROMPTS = ["plain", 'say "cheese",\nplease', "猫と犬 🐈‍⬛", "x" * 2000, "a\x01b", "plain"]
 UTC = datetime.UTC
@@ -57,14 +58,14 @@ def make_record(row: int, prompt: str) -> ImageRecord:
         id=f"p.csv:{row}",
         image_index=0,
         prompt=prompt,
-        negative_prompt="",
         seed=2**53 - 1 - row,
-        width=32,
-        height=16,
-        num_inference_steps=4,
-        embedded_guidance=3.0 if row % 2 else 3.5,
-        cfg_scale=1.0,
-        t5_sequence_length=512,
+        sampling=SamplingParams(
+            width=32,
+            height=16,
+            num_inference_steps=4,
+            embedded_guidance=3.0 if row % 2 else 3.5,
+            t5_sequence_length=512,
+        ),
         clip_truncated=False,
         t5_truncated=row == 3,
         model="demo",

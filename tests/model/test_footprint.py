@@ -22,7 +22,7 @@ from flux_batch.model.optimize.quantize import Fp8Linear, quantize_t5, quantize_
 from flux_batch.model.params import AUTOENCODER, DEV, SCHNELL, Shapes
 from flux_batch.model.transformer import Flux
 from flux_batch.pipeline.model_manager import T5_CHANGES, TRANSFORMER_CHANGES
-from flux_batch.records import Quantization
+from flux_batch.sampling_params import Quantization
 
 META = torch.device("meta")
 T5_XXL = {

@@ -22,6 +22,7 @@ from flux_batch.output.formats import format_for, iter_images
 from flux_batch.output.metadata import unpack_metadata
 from flux_batch.output.paths import RunFolder, image_key
 from flux_batch.records import Commit, ImageRecord, StoredFile
+from flux_batch.sampling_params import SamplingParams
 from flux_batch.storage.store import Store
 from helpers.fakes import fake_image
 
@@ -82,8 +83,7 @@ class Attempt:
             image_index=0,
             prompt=prompt,
             seed=row,
-            width=32,
-            height=16,
+            sampling=SamplingParams(width=32, height=16),
             model="demo",
             status="failed",
             error_type="RuntimeError",

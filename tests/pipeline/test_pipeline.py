@@ -499,6 +499,7 @@ class TestSampleOfDiffSynth:
             FluxImagePipeline.from_model_manager(manager)
 
 
+SMALL_IMAGE = Image.new("RGB", (8, 8))
 BAD_CALLS = {
     "size": ({"height": 1000}, "height", "height = 1000.* 992 and 1008"),
     "width": ({"width": 24}, "width", "width = 24.* 16 and 32"),
@@ -521,11 +522,20 @@ BAD_CALLS = {
     "seed as text": ({"seed": "1"}, "seed", "whole number"),
     "huge seed": ({"seed": 2**64}, "seed", "from 0 to"),
     "T5 length 0": ({"t5_sequence_length": 0}, "t5_sequence_length", "from 1 to"),
-    "no such name": ({"guidence_scale": 1}, "guidence_scale", r"did you mean guidance_scale\?"),
-    "nearest name": ({"hight": 64}, "hight", r"did you mean height\?"),
+    "no such name": ({"guidence_scale": 1}, "guidence_scale", r"did you mean 'guidance_scale'\?"),
+    "nearest name": ({"hight": 64}, "hight", r"did you mean 'height'\?"),
     "nothing near": ({"zzz": 64}, "zzz", "no argument of the pipeline; there are cfg_scale, "),
     "output type": ({"output_type": "jpeg"}, "output_type", "must be one of pil, np, pt, latent"),
-    "strength 0": ({"input_image": Image.new("RGB", (8, 8)), "denoising_strength": 0.0}, "denoising_strength", "leave"),
+    "strength 0": (
+        {"input_image": Image.new("RGB", (8, 8)), "denoising_strength": 0.0},
+        "denoising_strength",
+        "more than 0",
+    ),
+    "no step left": (
+        {"input_image": Image.new("RGB", (8, 8)), "denoising_strength": 1e-20},
+        "denoising_strength",
+        "leave",
+    ),
     "strength 2": ({"denoising_strength": 2.0}, "denoising_strength", "at most 1"),
     "strength alone": ({"denoising_strength": 0.5}, "denoising_strength", "must be 1 without an input_image"),
     "stride": ({"tiled": True, "tile_stride": 129}, "tile_stride", "tile_stride = 129.* from 1 to 128"),

@@ -17,7 +17,8 @@ from flux_batch.errors import SourceError, StoreRefused
 from flux_batch.plan.plan import make_plan
 from flux_batch.prompts.source import PromptSource, RowParser
 from flux_batch.prompts.tables import BadRow
-from flux_batch.records import ALIASES, FailedRow, ImageRequest, InputImage, Shard, image_seed
+from flux_batch.records import FailedRow, ImageRequest, InputImage, Shard, image_seed
+from flux_batch.sampling_params import ALIASES
 from flux_batch.storage.store import Store
 from helpers.s3 import SECRET, Bucket, S3Server
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from flux_batch.errors import RowError, StoreError
-from flux_batch.records import ImageRequest, InputImage, SamplingParams
+from flux_batch.records import ImageRequest, InputImage
+from flux_batch.sampling_params import SamplingParams
 from flux_batch.worker.batches import READ_AHEAD, ImageTask, InputImages, ReadImage, batches
 
 

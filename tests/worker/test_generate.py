@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from flux_batch.errors import DeviceFatal, OutOfMemory
-from flux_batch.records import ImageRequest, LoraUse, SamplingParams
+from flux_batch.records import ImageRequest, LoraUse
+from flux_batch.sampling_params import SamplingParams
 from flux_batch.worker.batches import ImageTask
 from flux_batch.worker.generate import SMALL_TILES, BatchMaker, ImageOutcome, Tiles
 from helpers.fakes import FakePipeline

@@ -6,7 +6,8 @@ import pytest
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.output.formats import format_for
-from flux_batch.records import ImageRequest, LoraUse, SamplingParams
+from flux_batch.records import ImageRequest, LoraUse
+from flux_batch.sampling_params import SamplingParams
 from flux_batch.worker.batches import ImageTask
 from flux_batch.worker.recorder import Recorder
 

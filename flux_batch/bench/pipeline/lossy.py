@@ -16,7 +16,7 @@ from flux_batch.bench.source import Source
 from flux_batch.demo.world.captions import SCORED, Caption, captions
 from flux_batch.demo.world.scorer import score_all
 from flux_batch.errors import InvalidSetting
-from flux_batch.records import Quantization
+from flux_batch.sampling_params import Quantization
 
 if TYPE_CHECKING:
     from flux_batch.pipeline.pipeline import FluxImagePipeline

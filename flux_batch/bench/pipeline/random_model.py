@@ -29,7 +29,7 @@ from flux_batch.model.text import ClipEncoder, T5Encoder, build, load_tokenizer
 from flux_batch.model.transformer import Flux
 from flux_batch.pipeline.loras import Loras
 from flux_batch.pipeline.model_manager import T5_CHANGES, TRANSFORMER_CHANGES, ModelManager
-from flux_batch.records import Quantization
+from flux_batch.sampling_params import Quantization
 
 SizeName = Literal["dev", "schnell", "small", "tiny"]
 SEED = 6

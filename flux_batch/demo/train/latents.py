@@ -17,7 +17,7 @@ from flux_batch.demo.world.captions import Scene
 from flux_batch.demo.world.drawing import CENTRES, CENTRES_OF_PAIR, EXTENTS, JITTER, PAIR_DRIFT, draw
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.sampling import pack
-from flux_batch.records import PIXELS_PER_TOKEN
+from flux_batch.sampling_params import TOKEN_SIDE_PX
 
 BATCH = 16
 # (width, height): share of all images and of all steps. Every size has to be learnt: of one that came at 2 to 4 % of
@@ -85,10 +85,10 @@ def token_weights(scene: Scene, width: int, height: int, thing_weight: float) ->
     Where that is follows from what a caption says, not from the image, so that the velocity that is best for the
     weighted error is best for the plain one.
     """
-    weights = torch.ones(height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
+    weights = torch.ones(height // TOKEN_SIDE_PX, width // TOKEN_SIDE_PX)
     for left, top, right, bottom in thing_boxes(scene, width, height):
-        rows = slice(int(max(top, 0) // PIXELS_PER_TOKEN), int(bottom // PIXELS_PER_TOKEN) + 1)
-        columns = slice(int(max(left, 0) // PIXELS_PER_TOKEN), int(right // PIXELS_PER_TOKEN) + 1)
+        rows = slice(int(max(top, 0) // TOKEN_SIDE_PX), int(bottom // TOKEN_SIDE_PX) + 1)
+        columns = slice(int(max(left, 0) // TOKEN_SIDE_PX), int(right // TOKEN_SIDE_PX) + 1)
         weights[rows, columns] = thing_weight
     return weights.flatten()
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flux_batch.demo.train.latents import thing_boxes
 from flux_batch.demo.world.captions import COLOURS, SHAPES, SIZES, Scene
 from flux_batch.model.transformer import Flux
-from flux_batch.records import PIXELS_PER_TOKEN
+from flux_batch.sampling_params import TOKEN_SIDE_PX
 
 # The single block whose image tokens are asked: all that look at the text have by then done so twice or more.
 BLOCK = 1
@@ -55,17 +55,12 @@ def token_answers(scene: Scene, width: int, height: int) -> Tensor:
     things = [thing for thing in (scene.first, scene.second) if thing]
     boxes = list(thing_boxes(scene, width, height))
     rows = []
-    for top in range(0, height, PIXELS_PER_TOKEN):
-        for left in range(0, width, PIXELS_PER_TOKEN):
+    for top in range(0, height, TOKEN_SIDE_PX):
+        for left in range(0, width, TOKEN_SIDE_PX):
             near: dict[float, tuple[int, ...]] = {}
             for thing, box in zip(things, boxes, strict=True):
-                if (
-                    box[0] < left + PIXELS_PER_TOKEN
-                    and left <= box[2]
-                    and box[1] < top + PIXELS_PER_TOKEN
-                    and top <= box[3]
-                ):
-                    middle = ((box[0] + box[2] - PIXELS_PER_TOKEN) / 2, (box[1] + box[3] - PIXELS_PER_TOKEN) / 2)
+                if box[0] < left + TOKEN_SIDE_PX and left <= box[2] and box[1] < top + TOKEN_SIDE_PX and top <= box[3]:
+                    middle = ((box[0] + box[2] - TOKEN_SIDE_PX) / 2, (box[1] + box[3] - TOKEN_SIDE_PX) / 2)
                     near[math.dist((left, top), middle)] = (
                         1 + SHAPES.index(thing.shape),
                         1 + COLOURS.index(thing.colour),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from flux_batch.config.schema import ImageConfig
 from flux_batch.images import encode
-from flux_batch.records import MAX_SIDE
+from flux_batch.sampling_params import MAX_SIDE
 
 # Twice the width of a card of the page, for screens with two pixels a point.
 LONGEST = 384

@@ -1,0 +1,228 @@
+"""How an image is sampled: each field once, with its default, its range and its text; and ranges of other settings.
+
+The job file, prompt rows, the pipeline's call, batches and the metadata all take their fields from SamplingParams.
+Knows words and ranges; knows no file, tensor or cluster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from numbers import Integral
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+
+from flux_batch.errors import InvalidSetting, did_you_mean
+
+# The spellings of diffusers, accepted wherever ours are: in the call, the job file and as columns.
+ALIASES = {
+    "guidance_scale": "embedded_guidance",
+    "true_cfg_scale": "cfg_scale",
+    "max_sequence_length": "t5_sequence_length",
+}
+
+# How matrices are kept: as the model's dtype; in bfloat16 or fp8, widened to it for each product; multiplied in fp8.
+Quantization = Literal["none", "bfloat16", "fp8", "fp8_matmul"]
+
+# The side of the square that a packed latent token covers: 8 pixels of the autoencoder, 2 latents of a patch.
+TOKEN_SIDE_PX = 16
+# Position ids of a side longer than this are no longer exact in bfloat16 pipelines, and no FLUX.1 was trained near it.
+MAX_SIDE = 8192
+MAX_STEPS = 1000
+MAX_T5_LENGTH = 4096
+# torch.Generator takes 64 bits; one bit is kept free so that seed + image index never overflows a signed column.
+MAX_SEED = 2**62
+# Latents along a side of a tile: smaller ones would know too little of the image to be worth the name.
+MIN_TILE = 16
+
+
+def num_image_tokens(width: int, height: int) -> int:
+    """Return the number of latent tokens of an image of `width` x `height` pixels."""
+    return (width // TOKEN_SIDE_PX) * (height // TOKEN_SIDE_PX)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise InvalidSetting, with the nearest choice, unless `value` is one of `choices`."""
+    if value not in choices:
+        hint = did_you_mean(str(value), choices)
+        raise InvalidSetting(f"{name} = {value!r}: must be one of {', '.join(choices)}{hint}", field=name)
+
+
+def check_integer(name: str, value: int, low: int, high: int) -> None:
+    """Raise InvalidSetting unless `value` is a whole number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+        raise InvalidSetting(f"{name} = {value!r}: must be a whole number from {low} to {high}", field=name)
+
+
+def check_side(name: str, value: int) -> None:
+    """Raise InvalidSetting unless `value` is an image side in pixels that FLUX can make."""
+    check_integer(name, value, TOKEN_SIDE_PX, MAX_SIDE)
+    if value % TOKEN_SIDE_PX:
+        below = value - value % TOKEN_SIDE_PX
+        nearest = f"the nearest are {below} and {below + TOKEN_SIDE_PX}"
+        raise InvalidSetting(f"{name} = {value}: must be a multiple of {TOKEN_SIDE_PX}; {nearest}", field=name)
+
+
+def check_scale(name: str, value: float) -> None:
+    """Raise InvalidSetting unless `value` is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+        raise InvalidSetting(f"{name} = {value!r}: must be a finite number of at least 0", field=name)
+
+
+def check_number(name: str, value: float) -> None:
+    """Raise InvalidSetting unless `value` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InvalidSetting(f"{name} = {value!r}: must be a finite number", field=name)
+
+
+def check_shift(name: str, value: float) -> None:
+    """Raise InvalidSetting unless `value` is a finite number of more than 0."""
+    check_scale(name, value)
+    if value == 0:
+        raise InvalidSetting(f"{name} = {value}: must be more than 0", field=name)
+
+
+def check_strength(name: str, value: float) -> None:
+    """Raise InvalidSetting unless `value` is a share of the noise: more than 0, at most 1."""
+    check_scale(name, value)
+    if not 0 < value <= 1:
+        raise InvalidSetting(f"{name} = {value}: must be more than 0 and at most 1", field=name)
+
+
+def check_text(name: str, value: str) -> None:
+    """Raise InvalidSetting unless `value` is text that a file can hold: YAML and JSON can spell half a character."""
+    if not isinstance(value, str):
+        raise InvalidSetting(f"{name} = {value!r}: must be a string", field=name)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidSetting(f"{name} = {value!r}: must be valid Unicode", field=name) from error
+
+
+def check_tiles(tile_size: int, tile_stride: int) -> None:
+    """Raise InvalidSetting unless tiles of that size and distance, in latents, cover an image without gaps."""
+    check_integer("tile_size", tile_size, MIN_TILE, MAX_SIDE)
+    check_integer("tile_stride", tile_stride, 1, tile_size)
+
+
+def check_quantization(value: str, dtype: str) -> None:
+    """Raise InvalidSetting unless weights can be kept that way in a model of `dtype`, by its name."""
+    check_choice("quantization", value, get_args(Quantization))
+    if value == "fp8_matmul" and dtype not in ("bfloat16", "auto"):
+        raise InvalidSetting(
+            f"quantization = fp8_matmul: products in fp8 give bfloat16, not {dtype}; take bfloat16, or fp8 alone",
+            field="quantization",
+        )
+    if value == "bfloat16" and dtype not in ("float32", "auto"):
+        raise InvalidSetting(
+            f"quantization = bfloat16: saves nothing in a model of {dtype}; take dtype float32, or quantization none",
+            field="quantization",
+        )
+
+
+def check_step_cache(value: float) -> None:
+    """Raise InvalidSetting unless `value` is a threshold for reusing steps: 0, which is off, to 1."""
+    check_scale("step_cache", value)
+    if value > 1:
+        raise InvalidSetting(f"step_cache = {value}: must be from 0, which is off, to 1", field="step_cache")
+
+
+def check_cuda_graphs(value: bool, step_cache: float) -> None:
+    """Raise InvalidSetting for CUDA graphs beside a step cache, which decides at each step what is launched."""
+    if value and step_cache:
+        raise InvalidSetting(
+            f"cuda_graphs = {value}: a step cache decides at each step what is launched, which no graph can; "
+            f"leave it out, or set step_cache = {step_cache} to 0",
+            field="cuda_graphs",
+        )
+
+
+class _Mark(NamedTuple):
+    """A word about a sampling field, beside its type."""
+
+    word: str
+
+
+# Each image of a call may have its own value; all other fields are the same for the images of a call.
+PER_IMAGE = _Mark("per image")
+# Left out of a pipeline's call at its default, so that a pipeline need not know it.
+IF_SET = _Mark("if set")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """The settings of one image. Raises: InvalidSetting for a value out of range.
+
+    A field is its type, its check, its marks, its default and its text; SAMPLING_FIELDS is read from them. It has no
+    slots, since the job file's section `sampling` inherits from it.
+    """
+
+    width: Annotated[int, check_side] = 1024
+    """Pixels: a multiple of 16, from 16 to 8192."""
+    height: Annotated[int, check_side] = 1024
+    """Pixels: a multiple of 16, from 16 to 8192."""
+    num_inference_steps: Annotated[int, partial(check_integer, low=1, high=MAX_STEPS)] = 28
+    """Denoising steps, from 1 to 1000."""
+    embedded_guidance: Annotated[float, check_scale, PER_IMAGE] = 3.5
+    """The guidance that the model was distilled with; at least 0."""
+    cfg_scale: Annotated[float, check_scale, PER_IMAGE] = 1.0
+    """True classifier-free guidance; other than 1, each step runs twice, the second time with the negative prompt."""
+    negative_prompt: Annotated[str, check_text, PER_IMAGE] = ""
+    """What the image must not show; read if `cfg_scale` is not 1."""
+    t5_sequence_length: Annotated[int | None, partial(check_integer, low=1, high=MAX_T5_LENGTH)] = None
+    """Text tokens, from 1 to 4096; the model's own number if null: 512 for dev, 256 for schnell."""
+    sigma_shift: Annotated[float | None, check_shift, IF_SET] = None
+    """The shift of DiffSynth-Studio's static schedule, which uses 3; the model's own schedule if null."""
+    denoising_strength: Annotated[float, check_strength, IF_SET] = 1.0
+    """Share of the noise that is put over the input image, more than 0; 1 leaves nothing of it."""
+
+    def __post_init__(self) -> None:
+        for name, field in SAMPLING_FIELDS.items():
+            value = getattr(self, name)
+            if value is not None or field.default is not None:
+                field.check(name, value)
+
+    @property
+    def uses_cfg(self) -> bool:
+        """Whether a second forward pass with the negative prompt is needed."""
+        return self.cfg_scale != 1.0
+
+    @property
+    def shared(self) -> tuple[Any, ...]:
+        """The values that all images of one call have in common."""
+        return tuple(getattr(self, name) for name, field in SAMPLING_FIELDS.items() if not field.is_per_image)
+
+
+class SamplingField(NamedTuple):
+    """One field of SamplingParams; `type` is int, float or str, without the None that some may be."""
+
+    type: type
+    default: Any
+    check: Callable[[str, Any], None]
+    is_per_image: bool
+    is_given_if_set: bool
+
+
+def _read_fields() -> Iterator[tuple[str, SamplingField]]:
+    hints = get_type_hints(SamplingParams, include_extras=True)
+    for field in fields(SamplingParams):
+        annotation, check, *marks = get_args(hints[field.name])
+        kind = next(iter(get_args(annotation)), annotation)
+        yield field.name, SamplingField(kind, field.default, check, PER_IMAGE in marks, IF_SET in marks)
+
+
+SAMPLING_FIELDS: Mapping[str, SamplingField] = dict(_read_fields())
+
+
+def call_arguments(images: Sequence[SamplingParams]) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call that makes these images, which agree in what is `shared`.
+
+    A field that is PER_IMAGE is a list, every other one value. One that is IF_SET is left out at its default.
+    """
+    arguments = {}
+    for name, field in SAMPLING_FIELDS.items():
+        values = [getattr(image, name) for image in images]
+        if not (field.is_given_if_set and values[0] == field.default):
+            arguments[name] = values if field.is_per_image else values[0]
+    return arguments
