@@ -18,6 +18,7 @@ from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import CheckpointError, DeviceFatal, JobError, SourceError
 from flux_batch.images import read_provenance
 from flux_batch.job import run
+from flux_batch.mapper import rows_of, with_columns
 from helpers.fakes import FakePipeline, fake_image
 from helpers.job_files import make_job, metadata
 
@@ -210,3 +211,29 @@ def test_settings_are_checked_as_in_a_job_file(settings: dict[str, Any], message
 def test_the_model_section_is_that_of_a_job_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         FluxMapper({"uri": str(tmp_path)})
+
+
+# --- batches in columns
+
+
+def test_rows_hold_plain_values_of_the_requested_columns() -> None:
+    large = 2**60 + 1  # no float holds it
+    rows = [{"prompt": "a", "seed": large}, {"prompt": "b", "seed": None}]
+    batch = {"prompt": np.array(["a", "b"]), "seed": np.array([large, None], dtype=object), "other": np.zeros(2)}
+
+    assert rows_of(pa.table({"prompt": ["a", "b"], "seed": [large, None], "other": [0, 0]}), {"prompt", "seed"}) == rows
+    assert rows_of(batch, {"prompt", "seed", "absent"}) == rows
+    assert rows_of({"seed": np.array([1.5, np.nan])}, {"seed"}) == [{"seed": 1.5}, {"seed": None}]
+    assert type(rows_of({"seed": np.array([3])}, {"seed"})[0]["seed"]) is int
+
+
+def test_new_columns_replace_those_of_the_same_name() -> None:
+    schema = pa.schema([("seed", pa.int64()), ("image", pa.binary())])
+    columns = {"seed": [7, None, 9], "image": [b"x", None, b"z"]}
+
+    table = with_columns(pa.table({"seed": ["a", "b"], "prompt": ["p", "q"]}), [0, 0, 1], columns, schema)
+
+    assert table.schema == pa.schema([("prompt", pa.string()), *schema])
+    assert table.to_pydict() == {"prompt": ["p", "p", "q"], **columns}
+    in_numpy = with_columns({"seed": np.array(["a", "b"]), "prompt": ["p", "q"]}, [0, 0, 1], columns, schema)
+    assert {name: values.tolist() for name, values in in_numpy.items()} == {"prompt": ["p", "p", "q"], **columns}

@@ -76,7 +76,7 @@ class WorkerFactory:
 
 
 class Worker:
-    """A pipeline with an input and an output: makes one shard after the other."""
+    """A pipeline with an input and an output, which makes one shard after the other."""
 
     def __init__(self, factory: WorkerFactory, pipeline: ImagePipeline) -> None:
         config = self._config = factory.config
@@ -130,7 +130,7 @@ class Worker:
             )
 
     def stop(self) -> None:
-        """Put the current shard aside after the batch in hand, and take no other."""
+        """Stop the current shard after its batch in hand, and make no other."""
         self._stopping.set()
 
     def idle_s(self) -> float:
@@ -150,7 +150,7 @@ class Worker:
         return run
 
     def _make_batches(self, run: ShardRun, staging: StagingQueue) -> Commit | None:
-        """Make the images of a shard that nobody has made. Returns: the commit of another attempt that was faster.
+        """Make the images of a shard that are left. Returns: the commit of another attempt that was faster.
 
         While one batch is made, the input images of the next are read, the last batch is encoded and staged, and
         other attempts at the shard are polled.
@@ -161,7 +161,7 @@ class Worker:
             images = InputImages(readers, self._read_image)
             for number, batch in enumerate(queue):
                 if self._stopping.is_set():
-                    return self._put_aside(run, staging)
+                    return self._stop_shard(run, staging)
                 if commit := staging.polled_commit():
                     return commit
                 tasks = run.begin(batch)
@@ -182,12 +182,15 @@ class Worker:
                     staging.wait(0 if run.is_isolated else _MAX_IN_FLIGHT)
         return None
 
-    def _put_aside(self, run: ShardRun, staging: StagingQueue) -> Commit:
-        """Return the commit of a shard if another driver's worker has finished it. Raises: Stopped if none has."""
+    def _stop_shard(self, run: ShardRun, staging: StagingQueue) -> Commit:
+        """Stage the images made so far. Returns: the commit of another driver's worker, if there is one.
+
+        Raises: Stopped if there is none.
+        """
         staging.wait()
         if commit := self._commits.find(run.index):
             return commit
-        raise Stopped(f"shard {run.name}: put aside with {len(run.images)} of {run.num_tasks} images")
+        raise Stopped(f"shard {run.name}: stopped with {len(run.images)} of {run.num_tasks} images")
 
     def _count(self, run: ShardRun, outcomes: Sequence[ImageOutcome]) -> None:
         """Count the images of a batch, and log those that failed."""

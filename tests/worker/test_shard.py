@@ -260,7 +260,7 @@ def test_a_worker_stops_as_soon_as_another_has_committed(tmp_path: Path, monkeyp
 # --- stop and signs of life
 
 
-def test_a_stopped_worker_puts_its_batch_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_worker_stages_its_batch_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path)
     workers: list[Worker] = []
 
@@ -273,7 +273,7 @@ def test_a_stopped_worker_puts_its_batch_aside(tmp_path: Path, monkeypatch: pyte
     worker, pipeline, plan = open_worker(config, monkeypatch, pipeline=Stopping())
     workers.append(worker)
 
-    with pytest.raises(Stopped, match="shard 00000: put aside with 4 of 8 images"):
+    with pytest.raises(Stopped, match="shard 00000: stopped with 4 of 8 images"):
         worker.make(plan.shards[0]).finish()
     with pytest.raises(Stopped):
         worker.make(plan.shards[0]).finish()
