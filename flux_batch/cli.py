@@ -174,11 +174,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from flux_batch.job import located
+    from flux_batch.job import with_absolute_paths
     from flux_batch.plan.estimate import estimate, format_estimate
     from flux_batch.plan.plan import make_plan
 
-    config = located(_load_job(arguments))
+    config = with_absolute_paths(_load_job(arguments))
     figures = estimate(config, make_plan(config.prompts, config.output.shard_size))
     _print(json.dumps(figures) if arguments.json else format_estimate(config, figures))
     return 0
@@ -263,17 +263,10 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read KEY=VALUE pairs; values are YAML."""
-    from flux_batch.config.text import load_yaml
-    from flux_batch.errors import JobError
+    """Read the pairs of --storage-option."""
+    from flux_batch.config.text import read_pairs
 
-    options = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator:  # the pair is not shown: it may be a secret
-            raise JobError("--storage-option: must be KEY=VALUE")
-        options[key] = load_yaml(value, f"--storage-option {key}")
-    return options
+    return read_pairs(pairs, "--storage-option")
 
 
 def _summary(report: RunReport) -> str:

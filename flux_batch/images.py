@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from flux_batch.config.schema import ImageConfig
-from flux_batch.errors import RowError
+from flux_batch.errors import RowError, one_line
 
 Pixels: TypeAlias = NDArray[np.uint8]
 _ImageType: TypeAlias = Literal["png", "jpeg", "webp"]
@@ -75,7 +75,7 @@ def check_image(data: bytes, image_type: _ImageType, width: int, height: int) ->
         with Image.open(io.BytesIO(data), formats=[image_type.upper()]) as image:
             image.load()
     except Exception as error:  # Pillow raises anything on damaged data
-        raise ValueError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise ValueError(f"cannot be decoded: {one_line(error)}") from error
 
 
 def _png_chunks(provenance: Mapping[str, Any]) -> PngImagePlugin.PngInfo:

@@ -54,7 +54,7 @@ def run(
     Raises: RunHeld, LeaseLost if another driver has the run; Interrupted after a stop; JobError, SourceError,
     CheckpointError, StoreError before or while work is done; see errors.py.
     """
-    config = located(config if isinstance(config, JobConfig) else load_job(config))
+    config = with_absolute_paths(config if isinstance(config, JobConfig) else load_job(config))
     stop = stop or Stop()
     store = Store(config.output.uri, config.output.storage_options)
     config = with_dtype_of_run(store, config)
@@ -94,10 +94,10 @@ def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: date
     return JobConfig.from_dict(tree, origin=str(path))
 
 
-def located(config: JobConfig) -> JobConfig:
+def with_absolute_paths(config: JobConfig) -> JobConfig:
     """Fix relative paths to this process's folder, since workers have another; `demo` prompts are in the package."""
     from flux_batch.demo.prompts import demo_prompts_path
-    from flux_batch.download.models import located as located_model
+    from flux_batch.download.models import absolute_model_uri
 
     uris = tuple(str(demo_prompts_path()) if uri == "demo" else _absolute(uri) for uri in config.prompts.uri)
     root, image = config.prompts.input_image_root, config.sampling.input_image
@@ -108,9 +108,9 @@ def located(config: JobConfig) -> JobConfig:
             "output": config.output.model_copy(update={"uri": _absolute(config.output.uri)}),
             "model": config.model.model_copy(
                 update={
-                    "uri": located_model(config.model.uri),
+                    "uri": absolute_model_uri(config.model.uri),
                     "loras": tuple(
-                        lora.model_copy(update={"uri": located_model(lora.uri)}) for lora in config.model.loras
+                        lora.model_copy(update={"uri": absolute_model_uri(lora.uri)}) for lora in config.model.loras
                     ),
                 }
             ),

@@ -26,7 +26,7 @@ from flux_batch import FluxMapper
 from flux_batch.config.schema import JobConfig
 from flux_batch.config.text import parse_moment
 from flux_batch.engine.ray_cluster import connect
-from flux_batch.job import load_job, located
+from flux_batch.job import load_job, with_absolute_paths
 
 # What one call gets, is retried with, and costs if its worker is lost: some minutes of a GPU.
 ROWS_PER_CALL = 64
@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
     parser.add_argument("--logical-date", type=parse_moment, metavar="DATE")
     arguments = parser.parse_args()
-    config = located(load_job(arguments.job, arguments.overrides, arguments.logical_date))
+    config = with_absolute_paths(load_job(arguments.job, arguments.overrides, arguments.logical_date))
     connect(config.workers.max, config.workers.num_gpus)
 
     prompts = ray.data.read_parquet(list(config.prompts.uri))

@@ -134,21 +134,15 @@ def _add_json(kind: argparse.ArgumentParser) -> None:
 
 def _source(arguments: argparse.Namespace) -> Source:
     from flux_batch.bench.source import Source
-    from flux_batch.config.text import load_yaml
+    from flux_batch.config.text import read_pairs
 
-    options = {}
-    for pair in arguments.option:
-        key, separator, value = pair.partition("=")
-        if not separator:
-            raise JobError(f"--option {pair}: must be KEY=VALUE")
-        options[key] = load_yaml(value, f"--option {key}")
     return Source(
         uri=arguments.model,
         random_weights=arguments.random_weights,
         device=arguments.device,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
-        options=options,
+        options=read_pairs(arguments.option, "--option"),
     )
 
 

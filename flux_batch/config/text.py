@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from flux_batch.errors import JobError, did_you_mean
+from flux_batch.errors import JobError, did_you_mean, one_line
 from flux_batch.sampling_params import ALIASES
 
 # A merge of merges doubles with every line, and a few lines would fill any memory.
@@ -40,10 +40,10 @@ def load_yaml(text: str, origin: str) -> Any:
         return yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise JobError(f"{origin}: {line}not valid YAML: {_unquoted(error.problem)}") from None
+        raise JobError(f"{origin}: {line}not valid YAML: {_unquoted(error.problem or '')}") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         # PyYAML lets through what Python says to `2026-13-01`, `!!int x` and the like.
-        raise JobError(f"{origin}: not valid YAML: {_unquoted(error)}") from None
+        raise JobError(f"{origin}: not valid YAML: {_unquoted(one_line(error))}") from None
 
 
 def read_tree(text: str, origin: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -57,17 +57,30 @@ def read_tree(text: str, origin: str, overrides: Iterable[str] = ()) -> dict[str
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one value of a tree, as `section.key=value` says; the value is YAML too."""
-    path, separator, value = override.partition("=")
-    if not separator or not path.strip():
-        shown = re.match(r"[\w.]*", path.strip())
-        raise JobError(f"--set {shown[0] if shown else ''}: must be section.key=value")  # the rest may be a value
-    *sections, key = path.strip().split(".")
+    """Set one value of a tree, given as `section.key=value`."""
+    path, value = read_pair(override, "--set", "section.key=value", shown=re.split(r"[^\w.]", override.strip())[0])
+    *sections, key = path.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise JobError(f"--set {path}: {section} is not a section")
-    tree[key] = load_yaml(value, f"--set {path}")
+    tree[key] = value
+
+
+def read_pair(pair: str, option: str, form: str = "KEY=VALUE", *, shown: str = "") -> tuple[str, Any]:
+    """Read a key and a value, which is YAML, from what follows `option` on the command line.
+
+    Raises: JobError that quotes only `shown` of a pair without a value, since the rest may be a secret.
+    """
+    key, separator, value = pair.partition("=")
+    if not separator or not key.strip():
+        raise JobError(f"{f'{option} {shown}'.strip()}: must be {form}")
+    return key.strip(), load_yaml(value, f"{option} {key.strip()}")
+
+
+def read_pairs(pairs: Iterable[str], option: str) -> dict[str, Any]:
+    """Read all KEY=VALUE pairs of an option. Raises: JobError, see read_pair."""
+    return dict(read_pair(pair, option) for pair in pairs)
 
 
 def parse_moment(text: str) -> datetime:
@@ -115,6 +128,6 @@ def nearest_or_all(name: str, known: Iterable[str]) -> str:
     return did_you_mean(name, [*known, *ALIASES]) or f"; known are {', '.join(known)}"
 
 
-def _unquoted(reason: object) -> str:
-    """Leave out what a reason quotes, but for the signs of YAML themselves: an alias, a tag or a number may be more."""
-    return re.sub(r"(['\"])[^'\" ]{3,}\1", "...", " ".join(str(reason).split()))
+def _unquoted(reason: str) -> str:
+    """Return a reason without what it quotes, which may be a secret, but for signs of YAML themselves."""
+    return re.sub(r"(['\"])[^'\" ]{3,}\1", "...", " ".join(reason.split()))

@@ -21,6 +21,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
 from urllib.request import Request, urlopen
 
+from flux_batch.errors import one_line
 from flux_batch.storage.errors import is_full, is_refusal
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -234,6 +235,6 @@ def huggingface_errors(repository: str, revision: str, page: str) -> Iterator[No
         # Its HTTP client has changed its name and its errors twice; told by module, so that none has to be imported.
         if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "requests"}:
             cause = error.__cause__ or error
-            reason = " ".join(str(cause).split()) or type(cause).__name__
+            reason = one_line(cause)
             raise ConnectionError(f"{page} cannot be reached: {reason}") from error
         raise

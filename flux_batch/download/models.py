@@ -181,7 +181,7 @@ def copy_here(uri: str, storage_options: Mapping[str, Any] | None = None) -> Pat
     return snapshot / part if snapshot else None
 
 
-def located(uri: str) -> str:
+def absolute_model_uri(uri: str) -> str:
     """Fix a relative path to this process's folder; what is found from everywhere stays as it is."""
     is_path = uri != "demo" and kind_of(uri) == "local"
     return os.path.abspath(os.path.expanduser(uri)) if is_path else uri

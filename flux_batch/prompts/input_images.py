@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from flux_batch.errors import NotFound, RowError, SourceError, StoreError, StoreRefused
+from flux_batch.errors import NotFound, RowError, SourceError, StoreError, StoreRefused, one_line
 from flux_batch.images import to_rgb
 from flux_batch.prompts.access import WEB, is_inside, local_name, scheme_of, shortened
 from flux_batch.prompts.safe_http import fetch
@@ -101,8 +101,7 @@ def decode(data: bytes) -> Image.Image:
     except UnidentifiedImageError as error:
         raise RowError(f"not an image in a format that is read: {', '.join(FORMATS)}") from error
     except Exception as error:  # a row ends here: Pillow raises whatever a damaged file makes it stumble over
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RowError(f"cannot be decoded: {reason}") from error
+        raise RowError(f"cannot be decoded: {one_line(error)}") from error
 
 
 def _read_file(path: str, within: tuple[str, ...] | None) -> bytes:

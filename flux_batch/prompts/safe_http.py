@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
-from flux_batch.errors import RowError
+from flux_batch.errors import RowError, one_line
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -99,7 +99,7 @@ def _follow(url: str, max_bytes: int, is_allowed: Callable[[IpAddress], bool]) -
                 at = urljoin(at, answer.getheader("Location") or "")
         except (OSError, HTTPException) as error:
             _check_time(deadline)
-            raise Unavailable(f"no answer: {' '.join(str(error).split()) or type(error).__name__}") from error
+            raise Unavailable(f"no answer: {one_line(error)}") from error
     raise RowError(f"more than {MAX_REDIRECTS} redirects")
 
 

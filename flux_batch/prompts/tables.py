@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flux_batch.errors import SourceError
+from flux_batch.errors import SourceError, one_line
 from flux_batch.redaction import public_uri
 from flux_batch.storage.errors import translated
 from flux_batch.storage.store import open_filesystem
@@ -123,7 +123,7 @@ class ParquetTable(_File):
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
                 if isinstance(error, OSError) and not _is_damage(error):
                     raise
-                raise SourceError(f"{self.uri}: not a readable Parquet file: {' '.join(str(error).split())}") from error
+                raise SourceError(f"{self.uri}: not a readable Parquet file: {one_line(error)}") from error
 
 
 def _is_damage(error: OSError) -> bool:

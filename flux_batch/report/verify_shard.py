@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flux_batch.errors import NotFound
+from flux_batch.errors import NotFound, one_line
 from flux_batch.images import check_image
 from flux_batch.output.commits import parse_commit
 from flux_batch.output.formats import DECODE_ERRORS
@@ -213,7 +213,7 @@ class ShardCheck:
                 if (row := made.get(name)) and (wrong := self._wrong_with(row, data)):
                     self._add("images", f"{name}: {wrong}")
         except DECODE_ERRORS as error:
-            self._add("images", f"the data cannot be read: {' '.join(str(error).split())}")
+            self._add("images", f"the data cannot be read: {one_line(error)}")
             return
         for name in sorted((due - found).keys()):
             self._add("images", f"{name}: is missing")

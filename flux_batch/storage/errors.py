@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flux_batch.errors import AlreadyExists, DiskFull, FluxBatchError, NotFound, StoreError, StoreRefused
-from flux_batch.redaction import public_text
+from flux_batch.errors import AlreadyExists, DiskFull, FluxBatchError, NotFound, StoreError, StoreRefused, one_line
 
 # Client libraries whose exceptions are no OSError; told by module, so that none has to be imported.
 CLIENTS = {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "s3fs"}
@@ -41,13 +40,13 @@ def translated(uri: str, operation: str) -> Iterator[None]:
         raise NotFound(f"{uri}: not found (cannot {operation})") from error
     except Exception as error:
         if is_full(error):
-            raise DiskFull(f"{uri}: cannot {operation}: there is no room left ({reason(error)})") from error
+            raise DiskFull(f"{uri}: cannot {operation}: there is no room left ({one_line(error)})") from error
         if is_refusal(error):
             raise StoreRefused(
-                f"{uri}: cannot {operation}: {reason(error)}; check path, credentials, permissions"
+                f"{uri}: cannot {operation}: {one_line(error)}; check path, credentials, permissions"
             ) from error
         if isinstance(error, OSError) or _is_of_client(error):
-            raise StoreError(f"{uri}: cannot {operation}: {reason(error)}") from error
+            raise StoreError(f"{uri}: cannot {operation}: {one_line(error)}") from error
         raise
 
 
@@ -90,11 +89,6 @@ def status(error: BaseException) -> int | None:
 def code(error: BaseException) -> str:
     """Find the code of S3 behind an error; empty if there is none."""
     return next((str(found) for link in _chain(error) if (found := _answer(link).get("Error", {}).get("Code"))), "")
-
-
-def reason(error: BaseException) -> str:
-    """Say in one line what an error was, without what may be a signature."""
-    return " ".join(public_text(str(error)).split()) or type(error).__name__
 
 
 def _answer(error: BaseException) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, stop_all
 from tenacity import wait_random_exponential as full_jitter
 
+from flux_batch.errors import one_line
 from flux_batch.redaction import public_uri
-from flux_batch.storage.errors import is_transient, reason, translated
+from flux_batch.storage.errors import is_transient, translated
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Patience:
             if self._last_report is not None and now - self._last_report < REPORT_S:
                 return
             self._last_report = now
-        log.warning("%s: %s; waiting for the storage, %.0f s so far", public_uri(uri), reason(error), waited_s)
+        log.warning("%s: %s; waiting for the storage, %.0f s so far", public_uri(uri), one_line(error), waited_s)
 
 
 def attempt(uri: str, operation: str, function: Callable[[], T]) -> T:

@@ -19,8 +19,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused
-from flux_batch.storage.errors import FULL_ERRNOS, code, reason, status
+from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused, one_line
+from flux_batch.storage.errors import FULL_ERRNOS, code, status
 from flux_batch.storage.retry import Patience
 
 # Half-written files of a killed process stay here, out of sight of whoever loads the data set.
@@ -54,7 +54,7 @@ def open_filesystem(uri: str, storage_options: Mapping[str, Any]) -> tuple[fsspe
         if hasattr(fs, "connect"):
             fs.connect()  # s3fs would meet options that do not fit only at its first request
     except (ImportError, ValueError, TypeError) as error:
-        raise StoreRefused(f"{uri}: cannot be opened: {reason(error)}; check the URI and storage_options") from error
+        raise StoreRefused(f"{uri}: cannot be opened: {one_line(error)}; check the URI and storage_options") from error
     return fs, path
 
 
@@ -247,7 +247,7 @@ class Store:
                 self._fs.pipe_file(self._path(key), data, mode=mode)
         except FileNotFoundError as error:
             if code(error) == "NoSuchUpload":  # the answer to the end of an upload in parts was lost, or the upload
-                raise ConnectionError(reason(error)) from None
+                raise ConnectionError(one_line(error)) from None
             # A write cannot miss its own key: it is the bucket that is not there.
             raise StoreRefused(f"{self.url(key)}: cannot write: no such bucket or folder") from error
         except OSError as error:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from flux_batch.config.schema import ModelConfig
-from flux_batch.errors import FluxBatchError
+from flux_batch.errors import FluxBatchError, one_line
 from flux_batch.output.formats import OutputFormat
 from flux_batch.output.paths import image_key
 from flux_batch.records import FailedRow, ImageRecord, LoraUse
-from flux_batch.redaction import public_text, public_uri
+from flux_batch.redaction import public_uri
 from flux_batch.sampling_params import SAMPLING_FIELDS, SamplingParams
 from flux_batch.worker.batches import ImageTask
 from flux_batch.worker.generate import ImageOutcome
@@ -119,7 +119,7 @@ def provenance(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def message_of(error: Exception) -> str:
     """Return the message of an error in one line; errors of other libraries with the line of code that raised them."""
-    line = " ".join(public_text(str(error)).split())[:_MAX_MESSAGE_LENGTH]
+    line = one_line(error)[:_MAX_MESSAGE_LENGTH]
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, FluxBatchError) or not frames:
         return line

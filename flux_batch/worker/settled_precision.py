@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 
 from flux_batch.config.schema import JobConfig, ModelConfig
-from flux_batch.errors import AlreadyExists, JobError, NotFound, StoreError
+from flux_batch.errors import AlreadyExists, JobError, NotFound, StoreError, one_line
 from flux_batch.output.paths import JOB, PRECISION
 from flux_batch.storage.store import Store
 from flux_batch.worker.protocol import ImagePipeline
@@ -84,8 +84,7 @@ def settled_model(store: Store, model: ModelConfig) -> ModelConfig:
         if settled.dtype == "auto":
             raise ValueError("dtype is auto")
     except (ValueError, KeyError, TypeError, RecursionError, JobError) as error:
-        reason = " ".join(str(error).split())
-        raise StoreError(f"{store.url(PRECISION)}: is damaged ({reason}); delete it") from error
+        raise StoreError(f"{store.url(PRECISION)}: is damaged ({one_line(error)}); delete it") from error
     return settled
 
 

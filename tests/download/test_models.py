@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 
 from flux_batch import FluxImagePipeline, ModelManager, download_models
 from flux_batch.download import hub_cache, transfer
-from flux_batch.download.models import kind_of, local_model, local_path, located
+from flux_batch.download.models import absolute_model_uri, kind_of, local_model, local_path
 from flux_batch.errors import CheckpointError, StoreError, StoreRefused
 from flux_batch.storage import retry
 from helpers.counting_proxy import counting_proxy
@@ -425,10 +425,10 @@ class TestLocalModel:
             "memory://a": "storage",
         }
         assert {uri: kind_of(uri) for uri in kinds} == kinds
-        assert located("own/model") == str(tmp_path / "own/model")
-        assert located("~/x") == os.path.expanduser("~/x")
+        assert absolute_model_uri("own/model") == str(tmp_path / "own/model")
+        assert absolute_model_uri("~/x") == os.path.expanduser("~/x")
         for uri in ("demo", "other/model", "s3://a/b", "file:///a"):
-            assert located(uri) == uri
+            assert absolute_model_uri(uri) == uri
 
 
 @pytest.mark.s3

@@ -17,7 +17,7 @@ from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import CheckpointError, Interrupted, PlanMismatch
 from flux_batch.images import read_provenance
-from flux_batch.job import located, run
+from flux_batch.job import run, with_absolute_paths
 from flux_batch.report.status import read_status
 from flux_batch.report.summary import RunReport
 from flux_batch.storage.store import Store
@@ -158,7 +158,7 @@ def test_loras_are_of_the_identity_of_a_run(tmp_path: Path) -> None:
 
 def test_relative_paths_of_loras_mean_the_folder_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = located(make_job(tmp_path, model={"loras": [{"uri": "loras/a.safetensors"}, DETAIL]}))
+    config = with_absolute_paths(make_job(tmp_path, model={"loras": [{"uri": "loras/a.safetensors"}, DETAIL]}))
 
     assert [(lora.name, lora.uri) for lora in config.model.loras] == [
         ("loras/a.safetensors", str(tmp_path / "loras/a.safetensors")),
