@@ -17,9 +17,8 @@ from flux_batch.download.models import PathOrFolder, local_model, local_path
 from flux_batch.errors import InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_config, read_json
-from flux_batch.model.checkpoint.folders import LOADING_ORDER, find_parts
+from flux_batch.model.checkpoint.detect import LOADING_ORDER, CheckpointKind, find_parts, parts_of
 from flux_batch.model.checkpoint.loading import Prepare, load_autoencoder, load_transformer
-from flux_batch.model.checkpoint.recognise import Layout, parts_of
 from flux_batch.model.optimize.dtypes import dtype_name
 from flux_batch.model.optimize.quantize import (
     narrow_t5,
@@ -108,8 +107,8 @@ class ModelManager:
         for source in file_path_list:
             with checkpoint_errors(), device_errors():
                 parts = parts_of(open_checkpoint(to_path(source, self.storage_options)))
-                for layout in sorted(parts, key=lambda layout: LOADING_ORDER.index(layout.part)):
-                    self._load(layout, parts[layout], dtype, quantization)
+                for kind in sorted(parts, key=lambda kind: LOADING_ORDER.index(kind.part)):
+                    self._load(kind, parts[kind], dtype, quantization)
 
     def load_lora(self, file_path: PathOrFolder | Sequence[PathOrFolder], lora_alpha: float = 1.0) -> None:
         """Merge one more LoRA, or several with the same scale, into the parts that are loaded; see Loras.
@@ -119,21 +118,23 @@ class ModelManager:
         for path in [file_path] if isinstance(file_path, (str, PathLike)) else file_path:
             self.loras.add(path, lora_alpha)
 
-    def _load(self, layout: Layout, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization) -> None:
+    def _load(
+        self, kind: CheckpointKind, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization
+    ) -> None:
         home = checkpoint.home
-        if layout in (Layout.TRANSFORMER, Layout.TRANSFORMER_DIFFUSERS):
+        if kind in (CheckpointKind.TRANSFORMER, CheckpointKind.TRANSFORMER_DIFFUSERS):
             config = read_config(home, "transformer")
             prepare = TRANSFORMER_CHANGES[quantization]
             self.transformer = load_transformer(
-                checkpoint, layout, config, dtype=dtype, device=self.device, prepare=prepare
+                checkpoint, kind, config, dtype=dtype, device=self.device, prepare=prepare
             )
             self.loras.add_part("transformer", self.transformer)
             guidance_embed = self.transformer.params.guidance_embed
             self.schedule = schedule_params(read_scheduler_config(home), guidance_embed=guidance_embed)
-        elif layout in (Layout.AUTOENCODER, Layout.AUTOENCODER_DIFFUSERS):
+        elif kind in (CheckpointKind.AUTOENCODER, CheckpointKind.AUTOENCODER_DIFFUSERS):
             config = read_config(home, "vae")
-            self.autoencoder = load_autoencoder(checkpoint, layout, config, dtype=dtype, device=self.device)
-        elif layout is Layout.CLIP:
+            self.autoencoder = load_autoencoder(checkpoint, kind, config, dtype=dtype, device=self.device)
+        elif kind is CheckpointKind.CLIP:
             self.clip = load_clip(checkpoint, dtype=dtype, device=self.device)
             self.loras.add_part("clip", self.clip.model)
         else:

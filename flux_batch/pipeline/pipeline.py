@@ -17,7 +17,7 @@ from torch import Tensor
 from flux_batch.download.models import PathOrFolder
 from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.checkpoint.folders import TITLES
+from flux_batch.model.checkpoint.detect import TITLES
 from flux_batch.model.conditioned import ConditionedFlux, Conditioning, position_tables
 from flux_batch.model.optimize.compile import compile_blocks
 from flux_batch.model.optimize.compile_cache import CompileCache

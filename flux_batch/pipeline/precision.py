@@ -13,7 +13,7 @@ import torch
 
 from flux_batch.errors import InvalidSetting
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
-from flux_batch.model.checkpoint.recognise import parts_of
+from flux_batch.model.checkpoint.detect import parts_of
 from flux_batch.model.footprint import weight_bytes
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.model.params import Shapes
@@ -64,8 +64,8 @@ def shapes_of(paths: Sequence[Path]) -> dict[str, Shapes]:
     """Read the shapes of each part of a model from the headers of its files. Raises: ValueError if one is damaged."""
     shapes: dict[str, Shapes] = {}
     for path in paths:
-        for layout, checkpoint in parts_of(open_checkpoint(path)).items():
-            shapes.setdefault(layout.part, checkpoint.shapes)
+        for kind, checkpoint in parts_of(open_checkpoint(path)).items():
+            shapes.setdefault(kind.part, checkpoint.shapes)
     return shapes
 
 

@@ -12,8 +12,7 @@ from flux_batch.config.schema import JobConfig
 from flux_batch.download.models import copy_here
 from flux_batch.errors import FluxBatchError
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
-from flux_batch.model.checkpoint.folders import TITLES, find_parts
-from flux_batch.model.checkpoint.recognise import parts_of
+from flux_batch.model.checkpoint.detect import TITLES, find_parts, parts_of
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, weight_bytes
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.model.params import Shapes
@@ -64,8 +63,8 @@ def read_shapes(source: Path) -> dict[str, Shapes]:
     """Return the shapes of each part of the model at `source`. Raises: ValueError if it is not whole."""
     shapes: dict[str, Shapes] = {}
     for path in find_parts(source):
-        for layout, checkpoint in parts_of(open_checkpoint(path)).items():
-            shapes.setdefault(layout.part, checkpoint.shapes)
+        for kind, checkpoint in parts_of(open_checkpoint(path)).items():
+            shapes.setdefault(kind.part, checkpoint.shapes)
     return shapes
 
 

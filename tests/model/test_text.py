@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
-from flux_batch.model.checkpoint.recognise import recognise
+from flux_batch.model.checkpoint.detect import detect
 from flux_batch.model.text import (
     ClipEncoder,
     T5Encoder,
@@ -77,11 +77,11 @@ def make_t5_file(folder: Path, config: T5Config, *names_of_table: str) -> Path:
 
 
 def load_clip_from(folder: Path) -> ClipEncoder:
-    return load_clip(recognise(open_checkpoint(folder))[1], dtype=torch.float32, device=CPU)
+    return load_clip(detect(open_checkpoint(folder))[1], dtype=torch.float32, device=CPU)
 
 
 def load_t5_from(folder: Path, dtype: torch.dtype = torch.float32) -> T5Encoder:
-    return load_t5(recognise(open_checkpoint(folder))[1], dtype=dtype, device=CPU)
+    return load_t5(detect(open_checkpoint(folder))[1], dtype=dtype, device=CPU)
 
 
 CLIP = CLIPTextConfig(

@@ -10,8 +10,14 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from flux_batch.errors import JobError
-from flux_batch.model.checkpoint.diffusers_keys import autoencoder_to_diffusers, transformer_to_diffusers
-from flux_batch.model.params import AutoencoderParams, FluxParams, ScheduleParams
+from flux_batch.model.checkpoint.diffusers_keys import (
+    autoencoder_config,
+    autoencoder_to_diffusers,
+    scheduler_config,
+    transformer_config,
+    transformer_to_diffusers,
+)
+from flux_batch.model.params import FluxParams
 from flux_batch.pipeline.model_manager import ModelManager
 from flux_batch.pipeline.pipeline import FluxImagePipeline
 
@@ -39,9 +45,8 @@ class Peer:
         """Make diffusers' pipeline of the weights that were kept and the text encoders of ours."""
         assert self._states is not None
         transformer, autoencoder = self._states
-        schedule = pipeline.schedule
         self._pipeline = FluxPipeline(
-            scheduler=scheduler_of(schedule),
+            scheduler=FlowMatchEulerDiscreteScheduler(**scheduler_config(pipeline.schedule)),
             vae=loaded(
                 AutoencoderKL, autoencoder_config(pipeline.autoencoder.params), autoencoder_to_diffusers(autoencoder)
             ),
@@ -51,7 +56,7 @@ class Peer:
             tokenizer_2=pipeline.t5.tokenizer,
             transformer=loaded(
                 FluxTransformer2DModel,
-                transformer_config(pipeline.transformer.params),
+                transformer_arguments(pipeline.transformer.params),
                 transformer_to_diffusers(transformer),
             ),
         )
@@ -84,50 +89,8 @@ def loaded(kind: Any, config: Mapping[str, Any], state: State) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def transformer_config(params: FluxParams) -> dict[str, Any]:
+def transformer_arguments(params: FluxParams) -> dict[str, Any]:
     """Return diffusers' arguments of a transformer. Raises: JobError for one that it cannot build."""
     if params.mlp_hidden_dim != 4 * params.hidden_size or not params.qkv_bias:
         raise JobError("--against: diffusers has no transformer of this shape")
-    return {
-        "in_channels": params.in_channels,
-        "out_channels": params.out_channels,
-        "num_layers": params.depth,
-        "num_single_layers": params.depth_single_blocks,
-        "attention_head_dim": params.head_dim,
-        "num_attention_heads": params.num_heads,
-        "joint_attention_dim": params.context_in_dim,
-        "pooled_projection_dim": params.vec_in_dim,
-        "guidance_embeds": params.guidance_embed,
-        "axes_dims_rope": params.axes_dim,
-    }
-
-
-def autoencoder_config(params: AutoencoderParams) -> dict[str, Any]:
-    """Return diffusers' arguments of an autoencoder."""
-    levels = len(params.channels)
-    return {
-        "in_channels": params.in_channels,
-        "out_channels": params.out_ch,
-        "block_out_channels": params.channels,
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "layers_per_block": params.num_res_blocks,
-        "latent_channels": params.z_channels,
-        "norm_num_groups": params.num_groups,
-        "scaling_factor": params.scale_factor,
-        "shift_factor": params.shift_factor,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    }
-
-
-def scheduler_of(schedule: ScheduleParams) -> Any:
-    """Return diffusers' scheduler of a schedule."""
-    return FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=schedule.use_dynamic_shifting,
-        shift=schedule.shift,
-        base_shift=schedule.base_shift,
-        max_shift=schedule.max_shift,
-        base_image_seq_len=schedule.base_image_seq_len,
-        max_image_seq_len=schedule.max_image_seq_len,
-    )
+    return transformer_config(params) | {"out_channels": params.out_channels}

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from flux_batch.demo.train.tokenizers import CLIP_LENGTH, write_json
 from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.checkpoint import diffusers_keys
 from flux_batch.model.checkpoint.diffusers_keys import autoencoder_to_diffusers, transformer_to_diffusers
-from flux_batch.model.params import AutoencoderParams, FluxParams
+from flux_batch.model.params import AutoencoderParams, FluxParams, ScheduleParams
 from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import Flux
 
@@ -102,62 +103,31 @@ def model_index() -> dict[str, Any]:
 
 def scheduler_config() -> dict[str, Any]:
     """Return the schedule of FLUX.1-dev: shifted by the size of the image."""
-    return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "base_image_seq_len": 256,
-        "base_shift": 0.5,
-        "max_image_seq_len": 4096,
-        "max_shift": 1.15,
-        "num_train_timesteps": 1000,
-        "shift": 3.0,
-        "use_dynamic_shifting": True,
-    }
+    schedule = diffusers_keys.scheduler_config(ScheduleParams(use_dynamic_shifting=True, shift=3.0))
+    return of_class("FlowMatchEulerDiscreteScheduler", schedule | {"num_train_timesteps": 1000})
 
 
 def transformer_config(params: FluxParams) -> dict[str, Any]:
-    """Return the transformer's sizes in the words of diffusers."""
-    return {
-        "_class_name": "FluxTransformer2DModel",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "attention_head_dim": params.head_dim,
-        "axes_dims_rope": list(params.axes_dim),
-        "guidance_embeds": params.guidance_embed,
-        "in_channels": params.in_channels,
-        "joint_attention_dim": params.context_in_dim,
-        "num_attention_heads": params.num_heads,
-        "num_layers": params.depth,
-        "num_single_layers": params.depth_single_blocks,
-        "patch_size": 1,
-        "pooled_projection_dim": params.vec_in_dim,
-    }
+    """Return the configuration of the transformer as diffusers writes it."""
+    return of_class("FluxTransformer2DModel", diffusers_keys.transformer_config(params) | {"patch_size": 1})
 
 
 def autoencoder_config(params: AutoencoderParams) -> dict[str, Any]:
-    """Return the autoencoder's sizes in the words of diffusers."""
-    levels = len(params.channels)
-    return {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": DIFFUSERS_VERSION,
+    """Return the configuration of the autoencoder as diffusers writes it."""
+    defaults = {
         "act_fn": "silu",
-        "block_out_channels": list(params.channels),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
         "force_upcast": True,
-        "in_channels": params.in_channels,
-        "latent_channels": params.z_channels,
         "latents_mean": None,
         "latents_std": None,
-        "layers_per_block": params.num_res_blocks,
         "mid_block_add_attention": True,
-        "norm_num_groups": params.num_groups,
-        "out_channels": params.out_ch,
         "sample_size": 1024,
-        "scaling_factor": params.scale_factor,
-        "shift_factor": params.shift_factor,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "use_post_quant_conv": False,
-        "use_quant_conv": False,
     }
+    return of_class("AutoencoderKL", diffusers_keys.autoencoder_config(params) | defaults)
+
+
+def of_class(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sorted settings with the name of the class they belong to."""
+    return {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION, **dict(sorted(settings.items()))}
 
 
 def clip_config(vocab_size: int) -> dict[str, Any]:

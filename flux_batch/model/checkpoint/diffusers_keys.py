@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flux_batch.model.checkpoint.checkpoint import listing
-from flux_batch.model.params import Shapes, count_of
+from flux_batch.model.params import AutoencoderParams, FluxParams, ScheduleParams, Shapes, count_of
 
 State = Mapping[str, Tensor]
 Rules = Callable[[Mapping[str, object]], Iterator["Rule"]]
@@ -66,6 +67,52 @@ def autoencoder_from_diffusers(state: State) -> dict[str, Tensor]:
 def autoencoder_to_diffusers(state: State) -> dict[str, Tensor]:
     """Return the diffusers layout of an original autoencoder. Raises: ValueError for unknown keys."""
     return to_diffusers(state, autoencoder_rules(state), hidden_size=0)
+
+
+def transformer_config(params: FluxParams) -> dict[str, Any]:
+    """Return the shape of a transformer in the words of diffusers' FluxTransformer2DModel."""
+    return {
+        "attention_head_dim": params.head_dim,
+        "axes_dims_rope": list(params.axes_dim),
+        "guidance_embeds": params.guidance_embed,
+        "in_channels": params.in_channels,
+        "joint_attention_dim": params.context_in_dim,
+        "num_attention_heads": params.num_heads,
+        "num_layers": params.depth,
+        "num_single_layers": params.depth_single_blocks,
+        "pooled_projection_dim": params.vec_in_dim,
+    }
+
+
+def autoencoder_config(params: AutoencoderParams) -> dict[str, Any]:
+    """Return the shape of an autoencoder in the words of diffusers' AutoencoderKL."""
+    levels = len(params.channels)
+    return {
+        "block_out_channels": list(params.channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "in_channels": params.in_channels,
+        "latent_channels": params.z_channels,
+        "layers_per_block": params.num_res_blocks,
+        "norm_num_groups": params.num_groups,
+        "out_channels": params.out_ch,
+        "scaling_factor": params.scale_factor,
+        "shift_factor": params.shift_factor,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_post_quant_conv": False,
+        "use_quant_conv": False,
+    }
+
+
+def scheduler_config(params: ScheduleParams) -> dict[str, Any]:
+    """Return a schedule in the words of diffusers' FlowMatchEulerDiscreteScheduler."""
+    return {
+        "base_image_seq_len": params.base_image_seq_len,
+        "base_shift": params.base_shift,
+        "max_image_seq_len": params.max_image_seq_len,
+        "max_shift": params.max_shift,
+        "shift": params.shift,
+        "use_dynamic_shifting": params.use_dynamic_shifting,
+    }
 
 
 def to_original(state: State, rules: Iterator[Rule]) -> dict[str, Tensor]:

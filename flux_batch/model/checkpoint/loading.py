@@ -11,6 +11,7 @@ from torch import nn
 
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.checkpoint import Checkpoint
+from flux_batch.model.checkpoint.detect import CheckpointKind
 from flux_batch.model.checkpoint.diffusers_keys import (
     Rules,
     State,
@@ -21,7 +22,6 @@ from flux_batch.model.checkpoint.diffusers_keys import (
     transformer_to_diffusers,
 )
 from flux_batch.model.checkpoint.lazy_state import Parts, StoredState
-from flux_batch.model.checkpoint.recognise import Layout
 from flux_batch.model.params import Config, autoencoder_params, flux_params
 from flux_batch.model.transformer import Flux
 
@@ -40,7 +40,7 @@ class ReadsItself(Protocol):
 
 def load_transformer(
     checkpoint: Checkpoint,
-    layout: Layout,
+    kind: CheckpointKind,
     config: Config,
     *,
     dtype: torch.dtype,
@@ -53,7 +53,7 @@ def load_transformer(
     variant (Fill, Canny, Depth) if it is one this program cannot run.
     """
     what = "a FLUX.1 transformer"
-    rules = transformer_rules if layout is Layout.TRANSFORMER_DIFFUSERS else None
+    rules = transformer_rules if kind is CheckpointKind.TRANSFORMER_DIFFUSERS else None
     with naming(checkpoint, what):
         shapes = original_names(checkpoint.shapes, rules) if rules else checkpoint.shapes
         params = flux_params(shapes, config)
@@ -65,7 +65,7 @@ def load_transformer(
 
 
 def load_autoencoder(
-    checkpoint: Checkpoint, layout: Layout, config: Config, *, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, kind: CheckpointKind, config: Config, *, dtype: torch.dtype, device: torch.device
 ) -> AutoEncoder:
     """Build the autoencoder a recognised checkpoint holds; `config`: diffusers' config.json of it, or empty.
 
@@ -73,7 +73,7 @@ def load_autoencoder(
     Raises: ValueError naming the file and the keys that are missing, too many or of another shape.
     """
     what = "a FLUX.1 autoencoder"
-    rules = autoencoder_rules if layout is Layout.AUTOENCODER_DIFFUSERS else None
+    rules = autoencoder_rules if kind is CheckpointKind.AUTOENCODER_DIFFUSERS else None
     with naming(checkpoint, what):
         shapes = original_names(checkpoint.shapes, rules) if rules else checkpoint.shapes
         params = autoencoder_params(shapes, config)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from flux_batch.model.checkpoint.checkpoint import listing
+from flux_batch.model.checkpoint.detect import NOT_NEEDED, PREFIXES
 from flux_batch.model.checkpoint.diffusers_keys import transformer_rules
-from flux_batch.model.checkpoint.recognise import NOT_NEEDED, PREFIXES
 from flux_batch.model.params import Shapes
 
 # What stands before a stem, and the part it is of; "" of them all, as their names have nothing in common.

@@ -18,13 +18,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from flux_batch.errors import CheckpointError
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.detect import CheckpointKind, detect
 from flux_batch.model.checkpoint.diffusers_keys import (
     autoencoder_from_diffusers,
     autoencoder_to_diffusers,
     transformer_from_diffusers,
     transformer_to_diffusers,
 )
-from flux_batch.model.checkpoint.recognise import Layout, recognise
 from flux_batch.model.params import AUTOENCODER, DEV, SCHNELL
 from flux_batch.model.transformer import Flux
 from flux_batch.pipeline.model_manager import ModelManager
@@ -190,17 +190,17 @@ def test_weights_are_cast_to_the_dtype_asked_for(original: Path) -> None:
     assert torch.equal(model.img_in.weight, expected)
 
 
-@pytest.mark.parametrize("layout", list(Layout))
-def test_parts_are_recognised_by_their_keys(repository: Path, original_repository: Path, layout: Layout) -> None:
+@pytest.mark.parametrize("kind", list(CheckpointKind))
+def test_parts_are_recognised_by_their_keys(repository: Path, original_repository: Path, kind: CheckpointKind) -> None:
     home = {
-        Layout.TRANSFORMER: original_repository / FILE,
-        Layout.TRANSFORMER_DIFFUSERS: repository / "transformer",
-        Layout.AUTOENCODER: original_repository / "ae.safetensors",
-        Layout.AUTOENCODER_DIFFUSERS: repository / "vae",
-        Layout.CLIP: repository / "text_encoder",
-        Layout.T5: repository / "text_encoder_2",
-    }[layout]
-    assert recognise(open_checkpoint(home))[0] is layout
+        CheckpointKind.TRANSFORMER: original_repository / FILE,
+        CheckpointKind.TRANSFORMER_DIFFUSERS: repository / "transformer",
+        CheckpointKind.AUTOENCODER: original_repository / "ae.safetensors",
+        CheckpointKind.AUTOENCODER_DIFFUSERS: repository / "vae",
+        CheckpointKind.CLIP: repository / "text_encoder",
+        CheckpointKind.T5: repository / "text_encoder_2",
+    }[kind]
+    assert detect(open_checkpoint(home))[0] is kind
 
 
 # What is done to a file, and what the message must say beside the file's name.

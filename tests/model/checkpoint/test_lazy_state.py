@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flux_batch.model.checkpoint import lazy_state as module
 from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from flux_batch.model.checkpoint.detect import detect
 from flux_batch.model.checkpoint.diffusers_keys import (
     transformer_from_diffusers,
     transformer_rules,
@@ -18,7 +19,6 @@ from flux_batch.model.checkpoint.diffusers_keys import (
 )
 from flux_batch.model.checkpoint.lazy_state import StoredState
 from flux_batch.model.checkpoint.loading import diffusers_parts
-from flux_batch.model.checkpoint.recognise import recognise
 from helpers.layout_files import FP8, FP8_WIDE, LAYOUTS, State, coarse_state, gguf_round, save, scaled_state, write_gguf
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def random_fp8(shape: tuple[int, ...], kind: torch.dtype = FP8) -> Tensor:
 
 
 def recognised(state: State, folder: Path) -> Checkpoint:
-    return recognise(open_checkpoint(save(state, folder)))[1]
+    return detect(open_checkpoint(save(state, folder)))[1]
 
 
 @pytest.mark.parametrize("kind", [FP8, FP8_WIDE])
@@ -64,7 +64,7 @@ def test_gguf_weights_do_not_depend_on_the_pieces(tmp_path: Path, kind: str, mon
 @pytest.mark.parametrize("layout", ["original fp32", "gguf F32"])
 def test_what_stays_as_it_is_are_the_pages_of_the_file(tmp_path: Path, layout: str) -> None:
     path = LAYOUTS[layout].write(coarse_state(), tmp_path / "model")
-    state = StoredState(recognise(open_checkpoint(path))[1], torch.float32, CPU)
+    state = StoredState(detect(open_checkpoint(path))[1], torch.float32, CPU)
     pages = Path("/proc/self/maps").read_text().splitlines()
     spans = [line.split()[0].split("-") for line in pages if line.endswith(str(path))]
     address = state["img_in.weight"].data_ptr()

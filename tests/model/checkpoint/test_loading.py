@@ -16,10 +16,10 @@ from torch import nn
 
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.detect import detect
 from flux_batch.model.checkpoint.diffusers_keys import transformer_to_diffusers
 from flux_batch.model.checkpoint.lazy_state import StoredState
 from flux_batch.model.checkpoint.loading import for_device, load_transformer
-from flux_batch.model.checkpoint.recognise import recognise
 from flux_batch.model.params import DEV, FluxParams
 from flux_batch.model.transformer import Flux
 from helpers.golden import AUTOENCODER, filled, tensor
@@ -51,7 +51,7 @@ def double_projections(model: nn.Module) -> None:
 @pytest.mark.parametrize("layout", ["original fp32", "diffusers", "comfy_quant", "gguf F16"])
 def test_layers_may_be_exchanged_before_they_are_filled(tmp_path: Path, layout: str) -> None:
     state = coarse_state()
-    found, checkpoint = recognise(open_checkpoint(LAYOUTS[layout].write(state, tmp_path / "model")))
+    found, checkpoint = detect(open_checkpoint(LAYOUTS[layout].write(state, tmp_path / "model")))
     config = {"axes_dims_rope": AXES_DIM}
     model = load_transformer(checkpoint, found, config, dtype=torch.float32, device=CPU, prepare=double_projections)
     for i, block in enumerate(model.single_blocks):

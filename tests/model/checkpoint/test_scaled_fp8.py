@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
-from flux_batch.model.checkpoint.recognise import recognise
+from flux_batch.model.checkpoint.detect import detect
 from flux_batch.model.checkpoint.scaled_fp8 import declared_formats
 from helpers.layout_files import State, as_bytes, coarse_state, save, scaled_state
 
@@ -24,7 +24,7 @@ def without(state: State, *names: str) -> State:
 
 
 def read(state: State, folder: Path, metadata: dict[str, str] | None = None) -> None:
-    recognise(open_checkpoint(save(state, folder, metadata, name="flux.safetensors")))
+    detect(open_checkpoint(save(state, folder, metadata, name="flux.safetensors")))
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.detect import detect
 from flux_batch.model.checkpoint.diffusers_keys import swap_halves, transformer_from_diffusers, transformer_to_diffusers
 from flux_batch.model.checkpoint.loading import load_transformer
-from flux_batch.model.checkpoint.recognise import recognise
 from flux_batch.model.lora.file import open_lora
 from flux_batch.model.lora.merge import LoraMerge
 from flux_batch.model.text import load_clip, load_t5
@@ -40,10 +40,10 @@ def merge(repository: Path) -> LoraMerge:
     merge = LoraMerge()
     transformer = open_checkpoint(repository / "transformer")
     config = json.loads((repository / "transformer" / "config.json").read_text())
-    merge.add_part("transformer", load_transformer(transformer, recognise(transformer)[0], config, **F32))
-    clip = recognise(open_checkpoint(repository / "text_encoder"))[1]
+    merge.add_part("transformer", load_transformer(transformer, detect(transformer)[0], config, **F32))
+    clip = detect(open_checkpoint(repository / "text_encoder"))[1]
     merge.add_part("clip", load_clip(clip, **F32).model)
-    merge.add_part("t5", load_t5(recognise(open_checkpoint(repository / "text_encoder_2"))[1], **F32).model)
+    merge.add_part("t5", load_t5(detect(open_checkpoint(repository / "text_encoder_2"))[1], **F32).model)
     return merge
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.detect import detect
 from flux_batch.model.checkpoint.loading import load_transformer
-from flux_batch.model.checkpoint.recognise import recognise
 from flux_batch.model.lora import merge as lora_merge
 from flux_batch.model.lora.file import Lora, open_lora
 from flux_batch.model.lora.merge import LoraMerge
@@ -40,7 +40,7 @@ def load(repository: Path, kind: str = "float32") -> LoraMerge:
     checkpoint = open_checkpoint(source if source.exists() else repository / "transformer")
     config = json.loads((repository / "transformer" / "config.json").read_text())
     dtype = torch.bfloat16 if kind == "fp8" else getattr(torch, kind)
-    layout, checkpoint = recognise(checkpoint)
+    layout, checkpoint = detect(checkpoint)
     merge = LoraMerge()
     prepare = quantize_transformer if kind == "fp8" else None
     merge.add_part(

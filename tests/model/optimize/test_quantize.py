@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.detect import detect
 from flux_batch.model.checkpoint.lazy_state import StoredState
 from flux_batch.model.checkpoint.loading import Prepare, fill, load_transformer
-from flux_batch.model.checkpoint.recognise import recognise
 from flux_batch.model.optimize import quantize
 from flux_batch.model.optimize.quantize import (
     FeedForward,
@@ -193,7 +193,7 @@ class TestChoice:
 
 
 def load(path: Path, dtype: torch.dtype, prepare: Prepare | None) -> Flux:
-    layout, checkpoint = recognise(open_checkpoint(path))
+    layout, checkpoint = detect(open_checkpoint(path))
     config = {"axes_dims_rope": [4, 6, 6]}
     return load_transformer(checkpoint, layout, config, dtype=dtype, device=CPU, prepare=prepare)
 
@@ -250,7 +250,7 @@ class TestLoading:
         weight = random(48, 32).to(E4M3)
         state = {"layer.weight": weight, "layer.bias": torch.ones(48), "layer.weight_scale": torch.tensor(0.5)}
         path = save({f"double_blocks.0.{name}": value for name, value in state.items()}, tmp_path / "model")
-        stored = StoredState(recognise(open_checkpoint(path))[1], torch.bfloat16, CPU)
+        stored = StoredState(detect(open_checkpoint(path))[1], torch.bfloat16, CPU)
         with torch.device("meta"):
             layer = Fp8Linear(nn.Linear(32, 48))
         fill(nn.ModuleDict({"double_blocks": nn.ModuleList([nn.ModuleDict({"layer": layer})])}), stored)

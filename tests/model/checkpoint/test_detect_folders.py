@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
 from flux_batch.errors import CheckpointError
-from flux_batch.model.checkpoint.folders import find_parts
-from flux_batch.model.checkpoint.recognise import LLAMA_CPP_BLOCK_NAMES
+from flux_batch.model.checkpoint.detect import LLAMA_CPP_BLOCK_NAMES, find_parts
 from flux_batch.pipeline.model_manager import ModelManager
 from flux_batch.pipeline.pipeline import FluxImagePipeline
 from helpers.layout_files import COMFY_PREFIX, FP8, State, gguf_round, scaled_state, write_gguf

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint, read_config
+from flux_batch.model.checkpoint.detect import CheckpointKind, detect, from_llama_cpp, parts_of, refuse_foreign
 from flux_batch.model.checkpoint.loading import load_transformer
-from flux_batch.model.checkpoint.recognise import Layout, from_llama_cpp, parts_of, recognise, refuse_foreign
 from helpers.layout_files import (
     COMFY_PREFIX,
     EXACT,
@@ -69,10 +69,10 @@ def test_parts_of_an_all_in_one_file_are_told_apart(tmp_path: Path, seed: int) -
     path = save(prefixed(coarse_state(seed)) | others(), tmp_path)
     parts = parts_of(open_checkpoint(path))
     assert {layout.part for layout in parts} == {"transformer", "autoencoder", "clip", "t5"}
-    assert set(parts[Layout.CLIP].tensors) == {"embeddings.token_embedding.weight"}
-    assert set(parts[Layout.T5].tensors) == {"encoder.block.0.layer.0.layer_norm.weight"}
+    assert set(parts[CheckpointKind.CLIP].tensors) == {"embeddings.token_embedding.weight"}
+    assert set(parts[CheckpointKind.T5].tensors) == {"encoder.block.0.layer.0.layer_norm.weight"}
     with pytest.raises(ValueError, match=r"holds several parts: .*transformer"):
-        recognise(open_checkpoint(path))
+        detect(open_checkpoint(path))
 
 
 def test_parts_scaled_and_not_lie_in_one_file(tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_parts_scaled_and_not_lie_in_one_file(tmp_path: Path) -> None:
     t5, _ = scaled_state({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2, 2)}, "comfy_quant", kind)
     t5 = {f"text_encoders.t5xxl.transformer.{name}": value for name, value in t5.items()}
     parts = parts_of(open_checkpoint(save(plain | t5, tmp_path)))
-    assert parts[Layout.TRANSFORMER].tensors["img_in.weight"].scale is None
-    assert parts[Layout.T5].tensors["encoder.block.0.layer.0.SelfAttention.q.weight"].scale is not None
+    assert parts[CheckpointKind.TRANSFORMER].tensors["img_in.weight"].scale is None
+    assert parts[CheckpointKind.T5].tensors["encoder.block.0.layer.0.SelfAttention.q.weight"].scale is not None
 
 
 def test_remarks_without_the_prefix_of_their_part_are_taken_for_its_own(tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_remarks_without_the_prefix_of_their_part_are_taken_for_its_own(tmp_path
     marker = stored.pop(f"{COMFY_PREFIX}scaled_fp8")
     assert_equal(load(save(stored | {"scaled_fp8": marker}, tmp_path)), coarse_state())
     clip = {"text_model.embeddings.token_embedding.weight": torch.ones(2, 2), "text_projection.weight": torch.ones(2)}
-    layout, checkpoint = recognise(open_checkpoint(save(clip, tmp_path, name="clip.safetensors")))
-    assert (layout, set(checkpoint.tensors)) == (Layout.CLIP, {"embeddings.token_embedding.weight"})
+    layout, checkpoint = detect(open_checkpoint(save(clip, tmp_path, name="clip.safetensors")))
+    assert (layout, set(checkpoint.tensors)) == (CheckpointKind.CLIP, {"embeddings.token_embedding.weight"})
 
 
 def test_a_key_with_and_without_prefix_is_refused(tmp_path: Path) -> None:

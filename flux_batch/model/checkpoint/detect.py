@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from enum import Enum
+from pathlib import Path
 
-from flux_batch.model.checkpoint.checkpoint import Checkpoint, listing
+from flux_batch.model.checkpoint.checkpoint import Checkpoint, listing, open_checkpoint, weight_files
+from flux_batch.model.checkpoint.files import is_pickle
 from flux_batch.model.checkpoint.scaled_fp8 import MARKER, declared_formats, pair_scales
 
 
-class Layout(Enum):
+class CheckpointKind(Enum):
     """What a checkpoint is, and the start of a key that only it has."""
 
     TRANSFORMER = "double_blocks."
@@ -45,7 +47,7 @@ PREFIXES = {
     "vae.": "autoencoder",
 }
 # torchtitan's and ComfyUI's spelling of the norm scales -> the original.
-NORM_SPELLINGS = {".query_norm.weight": ".query_norm.scale", ".key_norm.weight": ".key_norm.scale"}
+NORM_KEYS = {".query_norm.weight": ".query_norm.scale", ".key_norm.weight": ".key_norm.scale"}
 LLAMA_CPP_T5 = "enc.blk."
 LLAMA_CPP_NAMES = {
     "token_embd": "shared",
@@ -87,20 +89,30 @@ FOREIGN = (
     (r"(^|\.)joint_blocks\.", "it is Stable Diffusion 3"),
     (r"(^|\.)input_blocks\.\d|^(unet\.)?down_blocks\.\d", "it is the UNet of Stable Diffusion or SDXL"),
 )
+# The sub folder of diffusers that holds a part.
+PART_FOLDERS = {"transformer": "transformer", "autoencoder": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
+TITLES = {
+    "transformer": "transformer",
+    "autoencoder": "autoencoder",
+    "clip": "CLIP text encoder",
+    "t5": "T5 text encoder",
+}
+# Text encoders first: without their tokenizers beside them, nothing large is read in vain.
+LOADING_ORDER = ("clip", "t5", "autoencoder", "transformer")
 
 
-def recognise(checkpoint: Checkpoint) -> tuple[Layout, Checkpoint]:
+def detect(checkpoint: Checkpoint) -> tuple[CheckpointKind, Checkpoint]:
     """Return what a checkpoint of one part is, and the checkpoint with its keys made plain.
 
-    Raises: ValueError if it is none of the layouts, or holds several parts.
+    Raises: ValueError if it is none of the kinds, or holds several parts.
     """
     parts = parts_of(checkpoint)
     if len(parts) > 1:
-        raise ValueError(f"{checkpoint.source} holds several parts: {', '.join(layout.part for layout in parts)}")
+        raise ValueError(f"{checkpoint.source} holds several parts: {', '.join(kind.part for kind in parts)}")
     return next(iter(parts.items()))
 
 
-def parts_of(checkpoint: Checkpoint) -> dict[Layout, Checkpoint]:
+def parts_of(checkpoint: Checkpoint) -> dict[CheckpointKind, Checkpoint]:
     """Return the parts of a model that a checkpoint holds, mostly one, each with its keys made plain.
 
     Raises: ValueError naming what it is instead, if that is known, or its keys.
@@ -110,10 +122,10 @@ def parts_of(checkpoint: Checkpoint) -> dict[Layout, Checkpoint]:
     parts = {}
     for part, names in names_by_part(checkpoint).items():
         needed = {old: new for old, new in names.items() if new not in NOT_NEEDED.get(part, ())}
-        layout = recognise_names(checkpoint, needed.values())
-        if layout.part != part:
-            raise ValueError(f"{checkpoint.source} holds keys of the {layout.part} where those of the {part} should be")
-        parts[layout] = pair_scales(checkpoint.rename(needed), formats)
+        kind = detect_kind(checkpoint, needed.values())
+        if kind.part != part:
+            raise ValueError(f"{checkpoint.source} holds keys of the {kind.part} where those of the {part} should be")
+        parts[kind] = pair_scales(checkpoint.rename(needed), formats)
     return parts
 
 
@@ -123,7 +135,7 @@ def names_by_part(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
     bare: dict[str, str] = {}
     for name in checkpoint.tensors:
         part, rest = split_prefix(name)
-        (by_part.setdefault(part, {}) if part else bare)[name] = spelled(rest)
+        (by_part.setdefault(part, {}) if part else bare)[name] = normalized_key(rest)
     if any(name.startswith(LLAMA_CPP_T5) for name in bare):
         bare = {name: plain for name in bare if (plain := from_llama_cpp(name))}
     for part, names in by_part.items():
@@ -134,14 +146,14 @@ def names_by_part(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
         names.update(twice)
         bare = {name: new for name, new in bare.items() if name not in twice}
     if bare or not by_part:
-        by_part.setdefault(recognise_names(checkpoint, bare.values()).part, {}).update(bare)
+        by_part.setdefault(detect_kind(checkpoint, bare.values()).part, {}).update(bare)
     return by_part
 
 
-def recognise_names(checkpoint: Checkpoint, names: Iterable[str]) -> Layout:
-    """Return the layout that plain names are of. Raises: ValueError if it is none, or several."""
+def detect_kind(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointKind:
+    """Return the kind that plain names are of. Raises: ValueError if it is none, or several."""
     names = sorted(names)
-    found = [layout for layout in Layout if any(name.startswith(layout.value) for name in names)]
+    found = [kind for kind in CheckpointKind if any(name.startswith(kind.value) for name in names)]
     if len(found) > 1:
         raise ValueError(f"{checkpoint.source} holds several models under the same prefix: use one file for each")
     if not found:
@@ -167,9 +179,9 @@ def split_prefix(name: str) -> tuple[str, str]:
     return "", name
 
 
-def spelled(name: str) -> str:
+def normalized_key(name: str) -> str:
     """Return the key in the original spelling."""
-    for ending, original in NORM_SPELLINGS.items():
+    for ending, original in NORM_KEYS.items():
         if name.endswith(ending):
             return name.removesuffix(ending) + original
     return name
@@ -184,3 +196,52 @@ def from_llama_cpp(name: str) -> str | None:
     if stem.startswith(LLAMA_CPP_T5) and layer in LLAMA_CPP_BLOCK_NAMES:
         return f"encoder.block.{block}.{LLAMA_CPP_BLOCK_NAMES[layer]}.{kind}"
     return f"{LLAMA_CPP_NAMES[stem]}.{kind}" if stem in LLAMA_CPP_NAMES else name
+
+
+def find_parts(source: Path) -> list[Path]:
+    """Return the files and folders that make up the model at `source`, a folder or a file that holds all parts.
+
+    A part lies in its sub folder, else in a file of the folder itself, told by its keys.
+    Raises: ValueError saying what was looked for, or which files hold the same part.
+    """
+    if source.is_file():
+        check_all_in_one(source)
+        return [source]
+    found = {part: [source / name] for part, name in PART_FOLDERS.items() if has_weights(source / name)}
+    others: list[str] = []
+    for path in weight_files(source) if len(found) < len(PART_FOLDERS) else ():
+        try:
+            kinds = parts_of(open_checkpoint(path))
+        except ValueError as error:
+            others.append(str(error))
+            continue
+        parts = [kind.part for kind in kinds]
+        # The single files of the official repositories double what lies in the sub folders.
+        if not all(source / PART_FOLDERS[part] in found.get(part, ()) for part in parts):
+            for part in parts:
+                found.setdefault(part, []).append(path)
+    for part, paths in found.items():
+        if len(paths) > 1:
+            names = ", ".join(path.name for path in paths)
+            raise ValueError(f"{source} holds several files for the {TITLES[part]}: {names}; keep one")
+    for part, title in TITLES.items():
+        if part not in found:
+            looked = f"looked for {source / PART_FOLDERS[part]}/*.safetensors or *.gguf and for such a file in {source}"
+            raise ValueError("; ".join([f"no {title}: {looked}", *others]))
+    return list(dict.fromkeys(found[part][0] for part in LOADING_ORDER))
+
+
+def check_all_in_one(path: Path) -> None:
+    """Raise ValueError unless a file holds all parts of a model."""
+    parts = {kind.part for kind in parts_of(open_checkpoint(path))}
+    if missing := [title for part, title in TITLES.items() if part not in parts]:
+        raise ValueError(
+            f"{path} holds no {' and no '.join(missing)}: put it into a folder with the other parts and pass it"
+        )
+
+
+def has_weights(folder: Path) -> bool:
+    """Tell whether a folder holds weights, or pickles, which opening it then refuses by name."""
+    if not folder.is_dir():
+        return False
+    return bool(weight_files(folder)) or any(is_pickle(path.name) for path in folder.iterdir())
