@@ -206,38 +206,36 @@ def _gallery(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from contextlib import nullcontext
 
-    from flux_batch.output.lease import HeldStore, Lease
+    from flux_batch.output.lease import Lease
     from flux_batch.report.saved_run import SavedRun
     from flux_batch.report.verify import format_verdict, repair, verify
     from flux_batch.storage.store import Store
 
-    place = arguments.output, _options(arguments.storage_option)
-    store = Store(*place)
+    store = Store(arguments.output, _options(arguments.storage_option))
     SavedRun.open(store)  # else there is nothing to hold a lease of
     with Lease(store) if arguments.repair else nullcontext() as lease:
         verdict = verify(store, quick=arguments.quick, on_progress=_show_progress)
         _print(format_verdict(verdict))
         if lease and verdict.problems:
-            broken = repair(HeldStore(*place, check=lease.check), verdict)
+            broken = repair(lease.store, verdict)
             _print(f"repaired; {len(broken)} shards are to be made again: run the job")
     return verdict.exit_code
 
 
 def _gc(arguments: argparse.Namespace) -> int:
     from flux_batch.output.gc import find_leftovers, remove_leftovers
-    from flux_batch.output.lease import HeldStore, Lease
+    from flux_batch.output.lease import Lease
     from flux_batch.report.saved_run import SavedRun
     from flux_batch.storage.store import Store
 
-    place = arguments.output, _options(arguments.storage_option)
-    store = Store(*place)
+    store = Store(arguments.output, _options(arguments.storage_option))
     run = SavedRun.open(store)
     if arguments.dry_run:
         for leftover in find_leftovers(run.folder):
             _print(f"{leftover.kind:<12} {leftover.key}")
         return 0
     with Lease(store) as lease:
-        folder = RunFolder(HeldStore(*place, check=lease.check), run.folder.num_shards)
+        folder = RunFolder(lease.store, run.num_shards)
         num_removed = remove_leftovers(folder, run.output_format, list(find_leftovers(folder)))
         _print(f"{num_removed} objects removed")
     return 0

@@ -11,13 +11,13 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.config.text import fill_in_dates, read_tree
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted, JobError, StoreError
-from flux_batch.output.lease import HeldStore, Lease
+from flux_batch.output.lease import Lease
 from flux_batch.output.paths import PLAN
 from flux_batch.pipeline.load import load_pipeline
 from flux_batch.prompts.input_images import check_of_job
@@ -25,6 +25,7 @@ from flux_batch.records import Shard
 from flux_batch.report.progress import Progress
 from flux_batch.report.summary import RunReport
 from flux_batch.resume import close_run, draft_run, finished, open_run, reopen, state_of
+from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.store import Store
 from flux_batch.worker.protocol import ImagePipeline
 from flux_batch.worker.settled_precision import with_dtype_of_run
@@ -63,10 +64,9 @@ def run(
         return report
     draft = None if store.exists(PLAN) else draft_run(config, store)
     # From here on there is work to lose: an outage is waited for.
-    patience: dict[str, Any] = {"patience_s": config.failures.outage_s, "on_wait": stop.check}
-    store = Store(config.output.uri, config.output.storage_options, **patience)
+    store = store.with_policy(RetryPolicy(config.failures.outage_s, stop.check))
     with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
-        store = HeldStore(config.output.uri, config.output.storage_options, check=lease.check, **patience)
+        store = lease.store
         plan = open_run(config, store, draft, extend=extend)
         reopen(config, plan, store, retry_failed=retry_failed)
         todo, progress = state_of(plan, store)

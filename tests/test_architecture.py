@@ -63,7 +63,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "transformers": ("model/", "demo/", "bench/pipeline/"),
     "tokenizers": ("model/", "demo/"),
     "sentencepiece": ("model/", "demo/"),
-    "filelock": ("download/",),
+    "filelock": ("download/", "storage/scratch.py"),
     # Its cache is shared with other programs; what goes into a folder of the user's is read by our own transfer.
     "huggingface_hub": ("download/",),
     "tqdm": ("download/transfer.py",),

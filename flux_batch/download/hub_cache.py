@@ -26,7 +26,7 @@ from flux_batch.download.transfer import NUM_STREAMS, Listing, RemoteFile, check
 from flux_batch.errors import StoreError
 from flux_batch.model.checkpoint.files import missing_components
 from flux_batch.storage.errors import translated
-from flux_batch.storage.retry import attempt
+from flux_batch.storage.retry import with_retries
 
 
 def repository_cache_dir(hub: HubUri) -> Path:
@@ -66,7 +66,7 @@ def fetch_repository(hub: HubUri, listing: Listing, folder: str) -> Path:
     present = {file.name for file, name in names.items() if cached_file(hub.repository, name, listing.commit)}
     num_bytes = sum(file.size or 0 for file in listing.files if file.name not in present)
     check_room(cache, num_bytes, listing.uri, variable="HF_HUB_CACHE")
-    snapshot = attempt(
+    snapshot = with_retries(
         listing.uri, "fetch", lambda: download_snapshot(hub.repository, hub.revision, list(names.values()))
     )
     if snapshot.name != listing.commit:

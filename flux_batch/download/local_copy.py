@@ -31,7 +31,7 @@ from flux_batch.download.transfer import Listing, RemoteFile, fetch, sha256_if_s
 from flux_batch.errors import NotFound, StoreError, StoreRefused
 from flux_batch.redaction import public_uri
 from flux_batch.storage.errors import translated
-from flux_batch.storage.retry import attempt
+from flux_batch.storage.retry import with_retries
 from flux_batch.storage.store import open_filesystem
 
 MANIFEST = "manifest.json"
@@ -246,7 +246,7 @@ def list_file(
     The folder itself is not listed: it may hold anything, or be closed to whoever may read the file.
     """
     fs, path = open_filesystem(uri, storage_options)
-    infos = {name: attempt(public_uri(uri), "look up", lambda: look_up(fs, path))}
+    infos = {name: with_retries(public_uri(uri), "look up", lambda: look_up(fs, path))}
     root = fs._strip_protocol(root_uri).rstrip("/")
     for folder in folders:
         with suppress(NotFound, StoreRefused):
@@ -257,7 +257,7 @@ def list_file(
 
 def list_entries(fs: Any, uri: str, path: str) -> dict[str, dict[str, Any]]:
     """Return what lies directly in a remote folder, by its last name. Raises: NotFound."""
-    infos = attempt(public_uri(uri), "list", lambda: fs.ls(path, detail=True))
+    infos = with_retries(public_uri(uri), "list", lambda: fs.ls(path, detail=True))
     found = {str(info["name"]).rstrip("/").rpartition("/")[2]: info for info in infos}
     if not found:
         raise NotFound(f"{public_uri(uri)}: there is nothing in this folder")
@@ -286,7 +286,7 @@ def listing_of(uri: str, fs: Any, infos: Mapping[str, Mapping[str, Any]], choose
     for name in chosen:
         info = infos[name]
         if info.get("size") is None:  # a listing over HTTP gives names alone
-            info = attempt(f"{public_uri(uri)}: {name}", "look up", bind(look_up, fs, info["name"]))
+            info = with_retries(f"{public_uri(uri)}: {name}", "look up", bind(look_up, fs, info["name"]))
         version = next((str(info[key]) for key in VERSION_KEYS if info.get(key)), "")
         files.append(RemoteFile(name=name, path=info["name"], size=info.get("size"), version=version))
     return Listing(public_uri(uri), fs, tuple(files))

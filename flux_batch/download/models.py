@@ -41,7 +41,7 @@ from flux_batch.model.checkpoint.files import (
     part_of,
 )
 from flux_batch.redaction import public_uri
-from flux_batch.storage.retry import attempt
+from flux_batch.storage.retry import with_retries
 from flux_batch.storage.store import open_filesystem
 
 PathOrFolder = str | PathLike[str]
@@ -245,7 +245,7 @@ def hub_listing(
     list_files: Callable[[], Repository], uri: str, *, folder: str = "", part: str = "", single_files: bool = False
 ) -> Listing:
     """List the files of a repository that a model needs, to be read over HTTP."""
-    repository = attempt(uri, "list", list_files)
+    repository = with_retries(uri, "list", list_files)
     prefix = f"{folder}/" if folder else ""
     files = {file.name.removeprefix(prefix): file for file in repository.files if file.name.startswith(prefix)}
     chosen = needed_files(files, part=part, single_files=single_files)

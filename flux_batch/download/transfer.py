@@ -20,7 +20,7 @@ import fsspec
 
 from flux_batch.errors import StoreError, StoreRefused
 from flux_batch.storage.errors import translated
-from flux_batch.storage.retry import attempt
+from flux_batch.storage.retry import with_retries
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -220,7 +220,7 @@ def read_range(listing: Listing, file: RemoteFile, start: int, end: int) -> byte
             raise OSError(f"{len(data)} bytes came instead of {end - start}")
         return data
 
-    return attempt(f"{listing.uri}: {file.name}", "read", read)
+    return with_retries(f"{listing.uri}: {file.name}", "read", read)
 
 
 def stream(listing: Listing, file: RemoteFile, skip: int) -> Iterator[bytes]:

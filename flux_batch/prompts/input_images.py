@@ -25,7 +25,7 @@ from flux_batch.prompts.access import WEB, is_inside, local_name, scheme_of, sho
 from flux_batch.prompts.safe_http import fetch
 from flux_batch.records import InputImage
 from flux_batch.redaction import public_uri
-from flux_batch.storage.retry import attempt
+from flux_batch.storage.retry import with_retries
 from flux_batch.storage.store import open_filesystem
 
 MAX_BYTES = 64 * 2**20
@@ -84,7 +84,7 @@ def read_bytes(image: InputImage, storage_options: Mapping[str, Any]) -> bytes:
         return fetch(image.uri, MAX_BYTES)
     if scheme in ("", "file"):
         return _read_file(local_name(image.uri), image.within)
-    return attempt(image.uri, "read", lambda: _read_object(image.uri, storage_options))
+    return with_retries(image.uri, "read", lambda: _read_object(image.uri, storage_options))
 
 
 def decode(data: bytes) -> Image.Image:

@@ -8,7 +8,6 @@ address that was, and a redirect is looked at again. Proxies of the environment 
 from __future__ import annotations
 
 import ipaddress
-import random
 import socket
 import ssl
 import threading
@@ -19,10 +18,12 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from flux_batch.errors import RowError, one_line
+from flux_batch.storage.retry import RetryPolicy
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 ATTEMPTS = 3
+FIRST_WAIT_S = 1.0
 MAX_REDIRECTS = 5
 MAX_ADDRESSES = 4
 # Of one answer: until it says anything, and until it has said everything.
@@ -50,14 +51,13 @@ def fetch(url: str, max_bytes: int, *, is_allowed: Callable[[IpAddress], bool] |
     Raises: RowError for an address that may not be asked, more than `max_bytes`, or anything but a file in answer; its
     message leaves out the address.
     """
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return _follow(url, max_bytes, is_allowed or is_public)
-        except Unavailable as error:
-            if attempt == ATTEMPTS:
-                raise RowError(f"{error}; tried {ATTEMPTS} times") from error
-        time.sleep(random.uniform(0.5, 1.0) * 2.0 ** (attempt - 1))
-    raise AssertionError
+    policy = RetryPolicy(attempts=ATTEMPTS, first_wait_s=FIRST_WAIT_S)
+    try:
+        return policy.retry(
+            lambda: _follow(url, max_bytes, is_allowed or is_public), lambda error: isinstance(error, Unavailable)
+        )
+    except Unavailable as error:
+        raise RowError(f"{error}; tried {ATTEMPTS} times") from error
 
 
 def is_public(address: IpAddress) -> bool:

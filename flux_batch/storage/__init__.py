@@ -1,1 +1,1 @@
-"""Bytes: one store over fsspec, one way to try again, local disk; knows no tensor and no cluster."""
+"""Bytes: one store over fsspec, one retry policy, local disk; knows no tensor and no cluster."""

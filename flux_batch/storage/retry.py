@@ -1,6 +1,6 @@
-"""How often and how long a storage operation is tried: one policy for all of them.
+"""One policy for every operation that is tried again: how often, how long, and who is told meanwhile.
 
-Knows time; which errors are worth a wait is said by errors.py.
+Knows time; errors.py knows which errors of storage may pass by themselves.
 """
 
 from __future__ import annotations
@@ -21,64 +21,87 @@ from flux_batch.storage.errors import is_transient, translated
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
-# The waits grow from this; each is drawn from zero to what it may be, so that many workers do not come back at once.
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 30.0
-# Silent while a wait is nothing to speak of; then a line in the log now and then, whatever number of threads wait.
-SILENT_S, REPORT_S = 5.0, 30.0
-# How often `on_wait` is called: a stop must not wait for a storage that is away.
-LOOK_S = 1.0
+# The longest waits before the second and before any later attempt. Each wait is drawn from zero to the longest, which
+# doubles from attempt to attempt, so that many workers do not come back at once.
+FIRST_WAIT_S = 0.2
+_MAX_WAIT_S = 30.0
+# A warning follows the first after this time, whatever number of threads wait; short waits are not logged.
+_WARN_AFTER_S = 5.0
+_WARN_INTERVAL_S = 30.0
+# The interval of calls of `on_wait`: a stop must not wait for a storage that is unavailable.
+_POLL_S = 1.0
 
 T = TypeVar("T")
 
 
-class Patience:
-    """Tries operations at least ATTEMPTS times and for `seconds`, as long as their errors may pass by themselves.
+class RetryPolicy:
+    """Retries operations at least `attempts` times and for `outage_s`, as long as their errors are transient.
 
-    Once it has tried that often, `on_wait` is called every second or so, by the thread that waits: a sign of life. What
-    it raises ends the wait.
+    After that many attempts, the waiting thread calls `on_wait` about every second: a heartbeat. Whatever `on_wait`
+    raises ends the wait.
     """
 
-    def __init__(self, seconds: float = 0.0, on_wait: Callable[[], None] | None = None) -> None:
-        self._seconds = seconds
+    def __init__(
+        self,
+        outage_s: float = 0.0,
+        on_wait: Callable[[], None] | None = None,
+        *,
+        attempts: int | None = None,
+        first_wait_s: float = FIRST_WAIT_S,
+    ) -> None:
+        self._outage_s = outage_s
         self._on_wait = on_wait
-        self._reporting = threading.Lock()
-        self._last_report: float | None = None
+        self._attempts = ATTEMPTS if attempts is None else attempts
+        self._first_wait_s = first_wait_s
+        self._warning = threading.Lock()
+        self._last_warning: float | None = None
 
-    def attempt(self, uri: str, operation: str, function: Callable[[], T]) -> T:
-        """Run one storage operation. Raises: StoreErrors alone, and what `on_wait` and a bug in `function` raise."""
+    def with_retries(self, uri: str, operation: str, function: Callable[[], T]) -> T:
+        """Run one storage operation. Raises: StoreError, and whatever `on_wait` or a bug in `function` raises."""
+        with translated(uri, operation):
+            return self.retry(function, is_transient, lambda state: self._warn(uri, state))
+
+    def retry(
+        self,
+        function: Callable[[], T],
+        is_transient: Callable[[BaseException], bool],
+        before_wait: Callable[[RetryCallState], None] | None = None,
+    ) -> T:
+        """Run any operation. Raises: the last error of `function`, or the first one that is not transient."""
         retrying = Retrying(
-            stop=stop_all(stop_after_attempt(ATTEMPTS), stop_after_delay(self._seconds)),
-            wait=full_jitter(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
+            stop=stop_all(stop_after_attempt(self._attempts), stop_after_delay(self._outage_s)),
+            wait=full_jitter(multiplier=self._first_wait_s, max=_MAX_WAIT_S),
             retry=retry_if_exception(is_transient),
-            before_sleep=lambda state: self._report(uri, state),
-            sleep=lambda seconds: self._sleep(seconds, is_long=retrying.statistics["attempt_number"] >= ATTEMPTS),
+            before_sleep=before_wait,
+            sleep=lambda seconds: self._sleep(
+                seconds, is_outage=retrying.statistics["attempt_number"] >= self._attempts
+            ),
             reraise=True,
         )
-        with translated(uri, operation):
-            return retrying(function)
+        return retrying(function)
 
-    def _sleep(self, seconds: float, *, is_long: bool) -> None:
+    def _sleep(self, seconds: float, *, is_outage: bool) -> None:
         until = time.monotonic() + seconds
         while True:
-            if is_long and self._on_wait:
+            if is_outage and self._on_wait:
                 self._on_wait()
             if (left := until - time.monotonic()) <= 0:
                 return
-            time.sleep(min(left, LOOK_S))
+            time.sleep(min(left, _POLL_S))
 
-    def _report(self, uri: str, state: RetryCallState) -> None:
-        """Say what is waited for, if that takes long and was not just said."""
+    def _warn(self, uri: str, state: RetryCallState) -> None:
+        """Write to the log what is waited for, if the wait is long and was not just written."""
         now, waited_s = time.monotonic(), state.seconds_since_start or 0.0
         error = state.outcome.exception() if state.outcome else None
-        if waited_s < SILENT_S or error is None:
+        if waited_s < _WARN_AFTER_S or error is None:
             return
-        with self._reporting:
-            if self._last_report is not None and now - self._last_report < REPORT_S:
+        with self._warning:
+            if self._last_warning is not None and now - self._last_warning < _WARN_INTERVAL_S:
                 return
-            self._last_report = now
+            self._last_warning = now
         log.warning("%s: %s; waiting for the storage, %.0f s so far", public_uri(uri), one_line(error), waited_s)
 
 
-def attempt(uri: str, operation: str, function: Callable[[], T]) -> T:
-    """Run one storage operation with little patience: for what is not in the middle of a run."""
-    return Patience().attempt(uri, operation, function)
+def with_retries(uri: str, operation: str, function: Callable[[], T]) -> T:
+    """Run one storage operation, and wait for no outage: for work that a run does not depend on."""
+    return RetryPolicy().with_retries(uri, operation, function)

@@ -1,12 +1,10 @@
-"""Local disk for one shard at a time, and the end of what killed workers left of theirs.
+"""Local disk for one shard at a time, and the removal of what killed workers left of theirs.
 
 Knows folders and locks; does not know what is put there.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -16,35 +14,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from flux_batch.errors import DiskFull, FluxBatchError, StoreRefused
+from filelock import FileLock
 
-# Between the making of a folder and its locking a moment passes, in which it must not count as left behind.
+from flux_batch.errors import DiskFull, FluxBatchError, StoreRefused
+from flux_batch.storage.errors import FULL_ERRNOS
+
+# A folder is locked a moment after it is made: until it is this old, it does not count as left behind.
 YOUNG_S = 60.0
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+# Beside the files of a shard; the kernel releases the lock when the process dies.
+_LOCK = ".lock"
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Give an empty folder under TMPDIR, locked while it is in use and removed after it.
+    """Make an empty folder under TMPDIR, locked while it is in use and removed after it.
 
-    Raises: DiskFull, in the place of what the code within raises when there is no more room.
+    Raises: DiskFull instead of the OSError that the code within raises when the disk is full.
     """
-    home = _home()
+    root = _root()
     try:
-        with tempfile.TemporaryDirectory(dir=home) as folder, _locked(Path(folder)):
-            yield Path(folder)
+        with tempfile.TemporaryDirectory(dir=root) as folder, _locked(Path(folder)):
+            files = Path(folder) / "files"
+            files.mkdir()
+            yield files
     except OSError as error:
-        if isinstance(error, FluxBatchError) or error.errno not in NO_ROOM:
+        if isinstance(error, FluxBatchError) or error.errno not in FULL_ERRNOS:
             raise
         raise DiskFull(
-            f"{home}: no room for the files of a shard ({error.strerror}); free some, or set TMPDIR to a larger disk"
+            f"{root}: no room for the files of a shard ({error.strerror}); free some, or set TMPDIR to a larger disk"
         ) from error
 
 
 def sweep_scratch() -> int:
-    """Remove the folders whose process is gone: nobody holds their lock. Returns: how many there were."""
+    """Remove the folders whose process is gone: nobody holds their lock. Returns: their number."""
     stale = 0
-    for folder in _home().iterdir():
+    for folder in _root().iterdir():
         try:
             if time.time() - folder.stat().st_mtime < YOUNG_S:
                 continue
@@ -56,26 +60,21 @@ def sweep_scratch() -> int:
     return stale
 
 
-def _home() -> Path:
-    """Keep each user's folders apart: another's could not be swept.
+def _root() -> Path:
+    """Return the folder of this user under TMPDIR: the folders of another user could not be swept.
 
     Raises: StoreRefused if somebody else took the name, who could then exchange our files.
     """
-    home = Path(tempfile.gettempdir()) / f"flux-batch-{os.getuid()}"
+    root = Path(tempfile.gettempdir()) / f"flux-batch-{os.getuid()}"
     with suppress(FileExistsError):
-        home.mkdir(mode=0o700)
-    found = home.lstat()
+        root.mkdir(mode=0o700)
+    found = root.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise StoreRefused(f"{home}: is not a folder of this user; remove it, or set TMPDIR to another folder")
-    return home
+        raise StoreRefused(f"{root}: is not a folder of this user; remove it, or set TMPDIR to another folder")
+    return root
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which the kernel lets go of when the process dies. Raises: OSError if it is taken."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
+def _locked(folder: Path) -> FileLock:
+    """Return the lock of a folder; entering it raises an OSError if another process holds it."""
+    # A shard that one thread began another one finishes, and releases.
+    return FileLock(folder / _LOCK, timeout=0, thread_local=False)

@@ -1,4 +1,4 @@
-"""A folder on a disk or in a bucket: reads, atomic writes, put-if-absent; what fails is tried again.
+"""A folder on a disk or in a bucket: reads, atomic writes, put-if-absent, each with retries.
 
 Knows bytes and keys; does not know what they mean.
 """
@@ -10,10 +10,11 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from copy import copy
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -21,14 +22,14 @@ from fsspec.spec import AbstractBufferedFile
 
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused, one_line
 from flux_batch.storage.errors import FULL_ERRNOS, code, status
-from flux_batch.storage.retry import Patience
+from flux_batch.storage.retry import RetryPolicy
 
-# Half-written files of a killed process stay here, out of sight of whoever loads the data set.
+# The folder of half-written files; those of a killed process stay here, where no loader of the data set looks.
 STORE_TMP = "_run/tmp"
-# What file systems without hard links answer: FUSE mounts of buckets, FAT.
-NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+# The answers of file systems without hard links: FUSE mounts of buckets, FAT.
+_NO_LINK_ERRNOS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # Some servers send the checksum of a whole object with a part of it; botocore would compare the two.
-S3_CLIENT = {"response_checksum_validation": "when_required"}
+_S3_CLIENT = {"response_checksum_validation": "when_required"}
 
 # The operations that change something.
 WRITES = {"write", "create", "delete"}
@@ -47,7 +48,7 @@ def open_filesystem(uri: str, storage_options: Mapping[str, Any]) -> tuple[fsspe
     options = {**storage_options, "use_listings_cache": False}
     try:
         if uri.startswith(("s3://", "s3a://")):
-            options["config_kwargs"] = {**S3_CLIENT, **options.get("config_kwargs", {})}
+            options["config_kwargs"] = {**_S3_CLIENT, **options.get("config_kwargs", {})}
         if uri.startswith(("http://", "https://")):
             options["client_kwargs"] = {**_http_client(), **options.get("client_kwargs", {})}
         fs, path = fsspec.url_to_fs(uri, **options)
@@ -59,28 +60,35 @@ def open_filesystem(uri: str, storage_options: Mapping[str, Any]) -> tuple[fsspe
 
 
 class Store:
-    """The folder of one run.
-
-    What fails and may pass by itself is tried some times, and for at least `patience_s`; `on_wait` is called meanwhile
-    (see Patience).
-    """
+    """A folder of objects, by keys relative to it; transient errors are retried as its policy says."""
 
     def __init__(
-        self,
-        uri: str,
-        storage_options: Mapping[str, Any] | None = None,
-        *,
-        patience_s: float = 0.0,
-        on_wait: Callable[[], None] | None = None,
+        self, uri: str, storage_options: Mapping[str, Any] | None = None, policy: RetryPolicy | None = None
     ) -> None:
         self.uri = uri.rstrip("/") or uri
         self._fs, path = open_filesystem(self.uri, storage_options or {})
         self._root = path.rstrip("/")
         self._is_local = isinstance(self._fs, LocalFileSystem)
-        self._patience = Patience(patience_s, on_wait)
+        self._policy = policy or RetryPolicy()
+        self._before_write: Callable[[], None] | None = None
+
+    def with_policy(self, policy: RetryPolicy) -> Self:
+        """Return a store of the same folder with another retry policy."""
+        other = copy(self)
+        other._policy = policy
+        return other
+
+    def guarded(self, before_write: Callable[[], None]) -> Self:
+        """Return a store of the same folder that calls `before_write` before each write, and before each retry of it.
+
+        Every write raises whatever `before_write` raises.
+        """
+        other = copy(self)
+        other._before_write = before_write
+        return other
 
     def url(self, key: str) -> str:
-        """Name a key as the user would write it."""
+        """Return a key as the user would write it."""
         return f"{self.uri}/{key}"
 
     def read(self, key: str) -> bytes:
@@ -91,12 +99,12 @@ class Store:
         """Read the bytes [start, end) of an object, fewer if it is shorter. Raises: NotFound."""
         return self._call(key, "read", lambda: bytes(self._fs.cat_file(self._path(key), start=start, end=end)))
 
-    def open(self, key: str) -> StoredFile:
-        """Open an object to read and seek in; each request is tried again as `read_range` is. Raises: NotFound."""
-        return StoredFile(self, self._fs, self._path(key), key)
+    def open(self, key: str) -> AbstractBufferedFile:
+        """Return an object as a file to read and seek in, each request with retries. Raises: NotFound."""
+        return _StoredFile(self, self._fs, self._path(key), key)
 
     def size(self, key: str) -> int:
-        """Tell how many bytes an object has. Raises: NotFound."""
+        """Return the size of an object in bytes. Raises: NotFound."""
         return self._call(key, "look up", lambda: int(self._fs.info(self._path(key))["size"]))
 
     def download(self, key: str, path: Path) -> None:
@@ -113,7 +121,7 @@ class Store:
         self._call(key, "read", get)
 
     def local_file(self, key: str, folder: Path) -> Path:
-        """Give a file with the bytes of an object: itself on a disk, else a copy in `folder`. Raises: NotFound."""
+        """Return a local file of an object: itself on a disk, else a copy in `folder`. Raises: NotFound."""
         if self._is_local:
             if not self.exists(key):
                 raise NotFound(f"{self.url(key)}: not found")
@@ -123,11 +131,11 @@ class Store:
         return path
 
     def exists(self, key: str) -> bool:
-        """Tell whether an object is there."""
+        """Return whether an object is there."""
         return self._call(key, "look up", lambda: self._is_file(key))
 
     def list(self, prefix: str) -> list[str]:
-        """List the keys under a folder, sorted; an absent folder is empty."""
+        """Return the keys under a folder, sorted; an absent folder is empty."""
 
         def find() -> list[str]:
             try:
@@ -137,11 +145,11 @@ class Store:
 
         folder, start = self._path(prefix).rstrip("/"), len(self._root) + 1
         paths = map(str, self._call(prefix, "list", find))
-        # s3fs names the folder itself if somebody puts the first object into it while it looks.
+        # s3fs lists the folder itself if somebody puts the first object into it meanwhile.
         return sorted(path[start:] for path in paths if path.startswith(f"{folder}/"))
 
     def children(self, folder: str) -> dict[str, int | None]:
-        """Give the names directly in a folder: the size of each object in bytes, None for a folder in it."""
+        """Return the names directly in a folder: the size of each object in bytes, None for a folder in it."""
 
         def ls() -> list[dict[str, Any]]:
             try:
@@ -167,7 +175,7 @@ class Store:
         """Create an object unless there is one. Raises: AlreadyExists.
 
         Atomic on a local disk and on stores that honour conditional writes. On others it is a look-up and a write:
-        of two writers in the same instant the later one stays, and neither is told.
+        of two writers in the same instant the later one stays, and neither learns of it.
         A lost answer to a write that did succeed also ends in AlreadyExists: the caller compares the contents.
         """
         if self._is_local:
@@ -195,9 +203,9 @@ class Store:
 
     @cached_property
     def has_conditional_put(self) -> bool:
-        """Whether the store refuses a conditional write to a taken key; found by trying, since some accept it silently.
+        """Whether the store refuses a conditional write to a taken key.
 
-        Writes and deletes one small object.
+        Tried with one small object, which is deleted again: some stores accept such a write silently.
         """
         if self._is_local:
             return True
@@ -208,7 +216,7 @@ class Store:
         except AlreadyExists:
             return True
         except StoreError as error:
-            if status(error) != HTTPStatus.NOT_IMPLEMENTED:  # what some stores answer to the header they do not know
+            if status(error) != HTTPStatus.NOT_IMPLEMENTED:  # the answer of some stores to a header they do not know
                 raise
         finally:
             self.delete(key)
@@ -231,13 +239,13 @@ class Store:
             return False
 
     def _create_remote(self, key: str, data: bytes | Path) -> None:
-        """Create an object; a refusal counts only if one is there, since it may also have been deleted since."""
+        """Create an object; a refusal counts only if one is there: it may have been deleted since."""
         try:
             self._send(key, data, mode="create")
         except FileExistsError:
             if self._is_file(key):
                 raise
-            raise ConnectionError("refused as if it were there, and it is not") from None
+            raise ConnectionError("the key was refused as taken, and it is free") from None
 
     def _send(self, key: str, data: bytes | Path, *, mode: str) -> None:
         try:
@@ -248,24 +256,24 @@ class Store:
         except FileNotFoundError as error:
             if code(error) == "NoSuchUpload":  # the answer to the end of an upload in parts was lost, or the upload
                 raise ConnectionError(one_line(error)) from None
-            # A write cannot miss its own key: it is the bucket that is not there.
+            # A write cannot miss its own key: the bucket is missing.
             raise StoreRefused(f"{self.url(key)}: cannot write: no such bucket or folder") from error
         except OSError as error:
-            if mode == "create" and status(error) == HTTPStatus.PRECONDITION_FAILED:  # s3fs knows AWS's wording alone
+            if mode == "create" and status(error) == HTTPStatus.PRECONDITION_FAILED:  # s3fs knows only AWS's wording
                 raise FileExistsError(key) from error
             raise
 
     def _write_local(self, key: str, data: bytes | Path, publish: Callable[[str, str], None]) -> None:
-        """Write beside and publish in one step: os.replace takes the name over, a link refuses a taken one."""
+        """Write a temporary file and publish it in one step: os.replace takes a name over, a link refuses a taken one."""
         target = Path(self._path(key))
-        scratch = Path(self._path(STORE_TMP)) / uuid.uuid4().hex
+        temporary = Path(self._path(STORE_TMP)) / uuid.uuid4().hex
         try:
-            scratch.parent.mkdir(parents=True, exist_ok=True)
+            temporary.parent.mkdir(parents=True, exist_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError as error:  # folders that cannot be made, as under /proc
             raise StoreRefused(f"{self.url(key)}: cannot write: no folder can be made there") from error
         try:
-            with scratch.open("wb") as file:
+            with temporary.open("wb") as file:
                 if isinstance(data, Path):
                     with data.open("rb") as source:
                         while chunk := source.read(1 << 20):
@@ -275,19 +283,26 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             try:
-                publish(str(scratch), str(target))
+                publish(str(temporary), str(target))
             except FileNotFoundError as error:
-                # Whoever ends a run, or removes what is staged, takes such files and empty folders for a dead
-                # process's; we are alive, and write it again.
+                # The end of a run, and the removal of staged images, take such files and empty folders for those of a
+                # dead process; this one is alive, and writes again.
                 raise ConnectionError("the file was swept away before it had its name") from error
         finally:
-            scratch.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def _call(self, key: str, operation: str, function: Callable[[], T]) -> T:
-        return self._patience.attempt(self.url(key), operation, function)
+        before_write = self._before_write if operation in WRITES else None
+
+        def guarded() -> T:
+            if before_write:
+                before_write()  # at every attempt: a storage that was unavailable for long comes back to another driver
+            return function()
+
+        return self._policy.with_retries(self.url(key), operation, guarded)
 
 
-class StoredFile(AbstractBufferedFile):  # type: ignore[misc]
+class _StoredFile(AbstractBufferedFile):  # type: ignore[misc]
     """An object as a file, which reads blocks of BLOCK_BYTES through its store."""
 
     def __init__(self, store: Store, fs: fsspec.AbstractFileSystem, path: str, key: str) -> None:
@@ -300,19 +315,19 @@ class StoredFile(AbstractBufferedFile):  # type: ignore[misc]
 
 
 def _http_client() -> dict[str, Any]:
-    """Return how HTTP is spoken: by the proxies of the environment, and with patience while bytes come."""
+    """Return the settings of HTTP clients: the proxies of the environment, and no limit while bytes come."""
     from aiohttp import ClientTimeout
 
     return {"trust_env": True, "timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}
 
 
-def _create(scratch: str, target: str) -> None:
-    """Publish a file under a name that must be free: a hard link; where there are none, a look-up and a rename."""
+def _create(temporary: str, target: str) -> None:
+    """Publish a file under a name that must be free: a hard link, or a look-up and a rename without them."""
     try:
-        os.link(scratch, target)
+        os.link(temporary, target)
     except OSError as error:
-        if error.errno not in NO_LINKS:
+        if error.errno not in _NO_LINK_ERRNOS:
             raise
         if os.path.exists(target):
             raise FileExistsError(target) from error
-        os.replace(scratch, target)
+        os.replace(temporary, target)

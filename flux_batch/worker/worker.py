@@ -34,6 +34,7 @@ from flux_batch.prompts.input_images import load_image
 from flux_batch.prompts.row_loras import RowLoras
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import Attempt, Commit, FailedRow, InputImage, Shard
+from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.scratch import scratch_folder, sweep_scratch
 from flux_batch.storage.store import Store
 from flux_batch.telemetry import Heartbeat, Metrics
@@ -70,7 +71,7 @@ class WorkerFactory:
         """Load the model and open the output, after removing the local files of killed workers."""
         sweep_scratch()
         output, failures = self.config.output, self.config.failures
-        store = Store(output.uri, output.storage_options, patience_s=failures.outage_s)
+        store = Store(output.uri, output.storage_options, RetryPolicy(failures.outage_s))
         pipeline, model = load_settled(store, self.config.model, self.make_pipeline)
         return Worker(replace(self, config=self.config.model_copy(update={"model": model})), pipeline)
 
@@ -88,8 +89,7 @@ class Worker:
         self._store = Store(
             config.output.uri,
             config.output.storage_options,
-            patience_s=config.failures.outage_s,
-            on_wait=self._heartbeat.beat,
+            RetryPolicy(config.failures.outage_s, self._heartbeat.beat),
         )
         self._compile_cache = SharedCompileCache(self._store, pipeline.compile_cache)
         run = RunFolder(self._store, factory.num_shards)

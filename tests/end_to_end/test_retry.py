@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
-import flux_batch.job
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
-from flux_batch.output.lease import HeldStore
 from flux_batch.output.paths import REVERTING
 from flux_batch.output.revert import revert
 from flux_batch.report.saved_run import SavedRun
@@ -135,7 +133,8 @@ def test_a_kill_at_any_write_of_it_loses_no_image(
         run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
         making, life = Making(), Life(last)
         with monkeypatch.context() as patch:
-            patch.setattr(flux_batch.job, "HeldStore", type("Its", (MortalStore, HeldStore), {"life": life}))
+            its_store = type("ItsStore", (MortalStore,), {"life": life})
+            patch.setattr(Store, "guarded", lambda store, before_write, its=its_store: its(store.uri))
             try:
                 healed(config, making, retry_failed=True)
                 is_over = True

@@ -11,7 +11,7 @@ import pytest
 
 from flux_batch.errors import AlreadyExists, Interrupted, LeaseLost, RunHeld, StoreError
 from flux_batch.output import lease as lease_module
-from flux_batch.output.lease import HeldStore, Holder, Lease, read_holder
+from flux_batch.output.lease import Holder, Lease, read_holder
 from flux_batch.output.process_id import ProcessId
 from flux_batch.storage.store import Store
 from helpers.s3 import Bucket
@@ -104,13 +104,12 @@ def test_a_holder_that_gives_a_sign_of_life_keeps_the_run_and_is_named(store: St
     assert epochs(store) == ["00001.json"]
 
 
-def test_a_holder_that_stands_still_for_its_ttl_is_followed_and_learns_of_it(store: Store, tmp_path: Path) -> None:
+def test_a_holder_that_stands_still_for_its_ttl_is_followed_and_learns_of_it(store: Store) -> None:
     passing = Time()
     lost = make(store, passing)
     lost.acquire()
     lost._held = hold(store)  # it lives elsewhere, and is paused
-    held_store = HeldStore(str(tmp_path), check=lost.check)
-    held_store.write("_run/progress.json", b"1")
+    lost.store.write("_run/progress.json", b"1")
     follower = make(store, passing)
     follower.acquire()
     assert passing.now - 1000 == pytest.approx(TTL_S)
@@ -118,9 +117,9 @@ def test_a_holder_that_stands_still_for_its_ttl_is_followed_and_learns_of_it(sto
     for step in (
         lost.check,
         lost.beat,
-        lambda: held_store.write("_run/progress.json", b"2"),
-        lambda: held_store.put_if_absent("new", b""),
-        lambda: held_store.delete("_run/progress.json"),
+        lambda: lost.store.write("_run/progress.json", b"2"),
+        lambda: lost.store.put_if_absent("new", b""),
+        lambda: lost.store.delete("_run/progress.json"),
     ):
         with pytest.raises(LeaseLost, match=rf"{ProcessId.own()} has taken this run over, since node-7:4242 gave no"):
             step()
@@ -131,11 +130,10 @@ def test_a_holder_that_stands_still_for_its_ttl_is_followed_and_learns_of_it(sto
 
 
 def test_a_write_that_waited_for_the_storage_is_not_made_if_the_run_was_taken_over_meanwhile(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = make(store, Time())
     driver.acquire()
-    held_store = HeldStore(str(tmp_path), check=driver.check)
     replace_file, tries = os.replace, []
 
     def away(source: str, target: str) -> None:
@@ -146,7 +144,7 @@ def test_a_write_that_waited_for_the_storage_is_not_made_if_the_run_was_taken_ov
 
     monkeypatch.setattr(os, "replace", away)
     with pytest.raises(LeaseLost):
-        held_store.write("_run/progress.json", b"stale")
+        driver.store.write("_run/progress.json", b"stale")
     assert len(tries) == 1
     assert not store.exists("_run/progress.json")
 
@@ -325,7 +323,7 @@ def test_a_store_that_is_away_for_a_while_costs_no_lease(store: Store, monkeypat
                 raise StoreError("503")
 
             patch.setattr(Store, "write", away)
-            wait_until(lambda: len(failed) == 2 * lease_module.BEATS_A_LEASE)
+            wait_until(lambda: len(failed) == 2 * lease_module.BEATS_PER_LEASE)
             beats = lease.holder.beats
         wait_until(lambda: lease.holder.beats > beats)
         lease.check()

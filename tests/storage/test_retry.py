@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from flux_batch.errors import AlreadyExists, DiskFull, FluxBatchError, Interrupted, StoreError, StoreRefused
-from flux_batch.storage import retry
-from flux_batch.storage.retry import Patience, attempt
+from flux_batch.storage.retry import RetryPolicy, with_retries
 from flux_batch.storage.store import Store
 from helpers.counting_proxy import Proxy, counting_proxy
 from helpers.s3 import S3Server
@@ -51,7 +50,7 @@ def away(clock: Clock, until: float = float("inf")) -> Callable[[], str]:
     return operation
 
 
-def test_little_patience_is_five_attempts_within_seconds(clock: Clock) -> None:
+def test_without_an_outage_to_wait_for_there_are_five_attempts_within_seconds(clock: Clock) -> None:
     calls: list[int] = []
 
     def operation() -> None:
@@ -59,17 +58,17 @@ def test_little_patience_is_five_attempts_within_seconds(clock: Clock) -> None:
         raise TimeoutError("slow")
 
     with pytest.raises(StoreError, match="store/k: cannot read: slow"):
-        attempt("store/k", "read", operation)
+        with_retries("store/k", "read", operation)
 
     assert len(calls) == 5
     assert clock.now - 100 <= 0.2 + 0.4 + 0.8 + 1.6
 
 
-def test_patience_outlasts_an_outage_and_says_what_it_waits_for(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_policy_outlasts_an_outage_and_logs_what_it_waits_for(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     signs: list[float] = []
-    waiting = Patience(1800, on_wait=lambda: signs.append(clock.now))
+    waiting = RetryPolicy(1800, on_wait=lambda: signs.append(clock.now))
     with caplog.at_level(logging.WARNING):
-        assert waiting.attempt("s3://b/k", "read", away(clock, 100 + 600)) == "back"
+        assert waiting.with_retries("s3://b/k", "read", away(clock, 100 + 600)) == "back"
 
     assert max(after - before for before, after in itertools.pairwise(signs)) < 1.001
     assert 600 <= clock.now - 100 <= 600 + 30
@@ -78,9 +77,9 @@ def test_patience_outlasts_an_outage_and_says_what_it_waits_for(clock: Clock, ca
     assert 600 / 60 <= len(lines) <= 600 / 30
 
 
-def test_patience_has_an_end(clock: Clock) -> None:
+def test_a_policy_gives_up_after_the_outage(clock: Clock) -> None:
     with pytest.raises(StoreError):
-        Patience(1800).attempt("k", "read", away(clock))
+        RetryPolicy(1800).with_retries("k", "read", away(clock))
 
     assert 1800 <= clock.now - 100 <= 1800 + 30
 
@@ -91,7 +90,7 @@ def test_a_stop_ends_the_wait(clock: Clock) -> None:
             raise Interrupted("stopped by SIGTERM")
 
     with pytest.raises(Interrupted, match="SIGTERM"):
-        Patience(1800, look).attempt("k", "read", away(clock))
+        RetryPolicy(1800, look).with_retries("k", "read", away(clock))
 
     assert clock.now < 152
 
@@ -100,7 +99,7 @@ def test_a_stop_does_not_end_what_works_at_the_second_try(clock: Clock) -> None:
     def look() -> None:
         raise Interrupted("stopped by SIGTERM")
 
-    assert Patience(1800, look).attempt("k", "read", away(clock, 100.001)) == "back"
+    assert RetryPolicy(1800, look).with_retries("k", "read", away(clock, 100.001)) == "back"
 
 
 @pytest.mark.parametrize(
@@ -121,15 +120,33 @@ def test_what_will_not_pass_is_not_waited_for(
         raise error
 
     with pytest.raises(kind, match="store/k") as caught:
-        Patience(1800).attempt("store/k", "write", operation)
+        RetryPolicy(1800).with_retries("store/k", "write", operation)
 
     assert clock.now == 100
     assert caught.value.exit_code == exit_code
 
 
+def test_any_operation_can_be_retried_with_its_own_errors(clock: Clock) -> None:
+    calls: list[float] = []
+
+    def operation() -> str:
+        calls.append(clock.now)
+        raise KeyError(len(calls)) if len(calls) < 4 else ZeroDivisionError
+
+    policy = RetryPolicy(attempts=3, first_wait_s=1.0)
+    with pytest.raises(KeyError, match="3"):
+        policy.retry(operation, lambda error: isinstance(error, KeyError))
+    assert len(calls) == 3
+    assert calls[1] - calls[0] <= 1
+    assert calls[2] - calls[1] <= 2
+    with pytest.raises(ZeroDivisionError):
+        policy.retry(operation, lambda error: isinstance(error, KeyError))
+    assert len(calls) == 4
+
+
 def test_a_bug_is_no_outage(clock: Clock) -> None:
     with pytest.raises(ZeroDivisionError):
-        Patience(1800).attempt("k", "read", lambda: 1 / 0)
+        RetryPolicy(1800).with_retries("k", "read", lambda: 1 / 0)
 
     assert clock.now == 100
 
@@ -218,10 +235,8 @@ def test_a_store_tells_by_its_answer_whether_it_knows_conditional_writes(
 
 
 @pytest.mark.s3
-def test_a_store_that_is_away_is_not_taken_for_one_without_conditional_writes(
-    store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(retry, "ATTEMPTS", 2)
+def test_a_store_that_is_away_is_not_taken_for_one_without_conditional_writes(store: Store, proxy: Proxy) -> None:
+    store = store.with_policy(RetryPolicy(attempts=2))
     seen: set[str] = set()
 
     def second_put(method: str, path: str) -> int | None:

@@ -1,6 +1,10 @@
 import errno
 import os
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -30,25 +34,53 @@ def test_a_folder_is_empty_and_gone_after_use() -> None:
 def test_what_a_killed_worker_left_is_swept() -> None:
     with scratch_folder() as folder:
         pass
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "image").write_bytes(b"x")
-    age(folder)
+    age(folder.parent)
     assert sweep_scratch() == 1
-    assert not folder.exists()
+    assert not folder.parent.exists()
     assert sweep_scratch() == 0
 
 
 def test_a_folder_in_use_is_left_alone_however_old() -> None:
     with scratch_folder() as folder:
-        age(folder)
+        age(folder.parent)
         assert sweep_scratch() == 0
         assert folder.exists()
+    assert not folder.parent.exists()
+
+
+def test_another_thread_may_finish_with_a_folder() -> None:
+    held = ExitStack()
+    folder = held.enter_context(scratch_folder())
+    age(folder.parent)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(held.close).result()
+    assert not folder.parent.exists()
+
+
+def test_a_folder_of_a_process_that_is_killed_can_be_swept(home: Path) -> None:
+    code = (
+        f"import os, tempfile; tempfile.tempdir = {str(home)!r}\n"
+        "from flux_batch.storage.scratch import scratch_folder\n"
+        "with scratch_folder() as folder: print(folder, flush=True); input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:  # type: ignore[call-overload]
+        folder = Path(process.stdout.readline().strip())
+        age(folder.parent)
+        assert sweep_scratch() == 0
+        process.kill()
+        process.wait()
+    age(folder.parent)
+    assert sweep_scratch() == 1
+    assert not folder.parent.exists()
 
 
 def test_a_folder_that_was_only_just_made_is_left_alone() -> None:
     with scratch_folder() as folder:
         pass
-    folder.mkdir()
+    folder.mkdir(parents=True)
     assert sweep_scratch() == 0
     assert folder.exists()
 
