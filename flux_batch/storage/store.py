@@ -264,7 +264,7 @@ class Store:
             raise
 
     def _write_local(self, key: str, data: bytes | Path, publish: Callable[[str, str], None]) -> None:
-        """Write a temporary file and publish it in one step: os.replace takes a name over, a link refuses a taken one."""
+        """Write a temporary file and publish it in one step; a name that is taken is replaced, or refused."""
         target = Path(self._path(key))
         temporary = Path(self._path(STORE_TMP)) / uuid.uuid4().hex
         try:
