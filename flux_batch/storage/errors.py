@@ -91,11 +91,6 @@ def code(error: BaseException) -> str:
     return next((str(found) for link in _chain(error) if (found := _answer(link).get("Error", {}).get("Code"))), "")
 
 
-def reason(error: BaseException) -> str:
-    """Return an error in one line, without anything that may be a signature."""
-    return " ".join(public_text(str(error)).split()) or type(error).__name__
-
-
 def _answer(error: BaseException) -> dict[str, Any]:
     """Return the server's answer, which botocore keeps in its errors."""
     answer = getattr(error, "response", None)
