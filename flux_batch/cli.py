@@ -154,9 +154,9 @@ def _load_job(arguments: argparse.Namespace) -> JobConfig:
 def _run(arguments: argparse.Namespace) -> int:
     from flux_batch.engine.stop import Stop, stopped_by_signals
     from flux_batch.job import run
-    from flux_batch.report.webhook import Webhook
+    from flux_batch.report.webhook import post_to_webhook, webhook_address
 
-    webhook = Webhook.from_environment()
+    address = webhook_address()
     stop = Stop()
     try:
         with stopped_by_signals(stop):
@@ -166,10 +166,10 @@ def _run(arguments: argparse.Namespace) -> int:
             report = run(config, stop=stop, retry_failed=arguments.retry_failed, extend=arguments.extend)
     except (Exception, KeyboardInterrupt) as error:
         sentence, exit_code = _told(error)
-        webhook.post(plain_text(f"{arguments.job}: {sentence}"), exit_code)
+        post_to_webhook(address, plain_text(f"{arguments.job}: {sentence}"), exit_code)
         raise
     _print(_summary(report))
-    webhook.post(plain_text(report.line), report.exit_code, output=report.output)
+    post_to_webhook(address, plain_text(report.line), report.exit_code, output=report.output)
     return report.exit_code
 
 

@@ -21,8 +21,7 @@ from flux_batch.plan.plan import Plan, check_same_job, extended, make_plan, rema
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import Shard
 from flux_batch.report.progress import Progress
-from flux_batch.report.summary import RunReport, Totals
-from flux_batch.report.versions import versions
+from flux_batch.report.summary import RunReport, Totals, installed_versions
 from flux_batch.storage.store import STORE_TMP, Store
 from flux_batch.worker.settled_precision import settled_job
 
@@ -170,6 +169,6 @@ def report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport:
         device_s_of_run=round(progress.totals.device_s, 3),
         num_gpus=config.workers.num_gpus,
         model={key.removeprefix("model."): value for key, value in config.identity().items() if key[:6] == "model."},
-        versions=versions(),
+        versions=installed_versions(),
         errors=tuple(progress.errors),
     )

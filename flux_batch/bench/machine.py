@@ -15,7 +15,7 @@ from typing import Any
 
 from flux_batch.model.optimize.cpu_info import cpu_info
 from flux_batch.redaction import public_text
-from flux_batch.report.versions import versions
+from flux_batch.report.summary import installed_versions
 
 PACKAGES = ("flux-batch", "torch", "transformers", "diffusers", "ray", "flash-attn", "flash-attn-3", "pillow", "numpy")
 
@@ -31,7 +31,7 @@ def describe_machine(argv: list[str] | None = None) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
-        "versions": {**versions(PACKAGES), "cuda": cuda_version()},
+        "versions": {**installed_versions(PACKAGES), "cuda": cuda_version()},
         "commit": commit_of(Path(__file__).parents[2]),
     }
 

@@ -1,1 +1,1 @@
-"""What people read of a run: progress, status, the data set card."""
+"""Reports on a run for people: progress, status, verification, gallery."""

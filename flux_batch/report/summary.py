@@ -1,18 +1,24 @@
-"""What a run came to: counts, rates, and the exit code a scheduler can act on."""
+"""The summary of a run: counts, rates, versions, and the exit code that a scheduler acts on."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import platform
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from flux_batch.records import Commit, ShardResult
 
+_RUN_PACKAGES = ("flux-batch", "torch", "transformers", "ray", "pillow")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunReport:
-    """The totals of a run over all its invocations, and the effort of this one. Times in seconds."""
+    """The totals of a run over all its invocations, and the work of the last one. Times in seconds."""
 
     name: str
     output: str
@@ -26,32 +32,32 @@ class RunReport:
     device_s: float
     max_failed_ratio: float
     failures: dict[str, int] = field(default_factory=dict)  # of all failed images, by error type
-    device_s_of_run: float = 0.0  # that pipelines were at work, over all invocations
+    device_s_of_run: float = 0.0  # busy time of all pipelines, over all invocations
     num_gpus: float = 0.0  # of a worker
     model: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str | None] = field(default_factory=dict)
-    errors: tuple[str, ...] = ()  # of shards given up
+    errors: tuple[str, ...] = ()  # of shards that failed for good
 
     @property
     def is_complete(self) -> bool:
-        """Whether every shard is committed."""
+        """True if every shard is committed."""
         return self.num_committed == self.num_shards
 
     @property
     def failed_ratio(self) -> float:
-        """Share of the requested images that failed."""
+        """The share of the requested images that failed."""
         return self.num_failed / self.num_images if self.num_images else 0.0
 
     @property
     def exit_code(self) -> int:
-        """0 done; 1 shards were given up; 3 finished, but more rows failed than allowed."""
+        """The exit code: 0 done; 1 shards failed for good; 3 finished, but more rows failed than allowed."""
         if not self.is_complete:
             return 1
         return 3 if self.failed_ratio > self.max_failed_ratio else 0
 
     @property
     def line(self) -> str:
-        """Say in one line what the run came to."""
+        """The result of the run in one line."""
         made = "none of them now"
         if self.num_new_images:
             made = f"{self.num_new_images} of them now, by {self.num_workers} worker(s) in {self.wall_s:.1f} s"
@@ -59,7 +65,7 @@ class RunReport:
         return f"{self.name}: {self.num_images - self.num_failed} images, {self.num_failed} failed; {made}{left}"
 
     def to_json(self) -> bytes:
-        """Write the report for the next stage."""
+        """Return the report as JSON, for the next stage."""
         fields = asdict(self) | {
             "images_per_s": round(self.num_new_images / self.wall_s, 4) if self.wall_s else None,
             "gpu_s_of_run": round(self.device_s_of_run * self.num_gpus, 3),
@@ -81,16 +87,26 @@ class Totals:
 
     @classmethod
     def of(cls, commits: list[Commit]) -> Totals:
-        """Sum what is committed already."""
+        """Return the sums of commits."""
         totals = cls()
         for commit in commits:
             totals.add(commit)
         return totals
 
     def add(self, done: Commit | ShardResult) -> None:
-        """Count one more committed shard."""
+        """Add one committed shard."""
         self.num_committed += 1
         self.num_images += done.num_images
         self.num_failed += done.num_failed
         self.failures.update(done.failures)
         self.device_s += done.device_s
+
+
+def installed_versions(packages: Iterable[str] = _RUN_PACKAGES) -> dict[str, str | None]:
+    """Return the versions of Python and of `packages`, which are not imported; None for a package that is missing."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in packages:
+        versions[name] = None
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

@@ -1,7 +1,7 @@
-"""The proof of a run: every committed shard is read again and held against its commit, its plan and itself.
+"""The verification of a run: every committed shard is read again and compared with its commit and the plan.
 
-Memory is bounded by the shards that are read at once, one image of each. Repair takes broken commits back, under the
-lease of the run; `run` then makes what is missing.
+Memory is bounded by the shards that are read at once, one image of each. `repair` reverts broken commits, under the
+lease of the run; `run` then makes the missing shards again.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from flux_batch.output.paths import REPORT, SUCCESS, TRAIN, failed_file
 from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.report.progress import duration
 from flux_batch.report.saved_run import SavedRun
-from flux_batch.report.verify_shard import Check, Problem, ShardCheck, ShardFindings, mended_failures
+from flux_batch.report.verify_shard import Check, Problem, ShardFindings, check_shard, rebuild_failures
 from flux_batch.storage.scratch import scratch_folder
 from flux_batch.storage.store import Store
 
-READERS = 8
-# Of thousands of problems the first say what happened.
-SHOWN = 50
+_SHARDS_AT_ONCE = 8
+# The first of thousands of problems tell what happened.
+_MAX_LISTED = 50
 
 
 @dataclass(slots=True)
 class Verdict:
-    """What was read of a run, and what is wrong with it."""
+    """The counts of a run that was read, and its problems."""
 
     output: str
     num_shards: int
     quick: bool
-    is_complete: bool = False  # or so _SUCCESS says
+    is_complete: bool = False  # _SUCCESS is there
     num_committed: int = 0
     num_files: int = 0
     num_rows: int = 0
@@ -48,16 +48,16 @@ class Verdict:
 
     @property
     def broken(self) -> list[int]:
-        """List the shards whose commits do not hold what they promise."""
-        return sorted({p.shard for p in self.problems if p.shard is not None and p.check in BREAKING})
+        """The shards that do not hold what their commits promise, in order."""
+        return sorted({p.shard for p in self.problems if p.shard is not None and p.check in _BREAKING})
 
     @property
     def exit_code(self) -> int:
-        """0 all is well; 3 something is wrong."""
+        """The exit code: 0 without a problem, else 3."""
         return 3 if self.problems else 0
 
     def add(self, found: ShardFindings) -> None:
-        """Count a shard."""
+        """Add the findings of a shard."""
         self.num_committed += 1
         self.num_files += found.num_files
         self.num_rows += found.num_rows
@@ -67,16 +67,16 @@ class Verdict:
         self.problems += found.problems
 
 
-# What makes a commit worthless; the rest can be mended around it.
-BREAKING: tuple[Check, ...] = ("commit", "files", "rows", "images")
+# Problems for which a commit is reverted; the others are mended beside it.
+_BREAKING: tuple[Check, ...] = ("commit", "files", "rows", "images")
 
 
 def verify(
     store: Store, *, quick: bool = False, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Verdict:
-    """Read every committed shard again; `quick` compares sizes and tables, and reads no image.
+    """Read every committed shard again and return what is wrong; changes nothing, and may run beside a run.
 
-    `on_progress` is told how many of how many shards are read. Changes nothing, and may run beside a run.
+    `quick` compares sizes and tables, and reads no image; `on_progress` gets the number of shards read, and of all.
     Raises: JobError if there is no run, StoreError.
     """
     started = time.monotonic()
@@ -88,7 +88,7 @@ def verify(
 
     def check(shard: int) -> ShardFindings | None:
         with scratch_folder() as scratch:
-            return ShardCheck(run, shard, scratch, sizes, quick)()
+            return check_shard(run, shard, scratch, sizes, quick=quick)
 
     for number, found in enumerate(_in_parallel(check, shards), 1):
         if found is not None:
@@ -100,16 +100,16 @@ def verify(
 
 
 def repair(store: Store, verdict: Verdict) -> list[int]:
-    """Take back the commits that are broken, and mend what lies around the others; needs the lease.
+    """Revert the broken commits, and rebuild the failed rows beside the others; needs the lease.
 
-    Returns: the shards that `run` has to make again; the good images of them are kept.
+    Returns: the shards that `run` has to make again; their good images are kept.
     """
     run = SavedRun.open(store)
     broken = verdict.broken
     finish_reverts(run.folder, run.output_format)
     revert(run.folder, run.output_format, broken)
     for shard in {p.shard for p in verdict.problems if p.check == "failed rows" and p.shard is not None} - {*broken}:
-        if failures := mended_failures(run, shard):
+        if failures := rebuild_failures(run, shard):
             store.write(failed_file(run.name(shard)), failures)
         else:
             store.delete(failed_file(run.name(shard)))
@@ -120,7 +120,7 @@ def repair(store: Store, verdict: Verdict) -> list[int]:
 
 
 def format_verdict(verdict: Verdict) -> str:
-    """Lay a verdict out for people."""
+    """Return a verdict as a table and a list of problems for people."""
     counts = Counter(problem.check for problem in verdict.problems)
     read = {
         "commit": f"{verdict.num_committed} of {verdict.num_shards} shards",
@@ -132,11 +132,11 @@ def format_verdict(verdict: Verdict) -> str:
     }
     lines = [f"{verdict.output}: read in {duration(verdict.wall_s)}", f"{'check':<12} {'read':<36} problems"]
     lines += [f"{check:<12} {read[check]:<36} {counts[check] or '-'}" for check in get_args(Check)]
-    lines += [_line(problem) for problem in verdict.problems[:SHOWN]]
-    if len(verdict.problems) > SHOWN:
-        lines.append(f"... and {len(verdict.problems) - SHOWN} more")
+    lines += [_line(problem) for problem in verdict.problems[:_MAX_LISTED]]
+    if len(verdict.problems) > _MAX_LISTED:
+        lines.append(f"... and {len(verdict.problems) - _MAX_LISTED} more")
     if verdict.broken:
-        lines.append(f"BROKEN: {len(verdict.broken)} shards; --repair takes their commits back, then run the job again")
+        lines.append(f"BROKEN: {len(verdict.broken)} shards; --repair reverts their commits, then run the job again")
     elif not verdict.problems:
         missing = verdict.num_shards - verdict.num_committed
         lines.append("all is well" + (f"; {missing} shards are not committed yet" if missing else ""))
@@ -148,11 +148,13 @@ def _line(problem: Problem) -> str:
 
 
 def _check_whole(run: SavedRun, verdict: Verdict, done: set[int]) -> None:
-    """Look at what is not about one shard that is done: missing ones, foreign ones, and what no commit names."""
+    """Check what is not about one committed shard: missing shards, unknown ones, and files that no commit names."""
     for shard in sorted(shard for shard in done if shard >= run.num_shards):
-        verdict.problems.append(Problem("commit", f"{shard}: the plan has {run.num_shards} shards"))
+        verdict.problems.append(
+            Problem("commit", f"shard {shard} is committed, but the plan has {run.num_shards} shards")
+        )
     leftovers = list(find_leftovers(run.folder))
-    late = run.commits.done() - done  # committed while we read
+    late = run.commits.done() - done  # committed in the meantime
     if verdict.is_complete and len(done | late) < run.num_shards:
         missing = run.num_shards - len(done | late)
         verdict.problems.append(Problem("commit", f"{missing} shards are not committed, though {SUCCESS} is there"))
@@ -160,7 +162,7 @@ def _check_whole(run: SavedRun, verdict: Verdict, done: set[int]) -> None:
         if leftover.kind == "uncommitted" and leftover.shard in late:
             continue
         verdict.leftovers[leftover.kind] += 1
-        # While a run is under way, all but a stray object are of use to it, or soon removed by it.
+        # A run that is under way needs all of them but a stray one, or soon removes them itself.
         if leftover.kind == "stray" or verdict.is_complete:
             verdict.problems.append(
                 Problem("leftovers", f"{leftover.key}: {leftover.kind}; `flux-batch gc` removes it")
@@ -170,10 +172,12 @@ def _check_whole(run: SavedRun, verdict: Verdict, done: set[int]) -> None:
 def _in_parallel(
     function: Callable[[int], ShardFindings | None], shards: Iterable[int]
 ) -> Iterator[ShardFindings | None]:
-    """Yield the results in order, with few shards on their way: a run may have hundreds of thousands."""
+    """Yield the results in order, with few shards in the queue: a run may have hundreds of thousands."""
     waiting = iter(shards)
-    with ThreadPoolExecutor(READERS, "verify") as pool:
-        queue: list[Future[ShardFindings | None]] = [pool.submit(function, one) for one in islice(waiting, 2 * READERS)]
+    with ThreadPoolExecutor(_SHARDS_AT_ONCE, "verify") as pool:
+        queue: list[Future[ShardFindings | None]] = [
+            pool.submit(function, one) for one in islice(waiting, 2 * _SHARDS_AT_ONCE)
+        ]
         while queue:
             yield queue.pop(0).result()
             queue += [pool.submit(function, one) for one in islice(waiting, 1)]

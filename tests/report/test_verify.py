@@ -1,4 +1,4 @@
-"""Every way in which a run can be wrong is found, and repaired to the very bytes."""
+"""Every kind of damage to a run is found, and repaired to the same bytes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DATA = {"webdataset": "train/00001.tar", "files": "train/00001/000010000.png", "
 
 
 class Making:
-    """Makes pipelines, and counts what they make."""
+    """A maker of pipelines that counts their prompts."""
 
     def __init__(self) -> None:
         self.pipelines: list[FakePipeline] = []
@@ -83,7 +83,7 @@ def texts(store: Store, **options: Any) -> list[tuple[str, int | None, str]]:
     return [(problem.check, problem.shard, problem.text) for problem in verify(store, **options).problems]
 
 
-# --- a run that is as it should be
+# --- a good run
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -99,7 +99,7 @@ def test_a_good_run_is_good(store: Store, quick: bool) -> None:
     assert data_files(Path(store.uri)) == before
 
 
-def test_a_run_that_is_not_finished_is_good_as_far_as_it_is(store: Store) -> None:
+def test_an_unfinished_run_is_good(store: Store) -> None:
     for key in ("_SUCCESS", "_run/commits/00002.json"):
         store.delete(key)
     verdict = verify(store)
@@ -145,7 +145,7 @@ def remove(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "words", "quick_finds"),
-    [(cut, "bytes were committed|where", True), (flip, "sha256", False), (remove, "is gone", True)],
+    [(cut, "were committed", True), (flip, "sha256", False), (remove, "is missing", True)],
 )
 def test_damaged_data_is_found_and_repaired_to_the_same_bytes(
     config: JobConfig, store: Store, damage: Callable[[Path], None], words: str, quick_finds: bool
@@ -159,7 +159,7 @@ def test_damaged_data_is_found_and_repaired_to_the_same_bytes(
     assert verdict.exit_code == 3
     assert [(problem.check, problem.shard) for problem in verdict.problems] == [("files", 1)]
     assert file in verdict.problems[0].text
-    assert any(word in verdict.problems[0].text for word in words.split("|"))
+    assert words in verdict.problems[0].text
     assert "shard 1: files: " in format_verdict(verdict)
     assert repair(store, verdict) == [1]
     assert not store.exists("_SUCCESS")
@@ -203,7 +203,7 @@ ELSEWHERE = b"""{"shard": 1, "worker": "w", "num_images": 4, "num_failed": 0,
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[1]", b"\xff", b'{"shard": 1}', b"[" * 100_000, ELSEWHERE])
-def test_a_commit_that_is_none_is_found_and_repaired(config: JobConfig, store: Store, body: bytes) -> None:
+def test_a_damaged_commit_is_found_and_repaired(config: JobConfig, store: Store, body: bytes) -> None:
     before = data_files(Path(store.uri))
     store.write("_run/commits/00001.json", body)
 
@@ -249,17 +249,23 @@ def set_to(number: int, **fields: Any) -> Callable[[list[dict[str, Any]]], None]
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda rows: rows.pop(), "3 prompts where the plan has 4"),
-        (lambda rows: rows.append(rows[0]), "holds '000010000' of row 'prompts.parquet:4' where 000010004 is due"),
-        (lambda rows: rows.reverse(), "holds '000010003' of row 'prompts.parquet:7' where 000010000 is due"),
-        (lambda rows: rows.append(rows[3] | {"image_index": 1}), "where 000010003_1 is due"),
-        (set_to(0, sha256=None), "000010000: made, but it is not said that it lies in train/00001.tar"),
-        (set_to(0, file_name="train/../../x.tar"), "000010000: made, but it is not said that it lies in"),
-        (set_to(1, error_type=None), "000010001: failed, but there is no reason"),
-        (set_to(0, status="perhaps"), "000010000: status 'perhaps'"),
+        (lambda rows: rows.pop(), "has 3 prompts; the plan has 4"),
+        (lambda rows: rows.append(rows[0]), "has '000010000' of row 'prompts.parquet:4' in place of 000010004"),
+        (lambda rows: rows.reverse(), "has '000010003' of row 'prompts.parquet:7' in place of 000010000"),
+        (lambda rows: rows.append(rows[3] | {"image_index": 1}), "in place of 000010003_1"),
+        (
+            set_to(0, sha256=None),
+            "000010000: is a success, but the row lacks file_name train/00001.tar, bytes or sha256",
+        ),
+        (
+            set_to(0, file_name="train/../../x.tar"),
+            "000010000: is a success, but the row lacks file_name train/00001.tar",
+        ),
+        (set_to(1, error_type=None), "000010001: failed, but the row has no error_type"),
+        (set_to(0, status="perhaps"), "000010000: has status 'perhaps'"),
     ],
 )
-def test_rows_that_are_not_those_of_the_plan_are_found(
+def test_rows_that_differ_from_the_plan_are_found(
     webdataset: Store, change: Callable[[list[dict[str, Any]]], Any], words: str
 ) -> None:
     rewrite_rows(webdataset, change)
@@ -271,9 +277,9 @@ def test_rows_that_are_not_those_of_the_plan_are_found(
 
 def test_a_commit_with_other_counts_or_of_another_shard_is_found(webdataset: Store) -> None:
     recommit(webdataset, num_failed=2)
-    assert texts(webdataset) == [("rows", 1, "4 images, 1 failed, where the commit has 4, 2 failed")]
+    assert texts(webdataset) == [("rows", 1, "has 4 images, 1 failed; the commit has 4, 2 failed")]
     recommit(webdataset, num_failed=1, shard=2)
-    assert texts(webdataset) == [("commit", 1, "is that of shard 2")]
+    assert texts(webdataset) == [("commit", 1, "belongs to shard 2")]
 
 
 def test_a_commit_that_does_not_name_its_data_is_found(webdataset: Store) -> None:
@@ -302,13 +308,16 @@ def repack(store: Store, change: Callable[[list[tuple[str, bytes]]], Any]) -> No
     ("change", "words"),
     [
         (lambda members: members.pop(1), "000010000.txt: is missing"),
-        (lambda members: members.append(members[0]), "000010000.png: is there 2 times, 1 are due"),
-        (lambda members: members.append(("../evil", b"x")), "../evil: is there 1 times, 0 are due"),
-        (lambda members: members.append(("000010001.png", b"x")), "000010001.png: is there 1 times, 0 are due"),
-        (lambda members: members.__setitem__(0, (members[0][0], b"x")), "000010000.png: other bytes than the metadata"),
+        (lambda members: members.append(members[0]), "000010000.png: is there 2 times; it should be 1"),
+        (lambda members: members.append(("../evil", b"x")), "../evil: is there 1 times; it should be 0"),
+        (lambda members: members.append(("000010001.png", b"x")), "000010001.png: is there 1 times; it should be 0"),
+        (
+            lambda members: members.__setitem__(0, (members[0][0], b"x")),
+            "000010000.png: its bytes differ from the metadata",
+        ),
     ],
 )
-def test_images_that_are_not_those_of_the_metadata_are_found(
+def test_images_that_differ_from_the_metadata_are_found(
     webdataset: Store, change: Callable[[list[tuple[str, bytes]]], Any], words: str
 ) -> None:
     repack(webdataset, change)
@@ -319,7 +328,7 @@ def test_images_that_are_not_those_of_the_metadata_are_found(
     assert words in found[0][2]
 
 
-def test_a_image_that_cannot_be_decoded_is_found_though_every_hash_agrees(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded_is_found_though_every_hash_agrees(tmp_path: Path) -> None:
     store = Store(make_run(tmp_path, "files").output.uri)
     broken = store.read(DATA["files"])[:-30]
     store.write(DATA["files"], broken)
@@ -331,7 +340,7 @@ def test_a_image_that_cannot_be_decoded_is_found_though_every_hash_agrees(tmp_pa
     assert any("16 x 16 pixels where 32 x 16 are recorded" in text for _, _, text in texts(store))
 
 
-# --- what lies around
+# --- files beside the shards
 
 
 def test_failed_rows_are_mended_without_making_anything_again(config: JobConfig, store: Store) -> None:
@@ -346,14 +355,14 @@ def test_failed_rows_are_mended_without_making_anything_again(config: JobConfig,
     assert store.read("_run/failed/00001.parquet") == good
     assert verify(store).problems == []
     store.delete("_run/failed/00001.parquet")
-    assert texts(store) == [("failed rows", 1, "_run/failed/00001.parquet: is gone")]
+    assert texts(store) == [("failed rows", 1, "_run/failed/00001.parquet: is missing")]
 
 
 STRAYS = ["train/notes.txt", "train/00007.tar", "train/x/y", "metadata/00001.json", "_run/x", "_run/commits/1.json"]
 
 
 @pytest.mark.parametrize("key", [*STRAYS, "_run/tmp/half", "_run/staging/00000/x.parquet"])
-def test_what_no_commit_names_is_found_in_a_complete_run(webdataset: Store, key: str) -> None:
+def test_a_file_that_no_commit_names_is_found_in_a_complete_run(webdataset: Store, key: str) -> None:
     webdataset.write(key, b"x")
 
     ((check, shard, text),) = texts(webdataset)
@@ -374,7 +383,7 @@ def test_a_lost_commit_of_a_complete_run_is_found_and_made_again(config: JobConf
     assert data_files(Path(store.uri)) == before
 
 
-def test_an_outage_is_no_finding(webdataset: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_outage_is_raised(webdataset: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(key: str, folder: Path) -> Path:
         raise StoreError(f"{key}: cannot read: 503")
 
@@ -383,7 +392,7 @@ def test_an_outage_is_no_finding(webdataset: Store, monkeypatch: pytest.MonkeyPa
         verify(webdataset)
 
 
-def test_where_there_is_no_run_there_is_nothing_to_verify(tmp_path: Path) -> None:
+def test_an_output_without_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="there is no run here"):
         verify(Store(str(tmp_path)))
 
@@ -420,7 +429,7 @@ def test_the_command_verifies_repairs_and_tells_by_its_exit_code(
     assert command(capsys, "verify", store.uri, "--repair")[0] == 0
 
 
-def test_the_sweep_removes_what_no_commit_names_and_nothing_else(
+def test_gc_removes_the_files_that_no_commit_names_and_no_others(
     config: JobConfig, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {key: store.read(key) for key in store.list("")}
@@ -440,7 +449,7 @@ def test_the_sweep_removes_what_no_commit_names_and_nothing_else(
     assert verify(store).problems == []
 
 
-def test_the_sweep_keeps_what_unfinished_shards_have_staged(
+def test_gc_keeps_the_staged_images_of_unfinished_shards(
     config: JobConfig, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for key in ("_SUCCESS", "_run/commits/00002.json"):
@@ -454,7 +463,7 @@ def test_the_sweep_keeps_what_unfinished_shards_have_staged(
     assert verify(store).problems == []
 
 
-def test_neither_touches_a_run_that_another_driver_has(
+def test_verify_and_gc_leave_a_run_of_another_driver_alone(
     store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path(store.uri, DATA[SavedRun.open(store).config.output.format]).unlink()

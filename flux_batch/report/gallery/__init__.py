@@ -1,1 +1,1 @@
-"""A page of the images of a run, and one image of them."""
+"""The gallery of a run: a page and a contact sheet of a sample of its images."""

@@ -1,33 +1,53 @@
-"""What a gallery shows of a run, read from its output alone: a sample of the images, small, each with its row.
+"""The content of a gallery, read from the output of a run alone: a sample of its images, small, each with its row.
 
-An image that is missing or damaged is a note; an outage of the storage is an error.
+A missing or damaged image is a note on the page; a storage outage is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
 
+import numpy as np
+from PIL import Image
+
+from flux_batch.config.schema import ImageConfig
 from flux_batch.errors import JobError, NotFound, StoreError
+from flux_batch.images import encode
 from flux_batch.output.formats import OutputFormat
 from flux_batch.output.paths import SUCCESS, TRAIN, is_within
-from flux_batch.report.gallery.rows import Chosen, Row, chosen_rows, failed_rows, spread, tallies
-from flux_batch.report.gallery.thumbnail import Thumbnail, make_thumbnail
+from flux_batch.report.gallery.rows import GalleryRow, Row, count_shards, read_failed_rows, read_rows, sample
 from flux_batch.report.saved_run import SavedRun
+from flux_batch.sampling_params import MAX_SIDE
 from flux_batch.storage.store import Store
 
-# The page holds its images, some 20 kB each: more than this no browser should be asked to open.
-MOST_IMAGES = 2000
+# The page holds its images, some 20 kB each: no browser should be asked to open more of them.
+_MAX_IMAGES = 2000
 MAX_FAILED = 200
 # Files read at once; each holds one image at a time.
-READERS = 4
+_FILES_AT_ONCE = 4
+# Twice the width of a card on the page, for screens with two pixels a point.
+_THUMBNAIL_SIDE = 384
+_THUMBNAIL = ImageConfig(type="webp", quality=85)
+_STORED_TYPES = ("PNG", "JPEG", "WEBP")
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """An image on the page: its row, and a small copy or the reason why there is none."""
+class Thumbnail:
+    """A small copy of an image: WebP, labelled as AI generated like its original; sides in pixels."""
+
+    data: bytes
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryImage:
+    """An image on the page: its row, and a thumbnail or the reason why there is none."""
 
     row: Row
     thumbnail: Thumbnail | None = None
@@ -36,11 +56,11 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gallery:
-    """What is shown of a run, and how much there is; `columns` are asked for, None for those that differ."""
+    """The part of a run that is shown, and the size of the whole; `columns` None: those in which images differ."""
 
     name: str
-    shown: Sequence[Shown]
-    num_made: int
+    images: Sequence[GalleryImage]
+    num_images: int
     failed: Sequence[Row]
     num_failed: int
     num_committed: int
@@ -49,39 +69,32 @@ class Gallery:
     columns: Sequence[str] | None = None
 
     def summary(self, num_shown: int) -> str:
-        """Say how much is shown of how much, in one line of plain text."""
-        some = "" if num_shown == self.num_made else f"{num_shown:,} of "
+        """Return one line of plain text: how much of the run is shown, and how far the run is."""
+        some = "" if num_shown == self.num_images else f"{num_shown:,} of "
         state = "complete" if self.is_complete else f"{self.num_committed:,} of {self.num_shards:,} shards committed"
-        return f"{self.name}: {some}{self.num_made:,} images, {self.num_failed:,} failed; {state}"
+        return f"{self.name}: {some}{self.num_images:,} images, {self.num_failed:,} failed; {state}"
 
 
 def read_gallery(store: Store, max_images: int, columns: Sequence[str] | None = None) -> Gallery:
-    """Choose and read what is shown of a run. Raises: JobError, StoreError."""
-    if not 1 <= max_images <= MOST_IMAGES:
-        raise JobError(f"--max-images {max_images}: must be from 1 to {MOST_IMAGES}")
+    """Choose and read the sample of a run. Raises: JobError, StoreError."""
+    if not 1 <= max_images <= _MAX_IMAGES:
+        raise JobError(f"--max-images {max_images}: must be from 1 to {_MAX_IMAGES}")
     run = SavedRun.open(store)
     commits = run.commits
-    counts = tallies(commits)
-    places = spread(counts, max_images)
-
-    def read(chosen: Sequence[Chosen]) -> list[Shown]:
-        return list(_read_file(store, run.output_format, chosen))
-
-    with ThreadPoolExecutor(READERS) as pool:
-        rows = pool.map(lambda shard: chosen_rows(commits, shard, places[shard]), places)
-        files = _by_file(chosen for some in rows for chosen in some)
-        shown = [
-            each
-            for some in pool.map(lambda file: list(_read_file(store, run.output_format, file)), files)
-            for each in some
-        ]
-    _check_columns(columns, shown)
+    counts = count_shards(commits)
+    numbers = sample(counts, max_images)
+    output_format = run.output_format
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        rows = chain.from_iterable(pool.map(lambda shard: read_rows(commits, shard, numbers[shard]), numbers))
+        files = pool.map(lambda rows: list(read_file(store, output_format, rows)), _by_file(rows))
+        images = list(chain.from_iterable(files))
+    _check_columns(columns, images)
     return Gallery(
         name=run.config.name,
-        shown=shown,
-        num_made=sum(tally.num_made for tally in counts),
-        failed=failed_rows(commits, counts, MAX_FAILED),
-        num_failed=sum(tally.num_failed for tally in counts),
+        images=images,
+        num_images=sum(each.num_images for each in counts),
+        failed=read_failed_rows(commits, counts, MAX_FAILED),
+        num_failed=sum(each.num_failed for each in counts),
         num_committed=len(counts),
         num_shards=run.num_shards,
         is_complete=store.exists(SUCCESS),
@@ -89,51 +102,72 @@ def read_gallery(store: Store, max_images: int, columns: Sequence[str] | None = 
     )
 
 
-def _by_file(chosen: Iterator[Chosen]) -> list[list[Chosen]]:
-    """Put together what one file has; the order stays."""
-    files: dict[str, list[Chosen]] = {}
-    for each in chosen:
+def _by_file(rows: Iterable[GalleryRow]) -> list[list[GalleryRow]]:
+    """Group rows by the file of their image; the order stays."""
+    files: dict[str, list[GalleryRow]] = {}
+    for each in rows:
         files.setdefault(str(each.row.get("file_name") or each.row["key"]), []).append(each)
     return list(files.values())
 
 
-def _read_file(store: Store, output_format: OutputFormat, chosen: Sequence[Chosen]) -> Iterator[Shown]:
-    """Read the images that one file has; those that cannot be read are shown with the reason."""
-    file_name = str(chosen[0].row.get("file_name") or "")
-    readable = {str(each.row["key"]): each.row for each in chosen if not each.problem}
+def read_file(store: Store, output_format: OutputFormat, rows: Sequence[GalleryRow]) -> Iterator[GalleryImage]:
+    """Yield the images of rows that share one file; those that cannot be read have the reason instead."""
+    file_name = str(rows[0].row.get("file_name") or "")
+    readable = {str(each.row["key"]): each.row for each in rows if not each.problem}
     thumbnails: dict[str, Thumbnail | str] = {}
     problem = ""
     try:
         if readable:
-            _check_place(file_name)
+            _check_file_name(file_name)
             sizes = {key: int(row["bytes"]) for key, row in readable.items()}
             for key, data in output_format.read_images(store, file_name, sizes):
-                thumbnails[key] = _thumbnail(data, readable[key])
+                thumbnails[key] = _thumbnail_or_problem(data, readable[key])
     except NotFound:
         problem = f"{file_name} is missing"
     except StoreError:
         raise
-    except Exception as error:  # whatever is said of a file that is none of its kind; the others are shown
+    except Exception as error:  # readers raise anything for a damaged file; the other files are shown
         problem = f"{file_name} is damaged ({type(error).__name__})"
-    for each in chosen:
-        found = thumbnails.get(str(each.row["key"]), each.problem or problem or f"it is not in {file_name}")
-        yield Shown(each.row, problem=found) if isinstance(found, str) else Shown(each.row, found)
+    for each in rows:
+        result = thumbnails.get(str(each.row["key"]), each.problem or problem or f"it is not in {file_name}")
+        yield GalleryImage(each.row, problem=result) if isinstance(result, str) else GalleryImage(each.row, result)
 
 
-def _thumbnail(data: Any, row: Row) -> Thumbnail | str:
+def _check_file_name(file_name: str) -> None:
+    """Raise ValueError unless a file lies where images do: rows are data, and may say anything."""
+    if not is_within(file_name, TRAIN):
+        raise ValueError(f"{file_name} does not lie in {TRAIN}")
+
+
+def _thumbnail_or_problem(data: bytes, row: Row) -> Thumbnail | str:
     try:
         return make_thumbnail(data, row)
     except ValueError as error:
         return str(error)
 
 
-def _check_place(file_name: str) -> None:
-    """Raise ValueError unless a file lies where images do: rows are data, and may say anything."""
-    if not is_within(file_name, TRAIN):
-        raise ValueError(f"{file_name} is no place for images")
+def make_thumbnail(data: bytes, row: Row) -> Thumbnail:
+    """Shrink a stored image to at most 384 pixels a side; a smaller one keeps its size.
+
+    Raises: ValueError with the reason why it cannot be shown: other bytes than recorded, not an image, or too large.
+    """
+    if hashlib.sha256(data).hexdigest() != row.get("sha256"):
+        raise ValueError("it has other bytes than the metadata records")
+    try:
+        with Image.open(io.BytesIO(data), formats=_STORED_TYPES) as image:
+            if max(image.size) > MAX_SIDE:
+                raise ValueError(f"it is larger than {MAX_SIDE} pixels a side")
+            image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+            pixels = np.asarray(image.convert("RGB"))
+    except ValueError:
+        raise
+    except Exception as error:  # decoders raise anything for damaged bytes; one image less is shown
+        raise ValueError(f"it cannot be decoded ({type(error).__name__})") from error
+    height, width, _ = pixels.shape
+    return Thumbnail(encode(pixels, _THUMBNAIL, {}), width, height)
 
 
-def _check_columns(columns: Sequence[str] | None, shown: Sequence[Shown]) -> None:
-    known = {name for each in shown if not each.problem for name in each.row}
+def _check_columns(columns: Sequence[str] | None, images: Sequence[GalleryImage]) -> None:
+    known = {name for each in images if not each.problem for name in each.row}
     if unknown := [name for name in columns or () if known and name not in known]:
         raise JobError(f"--columns {unknown[0]}: no such column in the metadata; there are {', '.join(sorted(known))}")

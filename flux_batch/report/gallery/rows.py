@@ -1,6 +1,6 @@
-"""Which rows of a run a gallery shows: images spread evenly over all that are committed, and the first failures.
+"""The rows of a run that a gallery shows: a sample spread evenly over all commits, and the first failures.
 
-Of a large run only the shards that were chosen are read; of the others, their commits.
+Of a large run only the commits are read, and the metadata of the shards that have a row in the sample.
 """
 
 from __future__ import annotations
@@ -16,81 +16,87 @@ from flux_batch.output.paths import failed_file, metadata_file
 
 Row: TypeAlias = Mapping[str, Any]
 
-# Commits in memory at once: one of a run in single files names hundreds of files.
-COMMITS_AT_ONCE = 256
+# Commits in memory at once: that of a shard in single files names hundreds of files.
+_COMMITS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
-    """How many images a committed shard has, and how many of its rows failed."""
+class ShardCounts:
+    """The number of images in a committed shard, and of its failed rows."""
 
     shard: int
-    num_made: int
+    num_images: int
     num_failed: int
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """An image to show: its metadata row; if that cannot be read, why, and a row of a key alone."""
+class GalleryRow:
+    """The metadata row of an image to show; where it cannot be read, a row with a key alone and the problem."""
 
     row: Row
     problem: str = ""
 
 
-def tallies(commits: Commits) -> list[Tally]:
-    """Count what each committed shard has, in order. Raises: StoreError for a damaged commit."""
+def count_shards(commits: Commits) -> list[ShardCounts]:
+    """Count the images and failures of each committed shard, in order. Raises: StoreError for a damaged commit."""
     done = sorted(commits.done())
     return [
-        Tally(commit.shard, commit.num_images - commit.num_failed, commit.num_failed)
-        for first in range(0, len(done), COMMITS_AT_ONCE)
-        for commit in commits.read_all(done[first : first + COMMITS_AT_ONCE])
+        ShardCounts(commit.shard, commit.num_images - commit.num_failed, commit.num_failed)
+        for first in range(0, len(done), _COMMITS_AT_ONCE)
+        for commit in commits.read_all(done[first : first + _COMMITS_AT_ONCE])
     ]
 
 
-def spread(counts: Sequence[Tally], most: int) -> dict[int, list[int]]:
-    """Choose at most `most` images at even distances. Returns: shard -> which of its made images, from 0."""
-    total = sum(tally.num_made for tally in counts)
+def spread(total: int, most: int) -> list[int]:
+    """Return at most `most` of the numbers from 0 to `total` - 1, at even distances."""
     num = min(most, total)
-    places = iter((2 * number + 1) * total // (2 * num) for number in range(num))
+    return [(2 * number + 1) * total // (2 * num) for number in range(num)]
+
+
+def sample(counts: Sequence[ShardCounts], most: int) -> dict[int, list[int]]:
+    """Choose at most `most` images at even distances. Returns: shard -> numbers of its images, counted from 0."""
     chosen: dict[int, list[int]] = {}
-    place, first = next(places, None), 0
-    for tally in counts:
-        while place is not None and place < first + tally.num_made:
-            chosen.setdefault(tally.shard, []).append(place - first)
-            place = next(places, None)
-        first += tally.num_made
+    first = 0
+    numbers = iter(spread(sum(each.num_images for each in counts), most))
+    number = next(numbers, None)
+    for each in counts:
+        while number is not None and number < first + each.num_images:
+            chosen.setdefault(each.shard, []).append(number - first)
+            number = next(numbers, None)
+        first += each.num_images
     return chosen
 
 
-def chosen_rows(commits: Commits, shard: int, places: Sequence[int]) -> list[Chosen]:
-    """Read the metadata rows of some of the images of a shard."""
+def read_rows(commits: Commits, shard: int, numbers: Sequence[int]) -> list[GalleryRow]:
+    """Read the metadata rows of some images of a shard, by their numbers among its images."""
     name = commits.run.shard_name(shard)
-    rows, problem = _rows(commits, metadata_file(name))
-    made = [row for row in rows if row.get("status") == "success"]
+    rows, problem = _read_table(commits, metadata_file(name))
+    images = [row for row in rows if row.get("status") == "success"]
     problem = problem or "the metadata has fewer images than the commit"
-    return [Chosen(made[place]) if place < len(made) else Chosen({"key": f"shard {name}"}, problem) for place in places]
+    unknown = GalleryRow({"key": f"shard {name}"}, problem)
+    return [GalleryRow(images[number]) if number < len(images) else unknown for number in numbers]
 
 
-def failed_rows(commits: Commits, counts: Sequence[Tally], most: int) -> list[Row]:
-    """Read the first `most` failed rows."""
-    found: list[Row] = []
-    for tally in counts:
-        if len(found) >= most:
+def read_failed_rows(commits: Commits, counts: Sequence[ShardCounts], most: int) -> list[Row]:
+    """Read the first `most` failed rows of a run."""
+    failed: list[Row] = []
+    for each in counts:
+        if len(failed) >= most:
             break
-        if tally.num_failed:
-            name = commits.run.shard_name(tally.shard)
-            rows, problem = _rows(commits, failed_file(name))
-            found += rows or [{"id": f"shard {name}", "error_type": "", "error_message": problem}]
-    return found[:most]
+        if each.num_failed:
+            name = commits.run.shard_name(each.shard)
+            rows, problem = _read_table(commits, failed_file(name))
+            failed += rows or [{"id": f"shard {name}", "error_type": "", "error_message": problem}]
+    return failed[:most]
 
 
-def _rows(commits: Commits, key: str) -> tuple[list[dict[str, Any]], str]:
-    """Read a table of a shard. Returns: its rows, or why there are none."""
+def _read_table(commits: Commits, key: str) -> tuple[list[dict[str, Any]], str]:
+    """Read a table of a shard. Returns: its rows, or the reason why there are none."""
     try:
         return unpack_metadata(commits.run.store.read(key)), ""
     except NotFound:
         return [], f"{key} is missing"
     except StoreError:
         raise
-    except Exception as error:  # whatever Arrow says of bytes that are no table; a gallery shows the rest
+    except Exception as error:  # Arrow raises anything for bytes that are no table; a gallery shows the rest
         return [], f"{key} is damaged ({type(error).__name__})"

@@ -13,89 +13,87 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from flux_batch.config.schema import ImageConfig
 from flux_batch.images import encode
-from flux_batch.report.gallery.content import Gallery, Shown
+from flux_batch.report.gallery.content import Gallery, GalleryImage
+from flux_batch.report.gallery.rows import spread
 
-# Images on the sheet, and pixels: an image's box, the lines below it, what is between two boxes.
-MOST = 48
+MAX_IMAGES = 48
+# Pixels: the square box of an image, a line of text below it, the gap between two boxes, the height of the title.
 CELL, LINE, LABEL_LINES, GAP, TITLE = 200, 17, 4, 14, 44
-FONT_SIZE, TITLE_SIZE = 13, 20
-BACK, TEXT, FAINT, EMPTY = "#ffffff", "#1d1d1f", "#5f6368", "#e8eaed"
-JPEG = ImageConfig(type="jpeg", quality=90)
+BACKGROUND, EMPTY = "#ffffff", "#e8eaed"
+_FONT_SIZE, _TITLE_SIZE = 13, 20
+_TEXT, _FAINT = "#1d1d1f", "#5f6368"
+_JPEG = ImageConfig(type="jpeg", quality=90)
 
 
-def sheet(gallery: Gallery) -> bytes:
-    """Draw the sheet as JPEG, labelled as AI generated; of many images, MOST at even distances."""
-    shown = _some(gallery.shown)
-    columns = max(1, math.ceil(math.sqrt(len(shown) * 4 / 3)))
+def draw_sheet(gallery: Gallery) -> bytes:
+    """Draw the sheet as JPEG, labelled as AI generated; of many images, MAX_IMAGES at even distances."""
+    images = [gallery.images[number] for number in spread(len(gallery.images), MAX_IMAGES)]
+    columns = max(1, math.ceil(math.sqrt(len(images) * 4 / 3)))
     width = GAP + max(columns, 3) * (CELL + GAP)
     row_height = CELL + LABEL_LINES * LINE + GAP
-    canvas = Image.new("RGB", (width, TITLE + GAP + max(1, math.ceil(len(shown) / columns)) * row_height), BACK)
+    height = TITLE + GAP + max(1, math.ceil(len(images) / columns)) * row_height
+    canvas = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    title = _fitted([gallery.summary(len(shown))], _font(TITLE_SIZE), width - 2 * GAP, 1)
-    draw.text((GAP, GAP), title[0], TEXT, _font(TITLE_SIZE))
-    for number, each in enumerate(shown):
+    title = fit_lines([gallery.summary(len(images))], load_font(_TITLE_SIZE), width - 2 * GAP, 1)
+    draw.text((GAP, GAP), title[0], _TEXT, load_font(_TITLE_SIZE))
+    for number, image in enumerate(images):
         row, column = divmod(number, columns)
-        _draw_cell(canvas, draw, each, GAP + column * (CELL + GAP), TITLE + GAP + row * row_height)
-    return encode(np.asarray(canvas), JPEG, {"prompt": f"contact sheet of {gallery.name}"})
+        _draw_cell(canvas, draw, image, GAP + column * (CELL + GAP), TITLE + GAP + row * row_height)
+    return encode(np.asarray(canvas), _JPEG, {"prompt": f"contact sheet of {gallery.name}"})
 
 
-def _some(shown: Sequence[Shown]) -> list[Shown]:
-    num = min(MOST, len(shown))
-    return [shown[(2 * number + 1) * len(shown) // (2 * num)] for number in range(num)]
-
-
-def _draw_cell(canvas: Image.Image, draw: ImageDraw.ImageDraw, shown: Shown, left: int, top: int) -> None:
-    """Draw an image in its box, or an empty box, and what it is below."""
-    if shown.thumbnail is None:
+def _draw_cell(canvas: Image.Image, draw: ImageDraw.ImageDraw, image: GalleryImage, left: int, top: int) -> None:
+    """Draw an image or an empty box, and its prompt and seed below."""
+    if image.thumbnail is None:
         draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), EMPTY)
-        draw.text((left + CELL / 2, top + CELL / 2), "no image", FAINT, _font(FONT_SIZE), anchor="mm")
+        draw.text((left + CELL / 2, top + CELL / 2), "no image", _FAINT, load_font(_FONT_SIZE), anchor="mm")
     else:
-        with Image.open(io.BytesIO(shown.thumbnail.data)) as image:
-            fitted = ImageOps.contain(image.convert("RGB"), (CELL, CELL), Image.Resampling.LANCZOS)
+        with Image.open(io.BytesIO(image.thumbnail.data)) as thumbnail:
+            fitted = ImageOps.contain(thumbnail.convert("RGB"), (CELL, CELL), Image.Resampling.LANCZOS)
         canvas.paste(fitted, (left + (CELL - fitted.width) // 2, top + (CELL - fitted.height) // 2))
-    font = _font(FONT_SIZE)
+    font = load_font(_FONT_SIZE)
     below = top + CELL + 3
-    lines = _fitted(_words(shown), font, CELL, LABEL_LINES - 1)
+    lines = fit_lines(_label(image), font, CELL, LABEL_LINES - 1)
     for number, line in enumerate(lines):
-        draw.text((left, below + number * LINE), line, TEXT, font)
-    if shown.row.get("seed") is not None:
-        draw.text((left, below + len(lines) * LINE), f"seed {shown.row['seed']}", FAINT, font)
+        draw.text((left, below + number * LINE), line, _TEXT, font)
+    if image.row.get("seed") is not None:
+        draw.text((left, below + len(lines) * LINE), f"seed {image.row['seed']}", _FAINT, font)
 
 
-def _words(shown: Shown) -> list[str]:
-    """Give the words of the prompt; the key, if the font has not most of its letters."""
-    prompt = str(shown.row.get("prompt") or "")[: 4 * CELL]
-    drawn = "".join(_drawable(one) for one in prompt)
-    if drawn.count("?") - prompt.count("?") > len(prompt) / 4 or not drawn.strip():
-        drawn = "".join(_drawable(one) for one in str(shown.row.get("key"))[:CELL])
-    return drawn.split()
+def _label(image: GalleryImage) -> list[str]:
+    """Return the words of the prompt, or the key where the font lacks most letters of the prompt."""
+    prompt = str(image.row.get("prompt") or "")[: 4 * CELL]
+    text = "".join(_drawable(character) for character in prompt)
+    if text.count("?") - prompt.count("?") > len(prompt) / 4 or not text.strip():
+        text = "".join(_drawable(character) for character in str(image.row.get("key"))[:CELL])
+    return text.split()
 
 
-def _fitted(words: Sequence[str], font: ImageFont.FreeTypeFont, width: int, num_lines: int) -> list[str]:
-    """Break words into lines of at most `width` pixels; what does not fit into the last ends in dots."""
+def fit_lines(words: Sequence[str], font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
+    """Break words into lines of at most `width` pixels; the last line ends in dots if words are left over."""
     lines: list[str] = []
     left = list(words)
-    while left and len(lines) < num_lines:
+    while left and len(lines) < max_lines:
         num = 1
         while num < len(left) and font.getlength(" ".join(left[: num + 1])) <= width:
             num += 1
         line, left = " ".join(left[:num]), left[num:]
-        is_cut = bool(left) and len(lines) == num_lines - 1
+        is_cut = bool(left) and len(lines) == max_lines - 1
         lines.append(_cut(line, font, width, is_cut))
     return lines or [""]
 
 
 def _cut(line: str, font: ImageFont.FreeTypeFont, width: int, is_cut: bool) -> str:
-    """Shorten a line to `width` pixels; dots say that something is missing."""
-    shown = line + "..." if is_cut else line
-    while line and font.getlength(shown) > width:
+    """Shorten a line to `width` pixels; dots at its end stand for missing text."""
+    cut = line + "..." if is_cut else line
+    while line and font.getlength(cut) > width:
         line = line[:-1]
-        shown = line.rstrip() + "..."
-    return shown
+        cut = line.rstrip() + "..."
+    return cut
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def load_font(size: int) -> ImageFont.FreeTypeFont:
     """Load the font that comes with Pillow, which needs no font on the machine."""
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
@@ -105,14 +103,14 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def _drawable(character: str) -> str:
-    """Give a character as the font can draw it: itself, without its accent, or a question mark."""
+    """Return a character that the font can draw: the same, the same without its accent, or a question mark."""
     if character.isspace():
         return " "
-    for one in (character, unicodedata.normalize("NFKD", character)[0]):
-        if one.isprintable() and _mask(one) != _mask("\uffff"):
-            return one
+    for candidate in (character, unicodedata.normalize("NFKD", character)[0]):
+        if candidate.isprintable() and _mask(candidate) != _mask("\uffff"):
+            return candidate
     return "?"
 
 
 def _mask(character: str) -> bytes:
-    return bytes(_font(FONT_SIZE).getmask(character))
+    return bytes(load_font(_FONT_SIZE).getmask(character))

@@ -1,4 +1,4 @@
-"""A look at a run: one page with its images and settings, and a contact sheet; both lie in the run itself."""
+"""The gallery of a run: a page with its images and settings, and a contact sheet, both written into its output."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from flux_batch.output.paths import GALLERY
 from flux_batch.report.gallery.content import Gallery, read_gallery
-from flux_batch.report.gallery.page import page
-from flux_batch.report.gallery.sheet import sheet
+from flux_batch.report.gallery.page import render_page
+from flux_batch.report.gallery.sheet import draw_sheet
 from flux_batch.storage.store import Store
 
 PAGE = f"{GALLERY}/index.html"
@@ -17,23 +17,23 @@ SHEET = f"{GALLERY}/contact-sheet.jpg"
 
 
 def write_gallery(store: Store, max_images: int, columns: Sequence[str] | None = None) -> Gallery:
-    """Read a run and write PAGE and SHEET into it, over those of before. Returns: what they show.
+    """Read a run, write PAGE and SHEET into it, and return what they show.
 
     Raises: JobError if there is no run, for a number out of range or a column that no image has; StoreError.
     """
     gallery = read_gallery(store, max_images, columns)
-    _write_named(store, SHEET, sheet(gallery))
-    _write_named(store, PAGE, page(gallery).encode())
+    _write_by_name(store, SHEET, draw_sheet(gallery))
+    _write_by_name(store, PAGE, render_page(gallery).encode())
     return gallery
 
 
 def format_gallery(store: Store, gallery: Gallery) -> str:
-    """Say in three lines what was made and where it is."""
-    return f"{gallery.summary(len(gallery.shown))}\npage          {store.url(PAGE)}\ncontact sheet {store.url(SHEET)}"
+    """Return three lines for people: what is shown, and where the page and the sheet are."""
+    return f"{gallery.summary(len(gallery.images))}\npage          {store.url(PAGE)}\ncontact sheet {store.url(SHEET)}"
 
 
-def _write_named(store: Store, key: str, data: bytes) -> None:
-    """Write through a file of the same name: by its ending, a bucket learns what to tell browsers that it is."""
+def _write_by_name(store: Store, key: str, data: bytes) -> None:
+    """Write through a local file of the same name: a bucket takes the content type for browsers from its ending."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, key.rpartition("/")[2])
         path.write_bytes(data)

@@ -1,6 +1,6 @@
 import pytest
 
-from flux_batch.report.gallery.rows import Tally, spread
+from flux_batch.report.gallery.rows import ShardCounts, sample
 
 
 @pytest.mark.parametrize(
@@ -17,12 +17,12 @@ from flux_batch.report.gallery.rows import Tally, spread
     ],
 )
 def test_a_sample_is_spread_evenly(made: list[int], most: int, chosen: dict[int, list[int]]) -> None:
-    assert spread([Tally(shard, num, 7) for shard, num in enumerate(made)], most) == chosen
+    assert sample([ShardCounts(shard, num, 7) for shard, num in enumerate(made)], most) == chosen
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 99, 100, 101])
 def test_a_sample_has_as_many_as_asked_for_and_none_twice(most: int) -> None:
-    counts = [Tally(shard, 10, 0) for shard in range(10)]
-    places = [(shard, place) for shard, some in spread(counts, most).items() for place in some]
+    counts = [ShardCounts(shard, 10, 0) for shard in range(10)]
+    places = [(shard, place) for shard, some in sample(counts, most).items() for place in some]
     assert len(set(places)) == len(places) == min(most, 100)
     assert places == sorted(places)

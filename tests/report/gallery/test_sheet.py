@@ -6,41 +6,42 @@ from PIL import Image
 
 from flux_batch.config.schema import ImageConfig
 from flux_batch.images import AI_SOURCE_TYPE, encode
-from flux_batch.report.gallery.content import Gallery, Shown
+from flux_batch.report.gallery.content import Gallery, GalleryImage, Thumbnail
 from flux_batch.report.gallery.sheet import (
-    BACK,
+    BACKGROUND,
     CELL,
     EMPTY,
     GAP,
     LABEL_LINES,
     LINE,
-    MOST,
+    MAX_IMAGES,
     TITLE,
-    _fitted,
-    _font,
-    sheet,
+    draw_sheet,
+    fit_lines,
+    load_font,
 )
-from flux_batch.report.gallery.thumbnail import Thumbnail
 
 
-def shown(number: int, color: tuple[int, int, int] = (200, 30, 30), width: int = 64, height: int = 64) -> Shown:
+def shown(number: int, color: tuple[int, int, int] = (200, 30, 30), width: int = 64, height: int = 64) -> GalleryImage:
     pixels = np.full((height, width, 3), color, np.uint8)
     data = encode(pixels, ImageConfig(type="webp"), {})
-    return Shown({"key": f"{number:09}", "prompt": f"image {number}", "seed": number}, Thumbnail(data, width, height))
+    return GalleryImage(
+        {"key": f"{number:09}", "prompt": f"image {number}", "seed": number}, Thumbnail(data, width, height)
+    )
 
 
-def draw(images: list[Shown], name: str = "test") -> Image.Image:
+def draw(images: list[GalleryImage], name: str = "test") -> Image.Image:
     gallery = Gallery(
         name=name,
-        shown=images,
-        num_made=len(images),
+        images=images,
+        num_images=len(images),
         failed=[],
         num_failed=0,
         num_committed=1,
         num_shards=1,
         is_complete=True,
     )
-    return Image.open(io.BytesIO(sheet(gallery)))
+    return Image.open(io.BytesIO(draw_sheet(gallery)))
 
 
 def middle(image: Image.Image, row: int, column: int) -> tuple[int, ...]:
@@ -65,15 +66,15 @@ def test_images_stand_in_a_grid(num: int, columns: int, rows: int) -> None:
 def test_many_images_are_drawn_from_the_whole_run() -> None:
     colors = [(255, 0, 0)] * 100 + [(0, 0, 255)] * 100
     image = draw([shown(number, color) for number, color in enumerate(colors)])
-    assert MOST == 48
+    assert MAX_IMAGES == 48
     assert middle(image, 2, 7) == pytest.approx((255, 0, 0), abs=12)
     assert middle(image, 3, 0) == pytest.approx((0, 0, 255), abs=12)
 
 
 def test_a_wide_image_keeps_its_shape_and_a_missing_one_is_an_empty_box() -> None:
-    image = draw([shown(0, width=64, height=16), Shown({"key": "1"}, problem="gone"), shown(2)])
+    image = draw([shown(0, width=64, height=16), GalleryImage({"key": "1"}, problem="gone"), shown(2)])
     corner = image.getpixel((GAP + 2, TITLE + GAP + 2))
-    assert corner == pytest.approx(tuple(bytes.fromhex(BACK[1:])), abs=6)
+    assert corner == pytest.approx(tuple(bytes.fromhex(BACKGROUND[1:])), abs=6)
     assert middle(image, 0, 0) == pytest.approx((200, 30, 30), abs=12)
     assert middle(image, 0, 1) == pytest.approx(tuple(bytes.fromhex(EMPTY[1:])), abs=6)
 
@@ -84,18 +85,18 @@ def test_a_run_without_images_has_a_sheet() -> None:
 
 @pytest.mark.parametrize("prompt", ["", "中文" * 500, "😀", "\u202e \x00 \n", "word" * 5000, "é" * 9, None])
 def test_any_prompt_can_be_drawn(prompt: str | None) -> None:
-    assert draw([Shown({"key": "7", "prompt": prompt}, problem="none")]).size[0] == GAP + 3 * (CELL + GAP)
+    assert draw([GalleryImage({"key": "7", "prompt": prompt}, problem="none")]).size[0] == GAP + 3 * (CELL + GAP)
 
 
 def test_lines_break_between_words_and_end_in_dots() -> None:
-    font = _font(13)
+    font = load_font(13)
     words = ["a", "quiet", "horse", "stands", "in", "the", "rain", "and", "waits", "for", "the", "end"]
-    lines = _fitted(words, font, 120, 2)
+    lines = fit_lines(words, font, 120, 2)
     assert len(lines) == 2
     assert lines[0] == "a quiet horse"
     assert lines[1].endswith("...")
     assert all(font.getlength(line) <= 120 for line in lines)
-    assert _fitted(["short"], font, 120, 2) == ["short"]
-    (long,) = _fitted(["x" * 500], font, 120, 2)
+    assert fit_lines(["short"], font, 120, 2) == ["short"]
+    (long,) = fit_lines(["x" * 500], font, 120, 2)
     assert long.endswith("x...")
     assert font.getlength(long) <= 120

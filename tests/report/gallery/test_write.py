@@ -21,8 +21,8 @@ from flux_batch.errors import JobError, StoreError
 from flux_batch.images import AI_SOURCE_TYPE, encode
 from flux_batch.job import run
 from flux_batch.output.formats import format_for
-from flux_batch.report.gallery.content import _read_file
-from flux_batch.report.gallery.rows import Chosen
+from flux_batch.report.gallery.content import read_file
+from flux_batch.report.gallery.rows import GalleryRow
 from flux_batch.report.gallery.write import PAGE, SHEET, write_gallery
 from flux_batch.report.status import read_status
 from flux_batch.storage.store import Store
@@ -120,7 +120,7 @@ def test_every_layout_shows_its_images_with_their_rows(tmp_path: Path, layout: s
 
 def test_the_right_image_stands_beside_a_prompt(tmp_path: Path) -> None:
     config = render(tmp_path, output={"format": "webdataset"}, sampling={"width": 32, "height": 16})
-    shown = write_gallery(Store(config.output.uri), 4).shown
+    shown = write_gallery(Store(config.output.uri), 4).images
 
     for each in shown:
         stored = _stored(tmp_path / "out", str(each.row["key"]))
@@ -166,7 +166,7 @@ def test_a_file_name_in_the_rows_reaches_no_other_file(tmp_path: Path) -> None:
     output_format = format_for(OutputConfig(uri="x"))
     row = {"key": "1", "sha256": hashlib.sha256(secret).hexdigest(), "bytes": len(secret)}
     for name in ("../secret.png", "train/../../secret.png", str(tmp_path / "secret.png"), "javascript:alert(1)"):
-        (shown,) = _read_file(store, output_format, [Chosen(row | {"file_name": name})])
+        (shown,) = read_file(store, output_format, [GalleryRow(row | {"file_name": name})])
         assert shown.thumbnail is None
         assert "damaged" in shown.problem
 
