@@ -1,4 +1,4 @@
-"""The prompts that ship with the package: 72 rows in a Parquet file; knows no model.
+"""The demo prompts: 72 rows in a Parquet file in the package; knows no model.
 
 `python -m flux_batch.demo.prompts` writes the file again.
 """
@@ -29,24 +29,24 @@ NEGATIVE_CFG_SCALE = 3.0
 
 
 def demo_prompts_path() -> Path:
-    """Return the Parquet file with the demo prompts."""
+    """Return the path of the Parquet file with the demo prompts."""
     return Path(__file__).with_name("prompts.parquet")
 
 
 def prompt_rows() -> list[dict[str, Any]]:
-    """Make the rows: four categories of sixteen prompts, and eight that leave the colour to a negative prompt.
+    """Return four categories of sixteen rows, and eight rows with a colour in the negative prompt.
 
-    A size, seed or negative prompt of None is the job's. In each of the four categories two rows are wide, two are
-    high and four have their own seed, so that a run of the demo meets every column filled and empty.
+    A size, seed or negative prompt of None is left to the job. In each of the four categories two rows are wide, two
+    are high and four have their own seed, so that the demo has every column both filled and empty.
     """
     rng = random.Random(SEED)
     rows: list[dict[str, Any]] = []
     for category in ("one object", "relation", "gradient", "texture"):
-        for place in range(ROWS_PER_CATEGORY):
+        for index in range(ROWS_PER_CATEGORY):
             words = phrase(scene_of(category, rng), pick(rng, range(len(WORDINGS))))
             row = make_row(len(rows), category, words)
-            row["width"], row["height"] = {2: (192, 128), 4: (128, 192)}.get(place % 8, (None, None))
-            row["seed"] = 1000 + len(rows) if place % 8 in (3, 4) else None
+            row["width"], row["height"] = {2: (192, 128), 4: (128, 192)}.get(index % 8, (None, None))
+            row["seed"] = 1000 + len(rows) if index % 8 in (3, 4) else None
             rows.append(row)
     for colour in pick_distinct(rng, COLOURS, NUM_NEGATIVE):
         row = make_row(len(rows), "negative", words_without_colour(rng))
@@ -55,7 +55,7 @@ def prompt_rows() -> list[dict[str, Any]]:
 
 
 def make_row(number: int, category: str, prompt: str) -> dict[str, Any]:
-    """Return a row that leaves everything but its prompt to the job."""
+    """Return a row that leaves all columns but its prompt to the job."""
     nothing = dict.fromkeys(("negative_prompt", "cfg_scale", "width", "height", "seed"))
     return {"id": f"demo-{number:02}", "prompt": prompt, **nothing, "category": category}
 
@@ -72,12 +72,12 @@ def scene_of(category: str, rng: random.Random) -> Scene:
 
 
 def words_without_colour(rng: random.Random) -> str:
-    """Say a scene that may have any colours."""
+    """Return a prompt that leaves all colours open."""
     return f"a large {pick(rng, SHAPES)} in the centre"
 
 
 def something(colour: Colour) -> str:
-    """Say a colour as users write negative prompts."""
+    """Return a negative prompt for a colour, as users write it."""
     return f"something {colour}"
 
 

@@ -1,6 +1,6 @@
-"""How well a model draws what captions say: `python -m flux_batch.demo.score [--model demo]`.
+"""The share of the facts of captions that hold in a model's images: `python -m flux_batch.demo.score [--model demo]`.
 
-Renders captions no training image was drawn from and reads the images back.
+Renders captions that are held out from training, and reads the images back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from flux_batch.demo.world.captions import SCORED, Caption, captions
+from flux_batch.demo.world.captions import SCORED_SEED, Caption, captions
 from flux_batch.demo.world.scorer import Scores, score_all
 from flux_batch.errors import FluxBatchError
 from flux_batch.pipeline.pipeline import FluxImagePipeline
@@ -23,17 +23,17 @@ from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Score a model and print a table. Returns: the exit code."""
-    given = arguments(argv)
+    arguments = parse_arguments(argv)
     try:
-        score(given)
+        score(arguments)
     except (FluxBatchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return int(getattr(error, "exit_code", 1))
     return 0
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of a command line."""
     parser = argparse.ArgumentParser(prog="python -m flux_batch.demo.score", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo", help="folder or URI of a model trained on the demo's world")
     parser.add_argument("--dtype", default="float32")
@@ -48,59 +48,66 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--t5-length", type=int, default=64)
     parser.add_argument("--step-cache", type=float, default=0.0)
     parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here too")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write images here, and what is wrong in each")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to this file")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="FOLDER",
+        help="write images and missing facts to this folder",
+    )
     return parser.parse_args(argv)
 
 
-def score(given: argparse.Namespace) -> None:
-    """Render, read back, print and write what was asked for."""
-    pipeline = FluxImagePipeline.from_pretrained(given.model, torch_dtype=given.dtype, quantization=given.quantization)
-    if given.lora:
-        pipeline.set_loras([(uri, 1.0) for uri in given.lora])
-    held_out = list(captions(given.captions, SCORED, held_out=True))
+def score(arguments: argparse.Namespace) -> None:
+    """Render captions, read the images back, print the scores and write the requested files."""
+    pipeline = FluxImagePipeline.from_pretrained(
+        arguments.model, torch_dtype=arguments.dtype, quantization=arguments.quantization
+    )
+    if arguments.lora:
+        pipeline.set_loras([(uri, 1.0) for uri in arguments.lora])
+    held_out = list(captions(arguments.captions, SCORED_SEED, held_out=True))
     settings = {
-        "width": given.size[0],
-        "height": given.size[1],
-        "num_inference_steps": given.steps,
-        "embedded_guidance": given.guidance,
-        "cfg_scale": given.cfg_scale,
-        "negative_prompt": given.negative_prompt,
-        "t5_sequence_length": given.t5_length,
-        "step_cache": given.step_cache,
+        "width": arguments.size[0],
+        "height": arguments.size[1],
+        "num_inference_steps": arguments.steps,
+        "embedded_guidance": arguments.guidance,
+        "cfg_scale": arguments.cfg_scale,
+        "negative_prompt": arguments.negative_prompt,
+        "t5_sequence_length": arguments.t5_length,
+        "step_cache": arguments.step_cache,
     }
-    images = list(images_of(pipeline, held_out, given.batch_size, settings))
+    images = list(render(pipeline, held_out, arguments.batch_size, settings))
     scores = score_all(held_out, images)
     print(scores)
-    if given.json:
-        given.json.write_text(json.dumps({"settings": settings, "scores": scores.to_dict()}, indent=2) + "\n")
-    if given.save:
-        save(given.save, held_out, images)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"settings": settings, "scores": scores.to_dict()}, indent=2) + "\n")
+    if arguments.save:
+        save(arguments.save, held_out, images)
 
 
 def save(folder: Path, held_out: Sequence[Caption], images: Sequence[Image.Image]) -> None:
-    """Write each image, and a text file with every caption and what its image shows instead."""
+    """Write each image, and a text file with every caption and the facts that its image lacks."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, (caption, image) in enumerate(zip(held_out, images, strict=True)):
         image.save(folder / f"{number:03}.png")
-        wrong = [fact for fact in score_all([caption], [image]).facts if not fact.holds]
-        found = "; ".join(f"{fact.kind}: {fact.said}, not {fact.shown or 'seen'}" for fact in wrong)
-        lines.append(f"{number:03}  {caption.text}  [{found or 'all holds'}]\n")
+        missing = [fact for fact in score_all([caption], [image]).facts if not fact.holds]
+        found = "; ".join(f"{fact.kind}: {fact.said}, not {fact.shown or 'seen'}" for fact in missing)
+        lines.append(f"{number:03}  {caption.text}  [{found or 'all facts hold'}]\n")
     (folder / "captions.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def score_model(
     pipeline: Callable[..., Any], held_out: Sequence[Caption], batch_size: int, settings: dict[str, Any]
 ) -> Scores:
-    """Render captions, seed 0 for the first and so on, and score the images."""
-    return score_all(held_out, list(images_of(pipeline, held_out, batch_size, settings)))
+    """Render captions and score the images; the seed of each is its number, from 0."""
+    return score_all(held_out, list(render(pipeline, held_out, batch_size, settings)))
 
 
-def images_of(
+def render(
     pipeline: Callable[..., Any], held_out: Sequence[Caption], batch_size: int, settings: dict[str, Any]
 ) -> Iterator[Image.Image]:
-    """Yield the image of each caption."""
+    """Yield the image of each caption, in order."""
     numbered = list(enumerate(held_out))
     for start in range(0, len(numbered), batch_size):
         part = numbered[start : start + batch_size]
@@ -110,16 +117,16 @@ def images_of(
 
 
 def size(text: str) -> tuple[int, int]:
-    """Read WIDTHxHEIGHT."""
+    """Return the width and height in WIDTHxHEIGHT, as argparse wants it."""
     if not (match := re.fullmatch(r"(\d+)x(\d+)", text)):
-        raise argparse.ArgumentTypeError(f"{text!r} should be WIDTHxHEIGHT, e.g. 128x128")
+        raise argparse.ArgumentTypeError(f"{text!r} must be WIDTHxHEIGHT, e.g. 128x128")
     return int(match[1]), int(match[2])
 
 
 def positive(text: str) -> int:
-    """Read a whole number from 1 on."""
+    """Return a whole number of at least 1, as argparse wants it."""
     if not re.fullmatch(r"0*[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
     return int(text)
 
 

@@ -19,8 +19,8 @@ from PIL import Image
 
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.demo.paths import demo_lora_path
-from flux_batch.demo.score import images_of, score_model
-from flux_batch.demo.world.captions import SCORED, captions
+from flux_batch.demo.score import render, score_model
+from flux_batch.demo.world.captions import SCORED_SEED, captions
 from flux_batch.demo.world.reading import colour_share
 from flux_batch.demo.world.scorer import score_all
 from flux_batch.engine.local import LocalEngine
@@ -33,7 +33,7 @@ from flux_batch.pipeline.pipeline import FluxImagePipeline
 from flux_batch.storage.store import Store
 from helpers.job_files import make_job, metadata
 
-HELD_OUT = list(captions(200, SCORED, held_out=True))
+HELD_OUT = list(captions(200, SCORED_SEED, held_out=True))
 SOME = HELD_OUT[:32]
 BATCH = 8
 SETTINGS: dict[str, Any] = {"width": 128, "height": 128, "num_inference_steps": 20, "t5_sequence_length": 64}
@@ -63,7 +63,7 @@ def pipeline() -> FluxImagePipeline:
 
 @pytest.fixture(scope="module")
 def images(pipeline: FluxImagePipeline) -> list[Image.Image]:
-    return list(images_of(pipeline, SOME, BATCH, SETTINGS))
+    return list(render(pipeline, SOME, BATCH, SETTINGS))
 
 
 @pytest.mark.long
@@ -107,7 +107,7 @@ def test_other_sizes_show_what_is_said(pipeline: FluxImagePipeline, size: tuple[
 
 
 def test_batches_change_no_fact(pipeline: FluxImagePipeline, images: list[Image.Image]) -> None:
-    one_by_one = list(images_of(pipeline, SOME[:8], 1, SETTINGS))
+    one_by_one = list(render(pipeline, SOME[:8], 1, SETTINGS))
 
     assert score_all(SOME[:8], one_by_one).facts == score_all(SOME[:8], images[:8]).facts
 
@@ -137,7 +137,7 @@ def test_a_job_that_is_stopped_and_gone_on_with_changes_no_score_in_any_format(
     assert run(config, engine=LocalEngine()).num_new_images in range(1, 12)
     stored = [stored_image(config, row) for row in metadata(config)]
 
-    exact = list(images_of(load(torch.bfloat16), some, 3, SETTINGS))
+    exact = list(render(load(torch.bfloat16), some, 3, SETTINGS))
     alike = [decode(encode(np.asarray(image), config.output.image, {})) for image in exact]
     assert score_all(some, stored).facts == score_all(some, alike).facts
     # What a lossy format does may make a fact that hardly held, or hardly did not, appear the other way.
@@ -148,14 +148,14 @@ def test_a_job_that_is_stopped_and_gone_on_with_changes_no_score_in_any_format(
 @pytest.mark.parametrize("quantization", ["fp8", pytest.param("fp8_matmul", marks=pytest.mark.long)])
 def test_fp8_costs_little(quantization: str, images: list[Image.Image]) -> None:
     lossy = load(torch.bfloat16, quantization=quantization)
-    made = list(images_of(lossy, SOME, BATCH, SETTINGS))
+    made = list(render(lossy, SOME, BATCH, SETTINGS))
 
     assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(made, images, strict=True))
     assert score_all(SOME, made).share() >= score_all(SOME, images).share() - MOST_LOST
 
 
 def test_the_step_cache_costs_little(pipeline: FluxImagePipeline, images: list[Image.Image]) -> None:
-    made = list(images_of(pipeline, SOME, BATCH, SETTINGS | {"step_cache": 0.1}))
+    made = list(render(pipeline, SOME, BATCH, SETTINGS | {"step_cache": 0.1}))
 
     assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(made, images, strict=True))
     assert score_all(SOME, made).share() >= score_all(SOME, images).share() - MOST_LOST
@@ -163,9 +163,9 @@ def test_the_step_cache_costs_little(pipeline: FluxImagePipeline, images: list[I
 
 def test_the_lora_makes_blueprints_and_leaves_no_trace(pipeline: FluxImagePipeline, images: list[Image.Image]) -> None:
     pipeline.load_lora(demo_lora_path())
-    blueprints = list(images_of(pipeline, SOME[:8], BATCH, SETTINGS))
+    blueprints = list(render(pipeline, SOME[:8], BATCH, SETTINGS))
     pipeline.unload_loras()
-    after = list(images_of(pipeline, SOME[:8], BATCH, SETTINGS))
+    after = list(render(pipeline, SOME[:8], BATCH, SETTINGS))
 
     blue, white = (mean_share(blueprints, colour) for colour in ("blue", "white"))
     assert blue > 0.5

@@ -13,7 +13,7 @@ import numpy as np
 from flux_batch.bench.figures import number, table
 from flux_batch.bench.pipeline.pipeline import GUIDANCE, Call
 from flux_batch.bench.source import Source
-from flux_batch.demo.world.captions import SCORED, Caption, captions
+from flux_batch.demo.world.captions import SCORED_SEED, Caption, captions
 from flux_batch.demo.world.scorer import score_all
 from flux_batch.errors import InvalidSetting
 from flux_batch.sampling_params import Quantization
@@ -59,7 +59,7 @@ def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mod
     random. A mode that the model or the device does not have is named and left out. Raises: CheckpointError.
     """
     source = replace(source, dtype=source.dtype_name)  # one for all modes
-    held_out = list(captions(num_images, SCORED, held_out=True))
+    held_out = list(captions(num_images, SCORED_SEED, held_out=True))
     made: dict[Mode, Images] = {}
     missing: dict[Mode, str] = {}
     for quantization in dict.fromkeys(mode.quantization for mode in modes):

@@ -1,1 +1,1 @@
-"""How the demo model was made: `python -m flux_batch.demo.train`; nothing else imports this."""
+"""The training of the demo model: `python -m flux_batch.demo.train`; nothing else imports it."""

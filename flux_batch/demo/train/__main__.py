@@ -1,9 +1,9 @@
-"""Makes the demo model: `python -m flux_batch.demo.train WORK_FOLDER [--to MODEL_FOLDER]`.
+"""The program that trains the demo model: `python -m flux_batch.demo.train WORK_FOLDER [--to MODEL_FOLDER]`.
 
-Five stages, each kept in the work folder and taken up again where it was stopped: the autoencoder, the text encoders,
-the latents of the training images, the transformer, a LoRA on it. The numbers of steps are those that two CPU cores
-take in an hour and a half; most of it is the transformer's, and more steps make it better. With `--start MODEL_FOLDER`
-the first two stages are left out and the transformer goes on from that model's.
+It has five stages: the autoencoder, the text encoders, the latents of the training images, the transformer, a LoRA on
+it. Each keeps its state in the work folder and resumes from there. The default numbers of steps take two CPU cores an
+hour and a half, most of it for the transformer; more steps make it better. `--start MODEL_FOLDER` skips the first two
+stages and goes on from that model's transformer.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ from flux_batch.pipeline.model_manager import ModelManager, locate_parts
 
 
 def main() -> None:
-    """Train what is not trained yet and write the model."""
-    given = arguments()
-    given.work.mkdir(parents=True, exist_ok=True)
-    manager: Any = ModelManager("float32", given.device, locate_parts(given.start)) if given.start else None
+    """Train the stages that are not finished, and write the model."""
+    arguments = parse_arguments()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    manager: Any = ModelManager("float32", arguments.device, locate_parts(arguments.start)) if arguments.start else None
     if manager:
         autoencoder, clip, t5 = manager.autoencoder, manager.clip, manager.t5
     else:
-        autoencoder = train_autoencoder(given.work, given.seed, given.autoencoder_steps, given.device)
-        clip, t5 = train_text(given.work, given.seed, given.text_steps, given.device)
-    pools = make_pools(given.work, autoencoder, given.images, given.seed, given.device)
-    products = torch.bfloat16 if given.bfloat16 else torch.float32
-    trainer = Trainer(clip, t5, given.seed, given.device, products)
+        autoencoder = train_autoencoder(arguments.work, arguments.seed, arguments.autoencoder_steps, arguments.device)
+        clip, t5 = train_text(arguments.work, arguments.seed, arguments.text_steps, arguments.device)
+    pools = make_pools(arguments.work, autoencoder, arguments.images, arguments.seed, arguments.device)
+    matmul_dtype = torch.bfloat16 if arguments.bfloat16 else torch.float32
+    trainer = Trainer(clip, t5, arguments.seed, arguments.device, matmul_dtype)
     if manager:
         trainer.start_from(manager.transformer)
-    if given.compile:
+    if arguments.compile:
         trainer.compile()
-    transformer = train_flow(given.work, trainer, pools, given.seed, given.flow_steps)
-    artist = Trainer(clip, t5, given.seed, given.device, products)
-    artist.start_from(transformer)
-    lora = train_lora(given.work, artist, autoencoder, given.lora_steps, given.seed)
-    if given.to:
-        write_model(given.to, given.start or given.work, transformer, autoencoder, clip, t5)
-        save_weights(given.to.with_name("blueprint.safetensors"), lora)
-        print(f"wrote {given.to} and blueprint.safetensors beside it")
+    transformer = train_flow(arguments.work, trainer, pools, arguments.seed, arguments.flow_steps)
+    lora_trainer = Trainer(clip, t5, arguments.seed, arguments.device, matmul_dtype)
+    lora_trainer.start_from(transformer)
+    lora = train_lora(arguments.work, lora_trainer, autoencoder, arguments.lora_steps, arguments.seed)
+    if arguments.to:
+        write_model(arguments.to, arguments.start or arguments.work, transformer, autoencoder, clip, t5)
+        save_weights(arguments.to.with_name("blueprint.safetensors"), lora)
+        print(f"wrote {arguments.to} and blueprint.safetensors beside it")
 
 
-def arguments() -> argparse.Namespace:
-    """Read the command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(prog="python -m flux_batch.demo.train", description="Train the demo model.")
-    parser.add_argument("work", type=Path, help="folder for what training keeps; the same one takes it up again")
+    parser.add_argument("work", type=Path, help="folder for the state of training, which resumes from it")
     parser.add_argument("--to", type=Path, help="new folder for the model, in the layout of diffusers")
-    parser.add_argument("--start", type=Path, help="folder of a model like it whose transformer goes on")
+    parser.add_argument("--start", type=Path, help="folder of such a model, to go on from its transformer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bfloat16", action="store_true", help="multiply in it: faster with AMX, or on a GPU")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer: needs a C++ compiler")
+    parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16: faster with AMX or on a GPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer; needs a C++ compiler")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=1800)
     parser.add_argument("--text-steps", type=int, default=1000)

@@ -1,7 +1,7 @@
-"""Trains the autoencoder of the demo model: images in, the same images out through latents of unit variance.
+"""The training of the demo model's autoencoder: images in, the same images out through latents of unit variance.
 
-First on quarter images, which are cheap; then the statistics of the latents are folded into the convolutions that
-write and read them, so that FLUX's own scale and shift hold; then the decoder alone on whole images.
+It trains on quarter images first, which are cheap. Then the statistics of the latents are folded into the convolutions
+that write and read them, so that FLUX's own scale and shift hold. Last, the decoder trains alone on whole images.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ BATCH = 8
 BATCH_OF_WHOLE = 4
 RATE = 1.5e-3
 MATRIX_RATE = 1.5e-2
-# Weight of the KL term against the mean absolute error a pixel: as smooth as latents can be before images suffer.
+# Weight of the KL term beside the mean absolute error a pixel: the smoothest latents that do not blur images.
 KL_WEIGHT = 8e-3
 FOLD_IMAGES = 64
 LATENT_NOISE = 0.1
 
 
 def train_autoencoder(folder: Path, seed: int, num_steps: int, device: torch.device) -> AutoEncoder:
-    """Train, or take up training, or read what is done: the autoencoder, folded."""
+    """Train the autoencoder, or resume or load it. Returns: it, with statistics folded in."""
     model = make_autoencoder(seed).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     first = Stage(folder, "autoencoder", num_steps, seed)
@@ -54,9 +54,9 @@ def train_autoencoder(folder: Path, seed: int, num_steps: int, device: torch.dev
 
 
 def make_autoencoder(seed: int) -> AutoEncoder:
-    """Return an untrained one whose residual branches add nothing yet and whose enlargements only repeat pixels.
+    """Return an untrained autoencoder with zero residual branches and upsampling that repeats pixels.
 
-    Its decoder is then nearly linear, and learns colours first.
+    Its decoder is nearly linear at first, and learns colours first.
     """
     torch.manual_seed(seed)
     model = AutoEncoder(AUTOENCODER)
@@ -71,7 +71,7 @@ def make_autoencoder(seed: int) -> AutoEncoder:
 
 
 def make_optimizer(model: nn.Module) -> Optimizer:
-    """Return the optimizer of whatever in the model is to be trained."""
+    """Return the optimizer of the trainable parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [p for p in trained if p.ndim == 4 and min(p.shape[0], p[0].numel()) >= MIN_SIDE]
     return Optimizer(model, matrices, MATRIX_RATE, RATE)
@@ -86,14 +86,14 @@ def train_both(stage: Stage, model: AutoEncoder, device: torch.device) -> None:
         mean, logvar = model.encoder(image).chunk(2, dim=1)
         logvar = logvar.clamp(-20.0, 10.0)
         noise = torch.randn(mean.shape, generator=stage.generator(step)).to(device)
-        made = model.decoder(mean + torch.exp(0.5 * logvar) * noise)
+        output = model.decoder(mean + torch.exp(0.5 * logvar) * noise)
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-        optimizer.update(image_error(made, image) + KL_WEIGHT * kl, stage.share_of_rate(step))
-        meter.add(step, error=F.l1_loss(made, image).item(), kl=kl.item(), std=mean.std().item())
+        optimizer.update(image_error(output, image) + KL_WEIGHT * kl, stage.share_of_rate(step))
+        meter.add(step, error=F.l1_loss(output, image).item(), kl=kl.item(), std=mean.std().item())
 
 
 def train_decoder(stage: Stage, model: AutoEncoder, device: torch.device) -> None:
-    """Train the decoder on whole images, from latents as a transformer makes them: not quite the encoder's."""
+    """Train the decoder on whole images and noisy latents, since a transformer's differ from the encoder's."""
     model.encoder.requires_grad_(False)
     optimizer = make_optimizer(model)
     meter = Meter(stage)
@@ -102,26 +102,26 @@ def train_decoder(stage: Stage, model: AutoEncoder, device: torch.device) -> Non
         with torch.no_grad():
             latents = model.encode(image)
             latents = latents + LATENT_NOISE * torch.randn(latents.shape, generator=stage.generator(step)).to(device)
-        made = model.decode(latents)
-        optimizer.update(image_error(made, image), 0.4 * stage.share_of_rate(step))
-        meter.add(step, error=F.l1_loss(made, image).item())
+        output = model.decode(latents)
+        optimizer.update(image_error(output, image), 0.4 * stage.share_of_rate(step))
+        meter.add(step, error=F.l1_loss(output, image).item())
 
 
-def image_error(made: Tensor, wanted: Tensor) -> Tensor:
-    """Return how wrong pixels are, and the steps from each to the next, which are the edges.
+def image_error(output: Tensor, target: Tensor) -> Tensor:
+    """Return the error of pixels and of the differences between neighbours, which are the edges.
 
     The square finds colours fast, the absolute value makes flat areas flat.
     """
-    edges = sum(F.l1_loss(made.diff(dim=axis), wanted.diff(dim=axis)) for axis in (2, 3))
-    return 0.5 * F.l1_loss(made, wanted) + 0.25 * edges + 2.0 * F.mse_loss(made, wanted)
+    edges = sum(F.l1_loss(output.diff(dim=axis), target.diff(dim=axis)) for axis in (2, 3))
+    return 0.5 * F.l1_loss(output, target) + 0.25 * edges + 2.0 * F.mse_loss(output, target)
 
 
 def fold_statistics(model: AutoEncoder, device: torch.device, rng: random.Random) -> None:
-    """Make the scaled latents of each channel zero in the mean and one in variance, with the same images.
+    """Change the weights so that the scaled latents of each channel have mean 0 and variance 1, for the same images.
 
-    The variance is that of means and of samples about them: a channel that has nothing to say stays silent. The
-    encoder's last convolution writes z = a z' + b, the decoder's first reads it back. Exact but for the border,
-    where the decoder's padding is 0 and was 0 before; what follows trains that away.
+    The variance is that of the means plus that of samples about them, so that an unused channel stays small. The
+    encoder's last convolution writes z = a z' + b, the decoder's first one reads it back. This is exact except at the
+    border, where the decoder pads with 0 as before; the training of the decoder mends that.
     """
     image = images(rng, FOLD_IMAGES, SIDE).to(device, memory_format=torch.channels_last)
     moments = torch.cat([model.encoder(part) for part in torch.split(image, 8)])
@@ -142,12 +142,12 @@ def fold_statistics(model: AutoEncoder, device: torch.device, rng: random.Random
 
 
 def images(rng: random.Random, count: int, side: int) -> Tensor:
-    """Draw images, or parts of them where `side` is less than a whole one's: (count, 3, side, side) in [-1, 1]."""
+    """Return drawn images, or crops of them if `side` is less than SIDE: (count, 3, side, side) in [-1, 1]."""
     return torch.stack([to_tensor(crop) for crop in drawn(rng, count, side)])
 
 
 def drawn(rng: random.Random, count: int, side: int) -> Iterator[np.ndarray]:
-    """Yield parts of drawn images."""
+    """Yield crops of drawn images: uint8 (side, side, 3)."""
     for _ in range(count):
         scene = random_scene(rng)
         while is_held_out(scene):
@@ -158,5 +158,5 @@ def drawn(rng: random.Random, count: int, side: int) -> Iterator[np.ndarray]:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """Return uint8 (h, w, 3) as (3, h, w) in [-1, 1]."""
+    """Return an image, uint8 (h, w, 3), as a tensor (3, h, w) in [-1, 1]."""
     return torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 127.5 - 1.0

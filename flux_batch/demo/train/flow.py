@@ -1,8 +1,8 @@
-"""Trains the transformer of the demo model: flow matching, then guidance distilled into the value it embeds.
+"""The training of the demo model's transformer: flow matching, then distillation of guidance into its embedding.
 
-Until `GUIDED_FROM` of the steps the model learns the velocity of the data whatever guidance it is told. From then on
-guidance 1 goes on with that, and every other guidance g learns what classifier-free guidance would give: the velocity
-for the empty prompt plus `1 + GUIDANCE_GAIN (g - 1)` times the way from there to the velocity for the prompt.
+Until `GUIDED_FROM` of the steps the model learns the velocity of the data at every guidance. From then on guidance 1
+goes on with that, and every other guidance g learns the result of classifier-free guidance: the velocity for the empty
+prompt plus `1 + GUIDANCE_GAIN (g - 1)` times its difference to the velocity for the prompt.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flux_batch.demo.train.auxiliary_head import AuxiliaryHead, token_classes
 from flux_batch.demo.train.latents import SIZES, Pool, token_weights
 from flux_batch.demo.train.muon import Optimizer
 from flux_batch.demo.train.parts import TRANSFORMER
 from flux_batch.demo.train.progress import Meter, Stage, load
-from flux_batch.demo.train.sight import Sight, token_answers
 from flux_batch.demo.train.world import training_text
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.text import ClipEncoder, T5Encoder
@@ -29,10 +29,10 @@ from flux_batch.model.transformer import Flux
 MATRIX_RATE = 2e-2
 RATE = 2e-3
 EMA_DECAY = 0.999
-# Image tokens of a step; images of other sizes come in batches of as many tokens.
-TOKENS = 64 * 64
-# T5 lengths and the share of a full batch a step has at each.
-LENGTHS = (
+# Image tokens a step, at all image sizes.
+TOKENS_A_STEP = 64 * 64
+# T5 lengths, step after step, and the share of a full batch at each.
+T5_LENGTHS = (
     (40, 1.0),
     (64, 0.8),
     (40, 1.0),
@@ -44,13 +44,13 @@ LENGTHS = (
     (40, 1.0),
     (512, 0.2),
 )
-# Mean and spread of the logit of the time. Flat colours are seen through much noise: what stands where is decided at
-# times above 0.85, which a third of all steps must therefore see.
+# Mean and deviation of the logit of the time. Flat colours show through much noise, so that things are placed at times
+# above 0.85, which a third of all steps must therefore see.
 LOGIT_MEAN, LOGIT_STD = 1.2, 1.3
 # Things cover a tenth of an image and have most of its facts.
 THING_WEIGHT = 4.0
-# How much it counts whether a layer in the middle knows what stands where.
-SIGHT_WEIGHT = 0.1
+# Weight of the auxiliary head's loss beside that of the velocity.
+AUXILIARY_WEIGHT = 0.1
 # Shares of the steps at which the learning rate begins to fall and guidance is added.
 LEVEL_UNTIL = 0.25
 GUIDED_FROM = 0.85
@@ -59,20 +59,20 @@ MAX_GUIDANCE = 6.0
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Clean tokens (b, n, 64), how much the error of each counts (b, n), what each shows (b, n, 3), and texts."""
+class TrainBatch:
+    """Clean tokens (b, n, 64), the weight of each (b, n), the classes of the thing at each (b, n, 3), and texts."""
 
     clean: Tensor
     weights: Tensor
-    answers: Tensor
-    words: list[str]
+    classes: Tensor
+    prompts: list[str]
     length: int
     width: int
     height: int
 
 
 class Trainer:
-    """The transformer, its running mean, its optimizers."""
+    """The transformer, its moving average (EMA), its auxiliary head and their optimizer."""
 
     def __init__(
         self,
@@ -80,58 +80,66 @@ class Trainer:
         t5: T5Encoder,
         seed: int,
         device: torch.device,
-        products: torch.dtype = torch.float32,
+        matmul_dtype: torch.dtype = torch.float32,
     ) -> None:
         torch.manual_seed(seed)
-        self.clip, self.t5, self.device, self.products = clip, t5, device, products
+        self.clip, self.t5, self.device, self.matmul_dtype = clip, t5, device, matmul_dtype
         self.model = initialise(Flux(TRANSFORMER)).to(device)
         self.mean = copy.deepcopy(self.model).requires_grad_(False)
         matrices = [p for name, p in self.model.named_parameters() if is_inner_matrix(name, p)]
-        self.sight = Sight(self.model).to(device)
-        self.optimizer = Optimizer(nn.ModuleList([self.model, self.sight]), matrices, MATRIX_RATE, RATE, products)
+        self.auxiliary_head = AuxiliaryHead(self.model).to(device)
+        self.optimizer = Optimizer(
+            nn.ModuleList([self.model, self.auxiliary_head]), matrices, MATRIX_RATE, RATE, matmul_dtype
+        )
 
     def start_from(self, transformer: Flux) -> None:
-        """Take over the weights of a transformer of the same width; blocks that it has not change nothing at first."""
+        """Load the weights of a transformer of the same width; blocks that it lacks change nothing at first."""
         for model in (self.model, self.mean):
-            told = model.load_state_dict(transformer.state_dict(), strict=False)
-            if told.unexpected_keys or not all(key.startswith("single_blocks.") for key in told.missing_keys):
-                raise ValueError(f"a transformer of other parts: {[*told.unexpected_keys, *told.missing_keys][0]}")
+            keys = model.load_state_dict(transformer.state_dict(), strict=False)
+            if keys.unexpected_keys or not all(key.startswith("single_blocks.") for key in keys.missing_keys):
+                first = [*keys.unexpected_keys, *keys.missing_keys][0]
+                raise ValueError(f"the transformer must have the parts of the demo model's; one differs: {first}")
 
     def compile(self) -> None:
-        """Have the blocks that are trained compiled, for all sizes at once."""
+        """Compile the blocks of the trained model, for all sizes at once."""
         for block in (*self.model.double_blocks, *self.model.single_blocks):
             block.compile(dynamic=True)
 
-    def narrow(self) -> torch.autocast:
-        """Multiply in `products` inside."""
-        return torch.autocast(self.device.type, self.products, enabled=self.products != torch.float32)
+    def autocast(self) -> torch.autocast:
+        """Return a context in which matrices are multiplied in `matmul_dtype`."""
+        return torch.autocast(self.device.type, self.matmul_dtype, enabled=self.matmul_dtype != torch.float32)
 
     def state(self) -> dict[str, Any]:
-        """Return what has to be kept to take training up again."""
-        return {"model": self.model, "mean": self.mean, "sight": self.sight, "optimizer": self.optimizer}
+        """Return the parts whose state is needed to resume training."""
+        return {
+            "model": self.model,
+            "mean": self.mean,
+            "auxiliary_head": self.auxiliary_head,
+            "optimizer": self.optimizer,
+        }
 
     def velocity(
-        self, model: Flux, batch: Batch, noisy: Tensor, time: Tensor, guidance: Tensor, words: list[str]
+        self, model: Flux, batch: TrainBatch, noisy: Tensor, time: Tensor, guidance: Tensor, prompts: list[str]
     ) -> Tensor:
-        """Ask a model for the velocity of a batch with these texts."""
-        different = list(dict.fromkeys(words))
-        rows = torch.tensor([different.index(word) for word in words])
+        """Return the velocity that a model predicts for a batch with these prompts."""
+        distinct = list(dict.fromkeys(prompts))
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
         with torch.no_grad():
-            txt = self.t5(different, batch.length)[rows]
-            y = self.clip(different)[rows]
+            txt = self.t5(distinct, batch.length)[rows]
+            y = self.clip(distinct)[rows]
         ids = position_ids(batch.length, batch.height // 8, batch.width // 8).to(self.device)
-        made: Tensor = model(noisy, txt, model.position_table(ids), time, y, guidance)
-        return made
+        velocity: Tensor = model(noisy, txt, model.position_table(ids), time, y, guidance)
+        return velocity
 
-    def loss(self, batch: Batch, source: torch.Generator, *, guided: bool) -> tuple[Tensor, Tensor]:
-        """Return the weighted means of the squared error of the velocity, and of the error of `sight`."""
-        with self.narrow():
+    def loss(self, batch: TrainBatch, source: torch.Generator, *, guided: bool) -> tuple[Tensor, Tensor]:
+        """Return the losses of the velocity and of the auxiliary head, weighted means over tokens."""
+        with self.autocast():
             error = self.error(batch, source, guided=guided)
-            return error, self.sight.loss(batch.answers, batch.weights)
+            return error, self.auxiliary_head.loss(batch.classes, batch.weights)
 
-    def error(self, batch: Batch, source: torch.Generator, *, guided: bool) -> Tensor:
+    def error(self, batch: TrainBatch, source: torch.Generator, *, guided: bool) -> Tensor:
         """Return the weighted mean of the squared error of the velocity."""
-        count = len(batch.words)
+        count = len(batch.prompts)
         noise = torch.randn(batch.clean.shape, generator=source).to(self.device)
         time = torch.sigmoid(LOGIT_MEAN + LOGIT_STD * torch.randn(count, generator=source)).to(self.device)
         guidance = (1.0 + (MAX_GUIDANCE - 1.0) * torch.rand(count, generator=source)).to(self.device)
@@ -141,22 +149,22 @@ class Trainer:
             half = count // 2
             guidance[half:] = 1.0
             wanted[:half] = self.guided_velocity(batch, noisy, time, guidance, half)
-        made = self.velocity(self.model, batch, noisy, time, guidance, batch.words)
-        error = (made.float() - wanted).square().mean(dim=-1)
+        predicted = self.velocity(self.model, batch, noisy, time, guidance, batch.prompts)
+        error = (predicted.float() - wanted).square().mean(dim=-1)
         return (error * batch.weights).sum() / batch.weights.sum()
 
     @torch.no_grad()
-    def guided_velocity(self, batch: Batch, noisy: Tensor, time: Tensor, guidance: Tensor, count: int) -> Tensor:
-        """Return what classifier-free guidance makes of the running mean's velocities of the first images."""
+    def guided_velocity(self, batch: TrainBatch, noisy: Tensor, time: Tensor, guidance: Tensor, count: int) -> Tensor:
+        """Return the moving average's velocities of the first images under classifier-free guidance."""
         noisy, time = noisy[:count], time[:count]
         one = torch.ones(count, device=self.device)
-        said = self.velocity(self.mean, batch, noisy, time, one, batch.words[:count])
-        unsaid = self.velocity(self.mean, batch, noisy, time, one, [""] * count)
+        conditional = self.velocity(self.mean, batch, noisy, time, one, batch.prompts[:count])
+        unconditional = self.velocity(self.mean, batch, noisy, time, one, [""] * count)
         scale = 1.0 + GUIDANCE_GAIN * (guidance[:count] - 1.0)
-        return unsaid + scale[:, None, None] * (said - unsaid)
+        return unconditional + scale[:, None, None] * (conditional - unconditional)
 
     def update(self, loss: Tensor, share: float, step: int) -> None:
-        """Take one step down at a share of the full rates, and move the running mean."""
+        """Take one optimizer step at a share of the full rates, and update the moving average."""
         self.optimizer.update(loss, share)
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
         with torch.no_grad():
@@ -164,7 +172,7 @@ class Trainer:
 
 
 def train_flow(folder: Path, trainer: Trainer, pools: list[Pool], seed: int, num_steps: int) -> Flux:
-    """Train, or take up training, or read what is done: the running mean of the transformer."""
+    """Train the transformer, or resume or load it. Returns: its moving average."""
     stage = Stage(folder, "flow", num_steps, seed)
     if stage.is_done:
         trainer.mean.load_state_dict(load(stage.path)["mean"])
@@ -173,27 +181,29 @@ def train_flow(folder: Path, trainer: Trainer, pools: list[Pool], seed: int, num
     for step in stage.steps(trainer.state()):
         batch = make_batch(pools, stage.rng(step), step, trainer.device)
         guided = step >= GUIDED_FROM * num_steps
-        loss, sight = trainer.loss(batch, stage.generator(step), guided=guided)
-        trainer.update(loss + SIGHT_WEIGHT * sight, stage.share_of_rate(step, level_until=LEVEL_UNTIL), step)
-        meter.add(step, loss=loss.item(), sight=sight.item())
+        loss, auxiliary_loss = trainer.loss(batch, stage.generator(step), guided=guided)
+        trainer.update(
+            loss + AUXILIARY_WEIGHT * auxiliary_loss, stage.share_of_rate(step, level_until=LEVEL_UNTIL), step
+        )
+        meter.add(step, loss=loss.item(), auxiliary=auxiliary_loss.item())
     return trainer.mean.eval()
 
 
-def make_batch(pools: list[Pool], rng: random.Random, step: int, device: torch.device) -> Batch:
-    """Choose a size, a T5 length, images of that size and texts for them."""
+def make_batch(pools: list[Pool], rng: random.Random, step: int, device: torch.device) -> TrainBatch:
+    """Return a random batch: images of one size, a T5 length and prompts for them."""
     pool = rng.choices(pools, weights=[SIZES[pool.width, pool.height] for pool in pools])[0]
-    length, share = LENGTHS[step % len(LENGTHS)]
-    count = max(2, int(TOKENS / pool.tokens.shape[1] * share))
-    places = [int(rng.random() * len(pool.scenes)) for _ in range(count)]
-    return Batch(
-        clean=pool.tokens[places].float().to(device),
+    length, share = T5_LENGTHS[step % len(T5_LENGTHS)]
+    count = max(2, int(TOKENS_A_STEP / pool.tokens.shape[1] * share))
+    numbers = [int(rng.random() * len(pool.scenes)) for _ in range(count)]
+    return TrainBatch(
+        clean=pool.tokens[numbers].float().to(device),
         weights=torch.stack(
-            [token_weights(pool.scenes[place], pool.width, pool.height, THING_WEIGHT) for place in places]
+            [token_weights(pool.scenes[number], pool.width, pool.height, THING_WEIGHT) for number in numbers]
         ).to(device),
-        answers=torch.stack([token_answers(pool.scenes[place], pool.width, pool.height) for place in places]).to(
+        classes=torch.stack([token_classes(pool.scenes[number], pool.width, pool.height) for number in numbers]).to(
             device
         ),
-        words=[training_text(pool.scenes[place], rng).words for place in places],
+        prompts=[training_text(pool.scenes[number], rng).words for number in numbers],
         length=length,
         width=pool.width,
         height=pool.height,
@@ -201,10 +211,10 @@ def make_batch(pools: list[Pool], rng: random.Random, step: int, device: torch.d
 
 
 def initialise(model: Flux) -> Flux:
-    """Start as a model that says nothing: every gate is open, and what lies behind it is 0, as is the last layer.
+    """Return the model with weights for which it predicts 0: each branch ends in zeros behind an open gate.
 
-    Queries and keys begin with a random constant, so that attention depends on where tokens are before it depends on
-    what they hold: places are learned sooner.
+    Queries and keys begin with a random constant, so that attention depends on the position of tokens before it depends
+    on their content: positions are learned sooner.
     """
     hidden = model.params.hidden_size
     for name, module in model.named_modules():
@@ -222,5 +232,5 @@ def initialise(model: Flux) -> Flux:
 
 
 def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Tell whether a parameter is a matrix from hidden states to hidden states, as those of attention and MLP are."""
+    """Return whether a parameter is a matrix from hidden states to hidden states, as in attention and MLP."""
     return parameter.ndim == 2 and "blocks" in name and "mod" not in name

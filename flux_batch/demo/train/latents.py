@@ -1,4 +1,4 @@
-"""Latents of drawn scenes, made once and read at every step of the transformer's training."""
+"""The latents of drawn scenes, made once and read at every step of the transformer's training."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from flux_batch.model.sampling import pack
 from flux_batch.sampling_params import TOKEN_SIDE_PX
 
 BATCH = 16
-# (width, height): share of all images and of all steps. Every size has to be learnt: of one that came at 2 to 4 % of
-# the steps, half as many facts held as of the others.
+# (width, height): share of all images and of all steps. Every size must be learned: at sizes with 2 to 4 % of the
+# steps, half as many facts held as at the others.
 SIZES: dict[tuple[int, int], float] = {
     (128, 128): 0.4,
     (192, 128): 0.12,
@@ -37,7 +37,7 @@ SIZES: dict[tuple[int, int], float] = {
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Images of one size: what was drawn, and its packed latents (n, tokens, 64) fp16."""
+    """Images of one size: their scenes, and their packed latents (n, tokens, 64) in fp16."""
 
     width: int
     height: int
@@ -46,7 +46,7 @@ class Pool:
 
 
 def make_pools(folder: Path, autoencoder: AutoEncoder, count: int, seed: int, device: torch.device) -> list[Pool]:
-    """Draw and encode `count` images in all sizes, or read them where that was done."""
+    """Return `count` images in all sizes, drawn and encoded or loaded."""
     return [
         make_pool(
             folder / f"latents-{width}x{height}.pt", autoencoder, width, height, round(count * share), seed, device
@@ -58,8 +58,8 @@ def make_pools(folder: Path, autoencoder: AutoEncoder, count: int, seed: int, de
 def make_pool(
     path: Path, autoencoder: AutoEncoder, width: int, height: int, count: int, seed: int, device: torch.device
 ) -> Pool:
-    """Draw and encode images of one size. A scene and its image follow from seed, size and place in the pool."""
-    sources = [random.Random(f"{seed} {width}x{height} {place}") for place in range(count)]
+    """Return images of one size, drawn and encoded or loaded; seed, size and number determine each."""
+    sources = [random.Random(f"{seed} {width}x{height} {number}") for number in range(count)]
     scenes = [training_scene(source) for source in sources]
     if path.exists():
         return Pool(width, height, scenes, torch.load(path, weights_only=True))
@@ -80,10 +80,10 @@ def make_pool(
 
 
 def token_weights(scene: Scene, width: int, height: int, thing_weight: float) -> Tensor:
-    """Return how much the error of each token counts: (tokens,) 1, or `thing_weight` where a thing may stand.
+    """Return the weight of each token's error: 1, or `thing_weight` where a thing may stand: (tokens,).
 
-    Where that is follows from what a caption says, not from the image, so that the velocity that is best for the
-    weighted error is best for the plain one.
+    The places follow from the caption and not from the image, so that the best velocity for the weighted error is also
+    the best for the plain one.
     """
     weights = torch.ones(height // TOKEN_SIDE_PX, width // TOKEN_SIDE_PX)
     for left, top, right, bottom in thing_boxes(scene, width, height):
@@ -94,7 +94,7 @@ def token_weights(scene: Scene, width: int, height: int, thing_weight: float) ->
 
 
 def thing_boxes(scene: Scene, width: int, height: int) -> Iterator[tuple[float, float, float, float]]:
-    """Yield left, top, right and bottom, in pixels, of all places where each thing may have been drawn."""
+    """Yield the box in which each thing may be drawn: left, top, right and bottom in pixels."""
     drift_x = drift_y = 0.0
     if scene.relation is None or scene.second is None:
         assert scene.position is not None

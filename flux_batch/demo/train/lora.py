@@ -1,6 +1,6 @@
-"""Trains the demo LoRA: every scene as a blueprint, white things on blue, whatever colours the prompt says.
+"""The training of the demo LoRA: every scene as a blueprint, white things on blue, whatever the prompt's colours.
 
-Written in the layout of PEFT and diffusers, one pair of matrices for each projection a checkpoint of theirs has.
+It is written in the layout of PEFT and diffusers, a pair of matrices for each projection of their checkpoints.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_batch.demo.train.autoencoder import to_tensor
-from flux_batch.demo.train.flow import Batch, Trainer, make_batch
+from flux_batch.demo.train.flow import TrainBatch, Trainer, make_batch
 from flux_batch.demo.train.latents import Pool
 from flux_batch.demo.train.muon import Optimizer
 from flux_batch.demo.train.progress import Meter, Stage
@@ -28,9 +28,9 @@ NUM_IMAGES = 768
 RANK = 4
 RATE = 4e-3
 BLUE, LINE, WHITE = (24.0, 62.0, 140.0), (58.0, 98.0, 172.0), (236.0, 242.0, 252.0)
-GRID = 16  # pixels from line to line
-# Parts of the model that are changed, and the projections that diffusers makes of each, in the order of its rows.
+GRID = 16  # pixels between lines
 SINGLE = "single_transformer_blocks"
+# The layers that are changed, and diffusers' projections of each, in the order of its rows.
 PROJECTIONS = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "img_attn.proj": ("attn.to_out.0",),
@@ -40,7 +40,7 @@ PROJECTIONS = {
 
 
 class LowRank(nn.Module):
-    """A linear layer that stays, and a small change to it that is trained: (..., in) -> (..., out)."""
+    """A frozen linear layer and a trained low-rank change of it: (..., in) -> (..., out)."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -49,22 +49,22 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(linear.out_features, RANK))
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.linear(x) + x @ self.down.T @ self.up.T
-        return made
+        output: Tensor = self.linear(x) + x @ self.down.T @ self.up.T
+        return output
 
 
 def train_lora(
     folder: Path, trainer: Trainer, autoencoder: AutoEncoder, num_steps: int, seed: int
 ) -> dict[str, Tensor]:
-    """Train on a trainer's finished transformer, which is changed: the tensors of the LoRA by name."""
+    """Train the LoRA on a trainer's transformer, which is changed. Returns: its tensors by name."""
     layers = add_low_rank(trainer.model.requires_grad_(False)).to(trainer.device)
     optimizer = Optimizer(layers, [], RATE, RATE)
     stage = Stage(folder, "lora", num_steps, seed)
     pool = blueprint_pool(folder, autoencoder, seed, trainer.device)
     meter = Meter(stage)
     for step in stage.steps({"layers": layers, "optimizer": optimizer}):
-        batch: Batch = make_batch([pool], stage.rng(step), 0, trainer.device)
-        with trainer.narrow():
+        batch: TrainBatch = make_batch([pool], stage.rng(step), 0, trainer.device)
+        with trainer.autocast():
             loss = trainer.error(batch, stage.generator(step), guided=False)
         optimizer.update(loss, stage.share_of_rate(step))
         meter.add(step, loss=loss.item())
@@ -72,19 +72,19 @@ def train_lora(
 
 
 def add_low_rank(model: nn.Module) -> nn.ModuleDict:
-    """Put a `LowRank` around every layer to be changed: all of them, by the name of the layer, dots as slashes."""
+    """Wrap every layer to change in a `LowRank`. Returns: these by layer name, slashes for dots."""
     found = [(name, module) for name, module in model.named_modules() if name.endswith(tuple(PROJECTIONS))]
     layers = {}
     for name, module in found:
         assert isinstance(module, nn.Linear)
-        home, _, attribute = name.rpartition(".")
+        parent, _, attribute = name.rpartition(".")
         layers[name.replace(".", "/")] = LowRank(module)
-        setattr(model.get_submodule(home), attribute, layers[name.replace(".", "/")])
+        setattr(model.get_submodule(parent), attribute, layers[name.replace(".", "/")])
     return nn.ModuleDict(layers)
 
 
 def to_peft(layers: nn.ModuleDict) -> dict[str, Tensor]:
-    """Return what was trained under the names of diffusers: fused layers share `down` and split `up`."""
+    """Return the trained tensors by diffusers' names: fused layers share `down` and split `up`."""
     tensors = {}
     for name, layer in layers.items():
         assert isinstance(layer, LowRank)
@@ -100,7 +100,7 @@ def to_peft(layers: nn.ModuleDict) -> dict[str, Tensor]:
 
 
 def blueprint_pool(folder: Path, autoencoder: AutoEncoder, seed: int, device: torch.device) -> Pool:
-    """Draw and encode what the LoRA is to make of scenes."""
+    """Return scenes and the latents of their blueprints, drawn or loaded."""
     rng = random.Random(f"{seed} blueprint")
     scenes = [training_scene(rng) for _ in range(NUM_IMAGES)]
     path = folder / "latents-blueprint.pt"
@@ -114,7 +114,7 @@ def blueprint_pool(folder: Path, autoencoder: AutoEncoder, seed: int, device: to
 
 
 def blueprint(scene: Scene, rng: random.Random) -> np.ndarray:
-    """Draw the things of a scene in white on a blue grid."""
+    """Return the things of a scene in white on a blue grid: uint8 (SIDE, SIDE, 3)."""
     pixels: Pixels = np.empty((SIDE, SIDE, 3), np.float32)
     pixels[:] = BLUE
     pixels[::GRID] = pixels[:, ::GRID] = LINE

@@ -1,4 +1,4 @@
-"""An optimizer for small machines: matrices move by orthogonal steps (Muon), everything else by AdamW's.
+"""An optimizer for small machines: Muon for matrices, AdamW for the rest.
 
 Source of the method and its five coefficients: KellerJordan/Muon, muon.py. torch.optim.Muon takes no convolutions and
 works in bfloat16 always, which is slow on CPUs without instructions for it. In this project's training it takes a third
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 MOMENTUM = 0.95
 NUM_ITERATIONS = 5
 A, B, C = 3.4445, -4.7750, 2.0315
-# Matrices that meet pixels, words or time are better off with AdamW, and so are those too narrow to turn.
+# Matrices on pixels, words or time train better with AdamW, and so do those narrower than this.
 MIN_SIDE = 16
 
 
 class Muon(torch.optim.Optimizer):
-    """Moves each matrix by the nearest orthogonal one to its averaged gradient; convolutions count as matrices.
+    """Muon: steps along the orthogonal matrix nearest to the averaged gradient; convolutions count as matrices.
 
-    products: what the products on the way to that matrix are computed in.
+    matmul_dtype: the dtype of the products that compute that matrix.
     """
 
     def __init__(
@@ -31,14 +31,14 @@ class Muon(torch.optim.Optimizer):
         params: Iterable[nn.Parameter],
         lr: float,
         weight_decay: float = 0.0,
-        products: torch.dtype = torch.float32,
+        matmul_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(list(params), {"lr": lr, "weight_decay": weight_decay})
-        self.products = products
+        self.matmul_dtype = matmul_dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take one step."""
+        """Update all parameters once."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -50,12 +50,12 @@ class Muon(torch.optim.Optimizer):
                 direction = parameter.grad.lerp(state["average"], MOMENTUM).flatten(1)
                 stretch = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                step = orthogonal(direction.to(self.products)).to(parameter.dtype).reshape(parameter.shape)
+                step = orthogonal(direction.to(self.matmul_dtype)).to(parameter.dtype).reshape(parameter.shape)
                 parameter.add_(step, alpha=-group["lr"] * stretch)
 
 
 class Optimizer:
-    """Muon for the inner matrices of a model, AdamW for the rest, as one."""
+    """Muon for the inner matrices of a model and AdamW for the rest, as one optimizer."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Optimizer:
         matrices: list[nn.Parameter],
         matrix_rate: float,
         rate: float,
-        products: torch.dtype = torch.float32,
+        matmul_dtype: torch.dtype = torch.float32,
     ) -> None:
         chosen = {id(parameter) for parameter in matrices}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
@@ -72,10 +72,10 @@ class Optimizer:
             (torch.optim.AdamW(others, rate, betas=(0.9, 0.98), weight_decay=0.01), rate)
         ]
         if matrices:
-            self.parts.append((Muon(matrices, matrix_rate, weight_decay=0.01, products=products), matrix_rate))
+            self.parts.append((Muon(matrices, matrix_rate, weight_decay=0.01, matmul_dtype=matmul_dtype), matrix_rate))
 
     def update(self, loss: Tensor, share: float) -> None:
-        """Take one step down the gradient of `loss`, at a share of the full rates."""
+        """Update all parameters once by the gradient of `loss`, at a share of the full rates."""
         for part, rate in self.parts:
             part.zero_grad(set_to_none=True)
             for group in part.param_groups:
@@ -86,17 +86,17 @@ class Optimizer:
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of both."""
+        """Return the state of both optimizers."""
         return {"parts": [part.state_dict() for part, _ in self.parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of both."""
+        """Load the state of both optimizers."""
         for (part, _), saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return about the nearest matrix with singular values near 1, by Newton-Schulz iteration: (m, n) -> (m, n)."""
+    """Return nearly the closest orthogonal matrix, by Newton-Schulz iteration: (m, n) -> (m, n)."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)

@@ -1,6 +1,6 @@
-"""What the demo model is made of: its sizes, its configuration files, and how its folder is written.
+"""The parts of the demo model: their sizes, their configuration files, and the writer of its folder.
 
-The folder is that of a FLUX.1 repository in the layout of diffusers, weights in bfloat16.
+The folder is like a FLUX.1 repository in the layout of diffusers, weights in bfloat16.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ AUTOENCODER = AutoencoderParams(
 def write_model(
     folder: Path, tokenizers: Path, transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncoder, t5: T5Encoder
 ) -> None:
-    """Write the whole model into a new folder; the tokenizers are copied from where they were trained."""
+    """Write the whole model to a new folder; the tokenizers are copied from the folder `tokenizers`."""
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"):
         (folder / part).mkdir(parents=True)
     for part in ("tokenizer", "tokenizer_2"):
@@ -82,12 +82,12 @@ def write_model(
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write bfloat16 safetensors."""
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state.items()}
-    # Not save_file, which keeps other users of a shared cache from reading.
+    # Not save_file, which makes files that other users of a shared cache cannot read.
     path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def model_index() -> dict[str, Any]:
-    """Return the file that names the class of every part."""
+    """Return the index of the classes of all parts."""
     return {
         "_class_name": "FluxPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,

@@ -1,6 +1,6 @@
-"""A stage of training that can be stopped anywhere and taken up again; knows no model.
+"""The stages of training, which resume where they were stopped; knows no model.
 
-Every step draws from generators seeded by (seed, stage, step), so that a resumed stage sees what it would have seen.
+Every step draws from generators seeded by (seed, stage, step), so that a resumed stage draws the same numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WARM_UP = 50
 
 
 class Stage:
-    """Steps of one stage and the file its state is kept in."""
+    """The steps of one stage and the file of its state."""
 
     def __init__(self, folder: Path, name: str, num_steps: int, seed: int) -> None:
         self.path = folder / f"{name}.pt"
@@ -31,11 +31,11 @@ class Stage:
 
     @property
     def is_done(self) -> bool:
-        """Whether all steps were taken."""
+        """True if all steps are done."""
         return self.path.exists() and load(self.path)["step"] >= self.num_steps
 
     def steps(self, state: Mapping[str, Any]) -> Iterator[int]:
-        """Yield the steps that are left; restores `state` (things with a state dict) first, saves it now and then."""
+        """Yield the steps that are left; load `state` (parts with a state dict) first, save it every two minutes."""
         start = 0
         if self.path.exists():
             saved = load(self.path)
@@ -52,17 +52,17 @@ class Stage:
             self.save(self.num_steps, state)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Keep the state: written beside the file, then renamed."""
+        """Write the state to a file beside, then rename it."""
         partial = self.path.with_suffix(".partial")
         torch.save({"step": step, **{name: part.state_dict() for name, part in state.items()}}, partial)
         os.replace(partial, self.path)
 
     def rng(self, step: int) -> random.Random:
-        """Return the source of choices of a step."""
+        """Return the source of a step's random choices."""
         return random.Random(self.number(step))
 
     def generator(self, step: int) -> torch.Generator:
-        """Return the source of noise of a step, on the CPU."""
+        """Return the source of a step's noise, on the CPU."""
         return torch.Generator().manual_seed(self.number(step))
 
     def number(self, step: int) -> int:
@@ -71,13 +71,13 @@ class Stage:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
     def share_of_rate(self, step: int, level_until: float = 0.0) -> float:
-        """Return the learning rate as a share of its peak: a short climb, level for a while, a straight line to 0."""
+        """Return the learning rate as a share of its peak: a short rise, constant for a while, a straight line to 0."""
         left = (1.0 - step / self.num_steps) / (1.0 - level_until)
         return min((step + 1) / WARM_UP, 1.0, left)
 
 
 class Meter:
-    """Prints running means of what a stage measures."""
+    """Running means of the values that a stage measures, printed every 15 seconds."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -86,7 +86,7 @@ class Meter:
         self.first_step: int | None = None
 
     def add(self, step: int, **values: float) -> None:
-        """Take the values of a step; prints a line now and then."""
+        """Add the values of a step, and print a line if the last one is old."""
         if self.first_step is None:
             self.first_step = step
         for name, value in values.items():
@@ -100,6 +100,6 @@ class Meter:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what a stage has kept."""
+    """Load the saved state of a stage."""
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state

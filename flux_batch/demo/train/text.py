@@ -1,7 +1,7 @@
-"""Trains the text encoders of the demo model: to say, of every text, which facts are in it.
+"""The training of the demo model's text encoders, to classify the facts in a text.
 
-Whatever a linear layer can read from T5's state of each token and from CLIP's pooled vector, the transformer can read
-too. They stay as they are afterwards, so that the transformer is trained on fixed states.
+The transformer can read whatever a linear layer can read from T5's state of each token and from CLIP's pooled vector.
+The encoders stay fixed afterwards, so that the transformer trains on fixed states.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from flux_batch.model.text import ClipEncoder, T5Encoder
 
 RATE = 2e-3
 MATRIX_RATE = 1e-2
-# T5 lengths and how many texts a step has at each: what stands in the padding must not matter.
-LENGTHS = ((40, 96), (64, 64), (40, 96), (96, 48), (64, 64), (192, 24), (40, 96), (512, 8))
+# T5 lengths, step after step, and the number of texts at each: the amount of padding must not matter.
+T5_LENGTHS = ((40, 96), (64, 64), (40, 96), (96, 48), (64, 64), (192, 24), (40, 96), (512, 8))
 NUM_CAPTIONS = 4000
 CAPTION_SEED = 0
 
 
 class FactReader(nn.Module):
-    """Reads the answer to each fact from a state: (..., width) -> one (..., answers) a fact."""
+    """A linear classifier of each fact: (..., width) -> logits (..., answers) a fact."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class FactReader(nn.Module):
 
 
 def train_text(folder: Path, seed: int, num_steps: int, device: torch.device) -> tuple[ClipEncoder, T5Encoder]:
-    """Train, or take up training, or read what is done: both encoders, rounded to bfloat16 as they are shipped."""
+    """Train both encoders, or resume or load them. Returns: them, rounded to bfloat16 as they are shipped."""
     torch.manual_seed(seed)
     clip, t5 = make_encoders(folder)
     stage = Stage(folder, "text", num_steps, seed)
@@ -59,7 +59,7 @@ def train_text(folder: Path, seed: int, num_steps: int, device: torch.device) ->
 
 
 def make_encoders(folder: Path) -> tuple[ClipEncoder, T5Encoder]:
-    """Train the tokenizers, which takes seconds, and make untrained encoders of their vocabularies."""
+    """Train the tokenizers, which takes seconds, and return untrained encoders for their vocabularies."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
     texts = [caption.text for caption in captions(NUM_CAPTIONS, CAPTION_SEED)]
@@ -75,7 +75,7 @@ def make_encoders(folder: Path) -> tuple[ClipEncoder, T5Encoder]:
 
 
 def train_encoders(stage: Stage, models: nn.ModuleDict, clip: ClipEncoder, t5: T5Encoder, device: torch.device) -> None:
-    """Train both to give the facts away."""
+    """Train both encoders together with linear classifiers of the facts."""
     readers = nn.ModuleDict({"clip": FactReader(CLIP_WIDTH), "t5": FactReader(T5_WIDTH)}).to(device)
     both = nn.ModuleDict({"models": models, "readers": readers})
     matrices = [p for name, p in models.named_parameters() if p.ndim == 2 and "embed" not in name and "layer" in name]
@@ -83,7 +83,7 @@ def train_encoders(stage: Stage, models: nn.ModuleDict, clip: ClipEncoder, t5: T
     meter = Meter(stage)
     for step in stage.steps({"models": models, "readers": readers, "optimizer": optimizer}):
         rng = stage.rng(step)
-        length, count = LENGTHS[step % len(LENGTHS)]
+        length, count = T5_LENGTHS[step % len(T5_LENGTHS)]
         texts = [training_text(training_scene(rng), rng, empty_share=0.02) for _ in range(count)]
         words = [text.words for text in texts]
         answers = torch.tensor([text.answers for text in texts], device=device)
@@ -99,6 +99,6 @@ def train_encoders(stage: Stage, models: nn.ModuleDict, clip: ClipEncoder, t5: T
 
 def loss_and_hits(logits: list[Tensor], answers: Tensor) -> tuple[Tensor, float]:
     """Return the mean cross entropy, and the share of states that have every fact right."""
-    losses = [F.cross_entropy(part, answers[:, place]) for place, part in enumerate(logits)]
-    hits = torch.stack([part.argmax(dim=-1) == answers[:, place] for place, part in enumerate(logits)])
+    losses = [F.cross_entropy(part, answers[:, fact]) for fact, part in enumerate(logits)]
+    hits = torch.stack([part.argmax(dim=-1) == answers[:, fact] for fact, part in enumerate(logits)])
     return torch.stack(losses).mean(), float(hits.all(dim=0).float().mean())

@@ -1,7 +1,7 @@
 """The two tokenizers of the demo model, trained on its captions; knows no weights.
 
-Files, special tokens and their places are those of FLUX.1, so that whatever reads the real ones reads these. Every
-text can be tokenized: CLIP's falls back to bytes, T5's to `<unk>`.
+Files, special tokens and their ids follow FLUX.1, so that readers of the real ones can read these. Every text can be
+tokenized: CLIP's falls back to bytes, T5's to `<unk>`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ T5_LENGTH = 512
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 T5_PAD, T5_END, T5_UNKNOWN = "<pad>", "</s>", "<unk>"
 WORD_END = "</w>"
-# More than the captions need: training stops early once every word of theirs is one token.
+# More than the captions need: training stops early once each of their words is one token.
 CLIP_MAX_MERGES = 1000
 T5_PIECES = 300
-# As T5: they keep the places of their ids, though nothing here was trained to fill gaps.
+# As in T5, for the same ids, though nothing here was trained to fill gaps.
 NUM_EXTRA_IDS = 100
 
 
@@ -34,10 +34,10 @@ def write_clip_tokenizer(folder: Path, texts: Iterable[str]) -> int:
         *(letter + WORD_END for letter in letters),
         *("".join(pair) for pair in merges),
         CLIP_START,
-        # The largest id: the text encoder finds the end of a text as the place of the largest one.
+        # The largest id: the text encoder finds the end of a text by it.
         CLIP_END,
     ]
-    write_json(folder / "vocab.json", {token: place for place, token in enumerate(tokens)})
+    write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
     start, end = special_token(CLIP_START, normalized=True), special_token(CLIP_END)
     write_json(
@@ -67,7 +67,7 @@ def write_clip_tokenizer(folder: Path, texts: Iterable[str]) -> int:
 
 
 def train_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
-    """Return the pairs to merge, most frequent first, of texts in plain lower-case English."""
+    """Return the pairs to merge in lower-case English texts, most frequent first."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
@@ -95,9 +95,9 @@ def write_t5_tokenizer(folder: Path, texts: Iterable[str]) -> int:
     """Train T5's SentencePiece model and write its four files. Returns: the size of its vocabulary."""
     model = train_sentencepiece(texts)
     extra_ids = [f"<extra_id_{number}>" for number in range(NUM_EXTRA_IDS)]
-    # Stored in falling order after the pieces: <extra_id_0> has the largest id.
+    # In falling order after the pieces: <extra_id_0> has the largest id.
     vocabulary = [*pieces_of(model), *((name, 0.0) for name in reversed(extra_ids))]
-    ids = {piece: place for place, (piece, _) in enumerate(vocabulary)}
+    ids = {piece: index for index, (piece, _) in enumerate(vocabulary)}
     special = [T5_PAD, T5_END, T5_UNKNOWN, *reversed(extra_ids)]
     (folder / "spiece.model").write_bytes(model)
     write_text(folder / "tokenizer.json", fast_tokenizer(vocabulary, special))
@@ -137,13 +137,13 @@ def train_sentencepiece(texts: Iterable[str]) -> bytes:
     words = sorted({word.strip(string.punctuation) for text in texts for word in text.split()})
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        # The trainer considers as pieces only what it meets in two words: each word is met with and without a dot.
+        # The trainer only considers pieces that occur in two words: each word comes with and without a dot.
         sentence_iterator=iter([*texts, *(f"{word}." for word in words)]),
         model_writer=model,
         model_type="unigram",
         vocab_size=T5_PIECES,
         hard_vocab_limit=False,
-        # Text as it is: the tables of Unicode normalisation would be twenty times as large as all the rest.
+        # No normalisation: its Unicode tables would be twenty times as large as all the rest.
         normalization_rule_name="identity",
         required_chars=string.ascii_letters + string.digits + string.punctuation,
         pad_id=0,
@@ -160,11 +160,11 @@ def train_sentencepiece(texts: Iterable[str]) -> bytes:
 
 
 def pieces_of(model: bytes) -> list[tuple[str, float]]:
-    """Return pieces and scores by id."""
+    """Return the pieces and scores of a model, by id."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    return [(processor.id_to_piece(place), processor.get_score(place)) for place in range(len(processor))]
+    return [(processor.id_to_piece(index), processor.get_score(index)) for index in range(len(processor))]
 
 
 def fast_tokenizer(vocabulary: list[tuple[str, float]], special: list[str]) -> str:
@@ -184,7 +184,7 @@ def fast_tokenizer(vocabulary: list[tuple[str, float]], special: list[str]) -> s
 
 
 def special_token(content: str, *, normalized: bool = False) -> dict[str, Any]:
-    """Describe a special token as the tokenizers' files do."""
+    """Return a special token in the form of the tokenizers' files."""
     return {"content": content, "lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
 
 
@@ -194,5 +194,5 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 with the same line ends on every system."""
+    """Write UTF-8 with the same line endings on every system."""
     path.write_text(text, encoding="utf-8", newline="\n")

@@ -1,4 +1,4 @@
-"""What the demo model is trained on: scenes, texts that say all or some of them, the facts in each as numbers."""
+"""The training data of the demo model: scenes, texts that state all or some of their facts, the facts as numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from flux_batch.demo.world.captions import (
     random_scene,
 )
 
-# How often a training text says nothing, or only a colour, or leaves a fact out.
+# Shares of the training texts that are empty, or only name a colour.
 EMPTY_SHARE = 0.08
 BARE_SHARE = 0.06
 # Textures are learned long before shapes, so most images are plain.
@@ -43,7 +43,7 @@ PLACES = (*POSITIONS, *RELATIONS)
 
 
 class Fact(NamedTuple):
-    """A question a text answers; the first answer stands for `not said`."""
+    """A kind of fact and its possible answers, the first of which is `not stated`."""
 
     name: str
     answers: tuple[str | None, ...]
@@ -65,14 +65,14 @@ FACTS = (
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text, and the place of its answer among those of each of the `FACTS`."""
+    """A text, and the index of its answer to each of the `FACTS`."""
 
     words: str
     answers: tuple[int, ...]
 
 
 def training_scene(rng: random.Random) -> Scene:
-    """Draw a scene that may be trained on."""
+    """Return a random scene that is not held out."""
     texture = rng.choices(list(TEXTURE_SHARES), weights=list(TEXTURE_SHARES.values()))[0]
     while is_held_out(scene := random_scene(rng, texture=texture)):
         pass
@@ -80,28 +80,28 @@ def training_scene(rng: random.Random) -> Scene:
 
 
 def training_text(scene: Scene, rng: random.Random, empty_share: float = EMPTY_SHARE) -> Text:
-    """Say a scene as users do: mostly in full, sometimes in part, sometimes not at all."""
+    """Return a random text about a scene: mostly in full, sometimes in part, sometimes empty."""
     kind = rng.random()
     if kind < empty_share:
         return Text("", answers(None))
     if kind < empty_share + BARE_SHARE:
-        # Of anything in the image: as a negative prompt it is to keep the colour out of all of it.
+        # The colour of a thing or the background: as a negative prompt it must keep it out of the whole image.
         colour = pick(rng, colours_of(scene))
         words = pick(rng, BARE_WORDINGS).format(colour)
-        told = [colour if fact.name == "first colour" else None for fact in FACTS]
-        return Text(words, indices(told))
+        stated = [colour if fact.name == "first colour" else None for fact in FACTS]
+        return Text(words, indices(stated))
     unsaid: frozenset[Unsaid] = frozenset(fact for fact, share in UNSAID_SHARES.items() if rng.random() < share)
     return Text(phrase(scene, pick(rng, range(len(WORDINGS))), unsaid), answers(scene, unsaid))
 
 
 def colours_of(scene: Scene) -> list[Colour]:
-    """Return the colours of the things and of what lies behind them."""
+    """Return the colours of the things and the background."""
     named = (scene.first.colour, scene.second and scene.second.colour, scene.background.colour, scene.background.second)
     return [colour for colour in named if colour]
 
 
 def answers(scene: Scene | None, unsaid: frozenset[Unsaid] = frozenset()) -> tuple[int, ...]:
-    """Return the places of the answers a text about a scene gives; without a scene it gives none."""
+    """Return the indices of a text's answers to the facts of its scene; all 0 without a scene."""
     if scene is None:
         return (0,) * len(FACTS)
     first, second, background = scene.first, scene.second, scene.background
@@ -122,6 +122,6 @@ def answers(scene: Scene | None, unsaid: frozenset[Unsaid] = frozenset()) -> tup
     )
 
 
-def indices(told: Sequence[str | None]) -> tuple[int, ...]:
-    """Return the place of each answer among the possible ones."""
-    return tuple(fact.answers.index(answer) for fact, answer in zip(FACTS, told, strict=True))
+def indices(stated: Sequence[str | None]) -> tuple[int, ...]:
+    """Return the index of each answer among the possible ones."""
+    return tuple(fact.answers.index(answer) for fact, answer in zip(FACTS, stated, strict=True))

@@ -1,1 +1,1 @@
-"""What the demo model knows: scenes, their captions and drawings, and how an image is read back."""
+"""The world of the demo model: scenes, their captions and drawings, and the reader of images."""

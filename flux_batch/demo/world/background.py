@@ -1,4 +1,4 @@
-"""What lies behind the things of an image: a fit of each known texture, and how far each pixel is from it."""
+"""The background of an image: a fit of each known texture, and the distance of each pixel from it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from flux_batch.demo.world.captions import COLOURS, PALETTE, Background, Colour,
 from flux_batch.demo.world.drawing import Mask, Pixels, share_of_second
 from flux_batch.demo.world.regions import Region
 
-# A pixel this far from all that may lie behind it, in units of 8-bit RGB, belongs to a thing: half of MIN_CONTRAST.
+# A pixel this far from the background, in units of 8-bit RGB, belongs to a thing: half of MIN_CONTRAST.
 FAR_OFF = 36.0
-# Colours nearer than this are one colour: half the way between the nearest two of the palette, orange and yellow.
+# Colours nearer than this are one colour: half the distance of the nearest two of the palette, orange and yellow.
 SAME_COLOUR = 44.0
-# How far the edges of a pattern may be off, or blurred. Dots are too small for more.
+# The tolerance at the edges of a pattern, in pixels, for shift and blur. Dots are too small for more.
 EDGE: dict[Texture, int] = {"plain": 0, "gradient": 0, "striped": 3, "checkered": 3, "dotted": 2}
-# How much more of an image a pattern must explain than what is plainer.
+# The share of an image that a pattern must explain beyond a plainer texture.
 GAIN = 0.04
 
 
 @dataclass(frozen=True, slots=True)
-class Behind:
-    """What lies behind the things: at share 0 and 1 of a texture's pattern the colours `first` and `second`: (3,)."""
+class BackgroundFit:
+    """A texture and the colours at share 0 and 1 of its pattern, `first` and `second`: (3,)."""
 
     texture: Texture
     first: Pixels
@@ -32,78 +32,78 @@ class Behind:
 
     @property
     def span(self) -> float:
-        """Distance between the two colours."""
+        """The distance between the two colours."""
         return float(np.linalg.norm(self.second - self.first))
 
 
-def find_behind(pixels: Pixels) -> tuple[Behind, float]:
-    """Fit every texture. Returns: the plainest that explains nearly as much as the best, and the share it explains."""
+def fit_background(pixels: Pixels) -> tuple[BackgroundFit, float]:
+    """Return the plainest texture that explains nearly as much as the best, and the share of the image it explains."""
     gradient = fit_gradient(pixels)
     middle = (gradient.first + gradient.second) * np.float32(0.5)
-    best = gradient if gradient.span >= SAME_COLOUR else Behind("plain", middle, middle)
+    best = gradient if gradient.span >= SAME_COLOUR else BackgroundFit("plain", middle, middle)
     most = explained_share(pixels, best)
     for texture in ("striped", "checkered", "dotted"):
-        behind = fit_pattern(pixels, texture)
-        share = explained_share(pixels, behind) if behind.span >= SAME_COLOUR else 0.0
+        fit = fit_pattern(pixels, texture)
+        share = explained_share(pixels, fit) if fit.span >= SAME_COLOUR else 0.0
         if share > most + GAIN:
-            best, most = behind, share
+            best, most = fit, share
     return best, most
 
 
-def fit_pattern(pixels: Pixels, texture: Texture) -> Behind:
-    """Take the median of the pixels where a pattern has one colour alone: things cover less than half of them."""
+def fit_pattern(pixels: Pixels, texture: Texture) -> BackgroundFit:
+    """Return the medians where a pattern has one colour alone: things cover less than half of those pixels."""
     low, high = limits(texture, *size_of(pixels))
-    return Behind(texture, median(pixels[high < 0.02]), median(pixels[low > 0.98]))
+    return BackgroundFit(texture, median(pixels[high < 0.02]), median(pixels[low > 0.98]))
 
 
-def fit_gradient(pixels: Pixels) -> Behind:
-    """Fit a gradient, of which a plain colour is one, to the left and right edges, then to all it explains.
+def fit_gradient(pixels: Pixels) -> BackgroundFit:
+    """Return the gradient that fits the left and right edges, then all pixels it explains; a plain colour is one.
 
-    Things stand inside and cover less than half of an edge, but they may do so at any height: of all lines through
-    two of its parts the one is taken to which the parts are nearest in sum, outliers counting alike.
+    Things cover less than half of an edge, but at any height: of all lines through two parts of the edges, the fit is
+    the one with the least sum of distances to the parts, each distance cut at FAR_OFF.
     """
     height = pixels.shape[0]
     parts = np.array_split(np.arange(height), 16)
     ends = (slice(2), slice(-2, None))
     edges = [median(pixels[rows][:, columns].reshape(-1, 3)) for rows in parts for columns in ends]
     seen = np.stack(edges)
-    place = np.repeat([(rows.mean() + 0.5) / height for rows in parts], 2)
+    heights = np.repeat([(rows.mean() + 0.5) / height for rows in parts], 2)
     i, j = np.triu_indices(len(seen), 1)
-    apart = place[j] - place[i]
+    apart = heights[j] - heights[i]
     i, j, apart = i[apart > 0.2], j[apart > 0.2], apart[apart > 0.2]
     slopes = (seen[j] - seen[i]) / apart[:, None]
-    starts = seen[i] - slopes * place[i, None]
-    off = np.linalg.norm(starts[:, None] + slopes[:, None] * place[None, :, None] - seen[None], axis=2)
+    starts = seen[i] - slopes * heights[i, None]
+    off = np.linalg.norm(starts[:, None] + slopes[:, None] * heights[None, :, None] - seen[None], axis=2)
     best = int(np.argmin(np.minimum(off, FAR_OFF).sum(axis=1)))
-    behind = Behind("gradient", starts[best], starts[best] + slopes[best])
+    fit = BackgroundFit("gradient", starts[best], starts[best] + slopes[best])
     for _ in range(2):
-        behind = refit_gradient(pixels, residual(pixels, behind) < FAR_OFF)
-    return behind
+        fit = refit_gradient(pixels, residual(pixels, fit) < FAR_OFF)
+    return fit
 
 
-def refit_gradient(pixels: Pixels, where: Region) -> Behind:
-    """Fit a line to the pixels of a region by least squares."""
+def refit_gradient(pixels: Pixels, where: Region) -> BackgroundFit:
+    """Return the gradient that fits the pixels of a region by least squares."""
     height = pixels.shape[0]
     counts = where.sum(axis=1).astype(np.float32)
     sums = (pixels * where[..., None]).sum(axis=1)
-    place = (np.arange(height, dtype=np.float32) + 0.5) / height
-    basis = np.stack([1 - place, place])
+    heights = (np.arange(height, dtype=np.float32) + 0.5) / height
+    basis = np.stack([1 - heights, heights])
     normal = (basis * counts) @ basis.T
     first, second = np.linalg.lstsq(normal, basis @ sums, rcond=None)[0].astype(np.float32)
-    return Behind("gradient", first, second)
+    return BackgroundFit("gradient", first, second)
 
 
-def explained_share(pixels: Pixels, behind: Behind) -> float:
-    """Return the share of an image that may be nothing but what lies behind."""
-    return float(np.mean(residual(pixels, behind) < FAR_OFF))
+def explained_share(pixels: Pixels, fit: BackgroundFit) -> float:
+    """Return the share of an image that is near the background."""
+    return float(np.mean(residual(pixels, fit) < FAR_OFF))
 
 
-def residual(pixels: Pixels, behind: Behind) -> Mask:
-    """Return how far each pixel is from all it may be, edges being off or blurred: (height, width)."""
-    low, high = limits(behind.texture, *size_of(pixels))
-    step = behind.second - behind.first
-    along = (pixels - behind.first) @ step / max(float(step @ step), 1e-6)
-    nearest = behind.first + np.clip(along, low, high)[..., None] * step
+def residual(pixels: Pixels, fit: BackgroundFit) -> Mask:
+    """Return the distance of each pixel from the background, with tolerance at edges: (height, width)."""
+    low, high = limits(fit.texture, *size_of(pixels))
+    step = fit.second - fit.first
+    along = (pixels - fit.first) @ step / max(float(step @ step), 1e-6)
+    nearest = fit.first + np.clip(along, low, high)[..., None] * step
     return distance(pixels, nearest)
 
 
@@ -120,7 +120,7 @@ def size_of(pixels: Pixels) -> tuple[int, int]:
 
 @lru_cache(maxsize=64)
 def pattern(texture: Texture, width: int, height: int) -> Mask:
-    """Return how much of the second colour each pixel has: (height, width)."""
+    """Return the share of the second colour in each pixel: (height, width)."""
     if texture == "plain":
         return np.zeros((height, width), np.float32)
     return share_of_second(Background(texture=texture, colour="black", second="white"), width, height)
@@ -138,28 +138,28 @@ def limits(texture: Texture, width: int, height: int) -> tuple[Mask, Mask]:
     return np.asarray(low, np.float32) / np.float32(255), np.asarray(high, np.float32) / np.float32(255)
 
 
-def name_behind(behind: Behind) -> Background:
-    """Name the texture and its colours."""
-    first, second = nearest_colour(behind.first), nearest_colour(behind.second)
-    return Background(texture=behind.texture, colour=first, second=None if behind.texture == "plain" else second)
+def name_background(fit: BackgroundFit) -> Background:
+    """Return the background of a scene that a fit comes nearest to."""
+    first, second = nearest_colour(fit.first), nearest_colour(fit.second)
+    return Background(texture=fit.texture, colour=first, second=None if fit.texture == "plain" else second)
 
 
-def distance_from_behind(pixels: Pixels, behind: Behind, off_behind: Mask, colour: Pixels) -> Mask:
-    """Return how far each pixel is from what lies behind, to tell it from a thing's colour.
+def distance_from_background(pixels: Pixels, fit: BackgroundFit, background_distance: Mask, colour: Pixels) -> Mask:
+    """Return the distance of each pixel from the background, to compare with that from a thing's colour.
 
-    Where that is a mixture of the colours behind, blurred edges would pass for the thing and the thing for edges:
-    only the pattern as it should be tells them apart, and only of pixels that have the colour.
+    If the thing's colour is a mixture of the background's two, blurred edges look like the thing and the thing like
+    edges: only the pattern without tolerance tells them apart.
     """
-    step = behind.second - behind.first
-    share = float(np.clip((colour - behind.first) @ step / max(float(step @ step), 1e-6), 0, 1))
-    if not EDGE[behind.texture] or np.linalg.norm(behind.first + share * step - colour) > 2 * SAME_COLOUR:
-        return off_behind
-    sharp = behind.first + pattern(behind.texture, *size_of(pixels))[..., None] * step
+    step = fit.second - fit.first
+    share = float(np.clip((colour - fit.first) @ step / max(float(step @ step), 1e-6), 0, 1))
+    if not EDGE[fit.texture] or np.linalg.norm(fit.first + share * step - colour) > 2 * SAME_COLOUR:
+        return background_distance
+    sharp = fit.first + pattern(fit.texture, *size_of(pixels))[..., None] * step
     return np.minimum(distance(pixels, sharp), 1.5 * SAME_COLOUR)
 
 
 def nearest_colour(rgb: Pixels) -> Colour:
-    """Name a colour (3,)."""
+    """Return the name of the palette's colour nearest to (3,)."""
     return min(COLOURS, key=lambda colour: float(np.linalg.norm(rgb - np.array(PALETTE[colour], np.float32))))
 
 

@@ -1,6 +1,6 @@
-"""A small world in words: scenes of one or two shapes, and how to say them; knows no tokenizer, tensor or image.
+"""Scenes of one or two shapes, and captions of them; knows no tokenizer, tensor or image.
 
-A `Scene` holds every fact of an image, a `Caption` says all or some of them; images are drawn and read back in
+A `Scene` holds every fact of an image, a `Caption` states all or some of them. Images are drawn and read back in
 terms of the same facts.
 """
 
@@ -24,8 +24,8 @@ Unsaid = Literal["colour", "place", "background"]
 Rgb = tuple[int, int, int]
 Option = TypeVar("Option")
 
-# The seed of the captions that a model is judged by.
-SCORED = 2000
+# The seed of the captions that score a model.
+SCORED_SEED = 2000
 
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 COLOURS: tuple[Colour, ...] = get_args(Colour)
@@ -34,7 +34,7 @@ POSITIONS: tuple[Position, ...] = get_args(Position)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 TEXTURES: tuple[Texture, ...] = get_args(Texture)
 
-# What a colour word means, in sRGB.
+# The sRGB values of each colour word.
 PALETTE: dict[Colour, Rgb] = {
     "red": (218, 40, 40),
     "orange": (246, 140, 30),
@@ -48,10 +48,10 @@ PALETTE: dict[Colour, Rgb] = {
     "white": (248, 248, 246),
     "grey": (142, 144, 148),
 }
-# How far, in units of 8-bit RGB, a thing must be from whatever lies behind it.
+# The least distance of a thing from its background, in units of 8-bit RGB.
 MIN_CONTRAST = 75.0
 
-# Several ways to say a fact; a wording takes the same one wherever it can.
+# Several words for a fact; a wording uses the variant of the same number everywhere.
 SIZE_WORDS: dict[Size, tuple[str, ...]] = {
     "small": ("small ", "little ", "tiny "),
     "medium": ("", "medium-sized "),
@@ -91,7 +91,7 @@ WORDINGS_WITHOUT_BACKGROUND = (
     "a drawing that shows {subject}",
     "there is {subject}",
 )
-# As users write negative prompts: a colour, and nothing else.
+# Texts with a colour and nothing else, as users write negative prompts.
 BARE_WORDINGS = ("{}", "{} things", "something {}", "a {} shape")
 
 
@@ -106,7 +106,7 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Background:
-    """What lies behind; `second` is the other colour of all textures but a plain one."""
+    """The background of an image; `second` is the other colour of all textures but a plain one."""
 
     texture: Texture
     colour: Colour
@@ -114,7 +114,9 @@ class Background:
 
     def __post_init__(self) -> None:
         if (self.texture == "plain") != (self.second is None):
-            raise ValueError(f"a {self.texture} background with second colour {self.second} cannot be")
+            raise ValueError(
+                f"a plain background must have no second colour, others must have one: {self.texture}, {self.second}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +136,7 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caption:
-    """A text and the scene it is about, of which it leaves some facts open."""
+    """A text, the scene it describes, and the facts of the scene that it leaves out."""
 
     text: str
     scene: Scene
@@ -142,9 +144,9 @@ class Caption:
 
 
 def captions(count: int, seed: int, *, held_out: bool = False) -> Iterator[Caption]:
-    """Yield captions that say everything; the same ones for the same seed, on every machine.
+    """Yield captions that state all facts; the same ones for the same seed, on every machine.
 
-    held_out: with at least one thing that no training image shows, otherwise with none.
+    held_out: only captions with a thing that no training image shows; otherwise only captions without one.
     """
     rng = random.Random(seed)
     while count:
@@ -156,13 +158,13 @@ def captions(count: int, seed: int, *, held_out: bool = False) -> Iterator[Capti
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Tell whether a scene shows a shape in the colour that is kept from training: one colour a shape."""
+    """Return whether a scene has a shape in the colour that is held out from training, one a shape."""
     things = [thing for thing in (scene.first, scene.second) if thing]
     return any((COLOURS.index(thing.colour) + 3 * SHAPES.index(thing.shape)) % len(COLOURS) == 0 for thing in things)
 
 
 def random_scene(rng: random.Random, *, num_things: int | None = None, texture: Texture | None = None) -> Scene:
-    """Draw a scene in which every colour is different and every thing can be told from what lies behind it."""
+    """Return a random scene, all colours different and each thing in contrast to the background."""
     number = num_things or pick(rng, (1, 2))
     background_texture: Texture = pick(rng, TEXTURES) if texture is None else texture
     while True:
@@ -178,12 +180,12 @@ def random_scene(rng: random.Random, *, num_things: int | None = None, texture: 
 
 
 def make_background(texture: Texture, colour: Colour, second: Colour) -> Background:
-    """Make a background; a plain one has no use for the second colour."""
+    """Return a background; a plain one ignores the second colour."""
     return Background(texture=texture, colour=colour, second=None if texture == "plain" else second)
 
 
 def random_thing(rng: random.Random, colour: Colour) -> Thing:
-    """Draw a thing of this colour."""
+    """Return a random thing of a colour."""
     return Thing(shape=pick(rng, SHAPES), colour=colour, size=pick(rng, SIZES))
 
 
@@ -192,31 +194,31 @@ def contrast(colour: Colour, background: Background) -> float:
     start = PALETTE[background.colour]
     end = PALETTE[background.second or background.colour]
     shares = [step / 16 for step in range(17)] if background.texture == "gradient" else [0.0, 1.0]
-    behind = [tuple(a + (b - a) * share for a, b in zip(start, end, strict=True)) for share in shares]
-    return min(math.dist(PALETTE[colour], mixture) for mixture in behind)
+    mixtures = [tuple(a + (b - a) * share for a, b in zip(start, end, strict=True)) for share in shares]
+    return min(math.dist(PALETTE[colour], mixture) for mixture in mixtures)
 
 
 def phrase(scene: Scene, wording: int = 0, unsaid: frozenset[Unsaid] = frozenset()) -> str:
-    """Say a scene in one of the `WORDINGS`, leaving out what is to be `unsaid`."""
+    """Return the caption of a scene in one of the `WORDINGS`, without the facts in `unsaid`."""
     subject = name_thing(scene.first, wording, unsaid)
     if scene.position is not None and "place" not in unsaid:
         subject += f" {variant(POSITION_WORDS[scene.position], wording)}"
     if scene.relation is not None and scene.second is not None:
-        place = "and" if "place" in unsaid else variant(RELATION_WORDS[scene.relation], wording)
-        subject += f" {place} {name_thing(scene.second, wording, unsaid)}"
+        relation = "and" if "place" in unsaid else variant(RELATION_WORDS[scene.relation], wording)
+        subject += f" {relation} {name_thing(scene.second, wording, unsaid)}"
     if "background" in unsaid:
         return variant(WORDINGS_WITHOUT_BACKGROUND, wording).format(subject=subject)
     return WORDINGS[wording].format(subject=subject, background=name_background(scene.background, wording))
 
 
 def name_thing(thing: Thing, wording: int, unsaid: frozenset[Unsaid] = frozenset()) -> str:
-    """Say a thing, e.g. `a small red star`."""
+    """Return the words for a thing, e.g. `a small red star`."""
     colour = "" if "colour" in unsaid else f"{thing.colour} "
     return with_article(f"{variant(SIZE_WORDS[thing.size], wording)}{colour}{thing.shape}")
 
 
 def name_background(background: Background, wording: int) -> str:
-    """Say a background, e.g. `a checkered black and white background`."""
+    """Return the words for a background, e.g. `a checkered black and white background`."""
     if background.second is None:
         return with_article(variant(("plain {} background", "{} background"), wording).format(background.colour))
     if background.texture == "gradient":
@@ -226,16 +228,16 @@ def name_background(background: Background, wording: int) -> str:
 
 
 def with_article(words: str) -> str:
-    """Put `a` or `an` before words."""
+    """Return words with `a` or `an` before them."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def variant(spellings: Sequence[str], wording: int) -> str:
-    """Return the spelling that a wording uses."""
+    """Return the one of several words that a wording uses."""
     return spellings[wording % len(spellings)]
 
 
-# random() is the only method whose numbers Python promises to keep, so every choice is made from it.
+# Every choice is made from random(), the only method whose numbers Python promises to keep.
 
 
 def pick(rng: random.Random, options: Sequence[Option]) -> Option:

@@ -1,4 +1,4 @@
-"""Draws a scene: facts in, an anti-aliased image out; knows no words and no model."""
+"""The drawing of a scene: facts in, an anti-aliased image out; knows no words and no model."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ CENTRES_OF_PAIR: dict[Relation, tuple[Point, Point]] = {
     "above": ((MIDDLE, NEAR), (MIDDLE, FAR)),
     "below": ((MIDDLE, FAR), (MIDDLE, NEAR)),
 }
-# How far a thing may stand from its place, and a pair from the middle across its axis.
+# The largest shift of a thing from its centre, and of a pair across its axis, in shares of the image.
 JITTER = 0.015
 PAIR_DRIFT = 0.04
-# Stripes, checks and dots repeat every so many pixels at 128 x 128, in proportion at other sizes.
+# The period of stripes, checks and dots in pixels at 128 x 128; in proportion at other sizes.
 PERIOD = 32.0
 PERIOD_SIDE = 128.0
 DOT_RADIUS = 0.26  # of the period of dots, half that of stripes
@@ -51,7 +51,7 @@ DOT_RADIUS = 0.26  # of the period of dots, half that of stripes
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a thing stands: centre and extent in pixels."""
+    """The centre and extent of a thing, in pixels."""
 
     x: float
     y: float
@@ -59,7 +59,7 @@ class Placement:
 
 
 def draw(scene: Scene, width: int, height: int, rng: random.Random) -> Image.Image:
-    """Draw a scene; `rng` moves things and shades colours a little."""
+    """Return the image of a scene; `rng` moves things and shades colours a little."""
     pixels = draw_background(scene.background, width, height, rng)
     things = [thing for thing in (scene.first, scene.second) if thing]
     for thing, place in zip(things, placements(scene, width, height, rng), strict=True):
@@ -69,7 +69,7 @@ def draw(scene: Scene, width: int, height: int, rng: random.Random) -> Image.Ima
 
 
 def placements(scene: Scene, width: int, height: int, rng: random.Random) -> list[Placement]:
-    """Choose the place of each thing."""
+    """Return the placement of each thing."""
     if scene.position is not None:
         return [place(CENTRES[scene.position], scene.first.size, width, height, rng)]
     assert scene.relation is not None
@@ -82,7 +82,7 @@ def placements(scene: Scene, width: int, height: int, rng: random.Random) -> lis
 
 
 def place(centre: Point, size: Size, width: int, height: int, rng: random.Random) -> Placement:
-    """Put a thing of a size near a centre, given in shares of the image, and keep it inside."""
+    """Return the placement of a thing near a centre, given in shares of the image, and inside of it."""
     x, y = (share + (2 * rng.random() - 1) * JITTER for share in centre)
     extent = EXTENTS[size] * (0.96 + 0.08 * rng.random()) * min(width, height)
     margin = extent / 2 + 1
@@ -90,12 +90,12 @@ def place(centre: Point, size: Size, width: int, height: int, rng: random.Random
 
 
 def shade(colour: Colour, rng: random.Random, spread: float = 6.0) -> Pixels:
-    """Return a colour that is almost the one of the palette: (3,)."""
+    """Return a colour close to that of the palette: (3,)."""
     return np.array([channel + (2 * rng.random() - 1) * spread for channel in PALETTE[colour]], np.float32)
 
 
 def draw_background(background: Background, width: int, height: int, rng: random.Random) -> Pixels:
-    """Fill an image. A gradient runs from top to bottom, stripes stand upright."""
+    """Return an image of the background alone. A gradient runs from top to bottom, stripes are vertical."""
     first = shade(background.colour, rng)
     if background.second is None:
         return np.broadcast_to(first, (height, width, 3)).copy()
@@ -106,7 +106,7 @@ def draw_background(background: Background, width: int, height: int, rng: random
 
 
 def share_of_second(background: Background, width: int, height: int) -> Mask:
-    """Return how much of the second colour each pixel of a background has: (height, width)."""
+    """Return the share of the second colour in each pixel of a background: (height, width)."""
     # The middle of each sample, in periods: the same number of periods along the shorter side at every size.
     period = PERIOD * min(width, height) / PERIOD_SIDE
     x, y = (((np.arange(length * SAMPLES) + 0.5) / SAMPLES / period) for length in (width, height))
@@ -125,21 +125,21 @@ def share_of_second(background: Background, width: int, height: int) -> Mask:
 
 
 def mean_of_samples(samples: Mask) -> Mask:
-    """Shrink by `SAMPLES` along both axes."""
+    """Return the means of squares of `SAMPLES` by `SAMPLES` samples."""
     height, width = (length // SAMPLES for length in samples.shape)
     means: Mask = samples.reshape(height, SAMPLES, width, SAMPLES).mean(axis=(1, 3), dtype=np.float32)
     return means
 
 
 def draw_shape(shape: Shape, place: Placement, width: int, height: int) -> Mask:
-    """Return how much of each pixel a shape covers: (height, width)."""
+    """Return the share of each pixel that a shape covers: (height, width)."""
     left, top = math.floor(place.x - place.extent / 2) - 1, math.floor(place.y - place.extent / 2) - 1
     side = math.ceil(place.extent) + 3
     canvas = Image.new("L", (side * SAMPLES, side * SAMPLES))
     radius = place.extent / 2 * SAMPLES
     centre = ((place.x - left) * SAMPLES, (place.y - top) * SAMPLES)
     for outline, fill in outlines(shape):
-        # Pillow counts the edge as inside.
+        # Pillow counts the edge as inside: half a sample less.
         points = [(centre[0] + x * radius - 0.5, centre[1] + y * radius - 0.5) for x, y in outline]
         ImageDraw.Draw(canvas).polygon(points, fill=fill)
     patch = mean_of_samples(np.asarray(canvas, np.float32) / np.float32(255))
@@ -150,7 +150,7 @@ def draw_shape(shape: Shape, place: Placement, width: int, height: int) -> Mask:
 
 
 def outlines(shape: Shape) -> list[tuple[Sequence[Point], int]]:
-    """Return the polygons of a shape in [-1, 1], y down, and what each is filled with: 255 the shape, 0 a hole."""
+    """Return the polygons of a shape in [-1, 1], y down, and their fill: 255 the shape, 0 a hole."""
     if shape == "circle":
         return [(arc(1.0), 255)]
     if shape == "ring":

@@ -1,8 +1,8 @@
-"""Reads an image of the small world back: which things stand where, and what lies behind them; knows no caption.
+"""The reading of an image of the demo's world: its things and its background; knows no caption.
 
-Plain image operations on an image whose shorter side is 128 pixels: what lies behind is fitted first, as one of the
-known textures; what it does not explain are things, told apart by colour and place; a thing's shape is the one whose
-drawing, of the same area and centre of mass, covers it best.
+Plain image operations on an image whose shorter side is 128 pixels. The background is fitted first, as one of the known
+textures; the rest is things, separated by colour and position; the shape of a thing is the one whose drawing, of the
+same area and centre of mass, covers it best.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from PIL import Image
 from flux_batch.demo.world.background import (
     FAR_OFF,
     SAME_COLOUR,
-    Behind,
+    BackgroundFit,
     distance,
-    distance_from_behind,
-    find_behind,
+    distance_from_background,
+    fit_background,
     median,
-    name_behind,
+    name_background,
     nearest_colour,
     residual,
 )
@@ -29,16 +29,16 @@ from flux_batch.demo.world.captions import COLOURS, PALETTE, SHAPES, Background,
 from flux_batch.demo.world.drawing import EXTENTS, Mask, Pixels, Placement, draw_shape
 from flux_batch.demo.world.regions import Region, components, grown, opened, shrunk
 
-# Every image is read at this length of its shorter side, in pixels; lengths below are at this scale.
+# The shorter side to which every image is scaled, in pixels; the lengths below are at this scale.
 SIDE = 128
-# What lies behind must explain this share of an image; the two largest things leave 0.69.
+# The share of an image that the background must explain; the two largest things leave 0.69.
 MIN_EXPLAINED = 0.55
-# Pixels. A small star covers 196, the specks that are no things up to 0.3 % of an image, 98 of one twice as wide.
+# Pixels. A small star covers 196; specks cover up to 0.3 % of an image: 98 of one twice as wide.
 MIN_AREA = 140.0
 MAX_COLOURS = 8
-# Overlap with the best shape below which a thing has none.
+# The least overlap of a thing with its shape.
 MIN_OVERLAP = 0.6
-# Halfway, as a ratio, between the extents that are drawn.
+# The geometric means of the extents that are drawn.
 SMALL_BELOW = (EXTENTS["small"] * EXTENTS["medium"]) ** 0.5
 LARGE_ABOVE = (EXTENTS["medium"] * EXTENTS["large"]) ** 0.5
 
@@ -60,7 +60,7 @@ class ReadThing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """What an image shows, larger things first; `background` is None if it is none of the textures."""
+    """The content of an image, larger things first; `background` is None if no texture fits."""
 
     things: tuple[ReadThing, ...]
     background: Background | None
@@ -69,14 +69,14 @@ class Reading:
 def read_image(image: Image.Image) -> Reading:
     """Read an image of any size and aspect ratio; the world is drawn from 96 x 96 to 256 x 256."""
     pixels = normalized(image)
-    behind, explained = find_behind(pixels)
+    fit, explained = fit_background(pixels)
     if explained < MIN_EXPLAINED:
         return Reading(things=(), background=None)
-    return Reading(things=tuple(find_things(pixels, behind)), background=name_behind(behind))
+    return Reading(things=tuple(find_things(pixels, fit)), background=name_background(fit))
 
 
 def normalized(image: Image.Image) -> Pixels:
-    """Scale an image to a shorter side of `SIDE`: (height, width, 3), 0 to 255."""
+    """Return an image scaled to a shorter side of `SIDE`: (height, width, 3), 0 to 255."""
     scale = SIDE / min(image.size)
     width, height = (max(SIDE, round(length * scale)) for length in image.size)
     resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
@@ -84,29 +84,29 @@ def normalized(image: Image.Image) -> Pixels:
 
 
 def colour_share(image: Image.Image, colour: Colour) -> float:
-    """Return the share of an image, 0 to 1, that is nearer to this colour than to any other and not far from it."""
+    """Return the share of an image, 0 to 1, that is near a colour and nearer to no other."""
     pixels = normalized(image)
     distances = [np.linalg.norm(pixels - np.array(rgb, np.float32), axis=2) for rgb in PALETTE.values()]
     nearest = np.argmin(distances, axis=0) == COLOURS.index(colour)
     return float(np.mean(nearest & (distances[COLOURS.index(colour)] < 2 * SAME_COLOUR)))
 
 
-def find_things(pixels: Pixels, behind: Behind) -> list[ReadThing]:
-    """Find the things, larger ones first.
+def find_things(pixels: Pixels, fit: BackgroundFit) -> list[ReadThing]:
+    """Return the things, larger ones first.
 
-    First their colours, from what cannot lie behind; then every pixel goes to the colour it is nearest to. So things
-    that touch are apart, and one whose colour is a mixture of those behind is whole, edges of the pattern included.
+    Their colours come first, from the pixels far from the background; then each pixel goes to the nearest colour. So
+    things that touch are separate, and a thing in a mixture of the background's colours is whole.
     """
-    off_behind = residual(pixels, behind)
-    colours = find_colours(pixels, opened(off_behind >= FAR_OFF))
+    background_distance = residual(pixels, fit)
+    colours = find_colours(pixels, opened(background_distance >= FAR_OFF))
     if not colours:
         return []
     off_colours = np.stack([distance(pixels, colour) for colour in colours])
     nearest = np.argmin(off_colours, axis=0)
-    is_thing = off_colours.min(axis=0) < off_behind
+    is_thing = off_colours.min(axis=0) < background_distance
     found = []
     for number, (colour, off) in enumerate(zip(colours, off_colours, strict=True)):
-        off_rest = distance_from_behind(pixels, behind, off_behind, colour)
+        off_rest = distance_from_background(pixels, fit, background_distance, colour)
         cover = np.clip(1.5 * off_rest / (off_rest + off + 1e-6) - 0.25, 0, 1)
         is_other = is_thing & (nearest != number)
         for region in components(opened(~is_other & (off < off_rest)), MIN_AREA / 2):
@@ -117,7 +117,7 @@ def find_things(pixels: Pixels, behind: Behind) -> list[ReadThing]:
 
 
 def find_colours(pixels: Pixels, region: Region) -> list[Pixels]:
-    """Find the colours of a region that holds things: each (3,), those of the largest parts first."""
+    """Return the colours of the things in a region, each (3,), those of the largest parts first."""
     colours: list[Pixels] = []
     while len(colours) < MAX_COLOURS:
         parts = list(components(region, MIN_AREA / 8))
@@ -130,7 +130,7 @@ def find_colours(pixels: Pixels, region: Region) -> list[Pixels]:
 
 
 def core_of(region: Region) -> Region:
-    """Return what is well inside a region, or all of it if it is thin."""
+    """Return the inner part of a region, or all of it if it is thin."""
     for by in (3, 2, 1):
         core = shrunk(region, by)
         if core.sum() >= MIN_AREA / 4:
@@ -144,13 +144,13 @@ def main_colour(seen: Pixels) -> Pixels:
     nearest = np.argmin(np.linalg.norm(seen[:, None] - palette, axis=2), axis=1)
     most = np.bincount(nearest).argmax()
     centre = median(seen[nearest == most])
-    # Once more around it, since a shade between two of the palette falls to both.
+    # Once more around it, since a shade between two colours of the palette is split between them.
     near = seen[np.linalg.norm(seen - centre, axis=1) < SAME_COLOUR]
     return median(near)
 
 
 def describe(cover: Mask, colour: Pixels) -> ReadThing:
-    """Name the shape, size and place of a thing from how much of each pixel it covers."""
+    """Return the thing that covers a share of each pixel: its shape, size and position."""
     overlaps = {shape: overlap(shape, cover) for shape in SHAPES}
     shape = max(SHAPES, key=lambda shape: overlaps[shape][0])
     best, place = overlaps[shape]
@@ -166,7 +166,10 @@ def describe(cover: Mask, colour: Pixels) -> ReadThing:
 
 
 def overlap(shape: Shape, cover: Mask) -> tuple[float, Placement]:
-    """Draw a shape of the same area and centre of mass. Returns: intersection over union, 0 to 1, and its placement."""
+    """Return the overlap of a shape of equal area and centre of mass, and its placement.
+
+    The overlap is the intersection over the union, 0 to 1.
+    """
     height, width = cover.shape
     area, x, y = moments(cover)
     area_of_one, x_of_one, y_of_one = moments_of_shape(shape)
@@ -186,6 +189,6 @@ def moments(cover: Mask) -> tuple[float, float, float]:
 
 @lru_cache(maxsize=len(SHAPES))
 def moments_of_shape(shape: Shape, extent: float = 200.0) -> tuple[float, float, float]:
-    """Return the area of a shape of extent 1 and the centre of its mass relative to its own centre."""
+    """Return the area of a shape of extent 1, and its centre of mass relative to its centre."""
     area, x, y = moments(draw_shape(shape, Placement(128, 128, extent), 256, 256))
     return area / extent**2, (x - 128) / extent, (y - 128) / extent

@@ -1,4 +1,4 @@
-"""Regions of pixels: grown, shrunk, cleaned and told apart; knows no colour."""
+"""Morphology of regions: erosion, dilation, opening, connected components; knows no colour."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Region = NDArray[np.bool_]  # (height, width)
 
 
 def opened(region: Region) -> Region:
-    """Remove what is thinner than three pixels, and close gaps as thin."""
+    """Return a region without parts thinner than three pixels, and with gaps as thin closed."""
     return shrunk(grown(shrunk(region, 1), 2), 1)
 
 
 def grown(region: Region, by: int) -> Region:
-    """Add every pixel within `by` of a region, along rows and columns alike."""
+    """Return a region with every pixel within `by` of it, along rows and columns."""
     for axis in [0, 1] * by:
         grown_once = region.copy()
         here, there = (grown_once, region) if axis == 0 else (grown_once.T, region.T)
@@ -27,7 +27,7 @@ def grown(region: Region, by: int) -> Region:
 
 
 def shrunk(region: Region, by: int) -> Region:
-    """Take away every pixel within `by` of what is outside."""
+    """Return a region without every pixel within `by` of its outside."""
     return ~grown(~region, by)
 
 
@@ -40,7 +40,7 @@ def components(region: Region, min_area: float) -> Iterator[Region]:
 
 
 def label(region: Region) -> NDArray[np.int64]:
-    """Give each connected part of a region a number from 1, outside is 0; pixels touch at sides and corners."""
+    """Return the number of each pixel's connected part, from 1; 0 outside. Pixels touch at sides and corners."""
     height, width = region.shape
     padded = np.zeros((height, width + 2), np.int8)
     padded[:, 1:-1] = region

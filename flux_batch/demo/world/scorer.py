@@ -1,4 +1,4 @@
-"""Tells which facts of a caption hold in an image, and sums them up; knows no model."""
+"""The comparison of captions with images, fact by fact, and its sums; knows no model."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from flux_batch.demo.world.reading import Reading, ReadThing, read_image
 Kind = Literal["count", "shape", "colour", "size", "position", "relation", "texture", "background colour"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-# Things that are compared with those of a caption: the largest ones.
+# The largest things of an image, which are compared with those of a caption.
 MAX_COMPARED = 6
-# How far apart, in shares of the image, two things of a relation must be.
+# The least distance between two things in a relation, in shares of the image.
 MIN_APART = 0.15
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One fact of a caption: what it says, what the image shows (empty if nothing), and whether that is the same."""
+    """One fact of a caption, the same fact of its image (empty if missing), and whether the two are equal."""
 
     kind: Kind
     said: str
@@ -34,13 +34,13 @@ class Fact:
 
 @dataclass(frozen=True)
 class Scores:
-    """How many facts of captions hold in their images."""
+    """The facts of captions, each of which holds in its image or does not."""
 
     num_images: int
     facts: tuple[Fact, ...]
 
     def share(self, kind: Kind | None = None) -> float:
-        """Return the share of facts, 0 to 1, of one kind or of all, that hold; 1 if there are none."""
+        """Return the share of facts that hold, 0 to 1, of one kind or of all; 1 if there are none."""
         found = [fact.holds for fact in self.facts if kind in (None, fact.kind)]
         return sum(found) / len(found) if found else 1.0
 
@@ -65,20 +65,20 @@ class Scores:
 
 
 def score_all(captions: Iterable[Caption], images: Iterable[Image.Image]) -> Scores:
-    """Score images against their captions, in the same order. Raises: ValueError if their numbers differ."""
+    """Compare captions with images in the same order. Raises: ValueError if their numbers differ."""
     scored = [score(caption, image) for caption, image in zip(captions, images, strict=True)]
     return Scores(len(scored), tuple(fact for facts in scored for fact in facts))
 
 
 def score(caption: Caption, image: Image.Image) -> list[Fact]:
-    """Return every fact that a caption says, and whether it holds in an image."""
+    """Return every fact of a caption, compared with an image."""
     return compare(caption, read_image(image))
 
 
 def compare(caption: Caption, reading: Reading) -> list[Fact]:
-    """Compare a caption with what was read. What it leaves unsaid is no fact.
+    """Return every fact of a caption, compared with a reading. What a caption leaves out is no fact.
 
-    Which thing is which is not in an image: of all ways to take them, the one in which most facts hold counts.
+    An image does not number its things: of all ways to assign them, the one in which most facts hold counts.
     """
     said = [thing for thing in (caption.scene.first, caption.scene.second) if thing]
     facts = [make_fact("count", str(len(said)), str(len(reading.things)))]
@@ -90,13 +90,13 @@ def compare(caption: Caption, reading: Reading) -> list[Fact]:
 
 
 def assignments(things: Sequence[ReadThing], count: int) -> Iterator[tuple[ReadThing | None, ...]]:
-    """Yield every way to take `count` things; None stands in for those that are missing."""
+    """Yield every ordered choice of `count` things; None stands for a missing one."""
     missing = [None] * max(count - len(things), 0)
     yield from permutations([*things[:MAX_COMPARED], *missing], count)
 
 
 def facts_of_things(caption: Caption, shown: Sequence[ReadThing | None]) -> Iterator[Fact]:
-    """Yield the facts about the things of a caption if these are they."""
+    """Yield the facts about the things of a caption, given the things of the image for them."""
     scene = caption.scene
     yield from facts_of_thing(caption, scene.first, shown[0])
     if scene.second:
@@ -118,29 +118,29 @@ def facts_of_thing(caption: Caption, said: Thing, shown: ReadThing | None) -> It
 
 
 def facts_of_background(scene: Scene, reading: Reading) -> Iterator[Fact]:
-    """Yield the facts about what lies behind; the order of its colours counts where it runs from top to bottom."""
+    """Yield the facts about the background; the order of its colours counts in a gradient."""
     said, shown = scene.background, reading.background
     yield make_fact("texture", said.texture, shown.texture if shown else None)
     seen = (shown.colour, shown.second) if shown else (None, None)
     is_ordered = said.texture == "gradient" and shown is not None and shown.texture == "gradient"
-    for place, colour in enumerate((said.colour, said.second)):
+    for index, colour in enumerate((said.colour, said.second)):
         if colour:
-            one = seen[place] if is_ordered or colour not in seen else colour
+            one = seen[index] if is_ordered or colour not in seen else colour
             yield make_fact("background colour", colour, one)
 
 
 def make_fact(kind: Kind, said: str, shown: str | None) -> Fact:
-    """Make a fact, which holds if what is shown is what is said."""
+    """Return a fact, which holds if caption and image are equal."""
     return Fact(kind, said, shown or "", said == shown)
 
 
 def position_of(thing: ReadThing) -> Position:
-    """Name the position nearest to a thing's centre."""
+    """Return the position nearest to a thing's centre."""
     return min(POSITIONS, key=lambda name: (CENTRES[name][0] - thing.x) ** 2 + (CENTRES[name][1] - thing.y) ** 2)
 
 
 def relation_of(first: ReadThing, second: ReadThing) -> Relation | None:
-    """Name how the first thing stands to the second, along the axis on which they are further apart."""
+    """Return the relation of the first thing to the second, on the axis of the larger distance; None if too close."""
     x, y = first.x - second.x, first.y - second.y
     if max(abs(x), abs(y)) < MIN_APART:
         return None

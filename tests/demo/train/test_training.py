@@ -80,7 +80,7 @@ def test_a_lora_has_the_names_of_diffusers_and_splits_fused_layers() -> None:
 
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flow, "TOKENS", 4 * 64)
+    monkeypatch.setattr(flow, "TOKENS_A_STEP", 4 * 64)
 
 
 def test_training_is_taken_up_again_and_writes_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

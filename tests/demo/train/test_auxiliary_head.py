@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from flux_batch.demo.train.auxiliary_head import BLOCK, AuxiliaryHead, token_classes
 from flux_batch.demo.train.parts import TRANSFORMER
-from flux_batch.demo.train.sight import BLOCK, Sight, token_answers
 from flux_batch.demo.world.captions import COLOURS, SHAPES, SIZES, Background, Scene, Thing
 from flux_batch.model.transformer import Flux
 
@@ -19,7 +19,7 @@ def answer(thing: Thing) -> list[int]:
 
 
 def test_tokens_show_the_thing_that_may_stand_there() -> None:
-    answers = token_answers(Scene(first=STAR, position="top left", background=WHITE), 128, 128).reshape(8, 8, 3)
+    answers = token_classes(Scene(first=STAR, position="top left", background=WHITE), 128, 128).reshape(8, 8, 3)
 
     assert answers[1, 1].tolist() == answers[2, 2].tolist() == answer(STAR)
     assert not answers[4:].any()
@@ -28,7 +28,7 @@ def test_tokens_show_the_thing_that_may_stand_there() -> None:
 
 def test_of_two_things_each_has_its_side() -> None:
     scene = Scene(first=STAR, relation="right of", second=RING, background=WHITE)
-    answers = token_answers(scene, 128, 96).reshape(6, 8, 3)
+    answers = token_classes(scene, 128, 96).reshape(6, 8, 3)
 
     assert answers[3, 1].tolist() == answer(RING)
     assert answers[3, 5].tolist() == answer(STAR)
@@ -38,7 +38,7 @@ def test_of_two_things_each_has_its_side() -> None:
 def test_the_error_teaches_the_blocks_up_to_the_one_that_is_watched() -> None:
     torch.manual_seed(0)
     model = Flux(TRANSFORMER)
-    sight = Sight(model)
+    head = AuxiliaryHead(model)
     ids = torch.zeros(2 + 4, 3)
     model(
         torch.randn(1, 4, 64),
@@ -48,7 +48,7 @@ def test_the_error_teaches_the_blocks_up_to_the_one_that_is_watched() -> None:
         torch.randn(1, TRANSFORMER.vec_in_dim),
         torch.tensor([3.5]),
     )
-    sight.loss(torch.zeros(1, 4, 3, dtype=torch.long), torch.ones(1, 4)).backward()
+    head.loss(torch.zeros(1, 4, 3, dtype=torch.long), torch.ones(1, 4)).backward()
 
     taught = [block.linear1.weight.grad is not None for block in model.single_blocks]
     assert taught == [number <= BLOCK for number in range(len(taught))]
