@@ -188,7 +188,7 @@ def wrong_with_program(module: str, arguments: list[str]) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *arguments])
         patch.setattr(argparse.ArgumentParser, "error", lambda self, message: made.append(message))
-        program.arguments()
+        program.parse_arguments()
     yield from (f"python -m {module} {shlex.join(arguments)}: {message}" for message in made)
 
 

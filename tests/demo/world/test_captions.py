@@ -59,7 +59,7 @@ def test_every_wording_tells_shape_and_colour_of_everything(wording: int) -> Non
 def test_captions_are_the_same_on_every_machine() -> None:
     # Pinned: a change here changes the scores that are written down.
     assert [caption.text for caption in captions(3, seed=2)] == [
-        "an image of a little red cross over a medium-sized orange heart on a dotted white and brown background",
+        "a picture of a little red cross over a medium-sized orange heart on a dotted white and brown background",
         "a small brown star in the centre on a gradient from white to blue",
         "a small blue square at the bottom on a gradient from purple to pink",
     ]
