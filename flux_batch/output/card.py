@@ -11,7 +11,7 @@ from flux_batch.redaction import public_uri
 
 
 def card(config: JobConfig, num_prompts: int) -> str:
-    """Write the card: a header for loaders, then what a person should know. No date: the same job, the same bytes."""
+    """Return the card: a header for loaders, then a page for people. Without a date: the same job, the same bytes."""
     pattern = format_for(config.output).loader_pattern
     header = {
         "configs": [{"config_name": "default", "data_files": [{"split": TRAIN, "path": pattern}]}],
@@ -42,5 +42,5 @@ what they make.
 
 
 def _yaml(header: dict[str, object]) -> str:
-    """Write the header; JSON values are YAML too, and need no second library here."""
+    """Return the header as YAML; JSON values are YAML too, and need no second library here."""
     return "".join(f"{key}: {json.dumps(value)}\n" for key, value in header.items())

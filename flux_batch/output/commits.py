@@ -1,4 +1,4 @@
-"""How a shard becomes done, and the proof that it is: the commit protocol.
+"""The commit protocol: how a shard becomes done, and the proof that it is.
 
 The order of writes of one attempt at a shard. Each object is there whole or not at all (Store):
 
@@ -9,36 +9,36 @@ The order of writes of one attempt at a shard. Each object is there whole or not
     4. commit     _run/commits/NNNNN.json, which names the files of 1 and 2 with size and sha256
     5. clean-up   the objects of 0 are removed
 
-Killed in 0   A batch is staged while the next is made, and no third is begun before it is: lost are the batch in the
-              making and at most the one on its way. Whoever takes the shard next, on any node, adopts what is staged.
-              A staged image counts if its digest is right and it is what the plan asks for now; batches are formed
-              of all rows, whatever is there, so that the rest has the neighbours, and the bytes, of an undisturbed run.
+Killed in 0   A batch is staged while the next is made, and no third begins before that: the batch in the making is
+              lost, and at most the one on its way. The next attempt at the shard, on any node, adopts what is staged.
+              A staged image counts if its digest is right and it is what the plan asks for now. Batches are formed of
+              all rows, staged or not, so that an image has the neighbours, and the bytes, of an undisturbed run.
               1 to 5 run while the next shard is at 0: a kill then loses what it loses in 0.
-Killed in 1   The next attempt adopts all images, and meets the files that are there, which it keeps.
-Killed in 2-3 The same. Before 4 nobody follows the files: nothing is done, however much is there.
+Killed in 1   The next attempt adopts all images. It keeps the files that are there already.
+Killed in 2-3 The same. Before 4 no reader follows the files: the shard is not done, however much of it is there.
 Killed in 4   The commit is there or not. If its answer is lost, the next attempt reads it and makes nothing.
-Killed in 5   The shard is done. What is left is removed when the run is complete, or by `gc`.
+Killed in 5   The shard is done. The rest of 0 is removed when the run is complete, or by `gc`.
 
 The commit alone makes a shard done, and it comes after everything it names: a reader that follows the commits never
-sees half a shard. What lies in staging is a saving and never a fact; to lose it costs time and no image.
+sees half a shard. Staging saves time and proves nothing: losing it costs no image.
 
-1, 2 and 4 are put-if-absent: the first writer wins, file by file. Whoever finds a file taken reads what is there: the
-same bytes are as good as its own; other bytes (a device that rounds differently, a row that failed for one and not for
-the other) are adopted, and what is written after them describes them and not the writer's own. So two workers on one
-shard, in any interleaving, end in one set of files that fit together, and in one commit; the one that comes second
-removes what it staged, reports the commit that stands, and overwrites nothing. 0 has names of its own for each writer;
-3 is a copy of what 2 says, whoever wrote that.
+1, 2 and 4 are put-if-absent: the first writer wins, file by file. A worker that finds a file taken reads it. The same
+bytes are as good as its own; other bytes (a device that rounds differently, a row that failed for one worker and not
+for the other) are adopted, and everything written after them describes them. So two workers on one shard, in any
+interleaving, end in one set of files that fit together, and in one commit; the second one removes what it staged,
+reports the commit that stands, and overwrites nothing. Each writer has its own names in 0; 3 is a copy of 2, whoever
+wrote that.
 
-A worker that is lost tells by what it leaves. After the first loss on a shard, each batch waits until the last one is
-staged, is announced (_run/staging/NNNNN/try-*.json) before anything of it is read or made, and the announcement is
-withdrawn after it. A batch that was announced and not withdrawn is next made last, one image at a time; an image
+A lost worker leaves a trace. After the first loss on a shard, each batch waits until the last one is staged. It is
+marked as started (_run/staging/NNNNN/try-*.json) before anything of it is read or made, and the mark is removed after
+it. A batch whose mark was left behind is made last in the next attempt, one image at a time; an image whose mark was
 left behind twice is recorded as failed (WorkerLost). Everything else of the shard is made and committed.
 
-On a store without conditional writes, put-if-absent is a look-up and a write. Two workers that render one shard within
-the same moment can then overwrite each other: harmless while they make the same bytes, which the same kind of device
-does. If they do not, the files of the later one stand, the commit may be of the earlier, and `verify` tells by the
-sha256. It takes two workers that publish the same shard within one request: a partitioned worker, or the duplicate of
-a slow shard at the end of a run. Nothing else rests on conditional writes.
+On a store without conditional writes, put-if-absent is a look-up and a write. Two workers that publish one shard in the
+same moment can then overwrite each other. That is harmless while they make the same bytes, as devices of one kind do.
+Otherwise the files of the later one stand, the commit may be of the earlier one, and `verify` finds it by the sha256.
+It takes two workers that publish the same shard within one request: a partitioned worker, or the duplicate of a slow
+shard at the end of a run. Nothing else depends on conditional writes.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ from flux_batch.output.paths import (
 from flux_batch.records import Commit, ImageRecord, StoredFile
 from flux_batch.storage.store import Store
 
-VERSION = 1
-READERS = 16
-# Single images are small: what counts is how many are on their way to a bucket at once.
-WRITERS = 16
+_VERSION = 1
+_READERS = 16
+# Uploads at once: single images are small, so their speed depends on the number of requests in flight.
+_WRITERS = 16
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Commits:
     run: RunFolder
 
     def done(self) -> set[int]:
-        """List the shards that are committed."""
+        """Return the shards that are committed."""
         numbers = (number_in(key.rpartition("/")[2], ".json") for key in self.run.store.list(COMMITS))
         return {number for number in numbers if number is not None}
 
@@ -103,13 +103,13 @@ class Commits:
         return None
 
     def read_all(self, shards: Iterable[int]) -> list[Commit]:
-        """Read many commits at once."""
-        with ThreadPoolExecutor(READERS) as pool:
+        """Read many commits, several at a time. Raises: as `read`."""
+        with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(self.read, shards))
 
     def put(self, commit: Commit) -> Commit:
-        """Make a shard done. Returns: the commit that stands, which is another worker's if that came first."""
-        body = json.dumps({"version": VERSION, **asdict(commit)}, indent=1).encode()
+        """Write a commit, which makes its shard done. Returns: the commit that stands, perhaps another worker's."""
+        body = json.dumps({"version": _VERSION, **asdict(commit)}, indent=1).encode()
         try:
             self.run.store.put_if_absent(self.key(commit.shard), body)
         except AlreadyExists:
@@ -117,12 +117,12 @@ class Commits:
         return commit
 
     def key(self, shard: int) -> str:
-        """Name the commit of a shard."""
+        """Return the name of a shard's commit."""
         return commit_file(self.run.shard_name(shard))
 
 
 def parse_commit(data: bytes) -> Commit:
-    """Read a commit from the bytes of its object. Raises: ValueError if they are none."""
+    """Read a commit from the bytes of its object. Raises: ValueError if they are not a commit."""
     try:
         fields = json.loads(data)
         return Commit(
@@ -139,15 +139,15 @@ def parse_commit(data: bytes) -> Commit:
 
 
 def _file_of_run(*, path: str, bytes: int, sha256: str) -> StoredFile:
-    """Make the record of a file. Raises: ValueError for a path that leads elsewhere: an output may be a stranger's."""
+    """Return the record of a file. Raises: ValueError for a path outside the data set, as a stranger may write it."""
     if not is_within(path, TRAIN, METADATA):
-        raise ValueError(f"{path!r} is no file of a run")
+        raise ValueError(f"{path!r} is not a file of a run")
     return StoredFile(path=path, bytes=bytes, sha256=sha256)
 
 
 @dataclass(frozen=True)
 class Publisher:
-    """Takes the finished images of a shard through the protocol above."""
+    """The writer of finished shards: takes their images through the protocol above."""
 
     commits: Commits
     output_format: OutputFormat
@@ -164,9 +164,9 @@ class Publisher:
     ) -> Commit:
         """Write data, failures, metadata and commit of a shard.
 
-        `records` are all of the shard in input order, failed ones included; `images` has the encoded file of each
-        made one by key; `scratch` is an empty local folder; `device_s` is noted in the commit. Returns: the commit that
-        stands.
+        `records` are all of the shard in input order, failed ones included; `images` has the encoded file of each made
+        image by key; `scratch` is an empty local folder; `device_s` is written into the commit. Returns: the commit
+        that stands.
         """
         name = self.commits.run.shard_name(shard)
         files, records = self._put_data(name, records, images, scratch)
@@ -190,11 +190,11 @@ class Publisher:
     def _put_data(
         self, name: str, records: Sequence[ImageRecord], images: dict[str, Path], scratch: Path
     ) -> tuple[list[StoredFile], Sequence[ImageRecord]]:
-        """Write the data files. Returns: them, and the records, which now describe what is stored, whoever made it."""
+        """Write the data files. Returns: them, and the records of the images that are stored, whoever made these."""
         put = _Files(self.commits.run.store, scratch)
         if samples := [Sample(record, images[record.key]) for record in records if record.status == "success"]:
             put.create(self.output_format.pack(name, samples, scratch))
-        # What failed for us, another attempt may have made.
+        # Another attempt may have made the images that failed here.
         failed = [record.key for record in records if record.status == "failed"]
         for file in sorted({self.output_format.file_name(name, key) for key in failed}):
             put.adopt(file)
@@ -215,7 +215,7 @@ class Publisher:
 
 
 class _Files:
-    """The data files of a shard as they are stored, ours or those of whoever came first."""
+    """The data files of a shard as they are stored, ours or those of a worker that came first."""
 
     def __init__(self, store: Store, scratch: Path) -> None:
         self._store = store
@@ -225,13 +225,13 @@ class _Files:
         self.is_adopted = False
 
     def create(self, files: Iterable[tuple[str, Path]]) -> None:
-        """Store files of ours, several at a time, each unless there is one."""
-        with ThreadPoolExecutor(WRITERS) as pool:
+        """Store files of ours, several at a time, each unless it is there already."""
+        with ThreadPoolExecutor(_WRITERS) as pool:
             for file, path, is_adopted in pool.map(self._create, files):
                 self._add(file, path, is_adopted)
 
     def adopt(self, key: str) -> None:
-        """Take in a file that we did not make, if there is one."""
+        """Add a file that another worker stored, if there is one."""
         if key not in self.paths and self._store.exists(key):
             self._add(*self._fetch(key), True)
 
@@ -258,7 +258,7 @@ class _Files:
 
 
 def _adopt(record: ImageRecord, images: dict[str, bytes], file_name: str) -> ImageRecord:
-    """Let a record describe the image that is stored, whoever made it."""
+    """Return a record of the image that is stored, whoever made it."""
     if record.key not in images:
         if record.status == "failed":
             return record

@@ -27,13 +27,13 @@ from flux_batch.storage.store import BLOCK_BYTES, Store
 
 # Row groups of at most 100 images: what dataset viewers can still page through.
 IMAGES_PER_ROW_GROUP = 100
-IMAGES_IN_MEMORY = 16
+_IMAGES_IN_MEMORY = 16
 # The errors that readers of tars and Parquet raise for damaged bytes.
 DECODE_ERRORS = (
     *(tarfile.TarError, pa.ArrowException, OSError, EOFError),
     *(ValueError, KeyError, TypeError, AttributeError),
 )
-NO_PASSTHROUGH = pa.schema([])
+_NO_PASSTHROUGH = pa.schema([])
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class OutputFormat(Protocol):
         ...
 
 
-def format_for(output: OutputConfig, passthrough: pa.Schema = NO_PASSTHROUGH) -> OutputFormat:
+def format_for(output: OutputConfig, passthrough: pa.Schema = _NO_PASSTHROUGH) -> OutputFormat:
     """Return the format that the section `output` of a job file asks for."""
     suffix = SUFFIXES[output.image.type]
     if output.format == "webdataset":
@@ -277,7 +277,7 @@ class Parquet:
     def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
         """Yield the images of the Parquet file."""
         with pq.ParquetFile(files[self.location(shard)]) as file:
-            for batch in file.iter_batches(IMAGES_IN_MEMORY, columns=["key", "image"]):
+            for batch in file.iter_batches(_IMAGES_IN_MEMORY, columns=["key", "image"]):
                 for row in batch.to_pylist():
                     yield f"{row['key']}.{self.suffix}", row["image"]["bytes"]
 

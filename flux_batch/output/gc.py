@@ -39,14 +39,14 @@ from flux_batch.storage.store import STORE_TMP
 log = logging.getLogger(__name__)
 
 # Objects that are listed, or removed, at once.
-THREADS = 16
+_THREADS = 16
 # The files and folders of this program in RUN; the gallery is a leftover too, which `flux-batch gallery` makes again.
-OF_RUN = {BATCH_SIZE, COMPILE_CACHE, JOB, PLAN, PRECISION, PROGRESS, REPORT}
-OF_RUN |= {COMMITS, FAILED, LEASE, REVERTING, STAGING, STORE_TMP}
+_OF_RUN = {BATCH_SIZE, COMPILE_CACHE, JOB, PLAN, PRECISION, PROGRESS, REPORT}
+_OF_RUN |= {COMMITS, FAILED, LEASE, REVERTING, STAGING, STORE_TMP}
 
 # A file whose write never ended; staged images that nobody needs any more; files of a shard that is not committed,
 # and still may be; a file that no run puts there.
-LeftoverKind = Literal["half-written", "staged", "uncommitted", "stray"]
+_LeftoverKind = Literal["half-written", "staged", "uncommitted", "stray"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Leftover:
     """An object that no commit names; `shard` is the one it seems to belong to, if any."""
 
     key: str
-    kind: LeftoverKind
+    kind: _LeftoverKind
     shard: int | None = None
 
 
@@ -75,7 +75,7 @@ def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Seq
     A worker of a driver that is gone may commit its shard while its files are being removed: such a commit is
     reverted, so that `run` makes the shard.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(lambda leftover: run.store.delete(leftover.key), leftovers))
     uncommitted = {leftover.shard for leftover in leftovers if leftover.kind == "uncommitted"} - {None}
     for shard in Commits(run).done() & uncommitted:
@@ -87,7 +87,7 @@ def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Seq
 def _unknown_files(run: RunFolder) -> Iterator[Leftover]:
     """Yield what is not of this program among its own files."""
     for name, size in run.store.children(RUN).items():
-        if (key := f"{RUN}/{name}") not in OF_RUN:
+        if (key := f"{RUN}/{name}") not in _OF_RUN:
             yield from (Leftover(each, "stray") for each in (run.store.list(key) if size is None else [key]))
     for name in run.store.children(COMMITS):
         if run.shard_of(name, ".json") is None:
@@ -118,7 +118,7 @@ def _tables(run: RunFolder, folder: str, done: set[int]) -> Iterator[Leftover]:
 
 def _data_files(run: RunFolder, done: set[int]) -> Iterator[Leftover]:
     """Yield files of images that no commit names; a shard has one file, or a folder."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         entries = run.store.children(TRAIN).items()
         for leftovers in pool.map(lambda entry: _data_of_shard(run, entry[0], entry[1], done), entries):
             yield from leftovers

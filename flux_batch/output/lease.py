@@ -44,7 +44,7 @@ TTL_S = 60.0
 # Heartbeats in the time of a lease: three may be lost.
 BEATS_PER_LEASE = 4
 # The interval in which a waiting driver reads the lease: a listing and one small object each time.
-POLL_S = 1.0
+_POLL_S = 1.0
 # The time that an earlier write may take to land, on stores without conditional writes.
 SETTLE_S = 2.0
 # Listings that may name an object which is gone when it is read.
@@ -196,7 +196,7 @@ class Lease:
         log.info("%s: held by %s; waiting up to %g s for a sign of life", self._store.uri, last, last.ttl_s)
         until = self._clock() + last.ttl_s
         while (left := until - self._clock()) > 0:
-            self._sleep(min(POLL_S, left, last.ttl_s / BEATS_PER_LEASE))
+            self._sleep(min(_POLL_S, left, last.ttl_s / BEATS_PER_LEASE))
             now = read_holder(self._store)
             # A killed process may take seconds to end, while it waits for a disk.
             if now is None or now.id != last.id or now.is_released or now.process.is_gone():
@@ -242,7 +242,7 @@ class Lease:
 
     def _keep(self) -> None:
         """Write heartbeats until the end."""
-        while not self._ended.wait(_pause_s(self._ttl_s, self.holder.beats)):
+        while not self._ended.wait(pause_s(self._ttl_s, self.holder.beats)):
             try:
                 self.beat()
             except LeaseLost as error:
@@ -252,7 +252,7 @@ class Lease:
                 log.warning("the heartbeat of the lease could not be written, the next try follows: %s", error)
 
 
-def _pause_s(ttl_s: float, beats: int) -> float:
+def pause_s(ttl_s: float, beats: int) -> float:
     """Return the seconds to the next heartbeat; the first ones follow quickly, so that a second driver learns soon."""
     return min(ttl_s / BEATS_PER_LEASE, 2.0 ** min(beats, 10))
 

@@ -46,7 +46,7 @@ RECORD_SCHEMA = pa.schema(
     ]
 )
 # Columns that say nothing of an image that stands beside its record: it was made, and it is where it is.
-NOT_OF_SAMPLES = {"status", "error_type", "error_message", "file_name"}
+_NOT_OF_SAMPLES = {"status", "error_type", "error_message", "file_name"}
 
 
 def pack_metadata(records: Iterable[ImageRecord], passthrough: pa.Schema) -> bytes:
@@ -84,12 +84,12 @@ def sample_fields(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]
     row = record_row(record, passthrough)
     for field in [*RECORD_SCHEMA, *_renamed(passthrough)]:
         row[field.name] = as_json(row[field.name], field.type)
-    return {name: value for name, value in row.items() if name not in NOT_OF_SAMPLES}
+    return {name: value for name, value in row.items() if name not in _NOT_OF_SAMPLES}
 
 
 def sample_columns(passthrough: pa.Schema) -> list[pa.Field]:
     """Return the columns of a made image that is stored beside its record."""
-    return [field for field in RECORD_SCHEMA if field.name not in NOT_OF_SAMPLES] + _renamed(passthrough)
+    return [field for field in RECORD_SCHEMA if field.name not in _NOT_OF_SAMPLES] + _renamed(passthrough)
 
 
 def passthrough_name(name: str) -> str:

@@ -1,7 +1,4 @@
-"""A process as other processes can tell it: which machine, which start of that machine, which process on it.
-
-Answers one question: whether the process that wrote something down is certain to be gone.
-"""
+"""The identity of a process on any machine, by which another one learns that it is certain to be gone."""
 
 from __future__ import annotations
 
@@ -11,13 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# States in /proc/PID/stat of a process that has ended and only waits for its parent to notice.
-ENDED = {"Z", "X", "x"}
+# States in /proc/PID/stat of a process that has ended, and waits for its parent to notice.
+_ENDED_STATES = {"Z", "X", "x"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessId:
-    """Names a process for ever: numbers are used again, so the start of the process and of the machine belong to it.
+    """A process, unique for ever: as its number is used again, the starts of process and machine belong to it.
 
     `boot`, `namespace` and `started` are empty where there is no /proc to read them from.
     """
@@ -30,7 +27,7 @@ class ProcessId:
 
     @classmethod
     def own(cls) -> ProcessId:
-        """Name this process."""
+        """Return the identity of this process."""
         return cls(
             host=socket.gethostname(),
             boot=_read("/proc/sys/kernel/random/boot_id"),
@@ -43,7 +40,7 @@ class ProcessId:
         return f"{self.host}:{self.pid}"
 
     def is_gone(self) -> bool:
-        """Whether it is certain that the process has ended; False for a process that cannot be seen from here."""
+        """Return whether the process has certainly ended; False if it cannot be seen from here."""
         here = ProcessId.own()
         if not (self.boot and self.namespace and self.started):
             return False
@@ -55,10 +52,10 @@ class ProcessId:
 
 
 def _start_of(pid: int) -> str:
-    """Read when a process started, in clock ticks since the boot (proc_pid_stat(5), field 22); empty if it ended."""
+    """Return the start of a process in clock ticks since the boot (proc_pid_stat(5), field 22); empty if it ended."""
     # The second field is the name of the program, which may hold blanks and brackets.
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 and fields[0] not in ENDED else ""
+    return fields[19] if len(fields) > 19 and fields[0] not in _ENDED_STATES else ""
 
 
 def _is_taken(pid: int) -> bool:

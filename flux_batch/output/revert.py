@@ -39,8 +39,8 @@ from flux_batch.output.staging import StagedImage, Staging, staged_record
 from flux_batch.storage.scratch import scratch_folder
 
 # Shards that are reverted at once, and images of each in memory.
-SHARDS_AT_ONCE = 4
-IMAGES_AT_ONCE = 8
+_SHARDS_AT_ONCE = 4
+_IMAGES_AT_ONCE = 8
 
 
 def revert(run: RunFolder, output_format: OutputFormat, shards: Sequence[int]) -> None:
@@ -50,7 +50,7 @@ def revert(run: RunFolder, output_format: OutputFormat, shards: Sequence[int]) -
     """
     if not shards:
         return
-    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
         list(pool.map(lambda shard: _stage_good_images(run, output_format, shard), shards))
         for key in (SUCCESS, REPORT):
             run.store.delete(key)
@@ -86,7 +86,7 @@ def _stage_good_images(run: RunFolder, output_format: OutputFormat, shard: int) 
     staging.remove(shard)
     with scratch_folder() as scratch:
         images = _good_images(run, output_format, name, scratch)
-        while some := list(islice(images, IMAGES_AT_ONCE)):
+        while some := list(islice(images, _IMAGES_AT_ONCE)):
             staging.put(shard, some)
 
 

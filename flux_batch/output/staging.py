@@ -1,10 +1,10 @@
-"""The staging area: finished images of a shard that is not committed yet, for whoever takes the shard next.
+"""The staging area: finished images of a shard that is not committed yet, for the next attempt at it.
 
-    _run/staging/NNNNN/ID.parquet            the images of one batch, those that failed included
-    _run/staging/NNNNN/try-LABEL-ID.json     a batch or an image is being made; left behind by a worker that was lost
+    _run/staging/NNNNN/ID.parquet            the images of one batch, failed ones included
+    _run/staging/NNNNN/try-LABEL-ID.json     the mark that a batch or image was started; a lost worker leaves it behind
 
-Knows bytes, keys and names; does not know how images are made, nor when a shard is done. Names are unique to their
-writer, so nobody overwrites another's. What is here is a saving and never a fact: all of it may be removed at any time.
+Knows bytes, keys and names; does not know how images are made, nor when a shard is done. Each writer has names of its
+own, so nobody overwrites another's. Staging saves time and proves nothing: all of it may be removed at any time.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from flux_batch.errors import NotFound
 from flux_batch.output.metadata import RECORD_SCHEMA
 from flux_batch.output.paths import STAGING, RunFolder, number_in
 
-SCHEMA = pa.schema(
+_SCHEMA = pa.schema(
     [("key", pa.string()), ("record", pa.string()), ("data", pa.binary()), ("digest", pa.binary(32))],
     metadata={"version": "1"},
 )
-# The record of an image, but for what the bytes say (`data` is empty if there are none) and where they are stored.
-RECORD_FIELDS = [name for name in RECORD_SCHEMA.names if name not in {"status", "file_name", "sha256", "bytes"}]
+# The fields of a record, without those that the bytes tell (`data` is empty for a failed image) and where they lie.
+_RECORD_FIELDS = [name for name in RECORD_SCHEMA.names if name not in {"status", "file_name", "sha256", "bytes"}]
 
 
 @dataclass(frozen=True, slots=True)
 class StagedImage:
-    """One requested image: its encoded bytes, empty if it failed, and what it was made with, as its record has it."""
+    """One requested image: its encoded bytes, empty if it failed, and the fields of its record."""
 
     key: str
     record: Mapping[str, Any]
@@ -44,15 +44,15 @@ class StagedImage:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """What lies in the staging folder of a shard: names of objects, and how many tries of each label were left."""
+    """The staging folder of a shard: names of objects, and the number of marks left behind by label."""
 
     objects: frozenset[str] = frozenset()
     tries: Counter[str] = field(default_factory=Counter)
 
 
 def staged_record(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose what to stage of the fields of a record, or of a row of the metadata."""
-    return {name: fields[name] for name in RECORD_FIELDS if fields.get(name) is not None}
+    """Return the fields to stage, of a record or of a row of the metadata."""
+    return {name: fields[name] for name in _RECORD_FIELDS if fields.get(name) is not None}
 
 
 @dataclass(frozen=True)
@@ -68,42 +68,42 @@ class Staging:
         return name
 
     def list(self, shard: int) -> Staged:
-        """List what is staged of a shard: one request."""
+        """Return what is staged of a shard, by one request."""
         names = [key.rpartition("/")[2] for key in self.run.store.list(self._folder(shard))]
         tries = [name.removeprefix("try-").rpartition("-")[0] for name in names if name.startswith("try-")]
         return Staged(frozenset(name for name in names if name.endswith(".parquet")), Counter(tries))
 
     def read(self, shard: int, name: str) -> Sequence[StagedImage]:
-        """Read an object; one that is gone, or damaged at any byte, holds nothing.
+        """Read an object; one that is gone, or damaged at any byte, holds no image.
 
-        All or nothing, so that what is missing is made in the same batch as without the damage.
+        All or nothing, so that the missing images are made in the same batch as without the damage.
         """
         try:
             return _unpack(self.run.store.read(f"{self._folder(shard)}/{name}"))
         except NotFound:
             return ()
 
-    def announce(self, shard: int, label: str, worker: str) -> str:
-        """Write down that a batch or image is about to be made. Returns: what `withdraw` takes."""
+    def mark_started(self, shard: int, label: str, worker: str) -> str:
+        """Write the mark that a batch or image is started. Returns: the mark, for `unmark`."""
         key = f"{self._folder(shard)}/try-{label}-{uuid.uuid4().hex}.json"
         self.run.store.write(key, json.dumps({"worker": worker}).encode())
         return key
 
-    def withdraw(self, announced: str) -> None:
-        """Take an announcement back, once the worker lived through it."""
-        self.run.store.delete(announced)
+    def unmark(self, mark: str) -> None:
+        """Remove a mark, once the worker has survived the batch or image. Safe to call twice."""
+        self.run.store.delete(mark)
 
     def remove(self, shard: int) -> None:
-        """Empty the folder of a shard. Safe to call twice."""
+        """Remove everything that is staged of a shard. Safe to call twice."""
         for key in self.run.store.list(self._folder(shard)):
             self.run.store.delete(key)
 
     def clear(self) -> None:
-        """Remove everything that is staged, of a run that is complete: what died between a commit and `remove`."""
+        """Remove everything that is staged; for a complete run, where a kill came between a commit and `remove`."""
         self.run.store.delete_folder(STAGING)
 
     def shards(self) -> set[int]:
-        """List the shards that have something staged: one listing of everything staged."""
+        """Return the shards of which something is staged, by one listing of everything staged."""
         parts = (key.removeprefix(f"{STAGING}/").split("/") for key in self.run.store.list(STAGING))
         folders = {part[0] for part in parts if len(part) == 2}
         return {shard for folder in folders if (shard := number_in(folder)) is not None}
@@ -120,7 +120,7 @@ def _pack(images: Sequence[StagedImage]) -> bytes:
     ]
     buffer = io.BytesIO()
     # Images are compressed already.
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), buffer, compression="none")
+    pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), buffer, compression="none")
     return buffer.getvalue()
 
 
@@ -130,7 +130,7 @@ def _unpack(data: bytes) -> list[StagedImage]:
         if any(row["digest"] != _digest(row["key"], row["record"], row["data"]) for row in rows):
             return []
         return [StagedImage(row["key"], json.loads(row["record"]), row["data"]) for row in rows]
-    except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError):  # whatever damage makes of Parquet
+    except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError):  # damaged Parquet may raise any of these
         return []
 
 

@@ -1,4 +1,4 @@
-"""The user's own columns that travel along with the images: which types may, and how a value stands in each format.
+"""The user's own columns, which travel with the images: their types, and their values in each output format.
 
 Knows Arrow types and Python values; does not know what the columns mean.
 """
@@ -15,14 +15,14 @@ from typing import Any
 
 import pyarrow as pa
 
-# Where Arrow and Hugging Face spell a type differently.
-HF_NAMES = {"double": "float64", "float": "float32", "date32[day]": "date32"}
+# The names of types that Arrow and Hugging Face spell differently.
+_HF_NAMES = {"double": "float64", "float": "float32", "date32[day]": "date32"}
 
 
 def portable(kind: pa.DataType) -> pa.DataType:
-    """Give the type with which a column is carried: the same values, without encodings that only some readers know.
+    """Return the type in which a column travels: the same values, in encodings that every reader knows.
 
-    Raises: ValueError for a type that has no place in JSON or in a Hugging Face data set.
+    Raises: ValueError for a type that JSON or Hugging Face data sets do not have.
     """
     types = pa.types
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
@@ -49,14 +49,14 @@ def portable(kind: pa.DataType) -> pa.DataType:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds text."""
+    """Return whether a column of this type holds text."""
     if pa.types.is_dictionary(kind):
         return is_text(kind.value_type)
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def as_arrow(value: Any, kind: pa.DataType) -> Any:
-    """Fit a value to its column's type, which may be wider than that of the value's own file."""
+def _as_arrow(value: Any, kind: pa.DataType) -> Any:
+    """Return a value in its column's type, which may be wider than that of the value's own file."""
     if value is None:
         return None
     if pa.types.is_string(kind) and isinstance(value, (dict, list, bool, int, float)):
@@ -69,9 +69,9 @@ def as_arrow(value: Any, kind: pa.DataType) -> Any:
 
 
 def as_json(value: Any, kind: pa.DataType) -> Any:
-    """Spell a value in JSON so that every value of the column has one type, as loaders infer types from a few.
+    """Return a value for JSON, of one type in all rows: loaders infer the type of a column from a few.
 
-    Null and what JSON cannot spell become the empty value of the type; bytes are base64, times ISO 8601.
+    Null, NaN and infinity become the empty value of the type; bytes are base64, times ISO 8601.
     """
     types = pa.types
     if types.is_struct(kind):
@@ -94,14 +94,14 @@ def as_json(value: Any, kind: pa.DataType) -> Any:
 
 
 def passthrough_of(values: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
-    """Give every passthrough column of a row, fitted to its type, in the schema's order."""
-    return {field.name: as_arrow(values.get(field.name), field.type) for field in schema}
+    """Return every passthrough column of a row, in its type and in the schema's order."""
+    return {field.name: _as_arrow(values.get(field.name), field.type) for field in schema}
 
 
 def feature(kind: pa.DataType) -> dict[str, Any]:
-    """Describe a portable type as a Hugging Face feature."""
+    """Return a portable type as a Hugging Face feature."""
     if pa.types.is_struct(kind):
         return {field.name: feature(field.type) for field in kind}
     if pa.types.is_list(kind):
         return {"_type": "List", "feature": feature(kind.value_type)}
-    return {"_type": "Value", "dtype": HF_NAMES.get(str(kind), str(kind))}
+    return {"_type": "Value", "dtype": _HF_NAMES.get(str(kind), str(kind))}

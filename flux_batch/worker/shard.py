@@ -130,15 +130,15 @@ class ShardRun:
         if not self.is_isolated:
             yield
             return
-        mark = self._staging.announce(self.index, batch.label, worker)
+        mark = self._staging.mark_started(self.index, batch.label, worker)
         try:
             yield
         except DeviceFatal:
             raise  # this process ends, so the mark stays as that of a lost one
         except BaseException:
-            self._staging.withdraw(mark)
+            self._staging.unmark(mark)
             raise
-        self._staging.withdraw(mark)
+        self._staging.unmark(mark)
 
     def encode(self, outcome: ImageOutcome) -> StagedImage:
         """Encode one image to this disk and record it; runs on an encoder thread."""

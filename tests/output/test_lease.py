@@ -287,7 +287,7 @@ def test_a_lease_says_for_people_who_and_when(store: Store) -> None:
 
 
 def test_beats_come_quickly_first_and_never_stop_coming() -> None:
-    pauses = [lease_module._pause_s(60, beats) for beats in (0, 1, 2, 3, 4, 5000)]
+    pauses = [lease_module.pause_s(60, beats) for beats in (0, 1, 2, 3, 4, 5000)]
     assert pauses == [1, 2, 4, 8, 15, 15]
 
 

@@ -67,15 +67,15 @@ def test_what_another_removed_holds_nothing(staging: Staging) -> None:
 
 
 def test_announcements_left_behind_are_counted_by_label(staging: Staging) -> None:
-    staging.announce(3, "000030000_1", "host:1")
-    staging.announce(3, "000030000_1", "host:2")
-    staging.announce(3, "b4", "host:2")
-    lived = staging.announce(3, "000030001", "host:2")
+    staging.mark_started(3, "000030000_1", "host:1")
+    staging.mark_started(3, "000030000_1", "host:2")
+    staging.mark_started(3, "b4", "host:2")
+    lived = staging.mark_started(3, "000030001", "host:2")
     name = staging.put(3, IMAGES)
     assert staging.list(3).tries == Counter({"000030000_1": 2, "b4": 1, "000030001": 1})
 
-    staging.withdraw(lived)
-    staging.withdraw(lived)
+    staging.unmark(lived)
+    staging.unmark(lived)
 
     assert staging.list(3).tries == Counter({"000030000_1": 2, "b4": 1})
     assert staging.list(3).objects == {name}
@@ -83,7 +83,7 @@ def test_announcements_left_behind_are_counted_by_label(staging: Staging) -> Non
 
 def test_removing_empties_one_shard(staging: Staging) -> None:
     staging.put(3, IMAGES)
-    staging.announce(3, "b4", "host:2")
+    staging.mark_started(3, "b4", "host:2")
     name = staging.put(4, IMAGES)
 
     staging.remove(3)
@@ -112,7 +112,7 @@ def test_a_row_of_the_metadata_can_be_staged_as_a_record_can() -> None:
 def test_in_a_bucket(s3_store: Any) -> None:
     staging = Staging(RunFolder(Store(s3_store.uri, s3_store.storage_options), 9))
     names = {staging.put(3, IMAGES), staging.put(3, IMAGES[:1])}
-    staging.announce(3, "b0", "host:1")
+    staging.mark_started(3, "b0", "host:1")
 
     assert staging.list(3).objects == names
     assert {len(staging.read(3, name)) for name in names} == {1, 2}
