@@ -20,7 +20,7 @@ from flux_batch.errors import Interrupted, JobError, StoreError
 from flux_batch.output.lease import Lease
 from flux_batch.output.paths import PLAN
 from flux_batch.pipeline.load import load_pipeline
-from flux_batch.prompts.input_images import check_of_job
+from flux_batch.prompts.input_images import check_job_image
 from flux_batch.records import Shard
 from flux_batch.report.progress import Progress
 from flux_batch.report.summary import RunReport
@@ -121,7 +121,7 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
 def check_images(config: JobConfig) -> None:
     """Raise SourceError if the image that all rows start from cannot be used."""
     if config.sampling.input_image:
-        check_of_job(config.sampling.input_image, config.prompts.storage_options)
+        check_job_image(config.sampling.input_image, config.prompts.storage_options)
 
 
 def render(engine: Engine, runner: Runner, todo: Sequence[Shard], stop: Stop, progress: Progress) -> None:

@@ -20,9 +20,9 @@ from flux_batch.images import encode
 from flux_batch.output.formats import format_for
 from flux_batch.output.metadata import RECORD_SCHEMA
 from flux_batch.pipeline.load import load_pipeline
+from flux_batch.prompts.access import RowLoras
 from flux_batch.prompts.input_images import load_image
-from flux_batch.prompts.row_loras import RowLoras
-from flux_batch.prompts.source import RowParser
+from flux_batch.prompts.rows import RowParser
 from flux_batch.records import FailedRow, ImageRecord, ImageRequest, InputImage
 from flux_batch.worker.batches import READ_AHEAD, ImageTask, InputImages, batches, tasks_of
 from flux_batch.worker.generate import BatchMaker, ImageOutcome, Tiles
@@ -94,7 +94,7 @@ class FluxMapper:
         settings = config.model
         if settings.quantization == "none":  # otherwise the record names the setting of the caller
             settings = settings.model_copy(update={"quantization": pipeline.precision["quantization"]})
-        loras = RowLoras(config.model.loras, "").of_job
+        loras = RowLoras(config.model.loras, "").defaults
         self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling))
         self._recorder = Recorder(settings, format_for(config.output), pipeline.default_t5_sequence_length)
 

@@ -59,14 +59,14 @@ class Attempt:
 class InputImage:
     """The image that an image starts from: where it is, or its bytes.
 
-    `name` is what the metadata says of it: the address as it was given, or the hash of the bytes. `within` are the
+    `name` is what the metadata says of it: the address as it was given, or the hash of the bytes. `allowed_roots` are
     local folders of which one must hold it; None if the job file names it, which is trusted.
     """
 
     name: str
     uri: str = ""
     data: bytes = b""
-    within: tuple[str, ...] | None = None
+    allowed_roots: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,8 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from flux_batch.config.errors import explain
-from flux_batch.config.text import nearest_or_all, read_tree
+from flux_batch.config.text import explain, nearest_or_all, read_tree
 from flux_batch.errors import InvalidSetting, JobError
 from flux_batch.records import NO_LORA
 from flux_batch.redaction import public_tree, public_uri, redact
@@ -38,15 +37,15 @@ from flux_batch.sampling_params import (
     check_tiles,
 )
 
-# Of the section `model`, what changes images: compiled, they are rounded in other places.
-MODEL_IDENTITY = ("uri", "dtype", "quantization", "step_cache", "compile", "loras")
-STORAGE_OPTIONS = {section: {"storage_options"} for section in ("prompts", "output", "model")}
-# Columns of the data set that the job understands, by our own names.
+# Keys of `model` that change pixels. `compile` is one: fused kernels round differently.
+_MODEL_IDENTITY = ("uri", "dtype", "quantization", "step_cache", "compile", "loras")
+_STORAGE_OPTIONS = {section: {"storage_options"} for section in ("prompts", "output", "model")}
+# The columns of a data set that a job understands, by our names.
 PROMPT_FIELDS = ("prompt", "id", "seed", "num_images_per_prompt", "input_image", "lora", "lora_scale", *SAMPLING_FIELDS)
 
 
 def _with_aliases(values: Any) -> Any:
-    """Rename the diffusers spellings in a mapping to ours; both spellings at once are an error."""
+    """Return a mapping with the diffusers spellings renamed to ours. Raises: InvalidSetting for both at once."""
     if not isinstance(values, Mapping):
         return values
     renamed: dict[str, Any] = {}
@@ -58,7 +57,7 @@ def _with_aliases(values: Any) -> Any:
     return renamed
 
 
-Uris = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(strict=False)]
+_Uris = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(strict=False)]
 
 
 def _batch_size(value: Any) -> int | Literal["auto"]:
@@ -69,13 +68,13 @@ def _batch_size(value: Any) -> int | Literal["auto"]:
     return value
 
 
-BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
-Names = Annotated[tuple[str, ...], Field(strict=False)]
-Columns = Annotated[dict[str, str], BeforeValidator(_with_aliases)]
+_BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
+_Names = Annotated[tuple[str, ...], Field(strict=False)]
+_Columns = Annotated[dict[str, str], BeforeValidator(_with_aliases)]
 
 
-def check_no_secret(uri: str, field: str, section: str) -> None:
-    """Raise InvalidSetting for an address with a user or password in it."""
+def _check_no_secret(uri: str, field: str, section: str) -> None:
+    """Raise InvalidSetting for a URI with a user name or password."""
     if re.match("[^/]*://[^/]*@", uri):
         raise InvalidSetting(
             f"{field} holds a user name or password, which would be written down: use {section}.storage_options",
@@ -84,7 +83,7 @@ def check_no_secret(uri: str, field: str, section: str) -> None:
 
 
 class Section(BaseModel):
-    """A part of the job file: frozen, exact types, no unknown keys."""
+    """A section of the job file: frozen, exact types, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
@@ -93,14 +92,14 @@ class Section(BaseModel):
 
 
 class PromptsConfig(Section):
-    """Where the prompts are and which columns mean what."""
+    """The prompts: their files and the meaning of their columns."""
 
-    uri: Uris
+    uri: _Uris
     """A file, folder, glob or list of them: `.parquet`, `.jsonl`, `.csv`, `.txt`; or `demo`, the packaged prompts."""
-    columns: Columns = {}
+    columns: _Columns = {}
     """Our field: your column, e.g. `{prompt: caption, id: uid}`."""
-    passthrough: Names = ()
-    """Columns to copy into the metadata."""
+    passthrough: _Names = ()
+    """_Columns to copy into the metadata."""
     limit: int | None = Field(default=None, ge=1)
     """Take only this many rows, from the start; all if null."""
     allow_http: bool = False
@@ -120,8 +119,8 @@ class PromptsConfig(Section):
     @model_validator(mode="after")
     def _no_secret(self) -> PromptsConfig:
         for uri in self.uri:
-            check_no_secret(uri, "uri", "prompts")
-        check_no_secret(self.input_image_root or "", "input_image_root", "prompts")
+            _check_no_secret(uri, "uri", "prompts")
+        _check_no_secret(self.input_image_root or "", "input_image_root", "prompts")
         return self
 
     @field_validator("passthrough")
@@ -142,7 +141,7 @@ class PromptsConfig(Section):
 
 
 class ImageConfig(Section):
-    """How images are encoded."""
+    """The encoding of images."""
 
     type: Literal["png", "jpeg", "webp"] = "png"
     """The file format of each image."""
@@ -151,7 +150,7 @@ class ImageConfig(Section):
 
 
 class OutputConfig(Section):
-    """Where and in which layout the images go."""
+    """The output: its folder, its format, its encoding."""
 
     uri: str = Field(min_length=1)
     """The folder or bucket prefix of this run."""
@@ -165,7 +164,7 @@ class OutputConfig(Section):
 
     @model_validator(mode="after")
     def _no_secret(self) -> OutputConfig:
-        check_no_secret(self.uri, "uri", "output")
+        _check_no_secret(self.uri, "uri", "output")
         return self
 
 
@@ -188,14 +187,14 @@ class LoraConfig(Section):
 
     @model_validator(mode="after")
     def _in_range(self) -> LoraConfig:
-        check_no_secret(self.uri, "uri", "model")
+        _check_no_secret(self.uri, "uri", "model")
         if self.name.strip() in NO_LORA:
             raise InvalidSetting(f"name = {self.name!r}: means no LoRA in a row; take another", field="name")
         return self
 
 
 class ModelConfig(Section):
-    """Which weights, in which arithmetic."""
+    """The model's weights and its arithmetic."""
 
     uri: str = Field(min_length=1)
     """A FLUX.1 model: a folder, a file, an address of fsspec, a repository of Hugging Face, or `demo`."""
@@ -231,7 +230,7 @@ class ModelConfig(Section):
         check_quantization(self.quantization, self.dtype)
         check_step_cache(self.step_cache)
         check_cuda_graphs(self.cuda_graphs, self.step_cache)
-        check_no_secret(self.uri, "uri", "model")
+        _check_no_secret(self.uri, "uri", "model")
         for lora in self.loras:
             if sum(lora.name == other.name for other in self.loras) > 1:
                 raise InvalidSetting(f"loras name {lora.name!r} twice: give each a name of its own", field="loras")
@@ -271,7 +270,7 @@ class SamplingConfig(Section, SamplingParams, frozen=True):
 
 
 class WorkersConfig(Section):
-    """How many workers, and what each one holds."""
+    """The number of workers, and the devices and batch size of each."""
 
     min: int = Field(default=1, ge=1)
     """The run counts as stuck, and says so, while fewer workers than this are up."""
@@ -281,7 +280,7 @@ class WorkersConfig(Section):
     """GPUs of each worker."""
     num_cpus: float = Field(default=1, ge=0)
     """CPUs of each worker."""
-    batch_size: BatchSize = 4
+    batch_size: _BatchSize = 4
     """Images in one forward pass; `auto` measures it when the run starts and remembers it with the run."""
 
     @model_validator(mode="after")
@@ -292,7 +291,7 @@ class WorkersConfig(Section):
 
 
 class FailuresConfig(Section):
-    """How much may fail."""
+    """Limits of failures, retries and waiting."""
 
     max_ratio: float = Field(default=0.01, ge=0, le=1)
     """Share of images that may fail before the finished run exits with 3."""
@@ -309,7 +308,7 @@ class FailuresConfig(Section):
 
 
 class JobConfig(Section):
-    """A whole job. Raises: JobError that names each wrong key and what would be right."""
+    """A whole job file. Raises: JobError that names each wrong key and what would be right."""
 
     name: str = Field(default="flux-batch", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     """Name of the run in logs, metrics and the data set card: up to 100 letters, digits and `._-`."""
@@ -331,35 +330,35 @@ class JobConfig(Section):
 
     @classmethod
     def from_yaml(cls, text: str, origin: str = "job file", overrides: Iterable[str] = ()) -> JobConfig:
-        """Parse a job, its texts taken as they stand; `overrides`: see read_tree."""
+        """Return the job of a YAML text, without filling in dates; `overrides`: see read_tree."""
         return cls.from_dict(read_tree(text, origin, overrides), origin=origin)
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], *, origin: str = "job") -> JobConfig:
-        """Validate a tree of plain values."""
+        """Return the job of a tree of plain values. Raises: JobError."""
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
             raise JobError("\n".join(f"{origin}: {line}" for line in explain(error, JobConfig))) from error
 
     def to_yaml(self) -> str:
-        """Write the whole tree with every default spelled out and every secret redacted."""
-        tree = public_tree(self.model_dump(mode="json", exclude=STORAGE_OPTIONS))
-        for section in STORAGE_OPTIONS:
+        """Return the whole tree as YAML, with every default spelled out and every secret redacted."""
+        tree = public_tree(self.model_dump(mode="json", exclude=_STORAGE_OPTIONS))
+        for section in _STORAGE_OPTIONS:
             tree[section]["storage_options"] = redact(getattr(self, section).storage_options)
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
     def identity(self) -> dict[str, Any]:
-        """Name everything that changes images, keys or layout, by dotted key; a resumed run must agree on all of it.
+        """Return the settings that change images, keys or files, by dotted key; a resumed run must agree on all.
 
-        Where the prompts and the output lie, and how many workers run, is not part of it.
+        The addresses of prompts and output and the number of workers are not among them.
         """
-        tree = public_tree(self.model_dump(mode="json", exclude=STORAGE_OPTIONS))
+        tree = public_tree(self.model_dump(mode="json", exclude=_STORAGE_OPTIONS))
         parts = {
             "prompts": {key: tree["prompts"][key] for key in ("columns", "passthrough", "limit", "allow_http")},
             "output": {key: tree["output"][key] for key in ("format", "shard_size")},
             "output.image": tree["output"]["image"],
-            "model": {key: tree["model"][key] for key in MODEL_IDENTITY},
+            "model": {key: tree["model"][key] for key in _MODEL_IDENTITY},
             "sampling": tree["sampling"],
         }
         return {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}

@@ -1,53 +1,55 @@
-"""A job file as text: YAML in, single settings over it, the date of a scheduled run in it; knows no setting."""
+"""The text of a job file: YAML, overrides, the date of a scheduled run, and errors in our words; knows no setting."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Any
+from typing import Any, get_args
 
 import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
-from flux_batch.errors import JobError, did_you_mean, one_line
+from flux_batch.errors import InvalidSetting, JobError, did_you_mean, one_line
 from flux_batch.sampling_params import ALIASES
 
-# A merge of merges doubles with every line, and a few lines would fill any memory.
-MOST_MERGES, MOST_KEYS = 100, 10_000
+# Merges of merges double with every line: a few lines of a form or an agent would fill the driver's memory.
+_MAX_MERGES, _MAX_KEYS = 100, 10_000
 # No colons: they mean something in addresses, and in the file names of some systems.
-DATE_FORMATS = {"{date}": "%Y-%m-%d", "{datetime}": "%Y-%m-%dT%H-%M-%S"}
-DATE = re.compile("|".join(map(re.escape, DATE_FORMATS)))
-MERGE = "tag:yaml.org,2002:merge"
+_DATE_FORMATS = {"{date}": "%Y-%m-%d", "{datetime}": "%Y-%m-%dT%H-%M-%S"}
+_DATE = re.compile("|".join(map(re.escape, _DATE_FORMATS)))
+_MERGE = "tag:yaml.org,2002:merge"
 
 
-class Loader(yaml.SafeLoader):
-    """The safe loader of PyYAML, with an end to merge keys."""
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with a limit on merge keys."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Resolve the merge keys of a mapping. Raises: ConstructorError if they grow out of bounds."""
-        merged = [value for key, value in node.value if key.tag == MERGE]
+        """Resolve the merge keys of a mapping. Raises: ConstructorError if there are too many."""
+        merged = [value for key, value in node.value if key.tag == _MERGE]
         num_merged = sum(len(value.value) if isinstance(value, yaml.SequenceNode) else 1 for value in merged)
-        if num_merged <= MOST_MERGES:
+        if num_merged <= _MAX_MERGES:
             super().flatten_mapping(node)
-        if num_merged > MOST_MERGES or (merged and len(node.value) > MOST_KEYS):
+        if num_merged > _MAX_MERGES or (merged and len(node.value) > _MAX_KEYS):
             raise ConstructorError(None, None, "too much is merged", node.start_mark)
 
 
 def load_yaml(text: str, origin: str) -> Any:
-    """Parse YAML. Messages quote nothing of it, nor does their traceback, since it may be a secret."""
+    """Return YAML as plain values. Raises: JobError, which quotes none of the text: it may be a secret."""
     try:
-        return yaml.load(text, Loader)
+        return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise JobError(f"{origin}: {line}not valid YAML: {_unquoted(error.problem or '')}") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        # PyYAML lets through what Python says to `2026-13-01`, `!!int x` and the like.
+        # PyYAML passes on errors of Python for `2026-13-01`, `!!int x` and the like.
         raise JobError(f"{origin}: not valid YAML: {_unquoted(one_line(error))}") from None
 
 
 def read_tree(text: str, origin: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Parse a job file; `overrides` are `section.key=value` strings whose values are YAML too. Raises: JobError."""
+    """Return a job file as a tree; `overrides` are `section.key=value` strings with YAML values. Raises: JobError."""
     tree = load_yaml(text, origin)
     if not isinstance(tree, dict):
         raise JobError(f"{origin}: must be a mapping with the sections prompts, output and model")
@@ -84,7 +86,7 @@ def read_pairs(pairs: Iterable[str], option: str) -> dict[str, Any]:
 
 
 def parse_moment(text: str) -> datetime:
-    """Read a logical date: 2026-11-23, or with a time as schedulers write it, 2026-11-23T02:00:00+00:00."""
+    """Return a logical date: 2026-11-23, or with a time, as schedulers write it, 2026-11-23T02:00:00+00:00."""
     try:
         return datetime.fromisoformat(text)
     except ValueError:
@@ -92,12 +94,12 @@ def parse_moment(text: str) -> datetime:
 
 
 def fill_in_dates(tree: dict[str, Any], moment: datetime | None, origin: str) -> dict[str, Any]:
-    """Put a run's logical date in the place of `{date}` and `{datetime}` in every text of a tree.
+    """Return a tree with `{date}` and `{datetime}` in its texts replaced by the run's logical date.
 
-    Never the date of today: a retry after midnight must go on with the run that it retries.
-    Raises: JobError if a text asks for a date and there is none.
+    It is never today's date: a retry after midnight must continue the run that it retries.
+    Raises: JobError if a text has `{date}` and there is no logical date.
     """
-    known: dict[int, Any] = {}  # a tree of aliases is far larger than its text, or without an end
+    known: dict[int, Any] = {}  # with aliases, a tree can be far larger than its text, or endless
 
     def filled(value: Any, path: str) -> Any:
         if id(value) in known:
@@ -109,14 +111,14 @@ def fill_in_dates(tree: dict[str, Any], moment: datetime | None, origin: str) ->
         if isinstance(value, list):
             items: list[Any] = []
             known[id(value)] = items
-            items.extend(filled(one, f"{path}.{place}") for place, one in enumerate(value))
+            items.extend(filled(one, f"{path}.{index}") for index, one in enumerate(value))
             return items
-        if not isinstance(value, str) or not DATE.search(value):
+        if not isinstance(value, str) or not _DATE.search(value):
             return value
         if moment is None:
             where = f"{origin}: {path.removeprefix('.')}"
             raise JobError(f"{where} asks for the date of the run: say which with --logical-date, e.g. 2026-11-23")
-        return DATE.sub(lambda found: moment.strftime(DATE_FORMATS[found[0]]), value)
+        return _DATE.sub(lambda found: moment.strftime(_DATE_FORMATS[found[0]]), value)
 
     dated: dict[str, Any] = filled(tree, "")
     return dated
@@ -126,6 +128,45 @@ def nearest_or_all(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence that suggests the nearest known name, or lists them all."""
     known = list(known)
     return did_you_mean(name, [*known, *ALIASES]) or f"; known are {', '.join(known)}"
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Return one line for each of pydantic's errors: dotted key, wrong value, what would be right."""
+    lines = []
+    for finding in error.errors():
+        path = ".".join(str(part) for part in finding["loc"])
+        cause = finding.get("ctx", {}).get("error")
+        if finding["type"] == "extra_forbidden":
+            *sections, key = finding["loc"]
+            lines.append(f"{path}: unknown key{nearest_or_all(str(key), _keys_at(model, sections))}")
+        elif finding["type"] == "missing":
+            lines.append(f"{path}: missing, and it has no default")
+        elif isinstance(cause, InvalidSetting):
+            lines.append(f"{path}.{cause}" if path else str(cause))
+        elif finding["type"] in ("model_type", "dict_type"):
+            lines.append(f"{path}: must be a section with keys and values")
+        else:
+            reason = finding["msg"].removeprefix("Value error, ")
+            reason = reason[0].lower() + reason[1:]
+            lines.append(f"{path}{_shown(finding)}: {reason}")
+    return lines
+
+
+def _shown(finding: ErrorDetails) -> str:
+    """Return the wrong value for a message; empty if it may be, or may hold, a secret."""
+    value = finding["input"]
+    if "storage_options" in finding["loc"] or not isinstance(value, (str, int, float)):
+        return ""
+    text = repr(value)
+    return f" = {text}" if len(text) <= 100 else f" = {text[:100]}..."
+
+
+def _keys_at(model: Any, sections: list[int | str]) -> list[str]:
+    """Return the keys of the section at a path of keys and list indices."""
+    for section in sections:
+        is_item = isinstance(section, int)
+        model = get_args(model)[0] if is_item else model.model_fields[section].annotation
+    return list(model.model_fields)
 
 
 def _unquoted(reason: str) -> str:

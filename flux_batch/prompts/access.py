@@ -1,7 +1,8 @@
-"""What the name of an image in a row means, and whether a row may name it.
+"""The input images and LoRAs that a row may name, and what their names mean.
 
-The job file is trusted, rows are not: a row reaches the images beside its prompts, those under
-`prompts.input_image_root`, and, where the job file allows it, the public web. Knows names; opens no image.
+The job file is trusted, rows are not. A row reaches images beside its prompts, those under `prompts.input_image_root`
+and, if the job file allows it, the public web; of LoRAs those of the job, files and objects in buckets, and nothing
+else on a network. Knows names; opens no file.
 """
 
 from __future__ import annotations
@@ -9,26 +10,31 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from fsspec.implementations.local import LocalFileSystem
 
-from flux_batch.config.schema import PromptsConfig
+from flux_batch.config.schema import LoraConfig, PromptsConfig
 from flux_batch.errors import RowError
 from flux_batch.prompts.safe_http import check_url
-from flux_batch.records import InputImage
+from flux_batch.records import NO_LORA, InputImage, LoraUse
 from flux_batch.redaction import public_uri
 from flux_batch.storage.store import open_filesystem
 
-LONGEST = 2048
 WEB = ("http", "https")
-S3 = ("s3", "s3a", "s3n")
+_MAX_NAME_LENGTH = 2048
+_S3 = ("s3", "s3a", "s3n")
+# Stores that a row may name a LoRA in, besides paths: they answer with objects, or refuse.
+_LORA_STORES = (*_S3, "gs", "gcs", "az", "abfs", "abfss", "hf")
+_LORA_SUFFIX = ".safetensors"
 
 
-class Places:
-    """Where the rows of one prompts file may take images from."""
+class ImageAccess:
+    """The images that the rows of one prompts file may name."""
 
     def __init__(self, config: PromptsConfig, file: str) -> None:
         self._config = config
@@ -38,8 +44,8 @@ class Places:
         self._root = os.path.abspath(root) if root and not scheme_of(root) else root
 
     def find(self, name: str) -> InputImage:
-        """Return the image that a row names. Raises: RowError that says why it may not, and what it may name."""
-        if len(name) > LONGEST or "\0" in name:
+        """Return the image that a row names. Raises: RowError saying why it may not, and what it may name."""
+        if len(name) > _MAX_NAME_LENGTH or "\0" in name:
             raise RowError(f"column 'input_image' holds {len(name)} characters that are no path and no address")
         try:
             scheme = scheme_of(name)
@@ -58,18 +64,20 @@ class Places:
                 "a row may name an absolute path only under prompts.input_image_root, which is "
                 + (self._root or "not set")
             )
-        return InputImage(name=name, uri=path, within=(self._root,))
+        return InputImage(name=name, uri=path, allowed_roots=(self._root,))
 
     def _beside(self, name: str) -> InputImage:
-        """Find a path relative to the prompts file, which may not leave the data set's folder."""
-        file, folder = self._located
+        """Resolve a path relative to the prompts file; it may not leave the data set's folder."""
+        file, folder = self._file_and_folder
         path = _joined(file, name)
         allowed = [folder, self._root] if self._root else [folder]
         if not any(is_inside(path, folder) for folder in allowed):
             raise RowError(f"leads out of {' and '.join(allowed)}")
         if self._scheme:
             return self._remote(name, path)
-        return InputImage(name=name, uri=path, within=tuple(folder for folder in allowed if not scheme_of(folder)))
+        return InputImage(
+            name=name, uri=path, allowed_roots=tuple(folder for folder in allowed if not scheme_of(folder))
+        )
 
     def _remote(self, name: str, uri: str) -> InputImage:
         scheme = scheme_of(uri)
@@ -87,12 +95,12 @@ class Places:
         return InputImage(name=name, uri=uri)
 
     def _is_of_data(self, scheme: str) -> bool:
-        """Whether the data set lies in a store of this kind, for which its storage options are meant."""
-        return bool(self._scheme) and (scheme == self._scheme or {scheme, self._scheme} <= set(S3))
+        """Return whether the data set lies in a store of this kind, which its storage options are for."""
+        return bool(self._scheme) and (scheme == self._scheme or {scheme, self._scheme} <= set(_S3))
 
     @cached_property
-    def _located(self) -> tuple[str, str]:
-        """The prompts file, and the folder of the job file's `prompts.uri` that it belongs to, both in full."""
+    def _file_and_folder(self) -> tuple[str, str]:
+        """The prompts file and its folder in the job file's `prompts.uri`, both as full addresses."""
         fs, file = open_filesystem(self._file, self._config.storage_options)
         folders = [_folder_of(uri, self._config) for uri in self._config.uri]
         own = [folder for folder in folders if folder and is_inside(file, folder)]
@@ -109,7 +117,7 @@ def scheme_of(uri: str) -> str:
 
 
 def local_name(uri: str) -> str:
-    """Return the path of a file:// address, anything else as it is. Raises: RowError for one of another machine."""
+    """Return the path of a file:// address, any other name as it is. Raises: RowError for another machine's file."""
     if scheme_of(uri) != "file":
         return uri
     parts = urlsplit(uri)
@@ -119,17 +127,17 @@ def local_name(uri: str) -> str:
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Whether a path lies under a folder, by its name alone."""
+    """Return whether a path lies under a folder, by its name alone."""
     return path.startswith(folder.rstrip("/") + "/")
 
 
 def shortened(name: str) -> str:
-    """Return a name as a message can hold it."""
+    """Return a name cut to a length that fits into a message."""
     return name if len(name) <= 200 else f"{name[:200]}..."
 
 
 def _folder_of(uri: str, config: PromptsConfig) -> str:
-    """Find the folder that an entry of `prompts.uri` names, itself or by a glob; empty for a file."""
+    """Return the folder that an entry of `prompts.uri` names, itself or by a glob; empty for a file."""
     fs, path = open_filesystem(uri, config.storage_options)
     path = str(path).rstrip("/")
     if fs.isdir(path):
@@ -143,3 +151,55 @@ def _joined(file: str, name: str) -> str:
     scheme = scheme_of(file)
     prefix = f"{scheme}://" if scheme else ""
     return prefix + posixpath.normpath(posixpath.join(posixpath.dirname(file[len(prefix) :]), name))
+
+
+class RowLoras:
+    """The LoRAs that the rows of one prompts file may use; `defaults` are those of the job."""
+
+    def __init__(self, loras: Sequence[LoraConfig], file: str) -> None:
+        self.defaults = tuple(LoraUse(name=lora.name, uri=lora.uri, scale=lora.scale) for lora in loras)
+        self._by_name = {lora.uri: lora for lora in self.defaults} | {lora.name: lora for lora in self.defaults}
+        self._file = file
+
+    def choose(self, name: Any, scale: float | None) -> tuple[LoraUse, ...]:
+        """Return the LoRAs of a row from its columns `lora` and `lora_scale`; None is an empty cell.
+
+        Raises: RowError saying what a row may name.
+        """
+        if name is None:
+            return self.defaults if scale is None else (_scaled(self._only_default(scale), scale),)
+        if not isinstance(name, str):
+            raise RowError(f"column 'lora' holds {type(name).__name__}: must be a name or an address")
+        if name.strip() in NO_LORA:
+            return ()
+        return (_scaled(self._by_name.get(name) or self._addressed(name), scale),)
+
+    def _only_default(self, scale: float) -> LoraUse:
+        if len(self.defaults) != 1:
+            count = len(self.defaults) or "no"
+            raise RowError(
+                f"lora_scale = {scale}: the job has {count} LoRAs, so the row must name one in column 'lora'"
+            )
+        return self.defaults[0]
+
+    def _addressed(self, name: str) -> LoraUse:
+        """Return a LoRA that is not in the job file, from its path or address."""
+        if len(name) > _MAX_NAME_LENGTH or "\0" in name:
+            raise RowError(f"column 'lora' holds {len(name)} characters that are no path and no address")
+        if not name.endswith(_LORA_SUFFIX) and scheme_of(name) != "hf":
+            known = ", ".join(lora.name for lora in self.defaults) or "none"
+            raise RowError(
+                f"lora {shortened(name)}: neither a LoRA of the job (which has {known}) nor a {_LORA_SUFFIX} file"
+            )
+        is_relative = not scheme_of(name) and not posixpath.isabs(name)
+        uri = posixpath.join(posixpath.dirname(self._file), name) if is_relative else name
+        scheme = scheme_of(uri)
+        is_plain = "::" not in uri and ("://" not in uri or bool(scheme)) and not (scheme and ".." in uri.split("/"))
+        if not is_plain or scheme not in ("", "file", *_LORA_STORES):
+            raise RowError(f"lora {shortened(name)}: only model.loras of the job may name such an address")
+        return LoraUse(name=name, uri=uri, scale=1.0)
+
+
+def _scaled(lora: LoraUse, scale: float | None) -> LoraUse:
+    """Return a LoRA with another scale; None keeps its own."""
+    return lora if scale is None else LoraUse(name=lora.name, uri=lora.uri, scale=scale)

@@ -1,8 +1,8 @@
-"""The images that rows start from: read with bounds, decoded, upright, in RGB, at the size they are needed in.
+"""The input images of rows: read with bounds, decoded, upright, in RGB, resized.
 
-Knows where bytes lie and how images are encoded; whether a row may name a place is decided before (access.py).
-Whatever is wrong with an image is a RowError and costs its row. Only a storage of the data set's own that fails, and
-may be better later, is a StoreError: its shard is tried again, and the same rows succeed whenever it is.
+Knows how images are read and decoded; access.py has decided before whether a row may name one. Anything wrong with an
+image is a RowError and fails its row. Only a failure of the data set's own storage is a StoreError: its shard is tried
+again later, so that the same rows succeed in every run.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from flux_batch.storage.store import open_filesystem
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000
-# Images of pixels alone: no scripts, no fonts, no files that name other files.
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
-# What the machine, and not the row, is to blame for.
-FAULTS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+# Formats of pixels alone: no scripts, no fonts, no files that refer to other files.
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+# Errors of reading a file that are the machine's fault and not the row's.
+_HOST_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
-def given_bytes(data: bytes) -> InputImage:
-    """Return the image that a row holds itself. Raises: RowError if it is empty or too large."""
+def image_of_bytes(data: bytes) -> InputImage:
+    """Return an input image from the bytes in a row. Raises: RowError if there are none or too many."""
     if not data:
         raise RowError("column 'input_image' is empty: the bytes of an image are needed")
     if len(data) > MAX_BYTES:
@@ -45,8 +45,8 @@ def given_bytes(data: bytes) -> InputImage:
     return InputImage(name=f"sha256:{hashlib.sha256(data).hexdigest()}", data=data)
 
 
-def laid_aside(image: InputImage, folder: Path) -> InputImage:
-    """Move the bytes of an image from memory to a file in `folder`, which outlives it."""
+def spilled(image: InputImage, folder: Path) -> InputImage:
+    """Return an image whose bytes are written to a file in `folder` and no longer kept in memory."""
     if not image.data:
         return image
     path = folder / f"input-{image.name.rpartition(':')[2]}"
@@ -54,7 +54,7 @@ def laid_aside(image: InputImage, folder: Path) -> InputImage:
     return replace(image, data=b"", uri=str(path))
 
 
-def check_of_job(uri: str, storage_options: Mapping[str, Any]) -> None:
+def check_job_image(uri: str, storage_options: Mapping[str, Any]) -> None:
     """Raise SourceError unless the image that the job file names can be used."""
     try:
         load_image(InputImage(name=public_uri(uri), uri=uri), storage_options)
@@ -65,7 +65,7 @@ def check_of_job(uri: str, storage_options: Mapping[str, Any]) -> None:
 def load_image(
     source: InputImage, storage_options: Mapping[str, Any], size: tuple[int, int] | None = None
 ) -> Image.Image:
-    """Return an image in RGB: upright as its EXIF says, what is transparent in it white, colour profiles not applied.
+    """Return an image in RGB: upright by its EXIF, transparency on white, colour profiles not applied.
 
     size: (width, height) to resize it to, by Lanczos and whatever its proportions, as diffusers does.
     Raises: RowError saying what is wrong with it; StoreError if the data set's storage is away.
@@ -78,19 +78,19 @@ def load_image(
 
 
 def read_bytes(image: InputImage, storage_options: Mapping[str, Any]) -> bytes:
-    """Return at most MAX_BYTES of a place that a row may name."""
+    """Return the bytes of an image file, at most MAX_BYTES. Raises: RowError, StoreError, NotFound."""
     scheme = scheme_of(image.uri)
     if scheme in WEB:
         return fetch(image.uri, MAX_BYTES)
     if scheme in ("", "file"):
-        return _read_file(local_name(image.uri), image.within)
+        return _read_file(local_name(image.uri), image.allowed_roots)
     return with_retries(image.uri, "read", lambda: _read_object(image.uri, storage_options))
 
 
 def decode(data: bytes) -> Image.Image:
-    """Return the (first) image of a file in RGB. Raises: RowError."""
+    """Return the first image of a file in RGB. Raises: RowError."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise RowError(f"{width} x {height} pixels, more than the {MAX_PIXELS} allowed")
@@ -99,16 +99,16 @@ def decode(data: bytes) -> Image.Image:
     except RowError:
         raise
     except UnidentifiedImageError as error:
-        raise RowError(f"not an image in a format that is read: {', '.join(FORMATS)}") from error
-    except Exception as error:  # a row ends here: Pillow raises whatever a damaged file makes it stumble over
+        raise RowError(f"not an image in a format that is read: {', '.join(_IMAGE_FORMATS)}") from error
+    except Exception as error:  # Pillow raises anything on a damaged file
         raise RowError(f"cannot be decoded: {one_line(error)}") from error
 
 
-def _read_file(path: str, within: tuple[str, ...] | None) -> bytes:
+def _read_file(path: str, allowed_roots: tuple[str, ...] | None) -> bytes:
     try:
         real = os.path.realpath(path)
-        if within is not None and not any(is_inside(real, os.path.realpath(folder)) for folder in within):
-            raise RowError(f"is a link that leads out of {' and '.join(within)}")
+        if allowed_roots is not None and not any(is_inside(real, os.path.realpath(folder)) for folder in allowed_roots):
+            raise RowError(f"is a link that leads out of {' and '.join(allowed_roots)}")
         if not stat.S_ISREG(os.stat(real).st_mode):  # a pipe would be waited for, a device never ends
             raise RowError(f"{path} is no file")
         with open(real, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -116,7 +116,7 @@ def _read_file(path: str, within: tuple[str, ...] | None) -> bytes:
     except FileNotFoundError as error:
         raise RowError(f"there is no file {path}") from error
     except OSError as error:
-        if error.errno in FAULTS:
+        if error.errno in _HOST_ERRNOS:
             raise StoreError(f"{path}: cannot read: {error}") from error
         raise RowError(f"{path} cannot be read: {error.strerror}") from error
     _check_length(len(data))

@@ -1,8 +1,8 @@
-"""One file from the web, for an address that a row of data names: bounded, and never from inside the network.
+"""One file from the public web, for a URL in a row: bounded in size and time, never from inside the network.
 
-A row is data, and data may be hostile: an address in it must not make a worker ask what only the inside may ask, such
-as a cloud's metadata service. So every address a name resolves to is looked at, the connection is made to the very
-address that was, and a redirect is looked at again. Proxies of the environment are not used.
+Rows may be hostile: a URL must not make a worker read from a service that only the inside network may reach, such as a
+cloud's metadata service. So every IP address of a host is checked, the connection is made to the checked address, and
+each redirect is checked again. Proxies of the environment are not used.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ ATTEMPTS = 3
 FIRST_WAIT_S = 1.0
 MAX_REDIRECTS = 5
 MAX_ADDRESSES = 4
-# Of one answer: until it says anything, and until it has said everything.
+# Timeouts of one answer: until the next byte, and until the last.
 SILENCE_S, WHOLE_S = 10.0, 60.0
 REDIRECTS = {301, 302, 303, 307, 308}
-# Too busy, or broken for the moment: worth another try.
-MOODS = {408, 425, 429, 500, 502, 503, 504}
+# The server is overloaded or broken for the moment: worth another try.
+_RETRYABLE_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: IPv4 from inside an IPv6 network
-# What the ipaddress module takes for public, all of it or in some versions, and is not.
+# Networks that the ipaddress module, or some versions of it, wrongly takes for public.
 NOT_PUBLIC = (
     # Azure's platform service: https://learn.microsoft.com/azure/virtual-network/what-is-ip-address-168-63-129-16
     ipaddress.ip_network("168.63.129.16/32"),
@@ -42,14 +42,15 @@ NOT_PUBLIC = (
 
 
 class Unavailable(Exception):
-    """The server did not answer, or asked to come again; its message is the reason."""
+    """The server did not answer, or asked for another try; the message is the reason."""
 
 
 def fetch(url: str, max_bytes: int, *, is_allowed: Callable[[IpAddress], bool] | None = None) -> bytes:
-    """Get a file by HTTP or HTTPS. `is_allowed` says which addresses may be asked; those of the public internet.
+    """Return the bytes of a file by HTTP or HTTPS.
 
-    Raises: RowError for an address that may not be asked, more than `max_bytes`, or anything but a file in answer; its
-    message leaves out the address.
+    is_allowed: the check of each IP address before it is connected to; public addresses by default.
+    Raises: RowError for an address that is not allowed, more than `max_bytes`, or an answer that is not a file; its
+    message does not contain the URL.
     """
     policy = RetryPolicy(attempts=ATTEMPTS, first_wait_s=FIRST_WAIT_S)
     try:
@@ -61,11 +62,11 @@ def fetch(url: str, max_bytes: int, *, is_allowed: Callable[[IpAddress], bool] |
 
 
 def is_public(address: IpAddress) -> bool:
-    """Whether an address belongs to the public internet: not this machine, its network or its cloud's services."""
+    """Return whether an address is on the public internet: not this machine, its network or its cloud's services."""
     if isinstance(address, ipaddress.IPv6Address):
         if address in NAT64:
             return is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
-        # Other ways to wrap an IPv4 address have no use here but to hide it.
+        # Other ways to wrap an IPv4 address would only hide it.
         if address.ipv4_mapped or address.sixtofour or address.teredo:
             return False
     is_special = address.is_multicast or address.is_reserved or address.is_unspecified
@@ -107,9 +108,9 @@ def _follow(url: str, max_bytes: int, is_allowed: Callable[[IpAddress], bool]) -
 def _connected(
     parts: SplitResult, is_allowed: Callable[[IpAddress], bool], deadline: float
 ) -> Iterator[HTTPConnection]:
-    """Connect to an address that was looked at; HTTPS checks the certificate against the name.
+    """Yield a connection to a checked address; HTTPS checks the certificate against the host's name.
 
-    The connection is cut at the deadline, since a server may send a byte now and then for ever.
+    The connection is closed at the deadline, since a server may send single bytes for ever.
     """
     host = parts.hostname or ""
     is_secure = parts.scheme == "https"
@@ -134,7 +135,7 @@ def _connected(
 
 
 def _resolve(host: str, port: int, is_allowed: Callable[[IpAddress], bool]) -> list[IpAddress]:
-    """Find the addresses of a name. Raises: RowError if one of them may not be asked."""
+    """Return the addresses of a host. Raises: RowError if one of them is not allowed."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, ValueError) as error:
@@ -148,7 +149,7 @@ def _resolve(host: str, port: int, is_allowed: Callable[[IpAddress], bool]) -> l
 
 
 def _open(addresses: list[IpAddress], port: int) -> socket.socket:
-    """Connect to the first address that answers."""
+    """Return a connection to the first address that answers."""
     failure: OSError | None = None
     for address in addresses:
         try:
@@ -167,15 +168,15 @@ def _ask(connection: HTTPConnection, parts: SplitResult) -> HTTPResponse:
     target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
     if parts.query:
         target += "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~?[]")
-    # Compressed answers are not asked for: they could be small on the way and huge here.
+    # No compression: a small answer could become huge here.
     headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "flux-batch"}
     connection.request("GET", target, headers=headers)
     return connection.getresponse()
 
 
 def _read(answer: HTTPResponse, max_bytes: int, deadline: float) -> bytes:
-    """Read a whole answer, unless it is too long or too slow."""
-    if answer.status in MOODS:
+    """Return a whole answer. Raises: RowError if it is too long or too slow."""
+    if answer.status in _RETRYABLE_STATUSES:
         raise Unavailable(f"the server answered {answer.status} {answer.reason}")
     if answer.status != 200:
         raise RowError(f"the server answered {answer.status} {answer.reason}")

@@ -1,40 +1,34 @@
-"""The data set of prompts: which files it has, what its columns mean, rows -> ImageRequests.
+"""The data set of prompts: its files, how they split into ranges of rows, and the requests of a shard.
 
-Knows the `prompts` and `sampling` sections of the job file; does not know shards of output or images.
+Knows the section `prompts` of the job file; does not know shards of output or images.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
-from flux_batch.errors import InvalidSetting, RowError, SourceError
-from flux_batch.prompts.access import Places
-from flux_batch.prompts.input_images import given_bytes
-from flux_batch.prompts.row_loras import RowLoras
-from flux_batch.prompts.tables import FORMATS, BadRow, Row, RowRange, Table, open_table
-from flux_batch.records import FailedRow, ImageRequest, InputImage, LoraUse, Shard, image_seed
+from flux_batch.config.schema import LoraConfig, PromptsConfig, SamplingConfig
+from flux_batch.errors import SourceError
+from flux_batch.prompts.rows import RowParser
+from flux_batch.prompts.tables import TABLE_FORMATS, RowRange, Table, open_table
+from flux_batch.records import FailedRow, ImageRequest, Shard
 from flux_batch.redaction import public_uri
-from flux_batch.sampling_params import ALIASES, MAX_SEED, SAMPLING_FIELDS, SamplingParams, check_integer
 from flux_batch.storage.errors import translated
 from flux_batch.storage.passthrough import is_text, portable
 from flux_batch.storage.store import open_filesystem
 
-# Enough to notice an edit of a file whose store gives no checksum, at the price of two small reads.
-SAMPLED_BYTES = 64 * 1024
-READERS = 16
+# Enough to notice an edit of a file whose store has no checksum, at the price of two small reads.
+_SAMPLED_BYTES = 64 * 1024
+_READER_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +49,7 @@ class PromptSource:
         self._options = config.storage_options
 
     def files(self) -> list[PromptFile]:
-        """List the data set in a fixed order. Raises: SourceError if a file is missing or nothing is found."""
+        """Return the files in a fixed order. Raises: SourceError if a file is missing or nothing is found."""
         expanded = [self._expand(uri) for uri in self._config.uri]
         found = {path: fs for fs, _, paths in expanded for path in paths}
         if not found:
@@ -63,11 +57,11 @@ class PromptSource:
                 f"{', '.join(self._config.uri)}: no prompts found; expected files ending in {_suffixes()}"
             )
         base = _common_folder([folder for _, folder, _ in expanded])
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(_READER_THREADS) as pool:
             return list(pool.map(lambda path: _describe(found[path], path, base), sorted(found)))
 
     def split(self, file: PromptFile, num_rows: int) -> list[RowRange]:
-        """Cut one file into row ranges. Raises: SourceError if a column of the job file is not in it."""
+        """Return one file cut into row ranges. Raises: SourceError if a column of the job file is not in it."""
         table = self._table(file.uri)
         ranges = list(table.split(num_rows))
         if ranges:  # a text file without rows has no columns either
@@ -75,10 +69,10 @@ class PromptSource:
         return ranges
 
     def passthrough_schema(self, files: Sequence[PromptFile]) -> pa.Schema:
-        """Find the types of the passthrough columns over all files. Raises: SourceError if they do not agree."""
+        """Return the types of the passthrough columns over all files. Raises: SourceError if they do not agree."""
         if not self._config.passthrough:
             return pa.schema([])
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(_READER_THREADS) as pool:
             schemas = list(pool.map(lambda file: self._passthrough_of(file.uri), files))
         try:
             return pa.unify_schemas(schemas, promote_options="permissive")
@@ -88,7 +82,7 @@ class PromptSource:
     def read(
         self, shard: Shard, sampling: SamplingConfig, loras: Sequence[LoraConfig] = ()
     ) -> Iterator[ImageRequest | FailedRow]:
-        """Read and validate the rows of a shard, in order; a row that cannot be used is a FailedRow."""
+        """Yield the validated rows of a shard, in order; an invalid row is a FailedRow."""
         parser = RowParser(self._config, sampling, shard.uri, loras)
         rows = self._table(shard.uri).stream(RowRange(shard.start, shard.num_rows, shard.offset), parser.columns)
         found = 0
@@ -119,7 +113,7 @@ class PromptSource:
         return open_table(uri, self._options)
 
     def _expand(self, uri: str) -> tuple[fsspec.AbstractFileSystem, str, list[str]]:
-        """Find what a file, folder or glob means: its file system, the folder it is about, the prompt files."""
+        """Return the file system, the base folder and the prompt files of a file, folder or glob."""
         fs, path = open_filesystem(uri, self._options)
         with translated(uri, "list prompts"):
             if fs.isdir(path):
@@ -144,171 +138,18 @@ class PromptSource:
             raise SourceError(f"{uri}: column {wanted['prompt']!r} holds {kind}, but prompts must be text")
 
 
-class RowParser:
-    """One row of any format -> a validated ImageRequest, or a FailedRow with the reason."""
-
-    def __init__(
-        self, config: PromptsConfig, sampling: SamplingConfig, uri: str = "", loras: Sequence[LoraConfig] = ()
-    ) -> None:
-        self._passthrough = config.passthrough
-        self._places = Places(config, uri)
-        self._loras = RowLoras(loras, uri)
-        image = sampling.input_image
-        self._input_image = InputImage(name=public_uri(image), uri=image) if image else None
-        self._defaults = sampling.params()
-        self._num_images = sampling.num_images_per_prompt
-        self._run_seed = sampling.seed
-        spellings = {field: [field] for field in PROMPT_FIELDS}
-        for other, field in ALIASES.items():
-            spellings[field].append(other)
-        self._columns = spellings | {field: [column] for field, column in config.columns.items()}
-
-    @property
-    def columns(self) -> set[str]:
-        """Name every column that may be asked for."""
-        return {name for names in self._columns.values() for name in names} | set(self._passthrough)
-
-    def parse(self, values: Row | BadRow, *, row: int, default_id: str) -> ImageRequest | FailedRow:
-        """Validate one row; `row` is its number in the shard."""
-        if isinstance(values, BadRow):
-            return FailedRow(
-                row=row, id=default_id, prompt="", error_type="RowError", error_message=f"{default_id}: {values.reason}"
-            )
-        row_id = _text(self._cell(values, "id")) or default_id
-        passthrough = {name: values.get(name) for name in self._passthrough}
-        try:
-            prompt = self._prompt(values)
-            params = self._sampling(values)
-            image = self._image(values)
-            if image is None and params.denoising_strength < 1:
-                raise RowError(
-                    f"denoising_strength = {params.denoising_strength}: needs an input_image, and there is none"
-                )
-            loras = self._loras_of(values)
-            seeds = self._seeds(values, row_id)
-        except (RowError, InvalidSetting) as error:
-            return FailedRow(
-                row=row,
-                id=row_id,
-                prompt=_text(self._cell(values, "prompt")),
-                error_type=type(error).__name__,
-                error_message=f"{default_id}: {error}",
-                passthrough=passthrough,
-            )
-        return ImageRequest(
-            row=row,
-            id=row_id,
-            prompt=prompt,
-            sampling=params,
-            seeds=seeds,
-            input_image=image,
-            loras=loras,
-            passthrough=passthrough,
-        )
-
-    def _cell(self, values: Row, field: str) -> Any:
-        return next((values[name] for name in self._columns[field] if values.get(name) is not None), None)
-
-    def _prompt(self, values: Row) -> str:
-        prompt = self._cell(values, "prompt")
-        column = self._columns["prompt"][0]
-        if prompt is None:
-            raise RowError(f"column {column!r} is null: a prompt is needed")
-        if not isinstance(prompt, str):
-            raise RowError(f"column {column!r} holds {type(prompt).__name__}: a prompt must be text")
-        if not prompt.strip():
-            raise RowError(f"column {column!r} is empty: a prompt is needed")
-        return prompt
-
-    def _sampling(self, values: Row) -> SamplingParams:
-        overrides: dict[str, Any] = {}
-        for field in SAMPLING_FIELDS:
-            if (value := self._cell(values, field)) is not None:
-                overrides[field] = _convert(field, value)
-        return replace(self._defaults, **overrides) if overrides else self._defaults
-
-    def _image(self, values: Row) -> InputImage | None:
-        """Find what the row starts from: a path or an address, bytes, or both as Hugging Face writes them."""
-        value = self._cell(values, "input_image")
-        if isinstance(value, Mapping):
-            value = value.get("path") if value.get("bytes") is None else value["bytes"]
-        if value is None:
-            return self._input_image
-        if isinstance(value, bytes):
-            return given_bytes(value)
-        if isinstance(value, str):
-            return self._places.find(value) if value else None
-        raise RowError(
-            f"column {self._columns['input_image'][0]!r} holds {type(value).__name__}: "
-            "must be a path, an address, bytes, or a struct of bytes and path"
-        )
-
-    def _loras_of(self, values: Row) -> tuple[LoraUse, ...]:
-        scale = self._cell(values, "lora_scale")
-        return self._loras.choose(self._cell(values, "lora"), None if scale is None else _number("lora_scale", scale))
-
-    def _seeds(self, values: Row, row_id: str) -> tuple[int, ...]:
-        count = self._cell(values, "num_images_per_prompt")
-        count = self._num_images if count is None else _integer("num_images_per_prompt", count)
-        check_integer("num_images_per_prompt", count, 1, 1000)
-        seed = self._cell(values, "seed")
-        if seed is None:
-            return tuple(image_seed(self._run_seed, row_id, index) for index in range(count))
-        seed = _integer("seed", seed)
-        check_integer("seed", seed, 0, MAX_SEED - 1)
-        return tuple(seed + index for index in range(count))
-
-
-def _convert(field: str, value: Any) -> Any:
-    kind = SAMPLING_FIELDS[field].type
-    if kind is int:
-        return _integer(field, value)
-    if kind is float:
-        return _number(field, value)
-    if not isinstance(value, str):
-        raise InvalidSetting(f"{field} = {value!r}: must be text", field=field)
-    return value
-
-
-def _integer(field: str, value: Any) -> int:
-    """Read a whole number; text and whole floats count, since CSV and pandas turn integers into them."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    with suppress(ValueError):
-        if isinstance(value, str):
-            return int(value)
-    number = _number(field, value)
-    if not number.is_integer():
-        raise InvalidSetting(f"{field} = {value!r}: must be a whole number", field=field)
-    return int(number)
-
-
-def _number(field: str, value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidSetting(f"{field} = {value!r}: must be a number", field=field) from error
-    if not math.isfinite(number):
-        raise InvalidSetting(f"{field} = {value!r}: must be a finite number", field=field)
-    return number
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
 def _suffixes() -> str:
-    return ", ".join(f".{suffix}" for suffix in FORMATS)
+    return ", ".join(f".{suffix}" for suffix in TABLE_FORMATS)
 
 
 def _is_prompts(path: str) -> bool:
-    """Whether a file found in a folder counts: a known suffix, and not hidden as `_metadata` and `.part` files are."""
+    """Return whether a file in a folder holds prompts: a known suffix, and not hidden as `_metadata` is."""
     name = posixpath.basename(path)
-    return not name.startswith((".", "_")) and name.rpartition(".")[2].lower() in FORMATS
+    return not name.startswith((".", "_")) and name.rpartition(".")[2].lower() in TABLE_FORMATS
 
 
 def _common_folder(folders: Sequence[str]) -> str:
-    """Find what names are relative to: none if a list mixes a disk with a bucket."""
+    """Return the folder that names are relative to; empty if a list mixes a disk with a bucket."""
     try:
         return posixpath.commonpath(folders)
     except ValueError:
@@ -321,13 +162,13 @@ def _describe(fs: fsspec.AbstractFileSystem, path: str, base: str) -> PromptFile
         info = fs.info(path)
         size = int(info["size"])
         version = str(info.get("ETag") or info.get("etag") or "").strip('"') or _sample_hash(fs, path, size)
-    name = public_uri(path)  # what ids are made of: no signature, which another day is another
+    name = public_uri(path)  # ids are made of it: no signature, which changes from day to day
     return PromptFile(uri=uri, name=posixpath.relpath(name, base) if base else name, size=size, version=version)
 
 
 def _sample_hash(fs: fsspec.AbstractFileSystem, path: str, size: int) -> str:
     digest = hashlib.blake2b(digest_size=12)
-    digest.update(fs.cat_file(path, start=0, end=min(size, SAMPLED_BYTES)))
-    if size > SAMPLED_BYTES:
-        digest.update(fs.cat_file(path, start=max(SAMPLED_BYTES, size - SAMPLED_BYTES), end=size))
+    digest.update(fs.cat_file(path, start=0, end=min(size, _SAMPLED_BYTES)))
+    if size > _SAMPLED_BYTES:
+        digest.update(fs.cat_file(path, start=max(_SAMPLED_BYTES, size - _SAMPLED_BYTES), end=size))
     return digest.hexdigest()

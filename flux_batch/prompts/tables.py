@@ -1,7 +1,7 @@
-"""One file of prompts, whatever its format: its columns, how it splits, a range of its rows.
+"""One file of prompts in any format: its columns, its ranges of rows, the rows of a range.
 
 Knows Parquet, JSON Lines, CSV and plain text; does not know what a column means.
-A row that cannot be parsed is a BadRow in its place, so that it costs itself and not the file.
+A row that cannot be parsed is a BadRow in its position, so that the other rows of the file can be used.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from flux_batch.storage.errors import translated
 from flux_batch.storage.store import open_filesystem
 
 Row = dict[str, Any]
-BUFFER_BYTES = 1 << 20
-# Rows of Parquet that are decoded at a time: many of text, few of images.
-BATCH_ROWS, BATCH_BYTES = 8192, 64 << 20
+_BUFFER_BYTES = 1 << 20
+# Rows of Parquet decoded at a time: many rows of text, few of images.
+_BATCH_ROWS, _BATCH_BYTES = 8192, 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that its format's parser refused."""
+    """A row that could not be parsed, with the reason."""
 
     reason: str
 
@@ -49,28 +49,28 @@ class Table(Protocol):
     """A prompts file, opened for reading."""
 
     def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
-        """Give the Arrow type of each of `columns` that the file has."""
+        """Return the Arrow type of each of `columns` that the file has."""
         ...
 
     def split(self, num_rows: int) -> Iterator[RowRange]:
-        """Cut the file into ranges of `num_rows`, the last one shorter."""
+        """Yield ranges of `num_rows` that cover the file; the last may be shorter."""
         ...
 
     def read(self, rows: RowRange, columns: Collection[str]) -> list[Row | BadRow]:
-        """Read the rows of a range that `split` gave; columns other than `columns` may be left out."""
+        """Read the rows of a range from `split`; columns other than `columns` may be left out."""
         ...
 
     def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
-        """Read them one after the other, so that a column of images never lies in memory whole."""
+        """Yield the same rows one by one, so that a column of images is never in memory whole."""
         ...
 
 
 def open_table(uri: str, storage_options: Mapping[str, Any]) -> Table:
     """Open a prompts file by its suffix. Raises: SourceError for another suffix or an unreadable file."""
     suffix = public_uri(uri).rpartition(".")[2].lower()
-    if suffix not in FORMATS:
-        raise SourceError(f"{uri}: prompts must be {', '.join(f'.{known}' for known in FORMATS)}")
-    return FORMATS[suffix](uri, storage_options)
+    if suffix not in TABLE_FORMATS:
+        raise SourceError(f"{uri}: prompts must be {', '.join(f'.{known}' for known in TABLE_FORMATS)}")
+    return TABLE_FORMATS[suffix](uri, storage_options)
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ class _File:
     def open(self) -> Iterator[BinaryIO]:
         fs, path = open_filesystem(self.uri, self.storage_options)
         with translated(self.uri, "read"), fs.open(path, "rb") as file:
-            # s3fs alone takes a copy of a whole block, megabytes, for every line.
-            yield io.BufferedReader(file, BUFFER_BYTES)
+            # Without a buffer, s3fs copies a whole block of megabytes for every line.
+            yield io.BufferedReader(file, _BUFFER_BYTES)
 
 
 class ParquetTable(_File):
-    """Rows by row group; planning reads the footer alone."""
+    """A Parquet file, read by row group; planning reads the footer alone."""
 
     def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
         with self._parquet() as parquet:
@@ -127,17 +127,17 @@ class ParquetTable(_File):
 
 
 def _is_damage(error: OSError) -> bool:
-    """Whether Arrow could not decode what it read, and not the file system read it; Arrow's own have no number."""
+    """Return whether an error is of Arrow's decoding and not of the file system, whose errors have a number."""
     return type(error) is OSError and error.errno is None
 
 
 def _rows_of_group(
     parquet: pq.ParquetFile, group: int, names: list[str], start: int, end: int
 ) -> Iterator[Row | BadRow]:
-    """Stream one row group and keep start .. end of it, so that a huge group never lies in memory whole."""
+    """Yield the rows start .. end of one row group, so that a huge group is never in memory whole."""
     about = parquet.metadata.row_group(group)
     per_row = max(1, about.total_byte_size // max(1, about.num_rows))
-    batch_size = max(1, min(BATCH_ROWS, BATCH_BYTES // per_row))
+    batch_size = max(1, min(_BATCH_ROWS, _BATCH_BYTES // per_row))
     first = 0
     for batch in parquet.iter_batches(batch_size=batch_size, row_groups=[group], columns=names):
         if first >= end:
@@ -158,7 +158,7 @@ def _python_rows(batch: pa.RecordBatch) -> list[Row | BadRow]:
 
 
 class _LineTable(_File):
-    """A text format: planning streams the file once and notes the byte where each range begins."""
+    """A text file: planning streams it once and notes the byte where each range begins."""
 
     def split(self, num_rows: int) -> Iterator[RowRange]:
         start = offset = count = 0
@@ -187,7 +187,7 @@ class _LineTable(_File):
 
 
 class TextTable(_LineTable):
-    """A prompt a line; blank lines do not count."""
+    """A text file with one prompt a line; blank lines do not count."""
 
     def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
         return {name: pa.string() for name in columns if name == "prompt"}
@@ -202,10 +202,10 @@ class TextTable(_LineTable):
 
 
 class JsonLinesTable(_LineTable):
-    """A JSON object a line; blank lines do not count."""
+    """A file with one JSON object a line; blank lines do not count."""
 
     def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
-        """Find each column's type by reading the whole file; values of several kinds become JSON text."""
+        """Return each column's type after reading the whole file; mixed types become JSON text."""
         kinds: dict[str, set[type]] = {}
         wanted = set(columns)
         with self.open() as file:
@@ -232,7 +232,7 @@ def _json_row(line: bytes) -> Row | BadRow:
 
 
 class CsvTable(_LineTable):
-    """Comma-separated values with a header; quoted fields may hold line breaks."""
+    """A file of comma-separated values with a header; quoted fields may contain line breaks."""
 
     def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
         with self.open() as file:
@@ -273,7 +273,7 @@ class CsvTable(_LineTable):
 
 
 class _Decoder:
-    """Feed lines to the csv module and remember the byte after the last one it took."""
+    """An iterator of lines for the csv module that knows the byte after the last line read."""
 
     def __init__(self, lines: Iterator[tuple[int, bytes]]) -> None:
         self._lines = lines
@@ -285,7 +285,7 @@ class _Decoder:
     def __next__(self) -> str:
         at, line = next(self._lines)
         self.end = at + len(line)
-        # A stray byte costs a replacement character, visible in the prompt, and not the rest of the file.
+        # An invalid byte becomes a replacement character, visible in the prompt; the rest of the file can be read.
         return line.decode("utf-8-sig" if at == 0 else "utf-8", errors="replace")
 
 
@@ -297,7 +297,7 @@ def _lines(file: BinaryIO, offset: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _kind(value: Any) -> type:
-    """Give the type of a JSON value; an integer too large for a column counts as text."""
+    """Return the type of a JSON value; an integer too large for a column counts as text."""
     return str if isinstance(value, int) and not -(2**63) <= value < 2**63 else type(value)
 
 
@@ -311,7 +311,7 @@ def _arrow_type(kinds: set[type]) -> pa.DataType:
     return pa.string()
 
 
-FORMATS: dict[str, type[ParquetTable] | type[TextTable] | type[JsonLinesTable] | type[CsvTable]] = {
+TABLE_FORMATS: dict[str, type[ParquetTable] | type[TextTable] | type[JsonLinesTable] | type[CsvTable]] = {
     "parquet": ParquetTable,
     "jsonl": JsonLinesTable,
     "csv": CsvTable,

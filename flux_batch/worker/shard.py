@@ -17,7 +17,7 @@ from flux_batch.errors import DeviceFatal
 from flux_batch.images import encode
 from flux_batch.output.paths import image_key
 from flux_batch.output.staging import StagedImage, Staging, staged_record
-from flux_batch.prompts.input_images import laid_aside
+from flux_batch.prompts.input_images import spilled
 from flux_batch.records import Attempt, FailedRow, ImageRecord, ImageRequest, Shard
 from flux_batch.worker.batches import ImageTask, batches, tasks_of
 from flux_batch.worker.generate import ImageOutcome
@@ -88,7 +88,7 @@ class ShardRun:
             self.records[row.row, 0] = self._recorder.failed_row(self.name, row)
             return
         if row.input_image:
-            row = replace(row, input_image=laid_aside(row.input_image, self.scratch))
+            row = replace(row, input_image=spilled(row.input_image, self.scratch))
         self._tasks |= {self.key(task): task for task in tasks_of(row)}
 
     def adopt_staged(self) -> None:

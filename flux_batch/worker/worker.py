@@ -30,8 +30,8 @@ from flux_batch.output.commits import Commits, Publisher
 from flux_batch.output.formats import format_for
 from flux_batch.output.paths import RunFolder
 from flux_batch.output.staging import Staging
+from flux_batch.prompts.access import RowLoras
 from flux_batch.prompts.input_images import load_image
-from flux_batch.prompts.row_loras import RowLoras
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import Attempt, Commit, FailedRow, InputImage, Shard
 from flux_batch.storage.retry import RetryPolicy
@@ -97,7 +97,7 @@ class Worker:
         output_format = format_for(config.output, factory.passthrough)
         name = f"{socket.gethostname()}:{os.getpid()}"
         self._publisher = Publisher(self._commits, output_format, factory.passthrough, name)
-        loras = RowLoras(config.model.loras, "").of_job
+        loras = RowLoras(config.model.loras, "").defaults
         self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling), self._beat_making)
         self._recorder = Recorder(config.model, output_format, pipeline.default_t5_sequence_length)
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from flux_batch.config.schema import PromptsConfig
 from flux_batch.errors import RowError
-from flux_batch.prompts.access import Places, is_inside, scheme_of
+from flux_batch.prompts.access import ImageAccess, is_inside, scheme_of
 
 
-def places(file: str, uri: str | list[str] = "", **prompts: Any) -> Places:
-    return Places(PromptsConfig(uri=uri or file, **prompts), file)
+def places(file: str, uri: str | list[str] = "", **prompts: Any) -> ImageAccess:
+    return ImageAccess(PromptsConfig(uri=uri or file, **prompts), file)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def refusal(of: Places, name: str) -> str:
+def refusal(of: ImageAccess, name: str) -> str:
     with pytest.raises(RowError) as caught:
         of.find(name)
     return str(caught.value)
@@ -50,7 +50,7 @@ def test_a_path_is_relative_to_its_prompts_file(data: Path, uri: str, name: str,
     found = places(str(data / "set/sub/p.jsonl"), f"{data}/{uri}").find(name)
 
     assert (found.name, found.uri) == (name, str(data / expected))
-    assert found.within is not None
+    assert found.allowed_roots is not None
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_absolute_paths_under_the_root(data: Path, name: str, root: str) -> None
     found = places(str(data / "set/sub/p.jsonl"), input_image_root=root.format(data)).find(name.format(data))
 
     assert found.uri == f"{data}/images/a.png"
-    assert found.within == (f"{data}/images",)
+    assert found.allowed_roots == (f"{data}/images",)
 
 
 @pytest.mark.parametrize("name", ["{}/images2/a.png", "{}/images/../a.png", "file://host{}/images/a.png"])

@@ -6,7 +6,7 @@ import pytest
 
 from flux_batch.config.schema import LoraConfig
 from flux_batch.errors import RowError
-from flux_batch.prompts.row_loras import RowLoras
+from flux_batch.prompts.access import RowLoras
 from flux_batch.records import LoraUse
 
 STYLE = LoraConfig(uri="/loras/style.safetensors", scale=0.8, name="style")

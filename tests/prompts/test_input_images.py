@@ -15,7 +15,7 @@ from PIL import Image
 
 from flux_batch.errors import RowError, SourceError, StoreError
 from flux_batch.prompts import input_images, safe_http
-from flux_batch.prompts.input_images import check_of_job, decode, given_bytes, laid_aside, load_image
+from flux_batch.prompts.input_images import check_job_image, decode, image_of_bytes, load_image, spilled
 from flux_batch.records import InputImage
 from flux_batch.storage.store import Store
 from helpers.s3 import Bucket
@@ -38,7 +38,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 
 def load(path: Path | str, within: tuple[str, ...] | None = None, **options: Any) -> Image.Image:
-    return load_image(InputImage(name="it", uri=str(path), within=within), {}, **options)
+    return load_image(InputImage(name="it", uri=str(path), allowed_roots=within), {}, **options)
 
 
 def refusal(data: bytes) -> str:
@@ -124,7 +124,7 @@ def test_sixteen_bits_of_colour() -> None:
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_samples_without_a_white_are_refused(mode: str) -> None:
-    assert "32 bits" in refusal(encoded(Image.new(mode, (8, 8)), "TIFF"))
+    assert "32-bit samples" in refusal(encoded(Image.new(mode, (8, 8)), "TIFF"))
 
 
 # EXIF 2.3, Orientation: which way the stored rows and columns run.
@@ -229,7 +229,7 @@ def test_a_bomb_of_text_in_a_png() -> None:
 
 def test_a_image_is_resized_as_the_pipeline_would() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
-    given = given_bytes(encoded(image))
+    given = image_of_bytes(encoded(image))
 
     assert load_image(given, {}).tobytes() == image.tobytes()
     resized = load_image(given, {}, (64, 16))
@@ -241,23 +241,23 @@ def test_a_image_is_resized_as_the_pipeline_would() -> None:
 
 
 def test_bytes_are_named_by_their_hash_and_wait_on_the_disk(tmp_path: Path) -> None:
-    given = given_bytes(encoded(halves()))
+    given = image_of_bytes(encoded(halves()))
     assert given.name.startswith("sha256:")
     assert len(given.name) == 71
 
-    aside = laid_aside(given, tmp_path)
+    aside = spilled(given, tmp_path)
 
     assert (aside.name, aside.data, Path(aside.uri).parent) == (given.name, b"", tmp_path)
     assert load_image(aside, {}).tobytes() == load_image(given, {}).tobytes()
-    assert laid_aside(aside, tmp_path) == aside
+    assert spilled(aside, tmp_path) == aside
 
 
 def test_bytes_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_images, "MAX_BYTES", 100)
-    assert given_bytes(b"x" * 100)
+    assert image_of_bytes(b"x" * 100)
     for data in (b"", b"x" * 101):
         with pytest.raises(RowError, match="column 'input_image'"):
-            given_bytes(data)
+            image_of_bytes(data)
 
 
 # --- files
@@ -366,6 +366,6 @@ def test_the_web(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_image_of_a_job(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(halves()))
-    check_of_job(str(tmp_path / "a.png"), {})
+    check_job_image(str(tmp_path / "a.png"), {})
     with pytest.raises(SourceError, match=r"^sampling\.input_image .*b\.png: there is no file"):
-        check_of_job(str(tmp_path / "b.png"), {})
+        check_job_image(str(tmp_path / "b.png"), {})

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from flux_batch.config.schema import PROMPT_FIELDS, PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError, StoreRefused
 from flux_batch.plan.plan import make_plan
-from flux_batch.prompts.source import PromptSource, RowParser
+from flux_batch.prompts.rows import RowParser
+from flux_batch.prompts.source import PromptSource
 from flux_batch.prompts.tables import BadRow
 from flux_batch.records import FailedRow, ImageRequest, InputImage, Shard, image_seed
 from flux_batch.sampling_params import ALIASES
@@ -513,7 +514,7 @@ def test_images_named_in_text_formats(tmp_path: Path, name: str) -> None:
     (row,) = read(PromptsConfig(uri=str(tmp_path / name)))
 
     assert isinstance(row, ImageRequest), row
-    assert row.input_image == InputImage(name="a.png", uri=str(tmp_path / "a.png"), within=(str(tmp_path),))
+    assert row.input_image == InputImage(name="a.png", uri=str(tmp_path / "a.png"), allowed_roots=(str(tmp_path),))
     assert (row.sampling.denoising_strength, row.sampling.sigma_shift) == (0.5, 3.0)
 
 

@@ -1,0 +1,175 @@
+"""One row of a prompts file -> an image request: its columns, their types and ranges, the job's defaults.
+
+Knows the sections `prompts` and `sampling` of the job file; does not know files or their formats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
+from flux_batch.errors import InvalidSetting, RowError
+from flux_batch.prompts.access import ImageAccess, RowLoras
+from flux_batch.prompts.input_images import image_of_bytes
+from flux_batch.prompts.tables import BadRow, Row
+from flux_batch.records import FailedRow, ImageRequest, InputImage, LoraUse, image_seed
+from flux_batch.redaction import public_uri
+from flux_batch.sampling_params import ALIASES, MAX_SEED, SAMPLING_FIELDS, SamplingParams, check_integer
+
+
+class RowParser:
+    """The reader of one row: values by column -> a validated ImageRequest, or a FailedRow with the reason."""
+
+    def __init__(
+        self, config: PromptsConfig, sampling: SamplingConfig, uri: str = "", loras: Sequence[LoraConfig] = ()
+    ) -> None:
+        self._passthrough = config.passthrough
+        self._images = ImageAccess(config, uri)
+        self._loras = RowLoras(loras, uri)
+        image = sampling.input_image
+        self._input_image = InputImage(name=public_uri(image), uri=image) if image else None
+        self._defaults = sampling.params()
+        self._num_images = sampling.num_images_per_prompt
+        self._run_seed = sampling.seed
+        spellings = {field: [field] for field in PROMPT_FIELDS}
+        for other, field in ALIASES.items():
+            spellings[field].append(other)
+        self._columns = spellings | {field: [column] for field, column in config.columns.items()}
+
+    @property
+    def columns(self) -> set[str]:
+        """The names of all columns that a row may have a value in."""
+        return {name for names in self._columns.values() for name in names} | set(self._passthrough)
+
+    def parse(self, values: Row | BadRow, *, row: int, default_id: str) -> ImageRequest | FailedRow:
+        """Validate one row; `row` is its number in the shard."""
+        if isinstance(values, BadRow):
+            return FailedRow(
+                row=row, id=default_id, prompt="", error_type="RowError", error_message=f"{default_id}: {values.reason}"
+            )
+        row_id = _text(self._cell(values, "id")) or default_id
+        passthrough = {name: values.get(name) for name in self._passthrough}
+        try:
+            prompt = self._prompt(values)
+            params = self._sampling(values)
+            image = self._image(values)
+            if image is None and params.denoising_strength < 1:
+                raise RowError(
+                    f"denoising_strength = {params.denoising_strength}: needs an input_image, and there is none"
+                )
+            loras = self._loras_of(values)
+            seeds = self._seeds(values, row_id)
+        except (RowError, InvalidSetting) as error:
+            return FailedRow(
+                row=row,
+                id=row_id,
+                prompt=_text(self._cell(values, "prompt")),
+                error_type=type(error).__name__,
+                error_message=f"{default_id}: {error}",
+                passthrough=passthrough,
+            )
+        return ImageRequest(
+            row=row,
+            id=row_id,
+            prompt=prompt,
+            sampling=params,
+            seeds=seeds,
+            input_image=image,
+            loras=loras,
+            passthrough=passthrough,
+        )
+
+    def _cell(self, values: Row, field: str) -> Any:
+        return next((values[name] for name in self._columns[field] if values.get(name) is not None), None)
+
+    def _prompt(self, values: Row) -> str:
+        prompt = self._cell(values, "prompt")
+        column = self._columns["prompt"][0]
+        if prompt is None:
+            raise RowError(f"column {column!r} is null: a prompt is needed")
+        if not isinstance(prompt, str):
+            raise RowError(f"column {column!r} holds {type(prompt).__name__}: a prompt must be text")
+        if not prompt.strip():
+            raise RowError(f"column {column!r} is empty: a prompt is needed")
+        return prompt
+
+    def _sampling(self, values: Row) -> SamplingParams:
+        overrides: dict[str, Any] = {}
+        for field in SAMPLING_FIELDS:
+            if (value := self._cell(values, field)) is not None:
+                overrides[field] = _convert(field, value)
+        return replace(self._defaults, **overrides) if overrides else self._defaults
+
+    def _image(self, values: Row) -> InputImage | None:
+        """Return the row's input image: a path, an address, bytes, or both in a struct, as Hugging Face writes it."""
+        value = self._cell(values, "input_image")
+        if isinstance(value, Mapping):
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if value is None:
+            return self._input_image
+        if isinstance(value, bytes):
+            return image_of_bytes(value)
+        if isinstance(value, str):
+            return self._images.find(value) if value else None
+        raise RowError(
+            f"column {self._columns['input_image'][0]!r} holds {type(value).__name__}: "
+            "must be a path, an address, bytes, or a struct of bytes and path"
+        )
+
+    def _loras_of(self, values: Row) -> tuple[LoraUse, ...]:
+        scale = self._cell(values, "lora_scale")
+        return self._loras.choose(self._cell(values, "lora"), None if scale is None else _number("lora_scale", scale))
+
+    def _seeds(self, values: Row, row_id: str) -> tuple[int, ...]:
+        count = self._cell(values, "num_images_per_prompt")
+        count = self._num_images if count is None else _integer("num_images_per_prompt", count)
+        check_integer("num_images_per_prompt", count, 1, 1000)
+        seed = self._cell(values, "seed")
+        if seed is None:
+            return tuple(image_seed(self._run_seed, row_id, index) for index in range(count))
+        seed = _integer("seed", seed)
+        check_integer("seed", seed, 0, MAX_SEED - 1)
+        return tuple(seed + index for index in range(count))
+
+
+def _convert(field: str, value: Any) -> Any:
+    """Return the value of a cell in the type of a sampling field. Raises: InvalidSetting."""
+    kind = SAMPLING_FIELDS[field].type
+    if kind is int:
+        return _integer(field, value)
+    if kind is float:
+        return _number(field, value)
+    if not isinstance(value, str):
+        raise InvalidSetting(f"{field} = {value!r}: must be text", field=field)
+    return value
+
+
+def _integer(field: str, value: Any) -> int:
+    """Return a whole number, also from text and whole floats, which CSV and pandas turn integers into."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    with suppress(ValueError):
+        if isinstance(value, str):
+            return int(value)
+    number = _number(field, value)
+    if not number.is_integer():
+        raise InvalidSetting(f"{field} = {value!r}: must be a whole number", field=field)
+    return int(number)
+
+
+def _number(field: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidSetting(f"{field} = {value!r}: must be a number", field=field) from error
+    if not math.isfinite(number):
+        raise InvalidSetting(f"{field} = {value!r}: must be a finite number", field=field)
+    return number
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
