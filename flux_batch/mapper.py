@@ -18,7 +18,7 @@ from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.errors import DeviceFatal, JobError, SourceError, StoreError
 from flux_batch.images import encode
 from flux_batch.output.formats import format_for
-from flux_batch.output.metadata import RECORD_SCHEMA
+from flux_batch.output.metadata import RECORD_SCHEMA, record_row
 from flux_batch.pipeline.load import load_pipeline
 from flux_batch.prompts.access import RowLoras
 from flux_batch.prompts.input_images import load_image
@@ -114,7 +114,8 @@ class FluxMapper:
         encoded |= self._make([row for row in rows if isinstance(row, ImageRequest)])
         positions = sorted(encoded)
         columns: dict[str, list[Any]] = {"image": [encoded[position][0] for position in positions]}
-        columns |= {name: [getattr(encoded[position][1], name) for position in positions] for name in _ADDED_FIELDS}
+        records = [record_row(encoded[position][1], pa.schema([])) for position in positions]
+        columns |= {name: [record[name] for record in records] for name in _ADDED_FIELDS}
         named = {self._prefix + name: values for name, values in columns.items()}
         schema = pa.schema([field.with_name(self._prefix + field.name) for field in _ADDED_SCHEMA])
         return with_columns(batch, [row for row, _ in positions], named, schema)
