@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flux_batch.model.optimize.cpu_info import cpu_info
 from flux_batch.redaction import public_text
 from flux_batch.report.summary import installed_versions
 
@@ -62,7 +61,9 @@ def cuda_version() -> str | None:
 
 
 def cpu_model() -> str:
-    """Return what the processor calls itself."""
+    """Return the name of the processor."""
+    from flux_batch.model.optimize.kernels import cpu_info
+
     return cpu_info("model name") or platform.processor() or platform.machine()
 
 

@@ -32,9 +32,9 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """One head over all positions.
+    """Attention with one head over all positions.
 
-    Checkpoints hold its four matrices as convolutions of one pixel; as matrices they are faster, and rounded as in
+    Checkpoints hold its four matrices as convolutions of one pixel. As matrices they are faster, and rounded as in
     diffusers.
     """
 
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         widths = [*p.channels, p.channels[-1]]
         self.conv_in = conv3x3(p.z_channels, widths[-1])
         self.mid = Mid(widths[-1], p.num_groups)
-        # Numbered as the encoder's levels, so the coarsest, which runs first, comes last.
+        # The numbers are those of the encoder's levels: the coarsest level, which runs first, comes last.
         self.up = nn.ModuleList(
             UpLevel(before, after, p.num_res_blocks + 1, p.num_groups, is_last=level == 0)
             for level, (after, before) in enumerate(pairwise(widths))
@@ -167,12 +167,12 @@ class AutoEncoder(nn.Module):
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return scaled latents: (b, 3, h, w) in [-1, 1] -> (b, z, h/8, w/8).
 
-        noise: shaped as the result; with it the posterior is sampled (diffusers), without it its mean is taken (BFL).
+        noise: in the shape of the result, to sample the posterior, as diffusers; None takes its mean, as BFL.
         """
         return self.sample(self.encoder(image), noise)
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return scaled latents of what the encoder says, means and logvars: (b, 2z, h, w) -> (b, z, h, w)."""
+        """Return scaled latents from the encoder's means and logvars: (b, 2z, h, w) -> (b, z, h, w)."""
         mean, logvar = moments.chunk(2, dim=1)
         z = mean if noise is None else mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
         return (z - self.params.shift_factor) * self.params.scale_factor

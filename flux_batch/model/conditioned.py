@@ -1,4 +1,4 @@
-"""A transformer for one denoising loop: what does not change with the image is computed once; knows no schedule.
+"""A transformer for one denoising loop, which computes once what does not change with the image; knows no schedule.
 
 Letters: b batch, l text tokens, n image tokens, s steps.
 """
@@ -12,36 +12,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flux_batch.model.params import MODULATION_ROWS, MODULATION_ROWS_ON_CPU
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux, Modulations
 
-# Of FLUX.1 at 1024 x 1024 with 512 text tokens one takes 2.4 MB, at 2048 x 2048 8.7 MB.
-MAX_TABLES = 8
+# A table of FLUX.1 takes 2.4 MB at 1024 x 1024 with 512 text tokens, 8.7 MB at 2048 x 2048.
+MAX_POSITION_TABLES = 8
 
 
-class Conditioning(NamedTuple):
-    """What the text encoders say of each prompt: txt (b, l, context) T5 states, y (b, vec) CLIP pooled."""
+class PromptEmbeds(NamedTuple):
+    """The embeddings of some prompts, by the names of diffusers.
 
-    txt: Tensor
-    y: Tensor
+    prompt_embeds: (b, l, context), T5's states; pooled_prompt_embeds: (b, vec), CLIP's pooled embedding.
+    """
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
+        """Return the same on a device, in a dtype."""
+        return PromptEmbeds(*(part.to(device, dtype) for part in self))
 
 
 class ConditionedFlux:
-    """A Flux that knows its texts and steps: call it with each step in turn.
+    """A Flux with its texts and steps: call it with each step in turn.
 
     pe: `position_table` of text then image; timesteps: (s,) in [0, 1]; guidance: (b,), unused by a model without its
-    embedder. All as `Flux.forward` takes them, which does the same but for the order of sums in modulation.
+    embedder. It gives the velocities of `Flux.forward`, but for the order of sums in modulation.
     """
 
     def __init__(
-        self, model: Flux, text: Conditioning, pe: Tensor, timesteps: Tensor, guidance: Tensor | None = None
+        self, model: Flux, text: PromptEmbeds, pe: Tensor, timesteps: Tensor, guidance: Tensor | None = None
     ) -> None:
         self.model = model
         self.pe = pe
-        self.txt = model.txt_in(text.txt)
+        self.txt = model.txt_in(text.prompt_embeds)
         self.num_steps = len(timesteps)
-        self._y = text.y
+        self._y = text.pooled_prompt_embeds
         self._timesteps = timesteps
         self._guidance = guidance
         self._steps = range(0)
@@ -52,17 +58,17 @@ class ConditionedFlux:
         return self.model.velocity(img, self.txt, self.modulations(step), self.pe)
 
     def modulations(self, step: int) -> Modulations:
-        """Return what modulates every block at a step, b rows; computed for some steps at once."""
+        """Return the modulation of all blocks at a step, b rows; computed for some steps at once."""
         images = len(self._y)
         if self._modulations is None or step not in self._steps:
-            rows = MODULATION_ROWS_ON_CPU if self._y.device.type == "cpu" else MODULATION_ROWS
-            self._steps = range(step, min(step + max(1, rows // images), self.num_steps))
+            steps_at_once = max(1, self.model.modulation_rows // images)
+            self._steps = range(step, min(step + steps_at_once, self.num_steps))
             self._modulations = self.model.modulations(self._conditioning())
         first = (step - self._steps.start) * images
-        return self._modulations.of(slice(first, first + images))
+        return self._modulations.select(slice(first, first + images))
 
     def _conditioning(self) -> Tensor:
-        """Return the vectors of `_steps`, images within steps: (steps b, hidden)."""
+        """Return the conditioning vectors of `_steps`, step by step: (steps b, hidden)."""
         count = len(self._steps)
         timesteps = self._timesteps[self._steps.start : self._steps.stop].repeat_interleave(len(self._y))
         guidance = None if self._guidance is None else self._guidance.repeat(count)
@@ -70,9 +76,9 @@ class ConditionedFlux:
 
 
 def position_tables(
-    model: Flux, device: torch.device, max_tables: int = MAX_TABLES
+    model: Flux, device: torch.device, max_tables: int = MAX_POSITION_TABLES
 ) -> Callable[[int, int, int], Tensor]:
-    """Return what makes the table of each size once, and remembers the last ones on `device`.
+    """Return a function that makes the rotary table of each size once, and keeps the last ones on `device`.
 
     It takes the number of text tokens, height and width of the latents, and returns `position_table` of text, then of
     such latents: (l + n, head_dim / 2, 2) fp32.

@@ -1,4 +1,4 @@
-"""How many bytes a model takes on a device, from the shapes of its tensors in either layout; knows no tensor.
+"""The bytes that a model takes on a device, from the shapes of its tensors in either layout; knows no tensor.
 
 Letters: h hidden size, m width of the MLP.
 """
@@ -12,10 +12,10 @@ from flux_batch.model.params import MODULATION_ROWS, Shapes, count_of
 
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 SCALE_BYTES = 4
-# The matrices that may be kept in fp8, in the names of either layout: those of the blocks, 99 % of the weights. The
-# embedders and the last layer cost more precision than all blocks together: on a random model of hidden 512 with 4 + 8
+# The prefixes of matrices that may be narrow, in either layout: those of the blocks, 99 % of the weights. The embedders
+# and the last layer would cost more precision than all blocks together: on a random model of hidden 512 with 4 + 8
 # blocks the relative error (L2) of the output was 0.9 % in bfloat16, 2.7 % with the blocks in fp8, 4.0 % with the
-# embedders alone and 3.2 % with the last layer alone. aredden/flux-fp8-api (61a425a, README) says so of real images.
+# embedders alone and 3.2 % with the last layer alone. aredden/flux-fp8-api (61a425a, README) finds the same in images.
 BLOCKS = {
     "transformer": ("double_blocks.", "single_blocks.", "transformer_blocks.", "single_transformer_blocks."),
     "t5": ("encoder.block.",),
@@ -27,13 +27,13 @@ NO_MATRIX = ".relative_attention_bias.weight"
 
 
 def is_quantizable(part: str, name: str, num_dims: int) -> bool:
-    """Tell whether a weight may be kept in fp8: part `transformer` or `t5`, by its name in either layout."""
+    """Return whether a weight may be narrow: in the part `transformer` or `t5`, by its name in either layout."""
     is_matrix = num_dims == 2 and name.endswith(".weight") and not name.endswith(NO_MATRIX)
     return is_matrix and name.startswith(BLOCKS.get(part, ()))
 
 
 def weight_dtype(part: str, dtype: str) -> str:
-    """Return the dtype a part is kept in when `dtype` is asked for.
+    """Return the dtype of a part's weights in a model of `dtype`.
 
     The autoencoder overflows in float16: diffusers' own vae/config.json of FLUX.1 says force_upcast.
     """
@@ -41,7 +41,7 @@ def weight_dtype(part: str, dtype: str) -> str:
 
 
 def weight_bytes(part: str, shapes: Shapes, dtype: str, quantization: str = "none") -> int:
-    """Return the bytes of a part's weights: fp8 matrices take one a number and a scale a row, bfloat16 ones two."""
+    """Return the bytes of a part's weights. An fp8 number takes one byte, with 4 for the scale of each row."""
     wide = DTYPE_BYTES[weight_dtype(part, dtype)]
     total = 0
     for name, shape in shapes.items():
@@ -58,13 +58,13 @@ def weight_bytes(part: str, shapes: Shapes, dtype: str, quantization: str = "non
 
 
 def denoise_bytes(shapes: Shapes, num_tokens: int, batch_size: int, dtype: str, quantization: str = "none") -> int:
-    """Return the bytes of the transformer's activations at their peak, not compiled; text and image tokens of an image.
+    """Return the bytes of the transformer's activations at their peak, not compiled.
 
-    The peak is in a single block, before linear2. Of each token there are then: the stream and what the first and the
-    last double block left (3h), linear1's output (3h + m), q and k (2h), attention (h), the activated MLP (m), both
-    side by side (h + m). With narrow weights it may come just after, when the weight of linear2 is there in fp32 and
-    the dtype, too; with products in fp8, when what goes into linear2 is there in fp32 and fp8 as well. Throughout there
-    is what modulates the blocks, of some steps.
+    num_tokens: text and image tokens of an image. The peak is in a single block, before linear2. For each token there
+    are then: the stream and the results of the first and the last double block (3h), linear1's output (3h + m), q and
+    k (2h), attention (h), the activated MLP (m), both side by side (h + m). With narrow weights it may come just after,
+    when the weight of linear2 is there in fp32 and the dtype, too; with products in fp8, when the input of linear2 is
+    there in fp32 and fp8 as well. The modulation of the blocks, for some steps, is there all the time.
     """
     h = first_shape(shapes, "img_in.weight", "x_embedder.weight")[0]
     m = first_shape(shapes, "double_blocks.0.img_mlp.0.weight", "transformer_blocks.0.ff.net.0.proj.weight")[0]
@@ -80,7 +80,7 @@ def denoise_bytes(shapes: Shapes, num_tokens: int, batch_size: int, dtype: str, 
 
 
 def num_modulations(shapes: Shapes) -> int:
-    """Return how many vectors of hidden size modulate a row: 12 a double block, 3 a single one, 2 at the end."""
+    """Return the number of modulation vectors a row: 12 for each double block, 3 for each single one, 2 at the end."""
     double, single = (
         count_of(shapes, f"{original}_blocks.") or count_of(shapes, f"{diffusers}_blocks.")
         for original, diffusers in (("double", "transformer"), ("single", "single_transformer"))
@@ -91,8 +91,8 @@ def num_modulations(shapes: Shapes) -> int:
 def decode_bytes(shapes: Shapes, width: int, height: int, batch_size: int, dtype: str) -> int:
     """Return the bytes of the decoder's activations at their peak, for images of `width` x `height` pixels.
 
-    The peak is in the first block of the finest level, which gets the channels of the level below: input, normed,
-    activated.
+    The peak is in the first block of the finest level, which gets the channels of the level below: its input, the same
+    after the norm, and after the activation.
     """
     last = max(0, count_of(shapes, "decoder.up_blocks.") - 1)
     names = ("decoder.up.0.block.0.conv1.weight", f"decoder.up_blocks.{last}.resnets.0.conv1.weight")
@@ -101,7 +101,7 @@ def decode_bytes(shapes: Shapes, width: int, height: int, batch_size: int, dtype
 
 
 def first_shape(shapes: Shapes, *names: str) -> Sequence[int]:
-    """Return the shape of the one of these that is there. Raises: ValueError if none is."""
+    """Return the shape of the first of these names that is there. Raises: ValueError if none is."""
     for name in names:
         if name in shapes:
             return shapes[name]

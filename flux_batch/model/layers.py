@@ -1,6 +1,8 @@
-"""The parts a FLUX transformer is made of; attribute names are the keys of the original checkpoints.
+"""The layers of a FLUX transformer; attribute names are the keys of the original checkpoints.
 
-Letters: B batch, L tokens, H heads, D head size, K the three of query, key and value.
+The attributes `matmul`, `project` and `rotate` are the functions of this file and of rope.py, unless model/optimize/
+has replaced them by others for a device or a compiler.
+Letters: B batch, L tokens, H heads, D head size.
 Source of the formulas: black-forest-labs/flux 802fb47, src/flux/modules/layers.py.
 """
 
@@ -20,12 +22,15 @@ from flux_batch.model.rope import rotate
 SINUSOID_WIDTH = 256
 FP16_MAX = 65504.0
 
-# Applies a linear layer: x (..., i), weight (o, i), bias (o,) or None -> (..., o).
-Product: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# Apply a linear layer: x (..., i), weight (o, i), bias (o,) or None -> (..., o).
+Matmul: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# See `project` and `rotate`.
+Project: TypeAlias = Callable[[nn.Module, Tensor, Sequence[int], Sequence[int]], Sequence[Tensor]]
+Rotate: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def timestep_embedding(t: Tensor) -> Tensor:
-    """Embed a scalar of each image, times 1000: t (B,) -> (B, 256), cosines first, in the dtype of t.
+    """Return the embedding of 1000 t: t (B,) -> (B, 256), cosines first, in the dtype of t.
 
     The product with 1000 is rounded to that dtype, as in every reference: guidance 3.5 becomes 3504 in bfloat16.
     """
@@ -46,7 +51,10 @@ class MLPEmbedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Rounds once, after the scale, as diffusers; BFL and DiffSynth round before it too (bfloat16 only)."""
+    """Norm by the root mean square, rounded once, after the scale, as in diffusers.
+
+    BFL and DiffSynth round before the scale too, which differs in bfloat16 only.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -67,7 +75,10 @@ class QKNorm(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Makes of the conditioning vector what modulates a block, shift, scale and gate of each branch."""
+    """The map from the conditioning vector to shift, scale and gate of each branch of a block.
+
+    (B, hidden) -> (B, 1, 3 num_branches hidden).
+    """
 
     def __init__(self, dim: int, num_branches: int) -> None:
         super().__init__()
@@ -78,44 +89,42 @@ class Modulation(nn.Module):
 
 
 class Branch(NamedTuple):
-    """What modulates one branch of a block: each (B, 1, hidden)."""
+    """The modulation of one branch of a block: each (B, 1, hidden)."""
 
     shift: Tensor
     scale: Tensor
     gate: Tensor
 
-    def normed(self, x: Tensor) -> Tensor:
-        return modulated(x, self.shift, self.scale)
-
-    def added(self, x: Tensor, change: Tensor) -> Tensor:
-        return x + self.gate * change
+    def modulate(self, x: Tensor) -> Tensor:
+        return modulate(x, self.shift, self.scale)
 
 
 def branches(modulation: Tensor, count: int) -> list[Branch]:
-    """Take a `Modulation`'s result (B, 1, 3 count hidden) apart."""
+    """Split the result of a `Modulation`: (B, 1, 3 count hidden)."""
     rows = modulation.chunk(3 * count, dim=-1)
     return [Branch(*rows[3 * branch : 3 * branch + 3]) for branch in range(count)]
 
 
 class SelfAttention(nn.Module):
-    """The projections of one stream; attention itself is joint, see `attention`."""
+    """The projections of one stream, before and after the attention, which is joint."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = BlockLinear(dim, 3 * dim, bias=qkv_bias)
         self.norm = QKNorm(dim // num_heads)
-        self.proj = Linear(dim, dim)
+        self.proj = BlockLinear(dim, dim)
+        self.project: Project = project
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _, length, dim = x.shape
-        q, k, v = (heads(part, self.num_heads) for part in project(self.qkv, x, 3 * (dim,), 3 * (length,)))
+        q, k, v = (heads(part, self.num_heads) for part in self.project(self.qkv, x, 3 * (dim,), 3 * (length,)))
         q, k = self.norm(q, k)
         return q, k, v
 
 
 class DoubleStreamBlock(nn.Module):
-    """Image and text each with their own weights, meeting in attention."""
+    """A block in which image and text have their own weights, and meet in attention."""
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -125,50 +134,54 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mod = Modulation(dim, num_branches=2)
         self.txt_attn = SelfAttention(dim, num_heads, qkv_bias)
         self.txt_mlp = mlp(dim, mlp_dim)
+        self.attention = JointAttention()
 
     def modulation(self, vec: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `forward` takes as `modulation`, of the image and of the text."""
+        """Return the modulation of the image and of the text: each (B, 1, 6 hidden)."""
         return self.img_mod(vec), self.txt_mod(vec)
 
     def forward(self, img: Tensor, txt: Tensor, modulation: tuple[Tensor, Tensor], pe: Tensor) -> tuple[Tensor, Tensor]:
         (img_1, img_2), (txt_1, txt_2) = (branches(part, 2) for part in modulation)
 
-        img_q, img_k, img_v = self.img_attn(img_1.normed(img))
-        txt_q, txt_k, txt_v = self.txt_attn(txt_1.normed(txt))
+        img_q, img_k, img_v = self.img_attn(img_1.modulate(img))
+        txt_q, txt_k, txt_v = self.txt_attn(txt_1.modulate(txt))
         q = torch.cat((txt_q, img_q), dim=1)
         k = torch.cat((txt_k, img_k), dim=1)
         v = torch.cat((txt_v, img_v), dim=1)
-        txt_attn, img_attn = attention(q, k, v, pe).split((txt.shape[1], img.shape[1]), dim=1)
+        txt_attn, img_attn = self.attention(q, k, v, pe).split((txt.shape[1], img.shape[1]), dim=1)
 
-        img = img_1.added(img, self.img_attn.proj(img_attn))
-        img = img_2.added(img, self.img_mlp(img_2.normed(img)))
-        txt = txt_1.added(txt, self.txt_attn.proj(txt_attn))
-        txt = txt_2.added(txt, self.txt_mlp(txt_2.normed(txt)))
+        img = img + img_1.gate * self.img_attn.proj(img_attn)
+        img = img + img_2.gate * self.img_mlp(img_2.modulate(img))
+        txt = txt + txt_1.gate * self.txt_attn.proj(txt_attn)
+        txt = txt + txt_2.gate * self.txt_mlp(txt_2.modulate(txt))
         return finite(img), finite(txt)
 
 
 class SingleStreamBlock(nn.Module):
-    """Text and image as one sequence; attention and MLP side by side in fused projections."""
+    """A block with text and image as one sequence, attention and MLP side by side in fused projections."""
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.widths = (dim, dim, dim, mlp_dim)
-        self.linear1 = Linear(dim, 3 * dim + mlp_dim)
-        self.linear2 = Linear(dim + mlp_dim, dim)
+        self.linear1 = BlockLinear(dim, 3 * dim + mlp_dim)
+        self.linear2 = BlockLinear(dim + mlp_dim, dim)
         self.norm = QKNorm(dim // num_heads)
+        self.mlp_act = nn.GELU(approximate="tanh")
         self.modulation = Modulation(dim, num_branches=1)
+        self.attention = JointAttention()
+        self.project: Project = project
 
-    def forward(self, x: Tensor, modulation: Tensor, pe: Tensor, read: int) -> Tensor:
-        """Return the last `read` tokens; those before them are attended to and else left out."""
+    def forward(self, x: Tensor, modulation: Tensor, pe: Tensor, num_read: int) -> Tensor:
+        """Return the last `num_read` tokens: (B, num_read, hidden). Those before them are attended to only."""
         (branch,) = branches(modulation, 1)
-        length = x.shape[1]
-        *qkv, hidden = project(self.linear1, branch.normed(x), self.widths, (read, length, length, read))
+        lengths = (num_read, x.shape[1], x.shape[1], num_read)
+        *qkv, hidden = self.project(self.linear1, branch.modulate(x), self.widths, lengths)
         q, k, v = (heads(part, self.num_heads) for part in qkv)
         q, k = self.norm(q, k)
-        attn = attention(q, k, v, pe)
-        change = self.linear2(torch.cat((attn, gelu(hidden)), dim=-1))
-        return finite(branch.added(x[:, -read:], change))
+        attn = self.attention(q, k, v, pe)
+        change = self.linear2(torch.cat((attn, self.mlp_act(hidden)), dim=-1))
+        return finite(x[:, -num_read:] + branch.gate * change)
 
 
 class LastLayer(nn.Module):
@@ -178,92 +191,62 @@ class LastLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def modulation(self, vec: Tensor) -> Tensor:
-        """Return what `forward` takes as `modulation`: (B, 1, 2 hidden)."""
+        """Return shift and scale side by side: (B, 1, 2 hidden)."""
         rows: Tensor = self.adaLN_modulation(vec)[:, None, :]
         return rows
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift, scale = modulation.chunk(2, dim=-1)
-        return self.linear(modulated(x, shift, scale))
+        return self.linear(modulate(x, shift, scale))
 
 
-def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
-    return nn.Sequential(Linear(dim, hidden_dim), GELU(), Linear(hidden_dim, dim))
-
-
-class Linear(nn.Linear):
-    """A matrix of a block; what multiplies with it may be changed from outside, see model/optimize/cpu_products.py."""
+class BlockLinear(nn.Linear):
+    """A matrix of a block."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
-        self.product: Product = product
+        self.matmul: Matmul = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias)
+        return self.matmul(x, self.weight, self.bias)
 
 
-class GELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return gelu(x)
+class JointAttention(nn.Module):
+    """Attention of all tokens to all, with rotary positions; no mask, so that padding counts, as in every reference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rotate: Rotate = rotate
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
+        """Return what the last M tokens find: q (B, M, H, D); k, v (B, L, H, D); pe of all L -> (B, M, H D)."""
+        parts = self.rotate(q, pe[-q.shape[1] :]), self.rotate(k, pe), v
+        q, k, v = (rearrange(part, "B L H D -> B H L D") for part in parts)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return rearrange(x, "B H L D -> B L (H D)")
 
 
-def gelu(x: Tensor) -> Tensor:
-    """Apply GELU in its approximation with tanh: (1 + tanh(u / 2)) / 2 is the sigmoid of u."""
-    if torch.compiler.is_compiling():  # which makes a sigmoid in less than half the time of a tanh
-        wide = x.float()
-        return (wide * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
-    return F.gelu(x, approximate="tanh")
+def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
+    return nn.Sequential(BlockLinear(dim, hidden_dim), nn.GELU(approximate="tanh"), BlockLinear(hidden_dim, dim))
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
 
 
 def project(linear: nn.Module, x: Tensor, widths: Sequence[int], lengths: Sequence[int]) -> Sequence[Tensor]:
-    """Apply projections that lie in one matrix, each to the last tokens: (B, L, dim) -> (B, length, width) each.
-
-    In one product, but for a CPU: there that saves nothing, some kernels (bfloat16 with AMX) round a wide product
-    otherwise than the narrow ones of diffusers, and one of more than 32 MB is new memory from the system every time.
-    """
-    if not isinstance(linear, Linear) or x.device.type != "cpu":
-        parts: Sequence[Tensor] = linear(x).split(widths, dim=-1)
-        return [part[:, -length:] for part, length in zip(parts, lengths, strict=True)]
-    biases = [None] * len(widths) if linear.bias is None else linear.bias.split(widths)
-    of_parts = zip(linear.weight.split(widths), biases, lengths, strict=True)
-    if x.dtype == torch.float32:
-        return [linear.product(x[:, -length:], weight, bias) for weight, bias, length in of_parts]
-    # The same kernels round a product of fewer rows otherwise, too.
-    return [linear.product(x, weight, bias)[:, -length:] for weight, bias, length in of_parts]
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply a linear layer; compiled for a CPU, the bias is left to the kernel that reads the product.
-
-    With a bias, a CPU first writes that out in full size.
-    """
-    if bias is not None and x.device.type == "cpu" and torch.compiler.is_compiling():
-        return F.linear(x, weight) + bias
-    return F.linear(x, weight, bias)
+    """Apply projections that lie in one matrix, each to the last tokens: (B, L, dim) -> (B, length, width) each."""
+    parts: Sequence[Tensor] = linear(x).split(widths, dim=-1)
+    return [part[:, -length:] for part, length in zip(parts, lengths, strict=True)]
 
 
 def heads(x: Tensor, num_heads: int) -> Tensor:
     return rearrange(x, "B L (H D) -> B L H D", H=num_heads)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
-    """Attend to all tokens, padding included (no mask, as every reference), from the last ones, as many as q has.
-
-    q: (B, M, H, D); k, v: (B, L, H, D); pe: of all L. Returns: (B, M, H D).
-    """
-    parts = rotate(q, pe[-q.shape[1] :]), rotate(k, pe), v
-    q, k, v = (rearrange(part, "B L H D -> B H L D") for part in parts)
-    x = F.scaled_dot_product_attention(q, k, v)
-    return rearrange(x, "B H L D -> B L (H D)")
-
-
 def finite(x: Tensor) -> Tensor:
     """Keep a float16 stream in range: without this it overflows to black images (diffusers #9096, #9097).
 
-    diffusers leaves out the images of the double blocks, which changes nothing but images that would be lost.
+    diffusers does not do so for the image tokens of double blocks, which makes a difference in lost images only.
     """
     return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x

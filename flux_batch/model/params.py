@@ -1,4 +1,4 @@
-"""The numbers that define a model of the FLUX.1 family, and how to read them from its weights; knows no tensor.
+"""The numbers that define a model of the FLUX.1 family, read from the shapes of its weights; knows no tensor.
 
 Field names are those of black-forest-labs/flux (802fb47); configuration files use the names of diffusers.
 """
@@ -6,7 +6,7 @@ Field names are those of black-forest-labs/flux (802fb47); configuration files u
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -16,7 +16,7 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FluxParams:
-    """The transformer. `in_channels` counts a packed token: latent channels x 2 x 2."""
+    """The transformer. `in_channels` are those of a packed token: latent channels x 2 x 2."""
 
     in_channels: int
     out_channels: int
@@ -62,13 +62,13 @@ class AutoencoderParams:
 
     @property
     def downscale(self) -> int:
-        """Pixels a latent element covers along one side."""
+        """The number of pixels that a latent covers along one side."""
         return 2 ** (len(self.channels) - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleParams:
-    """The noise schedule: shifted by the image size (dynamic) or by a constant; 1.0 is no shift."""
+    """The noise schedule, shifted by the image size (dynamic) or by a constant `shift`, of which 1.0 is none."""
 
     use_dynamic_shifting: bool
     shift: float = 1.0
@@ -93,21 +93,7 @@ DEV = FluxParams(
     qkv_bias=True,
     guidance_embed=True,
 )
-SCHNELL = FluxParams(
-    in_channels=64,
-    out_channels=64,
-    vec_in_dim=768,
-    context_in_dim=4096,
-    hidden_size=3072,
-    mlp_hidden_dim=12288,
-    num_heads=24,
-    depth=19,
-    depth_single_blocks=38,
-    axes_dim=(16, 56, 56),
-    theta=10_000,
-    qkv_bias=True,
-    guidance_embed=False,
-)
+SCHNELL = replace(DEV, guidance_embed=False)
 AUTOENCODER = AutoencoderParams(
     in_channels=3,
     out_ch=3,
@@ -121,18 +107,16 @@ AUTOENCODER = AutoencoderParams(
 CHANNELS_PER_GROUP = AUTOENCODER.channels[0] // AUTOENCODER.num_groups
 DEV_SCHEDULE = ScheduleParams(use_dynamic_shifting=True)
 SCHNELL_SCHEDULE = ScheduleParams(use_dynamic_shifting=False)
-# Rows of modulation that are computed together, a row an image and step: each is the product of a row with a quarter of
-# all weights, which a GPU spends on reading these; so they are read once for all rows.
+# Rows of modulation that are computed together, a row for each image and step. A row is multiplied with a quarter of
+# all weights; a GPU spends that time on reading them, so they are read once for all rows.
 MODULATION_ROWS = 64
-# On a CPU one step at a time: of many rows some kernels (bfloat16 with AMX) round each otherwise than alone.
-MODULATION_ROWS_ON_CPU = 1
 
 
 def flux_params(shapes: Shapes, config: Config) -> FluxParams:
     """Read the transformer's parameters from shapes by original key name.
 
-    `config`: a diffusers `transformer/config.json`, or empty; asked only for what shapes cannot tell.
-    Raises: ValueError if a key needed is absent, or the rotary axes are not known.
+    `config`: a diffusers `transformer/config.json`, or empty; read only for numbers that shapes do not tell.
+    Raises: ValueError if a key is missing, or the rotary axes are not known.
     """
     hidden_size, in_channels = shape_of(shapes, "img_in.weight")
     (head_dim,) = shape_of(shapes, "double_blocks.0.img_attn.norm.query_norm.scale", 1)
@@ -158,7 +142,7 @@ def flux_params(shapes: Shapes, config: Config) -> FluxParams:
         depth_single_blocks=count_of(shapes, "single_blocks."),
         axes_dim=tuple(axes_dim),
         theta=DEV.theta,
-        # By any of them, so that a lost one is said to be missing, and not the others to be too many.
+        # By any of them, so that a lost one is reported as missing, and not the others as unknown.
         qkv_bias=any(key.endswith("_attn.qkv.bias") for key in shapes),
         guidance_embed=any(key.startswith("guidance_in.") for key in shapes),
     )
@@ -167,9 +151,8 @@ def flux_params(shapes: Shapes, config: Config) -> FluxParams:
 def autoencoder_params(shapes: Shapes, config: Config) -> AutoencoderParams:
     """Read the autoencoder's parameters from shapes by original key name.
 
-    `config`: a diffusers `vae/config.json`, or empty: scale and shift are then those of FLUX.1, and so is the number
-    of channels a norm group has at full size.
-    Raises: ValueError if a key needed is absent.
+    `config`: a diffusers `vae/config.json`, or empty: scale, shift and the channels of a norm group at full size are
+    then those of FLUX.1. Raises: ValueError if a key is missing.
     """
     levels = range(count_of(shapes, "encoder.down."))
     channels = tuple(shape_of(shapes, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in levels)
@@ -186,7 +169,7 @@ def autoencoder_params(shapes: Shapes, config: Config) -> AutoencoderParams:
 
 
 def schedule_params(config: Config, *, guidance_embed: bool) -> ScheduleParams:
-    """Read a diffusers `scheduler_config.json`; without one, dev's schedule if guidance is embedded, else schnell's."""
+    """Read a diffusers `scheduler_config.json`; if empty, dev's schedule for embedded guidance, else schnell's."""
     if not config:
         return DEV_SCHEDULE if guidance_embed else SCHNELL_SCHEDULE
     dynamic = bool(config.get("use_dynamic_shifting", False))
@@ -202,7 +185,7 @@ def schedule_params(config: Config, *, guidance_embed: bool) -> ScheduleParams:
 
 
 def read_number(config: Config, name: str, default: float, *, above: float = -inf) -> float:
-    """Return a number of a configuration; null or absent is the default. Raises: ValueError if it is none."""
+    """Return a number of a configuration, `default` if it is null or absent. Raises: ValueError for anything else."""
     value = config.get(name)
     if value is None:
         return default
@@ -213,7 +196,7 @@ def read_number(config: Config, name: str, default: float, *, above: float = -in
 
 
 def shape_of(shapes: Shapes, key: str, num_dims: int = 2) -> Sequence[int]:
-    """Return the shape of `key`. Raises: ValueError if it is absent, or no shape of this many dimensions."""
+    """Return the shape of `key`. Raises: ValueError if it is missing, or has another number of dimensions."""
     if key not in shapes:
         raise ValueError(f"{key} is missing")
     shape = shapes[key]
@@ -223,9 +206,10 @@ def shape_of(shapes: Shapes, key: str, num_dims: int = 2) -> Sequence[int]:
 
 
 def count_of(shapes: Shapes, prefix: str) -> int:
-    """Return how many numbers, from 0 on, follow `prefix` in keys. Raises: ValueError naming the first that is missing.
+    """Return the count of the numbers, from 0 on, that follow `prefix` in keys.
 
-    A checkpoint that skips one is not whole, and one that claims to have block 10^9 must not be built.
+    Raises: ValueError naming the first number that is missing: a checkpoint that skips one is not whole, and one that
+    claims to have block 10^9 must not be built.
     """
     numbers = {key.removeprefix(prefix).split(".", 1)[0] for key in shapes if key.startswith(prefix)}
     count = sum(number.isdecimal() for number in numbers)
@@ -241,5 +225,5 @@ def first_step(num_steps: int, strength: float) -> int:
 
 
 def steps_run(num_steps: int, strength: float, sigma_shift: float | None) -> int:
-    """Return how many of the steps are run: with DiffSynth-Studio's static schedule all, whatever the strength."""
+    """Return the number of steps that run: all with DiffSynth-Studio's static schedule, whatever the strength."""
     return num_steps if sigma_shift is not None else num_steps - first_step(num_steps, strength)

@@ -26,11 +26,6 @@ def axis_angles(positions: Tensor, dim: int, theta: int) -> Tensor:
 
 def rotate(x: Tensor, pe: Tensor) -> Tensor:
     """Rotate each pair of neighbours (2k, 2k+1) of a head vector in fp32: x (b, l, h, d), pe (l, d/2, 2)."""
-    pairs, pe = rearrange(x.float(), "b l h (d pair) -> b l h d pair", pair=2), pe[:, None]
-    if torch.compiler.is_compiling() and x.device.type != "cpu":
-        # Fused with the norm before it. What that makes for a CPU takes eight times as long as a product left alone.
-        (even, odd), (cos, sin) = pairs.unbind(-1), pe.unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    else:  # the same bits in one pass instead of eight
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(pe))
-    return rearrange(turned, "b l h d pair -> b l h (d pair)").to(x.dtype)
+    pairs = rearrange(x.float(), "b l h (d pair) -> b l h d pair", pair=2)
+    rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(pe[:, None]))
+    return rearrange(rotated, "b l h d pair -> b l h (d pair)").to(x.dtype)

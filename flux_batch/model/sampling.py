@@ -1,4 +1,4 @@
-"""From noise to latents: noise, packing, positions, schedules and the Euler loop; knows no text and no image.
+"""The way from noise to latents: noise, packing, positions, schedules and the Euler loop; knows no text.
 
 Letters: b batch, c latent channels, h and w of the latents, n packed tokens.
 """
@@ -23,18 +23,18 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 class Velocity(Protocol):
-    """What `denoise` asks of a model: the velocity of packed latents at a step, of the same shape."""
+    """The model of `denoise`: returns the velocity of packed latents at a step, in the same shape."""
 
     def __call__(self, step: int, img: Tensor) -> Tensor: ...
 
 
 def make_generators(seeds: Sequence[int | None]) -> list[torch.Generator | None]:
-    """Return one CPU generator a seed; None stands for torch's global generator."""
+    """Return a CPU generator for each seed; None stands for torch's global generator."""
     return [None if seed is None else torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
 
 
 def make_noise(shape: Sequence[int], generators: Sequence[torch.Generator | None]) -> Tensor:
-    """Draw standard normal noise of `shape` (c, h, w) from each generator: (b, c, h, w) fp32 on the CPU.
+    """Return standard normal noise of `shape` (c, h, w) from each generator: (b, c, h, w) fp32 on the CPU.
 
     Drawn one image at a time, so that an image does not depend on its neighbours. Rounded to bfloat16 this equals
     what BFL and diffusers draw on the CPU for the same seed.
@@ -43,12 +43,12 @@ def make_noise(shape: Sequence[int], generators: Sequence[torch.Generator | None
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Make a token of each 2 x 2 patch: (b, c, 2h, 2w) -> (b, h w, 4c)."""
+    """Return a token for each 2 x 2 patch: (b, c, 2h, 2w) -> (b, h w, 4c)."""
     return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Undo `pack` for latents of `height` x `width`."""
+    """Return the latents of tokens, `height` x `width`: the inverse of `pack`."""
     return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // 2, w=width // 2, ph=2, pw=2)
 
 
@@ -90,9 +90,9 @@ def shift_exponent(num_tokens: int, schedule: ScheduleParams) -> float:
 
 
 def timesteps_of(sigmas: Tensor, like: Tensor) -> Tensor:
-    """Return what a model is told at each step: (steps + 1,) -> (steps,), of the dtype and on the device of `like`.
+    """Return the timestep of each step: (steps + 1,) -> (steps,), in the dtype and on the device of `like`.
 
-    Rounded as diffusers rounds it: 1000 sigma in that dtype, then / 1000 (the model multiplies again).
+    Rounded as in diffusers: 1000 sigma in that dtype, then / 1000 (the model multiplies again).
     """
     return (1000.0 * sigmas[:-1]).to(like) / 1000.0
 
@@ -102,7 +102,7 @@ def static_shift(sigmas: Tensor, shift: float) -> Tensor:
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Blend to the noise level `sigma`, itself rounded to the dtype of the latents, as diffusers."""
+    """Return latents at the noise level `sigma`, which is rounded to their dtype first, as in diffusers."""
     sigma = sigma.to(latents)
     return sigma * noise + (1.0 - sigma) * latents
 
@@ -116,14 +116,14 @@ def denoise(
     cfg_scale: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Walk packed latents from `sigmas[0]` to `sigmas[-1]`: (b, n, 4c) -> the same, in the same dtype.
+    """Return packed latents at `sigmas[-1]`, from those at `sigmas[0]`: (b, n, 4c), in the same dtype.
 
-    negative, cfg_scale: a second pass, of the negative prompts, and (b,) of true classifier-free guidance. An
-    image whose scale is exactly 1 takes the positive pass as it is, so neighbours in the batch do not change it.
+    negative, cfg_scale: a second pass with the negative prompts, and (b,) of true classifier-free guidance. An image
+    whose scale is exactly 1 takes the positive pass as it is, so that neighbours in the batch do not change it.
     progress: wraps the iteration over steps, as tqdm does. Each step rounds its change to the dtype of the velocity and
-    sums in fp32, as diffusers does; on the CPU the width of the step is rounded as well.
+    sums in fp32, as in diffusers; on the CPU the width of the step is rounded as well.
     """
-    # Tensors of no dimension on the CPU, not numbers: what torch makes of these on each device is what diffusers gets.
+    # Tensors of no dimension on the CPU, as in diffusers: torch rounds them differently than numbers on some devices.
     deltas = [after - before for before, after in pairwise(sigmas.cpu())]
     steps: Iterable[int] = range(len(deltas))
     for step in steps if progress is None else progress(steps):
@@ -135,6 +135,6 @@ def denoise(
 
 
 def guide(positive: Tensor, negative: Tensor, cfg_scale: Tensor) -> Tensor:
-    """Extrapolate from the negative velocity through the positive: (b, n, c), scale (b,)."""
+    """Return the extrapolation from the negative velocity through the positive: (b, n, c), scale (b,)."""
     scale = cfg_scale[:, None, None]
     return torch.where(scale == 1.0, positive, negative + scale * (positive - negative))

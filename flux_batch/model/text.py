@@ -21,10 +21,10 @@ from flux_batch.model.checkpoint.loading import Prepare, fill, naming
 from flux_batch.model.params import Config, Shapes, count_of, shape_of
 
 CLIP_HEAD_DIM = 64
-# What the shapes of the weights do not tell; sizes are read from them, whatever a config.json says.
+# Settings that shapes do not tell; sizes are read from the shapes of the weights, whatever a config.json says.
 CLIP_SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id")
 T5_SETTINGS = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")
-# What a tokenizer can be read from, by class: any one of these sets of files.
+# The files of each class of tokenizer: any one of these sets is enough.
 TOKENIZER_FILES = {
     CLIPTokenizer: (("tokenizer.json",), ("vocab.json", "merges.txt")),
     T5Tokenizer: (("tokenizer.json",), ("spiece.model",)),
@@ -32,7 +32,7 @@ TOKENIZER_FILES = {
 
 
 class ClipEncoder:
-    """CLIP's text half: the state of the end-of-text token, final norm applied, not projected."""
+    """CLIP's text half: the state of the end-of-text token, after the final norm, not projected."""
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
         self.tokenizer = tokenizer
@@ -45,7 +45,7 @@ class ClipEncoder:
 
     @property
     def max_length(self) -> int:
-        """Tokens it reads, begin and end of text included."""
+        """The number of tokens it reads, begin and end of text included."""
         length: int = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
         return length
 
@@ -59,12 +59,12 @@ class ClipEncoder:
         return pooled
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
-        """Return of each prompt whether its end is not read."""
+        """Return whether the end of each prompt is left out."""
         return [count > self.max_length for count in count_tokens(self.tokenizer, prompts)]
 
 
 class T5Encoder:
-    """T5's encoder: the state of every token."""
+    """T5's encoder: the states of all tokens."""
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
         self.tokenizer = tokenizer
@@ -77,7 +77,7 @@ class T5Encoder:
 
     @property
     def max_length(self) -> int:
-        """Tokens its tokenizer was made for; more can be asked for, its positions are relative."""
+        """The number of tokens its tokenizer was made for; since positions are relative, more are possible."""
         length: int = self.tokenizer.model_max_length
         return length
 
@@ -91,7 +91,7 @@ class T5Encoder:
         return states
 
     def truncated(self, prompts: Sequence[str], length: int) -> list[bool]:
-        """Return of each prompt whether its end is not read at this length."""
+        """Return whether the end of each prompt is left out at this length."""
         return [count > length for count in count_tokens(self.tokenizer, prompts)]
 
 
@@ -108,7 +108,7 @@ def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
 
 
 def load_clip(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> ClipEncoder:
-    """Build CLIP from a recognised checkpoint, its config.json and the folder `tokenizer` beside it.
+    """Load CLIP from a recognised checkpoint, its config.json and the folder `tokenizer` beside it.
 
     Raises: ValueError naming what is missing.
     """
@@ -130,7 +130,7 @@ def load_clip(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devic
 def load_t5(
     checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, prepare: Prepare | None = None
 ) -> T5Encoder:
-    """Build T5's encoder from a recognised checkpoint, its config.json and the folder `tokenizer_2` beside it.
+    """Load T5's encoder from a recognised checkpoint, its config.json and the folder `tokenizer_2` beside it.
 
     Raises: ValueError naming what is missing.
     """
@@ -143,14 +143,14 @@ def load_t5(
     model.encoder.set_input_embeddings(model.shared)
     expected = {name: value.shape for name, value in model.state_dict().items() if "embed_tokens" not in name}
     checkpoint.check(what, expected)
-    # float16 overflows in wo (as transformers, which keeps it in fp32 then).
+    # float16 overflows in wo; transformers keeps it in fp32, too.
     wide = [name for name in expected if name.endswith(".wo.weight")] if dtype == torch.float16 else []
     fill(model, StoredState(checkpoint, dtype, device, dtypes=dict.fromkeys(wide, torch.float32)), prepare)
     return T5Encoder(tokenizer, model)
 
 
 def with_one_table(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a T5 with its token table as `shared.weight`: it has two names, and files hold it under either or both."""
+    """Return a T5 with its token table as `shared.weight` only: files hold it under one of two names, or both."""
     shared, again = "shared.weight", "encoder.embed_tokens.weight"
     names = {name: name for name in checkpoint.tensors if name != again or shared not in checkpoint.tensors}
     return checkpoint.rename({name: shared if name == again else name for name in names})
@@ -161,7 +161,7 @@ def load_tokenizer(kind: Any, home: Path, name: str) -> Any:
     places = [home / name, home.parent / name]
     for place in places:
         if place.is_dir():
-            # Without its files transformers would make an empty tokenizer, and every prompt the same.
+            # Without its files transformers would make an empty tokenizer, for which all prompts are the same.
             if not any(all((place / file).is_file() for file in files) for files in TOKENIZER_FILES[kind]):
                 needed = " or ".join(" and ".join(files) for files in TOKENIZER_FILES[kind])
                 raise ValueError(f"{place} is no tokenizer: it lacks {needed}")
@@ -180,7 +180,7 @@ def load_tokenizer(kind: Any, home: Path, name: str) -> Any:
 
 
 def build(config_class: Any, model_class: Any, settings: Config) -> Any:
-    """Build a network of transformers on meta. Raises: ValueError if the settings make none."""
+    """Build a network of transformers on meta. Raises: ValueError if the settings do not fit the weights."""
     try:
         with torch.device("meta"):
             return model_class(config_class(**settings))
@@ -189,13 +189,13 @@ def build(config_class: Any, model_class: Any, settings: Config) -> Any:
 
 
 def clip_settings(shapes: Shapes, config: Config) -> Config:
-    """Return a CLIP's settings: sizes from its shapes, the rest from its config.json, or else those of CLIP-L."""
+    """Return the settings of a CLIP: sizes from its shapes, the rest from its config.json, else as in CLIP-L."""
     vocab_size, hidden_size = shape_of(shapes, "embeddings.token_embedding.weight")
     return {
         "num_attention_heads": max(1, hidden_size // CLIP_HEAD_DIM),
         "hidden_act": "quick_gelu",
         "bos_token_id": 0,
-        # The legacy value: the end of text is then found as the largest id, which also holds for CLIP-L's 49407.
+        # The legacy value, with which the end of text is found as the largest id; CLIP-L's 49407 is the largest.
         "eos_token_id": 2,
         **settings_of(config, "clip_text_model", CLIP_SETTINGS),
         "vocab_size": vocab_size,
@@ -207,7 +207,7 @@ def clip_settings(shapes: Shapes, config: Config) -> Config:
 
 
 def t5_settings(shapes: Shapes, config: Config) -> Config:
-    """Return a T5's settings: sizes from its shapes, the rest from its config.json, or else those of T5 v1.1."""
+    """Return the settings of a T5: sizes from its shapes, the rest from its config.json, else as in T5 v1.1."""
     vocab_size, d_model = shape_of(shapes, "shared.weight")
     attention = "encoder.block.0.layer.0.SelfAttention"
     num_buckets, num_heads = shape_of(shapes, f"{attention}.relative_attention_bias.weight")
@@ -227,5 +227,5 @@ def t5_settings(shapes: Shapes, config: Config) -> Config:
 
 
 def settings_of(config: Config, model_type: str, names: Sequence[str]) -> Config:
-    """Return the settings of these names that a config.json holds, if it is that of such a model."""
+    """Return the settings of these names in a config.json, if it is of that type of model."""
     return {name: config[name] for name in names if name in config} if config.get("model_type") == model_type else {}

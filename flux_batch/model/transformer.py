@@ -21,35 +21,38 @@ from flux_batch.model.layers import (
     SingleStreamBlock,
     timestep_embedding,
 )
-from flux_batch.model.params import FluxParams
+from flux_batch.model.params import MODULATION_ROWS, FluxParams
 from flux_batch.model.rope import rotary_table
 
 
 class Modulations(NamedTuple):
-    """What modulates every block, of some rows: (rows, 1, of a multiple of hidden) each."""
+    """The modulation of all blocks, for some rows: each (rows, 1, a multiple of hidden)."""
 
     double: list[tuple[Tensor, Tensor]]
     single: list[Tensor]
     last: Tensor
 
-    def of(self, rows: slice | list[int]) -> Modulations:
-        """Return those of some rows."""
+    def select(self, rows: slice | list[int]) -> Modulations:
+        """Return the modulation of some of the rows."""
         return self.map(lambda modulation: modulation[rows])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Modulations:
-        """Return what `change` makes of each."""
+        """Return the results of `change` on each tensor."""
         double = [(change(img), change(txt)) for img, txt in self.double]
         return Modulations(double, [change(modulation) for modulation in self.single], change(self.last))
 
     def tensors(self) -> list[Tensor]:
-        """List them all, in one order."""
+        """Return all tensors, always in the same order."""
         return [*chain.from_iterable(self.double), *self.single, self.last]
 
 
 class Flux(nn.Module):
+    """The transformer. `modulation_rows`: rows of modulation to compute together, see `ConditionedFlux`."""
+
     def __init__(self, params: FluxParams) -> None:
         super().__init__()
         p = self.params = params
+        self.modulation_rows = MODULATION_ROWS
         self.img_in = nn.Linear(p.in_channels, p.hidden_size)
         self.txt_in = nn.Linear(p.context_in_dim, p.hidden_size)
         self.time_in = MLPEmbedder(SINUSOID_WIDTH, p.hidden_size)
@@ -68,15 +71,17 @@ class Flux(nn.Module):
     ) -> Tensor:
         """Return the velocity (noise - data): (b, n, out_channels).
 
+        The pipeline computes the same by ConditionedFlux and `velocity`, with the parts that do not change with the
+        image computed once.
         img: (b, n, in_channels); txt: (b, l, context_in_dim) T5 states; pe: `position_table` of text then image;
         timesteps: (b,) in [0, 1], 1 is pure noise; y: (b, vec_in_dim) CLIP pooled; guidance: (b,), unused by a
-        model without its embedder. All in the dtype of the weights.
+        model without its embedder. All in the dtype of the weights. Raises: ValueError if it lacks its guidance.
         """
         modulations = self.modulations(self.conditioning(timesteps, y, guidance))
         return self.velocity(img, self.txt_in(txt), modulations, pe)
 
     def velocity(self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor) -> Tensor:
-        """Return what `forward` does, of what does not change with the image: txt (b, l, hidden) after `txt_in`."""
+        """Return the same as `forward`, with text and modulation computed before: txt (b, l, hidden) after `txt_in`."""
         img, txt = self.first_block(self.img_in(img), txt, modulations, pe)
         return self.last_layer(self.later_blocks(img, txt, modulations, pe), modulations)
 
@@ -86,12 +91,12 @@ class Flux(nn.Module):
         return first
 
     def later_blocks(self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor) -> Tensor:
-        """Return the image tokens after all blocks, from what the first one makes of both: (b, n, hidden)."""
+        """Return the image tokens after all blocks, from both kinds of tokens after the first: (b, n, hidden)."""
         for block, both in islice(zip(self.double_blocks, modulations.double, strict=True), 1, None):
             img, txt = block(img, txt, both, pe)
         x, last = torch.cat((txt, img), dim=1), len(self.single_blocks) - 1
         for index, (block, modulation) in enumerate(zip(self.single_blocks, modulations.single, strict=True)):
-            x = block(x, modulation, pe, read=img.shape[1] if index == last else x.shape[1])
+            x = block(x, modulation, pe, num_read=img.shape[1] if index == last else x.shape[1])
         return x[:, -img.shape[1] :]
 
     def last_layer(self, img: Tensor, modulations: Modulations) -> Tensor:
@@ -100,17 +105,17 @@ class Flux(nn.Module):
         return velocity
 
     def modulations(self, vec: Tensor) -> Modulations:
-        """Return what modulates every block, from `conditioning` (rows, hidden), a row an image and step."""
+        """Return the modulation of all blocks, from `conditioning` (rows, hidden), a row for each image and step."""
         double, single = ([block.modulation(vec) for block in blocks] for blocks in self.blocks)
         return Modulations(double, single, self.final_layer.modulation(vec))
 
     @property
     def blocks(self) -> tuple[list[Any], list[Any]]:
-        """The double and the single blocks, or what was put in their places."""
+        """The double and the single blocks."""
         return list(self.double_blocks), list(self.single_blocks)
 
     def conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
-        """Return the vector that modulates every block: (b, hidden). Summed in the order of BFL and diffusers."""
+        """Return the conditioning vector: (b, hidden), summed in the order of BFL and diffusers."""
         vec = self.time_in(timestep_embedding(timesteps))
         if self.guidance_in is not None:
             if guidance is None:
@@ -119,5 +124,5 @@ class Flux(nn.Module):
         return vec + self.vector_in(y)
 
     def position_table(self, ids: Tensor) -> Tensor:
-        """Return what `forward` takes as `pe`, the same at every step: ids (l + n, 3) -> (l + n, head_dim / 2, 2)."""
+        """Return the rotary table `pe`, the same at every step: ids (l + n, 3) -> (l + n, head_dim / 2, 2)."""
         return rotary_table(ids, self.params.axes_dim, self.params.theta)

@@ -1,4 +1,4 @@
-"""What the model and its device raise, turned into our errors: the model itself knows none of them."""
+"""Our errors in place of those of the model and its device: the model itself knows none of ours."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, OutOfMemory
 
-# What torch says, in errors that have no class of their own.
+# Parts of messages of torch, for errors that have no class of their own.
 OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 DEVICE_FATAL_SIGNS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error")
 
 
 @contextmanager
 def checkpoint_errors() -> Iterator[None]:
-    """Turn what reading weights raises into CheckpointError."""
+    """Raise CheckpointError in place of the errors of reading weights."""
     try:
         yield
     except FluxBatchError:
@@ -27,7 +27,7 @@ def checkpoint_errors() -> Iterator[None]:
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """Turn what a device raises into OutOfMemory (this batch) or DeviceFatal (this process)."""
+    """Raise OutOfMemory (this batch) or DeviceFatal (this process) in place of a device's errors."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,6 +1,6 @@
-"""Loras: the LoRAs of a loaded model, by their addresses, merged into its weights and taken out again.
+"""The LoRAs of a loaded model, by their addresses, fused into its weights and taken out again.
 
-Knows where LoRA files come from, and turns what the model raises into our errors; what a merge is, model/ knows.
+Knows the sources of LoRA files, and raises our errors in place of the model's; fusing itself is in model/lora/.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from flux_batch.sampling_params import check_number
 
 
 class Loras:
-    """What is merged into the parts of a model (transformer, clip, t5) now.
+    """The LoRAs that are merged into the parts of a model (transformer, clip, t5) now.
 
-    An address is a path, or whatever `local_model` takes: a file in a bucket or on a hub is fetched once a machine.
+    An address is a path, or any other that `local_model` takes: a file in a bucket or on a hub is fetched once a
+    machine.
     """
 
     def __init__(
@@ -36,24 +37,24 @@ class Loras:
 
     @property
     def merged(self) -> list[tuple[str, float]]:
-        """The addresses of those that are merged, each with its scale."""
+        """The addresses of the merged LoRAs, each with its scale."""
         return [(lora.name, scale) for lora, scale in self._merge.merged]
 
     def add_part(self, part: str, module: nn.Module) -> None:
-        """Take in a part that was loaded, or another in its place; what is merged is merged into it, too."""
+        """Add a loaded part, or replace one; the LoRAs are merged into it, too."""
         with checkpoint_errors(), device_errors():
             self._merge.add_part(part, module)
 
     def set(self, loras: Sequence[tuple[PathOrFolder, float]]) -> None:
-        """Make these, address and scale, the ones that are merged; in any order, none takes all out.
+        """Merge these LoRAs, address and scale, and no others, in any order; [] takes all out.
 
-        All are opened before a weight changes. Raises: CheckpointError for one that is missing, damaged, for another
+        All are opened before a weight changes. Raises: CheckpointError for a LoRA that is missing, damaged, for another
         model or not supported; InvalidSetting for a scale that is no number; StoreError for a remote that fails.
         """
         self._merge_all([self._open(uri, scale) for uri, scale in as_pairs(loras)])
 
     def add(self, uri: PathOrFolder, scale: float) -> None:
-        """Merge one more. Raises: as `set`."""
+        """Merge one more LoRA. Raises: the errors of `set`."""
         self._merge_all([*self._merge.merged, self._open(uri, scale)])
 
     def _open(self, uri: PathOrFolder, scale: float) -> tuple[Lora, float]:
@@ -63,7 +64,7 @@ class Loras:
             return open_lora(path, str(uri), self._merge.shapes()), scale
 
     def _fetch(self, uri: str) -> Path:
-        """Return the file on this machine; PEFT's says what it means in another file beside it."""
+        """Return the file on this machine; with PEFT's weights comes the folder that has their settings."""
         folder, _, name = uri.rpartition("/")
         if name == PEFT_WEIGHTS and "://" in uri and not uri.startswith(("http://", "https://")):
             return local_path(folder, self._storage_options) / name
@@ -75,7 +76,7 @@ class Loras:
 
 
 def as_pairs(loras: Sequence[tuple[PathOrFolder, float]]) -> list[tuple[PathOrFolder, float]]:
-    """Return the pairs. Raises: InvalidSetting if they are none."""
+    """Return pairs of address and scale. Raises: InvalidSetting for anything else."""
     try:
         return [(uri, scale) for uri, scale in loras]
     except (TypeError, ValueError) as error:

@@ -1,6 +1,6 @@
 """ModelManager: files in, the parts of a model out, each recognised by its keys.
 
-Knows where the parts of a model may lie; knows no prompt or image.
+Knows the places of a model's parts; knows no prompt or image.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from flux_batch.model.checkpoint.detect import LOADING_ORDER, CheckpointKind, fi
 from flux_batch.model.checkpoint.loading import Prepare, load_autoencoder, load_transformer
 from flux_batch.model.optimize.dtypes import dtype_name
 from flux_batch.model.optimize.quantize import (
-    narrow_t5,
-    narrow_transformer,
-    no_fp8_products,
-    quantize_t5,
-    quantize_transformer,
+    apply_fp8,
+    apply_fp8_to_t5,
+    apply_narrow_weights,
+    apply_narrow_weights_to_t5,
+    fp8_matmul_obstacle,
 )
 from flux_batch.model.params import ScheduleParams, schedule_params
 from flux_batch.model.text import ClipEncoder, T5Encoder, load_clip, load_t5
@@ -35,30 +35,30 @@ from flux_batch.pipeline.loras import Loras
 from flux_batch.pipeline.precision import to_dtype
 from flux_batch.sampling_params import Quantization, check_quantization
 
-# What is done to a model before it is filled.
-TRANSFORMER_CHANGES: Mapping[Quantization, Prepare | None] = {
+# The changes to a model before it is filled.
+PREPARE_TRANSFORMER: Mapping[Quantization, Prepare | None] = {
     "none": None,
-    "bfloat16": narrow_transformer,
-    "fp8": quantize_transformer,
-    "fp8_matmul": partial(quantize_transformer, products=True),
+    "bfloat16": apply_narrow_weights,
+    "fp8": apply_fp8,
+    "fp8_matmul": partial(apply_fp8, matmul=True),
 }
-T5_CHANGES: Mapping[Quantization, Prepare | None] = {
+PREPARE_T5: Mapping[Quantization, Prepare | None] = {
     "none": None,
-    "bfloat16": narrow_t5,
-    "fp8": quantize_t5,
-    "fp8_matmul": quantize_t5,
+    "bfloat16": apply_narrow_weights_to_t5,
+    "fp8": apply_fp8_to_t5,
+    "fp8_matmul": apply_fp8_to_t5,
 }
 
 
 class ModelManager:
-    """Loads the parts of a model, each recognised by its keys, whatever its file is called and however encoded.
+    """The loader of a model's parts, which recognises each by its keys, whatever its file's name and encoding.
 
-    torch_dtype: None is the device's native one, see native_dtype. quantization: `bfloat16` keeps the matrices of
-    transformer and T5 in bfloat16 and multiplies in float32; `fp8` keeps them in fp8 (their bits, if the file holds
-    fp8) and multiplies in `torch_dtype`; `fp8_matmul` multiplies the transformer's in fp8 as well: bfloat16 only, on an
-    NVIDIA GPU of Ada, Hopper or later, or, slowly and for the same images, on the CPU.
+    torch_dtype: None is the device's native dtype, see native_dtype. quantization: `bfloat16` keeps the matrices of
+    transformer and T5 in bfloat16 and multiplies in float32; `fp8` keeps them in fp8 (with the same bits, if the file
+    holds fp8) and multiplies in `torch_dtype`; `fp8_matmul` multiplies the transformer's in fp8 as well, with bfloat16
+    only, on an NVIDIA GPU of Ada, Hopper or later, or, slowly and for the same images, on the CPU.
     Raises: CheckpointError for a file that is missing, damaged, incomplete or of a layout that is not supported;
-    InvalidSetting for a device that is not there, or lacks products in fp8.
+    InvalidSetting for a device that is not there, or has no products in fp8.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ModelManager:
         self.torch_dtype = to_dtype(torch_dtype, self.device, quantization)
         self.quantization = quantization
         check_quantization(quantization, dtype_name(self.torch_dtype))
-        if quantization == "fp8_matmul" and (obstacle := no_fp8_products(self.device)):
+        if quantization == "fp8_matmul" and (obstacle := fp8_matmul_obstacle(self.device)):
             raise InvalidSetting(f"quantization = {quantization}: {obstacle}; take fp8", field="quantization")
         self.transformer: Flux | None = None
         self.schedule: ScheduleParams | None = None
@@ -94,9 +94,9 @@ class ModelManager:
     ) -> None:
         """Load each entry: a file, a folder that holds one part, or the list of files that make up one part.
 
-        Of a file that holds several parts (ComfyUI's all-in-one), all are loaded. torch_dtype: for these, if not that
-        of all; torch.float8_e4m3fn, as scripts for DiffSynth-Studio say, asks for `quantization` fp8. What lies in a
-        bucket or on a hub is fetched once a machine, with `storage_options` (see local_model).
+        If a file holds several parts (ComfyUI's all-in-one), all are loaded. torch_dtype: the dtype of these, None for
+        that of the manager; torch.float8_e4m3fn, as scripts for DiffSynth-Studio say, means `quantization` fp8. Files
+        in a bucket or on a hub are fetched once a machine, with `storage_options` (see local_model).
         """
         dtype, quantization = self.torch_dtype, self.quantization
         if torch_dtype == torch.float8_e4m3fn:
@@ -113,7 +113,7 @@ class ModelManager:
     def load_lora(self, file_path: PathOrFolder | Sequence[PathOrFolder], lora_alpha: float = 1.0) -> None:
         """Merge one more LoRA, or several with the same scale, into the parts that are loaded; see Loras.
 
-        `lora_alpha` is the scale: what DiffSynth-Studio calls so. The alphas of the file count as well.
+        `lora_alpha` is DiffSynth-Studio's name of the scale. The alphas of the file count as well.
         """
         for path in [file_path] if isinstance(file_path, (str, PathLike)) else file_path:
             self.loras.add(path, lora_alpha)
@@ -124,7 +124,7 @@ class ModelManager:
         home = checkpoint.home
         if kind in (CheckpointKind.TRANSFORMER, CheckpointKind.TRANSFORMER_DIFFUSERS):
             config = read_config(home, "transformer")
-            prepare = TRANSFORMER_CHANGES[quantization]
+            prepare = PREPARE_TRANSFORMER[quantization]
             self.transformer = load_transformer(
                 checkpoint, kind, config, dtype=dtype, device=self.device, prepare=prepare
             )
@@ -138,7 +138,7 @@ class ModelManager:
             self.clip = load_clip(checkpoint, dtype=dtype, device=self.device)
             self.loras.add_part("clip", self.clip.model)
         else:
-            prepare = T5_CHANGES[quantization]
+            prepare = PREPARE_T5[quantization]
             self.t5 = load_t5(checkpoint, dtype=dtype, device=self.device, prepare=prepare)
             self.loras.add_part("t5", self.t5.model)
 
@@ -146,9 +146,9 @@ class ModelManager:
 def locate_parts(
     uri: PathOrFolder, storage_options: Mapping[str, Any] | None = None, *, refresh: bool = False
 ) -> list[Path]:
-    """Return what to load of the model a uri names, on this machine, wherever it comes from (see local_model).
+    """Return the files of a model's parts on this machine, fetched if they are remote (see local_model).
 
-    Raises: CheckpointError saying what was looked for; StoreError.
+    Raises: CheckpointError with the files that were looked for; StoreError.
     """
     model = local_model(uri, storage_options, refresh=refresh)
     with checkpoint_errors():
@@ -158,14 +158,14 @@ def locate_parts(
 def to_path(
     source: PathOrFolder | Sequence[PathOrFolder], storage_options: Mapping[str, Any] | None = None
 ) -> Path | list[Path]:
-    """Return the path, or the paths, of one part, on this machine."""
+    """Return the path or the paths of one part on this machine."""
     if isinstance(source, (str, PathLike)):
         return local_path(source, storage_options)
     return [local_path(path, storage_options) for path in source]
 
 
 def read_scheduler_config(home: Path) -> dict[str, Any]:
-    """Return the scheduler's configuration, which lies in the model folder, of weights in or one below it; else {}."""
+    """Read the scheduler's configuration, in the folder of the weights or the one above; {} if there is none."""
     for folder in (home, home.parent):
         path = folder / "scheduler" / "scheduler_config.json"
         if path.is_file():

@@ -1,14 +1,13 @@
 """FluxImagePipeline: prompts in, images out.
 
-The one translator between public words (those of DiffSynth-Studio and diffusers) and the model's. Knows no file, job
-or storage.
+The one translator between public words (those of DiffSynth-Studio and diffusers) and the model's. Knows no job.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -18,14 +17,12 @@ from flux_batch.download.models import PathOrFolder
 from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.detect import TITLES
-from flux_batch.model.conditioned import ConditionedFlux, Conditioning, position_tables
-from flux_batch.model.optimize.compile import compile_blocks
-from flux_batch.model.optimize.compile_cache import CompileCache
-from flux_batch.model.optimize.cpu_products import choose_products
+from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds, position_tables
+from flux_batch.model.optimize.compile import CompileCache, apply_compile
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
-from flux_batch.model.optimize.kernels import attention_order
-from flux_batch.model.optimize.offload import Visitors
+from flux_batch.model.optimize.kernels import apply_cpu_kernels, attention_order
+from flux_batch.model.optimize.offload import apply_offload
 from flux_batch.model.optimize.step_cache import StepCache
 from flux_batch.model.optimize.tiling import Tiling, tiled_decode, tiled_encode
 from flux_batch.model.params import ScheduleParams
@@ -48,15 +45,32 @@ from flux_batch.pipeline.loras import Loras
 from flux_batch.pipeline.model_manager import ModelManager, locate_parts
 from flux_batch.pipeline.pixels import check_finite, to_pixels, to_uint8
 from flux_batch.pipeline.precision import AUTO, must_be_narrow
-from flux_batch.pipeline.request import PipelineRequest, one_each, resolve_aliases, sampling_of_call
-from flux_batch.pipeline.text_cache import MAX_BYTES, MAX_BYTES_AWAY, EncodedTexts
-from flux_batch.sampling_params import TOKEN_SIDE_PX, Quantization, check_choice, check_cuda_graphs, check_step_cache
+from flux_batch.pipeline.request import (
+    PipelineRequest,
+    Texts,
+    as_list,
+    check_texts,
+    embeds_of,
+    num_texts,
+    one_each,
+    resolve_aliases,
+    sampling_of_call,
+)
+from flux_batch.pipeline.text_cache import TextCache
+from flux_batch.sampling_params import (
+    MAX_T5_LENGTH,
+    TOKEN_SIDE_PX,
+    Quantization,
+    check_choice,
+    check_cuda_graphs,
+    check_integer,
+    check_step_cache,
+)
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-Value = TypeVar("Value")
 
-# Source: black-forest-labs/flux 802fb47, src/flux/cli.py: 256 for schnell, 512 for all others.
-T5_SEQUENCE_LENGTH = {True: 512, False: 256}  # by: is guidance embedded?
+# By whether guidance is embedded. Source: black-forest-labs/flux 802fb47, src/flux/cli.py: 256 for schnell, else 512.
+T5_SEQUENCE_LENGTH = {True: 512, False: 256}
 
 
 class FluxImagePipeline:
@@ -92,10 +106,9 @@ class FluxImagePipeline:
         self.device = weight.device
         self.torch_dtype = weight.dtype
         self.position_tables = position_tables(transformer, self.device)
-        self.is_offloaded = offload_text_encoders and self.device.type != "cpu"
-        self.encoders = Visitors([clip.model, t5.model] if self.is_offloaded else [], self.device)
-        max_bytes = MAX_BYTES_AWAY if self.is_offloaded else MAX_BYTES
-        self.texts = EncodedTexts(self.encode_text, max_bytes, self.encoders.visit)
+        self.offloads_text_encoders = offload_text_encoders and self.device.type != "cpu"
+        self.encoders = apply_offload([clip.model, t5.model] if self.offloads_text_encoders else [], self.device)
+        self.texts = TextCache(self.encode_text, on_device=self.encoders.on_device)
 
     @classmethod
     def from_model_manager(
@@ -107,14 +120,14 @@ class FluxImagePipeline:
         cuda_graphs: bool = False,
         offload_text_encoders: bool = False,
     ) -> FluxImagePipeline:
-        """Assemble the loaded parts.
+        """Build a pipeline of the loaded parts.
 
-        compile: let torch.compile have the transformer's blocks: the first image of a size, and of the second size,
-        takes longer, all others less. cuda_graphs: launch each step of the transformer in one piece, the first of each
-        size apart; not beside a step_cache. offload_text_encoders: keep CLIP and T5 in host memory, but for when texts
-        that are not remembered are encoded; nothing changes on the CPU.
-        Raises: CheckpointError naming the parts that were not loaded; InvalidSetting if nothing can be compiled here,
-        or there is no CUDA device to record graphs of.
+        compile: compile the transformer's blocks by torch.compile: the first image of the first and of the second size
+        takes longer, all others less. cuda_graphs: launch each step of the transformer in one piece, except the first
+        of each size; not with a step_cache. offload_text_encoders: keep CLIP and T5 in host memory, except while they
+        encode texts; nothing changes on the CPU.
+        Raises: CheckpointError naming the parts that are not loaded; InvalidSetting if torch.compile does not work
+        here, or there is no CUDA device for graphs.
         """
         check_step_cache(step_cache)
         check_cuda_graphs(cuda_graphs, step_cache)
@@ -122,10 +135,10 @@ class FluxImagePipeline:
         if missing:
             raise CheckpointError(f"not loaded: {', '.join(missing)}; add their files to load_models([...])")
         manager: Any = model_manager  # every part is there, see above
-        choose_products(manager.transformer)
+        apply_cpu_kernels(manager.transformer)
         if compile:
             try:
-                compile_blocks(manager.transformer)
+                apply_compile(manager.transformer)
             except ValueError as error:
                 raise InvalidSetting(f"compile = True: {error}", field="compile") from error
         try:
@@ -162,12 +175,12 @@ class FluxImagePipeline:
         """Load a model folder in the layout of diffusers or the original one, a file with all parts, or `demo`.
 
         uri: a path, an address that fsspec knows (s3://bucket/flux, with `storage_options`), or a repository of Hugging
-        Face (hf://owner/name, owner/name); what is remote is fetched once a machine and then used without asking,
-        unless `refresh`. device: `cuda` if there is one, else `cpu`. torch_dtype: a dtype or its name; None or `auto`
-        is what the device computes natively, on a CPU short of memory with quantization `bfloat16`. quantization: see
-        ModelManager; step_cache: what calls take that name none; compile, cuda_graphs, offload_text_encoders: see
+        Face (hf://owner/name, owner/name); a remote model is fetched once a machine and then used without asking,
+        unless `refresh`. device: None is `cuda` if there is one, else `cpu`. torch_dtype: a dtype or its name; None or
+        `auto` is the device's native dtype, on a CPU short of memory with quantization `bfloat16`. quantization: see
+        ModelManager; step_cache: the value of calls without one; compile, cuda_graphs, offload_text_encoders: see
         from_model_manager.
-        Raises: CheckpointError saying what was looked for; StoreError for a remote that fails; InvalidSetting.
+        Raises: CheckpointError with the files that were looked for; StoreError for a remote that fails; InvalidSetting.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         manager = ModelManager(torch_dtype, device, quantization=quantization, storage_options=storage_options)
@@ -185,7 +198,7 @@ class FluxImagePipeline:
 
     @property
     def default_t5_sequence_length(self) -> int:
-        """The T5 length the model was made for: 512 for dev, 256 for schnell, less if its tokenizer says less."""
+        """The T5 length the model was made for: 512 for dev, 256 for schnell, or that of its tokenizer if less."""
         return min(T5_SEQUENCE_LENGTH[self.transformer.params.guidance_embed], self.t5.max_length)
 
     @property
@@ -199,32 +212,44 @@ class FluxImagePipeline:
         return dtype_name(native_dtype(self.device))
 
     def load_lora(self, uri: PathOrFolder, scale: float = 1.0) -> None:
-        """Merge one more LoRA into the weights. Raises: as `set_loras`."""
-        with device_errors(), self.encoders.visit(may_change=True):
+        """Merge one more LoRA into the weights. Raises: the errors of `set_loras`."""
+        with device_errors(), self.encoders.on_device(may_change=True):
             self.loras.add(uri, scale)
 
     def set_loras(self, loras: Sequence[tuple[PathOrFolder, float]]) -> None:
-        """Make these LoRAs, each with its scale, the ones that are merged into the weights; [] takes all out.
+        """Merge these LoRAs, each with its scale, and no others into the weights; [] takes all out.
 
-        uri: a path, or an address as of a model. Recognised by keys are those of PEFT and diffusers, sd-scripts,
-        ComfyUI, XLabs, OneTrainer, LyCORIS (LoHa, LoKr) and DiffSynth-Studio, for the transformer, CLIP and T5. What
-        was merged before leaves no trace: without LoRAs, weights are what they were, bit for bit.
-        Raises: CheckpointError naming what a file is instead, or its keys that match nothing; StoreError.
+        uri: a path, or an address as of a model. The formats of PEFT and diffusers, sd-scripts, ComfyUI, XLabs,
+        OneTrainer, LyCORIS (LoHa, LoKr) and DiffSynth-Studio are recognised by their keys, for the transformer, CLIP
+        and T5. LoRAs merged before leave no trace: without LoRAs, the weights have their old bits.
+        Raises: CheckpointError for a file that is no LoRA, or has keys that match nothing; StoreError.
         """
-        with device_errors(), self.encoders.visit(may_change=True):
+        with device_errors(), self.encoders.on_device(may_change=True):
             self.loras.set(loras)
 
     def unload_loras(self) -> None:
-        """Take all LoRAs out: the weights are what they were, bit for bit."""
+        """Take all LoRAs out: the weights have their old bits."""
         self.set_loras([])
 
-    def expect(self, texts: Sequence[tuple[str, int | None]]) -> None:
-        """Say which texts, and of which T5 length, come next: encoders that are offloaded take them in one visit."""
-        if self.is_offloaded:
-            self.texts.expected = [(text, length or self.default_t5_sequence_length) for text, length in texts]
+    def encode_prompt(self, prompt: str | Sequence[str], t5_sequence_length: int | None = None) -> PromptEmbeds:
+        """Return the embeddings of prompts, for calls with `prompt_embeds` and `pooled_prompt_embeds`.
+
+        One prompt or several (b) give (b, t5_sequence_length, context) and (b, vec), in the dtype of the pipeline, with
+        the LoRAs that are merged now. Offloaded text encoders come to the device once for all of them, and the
+        embeddings are in host memory then, else on the device. Negative prompts are encoded in the same way.
+        Raises: InvalidSetting; OutOfMemory; DeviceFatal.
+        """
+        prompts = as_list("prompt", prompt)
+        check_texts("prompt", prompts)
+        if t5_sequence_length is not None:
+            check_integer("t5_sequence_length", t5_sequence_length, 1, MAX_T5_LENGTH)
+        if not prompts:
+            raise InvalidSetting("prompt = []: must be at least one text", field="prompt")
+        with torch.inference_mode(), device_errors(), attention_order(self.device):
+            return self.encode(prompts, t5_sequence_length or self.default_t5_sequence_length)
 
     def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
-        """Return of each prompt whether CLIP and whether T5 does not read its end."""
+        """Return whether CLIP and whether T5 leaves out the end of each prompt."""
         if not prompts:
             return []
         length = t5_sequence_length or self.default_t5_sequence_length
@@ -232,7 +257,7 @@ class FluxImagePipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] = "",
         height: int = 1024,
         width: int = 1024,
@@ -250,30 +275,39 @@ class FluxImagePipeline:
         tile_size: int = 128,
         tile_stride: int = 64,
         step_cache: float | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         **aliases: Any,
     ) -> Any:
-        """Make one image of a prompt, or a list of images of a list of prompts.
+        """Make one image of a prompt, or a list of images of a list of prompts or embeddings.
 
         negative_prompt, embedded_guidance, cfg_scale, seed and input_image are one value for all or a list as long
-        as the prompts. A second pass with the negative prompt runs if any cfg_scale is not 1; an image whose scale
-        is exactly 1 does not feel it. Of a prompt that is too long for a text encoder the end is left out, with a
-        warning. seed None draws from torch's global generator. progress_bar wraps the steps,
-        e.g. tqdm. guidance_scale, true_cfg_scale and max_sequence_length, as diffusers calls them, are accepted.
+        as the prompts. A second pass with the negative prompt runs if any cfg_scale is not 1; an image whose scale is
+        exactly 1 does not change by it. The end of a prompt that is too long for a text encoder is left out, with a
+        warning. seed None draws from torch's global generator. num_inference_steps is 30 as in DiffSynth-Studio, whose
+        calls this one takes; a job's default is 28, as in diffusers, and the same seed gives another image there.
+        progress_bar wraps the steps, e.g. tqdm. diffusers' names guidance_scale, true_cfg_scale, max_sequence_length,
+        image and strength are accepted.
+
+        prompt_embeds (b, l, context) and pooled_prompt_embeds (b, vec) stand in for the prompt, and those that begin
+        with negative_ for the negative prompt: they are what `encode_prompt` returns for b texts of T5 length l.
 
         input_image is put on white where it is transparent and resized to width x height by Lanczos, whatever its
-        proportions; as in a job, but that its EXIF orientation is left to you. denoising_strength is how much of it is
-        noised over: as in diffusers, the first int(steps - steps x strength) steps of the schedule are left out,
-        and the noise starts at the level of the next; 1 starts from noise alone. Its latents are drawn from the
-        posterior, before the noise and from the same generator. sigma_shift, e.g. 3.0, asks for DiffSynth-Studio's way:
-        its static schedule instead of the model's, which with an input_image runs all steps from a lower level, and the
-        posterior's mean. tiled runs the autoencoder, and nothing else, in tiles of tile_size every tile_stride, counted
-        in latents when decoding and in pixels when encoding: less memory, and an image that differs a little; one that
-        fits into a tile does not.
+        proportions. A job does the same, and also turns it by its EXIF orientation. denoising_strength, in (0, 1], is
+        how much of it is noised over: as in diffusers, the first int(steps - steps x strength) steps of the schedule
+        are left out, and the noise starts at the level of the next; 1 starts from noise alone. Its latents are drawn
+        from the posterior, before the noise and from the same generator. sigma_shift, e.g. 3.0, selects
+        DiffSynth-Studio's way: its static schedule instead of the model's, which with an input_image runs all steps
+        from a lower level, and the posterior's mean. tiled runs only the autoencoder in tiles, of tile_size every
+        tile_stride, counted in latents when decoding and in pixels when encoding: this takes less memory and gives an
+        image that differs a little; an image that fits into a tile does not differ.
 
-        step_cache, for speed at some cost in quality: at a step where the first block changes an image by less than
-        this share from the last computed step, the later blocks are not run, and what they did then is done again.
-        0 is off; about 0.1 is a start. An image is judged by itself; the first and the last step are always computed.
-        A pipeline with cuda_graphs takes none.
+        step_cache trades quality for speed: at a step where the first block changes an image by less than this share
+        since the last computed step, the later blocks are not run, and their last changes are added again. 0 is off;
+        about 0.1 is a start. Each image is judged alone; the first and the last step are always computed. A pipeline
+        with cuda_graphs cannot use it.
 
         Returns, by output_type: `pil`; `np` uint8 (height, width, 3); `pt` fp32 (b, 3, height, width) in [-1, 1];
         `latent` scaled (b, c, height/8, width/8). The last two keep the batch axis for a single prompt too.
@@ -282,9 +316,10 @@ class FluxImagePipeline:
         """
         named = resolve_aliases(aliases, FluxImagePipeline.__call__.__annotations__)
         check_choice("output_type", output_type, get_args(OutputType))
-        if not isinstance(prompt, (str, Sequence)):
-            raise InvalidSetting(f"prompt = {prompt!r}: must be a string or a list of strings", field="prompt")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        embeds = embeds_of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
+        prompts = as_list("prompt", prompt) if embeds is None else embeds
+        count = num_texts(prompts)
+        image = named.pop("input_image", input_image)
         sampling: dict[str, Any] = {
             "negative_prompt": negative_prompt,
             "height": height,
@@ -298,15 +333,19 @@ class FluxImagePipeline:
         }
         request = PipelineRequest(
             prompts=prompts,
-            sampling=sampling_of_call(len(prompts), **sampling | named),
-            seeds=one_each("seed", seed, len(prompts)),
-            input_images=None if input_image is None else one_each("input_image", input_image, len(prompts)),
+            negative_embeds=embeds_of(
+                "negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds
+            ),
+            sampling=sampling_of_call(count, **sampling | named),
+            seeds=one_each("seed", seed, count),
+            input_images=None if image is None else one_each("input_image", image, count),
             tiling=Tiling(tile_size, tile_stride) if tiled else None,
             step_cache=self.step_cache if step_cache is None else step_cache,
         )
         check_cuda_graphs(self.graphs is not None, request.step_cache)
-        if not prompts:
+        if not count:
             return []
+        self.check_embeds(request)
         self.warn_of_cut_texts(request)
         with torch.inference_mode(), device_errors(), attention_order(self.device):
             latents = self.make_latents(request, progress_bar)
@@ -322,28 +361,31 @@ class FluxImagePipeline:
         return images[0] if isinstance(prompt, str) else images
 
     def warn_of_cut_texts(self, request: PipelineRequest) -> None:
-        """Warn, as Python does once a program, if the end of a text is not read."""
-        texts = request.prompts + (request.negative_prompts if request.uses_cfg else [])
-        cut = self.truncations(list(dict.fromkeys(texts)), request.shared.t5_sequence_length)
-        for title, is_cut in zip(("CLIP", "T5"), map(any, zip(*cut, strict=True)), strict=True):
-            if is_cut:
+        """Warn if the end of a text is left out; Python prints a warning once a program."""
+        both = request.prompts, request.negative_prompts if request.uses_cfg else []
+        texts = dict.fromkeys(text for each in both if isinstance(each, list) for text in each)
+        truncations = self.truncations(list(texts), self.t5_length(request))
+        for encoder, title in enumerate(("CLIP", "T5")):
+            if any(each[encoder] for each in truncations):
                 message = f"a prompt is longer than {title} reads, its end is left out: `truncations` tells which"
                 warnings.warn(message, stacklevel=3)
 
     def make_latents(self, request: PipelineRequest, progress_bar: Progress | None = None) -> Tensor:
-        """Encode the texts and denoise: scaled latents (b, c, height/8, width/8)."""
+        """Return the scaled latents of a call, after encoding and denoising: (b, c, height/8, width/8)."""
         p = request.shared
         downscale = self.autoencoder.params.downscale
         height, width = p.height // downscale, p.width // downscale
-        length = p.t5_sequence_length or self.default_t5_sequence_length
+        length = self.t5_length(request)
         num_tokens = height // 2 * (width // 2)
         sigmas = make_sigmas(p.num_inference_steps, num_tokens, self.schedule, p.sigma_shift, p.denoising_strength)
         pe = self.position_tables(length, height, width)
         guidance = torch.tensor(request.values("embedded_guidance"), device=self.device, dtype=self.torch_dtype)
         timesteps = timesteps_of(sigmas, guidance)
 
-        def velocity(prompts: Sequence[str]) -> Velocity:
-            model = ConditionedFlux(self.transformer, self.encode(prompts, length), pe, timesteps, guidance)
+        def velocity(texts: Texts) -> Velocity:
+            embeds = texts if isinstance(texts, PromptEmbeds) else self.encode(texts, length)
+            embeds = embeds.to(self.device, self.torch_dtype)
+            model = ConditionedFlux(self.transformer, embeds, pe, timesteps, guidance)
             if request.step_cache:
                 return StepCache(model, request.step_cache)
             return self.graphs(model) if self.graphs else model
@@ -359,7 +401,7 @@ class FluxImagePipeline:
         return unpack(tokens, height, width)
 
     def first_latents(self, request: PipelineRequest, height: int, width: int, sigma: Tensor) -> Tensor:
-        """Return where denoising starts: noise, or the input images at noise level `sigma`."""
+        """Return the latents that denoising starts from: noise, or the input images at noise level `sigma`."""
         shape = (self.autoencoder.params.z_channels, height, width)
         generators = make_generators(request.seeds)
         if request.input_images is None:
@@ -373,16 +415,34 @@ class FluxImagePipeline:
         latents = self.encode_pixels(torch.stack(pixels).to(weight), posterior, request.tiling)
         return add_noise(latents.to(self.torch_dtype), noise.to(self.device, self.torch_dtype), sigma)
 
-    def encode(self, prompts: Sequence[str], t5_sequence_length: int) -> Conditioning:
-        """Return what the text encoders say of each prompt; of one that was there before, from memory."""
-        said = self.texts(prompts, t5_sequence_length, tuple(self.loras.merged))
-        return Conditioning(said.txt.to(self.device), said.y.to(self.device))
+    def t5_length(self, request: PipelineRequest) -> int:
+        """Return the number of T5 tokens of each text."""
+        if isinstance(request.prompts, PromptEmbeds):
+            return request.prompts.prompt_embeds.shape[1]
+        return request.shared.t5_sequence_length or self.default_t5_sequence_length
 
-    def encode_text(self, text: str, t5_sequence_length: int) -> Conditioning:
-        """Run the text encoders on one text: txt (1, l, context), y (1, vec); in host memory if they are offloaded."""
-        txt, y = self.t5([text], t5_sequence_length), self.clip([text])
-        home = torch.device("cpu") if self.is_offloaded else self.device
-        return Conditioning(txt.to(home, self.torch_dtype), y.to(home, self.torch_dtype))
+    def check_embeds(self, request: PipelineRequest) -> None:
+        """Raise InvalidSetting unless embeddings have the sizes of this model, and one length for all."""
+        p, count, length = self.transformer.params, num_texts(request.prompts), self.t5_length(request)
+        wanted = request.shared.t5_sequence_length
+        if wanted not in (None, length):
+            raise InvalidSetting(
+                f"t5_sequence_length = {wanted}: prompt_embeds have {length} tokens; leave it out",
+                field="t5_sequence_length",
+            )
+        for prefix, texts in (("", request.prompts), ("negative_", request.negative_prompts)):
+            if isinstance(texts, PromptEmbeds):
+                check_shape(f"{prefix}prompt_embeds", texts.prompt_embeds, (count, length, p.context_in_dim))
+                check_shape(f"{prefix}pooled_prompt_embeds", texts.pooled_prompt_embeds, (count, p.vec_in_dim))
+
+    def encode(self, prompts: Sequence[str], t5_sequence_length: int) -> PromptEmbeds:
+        """Return the embeddings of each prompt, those of the last prompts from memory."""
+        return self.texts(prompts, t5_sequence_length, tuple(self.loras.merged))
+
+    def encode_text(self, text: str, t5_sequence_length: int) -> PromptEmbeds:
+        """Run the text encoders on one text, b = 1. Offloaded encoders leave their embeddings in host memory."""
+        embeds = PromptEmbeds(self.t5([text], t5_sequence_length), self.clip([text]))
+        return embeds.to(torch.device("cpu") if self.offloads_text_encoders else self.device, self.torch_dtype)
 
     def encode_pixels(self, pixels: Tensor, noise: Tensor | None, tiling: Tiling | None) -> Tensor:
         """Return scaled latents, in the autoencoder's dtype: (b, 3, 8h, 8w) in [-1, 1] -> (b, c, h, w)."""
@@ -394,6 +454,13 @@ class FluxImagePipeline:
         """Return pixels, about [-1, 1], in the autoencoder's dtype: (b, c, h, w) -> (b, 3, 8h, 8w)."""
         latents = latents.to(self.autoencoder.decoder.conv_in.weight)
         return tiled_decode(self.autoencoder, latents, tiling) if tiling else self.autoencoder.decode(latents)
+
+
+def check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    """Raise InvalidSetting unless an argument is a tensor of that shape."""
+    if not isinstance(tensor, Tensor) or tensor.shape != shape:
+        got = list(tensor.shape) if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+        raise InvalidSetting(f"{name} is {got}: must be a tensor of shape {list(shape)}", field=name)
 
 
 def check_parts_fit(transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncoder, t5: T5Encoder) -> None:

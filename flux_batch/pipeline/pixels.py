@@ -1,4 +1,4 @@
-"""Pixels of the autoencoder to images, and images to pixels; knows no model."""
+"""Conversions between images and pixels of the autoencoder; knows no model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def check_finite(pixels: Tensor) -> None:
 
 
 def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
-    """Return an image as the autoencoder takes it: fp32 (3, height, width) in [-1, 1], resized by Lanczos."""
+    """Return the pixels of an image: fp32 (3, height, width) in [-1, 1], resized by Lanczos.
+
+    Raises: InvalidSetting for anything but a PIL image that can be shown in RGB.
+    """
     if not isinstance(image, Image.Image):
         raise InvalidSetting(f"input_image is a {type(image).__name__}: must be a PIL image", field="input_image")
     try:

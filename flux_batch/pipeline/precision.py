@@ -1,4 +1,4 @@
-"""Which dtype a pipeline computes in, where the caller leaves it open.
+"""The dtype of a pipeline whose caller leaves it open.
 
 Knows devices, the shapes of a checkpoint and the memory of this machine; knows no job and no storage.
 """
@@ -20,18 +20,18 @@ from flux_batch.model.params import Shapes
 from flux_batch.pipeline.errors import checkpoint_errors
 from flux_batch.sampling_params import Quantization
 
-# How callers leave the dtype open.
+# Values with which callers leave the dtype open.
 AUTO = (None, "auto")
 MEMORY_INFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
-# Weights may take this share of what is free: the rest is for activations, libraries and the system.
+# The share of free memory that weights may take: the rest is for activations, libraries and the system.
 SHARE_FOR_WEIGHTS = 0.8
 
 
 def must_be_narrow(device: torch.device, dtype: torch.dtype, paths: Sequence[Path]) -> bool:
-    """Return whether the model whose parts lie at `paths` needs narrow matrices to fit into memory in float32.
+    """Return whether the model at `paths` fits into memory in float32 with narrow matrices only.
 
-    That is so on a CPU alone, which can widen them for each product. Raises: CheckpointError.
+    False on other devices than a CPU, which widens them for each product. Raises: CheckpointError.
     """
     if device.type != "cpu" or dtype != torch.float32:
         return False
@@ -48,9 +48,9 @@ def default_dtype(device: torch.device, quantization: Quantization = "none") -> 
 
 
 def to_dtype(name: torch.dtype | str | None, device: torch.device, quantization: Quantization = "none") -> torch.dtype:
-    """Return the dtype of that name; the default one for None and `auto`.
+    """Return the dtype of that name, the default for None and `auto`.
 
-    Raises: InvalidSetting for one that images are not computed in.
+    Raises: InvalidSetting for a dtype that images are not computed in.
     """
     if name in AUTO:
         return default_dtype(device, quantization)
@@ -70,13 +70,13 @@ def shapes_of(paths: Sequence[Path]) -> dict[str, Shapes]:
 
 
 def fits_into_memory(num_bytes: int) -> bool:
-    """Return whether weights of that size fit into the memory that is free; True where that is not known."""
+    """Return whether weights of that size fit into free memory; True if that is not known."""
     free = free_memory()
     return free is None or num_bytes <= SHARE_FOR_WEIGHTS * free
 
 
 def free_memory() -> int | None:
-    """Return the bytes that this process may still take: of the system, or of its cgroup if that leaves less."""
+    """Return the bytes that this process may still take, by the system or its cgroup; None if not known."""
     with suppress(OSError, ValueError, StopIteration):
         line = next(line for line in MEMORY_INFO.read_text().splitlines() if line.startswith("MemAvailable:"))
         free = int(line.split()[1]) * 1024
@@ -88,6 +88,6 @@ def free_memory() -> int | None:
 
 
 def slow_dtype(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the native dtype of a device by name if `dtype` is a slow one there, else ""."""
+    """Return the name of a device's native dtype if `dtype` is slow there, else ""."""
     native = native_dtype(device)
     return "" if dtype in (native, torch.float32) else dtype_name(native)

@@ -1,17 +1,19 @@
 """One call of the pipeline, checked: what to make from which texts and images.
 
-Knows words and ranges, and how many steps an input image leaves; computes nothing.
+Knows words and ranges, and the number of steps that an input image leaves; computes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from PIL import Image
+from torch import Tensor
 
 from flux_batch.errors import InvalidSetting, did_you_mean
+from flux_batch.model.conditioned import PromptEmbeds
 from flux_batch.model.optimize.tiling import Tiling
 from flux_batch.model.params import first_step
 from flux_batch.sampling_params import (
@@ -24,29 +26,37 @@ from flux_batch.sampling_params import (
     check_tiles,
 )
 
+# The spellings of diffusers that a call accepts: those of a job, and two of image-to-image.
+CALL_ALIASES = {**ALIASES, "strength": "denoising_strength", "image": "input_image"}
+# The arguments of diffusers that a call refuses, and what to pass instead.
+INSTEAD = {"generator": ": pass seed, a whole number or one for each image"}
+
+# The prompts of a call, or the embeddings that stand in for them.
+Texts: TypeAlias = list[str] | PromptEmbeds
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineRequest:
     """One call, checked: each list has one entry an image. Raises: InvalidSetting naming the argument."""
 
-    prompts: list[str]
+    prompts: Texts
     sampling: list[SamplingParams]
     seeds: list[int | None]
     input_images: list[Image.Image] | None
     tiling: Tiling | None
     step_cache: float = 0.0
+    negative_embeds: PromptEmbeds | None = None
 
     def __post_init__(self) -> None:
-        for text in self.prompts:
-            if not isinstance(text, str):
-                raise InvalidSetting(f"prompt = {text!r}: must be a string or a list of strings", field="prompt")
+        if not isinstance(self.prompts, PromptEmbeds):
+            check_texts("prompt", self.prompts)
         check_step_cache(self.step_cache)
         for seed in self.seeds:
             if seed is not None:
                 check_integer("seed", seed, 0, MAX_SEED)
         if self.tiling is not None:
             check_tiles(*self.tiling)
-        if self.prompts:
+        if self.sampling:
             self._check_strength(self.shared.denoising_strength)
 
     def _check_strength(self, strength: float) -> None:
@@ -67,9 +77,9 @@ class PipelineRequest:
         return self.sampling[0]
 
     @property
-    def negative_prompts(self) -> list[str]:
-        """The negative prompt of each image."""
-        return self.values("negative_prompt")
+    def negative_prompts(self) -> Texts:
+        """The negative prompt of each image, or the embeddings that stand in for them."""
+        return self.values("negative_prompt") if self.negative_embeds is None else self.negative_embeds
 
     @property
     def uses_cfg(self) -> bool:
@@ -78,7 +88,7 @@ class PipelineRequest:
 
     @property
     def num_steps_left(self) -> int:
-        """Steps that remain after those that an input image skips."""
+        """The number of steps without those that an input image skips."""
         num_steps = self.shared.num_inference_steps
         return num_steps - first_step(num_steps, self.shared.denoising_strength)
 
@@ -96,8 +106,45 @@ def sampling_of_call(count: int, **arguments: Any) -> list[SamplingParams]:
     return [SamplingParams(**{name: each[index] for name, each in values.items()}) for index in range(count)]
 
 
+def check_texts(name: str, texts: Sequence[Any]) -> None:
+    """Raise InvalidSetting unless all texts are strings."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise InvalidSetting(f"{name} = {text!r}: must be a string or a list of strings", field=name)
+
+
+def as_list(name: str, texts: str | Sequence[str] | None) -> list[str]:
+    """Return one text or several as a list. Raises: InvalidSetting for anything else."""
+    if not isinstance(texts, (str, Sequence)):
+        raise InvalidSetting(f"{name} = {texts!r}: must be a string or a list of strings", field=name)
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def embeds_of(name: str, texts: Any, embeds: Tensor | None, pooled: Tensor | None) -> PromptEmbeds | None:
+    """Return the embeddings that stand in for the argument `name`, None if there are none.
+
+    Raises: InvalidSetting if `texts` are given as well, or one of the two embeddings without the other.
+    """
+    if embeds is None and pooled is None:
+        return None
+    embeds_name = f"{name}_embeds"
+    if embeds is None or pooled is None:
+        pooled_name = f"{name.replace('prompt', 'pooled_prompt')}_embeds"
+        raise InvalidSetting(f"{embeds_name} and {pooled_name} go together: encode_prompt returns both", field=name)
+    if not isinstance(embeds, Tensor) or embeds.ndim != 3:
+        raise InvalidSetting(f"{embeds_name}: must be a tensor (b, l, d), of b texts and l tokens", field=embeds_name)
+    if texts:
+        raise InvalidSetting(f"{name} and {embeds_name} are both given: leave one of them out", field=embeds_name)
+    return PromptEmbeds(embeds, pooled)
+
+
+def num_texts(texts: Texts) -> int:
+    """Return the number of prompts, or of embeddings that stand in for them."""
+    return len(texts.prompt_embeds) if isinstance(texts, PromptEmbeds) else len(texts)
+
+
 def one_each(name: str, value: Any, count: int) -> list[Any]:
-    """Return one value an image. Raises: InvalidSetting for a list of another length."""
+    """Return one value for each image. Raises: InvalidSetting for a list of another length."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
@@ -106,10 +153,13 @@ def one_each(name: str, value: Any, count: int) -> list[Any]:
 
 
 def resolve_aliases(aliases: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, Any]:
-    """Return other arguments under our names. Raises: InvalidSetting with the nearest name for one that is unknown."""
+    """Return arguments with diffusers' names under our names.
+
+    Raises: InvalidSetting for an argument that is unknown, with the nearest of the `arguments` or what to pass instead.
+    """
     for name in aliases:
-        if name not in ALIASES:
-            names = [name for name in arguments if name not in ("aliases", "return")] + list(ALIASES)
-            hint = did_you_mean(name, names) or f"; there are {', '.join(sorted(names))}"
+        if name not in CALL_ALIASES:
+            names = [name for name in arguments if name not in ("aliases", "return")] + list(CALL_ALIASES)
+            hint = INSTEAD.get(name) or did_you_mean(name, names) or f"; there are {', '.join(sorted(names))}"
             raise InvalidSetting(f"{name} is no argument of the pipeline{hint}", field=name)
-    return {ALIASES[name]: value for name, value in aliases.items()}
+    return {CALL_ALIASES[name]: value for name, value in aliases.items()}

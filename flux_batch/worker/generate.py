@@ -40,6 +40,8 @@ class Tiles(NamedTuple):
         return cls(sampling.tile_size, sampling.tile_stride) if sampling.tiled else None
 
 
+# Texts whose embeddings a worker keeps in host memory: those of FLUX.1-dev take 4 MB each in bfloat16.
+_MAX_TEXTS = 512
 # The last resort: a quarter of the pixels of a 1024 x 1024 image at a time.
 SMALL_TILES = Tiles(64, 32)
 
@@ -99,6 +101,46 @@ class LoraSwitch:
         self._current = loras
 
 
+class _ShardTexts:
+    """The texts of a shard, encoded together, so that offloaded text encoders come to the device once for all.
+
+    Texts with other LoRAs or another T5 length are encoded apart, and no more than _MAX_TEXTS at a time.
+    """
+
+    def __init__(self, pipeline: ImagePipeline, tasks: Sequence[ImageTask]) -> None:
+        self._pipeline = pipeline
+        self._tasks = tasks
+        self._group: tuple[Any, ...] | None = None
+        self._rows: dict[str, int] = {}
+        self._embeds: tuple[Any, Any] = (None, None)
+
+    def arguments(self, batch: Sequence[ImageTask]) -> dict[str, Any]:
+        """Return the arguments of a call that stand in for the texts of a batch."""
+        texts = [text for task in batch for text in _texts_of(task)]
+        if _text_group(batch[0]) != self._group or any(text not in self._rows for text in texts):
+            self._encode(batch[0], texts)
+        arguments = {"prompt": None, "negative_prompt": "", **self._select("", [task.request.prompt for task in batch])}
+        if batch[0].request.sampling.uses_cfg:
+            arguments |= self._select("negative_", [task.request.sampling.negative_prompt for task in batch])
+        return arguments
+
+    def _encode(self, first: ImageTask, texts: Sequence[str]) -> None:
+        """Encode these texts, and those that come after the task `first` in the shard and can be encoded with them."""
+        group = _text_group(first)
+        same = [task for task in self._tasks if _text_group(task) == group]
+        start = next((index for index, task in enumerate(same) if task.position == first.position), len(same))
+        following = [text for task in same[start:] for text in _texts_of(task)]
+        distinct = list(dict.fromkeys([*texts, *following]))[: max(_MAX_TEXTS, len(texts))]
+        self._group, self._rows, self._embeds = None, {}, (None, None)  # leave memory for the new ones
+        self._embeds = self._pipeline.encode_prompt(distinct, first.request.sampling.t5_sequence_length)
+        self._group, self._rows = group, {text: row for row, text in enumerate(distinct)}
+
+    def _select(self, prefix: str, texts: Sequence[str]) -> dict[str, Any]:
+        rows = [self._rows[text] for text in texts]
+        prompt_embeds, pooled_prompt_embeds = (embeds[rows] for embeds in self._embeds)
+        return {f"{prefix}prompt_embeds": prompt_embeds, f"{prefix}pooled_prompt_embeds": pooled_prompt_embeds}
+
+
 class BatchMaker:
     """Makes the images of one batch after the other; remembers per image shape which batch size was too large.
 
@@ -119,13 +161,12 @@ class BatchMaker:
         self._tiles = tiles
         self._on_progress = on_progress
         self._fits: dict[tuple[Any, ...], _MemoryFit] = {}
-        self._expected: Sequence[ImageTask] = ()
-        self._told: Sequence[LoraUse] | None = None  # for which LoRAs the pipeline knows what is expected
+        self._texts: _ShardTexts | None = None
         self.device_s = 0.0
 
-    def expect(self, tasks: Sequence[ImageTask]) -> None:
-        """Take note of the images that will be made, in order, so that their texts may be encoded together."""
-        self._expected, self._told = tasks, None
+    def start_shard(self, tasks: Sequence[ImageTask]) -> None:
+        """Start a shard whose images will be made in the order of `tasks`."""
+        self._texts = _ShardTexts(self._pipeline, tasks) if self._pipeline.offloads_text_encoders else None
 
     def make(self, batch: Sequence[ImageTask]) -> list[ImageOutcome]:
         """Make the images of a batch whose input images and LoRAs can be read.
@@ -136,7 +177,6 @@ class BatchMaker:
         ready = [task for task in batch if not isinstance(task.input_image, Exception)]
         if ready and (error := self._loras.use(ready[0].request.loras)):
             return [ImageOutcome(task, error, None, cut) for task, cut in zip(batch, truncated, strict=True)]
-        self._tell(batch[0].request.loras)
         fit = self._fits.get(batch[0].shape, _MemoryFit(self._tiles))
         results = iter(self._make_parts(ready, fit) if ready else [])
         return [
@@ -145,13 +185,6 @@ class BatchMaker:
             else ImageOutcome(task, *next(results), cut)
             for task, cut in zip(batch, truncated, strict=True)
         ]
-
-    def _tell(self, loras: Sequence[LoraUse]) -> None:
-        """Tell the pipeline which texts come next with the LoRAs that it has now."""
-        if self._expected and loras != self._told:
-            of_these = [task for task in self._expected if task.request.loras == loras]
-            self._pipeline.expect(list(dict.fromkeys(text for task in of_these for text in texts_of(task))))
-            self._told = loras
 
     def _make_parts(self, batch: Sequence[ImageTask], fit: _MemoryFit) -> list[tuple[Pixels | Exception, Tiles | None]]:
         """Make the images of a batch; after an error those of its halves, down to single images.
@@ -192,8 +225,11 @@ class BatchMaker:
             options["input_image"] = [task.input_image for task in batch]
         if tiles:
             options |= {"tiled": True, "tile_size": tiles.size, "tile_stride": tiles.stride}
+        if self._texts:
+            options |= self._texts.arguments(batch)
+        else:
+            options["prompt"] = [task.request.prompt for task in batch]
         return self._pipeline(
-            [task.request.prompt for task in batch],
             seed=[task.request.seeds[task.image_index] for task in batch],
             output_type="np",
             **options,
@@ -210,11 +246,15 @@ class BatchMaker:
         return [(a or c, b or d) for (a, b), (c, d) in zip(cut, negative, strict=True)]
 
 
-def texts_of(task: ImageTask) -> list[tuple[str, int | None]]:
-    """Return the texts that are encoded for an image, each with the length it is asked for in."""
+def _text_group(task: ImageTask) -> tuple[Any, ...]:
+    """Return the settings that the texts of images must share to be encoded together."""
+    return task.request.loras, task.request.sampling.t5_sequence_length
+
+
+def _texts_of(task: ImageTask) -> list[str]:
+    """Return the texts that are encoded for an image."""
     params = task.request.sampling
-    texts = [task.request.prompt, params.negative_prompt] if params.uses_cfg else [task.request.prompt]
-    return [(text, params.t5_sequence_length) for text in texts]
+    return [task.request.prompt, params.negative_prompt] if params.uses_cfg else [task.request.prompt]
 
 
 def _is_larger(tiles: Tiles | None, others: Tiles) -> bool:

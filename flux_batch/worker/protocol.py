@@ -52,9 +52,14 @@ class ImagePipeline(Protocol):
         """The dtype that its device computes natively, by name."""
         ...
 
+    @property
+    def offloads_text_encoders(self) -> bool:
+        """Whether the text encoders wait in host memory: the texts of a shard are best encoded together then."""
+        ...
+
     def __call__(
         self,
-        prompt: Sequence[str],
+        prompt: Sequence[str] | None,
         *,
         negative_prompt: Sequence[str],
         width: int,
@@ -71,16 +76,23 @@ class ImagePipeline(Protocol):
         tiled: bool = False,
         tile_size: int = 128,
         tile_stride: int = 64,
+        prompt_embeds: Any = None,
+        pooled_prompt_embeds: Any = None,
+        negative_prompt_embeds: Any = None,
+        negative_pooled_prompt_embeds: Any = None,
     ) -> Sequence[Pixels]:
-        """Make one image for each prompt."""
+        """Make one image for each prompt, or for each row of the embeddings that stand in for it."""
         ...
 
     def set_loras(self, loras: Sequence[tuple[str, float]]) -> None:
         """Use only these LoRAs from now on, as (uri, scale); called only if a job has any."""
         ...
 
-    def expect(self, texts: Sequence[tuple[str, int | None]]) -> None:
-        """Say which texts, with their `t5_sequence_length`, come next, before the LoRAs are exchanged again."""
+    def encode_prompt(self, prompt: Sequence[str], t5_sequence_length: int | None = None) -> tuple[Any, Any]:
+        """Return prompt_embeds and pooled_prompt_embeds, a row of each tensor for each prompt, with the LoRAs of now.
+
+        Called only if `offloads_text_encoders`.
+        """
         ...
 
     def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:

@@ -156,7 +156,7 @@ class Worker:
         other attempts at the shard are polled.
         """
         queue = run.queue(self._batch_size)
-        self._maker.expect([task for batch in queue for task in batch.tasks])
+        self._maker.start_shard([task for batch in queue for task in batch.tasks])
         with ThreadPoolExecutor(_INPUT_IMAGE_READERS, "read") as readers:
             images = InputImages(readers, self._read_image)
             for number, batch in enumerate(queue):

@@ -20,7 +20,7 @@ from flux_batch.images import read_provenance
 from flux_batch.job import load_pipeline, run
 from flux_batch.model import layers
 from flux_batch.model.footprint import is_quantizable
-from flux_batch.model.optimize.quantize import Fp8Linear, Fp8Product
+from flux_batch.model.optimize.quantize import Fp8Linear, Fp8MatmulLinear
 from flux_batch.pipeline import model_manager, precision
 from helpers.fakes import make_fake_pipeline
 from helpers.job_files import make_job, metadata
@@ -168,7 +168,7 @@ class TestQuantization:
 
     def test_which_layers_it_is(self, load: Load) -> None:
         pipe = load("bfloat16", "fp8_matmul")
-        assert any(type(layer) is Fp8Product for layer in pipe.transformer.modules())
+        assert any(type(layer) is Fp8MatmulLinear for layer in pipe.transformer.modules())
         assert any(type(layer) is Fp8Linear for layer in pipe.transformer.modules())
         # T5's heads are multiplied in bfloat16.
         assert {type(layer) for layer in pipe.t5.model.modules() if isinstance(layer, Fp8Linear)} == {Fp8Linear}
@@ -214,7 +214,7 @@ class TestQuantization:
     def test_a_device_without_products_is_said_before_anything_is_loaded(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(model_manager, "no_fp8_products", lambda device: "NVIDIA A100 has no products in fp8")
+        monkeypatch.setattr(model_manager, "fp8_matmul_obstacle", lambda device: "NVIDIA A100 has no products in fp8")
         with pytest.raises(InvalidSetting, match=r"quantization = fp8_matmul: NVIDIA A100 has no .*; take fp8"):
             FluxImagePipeline.from_pretrained(tmp_path / "nowhere", device="cpu", quantization="fp8_matmul")
 

@@ -120,7 +120,7 @@ def test_cuda_graphs_change_no_bit(repository: Path, how: dict[str, Any]) -> Non
                 assert torch.equal(graphs(prompts, **size, **cfg, **options), expected)
 
 
-def test_offloaded_text_encoders_say_the_same_and_are_on_the_device_for_visits_alone(
+def test_offloaded_text_encoders_give_the_same_images_and_visit_the_device_to_encode(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"seed": SEEDS, "output_type": "latent", **SMALL}
@@ -131,12 +131,14 @@ def test_offloaded_text_encoders_say_the_same_and_are_on_the_device_for_visits_a
     visits = []
     states = pipe.t5.states
     monkeypatch.setattr(pipe.t5, "states", lambda ids: visits.append(pipe.t5.model.device.type) or states(ids))
-    pipe.expect([(prompt, 64) for prompt in PROMPTS])
-    for i, prompt in enumerate(PROMPTS):
-        alone = pipe([prompt], **{**options, "seed": SEEDS[i]})
-        assert torch.equal(alone, pipe([prompt], **{**options, "seed": SEEDS[i]}))
+    prompt_embeds, pooled_prompt_embeds = pipe.encode_prompt(PROMPTS, 64)
+    assert not prompt_embeds.is_cuda
+    assert not pooled_prompt_embeds.is_cuda
     assert visits == ["cuda"] * len(PROMPTS)
+    embeds = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+    assert torch.equal(pipe(**embeds, **options), expected)
     assert torch.equal(pipe(PROMPTS, **options), expected)
+    assert visits == ["cuda"] * len(PROMPTS)
     assert not any(weight.is_cuda for weight in pipe.t5.model.parameters())
 
 

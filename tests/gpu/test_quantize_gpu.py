@@ -11,7 +11,7 @@ import torch
 from flux_batch import FluxImagePipeline
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, weight_bytes
-from flux_batch.model.optimize.quantize import fp8_product, no_fp8_products, quantize_transformer, to_fp8
+from flux_batch.model.optimize.quantize import apply_fp8, fp8_matmul, fp8_matmul_obstacle, to_fp8
 from flux_batch.model.params import AUTOENCODER, FluxParams
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 PRODUCTS = pytest.mark.skipif(
-    not torch.cuda.is_available() or bool(no_fp8_products(CUDA)), reason="no products in fp8 on this device"
+    not torch.cuda.is_available() or bool(fp8_matmul_obstacle(CUDA)), reason="no products in fp8 on this device"
 )
 PROMPTS, SEEDS = ["a cat", "A dog, 2 birds", "x"], [1, 2, 3]
 SMALL: dict[str, Any] = {"height": 64, "width": 96, "num_inference_steps": 4, "t5_sequence_length": 64}
@@ -76,8 +76,8 @@ def test_rows_become_the_same_fp8_as_on_the_cpu() -> None:
 def test_a_product_is_that_of_the_stand_in(rows: int, inputs: int, outputs: int) -> None:
     generator = torch.Generator().manual_seed(1)
     (a, a_scale), (b, b_scale) = (to_fp8(torch.randn(n, inputs, generator=generator)) for n in (rows, outputs))
-    expected = fp8_product(a, a_scale, b, b_scale)
-    result = fp8_product(a.to(CUDA), a_scale.to(CUDA), b.to(CUDA), b_scale.to(CUDA))
+    expected = fp8_matmul(a, a_scale, b, b_scale)
+    result = fp8_matmul(a.to(CUDA), a_scale.to(CUDA), b.to(CUDA), b_scale.to(CUDA))
     assert result.dtype == torch.bfloat16
     assert error(result.float().cpu(), expected.float()) < 4e-3
 
@@ -122,7 +122,7 @@ def test_denoising_takes_the_memory_that_a_plan_says(quantization: str) -> None:
         model = Flux(MEDIUM).bfloat16().requires_grad_(False)
     shapes = shapes_of(model)
     if quantization != "none":
-        quantize_transformer(model, products=quantization == "fp8_matmul")
+        apply_fp8(model, matmul=quantization == "fp8_matmul")
     held = sum(value.nbytes for value in [*model.parameters(), *model.buffers()])
     assert held == weight_bytes("transformer", shapes, "bfloat16", quantization)
     ids = position_ids(512, 128, 128).to(CUDA)

@@ -56,13 +56,14 @@ class FakePipeline:
     compile_cache: Any = None
     precision = {"dtype": "float32", "quantization": "none"}  # noqa: RUF012
     native_dtype = "float32"
+    offloads_text_encoders = False
 
     def __init__(self, memory: Path | None = None) -> None:
         self.calls: list[list[str]] = []
         self.options: list[dict[str, Any]] = []
         self.input_images: list[Any] = []
         self.lora_calls: list[list[tuple[str, float]]] = []
-        self.expected: list[list[tuple[str, int | None]]] = []
+        self.encoded: list[list[str]] = []
         self._memory = memory
 
     @property
@@ -71,7 +72,7 @@ class FakePipeline:
 
     def __call__(
         self,
-        prompt: Sequence[str],
+        prompt: Sequence[str] | None,
         *,
         negative_prompt: Sequence[str],
         width: int,
@@ -83,9 +84,17 @@ class FakePipeline:
         seed: Sequence[int],
         output_type: str,
         input_image: Sequence[Any] | None = None,
+        prompt_embeds: Any = None,
+        pooled_prompt_embeds: Any = None,
+        negative_prompt_embeds: Any = None,
+        negative_pooled_prompt_embeds: Any = None,
         **others: Any,
     ) -> list[Pixels]:
         assert output_type == "np"
+        if prompt is None:
+            prompt = list(prompt_embeds)
+            assert prompt == list(pooled_prompt_embeds)
+            negative_prompt = [""] * len(prompt) if negative_prompt_embeds is None else list(negative_prompt_embeds)
         self.calls.append(list(prompt))
         self.options.append(others)
         if self.lora_calls and self.lora_calls[-1]:
@@ -128,8 +137,10 @@ class FakePipeline:
                 raise RuntimeError("broken by the device")
         self.lora_calls.append(list(loras))
 
-    def expect(self, texts: Sequence[tuple[str, int | None]]) -> None:
-        self.expected.append(list(texts))
+    def encode_prompt(self, prompt: Sequence[str], t5_sequence_length: int | None = None) -> tuple[Any, Any]:
+        """Return embeddings that are the texts themselves, and remember what was asked for in `encoded`."""
+        self.encoded.append(list(prompt))
+        return np.array(prompt, dtype=object), np.array(prompt, dtype=object)
 
     def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
         longest = t5_sequence_length or T5_CHARACTERS

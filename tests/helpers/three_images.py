@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flux_batch.model.conditioned import ConditionedFlux, Conditioning
+from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds
 from flux_batch.model.sampling import position_ids, timesteps_of
 from flux_batch.model.transformer import Flux
 from helpers.golden import tensor
 
 NOISE = tensor("in.noise", (3, 24, 64), 1.7)
-TEXT = Conditioning(tensor("in.txt", (3, 7, 24)), tensor("in.vec", (3, 32)))
-NEGATIVE = Conditioning(tensor("in.negtxt", (3, 7, 24)), tensor("in.negvec", (3, 32)))
+TEXT = PromptEmbeds(tensor("in.txt", (3, 7, 24)), tensor("in.vec", (3, 32)))
+NEGATIVE = PromptEmbeds(tensor("in.negtxt", (3, 7, 24)), tensor("in.negvec", (3, 32)))
 GUIDANCE = torch.tensor([3.5, 1.0, 8.0])
 
 
@@ -20,10 +20,10 @@ def conditioned(
     model: Flux,
     sigmas: Tensor,
     images: slice | list[int] = slice(None),
-    text: Conditioning = TEXT,
+    text: PromptEmbeds = TEXT,
     size: tuple[int, int] = (8, 12),
 ) -> ConditionedFlux:
     """Let a model know the texts of some of the images, whose latents are of that height and width."""
-    pe, guidance = model.position_table(position_ids(7, *size)), GUIDANCE[images].to(text.txt.dtype)
-    chosen = Conditioning(text.txt[images], text.y[images])
+    pe, guidance = model.position_table(position_ids(7, *size)), GUIDANCE[images].to(text.prompt_embeds.dtype)
+    chosen = PromptEmbeds(*(part[images] for part in text))
     return ConditionedFlux(model, chosen, pe, timesteps_of(sigmas, guidance), guidance)

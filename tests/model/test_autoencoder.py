@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.conditioned import ConditionedFlux, Conditioning
+from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds
 from flux_batch.model.params import DEV_SCHEDULE
 from flux_batch.model.sampling import denoise, make_sigmas, pack, position_ids, timesteps_of, unpack
 from flux_batch.model.transformer import Flux
@@ -25,7 +25,7 @@ def autoencoder() -> AutoEncoder:
 def decoded(autoencoder: AutoEncoder) -> torch.Tensor:
     """The image at the end of the golden denoising."""
     model = filled(Flux(FLUX))
-    text = Conditioning(tensor("in.txt", (1, 7, 24)), tensor("in.vec", (1, 32)))
+    text = PromptEmbeds(tensor("in.txt", (1, 7, 24)), tensor("in.vec", (1, 32)))
     sigmas, guidance = make_sigmas(4, 24, DEV_SCHEDULE), torch.tensor([3.5])
     pe = model.position_table(position_ids(7, 8, 12))
     velocity = ConditionedFlux(model, text, pe, timesteps_of(sigmas, guidance), guidance)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flux_batch.model.conditioned import ConditionedFlux, Conditioning
+from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds, position_tables
 from flux_batch.model.params import SCHNELL_SCHEDULE
 from flux_batch.model.sampling import denoise, make_sigmas, position_ids, timesteps_of
 from flux_batch.model.transformer import Flux, Modulations
@@ -33,18 +33,17 @@ def make(model: Flux) -> ConditionedFlux:
 
 @pytest.mark.parametrize("rows", [1, 6, 64])
 def test_each_step_is_that_of_the_model(model: Flux, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr("flux_batch.model.conditioned.MODULATION_ROWS_ON_CPU", rows)
+    monkeypatch.setattr(model, "modulation_rows", rows)
     velocity = make(model)
     for step in (*range(STEPS), 2, 6, 0):  # in any order, as nothing says that steps come in turn
-        expected = model(NOISE, TEXT.txt, velocity.pe, TIMESTEPS[step].expand(3), TEXT.y, GUIDANCE)
+        expected = model(
+            NOISE, TEXT.prompt_embeds, velocity.pe, TIMESTEPS[step].expand(3), TEXT.pooled_prompt_embeds, GUIDANCE
+        )
         torch.testing.assert_close(velocity(step, NOISE), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("rows", "groups"), [(1, [3] * 7), (6, [6, 6, 6, 3]), (8, [6, 6, 6, 3]), (64, [21])])
-def test_modulation_is_computed_for_some_steps_at_once(
-    model: Flux, monkeypatch: pytest.MonkeyPatch, rows: int, groups: list[int]
-) -> None:
-    monkeypatch.setattr("flux_batch.model.conditioned.MODULATION_ROWS_ON_CPU", rows)
+def test_modulation_is_computed_for_some_steps_at_once(rows: int, groups: list[int]) -> None:
     made: list[int] = []
 
     class Watched(Flux):
@@ -52,7 +51,9 @@ def test_modulation_is_computed_for_some_steps_at_once(
             made.append(len(vec))
             return super().modulations(vec)
 
-    velocity = make(filled(Watched(FLUX)))
+    model = filled(Watched(FLUX))
+    model.modulation_rows = rows
+    velocity = make(model)
     for step in range(STEPS):
         velocity(step, NOISE)
     assert made == groups
@@ -63,7 +64,7 @@ def test_a_model_without_guidance_takes_none() -> None:
     model = filled(Flux(type(FLUX)(**{**params, "guidance_embed": False})))
     pe = model.position_table(position_ids(7, 8, 12))
     velocity = ConditionedFlux(model, TEXT, pe, TIMESTEPS)
-    expected = model(NOISE, TEXT.txt, pe, TIMESTEPS[3].expand(3), TEXT.y)
+    expected = model(NOISE, TEXT.prompt_embeds, pe, TIMESTEPS[3].expand(3), TEXT.pooled_prompt_embeds)
     torch.testing.assert_close(velocity(3, NOISE), expected, rtol=0, atol=2e-5)
 
 
@@ -83,13 +84,13 @@ class Travels(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rows", [1, 64])
-def test_the_loop_neither_reads_from_the_device_nor_sends_to_it(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+def test_the_loop_neither_reads_from_the_device_nor_sends_to_it(rows: int) -> None:
     """Either would make the host wait. The device is meta, which has no numbers: reading one raises."""
-    monkeypatch.setattr("flux_batch.model.conditioned.MODULATION_ROWS_ON_CPU", rows)
     with torch.device("meta"):
         model = Flux(FLUX)
+    model.modulation_rows = rows
     pe = model.position_table(position_ids(7, 8, 12).to("meta"))
-    text = Conditioning(*(part.to("meta") for part in TEXT))
+    text = PromptEmbeds(*(part.to("meta") for part in TEXT))
     img, timesteps, guidance = (each.to("meta") for each in (NOISE, TIMESTEPS, GUIDANCE))
     velocity, negative = (ConditionedFlux(model, text, pe, timesteps, guidance) for _ in range(2))
     with torch.inference_mode(), Travels() as travels:
@@ -99,3 +100,26 @@ def test_the_loop_neither_reads_from_the_device_nor_sends_to_it(monkeypatch: pyt
         assert travels.found
     with pytest.raises(RuntimeError, match="meta"):
         img.sum().item()
+
+
+def test_a_position_table_is_that_of_the_model_and_made_once(model: Flux) -> None:
+    tables = position_tables(model, torch.device("cpu"))
+    for size in ((7, 8, 12), (7, 12, 8), (9, 8, 12)):
+        table = tables(*size)
+        assert torch.equal(table, model.position_table(position_ids(*size)))
+        assert tables(*size) is table
+
+
+def test_the_position_table_used_longest_ago_is_forgotten(model: Flux, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    table = model.position_table
+
+    def counted(ids: Tensor) -> Tensor:
+        made.append(len(ids) - 1)
+        return table(ids)
+
+    monkeypatch.setattr(model, "position_table", counted)
+    tables = position_tables(model, torch.device("cpu"), max_tables=2)
+    for length in (1, 2, 1, 3, 1, 2):
+        tables(length, 2, 2)
+    assert made == [1, 2, 3, 2]

@@ -15,13 +15,13 @@ from transformers import T5Config, T5EncoderModel
 
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.diffusers_keys import autoencoder_to_diffusers, transformer_to_diffusers
-from flux_batch.model.conditioned import ConditionedFlux, Conditioning
+from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, is_quantizable, weight_bytes
 from flux_batch.model.optimize import quantize
-from flux_batch.model.optimize.quantize import Fp8Linear, quantize_t5, quantize_transformer
+from flux_batch.model.optimize.quantize import Fp8Linear, apply_fp8, apply_fp8_to_t5
 from flux_batch.model.params import AUTOENCODER, DEV, SCHNELL, Shapes
 from flux_batch.model.transformer import Flux
-from flux_batch.pipeline.model_manager import T5_CHANGES, TRANSFORMER_CHANGES
+from flux_batch.pipeline.model_manager import PREPARE_T5, PREPARE_TRANSFORMER
 from flux_batch.sampling_params import Quantization
 
 META = torch.device("meta")
@@ -58,12 +58,12 @@ def test_dev_has_the_parameters_that_are_published() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("quantization", TRANSFORMER_CHANGES)
+@pytest.mark.parametrize("quantization", PREPARE_TRANSFORMER)
 def test_a_transformer_takes_what_is_counted(dtype: str, quantization: Quantization) -> None:
     model = on_meta(lambda: Flux(DEV), getattr(torch, dtype))
     shapes = shapes_of(model)
     diffusers = {name: tuple(value.shape) for name, value in transformer_to_diffusers(model.state_dict()).items()}
-    if change := TRANSFORMER_CHANGES[quantization]:
+    if change := PREPARE_TRANSFORMER[quantization]:
         change(model)
     counted = weight_bytes("transformer", shapes, dtype, quantization)
     assert counted == bytes_of(model)
@@ -71,7 +71,7 @@ def test_a_transformer_takes_what_is_counted(dtype: str, quantization: Quantizat
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("quantization", T5_CHANGES)
+@pytest.mark.parametrize("quantization", PREPARE_T5)
 def test_a_t5_takes_what_is_counted(dtype: str, quantization: Quantization) -> None:
     model = on_meta(lambda: T5EncoderModel(T5Config(**T5_XXL)), getattr(torch, dtype))
     if dtype == "float16":  # as load_t5 does
@@ -81,7 +81,7 @@ def test_a_t5_takes_what_is_counted(dtype: str, quantization: Quantization) -> N
     model.encoder.set_input_embeddings(model.shared)
     shapes = shapes_of(model)
     assert "encoder.embed_tokens.weight" in shapes  # the one table under its two names
-    if change := T5_CHANGES[quantization]:
+    if change := PREPARE_T5[quantization]:
         change(model)
     assert weight_bytes("t5", shapes, dtype, quantization) == bytes_of(model)
     if quantization == "none" and dtype == "bfloat16":
@@ -90,8 +90,8 @@ def test_a_t5_takes_what_is_counted(dtype: str, quantization: Quantization) -> N
 
 def test_what_is_counted_as_fp8_is_what_becomes_fp8() -> None:
     for part, model, change in (
-        ("transformer", on_meta(lambda: Flux(DEV)), quantize_transformer),
-        ("t5", on_meta(lambda: T5EncoderModel(T5Config(**T5_XXL | {"num_layers": 2}))), quantize_t5),
+        ("transformer", on_meta(lambda: Flux(DEV)), apply_fp8),
+        ("t5", on_meta(lambda: T5EncoderModel(T5Config(**T5_XXL | {"num_layers": 2}))), apply_fp8_to_t5),
     ):
         counted = {name for name, shape in shapes_of(model).items() if is_quantizable(part, name, len(shape))}
         change(model)
@@ -155,7 +155,7 @@ def _products_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(quantize, "to_fp8", to_fp8)
     monkeypatch.setattr(
-        quantize, "fp8_product", lambda a, _, b, __: torch.empty(len(a), len(b), dtype=torch.bfloat16, device=a.device)
+        quantize, "fp8_matmul", lambda a, _, b, __: torch.empty(len(a), len(b), dtype=torch.bfloat16, device=a.device)
     )
 
 
@@ -174,11 +174,11 @@ def test_denoising_holds_what_is_counted(dtype: str, quantization: Quantization,
     kind, num_txt, num_img = getattr(torch, dtype), 512, 4096
     model = on_meta(lambda: Flux(DEV), kind)
     shapes = shapes_of(model)
-    if change := TRANSFORMER_CHANGES[quantization]:
+    if change := PREPARE_TRANSFORMER[quantization]:
         change(model)
     alive = Alive(model)
     with torch.no_grad(), META, alive:
-        text = Conditioning(
+        text = PromptEmbeds(
             torch.empty((batch_size, num_txt, 4096), dtype=kind), torch.empty((batch_size, 768), dtype=kind)
         )
         pe, steps = torch.empty((num_txt + num_img, 64, 2)), torch.empty(50, dtype=kind)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_batch.model.conditioned import ConditionedFlux, Conditioning
+from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds
 from flux_batch.model.params import DEV_SCHEDULE, SCHNELL_SCHEDULE, ScheduleParams, first_step
 from flux_batch.model.sampling import (
     add_noise,
@@ -27,8 +27,8 @@ from flux_batch.model.sampling import (
 from flux_batch.model.transformer import Flux
 from helpers.golden import FLUX, check, filled, tensor
 
-POSITIVE = Conditioning(tensor("in.txt", (1, 7, 24)), tensor("in.vec", (1, 32)))
-NEGATIVE = Conditioning(tensor("in.negtxt", (1, 7, 24)), tensor("in.negvec", (1, 32)))
+POSITIVE = PromptEmbeds(tensor("in.txt", (1, 7, 24)), tensor("in.vec", (1, 32)))
+NEGATIVE = PromptEmbeds(tensor("in.negtxt", (1, 7, 24)), tensor("in.negvec", (1, 32)))
 NOISE = 3**0.5 * tensor("in.noise", (1, 16, 8, 12)).double()
 # fmt: off
 DEV_28 = [
@@ -47,7 +47,7 @@ def model() -> Flux:
 SIGMAS = make_sigmas(4, 24, DEV_SCHEDULE)
 
 
-def conditioned(model: Flux, text: Conditioning) -> ConditionedFlux:
+def conditioned(model: Flux, text: PromptEmbeds) -> ConditionedFlux:
     pe, guidance = model.position_table(position_ids(7, 8, 12)), torch.tensor([3.5])
     return ConditionedFlux(model, text, pe, timesteps_of(SIGMAS, guidance), guidance)
 

@@ -1,7 +1,9 @@
-"""What a process is set up for once its pipeline is there."""
+"""A process is set up for its pipeline: on a CPU, memory that was freed is used again."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,32 @@ import torch
 
 from flux_batch.config.schema import ModelConfig
 from flux_batch.pipeline import load, precision
+
+# Prints how many pages the system had to hand out for blocks that were all freed before.
+PROGRAM = """
+import resource, sys, threading
+import numpy as np
+from flux_batch.pipeline.load import keep_freed_memory
+
+def step():
+    return [np.ones(1 << 19) for _ in range(6)]
+
+def work():
+    step()
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    for _ in range(10):
+        step()
+    print(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+
+if "keep" in sys.argv and not keep_freed_memory():
+    print("no glibc")
+elif "thread" in sys.argv:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+else:
+    work()
+"""
 
 
 @pytest.mark.parametrize(("device", "times"), [("cpu", 1), ("cuda", 0)])
@@ -31,3 +59,15 @@ def test_a_dtype_that_the_device_only_imitates_is_warned_of(
     pipeline: Any = load.load_pipeline(ModelConfig(uri="demo", dtype=dtype))
     assert pipeline.torch_dtype == getattr(torch, dtype)
     assert ("has no instructions for bfloat16" in caplog.text) is is_slow
+
+
+def pages(*words: str) -> int:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, check=True)
+    if done.stdout.startswith("no glibc"):
+        pytest.skip("no glibc here")
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_what_was_freed_is_used_again(where: str) -> None:
+    assert pages(where, "keep") < 100 < 20_000 < pages(where)

@@ -25,7 +25,7 @@ from flux_batch.prompts.input_images import decode
 from helpers import tiny_flux
 from helpers.golden import tensor
 from helpers.graph_recorder import GraphRecorder
-from helpers.tiny_flux import TinyFlux, copy_repository, make_tiny_repository
+from helpers.tiny_flux import CLIP_WIDTH, T5_WIDTH, TinyFlux, copy_repository, make_tiny_repository
 
 CPU = {"torch_dtype": torch.float32, "device": "cpu"}
 PROMPTS = ["a cat that holds a sign", "A dog, 2 birds & 1 hat", "x"]
@@ -289,7 +289,7 @@ class TestParity:
     def test_image_to_image_of_schnell(self, repositories: dict[str, Path]) -> None:
         reference = load_reference(repositories["schnell"], FluxImg2ImgPipeline)
         pipe = FluxImagePipeline.from_pretrained(repositories["schnell"], **CPU)
-        ours = {"input_image": noise_image(40, 30), "denoising_strength": 0.6}
+        ours = {"image": noise_image(40, 30), "strength": 0.6}
         theirs = {"image": [noise_image(40, 30)] * 3, "strength": 0.6, "max_sequence_length": 256}
         assert_same(pipe, reference, num_inference_steps=4, ours=ours, theirs=theirs)
 
@@ -392,7 +392,6 @@ class TestRepeatability:
         self, repository: Path, pipe: FluxImagePipeline
     ) -> None:
         ours = FluxImagePipeline.from_pretrained(repository, offload_text_encoders=True, **CPU)
-        ours.expect([("x", None), ("y", 16)])
         options = {"seed": 3, "output_type": "latent", **SMALL}
         assert torch.equal(ours("x", **options), pipe("x", **options))
 
@@ -500,7 +499,17 @@ class TestSampleOfDiffSynth:
 
 
 SMALL_IMAGE = Image.new("RGB", (8, 8))
-BAD_CALLS = {
+
+
+def embeds(num_texts: int, length: int, prefix: str = "") -> dict[str, Tensor]:
+    """Return embeddings of zeros as arguments of a call."""
+    return {
+        f"{prefix}prompt_embeds": torch.zeros(num_texts, length, T5_WIDTH),
+        f"{prefix}pooled_prompt_embeds": torch.zeros(num_texts, CLIP_WIDTH),
+    }
+
+
+BAD_CALLS: dict[str, tuple[dict[str, Any], str, str]] = {
     "size": ({"height": 1000}, "height", "height = 1000.* 992 and 1008"),
     "width": ({"width": 24}, "width", "width = 24.* 16 and 32"),
     "size 0": ({"width": 0}, "width", "from 16 to"),
@@ -522,6 +531,11 @@ BAD_CALLS = {
     "seed as text": ({"seed": "1"}, "seed", "whole number"),
     "huge seed": ({"seed": 2**64}, "seed", "from 0 to"),
     "T5 length 0": ({"t5_sequence_length": 0}, "t5_sequence_length", "from 1 to"),
+    "generator": (
+        {"generator": torch.Generator()},
+        "generator",
+        "no argument of the pipeline: pass seed",
+    ),
     "no such name": ({"guidence_scale": 1}, "guidence_scale", r"did you mean 'guidance_scale'\?"),
     "nearest name": ({"hight": 64}, "hight", r"did you mean 'height'\?"),
     "nothing near": ({"zzz": 64}, "zzz", "no argument of the pipeline; there are cfg_scale, "),
@@ -542,6 +556,28 @@ BAD_CALLS = {
     "tile": ({"tiled": True, "tile_size": 8}, "tile_size", "tile_size = 8.* from 16 to"),
     "shift 0": ({"sigma_shift": 0.0}, "sigma_shift", "more than 0"),
     "image": ({"input_image": "cat.png"}, "input_image", "must be a PIL image"),
+    "prompt and embeds": (embeds(2, 8), "prompt_embeds", "both given"),
+    "embeds alone": (
+        {"prompt": None, "prompt_embeds": torch.zeros(2, 8, T5_WIDTH)},
+        "prompt",
+        "prompt_embeds and pooled_prompt_embeds go together",
+    ),
+    "embeds that are no tensor": ({"prompt": None, **embeds(2, 8), "prompt_embeds": 3}, "prompt_embeds", "be a tensor"),
+    "embeds of another width": (
+        {"prompt": None, **embeds(2, 8), "prompt_embeds": torch.zeros(2, 8, 3)},
+        "prompt_embeds",
+        rf"is \[2, 8, 3\]: must be a tensor of shape \[2, 8, {T5_WIDTH}\]",
+    ),
+    "embeds of another length": (
+        {"prompt": None, **embeds(2, 8), "t5_sequence_length": 16},
+        "t5_sequence_length",
+        "prompt_embeds have 8 tokens",
+    ),
+    "negative embeds of one more text": (
+        embeds(3, 512, "negative_"),
+        "negative_prompt_embeds",
+        r"must be a tensor of shape \[2, ",
+    ),
     "32 bits": ({"input_image": Image.new("F", (8, 8))}, "input_image", "32-bit samples"),
 }
 
@@ -595,6 +631,32 @@ class TestTexts:
         assert pipe.truncations(texts) == [(False, False), (False, False), (True, False), (True, True)]
         assert pipe.truncations(texts, 50) == [(False, False), (False, True), (True, True), (True, True)]
         assert pipe.truncations([]) == []
+
+    def test_embeddings_stand_in_for_texts(self, pipe: FluxImagePipeline) -> None:
+        prompts, negative_prompts = ["a cat", "two dogs"], ["bad", ""]
+        options = {"seed": [1, 2], "cfg_scale": 2.0, "output_type": "latent", "height": 32, "width": 48}
+        options["num_inference_steps"] = 2
+        expected = pipe(prompts, negative_prompt=negative_prompts, t5_sequence_length=16, **options)
+        prompt_embeds, pooled_prompt_embeds = pipe.encode_prompt(prompts, 16)
+        assert prompt_embeds.shape == (2, 16, T5_WIDTH)
+        assert pooled_prompt_embeds.shape == (2, CLIP_WIDTH)
+        negative_prompt_embeds, negative_pooled_prompt_embeds = pipe.encode_prompt(negative_prompts, 16)
+        images = pipe(
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            **options,
+        )
+        assert torch.equal(images, expected)
+
+    def test_one_prompt_is_encoded_to_the_default_length(self, pipe: FluxImagePipeline) -> None:
+        assert pipe.encode_prompt("x").prompt_embeds.shape == (1, pipe.default_t5_sequence_length, T5_WIDTH)
+
+    @pytest.mark.parametrize(("prompt", "length"), [([], None), (None, None), (["a", 3], None), ("a", 0)])
+    def test_what_cannot_be_encoded_is_refused(self, pipe: FluxImagePipeline, prompt: Any, length: int | None) -> None:
+        with pytest.raises(InvalidSetting, match="must be"):
+            pipe.encode_prompt(prompt, length)
 
     @pytest.mark.parametrize(
         ("texts", "cfg_scale", "titles"),

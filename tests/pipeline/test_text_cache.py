@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from flux_batch.model.conditioned import Conditioning
-from flux_batch.pipeline.text_cache import EncodedTexts
+from flux_batch.model.conditioned import PromptEmbeds
+from flux_batch.pipeline.text_cache import TextCache
 
 
 class Encoder:
@@ -17,32 +17,32 @@ class Encoder:
     def __init__(self) -> None:
         self.asked: list[tuple[str, int]] = []
 
-    def __call__(self, text: str, length: int) -> Conditioning:
+    def __call__(self, text: str, length: int) -> PromptEmbeds:
         self.asked.append((text, length))
-        return Conditioning(torch.full((1, length, 1), float(len(text))), torch.full((1, length), float(len(text))))
+        return PromptEmbeds(torch.full((1, length, 1), float(len(text))), torch.full((1, length), float(len(text))))
 
 
 def test_each_text_is_encoded_once_and_every_prompt_gets_its_own() -> None:
     encoder = Encoder()
-    texts = EncodedTexts(encoder)
-    said = texts(["a", "", "ccc", "a"], 2)
-    assert said.txt[:, :, 0].tolist() == [[1, 1], [0, 0], [3, 3], [1, 1]]
-    assert said.y.tolist() == [[1, 1], [0, 0], [3, 3], [1, 1]]
-    assert texts(["ccc"], 2).txt.tolist() == [[[3], [3]]]
+    texts = TextCache(encoder)
+    encoded = texts(["a", "", "ccc", "a"], 2)
+    assert encoded.prompt_embeds[:, :, 0].tolist() == [[1, 1], [0, 0], [3, 3], [1, 1]]
+    assert encoded.pooled_prompt_embeds.tolist() == [[1, 1], [0, 0], [3, 3], [1, 1]]
+    assert texts(["ccc"], 2).prompt_embeds.tolist() == [[[3], [3]]]
     assert encoder.asked == [("a", 2), ("", 2), ("ccc", 2)]
 
 
 def test_another_length_and_other_weights_are_another_text() -> None:
     encoder = Encoder()
-    texts = EncodedTexts(encoder)
+    texts = TextCache(encoder)
     for length, version in ((2, None), (3, None), (3, ("lora", 1.0)), (3, None), (3, ("lora", 0.5))):
-        assert texts(["a"], length, version).txt.shape == (1, length, 1)
+        assert texts(["a"], length, version).prompt_embeds.shape == (1, length, 1)
     assert encoder.asked == [("a", 2), ("a", 3), ("a", 3), ("a", 3)]
 
 
 def test_the_text_that_was_used_longest_ago_is_forgotten() -> None:
     encoder = Encoder()
-    texts = EncodedTexts(encoder, max_bytes=3 * 8)
+    texts = TextCache(encoder, max_bytes=3 * 8)
     for text in ("a", "b", "c", "a", "d", "a", "b"):
         texts([text], 1)
     assert [text for text, _ in encoder.asked] == ["a", "b", "c", "d", "b"]
@@ -50,42 +50,31 @@ def test_the_text_that_was_used_longest_ago_is_forgotten() -> None:
 
 def test_a_batch_larger_than_the_memory_is_encoded_whole() -> None:
     encoder = Encoder()
-    texts = EncodedTexts(encoder, max_bytes=0)
-    assert texts(["a", "bb", "a"], 1).y.tolist() == [[1], [2], [1]]
+    texts = TextCache(encoder, max_bytes=0)
+    assert texts(["a", "bb", "a"], 1).pooled_prompt_embeds.tolist() == [[1], [2], [1]]
     assert [text for text, _ in encoder.asked] == ["a", "bb"]
 
 
-class Away(Encoder):
-    """Encoders that can be asked within a visit alone; `visits` has the texts of each."""
+class Offloaded(Encoder):
+    """Encoders that run inside `on_device` alone; `visits` has the texts of each time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.visits: list[list[str]] = []
 
     @contextmanager
-    def visit(self) -> Iterator[None]:
+    def on_device(self) -> Iterator[None]:
         self.asked = []
         yield
         self.visits.append([text for text, _ in self.asked])
         self.asked = None  # type: ignore[assignment]
 
 
-def test_what_is_expected_is_encoded_in_one_visit() -> None:
-    encoders = Away()
-    texts = EncodedTexts(encoders, visit=encoders.visit)
-    texts.expected = [("a", 1), ("", 1), ("ccc", 2), ("a", 1)]
-    assert texts(["a"], 1).y.tolist() == [[1]]
-    assert texts([""], 1).y.tolist() == [[0]]
-    assert texts(["ccc"], 2).y.tolist() == [[3, 3]]
+def test_encoders_come_to_the_device_once_for_all_texts_and_not_for_known_ones() -> None:
+    encoders = Offloaded()
+    texts = TextCache(encoders, on_device=encoders.on_device)
+    texts(["a", "", "ccc", "a"], 1)
+    texts(["ccc", "a"], 1)
     assert encoders.visits == [["a", "", "ccc"]]
-    texts(["unexpected"], 1)
-    assert encoders.visits[1:] == [["unexpected"]]
-
-
-def test_a_visit_takes_as_many_texts_as_there_is_room_for_and_the_next_one_goes_on() -> None:
-    encoders = Away()
-    texts = EncodedTexts(encoders, max_bytes=3 * 8, visit=encoders.visit)
-    texts.expected = [(text, 1) for text in "abcdefg"]
-    for text in "abcdefg":
-        texts([text], 1)
-    assert encoders.visits == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
+    texts(["a", "new"], 1)
+    assert encoders.visits[1:] == [["new"]]

@@ -12,6 +12,7 @@ import pytest
 from flux_batch.errors import DeviceFatal, OutOfMemory
 from flux_batch.records import ImageRequest, LoraUse
 from flux_batch.sampling_params import SamplingParams
+from flux_batch.worker import generate
 from flux_batch.worker.batches import ImageTask
 from flux_batch.worker.generate import SMALL_TILES, BatchMaker, ImageOutcome, Tiles
 from helpers.fakes import FakePipeline
@@ -138,17 +139,50 @@ def test_every_call_is_progress_until_the_device_is_lost() -> None:
     assert broken.num_calls == 1
 
 
-def test_the_pipeline_is_told_the_texts_that_come_with_its_loras() -> None:
-    pipeline = FakePipeline()
+class Offloading(FakePipeline):
+    """A pipeline whose text encoders wait in host memory."""
+
+    offloads_text_encoders = True
+
+
+def test_the_texts_of_a_shard_are_encoded_once_for_each_set_of_loras() -> None:
+    pipeline = Offloading()
     ours = maker(pipeline)
-    plain, other = batch(2), batch(2, prompt="q")
+    plain, styled = batch(3), batch(2, prompt="q")
     style = (LoraUse(name="style", uri="style", scale=1.0),)
-    other = [ImageTask(replace(task.request, loras=style, sampling=CFG), 0) for task in other]
-    ours.expect([*plain, *other, *plain])
-    for group in (plain[:1], plain[1:], other, other):
-        ours.make(group)
-    expected = [("p0", None), ("p1", None)], [("q0", None), ("bad", None), ("q1", None)]
-    assert pipeline.expected == list(map(list, expected))
-    ours.expect([])
-    ours.make(plain)
-    assert len(pipeline.expected) == 2
+    styled = [ImageTask(replace(task.request, loras=style, sampling=CFG), 0) for task in styled]
+    ours.start_shard([*plain, *styled])
+    for group in (plain[:2], plain[2:], styled[:1], styled[1:]):
+        assert is_made(ours.make(group)) == [True] * len(group)
+    assert pipeline.encoded == [["p0", "p1", "p2"], ["q0", "bad", "q1"]]
+
+
+def test_images_from_encoded_texts_are_those_from_the_texts() -> None:
+    def images(pipeline: FakePipeline) -> list[Any]:
+        ours = maker(pipeline)
+        tasks = [ImageTask(replace(task.request, sampling=CFG), 0) for task in batch(4)]
+        ours.start_shard(tasks)
+        return [one.result for part in (tasks[:3], tasks[3:]) for one in ours.make(part)]
+
+    for ours, expected in zip(images(Offloading()), images(FakePipeline()), strict=True):
+        assert np.array_equal(ours, expected)
+
+
+def test_texts_are_encoded_a_limited_number_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "_MAX_TEXTS", 3)
+    pipeline = Offloading()
+    ours = maker(pipeline)
+    tasks = [ImageTask(replace(task.request, sampling=CFG), 0) for task in batch(5)]
+    ours.start_shard(tasks)
+    for task in tasks:
+        ours.make([task])
+    assert pipeline.encoded == [["p0", "bad", "p1"], ["p2", "bad", "p3"], ["p4", "bad"]]
+
+
+def test_a_batch_with_more_texts_than_the_limit_is_encoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "_MAX_TEXTS", 1)
+    pipeline = Offloading()
+    ours, tasks = maker(pipeline), batch(3)
+    ours.start_shard(tasks)
+    assert is_made(ours.make(tasks)) == [True] * 3
+    assert pipeline.encoded == [["p0", "p1", "p2"]]

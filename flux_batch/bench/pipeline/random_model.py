@@ -28,7 +28,7 @@ from flux_batch.model.params import (
 from flux_batch.model.text import ClipEncoder, T5Encoder, build, load_tokenizer
 from flux_batch.model.transformer import Flux
 from flux_batch.pipeline.loras import Loras
-from flux_batch.pipeline.model_manager import T5_CHANGES, TRANSFORMER_CHANGES, ModelManager
+from flux_batch.pipeline.model_manager import PREPARE_T5, PREPARE_TRANSFORMER, ModelManager
 from flux_batch.sampling_params import Quantization
 
 SizeName = Literal["dev", "schnell", "small", "tiny"]
@@ -136,7 +136,7 @@ def random_manager(
     with torch.device("meta"):
         transformer, autoencoder = Flux(size.transformer), AutoEncoder(size.autoencoder)
     dtype = manager.torch_dtype
-    manager.transformer = filled(transformer, dtype, device, TRANSFORMER_CHANGES[quantization])
+    manager.transformer = filled(transformer, dtype, device, PREPARE_TRANSFORMER[quantization])
     # As load_autoencoder: in float16 it overflows.
     autoencoder = filled(autoencoder, torch.float32 if dtype == torch.float16 else dtype, device)
     manager.autoencoder = for_device(autoencoder, device)
@@ -176,7 +176,7 @@ def random_t5(size: Size, dtype: torch.dtype, device: torch.device, quantization
     }
     model = build(T5Config, T5EncoderModel, settings)
     model.encoder.set_input_embeddings(model.shared)
-    model = filled(model, dtype, device, T5_CHANGES[quantization])
+    model = filled(model, dtype, device, PREPARE_T5[quantization])
     return T5Encoder(load_tokenizer(T5Tokenizer, demo_model_folder(), "tokenizer_2"), model)
 
 

@@ -22,6 +22,7 @@ from flux_batch.demo.train.muon import Optimizer
 from flux_batch.demo.train.parts import TRANSFORMER
 from flux_batch.demo.train.progress import Meter, Stage, load
 from flux_batch.demo.train.world import training_text
+from flux_batch.model.optimize.compile import apply_compile
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import Flux
@@ -102,8 +103,7 @@ class Trainer:
 
     def compile(self) -> None:
         """Compile the blocks of the trained model, for all sizes at once."""
-        for block in (*self.model.double_blocks, *self.model.single_blocks):
-            block.compile(dynamic=True)
+        apply_compile(self.model, dynamic=True)
 
     def autocast(self) -> torch.autocast:
         """Return a context in which matrices are multiplied in `matmul_dtype`."""

@@ -1,9 +1,9 @@
 """CUDA graphs: a step of the transformer is launched in one piece, not kernel by kernel; knows no schedule.
 
-The first step of a size is recorded: which kernels it launches, and on which memory. Later steps of that size put what
-they are given there, launch the record, and copy the result out. The kernels are those that would be launched without,
-so that images are the same; what is saved is the host's time, which counts where kernels are short: small images,
-small models. The memory of a step stays taken, by the largest size that was recorded.
+The first step of a size is recorded: which kernels it launches, and on which memory. Later steps of that size copy
+their inputs there, launch the record, and copy the result out. The kernels are the same as without a graph, and so are
+the images; the graph saves the host's time, which counts where kernels are short: small images, small models. The
+memory of a step stays in use, for the largest size that was recorded.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from flux_batch.model.conditioned import ConditionedFlux
 from flux_batch.model.sampling import Velocity
 from flux_batch.model.transformer import Flux, Modulations
 
-# Sizes that are remembered; one takes some MB beside the memory that all share.
+# Recorded sizes that are kept; each takes some MB beside the memory that all share.
 MAX_GRAPHS = 8
 
-# Launches what was recorded.
+# Launches a record.
 Replay = Callable[[], None]
-# Runs a step and records it: how to launch it again, and where its result lies after that.
+# Runs a step and records it. Returns: a function that launches it again, and the tensor that then has the result.
 Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 
 
 class Inputs(NamedTuple):
-    """What `Flux.velocity` takes."""
+    """The arguments of `Flux.velocity`."""
 
     img: Tensor
     txt: Tensor
@@ -39,20 +39,20 @@ class Inputs(NamedTuple):
 
     @property
     def size(self) -> tuple[torch.Size, ...]:
-        """What must agree for a record to serve."""
+        """The shapes that a record is made for."""
         return self.img.shape, self.txt.shape, self.pe.shape
 
     def tensors(self) -> list[Tensor]:
-        """List them all, in one order."""
+        """Return all tensors, always in the same order."""
         return [self.img, self.txt, self.pe, *self.modulations.tensors()]
 
     def copies(self) -> Inputs:
-        """Return the same in memory of their own."""
-        img, txt, pe = (dense_copy(tensor) for tensor in (self.img, self.txt, self.pe))
-        return Inputs(img, txt, self.modulations.map(dense_copy), pe)
+        """Return dense copies."""
+        img, txt, pe = (_dense_copy(tensor) for tensor in (self.img, self.txt, self.pe))
+        return Inputs(img, txt, self.modulations.map(_dense_copy), pe)
 
 
-def dense_copy(tensor: Tensor) -> Tensor:
+def _dense_copy(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -61,12 +61,12 @@ class StepGraph:
 
     def __init__(self, model: Flux, inputs: Inputs, record: Record) -> None:
         self._inputs = inputs.copies()
-        self._places = self._inputs.tensors()
+        self._input_tensors = self._inputs.tensors()
         self._replay, self._result = record(lambda: model.velocity(*self._inputs))
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Return the velocity, in memory that no later step writes to."""
-        torch._foreach_copy_(self._places, inputs.tensors())
+        torch._foreach_copy_(self._input_tensors, inputs.tensors())
         self._replay()
         return self._result.clone()
 
@@ -74,8 +74,8 @@ class StepGraph:
 class CudaGraphs:
     """The recorded steps of a transformer on a CUDA device: call it with a `ConditionedFlux` for each denoising loop.
 
-    record: how to record; as CUDA does it if None. max_graphs: sizes that are remembered, those used last.
-    Raises: ValueError for a model that is on no CUDA device, unless there is another way to record.
+    record: records a step, by default as a CUDA graph. max_graphs: sizes that are kept, those used last.
+    Raises: ValueError for a model that is not on a CUDA device, unless `record` is given.
     """
 
     def __init__(self, model: Flux, record: Record | None = None, max_graphs: int = MAX_GRAPHS) -> None:
@@ -86,14 +86,14 @@ class CudaGraphs:
         self.max_graphs = max_graphs
         self._record = record or CudaRecorder(device)
         self._graphs: OrderedDict[Any, StepGraph] = OrderedDict()
-        self._weights: list[int] = []
+        self._addresses: list[int] = []
 
     def __call__(self, conditioned: ConditionedFlux) -> Velocity:
-        """Return what gives the velocities that `conditioned` gives. Loops may take turns; threads may not."""
-        weights = [tensor.data_ptr() for tensor in chain(self.model.parameters(), self.model.buffers())]
-        if weights != self._weights:  # records tell where they lay, and would go on with what lies there now
+        """Return a function with the velocities of `conditioned`. Loops may take turns; threads may not."""
+        addresses = [tensor.data_ptr() for tensor in chain(self.model.parameters(), self.model.buffers())]
+        if addresses != self._addresses:  # records hold the old addresses, and would read whatever is there now
             self._graphs.clear()
-            self._weights = weights
+            self._addresses = addresses
 
         def velocity(step: int, img: Tensor) -> Tensor:
             inputs = Inputs(img, conditioned.txt, conditioned.modulations(step), conditioned.pe)
@@ -112,14 +112,14 @@ class CudaGraphs:
 
 
 class CudaRecorder:
-    """Records what is launched on a device; all records share their memory, as none is launched beside another."""
+    """Records steps on a CUDA device; all records share their memory, since no two run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """Record a step, after a run of it in which libraries choose their kernels and torch.compile compiles."""
+        """Record a step, after one run in which libraries choose their kernels and torch.compile compiles."""
         with torch.cuda.device(self._device):
             step()
             graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""Which dtype a device computes natively: the one to take where nobody asks for another."""
+"""The dtype that a device computes natively, which is the default."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from flux_batch.model.optimize.cpu_info import cpu_info
+from flux_batch.model.optimize.kernels import cpu_info
 
 # Compute capabilities: Ampere multiplies in bfloat16, Volta in float16. CUDA C++ Programming Guide, arithmetic
 # instructions.
@@ -35,8 +35,8 @@ def cpu_multiplies_bfloat16() -> bool:
     """Return whether torch's products on this CPU use instructions for bfloat16.
 
     Without them oneDNN converts: on an EPYC with AVX2 a product took 6 times as long as in float32, a convolution 58
-    times. What torch itself calls supported begins with AVX512BW, which emulates. ATEN_CPU_CAPABILITY and
-    ONEDNN_MAX_CPU_ISA, which switch instructions off, are heeded.
+    times. torch's own check passes from AVX512BW on, which only emulates. ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA,
+    which switch instructions off, count.
     """
     if platform.machine().lower() in ("aarch64", "arm64"):
         return has_cpu_feature("bf16") and onednn_takes_bfloat16()
@@ -46,14 +46,14 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def onednn_takes_bfloat16() -> bool:
-    """Return whether oneDNN multiplies in bfloat16 here; on ARM it asks the Compute Library for that."""
+    """Return whether oneDNN multiplies in bfloat16 here; on ARM by the Compute Library."""
     is_arm = platform.machine().lower() in ("aarch64", "arm64")
     mkldnn = torch.ops.mkldnn
     return bool(mkldnn._is_mkldnn_acl_supported() if is_arm else mkldnn._is_mkldnn_bf16_supported())
 
 
 def has_cpu_feature(name: str) -> bool:
-    """Return whether the CPU has a feature, by the name that torch and Linux share."""
+    """Return whether the CPU has a feature, by the name in torch and Linux."""
     if hasattr(torch.cpu, "get_capabilities"):  # from torch 2.12 on
         return bool(torch.cpu.get_capabilities().get(name, False))
     return name in cpu_info("flags").split()

@@ -1,37 +1,111 @@
-"""Which attention kernels are asked first, by device: all compute the same, and differ in speed and the last bit.
+"""The fastest kernels of a device, chosen from outside the model; all compute the same but for the last bits.
 
-The order is fixed by the kind of device and never measured while a run is at work: a choice by the clock would change
-the last bits of images from one worker to the next. On Hopper: FlashAttention 3 where its package is installed, else
-cuDNN. FLUX.1 at 1024 x 1024 and 28 steps on an H200, published: 4.32 s with SDPA's default, 3.73 s with
-FlashAttention 3 (sgl-project/sglang, pull request 19673). Not measured with this code yet.
+Every choice is by the kind of the device and never by the clock, which would change the last bits of images from one
+worker to the next.
+
+On Hopper attention is asked of FlashAttention 3 where its package is installed, else of cuDNN. FLUX.1 at 1024 x 1024
+and 28 steps on an H200, published: 4.32 s with SDPA's default, 3.73 s with FlashAttention 3 (sgl-project/sglang, pull
+request 19673). Not measured with this code yet.
+
+On a CPU in float32 torch asks MKL for matrix products, which keeps its AVX-512 kernels for CPUs that Intel made.
+oneDNN, which torch brings too and asks in bfloat16, goes by what a CPU can do: on two cores of an AMD EPYC (Zen 5) it
+did the widest product of a FLUX block of hidden size 768 at 0.47 TFLOP/s, MKL at 0.22.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, activate_flash_attention_impl, current_flash_attention_impl, sdpa_kernel
+
+from flux_batch.model.layers import BlockLinear, SelfAttention, SingleStreamBlock, project
+from flux_batch.model.transformer import Flux
 
 HOPPER = (9, 0)
 FLASH_3 = "FA3"
 FLASH_3_PACKAGE = "flash_attn_interface"
+CPU_INFO = Path("/proc/cpuinfo")
+# One step at a time: for many rows some kernels (bfloat16 with AMX) round each row differently than alone.
+MODULATION_ROWS_ON_CPU = 1
+
+
+def apply_cpu_kernels(model: Flux) -> None:
+    """Make a transformer on a CPU use the kernels that suit it; change nothing on another device."""
+    weight = model.img_in.weight
+    if weight.device.type != "cpu":
+        return
+    model.modulation_rows = MODULATION_ROWS_ON_CPU
+    uses_onednn = weight.dtype == torch.float32 and _is_mkl_slow()
+    for module in model.modules():
+        if isinstance(module, (SelfAttention, SingleStreamBlock)):
+            module.project = project_apart
+        elif isinstance(module, BlockLinear) and uses_onednn:
+            module.matmul = onednn_matmul
 
 
 def attention_order(device: torch.device) -> AbstractContextManager[object]:
-    """Prefer the kernels that are fastest on this kind of device, within the context; nothing to choose on a CPU."""
+    """Return a context in which attention tries the kernels that are fastest on this kind of device first."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
         return nullcontext()
     rest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    if has_flash_3():
+    if _activate_flash_3():
         first.reverse()
     return sdpa_kernel(first + rest, set_priority=True)
 
 
-def has_flash_3() -> bool:
-    """Tell whether FlashAttention 3 is what torch's flash attention is in this process, made so if it is installed."""
+def project_apart(linear: nn.Module, x: Tensor, widths: Sequence[int], lengths: Sequence[int]) -> Sequence[Tensor]:
+    """Return the same as `layers.project`, by one product for each projection.
+
+    On a CPU a single product saves nothing, some kernels (bfloat16 with AMX) round it differently than the narrow ones
+    of diffusers, and a result of more than 32 MB is new memory from the system every time.
+    """
+    if not isinstance(linear, BlockLinear):
+        return project(linear, x, widths, lengths)
+    biases = [None] * len(widths) if linear.bias is None else linear.bias.split(widths)
+    parts = zip(linear.weight.split(widths), biases, lengths, strict=True)
+    if x.dtype == torch.float32:
+        return [linear.matmul(x[:, -length:], weight, bias) for weight, bias, length in parts]
+    # The same kernels round a product of fewer rows differently, too.
+    return [linear.matmul(x, weight, bias)[:, -length:] for weight, bias, length in parts]
+
+
+# One opaque call for torch.compile, whose own way to this kernel takes nothing but constant weights.
+@torch.library.custom_op("flux_batch::onednn_matmul", mutates_args=())
+def onednn_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a linear layer in float32 by oneDNN: x (..., i), weight (o, i), bias (o,) -> (..., o)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@onednn_matmul.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def cpu_info(field: str) -> str:
+    """Return what Linux says of the first core, e.g. its `vendor_id` or `model name`; "" if it says nothing."""
+    with suppress(OSError):
+        for line in CPU_INFO.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == field:
+                return value.strip()
+    return ""
+
+
+def _is_mkl_slow() -> bool:
+    """Return whether this CPU has AVX-512 and is not Intel's, and torch uses MKL and could use oneDNN."""
+    has_both = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_both and has_avx512 and cpu_info("vendor_id") not in ("GenuineIntel", "")
+
+
+def _activate_flash_3() -> bool:
+    """Make FlashAttention 3 torch's flash attention in this process. Returns: whether it is installed."""
     if current_flash_attention_impl() == FLASH_3:
         return True
     if importlib.util.find_spec(FLASH_3_PACKAGE) is None:

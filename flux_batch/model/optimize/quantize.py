@@ -1,7 +1,7 @@
-"""Narrow weights, in fp8 or bfloat16: layers that keep them so, and which layers of a model become such.
+"""Narrow weights, in fp8 or bfloat16: layers that keep their weights so, and the choice of a model's layers.
 
 The model is built plain and changed from here, on meta before it is filled or with its weights in place. Numbers in
-fp8 are e4m3 (4 bits of exponent, 3 of mantissa, up to 448) with a scale a row, so that each row uses the whole range.
+fp8 are e4m3 (4 bits of exponent, 3 of mantissa, up to 448) with a scale for each row, which thus uses the whole range.
 Letters: o outputs, i inputs, r rows (tokens).
 """
 
@@ -20,18 +20,19 @@ from flux_batch.model.footprint import is_quantizable
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-# What products in fp8 need. https://docs.nvidia.com/cuda/cublas/#bit-floating-point-data-types-fp8-usage
+# The least compute capability for products in fp8, and the number that sizes must be multiples of.
+# https://docs.nvidia.com/cuda/cublas/#bit-floating-point-data-types-fp8-usage
 FP8_CAPABILITY = (8, 9)
 FP8_MULTIPLE = 16
-# The one layer of a `Modulation`: a row an image, where a token's products are thousands.
+# The layer of a `Modulation`, which multiplies one row an image, where other layers multiply thousands.
 MODULATION = ".lin"
 
 
 class Fp8Linear(nn.Module):
-    """nn.Linear with its weight in fp8, multiplied in the dtype of its input; for inference.
+    """A linear layer with its weight in fp8, multiplied in the dtype of its input; for inference.
 
     Buffers: weight (o, i) float8_e4m3fn, or float8_e5m2 if the checkpoint holds that; weight_scale (o, 1) fp32;
-    bias (o,) or None. The weight is `dense(dtype)`: as exact as if it had been read into that dtype.
+    bias (o,) or None. `dense(dtype)` is as exact as a weight of the checkpoint that was read into that dtype.
     """
 
     weight: Tensor
@@ -42,24 +43,24 @@ class Fp8Linear(nn.Module):
         """Take over the weights of a linear layer, which may lie on meta."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = to_fp8_by_pieces(linear.weight.detach())
+        weight, scale = to_fp8_in_pieces(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def read_stored(self, state: StoredState, name: str) -> None:
-        """Take the weights of the layer `name` of a checkpoint; fp8 that it holds stays bit for bit."""
+        """Read the weights of the layer `name` of a checkpoint; fp8 weights stay as they are, bit for bit."""
         stored = state.fp8(f"{name}.weight")
         if stored is not None and self.keeps(stored[0].dtype):
             self.weight = stored[0]
             self.weight_scale = stored[1].expand(len(self.weight), 1).contiguous()
         else:
-            self.weight, self.weight_scale = to_fp8_by_pieces(state[f"{name}.weight"])
+            self.weight, self.weight_scale = to_fp8_in_pieces(state[f"{name}.weight"])
         if self.bias is not None:
             self.bias = state[f"{name}.bias"]
 
     def keeps(self, dtype: torch.dtype) -> bool:
-        """Tell whether fp8 weights of this kind can be used as they are."""
+        """Return whether fp8 weights of this dtype can be used as they are."""
         return True
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -74,10 +75,10 @@ class Fp8Linear(nn.Module):
 
 
 class NarrowLinear(nn.Module):
-    """nn.Linear with its weight in bfloat16, multiplied in the dtype of its input, float32; for inference.
+    """A linear layer with its weight in bfloat16, multiplied in the dtype of its input, float32; for inference.
 
     Buffers: weight (o, i) bfloat16; bias (o,) float32 or None. A CPU without instructions for bfloat16 widens a matrix
-    in a fraction of the time that it multiplies with it.
+    in a fraction of the time that it takes to multiply with it.
     """
 
     weight: Tensor
@@ -91,7 +92,7 @@ class NarrowLinear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def read_stored(self, state: StoredState, name: str) -> None:
-        """Take the weights of the layer `name` of a checkpoint; bfloat16 that it holds stays the file's own pages."""
+        """Read the weights of the layer `name` of a checkpoint; bfloat16 weights stay the file's own pages."""
         self.weight = state.read(f"{name}.weight", torch.bfloat16)
         if self.bias is not None:
             self.bias = state[f"{name}.bias"]
@@ -103,11 +104,11 @@ class NarrowLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class Fp8Product(Fp8Linear):
-    """An Fp8Linear that multiplies in fp8, its input too: bfloat16 in and out, sums in fp32.
+class Fp8MatmulLinear(Fp8Linear):
+    """An Fp8Linear that multiplies in fp8: bfloat16 in and out, sums in fp32.
 
-    Every row of the input gets a scale of its own when it comes, so a token does not depend on its neighbours. Without
-    a GPU the same numbers are multiplied in fp32: slow, and alike but for the order of the sums.
+    Every row of the input gets its own scale when it comes, so that a token does not depend on its neighbours. Without
+    a GPU the same numbers are multiplied in fp32, which is slow and differs only in the order of the sums.
     """
 
     def keeps(self, dtype: torch.dtype) -> bool:
@@ -115,14 +116,14 @@ class Fp8Product(Fp8Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        product = fp8_product(*to_fp8(rows), self.weight, self.weight_scale).to(x.dtype)
+        result = fp8_matmul(*to_fp8(rows), self.weight, self.weight_scale).to(x.dtype)
         if self.bias is not None:
-            product = product + self.bias
-        return product.view(*x.shape[:-1], self.out_features)
+            result = result + self.bias
+        return result.view(*x.shape[:-1], self.out_features)
 
 
 class FeedForward(nn.Module):
-    """T5's gated feed-forward; that of transformers casts to the dtype of wo's weight, which must not be fp8."""
+    """T5's gated feed-forward. The one of transformers casts to the dtype of wo's weight, which must not be fp8."""
 
     def __init__(self, theirs: Any) -> None:
         super().__init__()
@@ -134,48 +135,48 @@ class FeedForward(nn.Module):
         return self.wo(gated.float() if gated.dtype == torch.float16 else gated)
 
 
-def quantize_transformer(model: nn.Module, *, products: bool = False) -> None:
-    """Keep the matrices of a Flux's blocks in fp8, in place; `products`: multiply in fp8 as well.
+def apply_fp8(model: nn.Module, *, matmul: bool = False) -> None:
+    """Make a Flux keep the matrices of its blocks in fp8. matmul: multiply in fp8 as well.
 
     Modulation is multiplied in the dtype of its input either way: it has one row an image and steers every token.
     """
-    for name, layer in quantizable(model, "transformer"):
+    for name, layer in _quantizable(model, "transformer"):
         fits = layer.in_features % FP8_MULTIPLE == 0 and layer.out_features % FP8_MULTIPLE == 0
-        kind = Fp8Product if products and fits and not name.endswith(MODULATION) else Fp8Linear
+        kind = Fp8MatmulLinear if matmul and fits and not name.endswith(MODULATION) else Fp8Linear
         model.set_submodule(name, kind(layer))
 
 
-def narrow_transformer(model: nn.Module) -> None:
-    """Keep the matrices of a Flux's blocks in bfloat16, in place, and multiply in the dtype of their input."""
-    for name, layer in quantizable(model, "transformer"):
+def apply_narrow_weights(model: nn.Module) -> None:
+    """Make a Flux keep the matrices of its blocks in bfloat16, and multiply in the dtype of their input."""
+    for name, layer in _quantizable(model, "transformer"):
         model.set_submodule(name, NarrowLinear(layer))
 
 
-def quantize_t5(model: nn.Module) -> None:
-    """Keep the matrices of a T5 encoder's blocks in fp8, in place.
+def apply_fp8_to_t5(model: nn.Module) -> None:
+    """Make a T5 encoder keep the matrices of its blocks in fp8.
 
-    Multiplied in the dtype of their input always: T5 is under 1 % of the work, and its activations have the outliers
-    for which it overflows in float16.
+    They are always multiplied in the dtype of their input: T5 is under 1 % of the work, and its activations have the
+    outliers for which it overflows in float16.
     """
-    replace_in_t5(model, Fp8Linear)
+    _replace_in_t5(model, Fp8Linear)
 
 
-def narrow_t5(model: nn.Module) -> None:
-    """Keep the matrices of a T5 encoder's blocks in bfloat16, in place, and multiply in the dtype of their input."""
-    replace_in_t5(model, NarrowLinear)
+def apply_narrow_weights_to_t5(model: nn.Module) -> None:
+    """Make a T5 encoder keep the matrices of its blocks in bfloat16, and multiply in the dtype of their input."""
+    _replace_in_t5(model, NarrowLinear)
 
 
-def replace_in_t5(model: nn.Module, kind: Callable[[nn.Linear], nn.Module]) -> None:
-    """Replace the matrices of a T5 encoder's blocks by layers of another kind, in place."""
-    for name, layer in quantizable(model, "t5"):
+def _replace_in_t5(model: nn.Module, kind: Callable[[nn.Linear], nn.Module]) -> None:
+    """Replace the matrices of a T5 encoder's blocks by layers of another kind."""
+    for name, layer in _quantizable(model, "t5"):
         model.set_submodule(name, kind(layer))
     for name, module in list(model.named_modules()):
         if name.endswith(".DenseReluDense"):
             model.set_submodule(name, FeedForward(module))
 
 
-def quantizable(model: nn.Module, part: str) -> list[tuple[str, nn.Linear]]:
-    """Return the linear layers of a part that may be kept in fp8, by name."""
+def _quantizable(model: nn.Module, part: str) -> list[tuple[str, nn.Linear]]:
+    """Return the linear layers of a part whose weights may be narrow, by name."""
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -185,29 +186,29 @@ def quantizable(model: nn.Module, part: str) -> list[tuple[str, nn.Linear]]:
 
 def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows (r, i) in e4m3 and their scales (r, 1) fp32: the largest number of a row becomes 448."""
-    if rows.is_meta:  # said outright, since torch takes a second to get ready for computing shapes
+    if rows.is_meta:  # without computing, since torch takes a second to get ready for computing shapes
         weight = torch.empty(rows.shape, dtype=E4M3, device=rows.device)
         return weight, torch.empty((len(rows), 1), dtype=torch.float32, device=rows.device)
     largest = torch.linalg.vector_norm(rows, ord=inf, dim=1, keepdim=True, dtype=torch.float32)
-    # A row of zeros has no scale; of tiny numbers, none so small that it is not exact.
+    # A row of zeros has no scale, and a row of tiny numbers must not have one so small that it is not exact.
     scale = (largest / E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
     return (rows / scale).to(E4M3), scale
 
 
-def to_fp8_by_pieces(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `to_fp8` does, for weights: some rows at a time, so that their fp32 form needs little memory."""
+def to_fp8_in_pieces(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same as `to_fp8`, some rows at a time, so that the fp32 form of weights needs little memory."""
     step = max(1, CHUNK // rows.shape[1])
     if rows.is_meta or len(rows) <= step:
         return to_fp8(rows)
     weight = torch.empty(rows.shape, dtype=E4M3, device=rows.device)
     scale = torch.empty((len(rows), 1), dtype=torch.float32, device=rows.device)
     for start in range(0, len(rows), step):
-        at = slice(start, start + step)
-        weight[at], scale[at] = to_fp8(rows[at])
+        some = slice(start, start + step)
+        weight[some], scale[some] = to_fp8(rows[some])
     return weight, scale
 
 
-def fp8_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+def fp8_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     """Return a @ b.T of scaled fp8 rows a (r, i) and b (o, i): (r, o) bfloat16, summed in fp32, rounded once."""
     if a.is_cuda:
         # Exact sums: with use_fast_accum the tensor cores keep 22 bits of a sum, which is faster (pytorch #147971).
@@ -217,10 +218,10 @@ def fp8_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tenso
     return (a.float() @ b.float().T * a_scale * b_scale.T).bfloat16()
 
 
-def no_fp8_products(device: torch.device) -> str:
-    """Say why a device has no products in fp8, "" if it has; the CPU stands in for one that has.
+def fp8_matmul_obstacle(device: torch.device) -> str:
+    """Return the reason why a device cannot multiply in fp8, "" if it can; the CPU stands in for one that can.
 
-    A GPU without them is no stand-in: there they would cost more than the products they are to replace.
+    A GPU without such products does not stand in: there they would cost more than the products they replace.
     """
     if device.type == "cpu":
         return ""
@@ -228,10 +229,10 @@ def no_fp8_products(device: torch.device) -> str:
         return f"there are no products in fp8 on {device}"
     capability = torch.cuda.get_device_capability(device)
     if capability < FP8_CAPABILITY:
-        name, has, needs = torch.cuda.get_device_name(device), dotted(capability), dotted(FP8_CAPABILITY)
+        name, has, needs = torch.cuda.get_device_name(device), _dotted(capability), _dotted(FP8_CAPABILITY)
         return f"{name} has no products in fp8 (compute capability {has}; {needs} is needed: Ada, Hopper or later)"
     return ""
 
 
-def dotted(capability: tuple[int, int]) -> str:
+def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"

@@ -1,7 +1,7 @@
-"""The first-block cache: where a step resembles the last computed one, most of it is not computed again. Lossy.
+"""The first-block cache: a step that resembles the last computed one reuses most of it. Lossy.
 
-The first block is always run. If what it adds to the image tokens of an image has hardly changed since the last step
-at which that image was computed in full, what all later blocks added then is added again instead of running them.
+The first block is always run. If its addition to the tokens of an image has hardly changed since the last step at which
+that image was computed in full, the later blocks are not run, and their addition of that step is used again.
 Source of the idea: chengzeyi/ParaAttention; diffusers 0.42.1, hooks/first_block_cache.py decides for a whole batch.
 Letters: b batch, n image tokens, k images of the batch to compute.
 """
@@ -20,13 +20,13 @@ from flux_batch.model.layers import finite
 
 @dataclass(slots=True)
 class Additions:
-    """What blocks added to the image tokens when each image was last computed in full: (b, n, hidden) each."""
+    """The additions to the image tokens when each image was last computed in full: (b, n, hidden) each."""
 
     first_block: Tensor
     later_blocks: Tensor
 
     def update(self, images: Sequence[int], new: Additions) -> None:
-        """Replace those of some images."""
+        """Replace the additions of some images."""
         self.first_block[images] = new.first_block
         self.later_blocks[images] = new.later_blocks
 
@@ -34,10 +34,10 @@ class Additions:
 class StepCache:
     """A transformer for one denoising loop that reuses steps: call it with each step in turn.
 
-    threshold: the largest change, as a share of the mean magnitude, at which a step is reused, 0..1; at 0 none is, and
-    the result is that of the model. Every image of the batch is judged by itself, so it does not depend on its
-    neighbours. The first and the last step are always computed.
-    `num_reused` counts, for all images together, the steps whose later blocks were not run, of `num_passes`.
+    threshold: the largest change, as a share of the mean magnitude, at which a step is reused, 0..1; at 0 no step is
+    reused, and the result is that of the model. Every image of the batch is judged alone, so that it does not depend on
+    its neighbours. The first and the last step are always computed.
+    `num_reused` counts the steps, of all images, whose later blocks were not run; `num_passes` counts all steps.
     """
 
     def __init__(self, model: ConditionedFlux, threshold: float) -> None:
@@ -48,7 +48,7 @@ class StepCache:
         self._last: Additions | None = None
 
     def __call__(self, step: int, img: Tensor) -> Tensor:
-        """Return the velocity; arguments and result as of `ConditionedFlux`."""
+        """Return the velocity, for the arguments of `ConditionedFlux`."""
         model, pe, modulations = self.model.model, self.model.pe, self.model.modulations(step)
         tokens = model.img_in(img)
         img, txt = model.first_block(tokens, self.model.txt, modulations, pe)
@@ -62,21 +62,21 @@ class StepCache:
             return model.last_layer(done, modulations)
         reused = finite(img + self._last.later_blocks)
         if images:
-            done = model.later_blocks(img[images], txt[images], modulations.of(images), pe)
+            done = model.later_blocks(img[images], txt[images], modulations.select(images), pe)
             self._last.update(images, Additions(first_block[images], finite(done - img[images])))
             reused[images] = done
         return model.last_layer(reused, modulations)
 
     def _to_compute(self, step: int, first_block: Tensor) -> list[int]:
-        """Return the images of the batch whose later blocks must run. Waits for the device."""
+        """Return the indices of the images whose later blocks must run. Waits for the device."""
         if self._last is None or step >= self.model.num_steps - 1:
             return list(range(len(first_block)))
         change = relative_change(first_block, self._last.first_block).tolist()
-        # A change that is no number is computed, for the end of the pipeline to see.
+        # An image with NaN is computed, so that the end of the pipeline sees it.
         return [image for image, share in enumerate(change) if not share < self.threshold]
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
-    """Return of each image the mean magnitude of what changed over that of what was: (b, n, c) -> (b,) fp32."""
+    """Return the mean magnitude of the change over that of `old`, for each image: (b, n, c) -> (b,) fp32."""
     changed = (new - old).abs().mean(dim=(1, 2), dtype=torch.float32)
     return changed / old.abs().mean(dim=(1, 2), dtype=torch.float32)

@@ -1,9 +1,9 @@
 """The autoencoder in overlapping tiles: less memory for large images; knows no schedule and no prompt.
 
-A tile sees nothing beyond its border, so a tiled image differs a little from a whole one. Sizes, strides and the
+A tile sees nothing beyond its border, so that a tiled image differs a little from a whole one. Sizes, strides and the
 width of the blend are those of DiffSynth-Studio (105fe39, diffsynth/models/tiler.py, TileWorker). It leaves the ends of
 some sizes uncovered and fades at the borders of the image too, which shows seams there; here the last tile of a row
-or column is moved back to end with the image, and tiles fade only where another goes on.
+or column is moved back to end with the image, and tiles fade only towards other tiles.
 Letters: b batch, c channels, h and w of the image or the latents.
 """
 
@@ -19,7 +19,7 @@ from flux_batch.model.autoencoder import AutoEncoder
 
 
 class Tiling(NamedTuple):
-    """Size and distance of tiles in what goes in: latents when decoding, pixels when encoding (DiffSynth-Studio's)."""
+    """Size and distance of tiles, in latents when decoding, in pixels when encoding; defaults of DiffSynth-Studio."""
 
     size: int = 128
     stride: int = 64
@@ -31,9 +31,9 @@ def tiled_decode(autoencoder: AutoEncoder, z: Tensor, tiling: Tiling) -> Tensor:
 
 
 def tiled_encode(autoencoder: AutoEncoder, image: Tensor, tiling: Tiling, noise: Tensor | None = None) -> Tensor:
-    """Return scaled latents: (b, 3, h, w) in [-1, 1] -> (b, z, h/8, w/8). noise: as `AutoEncoder.encode` takes it.
+    """Return scaled latents: (b, 3, h, w) in [-1, 1] -> (b, z, h/8, w/8). noise: as in `AutoEncoder.encode`.
 
-    Tiles are made of whole latents: sizes and strides that are not are rounded down.
+    Sizes and strides are rounded down to whole latents.
     """
     step = autoencoder.params.downscale
     whole = Tiling(max(step, tiling.size // step * step), max(step, tiling.stride // step * step))
@@ -43,8 +43,8 @@ def tiled_encode(autoencoder: AutoEncoder, image: Tensor, tiling: Tiling, noise:
 def blend_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling) -> Tensor:
     """Return function(x), computed tile by tile: (b, c, h, w) -> (b, c', s h, s w), in the dtype of x.
 
-    function: keeps or scales h and w by one factor s. One tile of one image is computed at a time, and the sums are
-    fp32. What fits into one tile is function(x) itself.
+    function: scales h and w by one factor s. One tile of one image is computed at a time, and the sums are fp32. The
+    result is function(x) itself if x fits into one tile.
     Raises: ValueError unless 1 <= stride <= size: wider strides leave gaps.
     """
     if not 1 <= tiling.stride <= tiling.size:
@@ -55,7 +55,7 @@ def blend_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling)
 
 
 def starts(length: int, size: int, stride: int) -> list[int]:
-    """Return where tiles begin that cover `length` without a gap; the last ends where it does."""
+    """Return the starts of tiles that cover `length` without a gap; the last one ends with it."""
     return [*range(0, length - size, stride), max(length - size, 0)]
 
 
@@ -80,7 +80,7 @@ def _blend_one(function: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling) 
 
 
 def fade(length: int, border: int, *, at_start: bool, at_end: bool) -> Tensor:
-    """Return weights (length,): 1 inside, falling linearly to 1 / border towards the ends asked for."""
+    """Return weights (length,): 1 inside, falling linearly to 1 / border towards the chosen ends."""
     rising = (torch.arange(1, length + 1) / max(border, 1)).clamp(max=1.0)
     weights = torch.ones(length)
     if at_start:

@@ -19,7 +19,7 @@ from flux_batch.model.checkpoint.loading import load_transformer
 from flux_batch.model.lora import merge as lora_merge
 from flux_batch.model.lora.file import Lora, open_lora
 from flux_batch.model.lora.merge import LoraMerge
-from flux_batch.model.optimize.quantize import Fp8Linear, quantize_transformer, to_fp8
+from flux_batch.model.optimize.quantize import Fp8Linear, apply_fp8, to_fp8
 from helpers.lora_files import Factors, added, matrices, random_factors, write_lora
 from helpers.tiny_flux import TinyFlux, make_tiny_repository
 
@@ -42,7 +42,7 @@ def load(repository: Path, kind: str = "float32") -> LoraMerge:
     dtype = torch.bfloat16 if kind == "fp8" else getattr(torch, kind)
     layout, checkpoint = detect(checkpoint)
     merge = LoraMerge()
-    prepare = quantize_transformer if kind == "fp8" else None
+    prepare = apply_fp8 if kind == "fp8" else None
     merge.add_part(
         "transformer", load_transformer(checkpoint, layout, config, dtype=dtype, device=CPU, prepare=prepare)
     )
@@ -192,7 +192,7 @@ def replace_by_hand(model: nn.Module) -> None:
 
 
 def quantize_by_hand(model: nn.Module) -> None:
-    quantize_transformer(model)
+    apply_fp8(model)
 
 
 @pytest.mark.parametrize("change", [change_by_hand, replace_by_hand, quantize_by_hand])

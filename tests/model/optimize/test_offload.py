@@ -1,4 +1,4 @@
-"""Weights that visit a device: there within, at home and the same bits before and after. The device is meta."""
+"""Offloaded weights: on the device inside, in host memory with the same bits before and after. The device is meta."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux_batch.model.optimize.offload import Visitors
+from flux_batch.model.optimize.offload import apply_offload
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 
@@ -30,29 +30,29 @@ def devices(module: nn.Module) -> set[str]:
     return {tensor.device.type for tensor in tensors(module)}
 
 
-def test_weights_are_on_the_device_within_a_visit_alone(module: nn.Module) -> None:
+def test_weights_are_on_the_device_inside_only(module: nn.Module) -> None:
     before = [tensor.clone() for tensor in tensors(module)]
-    visitors = Visitors([module], META)
+    offloaded = apply_offload([module], META)
     for _ in range(2):
         assert devices(module) == {"cpu"}
-        with torch.inference_mode(), visitors.visit():
+        with torch.inference_mode(), offloaded.on_device():
             assert devices(module) == {"meta"}
     assert all(torch.equal(*pair) for pair in zip(tensors(module), before, strict=True))
     assert not any(tensor.is_inference() for tensor in tensors(module))
 
 
-def test_a_visit_that_fails_ends_at_home(module: nn.Module) -> None:
-    visitors = Visitors([module], META)
-    with pytest.raises(RuntimeError, match="broken"), visitors.visit():
+def test_weights_leave_the_device_after_a_failure(module: nn.Module) -> None:
+    offloaded = apply_offload([module], META)
+    with pytest.raises(RuntimeError, match="broken"), offloaded.on_device():
         raise RuntimeError("broken")
     assert devices(module) == {"cpu"}
 
 
-def test_what_changes_where_it_may_stays_changed(module: nn.Module) -> None:
-    visitors = Visitors([module], CPU)
-    with visitors.visit(may_change=True):
+def test_changes_are_copied_back_only_if_they_may_be(module: nn.Module) -> None:
+    offloaded = apply_offload([module], CPU)
+    with offloaded.on_device(may_change=True):
         module[0].weight.data = torch.full((4, 3), 2.0)
     assert (module[0].weight == 2).all()
-    with visitors.visit():
+    with offloaded.on_device():
         module[0].weight.data = torch.full((4, 3), 3.0)
     assert (module[0].weight == 2).all()

@@ -23,13 +23,13 @@ from flux_batch.model.optimize import quantize
 from flux_batch.model.optimize.quantize import (
     FeedForward,
     Fp8Linear,
-    Fp8Product,
-    fp8_product,
-    no_fp8_products,
-    quantize_t5,
-    quantize_transformer,
+    Fp8MatmulLinear,
+    apply_fp8,
+    apply_fp8_to_t5,
+    fp8_matmul,
+    fp8_matmul_obstacle,
     to_fp8,
-    to_fp8_by_pieces,
+    to_fp8_in_pieces,
 )
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
@@ -38,7 +38,7 @@ from helpers.layout_files import LAYOUTS, coarse_state, save
 
 CPU = torch.device("cpu")
 E4M3 = torch.float8_e4m3fn
-WITH_PRODUCTS = partial(quantize_transformer, products=True)
+WITH_MATMUL = partial(apply_fp8, matmul=True)
 INPUTS = (tensor("in.img", (2, 24, 64)), tensor("in.txt", (2, 7, 24)), tensor("in.vec", (2, 32)))
 
 
@@ -90,7 +90,7 @@ class TestRows:
     def test_pieces_do_not_show(self, size: tuple[int, int], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(quantize, "CHUNK", chunk)
         rows = random(*size, dtype=torch.bfloat16)
-        for piecewise, whole in zip(to_fp8_by_pieces(rows), to_fp8(rows), strict=True):
+        for piecewise, whole in zip(to_fp8_in_pieces(rows), to_fp8(rows), strict=True):
             assert torch.equal(bits(piecewise), bits(whole))
 
     @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -126,13 +126,13 @@ class TestFp8Linear:
         assert "in_features=32, out_features=48, bias=True" in repr(layer)
 
 
-class TestFp8Product:
+class TestFp8MatmulLinear:
     @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 16, 16), (5, 48, 32), (17, 256, 80)])
     def test_the_stand_in_is_the_product_of_the_gpu(self, rows: int, inputs: int, outputs: int) -> None:
         # torch has the same operation for the CPU, which gives this emulation a reference.
         (a, a_scale), (b, b_scale) = to_fp8(random(rows, inputs)), to_fp8(random(outputs, inputs, seed=1))
         theirs = torch._scaled_mm(a, b.T, scale_a=a_scale, scale_b=b_scale.T, out_dtype=torch.bfloat16)
-        ours = fp8_product(a, a_scale, b, b_scale)
+        ours = fp8_matmul(a, a_scale, b, b_scale)
         assert ours.dtype == torch.bfloat16
         # The order of the sums may put a number on the other side of a rounding.
         torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-5)
@@ -140,7 +140,7 @@ class TestFp8Product:
 
     def test_input_and_weight_are_rounded_to_fp8(self) -> None:
         plain = linear(64, 32, dtype=torch.bfloat16)
-        layer, x = Fp8Product(plain), random(3, 7, 64, seed=2, dtype=torch.bfloat16)
+        layer, x = Fp8MatmulLinear(plain), random(3, 7, 64, seed=2, dtype=torch.bfloat16)
         x_rows, x_scale = to_fp8(x.reshape(-1, 64))
         exact = (x_rows.double() * x_scale.double()) @ (layer.weight.double() * layer.weight_scale.double()).T
         expected = exact.bfloat16().view(3, 7, 32) + plain.bias
@@ -148,7 +148,7 @@ class TestFp8Product:
         assert error(layer(x).float(), plain(x).float()) > error(Fp8Linear(plain)(x).float(), plain(x).float())
 
     def test_a_token_does_not_depend_on_its_neighbours(self) -> None:
-        layer, x = Fp8Product(linear(64, 32, dtype=torch.bfloat16)), random(4, 6, 64, dtype=torch.bfloat16)
+        layer, x = Fp8MatmulLinear(linear(64, 32, dtype=torch.bfloat16)), random(4, 6, 64, dtype=torch.bfloat16)
         loud = x.clone()
         loud[1] *= 1000
         assert torch.equal(layer(loud)[0], layer(x)[0])
@@ -163,27 +163,27 @@ class TestChoice:
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and name.startswith(("double_blocks.", "single_blocks."))
         }
-        quantize_transformer(model)
+        apply_fp8(model)
         assert {name for name, module in model.named_modules() if isinstance(module, Fp8Linear)} == inside
         assert len(inside) == FLUX.depth * 10 + FLUX.depth_single_blocks * 3
 
     def test_modulation_is_not_multiplied_in_fp8(self) -> None:
         model = Flux(FLUX)
-        quantize_transformer(model, products=True)
+        apply_fp8(model, matmul=True)
         kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
         assert {name.split(".")[-2] for name, kind in kinds.items() if kind is Fp8Linear} == {
             "img_mod",
             "txt_mod",
             "modulation",
         }
-        assert sum(kind is Fp8Product for kind in kinds.values()) == FLUX.depth * 8 + FLUX.depth_single_blocks * 2
+        assert sum(kind is Fp8MatmulLinear for kind in kinds.values()) == FLUX.depth * 8 + FLUX.depth_single_blocks * 2
 
     def test_sizes_that_products_do_not_take_are_multiplied_in_the_dtype(self) -> None:
         model = nn.ModuleDict({"single_blocks": nn.ModuleList([nn.ModuleDict({"linear1": linear(24, 32)})])})
-        quantize_transformer(model, products=True)
+        apply_fp8(model, matmul=True)
         assert type(model.get_submodule("single_blocks.0.linear1")) is Fp8Linear
 
-    @pytest.mark.parametrize(("prepare", "most"), [(quantize_transformer, 0.05), (WITH_PRODUCTS, 0.06)])
+    @pytest.mark.parametrize(("prepare", "most"), [(apply_fp8, 0.05), (WITH_MATMUL, 0.06)])
     def test_the_error_of_a_whole_model_is_small(self, prepare: Prepare, most: float) -> None:
         exact = run(filled(Flux(FLUX)), torch.float32)
         plain = error(run(filled(Flux(FLUX)).bfloat16(), torch.bfloat16), exact)
@@ -204,7 +204,7 @@ def bits(weight: Tensor) -> Tensor:
 
 class TestLoading:
     @pytest.mark.parametrize("layout", ["original bf16", "diffusers sharded", "gguf Q8_0"])
-    @pytest.mark.parametrize("prepare", [quantize_transformer, WITH_PRODUCTS])
+    @pytest.mark.parametrize("prepare", [apply_fp8, WITH_MATMUL])
     def test_quantised_while_read_is_quantised_when_read(self, tmp_path: Path, layout: str, prepare: Prepare) -> None:
         path = LAYOUTS[layout].write(coarse_state(), tmp_path / "model")
         loaded, changed = load(path, torch.bfloat16, prepare), load(path, torch.bfloat16, None)
@@ -223,7 +223,7 @@ class TestLoading:
         self, tmp_path: Path, layout: str, dtype: torch.dtype
     ) -> None:
         path = LAYOUTS[layout].write(coarse_state(), tmp_path / "model")
-        kept, dense = load(path, dtype, quantize_transformer), load(path, dtype, None)
+        kept, dense = load(path, dtype, apply_fp8), load(path, dtype, None)
         stored = open_checkpoint(path)
         kinds = {"F8_E4M3": E4M3, "F8_E5M2": torch.float8_e5m2}
         for name in ("double_blocks.0.img_mlp.2", "single_blocks.1.modulation.lin"):
@@ -242,8 +242,8 @@ class TestLoading:
 
     def test_products_take_e4m3_only(self, tmp_path: Path) -> None:
         path = LAYOUTS["fp8 e5m2"].write(coarse_state(), tmp_path / "model")
-        layer = load(path, torch.bfloat16, WITH_PRODUCTS).get_submodule("single_blocks.0.linear1")
-        assert isinstance(layer, Fp8Product)
+        layer = load(path, torch.bfloat16, WITH_MATMUL).get_submodule("single_blocks.0.linear1")
+        assert isinstance(layer, Fp8MatmulLinear)
         assert layer.weight.dtype == E4M3
 
     def test_a_scale_of_the_whole_tensor_is_one_for_each_row(self, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ import torch
 from torch import nn
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
 from flux_batch.model.checkpoint.loading import fill
-from flux_batch.model.optimize.quantize import quantize_transformer
+from flux_batch.model.optimize.quantize import apply_fp8
 from flux_batch.model.checkpoint.lazy_state import StoredState
 torch.set_num_threads(1)
 def own():
@@ -277,7 +277,7 @@ def own():
 with torch.device("meta"):
     layers = [nn.Linear(2048, 2048, bias=False) for _ in range(24)]
     model = nn.ModuleDict({{"double_blocks": nn.ModuleList(layers)}})
-quantize_transformer(nn.ModuleDict({{"double_blocks": nn.Linear(16, 16)}}))
+apply_fp8(nn.ModuleDict({{"double_blocks": nn.Linear(16, 16)}}))
 before, peak, done = own(), 0, threading.Event()
 def watch():
     global peak
@@ -287,7 +287,7 @@ def watch():
 thread = threading.Thread(target=watch)
 thread.start()
 state = StoredState(open_checkpoint(Path({str(path)!r})), torch.bfloat16, torch.device("cpu"))
-fill(model, state, quantize_transformer)
+fill(model, state, apply_fp8)
 done.set()
 thread.join()
 print((peak - before) * 4096 / 2**20, (own() - before) * 4096 / 2**20)
@@ -320,7 +320,7 @@ class TestT5:
     IDS = torch.arange(40).reshape(2, 20)
 
     def test_its_matrices_are_quantised_and_its_tables_are_not(self) -> None:
-        model = make_t5(quantize_t5, torch.bfloat16)
+        model = make_t5(apply_fp8_to_t5, torch.bfloat16)
         assert sum(isinstance(module, Fp8Linear) for module in model.modules()) == 2 * 7
         assert not any(type(module) is nn.Linear for module in model.modules())
         assert model.shared.weight.dtype == torch.bfloat16
@@ -328,7 +328,7 @@ class TestT5:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_it_computes_what_transformers_does_with_the_same_weights(self, dtype: torch.dtype) -> None:
-        quantised, dense = make_t5(quantize_t5, dtype), make_t5(None, dtype)
+        quantised, dense = make_t5(apply_fp8_to_t5, dtype), make_t5(None, dtype)
         for name, module in dense.named_modules():
             if isinstance(module, nn.Linear):
                 module.weight.copy_(quantised.get_submodule(name).dense(dtype))
@@ -339,14 +339,14 @@ class TestT5:
 
     def test_in_float16_wo_does_not_overflow(self) -> None:
         # The sums of wo pass 65504; transformers keeps wo in fp32 for that.
-        model = make_t5(quantize_t5, torch.float16, size=2e5)
+        model = make_t5(apply_fp8_to_t5, torch.float16, size=2e5)
         result = model(self.IDS)[0]
-        exact = make_t5(quantize_t5, torch.float32, size=2e5)(self.IDS)[0]
+        exact = make_t5(apply_fp8_to_t5, torch.float32, size=2e5)(self.IDS)[0]
         assert result.isfinite().all()
         assert error(result.float(), exact) < 0.02
 
     def test_its_feed_forward_keeps_its_names(self) -> None:
-        model = make_t5(quantize_t5, torch.bfloat16)
+        model = make_t5(apply_fp8_to_t5, torch.bfloat16)
         layer = model.get_submodule("encoder.block.1.layer.1.DenseReluDense")
         assert isinstance(layer, FeedForward)
         names = {name for name, _ in layer.named_children()}
@@ -359,7 +359,7 @@ def test_a_gpu_without_products_is_named(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    said = no_fp8_products(torch.device("cuda"))
+    said = fp8_matmul_obstacle(torch.device("cuda"))
     if has:
         assert said == ""
     else:
@@ -369,5 +369,5 @@ def test_a_gpu_without_products_is_named(
 
 
 def test_other_devices_have_no_products_and_the_cpu_stands_in() -> None:
-    assert no_fp8_products(CPU) == ""
-    assert no_fp8_products(torch.device("mps")) == "there are no products in fp8 on mps"
+    assert fp8_matmul_obstacle(CPU) == ""
+    assert fp8_matmul_obstacle(torch.device("mps")) == "there are no products in fp8 on mps"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_batch.model.conditioned import ConditionedFlux, Conditioning
+from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds
 from flux_batch.model.optimize.step_cache import StepCache, relative_change
 from flux_batch.model.sampling import Velocity, denoise
 from flux_batch.model.transformer import Flux
@@ -30,7 +30,7 @@ def model() -> Flux:
 
 
 def conditioned(
-    model: Flux, images: slice | list[int] = slice(None), text: Conditioning = TEXT, sigmas: Tensor = SIGMAS
+    model: Flux, images: slice | list[int] = slice(None), text: PromptEmbeds = TEXT, sigmas: Tensor = SIGMAS
 ) -> ConditionedFlux:
     return three_images.conditioned(model, sigmas, images, text)
 
@@ -178,7 +178,7 @@ def test_a_change_is_a_share_of_each_image() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_works_in_every_dtype(dtype: torch.dtype) -> None:
     model = filled(Flux(FLUX)).to(dtype)
-    text = Conditioning(TEXT.txt.to(dtype), TEXT.y.to(dtype))
+    text = PromptEmbeds(*(part.to(dtype) for part in TEXT))
     cache = caching(model, ALWAYS, text=text)
     result = denoise(cache, NOISE.to(dtype), SIGMAS)
     assert result.dtype == dtype

@@ -1,0 +1,177 @@
+"""The kernels of each device: which are chosen, and that the velocities are those of torch's own, also compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend
+
+from flux_batch.model.layers import BlockLinear, Matmul, project
+from flux_batch.model.optimize import kernels
+from flux_batch.model.optimize.compile import apply_compile
+from flux_batch.model.optimize.kernels import apply_cpu_kernels, attention_order, onednn_matmul, project_apart
+from flux_batch.model.sampling import position_ids
+from flux_batch.model.transformer import Flux
+from helpers.golden import FLUX, filled, tensor
+
+needs_both = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch is built without MKL")
+
+
+@pytest.fixture
+def amd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CPU on which oneDNN is asked, whatever this machine has; the file in which it says who made it."""
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n")
+    monkeypatch.setattr(kernels, "CPU_INFO", info)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    return info
+
+
+def matmuls(model: Flux) -> set[Matmul]:
+    """Return the functions that multiply with the matrices of the blocks."""
+    return {each.matmul for each in model.modules() if isinstance(each, BlockLinear)}
+
+
+def velocity(model: Flux) -> torch.Tensor:
+    inputs = tensor("in.img", (2, 24, 64)), tensor("in.txt", (2, 7, 24))
+    pe = model.position_table(position_ids(7, 8, 12))
+    with torch.inference_mode():
+        return model(*inputs, pe, torch.ones(2), tensor("in.vec", (2, 32)), torch.full((2,), 3.5))
+
+
+@needs_both
+def test_a_cpu_with_avx512_that_intel_did_not_make_asks_onednn(amd: Path) -> None:
+    model = filled(Flux(FLUX))
+    apply_cpu_kernels(model)
+    assert matmuls(model) == {onednn_matmul}
+
+
+@pytest.mark.parametrize("info", ["vendor_id\t: GenuineIntel\n", "Processor\t: ARMv8\n", None])
+def test_others_ask_as_torch_does(amd: Path, info: str | None) -> None:
+    amd.unlink() if info is None else amd.write_text(info)
+    model = filled(Flux(FLUX))
+    apply_cpu_kernels(model)
+    assert matmuls(model) == {F.linear}
+
+
+def test_nor_is_it_asked_without_avx512_or_in_bfloat16(amd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow, model = filled(Flux(FLUX)).bfloat16(), filled(Flux(FLUX))
+    apply_cpu_kernels(narrow)
+    assert matmuls(narrow) == {F.linear}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    apply_cpu_kernels(model)
+    assert matmuls(model) == {F.linear}
+
+
+@pytest.mark.parametrize(("dtype", "num_rows"), [(torch.float32, [3, 8, 8, 3]), (torch.bfloat16, [8, 8, 8, 8])])
+def test_unread_tokens_are_left_out_of_products_where_that_rounds_nothing_differently(
+    dtype: torch.dtype, num_rows: list[int]
+) -> None:
+    linear, asked = BlockLinear(4, 8).to(dtype), []
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        asked.append(x.shape[1])
+        return F.linear(x, weight, bias)
+
+    x = torch.arange(32, dtype=dtype).view(1, 8, 4)
+    expected = project(linear, x, (2, 2, 2, 2), (3, 8, 8, 3))
+    linear.matmul = noted
+    with torch.inference_mode():
+        parts = project_apart(linear, x, (2, 2, 2, 2), (3, 8, 8, 3))
+    assert asked == num_rows
+    for part, other in zip(parts, expected, strict=True):
+        torch.testing.assert_close(part, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_on_a_cpu_projects_apart_and_modulates_one_step_at_a_time(dtype: torch.dtype) -> None:
+    plain, model = filled(Flux(FLUX)).to(dtype), filled(Flux(FLUX)).to(dtype)
+    apply_cpu_kernels(model)
+    assert all(block.project is project_apart for block in model.single_blocks)
+    assert all(block.img_attn.project is block.txt_attn.project is project_apart for block in model.double_blocks)
+    assert model.modulation_rows == 1
+    if dtype == torch.float32:
+        torch.testing.assert_close(velocity(model), velocity(plain), rtol=0, atol=2e-5)
+
+
+def test_a_model_on_another_device_is_left_as_it_is() -> None:
+    with torch.device("meta"):
+        model = Flux(FLUX)
+    apply_cpu_kernels(model)
+    assert all(block.project is project for block in model.single_blocks)
+    assert matmuls(model) == {F.linear}
+    assert model.modulation_rows == 64
+
+
+@needs_both
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_velocities_are_those_of_torchs_own_products(amd: Path, compiled: bool) -> None:
+    torch._dynamo.reset()
+    plain, model = filled(Flux(FLUX)), filled(Flux(FLUX))
+    apply_cpu_kernels(model)
+    if compiled:
+        apply_compile(model)
+    before = counters["stats"]["unique_graphs"]
+    torch.testing.assert_close(velocity(model), velocity(plain), rtol=0, atol=2e-5)
+    assert counters["stats"]["unique_graphs"] - before == (3 if compiled else 0)
+    torch._dynamo.reset()
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[SDPBackend]]:
+    """What kernels were asked for, on a device that this machine need not have."""
+    orders: list[list[SDPBackend]] = []
+
+    @contextmanager
+    def noted(backends: list[SDPBackend], set_priority: bool) -> Iterator[None]:
+        assert set_priority
+        orders.append(backends)
+        yield
+
+    monkeypatch.setattr(kernels, "sdpa_kernel", noted)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return orders
+
+
+def test_a_cpu_has_nothing_to_choose() -> None:
+    with attention_order(torch.device("cpu")):
+        x = torch.ones(1, 1, 2, 8)
+        torch.testing.assert_close(torch.nn.functional.scaled_dot_product_attention(x, x, x), x)
+
+
+def test_hopper_asks_cudnn_first(asked: list[list[SDPBackend]]) -> None:
+    with attention_order(CUDA):
+        pass
+    assert asked[0][:2] == [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    assert SDPBackend.MATH in asked[0]
+
+
+def test_hopper_asks_flash_attention_3_where_it_is_installed(
+    asked: list[list[SDPBackend]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    activated: list[str] = []
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name == "flash_attn_interface")
+    monkeypatch.setattr(kernels, "activate_flash_attention_impl", activated.append)
+    monkeypatch.setattr(kernels, "current_flash_attention_impl", lambda: activated[-1] if activated else None)
+    for _ in range(2):
+        with attention_order(CUDA):
+            pass
+    assert activated == ["FA3"]
+    assert [order[0] for order in asked] == [SDPBackend.FLASH_ATTENTION] * 2
+
+
+def test_other_devices_keep_their_own_order(asked: list[list[SDPBackend]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    with attention_order(CUDA):
+        pass
+    assert asked == []
