@@ -2,16 +2,16 @@
 
 The folder, in the order in which data flows:
 
-    cli        parse, call, exception -> exit code     mapper     the pipeline in somebody's data pipeline
-    job        the whole run on one screen             pipeline/  prompts -> images, the only translator to model/
+    cli        parse, call, exception -> exit code     mapper     the pipeline as a stage of Ray Data
+    job        a whole run on one screen               pipeline/  prompts -> images, the only caller of model/
     config/    the job file                            model/     what FLUX computes
     prompts/   rows in                                 download/  a model onto this machine
     plan/      data set -> shards                      output/    the data set on its way out
     engine/    where shards run                        storage/   bytes
-    worker/    rows -> batches -> images -> commit     report/    what people read of a run
-    records, images, telemetry, errors: the nouns that cross a border, at the bottom
+    worker/    rows -> batches -> images -> commit     report/    what people read about a run
+    resume     the run that an output holds            records, images, telemetry, errors: at the bottom
 
-Imports only go down; tests/test_architecture.py holds that. Importing this package loads neither torch nor ray.
+Imports only go down, which tests/test_architecture.py checks. Importing this package loads neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flux_batch.config.schema import JobConfig
     from flux_batch.download.models import download_models
-    from flux_batch.job import run
+    from flux_batch.job import load_job, run
     from flux_batch.mapper import FluxMapper
     from flux_batch.pipeline.model_manager import ModelManager
     from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 __version__ = "0.1.0"
 
-__all__ = ["FluxImagePipeline", "FluxMapper", "JobConfig", "ModelManager", "download_models", "run"]
+__all__ = ["FluxImagePipeline", "FluxMapper", "JobConfig", "ModelManager", "download_models", "load_job", "run"]
 
 _HOMES = {
     "FluxImagePipeline": "flux_batch.pipeline.pipeline",
@@ -37,12 +37,13 @@ _HOMES = {
     "JobConfig": "flux_batch.config.schema",
     "ModelManager": "flux_batch.pipeline.model_manager",
     "download_models": "flux_batch.download.models",
+    "load_job": "flux_batch.job",
     "run": "flux_batch.job",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first asked for."""
+    """Load a public name on its first use."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

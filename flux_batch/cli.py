@@ -144,11 +144,9 @@ def _add_storage_options(command: argparse.ArgumentParser) -> None:
 
 
 def _load_job(arguments: argparse.Namespace) -> JobConfig:
-    from flux_batch.config.text import parse_moment
     from flux_batch.job import load_job
 
-    moment = None if arguments.logical_date is None else parse_moment(arguments.logical_date)
-    return load_job(arguments.job, arguments.overrides, moment)
+    return load_job(arguments.job, arguments.overrides, arguments.logical_date)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -174,11 +172,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from flux_batch.job import with_absolute_paths
     from flux_batch.plan.estimate import estimate, format_estimate
     from flux_batch.plan.plan import make_plan
 
-    config = with_absolute_paths(_load_job(arguments))
+    config = _load_job(arguments)
     figures = estimate(config, make_plan(config.prompts, config.output.shard_size))
     _print(json.dumps(figures) if arguments.json else format_estimate(config, figures))
     return 0

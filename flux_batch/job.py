@@ -1,7 +1,7 @@
 """A whole run on one screen: config -> plan -> remaining -> engine -> report.
 
-The only file that sees both sides, what is done (worker) and where (engine). Every fact of a run lies in its output;
-this process can be killed at any point and started again.
+The only file that knows both what is done (worker) and where (engine). Every fact of a run lies in its output, so this
+process can be killed at any point and started again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux_batch.config.schema import JobConfig, ModelConfig
-from flux_batch.config.text import fill_in_dates, read_tree
+from flux_batch.config.text import fill_in_dates, parse_moment, read_tree
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted, JobError, StoreError
 from flux_batch.output.lease import Lease
@@ -46,14 +46,14 @@ def run(
     retry_failed: bool = False,
     extend: bool = False,
 ) -> RunReport:
-    """Run a job to its end, or go on with one that was interrupted.
+    """Run a job to its end, or resume one that was interrupted.
 
-    `config` may be the path or the address of a job file. The engine is a pool of Ray actors unless another is given;
-    the pipeline is FLUX unless another is given. `stop` can ask for an early end, from a signal handler or another
-    thread. Safe to call again: committed shards are left as they are, but for what failed in them with `retry_failed`.
-    With `extend`, prompt files that came since the run was planned become shards of it.
+    config: a job, or the path or address of a job file. engine: a pool of Ray actors by default. make_pipeline: FLUX
+    by default. stop: may request an early end, from a signal handler or another thread. retry_failed: render the failed
+    images of committed shards again. extend: add prompt files that are new since the run was planned.
+    Safe to call again: committed shards stay as they are.
     Raises: RunHeld, LeaseLost if another driver has the run; Interrupted after a stop; JobError, SourceError,
-    CheckpointError, StoreError before or while work is done; see errors.py.
+    CheckpointError, StoreError before or during the work; see errors.py.
     """
     config = with_absolute_paths(config if isinstance(config, JobConfig) else load_job(config))
     stop = stop or Stop()
@@ -63,7 +63,7 @@ def run(
     if report and not (retry_failed and report.num_failed):
         return report
     draft = None if store.exists(PLAN) else draft_run(config, store)
-    # From here on there is work to lose: an outage is waited for.
+    # From here on there is work to lose: wait while the storage is unavailable.
     store = store.with_policy(RetryPolicy(config.failures.outage_s, stop.check))
     with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
         store = lease.store
@@ -78,54 +78,51 @@ def run(
         return close_run(config, store, plan, progress)
 
 
-def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: datetime | None = None) -> JobConfig:
-    """Read a job file, by its path or address; what it says of `{date}` and `{datetime}` is taken from `logical_date`.
+def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: datetime | str | None = None) -> JobConfig:
+    """Read a job file, by its path or address.
 
-    overrides: `section.key=value` strings. Raises: JobError if it is missing or wrong; StoreError if its storage is
-    away.
+    overrides: `section.key=value` strings. logical_date: the value of `{date}` and `{datetime}` in the file; text is
+    ISO 8601. Relative paths in the file become absolute, from the current folder.
+    Raises: JobError if the file is missing or wrong; StoreError if its storage is unavailable.
     """
+    moment = parse_moment(logical_date) if isinstance(logical_date, str) else logical_date
     try:
         text = _read_job(str(path)).decode()
     except StoreError:
         raise
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: the job file cannot be read: {error}") from error
-    tree = fill_in_dates(read_tree(text, str(path), overrides), logical_date, str(path))
-    return JobConfig.from_dict(tree, origin=str(path))
+    tree = fill_in_dates(read_tree(text, str(path), overrides), moment, str(path))
+    return with_absolute_paths(JobConfig.from_dict(tree, origin=str(path)))
 
 
 def with_absolute_paths(config: JobConfig) -> JobConfig:
-    """Fix relative paths to this process's folder, since workers have another; `demo` prompts are in the package."""
+    """Resolve relative paths here, since workers run in other folders; `demo` prompts become a path."""
     from flux_batch.demo.prompts import demo_prompts_path
     from flux_batch.download.models import absolute_model_uri
 
-    uris = tuple(str(demo_prompts_path()) if uri == "demo" else _absolute(uri) for uri in config.prompts.uri)
-    root, image = config.prompts.input_image_root, config.sampling.input_image
+    prompts, sampling, output, model = config.prompts, config.sampling, config.output, config.model
+    uris = tuple(str(demo_prompts_path()) if uri == "demo" else _absolute(uri) for uri in prompts.uri)
+    root, image = prompts.input_image_root, sampling.input_image
+    loras = tuple(lora.model_copy(update={"uri": absolute_model_uri(lora.uri)}) for lora in model.loras)
     return config.model_copy(
         update={
-            "prompts": config.prompts.model_copy(update={"uri": uris, "input_image_root": root and _absolute(root)}),
-            "sampling": config.sampling.model_copy(update={"input_image": image and _absolute(image)}),
-            "output": config.output.model_copy(update={"uri": _absolute(config.output.uri)}),
-            "model": config.model.model_copy(
-                update={
-                    "uri": absolute_model_uri(config.model.uri),
-                    "loras": tuple(
-                        lora.model_copy(update={"uri": absolute_model_uri(lora.uri)}) for lora in config.model.loras
-                    ),
-                }
-            ),
+            "prompts": prompts.model_copy(update={"uri": uris, "input_image_root": root and _absolute(root)}),
+            "sampling": sampling.model_copy(update={"input_image": image and _absolute(image)}),
+            "output": output.model_copy(update={"uri": _absolute(output.uri)}),
+            "model": model.model_copy(update={"uri": absolute_model_uri(model.uri), "loras": loras}),
         }
     )
 
 
 def check_images(config: JobConfig) -> None:
-    """Raise SourceError if the image that all rows start from cannot be used."""
+    """Raise SourceError if the job's input image cannot be used."""
     if config.sampling.input_image:
         check_job_image(config.sampling.input_image, config.prompts.storage_options)
 
 
 def render(engine: Engine, runner: Runner, todo: Sequence[Shard], stop: Stop, progress: Progress) -> None:
-    """Have every shard run. Raises: Interrupted after a stop that left some of them, and what engines raise."""
+    """Run every shard. Raises: Interrupted if a stop left some of them, and errors of the engine."""
     num_settled = 0
     for result in engine.run(runner, todo, stop):
         progress.add(result)
@@ -139,7 +136,7 @@ def render(engine: Engine, runner: Runner, todo: Sequence[Shard], stop: Stop, pr
 
 
 def ray_pool(config: JobConfig) -> Engine:
-    """Make the engine that the `workers` section asks for."""
+    """Return the engine that the `workers` section describes."""
     from flux_batch.engine.ray_pool import RayPool
 
     workers = config.workers
@@ -158,7 +155,7 @@ def ray_pool(config: JobConfig) -> Engine:
 
 def _read_job(path: str) -> bytes:
     folder, _, name = path.rpartition("/")
-    # Options of its storage would have to stand in it: they come from the environment.
+    # Its storage options cannot be in the file itself: they come from the environment.
     return Store(folder).read(name) if "://" in path else Path(path).read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""FLUX as one stage of a Ray Data pipeline: take this instead of a job where images go on to further stages.
+"""FLUX as one stage of a Ray Data pipeline: an alternative to a job if images go on to further stages.
 
     python jobs/ray_data_stage.py jobs/demo.yaml out/images
     ray job submit --working-dir . -- python jobs/ray_data_stage.py jobs/nightly.yaml s3://bucket/images \
@@ -6,34 +6,31 @@
 
 Streams the Parquet files of `prompts.uri` through the model and writes Parquet with an `image` column (encoded bytes),
 its `seed` and `sha256`, and `status`, `error_type` and `error_message`, since a row that fails stays a row. The same
-ids and seeds give the images of `flux-batch run`. What a job has and a pipeline of Ray Data has not: it goes on where
-it was stopped, writes each image once, and waits for a storage that is away. Here, all is made again, in another
-folder: one that is there is refused.
+ids and seeds give the images of `flux-batch run`. Unlike a job, a Ray Data pipeline does not resume, does not write
+each image exactly once, and does not wait while storage is unavailable: a second run makes every image again, and needs
+another output folder.
 
-Credentials of buckets come from the environment: Ray Data and Arrow know no `storage_options`.
+Credentials of buckets come from the environment: Ray Data and Arrow ignore `storage_options`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import Counter
 
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 
-from flux_batch import FluxMapper
-from flux_batch.config.schema import JobConfig
-from flux_batch.config.text import parse_moment
-from flux_batch.engine.ray_cluster import connect
-from flux_batch.job import load_job, with_absolute_paths
+from flux_batch import FluxMapper, JobConfig, load_job
 
-# What one call gets, is retried with, and costs if its worker is lost: some minutes of a GPU.
+# Rows of one call, which are made again together if their worker is lost: some minutes of a GPU.
 ROWS_PER_CALL = 64
 
 
 def with_images(prompts: Dataset, config: JobConfig) -> Dataset:
-    """Add the images of a data set of prompts, with the settings of a job file."""
+    """Return the prompts with their images, made with the settings of a job file."""
     settings = {
         "model": config.model.model_dump(),
         "sampling": config.sampling.model_dump(),
@@ -47,25 +44,25 @@ def with_images(prompts: Dataset, config: JobConfig) -> Dataset:
         fn_constructor_kwargs=settings,
         compute=ActorPoolStrategy(min_size=config.workers.min, max_size=config.workers.max),
         batch_size=ROWS_PER_CALL,
-        batch_format="pyarrow",  # keeps the types of columns where a whole batch has failed
-        num_gpus=config.workers.num_gpus,
-        num_cpus=0,  # else workers take the CPUs of a small cluster, and reading and writing never start
+        batch_format="pyarrow",  # keeps the column types of a batch whose rows all failed
+        num_gpus=config.workers.num_gpus if ray.cluster_resources().get("GPU") else 0,
+        num_cpus=0,  # or workers would take all CPUs of a small cluster, and reading and writing would never start
     )
 
 
 def main() -> int:
-    """Run the pipeline: put your own stages before and after."""
+    """Run the pipeline; add your own stages before and after."""
     parser = argparse.ArgumentParser(description="FLUX as a stage of a Ray Data pipeline.")
-    parser.add_argument("job", metavar="JOB.yaml", help="whose prompts, model, sampling, image and workers are used")
-    parser.add_argument("output", metavar="OUTPUT", help="the folder that the Parquet files go to")
+    parser.add_argument("job", metavar="JOB.yaml", help="its prompts, model, sampling, image and workers are used")
+    parser.add_argument("output", metavar="OUTPUT", help="folder of the Parquet files, must not exist")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--logical-date", type=parse_moment, metavar="DATE")
+    parser.add_argument("--logical-date", metavar="DATE")
     arguments = parser.parse_args()
-    config = with_absolute_paths(load_job(arguments.job, arguments.overrides, arguments.logical_date))
-    connect(config.workers.max, config.workers.num_gpus)
+    config = load_job(arguments.job, arguments.overrides, arguments.logical_date)
+    ray.init(os.environ.get("RAY_ADDRESS", "local"))
 
     prompts = ray.data.read_parquet(list(config.prompts.uri))
-    with_images(prompts, config).write_parquet(arguments.output, mode="create")  # a second run would add to it
+    with_images(prompts, config).write_parquet(arguments.output, mode="create")  # or a second run would append to it
 
     outcomes: Counter[str] = Counter()
     for batch in ray.data.read_parquet(arguments.output).select_columns("status").iter_batches(batch_format="pyarrow"):
