@@ -89,9 +89,10 @@ class DeviceFatal(FluxBatchError):
 
 
 class StoreError(FluxBatchError, OSError):
-    """A storage operation failed, after the retries it is worth."""
+    """A storage operation failed; `waited_s` is how many seconds it was retried before."""
 
     exit_code = 75
+    waited_s = 0.0
 
 
 class DiskFull(StoreError):

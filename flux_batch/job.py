@@ -32,7 +32,7 @@ from flux_batch.worker.settled_precision import with_dtype_of_run
 from flux_batch.worker.worker import WorkerFactory
 
 if TYPE_CHECKING:
-    from flux_batch.engine.protocol import Engine, Runner
+    from flux_batch.engine.protocol import Engine
 
 log = logging.getLogger(__name__)
 
@@ -121,10 +121,10 @@ def check_images(config: JobConfig) -> None:
         check_job_image(config.sampling.input_image, config.prompts.storage_options)
 
 
-def render(engine: Engine, runner: Runner, todo: Sequence[Shard], stop: Stop, progress: Progress) -> None:
+def render(engine: Engine, factory: WorkerFactory, todo: Sequence[Shard], stop: Stop, progress: Progress) -> None:
     """Run every shard. Raises: Interrupted if a stop left some of them, and errors of the engine."""
     num_settled = 0
-    for result in engine.run(runner, todo, stop):
+    for result in engine.run(factory, todo, stop):
         progress.add(result)
         num_settled += 1
     if stop.is_requested and num_settled < len(todo):

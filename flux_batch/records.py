@@ -46,13 +46,13 @@ class Attempt:
     """One try at a shard: what the engine knows of those before it.
 
     `number` counts the tries, from 1; `lost` the workers that were lost while they made it, and `reason` says how the
-    last one was. `from_end` makes the last images first, since another worker makes the first ones now.
+    last one was. `reverse_order` makes the last images first, since another worker makes the first ones now.
     """
 
     number: int = 1
     lost: int = 0
     reason: str = ""
-    from_end: bool = False
+    reverse_order: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

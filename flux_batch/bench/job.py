@@ -27,7 +27,7 @@ from flux_batch.bench.job_task import GUIDANCE, JobSize, Task, stamp
 from flux_batch.bench.source import Source
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
-from flux_batch.engine.protocol import Engine, Runner
+from flux_batch.engine.protocol import Engine, WorkerFactory
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import JobError
 from flux_batch.job import ray_pool, run
@@ -61,9 +61,9 @@ class StampedEngine:
     ended: float = 0.0
     device_s: float = field(default=0.0)
 
-    def run(self, runner: Runner, shards: Sequence[Shard], stop: Stop) -> Iterator[ShardResult]:
+    def run(self, factory: WorkerFactory, shards: Sequence[Shard], stop: Stop) -> Iterator[ShardResult]:
         """Run every shard."""
-        for result in self.inner.run(runner, shards, stop):
+        for result in self.inner.run(factory, shards, stop):
             self.ended = time.time()
             self.device_s += result.device_s
             yield result

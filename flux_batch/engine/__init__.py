@@ -1,1 +1,1 @@
-"""Where shards run: a picklable runner goes in, shard results come out; knows no image, model or file."""
+"""Where shards run: a picklable worker factory goes in, shard results come out; knows no image, model or file."""

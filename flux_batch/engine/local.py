@@ -1,6 +1,6 @@
 """The engine without a cluster: one worker in this process, one shard after the other. For tests and one device.
 
-A shard is finished on a thread of its own while the next is made, and no third is begun before it is.
+A shard is finished on its own thread while the next one is made; a third is not begun before the first is finished.
 """
 
 from __future__ import annotations
@@ -12,106 +12,108 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from flux_batch.engine.backoff import FIRST_REST_S, Outage, Rest
-from flux_batch.engine.protocol import Runner, Work, describe, kind_of
+from flux_batch.engine.backoff import FIRST_PAUSE_S, Backoff
+from flux_batch.engine.failure import Failure
+from flux_batch.engine.protocol import Worker, WorkerFactory
 from flux_batch.engine.shard_queue import ShardQueue, Task
-from flux_batch.engine.stop import LOOK_S, Stop
+from flux_batch.engine.stop import POLL_S, Stop
 from flux_batch.errors import Interrupted
 from flux_batch.records import Shard, ShardResult
 
 
 @dataclass(frozen=True)
 class LocalEngine:
-    """Runs shards here and now; each gets `max_attempts` tries, and storage `outage_s` seconds to come back.
+    """Runs shards in this process; each gets `max_attempts` tries, and storage `outage_s` seconds to come back.
 
-    Nobody watches this process: work that hangs, hangs, and a lost device ends the run, which the same command goes
-    on with. A stop waits for the work to put its shard aside, however long that takes.
+    This process is not supervised: a hanging worker hangs the run, and a lost device ends it; the same command resumes
+    it. A stop waits until the worker has put its shard aside, however long that takes.
     """
 
     max_attempts: int = 3
     outage_s: float = 1800
-    rest_s: float = FIRST_REST_S
+    backoff_s: float = FIRST_PAUSE_S
 
-    def run(self, runner: Runner, shards: Sequence[Shard], stop: Stop | None = None) -> Iterator[ShardResult]:
-        """Run every shard, in order but for those that are tried again, until somebody asks to stop."""
+    def run(self, factory: WorkerFactory, shards: Sequence[Shard], stop: Stop | None = None) -> Iterator[ShardResult]:
+        """Run every shard in order, those that failed again at the end, until a stop is requested."""
         stop = stop or Stop()
         if stop.is_requested:
             return
-        work = runner.open()
-        rounds = _Rounds(ShardQueue(shards, self.max_attempts), Outage(self.outage_s), Rest(self.rest_s), stop)
-        with _told_to_stop(work, stop), ThreadPoolExecutor(1, "finish") as finisher:
-            yield from rounds.results(work, finisher)
+        worker = factory.open()
+        queue = ShardQueue(shards, self.max_attempts, self.outage_s)
+        with _passing_on(stop, worker), ThreadPoolExecutor(1, "finish") as finisher:
+            yield from _Loop(worker, finisher, queue, Backoff(self.backoff_s), stop).results()
 
 
 @dataclass
-class _Rounds:
-    """The state of one run: which shards wait, which one is being finished."""
+class _Loop:
+    """The state of one run: the shards that wait, and those that are being finished."""
 
+    worker: Worker
+    finisher: ThreadPoolExecutor
     queue: ShardQueue
-    outage: Outage
-    rest: Rest
+    backoff: Backoff
     stop: Stop
-    behind: deque[tuple[Task, Future[ShardResult]]] = field(default_factory=deque)
-    is_put_aside: bool = False
+    in_flight: deque[tuple[Task, Future[ShardResult]]] = field(default_factory=deque)
+    is_worker_stopped: bool = False
 
-    def results(self, work: Work, finisher: ThreadPoolExecutor) -> Iterator[ShardResult]:
-        """Make what waits and finish what is made, until nothing is left or somebody asks to stop."""
-        while (task := self._next()) or self.behind:
-            if task:
-                try:
-                    self.behind.append((task, finisher.submit(work.make(task.shard, task.attempt).finish)))
-                except Exception as error:
-                    yield from self._failed(task, error)
-            if len(self.behind) > (1 if task else 0):
-                yield from self._settle()  # which may have to be tried again
-
-    @property
-    def _is_over(self) -> bool:
-        return self.is_put_aside or self.stop.is_requested
+    def results(self) -> Iterator[ShardResult]:
+        """Make and finish shards until none is left or a stop is requested."""
+        while (task := self._next()) or self.in_flight:
+            if task and (result := self._make(task)):
+                yield result
+            if len(self.in_flight) > (1 if task else 0) and (result := self._finish()):
+                yield result
 
     def _next(self) -> Task | None:
-        return None if self._is_over else self.queue.next()
+        return None if self.is_worker_stopped or self.stop.is_requested else self.queue.next()
 
-    def _settle(self) -> Iterator[ShardResult]:
-        """Wait for the shard that was made first."""
-        task, future = self.behind.popleft()
+    def _make(self, task: Task) -> ShardResult | None:
+        """Make a shard and begin to finish it. Returns: its result if it failed for the last time."""
         try:
-            result = future.result()
+            made = self.worker.make(task.shard, task.attempt)
         except Exception as error:
-            yield from self._failed(task, error)
-            return
-        self.queue.done(task)
-        self.outage.end()
-        self.rest.reset()
-        yield result
+            return self._settle(task, _failure(error))
+        self.in_flight.append((task, self.finisher.submit(made.finish)))
+        return None
 
-    def _failed(self, task: Task, error: Exception) -> Iterator[ShardResult]:
-        """Have a shard tried again, unless that is in vain. Raises: the error of all shards, Interrupted."""
-        kind = kind_of(error)
-        if kind in ("fatal", "lost"):
-            raise error
-        if kind == "failed":
-            if given_up := self.queue.failed(task, describe(error)):
-                yield given_up
-            return
-        self.queue.put_aside(task)
-        if kind == "stopped":
-            self.is_put_aside = True
-            return
-        self.outage.meet(f"shard {task.shard.index}", describe(error))
-        with suppress(Interrupted):  # by the stop, which the loop sees
-            self.stop.sleep(self.rest.begin())
+    def _finish(self) -> ShardResult | None:
+        """Wait for the shard that was made first. Returns: its result, None if it is tried again."""
+        task, future = self.in_flight.popleft()
+        try:
+            outcome: ShardResult | Failure = future.result()
+        except Exception as error:
+            outcome = _failure(error)
+        return self._settle(task, outcome)
+
+    def _settle(self, task: Task, outcome: ShardResult | Failure) -> ShardResult | None:
+        result = self.queue.settle(task, outcome)
+        if isinstance(outcome, ShardResult):
+            self.backoff.reset()
+        elif outcome.kind == "stopped":
+            self.is_worker_stopped = True
+        elif outcome.kind == "storage_unavailable":
+            with suppress(Interrupted):  # by a stop, which the loop notices
+                self.stop.sleep(self.backoff.begin())
+        return result
+
+
+def _failure(error: Exception) -> Failure:
+    """Return the failure of an error. Raises: the error itself if this process cannot go on after it."""
+    failure = Failure.of(error)
+    if failure.kind == "device_lost":
+        raise error
+    return failure
 
 
 @contextmanager
-def _told_to_stop(work: Work, stop: Stop) -> Iterator[None]:
-    """Pass a request to stop on to work that is busy on this thread."""
+def _passing_on(stop: Stop, worker: Worker) -> Iterator[None]:
+    """Pass a request to stop on to a worker that is busy on this thread."""
     is_over = threading.Event()
 
     def watch() -> None:
-        while not is_over.wait(LOOK_S):
+        while not is_over.wait(POLL_S):
             if stop.is_requested:
-                work.stop()
+                worker.stop()
                 return
 
     watcher = threading.Thread(target=watch, name="stop", daemon=True)

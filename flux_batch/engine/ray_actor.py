@@ -1,6 +1,6 @@
-"""The process around a worker on a Ray cluster: opens the runner, runs shards, turns exceptions into answers.
+"""The process around a worker on a Ray cluster: opens it, runs its shards, and turns exceptions into answers.
 
-What the driver sees as a Ray error is then always the loss of a process or a node, never a matter of the work.
+A Ray error that reaches the driver is then always the loss of a process or a node, never an error of the work.
 """
 
 from __future__ import annotations
@@ -8,64 +8,52 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import ray
 
-from flux_batch.engine.protocol import Kind, MadeShard, Runner, Work, describe, kind_of
+from flux_batch.engine.failure import Failure
+from flux_batch.engine.protocol import MadeShard, Worker, WorkerFactory
 from flux_batch.engine.ray_metrics import WorkerMetrics
-from flux_batch.errors import FluxBatchError
 from flux_batch.records import Attempt, Shard, ShardResult
 
 log = logging.getLogger(__name__)
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
-# The concurrency groups whose methods are served while a shard is made, each by a thread.
+# The concurrency groups whose methods run while a shard is made, each on its own thread.
 WATCH = "watch"
 FINISH = "finish"
-# sysexits.h EX_SOFTWARE; any code will do, os._exit is what makes Ray treat it as a lost process.
-DEVICE_FATAL_EXIT = 70
-# A process whose device is lost says so and is killed by the driver; it leaves by itself if that does not happen.
-LEAVE_S = 5.0
+# sysexits.h EX_SOFTWARE; any code will do, since os._exit is what makes Ray report a lost process.
+_DEVICE_LOST_EXIT = 70
+# A process whose device is lost answers, and the driver kills it; after this long it exits by itself.
+_EXIT_DELAY_S = 5.0
 
 
-def watched(method: Method) -> Method:
-    """Have a method of the actor served whatever else is done."""
-    return cast(Method, ray.method(concurrency_group=WATCH)(method))
+def _watching(method: _Method) -> _Method:
+    """Run a method of the actor whatever else it does."""
+    return cast(_Method, ray.method(concurrency_group=WATCH)(method))
 
 
-def finishing(method: Method) -> Method:
-    """Have a method of the actor served while the next shard is made."""
-    return cast(Method, ray.method(concurrency_group=FINISH)(method))
+def _finishing(method: _Method) -> _Method:
+    """Run a method of the actor while the next shard is made."""
+    return cast(_Method, ray.method(concurrency_group=FINISH)(method))
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why a worker could not start or a shard could not be run."""
+class WorkerActor:
+    """A worker in its process, which makes one shard and finishes one at a time; needs both concurrency groups."""
 
-    message: str
-    details: str  # the traceback, for logs and --debug
-    kind: Kind
-    error: FluxBatchError | None  # our own error, to be raised again in the driver
-
-
-class RayWorker:
-    """The actor: one runner, opened once, one shard made and one finished at a time; needs both concurrency groups."""
-
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self._work: Work | None = None
+    def __init__(self, factory: WorkerFactory) -> None:
+        self._factory = factory
+        self._worker: Worker | None = None
         self._made: dict[int, MadeShard] = {}
 
     def open(self) -> Failure | None:
-        """Load what the work needs; apart from the constructor, so that a failure can be answered with its reason."""
+        """Load the worker; separate from the constructor, so that the reason of a failure can be returned."""
         try:
-            self._work = self._runner.open()
-            self._metrics = WorkerMetrics(self._work.metrics)
+            self._worker = self._factory.open()
+            self._metrics = WorkerMetrics(self._worker.metrics)
             self._metrics.start()
         except Exception as error:
             return _failure(error)
@@ -73,14 +61,14 @@ class RayWorker:
 
     def make(self, shard: Shard, attempt: Attempt) -> Failure | None:
         """Make one shard."""
-        assert self._work is not None
+        assert self._worker is not None
         try:
-            self._made[shard.index] = self._work.make(shard, attempt)
+            self._made[shard.index] = self._worker.make(shard, attempt)
         except Exception as error:
             return _failure(error)
         return None
 
-    @finishing
+    @_finishing
     def finish(self, index: int) -> ShardResult | Failure:
         """Finish a shard that was made."""
         try:
@@ -88,35 +76,31 @@ class RayWorker:
         except Exception as error:
             return _failure(error)
         finally:
-            self._metrics.tell()  # the last one of a run is killed once it has answered
+            self._metrics.export()  # the process that answers last in a run is killed right away
 
-    @watched
+    @_watching
     def node_id(self) -> str:
-        """Tell on which node this process is."""
+        """Return the id of the node that this process runs on."""
         return str(ray.get_runtime_context().get_node_id())
 
-    @watched
+    @_watching
     def idle_s(self) -> float:
-        """Tell how long ago the last sign of progress was; to answer at all is a sign of life."""
-        return self._work.idle_s() if self._work else 0.0
+        """Return the seconds since the last progress; any answer at all shows that the process lives."""
+        return self._worker.idle_s() if self._worker else 0.0
 
-    @watched
+    @_watching
     def stop(self) -> None:
-        """Have the shard in hand put aside."""
-        if self._work:
-            self._work.stop()
+        """Request that the current shard is put aside."""
+        if self._worker:
+            self._worker.stop()
 
 
 def _failure(error: Exception) -> Failure:
-    kind = kind_of(error)
-    if kind == "lost":
-        log.error("the device is lost, and this process with it: %s", error)
-        leave = threading.Timer(LEAVE_S, os._exit, [DEVICE_FATAL_EXIT])
-        leave.daemon = True
-        leave.start()
-    return Failure(
-        message=describe(error),
-        details=traceback.format_exc(),
-        kind=kind,
-        error=error if isinstance(error, FluxBatchError) else None,
-    )
+    """Return the failure of an error; the process exits soon if its device is lost."""
+    failure = Failure.of(error)
+    if failure.kind == "device_lost":
+        log.error("the device is lost, so this process exits: %s", error)
+        timer = threading.Timer(_EXIT_DELAY_S, os._exit, [_DEVICE_LOST_EXIT])
+        timer.daemon = True
+        timer.start()
+    return failure

@@ -1,4 +1,4 @@
-"""The Ray cluster as a whole: joining it, or starting one here; telling whether it still answers."""
+"""The Ray cluster: joining or starting one, checking that it answers, and finding nodes that leave."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ import time
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from flux_batch.errors import Interrupted
 
-# How long to wait for the TCP answer of a cluster that others have started.
-REACHABLE_S = 10.0
-# How long a cluster that stopped answering may take to come back.
-LOST_S = 30.0
+log = logging.getLogger(__name__)
+
+# Seconds for the TCP answer of a cluster that others have started.
+_CONNECT_TIMEOUT_S = 10.0
+# Seconds that a cluster which stopped answering may take to come back.
+CLUSTER_LOST_S = 30.0
+# Seconds for the TCP answer of a node, which counts as gone after them.
+_NODE_TIMEOUT_S = 3.0
 
 
 def connect(max_workers: int, num_gpus: float) -> None:
-    """Connect to Ray unless this process already is; a local cluster on a machine without GPUs gets logical ones.
+    """Connect to Ray unless this process is connected; a local cluster without GPUs gets logical ones.
 
     Raises: Interrupted if no cluster answers at RAY_ADDRESS.
     """
@@ -38,16 +43,16 @@ def connect(max_workers: int, num_gpus: float) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(**options)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # ray.init takes the signal over; it is the program's to handle
+        signal.signal(signal.SIGTERM, handler)  # ray.init replaces the handler of the program
 
 
 def gcs_address() -> str:
-    """Give the address of the part of the cluster without which there is none."""
+    """Return the address of the cluster's control service, without which there is no cluster."""
     return str(ray.get_runtime_context().gcs_address)
 
 
 def check_reachable(address: str) -> None:
-    """Raise Interrupted unless something listens at a HOST:PORT address; Ray itself would try for many minutes."""
+    """Raise Interrupted unless a HOST:PORT address accepts connections; Ray itself would try for many minutes."""
     if reason := why_unreachable(address):
         raise Interrupted(
             f"RAY_ADDRESS = {address}: no Ray cluster answers there ({reason}); start it, or unset RAY_ADDRESS "
@@ -55,10 +60,10 @@ def check_reachable(address: str) -> None:
         )
 
 
-def why_unreachable(address: str, timeout_s: float = REACHABLE_S) -> str | None:
-    """Say why nothing listens at a HOST:PORT address; None if something does, or if it is of another kind."""
+def why_unreachable(address: str, timeout_s: float = _CONNECT_TIMEOUT_S) -> str | None:
+    """Return why a HOST:PORT address accepts no connection; None if it does, or if the address has another form."""
     host, _, port = address.rpartition(":")
-    if not port.isdecimal() or "/" in host:  # `auto` or ray://, which answer for themselves
+    if not port.isdecimal() or "/" in host:  # `auto` or ray://, which Ray checks
         return None
     try:
         socket.create_connection((host, int(port)), timeout=timeout_s).close()
@@ -68,12 +73,62 @@ def why_unreachable(address: str, timeout_s: float = REACHABLE_S) -> str | None:
 
 
 def await_cluster(address: str) -> None:
-    """Wait while the cluster is away. Raises: Interrupted if it stays away.
+    """Wait while the cluster does not answer. Raises: Interrupted if it stays away.
 
-    Calls of Ray would block, and after a minute Ray ends this process without a word to its user.
+    Calls of Ray would block meanwhile, and after a minute Ray ends this process without a message to the user.
     """
-    deadline = time.monotonic() + LOST_S
+    deadline = time.monotonic() + CLUSTER_LOST_S
     while reason := why_unreachable(address):
         if time.monotonic() > deadline:
             raise Interrupted(f"the Ray cluster at {address} is gone ({reason}); run the same command again")
         time.sleep(1)
+
+
+class Nodes:
+    """The nodes of the cluster: `here` is that of this process, `leaving` are all that were or are being drained."""
+
+    def __init__(self) -> None:
+        self.here = str(ray.get_runtime_context().get_node_id())
+        self.leaving: set[str] = set()
+
+    def refresh(self) -> None:
+        """Read again which nodes are being drained."""
+        self.leaving |= draining_nodes()
+
+    def caused_loss(self, node: str, error: BaseException | None) -> bool:
+        """Return whether a process was lost because its node was; `node` is empty if it never had one."""
+        if isinstance(error, RayActorError) and error.preempted:
+            return True
+        self.refresh()
+        return node in self.leaving or (not _is_up(node) if node else _never_ran(error))
+
+
+def draining_nodes() -> set[str]:
+    """Return the hexadecimal ids of the nodes that are being drained.
+
+    This is the one use of an API of Ray which is not public: `get_draining_nodes`, which Ray Train and Ray Data use
+    too. A version of Ray without it has no draining nodes: they count as staying until they are gone.
+    """
+    try:
+        from ray._private.state import state
+
+        return set(state.get_draining_nodes())
+    except Exception as error:  # not public: any version may change or remove it
+        log.debug("the draining nodes cannot be read: %s", error)
+        return set()
+
+
+def _is_up(node: str) -> bool:
+    """Return whether a node accepts connections.
+
+    Measured with Ray 2.60: calls to its actors fail 2 s after a node died, the cluster takes 15 s to find out.
+    """
+    for each in ray.nodes():
+        if each["NodeID"] == node and each["Alive"]:
+            return why_unreachable(f"{each['NodeManagerAddress']}:{each['NodeManagerPort']}", _NODE_TIMEOUT_S) is None
+    return False
+
+
+def _never_ran(error: BaseException | None) -> bool:
+    """Return whether an actor was lost before it had a process, as happens if its node leaves while it starts."""
+    return isinstance(error, RayActorError) and "never ran" in str(error)

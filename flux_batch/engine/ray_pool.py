@@ -1,7 +1,7 @@
 """The engine on a Ray cluster: a pool of actors that the driver owns; each makes a shard while it finishes the last.
 
-Decides where shards run; does not know what they are. A worker that is lost gives its shard to another one, and the
-pool replaces the process. Ray's own retries are off, since they would pin a shard to its actor.
+Decides where shards run; does not know what they are. The shard of a lost worker goes to another one, and the pool
+replaces the process. Ray's own retries are off, since they would tie a shard to its actor.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from flux_batch.engine.backoff import FIRST_REST_S, Outage, Rest
-from flux_batch.engine.protocol import Runner
-from flux_batch.engine.ray_actor import Failure
-from flux_batch.engine.ray_cluster import await_cluster, connect, gcs_address, why_unreachable
-from flux_batch.engine.ray_handle import Member, actor_class, hire, wait
+from flux_batch.engine.backoff import FIRST_PAUSE_S, Backoff
+from flux_batch.engine.failure import Failure
+from flux_batch.engine.protocol import WorkerFactory
+from flux_batch.engine.ray_cluster import Nodes, await_cluster, connect, gcs_address, why_unreachable
+from flux_batch.engine.ray_handle import WorkerHandle, make_actor_class, start_worker, wait_for_answers
 from flux_batch.engine.ray_metrics import PoolMetrics
-from flux_batch.engine.ray_nodes import Nodes
 from flux_batch.engine.shard_queue import ShardQueue, Task
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import RunIncomplete
@@ -29,23 +28,23 @@ from flux_batch.records import Shard, ShardResult
 
 log = logging.getLogger(__name__)
 
-# How long one wait for answers lasts: how soon a request to stop is seen.
-PULSE_S = 0.5
-# How often to look after workers, nodes and the cluster; a spot notice gives 30 s at the least.
-LOOK_S = 2.0
-# Say so when workers that were asked for do not come: after this long, and then again.
-PATIENCE_S = 30.0
-# Of how many workers one may wait at the end for a shard that takes too long elsewhere.
-WORKERS_PER_SPARE = 20
+# Seconds of one wait for answers, after which a request to stop is noticed.
+_POLL_S = 0.5
+# Seconds between two checks of workers, nodes and cluster; the notice of a spot node is at least 30 s.
+_CHECK_INTERVAL_S = 2.0
+# Seconds after which missing workers are logged, and again.
+_WARN_AFTER_S = 30.0
+# One idle worker of so many stays at the end of a run, for shards that are slow elsewhere.
+_WORKERS_PER_SPARE = 20
 
 
 @dataclass(frozen=True)
 class RayPool:
-    """Runs shards on up to `max_workers` actors, started as long as there is work for them.
+    """Runs shards on up to `max_workers` actors, which are started as long as there is work for them.
 
-    `hang_s` without a sign of life ends a worker; `drain_s` is what workers have to put their shards aside; `outage_s`
-    how long storage may fail. At the end, an idle worker also begins a shard that another one has had for `slow_factor`
-    times the usual, and for `slow_s` seconds. `name` is that of the run, in metrics.
+    `hang_s` seconds without progress end a worker. `drain_s` is how long workers have to put their shards aside,
+    `outage_s` how long storage may be unavailable. At the end of a run, an idle worker also begins a shard that another
+    one has had for `slow_factor` times the usual duration, and for `slow_s`. `name` is that of the run, in metrics.
     """
 
     max_workers: int
@@ -56,18 +55,19 @@ class RayPool:
     hang_s: float = 900
     drain_s: float = 25
     outage_s: float = 1800
-    rest_s: float = FIRST_REST_S
+    backoff_s: float = FIRST_PAUSE_S
     slow_factor: float = 2
     slow_s: float = 30
     name: str = ""
 
-    def run(self, runner: Runner, shards: Sequence[Shard], stop: Stop | None = None) -> Iterator[ShardResult]:
+    def run(self, factory: WorkerFactory, shards: Sequence[Shard], stop: Stop | None = None) -> Iterator[ShardResult]:
         """Join the cluster of RAY_ADDRESS, or start one on this machine, and run every shard."""
         stop = stop or Stop()
         if stop.is_requested:
             return
         connect(self.max_workers, self.num_gpus)
-        pool = _Pool(self, ray.put(runner), ShardQueue(shards, self.max_attempts), stop, gcs_address(), Nodes())
+        queue = ShardQueue(shards, self.max_attempts, self.outage_s)
+        pool = _Pool(self, ray.put(factory), queue, stop, gcs_address(), Nodes())
         try:
             yield from pool.results()
         finally:
@@ -77,240 +77,230 @@ class RayPool:
 
 @dataclass
 class _Pool:
-    """The state of one run: which workers exist and what each is doing."""
+    """The state of one run: the workers and their tasks."""
 
     options: RayPool
-    runner: Any  # ObjectRef of the runner, stored once for all actors
+    factory: Any  # ObjectRef of the factory, stored once for all actors
     queue: ShardQueue
     stop: Stop
     gcs_address: str
     nodes: Nodes
-    members: list[Member] = field(default_factory=list)
+    workers: list[WorkerHandle] = field(default_factory=list)
     has_started: bool = False
     failed_starts: int = 0
     last_start: float = field(default_factory=time.monotonic)
-    last_look: float = field(default_factory=time.monotonic)
+    last_check: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.actor_class = actor_class(self.options.num_gpus, self.options.num_cpus)
-        self.outage = Outage(self.options.outage_s)
-        self.rest = Rest(self.options.rest_s)  # of the pool, from starting workers
+        self.actor_class = make_actor_class(self.options.num_gpus, self.options.num_cpus)
+        self.start_backoff = Backoff(self.options.backoff_s)
         self.metrics = PoolMetrics(self.options.name)
 
     def results(self) -> Iterator[ShardResult]:
-        """Turn the crank until every shard has its result, or somebody asks to stop; then see the workers off."""
+        """Run the pool until every shard has its result or a stop is requested, then let the workers finish."""
         while not self.queue.is_settled and not self.stop.is_requested:
-            self._hire()
-            self._let_go()
+            self._start_workers()
+            self._scale_down()
             self._dispatch()
-            yield from self._turn()
+            yield from self._step()
             self._report_missing_workers()
-        for member in list(self.members):
-            if member.tasks:
-                member.halt()
+        for worker in list(self.workers):
+            if worker.tasks:
+                worker.stop()
             else:
-                self._remove(member)
+                self._remove(worker)
         deadline = time.monotonic() + self.options.drain_s
-        while self._busy() and time.monotonic() < deadline:
-            yield from self._turn()
+        while any(worker.tasks for worker in self.workers) and time.monotonic() < deadline:
+            yield from self._step()
 
     def end(self) -> None:
         """End every worker."""
-        for member in self.members:
-            member.kill()
-        self.members = []
-        self._tell()  # levels stay where they were left
+        for worker in self.workers:
+            worker.kill()
+        self.workers = []
+        self._export_metrics()  # gauges keep their last values
 
-    def _busy(self) -> list[Member]:
-        return [member for member in self.members if member.tasks]
+    def _start_workers(self) -> None:
+        """Start as many workers as there is work for."""
+        staying = [worker for worker in self.workers if not worker.is_stopping]
+        num_busy = sum(worker.task is not None for worker in staying)
+        num_wanted = min(self.options.max_workers, self.queue.num_waiting + num_busy)
+        if self.start_backoff.is_over:
+            for _ in range(num_wanted - len(staying)):
+                self.workers.append(start_worker(self.actor_class, self.factory, Backoff(self.options.backoff_s)))
 
-    def _hire(self) -> None:
-        """Have as many workers as there is work for."""
-        staying = [member for member in self.members if not member.is_leaving]
-        num_busy = sum(member.task is not None for member in staying)
-        wanted = min(self.options.max_workers, self.queue.num_waiting + num_busy)
-        if self.rest.is_over:
-            for _ in range(wanted - len(staying)):
-                self.members.append(hire(self.actor_class, self.runner, Rest(self.options.rest_s)))
-
-    def _let_go(self) -> None:
-        """End workers for which nothing is left, so that their nodes can go, but for a few that may help the others."""
+    def _scale_down(self) -> None:
+        """End workers without work, so that their nodes can leave, except a few that may help the others."""
         if self.queue.num_waiting:
             return
-        idle = [member for member in self.members if not member.tasks]
-        idle.sort(key=lambda member: member.is_up, reverse=True)
-        num_spare = min(-(-self.options.max_workers // WORKERS_PER_SPARE), self.queue.num_alone)
-        for member in idle[num_spare:]:
-            self._remove(member)
+        idle = [worker for worker in self.workers if not worker.tasks]
+        idle.sort(key=lambda worker: worker.is_up, reverse=True)
+        num_spare = min(-(-self.options.max_workers // _WORKERS_PER_SPARE), self.queue.num_alone)
+        for worker in idle[num_spare:]:
+            self._remove(worker)
 
     def _dispatch(self) -> None:
-        for member in self.members:
-            if member.is_idle and not (member.finishing and self.queue.is_next_suspect):
-                task = self.queue.next() or self.queue.second(self.options.slow_factor, self.options.slow_s)
+        """Give shards to idle workers."""
+        for worker in self.workers:
+            if worker.is_idle and not (worker.finishing and self.queue.is_next_isolated):
+                task = self.queue.next() or self.queue.speculate(self.options.slow_factor, self.options.slow_s)
                 if task is None:
                     return
-                member.give(task, time.monotonic())
+                worker.make(task, time.monotonic())
 
-    def _turn(self) -> Iterator[ShardResult]:
-        """Wait a little for answers and settle them; look after everybody now and then."""
-        answered = wait(self.members, PULSE_S)
-        for member, call in answered:
-            if member in self.members:  # else it was lost with its other call
-                yield from self._settle(member, call)
-        if not answered and not any(member.call or member.finishing for member in self.members):
-            time.sleep(PULSE_S)  # all rest
-        yield from self._look()
+    def _step(self) -> Iterator[ShardResult]:
+        """Wait a little for answers and handle them; check on all workers now and then."""
+        answered = wait_for_answers(self.workers, _POLL_S)
+        for worker, call in answered:
+            if worker in self.workers:  # or it was lost with another call
+                yield from self._on_answer(worker, call)
+        if not answered and not any(worker.call or worker.finishing for worker in self.workers):
+            time.sleep(_POLL_S)  # every worker pauses
+        yield from self._check()
 
-    def _settle(self, member: Member, call: Any) -> Iterator[ShardResult]:
-        """Take the answer of a worker, or its loss."""
+    def _on_answer(self, worker: WorkerHandle, call: Any) -> Iterator[ShardResult]:
+        """Handle the answer of a worker, or its loss."""
         try:
             outcome: ShardResult | Failure | None = ray.get(call)
         except RayError as error:
             reason = "its worker died" if isinstance(error, RayActorError) else _first_line(error)
-            yield from self._lose(member, reason, error)
+            yield from self._on_worker_lost(worker, reason, error)
             return
         if isinstance(outcome, Failure):
             log.debug("%s", outcome.details)
-            if outcome.kind == "fatal" and outcome.error:
-                raise outcome.error
-        task = member.answered(call)
+        task = worker.on_answer(call)
         if task is None:
-            self._settle_start(member, outcome)
-            return
-        if outcome is None:
-            self.queue.made(task)
-            member.finish(task)
-            return
-        yield from self._settle_task(member, task, outcome)
-        if member.is_leaving and not member.tasks and member in self.members:
-            self._remove(member)
+            assert not isinstance(outcome, ShardResult)
+            self._on_start(worker, outcome)
+        elif outcome is None:
+            self.queue.mark_made(task)
+            worker.finish(task)
+        else:
+            yield from self._settle(worker, task, outcome)
 
-    def _settle_start(self, member: Member, outcome: Any) -> None:
-        """Take a worker that is up into the pool; what none could do from the beginning ends the run."""
-        if outcome is None:
-            member.is_up = self.has_started = True
+    def _on_start(self, worker: WorkerHandle, failure: Failure | None) -> None:
+        """Add a started worker to the pool. Raises: an error that no worker could start without."""
+        if failure is None:
+            worker.is_up = self.has_started = True
             self.failed_starts = 0
             self.last_start = time.monotonic()
-            log.info("%d worker(s) up", sum(member.is_up for member in self.members))
+            log.info("%d worker(s) up", sum(worker.is_up for worker in self.workers))
             return
-        self._remove(member)
-        if outcome.kind == "outage":
-            self.outage.meet("a worker could not start", outcome.message)
-            self.rest.begin()
-        elif outcome.kind == "lost" or self.has_started:  # this node may be to blame
-            self._count_failed_start(outcome.message)
+        self._remove(worker)
+        if failure.kind == "storage_unavailable":
+            self.queue.check_outage("a worker could not start", failure)
+            self.start_backoff.begin()
+        elif failure.kind == "device_lost" or (self.has_started and failure.kind != "run_failed"):
+            self._count_failed_start(failure.message)  # this node may be to blame
         else:
-            raise outcome.error or RunIncomplete(f"a worker could not start: {outcome.message}")
+            raise failure.error or RunIncomplete(f"a worker could not start: {failure.message}")
 
-    def _settle_task(self, member: Member, task: Task, outcome: Any) -> Iterator[ShardResult]:
-        """Yield the result of a shard, or let it be tried again."""
-        given_up = None
+    def _settle(self, worker: WorkerHandle, task: Task, outcome: ShardResult | Failure) -> Iterator[ShardResult]:
+        """Settle a task, yield the result of its shard if it has one, and act on its worker."""
+        result = self.queue.settle(task, outcome)
         if isinstance(outcome, ShardResult):
-            self.outage.end()
-            self.rest.reset()
-            member.rest.reset()
-            in_vain = self.queue.done(task)
-            for other in self.members:
-                if in_vain and other.task in in_vain:
-                    other.halt()
-            if in_vain is not None:
-                yield outcome
+            self.start_backoff.reset()
+            worker.backoff.reset()
         elif outcome.kind == "stopped":
-            self.queue.put_aside(task)
-            member.is_leaving = True
-        elif outcome.kind == "outage":
-            self.queue.put_aside(task)
-            self.outage.meet(f"shard {task.shard.index}", outcome.message)
-            member.rest.begin()
-        elif outcome.kind == "lost":
-            self._remove(member)
-            given_up = self.queue.lost(task, outcome.message)
-            for made in member.tasks:  # which is no fault of theirs
-                self.queue.put_aside(made)
-        else:
-            given_up = self.queue.failed(task, outcome.message)
-        if given_up:
-            yield given_up
+            worker.is_stopping = True
+        elif outcome.kind == "storage_unavailable":
+            worker.backoff.begin()
+        elif outcome.kind == "device_lost":
+            self._remove(worker)
+            for made in worker.tasks:  # the device was lost on another shard
+                self.queue.requeue(made)
+        if result:
+            self._stop_duplicates()
+            yield result
+        if worker.is_stopping and not worker.tasks and worker in self.workers:
+            self._remove(worker)
 
-    def _lose(self, member: Member, reason: str, error: BaseException | None) -> Iterator[ShardResult]:
-        """Replace a worker that is gone, or good for nothing; the shard pays for it only if its node did not leave."""
+    def _stop_duplicates(self) -> None:
+        """Stop the workers whose shard has its result from another one."""
+        for worker in self.workers:
+            if worker.task and self.queue.has_result(worker.task):
+                worker.stop()
+
+    def _on_worker_lost(self, worker: WorkerHandle, reason: str, error: BaseException | None) -> Iterator[ShardResult]:
+        """Remove a worker that died or hangs; the loss counts against its shards unless its node left."""
         await_cluster(self.gcs_address)
-        member.find()
-        self._remove(member)  # it may live on, cut off from us
-        with_node = self.nodes.took(member.node, error)
-        if with_node:
-            log.warning("a worker left with its node%s", f" {member.node[:8]}" if member.node else "")
-        if not member.tasks and not with_node:
+        worker.update_node()
+        self._remove(worker)  # it may still run, cut off from the driver
+        left_with_node = self.nodes.caused_loss(worker.node, error)
+        if left_with_node:
+            log.warning("a worker left with its node%s", f" {worker.node[:8]}" if worker.node else "")
+        elif not worker.tasks:
             self._count_failed_start(_first_line(error) if error else reason)
-        for task in member.tasks:  # which of them killed it shows when each is tried alone
-            if with_node:
-                self.queue.put_aside(task)
-            elif given_up := self.queue.lost(task, reason):
-                yield given_up
+        for task in worker.tasks:  # each is tried alone next, which shows the one that killed the worker
+            if left_with_node:
+                self.queue.requeue(task)
+            elif result := self.queue.lose(task, reason):
+                yield result
 
     def _count_failed_start(self, reason: str) -> None:
+        """Count a worker that was lost while it started. Raises: RunIncomplete if there are too many in a row."""
         self.failed_starts += 1
         log.warning("a worker was lost while it started: %s", reason)
         if self.failed_starts > self.options.max_attempts:
             raise RunIncomplete(f"{self.failed_starts} workers in a row died while they started; the last: {reason}")
 
-    def _remove(self, member: Member) -> None:
-        member.kill()
-        self.members.remove(member)
+    def _remove(self, worker: WorkerHandle) -> None:
+        worker.kill()
+        self.workers.remove(worker)
 
-    def _look(self) -> Iterator[ShardResult]:
-        """See which nodes leave, who hangs, and whether the cluster is still there."""
+    def _check(self) -> Iterator[ShardResult]:
+        """Check the cluster, drain workers whose nodes leave, and replace those that hang."""
         now = time.monotonic()
-        away, look_s = now - self.last_look, min(LOOK_S, self.options.hang_s / 4)
-        if away < look_s:
+        since_last_s, interval_s = now - self.last_check, min(_CHECK_INTERVAL_S, self.options.hang_s / 4)
+        if since_last_s < interval_s:
             return
         await_cluster(self.gcs_address)
-        self.last_look = now
-        self._tell()
-        self.nodes.look()
+        self.last_check = now
+        self._export_metrics()
+        self.nodes.refresh()
         if self.nodes.here in self.nodes.leaving:
             self.stop.request("the node of the driver is about to leave")
-        for member in list(self.members):
-            member.find()
-            if member.node in self.nodes.leaving:
-                self._send_away(member)
-            if not member.tasks:
+        for worker in list(self.workers):
+            worker.update_node()
+            if worker.node in self.nodes.leaving:
+                self._drain(worker)
+            if not worker.tasks:
                 continue
-            if away > 10 * look_s:
-                member.forgive(now)
-            elif silence := member.silence(now, self.options.hang_s):
-                yield from self._lose(member, silence, None)
+            if since_last_s > 10 * interval_s:  # the driver was suspended, not the worker
+                worker.reset_timeout(now)
+            elif reason := worker.why_hung(now, self.options.hang_s):
+                yield from self._on_worker_lost(worker, reason, None)
 
-    def _tell(self) -> None:
-        self.metrics.tell(
+    def _export_metrics(self) -> None:
+        self.metrics.export(
             shards_waiting=self.queue.num_waiting,
-            shards_in_hand=sum(len(member.tasks) for member in self.members),
-            workers_up=sum(member.is_up for member in self.members),
-            workers_wanted=len(self.members),
+            shards_in_hand=sum(len(worker.tasks) for worker in self.workers),
+            workers_up=sum(worker.is_up for worker in self.workers),
+            workers_wanted=len(self.workers),
         )
 
-    def _send_away(self, member: Member) -> None:
-        """Take a worker off a node that is about to leave; another one begins its shard at once."""
-        if not member.tasks:
-            self._remove(member)
-        elif not member.is_leaving:
-            if member.task:
-                log.warning("shard %d: the node of its worker is about to leave", member.task.shard.index)
-                self.queue.hand_over(member.task)
-            member.halt()
+    def _drain(self, worker: WorkerHandle) -> None:
+        """Stop a worker whose node is about to leave; another one begins its shard at once."""
+        if not worker.tasks:
+            self._remove(worker)
+        elif not worker.is_stopping:
+            if worker.task:
+                log.warning("shard %d: the node of its worker is about to leave", worker.task.shard.index)
+                self.queue.hand_over(worker.task)
+            worker.stop()
 
     def _report_missing_workers(self) -> None:
-        """Say what the run is waiting for, when workers do not come."""
-        num_up = sum(member.is_up for member in self.members)
-        if num_up >= self.options.min_workers or num_up == len(self.members):
+        """Log what the run waits for if workers do not start."""
+        num_up = sum(worker.is_up for worker in self.workers)
+        if num_up >= self.options.min_workers or num_up == len(self.workers):
             return
-        if time.monotonic() - self.last_start > PATIENCE_S:
+        if time.monotonic() - self.last_start > _WARN_AFTER_S:
             self.last_start = time.monotonic()
             log.warning(
                 "%d of %d workers are up; waiting for %d, each with %g GPU and %g CPU (the cluster has %g GPU, %g CPU)",
                 num_up,
                 self.options.min_workers,
-                len(self.members) - num_up,
+                len(self.workers) - num_up,
                 self.options.num_gpus,
                 self.options.num_cpus,
                 ray.cluster_resources().get("GPU", 0),

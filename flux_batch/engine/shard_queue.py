@@ -1,30 +1,34 @@
-"""Which shards wait, which are in somebody's hands, and what becomes of them when a worker is done with one.
+"""The shards of a run: those that wait, those in progress, and what becomes of one when its worker is done with it.
 
-The rules of trying again, without a process or a clock of a cluster: knows neither Ray nor what a shard holds.
+Holds the rules of trying again, without processes and without the clock of a cluster: knows neither Ray nor the
+contents of a shard.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from flux_batch.engine.failure import Failure
+from flux_batch.errors import Interrupted, RunIncomplete
 from flux_batch.records import Attempt, Shard, ShardResult
 
 log = logging.getLogger(__name__)
 
-# Shards whose durations tell what is usual: the last ones, since a run may change its pace.
-RECENT = 1000
-# Losses that a shard may cost for each of its rows: a worker makes an image that kills alone twice, and gives it up.
-LOSSES_PER_ROW = 2
+# Finished shards whose median duration is the usual one: the last ones, since the pace of a run may change.
+_RECENT_SHARDS = 1000
+# Losses that each row of a shard may cost: a worker makes an image that kills it twice, alone, and then gives it up.
+_LOSSES_PER_ROW = 2
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Task:
-    """One attempt at a shard, in the hands of one worker since `began`."""
+    """One attempt at a shard by one worker, in progress since `began`."""
 
     shard: Shard
     attempt: Attempt
@@ -32,60 +36,77 @@ class Task:
 
 
 class ShardQueue:
-    """The shards of a run. A task that was given out comes back by exactly one of done, failed, lost and put_aside.
+    """The shards of a run. Each task given out comes back by exactly one of `settle`, `lose` and `requeue`.
 
     A failure is an answer: it counts, and after `max_attempts` of them the shard is given up. A loss is the end of a
     worker without an answer: the shard is tried again more carefully, see Attempt, and is given up only after
-    `max_attempts` + 2 a row of them, which is more than its worker needs to find out every row that kills it.
+    `max_attempts` losses plus 2 a row, which is more than its worker needs to isolate every row that kills it.
+    Unavailable storage costs a shard nothing, but ends the run once it has lasted `outage_s`.
     """
 
     def __init__(
-        self, shards: Iterable[Shard], max_attempts: int = 3, clock: Callable[[], float] = time.monotonic
+        self,
+        shards: Iterable[Shard],
+        max_attempts: int = 3,
+        outage_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._waiting = deque(shards)
         self._max_attempts = max_attempts
+        self._outage_s = outage_s
         self._clock = clock
-        self._in_hand: dict[int, list[Task]] = {}
-        self._leaving: set[Task] = set()  # whose worker has been told to stop
-        self._made: set[Task] = set()  # which only have to be finished
+        self._in_progress: dict[int, list[Task]] = {}
+        self._leaving: set[Task] = set()  # tasks whose worker was told to stop
+        self._made: set[Task] = set()  # tasks that only have to be finished
         self._settled: set[int] = set()
-        self._back: set[int] = set()  # shards that wait not for the first time
+        self._requeued: set[int] = set()  # shards that wait again
         self._failures: Counter[int] = Counter()
         self._losses: Counter[int] = Counter()
-        self._reasons: dict[int, str] = {}  # of the last loss
-        self._from_end: set[int] = set()  # shards whose first images somebody makes now
-        self._durations: deque[float] = deque(maxlen=RECENT)
+        self._loss_reasons: dict[int, str] = {}  # of the last loss
+        self._handed_over: set[int] = set()  # shards whose first images a leaving worker still makes
+        self._durations: deque[float] = deque(maxlen=_RECENT_SHARDS)
+        self._last_success = -math.inf
+        self._outage_began = math.inf
 
     @property
     def num_waiting(self) -> int:
-        """Count the shards that nobody works on."""
+        """The number of shards that no worker has."""
         return len(self._waiting)
 
     @property
-    def is_next_suspect(self) -> bool:
-        """Whether workers were lost on the next shard: it must have its worker for itself, to show if it is why."""
+    def is_next_isolated(self) -> bool:
+        """Whether workers were lost on the next shard: then its worker must have no other, to show which one kills."""
         return bool(self._waiting) and self._losses[self._waiting[0].index] > 0
 
     @property
     def is_settled(self) -> bool:
         """Whether every shard has its result."""
-        return not self._waiting and all(index in self._settled for index in self._in_hand)
+        return not self._waiting and all(index in self._settled for index in self._in_progress)
+
+    @property
+    def num_alone(self) -> int:
+        """The number of shards that a single worker makes, and that a second one might speed up."""
+        return len(self._alone())
+
+    def has_result(self, task: Task) -> bool:
+        """Return whether a task is pointless because its shard has its result."""
+        return task.shard.index in self._settled
 
     def next(self) -> Task | None:
-        """Give out the next shard, if one waits."""
+        """Return a task for the next shard, None if none waits."""
         if not self._waiting:
             return None
         shard = self._waiting.popleft()
-        self._back.discard(shard.index)
-        is_from_end = shard.index in self._from_end and bool(self._in_hand.get(shard.index))
-        self._from_end.discard(shard.index)
-        return self._begin(shard, from_end=is_from_end)
+        self._requeued.discard(shard.index)
+        has_leaving_worker = shard.index in self._handed_over and bool(self._in_progress.get(shard.index))
+        self._handed_over.discard(shard.index)
+        return self._begin(shard, reverse_order=has_leaving_worker)
 
-    def second(self, factor: float, min_age_s: float) -> Task | None:
-        """Give out the oldest shard in hand once more, from its end, if it takes far longer than is usual.
+    def speculate(self, factor: float, min_age_s: float) -> Task | None:
+        """Return a second task, in reverse order, for the oldest shard in progress if it takes far longer than usual.
 
-        That is: `factor` times the median of the finished ones, and `min_age_s`. None while shards wait, before the
-        first is finished, and for a shard that two workers have already.
+        The limit is `factor` times the median of the finished shards, and at least `min_age_s`. Returns None while
+        shards wait, before the first one is finished, and for a shard that has two workers.
         """
         alone = self._alone()
         if self._waiting or not self._durations or not alone:
@@ -94,33 +115,94 @@ class ShardQueue:
         age = self._clock() - oldest.began
         if age <= max(min_age_s, factor * statistics.median(self._durations)):
             return None
-        log.warning("shard %d: takes long, %.0f s so far; a second worker begins at its end", oldest.shard.index, age)
-        return self._begin(oldest.shard, from_end=True)
+        log.warning("shard %d: slow, %.0f s so far; a second worker starts from its end", oldest.shard.index, age)
+        return self._begin(oldest.shard, reverse_order=True)
 
-    @property
-    def num_alone(self) -> int:
-        """Count the shards that a single worker makes, which might need a second one."""
-        return len(self._alone())
-
-    def made(self, task: Task) -> None:
-        """Note that a task only has to be finished: no second worker could help."""
+    def mark_made(self, task: Task) -> None:
+        """Record that a task only has to be finished, so that no second worker is started for it."""
         self._made.add(task)
 
-    def done(self, task: Task) -> list[Task] | None:
-        """Take a result. Returns: the other tasks at the shard, which are in vain now; None if it has its result."""
+    def settle(self, task: Task, outcome: ShardResult | Failure) -> ShardResult | None:
+        """Record how a task ended. The one rule for what each outcome means for its shard.
+
+        Returns: the result of the shard if this decides it, None if it is tried again or had its result before.
+        Raises: the error of a failed run; Interrupted if storage has been unavailable for `outage_s`.
+        """
+        if isinstance(outcome, ShardResult):
+            return self._succeed(task, outcome)
+        match outcome.kind:
+            case "run_failed":
+                raise outcome.error or RunIncomplete(outcome.message)
+            case "shard_failed":
+                return self._fail(task, outcome.message)
+            case "device_lost":
+                return self.lose(task, outcome.message)
+            case "storage_unavailable":
+                self.requeue(task)
+                self.check_outage(f"shard {task.shard.index}", outcome)
+            case "stopped":
+                self.requeue(task)
+        return None
+
+    def lose(self, task: Task, reason: str) -> ShardResult | None:
+        """Record that a worker died or was killed. Returns: the result of its shard if that is given up."""
+        index = task.shard.index
+        self._losses[index] += 1
+        self._loss_reasons[index] = reason
+        number = self._losses[index]
         self._return(task)
-        if task.shard.index in self._settled:
+        limit = self._max_attempts + _LOSSES_PER_ROW * task.shard.num_rows
+        if index not in self._settled and number >= limit and not self._in_progress.get(index):
+            return self._give_up(task.shard, f"{number} workers were lost on it; the last: {reason}")
+        if index not in self._settled:
+            about = {"shard": index}
+            log.warning(
+                "shard %d: %s (worker %d lost on it); another one takes over", index, reason, number, extra=about
+            )
+        self._wait(task.shard)
+        return None
+
+    def requeue(self, task: Task) -> None:
+        """Put an unfinished shard first in the queue, without counting anything against it."""
+        self._return(task)
+        self._wait(task.shard, is_next=True)
+
+    def hand_over(self, task: Task) -> None:
+        """Queue a shard for another worker, in reverse order, while the leaving one finishes its current batch."""
+        self._leaving.add(task)
+        self._handed_over.add(task.shard.index)
+        self._wait(task.shard, is_next=True)
+
+    def check_outage(self, subject: str, failure: Failure) -> None:
+        """Raise Interrupted if storage has been unavailable for `outage_s`, without a success since.
+
+        An outage began when the store that raised the failure first waited, which was before the failure.
+        """
+        now = self._clock()
+        self._outage_began = min(self._outage_began, max(now - failure.waited_s, self._last_success))
+        lasted = now - self._outage_began
+        if lasted >= self._outage_s:
+            raise Interrupted(
+                f"storage has been unavailable for {lasted:.0f} s ({failure.message}); "
+                "run the same command again when it is back"
+            )
+        log.warning("%s: %s; trying again, for up to %.0f s", subject, failure.message, self._outage_s - lasted)
+
+    def _succeed(self, task: Task, result: ShardResult) -> ShardResult | None:
+        self._return(task)
+        self._last_success, self._outage_began = self._clock(), math.inf
+        if self.has_result(task):
             return None
         self._durations.append(self._clock() - task.began)
-        return self._settle(task.shard)
+        self._mark_settled(task.shard)
+        return result
 
-    def failed(self, task: Task, reason: str) -> ShardResult | None:
-        """Take an error as answer. Returns: what becomes of the shard, if it is given up."""
+    def _fail(self, task: Task, reason: str) -> ShardResult | None:
         index = task.shard.index
         self._failures[index] += 1
         number = self._failures[index]
         self._return(task)
-        if index not in self._settled and number >= self._max_attempts and not self._in_hand.get(index):
+        if index not in self._settled and number >= self._max_attempts and not self._in_progress.get(index):
             return self._give_up(task.shard, f"{reason} (attempt {number})")
         if index not in self._settled:
             log.warning(
@@ -134,77 +216,49 @@ class ShardQueue:
         self._wait(task.shard)
         return None
 
-    def lost(self, task: Task, reason: str) -> ShardResult | None:
-        """Take back the shard of a worker that died or was killed. Returns: see `failed`."""
-        index = task.shard.index
-        self._losses[index] += 1
-        self._reasons[index] = reason
-        number = self._losses[index]
-        self._return(task)
-        limit = self._max_attempts + LOSSES_PER_ROW * task.shard.num_rows
-        if index not in self._settled and number >= limit and not self._in_hand.get(index):
-            return self._give_up(task.shard, f"{number} workers were lost on it; the last: {reason}")
-        if index not in self._settled:
-            about = {"shard": index}
-            log.warning("shard %d: %s (worker %d lost on it); another one goes on", index, reason, number, extra=about)
-        self._wait(task.shard)
-        return None
-
-    def put_aside(self, task: Task) -> None:
-        """Take a shard back that is unfinished through no fault of its own: it is the next."""
-        self._return(task)
-        self._wait(task.shard, is_next=True)
-
-    def hand_over(self, task: Task) -> None:
-        """Let another worker have a shard, from its end, while the one that leaves finishes what it has begun."""
-        self._leaving.add(task)
-        self._from_end.add(task.shard.index)
-        self._wait(task.shard, is_next=True)
-
-    def _begin(self, shard: Shard, *, from_end: bool) -> Task:
+    def _begin(self, shard: Shard, *, reverse_order: bool) -> Task:
         index = shard.index
         attempt = Attempt(
             number=self._failures[index] + 1,
             lost=self._losses[index],
-            reason=self._reasons.get(index, ""),
-            from_end=from_end,
+            reason=self._loss_reasons.get(index, ""),
+            reverse_order=reverse_order,
         )
         task = Task(shard, attempt, self._clock())
-        self._in_hand.setdefault(index, []).append(task)
+        self._in_progress.setdefault(index, []).append(task)
         return task
 
     def _return(self, task: Task) -> None:
-        tasks = self._in_hand[task.shard.index]
+        tasks = self._in_progress[task.shard.index]
         tasks.remove(task)
         if not tasks:
-            del self._in_hand[task.shard.index]
+            del self._in_progress[task.shard.index]
         self._leaving.discard(task)
         self._made.discard(task)
 
     def _wait(self, shard: Shard, *, is_next: bool = False) -> None:
-        """Queue a shard unless it is settled, or queued, or somebody works on it who stays."""
-        has_worker = any(task not in self._leaving for task in self._in_hand.get(shard.index, ()))
-        if shard.index in self._settled or has_worker or shard.index in self._back:
+        """Queue a shard unless it is settled, queued already, or in the hands of a worker that stays."""
+        has_worker = any(task not in self._leaving for task in self._in_progress.get(shard.index, ()))
+        if shard.index in self._settled or has_worker or shard.index in self._requeued:
             return
-        self._back.add(shard.index)
+        self._requeued.add(shard.index)
         if is_next:
             self._waiting.appendleft(shard)
         else:
             self._waiting.append(shard)
 
-    def _settle(self, shard: Shard) -> list[Task]:
+    def _mark_settled(self, shard: Shard) -> None:
         self._settled.add(shard.index)
-        if shard.index in self._back:
-            self._back.remove(shard.index)
+        if shard.index in self._requeued:
+            self._requeued.remove(shard.index)
             self._waiting.remove(shard)
-        for per_shard in (self._failures, self._losses, self._reasons):
+        for per_shard in (self._failures, self._losses, self._loss_reasons):
             per_shard.pop(shard.index, None)
-        return list(self._in_hand.get(shard.index, ()))
 
     def _give_up(self, shard: Shard, error: str) -> ShardResult:
-        self._settle(shard)
+        self._mark_settled(shard)
         return ShardResult(shard=shard.index, error=error)
 
     def _alone(self) -> list[Task]:
-        alone = (tasks[0] for tasks in self._in_hand.values() if len(tasks) == 1)
+        alone = (tasks[0] for tasks in self._in_progress.values() if len(tasks) == 1)
         return [task for task in alone if task not in self._made and task.shard.index not in self._settled]

@@ -1,6 +1,6 @@
-"""A request to stop: made by a signal or a lost lease, read by whatever runs shards.
+"""A request to stop, made by a signal or a lost lease and read by whatever runs shards.
 
-Knows no shard and no storage. It is one attribute and no lock, since a signal handler may interrupt any line of the
+Knows no shard and no storage. It is one attribute without a lock, since a signal handler may interrupt any line of the
 thread that would hold the lock.
 """
 
@@ -15,20 +15,20 @@ from types import FrameType
 
 from flux_batch.errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# How often something that waits looks whether it was asked to stop.
-LOOK_S = 0.2
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Seconds between two looks for a request to stop, while waiting.
+POLL_S = 0.2
 
 
 class Stop:
-    """Asks for an orderly end: no new shards, what is running is finished or put aside. May be called by any thread."""
+    """A request for an orderly end: no new shards, and running ones are finished or put aside. Safe for threads."""
 
     def __init__(self) -> None:
         self._reason = ""
 
     @property
     def reason(self) -> str:
-        """Why to stop, as the start of a sentence; empty while nobody asks for it."""
+        """The reason to stop, as the start of a sentence; empty while no stop is requested."""
         return self._reason
 
     @property
@@ -37,29 +37,29 @@ class Stop:
         return bool(self._reason)
 
     def request(self, reason: str) -> None:
-        """Ask to stop; the first reason stays. Safe to call twice."""
+        """Request a stop. Safe to call twice: the first reason stays."""
         if not self._reason:
             self._reason = reason
 
     def check(self) -> None:
-        """Raise Interrupted if somebody asked to stop."""
+        """Raise Interrupted if a stop was requested."""
         if self._reason:
             raise Interrupted(f"{self._reason}; run the same command again")
 
     def sleep(self, seconds: float) -> None:
-        """Wait. Raises: Interrupted as soon as somebody asks to stop."""
+        """Sleep. Raises: Interrupted as soon as a stop is requested."""
         until = time.monotonic() + seconds
         self.check()
         while (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, LOOK_S))
+            time.sleep(min(left, POLL_S))
             self.check()
 
 
 @contextmanager
 def stopped_by_signals(stop: Stop) -> Iterator[None]:
-    """Let the first SIGTERM or SIGINT ask for a stop, and the second leave at once with exit code 75.
+    """Request a stop at the first SIGTERM or SIGINT, and exit at once with code 75 at the second.
 
-    Must be entered in the main thread; puts the handlers that were there back.
+    Must be entered in the main thread; restores the previous handlers.
     """
     first = ""
 
@@ -67,24 +67,24 @@ def stopped_by_signals(stop: Stop) -> Iterator[None]:
         nonlocal first
         name = signal.Signals(number).name
         if first:
-            _say(f"{name} after {first}: leaving at once; what is committed stays, the same command goes on")
+            _write(f"{name} after {first}: leaving at once; what is committed stays, the same command resumes the run")
             os._exit(Interrupted.exit_code)
         first = name
-        _say(f"{name}: finishing or putting aside what is being made; a second signal leaves at once")
+        _write(f"{name}: finishing or putting aside the current shards; a second signal leaves at once")
         stop.request(f"stopped by {name}")
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    heeded = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as nohup sets
-    for number in heeded:
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    replaced = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as nohup sets
+    for number in replaced:
         signal.signal(number, on_signal)
     try:
         yield
     finally:
-        for number, handler in heeded.items():
+        for number, handler in replaced.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _say(sentence: str) -> None:
+def _write(sentence: str) -> None:
     """Write to stderr past its buffer, which the handler may have interrupted."""
-    with suppress(OSError):  # whoever read it may be gone; an error here would be instead of the stop
+    with suppress(OSError):  # nobody may be left to read it, and an error here would prevent the stop
         os.write(2, f"flux-batch: {sentence}\n".encode())

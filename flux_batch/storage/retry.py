@@ -14,7 +14,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, stop_all
 from tenacity import wait_random_exponential as full_jitter
 
-from flux_batch.errors import one_line
+from flux_batch.errors import StoreError, one_line
 from flux_batch.redaction import public_uri
 from flux_batch.storage.errors import is_transient, translated
 
@@ -58,8 +58,14 @@ class RetryPolicy:
 
     def with_retries(self, uri: str, operation: str, function: Callable[[], T]) -> T:
         """Run one storage operation. Raises: StoreError, and whatever `on_wait` or a bug in `function` raises."""
-        with translated(uri, operation):
-            return self.retry(function, is_transient, lambda state: self._warn(uri, state))
+        began = time.monotonic()
+        try:
+            with translated(uri, operation):
+                return self.retry(function, is_transient, lambda state: self._warn(uri, state))
+        except StoreError as error:
+            if error.__cause__ and is_transient(error.__cause__):
+                error.waited_s = time.monotonic() - began
+            raise
 
     def retry(
         self,

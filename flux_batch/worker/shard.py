@@ -96,7 +96,7 @@ class ShardRun:
         staged = self._staging.list(self.index)
         self._losses = staged.tries
         self._adopt(staged.objects)
-        if not self._attempt.from_end:  # a mark of the other worker, which is at it now, may be no loss
+        if not self._attempt.reverse_order:  # a mark of the other worker, which is at it now, may be no loss
             self._fail_repeated_losses()
 
     def queue(self, size: int) -> list[_PlannedBatch]:
@@ -114,7 +114,7 @@ class ShardRun:
                 isolated += alone
             elif left:
                 whole += [_PlannedBatch(f"b{number}", left)] if len(left) > 1 else alone
-        if self._attempt.from_end:
+        if self._attempt.reverse_order:
             whole.reverse()
         return whole + sorted(isolated, key=lambda batch: self._losses[batch.label])
 
@@ -173,7 +173,7 @@ class ShardRun:
 
     def clean(self) -> None:
         """Empty the staging folder after the commit; no request is made if nothing was ever in it."""
-        if self._seen_objects or self.is_isolated or self._attempt.from_end:
+        if self._seen_objects or self.is_isolated or self._attempt.reverse_order:
             self._staging.remove(self.index)
 
     def _is_wanted(self, task: ImageTask) -> bool:

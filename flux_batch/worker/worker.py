@@ -89,7 +89,7 @@ class Worker:
         self._store = Store(
             config.output.uri,
             config.output.storage_options,
-            RetryPolicy(config.failures.outage_s, self._heartbeat.beat),
+            RetryPolicy(config.failures.outage_s, self._on_storage_wait),
         )
         self._compile_cache = SharedCompileCache(self._store, pipeline.compile_cache)
         run = RunFolder(self._store, factory.num_shards)
@@ -136,6 +136,12 @@ class Worker:
     def idle_s(self) -> float:
         """Return the seconds since the last progress of what is made or finished; 0 while nothing is."""
         return self._heartbeat.idle_s()
+
+    def _on_storage_wait(self) -> None:
+        """Show that the worker lives while storage is unavailable. Raises: Stopped after stop()."""
+        self._heartbeat.beat()
+        if self._stopping.is_set():
+            raise Stopped("stopped while the storage is unavailable")
 
     def _read_rows(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:
         """Read the rows of a shard, and adopt the images that earlier attempts have staged."""

@@ -139,7 +139,7 @@ class Worker:
 def test_ray_drains_the_node_that_it_is_told_of() -> None:
     import ray
 
-    from flux_batch.engine.ray_nodes import draining
+    from flux_batch.engine.ray_cluster import draining_nodes
 
     # Without "local", it would join a cluster that another test has started with `ray start`.
     ray.init(address="local", num_cpus=1, num_gpus=0, include_dashboard=False)
@@ -149,13 +149,13 @@ def test_ray_drains_the_node_that_it_is_told_of() -> None:
     try:
         worker = ray.remote(Worker).remote()  # a node without one leaves as soon as it is drained
         ray.get(worker.begin.remote())
-        assert draining() == set()
+        assert draining_nodes() == set()
         with web_server() as server:
             server.at("/latest/api/token", b"token")
             server.at(NOTICE, only_with_token(in_s(60)))
             words = [sys.executable, str(AWS / "spot_watcher.py"), "--metadata", server.url, "--interval", "0.1"]
             done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert draining() == {context.get_node_id()}
+        assert draining_nodes() == {context.get_node_id()}
     finally:
         ray.shutdown()

@@ -141,7 +141,7 @@ def test_a_storage_that_is_away_costs_no_rows(tmp_path: Path) -> None:
     config = make_job(tmp_path, [{"prompt": "x", "lora": "s3://away/x.safetensors"}])
 
     with pytest.raises(Interrupted, match="the store is away"):
-        render(config, engine=LocalEngine(outage_s=0.02, rest_s=0.01))
+        render(config, engine=LocalEngine(outage_s=0.02, backoff_s=0.01))
 
     assert read_status(Store(config.output.uri))["num_images"] == 0
 

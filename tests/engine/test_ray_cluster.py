@@ -22,7 +22,7 @@ def test_addresses_of_other_kinds_are_left_to_ray(address: str) -> None:
 
 
 def test_a_cluster_that_stays_away_ends_the_run_with_75(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "LOST_S", 0.0)
+    monkeypatch.setattr(ray_cluster, "CLUSTER_LOST_S", 0.0)
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(Interrupted, match=f"the Ray cluster at {address} is gone") as caught:
         await_cluster(address)

@@ -11,7 +11,7 @@ import pytest
 from flux_batch.engine.ray_pool import RayPool
 from flux_batch.records import ShardResult
 from helpers.raylets import HEAD, processes, reap
-from helpers.runners import FOREVER_S, Runner, attempts, make_shards
+from helpers.toil import FOREVER_S, ToilFactory, attempts, make_shards
 from helpers.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.ray
@@ -66,10 +66,10 @@ def drain(cluster: Any, node_id: str) -> None:
     assert accepted, message
 
 
-def run(runner: Runner, num_shards: int) -> tuple[list[ShardResult], threading.Thread]:
+def run(factory: ToilFactory, num_shards: int) -> tuple[list[ShardResult], threading.Thread]:
     """Run shards on another thread, so that the test can meddle."""
     results: list[ShardResult] = []
-    thread = threading.Thread(target=lambda: results.extend(POOL.run(runner, make_shards(num_shards))), daemon=True)
+    thread = threading.Thread(target=lambda: results.extend(POOL.run(factory, make_shards(num_shards))), daemon=True)
     thread.start()
     return results, thread
 
@@ -80,7 +80,7 @@ def begun(folder: Path, index: int) -> list[dict[str, Any]]:
 
 def test_a_node_that_dies_costs_its_shard_nothing_and_a_new_one_is_used(cluster: Any, tmp_path: Path) -> None:
     first = cluster.add_node(num_gpus=1, num_cpus=0)
-    results, thread = run(Runner(tmp_path, slow=(0,), slow_s=FOREVER_S), 2)
+    results, thread = run(ToilFactory(tmp_path, slow=(0,), slow_s=FOREVER_S), 2)
     wait_until((tmp_path / "0.log").exists)
     remove(cluster, first)
     second = cluster.add_node(num_gpus=1, num_cpus=0)
@@ -94,7 +94,7 @@ def test_a_node_that_dies_costs_its_shard_nothing_and_a_new_one_is_used(cluster:
 
 def test_a_draining_node_gets_no_shard_and_its_own_goes_on_elsewhere(cluster: Any, tmp_path: Path) -> None:
     going = cluster.add_node(num_gpus=1, num_cpus=0)
-    results, thread = run(Runner(tmp_path, slow=(0,), slow_s=FOREVER_S, seconds=0.3), 12)
+    results, thread = run(ToilFactory(tmp_path, slow=(0,), slow_s=FOREVER_S, seconds=0.3), 12)
     wait_until((tmp_path / "0.log").exists)
     staying = cluster.add_node(num_gpus=1, num_cpus=0)
     drain(cluster, going.node_id)
@@ -109,7 +109,7 @@ def test_a_draining_node_gets_no_shard_and_its_own_goes_on_elsewhere(cluster: An
 
 def test_a_worker_that_comes_late_takes_its_share(cluster: Any, tmp_path: Path) -> None:
     nodes = [cluster.add_node(num_gpus=1, num_cpus=0)]
-    results, thread = run(Runner(tmp_path, seconds=0.1, num_workers=2), 15)
+    results, thread = run(ToilFactory(tmp_path, seconds=0.1, num_workers=2), 15)
     wait_until((tmp_path / "2.log").exists)
     nodes.append(cluster.add_node(num_gpus=1, num_cpus=0))
     thread.join(PATIENCE_S)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flux_batch.engine.ray_metrics import LEVELS, POOL, SUMS
+from flux_batch.engine.ray_metrics import POOL_GAUGES, WORKER_COUNTERS, WORKER_GAUGES
 from flux_batch.job import run
 from helpers.fakes import make_fake_pipeline
 from helpers.job_files import make_job
@@ -89,8 +89,8 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
 
 
 def test_every_figure_is_exported_under_its_name(scraped: Scraped) -> None:
-    names = {f"ray_flux_batch_{name}_total" for name in SUMS}
-    names |= {f"ray_flux_batch_{name}" for name in (*LEVELS, *POOL)}
+    names = {f"ray_flux_batch_{name}_total" for name in WORKER_COUNTERS}
+    names |= {f"ray_flux_batch_{name}" for name in (*WORKER_GAUGES, *POOL_GAUGES)}
     assert {series[0] for series in scraped.series} == names
 
 
@@ -104,7 +104,9 @@ def test_sums_are_those_of_the_run(scraped: Scraped) -> None:
 
 
 def test_levels_fall_to_nothing_when_the_run_is_over(scraped: Scraped) -> None:
-    assert [scraped.total(f"ray_flux_batch_{name}") for name in (*POOL, "encode_queue")] == [0] * (len(POOL) + 1)
+    assert [scraped.total(f"ray_flux_batch_{name}") for name in (*POOL_GAUGES, "encode_queue")] == [0] * (
+        len(POOL_GAUGES) + 1
+    )
 
 
 def names_in(queries: list[str]) -> set[str]:

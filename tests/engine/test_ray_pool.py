@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from flux_batch.engine import ray_handle, ray_nodes, ray_pool
+from flux_batch.engine import ray_cluster, ray_handle
 from flux_batch.engine.ray_cluster import connect
 from flux_batch.engine.ray_pool import RayPool
+from flux_batch.engine.shard_queue import ShardQueue
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, Interrupted, RunIncomplete, StoreRefused
-from helpers.runners import FOREVER_S, BrokenStart, Runner, attempts, make_shards, settled
+from helpers.toil import FOREVER_S, BrokenStart, ToilFactory, attempts, make_shards, settled
 from helpers.waiting import wait_until, when
 
 pytestmark = pytest.mark.ray
 
-POOL = RayPool(max_workers=2, max_attempts=3, num_cpus=0, rest_s=0.1, slow_s=FOREVER_S)
+POOL = RayPool(max_workers=2, max_attempts=3, num_cpus=0, backoff_s=0.1, slow_s=FOREVER_S)
 
 
 def begun(folder: Path, index: int) -> list[tuple[int, int, str]]:
@@ -40,19 +41,20 @@ def cluster() -> Iterator[None]:
 
 
 def test_shards_are_spread_over_the_workers(tmp_path: Path) -> None:
-    results = list(POOL.run(Runner(tmp_path, seconds=0.1, num_workers=2), make_shards(12)))
+    results = list(POOL.run(ToilFactory(tmp_path, seconds=0.1, num_workers=2), make_shards(12)))
     assert sorted(result.shard for result in results) == list(range(12))
     assert len({result.worker for result in results}) == 2
 
 
 def test_no_more_workers_than_shards(tmp_path: Path) -> None:
-    results = list(POOL.run(Runner(tmp_path), make_shards(1)))
+    results = list(POOL.run(ToilFactory(tmp_path), make_shards(1)))
     assert [result.shard for result in results] == [0]
 
 
 def test_the_run_survives_workers_that_die_and_devices_that_are_lost(tmp_path: Path) -> None:
-    runner = Runner(tmp_path, dies=(2,), loses_device=(4,), raises=(5,), settles_first=True)  # so that no other is lost
-    results = list(settled(tmp_path, POOL.run(runner, make_shards(8))))
+    # It settles first so that no other shard is lost.
+    factory = ToilFactory(tmp_path, dies=(2,), loses_device=(4,), raises=(5,), settles_first=True)
+    results = list(settled(tmp_path, POOL.run(factory, make_shards(8))))
     assert sorted(result.shard for result in results) == list(range(8))
     assert all(result.error is None for result in results)
     assert {path.name for path in tmp_path.iterdir() if path.read_text() == "xx"} == {"2", "4", "5"}
@@ -62,7 +64,7 @@ def test_the_run_survives_workers_that_die_and_devices_that_are_lost(tmp_path: P
 
 
 def test_a_shard_that_always_kills_its_worker_is_given_up_and_the_others_are_done(tmp_path: Path) -> None:
-    results = {result.shard: result for result in POOL.run(Runner(tmp_path, dies=(1,), times=99), make_shards(4))}
+    results = {result.shard: result for result in POOL.run(ToilFactory(tmp_path, dies=(1,), times=99), make_shards(4))}
     assert results.pop(1).error == "5 workers were lost on it; the last: its worker died"
     assert [result.error for result in results.values()] == [None, None, None]
 
@@ -84,7 +86,7 @@ def test_workers_that_keep_dying_while_they_start_end_the_run() -> None:
 
 def test_an_error_that_no_worker_can_mend_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(StoreRefused, match="no permission"):
-        list(POOL.run(Runner(tmp_path, is_refused=(0,)), make_shards(4)))
+        list(POOL.run(ToilFactory(tmp_path, is_refused=(0,)), make_shards(4)))
 
 
 def test_devices_that_are_lost_from_the_start_are_tried_elsewhere_first() -> None:
@@ -94,7 +96,7 @@ def test_devices_that_are_lost_from_the_start_are_tried_elsewhere_first() -> Non
 
 def test_a_worker_killed_from_outside_is_replaced(tmp_path: Path) -> None:
     kill = when(lambda: bool(attempts(tmp_path, 1)), lambda: os.kill(attempts(tmp_path, 1)[0]["pid"], signal.SIGKILL))
-    results = list(POOL.run(Runner(tmp_path, slow=(1,), slow_s=FOREVER_S), make_shards(4)))
+    results = list(POOL.run(ToilFactory(tmp_path, slow=(1,), slow_s=FOREVER_S), make_shards(4)))
     kill.join()
     assert sorted(result.shard for result in results if result.error is None) == [0, 1, 2, 3]
     assert begun(tmp_path, 1) == [(1, 0, ""), (1, 1, "its worker died")]
@@ -103,18 +105,18 @@ def test_a_worker_killed_from_outside_is_replaced(tmp_path: Path) -> None:
 def test_a_worker_that_hangs_is_killed_and_one_that_is_slow_is_not(tmp_path: Path) -> None:
     pool = replace(POOL, hang_s=5.0)
     # It is at work from before the other hangs until after that is killed.
-    runner = Runner(tmp_path, hangs=(0,), makes_after={1: (0, "done")})
-    results = list(pool.run(runner, make_shards(3)))
+    factory = ToilFactory(tmp_path, hangs=(0,), makes_after={1: (0, "done")})
+    results = list(pool.run(factory, make_shards(3)))
     assert sorted(result.shard for result in results if result.error is None) == [0, 1, 2]
     (first, (number, lost, reason)) = begun(tmp_path, 0)
     assert (first, number, lost) == ((1, 0, ""), 1, 1)
-    assert reason.startswith("no sign of life for ")
+    assert reason.startswith("no progress for ")
     assert begun(tmp_path, 1) == [(1, 0, "")]
 
 
 def test_a_process_that_does_not_even_answer_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_handle, "ANSWER_S", 5.0)
-    results = list(replace(POOL, hang_s=100).run(Runner(tmp_path, freezes=(0,)), make_shards(2)))
+    monkeypatch.setattr(ray_handle, "PING_TIMEOUT_S", 5.0)
+    results = list(replace(POOL, hang_s=100).run(ToilFactory(tmp_path, freezes=(0,)), make_shards(2)))
     assert sorted(result.shard for result in results if result.error is None) == [0, 1]
     _, (_, lost, reason) = begun(tmp_path, 0)
     assert (lost, reason[:27]) == (1, "its process did not answer ")
@@ -122,8 +124,8 @@ def test_a_process_that_does_not_even_answer_is_killed(tmp_path: Path, monkeypat
 
 def test_a_shard_is_finished_while_the_next_is_made_and_no_third_is_begun(tmp_path: Path) -> None:
     pool = replace(POOL, max_workers=1)
-    runner = Runner(tmp_path, finishes_after={0: (1, "made"), 1: (2, "begun")}, finish_s=0.5)
-    results = list(pool.run(runner, make_shards(4)))
+    factory = ToilFactory(tmp_path, finishes_after={0: (1, "made"), 1: (2, "begun")}, finish_s=0.5)
+    results = list(pool.run(factory, make_shards(4)))
     assert [result.shard for result in results] == [0, 1, 2, 3]
     first, second, third = (times(tmp_path, index) for index in range(3))
     assert second["made"] < first["done"] < third["begun"] < second["done"]
@@ -131,35 +133,35 @@ def test_a_shard_is_finished_while_the_next_is_made_and_no_third_is_begun(tmp_pa
 
 def test_what_a_worker_makes_and_finishes_is_tried_again_when_it_is_lost(tmp_path: Path) -> None:
     pool = replace(POOL, max_workers=1)
-    runner = Runner(tmp_path, dies_finishing=(0,), finishes_after={0: (1, "begun")}, slow=(1,), slow_s=FOREVER_S)
-    results = list(pool.run(runner, make_shards(2)))
+    factory = ToilFactory(tmp_path, dies_finishing=(0,), finishes_after={0: (1, "begun")}, slow=(1,), slow_s=FOREVER_S)
+    results = list(pool.run(factory, make_shards(2)))
     assert sorted(result.shard for result in results if result.error is None) == [0, 1]
     assert begun(tmp_path, 0) == begun(tmp_path, 1) == [(1, 0, ""), (1, 1, "its worker died")]
 
 
 def test_a_shard_on_which_a_worker_was_lost_has_the_next_for_itself(tmp_path: Path) -> None:
     pool = replace(POOL, max_workers=1)
-    runner = Runner(tmp_path, dies=(1,), times=99, finish_s=0.3, seconds=0.2)
-    results = {result.shard: result for result in pool.run(runner, make_shards(4))}
+    factory = ToilFactory(tmp_path, dies=(1,), times=99, finish_s=0.3, seconds=0.2)
+    results = {result.shard: result for result in pool.run(factory, make_shards(4))}
     assert results.pop(1).error == "5 workers were lost on it; the last: its worker died"
     assert [result.error for result in results.values()] == [None, None, None]
     assert all(len(begun(tmp_path, index)) <= 2 for index in (0, 2, 3))
 
 
 def test_a_worker_that_hangs_while_it_finishes_is_killed(tmp_path: Path) -> None:
-    results = list(replace(POOL, hang_s=5.0).run(Runner(tmp_path, hangs_finishing=(0,)), make_shards(1)))
+    results = list(replace(POOL, hang_s=5.0).run(ToilFactory(tmp_path, hangs_finishing=(0,)), make_shards(1)))
     assert [result.error for result in results] == [None]
     _, (_, lost, reason) = begun(tmp_path, 0)
     assert lost == 1
-    assert reason.startswith("no sign of life for ")
+    assert reason.startswith("no progress for ")
 
 
 def test_a_stop_waits_for_what_is_being_finished(tmp_path: Path) -> None:
     stop = Stop()
     request = when(lambda: "begun" in times(tmp_path, 1), lambda: stop.request("enough"))
     pool = replace(POOL, max_workers=1)
-    runner = Runner(tmp_path, finishes_after={0: (1, "stopped")}, slow=(1,), slow_s=FOREVER_S)
-    results = list(pool.run(runner, make_shards(3), stop))
+    factory = ToilFactory(tmp_path, finishes_after={0: (1, "stopped")}, slow=(1,), slow_s=FOREVER_S)
+    results = list(pool.run(factory, make_shards(3), stop))
     request.join()
     assert [result.shard for result in results] == [0]
     assert [each["what"] for each in attempts(tmp_path, 1)] == ["begun", "stopped"]
@@ -172,37 +174,37 @@ def test_the_run_is_put_aside_when_the_node_of_the_driver_is_drained(
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    monkeypatch.setattr(ray_nodes, "draining", lambda: {here} if (tmp_path / "0.log").exists() else set())
+    monkeypatch.setattr(ray_cluster, "draining_nodes", lambda: {here} if (tmp_path / "0.log").exists() else set())
     stop = Stop()
-    assert list(POOL.run(Runner(tmp_path, seconds=FOREVER_S), make_shards(1), stop)) == []
+    assert list(POOL.run(ToilFactory(tmp_path, seconds=FOREVER_S), make_shards(1), stop)) == []
     assert stop.reason == "the node of the driver is about to leave"
     assert [each["what"] for each in attempts(tmp_path, 0)] == ["begun", "stopped"]
 
 
 def test_a_ray_that_cannot_tell_of_draining_nodes_knows_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray._private.state.state", None)
-    assert ray_nodes.draining() == set()
+    assert ray_cluster.draining_nodes() == set()
 
 
 def test_an_outage_pauses_the_shard_and_costs_no_attempt(tmp_path: Path) -> None:
     pool = replace(POOL, max_attempts=1)
-    results = list(pool.run(Runner(tmp_path, meets_outage=(0, 1), times=4), make_shards(3)))
+    results = list(pool.run(ToilFactory(tmp_path, meets_outage=(0, 1), times=4), make_shards(3)))
     assert sorted(result.shard for result in results if result.error is None) == [0, 1, 2]
     assert begun(tmp_path, 0) == [(1, 0, "")] * 5
 
 
 @pytest.mark.parametrize("where", ["start", "work"])
 def test_an_outage_that_lasts_ends_the_run_with_75(tmp_path: Path, where: str) -> None:
-    runner = BrokenStart("outage") if where == "start" else Runner(tmp_path, meets_outage=(0, 1), times=10**9)
-    with pytest.raises(Interrupted, match=r"storage has failed for \d+ s \(s3://.*503\)") as caught:
-        list(replace(POOL, outage_s=1.0).run(runner, make_shards(2)))
+    factory = BrokenStart("outage") if where == "start" else ToilFactory(tmp_path, meets_outage=(0, 1), times=10**9)
+    with pytest.raises(Interrupted, match=r"storage has been unavailable for \d+ s \(s3://.*503\)") as caught:
+        list(replace(POOL, outage_s=1.0).run(factory, make_shards(2)))
     assert caught.value.exit_code == 75
 
 
 def test_a_stop_lets_workers_put_their_shards_aside(tmp_path: Path) -> None:
     stop = Stop()
     both = when(lambda: (tmp_path / "0.log").exists() and (tmp_path / "1.log").exists(), lambda: stop.request("enough"))
-    assert list(POOL.run(Runner(tmp_path, seconds=FOREVER_S), make_shards(5), stop)) == []
+    assert list(POOL.run(ToilFactory(tmp_path, seconds=FOREVER_S), make_shards(5), stop)) == []
     both.join()
     assert [[each["what"] for each in attempts(tmp_path, index)] for index in (0, 1)] == [["begun", "stopped"]] * 2
     assert not (tmp_path / "2").exists()
@@ -211,16 +213,16 @@ def test_a_stop_lets_workers_put_their_shards_aside(tmp_path: Path) -> None:
 def test_what_does_not_stop_within_the_grace_time_is_killed(tmp_path: Path) -> None:
     stop = Stop()
     request = when((tmp_path / "0.log").exists, lambda: stop.request("enough"))
-    assert list(replace(POOL, drain_s=1.0).run(Runner(tmp_path, hangs=(0,)), make_shards(1), stop)) == []
+    assert list(replace(POOL, drain_s=1.0).run(ToilFactory(tmp_path, hangs=(0,)), make_shards(1), stop)) == []
     request.join()
 
 
 def test_a_slow_shard_at_the_end_is_begun_by_a_second_worker_and_the_first_to_finish_counts(tmp_path: Path) -> None:
     pool = replace(POOL, slow_s=0.5)
-    results = list(pool.run(Runner(tmp_path, slow=(1,), slow_s=FOREVER_S), make_shards(4)))
+    results = list(pool.run(ToilFactory(tmp_path, slow=(1,), slow_s=FOREVER_S), make_shards(4)))
     assert sorted(result.shard for result in results) == [0, 1, 2, 3]
     first, second = [each for each in attempts(tmp_path, 1) if each["what"] == "begun"]
-    assert (first["from_end"], second["from_end"]) == (False, True)
+    assert (first["reverse_order"], second["reverse_order"]) == (False, True)
     ends = {each["pid"]: each["what"] for each in attempts(tmp_path, 1)}
     assert ends == {first["pid"]: "stopped", second["pid"]: "done"}
 
@@ -231,12 +233,12 @@ def test_idle_workers_are_let_go_while_the_last_shard_is_made_but_for_a_spare_on
     import ray
 
     free: list[float] = []
-    looks: list[int] = []  # of the pool, after workers for which nothing is left
-    let_go = ray_pool._Pool._let_go
+    looks: list[int] = []  # of the pool, before it ends idle workers
+    num_alone = ShardQueue.num_alone
 
-    def counted(self: ray_pool._Pool) -> None:
-        let_go(self)
-        looks.append(self.queue.num_waiting)
+    def counted(queue: ShardQueue) -> int:
+        looks.append(num_alone.__get__(queue))
+        return looks[-1]
 
     def look() -> None:
         wait_until(lambda: ray.available_resources().get("GPU", 0) == 1)
@@ -245,11 +247,11 @@ def test_idle_workers_are_let_go_while_the_last_shard_is_made_but_for_a_spare_on
         free.append(ray.available_resources().get("GPU", 0))
         (tmp_path / "0.settled").touch()
 
-    monkeypatch.setattr(ray_pool._Pool, "_let_go", counted)
+    monkeypatch.setattr(ShardQueue, "num_alone", property(counted))
     is_last = when(lambda: len(list(tmp_path.glob("*.log"))) == 8, look)
     pool = replace(POOL, max_workers=4, num_gpus=0.5)
-    runner = Runner(tmp_path, makes_after={0: (0, "settled")}, seconds=0.1, num_workers=4)
-    results = list(pool.run(runner, make_shards(8)))
+    factory = ToilFactory(tmp_path, makes_after={0: (0, "settled")}, seconds=0.1, num_workers=4)
+    results = list(pool.run(factory, make_shards(8)))
     is_last.join()
     assert len({result.worker for result in results}) == 4
     assert free == [1]

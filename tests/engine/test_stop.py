@@ -11,7 +11,7 @@ import pytest
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop, stopped_by_signals
 from flux_batch.errors import Interrupted
-from helpers.runners import FOREVER_S, BrokenStart, Runner, make_shards
+from helpers.toil import FOREVER_S, BrokenStart, ToilFactory, make_shards
 
 
 def test_the_first_reason_stays() -> None:
@@ -98,7 +98,7 @@ def test_a_second_signal_leaves_at_once() -> None:
 
 def test_the_local_engine_stops_between_shards(tmp_path: Path) -> None:
     stop = Stop()
-    results = LocalEngine().run(Runner(tmp_path), make_shards(5), stop)
+    results = LocalEngine().run(ToilFactory(tmp_path), make_shards(5), stop)
     assert [next(results).shard, next(results).shard] == [0, 1]
     stop.request("enough")
     assert [result.shard for result in results] == [2]  # which was made while the last one was finished

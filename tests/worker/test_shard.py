@@ -181,7 +181,7 @@ def images_of(config: JobConfig) -> dict[str, bytes]:
 def test_a_speculative_attempt_makes_the_last_batches_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path)
 
-    _, pipeline = run(config, monkeypatch, Attempt(from_end=True))
+    _, pipeline = run(config, monkeypatch, Attempt(reverse_order=True))
 
     assert pipeline.calls == [PROMPTS[6:], PROMPTS[4:6], PROMPTS[2:4], PROMPTS[:2]]
     assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch)
@@ -210,7 +210,7 @@ def test_two_workers_meet_in_the_middle(tmp_path: Path, monkeypatch: pytest.Monk
         open_worker(config, monkeypatch, life, pipeline)[0] for life, pipeline in zip(lives, pipelines, strict=True)
     ]
     _, _, plan = open_worker(config, monkeypatch)
-    attempts = Attempt(), Attempt(from_end=True)
+    attempts = Attempt(), Attempt(reverse_order=True)
     results: list[ShardResult] = []
 
     def work(worker: Worker, shard: Shard, attempt: Attempt) -> None:

@@ -1,4 +1,4 @@
-"""Runners for the tests of the engines: picklable recipes whose work is to misbehave in one way."""
+"""Workers for the tests of the engines: picklable factories whose workers misbehave in one way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flux_batch.engine.protocol import MadeShard, Work
+from flux_batch.engine.protocol import MadeShard, Worker
 from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, Stopped, StoreError, StoreRefused
 from flux_batch.records import Attempt, Shard, ShardResult
 from flux_batch.telemetry import Heartbeat, Metrics
@@ -50,7 +50,7 @@ def settled(folder: Path, results: Iterable[ShardResult]) -> Iterator[ShardResul
 
 
 @dataclass(frozen=True)
-class Runner:
+class ToilFactory:
     """Each named shard misbehaves at its first `times` tries; `slow` ones take `slow_s`, with signs of life.
 
     No shard but the first three ends before `num_workers` of them were at work, and none of `makes_after` is made, none
@@ -78,7 +78,7 @@ class Runner:
     finishes_after: Mapping[int, tuple[int, str]] = field(default_factory=dict)
     settles_first: bool = False
 
-    def open(self) -> Work:
+    def open(self) -> Worker:
         return Toil(self)
 
 
@@ -90,22 +90,22 @@ class MadeToil:
 
 
 class Toil:
-    """The work of a Runner: small steps, each a sign of life, with an ear for a request to stop."""
+    """The worker of a ToilFactory: small steps, each a sign of life, with an ear for a request to stop."""
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+    def __init__(self, factory: ToilFactory) -> None:
+        self._factory = factory
         self._heartbeat = Heartbeat()
         self.metrics = Metrics("toil")
         self._stopping = threading.Event()
         self._made: set[int] = set()
 
     def make(self, shard: Shard, attempt: Attempt) -> MadeShard:
-        runner = self._runner
-        number = tries(runner.folder, shard)
+        factory = self._factory
+        number = tries(factory.folder, shard)
         self._log(shard, attempt, "begun")
-        is_early = number <= runner.times
+        is_early = number <= factory.times
         with self._heartbeat.busy("make"):
-            until = time.monotonic() + (runner.slow_s if is_early and shard.index in runner.slow else runner.seconds)
+            until = time.monotonic() + (factory.slow_s if is_early and shard.index in factory.slow else factory.seconds)
             while (left := until - time.monotonic()) > 0 or not self._may_end(shard):
                 time.sleep(min(STEP_S, max(left, 0.01)))
                 self._heartbeat.beat("make")
@@ -114,7 +114,7 @@ class Toil:
                     raise Stopped(f"shard {shard.index}: put aside")
             if is_early:
                 self._misbehave(shard)
-        if shard.index in runner.is_refused:
+        if shard.index in factory.is_refused:
             raise StoreRefused("s3://bucket: no permission")
         self._made.add(shard.index)
         self._log(shard, attempt, "made")
@@ -122,37 +122,37 @@ class Toil:
 
     def _finish(self, shard: Shard, attempt: Attempt, is_early: bool) -> ShardResult:
         with self._heartbeat.busy("finish"):
-            while not self._has_become(self._runner.finishes_after.get(shard.index)):
+            while not self._has_become(self._factory.finishes_after.get(shard.index)):
                 time.sleep(0.01)
                 self._heartbeat.beat("finish")
-            time.sleep(self._runner.finish_s)
-            if is_early and shard.index in self._runner.dies_finishing:
+            time.sleep(self._factory.finish_s)
+            if is_early and shard.index in self._factory.dies_finishing:
                 os._exit(1)
-            if is_early and shard.index in self._runner.hangs_finishing:
+            if is_early and shard.index in self._factory.hangs_finishing:
                 time.sleep(600)
         self._log(shard, attempt, "done")
         return ShardResult(shard=shard.index, worker=str(os.getpid()), num_images=1)
 
     def _may_end(self, shard: Shard) -> bool:
-        runner = self._runner
-        if runner.settles_first and not all(self._has_become((index, "settled")) for index in self._made):
+        factory = self._factory
+        if factory.settles_first and not all(self._has_become((index, "settled")) for index in self._made):
             return False
-        return self._has_company(shard) and self._has_become(runner.makes_after.get(shard.index))
+        return self._has_company(shard) and self._has_become(factory.makes_after.get(shard.index))
 
     def _has_become(self, event: tuple[int, str] | None) -> bool:
         if event is None:
             return True
         index, what = event
         if what == "settled":
-            return (self._runner.folder / f"{index}.settled").exists()
-        return any(each["what"] == what for each in attempts(self._runner.folder, index))
+            return (self._factory.folder / f"{index}.settled").exists()
+        return any(each["what"] == what for each in attempts(self._factory.folder, index))
 
     def _has_company(self, shard: Shard) -> bool:
-        if shard.index < 3 or not self._runner.num_workers:
+        if shard.index < 3 or not self._factory.num_workers:
             return True
-        logs = self._runner.folder.glob("*.log")
+        logs = self._factory.folder.glob("*.log")
         workers = {json.loads(line)["pid"] for log in logs for line in log.read_text().splitlines()}
-        return len(workers) >= self._runner.num_workers
+        return len(workers) >= self._factory.num_workers
 
     def stop(self) -> None:
         self._stopping.set()
@@ -161,25 +161,25 @@ class Toil:
         return self._heartbeat.idle_s()
 
     def _misbehave(self, shard: Shard) -> None:
-        runner = self._runner
-        if shard.index in runner.raises:
+        factory = self._factory
+        if shard.index in factory.raises:
             raise FluxBatchError(f"shard {shard.index}: the worker is moody")
-        if shard.index in runner.meets_outage:
+        if shard.index in factory.meets_outage:
             raise StoreError("s3://bucket: 503")
-        if shard.index in runner.dies:
+        if shard.index in factory.dies:
             os._exit(1)
-        if shard.index in runner.loses_device:
+        if shard.index in factory.loses_device:
             raise DeviceFatal("an illegal memory access was encountered")
-        if shard.index in runner.hangs:
+        if shard.index in factory.hangs:
             time.sleep(600)
-        if shard.index in runner.freezes:
+        if shard.index in factory.freezes:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     def _log(self, shard: Shard, attempt: Attempt, what: str) -> None:
         ray = sys.modules.get("ray")
         node = ray.get_runtime_context().get_node_id() if ray and ray.is_initialized() else ""
         line = asdict(attempt) | {"what": what, "pid": os.getpid(), "node": node, "at": time.monotonic()}
-        with (self._runner.folder / f"{shard.index}.log").open("a") as file:
+        with (self._factory.folder / f"{shard.index}.log").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -189,7 +189,7 @@ class BrokenStart:
 
     how: str
 
-    def open(self) -> Work:
+    def open(self) -> Worker:
         if self.how == "checkpoint":
             raise CheckpointError("model.safetensors: key img_in.weight is missing")
         if self.how == "stranger":
