@@ -78,10 +78,11 @@ def test_a_policy_outlasts_an_outage_and_logs_what_it_waits_for(clock: Clock, ca
 
 
 def test_a_policy_gives_up_after_the_outage(clock: Clock) -> None:
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreError) as caught:
         RetryPolicy(1800).with_retries("k", "read", away(clock))
 
     assert 1800 <= clock.now - 100 <= 1800 + 30
+    assert 1800 <= caught.value.waited_s <= 1800 + 30
 
 
 def test_a_stop_ends_the_wait(clock: Clock) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 
 import flux_batch.worker.worker as worker_module
 from flux_batch.config.schema import JobConfig
-from flux_batch.errors import DeviceFatal, OutOfMemory
+from flux_batch.errors import DeviceFatal, OutOfMemory, Stopped
 from flux_batch.images import read_provenance
 from flux_batch.plan.plan import Plan, make_plan
 from flux_batch.prompts.input_images import load_image
@@ -699,3 +699,20 @@ def test_a_job_makes_the_images_of_the_same_calls_of_the_pipeline(tmp_path: Path
         difference = np.abs(pixels_of(made[row["key"]]).astype(int) - alone.astype(int))
         assert difference.max() <= 1, row["error_message"]
         assert row["tile_size"] == 16
+
+
+def test_a_worker_that_waits_for_its_storage_hears_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    class Stopping(FakePipeline):
+        def __call__(self, *args: Any, **others: Any) -> Any:
+            monkeypatch.setattr(Store, "_write_local", away)
+            worker.stop()
+            return super().__call__(*args, **others)
+
+    config = make_job(tmp_path, [{"prompt": "a"}], failures={"outage_s": 3600})
+    worker, plan = open_worker(config, Stopping())
+
+    with pytest.raises(Stopped, match="stopped while the storage is unavailable"):
+        worker.make(plan.shards[0]).finish()
