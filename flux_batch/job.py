@@ -24,7 +24,7 @@ from flux_batch.prompts.input_images import check_job_image
 from flux_batch.records import Shard
 from flux_batch.report.progress import Progress
 from flux_batch.report.summary import RunReport
-from flux_batch.resume import close_run, draft_run, finished, open_run, reopen, state_of
+from flux_batch.resume import close_run, draft_run, finished, open_run, read_state, revert_failed
 from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.store import Store
 from flux_batch.worker.protocol import ImagePipeline
@@ -68,13 +68,13 @@ def run(
     with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
         store = lease.store
         plan = open_run(config, store, draft, extend=extend)
-        reopen(config, plan, store, retry_failed=retry_failed)
-        todo, progress = state_of(plan, store)
+        revert_failed(config, plan, store, retry_failed=retry_failed)
+        todo, progress = read_state(plan, store)
         if todo:
-            check_images(config)
-            log.info("%s: %d of %d shards to do, output %s", config.name, len(todo), len(plan.shards), store.uri)
-            recipe = WorkerFactory(config, len(plan.shards), plan.passthrough, make_pipeline or load_pipeline)
-            render(engine or ray_pool(config), recipe, todo, stop, progress)
+            _check_input_image(config)
+            log.info("%s: %d of %d shards to do, output: %s", config.name, len(todo), len(plan.shards), store.uri)
+            factory = WorkerFactory(config, len(plan.shards), plan.passthrough, make_pipeline or load_pipeline)
+            _render(engine or ray_pool(config), factory, todo, stop, progress)
         return close_run(config, store, plan, progress)
 
 
@@ -115,13 +115,13 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
     )
 
 
-def check_images(config: JobConfig) -> None:
+def _check_input_image(config: JobConfig) -> None:
     """Raise SourceError if the job's input image cannot be used."""
     if config.sampling.input_image:
         check_job_image(config.sampling.input_image, config.prompts.storage_options)
 
 
-def render(engine: Engine, factory: WorkerFactory, todo: Sequence[Shard], stop: Stop, progress: Progress) -> None:
+def _render(engine: Engine, factory: WorkerFactory, todo: Sequence[Shard], stop: Stop, progress: Progress) -> None:
     """Run every shard. Raises: Interrupted if a stop left some of them, and errors of the engine."""
     num_settled = 0
     for result in engine.run(factory, todo, stop):

@@ -1,6 +1,6 @@
-"""The run that is in an output: opened, extended, taken up again, closed.
+"""The run that an output holds: opening, extending, retrying and closing it.
 
-Knows the plan, the output and what is reported of it; knows no worker and no engine. Whoever writes needs the lease.
+Knows the plan, the output and the report; knows no worker and no engine. Functions that write need the lease.
 """
 
 from __future__ import annotations
@@ -29,64 +29,64 @@ log = logging.getLogger(__name__)
 
 
 def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunReport | None:
-    """Report on a run that has nothing left to do, without a lease or a write. Returns: None if there is work."""
-    plan = saved_plan(config, store, extend=extend) if store.exists(SUCCESS) else None
+    """Return the report of a run with nothing left to do, None if there is work. Needs no lease and writes nothing."""
+    plan = _saved_plan(config, store, extend=extend) if store.exists(SUCCESS) else None
     if plan is None or (extend and extended(plan, config.prompts, config.output.shard_size) is not plan):
         return None
-    todo, progress = state_of(plan, store)
-    if todo or store.list(STORE_TMP):  # the last writer was killed in the middle of a write
+    todo, progress = read_state(plan, store)
+    if todo or store.list(STORE_TMP):  # the last writer was killed during a write
         return None
     if extend:
         log.info("%s: no prompt file is new", config.name)
     log.info("%s: nothing to do, all %d shards are committed in %s", config.name, len(plan.shards), store.uri)
-    return report_of(settled_job(store, config), store, progress)
+    return _report_of(settled_job(store, config), store, progress)
 
 
 def draft_run(config: JobConfig, store: Store) -> Plan:
-    """Plan a new run and write nothing, so that what is wrong with it leaves no trace."""
-    if foreign := written(store):
-        raise JobError(f"{store.uri}: holds {foreign[0]}, but no run; take an empty folder as output.uri")
+    """Plan a new run without writing, so that a wrong job leaves no trace. Raises: JobError, SourceError."""
+    if foreign := _written(store):
+        raise JobError(f"{store.uri}: holds {foreign[0]}, but no run; use an empty folder as output.uri")
     return make_plan(config.prompts, config.output.shard_size)
 
 
 def open_run(config: JobConfig, store: Store, draft: Plan | None = None, *, extend: bool = False) -> Plan:
-    """Load the plan of the run that is in the output, or write down a new run; needs the lease.
+    """Load the plan of the output's run, or write a new run; needs the lease.
 
-    The plan comes last and makes the run exist. Raises: PlanMismatch, JobError.
+    The plan is written last, and makes the run exist. Raises: PlanMismatch, JobError.
     """
-    if plan := saved_plan(config, store, extend=extend):
-        return extend_run(config, store, plan) if extend else plan
+    if plan := _saved_plan(config, store, extend=extend):
+        return _extend_run(config, store, plan) if extend else plan
     plan = draft or draft_run(config, store)
     if store.exists(PLAN):
-        for key in (PLAN, PRECISION):  # of another job, which has made nothing
+        for key in (PLAN, PRECISION):  # of another job, which has made no image
             store.delete(key)
     store.write(JOB, config.to_yaml().encode())
     store.write(CARD, card(config, plan.num_prompts).encode())
     try:
         store.put_if_absent(PLAN, plan.to_parquet())
     except AlreadyExists:
-        return open_run(config, store, extend=extend)  # the answer to our own write was lost
+        return open_run(config, store, extend=extend)  # our own write succeeded, but its answer was lost
     return plan
 
 
-def extend_run(config: JobConfig, store: Store, plan: Plan) -> Plan:
-    """Take the files that came since into a run; needs the lease. The plan comes last: it is the old or the new one."""
+def _extend_run(config: JobConfig, store: Store, plan: Plan) -> Plan:
+    """Add new prompt files to a run; needs the lease. The plan is written last, as a whole."""
     longer = extended(plan, config.prompts, config.output.shard_size)
     if longer is plan:
         return plan
     num_new = len(longer.shards) - len(plan.shards)
     log.info("%s: %d new prompts in %d shards", config.name, longer.num_prompts - plan.num_prompts, num_new)
     if store.exists(SUCCESS):
-        store.delete(SUCCESS)  # said of the old plan, it must not stand beside the new one
+        store.delete(SUCCESS)  # it belongs to the old plan
     store.write(CARD, card(config, longer.num_prompts).encode())
     store.write(PLAN, longer.to_parquet())
     return longer
 
 
-def saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Plan | None:
-    """Load the plan of the run that is in the output; None if there is no run.
+def _saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Plan | None:
+    """Load the plan of the output's run, None if there is no run.
 
-    A run that has written nothing yet, since its model was not found say, may still be changed: it does not count.
+    A run without images or metadata, for example one whose model was missing, may still change, so it does not count.
     Raises: PlanMismatch.
     """
     try:
@@ -98,61 +98,61 @@ def saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Plan
         check_same_job(settled_job(store, saved_job), settled_job(store, config))
         return Plan.from_parquet(saved, PromptSource(config.prompts).files(), new_files=extend)
     except PlanMismatch:
-        if written(store):
+        if _written(store):
             raise
     return None
 
 
-def reopen(config: JobConfig, plan: Plan, store: Store, *, retry_failed: bool) -> None:
-    """Take back the commits with failed rows, if they are to be tried again; finish what was being taken back."""
+def revert_failed(config: JobConfig, plan: Plan, store: Store, *, retry_failed: bool) -> None:
+    """Finish interrupted reverts; with `retry_failed`, revert the commits that have failed rows. Needs the lease."""
     run, output_format = RunFolder(store, len(plan.shards)), format_for(config.output, plan.passthrough)
     finish_reverts(run, output_format)
     if retry_failed:
         commits = Commits(run)
         failed = [commit for commit in commits.read_all(sorted(commits.done())) if commit.num_failed]
         num_rows = sum(commit.num_failed for commit in failed)
-        log.info("%s: %d failed images in %d shards are tried again", config.name, num_rows, len(failed))
+        log.info("%s: trying %d failed images in %d shards again", config.name, num_rows, len(failed))
         revert(run, output_format, [commit.shard for commit in failed])
 
 
-def state_of(plan: Plan, store: Store) -> tuple[list[Shard], Progress]:
-    """Read which shards are left to do, and what the others came to."""
+def read_state(plan: Plan, store: Store) -> tuple[list[Shard], Progress]:
+    """Read the shards left to do, and the totals of the others."""
     commits = Commits(RunFolder(store, len(plan.shards)))
     done = commits.done()
     return remaining(plan, done), Progress(store, len(plan.shards), Totals.of(commits.read_all(sorted(done))))
 
 
-def written(store: Store) -> list[str]:
-    """List images and metadata in the output, of whatever origin; those of unfinished shards included."""
+def _written(store: Store) -> list[str]:
+    """List images and metadata in the output, of any origin, including those of unfinished shards."""
     return store.list(TRAIN) or store.list(METADATA) or store.list(STAGING)
 
 
 def close_run(config: JobConfig, store: Store, plan: Plan, progress: Progress) -> RunReport:
-    """Write the report and, when every shard is committed, _SUCCESS as the last object of the run."""
+    """Write the report and, if every shard is committed, _SUCCESS as the last object. Needs the lease."""
     config = settled_job(store, config)
-    report = report_of(config, store, progress)
+    report = _report_of(config, store, progress)
     if report.is_complete:
         Staging(RunFolder(store, progress.num_shards)).clear()
-        clear_scratch(store)
+        _clear_scratch(store)
     if not store.exists(SUCCESS):
         progress.finish()
         revision = model_revision(config.model.uri, config.model.storage_options)
         report = replace(report, model={**report.model, "revision": revision})
         store.write(REPORT, report.to_json())
-        store.write(CARD, card(config, plan.num_prompts).encode())  # with the dtype that was settled on
+        store.write(CARD, card(config, plan.num_prompts).encode())  # now with the dtype that the first worker chose
         if report.is_complete:
             store.write(SUCCESS, b"")
     return report
 
 
-def clear_scratch(store: Store) -> None:
-    """Remove the half-written files of killed processes; whoever is alive and writes one, writes it again."""
+def _clear_scratch(store: Store) -> None:
+    """Remove the half-written files of killed processes; a live process whose file is removed writes it again."""
     for key in store.list(STORE_TMP):
         store.delete(key)
 
 
-def report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport:
-    """Sum up a run and this invocation of it."""
+def _report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport:
+    """Make the report of a run and of this invocation."""
     return RunReport(
         name=config.name,
         output=store.uri,
