@@ -1,4 +1,4 @@
-"""The command line: parse, call, print; exceptions become one sentence and an exit code.
+"""The command line: parse, call, print; an exception becomes one sentence and an exit code.
 
 0 done; 1 unexpected; 2 bad job file or input, do not retry; 3 finished, but more rows failed than allowed;
 75 interrupted, run the same command again.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flux_batch.config.schema import JobConfig
     from flux_batch.report.summary import RunReport
 
-INTERRUPTED = 75
+_INTERRUPTED = 75
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return int(arguments.command(arguments))
         except (Exception, KeyboardInterrupt) as error:
-            sentence, exit_code = _told(error)
+            sentence, exit_code = _explained(error)
             if isinstance(arguments.lines, JsonLines):
                 log.error(sentence, exc_info=error if arguments.debug else None, extra={"exit_code": exit_code})
                 return exit_code
@@ -52,84 +52,90 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Describe the commands; imports nothing heavy, so that --help is quick."""
+    """Make the parser of all commands; imports nothing heavy, so that --help is quick."""
     top = argparse.ArgumentParser(prog="flux-batch", description="Batch image generation with FLUX.1-dev on Ray.")
     top.add_argument("--debug", action="store_true", help="show tracebacks and more log lines")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("run", help="run a job, or go on with it")
+    command = commands.add_parser("run", help="run a job, or resume it")
     _add_job(command)
-    command.add_argument("--retry-failed", action="store_true", help="try again what failed in shards that are done")
-    command.add_argument("--extend", action="store_true", help="take in prompt files that came since the run began")
+    command.add_argument(
+        "--retry-failed", action="store_true", help="render the failed images of finished shards again"
+    )
+    command.add_argument("--extend", action="store_true", help="add prompt files that are new since the run began")
     command.set_defaults(command=_run)
 
-    command = commands.add_parser("plan", help="say what a job would do and cost, and do nothing")
+    command = commands.add_parser("plan", help="show what a job would do and cost, without running it")
     _add_job(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_plan)
 
-    command = commands.add_parser("status", help="say how far a run is, from its output alone")
+    command = commands.add_parser("status", help="show the progress of a run, from its output alone")
     command.add_argument("output", metavar="OUTPUT_URI")
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_storage_options(command)
     command.set_defaults(command=_status)
 
-    command = commands.add_parser("gallery", help="make a page and a contact sheet of a run's images")
+    command = commands.add_parser("gallery", help="make an HTML page and a contact sheet of a run's images")
     command.add_argument("output", metavar="OUTPUT_URI")
-    command.add_argument("--max-images", type=int, default=200, metavar="N", help="at most so many, evenly spread")
     command.add_argument(
-        "--columns", metavar="NAME,NAME", help="what to say of each image; else what differs between them"
+        "--max-images", type=int, default=200, metavar="N", help="at most N images, evenly spread (default 200)"
+    )
+    command.add_argument(
+        "--columns", metavar="NAME,NAME", help="columns shown below each image (default: those that differ)"
     )
     _add_storage_options(command)
     command.set_defaults(command=_gallery)
 
-    command = commands.add_parser("verify", help="read everything that is committed again, and say what is wrong")
+    command = commands.add_parser("verify", help="read all committed data again, and report errors")
     command.add_argument("output", metavar="OUTPUT_URI")
-    command.add_argument("--quick", action="store_true", help="compare sizes and tables, and read no image")
-    command.add_argument(
-        "--repair", action="store_true", help="take broken commits back, so that `run` makes them again"
-    )
+    command.add_argument("--quick", action="store_true", help="compare sizes and tables, without reading images")
+    command.add_argument("--repair", action="store_true", help="revert broken commits, so that `run` makes them again")
     _add_storage_options(command)
     command.set_defaults(command=_verify)
 
-    command = commands.add_parser("gc", help="remove what no commit names: half-written, staged in vain, or strange")
+    command = commands.add_parser(
+        "gc", help="remove files that no commit names: half-written, no longer needed, or unknown"
+    )
     command.add_argument("output", metavar="OUTPUT_URI")
-    command.add_argument("--dry-run", action="store_true", help="list it, and remove nothing")
+    command.add_argument("--dry-run", action="store_true", help="list the files, without removing any")
     _add_storage_options(command)
     command.set_defaults(command=_gc)
 
-    command = commands.add_parser("download", help="bring a model to this machine")
+    command = commands.add_parser("download", help="download a model to this machine")
     command.add_argument(
-        "name", metavar="NAME", help="FLUX.1-dev, FLUX.1-schnell, owner/repository, or an address, for the cache"
+        "name",
+        metavar="NAME",
+        help="FLUX.1-dev, FLUX.1-schnell, owner/repository, or an address, which is copied to the cache",
     )
     command.add_argument("--from", dest="hub", choices=["huggingface", "modelscope"], default="huggingface")
-    command.add_argument("--to", metavar="DIR", help="the folder; else models/FLUX/NAME or models/OWNER/REPOSITORY")
-    command.add_argument("--token", help="for a gated or private repository; others can see it: HF_TOKEN is better")
-    command.add_argument("--refresh", action="store_true", help="of an address: fetch it again if it has changed")
+    command.add_argument("--to", metavar="DIR", help="folder (default: models/FLUX/NAME or models/OWNER/REPOSITORY)")
+    command.add_argument("--token", help="for a gated or private repository; other users can see it, unlike HF_TOKEN")
+    command.add_argument("--refresh", action="store_true", help="for an address: copy it again if it has changed")
     _add_storage_options(command)
     command.set_defaults(command=_download)
 
-    command = commands.add_parser("bench", help="measure how fast it is here, beside what could be run instead")
+    command = commands.add_parser("bench", help="measure the speed on this machine, beside alternatives")
     add_bench(command)
     command.set_defaults(command=_bench)
     for each in commands.choices.values():
-        # After the command too; the default must not undo a --debug before it.
+        # Accepted after the command too; without it, a --debug before the command stays.
         each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return top
 
 
 def _add_job(command: argparse.ArgumentParser) -> None:
-    command.add_argument("job", metavar="JOB.yaml", help="a path, or an address: s3://bucket/job.yaml")
+    command.add_argument("job", metavar="JOB.yaml", help="path or address, as s3://bucket/job.yaml")
     command.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
         dest="overrides",
-        help="override a setting of the job file; may be given several times",
+        help="override a setting of the job file; repeatable",
     )
     command.add_argument(
-        "--logical-date", metavar="DATE", help="what {date} and {datetime} in the job file stand for: 2026-11-23"
+        "--logical-date", metavar="DATE", help="value of {date} and {datetime} in the job file, as 2026-11-23"
     )
 
 
@@ -139,7 +145,7 @@ def _add_storage_options(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an fsspec option, e.g. endpoint_url=...",
+        help="fsspec option of the storage, as endpoint_url=...; repeatable",
     )
 
 
@@ -163,7 +169,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 arguments.lines.run = config.name
             report = run(config, stop=stop, retry_failed=arguments.retry_failed, extend=arguments.extend)
     except (Exception, KeyboardInterrupt) as error:
-        sentence, exit_code = _told(error)
+        sentence, exit_code = _explained(error)
         post_to_webhook(address, plain_text(f"{arguments.job}: {sentence}"), exit_code)
         raise
     _print(_summary(report))
@@ -265,7 +271,7 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _summary(report: RunReport) -> str:
-    """Say in a few lines what a run came to."""
+    """Return the lines that a finished run prints."""
     from flux_batch.output.paths import FAILED, METADATA, TRAIN
 
     lines = [
@@ -292,10 +298,10 @@ def _print(text: str) -> None:
     sys.stdout.write(plain_text(text) + "\n")
 
 
-def _told(error: BaseException) -> tuple[str, int]:
-    """Put what ended a command into a sentence and an exit code."""
+def _explained(error: BaseException) -> tuple[str, int]:
+    """Return the sentence and the exit code for an error that ended a command."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; what is committed stays, the same command goes on", INTERRUPTED
+        return "interrupted; what is committed stays, the same command resumes the run", _INTERRUPTED
     known = hasattr(error, "exit_code")
     sentence = str(error) if known else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
     return sentence, getattr(error, "exit_code", 1)
