@@ -70,7 +70,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "fsspec": ("storage/", "prompts/", "download/"),
     "s3fs": ("storage/",),
     "aiohttp": ("storage/",),
-    "tenacity": ("storage/retry.py",),
+    "tenacity": ("storage/retry.py", "engine/backoff.py"),
     "pyarrow": ("storage/", "prompts/", "plan/", "worker/", "output/", "mapper.py", "demo/", "bench/"),
     "jinja2": ("report/gallery/",),
     "PIL": ("images.py", "prompts/", "pipeline/", "report/gallery/", "demo/", "bench/"),
