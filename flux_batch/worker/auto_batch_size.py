@@ -23,7 +23,7 @@ from flux_batch.worker.protocol import ImagePipeline
 _BATCH_SIZES = (1, 2, 4, 8, 16)
 # Enough steps for the transformer to outweigh text encoding and decoding, as it does in a whole image.
 _MEASURED_STEPS = 4
-# A larger batch must take at most this share of the time an image: a kill costs a whole batch.
+# A larger batch counts if an image then takes at most this share of the time: a kill costs a whole batch.
 _MAX_TIME_RATIO = 0.97
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from flux_batch.worker.recorder import Recorder, message_of, provenance
 
 # Objects of the staging area that are read at once; each holds the images of a batch.
 _STAGED_READERS = 8
-# An image is recorded as failed once that many workers were lost while each made nothing but it.
+# An image fails once that many workers were lost, each while it made only this image.
 _MAX_LOSSES_ALONE = 2
 
 

@@ -49,7 +49,7 @@ from flux_batch.worker.settled_precision import load_settled
 from flux_batch.worker.shard import ShardRun
 from flux_batch.worker.staging_queue import StagingQueue
 
-# Batches that may be on their way to the staging area while the next is made: what a kill can cost beside that one.
+# Batches that may be in flight to the staging area while the next is made; a kill costs these beside the next.
 _MAX_IN_FLIGHT = 1
 # Threads that read input images; each may hold a large one before it is made smaller.
 _INPUT_IMAGE_READERS = 4
