@@ -42,8 +42,8 @@ def test_whoever_reads_a_run_finds_the_files_of_its_format(tmp_path: Path, name:
     assert (verdict.problems, verdict.num_images, verdict.num_failed) == ([], 7, 1)
     assert not verdict.leftovers
     gallery = read_gallery(store, 100)
-    assert len(gallery.shown) == gallery.num_made == 7
-    assert all(image.thumbnail and not image.problem for image in gallery.shown)
+    assert len(gallery.images) == gallery.num_images == 7
+    assert all(image.thumbnail and not image.problem for image in gallery.images)
     card = yaml.safe_load(store.read("README.md").decode().split("---")[1])
     pattern = card["configs"][0]["data_files"][0]["path"]
     assert all(fnmatch(key, pattern) for key in store.list(TRAIN))
