@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from flux_batch.model.params import AutoencoderParams
 
 
-class ResnetBlock(nn.Module):
+class _ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels, num_groups)
-        self.conv1 = conv3x3(in_channels, out_channels)
-        self.norm2 = group_norm(out_channels, num_groups)
-        self.conv2 = conv3x3(out_channels, out_channels)
+        self.norm1 = _group_norm(in_channels, num_groups)
+        self.conv1 = _conv3x3(in_channels, out_channels)
+        self.norm2 = _group_norm(out_channels, num_groups)
+        self.conv2 = _conv3x3(out_channels, out_channels)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class ResnetBlock(nn.Module):
         return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
-class AttnBlock(nn.Module):
+class _AttnBlock(nn.Module):
     """Attention with one head over all positions.
 
     Checkpoints hold its four matrices as convolutions of one pixel. As matrices they are faster, and rounded as in
@@ -40,7 +40,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels, num_groups)
+        self.norm = _group_norm(channels, num_groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -48,23 +48,23 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")
-        q, k, v = (as_matrix(part, tokens) for part in (self.q, self.k, self.v))
-        tokens = as_matrix(self.proj_out, F.scaled_dot_product_attention(q, k, v))
+        q, k, v = (_as_matrix(part, tokens) for part in (self.q, self.k, self.v))
+        tokens = _as_matrix(self.proj_out, F.scaled_dot_product_attention(q, k, v))
         return x + rearrange(tokens, "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
-class Mid(nn.Module):
+class _Mid(nn.Module):
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, num_groups)
-        self.attn_1 = AttnBlock(channels, num_groups)
-        self.block_2 = ResnetBlock(channels, channels, num_groups)
+        self.block_1 = _ResnetBlock(channels, channels, num_groups)
+        self.attn_1 = _AttnBlock(channels, num_groups)
+        self.block_2 = _ResnetBlock(channels, channels, num_groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-class Downsample(nn.Module):
+class _Downsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -73,22 +73,22 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Module):
+class _Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = conv3x3(channels, channels)
+        self.conv = _conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
+class _Level(nn.Module):
     """The blocks of one resolution, then the step to the next one, if there is a next one."""
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, num_groups: int) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResnetBlock(before, after, num_groups) for before, after in pairwise(widths))
+        self.block = nn.ModuleList(_ResnetBlock(before, after, num_groups) for before, after in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -96,38 +96,38 @@ class Level(nn.Module):
         return x
 
 
-class DownLevel(Level):
+class _DownLevel(_Level):
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, num_groups: int, is_last: bool) -> None:
         super().__init__(in_channels, out_channels, num_blocks, num_groups)
-        self.downsample = None if is_last else Downsample(out_channels)
+        self.downsample = None if is_last else _Downsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
         return x if self.downsample is None else self.downsample(x)
 
 
-class UpLevel(Level):
+class _UpLevel(_Level):
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, num_groups: int, is_last: bool) -> None:
         super().__init__(in_channels, out_channels, num_blocks, num_groups)
-        self.upsample = None if is_last else Upsample(out_channels)
+        self.upsample = None if is_last else _Upsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
         return x if self.upsample is None else self.upsample(x)
 
 
-class Encoder(nn.Module):
+class _Encoder(nn.Module):
     def __init__(self, p: AutoencoderParams) -> None:
         super().__init__()
         widths = [p.channels[0], *p.channels]
-        self.conv_in = conv3x3(p.in_channels, widths[0])
+        self.conv_in = _conv3x3(p.in_channels, widths[0])
         self.down = nn.ModuleList(
-            DownLevel(before, after, p.num_res_blocks, p.num_groups, is_last=level == len(p.channels) - 1)
+            _DownLevel(before, after, p.num_res_blocks, p.num_groups, is_last=level == len(p.channels) - 1)
             for level, (before, after) in enumerate(pairwise(widths))
         )
-        self.mid = Mid(widths[-1], p.num_groups)
-        self.norm_out = group_norm(widths[-1], p.num_groups)
-        self.conv_out = conv3x3(widths[-1], 2 * p.z_channels)
+        self.mid = _Mid(widths[-1], p.num_groups)
+        self.norm_out = _group_norm(widths[-1], p.num_groups)
+        self.conv_out = _conv3x3(widths[-1], 2 * p.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -136,19 +136,19 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
-class Decoder(nn.Module):
+class _Decoder(nn.Module):
     def __init__(self, p: AutoencoderParams) -> None:
         super().__init__()
         widths = [*p.channels, p.channels[-1]]
-        self.conv_in = conv3x3(p.z_channels, widths[-1])
-        self.mid = Mid(widths[-1], p.num_groups)
+        self.conv_in = _conv3x3(p.z_channels, widths[-1])
+        self.mid = _Mid(widths[-1], p.num_groups)
         # The numbers are those of the encoder's levels: the coarsest level, which runs first, comes last.
         self.up = nn.ModuleList(
-            UpLevel(before, after, p.num_res_blocks + 1, p.num_groups, is_last=level == 0)
+            _UpLevel(before, after, p.num_res_blocks + 1, p.num_groups, is_last=level == 0)
             for level, (after, before) in enumerate(pairwise(widths))
         )
-        self.norm_out = group_norm(widths[0], p.num_groups)
-        self.conv_out = conv3x3(widths[0], p.out_ch)
+        self.norm_out = _group_norm(widths[0], p.num_groups)
+        self.conv_out = _conv3x3(widths[0], p.out_ch)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
@@ -161,8 +161,8 @@ class AutoEncoder(nn.Module):
     def __init__(self, params: AutoencoderParams) -> None:
         super().__init__()
         self.params = params
-        self.encoder = Encoder(params)
-        self.decoder = Decoder(params)
+        self.encoder = _Encoder(params)
+        self.decoder = _Decoder(params)
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return scaled latents: (b, 3, h, w) in [-1, 1] -> (b, z, h/8, w/8).
@@ -182,14 +182,14 @@ class AutoEncoder(nn.Module):
         return self.decoder(z / self.params.scale_factor + self.params.shift_factor)
 
 
-def as_matrix(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def _as_matrix(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Apply a convolution of one pixel to the last axis."""
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
-def group_norm(channels: int, num_groups: int) -> nn.GroupNorm:
+def _group_norm(channels: int, num_groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups, channels, eps=1e-6)
 
 
-def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)

@@ -16,7 +16,7 @@ from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux, Modulations
 
 # A table of FLUX.1 takes 2.4 MB at 1024 x 1024 with 512 text tokens, 8.7 MB at 2048 x 2048.
-MAX_POSITION_TABLES = 8
+_MAX_POSITION_TABLES = 8
 
 
 class PromptEmbeds(NamedTuple):
@@ -76,7 +76,7 @@ class ConditionedFlux:
 
 
 def position_tables(
-    model: Flux, device: torch.device, max_tables: int = MAX_POSITION_TABLES
+    model: Flux, device: torch.device, max_tables: int = _MAX_POSITION_TABLES
 ) -> Callable[[int, int, int], Tensor]:
     """Return a function that makes the rotary table of each size once, and keeps the last ones on `device`.
 

@@ -10,29 +10,29 @@ from collections.abc import Mapping, Sequence
 
 from flux_batch.model.params import MODULATION_ROWS, Shapes, count_of
 
-DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
-SCALE_BYTES = 4
+_DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+_SCALE_BYTES = 4
 # The prefixes of matrices that may be narrow, in either layout: those of the blocks, 99 % of the weights. The embedders
 # and the last layer would cost more precision than all blocks together: on a random model of hidden 512 with 4 + 8
 # blocks the relative error (L2) of the output was 0.9 % in bfloat16, 2.7 % with the blocks in fp8, 4.0 % with the
 # embedders alone and 3.2 % with the last layer alone. aredden/flux-fp8-api (61a425a, README) finds the same in images.
-BLOCKS = {
+_BLOCKS = {
     "transformer": ("double_blocks.", "single_blocks.", "transformer_blocks.", "single_transformer_blocks."),
     "t5": ("encoder.block.",),
 }
 # T5's token table, which some files hold twice.
 TABLE, TABLE_AGAIN = "shared.weight", "encoder.embed_tokens.weight"
 # A table of T5's first block, not a matrix to multiply with.
-NO_MATRIX = ".relative_attention_bias.weight"
+_NO_MATRIX = ".relative_attention_bias.weight"
 
 
 def is_quantizable(part: str, name: str, num_dims: int) -> bool:
     """Return whether a weight may be narrow: in the part `transformer` or `t5`, by its name in either layout."""
-    is_matrix = num_dims == 2 and name.endswith(".weight") and not name.endswith(NO_MATRIX)
-    return is_matrix and name.startswith(BLOCKS.get(part, ()))
+    is_matrix = num_dims == 2 and name.endswith(".weight") and not name.endswith(_NO_MATRIX)
+    return is_matrix and name.startswith(_BLOCKS.get(part, ()))
 
 
-def weight_dtype(part: str, dtype: str) -> str:
+def _weight_dtype(part: str, dtype: str) -> str:
     """Return the dtype of a part's weights in a model of `dtype`.
 
     The autoencoder overflows in float16: diffusers' own vae/config.json of FLUX.1 says force_upcast.
@@ -42,14 +42,14 @@ def weight_dtype(part: str, dtype: str) -> str:
 
 def weight_bytes(part: str, shapes: Shapes, dtype: str, quantization: str = "none") -> int:
     """Return the bytes of a part's weights. An fp8 number takes one byte, with 4 for the scale of each row."""
-    wide = DTYPE_BYTES[weight_dtype(part, dtype)]
+    wide = _DTYPE_BYTES[_weight_dtype(part, dtype)]
     total = 0
     for name, shape in shapes.items():
         if name == TABLE_AGAIN and TABLE in shapes:
             continue
         numbers = math.prod(shape)
         if quantization != "none" and is_quantizable(part, name, len(shape)):
-            total += 2 * numbers if quantization == "bfloat16" else numbers + SCALE_BYTES * shape[0]
+            total += 2 * numbers if quantization == "bfloat16" else numbers + _SCALE_BYTES * shape[0]
         elif part == "t5" and dtype == "float16" and name.endswith(".wo.weight"):
             total += 4 * numbers  # kept in float32, see model/text.py
         else:
@@ -66,11 +66,11 @@ def denoise_bytes(shapes: Shapes, num_tokens: int, batch_size: int, dtype: str, 
     when the weight of linear2 is there in fp32 and the dtype, too; with products in fp8, when the input of linear2 is
     there in fp32 and fp8 as well. The modulation of the blocks, for some steps, is there all the time.
     """
-    h = first_shape(shapes, "img_in.weight", "x_embedder.weight")[0]
-    m = first_shape(shapes, "double_blocks.0.img_mlp.0.weight", "transformer_blocks.0.ff.net.0.proj.weight")[0]
-    wide = DTYPE_BYTES[dtype]
+    h = _first_shape(shapes, "img_in.weight", "x_embedder.weight")[0]
+    m = _first_shape(shapes, "double_blocks.0.img_mlp.0.weight", "transformer_blocks.0.ff.net.0.proj.weight")[0]
+    wide = _DTYPE_BYTES[dtype]
     numbers = batch_size * num_tokens * wide
-    modulation = max(MODULATION_ROWS, batch_size) * num_modulations(shapes) * h * wide
+    modulation = max(MODULATION_ROWS, batch_size) * _num_modulations(shapes) * h * wide
     before = numbers * (10 * h + 3 * m)
     if quantization == "none":
         return modulation + before
@@ -79,7 +79,7 @@ def denoise_bytes(shapes: Shapes, num_tokens: int, batch_size: int, dtype: str, 
     return modulation + max(before, numbers * (10 * h + 2 * m) + rows * (h + m) * (4 + narrow))
 
 
-def num_modulations(shapes: Shapes) -> int:
+def _num_modulations(shapes: Shapes) -> int:
     """Return the number of modulation vectors a row: 12 for each double block, 3 for each single one, 2 at the end."""
     double, single = (
         count_of(shapes, f"{original}_blocks.") or count_of(shapes, f"{diffusers}_blocks.")
@@ -96,11 +96,11 @@ def decode_bytes(shapes: Shapes, width: int, height: int, batch_size: int, dtype
     """
     last = max(0, count_of(shapes, "decoder.up_blocks.") - 1)
     names = ("decoder.up.0.block.0.conv1.weight", f"decoder.up_blocks.{last}.resnets.0.conv1.weight")
-    channels = first_shape(shapes, *names)[1]
-    return 3 * batch_size * channels * width * height * DTYPE_BYTES[weight_dtype("autoencoder", dtype)]
+    channels = _first_shape(shapes, *names)[1]
+    return 3 * batch_size * channels * width * height * _DTYPE_BYTES[_weight_dtype("autoencoder", dtype)]
 
 
-def first_shape(shapes: Shapes, *names: str) -> Sequence[int]:
+def _first_shape(shapes: Shapes, *names: str) -> Sequence[int]:
     """Return the shape of the first of these names that is there. Raises: ValueError if none is."""
     for name in names:
         if name in shapes:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from flux_batch.model.rope import rotate
 
 SINUSOID_WIDTH = 256
-FP16_MAX = 65504.0
+_FP16_MAX = 65504.0
 
 # Apply a linear layer: x (..., i), weight (o, i), bias (o,) or None -> (..., o).
 Matmul: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 # See `project` and `rotate`.
-Project: TypeAlias = Callable[[nn.Module, Tensor, Sequence[int], Sequence[int]], Sequence[Tensor]]
-Rotate: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+_Project: TypeAlias = Callable[[nn.Module, Tensor, Sequence[int], Sequence[int]], Sequence[Tensor]]
+_Rotate: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def timestep_embedding(t: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.scale.shape, self.scale, eps=1e-6)
 
 
-class QKNorm(nn.Module):
+class _QKNorm(nn.Module):
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.query_norm = RMSNorm(head_dim)
@@ -74,7 +74,7 @@ class QKNorm(nn.Module):
         return self.query_norm(q), self.key_norm(k)
 
 
-class Modulation(nn.Module):
+class _Modulation(nn.Module):
     """The map from the conditioning vector to shift, scale and gate of each branch of a block.
 
     (B, hidden) -> (B, 1, 3 num_branches hidden).
@@ -88,7 +88,7 @@ class Modulation(nn.Module):
         return self.lin(F.silu(vec))[:, None, :]
 
 
-class Branch(NamedTuple):
+class _Branch(NamedTuple):
     """The modulation of one branch of a block: each (B, 1, hidden)."""
 
     shift: Tensor
@@ -96,13 +96,13 @@ class Branch(NamedTuple):
     gate: Tensor
 
     def modulate(self, x: Tensor) -> Tensor:
-        return modulate(x, self.shift, self.scale)
+        return _modulate(x, self.shift, self.scale)
 
 
-def branches(modulation: Tensor, count: int) -> list[Branch]:
-    """Split the result of a `Modulation`: (B, 1, 3 count hidden)."""
+def _branches(modulation: Tensor, count: int) -> list[_Branch]:
+    """Split the result of a `_Modulation`: (B, 1, 3 count hidden)."""
     rows = modulation.chunk(3 * count, dim=-1)
-    return [Branch(*rows[3 * branch : 3 * branch + 3]) for branch in range(count)]
+    return [_Branch(*rows[3 * branch : 3 * branch + 3]) for branch in range(count)]
 
 
 class SelfAttention(nn.Module):
@@ -112,13 +112,13 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = BlockLinear(dim, 3 * dim, bias=qkv_bias)
-        self.norm = QKNorm(dim // num_heads)
+        self.norm = _QKNorm(dim // num_heads)
         self.proj = BlockLinear(dim, dim)
-        self.project: Project = project
+        self.project: _Project = project
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _, length, dim = x.shape
-        q, k, v = (heads(part, self.num_heads) for part in self.project(self.qkv, x, 3 * (dim,), 3 * (length,)))
+        q, k, v = (_heads(part, self.num_heads) for part in self.project(self.qkv, x, 3 * (dim,), 3 * (length,)))
         q, k = self.norm(q, k)
         return q, k, v
 
@@ -128,12 +128,12 @@ class DoubleStreamBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, qkv_bias: bool) -> None:
         super().__init__()
-        self.img_mod = Modulation(dim, num_branches=2)
+        self.img_mod = _Modulation(dim, num_branches=2)
         self.img_attn = SelfAttention(dim, num_heads, qkv_bias)
-        self.img_mlp = mlp(dim, mlp_dim)
-        self.txt_mod = Modulation(dim, num_branches=2)
+        self.img_mlp = _mlp(dim, mlp_dim)
+        self.txt_mod = _Modulation(dim, num_branches=2)
         self.txt_attn = SelfAttention(dim, num_heads, qkv_bias)
-        self.txt_mlp = mlp(dim, mlp_dim)
+        self.txt_mlp = _mlp(dim, mlp_dim)
         self.attention = JointAttention()
 
     def modulation(self, vec: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ class DoubleStreamBlock(nn.Module):
         return self.img_mod(vec), self.txt_mod(vec)
 
     def forward(self, img: Tensor, txt: Tensor, modulation: tuple[Tensor, Tensor], pe: Tensor) -> tuple[Tensor, Tensor]:
-        (img_1, img_2), (txt_1, txt_2) = (branches(part, 2) for part in modulation)
+        (img_1, img_2), (txt_1, txt_2) = (_branches(part, 2) for part in modulation)
 
         img_q, img_k, img_v = self.img_attn(img_1.modulate(img))
         txt_q, txt_k, txt_v = self.txt_attn(txt_1.modulate(txt))
@@ -166,18 +166,18 @@ class SingleStreamBlock(nn.Module):
         self.widths = (dim, dim, dim, mlp_dim)
         self.linear1 = BlockLinear(dim, 3 * dim + mlp_dim)
         self.linear2 = BlockLinear(dim + mlp_dim, dim)
-        self.norm = QKNorm(dim // num_heads)
+        self.norm = _QKNorm(dim // num_heads)
         self.mlp_act = nn.GELU(approximate="tanh")
-        self.modulation = Modulation(dim, num_branches=1)
+        self.modulation = _Modulation(dim, num_branches=1)
         self.attention = JointAttention()
-        self.project: Project = project
+        self.project: _Project = project
 
     def forward(self, x: Tensor, modulation: Tensor, pe: Tensor, num_read: int) -> Tensor:
         """Return the last `num_read` tokens: (B, num_read, hidden). Those before them are attended to only."""
-        (branch,) = branches(modulation, 1)
+        (branch,) = _branches(modulation, 1)
         lengths = (num_read, x.shape[1], x.shape[1], num_read)
         *qkv, hidden = self.project(self.linear1, branch.modulate(x), self.widths, lengths)
-        q, k, v = (heads(part, self.num_heads) for part in qkv)
+        q, k, v = (_heads(part, self.num_heads) for part in qkv)
         q, k = self.norm(q, k)
         attn = self.attention(q, k, v, pe)
         change = self.linear2(torch.cat((attn, self.mlp_act(hidden)), dim=-1))
@@ -197,7 +197,7 @@ class LastLayer(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift, scale = modulation.chunk(2, dim=-1)
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(_modulate(x, shift, scale))
 
 
 class BlockLinear(nn.Linear):
@@ -216,7 +216,7 @@ class JointAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rotate: Rotate = rotate
+        self.rotate: _Rotate = rotate
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
         """Return what the last M tokens find: q (B, M, H, D); k, v (B, L, H, D); pe of all L -> (B, M, H D)."""
@@ -226,11 +226,11 @@ class JointAttention(nn.Module):
         return rearrange(x, "B H L D -> B L (H D)")
 
 
-def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
+def _mlp(dim: int, hidden_dim: int) -> nn.Sequential:
     return nn.Sequential(BlockLinear(dim, hidden_dim), nn.GELU(approximate="tanh"), BlockLinear(hidden_dim, dim))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
 
 
@@ -240,7 +240,7 @@ def project(linear: nn.Module, x: Tensor, widths: Sequence[int], lengths: Sequen
     return [part[:, -length:] for part, length in zip(parts, lengths, strict=True)]
 
 
-def heads(x: Tensor, num_heads: int) -> Tensor:
+def _heads(x: Tensor, num_heads: int) -> Tensor:
     return rearrange(x, "B L (H D) -> B L H D", H=num_heads)
 
 
@@ -249,4 +249,4 @@ def finite(x: Tensor) -> Tensor:
 
     diffusers does not do so for the image tokens of double blocks, which makes a difference in lost images only.
     """
-    return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x
+    return x.clamp(-_FP16_MAX, _FP16_MAX) if x.dtype == torch.float16 else x

@@ -104,7 +104,7 @@ AUTOENCODER = AutoencoderParams(
     scale_factor=0.3611,
     shift_factor=0.1159,
 )
-CHANNELS_PER_GROUP = AUTOENCODER.channels[0] // AUTOENCODER.num_groups
+_CHANNELS_PER_GROUP = AUTOENCODER.channels[0] // AUTOENCODER.num_groups
 DEV_SCHEDULE = ScheduleParams(use_dynamic_shifting=True)
 SCHNELL_SCHEDULE = ScheduleParams(use_dynamic_shifting=False)
 # Rows of modulation that are computed together, a row for each image and step. A row is multiplied with a quarter of
@@ -162,9 +162,11 @@ def autoencoder_params(shapes: Shapes, config: Config) -> AutoencoderParams:
         channels=channels,
         num_res_blocks=count_of(shapes, "encoder.down.0.block."),
         z_channels=shape_of(shapes, "decoder.conv_in.weight", 4)[1],
-        num_groups=int(read_number(config, "norm_num_groups", max(1, channels[0] // CHANNELS_PER_GROUP), above=0)),
-        scale_factor=read_number(config, "scaling_factor", AUTOENCODER.scale_factor, above=0),
-        shift_factor=read_number(config, "shift_factor", 0.0 if "shift_factor" in config else AUTOENCODER.shift_factor),
+        num_groups=int(_read_number(config, "norm_num_groups", max(1, channels[0] // _CHANNELS_PER_GROUP), above=0)),
+        scale_factor=_read_number(config, "scaling_factor", AUTOENCODER.scale_factor, above=0),
+        shift_factor=_read_number(
+            config, "shift_factor", 0.0 if "shift_factor" in config else AUTOENCODER.shift_factor
+        ),
     )
 
 
@@ -176,15 +178,15 @@ def schedule_params(config: Config, *, guidance_embed: bool) -> ScheduleParams:
     default = DEV_SCHEDULE
     return ScheduleParams(
         use_dynamic_shifting=dynamic,
-        shift=read_number(config, "shift", default.shift, above=0),
-        base_shift=read_number(config, "base_shift", default.base_shift),
-        max_shift=read_number(config, "max_shift", default.max_shift),
-        base_image_seq_len=int(read_number(config, "base_image_seq_len", default.base_image_seq_len, above=0)),
-        max_image_seq_len=int(read_number(config, "max_image_seq_len", default.max_image_seq_len, above=0)),
+        shift=_read_number(config, "shift", default.shift, above=0),
+        base_shift=_read_number(config, "base_shift", default.base_shift),
+        max_shift=_read_number(config, "max_shift", default.max_shift),
+        base_image_seq_len=int(_read_number(config, "base_image_seq_len", default.base_image_seq_len, above=0)),
+        max_image_seq_len=int(_read_number(config, "max_image_seq_len", default.max_image_seq_len, above=0)),
     )
 
 
-def read_number(config: Config, name: str, default: float, *, above: float = -inf) -> float:
+def _read_number(config: Config, name: str, default: float, *, above: float = -inf) -> float:
     """Return a number of a configuration, `default` if it is null or absent. Raises: ValueError for anything else."""
     value = config.get(name)
     if value is None:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 def rotary_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
     """Return cos and sin of every angle: ids (l, axes) -> (l, d/2, 2) fp32, axes one after the other along d."""
-    angles = [axis_angles(ids[:, axis], dim, theta) for axis, dim in enumerate(axes_dim)]
+    angles = [_axis_angles(ids[:, axis], dim, theta) for axis, dim in enumerate(axes_dim)]
     angle = torch.cat(angles, dim=-1)
     return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
 
 
-def axis_angles(positions: Tensor, dim: int, theta: int) -> Tensor:
+def _axis_angles(positions: Tensor, dim: int, theta: int) -> Tensor:
     """Return position * theta^(-2k/dim): (l,) -> (l, dim/2) float64."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
     return torch.outer(positions.double(), theta**-exponents)

@@ -17,7 +17,7 @@ from torch import Tensor
 from flux_batch.model.params import ScheduleParams, first_step
 
 # The last level of noise in DiffSynth-Studio's static schedule (fed7b18, diffsynth/diffusion/flow_match.py, FLUX.1).
-STATIC_SIGMA_MIN = 0.003 / 1.002
+_STATIC_SIGMA_MIN = 0.003 / 1.002
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -70,15 +70,15 @@ def make_sigmas(
     FlowMatchEulerDiscreteScheduler.set_timesteps; BFL's differs by at most one unit in the last place.
     """
     if sigma_shift is not None:
-        start = STATIC_SIGMA_MIN + (1.0 - STATIC_SIGMA_MIN) * strength
-        sigmas = static_shift(torch.linspace(start, STATIC_SIGMA_MIN, num_steps), sigma_shift)
+        start = _STATIC_SIGMA_MIN + (1.0 - _STATIC_SIGMA_MIN) * strength
+        sigmas = _static_shift(torch.linspace(start, _STATIC_SIGMA_MIN, num_steps), sigma_shift)
     else:
         sigmas = torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float64).float()
         if schedule.use_dynamic_shifting:
             shift = math.exp(shift_exponent(num_tokens, schedule))
             sigmas = shift / (shift + (1.0 / sigmas - 1.0))
         else:
-            sigmas = static_shift(sigmas, schedule.shift)
+            sigmas = _static_shift(sigmas, schedule.shift)
         sigmas = sigmas[first_step(num_steps, strength) :]
     return torch.cat((sigmas, torch.zeros(1)))
 
@@ -97,7 +97,7 @@ def timesteps_of(sigmas: Tensor, like: Tensor) -> Tensor:
     return (1000.0 * sigmas[:-1]).to(like) / 1000.0
 
 
-def static_shift(sigmas: Tensor, shift: float) -> Tensor:
+def _static_shift(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
 
 

@@ -20,12 +20,12 @@ from flux_batch.model.checkpoint.lazy_state import StoredState
 from flux_batch.model.checkpoint.loading import Prepare, fill, naming
 from flux_batch.model.params import Config, Shapes, count_of, shape_of
 
-CLIP_HEAD_DIM = 64
+_CLIP_HEAD_DIM = 64
 # Settings that shapes do not tell; sizes are read from the shapes of the weights, whatever a config.json says.
-CLIP_SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id")
-T5_SETTINGS = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")
+_CLIP_SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id")
+_T5_SETTINGS = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")
 # The files of each class of tokenizer: any one of these sets is enough.
-TOKENIZER_FILES = {
+_TOKENIZER_FILES = {
     CLIPTokenizer: (("tokenizer.json",), ("vocab.json", "merges.txt")),
     T5Tokenizer: (("tokenizer.json",), ("spiece.model",)),
 }
@@ -136,7 +136,7 @@ def load_t5(
     """
     what = "a T5 encoder"
     tokenizer = load_tokenizer(T5Tokenizer, checkpoint.home, "tokenizer_2")
-    checkpoint = with_one_table(checkpoint)
+    checkpoint = _with_one_table(checkpoint)
     with naming(checkpoint, what):
         settings = t5_settings(checkpoint.shapes, read_config(checkpoint.home, "text_encoder_2"))
         model = build(T5Config, T5EncoderModel, settings)
@@ -149,7 +149,7 @@ def load_t5(
     return T5Encoder(tokenizer, model)
 
 
-def with_one_table(checkpoint: Checkpoint) -> Checkpoint:
+def _with_one_table(checkpoint: Checkpoint) -> Checkpoint:
     """Return a T5 with its token table as `shared.weight` only: files hold it under one of two names, or both."""
     shared, again = "shared.weight", "encoder.embed_tokens.weight"
     names = {name: name for name in checkpoint.tensors if name != again or shared not in checkpoint.tensors}
@@ -158,23 +158,23 @@ def with_one_table(checkpoint: Checkpoint) -> Checkpoint:
 
 def load_tokenizer(kind: Any, home: Path, name: str) -> Any:
     """Load a tokenizer from the folder `name` in `home` or beside it. Raises: ValueError if neither has its files."""
-    places = [home / name, home.parent / name]
-    for place in places:
-        if place.is_dir():
+    folders = [home / name, home.parent / name]
+    for folder in folders:
+        if folder.is_dir():
             # Without its files transformers would make an empty tokenizer, for which all prompts are the same.
-            if not any(all((place / file).is_file() for file in files) for files in TOKENIZER_FILES[kind]):
-                needed = " or ".join(" and ".join(files) for files in TOKENIZER_FILES[kind])
-                raise ValueError(f"{place} is no tokenizer: it lacks {needed}")
+            if not any(all((folder / file).is_file() for file in files) for files in _TOKENIZER_FILES[kind]):
+                needed = " or ".join(" and ".join(files) for files in _TOKENIZER_FILES[kind])
+                raise ValueError(f"{folder} is no tokenizer: it lacks {needed}")
             try:
-                tokenizer = kind.from_pretrained(str(place), local_files_only=True)
+                tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
             except Exception as error:  # tokenizers raises Exception itself
-                raise ValueError(f"{place} holds a tokenizer that cannot be read: {error}") from error
+                raise ValueError(f"{folder} holds a tokenizer that cannot be read: {error}") from error
             most = tokenizer.model_max_length
             if not isinstance(most, (int, float)) or not most >= 1:
-                raise ValueError(f"{place} holds a tokenizer that cannot be used: model_max_length = {most!r}")
+                raise ValueError(f"{folder} holds a tokenizer that cannot be used: model_max_length = {most!r}")
             return tokenizer
     raise ValueError(
-        f"no tokenizer: neither {places[0]} nor {places[1]} is there; put the folders tokenizer and tokenizer_2 of "
+        f"no tokenizer: neither {folders[0]} nor {folders[1]} is there; put the folders tokenizer and tokenizer_2 of "
         "FLUX.1-dev or FLUX.1-schnell beside the weights"
     )
 
@@ -192,12 +192,12 @@ def clip_settings(shapes: Shapes, config: Config) -> Config:
     """Return the settings of a CLIP: sizes from its shapes, the rest from its config.json, else as in CLIP-L."""
     vocab_size, hidden_size = shape_of(shapes, "embeddings.token_embedding.weight")
     return {
-        "num_attention_heads": max(1, hidden_size // CLIP_HEAD_DIM),
+        "num_attention_heads": max(1, hidden_size // _CLIP_HEAD_DIM),
         "hidden_act": "quick_gelu",
         "bos_token_id": 0,
         # The legacy value, with which the end of text is found as the largest id; CLIP-L's 49407 is the largest.
         "eos_token_id": 2,
-        **settings_of(config, "clip_text_model", CLIP_SETTINGS),
+        **_settings_of(config, "clip_text_model", _CLIP_SETTINGS),
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": shape_of(shapes, "encoder.layers.0.mlp.fc1.weight")[0],
@@ -214,7 +214,7 @@ def t5_settings(shapes: Shapes, config: Config) -> Config:
     return {
         "relative_attention_max_distance": 128,
         "feed_forward_proj": "gated-gelu",
-        **settings_of(config, "t5", T5_SETTINGS),
+        **_settings_of(config, "t5", _T5_SETTINGS),
         "vocab_size": vocab_size,
         "d_model": d_model,
         "d_kv": shape_of(shapes, f"{attention}.q.weight")[0] // num_heads,
@@ -226,6 +226,6 @@ def t5_settings(shapes: Shapes, config: Config) -> Config:
     }
 
 
-def settings_of(config: Config, model_type: str, names: Sequence[str]) -> Config:
+def _settings_of(config: Config, model_type: str, names: Sequence[str]) -> Config:
     """Return the settings of these names in a config.json, if it is of that type of model."""
     return {name: config[name] for name in names if name in config} if config.get("model_type") == model_type else {}

@@ -10,8 +10,8 @@ import torch
 from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, OutOfMemory
 
 # Parts of messages of torch, for errors that have no class of their own.
-OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-DEVICE_FATAL_SIGNS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error")
+_OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_DEVICE_FATAL_SIGNS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error")
 
 
 @contextmanager
@@ -34,8 +34,8 @@ def device_errors() -> Iterator[None]:
         raise OutOfMemory(str(error)) from error
     except RuntimeError as error:
         message = str(error)
-        if any(sign in message for sign in OUT_OF_MEMORY_SIGNS):
+        if any(sign in message for sign in _OUT_OF_MEMORY_SIGNS):
             raise OutOfMemory(message) from error
-        if isinstance(error, torch.AcceleratorError) or any(sign in message for sign in DEVICE_FATAL_SIGNS):
+        if isinstance(error, torch.AcceleratorError) or any(sign in message for sign in _DEVICE_FATAL_SIGNS):
             raise DeviceFatal(message) from error
         raise

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 # Names and values of mallopt(3), glibc's malloc.h; 32 MB is the most it takes for a block. A thread's heap is 64 MB:
 # blocks that do not fit there are still given back.
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3
-LARGEST_KEPT_BLOCK = 32 << 20
-LARGEST_KEPT_HEAP = 2**31 - 1
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_LARGEST_KEPT_BLOCK = 32 << 20
+_LARGEST_KEPT_HEAP = 2**31 - 1
 
 log = logging.getLogger(__name__)
 
@@ -65,5 +65,5 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
-    kept = (M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK), (M_TRIM_THRESHOLD, LARGEST_KEPT_HEAP)
+    kept = (_M_MMAP_THRESHOLD, _LARGEST_KEPT_BLOCK), (_M_TRIM_THRESHOLD, _LARGEST_KEPT_HEAP)
     return all(mallopt(name, value) for name, value in kept)

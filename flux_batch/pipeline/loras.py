@@ -20,7 +20,7 @@ from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 from flux_batch.sampling_params import check_number
 
 
-class Loras:
+class LoadedLoras:
     """The LoRAs that are merged into the parts of a model (transformer, clip, t5) now.
 
     An address is a path, or any other that `local_model` takes: a file in a bucket or on a hub is fetched once a
@@ -51,7 +51,7 @@ class Loras:
         All are opened before a weight changes. Raises: CheckpointError for a LoRA that is missing, damaged, for another
         model or not supported; InvalidSetting for a scale that is no number; StoreError for a remote that fails.
         """
-        self._merge_all([self._open(uri, scale) for uri, scale in as_pairs(loras)])
+        self._merge_all([self._open(uri, scale) for uri, scale in _as_pairs(loras)])
 
     def add(self, uri: PathOrFolder, scale: float) -> None:
         """Merge one more LoRA. Raises: the errors of `set`."""
@@ -75,7 +75,7 @@ class Loras:
             self._merge.set(loras)
 
 
-def as_pairs(loras: Sequence[tuple[PathOrFolder, float]]) -> list[tuple[PathOrFolder, float]]:
+def _as_pairs(loras: Sequence[tuple[PathOrFolder, float]]) -> list[tuple[PathOrFolder, float]]:
     """Return pairs of address and scale. Raises: InvalidSetting for anything else."""
     try:
         return [(uri, scale) for uri, scale in loras]

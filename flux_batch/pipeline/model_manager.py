@@ -31,7 +31,7 @@ from flux_batch.model.params import ScheduleParams, schedule_params
 from flux_batch.model.text import ClipEncoder, T5Encoder, load_clip, load_t5
 from flux_batch.model.transformer import Flux
 from flux_batch.pipeline.errors import checkpoint_errors, device_errors
-from flux_batch.pipeline.loras import Loras
+from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.precision import to_dtype
 from flux_batch.sampling_params import Quantization, check_quantization
 
@@ -84,7 +84,7 @@ class ModelManager:
         self.autoencoder: AutoEncoder | None = None
         self.clip: ClipEncoder | None = None
         self.t5: T5Encoder | None = None
-        self.loras = Loras(storage_options=self.storage_options)
+        self.loras = LoadedLoras(storage_options=self.storage_options)
         self.load_models(file_path_list)
 
     def load_models(
@@ -106,12 +106,12 @@ class ModelManager:
         check_quantization(quantization, dtype_name(dtype))
         for source in file_path_list:
             with checkpoint_errors(), device_errors():
-                parts = parts_of(open_checkpoint(to_path(source, self.storage_options)))
+                parts = parts_of(open_checkpoint(_to_path(source, self.storage_options)))
                 for kind in sorted(parts, key=lambda kind: LOADING_ORDER.index(kind.part)):
                     self._load(kind, parts[kind], dtype, quantization)
 
     def load_lora(self, file_path: PathOrFolder | Sequence[PathOrFolder], lora_alpha: float = 1.0) -> None:
-        """Merge one more LoRA, or several with the same scale, into the parts that are loaded; see Loras.
+        """Merge one more LoRA, or several with the same scale, into the parts that are loaded; see LoadedLoras.
 
         `lora_alpha` is DiffSynth-Studio's name of the scale. The alphas of the file count as well.
         """
@@ -130,7 +130,7 @@ class ModelManager:
             )
             self.loras.add_part("transformer", self.transformer)
             guidance_embed = self.transformer.params.guidance_embed
-            self.schedule = schedule_params(read_scheduler_config(home), guidance_embed=guidance_embed)
+            self.schedule = schedule_params(_read_scheduler_config(home), guidance_embed=guidance_embed)
         elif kind in (CheckpointKind.AUTOENCODER, CheckpointKind.AUTOENCODER_DIFFUSERS):
             config = read_config(home, "vae")
             self.autoencoder = load_autoencoder(checkpoint, kind, config, dtype=dtype, device=self.device)
@@ -155,7 +155,7 @@ def locate_parts(
         return find_parts(model)
 
 
-def to_path(
+def _to_path(
     source: PathOrFolder | Sequence[PathOrFolder], storage_options: Mapping[str, Any] | None = None
 ) -> Path | list[Path]:
     """Return the path or the paths of one part on this machine."""
@@ -164,7 +164,7 @@ def to_path(
     return [local_path(path, storage_options) for path in source]
 
 
-def read_scheduler_config(home: Path) -> dict[str, Any]:
+def _read_scheduler_config(home: Path) -> dict[str, Any]:
     """Read the scheduler's configuration, in the folder of the weights or the one above; {} if there is none."""
     for folder in (home, home.parent):
         path = folder / "scheduler" / "scheduler_config.json"

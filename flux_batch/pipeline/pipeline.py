@@ -41,7 +41,7 @@ from flux_batch.model.sampling import (
 from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import Flux
 from flux_batch.pipeline.errors import device_errors
-from flux_batch.pipeline.loras import Loras
+from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, locate_parts
 from flux_batch.pipeline.pixels import check_finite, to_pixels, to_uint8
 from flux_batch.pipeline.precision import AUTO, must_be_narrow
@@ -67,10 +67,10 @@ from flux_batch.sampling_params import (
     check_step_cache,
 )
 
-OutputType = Literal["pil", "np", "pt", "latent"]
+_OutputType = Literal["pil", "np", "pt", "latent"]
 
 # By whether guidance is embedded. Source: black-forest-labs/flux 802fb47, src/flux/cli.py: 256 for schnell, else 512.
-T5_SEQUENCE_LENGTH = {True: 512, False: 256}
+_T5_SEQUENCE_LENGTH = {True: 512, False: 256}
 
 
 class FluxImagePipeline:
@@ -86,7 +86,7 @@ class FluxImagePipeline:
         *,
         quantization: Quantization = "none",
         step_cache: float = 0.0,
-        loras: Loras | None = None,
+        loras: LoadedLoras | None = None,
         compile_cache: CompileCache | None = None,
         offload_text_encoders: bool = False,
         graphs: CudaGraphs | None = None,
@@ -100,8 +100,8 @@ class FluxImagePipeline:
         self.step_cache = step_cache
         self.compile_cache = compile_cache
         self.graphs = graphs
-        self.loras = loras or Loras({"transformer": transformer, "clip": clip.model, "t5": t5.model})
-        check_parts_fit(transformer, autoencoder, clip, t5)
+        self.loras = loras or LoadedLoras({"transformer": transformer, "clip": clip.model, "t5": t5.model})
+        _check_parts_fit(transformer, autoencoder, clip, t5)
         weight = transformer.img_in.weight
         self.device = weight.device
         self.torch_dtype = weight.dtype
@@ -199,7 +199,7 @@ class FluxImagePipeline:
     @property
     def default_t5_sequence_length(self) -> int:
         """The T5 length the model was made for: 512 for dev, 256 for schnell, or that of its tokenizer if less."""
-        return min(T5_SEQUENCE_LENGTH[self.transformer.params.guidance_embed], self.t5.max_length)
+        return min(_T5_SEQUENCE_LENGTH[self.transformer.params.guidance_embed], self.t5.max_length)
 
     @property
     def precision(self) -> dict[str, str]:
@@ -269,7 +269,7 @@ class FluxImagePipeline:
         input_image: Image.Image | Sequence[Image.Image] | None = None,
         denoising_strength: float = 1.0,
         sigma_shift: float | None = None,
-        output_type: OutputType = "pil",
+        output_type: _OutputType = "pil",
         progress_bar: Progress | None = None,
         tiled: bool = False,
         tile_size: int = 128,
@@ -315,7 +315,7 @@ class FluxImagePipeline:
         are not finite; OutOfMemory; DeviceFatal.
         """
         named = resolve_aliases(aliases, FluxImagePipeline.__call__.__annotations__)
-        check_choice("output_type", output_type, get_args(OutputType))
+        check_choice("output_type", output_type, get_args(_OutputType))
         embeds = embeds_of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
         prompts = as_list("prompt", prompt) if embeds is None else embeds
         count = num_texts(prompts)
@@ -432,8 +432,8 @@ class FluxImagePipeline:
             )
         for prefix, texts in (("", request.prompts), ("negative_", request.negative_prompts)):
             if isinstance(texts, PromptEmbeds):
-                check_shape(f"{prefix}prompt_embeds", texts.prompt_embeds, (count, length, p.context_in_dim))
-                check_shape(f"{prefix}pooled_prompt_embeds", texts.pooled_prompt_embeds, (count, p.vec_in_dim))
+                _check_shape(f"{prefix}prompt_embeds", texts.prompt_embeds, (count, length, p.context_in_dim))
+                _check_shape(f"{prefix}pooled_prompt_embeds", texts.pooled_prompt_embeds, (count, p.vec_in_dim))
 
     def encode(self, prompts: Sequence[str], t5_sequence_length: int) -> PromptEmbeds:
         """Return the embeddings of each prompt, those of the last prompts from memory."""
@@ -456,14 +456,14 @@ class FluxImagePipeline:
         return tiled_decode(self.autoencoder, latents, tiling) if tiling else self.autoencoder.decode(latents)
 
 
-def check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+def _check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
     """Raise InvalidSetting unless an argument is a tensor of that shape."""
     if not isinstance(tensor, Tensor) or tensor.shape != shape:
         got = list(tensor.shape) if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
         raise InvalidSetting(f"{name} is {got}: must be a tensor of shape {list(shape)}", field=name)
 
 
-def check_parts_fit(transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncoder, t5: T5Encoder) -> None:
+def _check_parts_fit(transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncoder, t5: T5Encoder) -> None:
     """Raise CheckpointError unless the parts are of one model."""
     p, a = transformer.params, autoencoder.params
     facts = [

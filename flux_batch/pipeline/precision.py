@@ -25,7 +25,7 @@ AUTO = (None, "auto")
 MEMORY_INFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 # The share of free memory that weights may take: the rest is for activations, libraries and the system.
-SHARE_FOR_WEIGHTS = 0.8
+_SHARE_FOR_WEIGHTS = 0.8
 
 
 def must_be_narrow(device: torch.device, dtype: torch.dtype, paths: Sequence[Path]) -> bool:
@@ -36,11 +36,11 @@ def must_be_narrow(device: torch.device, dtype: torch.dtype, paths: Sequence[Pat
     if device.type != "cpu" or dtype != torch.float32:
         return False
     with checkpoint_errors():
-        shapes = shapes_of(paths)
+        shapes = _shapes_of(paths)
     return not fits_into_memory(sum(weight_bytes(part, each, "float32") for part, each in shapes.items()))
 
 
-def default_dtype(device: torch.device, quantization: Quantization = "none") -> torch.dtype:
+def _default_dtype(device: torch.device, quantization: Quantization = "none") -> torch.dtype:
     """Return the native dtype of a device, unless `quantization` needs another one."""
     if quantization == "fp8_matmul":
         return torch.bfloat16
@@ -53,14 +53,14 @@ def to_dtype(name: torch.dtype | str | None, device: torch.device, quantization:
     Raises: InvalidSetting for a dtype that images are not computed in.
     """
     if name in AUTO:
-        return default_dtype(device, quantization)
+        return _default_dtype(device, quantization)
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise InvalidSetting(f"torch_dtype = {name}: must be bfloat16, float16, float32 or auto", field="torch_dtype")
     return dtype
 
 
-def shapes_of(paths: Sequence[Path]) -> dict[str, Shapes]:
+def _shapes_of(paths: Sequence[Path]) -> dict[str, Shapes]:
     """Read the shapes of each part of a model from the headers of its files. Raises: ValueError if one is damaged."""
     shapes: dict[str, Shapes] = {}
     for path in paths:
@@ -72,7 +72,7 @@ def shapes_of(paths: Sequence[Path]) -> dict[str, Shapes]:
 def fits_into_memory(num_bytes: int) -> bool:
     """Return whether weights of that size fit into free memory; True if that is not known."""
     free = free_memory()
-    return free is None or num_bytes <= SHARE_FOR_WEIGHTS * free
+    return free is None or num_bytes <= _SHARE_FOR_WEIGHTS * free
 
 
 def free_memory() -> int | None:

@@ -27,9 +27,9 @@ from flux_batch.sampling_params import (
 )
 
 # The spellings of diffusers that a call accepts: those of a job, and two of image-to-image.
-CALL_ALIASES = {**ALIASES, "strength": "denoising_strength", "image": "input_image"}
+_CALL_ALIASES = {**ALIASES, "strength": "denoising_strength", "image": "input_image"}
 # The arguments of diffusers that a call refuses, and what to pass instead.
-INSTEAD = {"generator": ": pass seed, a whole number or one for each image"}
+_INSTEAD = {"generator": ": pass seed, a whole number or one for each image"}
 
 # The prompts of a call, or the embeddings that stand in for them.
 Texts: TypeAlias = list[str] | PromptEmbeds
@@ -158,8 +158,8 @@ def resolve_aliases(aliases: Mapping[str, Any], arguments: Iterable[str]) -> dic
     Raises: InvalidSetting for an argument that is unknown, with the nearest of the `arguments` or what to pass instead.
     """
     for name in aliases:
-        if name not in CALL_ALIASES:
-            names = [name for name in arguments if name not in ("aliases", "return")] + list(CALL_ALIASES)
-            hint = INSTEAD.get(name) or did_you_mean(name, names) or f"; there are {', '.join(sorted(names))}"
+        if name not in _CALL_ALIASES:
+            names = [name for name in arguments if name not in ("aliases", "return")] + list(_CALL_ALIASES)
+            hint = _INSTEAD.get(name) or did_you_mean(name, names) or f"; there are {', '.join(sorted(names))}"
             raise InvalidSetting(f"{name} is no argument of the pipeline{hint}", field=name)
-    return {CALL_ALIASES[name]: value for name, value in aliases.items()}
+    return {_CALL_ALIASES[name]: value for name, value in aliases.items()}

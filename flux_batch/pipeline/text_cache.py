@@ -14,10 +14,10 @@ import torch
 from flux_batch.model.conditioned import PromptEmbeds
 
 # About 64 prompts of FLUX.1-dev in bfloat16: those of the batches near each other, and the empty one.
-MAX_BYTES = 256 * 2**20
+_MAX_BYTES = 256 * 2**20
 
-Encode = Callable[[str, int], PromptEmbeds]
-OnDevice = Callable[[], AbstractContextManager[None]]
+_Encode = Callable[[str, int], PromptEmbeds]
+_OnDevice = Callable[[], AbstractContextManager[None]]
 
 
 class TextCache:
@@ -29,7 +29,7 @@ class TextCache:
     encode: runs the encoders on a text, for a T5 length; on_device: a context within which they can be run.
     """
 
-    def __init__(self, encode: Encode, max_bytes: int = MAX_BYTES, on_device: OnDevice = nullcontext) -> None:
+    def __init__(self, encode: _Encode, max_bytes: int = _MAX_BYTES, on_device: _OnDevice = nullcontext) -> None:
         self._encode = encode
         self._max_bytes = max_bytes
         self._on_device = on_device

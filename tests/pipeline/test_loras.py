@@ -11,7 +11,7 @@ import torch
 
 from flux_batch import FluxImagePipeline, ModelManager
 from flux_batch.errors import CheckpointError, InvalidSetting
-from flux_batch.pipeline.loras import Loras
+from flux_batch.pipeline.loras import LoadedLoras
 from helpers.lora_files import random_factors, write_lora
 from helpers.s3 import S3Server
 from helpers.tiny_flux import TinyFlux, make_tiny_repository
@@ -181,7 +181,7 @@ def test_what_peft_says_beside_a_file_is_fetched_with_it(
     expected = pipe.transformer.state_dict()["double_blocks.0.img_attn.qkv.weight"].clone()
 
     for address in (f"{uri}/adapter_model.safetensors", uri):
-        loras = Loras({"transformer": pipe.transformer}, moto.storage_options)
+        loras = LoadedLoras({"transformer": pipe.transformer}, moto.storage_options)
         pipe.unload_loras()
         loras.set([(address, 1.0)])
         found = pipe.transformer.state_dict()["double_blocks.0.img_attn.qkv.weight"].clone()

@@ -27,7 +27,7 @@ from flux_batch.model.params import (
 )
 from flux_batch.model.text import ClipEncoder, T5Encoder, build, load_tokenizer
 from flux_batch.model.transformer import Flux
-from flux_batch.pipeline.loras import Loras
+from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import PREPARE_T5, PREPARE_TRANSFORMER, ModelManager
 from flux_batch.sampling_params import Quantization
 
@@ -143,7 +143,9 @@ def random_manager(
     manager.schedule = size.schedule
     manager.clip = random_clip(size, dtype, device)
     manager.t5 = random_t5(size, dtype, device, quantization)
-    manager.loras = Loras({"transformer": manager.transformer, "clip": manager.clip.model, "t5": manager.t5.model})
+    manager.loras = LoadedLoras(
+        {"transformer": manager.transformer, "clip": manager.clip.model, "t5": manager.t5.model}
+    )
     return manager
 
 

@@ -75,7 +75,7 @@ class CompileCache:
             raise ValueError("not what torch.compile has saved")
 
 
-class SigmoidGELU(nn.Module):
+class _SigmoidGELU(nn.Module):
     """GELU in its approximation with tanh: (1 + tanh(u / 2)) / 2 is the sigmoid of u.
 
     Compiled, a sigmoid takes less than half the time of a tanh.
@@ -94,7 +94,7 @@ def rotate_in_parts(x: Tensor, pe: Tensor) -> Tensor:
     return rearrange(rotated, "b l h d pair -> b l h (d pair)").to(x.dtype)
 
 
-def matmul_then_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _matmul_then_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a linear layer, with the bias left to the kernel that reads the product.
 
     With a bias, a CPU first writes that out in full size.
@@ -114,11 +114,11 @@ def _use_compilable_functions(block: nn.Module, device: torch.device) -> None:
     """Replace the functions of a block for which the compiler makes slow code on this kind of device."""
     for name, module in list(block.named_modules()):
         if isinstance(module, nn.GELU):
-            block.set_submodule(name, SigmoidGELU())
+            block.set_submodule(name, _SigmoidGELU())
         elif isinstance(module, JointAttention) and device.type != "cpu":
             module.rotate = rotate_in_parts
         elif isinstance(module, BlockLinear) and device.type == "cpu" and module.matmul is F.linear:
-            module.matmul = matmul_then_bias
+            module.matmul = _matmul_then_bias
 
 
 def _device_kind(device: torch.device) -> str:

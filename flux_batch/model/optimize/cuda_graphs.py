@@ -21,15 +21,15 @@ from flux_batch.model.sampling import Velocity
 from flux_batch.model.transformer import Flux, Modulations
 
 # Recorded sizes that are kept; each takes some MB beside the memory that all share.
-MAX_GRAPHS = 8
+_MAX_GRAPHS = 8
 
 # Launches a record.
 Replay = Callable[[], None]
 # Runs a step and records it. Returns: a function that launches it again, and the tensor that then has the result.
-Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
+_Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 
 
-class Inputs(NamedTuple):
+class _Inputs(NamedTuple):
     """The arguments of `Flux.velocity`."""
 
     img: Tensor
@@ -46,25 +46,25 @@ class Inputs(NamedTuple):
         """Return all tensors, always in the same order."""
         return [self.img, self.txt, self.pe, *self.modulations.tensors()]
 
-    def copies(self) -> Inputs:
+    def copies(self) -> _Inputs:
         """Return dense copies."""
         img, txt, pe = (_dense_copy(tensor) for tensor in (self.img, self.txt, self.pe))
-        return Inputs(img, txt, self.modulations.map(_dense_copy), pe)
+        return _Inputs(img, txt, self.modulations.map(_dense_copy), pe)
 
 
 def _dense_copy(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-class StepGraph:
+class _StepGraph:
     """`Flux.velocity`, recorded for inputs of one size."""
 
-    def __init__(self, model: Flux, inputs: Inputs, record: Record) -> None:
+    def __init__(self, model: Flux, inputs: _Inputs, record: _Record) -> None:
         self._inputs = inputs.copies()
         self._input_tensors = self._inputs.tensors()
         self._replay, self._result = record(lambda: model.velocity(*self._inputs))
 
-    def __call__(self, inputs: Inputs) -> Tensor:
+    def __call__(self, inputs: _Inputs) -> Tensor:
         """Return the velocity, in memory that no later step writes to."""
         torch._foreach_copy_(self._input_tensors, inputs.tensors())
         self._replay()
@@ -78,14 +78,14 @@ class CudaGraphs:
     Raises: ValueError for a model that is not on a CUDA device, unless `record` is given.
     """
 
-    def __init__(self, model: Flux, record: Record | None = None, max_graphs: int = MAX_GRAPHS) -> None:
+    def __init__(self, model: Flux, record: _Record | None = None, max_graphs: int = _MAX_GRAPHS) -> None:
         device = model.img_in.weight.device
         if record is None and device.type != "cuda":
             raise ValueError(f"CUDA graphs need a CUDA device, and the transformer is on {device}")
         self.model = model
         self.max_graphs = max_graphs
-        self._record = record or CudaRecorder(device)
-        self._graphs: OrderedDict[Any, StepGraph] = OrderedDict()
+        self._record = record or _CudaRecorder(device)
+        self._graphs: OrderedDict[Any, _StepGraph] = OrderedDict()
         self._addresses: list[int] = []
 
     def __call__(self, conditioned: ConditionedFlux) -> Velocity:
@@ -96,22 +96,22 @@ class CudaGraphs:
             self._addresses = addresses
 
         def velocity(step: int, img: Tensor) -> Tensor:
-            inputs = Inputs(img, conditioned.txt, conditioned.modulations(step), conditioned.pe)
+            inputs = _Inputs(img, conditioned.txt, conditioned.modulations(step), conditioned.pe)
             return self._graph(inputs)(inputs)
 
         return velocity
 
-    def _graph(self, inputs: Inputs) -> StepGraph:
+    def _graph(self, inputs: _Inputs) -> _StepGraph:
         graph = self._graphs.get(inputs.size)
         if graph is None:
             while len(self._graphs) >= self.max_graphs:
                 self._graphs.popitem(last=False)
-            graph = self._graphs[inputs.size] = StepGraph(self.model, inputs, self._record)
+            graph = self._graphs[inputs.size] = _StepGraph(self.model, inputs, self._record)
         self._graphs.move_to_end(inputs.size)
         return graph
 
 
-class CudaRecorder:
+class _CudaRecorder:
     """Records steps on a CUDA device; all records share their memory, since no two run at the same time."""
 
     def __init__(self, device: torch.device) -> None:

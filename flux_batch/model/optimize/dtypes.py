@@ -10,8 +10,8 @@ from flux_batch.model.optimize.kernels import cpu_info
 
 # Compute capabilities: Ampere multiplies in bfloat16, Volta in float16. CUDA C++ Programming Guide, arithmetic
 # instructions.
-BFLOAT16_CAPABILITY = (8, 0)
-FLOAT16_CAPABILITY = (7, 0)
+_BFLOAT16_CAPABILITY = (8, 0)
+_FLOAT16_CAPABILITY = (7, 0)
 
 
 def native_dtype(device: torch.device | str) -> torch.dtype:
@@ -23,15 +23,15 @@ def native_dtype(device: torch.device | str) -> torch.dtype:
     device = torch.device(device)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        if capability >= BFLOAT16_CAPABILITY:
+        if capability >= _BFLOAT16_CAPABILITY:
             return torch.bfloat16
-        return torch.float16 if capability >= FLOAT16_CAPABILITY else torch.float32
+        return torch.float16 if capability >= _FLOAT16_CAPABILITY else torch.float32
     if device.type == "mps":
         return torch.float16
-    return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+    return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
 
 
-def cpu_multiplies_bfloat16() -> bool:
+def _cpu_multiplies_bfloat16() -> bool:
     """Return whether torch's products on this CPU use instructions for bfloat16.
 
     Without them oneDNN converts: on an EPYC with AVX2 a product took 6 times as long as in float32, a convolution 58

@@ -26,12 +26,12 @@ from torch.nn.attention import SDPBackend, activate_flash_attention_impl, curren
 from flux_batch.model.layers import BlockLinear, SelfAttention, SingleStreamBlock, project
 from flux_batch.model.transformer import Flux
 
-HOPPER = (9, 0)
-FLASH_3 = "FA3"
-FLASH_3_PACKAGE = "flash_attn_interface"
+_HOPPER = (9, 0)
+_FLASH_3 = "FA3"
+_FLASH_3_PACKAGE = "flash_attn_interface"
 CPU_INFO = Path("/proc/cpuinfo")
 # One step at a time: for many rows some kernels (bfloat16 with AMX) round each row differently than alone.
-MODULATION_ROWS_ON_CPU = 1
+_MODULATION_ROWS_ON_CPU = 1
 
 
 def apply_cpu_kernels(model: Flux) -> None:
@@ -39,7 +39,7 @@ def apply_cpu_kernels(model: Flux) -> None:
     weight = model.img_in.weight
     if weight.device.type != "cpu":
         return
-    model.modulation_rows = MODULATION_ROWS_ON_CPU
+    model.modulation_rows = _MODULATION_ROWS_ON_CPU
     uses_onednn = weight.dtype == torch.float32 and _is_mkl_slow()
     for module in model.modules():
         if isinstance(module, (SelfAttention, SingleStreamBlock)):
@@ -50,7 +50,7 @@ def apply_cpu_kernels(model: Flux) -> None:
 
 def attention_order(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which attention tries the kernels that are fastest on this kind of device first."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _HOPPER:
         return nullcontext()
     rest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
@@ -106,9 +106,9 @@ def _is_mkl_slow() -> bool:
 
 def _activate_flash_3() -> bool:
     """Make FlashAttention 3 torch's flash attention in this process. Returns: whether it is installed."""
-    if current_flash_attention_impl() == FLASH_3:
+    if current_flash_attention_impl() == _FLASH_3:
         return True
-    if importlib.util.find_spec(FLASH_3_PACKAGE) is None:
+    if importlib.util.find_spec(_FLASH_3_PACKAGE) is None:
         return False
-    activate_flash_attention_impl(FLASH_3)
+    activate_flash_attention_impl(_FLASH_3)
     return True

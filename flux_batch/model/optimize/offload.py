@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 # A layer, the name of one of its tensors, and that tensor in host memory.
-HostTensor = tuple[nn.Module, str, Tensor]
+_HostTensor = tuple[nn.Module, str, Tensor]
 
 
-class OffloadedModules:
+class _OffloadedModules:
     """Modules whose weights wait in host memory; see `apply_offload`."""
 
-    def __init__(self, host_tensors: list[HostTensor], device: torch.device) -> None:
+    def __init__(self, host_tensors: list[_HostTensor], device: torch.device) -> None:
         self._host_tensors = host_tensors
         self._device = device
 
@@ -48,7 +48,7 @@ class OffloadedModules:
             torch.cuda.empty_cache()
 
 
-def apply_offload(modules: Sequence[nn.Module], device: torch.device) -> OffloadedModules:
+def apply_offload(modules: Sequence[nn.Module], device: torch.device) -> _OffloadedModules:
     """Move the weights of modules from `device` to host memory. Returns: what brings them back for a while.
 
     On CUDA the memory is pinned, so that bringing them back costs what the bus takes; torch rounds each tensor up to a
@@ -56,12 +56,12 @@ def apply_offload(modules: Sequence[nn.Module], device: torch.device) -> Offload
     """
     with torch.inference_mode(False), torch.no_grad():
         host_tensors = [(layer, name, _in_host_memory(tensor)) for layer, name, tensor in _tensors_of(modules)]
-        offloaded = OffloadedModules(host_tensors, device)
+        offloaded = _OffloadedModules(host_tensors, device)
         offloaded.leave_device()
     return offloaded
 
 
-def _tensors_of(modules: Sequence[nn.Module]) -> Iterator[HostTensor]:
+def _tensors_of(modules: Sequence[nn.Module]) -> Iterator[_HostTensor]:
     """Yield the parameters and buffers of modules, each of a layer once."""
     for module in modules:
         for layer in module.modules():

@@ -19,13 +19,13 @@ from flux_batch.model.checkpoint.lazy_state import CHUNK, StoredState
 from flux_batch.model.footprint import is_quantizable
 
 E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
+_E4M3_MAX = 448.0
 # The least compute capability for products in fp8, and the number that sizes must be multiples of.
 # https://docs.nvidia.com/cuda/cublas/#bit-floating-point-data-types-fp8-usage
-FP8_CAPABILITY = (8, 9)
-FP8_MULTIPLE = 16
+_FP8_CAPABILITY = (8, 9)
+_FP8_MULTIPLE = 16
 # The layer of a `Modulation`, which multiplies one row an image, where other layers multiply thousands.
-MODULATION = ".lin"
+_MODULATION = ".lin"
 
 
 class Fp8Linear(nn.Module):
@@ -74,7 +74,7 @@ class Fp8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class NarrowLinear(nn.Module):
+class _NarrowLinear(nn.Module):
     """A linear layer with its weight in bfloat16, multiplied in the dtype of its input, float32; for inference.
 
     Buffers: weight (o, i) bfloat16; bias (o,) float32 or None. A CPU without instructions for bfloat16 widens a matrix
@@ -141,15 +141,15 @@ def apply_fp8(model: nn.Module, *, matmul: bool = False) -> None:
     Modulation is multiplied in the dtype of its input either way: it has one row an image and steers every token.
     """
     for name, layer in _quantizable(model, "transformer"):
-        fits = layer.in_features % FP8_MULTIPLE == 0 and layer.out_features % FP8_MULTIPLE == 0
-        kind = Fp8MatmulLinear if matmul and fits and not name.endswith(MODULATION) else Fp8Linear
+        fits = layer.in_features % _FP8_MULTIPLE == 0 and layer.out_features % _FP8_MULTIPLE == 0
+        kind = Fp8MatmulLinear if matmul and fits and not name.endswith(_MODULATION) else Fp8Linear
         model.set_submodule(name, kind(layer))
 
 
 def apply_narrow_weights(model: nn.Module) -> None:
     """Make a Flux keep the matrices of its blocks in bfloat16, and multiply in the dtype of their input."""
     for name, layer in _quantizable(model, "transformer"):
-        model.set_submodule(name, NarrowLinear(layer))
+        model.set_submodule(name, _NarrowLinear(layer))
 
 
 def apply_fp8_to_t5(model: nn.Module) -> None:
@@ -163,7 +163,7 @@ def apply_fp8_to_t5(model: nn.Module) -> None:
 
 def apply_narrow_weights_to_t5(model: nn.Module) -> None:
     """Make a T5 encoder keep the matrices of its blocks in bfloat16, and multiply in the dtype of their input."""
-    _replace_in_t5(model, NarrowLinear)
+    _replace_in_t5(model, _NarrowLinear)
 
 
 def _replace_in_t5(model: nn.Module, kind: Callable[[nn.Linear], nn.Module]) -> None:
@@ -191,7 +191,7 @@ def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
         return weight, torch.empty((len(rows), 1), dtype=torch.float32, device=rows.device)
     largest = torch.linalg.vector_norm(rows, ord=inf, dim=1, keepdim=True, dtype=torch.float32)
     # A row of zeros has no scale, and a row of tiny numbers must not have one so small that it is not exact.
-    scale = (largest / E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (largest / _E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
     return (rows / scale).to(E4M3), scale
 
 
@@ -228,8 +228,8 @@ def fp8_matmul_obstacle(device: torch.device) -> str:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"there are no products in fp8 on {device}"
     capability = torch.cuda.get_device_capability(device)
-    if capability < FP8_CAPABILITY:
-        name, has, needs = torch.cuda.get_device_name(device), _dotted(capability), _dotted(FP8_CAPABILITY)
+    if capability < _FP8_CAPABILITY:
+        name, has, needs = torch.cuda.get_device_name(device), _dotted(capability), _dotted(_FP8_CAPABILITY)
         return f"{name} has no products in fp8 (compute capability {has}; {needs} is needed: Ada, Hopper or later)"
     return ""
 

@@ -19,13 +19,13 @@ from flux_batch.model.layers import finite
 
 
 @dataclass(slots=True)
-class Additions:
+class _Additions:
     """The additions to the image tokens when each image was last computed in full: (b, n, hidden) each."""
 
     first_block: Tensor
     later_blocks: Tensor
 
-    def update(self, images: Sequence[int], new: Additions) -> None:
+    def update(self, images: Sequence[int], new: _Additions) -> None:
         """Replace the additions of some images."""
         self.first_block[images] = new.first_block
         self.later_blocks[images] = new.later_blocks
@@ -45,7 +45,7 @@ class StepCache:
         self.threshold = threshold
         self.num_passes = 0
         self.num_reused = 0
-        self._last: Additions | None = None
+        self._last: _Additions | None = None
 
     def __call__(self, step: int, img: Tensor) -> Tensor:
         """Return the velocity, for the arguments of `ConditionedFlux`."""
@@ -58,12 +58,12 @@ class StepCache:
         self.num_reused += len(img) - len(images)
         if self._last is None or len(images) == len(img):
             done = model.later_blocks(img, txt, modulations, pe)
-            self._last = Additions(first_block, finite(done - img))
+            self._last = _Additions(first_block, finite(done - img))
             return model.last_layer(done, modulations)
         reused = finite(img + self._last.later_blocks)
         if images:
             done = model.later_blocks(img[images], txt[images], modulations.select(images), pe)
-            self._last.update(images, Additions(first_block[images], finite(done - img[images])))
+            self._last.update(images, _Additions(first_block[images], finite(done - img[images])))
             reused[images] = done
         return model.last_layer(reused, modulations)
 
