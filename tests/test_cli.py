@@ -76,7 +76,7 @@ def test_plan_counts_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_plan_knows_the_work_of_flux_dev(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = write_job(make_job(tmp_path), tmp_path / "job.yaml")
+    job = write_job(make_job(tmp_path, model={"uri": str(tmp_path / "absent")}), tmp_path / "job.yaml")
     size = ["sampling.width=1024", "sampling.height=1024", "sampling.num_inference_steps=28"]
     out = flux_batch(capsys, "plan", job, "--json", *(word for each in size for word in ("--set", each)))[1]
     # 74.38 TFLOP a step, of which the 57 blocks are all but the embedders and the last layer.

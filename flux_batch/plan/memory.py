@@ -1,6 +1,6 @@
-"""What fits where: the memory a worker needs for its model and batches, and which cards have it. Rough.
+"""A rough estimate of the memory that a worker needs for its model and batches, and the cards that have it.
 
-Counted from the headers of the checkpoint, whatever it is called, and the job's sizes; no weights are read.
+It is counted from the headers of the checkpoint and the job's sizes; no weights are read.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from flux_batch.model.checkpoint.detect import TITLES, find_parts, parts_of
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, weight_bytes
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.model.params import Shapes
+from flux_batch.sampling_params import num_image_tokens
 
 # A card of 24 GB has 24 x 2^30 bytes and is counted as 24 x 10^9: what is between the two, 7 %, is left to CUDA, to
 # the convolutions' workspace and to what the allocator cannot use.
-CARDS_GB = (16, 24, 40, 48, 80, 141)
+_CARDS_GB = (16, 24, 40, 48, 80, 141)
 CHOICES = (
     ("bfloat16", "none"),
     ("bfloat16", "fp8"),
@@ -28,15 +29,14 @@ CHOICES = (
     ("float16", "fp8"),
     ("float32", "none"),
 )
+# Text tokens of a job that does not say: those of FLUX.1-dev.
 TEXT_TOKENS = 512
-PIXELS_A_TOKEN = 256
 
 
 def memory(config: JobConfig) -> dict[str, Any]:
-    """Estimate the bytes a worker needs by part, as the job is and by other choices of dtype and quantization.
+    """Return the bytes a worker needs by part, for the job and for other choices of dtype and quantization.
 
-    Rows that override the size are not looked at. `error` says why where the model cannot be counted, as when it is
-    not on this machine.
+    Sizes of rows are not read. `error` says why the model cannot be counted, such as one not on this machine.
     """
     model = config.model
     try:
@@ -44,16 +44,16 @@ def memory(config: JobConfig) -> dict[str, Any]:
         if source is None:
             return {"error": f"{model.uri} is not on this machine"}
         parts = read_shapes(source)
-        needed = parts_bytes(config, parts, expected_dtype(config), model.quantization)
-        others = {choice: parts_bytes(config, parts, *choice) for choice in CHOICES}
+        needed = _parts_bytes(config, parts, _expected_dtype(config), model.quantization)
+        others = {choice: _parts_bytes(config, parts, *choice) for choice in CHOICES}
     except (FluxBatchError, ValueError, OSError) as error:
         return {"error": str(error)}
     return {
-        "batch_size": batch_size_of(config),
+        "batch_size": _batch_size_of(config),
         "bytes": needed,
-        **fit(sum(needed.values())),
+        **_fit(sum(needed.values())),
         "choices": [
-            {"dtype": dtype, "quantization": quantization, **fit(sum(sizes.values()))}
+            {"dtype": dtype, "quantization": quantization, **_fit(sum(sizes.values()))}
             for (dtype, quantization), sizes in others.items()
         ],
     }
@@ -68,16 +68,16 @@ def read_shapes(source: Path) -> dict[str, Shapes]:
     return shapes
 
 
-def parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantization: str) -> dict[str, int]:
+def _parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantization: str) -> dict[str, int]:
     """Return the bytes of each part's weights and of the activations: the larger of denoising and decoding.
 
     The text encoders' activations are smaller than either, but for images that are themselves small. Encoders that
     are offloaded take none of their own, but what the activations take while there are none. With CUDA graphs, what
     denoising takes is taken throughout.
     """
-    sampling, batch_size = config.sampling, batch_size_of(config)
+    sampling, batch_size = config.sampling, _batch_size_of(config)
     width, height = sampling.width, sampling.height
-    num_tokens = width * height // PIXELS_A_TOKEN + (sampling.t5_sequence_length or TEXT_TOKENS)
+    num_tokens = num_image_tokens(width, height) + (sampling.t5_sequence_length or TEXT_TOKENS)
     denoise = denoise_bytes(parts["transformer"], num_tokens, batch_size, dtype, quantization)
     if sampling.tiled:
         width, height = min(width, 8 * sampling.tile_size), min(height, 8 * sampling.tile_size)
@@ -91,44 +91,44 @@ def parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantiz
     return weights | {"activations": denoise + rest if config.model.cuda_graphs else max(denoise, rest)}
 
 
-def expected_dtype(config: JobConfig) -> str:
+def _expected_dtype(config: JobConfig) -> str:
     """Return the dtype of the job; for `auto` bfloat16, as GPUs of today take it, or this CPU's own without GPUs."""
     if config.model.dtype != "auto":
         return config.model.dtype
     return "bfloat16" if config.workers.num_gpus else dtype_name(native_dtype("cpu"))
 
 
-def batch_size_of(config: JobConfig) -> int:
-    """Return the images in one forward pass; 1, the least that must fit, where the run is to find out itself."""
+def _batch_size_of(config: JobConfig) -> int:
+    """Return the images in one forward pass; 1, the least that must fit, for `auto`."""
     size = config.workers.batch_size
     return 1 if size == "auto" else size
 
 
-def fit(num_bytes: int) -> dict[str, Any]:
-    """Tell which cards have so many bytes to give."""
-    return {"total_bytes": num_bytes, "fits_gb": [card for card in CARDS_GB if num_bytes <= card * 10**9]}
+def _fit(num_bytes: int) -> dict[str, Any]:
+    """Return the sum and the cards that have as many bytes."""
+    return {"total_bytes": num_bytes, "fits_gb": [card for card in _CARDS_GB if num_bytes <= card * 10**9]}
 
 
 def format_memory(figures: dict[str, Any]) -> list[str]:
-    """Lay the figures out for people, in lines."""
+    """Return the figures as lines of text."""
     if "error" in figures:
         return [f"memory   not known: {figures['error']}"]
-    parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in figures["bytes"].items())
+    parts = ", ".join(f"{part} {_gigabytes(size)}" for part, size in figures["bytes"].items())
     return [
-        f"memory   about {shown(figures)}; in batches of {figures['batch_size']}: {parts}",
+        f"memory   about {_shown(figures)}; in batches of {figures['batch_size']}: {parts}",
         *(
-            f"         with {choice['dtype']}, quantization {choice['quantization']}: about {shown(choice)}"
+            f"         with {choice['dtype']}, quantization {choice['quantization']}: about {_shown(choice)}"
             for choice in figures["choices"]
         ),
     ]
 
 
-def shown(figures: dict[str, Any]) -> str:
-    """Say how much it is and for which cards."""
+def _shown(figures: dict[str, Any]) -> str:
+    """Return a sum and the cards it fits on as text."""
     cards = ", ".join(str(card) for card in figures["fits_gb"])
-    return f"{gigabytes(figures['total_bytes'])} GB, {f'for cards of {cards} GB' if cards else 'more than a card has'}"
+    return f"{_gigabytes(figures['total_bytes'])} GB, {f'for cards of {cards} GB' if cards else 'more than a card has'}"
 
 
-def gigabytes(num_bytes: int) -> str:
-    """Write a size in GB of 10^9 bytes, no finer than it is known."""
+def _gigabytes(num_bytes: int) -> str:
+    """Return a size in GB of 10^9 bytes as text, no finer than it is known."""
     return f"{num_bytes / 1e9:.2g}" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f}"

@@ -1,6 +1,6 @@
-"""The plan: data set -> ordered shards; made once from footers alone, saved, and the same for ever after.
+"""The plan: data set -> ordered shards, made once from row counts, saved, and never changed.
 
-Knows row counts; has not read one prompt. A resumed run loads it and checks that the files are still those.
+Knows row counts; reads no prompt. A resumed run loads it and checks that the files are the same.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from flux_batch.prompts.source import PromptFile, PromptSource
 from flux_batch.prompts.tables import RowRange
 from flux_batch.records import Shard
 
-VERSION = 1
-READERS = 16
-COLUMNS = pa.schema(
+_VERSION = 1
+_READER_THREADS = 16
+_COLUMNS = pa.schema(
     [
         ("shard", pa.int32()),
         ("file", pa.string()),
@@ -45,11 +45,11 @@ class Plan:
 
     @property
     def num_prompts(self) -> int:
-        """Count the rows of all shards."""
+        """The number of rows of all shards."""
         return sum(shard.num_rows for shard in self.shards)
 
     def to_parquet(self) -> bytes:
-        """Write the plan; the same plan gives the same bytes."""
+        """Return the plan as a Parquet file; the same plan gives the same bytes."""
         rows = [
             {
                 "shard": shard.index,
@@ -61,17 +61,17 @@ class Plan:
             for shard in self.shards
         ]
         metadata = {
-            "flux_batch": json.dumps({"version": VERSION, "num_prompts": self.num_prompts}),
+            "flux_batch": json.dumps({"version": _VERSION, "num_prompts": self.num_prompts}),
             "files": json.dumps([[file.name, file.size, file.version] for file in self.files]),
             "passthrough": base64.b64encode(self.passthrough.serialize().to_pybytes()),
         }
         buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, COLUMNS.with_metadata(metadata)), buffer, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(rows, _COLUMNS.with_metadata(metadata)), buffer, compression="zstd")
         return buffer.getvalue()
 
     @classmethod
     def from_parquet(cls, data: bytes, files: Sequence[PromptFile], *, new_files: bool = False) -> Plan:
-        """Load a plan and bind it to the data set as it lies now.
+        """Read a plan and bind it to the current files of the data set.
 
         Raises: PlanMismatch if a file was removed or changed since, or added, unless `new_files` are welcome.
         """
@@ -95,22 +95,16 @@ class Plan:
         return cls(shards=shards, files=tuple(found[name] for name in planned), passthrough=schema)
 
 
-def count(data: bytes) -> tuple[int, int]:
-    """Count the shards and the prompts of a saved plan without looking at the data set."""
-    table = pq.read_table(io.BytesIO(data), columns=["num_rows"])
-    return table.num_rows, sum(table["num_rows"].to_pylist())
-
-
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What a saved plan says by itself: the rows of each shard, and the types of the passthrough columns."""
+    """The part of a saved plan that needs no data set: rows of each shard, types of passthrough columns."""
 
     num_rows: tuple[int, ...]
     passthrough: pa.Schema
 
     @classmethod
     def from_parquet(cls, data: bytes) -> Outline:
-        """Read it without looking at the data set. Raises: ValueError if it is something else."""
+        """Read a saved plan without reading the data set. Raises: ValueError if it is not a plan."""
         try:
             table = pq.read_table(io.BytesIO(data), columns=["num_rows"])
             passthrough = base64.b64decode(table.schema.metadata[b"passthrough"])
@@ -120,7 +114,7 @@ class Outline:
 
 
 def make_plan(prompts: PromptsConfig, shard_size: int) -> Plan:
-    """Cut the data set into shards of at most `shard_size` rows; a shard never spans two files.
+    """Return a plan of shards of at most `shard_size` rows; a shard never spans two files.
 
     Reads listings and Parquet footers (text formats are streamed once). Raises: SourceError if there is nothing to do.
     """
@@ -131,16 +125,16 @@ def make_plan(prompts: PromptsConfig, shard_size: int) -> Plan:
 
 
 def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
-    """Append the files that are new to the data set, as shards of their own; what is planned stays as it is.
+    """Return a plan with the new files of the data set appended as shards; planned shards do not change.
 
-    Returns: the very same plan if no file is new. Raises: SourceError; PlanMismatch if the new files do not fit in.
+    Returns: the very same plan if no file is new. Raises: SourceError; PlanMismatch if the new files do not fit.
     """
     source = PromptSource(prompts)
     planned = {file.name for file in plan.files}
     files = [file for file in source.files() if file.name not in planned]
     if not files:
         return plan
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(_READER_THREADS) as pool:
         ranges = list(pool.map(lambda file: source.split(file, shard_size), files))
     pieces = [(file, rows) for file, cuts in zip(files, ranges, strict=True) for rows in cuts]
     limit = None if prompts.limit is None else prompts.limit - plan.num_prompts
@@ -164,12 +158,12 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
 
 
 def remaining(plan: Plan, done: set[int]) -> list[Shard]:
-    """Give the shards that are not committed yet, in order."""
+    """Return the shards that are not committed yet, in order."""
     return [shard for shard in plan.shards if shard.index not in done]
 
 
 def check_same_job(saved: JobConfig, config: JobConfig) -> None:
-    """Raise PlanMismatch with every difference, if `config` would make other images than the run that is there."""
+    """Raise PlanMismatch with every difference if `config` would make other images than the saved run."""
     before, now = saved.identity(), config.identity()
     changed = [f"  {key}: {before.get(key)!r} -> {now[key]!r}" for key in now if before.get(key) != now[key]]
     if changed:
@@ -180,7 +174,7 @@ def check_same_job(saved: JobConfig, config: JobConfig) -> None:
 
 
 def _check_fits(plan: Plan, num_new: int, passthrough: pa.Schema) -> None:
-    """Raise PlanMismatch for new shards that would change the names or the columns of those that are there."""
+    """Raise PlanMismatch for new shards that would change names or columns of the planned ones."""
     num_shards = len(plan.shards) + num_new
     if shard_name(0, num_shards) != shard_name(0, len(plan.shards)):
         raise PlanMismatch(
@@ -197,7 +191,7 @@ def _check_fits(plan: Plan, num_new: int, passthrough: pa.Schema) -> None:
 
 
 def _holds(kind: pa.DataType, new: pa.DataType) -> bool:
-    """Whether a column of a type can take in values of another, and remain what it is."""
+    """Return whether a column of one type can take values of another without a change of its type."""
     fields = [pa.schema([("", kind)]), pa.schema([("", new)])]
     try:
         return bool(pa.unify_schemas(fields, promote_options="permissive").field(0).type == kind)
@@ -206,7 +200,7 @@ def _holds(kind: pa.DataType, new: pa.DataType) -> bool:
 
 
 def _limited(pieces: list[tuple[PromptFile, RowRange]], limit: int | None) -> Iterator[tuple[PromptFile, RowRange]]:
-    """Keep the first `limit` rows."""
+    """Yield the first `limit` rows of the pieces."""
     left = sum(rows.num_rows for _, rows in pieces) if limit is None else limit
     for file, rows in pieces:
         if left <= 0:

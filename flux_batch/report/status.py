@@ -10,7 +10,7 @@ from flux_batch.errors import JobError, NotFound
 from flux_batch.output.commits import Commits
 from flux_batch.output.lease import Holder, read_holder
 from flux_batch.output.paths import PLAN, PROGRESS, SUCCESS, RunFolder
-from flux_batch.plan.plan import count
+from flux_batch.plan.plan import Outline
 from flux_batch.report.progress import duration
 from flux_batch.report.summary import Totals
 from flux_batch.storage.store import Store
@@ -19,16 +19,16 @@ from flux_batch.storage.store import Store
 def read_status(store: Store) -> dict[str, Any]:
     """Count what is planned and committed. Raises: JobError if there is no run in the output."""
     try:
-        num_shards, num_prompts = count(store.read(PLAN))
+        num_rows = Outline.from_parquet(store.read(PLAN)).num_rows
     except NotFound as error:
         raise JobError(f"{store.uri}: there is no run here (no {PLAN})") from error
-    commits = Commits(RunFolder(store, num_shards))
+    commits = Commits(RunFolder(store, len(num_rows)))
     totals = Totals.of(commits.read_all(sorted(commits.done())))
     holder = read_holder(store)
     return {
         "output": store.uri,
-        "num_prompts": num_prompts,
-        "num_shards": num_shards,
+        "num_prompts": sum(num_rows),
+        "num_shards": len(num_rows),
         "num_committed": totals.num_committed,
         "num_images": totals.num_images,
         "num_failed": totals.num_failed,

@@ -1,12 +1,6 @@
-"""How much the transformer computes, and how much a device could: operations, peaks, utilisation.
-
-A multiply-add counts 2. Letters: h hidden size, m width of the MLP, n image tokens, l text tokens, S = n + l.
-"""
+"""Peaks of devices in operations per second, and the share of them that is used."""
 
 from __future__ import annotations
-
-from flux_batch.model.layers import SINUSOID_WIDTH
-from flux_batch.model.params import FluxParams
 
 # Dense bfloat16 with fp32 sums, in TFLOP/s, without sparsity, at the clock of the data sheet: NVIDIA's data sheets of
 # H100 (SXM, PCIe, NVL), H200 (SXM, NVL), A100, B200, L40S, L4 and its Ada whitepaper for the RTX 4090. Words of the
@@ -24,22 +18,6 @@ PEAK_TFLOPS: tuple[tuple[frozenset[str], float], ...] = (
     (frozenset({"RTX", "4090"}), 165.2),
 )
 HALF_PRECISION = ("bfloat16", "float16")
-
-
-def step_flops(params: FluxParams, num_image_tokens: int, num_text_tokens: int) -> int:
-    """Return the operations of one pass over one image: products of matrices and attention, nothing elementwise.
-
-    Per block 8 h^2 S + 4 h m S + 4 S^2 h, which is 24 h^2 S + 4 S^2 h where m = 4 h. FLUX.1-dev at 1024 x 1024 with
-    512 text tokens: 74.4e12. Every block counts whole; the text that the last one leaves out is a thousandth of it.
-    """
-    h, m, n, l = params.hidden_size, params.mlp_hidden_dim, num_image_tokens, num_text_tokens  # noqa: E741
-    tokens = n + l
-    block = 8 * h * h * tokens + 4 * h * m * tokens + 4 * tokens * tokens * h
-    modulation = params.depth * 24 * h * h + params.depth_single_blocks * 6 * h * h + 4 * h * h
-    embedded = [SINUSOID_WIDTH, params.vec_in_dim] + [SINUSOID_WIDTH] * params.guidance_embed
-    conditioning = sum(2 * (width * h + h * h) for width in embedded)
-    ends = 2 * h * (params.in_channels * n + params.context_in_dim * l + params.out_channels * n)
-    return (params.depth + params.depth_single_blocks) * block + modulation + conditioning + ends
 
 
 def peak_tflops(device_name: str | None, dtype: str) -> float | None:

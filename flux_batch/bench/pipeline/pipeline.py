@@ -10,13 +10,15 @@ import numpy as np
 
 from flux_batch.bench.figures import Figures, Run, alternated, number, ratio, table
 from flux_batch.bench.machine import PeakMemory, gpu_name
-from flux_batch.bench.pipeline.flops import peak_tflops, step_flops, utilisation
+from flux_batch.bench.pipeline.flops import peak_tflops, utilisation
 from flux_batch.bench.pipeline.stages import STAGES, timed_stages
 from flux_batch.bench.source import Source
 from flux_batch.config.schema import ImageConfig
 from flux_batch.errors import JobError
 from flux_batch.images import encode
+from flux_batch.model.footprint import step_flops, transformer_size
 from flux_batch.pipeline.pipeline import FluxImagePipeline
+from flux_batch.sampling_params import num_image_tokens
 
 if TYPE_CHECKING:
     from flux_batch.bench.pipeline.peer import Peer
@@ -90,8 +92,8 @@ def bench_pipeline(
     against_us, call_s = measure_peers(ours, peers, pipeline, call, repeats, warm_ups)
     image_s = call_s.scaled(1 / call.batch_size)
     step_s = stages["denoise"].scaled(1 / call.steps)
-    tokens = (call.width // 16) * (call.height // 16)
-    flops = step_flops(pipeline.transformer.params, tokens, length)
+    size = transformer_size({name: weight.shape for name, weight in pipeline.transformer.named_parameters()})
+    flops = step_flops(size, num_image_tokens(call.width, call.height), length)
     # The name as torch has it: of the device that is used.
     name = gpu_name() if pipeline.device.type == "cuda" else None
     peak = peak or peak_tflops(name, source.dtype_name)
