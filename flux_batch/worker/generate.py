@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
 
 
 # Texts whose embeddings a worker keeps in host memory: those of FLUX.1-dev take 4 MB each in bfloat16.
-_MAX_TEXTS = 512
+MAX_TEXTS_AT_ONCE = 512
 # The last resort: a quarter of the pixels of a 1024 x 1024 image at a time.
 SMALL_TILES = Tiles(64, 32)
 
@@ -104,7 +104,7 @@ class LoraSwitch:
 class _ShardTexts:
     """The texts of a shard, encoded together, so that offloaded text encoders come to the device once for all.
 
-    Texts with other LoRAs or another T5 length are encoded apart, and no more than _MAX_TEXTS at a time.
+    Texts with other LoRAs or another T5 length are encoded apart, and no more than MAX_TEXTS_AT_ONCE at a time.
     """
 
     def __init__(self, pipeline: ImagePipeline, tasks: Sequence[ImageTask]) -> None:
@@ -130,7 +130,7 @@ class _ShardTexts:
         same = [task for task in self._tasks if _text_group(task) == group]
         start = next((index for index, task in enumerate(same) if task.position == first.position), len(same))
         following = [text for task in same[start:] for text in _texts_of(task)]
-        distinct = list(dict.fromkeys([*texts, *following]))[: max(_MAX_TEXTS, len(texts))]
+        distinct = list(dict.fromkeys([*texts, *following]))[: max(MAX_TEXTS_AT_ONCE, len(texts))]
         self._group, self._rows, self._embeds = None, {}, (None, None)  # leave memory for the new ones
         self._embeds = self._pipeline.encode_prompt(distinct, first.request.sampling.t5_sequence_length)
         self._group, self._rows = group, {text: row for row, text in enumerate(distinct)}

@@ -169,7 +169,7 @@ def test_images_from_encoded_texts_are_those_from_the_texts() -> None:
 
 
 def test_texts_are_encoded_a_limited_number_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "_MAX_TEXTS", 3)
+    monkeypatch.setattr(generate, "MAX_TEXTS_AT_ONCE", 3)
     pipeline = Offloading()
     ours = maker(pipeline)
     tasks = [ImageTask(replace(task.request, sampling=CFG), 0) for task in batch(5)]
@@ -180,7 +180,7 @@ def test_texts_are_encoded_a_limited_number_at_a_time(monkeypatch: pytest.Monkey
 
 
 def test_a_batch_with_more_texts_than_the_limit_is_encoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "_MAX_TEXTS", 1)
+    monkeypatch.setattr(generate, "MAX_TEXTS_AT_ONCE", 1)
     pipeline = Offloading()
     ours, tasks = maker(pipeline), batch(3)
     ours.start_shard(tasks)
