@@ -1,4 +1,4 @@
-"""Runs the command line: `python -m flux_batch`."""
+"""The command line as a module: `python -m flux_batch`."""
 
 import sys
 

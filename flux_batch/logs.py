@@ -1,7 +1,7 @@
-"""Log lines for people, or for programs; no secret of an address, and nothing a terminal would take for a command.
+"""Log lines as text or JSON, without secrets of addresses and without control characters for terminals.
 
-Programs ask for theirs as they do of Ray: RAY_LOGGING_CONFIG_ENCODING=JSON. Ray then writes those of the workers, with
-its own fields beside; both have `run`, `shard` and `key` where a line is about one.
+RAY_LOGGING_CONFIG_ENCODING=JSON selects JSON, as it does for Ray, which then writes the lines of the workers with its
+own fields added. Both have `run`, `shard` and `key` if a line is about one.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from datetime import UTC, datetime
 
 from flux_batch.redaction import plain_text
 
-SWITCH = "RAY_LOGGING_CONFIG_ENCODING"
-FIELDS = ("run", "shard", "key", "exit_code")
+_ENCODING = "RAY_LOGGING_CONFIG_ENCODING"
+_FIELDS = ("run", "shard", "key", "exit_code")
 
 
-class PlainLines(logging.Formatter):
-    """A line as it is, or lines."""
+class _PlainLines(logging.Formatter):
+    """The formatter of plain text."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, or lines, of a record."""
+        """Return the lines of a record."""
         return plain_text(super().format(record))
 
 
 class JsonLines(logging.Formatter):
-    """One object a line. `run` is the name of the run, once it is known."""
+    """The formatter of one JSON object per line; `run` is the name of the run, once known."""
 
     run = ""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the object of a record."""
-        fields = {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+        """Return a record as JSON."""
+        fields = {name: getattr(record, name) for name in _FIELDS if hasattr(record, name)}
         body = {
             "asctime": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "levelname": record.levelname,
@@ -51,18 +51,18 @@ class JsonLines(logging.Formatter):
 
 @contextmanager
 def log_lines(level: int) -> Iterator[logging.Formatter]:
-    """Write what this program logs to stderr, as the environment asks for; give the formatter."""
+    """Write the log lines of this program to stderr, in the encoding of the environment. Yields: the formatter."""
     ours = logging.getLogger("flux_batch")
     ours.setLevel(level)
-    formatter = JsonLines() if os.environ.get(SWITCH) == "JSON" else PlainLines()
+    formatter = JsonLines() if os.environ.get(_ENCODING) == "JSON" else _PlainLines()
     lines = logging.StreamHandler(sys.stderr)
     lines.setFormatter(formatter)
-    if isinstance(formatter, PlainLines):
+    if isinstance(formatter, _PlainLines):
         logging.basicConfig(level=logging.WARNING, handlers=[lines])
         yield formatter
         return
     ours.addHandler(lines)
-    ours.propagate = False  # to the handler that Ray gives to the root
+    ours.propagate = False  # or Ray's handler of the root logger would write them again
     try:
         yield formatter
     finally:

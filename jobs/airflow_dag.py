@@ -1,14 +1,14 @@
-"""The nightly render as a DAG of Airflow 3, written for 2.9 too but not tried there: for whose nights Airflow runs.
+"""The nightly render as a DAG of Airflow 3; written for Airflow 2.9 too, but not tried there.
 
-    cp jobs/airflow_dag.py "$AIRFLOW_HOME/dags/flux_nightly.py"      put your names in first
+    cp jobs/airflow_dag.py "$AIRFLOW_HOME/dags/flux_nightly.py"      fill in your names first
     airflow dags test flux_nightly 2026-11-23
 
-Submits jobs/nightly.yaml to a Ray cluster that is there, waits, and returns the report that the run left in its output.
-A try that is repeated goes on with the run of its day; what no repetition would mend fails at once. Airflow's workers
-need `ray[default]` in the version of the cluster and `fsspec` with `s3fs`; the cluster has flux-batch installed.
+Submits jobs/nightly.yaml to a running Ray cluster, waits, and returns the report that the run left in its output. A
+retry resumes the run of its day; an error that no retry could fix fails at once. Airflow's workers need `ray[default]`
+in the version of the cluster and `fsspec` with `s3fs`; the cluster needs flux-batch.
 
 The day is Airflow's `ds`, the same for every try: at 02:00 that same day in Airflow 3, the day before in Airflow 2
-(`[scheduler] create_cron_data_intervals` says which).
+(see `[scheduler] create_cron_data_intervals`).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 ADDRESS = "http://head:8265"
-# The day of the run is added to it.
+# The day of the run is appended.
 COMMAND = ("flux-batch", "run", "s3://bucket/jobs/nightly.yaml", "--logical-date")
 OUTPUT = "s3://bucket/runs/{date}"  # output.uri of the job file
-# Seconds between `ray job stop` and the kill: more than failures.drain_s. No worker looks for a hub.
+# Seconds between `ray job stop` and the kill: more than failures.drain_s. Workers ask no model hub.
 RUNTIME_ENV = {
     "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "40", "HF_HUB_OFFLINE": "1", "RAY_LOGGING_CONFIG_ENCODING": "JSON"}
 }
@@ -46,7 +46,7 @@ BAD_INPUT, TOO_MANY_FAILED = 2, 3
 
 
 def submit(client: JobSubmissionClient, name: str, command: Sequence[str], runtime_env: Mapping[str, Any]) -> str:
-    """Submit a job, unless one of that name runs: that of an earlier try whose worker Airflow lost.
+    """Submit a job, unless one of that name runs, from an earlier try that Airflow lost.
 
     Returns: its submission id.
     """
@@ -57,7 +57,7 @@ def submit(client: JobSubmissionClient, name: str, command: Sequence[str], runti
 
 
 def wait(client: JobSubmissionClient, submission_id: str, poll_s: float = POLL_S) -> tuple[int | None, str]:
-    """Wait for the end of a job. Returns: the exit code of its driver, None if it was stopped, and what Ray says."""
+    """Wait for the end of a job. Returns: the exit code of its driver, None if stopped, and Ray's message."""
     while True:
         job = client.get_job_info(submission_id)
         if job.status.is_terminal():
@@ -66,7 +66,7 @@ def wait(client: JobSubmissionClient, submission_id: str, poll_s: float = POLL_S
 
 
 def read_report(output: str) -> dict[str, Any]:
-    """Read what a run has come to; credentials are those of the environment."""
+    """Read the report of a run, with the credentials of the environment."""
     import fsspec
 
     with fsspec.open(f"{output}/_run/report.json") as file:
@@ -81,20 +81,20 @@ def render_day(
     runtime_env: Mapping[str, Any] = RUNTIME_ENV,
     poll_s: float = POLL_S,
 ) -> dict[str, Any]:
-    """Render a day to its end. Returns: the report of the run."""
-    from ray.job_submission import JobSubmissionClient  # slow, and this file is read every half minute
+    """Render the prompts of one day. Returns: the report of the run."""
+    from ray.job_submission import JobSubmissionClient  # slow to import, and Airflow reads this file every half minute
 
     client = JobSubmissionClient(address)
     submission_id = submit(client, f"flux-nightly-{date}", [*command, date], runtime_env)
     try:
         code, message = wait(client, submission_id, poll_s)
-    except BaseException:  # Airflow ends this task
+    except BaseException:  # Airflow stops this task
         client.stop_job(submission_id)
         raise
     if code == BAD_INPUT:
         raise AirflowFailException(f"{submission_id}: the job file or its prompts are wrong: {message}")
     if code not in (0, TOO_MANY_FAILED):
-        raise RuntimeError(f"{submission_id}: interrupted, the next try goes on: {message}")
+        raise RuntimeError(f"{submission_id}: interrupted, the next try resumes it: {message}")
     report = read_report(output.format(date=date))
     if code == TOO_MANY_FAILED:
         raise AirflowFailException(f"{report['num_failed']} of {report['num_images']} images failed: see _run/failed")
@@ -107,8 +107,8 @@ def flux_nightly() -> None:
 
     @task(retries=5, retry_delay=timedelta(minutes=5), execution_timeout=timedelta(hours=20))
     def render(ds: str | None = None) -> dict[str, Any]:
-        """Render the day that Airflow puts here, which is the same for every try."""
-        if ds is None:  # Airflow 3 starts a DAG by hand without one
+        """Render the day that Airflow passes, the same for every try."""
+        if ds is None:  # as when a DAG is triggered by hand in Airflow 3
             raise AirflowFailException("which day? trigger the DAG with a logical date")
         return render_day(ds)
 

@@ -1,4 +1,4 @@
-"""The date for which a scheduler made a Kubernetes object, read from its name: a retry has it too, and no clock does.
+"""The scheduled date of a Kubernetes object, read from its name, which a retry shares.
 
     python jobs/generate.py nightly.yaml --logical-date "$(python jobs/scheduled_date.py flux-batch-nightly-29732760)"
 

@@ -1,9 +1,9 @@
-"""Watches for the notice that AWS is about to take this spot node back, and has Ray drain the node.
+"""Watches for the interruption notice of this AWS spot node, and makes Ray drain the node.
 
     nohup python spot_watcher.py &        on every spot node, once `ray start` has returned
 
-The driver then has the workers of the node put their shards aside and begins them elsewhere, which costs no image.
-Needs nothing but Python and the `ray` command. Source of the addresses: AWS, "Spot Instance interruption notices" and
+The driver then makes the workers of the node put their shards aside and begins them elsewhere, which loses no image.
+Needs only Python and the `ray` command. Source of the addresses: AWS, "Spot Instance interruption notices" and
 "Use the Instance Metadata Service" (version 2: a token first).
 """
 
@@ -20,11 +20,11 @@ from http import HTTPStatus
 from urllib.error import HTTPError
 
 METADATA = "http://169.254.169.254"
-# AWS asks to look every 5 seconds; the notice comes 2 minutes before the end.
+# AWS recommends a check every 5 seconds; the notice comes 2 minutes before the end.
 INTERVAL_S = 5.0
 TOKEN_S = 21600
 ANSWER_S = 2.0
-# Ray must be through before the machine is gone.
+# Ray must finish before the machine is gone.
 SPARE_S = 10
 
 
@@ -36,7 +36,7 @@ class Metadata:
         self._token = ""
 
     def end(self) -> datetime | None:
-        """Return when this instance will be taken away; None while there is no notice. Raises: OSError."""
+        """Return the time at which this instance ends, None without a notice. Raises: OSError."""
         try:
             return self._notice()
         except HTTPError as error:
@@ -61,7 +61,7 @@ class Metadata:
 
 
 def watch(metadata: Metadata, interval_s: float) -> datetime:
-    """Wait for the notice. Returns: when the instance will be taken away."""
+    """Wait for the notice. Returns: the time at which the instance ends."""
     while True:
         try:
             if end := metadata.end():
@@ -72,7 +72,7 @@ def watch(metadata: Metadata, interval_s: float) -> datetime:
 
 
 def drain(end: datetime) -> int:
-    """Have Ray drain this node before it ends. Returns: the exit code of the command."""
+    """Make Ray drain this node before it ends. Returns: the exit code of the command."""
     left_s = max(1, round((end - datetime.now(UTC)).total_seconds()) - SPARE_S)
     print(f"spot_watcher: this node ends at {end:%H:%M:%S} UTC; draining it within {left_s} s", flush=True)
     command = ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot notice"]
@@ -80,10 +80,10 @@ def drain(end: datetime) -> int:
 
 
 def main() -> int:
-    """Watch, and drain once; try again while Ray cannot be told."""
+    """Wait for the notice and drain the node; try again while the command fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--metadata", default=METADATA, help=f"address of the metadata service ({METADATA})")
-    parser.add_argument("--interval", type=float, default=INTERVAL_S, help=f"seconds between two looks ({INTERVAL_S})")
+    parser.add_argument("--interval", type=float, default=INTERVAL_S, help=f"seconds between two checks ({INTERVAL_S})")
     given = parser.parse_args()
     end = watch(Metadata(given.metadata), given.interval)
     while drain(end):
