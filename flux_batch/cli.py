@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from flux_batch.bench.command import add_bench
 from flux_batch.logs import JsonLines, log_lines
-from flux_batch.output.paths import RunFolder
 from flux_batch.redaction import plain_text
 
 if TYPE_CHECKING:
@@ -207,40 +206,33 @@ def _gallery(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from contextlib import nullcontext
-
-    from flux_batch.output.lease import Lease
-    from flux_batch.report.saved_run import SavedRun
+    from flux_batch.report.saved_run import opened_run
     from flux_batch.report.verify import format_verdict, repair, verify
     from flux_batch.storage.store import Store
 
     store = Store(arguments.output, _options(arguments.storage_option))
-    SavedRun.open(store)  # else there is nothing to hold a lease of
-    with Lease(store) if arguments.repair else nullcontext() as lease:
-        verdict = verify(store, quick=arguments.quick, on_progress=_show_progress)
+    with opened_run(store, to_write=arguments.repair) as run:
+        verdict = verify(run.store, quick=arguments.quick, on_progress=_show_progress)
         _print(format_verdict(verdict))
-        if lease and verdict.problems:
-            broken = repair(lease.store, verdict)
+        if arguments.repair and verdict.problems:
+            broken = repair(run.store, verdict)
             _print(f"repaired; {len(broken)} shards are to be made again: run the job")
     return verdict.exit_code
 
 
 def _gc(arguments: argparse.Namespace) -> int:
     from flux_batch.output.gc import find_leftovers, remove_leftovers
-    from flux_batch.output.lease import Lease
-    from flux_batch.report.saved_run import SavedRun
+    from flux_batch.report.saved_run import opened_run
     from flux_batch.storage.store import Store
 
     store = Store(arguments.output, _options(arguments.storage_option))
-    run = SavedRun.open(store)
-    if arguments.dry_run:
-        for leftover in find_leftovers(run.folder):
-            _print(f"{leftover.kind:<12} {leftover.key}")
-        return 0
-    with Lease(store) as lease:
-        folder = RunFolder(lease.store, run.num_shards)
-        num_removed = remove_leftovers(folder, run.output_format, list(find_leftovers(folder)))
-        _print(f"{num_removed} objects removed")
+    with opened_run(store, to_write=not arguments.dry_run) as run:
+        if arguments.dry_run:
+            for leftover in find_leftovers(run.folder):
+                _print(f"{leftover.kind:<12} {leftover.key}")
+        else:
+            num_removed = remove_leftovers(run.folder, run.output_format, list(find_leftovers(run.folder)))
+            _print(f"{num_removed} objects removed")
     return 0
 
 

@@ -6,7 +6,8 @@ For whoever reads what a run left: verify, and whatever shows or repeats its ima
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from flux_batch.config.schema import JobConfig
 from flux_batch.errors import JobError, NotFound, StoreError
 from flux_batch.output.commits import Commits
 from flux_batch.output.formats import OutputFormat, format_for, iter_images
+from flux_batch.output.lease import Lease
 from flux_batch.output.metadata import unpack_metadata
 from flux_batch.output.paths import JOB, PLAN, RunFolder, metadata_file
 from flux_batch.plan.plan import Outline
@@ -78,3 +80,17 @@ class SavedRun:
         files = [file.path for file in self.commits.read(shard).files if file.path != metadata_file(self.name(shard))]
         local: Mapping[str, Path] = {path: self.store.local_file(path, scratch) for path in files}
         return iter_images(self.output_format, self.name(shard), local) if local else iter(())
+
+
+@contextmanager
+def opened_run(store: Store, *, to_write: bool) -> Iterator[SavedRun]:
+    """Open a run, and hold its lease inside the block if it is opened to write.
+
+    Raises: JobError if there is no run; RunHeld if another driver has it.
+    """
+    run = SavedRun.open(store)
+    if not to_write:
+        yield run
+        return
+    with Lease(store) as lease:
+        yield replace(run, folder=RunFolder(lease.store, run.num_shards))
