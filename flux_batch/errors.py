@@ -8,7 +8,7 @@
     |-- CheckpointError             exit 2   the model weights are missing, incomplete or of another layout
     |-- RowError                             this row only: becomes a failed record, its shard still commits
     |-- OutOfMemory                          this batch only: try a smaller one
-    |-- Stopped                              this shard only: put aside half made, as it was asked to
+    |-- Stopped                              this shard only: stopped half made on request, its images staged
     |-- DeviceFatal                          the accelerator is unusable: the process must leave
     |-- StoreError                  exit 75  storage failed after all retries: run the same command again
     |   |-- DiskFull                exit 75  a disk is full: make room and run the same command again
@@ -81,7 +81,7 @@ class OutOfMemory(FluxBatchError):
 
 
 class Stopped(FluxBatchError):
-    """A worker was asked to stop and put its shard aside; what it made is staged."""
+    """A worker was asked to stop in the middle of a shard; its finished images are staged."""
 
 
 class DeviceFatal(FluxBatchError):
@@ -96,17 +96,17 @@ class StoreError(FluxBatchError, OSError):
 
 
 class DiskFull(StoreError):
-    """There is no room left: the message names the disk or the folder on it."""
+    """A disk is full; the message names the disk or the folder on it."""
 
 
 class StoreRefused(StoreError):
-    """Storage answered and said no: wrong credentials, no such bucket, no permission."""
+    """Storage refused an operation: wrong credentials, no such bucket, no permission."""
 
     exit_code = 2
 
 
 class NotFound(StoreError):
-    """There is nothing under that key."""
+    """The storage has no object under a key."""
 
     exit_code = 2
 
@@ -120,7 +120,7 @@ class RunIncomplete(FluxBatchError):
 
 
 class Interrupted(FluxBatchError):
-    """The run was stopped from outside; what is committed stays, the same command goes on."""
+    """The run was stopped from outside; committed shards stay, the same command continues."""
 
     exit_code = 75
 
@@ -130,7 +130,7 @@ class RunHeld(Interrupted):
 
 
 class LeaseLost(Interrupted):
-    """Another driver went on with the run, since this one was out of touch for longer than its lease."""
+    """Another driver took over the run after this one had not renewed its lease in time."""
 
 
 def one_line(error: BaseException) -> str:

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from flux_batch.sampling_params import Quantization, SamplingParams
 
-# What a row's `lora` column says for none: CSV has no empty text, only missing values.
+# Values of a row's column `lora` that mean no LoRA: CSV has no empty text, only missing values.
 NO_LORA = ("", "none")
 
 
 def image_seed(run_seed: int, row_id: str, image_index: int) -> int:
-    """Derive the seed of an image whose row names none: a function of the input alone, whatever worker or shard.
+    """Return the seed of an image whose row has none: a function of the input alone, not of worker or shard.
 
     Returns: 53 bits, exact in JSON and in double columns.
     """
@@ -57,10 +57,10 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputImage:
-    """The image that an image starts from: where it is, or its bytes.
+    """An input image: its location, or its bytes.
 
-    `name` is what the metadata says of it: the address as it was given, or the hash of the bytes. `allowed_roots` are
-    local folders of which one must hold it; None if the job file names it, which is trusted.
+    `name` is its name in the metadata: the address as given, or the hash of the bytes. `allowed_roots` are the local
+    folders of which one must contain it; None if the job file names it, which is trusted.
     """
 
     name: str
@@ -71,7 +71,7 @@ class InputImage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraUse:
-    """A LoRA that an image is made with: what the job or the row calls it, where it lies, how much of it."""
+    """A LoRA of an image: its name in the job or the row, its address, its strength."""
 
     name: str
     uri: str
@@ -80,7 +80,7 @@ class LoraUse:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRequest:
-    """One prompt row, validated: `seeds` has one entry for each image wanted."""
+    """A validated prompt row; `seeds` has one entry for each image."""
 
     row: int  # within the shard
     id: str
@@ -94,7 +94,7 @@ class ImageRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailedRow:
-    """A prompt row that cannot become a request, with the reason and as much of it as could be read."""
+    """An invalid prompt row, with the reason and the values that could be read."""
 
     row: int  # within the shard
     id: str
@@ -146,9 +146,9 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Commit:
-    """The fact that a shard is done: what it made, the hashes of the files that hold it, and which worker made it.
+    """The record that a shard is done: its counts, the hashes of its files, and the worker that made it.
 
-    `failures` counts the failed images by error type; `device_s` is how long the pipeline of that worker was at work.
+    `failures` counts the failed images by error type; `device_s` is the time that the worker's pipeline was computing.
     """
 
     shard: int

@@ -1,4 +1,4 @@
-"""How an image is sampled: each field once, with its default, its range and its text; and ranges of other settings.
+"""The sampling fields, each once with its default, range and text, and the ranges of other settings.
 
 The job file, prompt rows, the pipeline's call, batches and the metadata all take their fields from SamplingParams.
 Knows words and ranges; knows no file, tensor or cluster.
@@ -22,19 +22,19 @@ ALIASES = {
     "max_sequence_length": "t5_sequence_length",
 }
 
-# How matrices are kept: as the model's dtype; in bfloat16 or fp8, widened to it for each product; multiplied in fp8.
+# The storage of matrices: as the model's dtype; in bfloat16 or fp8, widened to it for each product; multiplied in fp8.
 Quantization = Literal["none", "bfloat16", "fp8", "fp8_matmul"]
 
 # The side of the square that a packed latent token covers: 8 pixels of the autoencoder, 2 latents of a patch.
 TOKEN_SIDE_PX = 16
 # Position ids of a side longer than this are no longer exact in bfloat16 pipelines, and no FLUX.1 was trained near it.
 MAX_SIDE = 8192
-MAX_STEPS = 1000
+_MAX_STEPS = 1000
 MAX_T5_LENGTH = 4096
 # torch.Generator takes 64 bits; one bit is kept free so that seed + image index never overflows a signed column.
 MAX_SEED = 2**62
 # Latents along a side of a tile: smaller ones would know too little of the image to be worth the name.
-MIN_TILE = 16
+_MIN_TILE = 16
 
 
 def num_image_tokens(width: int, height: int) -> int:
@@ -55,7 +55,7 @@ def check_integer(name: str, value: int, low: int, high: int) -> None:
         raise InvalidSetting(f"{name} = {value!r}: must be a whole number from {low} to {high}", field=name)
 
 
-def check_side(name: str, value: int) -> None:
+def _check_side(name: str, value: int) -> None:
     """Raise InvalidSetting unless `value` is an image side in pixels that FLUX can make."""
     check_integer(name, value, TOKEN_SIDE_PX, MAX_SIDE)
     if value % TOKEN_SIDE_PX:
@@ -76,21 +76,21 @@ def check_number(name: str, value: float) -> None:
         raise InvalidSetting(f"{name} = {value!r}: must be a finite number", field=name)
 
 
-def check_shift(name: str, value: float) -> None:
+def _check_shift(name: str, value: float) -> None:
     """Raise InvalidSetting unless `value` is a finite number of more than 0."""
     check_scale(name, value)
     if value == 0:
         raise InvalidSetting(f"{name} = {value}: must be more than 0", field=name)
 
 
-def check_strength(name: str, value: float) -> None:
+def _check_strength(name: str, value: float) -> None:
     """Raise InvalidSetting unless `value` is a share of the noise: more than 0, at most 1."""
     check_scale(name, value)
     if not 0 < value <= 1:
         raise InvalidSetting(f"{name} = {value}: must be more than 0 and at most 1", field=name)
 
 
-def check_text(name: str, value: str) -> None:
+def _check_text(name: str, value: str) -> None:
     """Raise InvalidSetting unless `value` is text that a file can hold: YAML and JSON can spell half a character."""
     if not isinstance(value, str):
         raise InvalidSetting(f"{name} = {value!r}: must be a string", field=name)
@@ -102,12 +102,12 @@ def check_text(name: str, value: str) -> None:
 
 def check_tiles(tile_size: int, tile_stride: int) -> None:
     """Raise InvalidSetting unless tiles of that size and distance, in latents, cover an image without gaps."""
-    check_integer("tile_size", tile_size, MIN_TILE, MAX_SIDE)
+    check_integer("tile_size", tile_size, _MIN_TILE, MAX_SIDE)
     check_integer("tile_stride", tile_stride, 1, tile_size)
 
 
 def check_quantization(value: str, dtype: str) -> None:
-    """Raise InvalidSetting unless weights can be kept that way in a model of `dtype`, by its name."""
+    """Raise InvalidSetting unless `value` is a quantization that suits a model of `dtype`."""
     check_choice("quantization", value, get_args(Quantization))
     if value == "fp8_matmul" and dtype not in ("bfloat16", "auto"):
         raise InvalidSetting(
@@ -139,7 +139,7 @@ def check_cuda_graphs(value: bool, step_cache: float) -> None:
 
 
 class _Mark(NamedTuple):
-    """A word about a sampling field, beside its type."""
+    """A mark of a sampling field, beside its type."""
 
     word: str
 
@@ -158,23 +158,23 @@ class SamplingParams:
     slots, since the job file's section `sampling` inherits from it.
     """
 
-    width: Annotated[int, check_side] = 1024
+    width: Annotated[int, _check_side] = 1024
     """Pixels: a multiple of 16, from 16 to 8192."""
-    height: Annotated[int, check_side] = 1024
+    height: Annotated[int, _check_side] = 1024
     """Pixels: a multiple of 16, from 16 to 8192."""
-    num_inference_steps: Annotated[int, partial(check_integer, low=1, high=MAX_STEPS)] = 28
+    num_inference_steps: Annotated[int, partial(check_integer, low=1, high=_MAX_STEPS)] = 28
     """Denoising steps, from 1 to 1000."""
     embedded_guidance: Annotated[float, check_scale, PER_IMAGE] = 3.5
     """The guidance that the model was distilled with; at least 0."""
     cfg_scale: Annotated[float, check_scale, PER_IMAGE] = 1.0
     """True classifier-free guidance; other than 1, each step runs twice, the second time with the negative prompt."""
-    negative_prompt: Annotated[str, check_text, PER_IMAGE] = ""
+    negative_prompt: Annotated[str, _check_text, PER_IMAGE] = ""
     """What the image must not show; read if `cfg_scale` is not 1."""
     t5_sequence_length: Annotated[int | None, partial(check_integer, low=1, high=MAX_T5_LENGTH)] = None
     """Text tokens, from 1 to 4096; the model's own number if null: 512 for dev, 256 for schnell."""
-    sigma_shift: Annotated[float | None, check_shift, IF_SET] = None
+    sigma_shift: Annotated[float | None, _check_shift, IF_SET] = None
     """The shift of DiffSynth-Studio's static schedule, which uses 3; the model's own schedule if null."""
-    denoising_strength: Annotated[float, check_strength, IF_SET] = 1.0
+    denoising_strength: Annotated[float, _check_strength, IF_SET] = 1.0
     """Share of the noise that is put over the input image, more than 0; 1 leaves nothing of it."""
 
     def __post_init__(self) -> None:
@@ -185,7 +185,7 @@ class SamplingParams:
 
     @property
     def uses_cfg(self) -> bool:
-        """Whether a second forward pass with the negative prompt is needed."""
+        """True if a second forward pass with the negative prompt is needed."""
         return self.cfg_scale != 1.0
 
     @property
@@ -194,7 +194,7 @@ class SamplingParams:
         return tuple(getattr(self, name) for name, field in SAMPLING_FIELDS.items() if not field.is_per_image)
 
 
-class SamplingField(NamedTuple):
+class _SamplingField(NamedTuple):
     """One field of SamplingParams; `type` is int, float or str, without the None that some may be."""
 
     type: type
@@ -204,15 +204,15 @@ class SamplingField(NamedTuple):
     is_given_if_set: bool
 
 
-def _read_fields() -> Iterator[tuple[str, SamplingField]]:
+def _read_fields() -> Iterator[tuple[str, _SamplingField]]:
     hints = get_type_hints(SamplingParams, include_extras=True)
     for field in fields(SamplingParams):
         annotation, check, *marks = get_args(hints[field.name])
         kind = next(iter(get_args(annotation)), annotation)
-        yield field.name, SamplingField(kind, field.default, check, PER_IMAGE in marks, IF_SET in marks)
+        yield field.name, _SamplingField(kind, field.default, check, PER_IMAGE in marks, IF_SET in marks)
 
 
-SAMPLING_FIELDS: Mapping[str, SamplingField] = dict(_read_fields())
+SAMPLING_FIELDS: Mapping[str, _SamplingField] = dict(_read_fields())
 
 
 def call_arguments(images: Sequence[SamplingParams]) -> dict[str, Any]:

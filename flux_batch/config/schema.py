@@ -82,7 +82,7 @@ def _check_no_secret(uri: str, field: str, section: str) -> None:
         )
 
 
-class Section(BaseModel):
+class _Section(BaseModel):
     """A section of the job file: frozen, exact types, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
@@ -91,7 +91,7 @@ class Section(BaseModel):
         return [(name, public_tree(value, name or "")) for name, value in super().__repr_args__()]
 
 
-class PromptsConfig(Section):
+class PromptsConfig(_Section):
     """The prompts: their files and the meaning of their columns."""
 
     uri: _Uris
@@ -140,7 +140,7 @@ class PromptsConfig(Section):
         return columns
 
 
-class ImageConfig(Section):
+class ImageConfig(_Section):
     """The encoding of images."""
 
     type: Literal["png", "jpeg", "webp"] = "png"
@@ -149,7 +149,7 @@ class ImageConfig(Section):
     """Quality of JPEG and WebP; PNG is lossless."""
 
 
-class OutputConfig(Section):
+class OutputConfig(_Section):
     """The output: its folder, its format, its encoding."""
 
     uri: str = Field(min_length=1)
@@ -168,7 +168,7 @@ class OutputConfig(Section):
         return self
 
 
-class LoraConfig(Section):
+class LoraConfig(_Section):
     """A LoRA to merge into the weights."""
 
     uri: str = Field(min_length=1)
@@ -193,7 +193,7 @@ class LoraConfig(Section):
         return self
 
 
-class ModelConfig(Section):
+class ModelConfig(_Section):
     """The model's weights and its arithmetic."""
 
     uri: str = Field(min_length=1)
@@ -237,7 +237,7 @@ class ModelConfig(Section):
         return self
 
 
-class SamplingConfig(Section, SamplingParams, frozen=True):
+class SamplingConfig(_Section, SamplingParams, frozen=True):
     """Defaults of every prompt; a row may override each by a column of that name."""
 
     input_image: str | None = Field(default=None, min_length=1)
@@ -269,7 +269,7 @@ class SamplingConfig(Section, SamplingParams, frozen=True):
         return SamplingParams(**{name: getattr(self, name) for name in SAMPLING_FIELDS})
 
 
-class WorkersConfig(Section):
+class WorkersConfig(_Section):
     """The number of workers, and the devices and batch size of each."""
 
     min: int = Field(default=1, ge=1)
@@ -290,7 +290,7 @@ class WorkersConfig(Section):
         return self
 
 
-class FailuresConfig(Section):
+class FailuresConfig(_Section):
     """Limits of failures, retries and waiting."""
 
     max_ratio: float = Field(default=0.01, ge=0, le=1)
@@ -307,7 +307,7 @@ class FailuresConfig(Section):
     """Seconds that the driver may be out of touch before another one may go on with the run."""
 
 
-class JobConfig(Section):
+class JobConfig(_Section):
     """A whole job file. Raises: JobError that names each wrong key and what would be right."""
 
     name: str = Field(default="flux-batch", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")

@@ -54,13 +54,13 @@ def read_tree(text: str, origin: str, overrides: Iterable[str] = ()) -> dict[str
     if not isinstance(tree, dict):
         raise JobError(f"{origin}: must be a mapping with the sections prompts, output and model")
     for override in overrides:
-        apply_override(tree, override)
+        _apply_override(tree, override)
     return tree
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one value of a tree, given as `section.key=value`."""
-    path, value = read_pair(override, "--set", "section.key=value", shown=re.split(r"[^\w.]", override.strip())[0])
+    path, value = _read_pair(override, "--set", "section.key=value", shown=re.split(r"[^\w.]", override.strip())[0])
     *sections, key = path.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
@@ -69,7 +69,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     tree[key] = value
 
 
-def read_pair(pair: str, option: str, form: str = "KEY=VALUE", *, shown: str = "") -> tuple[str, Any]:
+def _read_pair(pair: str, option: str, form: str = "KEY=VALUE", *, shown: str = "") -> tuple[str, Any]:
     """Read a key and a value, which is YAML, from what follows `option` on the command line.
 
     Raises: JobError that quotes only `shown` of a pair without a value, since the rest may be a secret.
@@ -81,8 +81,8 @@ def read_pair(pair: str, option: str, form: str = "KEY=VALUE", *, shown: str = "
 
 
 def read_pairs(pairs: Iterable[str], option: str) -> dict[str, Any]:
-    """Read all KEY=VALUE pairs of an option. Raises: JobError, see read_pair."""
-    return dict(read_pair(pair, option) for pair in pairs)
+    """Read all KEY=VALUE pairs of an option. Raises: JobError, see _read_pair."""
+    return dict(_read_pair(pair, option) for pair in pairs)
 
 
 def parse_moment(text: str) -> datetime:

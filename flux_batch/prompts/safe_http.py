@@ -24,16 +24,16 @@ IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 ATTEMPTS = 3
 FIRST_WAIT_S = 1.0
-MAX_REDIRECTS = 5
-MAX_ADDRESSES = 4
+_MAX_REDIRECTS = 5
+_MAX_ADDRESSES = 4
 # Timeouts of one answer: until the next byte, and until the last.
-SILENCE_S, WHOLE_S = 10.0, 60.0
-REDIRECTS = {301, 302, 303, 307, 308}
+_SILENCE_S, WHOLE_S = 10.0, 60.0
+_REDIRECTS = {301, 302, 303, 307, 308}
 # The server is overloaded or broken for the moment: worth another try.
 _RETRYABLE_STATUSES = {408, 425, 429, 500, 502, 503, 504}
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: IPv4 from inside an IPv6 network
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: IPv4 from inside an IPv6 network
 # Networks that the ipaddress module, or some versions of it, wrongly takes for public.
-NOT_PUBLIC = (
+_NOT_PUBLIC = (
     # Azure's platform service: https://learn.microsoft.com/azure/virtual-network/what-is-ip-address-168-63-129-16
     ipaddress.ip_network("168.63.129.16/32"),
     ipaddress.ip_network("192.0.0.0/24"),  # RFC 6890; Oracle's metadata service is in it
@@ -64,13 +64,13 @@ def fetch(url: str, max_bytes: int, *, is_allowed: Callable[[IpAddress], bool] |
 def is_public(address: IpAddress) -> bool:
     """Return whether an address is on the public internet: not this machine, its network or its cloud's services."""
     if isinstance(address, ipaddress.IPv6Address):
-        if address in NAT64:
+        if address in _NAT64:
             return is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
         # Other ways to wrap an IPv4 address would only hide it.
         if address.ipv4_mapped or address.sixtofour or address.teredo:
             return False
     is_special = address.is_multicast or address.is_reserved or address.is_unspecified
-    return address.is_global and not is_special and not any(address in network for network in NOT_PUBLIC)
+    return address.is_global and not is_special and not any(address in network for network in _NOT_PUBLIC)
 
 
 def check_url(url: str) -> SplitResult:
@@ -91,17 +91,17 @@ def check_url(url: str) -> SplitResult:
 def _follow(url: str, max_bytes: int, is_allowed: Callable[[IpAddress], bool]) -> bytes:
     deadline = time.monotonic() + WHOLE_S
     at = url
-    for _ in range(MAX_REDIRECTS + 1):
+    for _ in range(_MAX_REDIRECTS + 1):
         parts = check_url(at)
         try:
             with _connected(parts, is_allowed, deadline) as connection, _ask(connection, parts) as answer:
-                if answer.status not in REDIRECTS:
+                if answer.status not in _REDIRECTS:
                     return _read(answer, max_bytes, deadline)
                 at = urljoin(at, answer.getheader("Location") or "")
         except (OSError, HTTPException) as error:
             _check_time(deadline)
             raise Unavailable(f"no answer: {one_line(error)}") from error
-    raise RowError(f"more than {MAX_REDIRECTS} redirects")
+    raise RowError(f"more than {_MAX_REDIRECTS} redirects")
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def _connected(
     """
     host = parts.hostname or ""
     is_secure = parts.scheme == "https"
-    connection = (HTTPSConnection if is_secure else HTTPConnection)(host, parts.port, timeout=SILENCE_S)
+    connection = (HTTPSConnection if is_secure else HTTPConnection)(host, parts.port, timeout=_SILENCE_S)
     connection.auto_open = 0  # it would look the name up again
     link = _open(_resolve(host, connection.port, is_allowed), connection.port)
     if is_secure:
@@ -145,7 +145,7 @@ def _resolve(host: str, port: int, is_allowed: Callable[[IpAddress], bool]) -> l
     for address in addresses:
         if not is_allowed(address):
             raise RowError(f"{host}: is {address}, which is not a public address; rows may name no other")
-    return addresses[:MAX_ADDRESSES]
+    return addresses[:_MAX_ADDRESSES]
 
 
 def _open(addresses: list[IpAddress], port: int) -> socket.socket:
@@ -153,7 +153,7 @@ def _open(addresses: list[IpAddress], port: int) -> socket.socket:
     failure: OSError | None = None
     for address in addresses:
         try:
-            return socket.create_connection((str(address), port), timeout=SILENCE_S)
+            return socket.create_connection((str(address), port), timeout=_SILENCE_S)
         except OSError as error:
             failure = error
     raise failure or OSError("no address")

@@ -86,7 +86,7 @@ class _File:
             yield io.BufferedReader(file, _BUFFER_BYTES)
 
 
-class ParquetTable(_File):
+class _ParquetTable(_File):
     """A Parquet file, read by row group; planning reads the footer alone."""
 
     def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
@@ -186,7 +186,7 @@ class _LineTable(_File):
         raise NotImplementedError
 
 
-class TextTable(_LineTable):
+class _TextTable(_LineTable):
     """A text file with one prompt a line; blank lines do not count."""
 
     def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
@@ -201,7 +201,7 @@ class TextTable(_LineTable):
                     yield at, BadRow(f"not UTF-8: {error}")
 
 
-class JsonLinesTable(_LineTable):
+class _JsonLinesTable(_LineTable):
     """A file with one JSON object a line; blank lines do not count."""
 
     def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
@@ -231,7 +231,7 @@ def _json_row(line: bytes) -> Row | BadRow:
     return row if isinstance(row, dict) else BadRow("not a JSON object")
 
 
-class CsvTable(_LineTable):
+class _CsvTable(_LineTable):
     """A file of comma-separated values with a header; quoted fields may contain line breaks."""
 
     def types(self, columns: Iterable[str]) -> dict[str, pa.DataType]:
@@ -311,9 +311,9 @@ def _arrow_type(kinds: set[type]) -> pa.DataType:
     return pa.string()
 
 
-TABLE_FORMATS: dict[str, type[ParquetTable] | type[TextTable] | type[JsonLinesTable] | type[CsvTable]] = {
-    "parquet": ParquetTable,
-    "jsonl": JsonLinesTable,
-    "csv": CsvTable,
-    "txt": TextTable,
+TABLE_FORMATS: dict[str, type[_ParquetTable] | type[_TextTable] | type[_JsonLinesTable] | type[_CsvTable]] = {
+    "parquet": _ParquetTable,
+    "jsonl": _JsonLinesTable,
+    "csv": _CsvTable,
+    "txt": _TextTable,
 }
