@@ -215,7 +215,7 @@ class Publisher:
 
 
 class _Files:
-    """The data files of a shard as they are stored, ours or those of a worker that came first."""
+    """The stored data files of a shard: ours, or those of a worker that came first."""
 
     def __init__(self, store: Store, scratch: Path) -> None:
         self._store = store

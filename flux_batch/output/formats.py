@@ -66,7 +66,7 @@ class OutputFormat(Protocol):
         ...
 
     def files(self, shard: str, keys: Iterable[str]) -> set[str]:
-        """Return the names of all files of a shard that holds the images of these keys."""
+        """Return the names of all files of a shard with these images."""
         ...
 
     def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
@@ -89,9 +89,9 @@ class OutputFormat(Protocol):
         ...
 
     def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
-        """Yield key and encoded bytes of some images of a stored file, in its order, and read little of the others.
+        """Yield key and encoded bytes of some images of a stored file, in its order.
 
-        `sizes` has the recorded bytes by key, of which at most one more is read from a tar or an image; of Parquet, a
+        Little is read of the others. `sizes` has the recorded bytes by key, of which at most one more is read from a tar or an image; of Parquet, a
         row group is in memory. Raises: StoreError; one of DECODE_ERRORS at a file that is damaged.
         """
         ...
@@ -108,7 +108,7 @@ def format_for(output: OutputConfig, passthrough: pa.Schema = _NO_PASSTHROUGH) -
 
 
 def iter_images(output_format: OutputFormat, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
-    """Yield the key and the bytes of each image in the local data files of a shard. Raises: as `entries`."""
+    """Yield key and bytes of each image in local data files. Raises: as `entries`."""
     for name, data in output_format.entries(shard, files):
         if name.endswith(f".{output_format.suffix}"):
             yield name.removesuffix(f".{output_format.suffix}"), data
@@ -194,7 +194,7 @@ class Files:
         return f"{self.location(shard)}/{key}.{self.suffix}"
 
     def files(self, shard: str, keys: Iterable[str]) -> set[str]:
-        """Return the names of the images and, if there are some, of the list of them."""
+        """Return the names of the images and of their list; none without an image."""
         return {f"{self.location(shard)}/{name}" for name in self.entry_names(keys)}
 
     def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:

@@ -76,7 +76,7 @@ def is_within(path: str, *folders: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The folder of a run, and the number of shards in its plan, which decides how their files are named."""
+    """The folder of a run and the number of its shards, which decides their names."""
 
     store: Store
     num_shards: int

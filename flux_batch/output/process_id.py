@@ -1,4 +1,4 @@
-"""The identity of a process on any machine, by which another one learns that it is certain to be gone."""
+"""The identity of a process, by which others learn that it has certainly ended."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def _stage_good_images(run: RunFolder, output_format: OutputFormat, shard: int) 
 
 
 def _good_images(run: RunFolder, output_format: OutputFormat, name: str, scratch: Path) -> Iterator[StagedImage]:
-    """Yield the images whose bytes are those of the metadata, up to the first byte that cannot be read."""
+    """Yield the images with the recorded bytes, up to the first unreadable byte."""
     made = _made_rows(run, name)
     files: dict[str, Path] = {}
     for file in sorted({output_format.file_name(name, key) for key in made}):

@@ -29,7 +29,7 @@ _FULL_CODES = {"QuotaExceeded", "XMinioStorageFull"}  # of Ceph and MinIO
 
 @contextmanager
 def translated(uri: str, operation: str) -> Iterator[None]:
-    """Raise the errors of file systems as StoreErrors, with the URI and the operation in the message."""
+    """Raise the errors of file systems as StoreErrors that name URI and operation."""
     try:
         yield
     except FluxBatchError:

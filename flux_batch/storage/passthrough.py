@@ -56,7 +56,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def _as_arrow(value: Any, kind: pa.DataType) -> Any:
-    """Return a value in its column's type, which may be wider than that of the value's own file."""
+    """Return a value in its column's type, which may be wider than its own file's."""
     if value is None:
         return None
     if pa.types.is_string(kind) and isinstance(value, (dict, list, bool, int, float)):

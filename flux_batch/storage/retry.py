@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 5
 # The longest waits before the second and before any later attempt. Each wait is drawn from zero to the longest, which
 # doubles from attempt to attempt, so that many workers do not come back at once.
-FIRST_WAIT_S = 0.2
+_FIRST_WAIT_S = 0.2
 _MAX_WAIT_S = 30.0
 # A warning follows the first after this time, whatever number of threads wait; short waits are not logged.
 _WARN_AFTER_S = 5.0
@@ -35,9 +35,9 @@ T = TypeVar("T")
 
 
 class RetryPolicy:
-    """Retries operations at least `attempts` times and for `outage_s`, as long as their errors are transient.
+    """The number of attempts at an operation, and the outage that it waits for.
 
-    After that many attempts, the waiting thread calls `on_wait` about every second: a heartbeat. Whatever `on_wait`
+    An operation is tried at least `attempts` times and for `outage_s`, as long as its errors are transient. After that many attempts, the waiting thread calls `on_wait` about every second: a heartbeat. Whatever `on_wait`
     raises ends the wait.
     """
 
@@ -47,7 +47,7 @@ class RetryPolicy:
         on_wait: Callable[[], None] | None = None,
         *,
         attempts: int | None = None,
-        first_wait_s: float = FIRST_WAIT_S,
+        first_wait_s: float = _FIRST_WAIT_S,
     ) -> None:
         self._outage_s = outage_s
         self._on_wait = on_wait
@@ -96,7 +96,7 @@ class RetryPolicy:
             time.sleep(min(left, _POLL_S))
 
     def _warn(self, uri: str, state: RetryCallState) -> None:
-        """Write to the log what is waited for, if the wait is long and was not just written."""
+        """Log the reason for a long wait, now and then."""
         now, waited_s = time.monotonic(), state.seconds_since_start or 0.0
         error = state.outcome.exception() if state.outcome else None
         if waited_s < _WARN_AFTER_S or error is None:

@@ -1,4 +1,4 @@
-"""Local disk for one shard at a time, and the removal of what killed workers left of theirs.
+"""Local disk for one shard at a time, and removal of the folders of killed workers.
 
 Knows folders and locks; does not know what is put there.
 """
@@ -27,7 +27,7 @@ _LOCK = ".lock"
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Make an empty folder under TMPDIR, locked while it is in use and removed after it.
+    """Make an empty folder under TMPDIR, which is locked until it is removed.
 
     Raises: DiskFull instead of the OSError that the code within raises when the disk is full.
     """

@@ -79,9 +79,9 @@ class Store:
         return other
 
     def guarded(self, before_write: Callable[[], None]) -> Self:
-        """Return a store of the same folder that calls `before_write` before each write, and before each retry of it.
+        """Return a store of the same folder that calls `before_write` before each write.
 
-        Every write raises whatever `before_write` raises.
+        It is called before each retry of a write too, and every write raises whatever it raises.
         """
         other = copy(self)
         other._before_write = before_write
@@ -203,7 +203,7 @@ class Store:
 
     @cached_property
     def has_conditional_put(self) -> bool:
-        """Whether the store refuses a conditional write to a taken key.
+        """The ability to refuse a conditional write to a taken key.
 
         Tried with one small object, which is deleted again: some stores accept such a write silently.
         """
