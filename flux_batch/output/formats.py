@@ -91,8 +91,9 @@ class OutputFormat(Protocol):
     def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
         """Yield key and encoded bytes of some images of a stored file, in its order.
 
-        Little is read of the others. `sizes` has the recorded bytes by key, of which at most one more is read from a tar or an image; of Parquet, a
-        row group is in memory. Raises: StoreError; one of DECODE_ERRORS at a file that is damaged.
+        Little is read of the others. `sizes` has the recorded bytes by key, of which at most one more is read from a
+        tar or an image; of Parquet, a row group is in memory. Raises: StoreError; one of DECODE_ERRORS at a file that
+        is damaged.
         """
         ...
 

@@ -37,8 +37,9 @@ T = TypeVar("T")
 class RetryPolicy:
     """The number of attempts at an operation, and the outage that it waits for.
 
-    An operation is tried at least `attempts` times and for `outage_s`, as long as its errors are transient. After that many attempts, the waiting thread calls `on_wait` about every second: a heartbeat. Whatever `on_wait`
-    raises ends the wait.
+    An operation is tried at least `attempts` times and for `outage_s`, as long as its errors are transient. After that
+    many attempts, the waiting thread calls `on_wait` about every second: a heartbeat. Whatever it raises ends the
+    wait.
     """
 
     def __init__(
