@@ -1,1 +1,1 @@
-"""A model onto this machine: from hubs and buckets, whole or not at all."""
+"""Downloads of models, from hubs and buckets: whole or not at all."""

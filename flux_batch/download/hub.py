@@ -24,16 +24,16 @@ from urllib.request import Request, urlopen
 from flux_batch.errors import one_line
 from flux_batch.storage.errors import is_full, is_refusal
 
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HF_SCHEME = "hf://"
-MODELSCOPE = "https://www.modelscope.cn"
-TIMEOUT_S = 10.0
-RETRIED_STATUSES = {408, 429, 500, 502, 503, 504}
+_MODELSCOPE = "https://www.modelscope.cn"
+_TIMEOUT_S = 10.0
+_RETRIED_STATUSES = {408, 429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HubFile:
-    """A file of a repository; its sha256, or git's name of the blob, whichever the hub tells."""
+class _HubFile:
+    """A file of a repository, with its sha256 or git's name of the blob, whichever the hub has."""
 
     name: str
     url: str
@@ -52,7 +52,7 @@ class Repository:
     name: str
     page: str
     headers: dict[str, str]
-    files: tuple[HubFile, ...]
+    files: tuple[_HubFile, ...]
     commit: str = ""
 
 
@@ -66,37 +66,37 @@ class HubUri:
 
     @classmethod
     def parse(cls, uri: str) -> HubUri:
-        """Take an address apart. Raises: ValueError that says how one looks."""
+        """Return the parts of an address. Raises: ValueError that shows a valid one."""
         owner, _, rest = uri.removeprefix(HF_SCHEME).strip("/").partition("/")
         name, _, path = rest.partition("/")
         name, _, revision = name.partition("@")
-        if not REPOSITORY.fullmatch(f"{owner}/{name}"):
+        if not _REPOSITORY.fullmatch(f"{owner}/{name}"):
             raise ValueError(f"{uri}: must be hf://owner/repository, or hf://owner/repository@revision/path")
         return cls(f"{owner}/{name}", revision or "main", path)
 
 
 def is_repository_name(text: str) -> bool:
-    """Tell whether a text is `owner/repository`, possibly with `@revision`."""
+    """Return whether a text is `owner/repository`, possibly with `@revision`."""
     name, _, revision = text.partition("@")
-    return bool(REPOSITORY.fullmatch(name)) and "/" not in revision
+    return bool(_REPOSITORY.fullmatch(name)) and "/" not in revision
 
 
 def list_huggingface(repository: str, revision: str = "main", token: str | None = None) -> Repository:
-    """List a repository of Hugging Face, or of the hub that HF_ENDPOINT names.
+    """Read the list of files of a repository of Hugging Face, or of the hub that HF_ENDPOINT names.
 
-    token: else HF_TOKEN, else that of `hf auth login`. The files are those of one commit, whatever happens meanwhile.
-    Raises: ValueError if it is not there, gated, or this process is told to be offline; ConnectionError.
+    token: without it HF_TOKEN, then that of `hf auth login`. All files are of one commit.
+    Raises: ValueError if it is not there, gated, or HF_HUB_OFFLINE is set; ConnectionError.
     """
     from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_url
 
-    endpoint = huggingface_endpoint()
+    endpoint = _huggingface_endpoint()
     page = f"{endpoint}/{repository}"
-    with huggingface_errors(repository, revision, page):
+    with _huggingface_errors(repository, revision, page):
         token = token or get_token()
         api = HfApi(endpoint=endpoint, token=token)
-        info = api.model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
+        info = api.model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
         files = tuple(
-            HubFile(
+            _HubFile(
                 name=file.rfilename,
                 url=hf_hub_url(repository, file.rfilename, revision=info.sha, endpoint=endpoint),
                 size=file.size,
@@ -105,10 +105,10 @@ def list_huggingface(repository: str, revision: str = "main", token: str | None 
             )
             for file in info.siblings or []
         )
-        # Everyone may list a gated repository; who may read it shows at a file.
+        # Everyone may list a gated repository; only a request for a file shows who may read it.
         for file in sorted(files, key=lambda file: -(file.size or 0))[:1]:
-            get_hf_file_metadata(file.url, token=token, endpoint=endpoint, timeout=TIMEOUT_S)
-    return Repository(repository, page, bearer(token), files, info.sha or "")
+            get_hf_file_metadata(file.url, token=token, endpoint=endpoint, timeout=_TIMEOUT_S)
+    return Repository(repository, page, _bearer(token), files, info.sha or "")
 
 
 def download_snapshot(repository: str, revision: str, names: Sequence[str]) -> Path:
@@ -118,9 +118,9 @@ def download_snapshot(repository: str, revision: str, names: Sequence[str]) -> P
     """
     from huggingface_hub import snapshot_download
 
-    endpoint = huggingface_endpoint()
+    endpoint = _huggingface_endpoint()
     patterns = [glob.escape(name) for name in names]
-    with huggingface_errors(repository, revision, f"{endpoint}/{repository}"):
+    with _huggingface_errors(repository, revision, f"{endpoint}/{repository}"):
         return Path(snapshot_download(repository, revision=revision, endpoint=endpoint, allow_patterns=patterns))
 
 
@@ -139,27 +139,27 @@ def huggingface_cache() -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser()
 
 
-def huggingface_endpoint() -> str:
+def _huggingface_endpoint() -> str:
     """Return the address of Hugging Face, or of the hub that HF_ENDPOINT names."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 def list_modelscope(repository: str, revision: str = "master", token: str | None = None) -> Repository:
-    """List a repository of ModelScope, or of the server that MODELSCOPE_ENDPOINT names.
+    """Read the list of files of a repository of ModelScope, or of the server that MODELSCOPE_ENDPOINT names.
 
-    token: else MODELSCOPE_API_TOKEN; public repositories need none.
+    token: without it MODELSCOPE_API_TOKEN; public repositories need none.
     Raises: ValueError if it is not there or may not be read; ConnectionError.
     """
-    endpoint = os.environ.get("MODELSCOPE_ENDPOINT", MODELSCOPE).rstrip("/")
+    endpoint = os.environ.get("MODELSCOPE_ENDPOINT", _MODELSCOPE).rstrip("/")
     token = token or os.environ.get("MODELSCOPE_API_TOKEN")
-    headers = bearer(token)
+    headers = _bearer(token)
     page = f"{endpoint}/models/{repository}"
     root = f"{endpoint}/api/v1/models/{quote(repository)}/repo"
-    answer = read_json(f"{root}/files?{urlencode({'Revision': revision, 'Recursive': 'True'})}", headers, page)
+    answer = _read_json(f"{root}/files?{urlencode({'Revision': revision, 'Recursive': 'True'})}", headers, page)
     try:
         entries = [entry for entry in answer["Data"]["Files"] if entry["Type"] != "tree"]
         files = tuple(
-            HubFile(
+            _HubFile(
                 name=str(entry["Path"]),
                 url=f"{root}?{urlencode({'Revision': revision, 'FilePath': entry['Path']})}",
                 size=int(entry["Size"]),
@@ -173,21 +173,21 @@ def list_modelscope(repository: str, revision: str = "master", token: str | None
     return Repository(repository, page, headers, files)
 
 
-def bearer(token: str | None) -> dict[str, str]:
+def _bearer(token: str | None) -> dict[str, str]:
     """Return the header that carries a token."""
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
-def read_json(url: str, headers: dict[str, str], page: str) -> Any:
+def _read_json(url: str, headers: dict[str, str], page: str) -> Any:
     """Read a JSON answer. Raises: ValueError, ConnectionError."""
     request = Request(url)
     for key, value in headers.items():
         request.add_unredirected_header(key, value)  # a token is not for whoever the answer points to
     try:
-        with urlopen(request, timeout=TIMEOUT_S) as response:
+        with urlopen(request, timeout=_TIMEOUT_S) as response:
             return json.load(response)
     except HTTPError as error:
-        if error.code in RETRIED_STATUSES:
+        if error.code in _RETRIED_STATUSES:
             raise ConnectionError(f"the hub answered {error.code} for {page}") from error
         if error.code in (401, 403):
             raise ValueError(
@@ -202,8 +202,8 @@ def read_json(url: str, headers: dict[str, str], page: str) -> Any:
 
 
 @contextmanager
-def huggingface_errors(repository: str, revision: str, page: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a sentence each, as ValueError or ConnectionError."""
+def _huggingface_errors(repository: str, revision: str, page: str) -> Iterator[None]:
+    """Run the block, and raise the errors of huggingface_hub as ValueError or ConnectionError of one sentence."""
     from huggingface_hub import errors
 
     try:
@@ -223,7 +223,7 @@ def huggingface_errors(repository: str, revision: str, page: str) -> Iterator[No
         raise ValueError(f"{repository} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        if status in RETRIED_STATUSES:
+        if status in _RETRIED_STATUSES:
             raise ConnectionError(f"the hub answered {status} for {page}") from error
         hint = "the token is refused; renew it (HF_TOKEN, --token)" if status == 401 else f"it answered {status}"
         raise ValueError(f"{page}: cannot be read: {hint}") from error

@@ -43,10 +43,10 @@ def find_repository(hub: HubUri) -> Path | None:
     if found := current_snapshot(cache_dir):
         return found
     # A download of ours that was killed may lack what names do not tell.
-    return None if hub.path or (cache_dir / LOCK).exists() else find_model(hub)
+    return None if hub.path or (cache_dir / LOCK).exists() else _find_model(hub)
 
 
-def find_model(hub: HubUri) -> Path | None:
+def _find_model(hub: HubUri) -> Path | None:
     """Return the folder of a repository in Hugging Face's cache if the files of a whole model are there."""
     index = cached_file(hub.repository, "model_index.json", hub.revision)
     return None if index is None or missing_components(file_names(index.parent)) else index.parent
@@ -74,12 +74,12 @@ def fetch_repository(hub: HubUri, listing: Listing, folder: str) -> Path:
     path = repository_cache_dir(hub) / MANIFEST
     manifest = Manifest.read(path)
     checked = {name: kept for name, kept in manifest.files.items() if name in present} if manifest else {}
-    sha256 = check_files(listing, snapshot / folder, checked)
+    sha256 = _check_files(listing, snapshot / folder, checked)
     manifest_of(listing, sha256, snapshot / folder, str(snapshot / folder)).write(path)
     return snapshot / folder
 
 
-def check_files(listing: Listing, folder: Path, checked: Mapping[str, KeptFile]) -> dict[str, str]:
+def _check_files(listing: Listing, folder: Path, checked: Mapping[str, KeptFile]) -> dict[str, str]:
     """Return the sha256 of every file listed; those of `checked` with the same bytes are not read.
 
     Raises: StoreError for a damaged file, which is removed.

@@ -1,15 +1,15 @@
 """Copies of remote folders on this machine: made once, by one process, whole or not at all; knows no model.
 
-In the cache, a place of its own for each remote folder:
+Each remote folder has a folder of its own in the cache:
 
     manifest.json           names the snapshot and its files with size and sha256; written last, replaced whole
-    3f2a91c04b7de815/       the snapshot, named after the listing it was made from; never changed
-    3f2a91c04b7de815.partial/   of a transfer that goes on, or was killed and will be gone on with
+    3f2a91c04b7de815/           the snapshot, named after its listing; never changed
+    3f2a91c04b7de815.partial/   a transfer that is not finished; the next process continues it
 
-A copy that is there is used without asking the remote anything, however old it is: a warm cache touches no network.
-`refresh` compares it with the remote's listing first and fetches what changed into a new snapshot; what is the same is
-linked. The snapshot before it stays, since other processes may be reading it; older ones go. A remote that cannot be
-reached then costs a warning, not the run.
+A copy is used without a request to the remote, however old it is: a warm cache needs no network. `refresh` compares it
+with the listing of the remote and fetches the changed files into a new snapshot, which links the others. The snapshot
+before stays, since other processes may read it; older ones are removed. If the remote cannot be reached then, a warning
+says so and the copy is used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
-from flux_batch.download.transfer import Listing, RemoteFile, fetch, sha256_if_same
+from flux_batch.download.transfer import Listing, RemoteFile, download_files, sha256_if_same
 from flux_batch.errors import NotFound, StoreError, StoreRefused
 from flux_batch.redaction import public_uri
 from flux_batch.storage.errors import translated
@@ -35,24 +35,24 @@ from flux_batch.storage.retry import with_retries
 from flux_batch.storage.store import open_filesystem
 
 MANIFEST = "manifest.json"
-# What file systems call the thing that changes with the bytes.
-VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "Last-Modified", "created")
-# Names of our own in a folder that belongs to the user.
+# Names that file systems have for a value that changes with the bytes.
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "Last-Modified", "created")
+# Our files in a folder that belongs to the user.
 LOCK = ".lock"
 FOLDER_MANIFEST, FOLDER_LOCK, FOLDER_PARTIAL = ".flux-batch.json", ".flux-batch.lock", ".flux-batch-partial"
 
-# Two processes that start together differ by less; whoever waits longer should see why.
+# Longer than two processes that start together wait for each other.
 WARN_AFTER_S = 5.0
 
 log = logging.getLogger(__name__)
 
-Choose = Callable[[list[str]], Iterable[str]]
-Fetch = Callable[[Listing], Path]
+_Choose = Callable[[list[str]], Iterable[str]]
+_Fetch = Callable[[Listing], Path]
 
 
 @dataclass(frozen=True)
 class KeptFile:
-    """What is known of a file that was fetched; `content` is what the remote called its bytes."""
+    """The facts of a file that was fetched; `content` is the remote's name for its bytes."""
 
     size: int
     content: str
@@ -72,7 +72,7 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest | None:
-        """Read a manifest; None if there is none that can be read."""
+        """Read a manifest; None if it is missing or damaged."""
         try:
             tree = json.loads(path.read_text())
             files = {name: KeptFile(**facts) for name, facts in tree["files"].items()}
@@ -81,43 +81,43 @@ class Manifest:
             return None
 
     def write(self, path: Path) -> None:
-        """Write it in one step."""
+        """Write the manifest in one step."""
         scratch = path.with_name(f".{path.name}.new")
         scratch.write_text(json.dumps(asdict(self), indent=1))
         os.replace(scratch, path)
 
-    def whole(self, home: Path) -> Path | None:
-        """Return the folder if every file is there in its size."""
-        folder = home / self.snapshot
+    def complete_folder(self, manifest_folder: Path) -> Path | None:
+        """Return the folder if every file has its size; else None."""
+        folder = manifest_folder / self.snapshot
         is_whole = all(size_of(folder / name) == kept.size for name, kept in self.files.items())
         return folder if is_whole else None
 
 
 def local_copy(
-    place: Path, list_files: Callable[[], Listing], *, fetch_files: Fetch | None = None, refresh: bool = False
+    cache_dir: Path, list_files: Callable[[], Listing], *, fetch_files: _Fetch | None = None, refresh: bool = False
 ) -> Path:
     """Return the folder that holds the files listed, fetching them first if they are not there.
 
-    `fetch_files`: fetches a listing, writes the manifest in `place` and returns the folder; if not by a snapshot there.
-    Safe in many processes at once, of which one fetches, and whenever one is killed: the next goes on.
-    Raises: StoreError for a remote that cannot be reached, StoreRefused for one that says no, or a full disk.
+    `fetch_files`: fetches a listing, writes the manifest and returns the folder; without it, a snapshot is made here.
+    Many processes may call this at once: one fetches, and if it is killed, the next continues.
+    Raises: StoreError for a remote that cannot be reached, StoreRefused for one that refuses, or a full disk.
     """
-    found = current_snapshot(place)
+    found = current_snapshot(cache_dir)
     if found and not refresh:
         return found
-    with translated(str(place), "keep a copy (FLUX_BATCH_CACHE names another place)"):
-        place.mkdir(parents=True, exist_ok=True)
-        with locked(place / LOCK, f"fetches {place.name}"):
-            current = current_snapshot(place)
+    with translated(str(cache_dir), "keep a copy (FLUX_BATCH_CACHE names another place)"):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with locked(cache_dir / LOCK, f"fetches {cache_dir.name}"):
+            current = current_snapshot(cache_dir)
             if current and (current != found or not refresh):  # brought by another process, while this one waited
                 return current
-            return new_copy(place, list_files, current, fetch_files)
+            return _new_copy(cache_dir, list_files, current, fetch_files)
 
 
-def new_copy(
-    place: Path, list_files: Callable[[], Listing], current: Path | None, fetch_files: Fetch | None = None
+def _new_copy(
+    cache_dir: Path, list_files: Callable[[], Listing], current: Path | None, fetch_files: _Fetch | None = None
 ) -> Path:
-    """Return a copy of what the remote holds now: a new one, or `current`, if that is the same or all there is."""
+    """Return a copy of the remote as it is now; `current` if it is the same or the remote cannot be reached."""
     try:
         listing = list_files()
     except StoreError as error:
@@ -129,56 +129,56 @@ def new_copy(
         return fetch_files(listing)
     if current and current.name == listing.fingerprint:
         return current
-    return make_snapshot(place, listing, list_files, current)
+    return _make_snapshot(cache_dir, listing, list_files, current)
 
 
-def make_snapshot(place: Path, listing: Listing, list_again: Callable[[], Listing], current: Path | None) -> Path:
-    """Fetch a listing into a new snapshot and make it the one that is used."""
-    snapshot = place / listing.fingerprint
-    partial = place / f"{listing.fingerprint}.partial"
-    for path in place.iterdir():
+def _make_snapshot(cache_dir: Path, listing: Listing, list_again: Callable[[], Listing], current: Path | None) -> Path:
+    """Fetch a listing into a new snapshot, make it the current one, and return it."""
+    snapshot = cache_dir / listing.fingerprint
+    partial = cache_dir / f"{listing.fingerprint}.partial"
+    for path in cache_dir.iterdir():
         if path.is_dir() and path not in (snapshot, partial, current):
             shutil.rmtree(path)
-    if snapshot.exists():  # without a manifest, or damaged since: whatever is good of it need not be read again
+    if snapshot.exists():  # without a manifest, or damaged: its good files are not fetched again
         shutil.rmtree(partial, ignore_errors=True)
         snapshot.rename(partial)
     partial.mkdir(exist_ok=True)
-    old = Manifest.read(place / MANIFEST)
+    old = Manifest.read(cache_dir / MANIFEST)
     if current and old:
         for file in listing.files:
             kept = old.files.get(file.name)
             if kept and file.content and (kept.size, kept.content) == (file.size, file.content):
-                link(current / file.name, partial / file.name)
+                _link(current / file.name, partial / file.name)
     log.info("fetching %d files of %s into %s", len(listing.files), listing.uri, snapshot)
-    sha256 = fetch(listing, partial)
-    # Without hashes to check, ranges of two versions of a file would look like a whole one.
+    sha256 = download_files(listing, partial)
+    # Without hashes, ranges of two versions of a file would pass for a whole one.
     is_checked = all(file.sha256 or file.git_sha1 for file in listing.files)
     if not is_checked and list_again().fingerprint != listing.fingerprint:
         raise StoreError(f"{listing.uri}: was changed while it was copied; run the same command again")
     partial.rename(snapshot)
-    manifest_of(listing, sha256, snapshot, snapshot.name).write(place / MANIFEST)
+    manifest_of(listing, sha256, snapshot, snapshot.name).write(cache_dir / MANIFEST)
     return snapshot
 
 
 def fill_folder(folder: Path, list_files: Callable[[], Listing]) -> None:
-    """Bring the files listed into a folder of the user's; nothing is asked of the remote if this was done before.
+    """Fetch the files listed into a folder of the user's; a complete folder needs no request.
 
-    Files that are there and known to be the remote's stay; so do those that another folder beside this one has, which
-    are linked. Safe in many processes at once and whenever one is killed.
-    Raises: StoreRefused for a file of that name that is another; and what `local_copy` raises.
+    Files that are there with the remote's bytes stay; files that a folder beside this one has are linked. Many
+    processes may call this at once, and be killed.
+    Raises: StoreRefused for another file of the same name; and as `local_copy`.
     """
     if is_filled(folder):
         return
-    listing = list_files()  # first: a remote that says no leaves no folder behind
+    listing = list_files()  # first, so that a remote that refuses leaves no folder behind
     with translated(str(folder), "be filled"):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / FOLDER_LOCK, f"downloads {folder.name}"):
             if not is_filled(folder):
-                fill(folder, listing)
+                _fill_missing(folder, listing)
 
 
-def fill(folder: Path, listing: Listing) -> None:
-    """Fetch what a folder has not, beside it, and put each file in place."""
+def _fill_missing(folder: Path, listing: Listing) -> None:
+    """Fetch the missing files of a folder beside it, and move each into it."""
     ours = Manifest.read(folder / FOLDER_MANIFEST)
     sha256 = {file.name: sha256_if_same(folder / file.name, file) for file in listing.files}
     missing = tuple(file for file in listing.files if not sha256[file.name])
@@ -187,14 +187,14 @@ def fill(folder: Path, listing: Listing) -> None:
             raise StoreRefused(
                 f"{folder / file.name}: is there, but is not the file of {listing.uri}; delete it or move it away"
             )
-    names = {file.name: partial_name(file) for file in missing}
+    names = {file.name: _partial_name(file) for file in missing}
     partial = folder / FOLDER_PARTIAL
     partial.mkdir(exist_ok=True)
     for path in partial.iterdir():
         if path.name not in names.values():
             path.unlink()
-    link_siblings(folder, {partial / names[file.name]: file for file in missing})
-    sha256 |= fetch(Listing(listing.uri, listing.fs, missing), partial, lambda file: names[file.name])
+    _link_siblings(folder, {partial / names[file.name]: file for file in missing})
+    sha256 |= download_files(Listing(listing.uri, listing.fs, missing), partial, lambda file: names[file.name])
     for file in missing:
         (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial / names[file.name], folder / file.name)
@@ -202,19 +202,19 @@ def fill(folder: Path, listing: Listing) -> None:
     shutil.rmtree(partial)
 
 
-def partial_name(file: RemoteFile) -> str:
-    """Return a name for what has come of a file, told by its bytes: another hub with the same goes on with it."""
+def _partial_name(file: RemoteFile) -> str:
+    """Return the name of a partial file, which follows from its bytes: another hub with the same file continues it."""
     return hashlib.sha256(f"{file.name} {file.size} {file.content}".encode()).hexdigest()[:16]
 
 
 def is_filled(folder: Path) -> bool:
-    """Tell whether everything that was fetched into a folder of the user's is there."""
+    """Return whether a folder of the user's has all files that were fetched into it."""
     manifest = Manifest.read(folder / FOLDER_MANIFEST)
-    return manifest is not None and manifest.whole(folder) is not None
+    return manifest is not None and manifest.complete_folder(folder) is not None
 
 
 def cache_dir_of(uri: str, storage_options: Mapping[str, Any]) -> Path:
-    """Return the place in the cache for an address on the store that the options name."""
+    """Return the folder in the cache for an address on the store that the options name."""
     client = storage_options.get("client_kwargs") or {}
     endpoint = storage_options.get("endpoint_url") or client.get("endpoint_url") or ""
     digest = hashlib.sha256(f"{uri}\n{endpoint}".encode()).hexdigest()[:12]
@@ -222,41 +222,41 @@ def cache_dir_of(uri: str, storage_options: Mapping[str, Any]) -> Path:
     return cache_folder() / "models" / f"{name}-{digest}"
 
 
-def list_folder(uri: str, storage_options: Mapping[str, Any], folders: Iterable[str], choose: Choose) -> Listing:
-    """List the files chosen of those in a remote folder and in its folders of these names; nothing deeper.
+def list_folder(uri: str, storage_options: Mapping[str, Any], folders: Iterable[str], choose: _Choose) -> Listing:
+    """Read the list of a remote folder and of its folders with these names, and return the files chosen.
 
-    Raises: StoreRefused if it is no folder or nothing is chosen.
+    Raises: StoreRefused if it is no folder or no file is chosen.
     """
     fs, root = open_filesystem(uri, storage_options)
     root = root.rstrip("/")
-    entries = list_entries(fs, uri, root)
+    entries = _list_entries(fs, uri, root)
     infos = {name: info for name, info in entries.items() if info["type"] == "file"}
     for folder in folders:
         if entries.get(folder, {}).get("type") == "directory":
-            inside = list_entries(fs, f"{uri}/{folder}", f"{root}/{folder}")
+            inside = _list_entries(fs, f"{uri}/{folder}", f"{root}/{folder}")
             infos |= {f"{folder}/{name}": info for name, info in inside.items() if info["type"] == "file"}
-    return listing_of(uri, fs, infos, choose)
+    return _listing_of(uri, fs, infos, choose)
 
 
 def list_file(
-    uri: str, name: str, root_uri: str, storage_options: Mapping[str, Any], folders: Iterable[str], choose: Choose
+    uri: str, name: str, root_uri: str, storage_options: Mapping[str, Any], folders: Iterable[str], choose: _Choose
 ) -> Listing:
-    """List one remote file, called `name` from the folder `root_uri`, and what is chosen of that folder's folders.
+    """Return a listing of one remote file and of the files chosen in `folders` of `root_uri`.
 
-    The folder itself is not listed: it may hold anything, or be closed to whoever may read the file.
+    `name`: the path of the file in the folder `root_uri`, which is not listed: it may hold anything, or be closed.
     """
     fs, path = open_filesystem(uri, storage_options)
-    infos = {name: with_retries(public_uri(uri), "look up", lambda: look_up(fs, path))}
+    infos = {name: with_retries(public_uri(uri), "look up", lambda: _look_up(fs, path))}
     root = fs._strip_protocol(root_uri).rstrip("/")
     for folder in folders:
         with suppress(NotFound, StoreRefused):
-            inside = list_entries(fs, f"{root_uri}/{folder}", f"{root}/{folder}")
+            inside = _list_entries(fs, f"{root_uri}/{folder}", f"{root}/{folder}")
             infos |= {f"{folder}/{each}": info for each, info in inside.items() if info["type"] == "file"}
-    return listing_of(uri, fs, infos, choose)
+    return _listing_of(uri, fs, infos, choose)
 
 
-def list_entries(fs: Any, uri: str, path: str) -> dict[str, dict[str, Any]]:
-    """Return what lies directly in a remote folder, by its last name. Raises: NotFound."""
+def _list_entries(fs: Any, uri: str, path: str) -> dict[str, dict[str, Any]]:
+    """Return the entries of a remote folder, by the last part of their name. Raises: NotFound."""
     infos = with_retries(public_uri(uri), "list", lambda: fs.ls(path, detail=True))
     found = {str(info["name"]).rstrip("/").rpartition("/")[2]: info for info in infos}
     if not found:
@@ -264,8 +264,8 @@ def list_entries(fs: Any, uri: str, path: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def look_up(fs: Any, path: str) -> dict[str, Any]:
-    """Return what the file system says of a file. Raises: what it met, which fsspec's HTTP calls not found."""
+def _look_up(fs: Any, path: str) -> dict[str, Any]:
+    """Return the facts of a remote file. Raises: the server's error, which fsspec hides behind FileNotFoundError."""
     try:
         info: dict[str, Any] = fs.info(path)
     except FileNotFoundError as error:
@@ -277,8 +277,8 @@ def look_up(fs: Any, path: str) -> dict[str, Any]:
     return info
 
 
-def listing_of(uri: str, fs: Any, infos: Mapping[str, Mapping[str, Any]], choose: Choose) -> Listing:
-    """Make the listing of the files chosen. Raises: StoreRefused if there are none."""
+def _listing_of(uri: str, fs: Any, infos: Mapping[str, Mapping[str, Any]], choose: _Choose) -> Listing:
+    """Return a listing of the files chosen. Raises: StoreRefused if there are none."""
     chosen = list(choose(list(infos)))
     if not chosen:
         raise StoreRefused(f"{public_uri(uri)}: none of its {len(infos)} files are needed; is this the right address?")
@@ -286,20 +286,20 @@ def listing_of(uri: str, fs: Any, infos: Mapping[str, Mapping[str, Any]], choose
     for name in chosen:
         info = infos[name]
         if info.get("size") is None:  # a listing over HTTP gives names alone
-            info = with_retries(f"{public_uri(uri)}: {name}", "look up", bind(look_up, fs, info["name"]))
-        version = next((str(info[key]) for key in VERSION_KEYS if info.get(key)), "")
+            info = with_retries(f"{public_uri(uri)}: {name}", "look up", bind(_look_up, fs, info["name"]))
+        version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
         files.append(RemoteFile(name=name, path=info["name"], size=info.get("size"), version=version))
     return Listing(public_uri(uri), fs, tuple(files))
 
 
-def current_snapshot(place: Path) -> Path | None:
-    """Return the snapshot in use of a place in the cache, if it is whole."""
-    manifest = Manifest.read(place / MANIFEST)
-    return manifest.whole(place) if manifest else None
+def current_snapshot(cache_dir: Path) -> Path | None:
+    """Return the current snapshot of a folder in the cache; None if there is none, or a file is missing."""
+    manifest = Manifest.read(cache_dir / MANIFEST)
+    return manifest.complete_folder(cache_dir) if manifest else None
 
 
 def manifest_of(listing: Listing, sha256: Mapping[str, str], folder: Path, snapshot: str) -> Manifest:
-    """Describe what was fetched into a folder."""
+    """Return the manifest of a folder that a listing was fetched into."""
     files = {}
     for file in listing.files:
         size = (folder / file.name).stat().st_size
@@ -307,19 +307,19 @@ def manifest_of(listing: Listing, sha256: Mapping[str, str], folder: Path, snaps
     return Manifest(listing.uri, snapshot, files)
 
 
-def link_siblings(folder: Path, wanted: Mapping[Path, RemoteFile]) -> None:
-    """Link to their places the files that a folder beside this one was given: FLUX.1-dev and -schnell share 10 GB."""
+def _link_siblings(folder: Path, wanted: Mapping[Path, RemoteFile]) -> None:
+    """Link files that a folder beside this one has: FLUX.1-dev and -schnell share 10 GB."""
     known = {}
     for path in folder.parent.glob(f"*/{FOLDER_MANIFEST}"):
         if manifest := Manifest.read(path):
             known.update({kept.sha256: path.parent / name for name, kept in manifest.files.items()})
     for target, file in wanted.items():
         if file.sha256 in known and sha256_if_same(known[file.sha256], file):
-            link(known[file.sha256], target)
+            _link(known[file.sha256], target)
 
 
-def link(source: Path, target: Path) -> None:
-    """Give a file a second name, where the disk can; the transfer reads what it could not."""
+def _link(source: Path, target: Path) -> None:
+    """Link a file, if the disk can; the transfer fetches it otherwise."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with suppress(OSError):
         target.unlink(missing_ok=True)
@@ -337,7 +337,7 @@ def size_of(path: Path) -> int | None:
 
 
 def cache_folder() -> Path:
-    """Return where this package may keep files: FLUX_BATCH_CACHE, else `flux-batch` in the user's cache."""
+    """Return the cache folder of this package: FLUX_BATCH_CACHE, else `flux-batch` in the user's cache."""
     if own := os.environ.get("FLUX_BATCH_CACHE"):
         return Path(own).expanduser()
     users = os.environ.get("XDG_CACHE_HOME")
@@ -346,7 +346,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file, as the only process of this machine; its death frees it. `what` is named if it has to wait."""
+    """Run the block as the only process that holds the lock file; a wait is logged with `what` the holder does."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)

@@ -1,6 +1,6 @@
-"""Where a model comes from: the name, path or address of one -> a folder on this machine.
+"""The name, path or address of a model to a folder on this machine.
 
-The one place that knows both what a model consists of (model/) and how bytes travel (storage/). Knows no tensor.
+Only this file knows both the files of a model (model/) and how bytes travel (storage/). Knows no tensor.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from flux_batch.download.local_copy import (
 from flux_batch.download.transfer import Listing, RemoteFile
 from flux_batch.errors import CheckpointError, StoreError, StoreRefused
 from flux_batch.model.checkpoint.files import (
-    FOLDERS,
-    WEIGHTS,
+    COMPONENT_FOLDERS,
+    WEIGHT_SUFFIXES,
     is_pickle,
     is_weight,
     missing_components,
@@ -46,14 +46,14 @@ from flux_batch.storage.store import open_filesystem
 
 PathOrFolder = str | PathLike[str]
 
-DOWNLOADS = Path("models")
-# Where DiffSynth-Studio 1.x puts them, and which repositories they are on each hub.
+_DOWNLOAD_FOLDER = Path("models")
+# The models of DiffSynth-Studio 1.x, and their repository on each hub.
 # Source: modelscope/DiffSynth-Studio v1.1.9, diffsynth/configs/model_config.py.
-PRESETS = {
+_PRESETS = {
     "FLUX.1-dev": {"huggingface": "black-forest-labs/FLUX.1-dev", "modelscope": "AI-ModelScope/FLUX.1-dev"},
     "FLUX.1-schnell": {"huggingface": "black-forest-labs/FLUX.1-schnell", "modelscope": "AI-ModelScope/FLUX.1-schnell"},
 }
-HUBS = {"huggingface": list_huggingface, "modelscope": list_modelscope}
+_LIST_OF_HUB = {"huggingface": list_huggingface, "modelscope": list_modelscope}
 
 log = logging.getLogger(__name__)
 
@@ -69,33 +69,33 @@ def download_models(
 
     FLUX.1-dev and FLUX.1-schnell go to models/FLUX/<name>, the original single files and what belongs to them, as the
     scripts of DiffSynth-Studio expect; any `owner/repository` to models/<owner>/<repository>. `to` is another folder
-    for a single model. The hubs are asked in order, the next one if one cannot be reached. A model that is whole is
-    not asked about: no network is touched. Every file is checked by size and hash; a killed download goes on.
+    for a single model. The hubs are asked in order, the next one if one cannot be reached. A complete model needs no
+    network. Every file is checked by size and hash; the next call continues a killed download.
     Raises: CheckpointError for a repository that is not there, gated, or an unknown name; StoreRefused for a full disk
     or a file in the way; StoreError if no hub can be reached.
     """
     hubs = [hub.lower() for hub in downloading_priority]
-    if unknown := [hub for hub in hubs if hub not in HUBS]:
+    if unknown := [hub for hub in hubs if hub not in _LIST_OF_HUB]:
         raise CheckpointError(f"{unknown[0]}: no such hub; there are HuggingFace and ModelScope")
     if to is not None and len(model_id_list) != 1:
         raise CheckpointError(f"one folder for {len(model_id_list)} models: download them one by one")
-    return [download_model(name, hubs, Path(to) if to else download_folder(name), token) for name in model_id_list]
+    return [_download_model(name, hubs, Path(to) if to else _download_folder(name), token) for name in model_id_list]
 
 
-def download_model(name: str, hubs: Sequence[str], folder: Path, token: str | None) -> Path:
+def _download_model(name: str, hubs: Sequence[str], folder: Path, token: str | None) -> Path:
     """Download one model into `folder` from the first hub that can be reached."""
-    if name not in PRESETS and not is_repository_name(name):
-        raise CheckpointError(f"{name}: no such model; known are {', '.join(PRESETS)}, or name it owner/repository")
-    if is_filled(folder) or is_placed(folder, name):
+    if name not in _PRESETS and not is_repository_name(name):
+        raise CheckpointError(f"{name}: no such model; known are {', '.join(_PRESETS)}, or name it owner/repository")
+    if is_filled(folder) or _is_filled_by_others(folder, name):
         return folder
     unreachable: list[str] = []
     for hub in hubs:
-        repository, _, revision = PRESETS.get(name, {}).get(hub, name).partition("@")
+        repository, _, revision = _PRESETS.get(name, {}).get(hub, name).partition("@")
         options = {"revision": revision} if revision else {}
-        list_files = partial(HUBS[hub], repository, token=token, **options)
+        list_files = partial(_LIST_OF_HUB[hub], repository, token=token, **options)
         try:
             with source_errors():
-                fill_folder(folder, partial(hub_listing, list_files, name, single_files=name in PRESETS))
+                fill_folder(folder, partial(_hub_listing, list_files, name, single_files=name in _PRESETS))
             return folder
         except StoreRefused:
             raise
@@ -105,17 +105,17 @@ def download_model(name: str, hubs: Sequence[str], folder: Path, token: str | No
     raise StoreError("; ".join(unreachable))
 
 
-def download_folder(name: str) -> Path:
-    """Return where a download of that name goes."""
-    return DOWNLOADS / "FLUX" / name if name in PRESETS else DOWNLOADS / name
+def _download_folder(name: str) -> Path:
+    """Return the folder for a download of that name."""
+    return _DOWNLOAD_FOLDER / "FLUX" / name if name in _PRESETS else _DOWNLOAD_FOLDER / name
 
 
-def is_placed(folder: Path, name: str) -> bool:
-    """Tell whether somebody else has put a model into a folder, as far as file names tell."""
-    if (folder / FOLDER_LOCK).exists():  # then it is ours to say, by its manifest
+def _is_filled_by_others(folder: Path, name: str) -> bool:
+    """Return whether a folder that we have not filled holds a whole model, as far as file names tell."""
+    if (folder / FOLDER_LOCK).exists():  # then its manifest counts
         return False
     names = file_names(folder)
-    if name not in PRESETS:
+    if name not in _PRESETS:
         return not missing_components(names)
     single_files = {f"{name.lower().replace('flux.1', 'flux1')}.safetensors", "ae.safetensors"}
     can_lack = {"transformer", "vae"} if single_files <= set(names) else set()
@@ -147,11 +147,10 @@ def local_model(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = N
 def local_path(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = None, *, refresh: bool = False) -> Path:
     """Return the local path of a file or folder that `uri` names, as `local_model` finds it; it may not be there.
 
-    Of a model, a component folder or a file of weights alone is fetched too, with the settings and tokenizers that lie
-    beside it, at the place where they expect each other.
+    An address of one component fetches it with its settings and tokenizers, in the model's folder structure.
     """
     text = str(uri)
-    kind = kind_of(text)
+    kind = source_kind(text)
     if kind == "local":
         return Path(text).expanduser()
     if kind == "file":
@@ -162,59 +161,59 @@ def local_path(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = No
         )
     with source_errors():
         if kind == "hub":
-            return from_hub(text, refresh=refresh)
-        return from_storage(text, storage_options or {}, refresh=refresh)
+            return _from_hub(text, refresh=refresh)
+        return _from_storage(text, storage_options or {}, refresh=refresh)
 
 
-def copy_here(uri: str, storage_options: Mapping[str, Any] | None = None) -> Path | None:
-    """Return the folder or file of a model if it is on this machine already; nothing is fetched or asked for."""
-    kind = kind_of(uri)
+def find_local_model(uri: str, storage_options: Mapping[str, Any] | None = None) -> Path | None:
+    """Return the folder or file of a model on this machine, without a request; None if it is not here."""
+    kind = source_kind(uri)
     if uri == "demo" or kind in ("local", "file"):
         path = local_model(uri) if uri == "demo" else local_path(uri)
         return path if path.exists() else None
     if kind == "hub":
         with source_errors():
             hub = HubUri.parse(uri)
-        snapshot, part = find_repository(hub), model_and_part(hub)[1]
+        snapshot, part = find_repository(hub), _model_and_part(hub)[1]
     else:
         snapshot, part = current_snapshot(cache_dir_of(uri, storage_options or {})), part_of(uri.partition("?")[0])[1]
     return snapshot / part if snapshot else None
 
 
 def absolute_model_uri(uri: str) -> str:
-    """Fix a relative path to this process's folder; what is found from everywhere stays as it is."""
-    is_path = uri != "demo" and kind_of(uri) == "local"
+    """Return a relative path as an absolute one, and any other address as it is."""
+    is_path = uri != "demo" and source_kind(uri) == "local"
     return os.path.abspath(os.path.expanduser(uri)) if is_path else uri
 
 
-def kind_of(uri: str) -> str:
-    """Tell how to find a model: `local`, `file`, `hub` or `storage`."""
+def source_kind(uri: str) -> str:
+    """Return the kind of a model's source: `local`, `file`, `hub` or `storage`."""
     if "://" not in uri:
-        is_name = is_repository_name(uri) and not (is_pickle(uri) or uri.endswith(WEIGHTS))
+        is_name = is_repository_name(uri) and not (is_pickle(uri) or uri.endswith(WEIGHT_SUFFIXES))
         return "hub" if is_name and not os.path.exists(uri) else "local"
     scheme = uri.partition("://")[0]
     return {"file": "file", "hf": "hub"}.get(scheme, "storage")
 
 
-def from_storage(uri: str, storage_options: Mapping[str, Any], *, refresh: bool) -> Path:
+def _from_storage(uri: str, storage_options: Mapping[str, Any], *, refresh: bool) -> Path:
     """Return the local copy of a folder or file that fsspec can reach."""
     list_files = partial(storage_listing, uri, storage_options)
     return local_copy(cache_dir_of(uri, storage_options), list_files, refresh=refresh) / part_of(_address(uri))[1]
 
 
 def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:
-    """List the files that a model needs of a folder or file that fsspec can reach."""
+    """Return a listing of the files that a model needs of a folder or file that fsspec can reach."""
     root, part = part_of(_address(uri))
     choose = partial(needed_files, part=part)
     if is_weight(part):
-        return list_file(uri, part, root, storage_options, FOLDERS, choose)
-    return list_folder(root, storage_options, FOLDERS, choose)
+        return list_file(uri, part, root, storage_options, COMPONENT_FOLDERS, choose)
+    return list_folder(root, storage_options, COMPONENT_FOLDERS, choose)
 
 
-def from_hub(uri: str, *, refresh: bool) -> Path:
+def _from_hub(uri: str, *, refresh: bool) -> Path:
     """Return the local copy of a repository of Hugging Face, or of a folder or a file of it."""
     hub = HubUri.parse(uri)
-    folder, part = model_and_part(hub)
+    folder, part = _model_and_part(hub)
     if not refresh and (found := find_repository(hub)):
         return found / part
     fetch = partial(fetch_repository, hub, folder=folder)
@@ -228,30 +227,30 @@ def from_hub(uri: str, *, refresh: bool) -> Path:
 
 
 def repository_listing(uri: str) -> Listing:
-    """List the files that a model needs of a repository of Hugging Face, or of a folder or a file of it."""
+    """Return a listing of the files that a model needs of a repository of Hugging Face, or a part of it."""
     hub = HubUri.parse(uri)
-    folder, part = model_and_part(hub)
-    return hub_listing(partial(list_huggingface, hub.repository, hub.revision), uri, folder=folder, part=part)
+    folder, part = _model_and_part(hub)
+    return _hub_listing(partial(list_huggingface, hub.repository, hub.revision), uri, folder=folder, part=part)
 
 
-def model_and_part(hub: HubUri) -> tuple[str, str]:
+def _model_and_part(hub: HubUri) -> tuple[str, str]:
     """Return the folder of the model in a repository, and the part of the model that the address names, or ""."""
     base = f"{HF_SCHEME}{hub.repository}"
     root, part = part_of(f"{base}/{hub.path}") if hub.path else (base, "")
     return root.removeprefix(base).strip("/"), part
 
 
-def hub_listing(
+def _hub_listing(
     list_files: Callable[[], Repository], uri: str, *, folder: str = "", part: str = "", single_files: bool = False
 ) -> Listing:
-    """List the files of a repository that a model needs, to be read over HTTP."""
+    """Return a listing of the files of a repository that a model needs, to be read over HTTP."""
     repository = with_retries(uri, "list", list_files)
     prefix = f"{folder}/" if folder else ""
     files = {file.name.removeprefix(prefix): file for file in repository.files if file.name.startswith(prefix)}
     chosen = needed_files(files, part=part, single_files=single_files)
     if not any(is_weight(name) for name in chosen):
         raise ValueError(f"{repository.page}: holds no weights{f' under {part or folder}' if part or folder else ''}")
-    # No compression: the bytes of a range are to be those of the file.
+    # No compression: the bytes of a range must be those of the file.
     headers = {**repository.headers, "Accept-Encoding": "identity"}
     fs, _ = open_filesystem(repository.page, {"client_kwargs": {"headers": headers}})
     return Listing(
@@ -267,7 +266,7 @@ def hub_listing(
 
 @contextmanager
 def source_errors() -> Iterator[None]:
-    """Turn what the hubs refuse into CheckpointError; what storage says is one of ours already."""
+    """Run the block, and raise the refusals of hubs as CheckpointError."""
     try:
         yield
     except ValueError as error:
@@ -275,5 +274,5 @@ def source_errors() -> Iterator[None]:
 
 
 def _address(uri: str) -> str:
-    """Leave out the query of a web address, which names no file."""
+    """Return an address without the query of a web address, which names no file."""
     return uri.partition("?")[0] if uri.startswith(("http://", "https://")) else uri

@@ -1,4 +1,4 @@
-"""Which version of a model an address stands for: tells a run from one with other weights under that name."""
+"""The version of the model behind an address, which tells apart runs with other weights of the same name."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from flux_batch.download.hub import HubUri
 from flux_batch.download.hub_cache import find_repository
 from flux_batch.download.local_copy import file_names
 from flux_batch.download.models import (
-    kind_of,
     local_model,
     repository_listing,
     source_errors,
+    source_kind,
     storage_listing,
 )
 from flux_batch.errors import FluxBatchError
 from flux_batch.model.checkpoint.files import needed_files
 
-# Of each end of a file on this machine: 34 GB are not read for a name, and training leaves no weight as it was.
+# Bytes hashed at each end of a local file: 34 GB are too many to read, and training changes every weight.
 END_BYTES = 64 << 10
-BRANCH = "main"
+_BRANCH = "main"
 
 log = logging.getLogger(__name__)
 
 
 def model_revision(uri: str, storage_options: Mapping[str, Any] | None = None) -> str | None:
-    """Name the version of the files of a model as they are now; nothing is fetched.
+    """Return a name for the version of a model's files as they are now; nothing is fetched.
 
     Of a repository of Hugging Face, the revision that the address names, else the commit that is here, else the one
     that the hub names. Of a bucket, the name that a copy has in our cache: a hash of names, sizes and what the store
     says of the bytes. Of files on this machine, a hash of names, sizes and both ends of each.
-    Returns: None for an address on the web, and if they are not here and whoever has them cannot be asked, which is no
-    reason for an error.
+    Returns: None for an address on the web, and for files that are not here if the remote cannot be asked.
     """
     try:
         with source_errors():
@@ -48,20 +47,20 @@ def model_revision(uri: str, storage_options: Mapping[str, Any] | None = None) -
 def _revision(uri: str, storage_options: Mapping[str, Any]) -> str | None:
     if uri.startswith(("http://", "https://")):
         return None  # libraries log what they ask, and its query may be a signature
-    kind = kind_of(uri)
+    kind = source_kind(uri)
     if uri == "demo" or kind in ("local", "file"):
         return _of_files(local_model(uri))
     if kind == "storage":
         return storage_listing(uri, storage_options).fingerprint
     hub = HubUri.parse(uri)
-    if hub.revision != BRANCH:
+    if hub.revision != _BRANCH:
         return hub.revision
     found = None if hub.path else find_repository(hub)
     return found.name if found else repository_listing(uri).commit
 
 
 def _of_files(model: Path) -> str:
-    """Hash a folder, or a file with all parts."""
+    """Return a hash of a folder, or of a file with all parts."""
     names = needed_files(file_names(model)) if model.is_dir() else [""]
     digest = hashlib.sha256()
     for name in names:

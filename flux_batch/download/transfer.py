@@ -1,6 +1,6 @@
-"""Remote files onto this machine's disk: read in ranges side by side, gone on with, checked; knows no model.
+"""Downloads of remote files: in ranges side by side, continued after a kill, checked; knows no model.
 
-A file grows from its start, so what a killed process leaves is a prefix, and the next one reads on from there.
+A file grows from its start, so a killed process leaves a prefix, and the next one continues there.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ SPARE_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteFile:
-    """A file elsewhere: `name` is relative to the folder it belongs to, `path` what its file system calls it.
+    """A remote file: `name` is relative to the folder of the listing, `path` is its name on the file system.
 
-    `version` changes whenever the bytes do; `sha256` and `git_sha1` (git's name of a blob) are what the remote says
-    of them. Each is empty, and `size` None, if it says nothing.
+    `version` changes whenever the bytes do; `sha256` and `git_sha1` (git's name of a blob) come from the remote. Each
+    is empty, and `size` None, if the remote does not have it.
     """
 
     name: str
@@ -50,7 +50,7 @@ class RemoteFile:
 
     @property
     def content(self) -> str:
-        """A name for the bytes, as far as the remote tells them apart."""
+        """The remote's name for the bytes, which differs if they do."""
         return self.sha256 or self.git_sha1 or self.version
 
 
@@ -65,23 +65,23 @@ class Listing:
 
     @property
     def fingerprint(self) -> str:
-        """A short name for these bytes, as far as the remote tells them apart."""
+        """A short name for all bytes of the listing, which differs if they do."""
         facts = [(file.name, file.size, file.content) for file in self.files]
         return hashlib.sha256(repr(sorted(facts)).encode()).hexdigest()[:16]
 
 
-class Digests:
-    """The hashes of a file, taken while its bytes pass: its sha256, and the other one if the remote tells it."""
+class _Digests:
+    """The hashes of a file, computed while it is read: sha256, and git's if the remote has that."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._file = file
         self._sha256 = hashlib.sha256()
-        # Git's name of a blob begins with its size.
+        # Git hashes the size of a blob before its bytes.
         has_git = file.git_sha1 and file.size is not None
         self._git = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False) if has_git else None
 
     def update(self, data: bytes) -> None:
-        """Take in the next bytes."""
+        """Add the next bytes."""
         self._sha256.update(data)
         if self._git:
             self._git.update(data)
@@ -93,17 +93,17 @@ class Digests:
 
     @property
     def is_match(self) -> bool:
-        """Whether these are the bytes the remote speaks of, as far as it does."""
+        """Whether the hashes are those of the remote, as far as it has any."""
         is_git_match = self._git is None or self._git.hexdigest() == self._file.git_sha1
         return is_git_match and self._file.sha256 in ("", self.sha256)
 
 
-def fetch(
+def download_files(
     listing: Listing, folder: Path, name_in_folder: Callable[[RemoteFile], str] = attrgetter("name")
 ) -> dict[str, str]:
-    """Bring all files of a listing into `folder`; what is there of one is not read again. Shows a progress bar.
+    """Download all files of a listing into `folder`, and continue partial ones. Shows a progress bar.
 
-    `folder` must hold nothing but earlier parts of the same bytes. Returns: sha256 by name.
+    `folder` must hold nothing but prefixes of the same files. Returns: sha256 by name.
     Raises: StoreRefused if the disk is too small, StoreError for a file that arrives damaged or not at all.
     """
     from tqdm import tqdm
@@ -117,23 +117,23 @@ def fetch(
     pool = ThreadPoolExecutor(NUM_STREAMS, thread_name_prefix="fetch")
     bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=listing.uri, disable=None)
     try:
-        return {file.name: fetch_file(listing, file, paths[file.name], pool, bar) for file in listing.files}
+        return {file.name: _download_file(listing, file, paths[file.name], pool, bar) for file in listing.files}
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
 
 
-def fetch_file(listing: Listing, file: RemoteFile, path: Path, pool: ThreadPoolExecutor, bar: tqdm[Any]) -> str:
-    """Bring one file to `path`, or the rest of it. Returns: its sha256."""
-    digests = Digests(file)
+def _download_file(listing: Listing, file: RemoteFile, path: Path, pool: ThreadPoolExecutor, bar: tqdm[Any]) -> str:
+    """Download one file to `path`, or the rest of it. Returns: its sha256."""
+    digests = _Digests(file)
     if path.exists() and (file.size is None or path.stat().st_size > file.size):
         path.unlink()
     with translated(str(path), "write"), path.open("a+b") as target:
         target.seek(0)
-        for chunk in pieces(target):
+        for chunk in _read_pieces(target):
             digests.update(chunk)
             bar.update(len(chunk))
-        for chunk in remainder(listing, file, target.tell(), pool):
+        for chunk in _remainder(listing, file, target.tell(), pool):
             target.write(chunk)
             digests.update(chunk)
             bar.update(len(chunk))
@@ -150,15 +150,15 @@ def fetch_file(listing: Listing, file: RemoteFile, path: Path, pool: ThreadPoolE
 
 
 def sha256_if_same(path: Path, file: RemoteFile) -> str:
-    """Return the sha256 of a local file that is known to hold the bytes of a remote one, else "".
+    """Return the sha256 of a local file if it has the size and the hash of the remote one, else "".
 
-    Reads all of it, if the sizes agree and the remote tells a hash.
+    Reads the whole file if the sizes agree and the remote has a hash.
     """
     if not (file.sha256 or file.git_sha1) or not path.is_file() or path.stat().st_size != file.size:
         return ""
-    digests = Digests(file)
+    digests = _Digests(file)
     with path.open("rb") as source:
-        for chunk in pieces(source):
+        for chunk in _read_pieces(source):
             digests.update(chunk)
     return digests.sha256 if digests.is_match else ""
 
@@ -173,12 +173,12 @@ def check_room(folder: Path, num_bytes: int, uri: str, *, variable: str = "FLUX_
         )
 
 
-def remainder(listing: Listing, file: RemoteFile, start: int, pool: ThreadPoolExecutor) -> Iterator[bytes]:
-    """Yield what follows the first `start` bytes of a remote file; in one stream if its server knows no ranges."""
+def _remainder(listing: Listing, file: RemoteFile, start: int, pool: ThreadPoolExecutor) -> Iterator[bytes]:
+    """Yield the bytes of a remote file from `start`; in one stream if its server knows no ranges."""
     position = start
     if file.size is not None:
         try:
-            for chunk in ranges(listing, file, start, pool):
+            for chunk in _ranges(listing, file, start, pool):
                 yield chunk
                 position += len(chunk)
         except ValueError as error:
@@ -186,16 +186,16 @@ def remainder(listing: Listing, file: RemoteFile, start: int, pool: ThreadPoolEx
                 raise
         else:
             return
-    yield from stream(listing, file, position)
+    yield from _stream(listing, file, position)
 
 
-def ranges(listing: Listing, file: RemoteFile, start: int, pool: ThreadPoolExecutor) -> Iterator[bytes]:
+def _ranges(listing: Listing, file: RemoteFile, start: int, pool: ThreadPoolExecutor) -> Iterator[bytes]:
     """Yield the ranges of a file in order, while the next ones are on their way."""
     assert file.size is not None
     coming: deque[Future[bytes]] = deque()
     try:
         for begin in range(start, file.size, CHUNK_BYTES):
-            coming.append(pool.submit(read_range, listing, file, begin, min(begin + CHUNK_BYTES, file.size)))
+            coming.append(pool.submit(_read_range, listing, file, begin, min(begin + CHUNK_BYTES, file.size)))
             if len(coming) == NUM_STREAMS:
                 yield coming.popleft().result()
         while coming:
@@ -205,7 +205,7 @@ def ranges(listing: Listing, file: RemoteFile, start: int, pool: ThreadPoolExecu
             future.cancel()
 
 
-def read_range(listing: Listing, file: RemoteFile, start: int, end: int) -> bytes:
+def _read_range(listing: Listing, file: RemoteFile, start: int, end: int) -> bytes:
     """Read bytes `start` to `end` of a remote file, all of them."""
 
     def read() -> bytes:
@@ -223,18 +223,18 @@ def read_range(listing: Listing, file: RemoteFile, start: int, end: int) -> byte
     return with_retries(f"{listing.uri}: {file.name}", "read", read)
 
 
-def stream(listing: Listing, file: RemoteFile, skip: int) -> Iterator[bytes]:
-    """Yield a remote file from its start, without the first `skip` bytes."""
+def _stream(listing: Listing, file: RemoteFile, skip: int) -> Iterator[bytes]:
+    """Yield a remote file without its first `skip` bytes, in one stream."""
     with (
         translated(f"{listing.uri}: {file.name}", "read"),
         listing.fs.open(file.path, "rb", block_size=0) as source,
     ):
-        for chunk in pieces(source):
+        for chunk in _read_pieces(source):
             yield chunk[skip:]
             skip = max(0, skip - len(chunk))
 
 
-def pieces(source: IO[bytes]) -> Iterator[bytes]:
+def _read_pieces(source: IO[bytes]) -> Iterator[bytes]:
     """Yield the rest of an open file in pieces that are quick to hash."""
     while chunk := source.read(1 << 20):
         yield chunk

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 from flux_batch.model.checkpoint.checkpoint import Checkpoint, read_config
 from flux_batch.model.checkpoint.lazy_state import StoredState
-from flux_batch.model.checkpoint.loading import Prepare, fill, naming
+from flux_batch.model.checkpoint.loading import Prepare, load_weights, naming_errors
 from flux_batch.model.params import Config, Shapes, count_of, shape_of
 
 _CLIP_HEAD_DIM = 64
@@ -113,14 +113,14 @@ def load_clip(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devic
     Raises: ValueError naming what is missing.
     """
     what = "a CLIP text encoder"
-    tokenizer = load_tokenizer(CLIPTokenizer, checkpoint.home, "tokenizer")
-    with naming(checkpoint, what):
-        settings = clip_settings(checkpoint.shapes, read_config(checkpoint.home, "text_encoder"))
+    tokenizer = load_tokenizer(CLIPTokenizer, checkpoint.folder, "tokenizer")
+    with naming_errors(checkpoint, what):
+        settings = clip_settings(checkpoint.shapes, read_config(checkpoint.folder, "text_encoder"))
         model = build(CLIPTextConfig, CLIPTextModel, settings)
     # transformers 5 moved the modules one level up: its own state dict has no text_model. prefix any more.
     own_names = {name.removeprefix("text_model."): name for name in model.state_dict()}
     checkpoint.check(what, {name: model.state_dict()[own].shape for name, own in own_names.items()})
-    fill(model, StoredState(checkpoint.rename(own_names), dtype, device))
+    load_weights(model, StoredState(checkpoint.rename(own_names), dtype, device))
     positions = torch.arange(model.config.max_position_embeddings, device=device)[None]
     for name, _ in list(model.named_buffers()):
         model.get_submodule(name.rpartition(".")[0]).register_buffer("position_ids", positions, persistent=False)
@@ -135,17 +135,17 @@ def load_t5(
     Raises: ValueError naming what is missing.
     """
     what = "a T5 encoder"
-    tokenizer = load_tokenizer(T5Tokenizer, checkpoint.home, "tokenizer_2")
+    tokenizer = load_tokenizer(T5Tokenizer, checkpoint.folder, "tokenizer_2")
     checkpoint = _with_one_table(checkpoint)
-    with naming(checkpoint, what):
-        settings = t5_settings(checkpoint.shapes, read_config(checkpoint.home, "text_encoder_2"))
+    with naming_errors(checkpoint, what):
+        settings = t5_settings(checkpoint.shapes, read_config(checkpoint.folder, "text_encoder_2"))
         model = build(T5Config, T5EncoderModel, settings)
     model.encoder.set_input_embeddings(model.shared)
     expected = {name: value.shape for name, value in model.state_dict().items() if "embed_tokens" not in name}
     checkpoint.check(what, expected)
     # float16 overflows in wo; transformers keeps it in fp32, too.
     wide = [name for name in expected if name.endswith(".wo.weight")] if dtype == torch.float16 else []
-    fill(model, StoredState(checkpoint, dtype, device, dtypes=dict.fromkeys(wide, torch.float32)), prepare)
+    load_weights(model, StoredState(checkpoint, dtype, device, dtypes=dict.fromkeys(wide, torch.float32)), prepare)
     return T5Encoder(tokenizer, model)
 
 

@@ -1,4 +1,4 @@
-"""The LoRAs of a loaded model, by their addresses, fused into its weights and taken out again.
+"""The LoRAs of a loaded model, by their addresses, fused into its weights and unfused again.
 
 Knows the sources of LoRA files, and raises our errors in place of the model's; fusing itself is in model/lora/.
 """
@@ -14,14 +14,14 @@ from torch import nn
 from flux_batch.download.models import PathOrFolder, local_path
 from flux_batch.errors import InvalidSetting
 from flux_batch.model.lora.file import Lora, open_lora
-from flux_batch.model.lora.merge import LoraMerge
+from flux_batch.model.lora.fusion import LoraFusion
 from flux_batch.model.lora.scale import PEFT_WEIGHTS
 from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 from flux_batch.sampling_params import check_number
 
 
 class LoadedLoras:
-    """The LoRAs that are merged into the parts of a model (transformer, clip, t5) now.
+    """The LoRAs that are fused into the parts of a model (transformer, clip, t5) now.
 
     An address is a path, or any other that `local_model` takes: a file in a bucket or on a hub is fetched once a
     machine.
@@ -31,37 +31,37 @@ class LoadedLoras:
         self, parts: Mapping[str, nn.Module] | None = None, storage_options: Mapping[str, Any] | None = None
     ) -> None:
         self._storage_options = storage_options or {}
-        self._merge = LoraMerge()
+        self._fusion = LoraFusion()
         for part, module in (parts or {}).items():
             self.add_part(part, module)
 
     @property
-    def merged(self) -> list[tuple[str, float]]:
-        """The addresses of the merged LoRAs, each with its scale."""
-        return [(lora.name, scale) for lora, scale in self._merge.merged]
+    def fused(self) -> list[tuple[str, float]]:
+        """The addresses of the fused LoRAs, each with its scale."""
+        return [(lora.name, scale) for lora, scale in self._fusion.fused]
 
     def add_part(self, part: str, module: nn.Module) -> None:
-        """Add a loaded part, or replace one; the LoRAs are merged into it, too."""
+        """Add a loaded part, or replace one; the LoRAs are fused into it, too."""
         with checkpoint_errors(), device_errors():
-            self._merge.add_part(part, module)
+            self._fusion.add_part(part, module)
 
     def set(self, loras: Sequence[tuple[PathOrFolder, float]]) -> None:
-        """Merge these LoRAs, address and scale, and no others, in any order; [] takes all out.
+        """Fuse these LoRAs, address and scale in any order, and unfuse all others.
 
         All are opened before a weight changes. Raises: CheckpointError for a LoRA that is missing, damaged, for another
         model or not supported; InvalidSetting for a scale that is no number; StoreError for a remote that fails.
         """
-        self._merge_all([self._open(uri, scale) for uri, scale in _as_pairs(loras)])
+        self._fuse([self._open(uri, scale) for uri, scale in _as_pairs(loras)])
 
     def add(self, uri: PathOrFolder, scale: float) -> None:
-        """Merge one more LoRA. Raises: the errors of `set`."""
-        self._merge_all([*self._merge.merged, self._open(uri, scale)])
+        """Fuse one more LoRA. Raises: the errors of `set`."""
+        self._fuse([*self._fusion.fused, self._open(uri, scale)])
 
     def _open(self, uri: PathOrFolder, scale: float) -> tuple[Lora, float]:
         check_number("scale", scale)
         path = self._fetch(str(uri))
         with checkpoint_errors():
-            return open_lora(path, str(uri), self._merge.shapes()), scale
+            return open_lora(path, str(uri), self._fusion.shapes()), scale
 
     def _fetch(self, uri: str) -> Path:
         """Return the file on this machine; with PEFT's weights comes the folder that has their settings."""
@@ -70,9 +70,9 @@ class LoadedLoras:
             return local_path(folder, self._storage_options) / name
         return local_path(uri, self._storage_options)
 
-    def _merge_all(self, loras: Sequence[tuple[Lora, float]]) -> None:
+    def _fuse(self, loras: Sequence[tuple[Lora, float]]) -> None:
         with checkpoint_errors(), device_errors():
-            self._merge.set(loras)
+            self._fusion.fuse(loras)
 
 
 def _as_pairs(loras: Sequence[tuple[PathOrFolder, float]]) -> list[tuple[PathOrFolder, float]]:

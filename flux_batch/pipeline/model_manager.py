@@ -121,7 +121,7 @@ class ModelManager:
     def _load(
         self, kind: CheckpointKind, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization
     ) -> None:
-        home = checkpoint.home
+        home = checkpoint.folder
         if kind in (CheckpointKind.TRANSFORMER, CheckpointKind.TRANSFORMER_DIFFUSERS):
             config = read_config(home, "transformer")
             prepare = PREPARE_TRANSFORMER[quantization]

@@ -16,7 +16,7 @@ from torch import Tensor
 from flux_batch.download.models import PathOrFolder
 from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.checkpoint.detect import TITLES
+from flux_batch.model.checkpoint.detect import PART_TITLES
 from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds, position_tables
 from flux_batch.model.optimize.compile import CompileCache, apply_compile
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
@@ -131,7 +131,7 @@ class FluxImagePipeline:
         """
         check_step_cache(step_cache)
         check_cuda_graphs(cuda_graphs, step_cache)
-        missing = [title for part, title in TITLES.items() if getattr(model_manager, part) is None]
+        missing = [title for part, title in PART_TITLES.items() if getattr(model_manager, part) is None]
         if missing:
             raise CheckpointError(f"not loaded: {', '.join(missing)}; add their files to load_models([...])")
         manager: Any = model_manager  # every part is there, see above
@@ -221,7 +221,7 @@ class FluxImagePipeline:
 
         uri: a path, or an address as of a model. The formats of PEFT and diffusers, sd-scripts, ComfyUI, XLabs,
         OneTrainer, LyCORIS (LoHa, LoKr) and DiffSynth-Studio are recognised by their keys, for the transformer, CLIP
-        and T5. LoRAs merged before leave no trace: without LoRAs, the weights have their old bits.
+        and T5. LoRAs fused before leave no trace: without LoRAs, the weights have their old bits.
         Raises: CheckpointError for a file that is no LoRA, or has keys that match nothing; StoreError.
         """
         with device_errors(), self.encoders.on_device(may_change=True):
@@ -235,7 +235,7 @@ class FluxImagePipeline:
         """Return the embeddings of prompts, for calls with `prompt_embeds` and `pooled_prompt_embeds`.
 
         One prompt or several (b) give (b, t5_sequence_length, context) and (b, vec), in the dtype of the pipeline, with
-        the LoRAs that are merged now. Offloaded text encoders come to the device once for all of them, and the
+        the LoRAs that are fused now. Offloaded text encoders come to the device once for all of them, and the
         embeddings are in host memory then, else on the device. Negative prompts are encoded in the same way.
         Raises: InvalidSetting; OutOfMemory; DeviceFatal.
         """
@@ -437,7 +437,7 @@ class FluxImagePipeline:
 
     def encode(self, prompts: Sequence[str], t5_sequence_length: int) -> PromptEmbeds:
         """Return the embeddings of each prompt, those of the last prompts from memory."""
-        return self.texts(prompts, t5_sequence_length, tuple(self.loras.merged))
+        return self.texts(prompts, t5_sequence_length, tuple(self.loras.fused))
 
     def encode_text(self, text: str, t5_sequence_length: int) -> PromptEmbeds:
         """Run the text encoders on one text, b = 1. Offloaded encoders leave their embeddings in host memory."""

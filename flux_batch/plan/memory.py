@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from flux_batch.config.schema import JobConfig
-from flux_batch.download.models import copy_here
+from flux_batch.download.models import find_local_model
 from flux_batch.errors import FluxBatchError
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
-from flux_batch.model.checkpoint.detect import TITLES, find_parts, parts_of
+from flux_batch.model.checkpoint.detect import PART_TITLES, find_parts, parts_of
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, weight_bytes
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.model.params import Shapes
@@ -40,7 +40,7 @@ def memory(config: JobConfig) -> dict[str, Any]:
     """
     model = config.model
     try:
-        source = copy_here(model.uri, model.storage_options)
+        source = find_local_model(model.uri, model.storage_options)
         if source is None:
             return {"error": f"{model.uri} is not on this machine"}
         parts = read_shapes(source)
@@ -82,7 +82,7 @@ def _parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quanti
     if sampling.tiled:
         width, height = min(width, 8 * sampling.tile_size), min(height, 8 * sampling.tile_size)
     decode = decode_bytes(parts["autoencoder"], width, height, batch_size, dtype)
-    weights = {part: weight_bytes(part, parts[part], dtype, quantization) for part in TITLES}
+    weights = {part: weight_bytes(part, parts[part], dtype, quantization) for part in PART_TITLES}
     visiting = 0
     if config.model.offload_text_encoders:
         visiting = weights["clip"] + weights["t5"]

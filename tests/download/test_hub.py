@@ -56,7 +56,7 @@ def test_the_token_of_the_environment_is_sent(
 
 
 @pytest.mark.parametrize("lister", LISTERS)
-def test_what_is_not_there_is_said(hub: Hub, lister: type) -> None:
+def test_a_missing_repository_is_an_error(hub: Hub, lister: type) -> None:
     with pytest.raises(ValueError, match=f"{hub.endpoint}/.*nobody/nothing.*no such repository"):
         lister("nobody/nothing")
 

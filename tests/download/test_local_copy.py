@@ -105,7 +105,7 @@ def read(folder: Path) -> dict[str, bytes]:
 
 
 class TestLocalCopy:
-    def test_holds_what_was_chosen_and_says_so(self, remote: Remote) -> None:
+    def test_a_copy_holds_the_chosen_files_and_a_manifest(self, remote: Remote) -> None:
         folder = remote.copy()
         assert read(folder) == FILES
         manifest = json.loads((folder.parent / MANIFEST).read_text())
@@ -130,20 +130,20 @@ class TestLocalCopy:
         assert remote.num_listings == num_listings + 1
 
     def test_a_change_in_the_middle_is_noticed(self, remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = module.fetch
+        real = module.download_files
 
         def change_and_fetch(listing: Listing, folder: Path) -> dict[str, str]:
             remote.put({"vae/config.json": b'{"a": 2}'})
             return real(listing, folder)
 
-        monkeypatch.setattr(module, "fetch", change_and_fetch)
+        monkeypatch.setattr(module, "download_files", change_and_fetch)
         with pytest.raises(StoreError, match="was changed while it was copied"):
             remote.copy()
-        monkeypatch.setattr(module, "fetch", real)
+        monkeypatch.setattr(module, "download_files", real)
         assert read(remote.copy())["vae/config.json"] == b'{"a": 2}'
 
     @pytest.mark.s3
-    def test_refresh_fetches_what_has(self, bucket: Remote, proxy: Proxy) -> None:
+    def test_refresh_fetches_changed_files(self, bucket: Remote, proxy: Proxy) -> None:
         old = bucket.copy()
         bucket.put({"vae/config.json": b'{"a": 2}'})
         proxy.requests.clear()
@@ -349,13 +349,13 @@ class TestFillFolder:
         self, listing: Listing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         fetched: list[str] = []
-        real = module.fetch
+        real = module.download_files
 
         def spy(listing: Listing, folder: Path, name: Any) -> dict[str, str]:
             fetched.extend(file.name for file in listing.files if not (folder / name(file)).exists())
             return real(listing, folder, name)
 
-        monkeypatch.setattr(module, "fetch", spy)
+        monkeypatch.setattr(module, "download_files", spy)
         (tmp_path / "dev").mkdir()
         (tmp_path / "dev/top.safetensors").write_bytes(FILES["top.safetensors"])
         fill_folder(tmp_path / "dev", lambda: listing)

@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 
 from flux_batch import FluxImagePipeline, ModelManager, download_models
 from flux_batch.download import hub_cache, transfer
-from flux_batch.download.models import absolute_model_uri, kind_of, local_model, local_path
+from flux_batch.download.models import absolute_model_uri, local_model, local_path, source_kind
 from flux_batch.errors import CheckpointError, StoreError, StoreRefused
 from flux_batch.storage import retry
 from helpers.counting_proxy import counting_proxy
@@ -113,7 +113,7 @@ class TestDownload:
         assert download_models(["FLUX.1-dev"], [website]) == [Path("models/FLUX/FLUX.1-dev")]
         assert hubs.requests == []
 
-    def test_a_model_that_somebody_else_put_there_will_do(self, hubs: Hub, repository: dict[str, bytes]) -> None:
+    def test_a_model_that_others_put_there_is_used(self, hubs: Hub, repository: dict[str, bytes]) -> None:
         for names in (set(repository), {name for name in repository if "/" in name}):
             shutil.rmtree("models", ignore_errors=True)
             for name in names:
@@ -122,7 +122,7 @@ class TestDownload:
             assert hubs.requests == []
 
     @pytest.mark.parametrize("missing", ["ae.safetensors", "tokenizer", "text_encoder"])
-    def test_what_somebody_else_left_out_is_fetched(
+    def test_files_that_others_left_out_are_fetched(
         self, hubs: Hub, repository: dict[str, bytes], missing: str
     ) -> None:
         left_out = (missing, f"{missing}/", "transformer/", "vae/")
@@ -386,7 +386,7 @@ class TestLocalModel:
             "diffusion_pytorch_model.safetensors"
         }
 
-    def test_what_is_neither_folder_nor_repository(self, hubs: Hub) -> None:
+    def test_a_name_of_no_folder_and_no_repository_is_an_error(self, hubs: Hub) -> None:
         with pytest.raises(
             CheckpointError, match=r"there is no folder models/flux here, and as a repository: .*no such"
         ):
@@ -424,7 +424,7 @@ class TestLocalModel:
             "s3://a/b": "storage",
             "memory://a": "storage",
         }
-        assert {uri: kind_of(uri) for uri in kinds} == kinds
+        assert {uri: source_kind(uri) for uri in kinds} == kinds
         assert absolute_model_uri("own/model") == str(tmp_path / "own/model")
         assert absolute_model_uri("~/x") == os.path.expanduser("~/x")
         for uri in ("demo", "other/model", "s3://a/b", "file:///a"):

@@ -32,7 +32,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_of_files_it_changes_with_the_weights_and_with_nothing_else(model: Path) -> None:
+def test_the_revision_of_local_files_changes_with_the_weights_alone(model: Path) -> None:
     first = model_revision(str(model))
     assert first is not None
     (model / "README.md").write_text("another one")
@@ -48,7 +48,7 @@ def test_of_files_it_changes_with_the_weights_and_with_nothing_else(model: Path)
         data[place] ^= 1
 
 
-def test_of_a_bucket_it_is_the_name_of_the_copy_that_workers_make(s3_store: Bucket, model: Path) -> None:
+def test_the_revision_of_a_bucket_is_the_name_of_its_copy(s3_store: Bucket, model: Path) -> None:
     store = Store(f"{s3_store.uri}/flux", s3_store.storage_options)
     for name, data in files(model).items():
         store.write(name, data)
@@ -59,7 +59,7 @@ def test_of_a_bucket_it_is_the_name_of_the_copy_that_workers_make(s3_store: Buck
     assert model_revision(store.uri, s3_store.storage_options) not in (first, None)
 
 
-def test_of_a_repository_it_is_what_the_address_says_or_the_hub(hub: Hub, model: Path) -> None:
+def test_the_revision_of_a_repository_is_that_of_its_address_or_the_hub(hub: Hub, model: Path) -> None:
     hub.repositories = {NAME: files(model)}
     assert model_revision(f"hf://{NAME}@{COMMIT}") == COMMIT
     assert hub.requests == []
@@ -67,7 +67,7 @@ def test_of_a_repository_it_is_what_the_address_says_or_the_hub(hub: Hub, model:
 
 
 @pytest.mark.parametrize("uri", ["/nowhere/flux", "hf://nobody", "s3://bucket/flux", NAME])
-def test_where_nobody_can_be_asked_there_is_none(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_remote_has_no_revision(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert model_revision(uri) is None

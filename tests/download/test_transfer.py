@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from flux_batch.download import transfer
-from flux_batch.download.transfer import Listing, RemoteFile, fetch, sha256_if_same
+from flux_batch.download.transfer import Listing, RemoteFile, download_files, sha256_if_same
 from flux_batch.errors import StoreError, StoreRefused
 from flux_batch.storage.store import open_filesystem
 from helpers.hub_server import Hub
@@ -58,7 +58,7 @@ def read(folder: Path) -> dict[str, bytes]:
 
 
 def test_files_come_whole_with_their_hashes(listing: Listing, tmp_path: Path) -> None:
-    hashes = fetch(listing, tmp_path)
+    hashes = download_files(listing, tmp_path)
     assert read(tmp_path) == FILES
     assert hashes == {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
 
@@ -67,7 +67,7 @@ def test_files_come_whole_with_their_hashes(listing: Listing, tmp_path: Path) ->
 def test_a_prefix_is_not_read_again(hub: Hub, tmp_path: Path, length: int) -> None:
     listing = served(hub)
     (tmp_path / "a.bin").write_bytes(FILES["a.bin"][:length])
-    hashes = fetch(listing, tmp_path)
+    hashes = download_files(listing, tmp_path)
     assert read(tmp_path) == FILES
     assert hashes["a.bin"] == hashlib.sha256(FILES["a.bin"]).hexdigest()
     starts = [int(each.headers["Range"].removeprefix("bytes=").partition("-")[0]) for each in hub.gets("a.bin")]
@@ -75,9 +75,9 @@ def test_a_prefix_is_not_read_again(hub: Hub, tmp_path: Path, length: int) -> No
     assert len(starts) == -(-(1_000_003 - length) // 65_536)
 
 
-def test_what_is_longer_than_the_file_is_no_prefix(listing: Listing, tmp_path: Path) -> None:
+def test_a_local_file_longer_than_the_remote_one_is_fetched_again(listing: Listing, tmp_path: Path) -> None:
     (tmp_path / "one.json").write_bytes(b"too long")
-    fetch(listing, tmp_path)
+    download_files(listing, tmp_path)
     assert read(tmp_path) == FILES
 
 
@@ -90,10 +90,10 @@ def test_a_damaged_file_is_not_kept(hub: Hub, tmp_path: Path, fact: str) -> None
     listing = Listing("test://place", served(hub).fs, (good,))
     hub.damaged = {"a.bin"}
     with pytest.raises(StoreError, match=r"test://place: a\.bin arrived damaged: .*run the same command again"):
-        fetch(listing, tmp_path)
+        download_files(listing, tmp_path)
     assert read(tmp_path) == {}
     hub.damaged = set()
-    fetch(listing, tmp_path)
+    download_files(listing, tmp_path)
     assert sha256_if_same(tmp_path / "a.bin", good) == hashlib.sha256(data).hexdigest()
 
 
@@ -104,22 +104,22 @@ def test_a_wrong_prefix_is_found_out_by_the_hash(hub: Hub, tmp_path: Path) -> No
     )
     (tmp_path / "a.bin").write_bytes(b"of another file")
     with pytest.raises(StoreError, match="arrived damaged"):
-        fetch(Listing("test://place", listing.fs, (good,)), tmp_path)
-    fetch(Listing("test://place", listing.fs, (good,)), tmp_path)
+        download_files(Listing("test://place", listing.fs, (good,)), tmp_path)
+    download_files(Listing("test://place", listing.fs, (good,)), tmp_path)
     assert (tmp_path / "a.bin").read_bytes() == FILES["a.bin"]
 
 
 def test_answers_that_break_off_are_asked_for_again(hub: Hub, tmp_path: Path) -> None:
     listing = served(hub)
     hub.breaks = 2
-    fetch(listing, tmp_path)
+    download_files(listing, tmp_path)
     assert read(tmp_path) == FILES
 
 
 def test_a_server_without_ranges_is_read_in_one_stream(hub: Hub, tmp_path: Path) -> None:
     listing = served(hub)
     hub.has_ranges = False
-    fetch(listing, tmp_path)
+    download_files(listing, tmp_path)
     assert read(tmp_path) == FILES
 
 
@@ -127,7 +127,7 @@ def test_a_prefix_from_a_server_without_ranges_is_kept(hub: Hub, tmp_path: Path)
     listing = served(hub)
     hub.has_ranges = False
     (tmp_path / "a.bin").write_bytes(FILES["a.bin"][:123_457])
-    fetch(listing, tmp_path)
+    download_files(listing, tmp_path)
     assert read(tmp_path) == FILES
 
 
@@ -135,7 +135,7 @@ def test_a_file_of_unknown_size_is_read_to_its_end(hub: Hub, tmp_path: Path) -> 
     (file, *_) = served(hub).files
     listing = Listing("test://place", served(hub).fs, (RemoteFile(name="a.bin", path=file.path),))
     (tmp_path / "a.bin").write_bytes(b"nobody knows of what")
-    fetch(listing, tmp_path)
+    download_files(listing, tmp_path)
     assert (tmp_path / "a.bin").read_bytes() == FILES["a.bin"]
 
 
@@ -144,7 +144,7 @@ def test_a_remote_that_stays_away_is_an_error_and_its_prefix_stays(hub: Hub, tmp
     (tmp_path / "a.bin").write_bytes(FILES["a.bin"][:100_000])
     hub.statuses = [503] * 1000
     with pytest.raises(StoreError, match=r"test://place: a\.bin: cannot read") as caught:
-        fetch(listing, tmp_path)
+        download_files(listing, tmp_path)
     assert caught.value.exit_code == 75
     assert (tmp_path / "a.bin").read_bytes() == FILES["a.bin"][:100_000]
 
@@ -155,7 +155,7 @@ def test_a_refusal_is_not_tried_again(hub: Hub, tmp_path: Path, status: int) -> 
     listing = Listing("test://place", served(hub).fs, (RemoteFile(name="one", path=file.path, size=1),))
     hub.statuses = [status] * 1000
     with pytest.raises(StoreRefused, match="cannot read"):
-        fetch(listing, tmp_path)
+        download_files(listing, tmp_path)
     assert len(hub.requests) == 1
 
 
@@ -167,10 +167,10 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_read(
     need = sum(SIZES.values()) + transfer.SPARE_BYTES
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, need - 1))
     with pytest.raises(StoreRefused, match=r"needs 0\.0 GB more, and 0\.3 GB are free .*FLUX_BATCH_CACHE"):
-        fetch(listing, tmp_path)
+        download_files(listing, tmp_path)
     assert hub.requests == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, need))
-    fetch(listing, tmp_path)
+    download_files(listing, tmp_path)
 
 
 def test_a_fingerprint_follows_what_the_remote_tells() -> None:

@@ -64,7 +64,7 @@ def test_images_with_and_without(pipe: FluxImagePipeline, style: Path, words: Pa
     with_style = pipe(**CALL)
     pipe.load_lora(str(words))
     with_both = pipe(**CALL)
-    assert pipe.loras.merged == [(str(style), 0.8), (str(words), 1.0)]
+    assert pipe.loras.fused == [(str(style), 0.8), (str(words), 1.0)]
     pipe.set_loras([(style, 0.8)])
     assert same(pipe(**CALL), with_style)
     pipe.set_loras([(words, 1.0), (style, 0.8)])
@@ -74,7 +74,7 @@ def test_images_with_and_without(pipe: FluxImagePipeline, style: Path, words: Pa
     assert same(pipe(**CALL), plain)
     assert not same(with_style, plain)
     assert not same(with_both, with_style)
-    assert pipe.loras.merged == []
+    assert pipe.loras.fused == []
 
 
 def test_the_manager_takes_what_scripts_for_diffsynth_say(repository: Path, style: Path, words: Path) -> None:
@@ -117,7 +117,7 @@ def test_what_fails_leaves_what_was_merged(pipe: FluxImagePipeline, style: Path,
             pipe.set_loras([(style, 0.1), (bad, 1.0)])
 
     assert same(pipe(**CALL), before)
-    assert pipe.loras.merged == [(str(style), 1.0)]
+    assert pipe.loras.fused == [(str(style), 1.0)]
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", None, True])

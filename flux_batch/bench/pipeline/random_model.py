@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from flux_batch.demo.paths import demo_model_folder
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.lazy_state import StoredState
-from flux_batch.model.checkpoint.loading import fill, for_device
+from flux_batch.model.checkpoint.loading import for_device, load_weights
 from flux_batch.model.params import (
     AUTOENCODER,
     DEV,
@@ -187,4 +187,4 @@ def filled(model: Any, dtype: torch.dtype, device: torch.device, prepare: Any = 
     shapes = {name: tensor.shape for name, tensor in nn.Module.state_dict(model).items()}
     # As load_t5: in float16 it overflows there.
     wide = {name for name in shapes if name.endswith(".DenseReluDense.wo.weight")} if dtype == torch.float16 else set()
-    return fill(model, RandomState(shapes, dtype, device, frozenset(wide)), prepare)
+    return load_weights(model, RandomState(shapes, dtype, device, frozenset(wide)), prepare)

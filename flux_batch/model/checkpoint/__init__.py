@@ -1,1 +1,1 @@
-"""Files -> tensors: formats, quantisations and spellings of keys."""
+"""Files to tensors: formats, quantizations and names of keys."""

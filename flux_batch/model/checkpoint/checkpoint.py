@@ -1,4 +1,4 @@
-"""A model's tensors on disk: safetensors and GGUF files, sharded or not, opened by header; knows no architecture."""
+"""A model's tensors on disk: headers of safetensors and GGUF files, sharded or not; knows no architecture."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from flux_batch.model.checkpoint.files import is_pickle
-from flux_batch.model.checkpoint.gguf_header import GGUF_MAGIC, QUANTISED, read_gguf
+from flux_batch.model.checkpoint.gguf_header import GGUF_MAGIC, QUANTIZED_DTYPES, read_gguf
 
-FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
-READABLE = FP8 | {"F64", "F32", "F16", "BF16"} | QUANTISED
-ENDINGS = ("safetensors", "sft", "gguf")
-SHARD_NAME = re.compile(r"-(\d+)-of-(\d+)\.\w+$")
-FOREIGN_MAGIC = {b"PK": "a pickle (zip)", b"\x80": "a pickle", b"<": "a web page", b"version ": "a pointer of Git LFS"}
+FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
+READABLE_DTYPES = FP8_DTYPES | {"F64", "F32", "F16", "BF16"} | QUANTIZED_DTYPES
+_WEIGHT_SUFFIXES = ("safetensors", "sft", "gguf")
+_SHARD_NAME = re.compile(r"-(\d+)-of-(\d+)\.\w+$")
+_OTHER_MAGIC = {b"PK": "a pickle (zip)", b"\x80": "a pickle", b"<": "a web page", b"version ": "a pointer of Git LFS"}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies and how it is encoded; `key` is its name in that file.
+    """A tensor in a file, not read yet; `key` is its name there.
 
-    `dtype`: as safetensors writes it, or a GGUF type (Q4_K); `offset`: its first byte, in a GGUF file; `scale`: what
-    the numbers of an fp8 tensor are to be multiplied by, one for all of them or one a row.
+    `dtype`: as safetensors writes it, or a GGUF type (Q4_K). `offset`: its first byte in a GGUF file. `scale`: the
+    factor of an fp8 tensor, one for all numbers or one a row.
     """
 
     path: Path
@@ -39,13 +39,13 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Tensors by name, not read yet. `source` is the file or folder, for messages; `home` the folder they lie in.
+    """Tensors by name, not read yet. `source` is the file or folder, for messages; `folder` holds the files.
 
-    `headers`: what the header of each file says beside the tensors.
+    `headers`: the metadata in the header of each file.
     """
 
     source: str
-    home: Path
+    folder: Path
     tensors: Mapping[str, StoredTensor]
     headers: Sequence[Mapping[str, str]] = ()
 
@@ -54,7 +54,7 @@ class Checkpoint:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def rename(self, names: Mapping[str, str]) -> Checkpoint:
-        """Return the tensors that `names`, old name -> new name, lists. Raises: ValueError if two get one name."""
+        """Return the tensors of `names` (old name -> new name). Raises: ValueError if two get one name."""
         tensors: dict[str, StoredTensor] = {}
         for old, new in names.items():
             if new in tensors:
@@ -66,9 +66,9 @@ class Checkpoint:
     def check(self, what: str, expected: Mapping[str, Sequence[int]]) -> None:
         """Raise ValueError unless names and shapes are exactly `expected` and all tensors can be read."""
         complaints = [
-            *complain("missing", [name for name in expected if name not in self.tensors]),
-            *complain("not part of it", [name for name in self.tensors if name not in expected]),
-            *complain(
+            *_clause("missing", [name for name in expected if name not in self.tensors]),
+            *_clause("not part of it", [name for name in self.tensors if name not in expected]),
+            *_clause(
                 "of another shape",
                 [
                     f"{name} is {list(tensor.shape)}, should be {list(expected[name])}"
@@ -76,9 +76,13 @@ class Checkpoint:
                     if name in expected and tensor.shape != tuple(expected[name])
                 ],
             ),
-            *complain(
+            *_clause(
                 "quantised, which is not supported",
-                [f"{name} ({tensor.dtype})" for name, tensor in self.tensors.items() if tensor.dtype not in READABLE],
+                [
+                    f"{name} ({tensor.dtype})"
+                    for name, tensor in self.tensors.items()
+                    if tensor.dtype not in READABLE_DTYPES
+                ],
             ),
         ]
         if complaints:
@@ -86,52 +90,52 @@ class Checkpoint:
 
 
 def open_checkpoint(source: Path | Sequence[Path]) -> Checkpoint:
-    """Open one model: a file, the files of one model, or a folder with one file or with an index and its shards.
+    """Read the headers of a model: a file, its files, or a folder with one file or an index and its shards.
 
-    Reads headers only. Raises: ValueError for what is not there, not whole, or neither safetensors nor GGUF.
+    Raises: ValueError for a file that is missing, incomplete, or neither safetensors nor GGUF.
     """
-    files = files_of(source) if isinstance(source, Path) else list(source)
+    files = model_files(source) if isinstance(source, Path) else list(source)
     if not files:
         raise ValueError("an empty list of files is no model")
     tensors: dict[str, StoredTensor] = {}
     headers: list[dict[str, str]] = []
     for path in files:
-        header, words = read_header(path)
+        header, metadata = _read_header(path)
         for name, tensor in header.items():
             if name in tensors:
                 raise ValueError(f"{name} is both in {tensors[name].path} and in {path}")
             tensors[name] = tensor
-        headers.append(words)
+        headers.append(metadata)
     return Checkpoint(str(source if isinstance(source, Path) else files[0]), files[0].parent, tensors, headers)
 
 
-def files_of(source: Path) -> list[Path]:
+def model_files(source: Path) -> list[Path]:
     """Return the files of the one model at `source`, itself a file or a folder."""
     if not source.is_dir():
         return [source]
     indexes = sorted(source.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
-        raise ValueError(f"{source} holds several models: {listing([path.name for path in indexes])}; keep one")
+        raise ValueError(f"{source} holds several models: {first_names([path.name for path in indexes])}; keep one")
     if indexes:
-        return indexed_files(indexes[0])
+        return _indexed_files(indexes[0])
     files = weight_files(source)
-    shards = [SHARD_NAME.search(path.name) for path in files]
+    shards = [_SHARD_NAME.search(path.name) for path in files]
     if len(files) > 1 and not all(shard and int(shard[2]) == len(files) for shard in shards):
-        raise ValueError(f"{source} holds several files and no index: {listing([path.name for path in files])}")
+        raise ValueError(f"{source} holds several files and no index: {first_names([path.name for path in files])}")
     if not files:
         pickles = sorted(path.name for path in source.iterdir() if is_pickle(path.name))
-        but = f", only {listing(pickles)}, which can run any code when read" if pickles else ""
+        but = f", only {first_names(pickles)}, which can run any code when read" if pickles else ""
         raise ValueError(f"no .safetensors or .gguf file in {source}{but}")
     return files
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files in a folder that may hold weights."""
-    return sorted(path for ending in ENDINGS for path in folder.glob(f"*.{ending}"))
+    """Return the files of a folder whose names are those of weights."""
+    return sorted(path for ending in _WEIGHT_SUFFIXES for path in folder.glob(f"*.{ending}"))
 
 
-def indexed_files(index: Path) -> list[Path]:
-    """Return the shards an index names. Raises: ValueError unless each lies beside it."""
+def _indexed_files(index: Path) -> list[Path]:
+    """Return the shards that an index names. Raises: ValueError unless each lies beside it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
         raise ValueError(f"{index} has no weight_map: download it again")
@@ -144,12 +148,12 @@ def indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Return what a file holds and says about itself, without reading tensors."""
-    if is_gguf(path):
-        entries, words = read_gguf(path)
+def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Read the header of a file. Returns: its tensors by name, and its metadata."""
+    if _is_gguf(path):
+        entries, metadata = read_gguf(path)
         tensors = {x.name: StoredTensor(path, x.name, x.shape, x.dtype, offset=x.offset) for x in entries}
-        return tensors, words
+        return tensors, metadata
     file = open_safetensors(path)
     tensors = {}
     for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
@@ -158,8 +162,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     return tensors, file.metadata() or {}
 
 
-def is_gguf(path: Path) -> bool:
-    """Return whether a file begins as GGUF does, whatever it is called."""
+def _is_gguf(path: Path) -> bool:
+    """Return whether a file begins with the magic of GGUF; its name does not count."""
     if not path.is_file() or is_pickle(path.name):
         return False
     with path.open("rb") as file:
@@ -167,7 +171,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_safetensors(path: Path) -> Any:
-    """Map a safetensors file. Raises: ValueError that says what the file is instead, as far as one can tell."""
+    """Map a safetensors file. Raises: ValueError that names what the file is instead, if that is known."""
     if not path.is_file():
         raise ValueError(f"{path} is not there")
     if is_pickle(path.name):
@@ -177,7 +181,7 @@ def open_safetensors(path: Path) -> Any:
     except (SafetensorError, OSError) as error:
         with path.open("rb") as file:
             start = file.read(9)
-        kind = next((kind for magic, kind in FOREIGN_MAGIC.items() if start.startswith(magic)), None)
+        kind = next((kind for magic, kind in _OTHER_MAGIC.items() if start.startswith(magic)), None)
         # Eight bytes of length, which may look like anything, then JSON: safetensors after all.
         if kind and start[8:] != b"{":
             raise ValueError(f"{path} is {kind}, not safetensors: download or convert it again") from error
@@ -195,20 +199,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(home: Path, component: str) -> dict[str, Any]:
-    """Return the config.json of weights in `home`: in the folder of that component there, else beside them, else {}."""
-    for path in (home / component / "config.json", home / "config.json"):
+def read_config(folder: Path, component: str) -> dict[str, Any]:
+    """Read the config.json of weights in `folder`: in the component's folder, else beside them; {} without one."""
+    for path in (folder / component / "config.json", folder / "config.json"):
         if path.is_file():
             return read_json(path)
     return {}
 
 
-def complain(what: str, names: Sequence[str]) -> list[str]:
-    """Return one clause on `names`, or none if there are none."""
-    return [f"{len(names)} {what} ({listing(names)})"] if names else []
+def _clause(what: str, names: Sequence[str]) -> list[str]:
+    """Return one clause that counts and lists `names`; no clause without names."""
+    return [f"{len(names)} {what} ({first_names(names)})"] if names else []
 
 
-def listing(names: Sequence[str], limit: int = 3) -> str:
-    """Return the first names, and how many more there are."""
+def first_names(names: Sequence[str], limit: int = 3) -> str:
+    """Return the first names as text, and the number of the others."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,4 +1,4 @@
-"""What a checkpoint is, told by its keys alone: its parts, each with prefixes and spellings made plain.
+"""Detects the parts of a model by their keys: in one checkpoint, and in the files of a folder.
 
 The layouts are the original one (black-forest-labs/flux 802fb47, keys as our modules), that of diffusers (58eb52c), of
 transformers for the text encoders, and of llama.cpp for T5 (package gguf 0.19, constants.py). ComfyUI's all-in-one
@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 
-from flux_batch.model.checkpoint.checkpoint import Checkpoint, listing, open_checkpoint, weight_files
+from flux_batch.model.checkpoint.checkpoint import Checkpoint, first_names, open_checkpoint, weight_files
 from flux_batch.model.checkpoint.files import is_pickle
-from flux_batch.model.checkpoint.scaled_fp8 import MARKER, declared_formats, pair_scales
+from flux_batch.model.checkpoint.scaled_fp8 import SCALED_FP8_MARKER, declared_formats, pair_scales
 
 
 class CheckpointKind(Enum):
-    """What a checkpoint is, and the start of a key that only it has."""
+    """The kinds of checkpoints; each value is the start of a key that no other kind has."""
 
     TRANSFORMER = "double_blocks."
     TRANSFORMER_DIFFUSERS = "transformer_blocks."
@@ -29,12 +29,12 @@ class CheckpointKind(Enum):
 
     @property
     def part(self) -> str:
-        """The part of a model it is: transformer, autoencoder, clip or t5."""
+        """The part of a model: transformer, autoencoder, clip or t5."""
         return self.name.removesuffix("_DIFFUSERS").lower()
 
 
-# What stands before every key of a part in files of several parts, of the community, and of CLIP; longest first.
-PREFIXES = {
+# Prefixes of keys in files of several parts, of the community, and of CLIP; longest first.
+PART_PREFIXES = {
     "text_encoders.clip_l.transformer.text_model.": "clip",
     "text_encoders.clip_l.transformer.": "clip",
     "text_encoders.clip_l.": "clip",
@@ -46,10 +46,10 @@ PREFIXES = {
     "first_stage_model.": "autoencoder",
     "vae.": "autoencoder",
 }
-# torchtitan's and ComfyUI's spelling of the norm scales -> the original.
-NORM_KEYS = {".query_norm.weight": ".query_norm.scale", ".key_norm.weight": ".key_norm.scale"}
-LLAMA_CPP_T5 = "enc.blk."
-LLAMA_CPP_NAMES = {
+# Names of the norm scales in torchtitan and ComfyUI -> the original.
+_NORM_KEYS = {".query_norm.weight": ".query_norm.scale", ".key_norm.weight": ".key_norm.scale"}
+_LLAMA_CPP_T5 = "enc.blk."
+_LLAMA_CPP_NAMES = {
     "token_embd": "shared",
     "enc.output_norm": "encoder.final_layer_norm",
     "output_norm": "encoder.final_layer_norm",
@@ -66,20 +66,20 @@ LLAMA_CPP_BLOCK_NAMES = {
     "ffn_up": "layer.1.DenseReluDense.wi_1",
     "ffn_down": "layer.1.DenseReluDense.wo",
 }
-# Beside the weights in some files, and not part of what FLUX.1 computes.
-NOT_NEEDED = {
+# Keys in some files that FLUX.1 does not compute with.
+UNUSED_KEYS = {
     "clip": {"logit_scale", "text_projection", "text_projection.weight", "embeddings.position_ids"},
     "t5": {"logit_scale", "spiece_model"},
 }
-# What is not supported, by keys that nothing else has. The first that fits names the file.
-INSTEAD = "use the bf16, fp8 or GGUF file of the same model"
-FOREIGN = (
+# Patterns of keys that only one unsupported kind of file has; the first match names it.
+_USE_INSTEAD = "use the bf16, fp8 or GGUF file of the same model"
+_UNSUPPORTED = (
     (
         r"\.quant_state\.bitsandbytes__|\.absmax$|\.SCB$",
-        f"it is quantised by bitsandbytes (as NF4): {INSTEAD}",
+        f"it is quantised by bitsandbytes (as NF4): {_USE_INSTEAD}",
     ),
-    (r"\.(wscales|wzeros|wtscale|wcscales)$", f"it is quantised by Nunchaku (SVDQuant): {INSTEAD}"),
-    (r"\.qweight$|\.weight\._data$|\.encoded_exponent$", f"it is quantised in a way that is not known: {INSTEAD}"),
+    (r"\.(wscales|wzeros|wtscale|wcscales)$", f"it is quantised by Nunchaku (SVDQuant): {_USE_INSTEAD}"),
+    (r"\.qweight$|\.weight\._data$|\.encoded_exponent$", f"it is quantised in a way that is not known: {_USE_INSTEAD}"),
     (r"(^|\.)lora_(up|down|A|B)\b|^lora_(unet|te\d?)_|\.lora\.|_lora\d?\.|\.(lokr|hada)_", "it is a LoRA, not a model"),
     (r"(^|\.)(controlnet_|control_model\.|input_hint_block\.)", "it is a ControlNet"),
     (r"^redux_(up|down)\.", "it is FLUX.1-Redux"),
@@ -89,22 +89,22 @@ FOREIGN = (
     (r"(^|\.)joint_blocks\.", "it is Stable Diffusion 3"),
     (r"(^|\.)input_blocks\.\d|^(unet\.)?down_blocks\.\d", "it is the UNet of Stable Diffusion or SDXL"),
 )
-# The sub folder of diffusers that holds a part.
-PART_FOLDERS = {"transformer": "transformer", "autoencoder": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
-TITLES = {
+# Component folders of diffusers by part.
+_PART_FOLDERS = {"transformer": "transformer", "autoencoder": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
+PART_TITLES = {
     "transformer": "transformer",
     "autoencoder": "autoencoder",
     "clip": "CLIP text encoder",
     "t5": "T5 text encoder",
 }
-# Text encoders first: without their tokenizers beside them, nothing large is read in vain.
+# Text encoders come first: where their tokenizers are missing, nothing large is read.
 LOADING_ORDER = ("clip", "t5", "autoencoder", "transformer")
 
 
 def detect(checkpoint: Checkpoint) -> tuple[CheckpointKind, Checkpoint]:
-    """Return what a checkpoint of one part is, and the checkpoint with its keys made plain.
+    """Return the kind of a checkpoint of one part, and the checkpoint with normalized keys.
 
-    Raises: ValueError if it is none of the kinds, or holds several parts.
+    Raises: ValueError if it is of no known kind, or holds several parts.
     """
     parts = parts_of(checkpoint)
     if len(parts) > 1:
@@ -113,103 +113,103 @@ def detect(checkpoint: Checkpoint) -> tuple[CheckpointKind, Checkpoint]:
 
 
 def parts_of(checkpoint: Checkpoint) -> dict[CheckpointKind, Checkpoint]:
-    """Return the parts of a model that a checkpoint holds, mostly one, each with its keys made plain.
+    """Return the parts of a model in a checkpoint, mostly one, each with normalized keys.
 
-    Raises: ValueError naming what it is instead, if that is known, or its keys.
+    Raises: ValueError that names what the file is instead, or its keys.
     """
-    refuse_foreign(checkpoint)
-    formats = {split_prefix(layer)[1]: kind for layer, kind in declared_formats(checkpoint).items()}
+    refuse_unsupported(checkpoint)
+    formats = {_split_prefix(layer)[1]: kind for layer, kind in declared_formats(checkpoint).items()}
     parts = {}
-    for part, names in names_by_part(checkpoint).items():
-        needed = {old: new for old, new in names.items() if new not in NOT_NEEDED.get(part, ())}
-        kind = detect_kind(checkpoint, needed.values())
+    for part, names in _names_by_part(checkpoint).items():
+        needed = {old: new for old, new in names.items() if new not in UNUSED_KEYS.get(part, ())}
+        kind = _detect_kind(checkpoint, needed.values())
         if kind.part != part:
             raise ValueError(f"{checkpoint.source} holds keys of the {kind.part} where those of the {part} should be")
         parts[kind] = pair_scales(checkpoint.rename(needed), formats)
     return parts
 
 
-def names_by_part(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
-    """Return for each part the keys of the file, and what they are without prefix and in the original spelling."""
+def _names_by_part(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    """Return the keys of each part: key in the file -> normalized key without prefix."""
     by_part: dict[str, dict[str, str]] = {}
     bare: dict[str, str] = {}
     for name in checkpoint.tensors:
-        part, rest = split_prefix(name)
-        (by_part.setdefault(part, {}) if part else bare)[name] = normalized_key(rest)
-    if any(name.startswith(LLAMA_CPP_T5) for name in bare):
+        part, rest = _split_prefix(name)
+        (by_part.setdefault(part, {}) if part else bare)[name] = _normalized_key(rest)
+    if any(name.startswith(_LLAMA_CPP_T5) for name in bare):
         bare = {name: plain for name in bare if (plain := from_llama_cpp(name))}
     for part, names in by_part.items():
         # A key that is there with and without the prefix belongs to one part, which then says so.
         known = set(names.values())
-        known |= {MARKER, *NOT_NEEDED.get(part, ())}
+        known |= {SCALED_FP8_MARKER, *UNUSED_KEYS.get(part, ())}
         twice = {name: new for name, new in bare.items() if new in known}
         names.update(twice)
         bare = {name: new for name, new in bare.items() if name not in twice}
     if bare or not by_part:
-        by_part.setdefault(detect_kind(checkpoint, bare.values()).part, {}).update(bare)
+        by_part.setdefault(_detect_kind(checkpoint, bare.values()).part, {}).update(bare)
     return by_part
 
 
-def detect_kind(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointKind:
-    """Return the kind that plain names are of. Raises: ValueError if it is none, or several."""
+def _detect_kind(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointKind:
+    """Return the kind that has these normalized keys. Raises: ValueError for no kind, or several."""
     names = sorted(names)
     found = [kind for kind in CheckpointKind if any(name.startswith(kind.value) for name in names)]
     if len(found) > 1:
         raise ValueError(f"{checkpoint.source} holds several models under the same prefix: use one file for each")
     if not found:
         raise ValueError(
-            f"{checkpoint.source} is no FLUX.1 transformer, autoencoder, CLIP or T5: its keys are {listing(names)}"
+            f"{checkpoint.source} is no FLUX.1 transformer, autoencoder, CLIP or T5: its keys are {first_names(names)}"
         )
     return found[0]
 
 
-def refuse_foreign(checkpoint: Checkpoint) -> None:
-    """Raise ValueError naming what the checkpoint is, if it is known not to be supported."""
-    for pattern, what in FOREIGN:
+def refuse_unsupported(checkpoint: Checkpoint) -> None:
+    """Raise ValueError for a checkpoint of a kind that is known and not supported."""
+    for pattern, what in _UNSUPPORTED:
         known = re.compile(pattern)
         if keys := [name for name in checkpoint.tensors if known.search(name)]:
-            raise ValueError(f"{checkpoint.source} is not supported: {what} (its keys: {listing(keys, 1)})")
+            raise ValueError(f"{checkpoint.source} is not supported: {what} (its keys: {first_names(keys, 1)})")
 
 
-def split_prefix(name: str) -> tuple[str, str]:
-    """Return the part that the key's prefix names, "" if it has none, and the rest of the key."""
-    for prefix, part in PREFIXES.items():
+def _split_prefix(name: str) -> tuple[str, str]:
+    """Return the part that a key's prefix names ("" without prefix) and the rest of the key."""
+    for prefix, part in PART_PREFIXES.items():
         if name.startswith(prefix):
             return part, name.removeprefix(prefix)
     return "", name
 
 
-def normalized_key(name: str) -> str:
-    """Return the key in the original spelling."""
-    for ending, original in NORM_KEYS.items():
+def _normalized_key(name: str) -> str:
+    """Return a key as the original layout names it."""
+    for ending, original in _NORM_KEYS.items():
         if name.endswith(ending):
             return name.removesuffix(ending) + original
     return name
 
 
 def from_llama_cpp(name: str) -> str | None:
-    """Return the key of transformers for one of a T5 by llama.cpp; None for those of its decoder."""
+    """Return the key of transformers for a key of llama.cpp's T5; None for the decoder's."""
     if name.startswith("dec.") or name == "output.weight":
         return None
     stem, _, kind = name.rpartition(".")
-    block, _, layer = stem.removeprefix(LLAMA_CPP_T5).partition(".")
-    if stem.startswith(LLAMA_CPP_T5) and layer in LLAMA_CPP_BLOCK_NAMES:
+    block, _, layer = stem.removeprefix(_LLAMA_CPP_T5).partition(".")
+    if stem.startswith(_LLAMA_CPP_T5) and layer in LLAMA_CPP_BLOCK_NAMES:
         return f"encoder.block.{block}.{LLAMA_CPP_BLOCK_NAMES[layer]}.{kind}"
-    return f"{LLAMA_CPP_NAMES[stem]}.{kind}" if stem in LLAMA_CPP_NAMES else name
+    return f"{_LLAMA_CPP_NAMES[stem]}.{kind}" if stem in _LLAMA_CPP_NAMES else name
 
 
 def find_parts(source: Path) -> list[Path]:
-    """Return the files and folders that make up the model at `source`, a folder or a file that holds all parts.
+    """Return the files and folders of the model at `source`, itself a folder or a file with all parts.
 
-    A part lies in its sub folder, else in a file of the folder itself, told by its keys.
-    Raises: ValueError saying what was looked for, or which files hold the same part.
+    A part lies in its component folder, else in a file of the folder itself, which its keys tell.
+    Raises: ValueError for a missing part, or for several files with the same part.
     """
     if source.is_file():
-        check_all_in_one(source)
+        _check_all_in_one(source)
         return [source]
-    found = {part: [source / name] for part, name in PART_FOLDERS.items() if has_weights(source / name)}
+    found = {part: [source / name] for part, name in _PART_FOLDERS.items() if _has_weights(source / name)}
     others: list[str] = []
-    for path in weight_files(source) if len(found) < len(PART_FOLDERS) else ():
+    for path in weight_files(source) if len(found) < len(_PART_FOLDERS) else ():
         try:
             kinds = parts_of(open_checkpoint(path))
         except ValueError as error:
@@ -217,31 +217,33 @@ def find_parts(source: Path) -> list[Path]:
             continue
         parts = [kind.part for kind in kinds]
         # The single files of the official repositories double what lies in the sub folders.
-        if not all(source / PART_FOLDERS[part] in found.get(part, ()) for part in parts):
+        if not all(source / _PART_FOLDERS[part] in found.get(part, ()) for part in parts):
             for part in parts:
                 found.setdefault(part, []).append(path)
     for part, paths in found.items():
         if len(paths) > 1:
             names = ", ".join(path.name for path in paths)
-            raise ValueError(f"{source} holds several files for the {TITLES[part]}: {names}; keep one")
-    for part, title in TITLES.items():
+            raise ValueError(f"{source} holds several files for the {PART_TITLES[part]}: {names}; keep one")
+    for part, title in PART_TITLES.items():
         if part not in found:
-            looked = f"looked for {source / PART_FOLDERS[part]}/*.safetensors or *.gguf and for such a file in {source}"
+            looked = (
+                f"looked for {source / _PART_FOLDERS[part]}/*.safetensors or *.gguf and for such a file in {source}"
+            )
             raise ValueError("; ".join([f"no {title}: {looked}", *others]))
     return list(dict.fromkeys(found[part][0] for part in LOADING_ORDER))
 
 
-def check_all_in_one(path: Path) -> None:
+def _check_all_in_one(path: Path) -> None:
     """Raise ValueError unless a file holds all parts of a model."""
     parts = {kind.part for kind in parts_of(open_checkpoint(path))}
-    if missing := [title for part, title in TITLES.items() if part not in parts]:
+    if missing := [title for part, title in PART_TITLES.items() if part not in parts]:
         raise ValueError(
             f"{path} holds no {' and no '.join(missing)}: put it into a folder with the other parts and pass it"
         )
 
 
-def has_weights(folder: Path) -> bool:
-    """Tell whether a folder holds weights, or pickles, which opening it then refuses by name."""
+def _has_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights, or pickles, which are refused by name when it is opened."""
     if not folder.is_dir():
         return False
     return bool(weight_files(folder)) or any(is_pickle(path.name) for path in folder.iterdir())

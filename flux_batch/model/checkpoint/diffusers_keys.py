@@ -1,7 +1,7 @@
-"""The two layouts of a transformer and an autoencoder: one table of renames, read in both directions.
+"""Keys and configurations of diffusers: one table of renames between its layout and the original, for both directions.
 
 The original layout (black-forest-labs/flux 802fb47, keys as our modules) and that of diffusers (58eb52c,
-scripts/convert_flux_to_diffusers.py lists the same pairs). Nothing is known of files.
+scripts/convert_flux_to_diffusers.py lists the same pairs). Knows no files.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux_batch.model.checkpoint.checkpoint import listing
+from flux_batch.model.checkpoint.checkpoint import first_names
 from flux_batch.model.params import AutoencoderParams, FluxParams, ScheduleParams, Shapes, count_of
 
 State = Mapping[str, Tensor]
-Rules = Callable[[Mapping[str, object]], Iterator["Rule"]]
+Rules = Callable[[Mapping[str, object]], Iterator["_Rule"]]
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """One original key and the keys of diffusers that hold its rows, in that order."""
+class _Rule:
+    """An original key, and the keys of diffusers that hold its rows, in order."""
 
     original: str
     diffusers: tuple[str, ...]
@@ -32,14 +32,14 @@ class Rule:
     is_conv_1x1: bool = False
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the original tensor."""
+        """Return the original tensor of diffusers' parts."""
         whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         if self.swaps_halves:
             whole = swap_halves(whole)
         return whole[:, :, None, None] if self.is_conv_1x1 else whole
 
     def split(self, whole: Tensor, hidden_size: int) -> Sequence[Tensor]:
-        """Return the tensors of diffusers: all parts `hidden_size` rows but the last, which takes the rest."""
+        """Return diffusers' parts: `hidden_size` rows each, and the rest in the last."""
         if self.swaps_halves:
             whole = swap_halves(whole)
         if self.is_conv_1x1:
@@ -51,22 +51,22 @@ class Rule:
 
 def transformer_from_diffusers(state: State) -> dict[str, Tensor]:
     """Return the original layout of a diffusers transformer. Raises: ValueError for missing or unknown keys."""
-    return to_original(state, transformer_rules(state))
+    return _to_original(state, transformer_rules(state))
 
 
 def transformer_to_diffusers(state: State) -> dict[str, Tensor]:
     """Return the diffusers layout of an original transformer. Raises: ValueError for unknown keys."""
-    return to_diffusers(state, transformer_rules(state), hidden_size=state["img_in.weight"].shape[0])
+    return _to_diffusers(state, transformer_rules(state), hidden_size=state["img_in.weight"].shape[0])
 
 
 def autoencoder_from_diffusers(state: State) -> dict[str, Tensor]:
     """Return the original layout of a diffusers autoencoder. Raises: ValueError for missing or unknown keys."""
-    return to_original(state, autoencoder_rules(state))
+    return _to_original(state, autoencoder_rules(state))
 
 
 def autoencoder_to_diffusers(state: State) -> dict[str, Tensor]:
     """Return the diffusers layout of an original autoencoder. Raises: ValueError for unknown keys."""
-    return to_diffusers(state, autoencoder_rules(state), hidden_size=0)
+    return _to_diffusers(state, autoencoder_rules(state), hidden_size=0)
 
 
 def transformer_config(params: FluxParams) -> dict[str, Any]:
@@ -115,126 +115,129 @@ def scheduler_config(params: ScheduleParams) -> dict[str, Any]:
     }
 
 
-def to_original(state: State, rules: Iterator[Rule]) -> dict[str, Tensor]:
+def _to_original(state: State, rules: Iterator[_Rule]) -> dict[str, Tensor]:
+    """Return a state in the original layout. Raises: ValueError for missing or unknown keys."""
     converted: dict[str, Tensor] = {}
     used: set[str] = set()
     for rule in rules:
         present = [name for name in rule.diffusers if name in state]
         if present and len(present) < len(rule.diffusers):
-            raise ValueError(f"missing: {listing([name for name in rule.diffusers if name not in state])}")
+            raise ValueError(f"missing: {first_names([name for name in rule.diffusers if name not in state])}")
         if present:
             converted[rule.original] = rule.join([state[name] for name in present])
             used.update(present)
-    check_all_used(state, used)
+    _check_all_used(state, used)
     return converted
 
 
-def to_diffusers(state: State, rules: Iterator[Rule], hidden_size: int) -> dict[str, Tensor]:
+def _to_diffusers(state: State, rules: Iterator[_Rule], hidden_size: int) -> dict[str, Tensor]:
+    """Return a state in the layout of diffusers. Raises: ValueError for unknown keys."""
     converted: dict[str, Tensor] = {}
     used: set[str] = set()
     for rule in rules:
         if rule.original in state:
             converted.update(zip(rule.diffusers, rule.split(state[rule.original], hidden_size), strict=True))
             used.add(rule.original)
-    check_all_used(state, used)
+    _check_all_used(state, used)
     return converted
 
 
-def check_all_used(state: State, used: set[str]) -> None:
+def _check_all_used(state: State, used: set[str]) -> None:
     if unknown := [name for name in state if name not in used]:
-        raise ValueError(f"not part of this layout: {listing(unknown)}")
+        raise ValueError(f"not part of this layout: {first_names(unknown)}")
 
 
 def original_names(shapes: Shapes, rules: Rules) -> Shapes:
-    """Return shapes by original key, of keys held in one part or (the first part only) in several."""
+    """Return shapes by original key; for a key in several parts, the shape of the first."""
     return {rule.original: shapes[rule.diffusers[0]] for rule in rules(shapes) if rule.diffusers[0] in shapes}
 
 
 def swap_halves(rows: Tensor) -> Tensor:
+    """Return the rows with their first and second half exchanged."""
     return torch.cat(rows.chunk(2)[::-1])
 
 
-def transformer_rules(names: Mapping[str, object]) -> Iterator[Rule]:
-    """Yield the pairs of a transformer as deep as `names`, in either layout, go."""
+def transformer_rules(names: Mapping[str, object]) -> Iterator[_Rule]:
+    """Yield the rules of a transformer with the depth of `names`, which are of either layout."""
     shapes = dict.fromkeys(names, ())
     depth = max(count_of(shapes, "double_blocks."), count_of(shapes, "transformer_blocks."))
     depth_single = max(count_of(shapes, "single_blocks."), count_of(shapes, "single_transformer_blocks."))
-    yield from linear("img_in", "x_embedder")
-    yield from linear("txt_in", "context_embedder")
+    yield from _linear("img_in", "x_embedder")
+    yield from _linear("txt_in", "context_embedder")
     for part, embedder in (("time_in", "timestep"), ("guidance_in", "guidance"), ("vector_in", "text")):
-        yield from linear(f"{part}.in_layer", f"time_text_embed.{embedder}_embedder.linear_1")
-        yield from linear(f"{part}.out_layer", f"time_text_embed.{embedder}_embedder.linear_2")
+        yield from _linear(f"{part}.in_layer", f"time_text_embed.{embedder}_embedder.linear_1")
+        yield from _linear(f"{part}.out_layer", f"time_text_embed.{embedder}_embedder.linear_2")
     for i in range(depth):
-        yield from double_block_rules(f"double_blocks.{i}", f"transformer_blocks.{i}")
+        yield from _double_block_rules(f"double_blocks.{i}", f"transformer_blocks.{i}")
     for i in range(depth_single):
-        yield from single_block_rules(f"single_blocks.{i}", f"single_transformer_blocks.{i}")
-    yield from linear("final_layer.linear", "proj_out")
-    yield from linear("final_layer.adaLN_modulation.1", "norm_out.linear", swaps_halves=True)
+        yield from _single_block_rules(f"single_blocks.{i}", f"single_transformer_blocks.{i}")
+    yield from _linear("final_layer.linear", "proj_out")
+    yield from _linear("final_layer.adaLN_modulation.1", "norm_out.linear", swaps_halves=True)
 
 
-def double_block_rules(ours: str, theirs: str) -> Iterator[Rule]:
+def _double_block_rules(ours: str, theirs: str) -> Iterator[_Rule]:
     attn = f"{theirs}.attn"
-    yield from linear(f"{ours}.img_mod.lin", f"{theirs}.norm1.linear")
-    yield from linear(f"{ours}.txt_mod.lin", f"{theirs}.norm1_context.linear")
-    yield from linear(f"{ours}.img_attn.qkv", f"{attn}.to_q", f"{attn}.to_k", f"{attn}.to_v")
-    yield from linear(f"{ours}.txt_attn.qkv", f"{attn}.add_q_proj", f"{attn}.add_k_proj", f"{attn}.add_v_proj")
-    yield Rule(f"{ours}.img_attn.norm.query_norm.scale", (f"{attn}.norm_q.weight",))
-    yield Rule(f"{ours}.img_attn.norm.key_norm.scale", (f"{attn}.norm_k.weight",))
-    yield Rule(f"{ours}.txt_attn.norm.query_norm.scale", (f"{attn}.norm_added_q.weight",))
-    yield Rule(f"{ours}.txt_attn.norm.key_norm.scale", (f"{attn}.norm_added_k.weight",))
-    yield from linear(f"{ours}.img_attn.proj", f"{attn}.to_out.0")
-    yield from linear(f"{ours}.txt_attn.proj", f"{attn}.to_add_out")
-    yield from linear(f"{ours}.img_mlp.0", f"{theirs}.ff.net.0.proj")
-    yield from linear(f"{ours}.img_mlp.2", f"{theirs}.ff.net.2")
-    yield from linear(f"{ours}.txt_mlp.0", f"{theirs}.ff_context.net.0.proj")
-    yield from linear(f"{ours}.txt_mlp.2", f"{theirs}.ff_context.net.2")
+    yield from _linear(f"{ours}.img_mod.lin", f"{theirs}.norm1.linear")
+    yield from _linear(f"{ours}.txt_mod.lin", f"{theirs}.norm1_context.linear")
+    yield from _linear(f"{ours}.img_attn.qkv", f"{attn}.to_q", f"{attn}.to_k", f"{attn}.to_v")
+    yield from _linear(f"{ours}.txt_attn.qkv", f"{attn}.add_q_proj", f"{attn}.add_k_proj", f"{attn}.add_v_proj")
+    yield _Rule(f"{ours}.img_attn.norm.query_norm.scale", (f"{attn}.norm_q.weight",))
+    yield _Rule(f"{ours}.img_attn.norm.key_norm.scale", (f"{attn}.norm_k.weight",))
+    yield _Rule(f"{ours}.txt_attn.norm.query_norm.scale", (f"{attn}.norm_added_q.weight",))
+    yield _Rule(f"{ours}.txt_attn.norm.key_norm.scale", (f"{attn}.norm_added_k.weight",))
+    yield from _linear(f"{ours}.img_attn.proj", f"{attn}.to_out.0")
+    yield from _linear(f"{ours}.txt_attn.proj", f"{attn}.to_add_out")
+    yield from _linear(f"{ours}.img_mlp.0", f"{theirs}.ff.net.0.proj")
+    yield from _linear(f"{ours}.img_mlp.2", f"{theirs}.ff.net.2")
+    yield from _linear(f"{ours}.txt_mlp.0", f"{theirs}.ff_context.net.0.proj")
+    yield from _linear(f"{ours}.txt_mlp.2", f"{theirs}.ff_context.net.2")
 
 
-def single_block_rules(ours: str, theirs: str) -> Iterator[Rule]:
+def _single_block_rules(ours: str, theirs: str) -> Iterator[_Rule]:
     attn = f"{theirs}.attn"
-    yield from linear(f"{ours}.modulation.lin", f"{theirs}.norm.linear")
-    yield from linear(f"{ours}.linear1", f"{attn}.to_q", f"{attn}.to_k", f"{attn}.to_v", f"{theirs}.proj_mlp")
-    yield from linear(f"{ours}.linear2", f"{theirs}.proj_out")
-    yield Rule(f"{ours}.norm.query_norm.scale", (f"{attn}.norm_q.weight",))
-    yield Rule(f"{ours}.norm.key_norm.scale", (f"{attn}.norm_k.weight",))
+    yield from _linear(f"{ours}.modulation.lin", f"{theirs}.norm.linear")
+    yield from _linear(f"{ours}.linear1", f"{attn}.to_q", f"{attn}.to_k", f"{attn}.to_v", f"{theirs}.proj_mlp")
+    yield from _linear(f"{ours}.linear2", f"{theirs}.proj_out")
+    yield _Rule(f"{ours}.norm.query_norm.scale", (f"{attn}.norm_q.weight",))
+    yield _Rule(f"{ours}.norm.key_norm.scale", (f"{attn}.norm_k.weight",))
 
 
-def autoencoder_rules(names: Mapping[str, object]) -> Iterator[Rule]:
-    """Yield the pairs of an autoencoder with as many levels and blocks as `names`, in either layout, have."""
+def autoencoder_rules(names: Mapping[str, object]) -> Iterator[_Rule]:
+    """Yield the rules of an autoencoder with the levels and blocks of `names`, which are of either layout."""
     shapes = dict.fromkeys(names, ())
     levels = max(count_of(shapes, "encoder.down."), count_of(shapes, "encoder.down_blocks."))
     blocks = max(count_of(shapes, "decoder.up.0.block."), count_of(shapes, "decoder.up_blocks.0.resnets."))
     for half in ("encoder", "decoder"):
-        yield from linear(f"{half}.conv_in", f"{half}.conv_in")
-        yield from linear(f"{half}.conv_out", f"{half}.conv_out")
-        yield from linear(f"{half}.norm_out", f"{half}.conv_norm_out")
-        yield from mid_rules(f"{half}.mid", f"{half}.mid_block")
+        yield from _linear(f"{half}.conv_in", f"{half}.conv_in")
+        yield from _linear(f"{half}.conv_out", f"{half}.conv_out")
+        yield from _linear(f"{half}.norm_out", f"{half}.conv_norm_out")
+        yield from _mid_rules(f"{half}.mid", f"{half}.mid_block")
     for level in range(levels):
         down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
         for block in range(blocks):
-            yield from resnet_rules(f"encoder.down.{level}.block.{block}", f"{down}.resnets.{block}")
-            yield from resnet_rules(f"decoder.up.{level}.block.{block}", f"{up}.resnets.{block}")
-        yield from linear(f"encoder.down.{level}.downsample.conv", f"{down}.downsamplers.0.conv")
-        yield from linear(f"decoder.up.{level}.upsample.conv", f"{up}.upsamplers.0.conv")
+            yield from _resnet_rules(f"encoder.down.{level}.block.{block}", f"{down}.resnets.{block}")
+            yield from _resnet_rules(f"decoder.up.{level}.block.{block}", f"{up}.resnets.{block}")
+        yield from _linear(f"encoder.down.{level}.downsample.conv", f"{down}.downsamplers.0.conv")
+        yield from _linear(f"decoder.up.{level}.upsample.conv", f"{up}.upsamplers.0.conv")
 
 
-def mid_rules(ours: str, theirs: str) -> Iterator[Rule]:
-    yield from resnet_rules(f"{ours}.block_1", f"{theirs}.resnets.0")
-    yield from resnet_rules(f"{ours}.block_2", f"{theirs}.resnets.1")
+def _mid_rules(ours: str, theirs: str) -> Iterator[_Rule]:
+    yield from _resnet_rules(f"{ours}.block_1", f"{theirs}.resnets.0")
+    yield from _resnet_rules(f"{ours}.block_2", f"{theirs}.resnets.1")
     attn = f"{theirs}.attentions.0"
-    yield from linear(f"{ours}.attn_1.norm", f"{attn}.group_norm")
+    yield from _linear(f"{ours}.attn_1.norm", f"{attn}.group_norm")
     for part, name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
-        yield Rule(f"{ours}.attn_1.{part}.weight", (f"{attn}.{name}.weight",), is_conv_1x1=True)
-        yield Rule(f"{ours}.attn_1.{part}.bias", (f"{attn}.{name}.bias",))
+        yield _Rule(f"{ours}.attn_1.{part}.weight", (f"{attn}.{name}.weight",), is_conv_1x1=True)
+        yield _Rule(f"{ours}.attn_1.{part}.bias", (f"{attn}.{name}.bias",))
 
 
-def resnet_rules(ours: str, theirs: str) -> Iterator[Rule]:
+def _resnet_rules(ours: str, theirs: str) -> Iterator[_Rule]:
     for part in ("norm1", "conv1", "norm2", "conv2"):
-        yield from linear(f"{ours}.{part}", f"{theirs}.{part}")
-    yield from linear(f"{ours}.nin_shortcut", f"{theirs}.conv_shortcut")
+        yield from _linear(f"{ours}.{part}", f"{theirs}.{part}")
+    yield from _linear(f"{ours}.nin_shortcut", f"{theirs}.conv_shortcut")
 
 
-def linear(ours: str, *theirs: str, swaps_halves: bool = False) -> Iterator[Rule]:
+def _linear(ours: str, *theirs: str, swaps_halves: bool = False) -> Iterator[_Rule]:
     """Yield the rules of a layer with weight and bias."""
     for kind in ("weight", "bias"):
-        yield Rule(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), swaps_halves=swaps_halves)
+        yield _Rule(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), swaps_halves=swaps_halves)

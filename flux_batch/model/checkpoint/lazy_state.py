@@ -1,4 +1,4 @@
-"""Stored tensors to tensors: whatever their encoding, dense, of one dtype, on one device, read when asked for."""
+"""A checkpoint as a lazy state dict: dense tensors of one dtype on one device, each read when it is asked for."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux_batch.model.checkpoint.checkpoint import FP8, Checkpoint, StoredTensor, open_safetensors
+from flux_batch.model.checkpoint.checkpoint import FP8_DTYPES, Checkpoint, StoredTensor, open_safetensors
 from flux_batch.model.checkpoint.gguf_blocks import dequantize
-from flux_batch.model.checkpoint.gguf_header import QUANTISED, stored_size
+from flux_batch.model.checkpoint.gguf_header import QUANTIZED_DTYPES, stored_size
 
-GGUF_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_GGUF_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Numbers decoded at a time, so that their fp32 form needs little memory whatever the size of the tensor.
-CHUNK = 2**20
+CHUNK_NUMBERS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """A tensor that a file holds in other pieces: their names, and what makes the tensor of them."""
+class Pieces:
+    """The pieces of a tensor in a file: their names, and the function that joins them."""
 
     names: Sequence[str]
     join: Callable[[Sequence[Tensor]], Tensor]
 
 
 class StoredState(Mapping[str, Tensor]):
-    """A checkpoint as a state dict that reads a tensor when it is asked for, so that no second copy piles up.
+    """A checkpoint as a state dict that reads each tensor when it is asked for, and keeps no second copy.
 
-    Files are mapped: a tensor that is to stay as it is, on the CPU, is its pages of the file. `parts`: the tensors to
-    show, by name, if not those of the file; `dtypes`: those with a dtype of their own.
+    Files are mapped: on the CPU, a tensor that needs no conversion is its pages of the file. `parts`: the pieces of
+    each tensor, by name, if they are not those of the file; `dtypes`: the tensors with a dtype of their own.
     """
 
     def __init__(
@@ -40,36 +40,36 @@ class StoredState(Mapping[str, Tensor]):
         dtype: torch.dtype,
         device: torch.device,
         *,
-        parts: Mapping[str, Parts] | None = None,
+        parts: Mapping[str, Pieces] | None = None,
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self._tensors = checkpoint.tensors
         self._parts = parts
-        self._files = {path: map_file(path, tensor) for path, tensor in one_of_each_file(checkpoint).items()}
+        self._files = {path: _map_file(path, tensor) for path, tensor in _tensor_of_each_file(checkpoint).items()}
         self._dtype = dtype
         self._dtypes = dtypes or {}
         self.device = device
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the tensor `name`, decoded: of fp8 with a scale the fp32 product, rounded once."""
+        """Return the tensor `name`, decoded; fp8 times its scale is computed in fp32 and rounded once."""
         return self.read(name, self.dtype(name))
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Return the tensor `name` as __getitem__ does, in another dtype."""
+        """Return the tensor `name` in another dtype."""
         if self._parts is None:
             return self._dense(self._tensors[name], dtype)
         parts = self._parts[name]
         return parts.join([self._dense(self._tensors[part], dtype) for part in parts.names])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which the tensor `name` is handed out."""
+        """Return the dtype of the tensor `name` as this state reads it."""
         return self._dtypes.get(name, self._dtype)
 
     def fp8(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return a tensor that is stored as fp8 as it is, and its scale: fp32, () or (rows, 1). Else None."""
-        parts = Parts((name,), lambda pieces: pieces[0]) if self._parts is None else self._parts[name]
+        """Return an fp8 tensor as it is stored, and its scale: fp32, () or (rows, 1). None for another dtype."""
+        parts = Pieces((name,), lambda pieces: pieces[0]) if self._parts is None else self._parts[name]
         stored = [self._tensors[part] for part in parts.names]
-        if len({tensor.dtype for tensor in stored}) > 1 or stored[0].dtype not in FP8:
+        if len({tensor.dtype for tensor in stored}) > 1 or stored[0].dtype not in FP8_DTYPES:
             return None
         weights = [self._as_stored(tensor) for tensor in stored]
         # As bytes: not every device joins fp8 tensors.
@@ -85,7 +85,7 @@ class StoredState(Mapping[str, Tensor]):
         if stored.scale is not None:
             scale = self._scale(stored).expand(len(tensor), 1).to(self.device)
             return self._decoded(tensor, stored, dtype, lambda rows, at: rows.float() * scale[at])
-        if stored.dtype in QUANTISED:
+        if stored.dtype in QUANTIZED_DTYPES:
             return self._decoded(tensor, stored, dtype, lambda rows, _: dequantize(rows, stored.dtype))
         # Stored bytes travel, as they are mostly fewer; the device converts.
         return tensor.to(self.device).to(dtype)
@@ -93,10 +93,10 @@ class StoredState(Mapping[str, Tensor]):
     def _decoded(
         self, tensor: Tensor, stored: StoredTensor, dtype: torch.dtype, decode: Callable[[Tensor, slice], Tensor]
     ) -> Tensor:
-        """Return the whole of what `decode` makes of some rows in fp32."""
+        """Return the tensor that `decode` makes, some rows at a time, in fp32."""
         dense = torch.empty(stored.shape, dtype=dtype, device=self.device)
         rows, out = tensor.reshape(-1, tensor.shape[-1]), dense.view(-1, stored.shape[-1])
-        step = max(1, CHUNK // stored.shape[-1])
+        step = max(1, CHUNK_NUMBERS // stored.shape[-1])
         for start in range(0, len(out), step):
             at = slice(start, start + step)
             try:
@@ -106,15 +106,15 @@ class StoredState(Mapping[str, Tensor]):
         return dense
 
     def _as_stored(self, stored: StoredTensor) -> Tensor:
-        """Return the pages of a tensor; packed GGUF rows as bytes."""
+        """Return a tensor as it is stored, mapped; packed GGUF rows are bytes."""
         file = self._files[stored.path]
         if stored.offset is None:
             tensor: Tensor = file.get_tensor(stored.key)
             return tensor
         whole = file[stored.offset : stored.offset + stored_size(stored.key, stored.shape, stored.dtype)]
-        if stored.dtype in QUANTISED:
+        if stored.dtype in QUANTIZED_DTYPES:
             return whole.view(*stored.shape[:-1], -1)
-        return whole.view(GGUF_DTYPES[stored.dtype]).view(stored.shape)
+        return whole.view(_GGUF_DTYPES[stored.dtype]).view(stored.shape)
 
     def _scale(self, stored: StoredTensor) -> Tensor:
         """Return the scale of an fp8 tensor in fp32: () or (rows, 1)."""
@@ -139,13 +139,13 @@ class StoredState(Mapping[str, Tensor]):
         return len(self._tensors if self._parts is None else self._parts)
 
 
-def one_of_each_file(checkpoint: Checkpoint) -> dict[Path, StoredTensor]:
-    """Return the files of a checkpoint, each with one of its tensors."""
+def _tensor_of_each_file(checkpoint: Checkpoint) -> dict[Path, StoredTensor]:
+    """Return one tensor of each file of a checkpoint."""
     return {tensor.path: tensor for tensor in checkpoint.tensors.values()}
 
 
-def map_file(path: Path, tensor: StoredTensor) -> Any:
-    """Map a file: safetensors' reader, or all the bytes of a GGUF file. Nothing is read yet."""
+def _map_file(path: Path, tensor: StoredTensor) -> Any:
+    """Return a mapped file, read by nobody yet: safetensors' reader, or the bytes of a GGUF file."""
     if tensor.offset is None:
         return open_safetensors(path)
     return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)

@@ -1,1 +1,1 @@
-"""LoRAs: their files, spellings and scales, and how they are merged into weights."""
+"""LoRAs: files, names of keys, scales, and fusing into the weights of a model."""

@@ -1,12 +1,12 @@
-"""A LoRA file: what it adds to which weights of a model, computed when asked for; changes no weight.
+"""A LoRA file as changes of a model's weights, computed when they are asked for; changes no weight.
 
     weight + scale * (alpha / rank) * up @ down         LoRA, arXiv 2106.09685
     up @ down becomes (a1 @ b1) * (a2 @ b2)             LoHa, arXiv 2108.06098
     up @ down becomes kron(a1 @ b1, a2 @ b2)            LoKr, arXiv 2212.10650; alpha counts if one of them is a product
     weight + scale * (magnitude * direction - weight)   DoRA, arXiv 2402.09353, around any of the above
-    weight + scale * diff                               a difference as it is, of norms and biases too
+    weight + scale * diff                               a full difference, of norms and biases too
 
-All in fp32, and against the model's own weight whatever else is merged: what several LoRAs add is a sum.
+All is computed in fp32 from the model's own weight, without other LoRAs: the changes of several LoRAs add up.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flux_batch.model.checkpoint.checkpoint import READABLE, Checkpoint, listing, open_checkpoint
+from flux_batch.model.checkpoint.checkpoint import READABLE_DTYPES, Checkpoint, first_names, open_checkpoint
 from flux_batch.model.checkpoint.diffusers_keys import swap_halves
 from flux_batch.model.checkpoint.lazy_state import StoredState
 from flux_batch.model.lora.keys import LoraModule, Target, find_modules
 from flux_batch.model.lora.scale import Scales
 from flux_batch.model.params import Shapes
 
-Shape = tuple[int, ...]
+_Shape = tuple[int, ...]
 
-# The roles that make up a kind; a factor of LoKr is there whole or as a product.
-KINDS = {
+# The roles of tensors that make up each kind; a factor of LoKr is one tensor or the product of two.
+_ROLES_OF_KIND = {
     "lora": ({"down", "up"},),
     "loha": ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},),
     "lokr": tuple(
@@ -39,16 +39,16 @@ KINDS = {
     ),
     "diff": ({"diff"},),
 }
-# Of each kind, what has the rank as its first dimension.
-RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+# Roles whose tensor has the rank as its first dimension.
+_ROLES_WITH_RANK = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one module of a LoRA adds to one parameter of a layer.
+    """The change that one module of a LoRA makes to one parameter of a layer.
 
-    `parameter`: weight, scale or bias; `keys`: its tensors in the file, by role; `alpha_over_rank`: what the product of
-    them is multiplied by.
+    `parameter`: weight, scale or bias; `keys`: its tensors in the file, by role; `alpha_over_rank`: the factor of their
+    product.
     """
 
     target: Target
@@ -58,34 +58,34 @@ class Change:
     state: StoredState
 
     def add_to(self, total: Tensor, original: Tensor, scale: float) -> None:
-        """Add `scale` times the change to `total`, given the parameter without any; both whole and in fp32 or wider."""
+        """Add `scale` times the change to `total`; `original` is the parameter without LoRAs. Both in fp32 or wider."""
         if abs(scale * self.alpha_over_rank) > torch.finfo(torch.float32).max:
             raise ValueError(f"a scale of {scale} is too large for the LoRA's {next(iter(self.keys.values()))}")
         rows = slice(*self.target.rows) if self.target.rows else slice(None)
         own = original[rows]
         factors = {role: self.state[key].to(own) for role, key in self.keys.items()}
         magnitude = factors.pop("magnitude", None)
-        change, factor = product(factors), self.alpha_over_rank
+        change, factor = _delta(factors), self.alpha_over_rank
         if magnitude is not None:
-            # In the order in which the module counts its rows.
+            # The magnitude counts rows in the order of the module.
             own = swap_halves(own) if self.target.swaps_halves else own
-            change, factor = redirected(own, factor * change, magnitude), 1.0
+            change, factor = _dora_delta(own, factor * change, magnitude), 1.0
         total[rows].add_(swap_halves(change) if self.target.swaps_halves else change, alpha=scale * factor)
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """The changes that a LoRA file makes to a model; `name` is what it was asked for by."""
+    """The changes of a LoRA file to a model; `name` is the address it was asked for by."""
 
     name: str
     changes: tuple[Change, ...]
 
 
 def open_lora(path: Path, name: str, parts: Mapping[str, Shapes]) -> Lora:
-    """Open a LoRA for a model with parameters of these shapes, by part. Maps the file, and looks at every number once.
+    """Read a LoRA for a model with parameters of these shapes, by part. Maps the file, and checks every number once.
 
-    A module whose alpha is 0 changes nothing. Raises: ValueError naming what the file is instead, the keys that match
-    nothing, are incomplete, of another shape or not finite.
+    A module whose alpha is 0 changes nothing. Raises: ValueError that names what the file is instead, or the keys that
+    match nothing, are incomplete, of another shape or not finite.
     """
     checkpoint = open_checkpoint(path)
     state = StoredState(checkpoint, torch.float32, torch.device("cpu"))
@@ -93,26 +93,26 @@ def open_lora(path: Path, name: str, parts: Mapping[str, Shapes]) -> Lora:
     changes: list[Change] = []
     for module in find_modules(checkpoint.source, checkpoint.tensors, parts):
         shapes = parts[module.target.part]
-        for change in changes_of(module, checkpoint, state, scales, shapes):
-            check_change(checkpoint, change, shapes)
-            check_numbers(checkpoint, change)
+        for change in _changes_of(module, checkpoint, state, scales, shapes):
+            _check_change(checkpoint, change, shapes)
+            _check_numbers(checkpoint, change)
             changes.append(change)
     return Lora(name, tuple(each for each in changes if each.alpha_over_rank or "magnitude" in each.keys))
 
 
-def changes_of(
+def _changes_of(
     module: LoraModule, checkpoint: Checkpoint, state: StoredState, scales: Scales, shapes: Shapes
 ) -> Iterator[Change]:
-    """Yield what a module changes: its layer's weight, its bias, or both. Raises: ValueError."""
+    """Yield the changes of a module: to its layer's weight, its bias, or both. Raises: ValueError."""
     keys = dict(module.keys)
     alpha, bias, diff_b = keys.pop("alpha", None), keys.pop("bias", None), keys.pop("diff_b", None)
-    check_whole(checkpoint, module, keys, has_bias=bool(bias), has_diff_b=bool(diff_b))
-    check_readable(checkpoint, [key for key in module.keys.values() if key != alpha])
+    _check_complete(checkpoint, module, keys, has_bias=bool(bias), has_diff_b=bool(diff_b))
+    _check_readable(checkpoint, [key for key in module.keys.values() if key != alpha])
     target, factor = module.target, 1.0
-    if rank_of := next((keys[role] for role in RANKED if role in keys), None):
-        rank = rank_in(checkpoint, rank_of)
-        factor = scales.alpha_over_rank(module.stem, rank, read_number(checkpoint, state, alpha) if alpha else None)
-        if scales.is_of_split_layers and "up" in keys and is_block_diagonal(state[keys["up"]], target.pieces):
+    if rank_of := next((keys[role] for role in _ROLES_WITH_RANK if role in keys), None):
+        rank = _rank_in(checkpoint, rank_of)
+        factor = scales.alpha_over_rank(module.stem, rank, _read_number(checkpoint, state, alpha) if alpha else None)
+        if scales.is_of_split_layers and "up" in keys and _is_block_diagonal(state[keys["up"]], target.pieces):
             factor *= len(target.pieces)
     elif "lokr_w1" in keys:
         factor = scales.stated_alpha_over_rank(module.stem)
@@ -125,10 +125,11 @@ def changes_of(
         yield Change(target, "bias", {"diff": diff_b}, 1.0, state)
 
 
-def redirected(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
-    """Return the change that DoRA makes of one: the sum goes in its direction as far as the magnitude says.
+def _dora_delta(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
+    """Return the change of DoRA: the changed weight, normalized and times the magnitude, minus the weight.
 
-    magnitude: one an output, (o,) or (o, 1), as PEFT; or one an input, (1, i), as LyCORIS once did.
+    weight, change: (o, i). magnitude: one number an output, (o,) or (o, 1), as in PEFT; or one an input, (1, i), as in
+    older LyCORIS.
     """
     moved = weight + change
     dim = 0 if magnitude.ndim == 2 and len(magnitude) == 1 else 1
@@ -136,8 +137,8 @@ def redirected(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
     return magnitude.view_as(length) / length * moved - weight
 
 
-def product(factors: Mapping[str, Tensor]) -> Tensor:
-    """Return what the tensors of a module, by role, amount to, without alpha, rank and magnitude."""
+def _delta(factors: Mapping[str, Tensor]) -> Tensor:
+    """Return the change of the tensors of a module, by role, before alpha, rank and magnitude."""
     if "diff" in factors:
         return factors["diff"]
     if "up" in factors:
@@ -155,26 +156,26 @@ def product(factors: Mapping[str, Tensor]) -> Tensor:
     return torch.kron(first, second)
 
 
-def check_whole(
+def _check_complete(
     checkpoint: Checkpoint, module: LoraModule, keys: Mapping[str, str], *, has_bias: bool, has_diff_b: bool
 ) -> None:
-    """Raise ValueError unless the keys of a module, but for those of biases, make up one kind."""
+    """Raise ValueError unless the keys of a module, without those of biases, make up one kind."""
     roles = set(keys) - {"magnitude"}
-    is_kind = any(roles == combination for combinations in KINDS.values() for combination in combinations)
+    is_kind = any(roles == combination for combinations in _ROLES_OF_KIND.values() for combination in combinations)
     if has_bias and roles != {"down", "up"}:
         is_kind = False
     if "magnitude" in keys and "diff" in keys:
         is_kind = False
     if not is_kind and (keys or has_bias or not has_diff_b):
-        found = listing(list(module.keys.values()), limit=6)
+        found = first_names(list(module.keys.values()), limit=6)
         raise ValueError(f"{checkpoint.source}: {module.stem} is not a whole module of a LoRA: it has only {found}")
 
 
-def check_change(checkpoint: Checkpoint, change: Change, shapes: Shapes) -> None:
-    """Raise ValueError unless a change fits the parameter it is for, and can be read."""
+def _check_change(checkpoint: Checkpoint, change: Change, shapes: Shapes) -> None:
+    """Raise ValueError unless a change has the shape of its parameter."""
     target, tensors = change.target, {role: checkpoint.tensors[key] for role, key in change.keys.items()}
     name = f"{target.layer}.{change.parameter}"
-    keys = listing(list(change.keys.values()), limit=6)
+    keys = first_names(list(change.keys.values()), limit=6)
     if name not in shapes:
         raise ValueError(f"{checkpoint.source}: {keys} is for {name}, which this model does not have")
     rows, *columns = shapes[name]
@@ -183,7 +184,7 @@ def check_change(checkpoint: Checkpoint, change: Change, shapes: Shapes) -> None
         # On meta nothing is computed but the shape.
         factors = {role: torch.empty(tensor.shape, device="meta") for role, tensor in tensors.items()}
         magnitude = factors.pop("magnitude", None)
-        shape = tuple(product(factors).shape)
+        shape = tuple(_delta(factors).shape)
     except RuntimeError as error:
         raise ValueError(f"{checkpoint.source}: {keys} do not fit together") from error
     if shape != expected:
@@ -196,38 +197,40 @@ def check_change(checkpoint: Checkpoint, change: Change, shapes: Shapes) -> None
         raise ValueError(f"{checkpoint.source}: {change.keys['magnitude']} does not fit {name}")
 
 
-def check_numbers(checkpoint: Checkpoint, change: Change) -> None:
+def _check_numbers(checkpoint: Checkpoint, change: Change) -> None:
     """Raise ValueError if a tensor of a change has numbers that are not finite."""
     for key in change.keys.values():
         if not change.state[key].isfinite().all():
             raise ValueError(f"{checkpoint.source}: {key} is not finite: the file is damaged, or its training was")
 
 
-def check_readable(checkpoint: Checkpoint, keys: Sequence[str]) -> None:
+def _check_readable(checkpoint: Checkpoint, keys: Sequence[str]) -> None:
     """Raise ValueError for tensors of a type that is not supported."""
     if unreadable := [
-        f"{key} ({checkpoint.tensors[key].dtype})" for key in keys if checkpoint.tensors[key].dtype not in READABLE
+        f"{key} ({checkpoint.tensors[key].dtype})"
+        for key in keys
+        if checkpoint.tensors[key].dtype not in READABLE_DTYPES
     ]:
-        raise ValueError(f"{checkpoint.source}: of a type that is not supported: {listing(unreadable)}")
+        raise ValueError(f"{checkpoint.source}: of a type that is not supported: {first_names(unreadable)}")
 
 
-def rank_in(checkpoint: Checkpoint, key: str) -> int:
-    """Return the rank, which is the number of rows of the tensor. Raises: ValueError if it is no matrix."""
+def _rank_in(checkpoint: Checkpoint, key: str) -> int:
+    """Return the rank: the number of rows of a tensor. Raises: ValueError if it is no matrix."""
     shape = checkpoint.tensors[key].shape
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"{checkpoint.source}: {key} is {list(shape)}, should be a matrix")
     return shape[0]
 
 
-def read_number(checkpoint: Checkpoint, state: StoredState, key: str) -> float:
-    """Return a tensor of one number. Raises: ValueError if it is none."""
+def _read_number(checkpoint: Checkpoint, state: StoredState, key: str) -> float:
+    """Read a tensor of one number. Raises: ValueError if it has another size."""
     if math.prod(checkpoint.tensors[key].shape) != 1:
         raise ValueError(f"{checkpoint.source}: {key} is {list(checkpoint.tensors[key].shape)}, should be one number")
     return float(state[key])
 
 
-def is_block_diagonal(up: Tensor, pieces: tuple[int, ...]) -> bool:
-    """Tell whether rows in groups of these sizes use columns of their own: `up` (o, r)."""
+def _is_block_diagonal(up: Tensor, pieces: tuple[int, ...]) -> bool:
+    """Return whether `up` (o, r) is block-diagonal with groups of rows of these sizes."""
     if len(pieces) < 2 or up.shape[1] % len(pieces) or len(up) != sum(pieces):
         return False
     blocks = [torch.ones(rows, up.shape[1] // len(pieces), dtype=torch.bool) for rows in pieces]

@@ -1,4 +1,4 @@
-"""What the keys of a LoRA file mean: which rows of which weight each changes, whoever trained it; knows no tensor.
+"""The keys of a LoRA file to the rows of weights that they change, for every trainer's names; knows no tensor.
 
 A LoRA's module is a group of keys with one stem (`...img_attn.qkv`) and endings that tell their roles
 (`.lora_A.weight`). The vocabularies of stems are the original one (kohya's sd-scripts with underscores, ComfyUI with
@@ -14,25 +14,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from flux_batch.model.checkpoint.checkpoint import listing
-from flux_batch.model.checkpoint.detect import NOT_NEEDED, PREFIXES
+from flux_batch.model.checkpoint.checkpoint import first_names
+from flux_batch.model.checkpoint.detect import PART_PREFIXES, UNUSED_KEYS
 from flux_batch.model.checkpoint.diffusers_keys import transformer_rules
 from flux_batch.model.params import Shapes
 
-# What stands before a stem, and the part it is of; "" of them all, as their names have nothing in common.
-DOTTED = {
-    **PREFIXES,
+# Prefixes of stems, and the part each stands for.
+_DOTTED_PREFIXES = {
+    **PART_PREFIXES,
     "pipe.dit.": "transformer",
     "transformer.": "transformer",
     "text_encoder.text_model.": "clip",
     "text_encoder.": "clip",
     "text_encoder_2.": "t5",
-    # What OneTrainer calls OMI's.
+    # OneTrainer, in the names of OMI.
     "clip_l.text_model.": "clip",
     "clip_l.": "clip",
     "t5.": "t5",
 }
-UNDERSCORED = {
+_UNDERSCORED_PREFIXES = {
     "lora_unet_": ("transformer",),
     "lora_transformer_": ("transformer",),
     "lycoris_": ("transformer",),
@@ -41,39 +41,39 @@ UNDERSCORED = {
 }
 PEFT_WRAPPER = "base_model.model."
 
-# Adapters of PEFT have a name, which older files hold: lora_A.default.weight.
-NAMED = r"(?:\.default|\.[\w-]+(?=\.(?:weight|bias)$))?"
-ROLES = {
-    "down": rf"\.lora_(?:down|A){NAMED}(?:\.weight)?$|\.(?:lora\.|lora_linear_layer\.)?down\.weight$",
-    "up": rf"\.lora_(?:up|B){NAMED}(?:\.weight)?$|\.(?:lora\.|lora_linear_layer\.)?up\.weight$",
-    "bias": rf"\.lora_(?:up|B){NAMED}\.bias$",
+# Adapters of PEFT have a name, which keys of older files hold: lora_A.default.weight.
+_ADAPTER_NAME = r"(?:\.default|\.[\w-]+(?=\.(?:weight|bias)$))?"
+_ROLE_PATTERNS = {
+    "down": rf"\.lora_(?:down|A){_ADAPTER_NAME}(?:\.weight)?$|\.(?:lora\.|lora_linear_layer\.)?down\.weight$",
+    "up": rf"\.lora_(?:up|B){_ADAPTER_NAME}(?:\.weight)?$|\.(?:lora\.|lora_linear_layer\.)?up\.weight$",
+    "bias": rf"\.lora_(?:up|B){_ADAPTER_NAME}\.bias$",
     "alpha": r"\.alpha$",
-    "magnitude": rf"\.dora_scale$|\.lora_magnitude_vector{NAMED}(?:\.weight)?$",
+    "magnitude": rf"\.dora_scale$|\.lora_magnitude_vector{_ADAPTER_NAME}(?:\.weight)?$",
     **{name: rf"\.{name}$" for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
     **{name: rf"\.{name}$" for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
     "diff": r"\.(?:diff|w_norm)$",
     "diff_b": r"\.(?:diff_b|b_norm)$",
 }
-# What is not supported, by keys that nothing else has.
-FOREIGN = (
+# Patterns of keys that only one unsupported kind of file has.
+_UNSUPPORTED = (
     (r"\.(oft_blocks|oft_diag|oft_R|boft_[RS])\b", "it is of the kind OFT"),
     (r"\.[ab][12]\.weight$", "it is of the kind GLoRA"),
     (r"\.(lora_mid|hada_t[12]|lokr_t[12])\b", "it is made for convolutions, and FLUX.1 has none"),
     (r"^bundle_emb\.|^emb_params$|^string_to_param\b", "it holds embeddings of new words (textual inversion)"),
 )
-# A LoRA that replaces norms, too (every full model has these keys as well).
-CONTROL = r"(query_norm|key_norm)\.(scale|weight)$|\.norm_(added_)?[qk]\.weight$|\.reshape_weight$"
+# Keys of a LoRA that replaces norms too; every full model has them as well.
+_CONTROL_KEYS = r"(query_norm|key_norm)\.(scale|weight)$|\.norm_(added_)?[qk]\.weight$|\.reshape_weight$"
 # Layers of models that are built like FLUX.1: FLUX.2, Chroma.
-ANOTHER = r"double_stream_modulation|single_stream_modulation|distilled_guidance_layer|to_qkv_mlp_proj"
+_OTHER_MODEL_KEYS = r"double_stream_modulation|single_stream_modulation|distilled_guidance_layer|to_qkv_mlp_proj"
 
-XLABS = {
+_XLABS_NAMES = {
     ".img_attn.qkv": ".processor.qkv_lora1",
     ".txt_attn.qkv": ".processor.qkv_lora2",
     ".img_attn.proj": ".processor.proj_lora1",
     ".txt_attn.proj": ".processor.proj_lora2",
     ".linear2": ".processor.proj_lora",
 }
-DIFFSYNTH = {
+_DIFFSYNTH_NAMES = {
     "double_blocks.": "blocks.",
     ".img_mod.lin": ".norm1_a.linear",
     ".txt_mod.lin": ".norm1_b.linear",
@@ -100,11 +100,11 @@ DIFFSYNTH = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The rows of a layer that a LoRA's module changes.
+    """The rows of a layer that a module of a LoRA changes.
 
-    `layer`: its name in the part (transformer, clip, t5); `rows`: from and to, None for all; `swaps_halves`: the module
-    counts them as (scale, shift) where ours are (shift, scale); `pieces`: how many of the rows are of each layer that
-    diffusers has instead, if it has several.
+    `layer`: its name in the part (transformer, clip, t5); `rows`: from and to, None for all; `swaps_halves`: rows of
+    the module are (scale, shift) where ours are (shift, scale); `pieces`: the number of rows of each layer of
+    diffusers, where it has several for this one.
     """
 
     part: str
@@ -124,20 +124,20 @@ class LoraModule:
 
 
 def find_modules(source: str, names: Iterable[str], parts: Mapping[str, Shapes]) -> list[LoraModule]:
-    """Return what each module of a LoRA with these keys changes in a model with these parts, in order.
+    """Return the modules of a LoRA with these keys, each with its target in a model with these parts, sorted.
 
-    Raises: ValueError naming what the file is instead, or the keys that match nothing.
+    Raises: ValueError that names what the file is instead, or the keys that match nothing.
     """
     names = sorted(names)
-    refuse_foreign(source, names)
-    known = KnownLayers(parts)
+    _refuse_unsupported(source, names)
+    known = _KnownLayers(parts)
     modules: dict[str, LoraModule] = {}
     unmatched: list[str] = []
     # One layer under two names would be changed twice.
     taken: dict[tuple[object, ...], str] = {}
     twice: list[tuple[str, str]] = []
     for name in names:
-        stem, role = split_role(name)
+        stem, role = _split_role(name)
         if known.is_not_needed(stem):
             continue
         target = known.find(stem)
@@ -150,74 +150,76 @@ def find_modules(source: str, names: Iterable[str], parts: Mapping[str, Shapes])
     if unmatched:
         # Other models have CLIP too, and blocks with the same names.
         is_of_flux = any(module.target.part == "transformer" for module in modules.values())
-        is_of_another = not is_of_flux or any(re.search(ANOTHER, name) for name in unmatched)
+        is_of_another = not is_of_flux or any(re.search(_OTHER_MODEL_KEYS, name) for name in unmatched)
         hint = "; is it for another model?" if is_of_another else ""
         what = f"match nothing in this model's {' or '.join(parts)}"
-        raise ValueError(f"{source}: {len(unmatched)} of its {len(names)} keys {what}: {listing(unmatched)}{hint}")
+        raise ValueError(f"{source}: {len(unmatched)} of its {len(names)} keys {what}: {first_names(unmatched)}{hint}")
     if twice:
         raise ValueError(f"{source} holds two of the same: {' and '.join(twice[0])}")
     return list(modules.values())
 
 
-def refuse_foreign(source: str, names: Sequence[str]) -> None:
-    """Raise ValueError naming what a file is, if it is no LoRA or known not to be supported."""
-    for pattern, what in FOREIGN:
+def _refuse_unsupported(source: str, names: Sequence[str]) -> None:
+    """Raise ValueError for a file that is no LoRA, or of a kind that is known and not supported."""
+    for pattern, what in _UNSUPPORTED:
         if key := next((name for name in names if re.search(pattern, name)), None):
             raise ValueError(f"{source} is a LoRA that is not supported: {what} (its keys: {key})")
-    if not any(split_role(name)[1] for name in names):
-        raise ValueError(f"{source} is no LoRA: its keys are {listing(names) or 'none'}")
-    if key := next((name for name in names if re.search(CONTROL, name)), None):
+    if not any(_split_role(name)[1] for name in names):
+        raise ValueError(f"{source} is no LoRA: its keys are {first_names(names) or 'none'}")
+    if key := next((name for name in names if re.search(_CONTROL_KEYS, name)), None):
         what = "it is a control LoRA of FLUX.1 (Canny or Depth), which needs a control image"
         raise ValueError(f"{source} is a LoRA that is not supported: {what} (its keys: {key})")
 
 
-def split_role(name: str) -> tuple[str, str]:
-    """Return a key's stem and role; the role is "" if the key is none of a LoRA's."""
-    for role, ending in ROLES.items():
+def _split_role(name: str) -> tuple[str, str]:
+    """Return the stem and the role of a key; the role is "" for a key that no LoRA has."""
+    for role, ending in _ROLE_PATTERNS.items():
         if found := re.search(ending, name):
             return name[: found.start()], role
     return name, ""
 
 
-class KnownLayers:
-    """The layers of a model's parts under all names that LoRAs have for them."""
+class _KnownLayers:
+    """The layers of a model's parts, by every name that LoRAs have for them."""
 
     def __init__(self, parts: Mapping[str, Shapes]) -> None:
-        self._dotted = {part: dict(layer_names(part, shapes)) for part, shapes in parts.items()}
+        self._dotted = {part: dict(_layer_names(part, shapes)) for part, shapes in parts.items()}
         self._underscored = {
             part: {name.replace(".", "_"): target for name, target in names.items()}
             for part, names in self._dotted.items()
         }
 
     def find(self, stem: str) -> Target | None:
-        """Return what the module of that stem changes; None if it is nothing that is known."""
+        """Return the target of the module with that stem; None if no layer has the name."""
         spellings = (stem, stem.removesuffix(".weight"), stem.removesuffix(".scale"))
-        found = (self._tables(part)[table].get(name) for each in spellings for part, table, name in readings(each))
+        found = (
+            self._tables(part)[table].get(name) for each in spellings for part, table, name in _candidate_keys(each)
+        )
         return next((target for target in found if target), None)
 
     def is_not_needed(self, stem: str) -> bool:
-        """Tell whether a module is of something that trainers see, and FLUX.1 does not compute."""
-        return any(name in NOT_NEEDED.get(part, ()) for part, _, name in readings(stem))
+        """Return whether a module is for a layer that FLUX.1 does not compute."""
+        return any(name in UNUSED_KEYS.get(part, ()) for part, _, name in _candidate_keys(stem))
 
     def _tables(self, part: str) -> tuple[Mapping[str, Target], Mapping[str, Target]]:
         return self._dotted.get(part, {}), self._underscored.get(part, {})
 
 
-def readings(stem: str) -> Iterator[tuple[str, int, str]]:
-    """Yield the ways to read a stem: the part, whether its dots (0) are underscores (1), and the layer's name."""
+def _candidate_keys(stem: str) -> Iterator[tuple[str, int, str]]:
+    """Yield the possible meanings of a stem: part, 0 for dots or 1 for underscores, and the layer's name."""
     plain = stem.removeprefix(PEFT_WRAPPER)
-    for prefix, part in DOTTED.items():
+    for prefix, part in _DOTTED_PREFIXES.items():
         if plain.startswith(prefix):
             yield part, 0, plain.removeprefix(prefix)
     for part in ("transformer", "clip", "t5"):
         yield part, 0, plain
-    for prefix, parts in UNDERSCORED.items():
+    for prefix, parts in _UNDERSCORED_PREFIXES.items():
         if plain.startswith(prefix):
             yield from ((part, 1, plain.removeprefix(prefix)) for part in parts)
 
 
-def layer_names(part: str, shapes: Shapes) -> Iterator[tuple[str, Target]]:
-    """Yield every name of every layer with a weight, without prefix, and what it stands for."""
+def _layer_names(part: str, shapes: Shapes) -> Iterator[tuple[str, Target]]:
+    """Yield every name of every layer with a weight, without prefix, and its target."""
     layers = [name.rpartition(".")[0] for name in shapes if name.endswith((".weight", ".scale"))]
     for layer in layers:
         yield layer, Target(part, layer)
@@ -232,8 +234,8 @@ def layer_names(part: str, shapes: Shapes) -> Iterator[tuple[str, Target]]:
         is_fused = len(rule.diffusers) > 1
         pieces = tuple(end - start for start, end in pairwise(bounds)) if is_fused else ()
         yield layer, Target(part, layer, pieces=pieces)
-        yield renamed(layer, DIFFSYNTH), Target(part, layer, swaps_halves=rule.swaps_halves, pieces=pieces)
-        if (name := renamed(layer, XLABS)) != layer:
+        yield _renamed(layer, _DIFFSYNTH_NAMES), Target(part, layer, swaps_halves=rule.swaps_halves, pieces=pieces)
+        if (name := _renamed(layer, _XLABS_NAMES)) != layer:
             yield name, Target(part, layer)
         if layer.endswith(".linear1"):
             yield layer.replace(".linear1", ".processor.qkv_lora"), Target(part, layer, (0, 3 * hidden_size))
@@ -244,8 +246,8 @@ def layer_names(part: str, shapes: Shapes) -> Iterator[tuple[str, Target]]:
     yield "img_in.proj", Target(part, "img_in")
 
 
-def renamed(layer: str, names: Mapping[str, str]) -> str:
-    """Return a layer's name with each of our words in it replaced by theirs."""
+def _renamed(layer: str, names: Mapping[str, str]) -> str:
+    """Return a layer's name with each of our words replaced by theirs."""
     for ours, theirs in names.items():
         layer = layer.replace(ours, theirs)
     return layer

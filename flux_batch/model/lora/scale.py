@@ -1,7 +1,7 @@
-"""alpha / rank of a LoRA's modules: what the file says of it, where it says it; knows no tensor.
+"""alpha / rank of the modules of a LoRA, from the file and its settings; knows no tensor.
 
-A tensor `alpha` of the module goes first, then PEFT's configuration, which diffusers writes into the file's metadata
-and PEFT itself into a file beside it; without either, alpha is the rank.
+A tensor `alpha` of the module comes first, then PEFT's configuration, which diffusers writes into the metadata of the
+file and PEFT into a file beside it. Without either, alpha is the rank.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from typing import Any
 from flux_batch.model.checkpoint.checkpoint import Checkpoint, read_json
 from flux_batch.model.lora.keys import PEFT_WRAPPER
 
-# Source: diffusers 0.42.1, loaders/lora_base.py; a part's settings, each under `<part>.`.
-DIFFUSERS_METADATA = "lora_adapter_metadata"
+# Source: diffusers 0.42.1, loaders/lora_base.py; the settings of a part begin with `<part>.`.
+_DIFFUSERS_METADATA = "lora_adapter_metadata"
 # Source: peft 0.21, utils/constants.py.
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Where training begins with another model than the one it is given: the file is a difference to that one.
+# Inits that change the model before training: the file is a difference to the changed one.
 # Source: peft 0.21, tuners/lora/config.py, `init_lora_weights`; as it says, such a file can be converted.
-MOVES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# A pattern of PEFT is an expression, and files are not trusted: repeats inside repeats can take years to fail.
-REPEATED_GROUP, MOST_REPEATS = re.compile(r"\)[*+?{]|\\[1-9]|\(\?[^:]"), 3
+_INITS_THAT_CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# A pattern of PEFT is a regular expression, and files are not trusted: nested repeats can take years to fail.
+REPEATED_GROUP, MAX_REPEATS = re.compile(r"\)[*+?{]|\\[1-9]|\(\?[^:]"), 3
 
 
 class Scales:
-    """What a LoRA file says of the alphas of its modules. Raises: ValueError if that cannot be read."""
+    """The alphas of the modules of a LoRA file. Raises: ValueError for settings that cannot be read."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._source = checkpoint.source
-        self._settings = read_settings(checkpoint)
+        self._settings = _read_settings(checkpoint)
         for settings in self._settings.values():
-            check_start(checkpoint.source, settings.get("init_lora_weights"))
+            _check_init(checkpoint.source, settings.get("init_lora_weights"))
         # Trained with split_qkv, sd-scripts writes the pieces of a layer as one block-diagonal module, with their ranks
         # added up and the alpha of one: alpha / rank is then too small by the number of pieces (kohya-ss/sd-scripts
         # #2204; 450630c, networks/lora_flux.py, state_dict).
-        arguments = read_metadata(checkpoint, "ss_network_args")
+        arguments = _read_metadata(checkpoint, "ss_network_args")
         self.is_of_split_layers = str(arguments.get("split_qkv")).lower() == "true"
 
     def alpha_over_rank(self, stem: str, rank: int, alpha: float | None) -> float:
-        """Return what a module's product is multiplied by; `alpha`: that of its own tensor."""
+        """Return the factor of a module's product; `alpha`: the value of its own tensor."""
         settings, name = self._settings_of(stem)
         if alpha is None:
             alpha = self._stated(settings, name, "alpha", ("lora_alpha", "alpha"))
@@ -52,7 +52,7 @@ class Scales:
         return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
     def stated_alpha_over_rank(self, stem: str) -> float:
-        """Return what PEFT's settings say of a module without a product, whose tensors do not tell the rank."""
+        """Return the factor from PEFT's settings, for a module whose tensors do not have the rank."""
         settings, name = self._settings_of(stem)
         rank = self._stated(settings, name, "rank", ("r",))
         if rank is None:
@@ -62,13 +62,13 @@ class Scales:
         return self.alpha_over_rank(stem, int(rank), None)
 
     def _settings_of(self, stem: str) -> tuple[Mapping[str, Any], str]:
-        """Return the settings for a module, and what they call it."""
+        """Return the settings for a module, and its name in them."""
         name = stem.removeprefix(PEFT_WRAPPER)
         part, _, rest = name.partition(".")
         return (self._settings[part], rest) if part in self._settings else (self._settings.get("", {}), name)
 
     def _stated(self, settings: Mapping[str, Any], name: str, what: str, keys: tuple[str, ...]) -> float | None:
-        """Return the alpha or the rank that PEFT's settings give a module: by its name, else the one for all."""
+        """Return the alpha or rank of a module in PEFT's settings: by its name, else the one for all."""
         patterns = settings.get(f"{what}_pattern") or {}
         if not isinstance(patterns, Mapping):
             raise ValueError(f"{self._source}: {what}_pattern in its settings is no mapping")
@@ -79,8 +79,8 @@ class Scales:
         raise ValueError(f"{self._source}: the {what} of {name} is {number!r} in its settings, should be a number")
 
     def _fits(self, pattern: str, name: str) -> bool:
-        """Tell whether a pattern of PEFT names a module. Source: peft 0.21, utils/other.py, get_pattern_key."""
-        if REPEATED_GROUP.search(pattern) or len(re.findall(r"[*+?{]", pattern)) > MOST_REPEATS:
+        """Return whether a pattern of PEFT matches a module. Source: peft 0.21, utils/other.py, get_pattern_key."""
+        if REPEATED_GROUP.search(pattern) or len(re.findall(r"[*+?{]", pattern)) > MAX_REPEATS:
             raise ValueError(f"{self._source}: the pattern {pattern!r} in its settings is too complex to be supported")
         try:
             return re.match(rf"(.*\.)?({pattern})$", name) is not None
@@ -88,28 +88,28 @@ class Scales:
             raise ValueError(f"{self._source}: the pattern {pattern!r} in its settings is wrong: {error}") from error
 
 
-def read_settings(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Return PEFT's settings by the first word of the stems they are for; "" is for all."""
-    beside = checkpoint.home / PEFT_CONFIG
+def _read_settings(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Read PEFT's settings, by the first word of the stems they are for; "" is for all."""
+    beside = checkpoint.folder / PEFT_CONFIG
     is_of_peft = any(tensor.path.name == PEFT_WEIGHTS for tensor in checkpoint.tensors.values())
     if is_of_peft and beside.is_file():
         return {"": read_json(beside)}
     settings: dict[str, dict[str, Any]] = {}
-    for key, value in read_metadata(checkpoint, DIFFUSERS_METADATA).items():
+    for key, value in _read_metadata(checkpoint, _DIFFUSERS_METADATA).items():
         part, _, name = key.partition(".")
         settings.setdefault(part, {})[name] = value
     return settings
 
 
-def check_start(source: str, start: object) -> None:
-    """Raise ValueError for a LoRA that is no difference to the model that it was trained on."""
-    if isinstance(start, str) and start.lower().startswith(MOVES_THE_MODEL):
+def _check_init(source: str, start: object) -> None:
+    """Raise ValueError for an init that makes the LoRA a difference to another model."""
+    if isinstance(start, str) and start.lower().startswith(_INITS_THAT_CHANGE_THE_MODEL):
         what = f"its training began with {start}, which changes the model, too; have PEFT convert it when it is saved"
         raise ValueError(f"{source} is a LoRA that is not supported: {what} (path_initial_model_for_weight_conversion)")
 
 
-def read_metadata(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
-    """Return a JSON object that stands in the header; {} if there is none."""
+def _read_metadata(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
+    """Read a JSON object from the header; {} if there is none."""
     text = next((header[key] for header in checkpoint.headers if header.get(key)), "{}")
     try:
         value = json.loads(text)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux_batch.model.checkpoint.lazy_state import CHUNK, StoredState
+from flux_batch.model.checkpoint.lazy_state import CHUNK_NUMBERS, StoredState
 from flux_batch.model.footprint import is_quantizable
 
 E4M3 = torch.float8_e4m3fn
@@ -48,7 +48,7 @@ class Fp8Linear(nn.Module):
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
-    def read_stored(self, state: StoredState, name: str) -> None:
+    def load_from(self, state: StoredState, name: str) -> None:
         """Read the weights of the layer `name` of a checkpoint; fp8 weights stay as they are, bit for bit."""
         stored = state.fp8(f"{name}.weight")
         if stored is not None and self.keeps(stored[0].dtype):
@@ -91,7 +91,7 @@ class _NarrowLinear(nn.Module):
         self.register_buffer("weight", linear.weight.detach().to(torch.bfloat16))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
-    def read_stored(self, state: StoredState, name: str) -> None:
+    def load_from(self, state: StoredState, name: str) -> None:
         """Read the weights of the layer `name` of a checkpoint; bfloat16 weights stay the file's own pages."""
         self.weight = state.read(f"{name}.weight", torch.bfloat16)
         if self.bias is not None:
@@ -197,7 +197,7 @@ def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def to_fp8_in_pieces(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the same as `to_fp8`, some rows at a time, so that the fp32 form of weights needs little memory."""
-    step = max(1, CHUNK // rows.shape[1])
+    step = max(1, CHUNK_NUMBERS // rows.shape[1])
     if rows.is_meta or len(rows) <= step:
         return to_fp8(rows)
     weight = torch.empty(rows.shape, dtype=E4M3, device=rows.device)

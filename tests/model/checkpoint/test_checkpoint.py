@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from flux_batch.errors import CheckpointError
-from flux_batch.model.checkpoint.checkpoint import Checkpoint, StoredTensor, files_of, open_checkpoint, read_json
+from flux_batch.model.checkpoint.checkpoint import Checkpoint, StoredTensor, model_files, open_checkpoint, read_json
 from flux_batch.pipeline.model_manager import ModelManager
 from helpers.layout_files import LAYOUTS, coarse_state, save
 
@@ -133,7 +133,7 @@ MISLABELLED = {
 
 
 @pytest.mark.parametrize("name", MISLABELLED)
-def test_a_header_that_is_not_true_is_refused(whole: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_a_false_header_is_refused(whole: dict[str, Path], tmp_path: Path, name: str) -> None:
     assert_damaged(tmp_path / "flux1-dev.safetensors", MISLABELLED[name](whole["original bf16"].read_bytes()))
 
 
@@ -172,7 +172,7 @@ def test_a_pickle_of_torch_is_named_whatever_it_is_called(tmp_path: Path) -> Non
         load(path)
 
 
-def test_files_are_told_by_their_content(whole: dict[str, Path], tmp_path: Path) -> None:
+def test_a_file_is_detected_by_its_content(whole: dict[str, Path], tmp_path: Path) -> None:
     """Swap the endings: neither layout nor format depends on a name."""
     for encoding, name in (("original bf16", "x.gguf"), ("gguf Q8_0", "x.safetensors"), ("original bf16", "x.sft")):
         path = tmp_path / name
@@ -220,10 +220,10 @@ def test_shards_of_any_format_need_no_index(tmp_path: Path) -> None:
     names = [f"model-{i:05d}-of-00002.gguf" for i in (1, 2)]
     for name in names:
         (tmp_path / name).touch()
-    assert [path.name for path in files_of(tmp_path)] == names
+    assert [path.name for path in model_files(tmp_path)] == names
     (tmp_path / "other.safetensors").touch()
     with pytest.raises(ValueError, match="several files and no index"):
-        files_of(tmp_path)
+        model_files(tmp_path)
 
 
 def test_names_are_changed_one_to_one(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_names_are_changed_one_to_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "\udcff", "[]", '"x"'])
-def test_json_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+def test_invalid_json_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"config\.json is not"):

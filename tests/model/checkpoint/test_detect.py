@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint, read_config
-from flux_batch.model.checkpoint.detect import CheckpointKind, detect, from_llama_cpp, parts_of, refuse_foreign
+from flux_batch.model.checkpoint.detect import CheckpointKind, detect, from_llama_cpp, parts_of, refuse_unsupported
 from flux_batch.model.checkpoint.loading import load_transformer
 from helpers.layout_files import (
     COMFY_PREFIX,
@@ -31,7 +31,7 @@ def load(path: Path) -> State:
     """Return the weights of the transformer in a file or folder, in fp32, by our names."""
     for layout, checkpoint in parts_of(open_checkpoint(path)).items():
         if layout.part == "transformer":
-            config = read_config(checkpoint.home, "transformer")
+            config = read_config(checkpoint.folder, "transformer")
             return load_transformer(checkpoint, layout, config, dtype=torch.float32, device=CPU).state_dict()
     raise AssertionError(f"no transformer in {path}")
 
@@ -65,7 +65,7 @@ def test_going_from_any_layout_to_any_other_is_exact(
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
-def test_parts_of_an_all_in_one_file_are_told_apart(tmp_path: Path, seed: int) -> None:
+def test_parts_of_an_all_in_one_file_are_separated(tmp_path: Path, seed: int) -> None:
     path = save(prefixed(coarse_state(seed)) | others(), tmp_path)
     parts = parts_of(open_checkpoint(path))
     assert {layout.part for layout in parts} == {"transformer", "autoencoder", "clip", "t5"}
@@ -85,7 +85,7 @@ def test_parts_scaled_and_not_lie_in_one_file(tmp_path: Path) -> None:
     assert parts[CheckpointKind.T5].tensors["encoder.block.0.layer.0.SelfAttention.q.weight"].scale is not None
 
 
-def test_remarks_without_the_prefix_of_their_part_are_taken_for_its_own(tmp_path: Path) -> None:
+def test_markers_without_prefix_belong_to_their_part(tmp_path: Path) -> None:
     stored, _ = scaled_state(prefixed(coarse_state()), "scale_weight", torch.float8_e4m3fn)
     marker = stored.pop(f"{COMFY_PREFIX}scaled_fp8")
     assert_equal(load(save(stored | {"scaled_fp8": marker}, tmp_path)), coarse_state())
@@ -148,7 +148,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("kind", FOREIGN)
 @pytest.mark.parametrize("beside", [True, False], ids=["beside FLUX.1's keys", "alone"])
-def test_what_is_not_supported_is_named(tmp_path: Path, kind: str, beside: bool) -> None:
+def test_unsupported_kinds_are_named(tmp_path: Path, kind: str, beside: bool) -> None:
     key, message = FOREIGN[kind]
     state: dict[str, Tensor] = {FLUX_KEY: torch.ones(2, 2)} if beside else {}
     path = save(state | {key: torch.ones(2)}, tmp_path, name="flux1-dev.safetensors")
@@ -161,7 +161,7 @@ def test_keys_of_flux_are_not_taken_for_others(tmp_path: Path) -> None:
     original = make_tiny_repository(tmp_path / "original", layout="original")
     folders = [repository / name for name in ("transformer", "vae", "text_encoder", "text_encoder_2")]
     for path in (*folders, original / "flux1-tiny.safetensors", original / "ae.safetensors"):
-        refuse_foreign(open_checkpoint(path))
+        refuse_unsupported(open_checkpoint(path))
 
 
 def test_parts_under_the_prefix_of_another_are_refused(tmp_path: Path) -> None:

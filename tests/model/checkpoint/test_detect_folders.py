@@ -165,7 +165,7 @@ TEXT_ENCODERS: dict[str, tuple[str, Callable[[State], State]]] = {
 
 
 @pytest.mark.parametrize("name", TEXT_ENCODERS)
-def test_other_parts_are_read_in_every_spelling(model: Path, image: np.ndarray, name: str) -> None:
+def test_other_parts_are_read_in_every_format(model: Path, image: np.ndarray, name: str) -> None:
     file, change = TEXT_ENCODERS[name]
     save_file(change(load_file(model / file)), model / file)
     assert np.array_equal(draw(model), image)
@@ -194,7 +194,7 @@ def test_two_files_for_one_part_are_named(model: Path) -> None:
         draw(model)
 
 
-def test_what_doubles_the_sub_folders_is_left_alone(model: Path, image: np.ndarray) -> None:
+def test_single_files_beside_component_folders_are_ignored(model: Path, image: np.ndarray) -> None:
     """As in the official repositories, which hold the transformer in both layouts."""
     (model / "transformer" / "model.safetensors").write_bytes((model / FILE).read_bytes())
     assert model / FILE not in find_parts(model)

@@ -191,7 +191,7 @@ def test_weights_are_cast_to_the_dtype_asked_for(original: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", list(CheckpointKind))
-def test_parts_are_recognised_by_their_keys(repository: Path, original_repository: Path, kind: CheckpointKind) -> None:
+def test_parts_are_detected_by_their_keys(repository: Path, original_repository: Path, kind: CheckpointKind) -> None:
     home = {
         CheckpointKind.TRANSFORMER: original_repository / FILE,
         CheckpointKind.TRANSFORMER_DIFFUSERS: repository / "transformer",
@@ -323,7 +323,7 @@ def test_a_cut_file_whose_length_looks_like_a_pickle_is_not_called_one(tmp_path:
     ],
     ids=["pickle", "zip", "gguf", "html", "lfs pointer", "2 GB header", "8 EB header", "no json"],
 )
-def test_what_is_no_safetensors_file_is_said_to_be_so(tmp_path: Path, data: bytes, message: str) -> None:
+def test_a_file_of_another_format_is_named(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "flux1-dev.safetensors"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -364,7 +364,7 @@ def test_broken_configs_are_named(original: Path) -> None:
     load(original / FILE)
 
 
-def test_missing_places_are_named(tmp_path: Path) -> None:
+def test_missing_paths_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"not-there\.safetensors is not there"):
         load(tmp_path / "not-there.safetensors")
     with pytest.raises(CheckpointError, match=r"no \.safetensors or \.gguf file in"):

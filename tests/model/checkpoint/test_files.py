@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flux_batch.model.checkpoint.files import FOLDERS, missing_components, needed_files, part_of
+from flux_batch.model.checkpoint.files import COMPONENT_FOLDERS, missing_components, needed_files, part_of
 
 SETTINGS = [
     "model_index.json",
@@ -53,7 +53,7 @@ def test_of_both_layouts_one_is_fetched() -> None:
 
 
 @pytest.mark.parametrize("single_files", [False, True])
-def test_what_lies_in_one_place_only_is_fetched(single_files: bool) -> None:
+def test_weights_in_one_layout_are_fetched(single_files: bool) -> None:
     names = [*SETTINGS, *ENCODERS, *FOLDER_WEIGHTS]
     assert needed_files(names, single_files=single_files) == sorted(names)
     mixed = [*SETTINGS, *ENCODERS, *SINGLE_FILES]
@@ -100,13 +100,13 @@ def test_no_name_leads_out_of_the_folder(name: str) -> None:
     assert needed_files([name]) == []
 
 
-def test_what_is_lacking_is_told_by_folder() -> None:
+def test_missing_components_are_named_by_folder() -> None:
     assert missing_components([*SETTINGS, *ENCODERS, *FOLDER_WEIGHTS]) == []
     assert missing_components([*SETTINGS, *ENCODERS, *SINGLE_FILES]) == []
     assert missing_components([*SETTINGS, *ENCODERS[:2], *FOLDER_WEIGHTS]) == ["text_encoder_2"]  # one shard of two
     assert missing_components([*SETTINGS, *ENCODERS[1:], *FOLDER_WEIGHTS]) == ["text_encoder"]
     assert missing_components(["all.safetensors"]) == ["tokenizer", "tokenizer_2"]
-    assert missing_components([]) == [folder for folder in FOLDERS if folder != "scheduler"]
+    assert missing_components([]) == [folder for folder in COMPONENT_FOLDERS if folder != "scheduler"]
 
 
 @pytest.mark.parametrize(

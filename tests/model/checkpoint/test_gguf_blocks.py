@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_batch.model.checkpoint.gguf_blocks import FORMATS, dequantize
-from flux_batch.model.checkpoint.gguf_header import QUANTISED
+from flux_batch.model.checkpoint.gguf_blocks import DECODERS, dequantize
+from flux_batch.model.checkpoint.gguf_header import QUANTIZED_DTYPES
 
 # Where the fp16 factors of a block lie, which must be numbers.
 FACTORS = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
@@ -28,7 +28,7 @@ def random_rows(dtype: str, rows: int, blocks: int, seed: int) -> np.ndarray:
     return packed.reshape(rows, blocks * size)
 
 
-@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("dtype", DECODERS)
 @settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 20), blocks=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
 def test_common_formats_are_those_of_the_package(dtype: str, rows: int, blocks: int, seed: int) -> None:
@@ -40,7 +40,7 @@ def test_common_formats_are_those_of_the_package(dtype: str, rows: int, blocks: 
     assert np.array_equal(actual.numpy().view(np.uint32), np.ascontiguousarray(expected).view(np.uint32))
 
 
-@pytest.mark.parametrize("dtype", sorted(QUANTISED))
+@pytest.mark.parametrize("dtype", sorted(QUANTIZED_DTYPES))
 def test_every_format_can_be_undone(dtype: str) -> None:
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]]
     assert dequantize(torch.zeros(3, 2 * size, dtype=torch.uint8), dtype).shape == (3, 2 * block)

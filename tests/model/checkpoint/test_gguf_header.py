@@ -54,42 +54,45 @@ def aligned(data: bytes, body: int = 128, alignment: int = 32) -> bytes:
 
 
 WRONG = {
-    "nothing but a magic": (b"GGUF", "4 bytes are said to follow byte 4"),
+    "nothing but a magic": (b"GGUF", "its header claims 4 bytes at 4"),
     "version 1": (header(version=1), "version 1 is not known"),
     "big-endian": (header(version=3 << 24), "version 50331648 is not known"),
     "absurd tensors": (header(tensors=2**63) + b"\0" * 500, "9223372036854775808 tensors"),
     "absurd values": (header(values=2**64 - 1) + b"\0" * 500, "18446744073709551615 values"),
-    "many tensors in a short file": (header(tensors=50_000) + b"\0" * 500, "bytes are said to follow"),
-    "absurd name": (header(tensors=1) + struct.pack("<Q", 2**62), "4611686018427387904 bytes are said to follow"),
+    "many tensors in a short file": (header(tensors=50_000) + b"\0" * 500, r"its header claims \d+ bytes"),
+    "absurd name": (header(tensors=1) + struct.pack("<Q", 2**62), "its header claims 4611686018427387904 bytes"),
     "absurd list": (
         header(values=1) + string("k") + struct.pack("<IIQ", ARRAY, U32, 2**62) + b"\0" * 500,
-        "18446744073709551616 bytes are said to follow",
+        "its header claims 18446744073709551616 bytes",
     ),
     "absurd list of texts": (
         header(values=1) + string("k") + struct.pack("<IIQ", ARRAY, STRING, 2**62) + b"\0" * 500,
-        "8 bytes are said to follow",
+        "its header claims 8 bytes",
     ),
     "lists of lists": (header(values=1) + string("k") + struct.pack("<IIQ", ARRAY, ARRAY, 1), "lists of lists"),
     "unknown kind of value": (header(values=1) + string("k") + struct.pack("<I", 77), "77 is not a valid"),
     "name that is no text": (header(tensors=1) + struct.pack("<Q", 1) + b"\xff", "can't decode byte 0xff"),
-    "many dimensions": (header(tensors=1) + entry(shape=(1,) * 5), "x is said to have 5 dimensions"),
+    "many dimensions": (header(tensors=1) + entry(shape=(1,) * 5), "x has 5 dimensions"),
     "unknown type": (header(tensors=1) + entry(kind=999), "999 is not a valid GGMLQuantizationType"),
-    "huge tensor": (aligned(header(tensors=1) + entry(shape=(2**40, 2**20))), "x is said to end beyond the 224 bytes"),
+    "huge tensor": (aligned(header(tensors=1) + entry(shape=(2**40, 2**20))), "x ends beyond the 224 bytes"),
     "no whole blocks": (aligned(header(tensors=1) + entry(shape=(33,), kind=8)), "33 long, no multiple of the 32"),
     "packed number": (aligned(header(tensors=1) + entry(shape=(), kind=8)), "1 long, no multiple of the 32"),
-    "offset beyond the end": (aligned(header(tensors=1) + entry(offset=2**40)), "x is said to end beyond"),
+    "offset beyond the end": (aligned(header(tensors=1) + entry(offset=2**40)), "x ends beyond"),
     "crooked offset": (aligned(header(tensors=1) + entry(offset=3)), "x is not aligned to 32 bytes"),
     "two of one name": (aligned(header(tensors=2) + entry() + entry()), "two tensors have one name"),
     "crooked alignment": (
         header(values=1) + string("general.alignment") + struct.pack("<II", U32, 3),
-        "aligned to 3 bytes",
+        "its alignment is 3 bytes",
     ),
-    "no alignment": (header(values=1) + string("general.alignment") + struct.pack("<II", U32, 0), "aligned to 0 bytes"),
+    "no alignment": (
+        header(values=1) + string("general.alignment") + struct.pack("<II", U32, 0),
+        "its alignment is 0 bytes",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_said_in_a_moment(tmp_path: Path, name: str) -> None:
+def test_damaged_headers_are_refused_at_once(tmp_path: Path, name: str) -> None:
     data, message = WRONG[name]
     path = tmp_path / "model.gguf"
     path.write_bytes(data)
@@ -106,7 +109,7 @@ def test_a_tensor_that_just_fits_is_taken(tmp_path: Path) -> None:
     path.write_bytes(aligned(header(tensors=1) + entry()))
     assert read_gguf(path)[0][0].shape == (32,)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="x is said to end beyond"):
+    with pytest.raises(ValueError, match="x ends beyond"):
         read_gguf(path)
 
 

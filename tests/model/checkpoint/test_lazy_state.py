@@ -18,7 +18,7 @@ from flux_batch.model.checkpoint.diffusers_keys import (
     transformer_to_diffusers,
 )
 from flux_batch.model.checkpoint.lazy_state import StoredState
-from flux_batch.model.checkpoint.loading import diffusers_parts
+from flux_batch.model.checkpoint.loading import diffusers_pieces
 from helpers.layout_files import FP8, FP8_WIDE, LAYOUTS, State, coarse_state, gguf_round, save, scaled_state, write_gguf
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def recognised(state: State, folder: Path) -> Checkpoint:
 def test_scaled_weights_are_the_fp32_product_rounded_once(
     tmp_path: Path, kind: torch.dtype, rows: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK", 48)  # 3 rows at a time of 10
+    monkeypatch.setattr(module, "CHUNK_NUMBERS", 48)  # 3 rows at a time of 10
     weight, scale = random_fp8((10, 16), kind), torch.rand(10 if rows else ()) / 3
     stored = recognised({f"{LAYER}.weight": weight, f"{LAYER}.scale_weight": scale}, tmp_path)
     actual = StoredState(stored, dtype, CPU)[f"{LAYER}.weight"]
@@ -52,7 +52,7 @@ def test_scaled_weights_are_the_fp32_product_rounded_once(
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
 def test_gguf_weights_do_not_depend_on_the_pieces(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 100)
+    monkeypatch.setattr(module, "CHUNK_NUMBERS", 100)
     state = {LAYER: torch.randn(7, 64), "short": torch.randn(3, 5)}
     stored = open_checkpoint(write_gguf(state, tmp_path / "model.gguf", kind))
     read = StoredState(stored, torch.float32, CPU)
@@ -62,7 +62,7 @@ def test_gguf_weights_do_not_depend_on_the_pieces(tmp_path: Path, kind: str, mon
 
 
 @pytest.mark.parametrize("layout", ["original fp32", "gguf F32"])
-def test_what_stays_as_it_is_are_the_pages_of_the_file(tmp_path: Path, layout: str) -> None:
+def test_unconverted_tensors_are_pages_of_the_file(tmp_path: Path, layout: str) -> None:
     path = LAYOUTS[layout].write(coarse_state(), tmp_path / "model")
     state = StoredState(detect(open_checkpoint(path))[1], torch.float32, CPU)
     pages = Path("/proc/self/maps").read_text().splitlines()
@@ -117,7 +117,7 @@ def diffusers() -> State:
 def joined(state: State, folder: Path) -> StoredState:
     """Return the tensors of a diffusers file by our names."""
     stored = recognised(state, folder)
-    return StoredState(stored, torch.float32, CPU, parts=diffusers_parts(transformer_rules, stored.tensors))
+    return StoredState(stored, torch.float32, CPU, parts=diffusers_pieces(transformer_rules, stored.tensors))
 
 
 @pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale"])

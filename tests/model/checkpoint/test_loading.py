@@ -39,7 +39,7 @@ class Doubled(nn.Module):
         super().__init__()
         self.shape = linear.weight.shape
 
-    def read_stored(self, state: StoredState, name: str) -> None:
+    def load_from(self, state: StoredState, name: str) -> None:
         self.name, self.doubled = name, 2 * state[f"{name}.weight"]
 
 

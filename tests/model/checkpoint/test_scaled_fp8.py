@@ -39,7 +39,7 @@ def test_a_lost_scale_is_named(tmp_path: Path, spelling: str) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["scale_weight", "comfy_quant", "metadata"])
-def test_the_loss_of_all_scales_is_noticed_by_what_the_file_says_of_itself(tmp_path: Path, spelling: str) -> None:
+def test_the_metadata_tells_that_all_scales_are_lost(tmp_path: Path, spelling: str) -> None:
     stored, metadata = scaled_state(coarse_state(), spelling, FP8)
     bare = {name: value for name, value in stored.items() if not name.endswith(("scale_weight", "weight_scale"))}
     with pytest.raises(ValueError, match=r"scale of .* and \d+ more is missing"):
@@ -84,7 +84,7 @@ WRONG: dict[str, tuple[Callable[[State], State], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_does_not_fit_is_named(tmp_path: Path, name: str) -> None:
+def test_a_scale_that_does_not_fit_is_named(tmp_path: Path, name: str) -> None:
     change, message = WRONG[name]
     state = FP8_LAYER | {f"{LAYER}.weight_scale": torch.ones(())}
     read(state, tmp_path)
@@ -103,7 +103,7 @@ def test_scales_are_one_or_one_a_row(tmp_path: Path, shape: tuple[int, ...]) -> 
         ({"format": "nvfp4"}, "quantised as nvfp4, not as plain fp8"),
         ({"format": "int8_tensorwise", "convrot": True}, "quantised as int8_tensorwise"),
         ({"format": "float8_e4m3fn", "convrot": True}, "not as plain fp8"),
-        ({"format": "float8_e5m2"}, r"qkv\.weight is said to be float8_e5m2, and is stored as F8_E4M3"),
+        ({"format": "float8_e5m2"}, r"qkv\.weight is declared as float8_e5m2, and stored as F8_E4M3"),
         ({}, "quantised as None"),
         (None, "quantised as None"),
         (["float8_e4m3fn"], r"quantised as \["),
@@ -132,7 +132,7 @@ def test_the_header_of_every_shard_is_read(tmp_path: Path, shard: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "[]", '{"layers": 1}', "\ud800"])
-def test_metadata_that_says_nothing_is_an_error(tmp_path: Path, text: str) -> None:
+def test_empty_metadata_is_an_error(tmp_path: Path, text: str) -> None:
     metadata = {"_quantization_metadata": text.encode(errors="ignore").decode()}
     with pytest.raises(ValueError, match="_quantization_metadata"):
         read(FP8_LAYER, tmp_path, metadata)
@@ -141,6 +141,6 @@ def test_metadata_that_says_nothing_is_an_error(tmp_path: Path, text: str) -> No
 @pytest.mark.parametrize(
     "value", [as_bytes("{"), torch.full((4,), 255, dtype=torch.uint8), torch.ones(4), torch.zeros(100_000).byte()]
 )
-def test_a_layer_description_that_says_nothing_is_an_error(tmp_path: Path, value: torch.Tensor) -> None:
+def test_an_empty_layer_description_is_an_error(tmp_path: Path, value: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=rf"{LAYER}\.comfy_quant is (no description|not valid JSON)"):
         read(FP8_LAYER | {f"{LAYER}.comfy_quant": value}, tmp_path)

@@ -18,7 +18,7 @@ from flux_batch.model.checkpoint.detect import detect
 from flux_batch.model.checkpoint.diffusers_keys import swap_halves, transformer_from_diffusers, transformer_to_diffusers
 from flux_batch.model.checkpoint.loading import load_transformer
 from flux_batch.model.lora.file import open_lora
-from flux_batch.model.lora.merge import LoraMerge
+from flux_batch.model.lora.fusion import LoraFusion
 from flux_batch.model.text import load_clip, load_t5
 from flux_batch.model.transformer import Flux
 from helpers.lora_files import Factors, added, matrices, random_factors, write_lora
@@ -35,24 +35,24 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def merge(repository: Path) -> LoraMerge:
+def fusion(repository: Path) -> LoraFusion:
     """The parts of a tiny model, fresh."""
-    merge = LoraMerge()
+    fusion = LoraFusion()
     transformer = open_checkpoint(repository / "transformer")
     config = json.loads((repository / "transformer" / "config.json").read_text())
-    merge.add_part("transformer", load_transformer(transformer, detect(transformer)[0], config, **F32))
+    fusion.add_part("transformer", load_transformer(transformer, detect(transformer)[0], config, **F32))
     clip = detect(open_checkpoint(repository / "text_encoder"))[1]
-    merge.add_part("clip", load_clip(clip, **F32).model)
-    merge.add_part("t5", load_t5(detect(open_checkpoint(repository / "text_encoder_2"))[1], **F32).model)
-    return merge
+    fusion.add_part("clip", load_clip(clip, **F32).model)
+    fusion.add_part("t5", load_t5(detect(open_checkpoint(repository / "text_encoder_2"))[1], **F32).model)
+    return fusion
 
 
-def put_in(merge: LoraMerge, path: Path, scale: float = 1.0) -> None:
-    merge.set([(open_lora(path, path.name, merge.shapes()), scale)])
+def put_in(fusion: LoraFusion, path: Path, scale: float = 1.0) -> None:
+    fusion.fuse([(open_lora(path, path.name, fusion.shapes()), scale)])
 
 
-def state_of(merge: LoraMerge, part: str = "transformer") -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in merge.parts[part].state_dict().items()}
+def state_of(fusion: LoraFusion, part: str = "transformer") -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in fusion.parts[part].state_dict().items()}
 
 
 def in_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,31 +90,31 @@ ORIGINAL_NAMES = {
 
 @pytest.mark.parametrize("family", DIFFUSERS_NAMES)
 @pytest.mark.parametrize("scale", [1.0, -0.7])
-def test_layers_of_diffusers_are_rows_of_ours(tmp_path: Path, merge: LoraMerge, family: str, scale: float) -> None:
-    before = in_diffusers(state_of(merge))
+def test_layers_of_diffusers_are_rows_of_ours(tmp_path: Path, fusion: LoraFusion, family: str, scale: float) -> None:
+    before = in_diffusers(state_of(fusion))
     modules = random_factors(matrices(before), seed=1, alphas=ALPHAS)
     path = write_lora(tmp_path / "lora.safetensors", modules, **DIFFUSERS_NAMES[family])
 
-    put_in(merge, path, scale)
+    put_in(fusion, path, scale)
 
-    assert_close(in_diffusers(state_of(merge)), added(before, modules, scale))
+    assert_close(in_diffusers(state_of(fusion)), added(before, modules, scale))
 
 
 @pytest.mark.parametrize("family", ORIGINAL_NAMES)
 @pytest.mark.parametrize("scale", [1.0, 0.3])
-def test_original_layers_are_ours(tmp_path: Path, merge: LoraMerge, family: str, scale: float) -> None:
-    before = state_of(merge)
+def test_original_layers_are_ours(tmp_path: Path, fusion: LoraFusion, family: str, scale: float) -> None:
+    before = state_of(fusion)
     modules = random_factors(matrices(before), seed=2, alphas=ALPHAS)
     path = write_lora(tmp_path / "lora.safetensors", modules, **ORIGINAL_NAMES[family])
 
-    put_in(merge, path, scale)
+    put_in(fusion, path, scale)
 
-    assert_close(state_of(merge), added(before, modules, scale))
+    assert_close(state_of(fusion), added(before, modules, scale))
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model."])
-def test_xlabs(tmp_path: Path, merge: LoraMerge, prefix: str) -> None:
-    before = state_of(merge)
+def test_xlabs(tmp_path: Path, fusion: LoraFusion, prefix: str) -> None:
+    before = state_of(fusion)
     names = {}
     for i in range(2):
         names |= {
@@ -130,16 +130,16 @@ def test_xlabs(tmp_path: Path, merge: LoraMerge, prefix: str) -> None:
     qkv = random_factors({f"single_blocks.{i}.processor.qkv_lora": (96, 32) for i in range(2)}, seed=4)
     path = write_lora(tmp_path / "x.safetensors", {**modules, **qkv}, prefix=prefix, down="down.weight", up="up.weight")
 
-    put_in(merge, path, 0.8)
+    put_in(fusion, path, 0.8)
 
     expected = added(before, {names[name]: factors for name, factors in modules.items()}, 0.8)
     for i in range(2):
         expected[f"single_blocks.{i}.linear1.weight"][:96] += 0.8 * qkv[f"single_blocks.{i}.processor.qkv_lora"].delta
-    assert_close(state_of(merge), expected)
+    assert_close(state_of(fusion), expected)
 
 
-def test_diffsynth(tmp_path: Path, merge: LoraMerge) -> None:
-    before = state_of(merge)
+def test_diffsynth(tmp_path: Path, fusion: LoraFusion) -> None:
+    before = state_of(fusion)
     names = {
         "blocks.1.attn.a_to_qkv": "double_blocks.1.img_attn.qkv",
         "blocks.1.attn.b_to_out": "double_blocks.1.txt_attn.proj",
@@ -159,12 +159,12 @@ def test_diffsynth(tmp_path: Path, merge: LoraMerge) -> None:
     modules = random_factors({theirs: shapes[ours] for theirs, ours in names.items()}, seed=5)
     path = write_lora(tmp_path / "x.safetensors", modules, down="lora_A.default.weight", up="lora_B.default.weight")
 
-    put_in(merge, path)
+    put_in(fusion, path)
 
     last = modules["final_norm_out.linear"]
     swapped = Factors(last.down, swap_halves(last.up))
     ours = {names[name]: swapped if factors is last else factors for name, factors in modules.items()}
-    assert_close(state_of(merge), added(before, ours))
+    assert_close(state_of(fusion), added(before, ours))
 
 
 CLIP_NAMES = {
@@ -193,50 +193,50 @@ T5_NAMES = {
     ("part", "spelling"),
     [*(("clip", spelling) for spelling in CLIP_NAMES.values()), *(("t5", spelling) for spelling in T5_NAMES.values())],
 )
-def test_text_encoders(tmp_path: Path, merge: LoraMerge, part: str, spelling: dict[str, str | bool]) -> None:
-    before = state_of(merge, part)
+def test_text_encoders(tmp_path: Path, fusion: LoraFusion, part: str, spelling: dict[str, str | bool]) -> None:
+    before = state_of(fusion, part)
     shapes = {name: shape for name, shape in matrices(before).items() if "embed_tokens" not in name}
     modules = random_factors(shapes, seed=6, alphas=ALPHAS)
     path = write_lora(tmp_path / "x.safetensors", modules, **spelling)
 
-    put_in(merge, path, 1.5)
+    put_in(fusion, path, 1.5)
 
     expected = added(before, modules, 1.5)
     if part == "t5":
         expected["encoder.embed_tokens.weight"] = expected["shared.weight"]
-    assert_close(state_of(merge, part), expected)
+    assert_close(state_of(fusion, part), expected)
 
 
-def test_all_parts_of_one_file_at_once(tmp_path: Path, merge: LoraMerge) -> None:
+def test_all_parts_of_one_file_at_once(tmp_path: Path, fusion: LoraFusion) -> None:
     shapes = {
         "lora_unet_single_blocks_0_linear2": (32, 160),
         "lora_te1_text_model_encoder_layers_0_mlp_fc1": (64, 32),
         "lora_te3_encoder_block_1_layer_1_DenseReluDense_wo": (24, 48),
     }
-    before = {part: state_of(merge, part) for part in merge.parts}
+    before = {part: state_of(fusion, part) for part in fusion.parts}
     path = write_lora(tmp_path / "x.safetensors", random_factors(shapes), **KOHYA)
 
-    put_in(merge, path)
+    put_in(fusion, path)
 
     for part, name in (
         ("transformer", "single_blocks.0.linear2.weight"),
         ("clip", "encoder.layers.0.mlp.fc1.weight"),
         ("t5", "encoder.block.1.layer.1.DenseReluDense.wo.weight"),
     ):
-        after = state_of(merge, part)
+        after = state_of(fusion, part)
         assert [key for key in after if not torch.equal(after[key], before[part][key])] == [name]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
-def test_the_dtype_of_the_file_does_not_matter(tmp_path: Path, merge: LoraMerge, dtype: torch.dtype) -> None:
-    before = state_of(merge)
+def test_the_dtype_of_the_file_does_not_matter(tmp_path: Path, fusion: LoraFusion, dtype: torch.dtype) -> None:
+    before = state_of(fusion)
     drawn = random_factors({"double_blocks.0.img_attn.qkv": (96, 32)})
     stored = {name: Factors(f.down.to(dtype).float(), f.up.to(dtype).float()) for name, f in drawn.items()}
     path = write_lora(tmp_path / "x.safetensors", drawn, dtype=dtype)
 
-    put_in(merge, path)
+    put_in(fusion, path)
 
-    assert_close(state_of(merge), added(before, stored))
+    assert_close(state_of(fusion), added(before, stored))
 
 
 # diffusers and PEFT
@@ -260,51 +260,51 @@ def of_double_blocks(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[i
 
 
 @pytest.mark.parametrize("family", ["diffusers", "onetrainer"])
-def test_equal_to_diffusers(tmp_path: Path, merge: LoraMerge, reference: FluxPipeline, family: str) -> None:
-    names = matrices(in_diffusers(state_of(merge)))
+def test_equal_to_diffusers(tmp_path: Path, fusion: LoraFusion, reference: FluxPipeline, family: str) -> None:
+    names = matrices(in_diffusers(state_of(fusion)))
     blocks = {name: shape for name, shape in names.items() if ".attn." in name or name == "x_embedder"}
     # diffusers' own OneTrainer conversion wants an alpha of every module.
     modules = random_factors(blocks, seed=8, alphas=(None,) if family == "diffusers" else (2.0, 8.0))
     path = write_lora(tmp_path / "lora.safetensors", modules, **DIFFUSERS_NAMES[family])
 
-    put_in(merge, path, 0.6)
+    put_in(fusion, path, 0.6)
 
-    assert_close(state_of(merge), fused_by_diffusers(reference, path, 0.6))
+    assert_close(state_of(fusion), fused_by_diffusers(reference, path, 0.6))
 
 
-def test_equal_to_diffusers_on_kohyas_files(tmp_path: Path, merge: LoraMerge, reference: FluxPipeline) -> None:
-    shapes = of_double_blocks(matrices(state_of(merge)))  # its single blocks are of full size only
+def test_equal_to_diffusers_on_kohyas_files(tmp_path: Path, fusion: LoraFusion, reference: FluxPipeline) -> None:
+    shapes = of_double_blocks(matrices(state_of(fusion)))  # its single blocks are of full size only
     modules = random_factors(shapes, seed=9, alphas=(None, 1.0, 4.0, 16.0))
     path = write_lora(tmp_path / "lora.safetensors", modules, **ORIGINAL_NAMES["kohya"])
 
-    put_in(merge, path, 0.9)
+    put_in(fusion, path, 0.9)
 
-    assert_close(state_of(merge), fused_by_diffusers(reference, path, 0.9))
+    assert_close(state_of(fusion), fused_by_diffusers(reference, path, 0.9))
 
 
-def test_equal_to_diffusers_on_xlabs_files(tmp_path: Path, merge: LoraMerge, reference: FluxPipeline) -> None:
+def test_equal_to_diffusers_on_xlabs_files(tmp_path: Path, fusion: LoraFusion, reference: FluxPipeline) -> None:
     shapes = {"double_blocks.0.processor.qkv_lora1": (96, 32), "double_blocks.1.processor.proj_lora2": (32, 32)}
     shapes |= {"single_blocks.1.processor.qkv_lora": (96, 32), "single_blocks.0.processor.proj_lora": (32, 160)}
     path = write_lora(tmp_path / "x.safetensors", random_factors(shapes), down="down.weight", up="up.weight")
 
-    put_in(merge, path)
+    put_in(fusion, path)
 
-    assert_close(state_of(merge), fused_by_diffusers(reference, path, 1.0))
+    assert_close(state_of(fusion), fused_by_diffusers(reference, path, 1.0))
 
 
-def test_equal_to_diffusers_on_text_encoders(tmp_path: Path, merge: LoraMerge, reference: FluxPipeline) -> None:
+def test_equal_to_diffusers_on_text_encoders(tmp_path: Path, fusion: LoraFusion, reference: FluxPipeline) -> None:
     shapes = {f"text_model.encoder.layers.{i}.self_attn.{name}_proj": (32, 32) for i in range(2) for name in "qkv"}
     path = write_lora(tmp_path / "x.safetensors", random_factors(shapes, seed=10), prefix="text_encoder.")
 
-    put_in(merge, path, 0.5)
+    put_in(fusion, path, 0.5)
     reference.load_lora_weights(str(tmp_path), weight_name=path.name)
     reference.fuse_lora(components=["text_encoder"], lora_scale=0.5)
     reference.unload_lora_weights()
 
-    assert_close(state_of(merge, "clip"), reference.text_encoder.state_dict())
+    assert_close(state_of(fusion, "clip"), reference.text_encoder.state_dict())
 
 
-def test_metadata_of_diffusers_states_alphas(tmp_path: Path, merge: LoraMerge, reference: FluxPipeline) -> None:
+def test_metadata_of_diffusers_states_alphas(tmp_path: Path, fusion: LoraFusion, reference: FluxPipeline) -> None:
     config = LoraConfig(
         r=4,
         lora_alpha=10,
@@ -327,16 +327,16 @@ def test_metadata_of_diffusers_states_alphas(tmp_path: Path, merge: LoraMerge, r
     reference.unload_lora_weights()
     path = tmp_path / "pytorch_lora_weights.safetensors"
 
-    put_in(merge, path, 0.7)
+    put_in(fusion, path, 0.7)
 
-    assert_close(state_of(merge), fused_by_diffusers(reference, path, 0.7))
+    assert_close(state_of(fusion), fused_by_diffusers(reference, path, 0.7))
 
 
 @pytest.mark.filterwarnings("ignore:Adapter 'default'")  # of PEFT, which takes a bias for a damaged matrix
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"lora_alpha": 9}, {"use_rslora": True}])
-def test_equal_to_peft(tmp_path: Path, merge: LoraMerge, options: dict[str, object]) -> None:
-    before = state_of(merge)
-    plain = Flux(merge.parts["transformer"].params)
+def test_equal_to_peft(tmp_path: Path, fusion: LoraFusion, options: dict[str, object]) -> None:
+    before = state_of(fusion)
+    plain = Flux(fusion.parts["transformer"].params)
     plain.load_state_dict(before)
     targets = [f"double_blocks.{i}.{name}" for i in range(2) for name in ("img_attn.qkv", "txt_mlp.2")]
     settings = {"r": 3, "lora_alpha": 2, "target_modules": targets, "init_lora_weights": False, **options}
@@ -347,9 +347,9 @@ def test_equal_to_peft(tmp_path: Path, merge: LoraMerge, options: dict[str, obje
             nn.init.normal_(value, mean=1.0)
     wrapped.save_pretrained(tmp_path)
 
-    put_in(merge, tmp_path / "adapter_model.safetensors")
+    put_in(fusion, tmp_path / "adapter_model.safetensors")
 
-    assert_close(state_of(merge), wrapped.merge_and_unload().state_dict())
+    assert_close(state_of(fusion), wrapped.merge_and_unload().state_dict())
 
 
 # Kinds
@@ -377,11 +377,11 @@ def test_equal_to_peft(tmp_path: Path, merge: LoraMerge, options: dict[str, obje
 )
 def test_kinds(
     tmp_path: Path,
-    merge: LoraMerge,
+    fusion: LoraFusion,
     factors: dict[str, tuple[int, ...] | float],
     expected: Callable[[dict[str, Tensor]], Tensor],
 ) -> None:
-    before = state_of(merge)
+    before = state_of(fusion)
     stem = "lora_unet_double_blocks_1_txt_attn_qkv"
     tensors = {
         role: torch.tensor(shape) if isinstance(shape, float) else torch.randn(shape) for role, shape in factors.items()
@@ -389,23 +389,23 @@ def test_kinds(
     path = tmp_path / "x.safetensors"
     save_file({f"{stem}.{role}": tensor for role, tensor in tensors.items()}, path)
 
-    put_in(merge, path, 0.25)
+    put_in(fusion, path, 0.25)
 
     name = "double_blocks.1.txt_attn.qkv.weight"
     wide = {role: tensor.double() for role, tensor in tensors.items()}
-    assert_close(state_of(merge), before | {name: before[name].double() + 0.25 * expected(wide)})
+    assert_close(state_of(fusion), before | {name: before[name].double() + 0.25 * expected(wide)})
 
 
 @pytest.mark.parametrize("shape", [(32,), (32, 1), (1, 32)])
-def test_dora_of_a_piece_of_a_fused_layer(tmp_path: Path, merge: LoraMerge, shape: tuple[int, ...]) -> None:
-    before = state_of(merge)
+def test_dora_of_a_piece_of_a_fused_layer(tmp_path: Path, fusion: LoraFusion, shape: tuple[int, ...]) -> None:
+    before = state_of(fusion)
     name = "transformer_blocks.0.attn.to_k"
     factors = random_factors({name: (32, 32)}, alphas=(3.0,))[name]
     magnitude = torch.rand(shape) + 0.5
     key = f"transformer.{name}.dora_scale"
     path = write_lora(tmp_path / "x.safetensors", {name: factors}, prefix="transformer.", extra={key: magnitude})
 
-    put_in(merge, path, 0.5)
+    put_in(fusion, path, 0.5)
 
     own = before["double_blocks.0.img_attn.qkv.weight"][32:64].double()
     moved = own + factors.delta
@@ -413,11 +413,11 @@ def test_dora_of_a_piece_of_a_fused_layer(tmp_path: Path, merge: LoraMerge, shap
     target = magnitude.double().reshape((1, 32) if dim == 0 else (32, 1)) * moved / moved.norm(dim=dim, keepdim=True)
     expected = {key: value.double() for key, value in before.items()}
     expected["double_blocks.0.img_attn.qkv.weight"][32:64] = 0.5 * own + 0.5 * target
-    assert_close(state_of(merge), expected)
+    assert_close(state_of(fusion), expected)
 
 
-def test_differences_of_norms_and_biases(tmp_path: Path, merge: LoraMerge) -> None:
-    before = state_of(merge)
+def test_differences_of_norms_and_biases(tmp_path: Path, fusion: LoraFusion) -> None:
+    before = state_of(fusion)
     norm, bias = torch.randn(16), torch.randn(64)
     path = tmp_path / "x.safetensors"
     save_file(
@@ -429,21 +429,21 @@ def test_differences_of_norms_and_biases(tmp_path: Path, merge: LoraMerge) -> No
         path,
     )
 
-    put_in(merge, path, 2.0)
+    put_in(fusion, path, 2.0)
 
     changed = {
         "double_blocks.0.img_attn.norm.key_norm.scale": 2 * norm,
         "final_layer.adaLN_modulation.1.bias": 2 * bias,
         "final_layer.adaLN_modulation.1.weight": torch.full((64, 32), 2.0),
     }
-    assert_close(state_of(merge), before | {name: before[name] + change for name, change in changed.items()})
+    assert_close(state_of(fusion), before | {name: before[name] + change for name, change in changed.items()})
 
 
 # Scales
 
 
-def test_a_fused_file_trained_in_pieces_has_the_scale_of_a_piece(tmp_path: Path, merge: LoraMerge) -> None:
-    before = state_of(merge)
+def test_a_fused_file_trained_in_pieces_has_the_scale_of_a_piece(tmp_path: Path, fusion: LoraFusion) -> None:
+    before = state_of(fusion)
     metadata = {"ss_network_args": json.dumps({"split_qkv": "True"})}
     up = torch.block_diag(torch.randn(32, 2), torch.randn(32, 2), torch.randn(32, 2))
     modules = {
@@ -453,29 +453,29 @@ def test_a_fused_file_trained_in_pieces_has_the_scale_of_a_piece(tmp_path: Path,
     }
     path = write_lora(tmp_path / "x.safetensors", modules, metadata=metadata, **ORIGINAL_NAMES["kohya"])
 
-    put_in(merge, path)
+    put_in(fusion, path)
 
     split = Factors(modules["double_blocks.0.img_attn.qkv"].down, up, 3.0)
-    assert_close(state_of(merge), added(before, modules | {"double_blocks.0.img_attn.qkv": split}))
+    assert_close(state_of(fusion), added(before, modules | {"double_blocks.0.img_attn.qkv": split}))
 
 
-def test_a_block_diagonal_file_that_says_nothing_is_as_it_is(tmp_path: Path, merge: LoraMerge) -> None:
-    before = state_of(merge)
+def test_a_block_diagonal_file_that_says_nothing_is_as_it_is(tmp_path: Path, fusion: LoraFusion) -> None:
+    before = state_of(fusion)
     up = torch.block_diag(torch.randn(32, 2), torch.randn(32, 2), torch.randn(32, 2))
     modules = {"double_blocks.0.img_attn.qkv": Factors(torch.randn(6, 32), up, 1.0)}
     path = write_lora(tmp_path / "x.safetensors", modules, **ORIGINAL_NAMES["kohya"])
 
-    put_in(merge, path)
+    put_in(fusion, path)
 
-    assert_close(state_of(merge), added(before, modules))
+    assert_close(state_of(fusion), added(before, modules))
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
-def test_an_alpha_that_is_no_number_is_an_error(tmp_path: Path, merge: LoraMerge, alpha: float) -> None:
+def test_an_alpha_that_is_no_number_is_an_error(tmp_path: Path, fusion: LoraFusion, alpha: float) -> None:
     modules = {"img_in": Factors(torch.randn(2, 64), torch.randn(32, 2), alpha)}
 
     with pytest.raises(ValueError, match=r"alpha of transformer\.img_in is"):
-        open_lora(write_lora(tmp_path / "x.safetensors", modules, prefix="transformer."), "x", merge.shapes())
+        open_lora(write_lora(tmp_path / "x.safetensors", modules, prefix="transformer."), "x", fusion.shapes())
 
 
 # What is wrong with a file
@@ -506,19 +506,19 @@ def good_lora(path: Path) -> dict[str, Tensor]:
     ],
 )
 def test_damaged_modules_are_named(
-    tmp_path: Path, merge: LoraMerge, damage: dict[str, Tensor | None], words: str
+    tmp_path: Path, fusion: LoraFusion, damage: dict[str, Tensor | None], words: str
 ) -> None:
     path = tmp_path / "x.safetensors"
     tensors = good_lora(path) | damage
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
 
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the words say which)
-        open_lora(path, "x", merge.shapes())
+        open_lora(path, "x", fusion.shapes())
     assert words in str(caught.value)
     assert str(path) in str(caught.value)
 
 
-def test_every_cut_of_a_file_is_one_clear_error(tmp_path: Path, merge: LoraMerge) -> None:
+def test_every_cut_of_a_file_is_one_clear_error(tmp_path: Path, fusion: LoraFusion) -> None:
     path = tmp_path / "x.safetensors"
     good_lora(path)
     whole = path.read_bytes()
@@ -526,4 +526,4 @@ def test_every_cut_of_a_file_is_one_clear_error(tmp_path: Path, merge: LoraMerge
     for tenth in range(10):
         path.write_bytes(whole[: len(whole) * tenth // 10])
         with pytest.raises(ValueError, match="cut short or damaged"):
-            open_lora(path, "x", merge.shapes())
+            open_lora(path, "x", fusion.shapes())

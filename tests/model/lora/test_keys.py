@@ -93,7 +93,7 @@ def test_a_file_for_another_model_is_guessed_to_be_so(stems: list[str]) -> None:
         find_modules("x", keys, PARTS)
 
 
-def test_a_file_for_this_model_is_not() -> None:
+def test_a_file_for_this_model_is_not_taken_for_another() -> None:
     stems = [QKV, "double_blocks.19.img_attn.qkv"]
     keys = [f"{stem}.lora_{half}.weight" for stem in stems for half in ("up", "down")]
 
@@ -108,7 +108,7 @@ def test_a_part_that_is_not_loaded_is_not_matched() -> None:
         find_modules("x", [key], {"transformer": TRANSFORMER})
 
 
-def test_what_flux_does_not_compute_is_passed_over() -> None:
+def test_layers_that_flux_does_not_compute_are_skipped() -> None:
     keys = [f"lora_te1_text_projection.{ending}" for ending in ("lora_up.weight", "lora_down.weight", "alpha")]
 
     assert find_modules("x", [*keys, "text_encoders.clip_l.transformer.text_projection.lora_up.weight"], PARTS) == []
@@ -126,7 +126,7 @@ def test_what_flux_does_not_compute_is_passed_over() -> None:
         ("bundle_emb.token.string_to_param.*", "textual inversion"),
     ],
 )
-def test_what_is_not_supported_is_named(key: str, words: str) -> None:
+def test_unsupported_kinds_are_named(key: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         find_modules("x", [f"{QKV}.lora_A.weight", f"{QKV}.lora_B.weight", key], PARTS)
 

@@ -13,7 +13,7 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model
 
 from flux_batch.model.lora.file import open_lora
-from flux_batch.model.lora.merge import LoraMerge
+from flux_batch.model.lora.fusion import LoraFusion
 from flux_batch.model.transformer import Flux
 from helpers.layout_files import PARAMS
 from helpers.lora_files import Factors, random_factors, write_lora
@@ -31,10 +31,10 @@ def make_model() -> Flux:
 
 
 @pytest.fixture
-def merge() -> LoraMerge:
-    merge = LoraMerge()
-    merge.add_part("transformer", make_model())
-    return merge
+def fusion() -> LoraFusion:
+    fusion = LoraFusion()
+    fusion.add_part("transformer", make_model())
+    return fusion
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def merge() -> LoraMerge:
         ),
     ],
 )
-def test_equal_to_peft(tmp_path: Path, merge: LoraMerge, make: Callable[[Names], PeftConfig]) -> None:
+def test_equal_to_peft(tmp_path: Path, fusion: LoraFusion, make: Callable[[Names], PeftConfig]) -> None:
     wrapped = get_peft_model(make_model(), make(LAYERS))  # type: ignore[arg-type]
     torch.manual_seed(1)
     for value in wrapped.parameters():
@@ -79,10 +79,10 @@ def test_equal_to_peft(tmp_path: Path, merge: LoraMerge, make: Callable[[Names],
             torch.nn.init.normal_(value, std=0.3)
     wrapped.save_pretrained(tmp_path)
 
-    merge.set([(open_lora(tmp_path / "adapter_model.safetensors", "x", merge.shapes()), 1.0)])
+    fusion.fuse([(open_lora(tmp_path / "adapter_model.safetensors", "x", fusion.shapes()), 1.0)])
 
     expected = wrapped.merge_and_unload().state_dict()  # type: ignore[operator]
-    for name, value in merge.parts["transformer"].state_dict().items():
+    for name, value in fusion.parts["transformer"].state_dict().items():
         assert torch.allclose(value, expected[name], rtol=1e-6, atol=2e-6), name
 
 
@@ -95,18 +95,18 @@ def with_settings(folder: Path, settings: Any) -> Path:
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq"])
-def test_a_difference_to_another_model_is_refused(tmp_path: Path, merge: LoraMerge, start: str) -> None:
+def test_a_difference_to_another_model_is_refused(tmp_path: Path, fusion: LoraFusion, start: str) -> None:
     path = with_settings(tmp_path, {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "init_lora_weights": start})
 
     with pytest.raises(ValueError, match=f"is a LoRA that is not supported: its training began with {start}"):
-        open_lora(path, "x", merge.shapes())
+        open_lora(path, "x", fusion.shapes())
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", None])
-def test_other_starts_are_as_good_as_any(tmp_path: Path, merge: LoraMerge, start: Any) -> None:
+def test_other_inits_are_accepted(tmp_path: Path, fusion: LoraFusion, start: Any) -> None:
     path = with_settings(tmp_path, {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "init_lora_weights": start})
 
-    (change,) = open_lora(path, "x", merge.shapes()).changes
+    (change,) = open_lora(path, "x", fusion.shapes()).changes
 
     assert change.alpha_over_rank == 4.0
 
@@ -125,33 +125,33 @@ def test_other_starts_are_as_good_as_any(tmp_path: Path, merge: LoraMerge, start
     ],
 )
 def test_settings_that_cannot_be_followed_are_named(
-    tmp_path: Path, merge: LoraMerge, settings: dict[str, Any], words: str
+    tmp_path: Path, fusion: LoraFusion, settings: dict[str, Any], words: str
 ) -> None:
     path = with_settings(tmp_path, {"peft_type": "LORA", "r": 2, "lora_alpha": 2, **settings})
 
     with pytest.raises(ValueError, match=re.escape(words)):
-        open_lora(path, "x", merge.shapes())
+        open_lora(path, "x", fusion.shapes())
 
 
 @pytest.mark.parametrize("rank", [0, -1, float("nan"), float("inf"), "2"])
-def test_a_rank_that_is_none_is_named(tmp_path: Path, merge: LoraMerge, rank: Any) -> None:
+def test_an_invalid_rank_is_named(tmp_path: Path, fusion: LoraFusion, rank: Any) -> None:
     path = tmp_path / "adapter_model.safetensors"
     factors = {"img_in.lokr_w1": torch.ones(1, 1), "img_in.lokr_w2": torch.ones(PARAMS.hidden_size, 64)}
     write_lora(path, {}, extra=factors)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": rank, "alpha": 2}))
 
     with pytest.raises(ValueError, match=r"the rank of img_in is .* in its settings, should be"):
-        open_lora(path, "x", merge.shapes())
+        open_lora(path, "x", fusion.shapes())
 
 
-def test_a_pattern_takes_no_years(tmp_path: Path, merge: LoraMerge) -> None:
+def test_a_slow_pattern_is_refused_at_once(tmp_path: Path, fusion: LoraFusion) -> None:
     path = tmp_path / "adapter_model.safetensors"
     shapes = {
         name.removesuffix(".weight"): (shape[0], shape[1])
-        for name, shape in merge.shapes()["transformer"].items()
+        for name, shape in fusion.shapes()["transformer"].items()
         if len(shape) == 2
     }
     write_lora(path, random_factors(shapes))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "alpha_pattern": {".*.*.*!": 2}}))
 
-    assert work(lambda: open_lora(path, "x", merge.shapes())) < 20
+    assert work(lambda: open_lora(path, "x", fusion.shapes())) < 20

@@ -18,7 +18,7 @@ from transformers import T5Config, T5EncoderModel
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
 from flux_batch.model.checkpoint.detect import detect
 from flux_batch.model.checkpoint.lazy_state import StoredState
-from flux_batch.model.checkpoint.loading import Prepare, fill, load_transformer
+from flux_batch.model.checkpoint.loading import Prepare, load_transformer, load_weights
 from flux_batch.model.optimize import quantize
 from flux_batch.model.optimize.quantize import (
     FeedForward,
@@ -253,7 +253,7 @@ class TestLoading:
         stored = StoredState(detect(open_checkpoint(path))[1], torch.bfloat16, CPU)
         with torch.device("meta"):
             layer = Fp8Linear(nn.Linear(32, 48))
-        fill(nn.ModuleDict({"double_blocks": nn.ModuleList([nn.ModuleDict({"layer": layer})])}), stored)
+        load_weights(nn.ModuleDict({"double_blocks": nn.ModuleList([nn.ModuleDict({"layer": layer})])}), stored)
         assert torch.equal(layer.weight_scale, torch.full((48, 1), 0.5))
         assert layer.weight_scale.is_contiguous()
         assert torch.equal(layer.bias, torch.ones(48, dtype=torch.bfloat16))
