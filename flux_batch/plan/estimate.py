@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flux_batch.config.schema import JobConfig
-from flux_batch.download.models import copy_here
+from flux_batch.download.models import find_local_model
 from flux_batch.errors import FluxBatchError
 from flux_batch.model.footprint import DEV_SIZE, TransformerSize, step_flops, transformer_size
 from flux_batch.model.params import steps_run
@@ -66,7 +66,7 @@ def _size_of_model(config: JobConfig) -> TransformerSize | None:
     """Return the size of the job's transformer; None if the model is not on this machine, or not whole."""
     model = config.model
     try:
-        source = copy_here(model.uri, model.storage_options)
+        source = find_local_model(model.uri, model.storage_options)
         return transformer_size(read_shapes(source)["transformer"]) if source else None
     except (FluxBatchError, ValueError, KeyError, OSError):
         return None
