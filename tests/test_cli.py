@@ -100,7 +100,7 @@ def test_status_reads_a_run_from_its_output(tmp_path: Path, capsys: pytest.Captu
     code, out, _ = flux_batch(capsys, "status", tmp_path / "out")
     assert code == 0
     assert "2 of 3 committed (67 %)" in out
-    assert "last sign" in out
+    assert "last report" in out
     status = json.loads(flux_batch(capsys, "status", tmp_path / "out", "--json")[1])
     assert (status["num_committed"], status["num_images"], status["is_complete"]) == (2, 6, False)
 

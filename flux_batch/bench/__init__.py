@@ -1,1 +1,1 @@
-"""Benchmarks: how fast the parts and the whole are here, beside what a user would run instead."""
+"""The benchmarks: the speed of the parts and the whole, beside other programs for the same work."""

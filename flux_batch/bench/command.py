@@ -1,4 +1,4 @@
-"""`flux-batch bench`: parse, measure, print a table, write JSON. Imports nothing heavy before it measures."""
+"""The command `flux-batch bench`: parse, measure, print a table, write JSON; heavy imports wait until then."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from flux_batch.bench.source import SizeName, Source
 from flux_batch.errors import JobError
 
 if TYPE_CHECKING:
     from flux_batch.bench.pipeline.pipeline import Call
-    from flux_batch.bench.source import Source
 
 Figures = dict[str, Any]
-SIZE_NAMES = ("dev", "schnell", "small", "tiny")
 
 
 def add_bench(command: argparse.ArgumentParser) -> None:
-    """Describe `bench` and what it can measure."""
+    """Add the arguments of `bench` and of its benchmarks."""
     kinds = command.add_subparsers(required=True, metavar="WHAT")
 
     kind = kinds.add_parser("pipeline", help="one pipeline: seconds by stage, utilisation, memory; against diffusers")
@@ -33,22 +32,22 @@ def add_bench(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         choices=["diffusers", "diffusers-compiled"],
-        help="run it too, in turn, with the same weights, prompts and seeds; may be given twice",
+        help="also run it, in turn, with the same weights, prompts and seeds; may be given twice",
     )
-    kind.add_argument("--peak-tflops", type=float, help="of the device, dense, in --dtype; else of a table")
+    kind.add_argument("--peak-tflops", type=float, help="the peak of the device, dense, in --dtype (from a table)")
     kind.set_defaults(measure=_pipeline)
 
-    kind = kinds.add_parser("job", help="a whole job, start-up aside, against its pipelines in bare loops")
+    kind = kinds.add_parser("job", help="a whole job without its start-up, against its pipelines in bare loops")
     _add_model(kind)
     _add_call(kind, steps=4, side=128)
-    kind.add_argument("--images", type=positive, default=64, help="how many (64)")
-    kind.add_argument("--workers", type=positive, help="processes; as many as there are GPUs, or else 2")
+    kind.add_argument("--images", type=positive, default=64, help="number of images (64)")
+    kind.add_argument("--workers", type=positive, help="processes (the number of GPUs, or 2)")
     kind.add_argument("--batch-size", type=positive, default=4, help="images a call (4)")
     kind.add_argument("--shard-size", type=positive, help="prompts a shard (a tenth of a worker's share)")
-    kind.add_argument("--num-gpus", type=float, help="of a worker (1 if there are any, else 0)")
-    kind.add_argument("--num-cpus", type=positive, default=1, help="of a worker, its threads (1)")
-    kind.add_argument("--engine", choices=["ray", "local"], default="ray", help="local: this process alone")
-    kind.add_argument("--against", action="append", default=[], choices=["ray-data"], help="the same with Ray Data")
+    kind.add_argument("--num-gpus", type=float, help="GPUs of a worker (1 if there are any, else 0)")
+    kind.add_argument("--num-cpus", type=positive, default=1, help="threads of a worker (1)")
+    kind.add_argument("--engine", choices=["ray", "local"], default="ray", help="local: this process alone (ray)")
+    kind.add_argument("--against", action="append", default=[], choices=["ray-data"], help="also run Ray Data")
     _add_repeats(kind, 1)
     kind.set_defaults(measure=_job)
 
@@ -57,10 +56,10 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     _add_repeats(kind, 3)
     kind.set_defaults(measure=_load)
 
-    kind = kinds.add_parser("lossy", help="fp8 and step caches: what they save, and what they cost the images")
+    kind = kinds.add_parser("lossy", help="fp8 and step caches: the time they save and the quality they cost")
     _add_model(kind)
     _add_call(kind, steps=28, side=128)
-    kind.add_argument("--images", type=positive, default=48, help="how many, in each mode (48)")
+    kind.add_argument("--images", type=positive, default=48, help="number of images in each mode (48)")
     kind.add_argument("--batch-size", type=positive, default=4, help="images a call (4)")
     _add_json(kind)
     kind.set_defaults(measure=_lossy)
@@ -81,9 +80,9 @@ def add_bench(command: argparse.ArgumentParser) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> str:
-    """Measure what the arguments name, and write --json. Returns: the table."""
+    """Run a benchmark and write --json. Returns: its table."""
     if arguments.json and not Path(arguments.json).resolve().parent.is_dir():
-        raise JobError(f"--json {arguments.json}: there is no such folder")  # said before the minutes are spent
+        raise JobError(f"--json {arguments.json}: there is no such folder")  # before minutes are spent
     measure: Callable[[argparse.Namespace], tuple[Figures, str]] = arguments.measure
     figures, text = measure(arguments)
 
@@ -96,7 +95,7 @@ def bench(arguments: argparse.Namespace) -> str:
 
 
 def positive(text: str) -> int:
-    """Read a whole number above 0, as argparse wants it."""
+    """Return a whole number of at least 1, as argparse wants it."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
@@ -105,12 +104,18 @@ def positive(text: str) -> int:
 
 def _add_model(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--model", default="demo", metavar="URI", help="a model, as in a job file (demo)")
-    kind.add_argument("--random-weights", choices=SIZE_NAMES, help="none, but one of that size with random weights")
-    kind.add_argument("--device", help="cuda if there is one, else cpu")
+    kind.add_argument(
+        "--random-weights", choices=get_args(SizeName), help="in place of --model, random weights of this size"
+    )
+    kind.add_argument("--device", help="cuda or cpu (cuda if there is one)")
     kind.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
     kind.add_argument("--quantization", choices=["none", "bfloat16", "fp8", "fp8_matmul"], default="none")
     kind.add_argument(
-        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the pipeline, e.g. step_cache=0.1"
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a pipeline option, e.g. step_cache=0.1",
     )
 
 
@@ -118,13 +123,11 @@ def _add_call(kind: argparse.ArgumentParser, *, steps: int, side: int) -> None:
     kind.add_argument("--width", type=positive, default=side, help=f"pixels ({side})")
     kind.add_argument("--height", type=positive, default=side, help=f"pixels ({side})")
     kind.add_argument("--steps", type=positive, default=steps, help=f"denoising steps ({steps})")
-    kind.add_argument("--t5-sequence-length", type=positive, help="text tokens; else the model's own number")
+    kind.add_argument("--t5-sequence-length", type=positive, help="text tokens (the model's own number)")
 
 
 def _add_repeats(kind: argparse.ArgumentParser, default: int = 5) -> None:
-    kind.add_argument(
-        "--repeats", type=positive, default=default, help=f"measurements, of which the median ({default})"
-    )
+    kind.add_argument("--repeats", type=positive, default=default, help=f"number of measurements ({default})")
     _add_json(kind)
 
 
@@ -133,7 +136,6 @@ def _add_json(kind: argparse.ArgumentParser) -> None:
 
 
 def _source(arguments: argparse.Namespace) -> Source:
-    from flux_batch.bench.source import Source
     from flux_batch.config.text import read_pairs
 
     return Source(

@@ -1,4 +1,4 @@
-"""How fast images become files, by format and level: what one CPU has to keep up with."""
+"""The benchmark of encoding images on one CPU, by format and level."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SEED = 6
 
 
 def bench_encode(side: int, repeats: int) -> dict[str, Any]:
-    """Encode two images in every format, one thread each; OpenCV's too, if it is installed."""
+    """Measure two images in every format on one thread; OpenCV's formats too, if it is installed."""
     results = []
     for content, pixels in (("smooth", smooth_image(side)), ("noise-like", noisy_image(side))):
         for name, encode in encoders():
             size = len(encode(pixels))
-            seconds = alternated({name: partial(again, encode, pixels)}, repeats, warm_ups=0)
+            seconds = alternated({name: partial(encode_again, encode, pixels)}, repeats, warm_ups=0)
             results.append(
                 {
                     "image": content,
@@ -36,8 +36,8 @@ def bench_encode(side: int, repeats: int) -> dict[str, Any]:
     return {"benchmark": "encode", "side": side, "repeats": repeats, "opencv": has_opencv(), "results": results}
 
 
-def again(encode: Callable[[Pixels], bytes], pixels: Pixels, repeat: int) -> bytes:
-    """Encode once more."""
+def encode_again(encode: Callable[[Pixels], bytes], pixels: Pixels, repeat: int) -> bytes:
+    """Encode an image, whatever the number of the repeat."""
     return encode(pixels)
 
 
@@ -49,7 +49,7 @@ def smooth_image(side: int) -> Pixels:
 
 
 def noisy_image(side: int) -> Pixels:
-    """Return the same with noise of all scales, as photographs have: amplitude 1 over frequency."""
+    """Return an image of noise at all scales, as in photographs: amplitude 1 / frequency."""
     spectrum = np.fft.rfft2(np.random.default_rng(SEED).standard_normal((3, side, side)))
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     frequency[0, 0] = 1.0
@@ -58,40 +58,40 @@ def noisy_image(side: int) -> Pixels:
 
 
 def to_uint8(values: Any) -> Pixels:
-    """Return values in [-1, 1] as uint8."""
+    """Return values in [-1, 1] as uint8 pixels."""
     pixels: Pixels = np.ascontiguousarray(((values + 1) * 127.5).round().astype(np.uint8))
     return pixels
 
 
 def encoders() -> Iterator[tuple[str, Callable[[Pixels], bytes]]]:
-    """Yield what can be compared here, by name."""
+    """Yield the name and the function of each encoder that is installed."""
     for level in range(10):
-        yield f"Pillow PNG {level}", partial(pillow, kind="PNG", compress_level=level)
+        yield f"Pillow PNG {level}", partial(pillow, image_format="PNG", compress_level=level)
     if has_opencv():
         for opencv_level in (None, 1, 3, 6):
             yield f"OpenCV PNG {opencv_level or ''}".rstrip(), partial(opencv_png, level=opencv_level)
-    yield f"Pillow JPEG {QUALITY}", partial(pillow, kind="JPEG", quality=QUALITY, subsampling=0)
-    yield f"Pillow WebP {QUALITY}", partial(pillow, kind="WEBP", quality=QUALITY)
-    yield "Pillow WebP lossless", partial(pillow, kind="WEBP", lossless=True, method=0)
+    yield f"Pillow JPEG {QUALITY}", partial(pillow, image_format="JPEG", quality=QUALITY, subsampling=0)
+    yield f"Pillow WebP {QUALITY}", partial(pillow, image_format="WEBP", quality=QUALITY)
+    yield "Pillow WebP lossless", partial(pillow, image_format="WEBP", lossless=True, method=0)
 
 
 def opencv_png(pixels: Pixels, level: int | None) -> bytes:
-    """Return the PNG file that OpenCV makes of an image, at its own level if none is named."""
+    """Return an image as PNG by OpenCV; level None is its own default."""
     import cv2
 
     flags = [] if level is None else [cv2.IMWRITE_PNG_COMPRESSION, level]
     return bytes(cv2.imencode(".png", pixels[:, :, ::-1], flags)[1])
 
 
-def pillow(pixels: Pixels, kind: str, **options: Any) -> bytes:
-    """Return the file that Pillow makes of an image."""
+def pillow(pixels: Pixels, image_format: str, **options: Any) -> bytes:
+    """Return an image in a format of Pillow."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
+    Image.fromarray(pixels).save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
 def has_opencv() -> bool:
-    """Tell whether OpenCV can be imported."""
+    """Return whether OpenCV can be imported."""
     try:
         import cv2  # noqa: F401
     except ImportError:
@@ -100,7 +100,7 @@ def has_opencv() -> bool:
 
 
 def format_encode(figures: dict[str, Any]) -> str:
-    """Lay the figures out for people."""
+    """Return the figures as text for people."""
     rows = [["image, encoder", "ms", "least", "most", "KB", "MB/s of pixels"]]
     for result in figures["results"]:
         ms = result["milliseconds"]

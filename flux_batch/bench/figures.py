@@ -1,4 +1,4 @@
-"""Repeated measurements and what is said of them: median, least, most. Knows no clock's subject."""
+"""Repeated measurements and their median, least and most; knows nothing of their subject."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Figures:
 
     @property
     def median(self) -> float:
-        """The middle one, or the mean of the two in the middle."""
+        """The middle value, or the mean of the two in the middle."""
         return statistics.median(self.values)
 
     def scaled(self, factor: float) -> Figures:
-        """Return all times `factor`."""
+        """Return all values times `factor`."""
         return Figures(tuple(value * factor for value in self.values))
 
     def to_json(self) -> dict[str, Any]:
-        """Return median, spread and every value."""
+        """Return median, least, most and every value."""
         return {
             "median": self.median,
             "least": min(self.values),
@@ -40,7 +40,7 @@ class Figures:
 
 
 def number(value: float) -> str:
-    """Write a number with four significant digits, without an exponent."""
+    """Return a number with four significant digits, without an exponent."""
     if value and abs(value) < 1e-3:
         return f"{value:.2g}" if abs(value) >= 1e-4 else f"{value:.6f}".rstrip("0").rstrip(".")
     return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
@@ -49,9 +49,9 @@ def number(value: float) -> str:
 def alternated(
     runs: Mapping[str, Run], repeats: int, *, warm_ups: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Figures]:
-    """Measure in turn, A B A B, so that what disturbs the machine disturbs all alike; in seconds.
+    """Measure runs in turn, A B A B, so that a disturbance of the machine meets all of them; in seconds.
 
-    A run is called with its number, negative while it only warms up, and returns when its work is done.
+    A run is called with its number, negative for a warm-up, and returns when its work is done.
     """
     for name in runs:
         for warm_up in range(warm_ups):
@@ -66,13 +66,13 @@ def alternated(
 
 
 def ratio(ours: Figures, theirs: Figures) -> dict[str, float]:
-    """Return how many times as fast ours is: the ratio of the medians, and the least and most of the pairs."""
+    """Return the speed of ours over theirs: the ratio of the medians, the least and most of the pairs."""
     pairs = [b / a for a, b in zip(ours.values, theirs.values, strict=True)]
     return {"median": theirs.median / ours.median, "least": min(pairs), "most": max(pairs)}
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Lay rows out in columns, the first to the left, the others to the right."""
+    """Return rows as text in columns, the first aligned left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for first, *others in rows:

@@ -1,8 +1,7 @@
-"""What a whole job costs beside its pipelines: the same images by a job, by bare loops, and by Ray Data.
+"""The benchmark of a whole job: the same images by a job, by bare loops over pipelines, and by Ray Data.
 
-Each contender runs in processes of its own, one after the other; start-up is left out of all alike. A rate is images
-over the mean time that the workers had, from when the model of each was loaded and had made a batch, until the last
-image was safe.
+Each contender runs in its own processes, one after the other; start-up is left out of all of them. A rate is the number
+of images over the mean time of the workers, from the end of each one's warm-up until the last image is written.
 """
 
 from __future__ import annotations
@@ -19,11 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from flux_batch.bench.figures import Figures, table
-from flux_batch.bench.job_task import GUIDANCE, JobSize, Task, stamp
+from flux_batch.bench.job_task import GUIDANCE, JobSize, Task, prompt_row, stamp
+from flux_batch.bench.prompt_sets import write_prompts
 from flux_batch.bench.source import Source
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
@@ -35,17 +32,18 @@ from flux_batch.pipeline.load import prepare_process
 from flux_batch.records import Shard, ShardResult
 from flux_batch.worker.protocol import ImagePipeline
 
-LOADED_S = 900  # how much later than the first the last bare loop may have its model
+# Seconds that the first bare loop waits for the last one to load its model.
+LOAD_TIMEOUT_S = 900
 
 
 @dataclass(frozen=True)
 class StampedMaker:
-    """Makes pipelines as a job does, and notes when each was ready."""
+    """A maker of pipelines for a job, which records the time when each is ready."""
 
     task: Task
 
     def __call__(self, model: ModelConfig) -> ImagePipeline:
-        """Load the model, whatever the job file calls it."""
+        """Load the task's model; `model` is ignored."""
         pipeline = self.task.source.open()
         prepare_process(pipeline)
         self.task.warm_up(lambda request: pipeline(**request, output_type="np"))
@@ -55,14 +53,14 @@ class StampedMaker:
 
 @dataclass
 class StampedEngine:
-    """An engine; notes when the last shard was committed, and how long devices were at work."""
+    """An engine that records the time of the last commit and the busy seconds of devices."""
 
     inner: Engine
     ended: float = 0.0
     device_s: float = field(default=0.0)
 
     def run(self, factory: WorkerFactory, shards: Sequence[Shard], stop: Stop) -> Iterator[ShardResult]:
-        """Run every shard."""
+        """Run every shard on the inner engine."""
         for result in self.inner.run(factory, shards, stop):
             self.ended = time.time()
             self.device_s += result.device_s
@@ -72,7 +70,7 @@ class StampedEngine:
 def bench_job(
     source: Source, size: JobSize, *, engine: str = "ray", against: Sequence[str] = (), repeats: int = 1
 ) -> dict[str, Any]:
-    """Run the contenders in turn, `repeats` times. Raises: JobError if what one needs is not installed."""
+    """Run the contenders in turn, `repeats` times. Raises: JobError if a package is not installed."""
     for package in ["ray"] * (engine == "ray" or "ray-data" in against) + ["diffusers"] * ("ray-data" in against):
         if importlib.util.find_spec(package) is None:
             raise JobError(
@@ -87,7 +85,7 @@ def bench_job(
         for name, contender in contenders.items():
             with tempfile.TemporaryDirectory(prefix="flux-batch-bench-") as folder:
                 task = Task(source=source, size=size, engine=engine, folder=Path(folder))
-                results[name].append(elsewhere(contender, task))
+                results[name].append(run_in_process(contender, task))
     rates = {name: Figures(tuple(one["images_per_second"] for one in runs)) for name, runs in results.items()}
     ratios = {name: rates["job"].median / rate.median for name, rate in rates.items() if name != "job"}
     return {
@@ -109,8 +107,8 @@ def bench_job(
     }
 
 
-def elsewhere(contender: Callable[[Task], dict[str, Any]], task: Task) -> dict[str, Any]:
-    """Run a contender in a process of its own, so that it leaves nothing to the next."""
+def run_in_process(contender: Callable[[Task], dict[str, Any]], task: Task) -> dict[str, Any]:
+    """Run a contender in its own process, so that it leaves nothing behind for the next."""
     started = time.monotonic()
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         result = pool.submit(contender, task).result()
@@ -118,15 +116,15 @@ def elsewhere(contender: Callable[[Task], dict[str, Any]], task: Task) -> dict[s
 
 
 def rate(task: Task, ended: float, device_s: float | None = None) -> dict[str, Any]:
-    """Return images a second, and the share of the workers' time that the pipeline was at work."""
-    had = [ended - float(path.read_text()) for path in task.folder.glob("ready-*")]
-    worker_s = sum(had)
-    found = {"images_per_second": task.size.images / (worker_s / len(had)), "workers": len(had)}
-    return found if device_s is None else {**found, "device_busy_share": device_s / worker_s}
+    """Return the images a second, and the busy share of the workers' time."""
+    seconds = [ended - float(path.read_text()) for path in task.folder.glob("ready-*")]
+    worker_s = sum(seconds)
+    figures = {"images_per_second": task.size.images / (worker_s / len(seconds)), "workers": len(seconds)}
+    return figures if device_s is None else {**figures, "device_busy_share": device_s / worker_s}
 
 
 def whole_job(task: Task) -> dict[str, Any]:
-    """Make the images with a job: Parquet in, WebDataset out, in a local folder."""
+    """Make the images by a job: Parquet in, WebDataset out, in a local folder."""
     config = job_config(task)
     engine = StampedEngine(LocalEngine() if task.engine == "local" else ray_pool(config))
     report = run(config, engine=engine, make_pipeline=StampedMaker(task))
@@ -136,8 +134,8 @@ def whole_job(task: Task) -> dict[str, Any]:
 
 
 def job_config(task: Task) -> JobConfig:
-    """Return the job, its prompts written down."""
-    size, prompts = task.size, write_prompts(task)
+    """Write the prompts of a job and return its configuration."""
+    size, prompts = task.size, write_task_prompts(task)
     sampling = {"width": size.width, "height": size.height, "num_inference_steps": size.steps}
     return JobConfig.from_dict(
         {
@@ -156,15 +154,14 @@ def job_config(task: Task) -> JobConfig:
     )
 
 
-def write_prompts(task: Task) -> Path:
-    """Write the prompts of all contenders."""
-    path = task.folder / "prompts.parquet"
-    pq.write_table(pa.Table.from_pylist(task.size.rows()), path)
+def write_task_prompts(task: Task) -> Path:
+    """Write the prompts of a task to one Parquet file and return its path."""
+    (path,) = write_prompts(task.folder, prompt_row, task.size.images, 1)
     return path
 
 
 def bare_loops(task: Task) -> dict[str, Any]:
-    """Make the images by one loop a process over the pipeline alone, and throw them away."""
+    """Make the images by a loop over the pipeline in each process, and drop them."""
     size, context = task.size, multiprocessing.get_context("spawn")
     assert size.workers is not None
     barrier, ends = context.Barrier(size.workers), context.SimpleQueue()
@@ -174,20 +171,20 @@ def bare_loops(task: Task) -> dict[str, Any]:
         if task.engine == "ray":
             os.environ["OMP_NUM_THREADS"] = str(size.num_cpus)  # as Ray does
             if size.num_gpus:
-                place = int(worker * size.num_gpus)
-                os.environ["CUDA_VISIBLE_DEVICES"] = devices[place] if devices[0] else str(place)
+                number = int(worker * size.num_gpus)
+                os.environ["CUDA_VISIBLE_DEVICES"] = devices[number] if devices[0] else str(number)
         processes.append(context.Process(target=bare_loop, args=(task, worker, barrier, ends)))
         processes[-1].start()
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
-        raise JobError("bench job: a bare loop failed; what it said stands above")
+        raise JobError("bench job: a bare loop failed; its error is printed above")
     loops = [json.loads(ends.get()) for _ in processes]
     return rate(task, max(loop["ended"] for loop in loops), sum(loop["device_s"] for loop in loops))
 
 
 def bare_loop(task: Task, worker: int, barrier: Any, ends: Any) -> None:
-    """Make every n-th batch, once all loops have their model."""
+    """Make every n-th batch, once all loops have loaded the model."""
     size = task.size
     try:
         pipeline = task.source.open()
@@ -195,7 +192,7 @@ def bare_loop(task: Task, worker: int, barrier: Any, ends: Any) -> None:
     except BaseException:
         barrier.abort()
         raise
-    barrier.wait(timeout=LOADED_S)  # one that was killed must not hold the others for ever
+    barrier.wait(timeout=LOAD_TIMEOUT_S)  # a killed one must not hold the others for ever
     stamp(task.folder)
     rows, device_s = size.rows(), 0.0
     batches = [rows[start : start + size.batch_size] for start in range(0, len(rows), size.batch_size)]
@@ -207,14 +204,14 @@ def bare_loop(task: Task, worker: int, barrier: Any, ends: Any) -> None:
 
 
 def ray_data(task: Task) -> dict[str, Any]:
-    """Make the images with Ray Data and diffusers."""
+    """Make the images by Ray Data and diffusers."""
     from flux_batch.bench.ray_data import run_ray_data
 
-    return rate(task, run_ray_data(task, write_prompts(task)))
+    return rate(task, run_ray_data(task, write_task_prompts(task)))
 
 
 def format_job(figures: dict[str, Any]) -> str:
-    """Lay the figures out for people."""
+    """Return the figures as text for people."""
     size = figures["size"]
     rows = [["", "images/s", "device busy", "s with start-up"]]
     for name, rates in figures["images_per_second"].items():
@@ -229,7 +226,7 @@ def format_job(figures: dict[str, Any]) -> str:
         [
             f"{figures['model']}, {figures['dtype']}, engine {figures['engine']}: {size['images']} images of "
             f"{size['width']} x {size['height']}, {size['steps']} steps, batches of {size['batch_size']}, "
-            f"{size['workers']} worker(s); start-up aside; runs: {figures['repeats']}",
+            f"{size['workers']} worker(s); without start-up; runs: {figures['repeats']}",
             table(rows),
             *compared,
         ]

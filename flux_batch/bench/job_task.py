@@ -1,4 +1,4 @@
-"""What every contender of `bench job` is given, and how a worker gets ready and says so."""
+"""The task of every contender of `bench job`, and the record of a worker's start."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 from flux_batch.bench.source import Source
 
-# So many shards that the end, when not every worker has one, is short against the whole; as one would choose them.
+# Enough shards that the end, when some workers are idle, is short beside the whole.
 SHARDS_A_WORKER = 10
 GUIDANCE = 3.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobSize:
-    """What is made, and by how many workers of which size."""
+    """The images of a task and the workers that make them."""
 
     images: int = 64
     width: int = 128
@@ -27,13 +27,13 @@ class JobSize:
     steps: int = 4
     t5_sequence_length: int | None = None
     batch_size: int = 4
-    shard_size: int | None = None  # of a worker's share the tenth part, in whole batches
-    workers: int | None = None  # as many as there are GPUs, or 2
-    num_gpus: float | None = None  # of a worker: 1 if there are any, else 0
+    shard_size: int | None = None  # None: a tenth of a worker's share, in whole batches
+    workers: int | None = None  # None: the number of GPUs, or 2
+    num_gpus: float | None = None  # of a worker; None: 1 if there are any, else 0
     num_cpus: int = 1
 
     def here(self, engine: str, device: str | None = None) -> JobSize:
-        """Return it with what this machine decides filled in."""
+        """Return the size with every None set for this machine."""
         import torch
 
         num_gpus = 0 if device == "cpu" else torch.cuda.device_count()
@@ -47,11 +47,11 @@ class JobSize:
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the prompts, each another, with their seeds."""
+        """Return the prompts, all different, with their seeds."""
         return [prompt_row(number) for number in range(self.images)]
 
     def request(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return what a pipeline is asked for to make the images of a batch."""
+        """Return the arguments of a pipeline's call for a batch."""
         return {
             "prompt": [row["prompt"] for row in rows],
             "seed": [row["seed"] for row in rows],
@@ -65,7 +65,7 @@ class JobSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a contender is given; `folder` is its own."""
+    """The task of one contender, with a folder of its own."""
 
     source: Source
     size: JobSize
@@ -73,16 +73,16 @@ class Task:
     folder: Path
 
     def warm_up(self, pipeline: Callable[[dict[str, Any]], Any]) -> None:
-        """Make a batch that is in no data set: what is compiled, or set up with the first call, is start-up."""
+        """Make a batch of other prompts: compilation and the set-up of a first call count as start-up."""
         size = self.size
         pipeline(size.request([prompt_row(size.images + number) for number in range(size.batch_size)]))
 
 
 def prompt_row(number: int) -> dict[str, Any]:
-    """Return a prompt, another one for every number, with its seed."""
+    """Return a prompt with its seed, different for every number."""
     return {"prompt": f"a red circle on a blue ground, number {number}", "seed": number}
 
 
 def stamp(folder: Path) -> None:
-    """Note that a worker is ready now; clocks of one machine agree."""
+    """Write the time at which a worker is ready; all run on one machine, with one clock."""
     (folder / f"ready-{uuid.uuid4().hex}").write_text(repr(time.time()))

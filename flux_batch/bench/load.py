@@ -1,4 +1,4 @@
-"""How long a model takes to load, how much memory that needs, and when it can begin: each time in a fresh process."""
+"""The benchmark of loading a model: seconds, memory and time to the first step, each in a fresh process."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from flux_batch.bench.source import Source
 
 
 def bench_load(source: Source, repeats: int) -> dict[str, Any]:
-    """Load a model `repeats` times; the files are in the page cache but, perhaps, the first time.
+    """Measure `repeats` loads of a model; the page cache has its files, except perhaps the first time.
 
     Raises: CheckpointError, InvalidSetting, StoreError.
     """
-    loads = [load_elsewhere(source) for _ in range(repeats)]
+    loads = [load_in_process(source) for _ in range(repeats)]
     return {
         "benchmark": "load",
         **source.describe(),
@@ -33,22 +33,22 @@ def bench_load(source: Source, repeats: int) -> dict[str, Any]:
     }
 
 
-def load_elsewhere(source: Source) -> dict[str, Any]:
-    """Load in a new process; errors come back as they are."""
+def load_in_process(source: Source) -> dict[str, Any]:
+    """Measure a load in a new process; its errors are raised here."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(load_here, source, time.time()).result()
 
 
 def load_here(source: Source, process_started: float) -> dict[str, Any]:
-    """Load, go to the first denoising step of a small image, and say what it took."""
+    """Measure a load in this process, and the way to the first denoising step of a small image."""
     started = time.perf_counter()
     import torch
 
-    import flux_batch.pipeline.pipeline  # noqa: F401  imported here, so that it is not counted as loading
+    import flux_batch.pipeline.pipeline  # noqa: F401  imported here, so that it does not count as loading
 
     device = source.torch_device
     if device.type == "cuda" and torch.cuda.is_available():
-        torch.zeros(1, device=device)  # makes the context now
+        torch.zeros(1, device=device)  # creates the context now
     imported = time.perf_counter()
     host = PeakMemory(torch.device("cpu"))
     memory = PeakMemory(device) if device.type == "cuda" and torch.cuda.is_available() else host
@@ -76,7 +76,7 @@ def load_here(source: Source, process_started: float) -> dict[str, Any]:
 
 
 def format_load(figures: dict[str, Any]) -> str:
-    """Lay the figures out for people."""
+    """Return the figures as text for people."""
     seconds, imports = figures["seconds"], figures["import_seconds"]
     first = figures["seconds_from_process_start_to_first_step"]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""What a figure was measured on: hardware, versions, commit, command and date; and how much memory was used."""
+"""The machine of a measurement: hardware, versions, commit, command, date; and its peak of memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("flux-batch", "torch", "transformers", "diffusers", "ray", "flash-at
 
 
 def describe_machine(argv: list[str] | None = None) -> dict[str, Any]:
-    """Return hardware, versions, commit, the command without what may be a secret, and the date."""
+    """Return hardware, versions, commit, date, and the command without secrets."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": public_text(shlex.join(["flux-batch", *(sys.argv[1:] if argv is None else argv)])),
@@ -36,13 +36,13 @@ def describe_machine(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def commit_of(checkout: Path) -> str | None:
-    """Return the commit that is checked out in a folder, with + if files differ from it; None if it is no checkout."""
+    """Return the commit checked out in a folder, with + if files differ from it; None if it is no checkout."""
     if not (checkout / ".git").exists():
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git here, or none that trusts the folder
+    except (OSError, subprocess.CalledProcessError):  # git is missing, or does not trust the folder
         return None
 
 
@@ -68,9 +68,9 @@ def cpu_model() -> str:
 
 
 class PeakMemory:
-    """The most memory in use since it was made, in bytes: a CUDA device's by torch, else this process's resident set.
+    """The peak of memory in use since its creation, in bytes: that of a CUDA device, else this process's resident set.
 
-    Where the system keeps no peak that can be reset, that of the CPU is the process's whole life's.
+    On systems where the peak of a process cannot be reset, it counts from the start of the process.
     """
 
     def __init__(self, device: Any) -> None:
@@ -97,7 +97,7 @@ class PeakMemory:
 
 
 def synchronize(device: Any) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished its work."""
     if device.type == "cuda":
         import torch
 

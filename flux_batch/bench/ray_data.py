@@ -1,4 +1,4 @@
-"""The job as one writes it without this package: Ray Data's map_batches, diffusers, write_webdataset."""
+"""The job without this package: Ray Data's map_batches, diffusers, write_webdataset."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flux_batch.bench.pipeline.peer import Peer
 
 
 class Mapper:
-    """diffusers' pipeline over a batch of rows, in an actor."""
+    """diffusers' pipeline over batches of rows, in an actor."""
 
     def __init__(self, task: Task) -> None:
         self._size = task.size
@@ -27,7 +27,7 @@ class Mapper:
         stamp(task.folder)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Add the images of a batch."""
+        """Return a batch with its images."""
         rows = [
             {"prompt": prompt, "seed": int(seed)} for prompt, seed in zip(batch["prompt"], batch["seed"], strict=True)
         ]
@@ -37,11 +37,11 @@ class Mapper:
 
 
 def run_ray_data(task: Task, prompts: Path) -> float:
-    """Make all images, into tars. Returns: when the last was written, in seconds since the epoch."""
+    """Make all images as tars. Returns: the end of the last write, in seconds since the epoch."""
     size = task.size
     assert size.workers is not None
     assert size.shard_size is not None
-    # As a job of ours: a local cluster with logical GPUs where there are none, and the same threads a worker.
+    # As in our job: a local cluster, with logical GPUs if there are none, and the same threads a worker.
     options: dict[str, Any] = {} if size.num_gpus else {"num_gpus": size.workers}
     if not os.environ.get("RAY_ADDRESS"):
         options |= {"address": "local", "include_dashboard": False}

@@ -1,10 +1,10 @@
-"""Which model a benchmark runs: one that lies somewhere, or a random one of a known size. Pickles small."""
+"""The model of a benchmark: a stored one, or a random one of a known size. It pickles small."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from flux_batch.errors import JobError
 from flux_batch.sampling_params import Quantization
@@ -15,20 +15,22 @@ if TYPE_CHECKING:
     from flux_batch.pipeline.model_manager import ModelManager
     from flux_batch.pipeline.pipeline import FluxImagePipeline
 
+SizeName: TypeAlias = Literal["dev", "schnell", "small", "tiny"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model to be made in the process that will run it; `options` go to the pipeline as they are."""
+    """A model that is loaded in the process that runs it; `options` are arguments of the pipeline."""
 
     uri: str = "demo"
-    random_weights: Literal["dev", "schnell", "small", "tiny"] | None = None
+    random_weights: SizeName | None = None
     device: str | None = None
     dtype: str = "auto"
     quantization: Quantization = "none"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        """Return what stands beside a figure."""
+        """Return the description of the model for the figures."""
         return {
             "model": f"random weights, size {self.random_weights}" if self.random_weights else self.uri,
             "dtype": self.dtype_name,
@@ -38,21 +40,21 @@ class Source:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device by name: `cuda` if there is one, else `cpu`, where none is named."""
+        """The device; by default `cuda` if there is one, else `cpu`."""
         import torch
 
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
     def dtype_name(self) -> str:
-        """The dtype by name; for `auto` what the device computes natively."""
+        """The name of the dtype; for `auto`, that which the device computes natively."""
         from flux_batch.model.optimize.dtypes import dtype_name
         from flux_batch.pipeline.precision import to_dtype
 
         return dtype_name(to_dtype(self.dtype, self.torch_device, self.quantization))
 
     def load(self) -> ModelManager:
-        """Load or make the parts. Raises: CheckpointError, InvalidSetting, StoreError."""
+        """Return the parts of the model, loaded or random. Raises: CheckpointError, InvalidSetting, StoreError."""
         from flux_batch.pipeline.model_manager import ModelManager, locate_parts
 
         device = self.torch_device
@@ -65,14 +67,14 @@ class Source:
         return manager
 
     def assemble(self, manager: ModelManager) -> FluxImagePipeline:
-        """Make the pipeline of loaded parts. Raises: JobError for an option that it does not have."""
+        """Return the pipeline of loaded parts. Raises: JobError for an option that it lacks."""
         from flux_batch.pipeline.pipeline import FluxImagePipeline
 
         try:
             return FluxImagePipeline.from_model_manager(manager, **self.options)
         except TypeError as error:
-            raise JobError(f"--option: the pipeline takes no such option: {error}") from error
+            raise JobError(f"--option: the pipeline has no such option: {error}") from error
 
     def open(self) -> FluxImagePipeline:
-        """Load or make the parts, and the pipeline of them."""
+        """Return the pipeline of the model."""
         return self.assemble(self.load())

@@ -1,4 +1,4 @@
-"""How far a run is: a line in the log and a small object beside the commits, both at most once an interval."""
+"""The progress of a run: a line in the log and a small object beside the commits, once an interval at most."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from flux_batch.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-INTERVAL_S = 5.0
+_REPORT_INTERVAL_S = 5.0
 
 
 @dataclass
 class Progress:
-    """Follows the results of one invocation; `totals` starts with what was committed before it."""
+    """The progress of one invocation; `totals` starts with the shards committed before it."""
 
     store: Store
     num_shards: int
@@ -34,45 +34,45 @@ class Progress:
 
     def __post_init__(self) -> None:
         self._started = self.clock()
-        self._last = self._started
-        self._said: int | None = None  # how many shards, in the last report
-        self._began: float | None = None  # when the first shard did, so that no rate counts the start of workers
+        self._reported_at = self._started
+        self._reported: int | None = None  # committed shards in the last report
+        self._first_shard_at: float | None = None  # rates do not count the start of workers
 
     @property
     def wall_s(self) -> float:
-        """Seconds since this invocation began its work."""
+        """The seconds since this invocation began its work."""
         return self.clock() - self._started
 
     def add(self, result: ShardResult) -> None:
-        """Count a result, and report if the last report is old enough."""
+        """Add a result, and report if the last report is old enough."""
         if result.error is not None:
             self.errors.append(f"shard {result.shard}: {result.error}")
-            log.error("shard %d is given up: %s", result.shard, result.error, extra={"shard": result.shard})
+            log.error("shard %d failed for good: %s", result.shard, result.error, extra={"shard": result.shard})
             return
         self.totals.add(result)
         if result.is_new:
             self._add_new(result)
-        if self.clock() - self._last >= INTERVAL_S or self.totals.num_committed == self.num_shards:
+        if self.clock() - self._reported_at >= _REPORT_INTERVAL_S or self.totals.num_committed == self.num_shards:
             self.report()
 
     def _add_new(self, result: ShardResult) -> None:
-        if self._began is None:
-            self._began = self.clock() - result.wall_s
+        if self._first_shard_at is None:
+            self._first_shard_at = self.clock() - result.wall_s
         self.workers.add(result.worker)
         self.num_new_images += result.num_images
         self.num_new_shards += 1
         self.device_s += result.device_s
 
     def finish(self) -> None:
-        """Report unless the last report has it: an earlier driver may have been killed before its own."""
-        if self._said != self.totals.num_committed:
+        """Report unless the last report is complete: an earlier driver may have been killed before its own."""
+        if self._reported != self.totals.num_committed:
             self.report()
 
     def report(self) -> None:
-        """Log a line and write the progress object."""
-        self._last = self.clock()
-        self._said = self.totals.num_committed
-        working_s = 0.0 if self._began is None else self.clock() - self._began
+        """Write a line to the log, and the progress object."""
+        self._reported_at = self.clock()
+        self._reported = self.totals.num_committed
+        working_s = 0.0 if self._first_shard_at is None else self.clock() - self._first_shard_at
         rate = self.num_new_images / working_s if working_s else 0.0
         shards_left = self.num_shards - self.totals.num_committed
         eta_s = shards_left * working_s / self.num_new_shards if self.num_new_shards else None
@@ -98,7 +98,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Write a time span in its two largest units."""
+    """Return a time span in its two largest units."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -1,6 +1,6 @@
-"""A run as its output alone tells it: no job file, no data set and no secret of them is needed.
+"""A run as read from its output alone, without the job file, the prompts or their secrets.
 
-For whoever reads what a run left: verify, and whatever shows or repeats its images.
+It is for code that reads the result of a run: verify, gallery.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flux_batch.storage.store import Store
 
 @dataclass(frozen=True)
 class SavedRun:
-    """The job and the plan that are written down in an output; `config` has its secrets redacted."""
+    """The job and the plan stored in an output; the secrets in `config` are redacted."""
 
     folder: RunFolder
     config: JobConfig
@@ -65,7 +65,7 @@ class SavedRun:
         return format_for(self.config.output, self.outline.passthrough)
 
     def name(self, shard: int) -> str:
-        """Name a shard, as its files do."""
+        """Return the name of a shard in file names."""
         return self.folder.shard_name(shard)
 
     def metadata(self, shard: int) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ class SavedRun:
     def images(self, shard: int, scratch: Path) -> Iterator[tuple[str, bytes]]:
         """Yield the key and the encoded bytes of each image of a committed shard, one by one.
 
-        `scratch` is a folder for copies of what lies in a bucket. Raises: NotFound, and one of DECODE_ERRORS.
+        `scratch` is a folder for copies of files from a bucket. Raises: NotFound, and one of DECODE_ERRORS.
         """
         files = [file.path for file in self.commits.read(shard).files if file.path != metadata_file(self.name(shard))]
         local: Mapping[str, Path] = {path: self.store.local_file(path, scratch) for path in files}

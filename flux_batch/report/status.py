@@ -1,4 +1,4 @@
-"""What a run has come to, read from its output alone: works while it runs, after it died, from any machine."""
+"""The status of a run, read from its output alone: while it runs, after it died, from any machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flux_batch.storage.store import Store
 
 
 def read_status(store: Store) -> dict[str, Any]:
-    """Count what is planned and committed. Raises: JobError if there is no run in the output."""
+    """Read the counts and the driver of a run. Raises: JobError if there is no run in the output."""
     try:
         num_rows = Outline.from_parquet(store.read(PLAN)).num_rows
     except NotFound as error:
@@ -39,7 +39,7 @@ def read_status(store: Store) -> dict[str, Any]:
 
 
 def format_status(status: dict[str, Any], now: float | None = None) -> str:
-    """Lay a status out for people."""
+    """Return a status as lines for people."""
     now = now if now is not None else time.time()
     committed, shards = status["num_committed"], status["num_shards"]
     share = 100 * committed / shards if shards else 100.0
@@ -53,10 +53,10 @@ def format_status(status: dict[str, Any], now: float | None = None) -> str:
         lines.append("state    complete")
     elif progress := status["progress"]:
         age_s = now - progress["unix_time"]
-        eta = f", {duration(progress['eta_s'])} left then" if progress["eta_s"] else ""
-        lines.append(f"state    last sign {duration(age_s)} ago: {progress['images_per_s']:.2f} images/s{eta}")
+        eta = f", {duration(progress['eta_s'])} left at that time" if progress["eta_s"] else ""
+        lines.append(f"state    last report {duration(age_s)} ago: {progress['images_per_s']:.2f} images/s{eta}")
     else:
-        lines.append("state    no sign of progress yet")
+        lines.append("state    no progress reported yet")
     if status["driver"] and not status["is_complete"]:
         lines.append(f"driver   {_driver_line(status['driver'], now)}")
     return "\n".join(lines)
@@ -74,15 +74,15 @@ def _driver(holder: Holder) -> dict[str, Any]:
 
 
 def _driver_line(driver: dict[str, Any], now: float) -> str:
-    """Say who has the run; the ages compare the clocks of two machines, so they are for people only."""
+    """Return a line on the driver; its ages compare the clocks of two machines, so they are for people only."""
     if not driver["is_at_work"]:
-        return f"none; {driver['name']} was the last"
+        return f"none; the last was {driver['name']}"
     seen_s = max(0.0, now - driver["seen_unix_time"])
     line = (
         f"{driver['name']} for {duration(max(0.0, now - driver['since_unix_time']))}, "
         f"last sign of life {duration(seen_s)} ago"
     )
-    return line if seen_s <= driver["ttl_s"] else f"{line}: it seems to be gone, `run` goes on"
+    return line if seen_s <= driver["ttl_s"] else f"{line}: it seems to be gone; `run` takes over"
 
 
 def _read_json(store: Store, key: str) -> dict[str, Any] | None:

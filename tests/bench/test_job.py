@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from flux_batch.bench.job import bench_job, elsewhere, format_job, job_config, rate, ray_data
+from flux_batch.bench.job import bench_job, format_job, job_config, rate, ray_data, run_in_process
 from flux_batch.bench.job_task import JobSize, Task
 from flux_batch.bench.source import Source
 from flux_batch.errors import JobError
@@ -80,7 +80,7 @@ def test_a_job_on_ray_is_compared_with_ray_data() -> None:
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_ray_data_makes_every_image_once(tmp_path: Path) -> None:
-    elsewhere(ray_data, Task(source=TINY, size=SIZE.here("ray"), engine="ray", folder=tmp_path))
+    run_in_process(ray_data, Task(source=TINY, size=SIZE.here("ray"), engine="ray", folder=tmp_path))
 
     members = []
     for path in (tmp_path / "tars").rglob("*.tar"):

@@ -3,7 +3,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from flux_batch.bench.planning import bench_plan, format_plan, write_prompts
+from flux_batch.bench.planning import bench_plan, format_plan, planned_row
+from flux_batch.bench.prompt_sets import write_prompts
 
 
 @pytest.mark.parametrize(("rows", "files", "shards"), [(1000, 3, 12), (2, 8, 2)])
@@ -16,7 +17,7 @@ def test_all_rows_are_planned(rows: int, files: int, shards: int) -> None:
 
 
 def test_prompts_are_all_there_once(tmp_path: Path) -> None:
-    write_prompts(tmp_path, 70_001, 2)
+    paths = write_prompts(tmp_path, planned_row, 70_001, 2)
 
-    ids = [row for path in sorted(tmp_path.iterdir()) for row in pq.read_table(path)["id"].to_pylist()]
+    ids = [row for path in paths for row in pq.read_table(path)["id"].to_pylist()]
     assert ids == [f"row-{row}" for row in range(70_001)]

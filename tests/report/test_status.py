@@ -40,9 +40,10 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Store:
         (
             {},
             1400,
-            "driver   node-7:4242 for 6 min 40 s, last sign of life 1 min 40 s ago: it seems to be gone, `run` goes on",
+            "driver   node-7:4242 for 6 min 40 s, last sign of life 1 min 40 s ago: "
+            "it seems to be gone; `run` takes over",
         ),
-        ({"is_released": True}, 1304, "driver   none; node-7:4242 was the last"),
+        ({"is_released": True}, 1304, "driver   none; the last was node-7:4242"),
     ],
 )
 def test_status_says_who_has_the_run(unfinished: Store, fields: dict[str, Any], now: float, line: str) -> None:

@@ -1,10 +1,10 @@
-"""Peaks of devices in operations per second, and the share of them that is used."""
+"""The peaks of devices in operations per second, and the share of them that is used."""
 
 from __future__ import annotations
 
-# Dense bfloat16 with fp32 sums, in TFLOP/s, without sparsity, at the clock of the data sheet: NVIDIA's data sheets of
-# H100 (SXM, PCIe, NVL), H200 (SXM, NVL), A100, B200, L40S, L4 and its Ada whitepaper for the RTX 4090. Words of the
-# name that torch gives; the first line whose words all occur counts.
+# Dense bfloat16 with fp32 sums, in TFLOP/s, without sparsity, at the clock of the data sheet. Sources: NVIDIA's data
+# sheets of H100 (SXM, PCIe, NVL), H200 (SXM, NVL), A100, B200, L40S, L4, and the Ada whitepaper for the RTX 4090. The
+# keys are words of the name that torch returns; the first line whose words all occur counts.
 PEAK_TFLOPS: tuple[tuple[frozenset[str], float], ...] = (
     (frozenset({"H100", "PCIe"}), 756.0),
     (frozenset({"H100", "NVL"}), 835.5),

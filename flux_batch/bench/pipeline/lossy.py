@@ -1,4 +1,4 @@
-"""What the lossy modes save and what they cost: seconds, distance from the exact image, what still shows in it."""
+"""The benchmark of lossy modes: seconds, distance from the exact images, facts of captions that still hold."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Mode(NamedTuple):
-    """One way to give up exactness, or none."""
+    """A lossy mode, or the exact one."""
 
     quantization: Quantization
     step_cache: float
@@ -45,59 +45,59 @@ MODES: tuple[Mode, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Images:
-    """What a mode made of all prompts, and the seconds that an image took."""
+class ModeImages:
+    """The images of a mode, and the seconds an image."""
 
     images: list[Any]  # PIL
     seconds: float
 
 
 def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mode] = MODES) -> dict[str, Any]:
-    """Make the same images in every mode; the first is what the others are compared with.
+    """Make the same images in every mode, and compare the others with the first.
 
-    The prompts are captions of the demo's world, so that what an image shows can be read back, unless the weights are
-    random. A mode that the model or the device does not have is named and left out. Raises: CheckpointError.
+    The prompts are captions of the demo's world, so that images can be read back, unless the weights are random. A mode
+    that the model or the device lacks is left out, with the reason. Raises: CheckpointError.
     """
     source = replace(source, dtype=source.dtype_name)  # one for all modes
     held_out = list(captions(num_images, SCORED_SEED, held_out=True))
-    made: dict[Mode, Images] = {}
+    results: dict[Mode, ModeImages] = {}
     missing: dict[Mode, str] = {}
     for quantization in dict.fromkeys(mode.quantization for mode in modes):
-        of_it = [mode for mode in modes if mode.quantization == quantization]
+        same_model = [mode for mode in modes if mode.quantization == quantization]
         try:
             pipeline = replace(source, quantization=quantization).open()
         except InvalidSetting as error:
-            missing |= dict.fromkeys(of_it, str(error))
+            missing |= dict.fromkeys(same_model, str(error))
             continue
-        made |= {mode: make(pipeline, held_out, call, mode.step_cache) for mode in of_it}
-    exact = made[modes[0]]
+        results |= {mode: make_images(pipeline, held_out, call, mode.step_cache) for mode in same_model}
+    exact = results[modes[0]]
     reads = None if source.random_weights else held_out
     return {
         "benchmark": "lossy",
         **source.describe(),
         "call": {key: getattr(call, key) for key in Call.__slots__},
         "num_images": num_images,
-        "modes": [{"mode": str(mode), **describe(images, exact, reads)} for mode, images in made.items()],
+        "modes": [{"mode": str(mode), **describe_mode(images, exact, reads)} for mode, images in results.items()],
         "missing": {str(mode): reason for mode, reason in missing.items()},
     }
 
 
-def make(pipeline: FluxImagePipeline, held_out: Sequence[Caption], call: Call, step_cache: float) -> Images:
-    """Make an image of each caption, in batches; the first batch once more before, to warm up."""
-    batches = list(arguments_of(held_out, call, step_cache))
+def make_images(pipeline: FluxImagePipeline, held_out: Sequence[Caption], call: Call, step_cache: float) -> ModeImages:
+    """Make an image of each caption, in batches, after a warm-up with the first batch."""
+    batches = list(batch_arguments(held_out, call, step_cache))
     pipeline(**batches[0])
     started = time.perf_counter()
     images = [one for arguments in batches for one in pipeline(**arguments)]
-    return Images(images, (time.perf_counter() - started) / len(images))
+    return ModeImages(images, (time.perf_counter() - started) / len(images))
 
 
-def arguments_of(held_out: Sequence[Caption], call: Call, step_cache: float) -> Iterator[dict[str, Any]]:
-    """Yield what the pipeline is called with, batch by batch; the seed of an image is its number."""
+def batch_arguments(held_out: Sequence[Caption], call: Call, step_cache: float) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of the call for each batch; the seed of an image is its number."""
     for start in range(0, len(held_out), call.batch_size):
         part = held_out[start : start + call.batch_size]
         yield {
             "prompt": [caption.text for caption in part],
-            "seed": [start + place for place in range(len(part))],
+            "seed": list(range(start, start + len(part))),
             "width": call.width,
             "height": call.height,
             "num_inference_steps": call.steps,
@@ -107,8 +107,8 @@ def arguments_of(held_out: Sequence[Caption], call: Call, step_cache: float) -> 
         }
 
 
-def describe(images: Images, exact: Images, held_out: Sequence[Caption] | None) -> dict[str, Any]:
-    """Return the figures of one mode; `psnr`: in dB, null where every image is the exact one."""
+def describe_mode(images: ModeImages, exact: ModeImages, held_out: Sequence[Caption] | None) -> dict[str, Any]:
+    """Return the figures of one mode; `psnr` is in dB, None if every image equals the exact one."""
     distances = [psnr(np.asarray(a), np.asarray(b)) for a, b in zip(images.images, exact.images, strict=True)]
     known = [distance for distance in distances if math.isfinite(distance)]
     return {
@@ -127,7 +127,7 @@ def psnr(ours: Any, theirs: Any) -> float:
 
 
 def format_lossy(figures: dict[str, Any]) -> str:
-    """Lay the figures out for people."""
+    """Return the figures as text for people."""
     call = figures["call"]
     rows = [["mode", "s an image", "times as fast", "PSNR dB", "least", "facts that hold"]]
     for one in figures["modes"]:

@@ -1,4 +1,4 @@
-"""diffusers' FluxPipeline on the weights of ours: what a user would run instead."""
+"""The peer of the benchmarks: diffusers' FluxPipeline on the same weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ State = Mapping[str, torch.Tensor]
 
 
 class Peer:
-    """diffusers' pipeline, eager or with its blocks compiled; shares the text encoders, and most weights, with ours."""
+    """diffusers' pipeline, eager or with compiled blocks; it shares text encoders and most weights with ours."""
 
     def __init__(self, name: str, *, compiled: bool = False) -> None:
         self.name = name
@@ -34,15 +34,15 @@ class Peer:
         self._pipeline: Any = None
 
     def keep(self, manager: ModelManager) -> None:
-        """Hold on to the weights as they were loaded. Raises: JobError for weights in fp8."""
+        """Keep the weights as they were loaded. Raises: JobError for weights in fp8."""
         if manager.quantization != "none":
-            raise JobError(f"--against {self.name}: needs the weights as they are, leave --quantization out")
+            raise JobError(f"--against {self.name}: needs the weights as they are; leave out --quantization")
         assert manager.transformer is not None
         assert manager.autoencoder is not None
         self._states = (dict(manager.transformer.state_dict()), dict(manager.autoencoder.state_dict()))
 
     def open(self, pipeline: FluxImagePipeline) -> None:
-        """Make diffusers' pipeline of the weights that were kept and the text encoders of ours."""
+        """Build diffusers' pipeline from the kept weights and our text encoders."""
         assert self._states is not None
         transformer, autoencoder = self._states
         self._pipeline = FluxPipeline(
@@ -67,7 +67,7 @@ class Peer:
             self._pipeline.transformer.compile_repeated_blocks(fullgraph=True)
 
     def __call__(self, arguments: Mapping[str, Any]) -> list[Any]:
-        """Make the images, uint8 (h w 3) each, of the arguments that our pipeline takes."""
+        """Return the images, uint8 (h w 3) each, for the arguments of our pipeline."""
         images = self._pipeline(
             prompt=list(arguments["prompt"]),
             width=arguments["width"],
@@ -82,7 +82,7 @@ class Peer:
 
 
 def loaded(kind: Any, config: Mapping[str, Any], state: State) -> Any:
-    """Return a model of diffusers around tensors that are there already, but where it would lay them out otherwise."""
+    """Return a model of diffusers that holds existing tensors, copied only if not contiguous."""
     with torch.device("meta"):
         model = kind(**config)
     model.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, assign=True)

@@ -1,4 +1,4 @@
-"""How fast one pipeline in this process is: by stage, by step, against the device's peak and against peers."""
+"""The benchmark of one pipeline in this process: by stage, by step, against the device's peak and peers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 PROMPT = "a large red circle left of a small blue square, on a yellow ground"
 GUIDANCE = 3.5
-# The device is waited for between stages, so the whole is measured by itself; for the shares fewer calls will do.
+# Stages wait for the device, so that whole calls are measured apart; few calls are enough for the shares.
 STAGE_REPEATS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """The one call that is repeated: pixels, steps, images a call, text tokens (None: the model's own number)."""
+    """The call that is measured: pixels, steps, images a call, text tokens (None: the model's own number)."""
 
     width: int = 1024
     height: int = 1024
@@ -40,7 +40,7 @@ class Call:
     t5_sequence_length: int | None = None
 
     def prompts(self, repeat: int) -> list[str]:
-        """Return texts that no other repeat has, so that none is answered from memory."""
+        """Return the prompts of a repeat, different in each, so that none is cached."""
         return [f"{PROMPT}, {repeat}.{image}" for image in range(self.batch_size)]
 
     def seeds(self, repeat: int) -> list[int]:
@@ -48,7 +48,7 @@ class Call:
         return [1000 * (repeat + 1) + image for image in range(self.batch_size)]
 
     def arguments(self, repeat: int) -> dict[str, Any]:
-        """Return what our pipeline is called with."""
+        """Return the arguments of a repeat for our pipeline."""
         return {
             "prompt": self.prompts(max(repeat, -1)),
             "seed": self.seeds(max(repeat, -1)),
@@ -70,14 +70,14 @@ def bench_pipeline(
     against: Sequence[str] = (),
     peak: float | None = None,
 ) -> dict[str, Any]:
-    """Measure one call after the other; `peak`: the device's, in TFLOP/s, if the table of them is not to be asked.
+    """Measure calls one after the other; `peak` is that of the device in TFLOP/s, None to look it up.
 
     Raises: JobError if a peer is not installed; InvalidSetting, CheckpointError.
     """
     peers = find_peers(against)
     manager = source.load()
     for peer in peers:
-        peer.keep(manager)  # before the pipeline may change how the weights lie
+        peer.keep(manager)  # before the pipeline may change their layout
     pipeline = source.assemble(manager)
     length = call.t5_sequence_length or pipeline.default_t5_sequence_length
 
@@ -88,13 +88,13 @@ def bench_pipeline(
     for warm_up in range(warm_ups):
         ours(warm_up - warm_ups)
     stages = measure_stages(pipeline, call, repeats)
-    peak_bytes = memory.bytes()  # before a peer takes some
+    peak_bytes = memory.bytes()  # before a peer adds its own
     against_us, call_s = measure_peers(ours, peers, pipeline, call, repeats, warm_ups)
     image_s = call_s.scaled(1 / call.batch_size)
     step_s = stages["denoise"].scaled(1 / call.steps)
     size = transformer_size({name: weight.shape for name, weight in pipeline.transformer.named_parameters()})
     flops = step_flops(size, num_image_tokens(call.width, call.height), length)
-    # The name as torch has it: of the device that is used.
+    # The name of the device that is used, as torch has it.
     name = gpu_name() if pipeline.device.type == "cuda" else None
     peak = peak or peak_tflops(name, source.dtype_name)
     return {
@@ -120,25 +120,25 @@ def bench_pipeline(
 
 
 def find_peers(names: Sequence[str]) -> list[Peer]:
-    """Return what to compare with. Raises: JobError if it is not installed."""
+    """Return the peers by name. Raises: JobError if diffusers is not installed."""
     if not names:
         return []
     try:
         from flux_batch.bench.pipeline.peer import Peer
     except ImportError as error:
         raise JobError(
-            f"--against {names[0]}: diffusers cannot be imported ({error}); install it, or leave this out"
+            f"--against {names[0]}: diffusers cannot be imported ({error}); install it, or leave out --against"
         ) from error
     return [Peer(name, compiled=name == "diffusers-compiled") for name in dict.fromkeys(names)]
 
 
 def measure_stages(pipeline: FluxImagePipeline, call: Call, repeats: int) -> dict[str, Figures]:
-    """Return the seconds an image by stage, and those of the PNG file of it, which the pipeline does not make."""
+    """Return the seconds an image by stage, and those of its PNG file, which is not part of the call."""
     taken: dict[str, list[float]] = {stage: [] for stage in STAGES}
     images: Sequence[Any] = []
     for repeat in range(min(repeats, STAGE_REPEATS)):
         with timed_stages(pipeline) as (clock, run):
-            images = run(**call.arguments(repeats + repeat))  # texts that the first round has not had
+            images = run(**call.arguments(repeats + repeat))  # prompts that the whole calls have not had
         for stage, seconds in clock.seconds.items():
             taken[stage].append(seconds / call.batch_size)
     figures = {stage: Figures(tuple(values)) for stage, values in taken.items()}
@@ -149,9 +149,9 @@ def measure_stages(pipeline: FluxImagePipeline, call: Call, repeats: int) -> dic
 def measure_peers(
     ours: Run, peers: Sequence[Peer], pipeline: FluxImagePipeline, call: Call, repeats: int, warm_ups: int
 ) -> tuple[dict[str, Any], Figures]:
-    """Run ours and the peers in turn with the same weights, texts and seeds; compare times and images.
+    """Run ours and the peers in turn with the same weights, prompts and seeds; compare times and images.
 
-    Returns: what there is to say of each peer, and the seconds of our calls.
+    Returns: the figures of each peer, and the seconds of our calls.
     """
     images: dict[str, dict[int, Any]] = {"ours": {}}
     runs: dict[str, Run] = {"ours": lambda repeat: images["ours"].update({repeat: ours(repeat)})}
@@ -164,25 +164,27 @@ def measure_peers(
 
         runs[peer.name] = run
     seconds = alternated(runs, repeats, warm_ups=warm_ups)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for peer in peers:
-        differences = [levels(images["ours"][repeat], images[peer.name][repeat]) for repeat in range(repeats)]
-        found[peer.name] = {
+        differences = [
+            level_differences(images["ours"][repeat], images[peer.name][repeat]) for repeat in range(repeats)
+        ]
+        figures[peer.name] = {
             "seconds_per_image": seconds[peer.name].scaled(1 / call.batch_size).to_json(),
             "times_as_fast": ratio(seconds["ours"], seconds[peer.name]),
             "largest_difference_in_levels": max(int(one.max()) for one in differences),
             "mean_difference_in_levels": float(np.mean([one.mean() for one in differences])),
         }
-    return found, seconds["ours"]
+    return figures, seconds["ours"]
 
 
-def levels(ours: Sequence[Any], theirs: Sequence[Any]) -> Any:
-    """Return the differences of images, in levels of uint8."""
+def level_differences(ours: Sequence[Any], theirs: Sequence[Any]) -> Any:
+    """Return the absolute differences of images, in levels of uint8."""
     return np.abs(np.stack(list(ours)).astype(np.int16) - np.stack(list(theirs)).astype(np.int16))
 
 
 def format_pipeline(figures: dict[str, Any]) -> str:
-    """Lay the figures out for people."""
+    """Return the figures as text for people."""
     call, total = figures["call"], figures["seconds_per_image"]["median"]
     rows = [["stage", "s an image", "least", "most", "share"]]
     for stage, seconds in figures["seconds_per_image_by_stage"].items():
@@ -212,9 +214,9 @@ def format_pipeline(figures: dict[str, Any]) -> str:
 
 
 def share_of_peak(figures: dict[str, Any]) -> str:
-    """Say which share of the peak is used, or that the peak is not known."""
+    """Return the used share of the peak in words, or that the peak is not known."""
     if figures["peak_tflops"] is None:
-        return "utilisation not known: no peak of this device is (--peak-tflops)"
+        return "utilisation not known: name the device's peak by --peak-tflops"
     return (
         f"{100 * figures['utilisation_of_denoising']:.1f} % of {figures['peak_tflops']:g}; "
         f"{100 * figures['utilisation_of_image']:.1f} % over the whole call"

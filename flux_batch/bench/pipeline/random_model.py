@@ -1,16 +1,17 @@
-"""Models of a known size with random weights, made on the device itself: to measure speed without a download."""
+"""Models of known sizes with random weights, drawn on the device: for measurements without a download."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod, sqrt
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from flux_batch.bench.source import SizeName
 from flux_batch.demo.paths import demo_model_folder
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.lazy_state import StoredState
@@ -31,15 +32,14 @@ from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import PREPARE_T5, PREPARE_TRANSFORMER, ModelManager
 from flux_batch.sampling_params import Quantization
 
-SizeName = Literal["dev", "schnell", "small", "tiny"]
 SEED = 6
-# How far modulation moves a block from what it would be without: as 1.0, rounding errors would grow from step to step.
+# The scale of modulation: at 1.0, rounding errors would grow from step to step.
 MODULATION_GAIN = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """How large each part is; the text encoders are as wide as the transformer takes them."""
+    """The sizes of all parts; the width of the text encoders follows from the transformer."""
 
     transformer: FluxParams
     autoencoder: AutoencoderParams
@@ -87,7 +87,7 @@ SIZES: Mapping[SizeName, Size] = {
 
 
 class RandomState(StoredState):
-    """A state dict of which every tensor is drawn when it is asked for, where and in the dtype that it is to have."""
+    """A state dict that draws each tensor when it is read, on its device and in its dtype."""
 
     def __init__(
         self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device, wide: frozenset[str]
@@ -99,7 +99,7 @@ class RandomState(StoredState):
         self._generator = torch.Generator(device).manual_seed(SEED)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Return norm scales of 1, small biases, and rows that keep the size of what they are multiplied with."""
+        """Return norm scales of 1, small biases, and matrices that keep the scale of their input."""
         shape = self._shapes[name]
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
         if len(shape) == 1 and not name.endswith("bias"):
@@ -109,11 +109,11 @@ class RandomState(StoredState):
         return tensor.normal_(0.0, spread, generator=self._generator)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which the tensor `name` is handed out."""
+        """Return the dtype of the tensor `name`."""
         return torch.float32 if name in self._wide else self._dtype
 
     def fp8(self, name: str) -> None:
-        """Say that nothing is stored in fp8."""
+        """Return None: no tensor is stored in fp8."""
 
     def __contains__(self, name: object) -> bool:
         return name in self._shapes
@@ -128,7 +128,7 @@ class RandomState(StoredState):
 def random_manager(
     name: SizeName, dtype: torch.dtype | str, device: torch.device, quantization: Quantization = "none"
 ) -> ModelManager:
-    """Return a manager with all parts of a model of that size; the tokenizers are those of the demo model.
+    """Return a manager with all parts of a model of a size; the tokenizers are those of the demo model.
 
     Raises: InvalidSetting as ModelManager.
     """
@@ -137,7 +137,7 @@ def random_manager(
         transformer, autoencoder = Flux(size.transformer), AutoEncoder(size.autoencoder)
     dtype = manager.torch_dtype
     manager.transformer = filled(transformer, dtype, device, PREPARE_TRANSFORMER[quantization])
-    # As load_autoencoder: in float16 it overflows.
+    # As in load_autoencoder: in float16 it overflows.
     autoencoder = filled(autoencoder, torch.float32 if dtype == torch.float16 else dtype, device)
     manager.autoencoder = for_device(autoencoder, device)
     manager.schedule = size.schedule
@@ -183,8 +183,8 @@ def random_t5(size: Size, dtype: torch.dtype, device: torch.device, quantization
 
 
 def filled(model: Any, dtype: torch.dtype, device: torch.device, prepare: Any = None) -> Any:
-    """Give a module on meta random weights, one tensor after another."""
+    """Return a module on meta with random weights, drawn one tensor after another."""
     shapes = {name: tensor.shape for name, tensor in nn.Module.state_dict(model).items()}
-    # As load_t5: in float16 it overflows there.
+    # As in load_t5: in float16 it overflows there.
     wide = {name for name in shapes if name.endswith(".DenseReluDense.wo.weight")} if dtype == torch.float16 else set()
     return load_weights(model, RandomState(shapes, dtype, device, frozenset(wide)), prepare)

@@ -1,4 +1,4 @@
-"""Where the seconds of one call of the pipeline go: its methods are timed from outside, while it does what it does."""
+"""The seconds of a call by stage: the pipeline's methods are timed from outside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from flux_batch.bench.machine import synchronize
 from flux_batch.pipeline.pipeline import FluxImagePipeline
 
-# The stage to which the time of a method counts, less that of the methods it calls: where it is found, what it is.
+# The part and the name of each timed method, and its stage; the time of timed methods in it counts to theirs.
 METHODS: tuple[tuple[str, str, str], ...] = (
     ("", "warn_of_cut_texts", "tokenise"),
     ("", "encode", "tokenise"),
@@ -19,22 +19,22 @@ METHODS: tuple[tuple[str, str, str], ...] = (
     ("", "make_latents", "denoise"),
     ("", "decode", "VAE"),
 )
-# What is left of the call: the check for numbers that are not finite, rounding, and the way to the host.
+# The rest of the call: the check for numbers that are not finite, rounding, the copy to the host.
 REST = "uint8"
 STAGES = ("tokenise", "CLIP", "T5", "denoise", "VAE", REST)
 
 
 class StageClock:
-    """Seconds by stage of the calls made while it is attached; the device is waited for wherever a stage ends."""
+    """The seconds by stage of timed calls; it waits for the device at both ends of a stage."""
 
     def __init__(self, device: Any, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._device = device
         self._clock = clock
-        self._inner: list[float] = []  # of each method under way: what its callees took
+        self._inner: list[float] = []  # for each running method: the seconds of timed methods in it
 
     def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function, its time counted to `stage` but for that of timed functions in it."""
+        """Return a function whose time counts to `stage`, less the time of timed functions in it."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             synchronize(self._device)
@@ -54,7 +54,7 @@ class StageClock:
 
 @contextmanager
 def timed_stages(pipeline: FluxImagePipeline) -> Iterator[tuple[StageClock, Callable[..., Any]]]:
-    """Give the clock of a pipeline and a way to call it; its methods are as they were afterwards."""
+    """Yield a clock and a timed call of the pipeline; restore its methods at the end."""
     clock = StageClock(pipeline.device)
     owners = [getattr(pipeline, part) if part else pipeline for part, _, _ in METHODS]
     for owner, (_, method, stage) in zip(owners, METHODS, strict=True):

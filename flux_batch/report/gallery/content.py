@@ -17,7 +17,7 @@ from PIL import Image
 
 from flux_batch.config.schema import ImageConfig
 from flux_batch.errors import JobError, NotFound, StoreError
-from flux_batch.images import encode
+from flux_batch.images import SUFFIXES, encode
 from flux_batch.output.formats import OutputFormat
 from flux_batch.output.paths import SUCCESS, TRAIN, is_within
 from flux_batch.report.gallery.rows import GalleryRow, Row, count_shards, read_failed_rows, read_rows, sample
@@ -33,7 +33,7 @@ _FILES_AT_ONCE = 4
 # Twice the width of a card on the page, for screens with two pixels a point.
 _THUMBNAIL_SIDE = 384
 _THUMBNAIL = ImageConfig(type="webp", quality=85)
-_STORED_TYPES = ("PNG", "JPEG", "WEBP")
+_PILLOW_FORMATS = tuple(image_type.upper() for image_type in SUFFIXES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def make_thumbnail(data: bytes, row: Row) -> Thumbnail:
     if hashlib.sha256(data).hexdigest() != row.get("sha256"):
         raise ValueError("it has other bytes than the metadata records")
     try:
-        with Image.open(io.BytesIO(data), formats=_STORED_TYPES) as image:
+        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             if max(image.size) > MAX_SIDE:
                 raise ValueError(f"it is larger than {MAX_SIDE} pixels a side")
             image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)

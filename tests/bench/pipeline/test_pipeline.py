@@ -9,7 +9,7 @@ import pytest
 from flux_batch.bench.figures import alternated
 from flux_batch.bench.pipeline import pipeline as module
 from flux_batch.bench.pipeline import stages as stages_module
-from flux_batch.bench.pipeline.pipeline import Call, bench_pipeline, find_peers, format_pipeline, levels
+from flux_batch.bench.pipeline.pipeline import Call, bench_pipeline, find_peers, format_pipeline, level_differences
 from flux_batch.bench.pipeline.stages import StageClock
 from flux_batch.bench.source import Source
 from flux_batch.errors import JobError
@@ -81,7 +81,7 @@ def test_a_difference_of_one_image_is_found() -> None:
     theirs = ours.copy()
     theirs[1, 2, 3, 0] = 255
 
-    assert levels(list(ours), list(theirs)).max() == 255
+    assert level_differences(list(ours), list(theirs)).max() == 255
 
 
 def test_each_repeat_has_other_texts_and_seeds() -> None:
