@@ -14,7 +14,7 @@ from flux_batch.errors import JobError
 if TYPE_CHECKING:
     from flux_batch.bench.pipeline.pipeline import Call
 
-Figures = dict[str, Any]
+_Figures = dict[str, Any]
 
 
 def add_bench(command: argparse.ArgumentParser) -> None:
@@ -25,8 +25,8 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     _add_model(kind)
     _add_call(kind, steps=28, side=1024)
     _add_repeats(kind)
-    kind.add_argument("--batch-size", type=positive, default=1, help="images a call (1)")
-    kind.add_argument("--warm-ups", type=positive, default=1, help="calls before those that count (1)")
+    kind.add_argument("--batch-size", type=_positive, default=1, help="images a call (1)")
+    kind.add_argument("--warm-ups", type=_positive, default=1, help="calls before those that count (1)")
     kind.add_argument(
         "--against",
         action="append",
@@ -40,12 +40,12 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     kind = kinds.add_parser("job", help="a whole job without its start-up, against its pipelines in bare loops")
     _add_model(kind)
     _add_call(kind, steps=4, side=128)
-    kind.add_argument("--images", type=positive, default=64, help="number of images (64)")
-    kind.add_argument("--workers", type=positive, help="processes (the number of GPUs, or 2)")
-    kind.add_argument("--batch-size", type=positive, default=4, help="images a call (4)")
-    kind.add_argument("--shard-size", type=positive, help="prompts a shard (a tenth of a worker's share)")
+    kind.add_argument("--images", type=_positive, default=64, help="number of images (64)")
+    kind.add_argument("--workers", type=_positive, help="processes (the number of GPUs, or 2)")
+    kind.add_argument("--batch-size", type=_positive, default=4, help="images a call (4)")
+    kind.add_argument("--shard-size", type=_positive, help="prompts a shard (a tenth of a worker's share)")
     kind.add_argument("--num-gpus", type=float, help="GPUs of a worker (1 if there are any, else 0)")
-    kind.add_argument("--num-cpus", type=positive, default=1, help="threads of a worker (1)")
+    kind.add_argument("--num-cpus", type=_positive, default=1, help="threads of a worker (1)")
     kind.add_argument("--engine", choices=["ray", "local"], default="ray", help="local: this process alone (ray)")
     kind.add_argument("--against", action="append", default=[], choices=["ray-data"], help="also run Ray Data")
     _add_repeats(kind, 1)
@@ -59,20 +59,20 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     kind = kinds.add_parser("lossy", help="fp8 and step caches: the time they save and the quality they cost")
     _add_model(kind)
     _add_call(kind, steps=28, side=128)
-    kind.add_argument("--images", type=positive, default=48, help="number of images in each mode (48)")
-    kind.add_argument("--batch-size", type=positive, default=4, help="images a call (4)")
+    kind.add_argument("--images", type=_positive, default=48, help="number of images in each mode (48)")
+    kind.add_argument("--batch-size", type=_positive, default=4, help="images a call (4)")
     _add_json(kind)
     kind.set_defaults(measure=_lossy)
 
     kind = kinds.add_parser("encode", help="PNG, JPEG and WebP: milliseconds, bytes, MB/s")
-    kind.add_argument("--side", type=positive, default=1024, help="pixels (1024)")
+    kind.add_argument("--side", type=_positive, default=1024, help="pixels (1024)")
     _add_repeats(kind)
     kind.set_defaults(measure=_encode)
 
     kind = kinds.add_parser("plan", help="planning a data set of many rows")
-    kind.add_argument("--rows", type=positive, default=1_000_000, help="prompts (1000000)")
-    kind.add_argument("--files", type=positive, default=8, help="Parquet files (8)")
-    kind.add_argument("--shard-size", type=positive, default=256, help="prompts a shard (256)")
+    kind.add_argument("--rows", type=_positive, default=1_000_000, help="prompts (1000000)")
+    kind.add_argument("--files", type=_positive, default=8, help="Parquet files (8)")
+    kind.add_argument("--shard-size", type=_positive, default=256, help="prompts a shard (256)")
     _add_repeats(kind)
     kind.set_defaults(measure=_plan)
     for each in kinds.choices.values():
@@ -83,7 +83,7 @@ def bench(arguments: argparse.Namespace) -> str:
     """Run a benchmark and write --json. Returns: its table."""
     if arguments.json and not Path(arguments.json).resolve().parent.is_dir():
         raise JobError(f"--json {arguments.json}: there is no such folder")  # before minutes are spent
-    measure: Callable[[argparse.Namespace], tuple[Figures, str]] = arguments.measure
+    measure: Callable[[argparse.Namespace], tuple[_Figures, str]] = arguments.measure
     figures, text = measure(arguments)
 
     from flux_batch.bench.machine import describe_machine
@@ -94,7 +94,7 @@ def bench(arguments: argparse.Namespace) -> str:
     return text
 
 
-def positive(text: str) -> int:
+def _positive(text: str) -> int:
     """Return a whole number of at least 1, as argparse wants it."""
     value = int(text)
     if value < 1:
@@ -120,14 +120,14 @@ def _add_model(kind: argparse.ArgumentParser) -> None:
 
 
 def _add_call(kind: argparse.ArgumentParser, *, steps: int, side: int) -> None:
-    kind.add_argument("--width", type=positive, default=side, help=f"pixels ({side})")
-    kind.add_argument("--height", type=positive, default=side, help=f"pixels ({side})")
-    kind.add_argument("--steps", type=positive, default=steps, help=f"denoising steps ({steps})")
-    kind.add_argument("--t5-sequence-length", type=positive, help="text tokens (the model's own number)")
+    kind.add_argument("--width", type=_positive, default=side, help=f"pixels ({side})")
+    kind.add_argument("--height", type=_positive, default=side, help=f"pixels ({side})")
+    kind.add_argument("--steps", type=_positive, default=steps, help=f"denoising steps ({steps})")
+    kind.add_argument("--t5-sequence-length", type=_positive, help="text tokens (the model's own number)")
 
 
 def _add_repeats(kind: argparse.ArgumentParser, default: int = 5) -> None:
-    kind.add_argument("--repeats", type=positive, default=default, help=f"number of measurements ({default})")
+    kind.add_argument("--repeats", type=_positive, default=default, help=f"number of measurements ({default})")
     _add_json(kind)
 
 
@@ -154,7 +154,7 @@ def _call(arguments: argparse.Namespace) -> Call:
     return Call(**{name: getattr(arguments, name) for name in Call.__slots__})
 
 
-def _pipeline(arguments: argparse.Namespace) -> tuple[Figures, str]:
+def _pipeline(arguments: argparse.Namespace) -> tuple[_Figures, str]:
     from flux_batch.bench.pipeline.pipeline import bench_pipeline, format_pipeline
 
     figures = bench_pipeline(
@@ -168,14 +168,14 @@ def _pipeline(arguments: argparse.Namespace) -> tuple[Figures, str]:
     return figures, format_pipeline(figures)
 
 
-def _lossy(arguments: argparse.Namespace) -> tuple[Figures, str]:
+def _lossy(arguments: argparse.Namespace) -> tuple[_Figures, str]:
     from flux_batch.bench.pipeline.lossy import bench_lossy, format_lossy
 
     figures = bench_lossy(_source(arguments), _call(arguments), arguments.images)
     return figures, format_lossy(figures)
 
 
-def _job(arguments: argparse.Namespace) -> tuple[Figures, str]:
+def _job(arguments: argparse.Namespace) -> tuple[_Figures, str]:
     from flux_batch.bench.job import bench_job, format_job
     from flux_batch.bench.job_task import JobSize
 
@@ -185,21 +185,21 @@ def _job(arguments: argparse.Namespace) -> tuple[Figures, str]:
     return figures, format_job(figures)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Figures, str]:
+def _load(arguments: argparse.Namespace) -> tuple[_Figures, str]:
     from flux_batch.bench.load import bench_load, format_load
 
     figures = bench_load(_source(arguments), arguments.repeats)
     return figures, format_load(figures)
 
 
-def _encode(arguments: argparse.Namespace) -> tuple[Figures, str]:
+def _encode(arguments: argparse.Namespace) -> tuple[_Figures, str]:
     from flux_batch.bench.encode import bench_encode, format_encode
 
     figures = bench_encode(arguments.side, arguments.repeats)
     return figures, format_encode(figures)
 
 
-def _plan(arguments: argparse.Namespace) -> tuple[Figures, str]:
+def _plan(arguments: argparse.Namespace) -> tuple[_Figures, str]:
     from flux_batch.bench.planning import bench_plan, format_plan
 
     figures = bench_plan(arguments.rows, arguments.files, arguments.shard_size, arguments.repeats)

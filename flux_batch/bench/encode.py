@@ -13,8 +13,8 @@ from PIL import Image
 from flux_batch.bench.figures import alternated, number, table
 from flux_batch.images import Pixels
 
-QUALITY = 95
-SEED = 6
+_QUALITY = 95
+_SEED = 6
 
 
 def bench_encode(side: int, repeats: int) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def bench_encode(side: int, repeats: int) -> dict[str, Any]:
     for content, pixels in (("smooth", smooth_image(side)), ("noise-like", noisy_image(side))):
         for name, encode in encoders():
             size = len(encode(pixels))
-            seconds = alternated({name: partial(encode_again, encode, pixels)}, repeats, warm_ups=0)
+            seconds = alternated({name: partial(_encode_again, encode, pixels)}, repeats, warm_ups=0)
             results.append(
                 {
                     "image": content,
@@ -33,10 +33,10 @@ def bench_encode(side: int, repeats: int) -> dict[str, Any]:
                     "megabytes_of_pixels_per_second": pixels.nbytes / seconds[name].median / 1e6,
                 }
             )
-    return {"benchmark": "encode", "side": side, "repeats": repeats, "opencv": has_opencv(), "results": results}
+    return {"benchmark": "encode", "side": side, "repeats": repeats, "opencv": _has_opencv(), "results": results}
 
 
-def encode_again(encode: Callable[[Pixels], bytes], pixels: Pixels, repeat: int) -> bytes:
+def _encode_again(encode: Callable[[Pixels], bytes], pixels: Pixels, repeat: int) -> bytes:
     """Encode an image, whatever the number of the repeat."""
     return encode(pixels)
 
@@ -45,19 +45,19 @@ def smooth_image(side: int) -> Pixels:
     """Return an image of gradients: uint8 (side, side, 3)."""
     rows, columns = np.mgrid[0:side, 0:side] / side
     channels = [np.sin(6 * rows + 3 * columns), np.cos(4 * columns), np.sin(5 * rows * columns)]
-    return to_uint8(np.stack(channels, axis=-1))
+    return _to_uint8(np.stack(channels, axis=-1))
 
 
 def noisy_image(side: int) -> Pixels:
     """Return an image of noise at all scales, as in photographs: amplitude 1 / frequency."""
-    spectrum = np.fft.rfft2(np.random.default_rng(SEED).standard_normal((3, side, side)))
+    spectrum = np.fft.rfft2(np.random.default_rng(_SEED).standard_normal((3, side, side)))
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     frequency[0, 0] = 1.0
     noise = np.fft.irfft2(spectrum / frequency, s=(side, side))
-    return to_uint8((noise / np.abs(noise).max()).transpose(1, 2, 0))
+    return _to_uint8((noise / np.abs(noise).max()).transpose(1, 2, 0))
 
 
-def to_uint8(values: Any) -> Pixels:
+def _to_uint8(values: Any) -> Pixels:
     """Return values in [-1, 1] as uint8 pixels."""
     pixels: Pixels = np.ascontiguousarray(((values + 1) * 127.5).round().astype(np.uint8))
     return pixels
@@ -66,16 +66,16 @@ def to_uint8(values: Any) -> Pixels:
 def encoders() -> Iterator[tuple[str, Callable[[Pixels], bytes]]]:
     """Yield the name and the function of each encoder that is installed."""
     for level in range(10):
-        yield f"Pillow PNG {level}", partial(pillow, image_format="PNG", compress_level=level)
-    if has_opencv():
+        yield f"Pillow PNG {level}", partial(_pillow, image_format="PNG", compress_level=level)
+    if _has_opencv():
         for opencv_level in (None, 1, 3, 6):
-            yield f"OpenCV PNG {opencv_level or ''}".rstrip(), partial(opencv_png, level=opencv_level)
-    yield f"Pillow JPEG {QUALITY}", partial(pillow, image_format="JPEG", quality=QUALITY, subsampling=0)
-    yield f"Pillow WebP {QUALITY}", partial(pillow, image_format="WEBP", quality=QUALITY)
-    yield "Pillow WebP lossless", partial(pillow, image_format="WEBP", lossless=True, method=0)
+            yield f"OpenCV PNG {opencv_level or ''}".rstrip(), partial(_opencv_png, level=opencv_level)
+    yield f"Pillow JPEG {_QUALITY}", partial(_pillow, image_format="JPEG", quality=_QUALITY, subsampling=0)
+    yield f"Pillow WebP {_QUALITY}", partial(_pillow, image_format="WEBP", quality=_QUALITY)
+    yield "Pillow WebP lossless", partial(_pillow, image_format="WEBP", lossless=True, method=0)
 
 
-def opencv_png(pixels: Pixels, level: int | None) -> bytes:
+def _opencv_png(pixels: Pixels, level: int | None) -> bytes:
     """Return an image as PNG by OpenCV; level None is its own default."""
     import cv2
 
@@ -83,14 +83,14 @@ def opencv_png(pixels: Pixels, level: int | None) -> bytes:
     return bytes(cv2.imencode(".png", pixels[:, :, ::-1], flags)[1])
 
 
-def pillow(pixels: Pixels, image_format: str, **options: Any) -> bytes:
+def _pillow(pixels: Pixels, image_format: str, **options: Any) -> bytes:
     """Return an image in a format of Pillow."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
-def has_opencv() -> bool:
+def _has_opencv() -> bool:
     """Return whether OpenCV can be imported."""
     try:
         import cv2  # noqa: F401

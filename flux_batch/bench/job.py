@@ -33,11 +33,11 @@ from flux_batch.records import Shard, ShardResult
 from flux_batch.worker.protocol import ImagePipeline
 
 # Seconds that the first bare loop waits for the last one to load its model.
-LOAD_TIMEOUT_S = 900
+_LOAD_TIMEOUT_S = 900
 
 
 @dataclass(frozen=True)
-class StampedMaker:
+class _StampedMaker:
     """A maker of pipelines for a job, which records the time when each is ready."""
 
     task: Task
@@ -52,7 +52,7 @@ class StampedMaker:
 
 
 @dataclass
-class StampedEngine:
+class _StampedEngine:
     """An engine that records the time of the last commit and the busy seconds of devices."""
 
     inner: Engine
@@ -77,7 +77,7 @@ def bench_job(
                 f"bench job: {package} is not installed; install it, or take --engine local without --against"
             )
     size = size.here(engine, source.device)
-    contenders: dict[str, Callable[[Task], dict[str, Any]]] = {"bare loops": bare_loops, "job": whole_job}
+    contenders: dict[str, Callable[[Task], dict[str, Any]]] = {"bare loops": _bare_loops, "job": _whole_job}
     if "ray-data" in against:
         contenders["Ray Data"] = ray_data
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
@@ -123,11 +123,11 @@ def rate(task: Task, ended: float, device_s: float | None = None) -> dict[str, A
     return figures if device_s is None else {**figures, "device_busy_share": device_s / worker_s}
 
 
-def whole_job(task: Task) -> dict[str, Any]:
+def _whole_job(task: Task) -> dict[str, Any]:
     """Make the images by a job: Parquet in, WebDataset out, in a local folder."""
     config = job_config(task)
-    engine = StampedEngine(LocalEngine() if task.engine == "local" else ray_pool(config))
-    report = run(config, engine=engine, make_pipeline=StampedMaker(task))
+    engine = _StampedEngine(LocalEngine() if task.engine == "local" else ray_pool(config))
+    report = run(config, engine=engine, make_pipeline=_StampedMaker(task))
     if report.num_failed or not report.is_complete:
         raise JobError(f"bench job: {report.num_failed} images failed: {'; '.join(report.errors)}")
     return rate(task, engine.ended, engine.device_s)
@@ -135,7 +135,7 @@ def whole_job(task: Task) -> dict[str, Any]:
 
 def job_config(task: Task) -> JobConfig:
     """Write the prompts of a job and return its configuration."""
-    size, prompts = task.size, write_task_prompts(task)
+    size, prompts = task.size, _write_task_prompts(task)
     sampling = {"width": size.width, "height": size.height, "num_inference_steps": size.steps}
     return JobConfig.from_dict(
         {
@@ -154,13 +154,13 @@ def job_config(task: Task) -> JobConfig:
     )
 
 
-def write_task_prompts(task: Task) -> Path:
+def _write_task_prompts(task: Task) -> Path:
     """Write the prompts of a task to one Parquet file and return its path."""
     (path,) = write_prompts(task.folder, prompt_row, task.size.images, 1)
     return path
 
 
-def bare_loops(task: Task) -> dict[str, Any]:
+def _bare_loops(task: Task) -> dict[str, Any]:
     """Make the images by a loop over the pipeline in each process, and drop them."""
     size, context = task.size, multiprocessing.get_context("spawn")
     assert size.workers is not None
@@ -173,7 +173,7 @@ def bare_loops(task: Task) -> dict[str, Any]:
             if size.num_gpus:
                 number = int(worker * size.num_gpus)
                 os.environ["CUDA_VISIBLE_DEVICES"] = devices[number] if devices[0] else str(number)
-        processes.append(context.Process(target=bare_loop, args=(task, worker, barrier, ends)))
+        processes.append(context.Process(target=_bare_loop, args=(task, worker, barrier, ends)))
         processes[-1].start()
     for process in processes:
         process.join()
@@ -183,7 +183,7 @@ def bare_loops(task: Task) -> dict[str, Any]:
     return rate(task, max(loop["ended"] for loop in loops), sum(loop["device_s"] for loop in loops))
 
 
-def bare_loop(task: Task, worker: int, barrier: Any, ends: Any) -> None:
+def _bare_loop(task: Task, worker: int, barrier: Any, ends: Any) -> None:
     """Make every n-th batch, once all loops have loaded the model."""
     size = task.size
     try:
@@ -192,7 +192,7 @@ def bare_loop(task: Task, worker: int, barrier: Any, ends: Any) -> None:
     except BaseException:
         barrier.abort()
         raise
-    barrier.wait(timeout=LOAD_TIMEOUT_S)  # a killed one must not hold the others for ever
+    barrier.wait(timeout=_LOAD_TIMEOUT_S)  # a killed one must not hold the others for ever
     stamp(task.folder)
     rows, device_s = size.rows(), 0.0
     batches = [rows[start : start + size.batch_size] for start in range(0, len(rows), size.batch_size)]
@@ -207,7 +207,7 @@ def ray_data(task: Task) -> dict[str, Any]:
     """Make the images by Ray Data and diffusers."""
     from flux_batch.bench.ray_data import run_ray_data
 
-    return rate(task, run_ray_data(task, write_task_prompts(task)))
+    return rate(task, run_ray_data(task, _write_task_prompts(task)))
 
 
 def format_job(figures: dict[str, Any]) -> str:

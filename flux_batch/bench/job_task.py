@@ -13,7 +13,7 @@ from typing import Any
 from flux_batch.bench.source import Source
 
 # Enough shards that the end, when some workers are idle, is short beside the whole.
-SHARDS_A_WORKER = 10
+_SHARDS_A_WORKER = 10
 GUIDANCE = 3.5
 
 
@@ -38,7 +38,7 @@ class JobSize:
 
         num_gpus = 0 if device == "cpu" else torch.cuda.device_count()
         workers = 1 if engine == "local" else self.workers or num_gpus or 2
-        tenth = self.batch_size * math.ceil(self.images / workers / SHARDS_A_WORKER / self.batch_size)
+        tenth = self.batch_size * math.ceil(self.images / workers / _SHARDS_A_WORKER / self.batch_size)
         return replace(
             self,
             workers=workers,

@@ -18,7 +18,7 @@ def bench_load(source: Source, repeats: int) -> dict[str, Any]:
 
     Raises: CheckpointError, InvalidSetting, StoreError.
     """
-    loads = [load_in_process(source) for _ in range(repeats)]
+    loads = [_load_in_process(source) for _ in range(repeats)]
     return {
         "benchmark": "load",
         **source.describe(),
@@ -33,13 +33,13 @@ def bench_load(source: Source, repeats: int) -> dict[str, Any]:
     }
 
 
-def load_in_process(source: Source) -> dict[str, Any]:
+def _load_in_process(source: Source) -> dict[str, Any]:
     """Measure a load in a new process; its errors are raised here."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(load_here, source, time.time()).result()
+        return pool.submit(_load_here, source, time.time()).result()
 
 
-def load_here(source: Source, process_started: float) -> dict[str, Any]:
+def _load_here(source: Source, process_started: float) -> dict[str, Any]:
     """Measure a load in this process, and the way to the first denoising step of a small image."""
     started = time.perf_counter()
     import torch

@@ -16,7 +16,7 @@ from typing import Any
 from flux_batch.redaction import public_text
 from flux_batch.report.summary import installed_versions
 
-PACKAGES = ("flux-batch", "torch", "transformers", "diffusers", "ray", "flash-attn", "flash-attn-3", "pillow", "numpy")
+_PACKAGES = ("flux-batch", "torch", "transformers", "diffusers", "ray", "flash-attn", "flash-attn-3", "pillow", "numpy")
 
 
 def describe_machine(argv: list[str] | None = None) -> dict[str, Any]:
@@ -26,11 +26,11 @@ def describe_machine(argv: list[str] | None = None) -> dict[str, Any]:
         "command": public_text(shlex.join(["flux-batch", *(sys.argv[1:] if argv is None else argv)])),
         "hardware": {
             "gpu": gpu_name(),
-            "cpu": cpu_model(),
+            "cpu": _cpu_model(),
             "cores": os.cpu_count(),
             "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
-        "versions": {**installed_versions(PACKAGES), "cuda": cuda_version()},
+        "versions": {**installed_versions(_PACKAGES), "cuda": _cuda_version()},
         "commit": commit_of(Path(__file__).parents[2]),
     }
 
@@ -53,14 +53,14 @@ def gpu_name() -> str | None:
     return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
-def cuda_version() -> str | None:
+def _cuda_version() -> str | None:
     """Return the version of CUDA that torch was built for."""
     import torch
 
     return torch.version.cuda
 
 
-def cpu_model() -> str:
+def _cpu_model() -> str:
     """Return the name of the processor."""
     from flux_batch.model.optimize.kernels import cpu_info
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ROWS_PER_GROUP = 65_536
+_ROWS_PER_GROUP = 65_536
 
 
 def write_prompts(folder: Path, make_row: Callable[[int], dict[str, Any]], num_rows: int, num_files: int) -> list[Path]:
@@ -20,7 +20,7 @@ def write_prompts(folder: Path, make_row: Callable[[int], dict[str, Any]], num_r
     paths = [folder / f"{number:05}.parquet" for number in range(num_files)]
     for path, (start, end) in zip(paths, pairwise(bounds), strict=True):
         with pq.ParquetWriter(path, schema) as writer:
-            for first in range(start, end, ROWS_PER_GROUP):
-                rows = [make_row(number) for number in range(first, min(first + ROWS_PER_GROUP, end))]
+            for first in range(start, end, _ROWS_PER_GROUP):
+                rows = [make_row(number) for number in range(first, min(first + _ROWS_PER_GROUP, end))]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     return paths

@@ -14,7 +14,7 @@ from flux_batch.bench.job_task import Task, stamp
 from flux_batch.bench.pipeline.peer import Peer
 
 
-class Mapper:
+class _Mapper:
     """diffusers' pipeline over batches of rows, in an actor."""
 
     def __init__(self, task: Task) -> None:
@@ -51,7 +51,7 @@ def run_ray_data(task: Task, prompts: Path) -> float:
     try:
         dataset = ray.data.read_parquet(str(prompts)).repartition(-(-size.images // size.shard_size))
         images = dataset.map_batches(
-            Mapper,
+            _Mapper,
             fn_constructor_args=(task,),
             batch_size=size.batch_size,
             concurrency=size.workers,

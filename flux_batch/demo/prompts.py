@@ -22,10 +22,10 @@ from flux_batch.demo.world.captions import (
     random_scene,
 )
 
-ROWS_PER_CATEGORY = 16
-NUM_NEGATIVE = 8
-SEED = 24
-NEGATIVE_CFG_SCALE = 3.0
+_ROWS_PER_CATEGORY = 16
+_NUM_NEGATIVE = 8
+_SEED = 24
+_NEGATIVE_CFG_SCALE = 3.0
 
 
 def demo_prompts_path() -> Path:
@@ -39,28 +39,28 @@ def prompt_rows() -> list[dict[str, Any]]:
     A size, seed or negative prompt of None is left to the job. In each of the four categories two rows are wide, two
     are high and four have their own seed, so that the demo has every column both filled and empty.
     """
-    rng = random.Random(SEED)
+    rng = random.Random(_SEED)
     rows: list[dict[str, Any]] = []
     for category in ("one object", "relation", "gradient", "texture"):
-        for index in range(ROWS_PER_CATEGORY):
-            words = phrase(scene_of(category, rng), pick(rng, range(len(WORDINGS))))
-            row = make_row(len(rows), category, words)
+        for index in range(_ROWS_PER_CATEGORY):
+            words = phrase(_scene_of(category, rng), pick(rng, range(len(WORDINGS))))
+            row = _make_row(len(rows), category, words)
             row["width"], row["height"] = {2: (192, 128), 4: (128, 192)}.get(index % 8, (None, None))
             row["seed"] = 1000 + len(rows) if index % 8 in (3, 4) else None
             rows.append(row)
-    for colour in pick_distinct(rng, COLOURS, NUM_NEGATIVE):
-        row = make_row(len(rows), "negative", words_without_colour(rng))
-        rows.append({**row, "negative_prompt": something(colour), "cfg_scale": NEGATIVE_CFG_SCALE})
+    for colour in pick_distinct(rng, COLOURS, _NUM_NEGATIVE):
+        row = _make_row(len(rows), "negative", _words_without_colour(rng))
+        rows.append({**row, "negative_prompt": _something(colour), "cfg_scale": _NEGATIVE_CFG_SCALE})
     return rows
 
 
-def make_row(number: int, category: str, prompt: str) -> dict[str, Any]:
+def _make_row(number: int, category: str, prompt: str) -> dict[str, Any]:
     """Return a row that leaves all columns but its prompt to the job."""
     nothing = dict.fromkeys(("negative_prompt", "cfg_scale", "width", "height", "seed"))
     return {"id": f"demo-{number:02}", "prompt": prompt, **nothing, "category": category}
 
 
-def scene_of(category: str, rng: random.Random) -> Scene:
+def _scene_of(category: str, rng: random.Random) -> Scene:
     """Draw a scene of a category."""
     if category == "one object":
         return random_scene(rng, num_things=1, texture="plain")
@@ -71,12 +71,12 @@ def scene_of(category: str, rng: random.Random) -> Scene:
     return random_scene(rng, texture=pick(rng, [name for name in TEXTURES if name not in ("plain", "gradient")]))
 
 
-def words_without_colour(rng: random.Random) -> str:
+def _words_without_colour(rng: random.Random) -> str:
     """Return a prompt that leaves all colours open."""
     return f"a large {pick(rng, SHAPES)} in the centre"
 
 
-def something(colour: Colour) -> str:
+def _something(colour: Colour) -> str:
     """Return a negative prompt for a colour, as users write it."""
     return f"something {colour}"
 

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Score a model and print a table. Returns: the exit code."""
     arguments = parse_arguments(argv)
     try:
-        score(arguments)
+        _score(arguments)
     except (FluxBatchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return int(getattr(error, "exit_code", 1))
@@ -39,15 +39,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--lora", action="append", default=[], help="a LoRA to apply; may be given more than once")
-    parser.add_argument("--captions", type=positive, default=200, help="how many of the held-out captions")
-    parser.add_argument("--size", type=size, default="128x128", metavar="WIDTHxHEIGHT")
+    parser.add_argument("--captions", type=_positive, default=200, help="how many of the held-out captions")
+    parser.add_argument("--size", type=_size, default="128x128", metavar="WIDTHxHEIGHT")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.5, help="the guidance value the model embeds")
     parser.add_argument("--cfg-scale", type=float, default=1.0, help="classifier-free guidance; 1 is off")
     parser.add_argument("--negative-prompt", default="", help="what images should not show; needs --cfg-scale")
     parser.add_argument("--t5-length", type=int, default=64)
     parser.add_argument("--step-cache", type=float, default=0.0)
-    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--batch-size", type=_positive, default=8)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to this file")
     parser.add_argument(
         "--save",
@@ -58,7 +58,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def score(arguments: argparse.Namespace) -> None:
+def _score(arguments: argparse.Namespace) -> None:
     """Render captions, read the images back, print the scores and write the requested files."""
     pipeline = FluxImagePipeline.from_pretrained(
         arguments.model, torch_dtype=arguments.dtype, quantization=arguments.quantization
@@ -116,14 +116,14 @@ def render(
         )
 
 
-def size(text: str) -> tuple[int, int]:
+def _size(text: str) -> tuple[int, int]:
     """Return the width and height in WIDTHxHEIGHT, as argparse wants it."""
     if not (match := re.fullmatch(r"(\d+)x(\d+)", text)):
         raise argparse.ArgumentTypeError(f"{text!r} must be WIDTHxHEIGHT, e.g. 128x128")
     return int(match[1]), int(match[2])
 
 
-def positive(text: str) -> int:
+def _positive(text: str) -> int:
     """Return a whole number of at least 1, as argparse wants it."""
     if not re.fullmatch(r"0*[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")

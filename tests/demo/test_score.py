@@ -19,7 +19,7 @@ def test_images_are_saved_with_what_is_wrong_in_each(tmp_path: Path) -> None:
 
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["000.png", "001.png", "captions.txt"]
     right, wrong = (tmp_path / "images" / "captions.txt").read_text().splitlines()
-    assert right == f"000  {first.text}  [all holds]"
+    assert right == f"000  {first.text}  [all facts hold]"
     assert wrong.startswith(f"001  {second.text}  [")
     assert ", not " in wrong
 
@@ -57,4 +57,4 @@ def test_what_cannot_be_read_is_refused(option: str, value: str, capsys: pytest.
         main([option, value])
 
     assert caught.value.code == 2
-    assert f"'{value}' should be" in capsys.readouterr().err
+    assert f"'{value}' must be" in capsys.readouterr().err

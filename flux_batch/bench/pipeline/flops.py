@@ -5,7 +5,7 @@ from __future__ import annotations
 # Dense bfloat16 with fp32 sums, in TFLOP/s, without sparsity, at the clock of the data sheet. Sources: NVIDIA's data
 # sheets of H100 (SXM, PCIe, NVL), H200 (SXM, NVL), A100, B200, L40S, L4, and the Ada whitepaper for the RTX 4090. The
 # keys are words of the name that torch returns; the first line whose words all occur counts.
-PEAK_TFLOPS: tuple[tuple[frozenset[str], float], ...] = (
+_PEAK_TFLOPS: tuple[tuple[frozenset[str], float], ...] = (
     (frozenset({"H100", "PCIe"}), 756.0),
     (frozenset({"H100", "NVL"}), 835.5),
     (frozenset({"H100"}), 989.4),
@@ -17,7 +17,7 @@ PEAK_TFLOPS: tuple[tuple[frozenset[str], float], ...] = (
     (frozenset({"L4"}), 121.0),
     (frozenset({"RTX", "4090"}), 165.2),
 )
-HALF_PRECISION = ("bfloat16", "float16")
+_HALF_PRECISION = ("bfloat16", "float16")
 
 
 def peak_tflops(device_name: str | None, dtype: str) -> float | None:
@@ -25,12 +25,12 @@ def peak_tflops(device_name: str | None, dtype: str) -> float | None:
 
     Part of a device (MIG) or one of a laptop has none that its name tells, and fp32 depends on whether TF32 is allowed.
     """
-    if device_name is None or dtype not in HALF_PRECISION:
+    if device_name is None or dtype not in _HALF_PRECISION:
         return None
     words = set(device_name.replace("-", " ").split())
     if words & {"MIG", "Laptop"}:
         return None
-    return next((peak for needed, peak in PEAK_TFLOPS if needed <= words), None)
+    return next((peak for needed, peak in _PEAK_TFLOPS if needed <= words), None)
 
 
 def utilisation(flops: float, seconds: float, peak: float | None) -> float | None:

@@ -35,7 +35,7 @@ class Mode(NamedTuple):
 
 
 EXACT = Mode("none", 0.0)
-MODES: tuple[Mode, ...] = (
+_MODES: tuple[Mode, ...] = (
     EXACT,
     *(Mode("none", threshold) for threshold in (0.05, 0.1, 0.2)),
     Mode("fp8", 0.0),
@@ -45,14 +45,14 @@ MODES: tuple[Mode, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class ModeImages:
+class _ModeImages:
     """The images of a mode, and the seconds an image."""
 
     images: list[Any]  # PIL
     seconds: float
 
 
-def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mode] = MODES) -> dict[str, Any]:
+def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mode] = _MODES) -> dict[str, Any]:
     """Make the same images in every mode, and compare the others with the first.
 
     The prompts are captions of the demo's world, so that images can be read back, unless the weights are random. A mode
@@ -60,7 +60,7 @@ def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mod
     """
     source = replace(source, dtype=source.dtype_name)  # one for all modes
     held_out = list(captions(num_images, SCORED_SEED, held_out=True))
-    results: dict[Mode, ModeImages] = {}
+    results: dict[Mode, _ModeImages] = {}
     missing: dict[Mode, str] = {}
     for quantization in dict.fromkeys(mode.quantization for mode in modes):
         same_model = [mode for mode in modes if mode.quantization == quantization]
@@ -69,7 +69,7 @@ def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mod
         except InvalidSetting as error:
             missing |= dict.fromkeys(same_model, str(error))
             continue
-        results |= {mode: make_images(pipeline, held_out, call, mode.step_cache) for mode in same_model}
+        results |= {mode: _make_images(pipeline, held_out, call, mode.step_cache) for mode in same_model}
     exact = results[modes[0]]
     reads = None if source.random_weights else held_out
     return {
@@ -77,21 +77,23 @@ def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mod
         **source.describe(),
         "call": {key: getattr(call, key) for key in Call.__slots__},
         "num_images": num_images,
-        "modes": [{"mode": str(mode), **describe_mode(images, exact, reads)} for mode, images in results.items()],
+        "modes": [{"mode": str(mode), **_describe_mode(images, exact, reads)} for mode, images in results.items()],
         "missing": {str(mode): reason for mode, reason in missing.items()},
     }
 
 
-def make_images(pipeline: FluxImagePipeline, held_out: Sequence[Caption], call: Call, step_cache: float) -> ModeImages:
+def _make_images(
+    pipeline: FluxImagePipeline, held_out: Sequence[Caption], call: Call, step_cache: float
+) -> _ModeImages:
     """Make an image of each caption, in batches, after a warm-up with the first batch."""
-    batches = list(batch_arguments(held_out, call, step_cache))
+    batches = list(_batch_arguments(held_out, call, step_cache))
     pipeline(**batches[0])
     started = time.perf_counter()
     images = [one for arguments in batches for one in pipeline(**arguments)]
-    return ModeImages(images, (time.perf_counter() - started) / len(images))
+    return _ModeImages(images, (time.perf_counter() - started) / len(images))
 
 
-def batch_arguments(held_out: Sequence[Caption], call: Call, step_cache: float) -> Iterator[dict[str, Any]]:
+def _batch_arguments(held_out: Sequence[Caption], call: Call, step_cache: float) -> Iterator[dict[str, Any]]:
     """Yield the arguments of the call for each batch; the seed of an image is its number."""
     for start in range(0, len(held_out), call.batch_size):
         part = held_out[start : start + call.batch_size]
@@ -107,7 +109,7 @@ def batch_arguments(held_out: Sequence[Caption], call: Call, step_cache: float) 
         }
 
 
-def describe_mode(images: ModeImages, exact: ModeImages, held_out: Sequence[Caption] | None) -> dict[str, Any]:
+def _describe_mode(images: _ModeImages, exact: _ModeImages, held_out: Sequence[Caption] | None) -> dict[str, Any]:
     """Return the figures of one mode; `psnr` is in dB, None if every image equals the exact one."""
     distances = [psnr(np.asarray(a), np.asarray(b)) for a, b in zip(images.images, exact.images, strict=True)]
     known = [distance for distance in distances if math.isfinite(distance)]

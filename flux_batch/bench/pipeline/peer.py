@@ -21,7 +21,7 @@ from flux_batch.model.params import FluxParams
 from flux_batch.pipeline.model_manager import ModelManager
 from flux_batch.pipeline.pipeline import FluxImagePipeline
 
-State = Mapping[str, torch.Tensor]
+_State = Mapping[str, torch.Tensor]
 
 
 class Peer:
@@ -30,7 +30,7 @@ class Peer:
     def __init__(self, name: str, *, compiled: bool = False) -> None:
         self.name = name
         self._compiled = compiled
-        self._states: tuple[State, State] | None = None
+        self._states: tuple[_State, _State] | None = None
         self._pipeline: Any = None
 
     def keep(self, manager: ModelManager) -> None:
@@ -47,16 +47,16 @@ class Peer:
         transformer, autoencoder = self._states
         self._pipeline = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(**scheduler_config(pipeline.schedule)),
-            vae=loaded(
+            vae=_loaded(
                 AutoencoderKL, autoencoder_config(pipeline.autoencoder.params), autoencoder_to_diffusers(autoencoder)
             ),
             text_encoder=pipeline.clip.model,
             tokenizer=pipeline.clip.tokenizer,
             text_encoder_2=pipeline.t5.model,
             tokenizer_2=pipeline.t5.tokenizer,
-            transformer=loaded(
+            transformer=_loaded(
                 FluxTransformer2DModel,
-                transformer_arguments(pipeline.transformer.params),
+                _transformer_arguments(pipeline.transformer.params),
                 transformer_to_diffusers(transformer),
             ),
         )
@@ -81,7 +81,7 @@ class Peer:
         return [np.asarray(image) for image in images]
 
 
-def loaded(kind: Any, config: Mapping[str, Any], state: State) -> Any:
+def _loaded(kind: Any, config: Mapping[str, Any], state: _State) -> Any:
     """Return a model of diffusers that holds existing tensors, copied only if not contiguous."""
     with torch.device("meta"):
         model = kind(**config)
@@ -89,7 +89,7 @@ def loaded(kind: Any, config: Mapping[str, Any], state: State) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def transformer_arguments(params: FluxParams) -> dict[str, Any]:
+def _transformer_arguments(params: FluxParams) -> dict[str, Any]:
     """Return diffusers' arguments of a transformer. Raises: JobError for one that it cannot build."""
     if params.mlp_hidden_dim != 4 * params.hidden_size or not params.qkv_bias:
         raise JobError("--against: diffusers has no transformer of this shape")

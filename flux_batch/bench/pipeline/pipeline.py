@@ -23,10 +23,10 @@ from flux_batch.sampling_params import num_image_tokens
 if TYPE_CHECKING:
     from flux_batch.bench.pipeline.peer import Peer
 
-PROMPT = "a large red circle left of a small blue square, on a yellow ground"
+_PROMPT = "a large red circle left of a small blue square, on a yellow ground"
 GUIDANCE = 3.5
 # Stages wait for the device, so that whole calls are measured apart; few calls are enough for the shares.
-STAGE_REPEATS = 3
+_STAGE_REPEATS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class Call:
 
     def prompts(self, repeat: int) -> list[str]:
         """Return the prompts of a repeat, different in each, so that none is cached."""
-        return [f"{PROMPT}, {repeat}.{image}" for image in range(self.batch_size)]
+        return [f"{_PROMPT}, {repeat}.{image}" for image in range(self.batch_size)]
 
     def seeds(self, repeat: int) -> list[int]:
         """Return the seeds of a repeat."""
@@ -87,9 +87,9 @@ def bench_pipeline(
     memory = PeakMemory(pipeline.device)
     for warm_up in range(warm_ups):
         ours(warm_up - warm_ups)
-    stages = measure_stages(pipeline, call, repeats)
+    stages = _measure_stages(pipeline, call, repeats)
     peak_bytes = memory.bytes()  # before a peer adds its own
-    against_us, call_s = measure_peers(ours, peers, pipeline, call, repeats, warm_ups)
+    against_us, call_s = _measure_peers(ours, peers, pipeline, call, repeats, warm_ups)
     image_s = call_s.scaled(1 / call.batch_size)
     step_s = stages["denoise"].scaled(1 / call.steps)
     size = transformer_size({name: weight.shape for name, weight in pipeline.transformer.named_parameters()})
@@ -132,21 +132,21 @@ def find_peers(names: Sequence[str]) -> list[Peer]:
     return [Peer(name, compiled=name == "diffusers-compiled") for name in dict.fromkeys(names)]
 
 
-def measure_stages(pipeline: FluxImagePipeline, call: Call, repeats: int) -> dict[str, Figures]:
+def _measure_stages(pipeline: FluxImagePipeline, call: Call, repeats: int) -> dict[str, Figures]:
     """Return the seconds an image by stage, and those of its PNG file, which is not part of the call."""
     taken: dict[str, list[float]] = {stage: [] for stage in STAGES}
     images: Sequence[Any] = []
-    for repeat in range(min(repeats, STAGE_REPEATS)):
+    for repeat in range(min(repeats, _STAGE_REPEATS)):
         with timed_stages(pipeline) as (clock, run):
             images = run(**call.arguments(repeats + repeat))  # prompts that the whole calls have not had
         for stage, seconds in clock.seconds.items():
             taken[stage].append(seconds / call.batch_size)
     figures = {stage: Figures(tuple(values)) for stage, values in taken.items()}
-    png = alternated({"PNG": lambda _: encode(images[0], ImageConfig(), {"prompt": PROMPT})}, repeats)
+    png = alternated({"PNG": lambda _: encode(images[0], ImageConfig(), {"prompt": _PROMPT})}, repeats)
     return figures | png
 
 
-def measure_peers(
+def _measure_peers(
     ours: Run, peers: Sequence[Peer], pipeline: FluxImagePipeline, call: Call, repeats: int, warm_ups: int
 ) -> tuple[dict[str, Any], Figures]:
     """Run ours and the peers in turn with the same weights, prompts and seeds; compare times and images.
@@ -199,7 +199,7 @@ def format_pipeline(figures: dict[str, Any]) -> str:
         f"medians of {figures['repeats']}",
         table(rows),
         f"a step    {number(step)} s an image, {figures['transformer_tflop_per_step_and_image']:.4g} TFLOP: "
-        f"{figures['transformer_tflops']:.4g} TFLOP/s, {share_of_peak(figures)}",
+        f"{figures['transformer_tflops']:.4g} TFLOP/s, {_share_of_peak(figures)}",
         f"images    {figures['images_per_second']:.4g} a second",
         f"memory    {figures['peak_memory_bytes'] / 1e9:.3g} GB at most ({figures['peak_memory_is']})",
     ]
@@ -213,7 +213,7 @@ def format_pipeline(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def share_of_peak(figures: dict[str, Any]) -> str:
+def _share_of_peak(figures: dict[str, Any]) -> str:
     """Return the used share of the peak in words, or that the peak is not known."""
     if figures["peak_tflops"] is None:
         return "utilisation not known: name the device's peak by --peak-tflops"

@@ -32,13 +32,13 @@ from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import PREPARE_T5, PREPARE_TRANSFORMER, ModelManager
 from flux_batch.sampling_params import Quantization
 
-SEED = 6
+_SEED = 6
 # The scale of modulation: at 1.0, rounding errors would grow from step to step.
-MODULATION_GAIN = 0.2
+_MODULATION_GAIN = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Size:
+class _Size:
     """The sizes of all parts; the width of the text encoders follows from the transformer."""
 
     transformer: FluxParams
@@ -49,11 +49,11 @@ class Size:
 
 
 # Sources: openai/clip-vit-large-patch14 and google/t5-v1_1-xxl, their config.json.
-CLIP_L = {"vocab_size": 49408, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-T5_XXL = {"vocab_size": 32128, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
-SMALL_CLIP = {"vocab_size": 1024, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-SMALL_T5 = {"vocab_size": 512, "d_ff": 512, "d_kv": 32, "num_heads": 4, "num_layers": 2}
-SMALL = replace(
+_CLIP_L = {"vocab_size": 49408, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_T5_XXL = {"vocab_size": 32128, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
+_SMALL_CLIP = {"vocab_size": 1024, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SMALL_T5 = {"vocab_size": 512, "d_ff": 512, "d_kv": 32, "num_heads": 4, "num_layers": 2}
+_SMALL = replace(
     DEV,
     vec_in_dim=256,
     context_in_dim=256,
@@ -63,30 +63,30 @@ SMALL = replace(
     depth=4,
     depth_single_blocks=8,
 )
-TINY = replace(
-    SMALL, hidden_size=64, mlp_hidden_dim=256, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=(8, 12, 12)
+_TINY = replace(
+    _SMALL, hidden_size=64, mlp_hidden_dim=256, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=(8, 12, 12)
 )
-SIZES: Mapping[SizeName, Size] = {
-    "dev": Size(transformer=DEV, autoencoder=AUTOENCODER, schedule=DEV_SCHEDULE, clip=CLIP_L, t5=T5_XXL),
-    "schnell": Size(transformer=SCHNELL, autoencoder=AUTOENCODER, schedule=SCHNELL_SCHEDULE, clip=CLIP_L, t5=T5_XXL),
-    "small": Size(
-        transformer=SMALL,
+SIZES: Mapping[SizeName, _Size] = {
+    "dev": _Size(transformer=DEV, autoencoder=AUTOENCODER, schedule=DEV_SCHEDULE, clip=_CLIP_L, t5=_T5_XXL),
+    "schnell": _Size(transformer=SCHNELL, autoencoder=AUTOENCODER, schedule=SCHNELL_SCHEDULE, clip=_CLIP_L, t5=_T5_XXL),
+    "small": _Size(
+        transformer=_SMALL,
         autoencoder=replace(AUTOENCODER, channels=(32, 32, 64, 64), num_res_blocks=1, num_groups=8),
         schedule=DEV_SCHEDULE,
-        clip=SMALL_CLIP,
-        t5=SMALL_T5,
+        clip=_SMALL_CLIP,
+        t5=_SMALL_T5,
     ),
-    "tiny": Size(
-        transformer=TINY,
+    "tiny": _Size(
+        transformer=_TINY,
         autoencoder=replace(AUTOENCODER, channels=(8, 8, 16, 16), num_res_blocks=1, num_groups=4),
         schedule=DEV_SCHEDULE,
-        clip=SMALL_CLIP,
-        t5=SMALL_T5,
+        clip=_SMALL_CLIP,
+        t5=_SMALL_T5,
     ),
 }
 
 
-class RandomState(StoredState):
+class _RandomState(StoredState):
     """A state dict that draws each tensor when it is read, on its device and in its dtype."""
 
     def __init__(
@@ -96,7 +96,7 @@ class RandomState(StoredState):
         self._shapes = shapes
         self._dtype = dtype
         self._wide = wide
-        self._generator = torch.Generator(device).manual_seed(SEED)
+        self._generator = torch.Generator(device).manual_seed(_SEED)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return norm scales of 1, small biases, and matrices that keep the scale of their input."""
@@ -104,7 +104,7 @@ class RandomState(StoredState):
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
         if len(shape) == 1 and not name.endswith("bias"):
             return tensor.fill_(1.0)
-        gain = MODULATION_GAIN if ".lin." in name or "adaLN" in name else 1.0
+        gain = _MODULATION_GAIN if ".lin." in name or "adaLN" in name else 1.0
         spread = 0.02 if len(shape) == 1 else gain / sqrt(prod(shape[1:]))
         return tensor.normal_(0.0, spread, generator=self._generator)
 
@@ -136,9 +136,9 @@ def random_manager(
     with torch.device("meta"):
         transformer, autoencoder = Flux(size.transformer), AutoEncoder(size.autoencoder)
     dtype = manager.torch_dtype
-    manager.transformer = filled(transformer, dtype, device, PREPARE_TRANSFORMER[quantization])
+    manager.transformer = _filled(transformer, dtype, device, PREPARE_TRANSFORMER[quantization])
     # As in load_autoencoder: in float16 it overflows.
-    autoencoder = filled(autoencoder, torch.float32 if dtype == torch.float16 else dtype, device)
+    autoencoder = _filled(autoencoder, torch.float32 if dtype == torch.float16 else dtype, device)
     manager.autoencoder = for_device(autoencoder, device)
     manager.schedule = size.schedule
     manager.clip = random_clip(size, dtype, device)
@@ -149,7 +149,7 @@ def random_manager(
     return manager
 
 
-def random_clip(size: Size, dtype: torch.dtype, device: torch.device) -> ClipEncoder:
+def random_clip(size: _Size, dtype: torch.dtype, device: torch.device) -> ClipEncoder:
     """Return CLIP's text half with random weights."""
     settings = {
         **size.clip,
@@ -159,14 +159,14 @@ def random_clip(size: Size, dtype: torch.dtype, device: torch.device) -> ClipEnc
         "bos_token_id": 0,
         "eos_token_id": 2,  # the legacy value, see clip_settings
     }
-    model = filled(build(CLIPTextConfig, CLIPTextModel, settings), dtype, device)
+    model = _filled(build(CLIPTextConfig, CLIPTextModel, settings), dtype, device)
     positions = torch.arange(model.config.max_position_embeddings, device=device)[None]
     for name, _ in list(model.named_buffers()):
         model.get_submodule(name.rpartition(".")[0]).register_buffer("position_ids", positions, persistent=False)
     return ClipEncoder(load_tokenizer(CLIPTokenizer, demo_model_folder(), "tokenizer"), model)
 
 
-def random_t5(size: Size, dtype: torch.dtype, device: torch.device, quantization: Quantization) -> T5Encoder:
+def random_t5(size: _Size, dtype: torch.dtype, device: torch.device, quantization: Quantization) -> T5Encoder:
     """Return T5's encoder with random weights."""
     settings = {
         **size.t5,
@@ -178,13 +178,13 @@ def random_t5(size: Size, dtype: torch.dtype, device: torch.device, quantization
     }
     model = build(T5Config, T5EncoderModel, settings)
     model.encoder.set_input_embeddings(model.shared)
-    model = filled(model, dtype, device, PREPARE_T5[quantization])
+    model = _filled(model, dtype, device, PREPARE_T5[quantization])
     return T5Encoder(load_tokenizer(T5Tokenizer, demo_model_folder(), "tokenizer_2"), model)
 
 
-def filled(model: Any, dtype: torch.dtype, device: torch.device, prepare: Any = None) -> Any:
+def _filled(model: Any, dtype: torch.dtype, device: torch.device, prepare: Any = None) -> Any:
     """Return a module on meta with random weights, drawn one tensor after another."""
     shapes = {name: tensor.shape for name, tensor in nn.Module.state_dict(model).items()}
     # As in load_t5: in float16 it overflows there.
     wide = {name for name in shapes if name.endswith(".DenseReluDense.wo.weight")} if dtype == torch.float16 else set()
-    return load_weights(model, RandomState(shapes, dtype, device, frozenset(wide)), prepare)
+    return load_weights(model, _RandomState(shapes, dtype, device, frozenset(wide)), prepare)

@@ -11,7 +11,7 @@ from flux_batch.bench.machine import synchronize
 from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 # The part and the name of each timed method, and its stage; the time of timed methods in it counts to theirs.
-METHODS: tuple[tuple[str, str, str], ...] = (
+_METHODS: tuple[tuple[str, str, str], ...] = (
     ("", "warn_of_cut_texts", "tokenise"),
     ("", "encode", "tokenise"),
     ("clip", "pool", "CLIP"),
@@ -20,8 +20,8 @@ METHODS: tuple[tuple[str, str, str], ...] = (
     ("", "decode", "VAE"),
 )
 # The rest of the call: the check for numbers that are not finite, rounding, the copy to the host.
-REST = "uint8"
-STAGES = ("tokenise", "CLIP", "T5", "denoise", "VAE", REST)
+_REST = "uint8"
+STAGES = ("tokenise", "CLIP", "T5", "denoise", "VAE", _REST)
 
 
 class StageClock:
@@ -56,11 +56,11 @@ class StageClock:
 def timed_stages(pipeline: FluxImagePipeline) -> Iterator[tuple[StageClock, Callable[..., Any]]]:
     """Yield a clock and a timed call of the pipeline; restore its methods at the end."""
     clock = StageClock(pipeline.device)
-    owners = [getattr(pipeline, part) if part else pipeline for part, _, _ in METHODS]
-    for owner, (_, method, stage) in zip(owners, METHODS, strict=True):
+    owners = [getattr(pipeline, part) if part else pipeline for part, _, _ in _METHODS]
+    for owner, (_, method, stage) in zip(owners, _METHODS, strict=True):
         setattr(owner, method, clock.timed(stage, getattr(owner, method)))
     try:
-        yield clock, clock.timed(REST, pipeline)
+        yield clock, clock.timed(_REST, pipeline)
     finally:
-        for owner, (_, method, _) in zip(owners, METHODS, strict=True):
+        for owner, (_, method, _) in zip(owners, _METHODS, strict=True):
             delattr(owner, method)

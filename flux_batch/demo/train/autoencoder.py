@@ -22,16 +22,16 @@ from flux_batch.demo.world.captions import is_held_out, random_scene
 from flux_batch.demo.world.drawing import draw
 from flux_batch.model.autoencoder import AutoEncoder
 
-SIDE = 128
-CROP = 64
-BATCH = 8
-BATCH_OF_WHOLE = 4
-RATE = 1.5e-3
-MATRIX_RATE = 1.5e-2
+_SIDE = 128
+_CROP = 64
+_BATCH = 8
+_BATCH_OF_WHOLE = 4
+_RATE = 1.5e-3
+_MATRIX_RATE = 1.5e-2
 # Weight of the KL term beside the mean absolute error a pixel: the smoothest latents that do not blur images.
-KL_WEIGHT = 8e-3
-FOLD_IMAGES = 64
-LATENT_NOISE = 0.1
+_KL_WEIGHT = 8e-3
+_FOLD_IMAGES = 64
+_LATENT_NOISE = 0.1
 
 
 def train_autoencoder(folder: Path, seed: int, num_steps: int, device: torch.device) -> AutoEncoder:
@@ -40,7 +40,7 @@ def train_autoencoder(folder: Path, seed: int, num_steps: int, device: torch.dev
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     first = Stage(folder, "autoencoder", num_steps, seed)
     if not first.is_done:
-        train_both(first, model, device)
+        _train_both(first, model, device)
         with torch.no_grad():
             fold_statistics(model, device, first.rng(num_steps))
         torch.save(model.state_dict(), folder / "autoencoder-folded.pt")
@@ -49,7 +49,7 @@ def train_autoencoder(folder: Path, seed: int, num_steps: int, device: torch.dev
         model.load_state_dict(load(second.path)["model"])
     else:
         model.load_state_dict(load(folder / "autoencoder-folded.pt"))
-        train_decoder(second, model, device)
+        _train_decoder(second, model, device)
     return model.requires_grad_(False).eval()
 
 
@@ -70,44 +70,44 @@ def make_autoencoder(seed: int) -> AutoEncoder:
     return model
 
 
-def make_optimizer(model: nn.Module) -> Optimizer:
+def _make_optimizer(model: nn.Module) -> Optimizer:
     """Return the optimizer of the trainable parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [p for p in trained if p.ndim == 4 and min(p.shape[0], p[0].numel()) >= MIN_SIDE]
-    return Optimizer(model, matrices, MATRIX_RATE, RATE)
+    return Optimizer(model, matrices, _MATRIX_RATE, _RATE)
 
 
-def train_both(stage: Stage, model: AutoEncoder, device: torch.device) -> None:
+def _train_both(stage: Stage, model: AutoEncoder, device: torch.device) -> None:
     """Train encoder and decoder on quarter images."""
-    optimizer = make_optimizer(model)
+    optimizer = _make_optimizer(model)
     meter = Meter(stage)
     for step in stage.steps({"model": model, "optimizer": optimizer}):
-        image = images(stage.rng(step), BATCH, CROP).to(device, memory_format=torch.channels_last)
+        image = images(stage.rng(step), _BATCH, _CROP).to(device, memory_format=torch.channels_last)
         mean, logvar = model.encoder(image).chunk(2, dim=1)
         logvar = logvar.clamp(-20.0, 10.0)
         noise = torch.randn(mean.shape, generator=stage.generator(step)).to(device)
         output = model.decoder(mean + torch.exp(0.5 * logvar) * noise)
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-        optimizer.update(image_error(output, image) + KL_WEIGHT * kl, stage.share_of_rate(step))
+        optimizer.update(_image_error(output, image) + _KL_WEIGHT * kl, stage.share_of_rate(step))
         meter.add(step, error=F.l1_loss(output, image).item(), kl=kl.item(), std=mean.std().item())
 
 
-def train_decoder(stage: Stage, model: AutoEncoder, device: torch.device) -> None:
+def _train_decoder(stage: Stage, model: AutoEncoder, device: torch.device) -> None:
     """Train the decoder on whole images and noisy latents, since a transformer's differ from the encoder's."""
     model.encoder.requires_grad_(False)
-    optimizer = make_optimizer(model)
+    optimizer = _make_optimizer(model)
     meter = Meter(stage)
     for step in stage.steps({"model": model, "optimizer": optimizer}):
-        image = images(stage.rng(step), BATCH_OF_WHOLE, SIDE).to(device, memory_format=torch.channels_last)
+        image = images(stage.rng(step), _BATCH_OF_WHOLE, _SIDE).to(device, memory_format=torch.channels_last)
         with torch.no_grad():
             latents = model.encode(image)
-            latents = latents + LATENT_NOISE * torch.randn(latents.shape, generator=stage.generator(step)).to(device)
+            latents = latents + _LATENT_NOISE * torch.randn(latents.shape, generator=stage.generator(step)).to(device)
         output = model.decode(latents)
-        optimizer.update(image_error(output, image), 0.4 * stage.share_of_rate(step))
+        optimizer.update(_image_error(output, image), 0.4 * stage.share_of_rate(step))
         meter.add(step, error=F.l1_loss(output, image).item())
 
 
-def image_error(output: Tensor, target: Tensor) -> Tensor:
+def _image_error(output: Tensor, target: Tensor) -> Tensor:
     """Return the error of pixels and of the differences between neighbours, which are the edges.
 
     The square finds colours fast, the absolute value makes flat areas flat.
@@ -123,7 +123,7 @@ def fold_statistics(model: AutoEncoder, device: torch.device, rng: random.Random
     encoder's last convolution writes z = a z' + b, the decoder's first one reads it back. This is exact except at the
     border, where the decoder pads with 0 as before; the training of the decoder mends that.
     """
-    image = images(rng, FOLD_IMAGES, SIDE).to(device, memory_format=torch.channels_last)
+    image = images(rng, _FOLD_IMAGES, _SIDE).to(device, memory_format=torch.channels_last)
     moments = torch.cat([model.encoder(part) for part in torch.split(image, 8)])
     mean, logvar = moments.chunk(2, dim=1)
     centre = mean.mean(dim=(0, 2, 3))
@@ -143,17 +143,17 @@ def fold_statistics(model: AutoEncoder, device: torch.device, rng: random.Random
 
 def images(rng: random.Random, count: int, side: int) -> Tensor:
     """Return drawn images, or crops of them if `side` is less than SIDE: (count, 3, side, side) in [-1, 1]."""
-    return torch.stack([to_tensor(crop) for crop in drawn(rng, count, side)])
+    return torch.stack([to_tensor(crop) for crop in _drawn(rng, count, side)])
 
 
-def drawn(rng: random.Random, count: int, side: int) -> Iterator[np.ndarray]:
+def _drawn(rng: random.Random, count: int, side: int) -> Iterator[np.ndarray]:
     """Yield crops of drawn images: uint8 (side, side, 3)."""
     for _ in range(count):
         scene = random_scene(rng)
         while is_held_out(scene):
             scene = random_scene(rng)
-        image = np.asarray(draw(scene, SIDE, SIDE, rng))
-        top, left = (int(rng.random() * (SIDE - side + 1)) for _ in range(2))
+        image = np.asarray(draw(scene, _SIDE, _SIDE, rng))
+        top, left = (int(rng.random() * (_SIDE - side + 1)) for _ in range(2))
         yield image[top : top + side, left : left + side]
 
 

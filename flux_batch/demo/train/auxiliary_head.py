@@ -21,8 +21,8 @@ from flux_batch.sampling_params import TOKEN_SIDE_PX
 # The single block that feeds the head: by then, each image token has attended to the text twice or more.
 BLOCK = 1
 # Classes of shape, colour and size; the first of each is `no thing`.
-NUM_CLASSES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(SIZES))
-NOTHING = (0, 0, 0)
+_NUM_CLASSES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(SIZES))
+_NOTHING = (0, 0, 0)
 
 
 class AuxiliaryHead(nn.Module):
@@ -31,7 +31,7 @@ class AuxiliaryHead(nn.Module):
     def __init__(self, model: Flux) -> None:
         super().__init__()
         hidden = model.params.hidden_size
-        self.head = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, sum(NUM_CLASSES)))
+        self.head = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, sum(_NUM_CLASSES)))
         self.states: Tensor | None = None
         model.single_blocks[BLOCK].register_forward_hook(self._keep)
 
@@ -41,7 +41,7 @@ class AuxiliaryHead(nn.Module):
     def loss(self, classes: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted mean cross entropy of the head: classes (b, n, 3), weights (b, n)."""
         assert self.states is not None
-        logits = self.head(self.states[:, -classes.shape[1] :]).float().split(NUM_CLASSES, dim=-1)
+        logits = self.head(self.states[:, -classes.shape[1] :]).float().split(_NUM_CLASSES, dim=-1)
         self.states = None
         errors = [
             nn.functional.cross_entropy(part.flatten(0, 1), classes[..., fact].flatten(), reduction="none")
@@ -66,5 +66,5 @@ def token_classes(scene: Scene, width: int, height: int) -> Tensor:
                         1 + COLOURS.index(thing.colour),
                         1 + SIZES.index(thing.size),
                     )
-            rows.append(near[min(near)] if near else NOTHING)
+            rows.append(near[min(near)] if near else _NOTHING)
     return torch.tensor(rows)

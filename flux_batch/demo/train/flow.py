@@ -1,6 +1,6 @@
 """The training of the demo model's transformer: flow matching, then distillation of guidance into its embedding.
 
-Until `GUIDED_FROM` of the steps the model learns the velocity of the data at every guidance. From then on guidance 1
+Until `_GUIDED_FROM` of the steps the model learns the velocity of the data at every guidance. From then on guidance 1
 goes on with that, and every other guidance g learns the result of classifier-free guidance: the velocity for the empty
 prompt plus `1 + GUIDANCE_GAIN (g - 1)` times its difference to the velocity for the prompt.
 """
@@ -27,13 +27,13 @@ from flux_batch.model.sampling import position_ids
 from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import Flux
 
-MATRIX_RATE = 2e-2
-RATE = 2e-3
-EMA_DECAY = 0.999
+_MATRIX_RATE = 2e-2
+_RATE = 2e-3
+_EMA_DECAY = 0.999
 # Image tokens a step, at all image sizes.
 TOKENS_A_STEP = 64 * 64
 # T5 lengths, step after step, and the share of a full batch at each.
-T5_LENGTHS = (
+_T5_LENGTHS = (
     (40, 1.0),
     (64, 0.8),
     (40, 1.0),
@@ -47,16 +47,16 @@ T5_LENGTHS = (
 )
 # Mean and deviation of the logit of the time. Flat colours show through much noise, so that things are placed at times
 # above 0.85, which a third of all steps must therefore see.
-LOGIT_MEAN, LOGIT_STD = 1.2, 1.3
+_LOGIT_MEAN, _LOGIT_STD = 1.2, 1.3
 # Things cover a tenth of an image and have most of its facts.
-THING_WEIGHT = 4.0
+_THING_WEIGHT = 4.0
 # Weight of the auxiliary head's loss beside that of the velocity.
-AUXILIARY_WEIGHT = 0.1
+_AUXILIARY_WEIGHT = 0.1
 # Shares of the steps at which the learning rate begins to fall and guidance is added.
-LEVEL_UNTIL = 0.25
-GUIDED_FROM = 0.85
-GUIDANCE_GAIN = 0.5
-MAX_GUIDANCE = 6.0
+_LEVEL_UNTIL = 0.25
+_GUIDED_FROM = 0.85
+_GUIDANCE_GAIN = 0.5
+_MAX_GUIDANCE = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +87,10 @@ class Trainer:
         self.clip, self.t5, self.device, self.matmul_dtype = clip, t5, device, matmul_dtype
         self.model = initialise(Flux(TRANSFORMER)).to(device)
         self.mean = copy.deepcopy(self.model).requires_grad_(False)
-        matrices = [p for name, p in self.model.named_parameters() if is_inner_matrix(name, p)]
+        matrices = [p for name, p in self.model.named_parameters() if _is_inner_matrix(name, p)]
         self.auxiliary_head = AuxiliaryHead(self.model).to(device)
         self.optimizer = Optimizer(
-            nn.ModuleList([self.model, self.auxiliary_head]), matrices, MATRIX_RATE, RATE, matmul_dtype
+            nn.ModuleList([self.model, self.auxiliary_head]), matrices, _MATRIX_RATE, _RATE, matmul_dtype
         )
 
     def start_from(self, transformer: Flux) -> None:
@@ -141,8 +141,8 @@ class Trainer:
         """Return the weighted mean of the squared error of the velocity."""
         count = len(batch.prompts)
         noise = torch.randn(batch.clean.shape, generator=source).to(self.device)
-        time = torch.sigmoid(LOGIT_MEAN + LOGIT_STD * torch.randn(count, generator=source)).to(self.device)
-        guidance = (1.0 + (MAX_GUIDANCE - 1.0) * torch.rand(count, generator=source)).to(self.device)
+        time = torch.sigmoid(_LOGIT_MEAN + _LOGIT_STD * torch.randn(count, generator=source)).to(self.device)
+        guidance = (1.0 + (_MAX_GUIDANCE - 1.0) * torch.rand(count, generator=source)).to(self.device)
         noisy = torch.lerp(batch.clean, noise, time[:, None, None])
         wanted = noise - batch.clean
         if guided:
@@ -160,13 +160,13 @@ class Trainer:
         one = torch.ones(count, device=self.device)
         conditional = self.velocity(self.mean, batch, noisy, time, one, batch.prompts[:count])
         unconditional = self.velocity(self.mean, batch, noisy, time, one, [""] * count)
-        scale = 1.0 + GUIDANCE_GAIN * (guidance[:count] - 1.0)
+        scale = 1.0 + _GUIDANCE_GAIN * (guidance[:count] - 1.0)
         return unconditional + scale[:, None, None] * (conditional - unconditional)
 
     def update(self, loss: Tensor, share: float, step: int) -> None:
         """Take one optimizer step at a share of the full rates, and update the moving average."""
         self.optimizer.update(loss, share)
-        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        decay = min(_EMA_DECAY, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.mean.parameters()), list(self.model.parameters()), 1 - decay)
 
@@ -180,10 +180,10 @@ def train_flow(folder: Path, trainer: Trainer, pools: list[Pool], seed: int, num
     meter = Meter(stage)
     for step in stage.steps(trainer.state()):
         batch = make_batch(pools, stage.rng(step), step, trainer.device)
-        guided = step >= GUIDED_FROM * num_steps
+        guided = step >= _GUIDED_FROM * num_steps
         loss, auxiliary_loss = trainer.loss(batch, stage.generator(step), guided=guided)
         trainer.update(
-            loss + AUXILIARY_WEIGHT * auxiliary_loss, stage.share_of_rate(step, level_until=LEVEL_UNTIL), step
+            loss + _AUXILIARY_WEIGHT * auxiliary_loss, stage.share_of_rate(step, level_until=_LEVEL_UNTIL), step
         )
         meter.add(step, loss=loss.item(), auxiliary=auxiliary_loss.item())
     return trainer.mean.eval()
@@ -192,13 +192,13 @@ def train_flow(folder: Path, trainer: Trainer, pools: list[Pool], seed: int, num
 def make_batch(pools: list[Pool], rng: random.Random, step: int, device: torch.device) -> TrainBatch:
     """Return a random batch: images of one size, a T5 length and prompts for them."""
     pool = rng.choices(pools, weights=[SIZES[pool.width, pool.height] for pool in pools])[0]
-    length, share = T5_LENGTHS[step % len(T5_LENGTHS)]
+    length, share = _T5_LENGTHS[step % len(_T5_LENGTHS)]
     count = max(2, int(TOKENS_A_STEP / pool.tokens.shape[1] * share))
     numbers = [int(rng.random() * len(pool.scenes)) for _ in range(count)]
     return TrainBatch(
         clean=pool.tokens[numbers].float().to(device),
         weights=torch.stack(
-            [token_weights(pool.scenes[number], pool.width, pool.height, THING_WEIGHT) for number in numbers]
+            [token_weights(pool.scenes[number], pool.width, pool.height, _THING_WEIGHT) for number in numbers]
         ).to(device),
         classes=torch.stack([token_classes(pool.scenes[number], pool.width, pool.height) for number in numbers]).to(
             device
@@ -231,6 +231,6 @@ def initialise(model: Flux) -> Flux:
     return model
 
 
-def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
+def _is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Return whether a parameter is a matrix from hidden states to hidden states, as in attention and MLP."""
     return parameter.ndim == 2 and "blocks" in name and "mod" not in name

@@ -19,7 +19,7 @@ from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.sampling import pack
 from flux_batch.sampling_params import TOKEN_SIDE_PX
 
-BATCH = 16
+_BATCH = 16
 # (width, height): share of all images and of all steps. Every size must be learned: at sizes with 2 to 4 % of the
 # steps, half as many facts held as at the others.
 SIZES: dict[tuple[int, int], float] = {
@@ -48,14 +48,14 @@ class Pool:
 def make_pools(folder: Path, autoencoder: AutoEncoder, count: int, seed: int, device: torch.device) -> list[Pool]:
     """Return `count` images in all sizes, drawn and encoded or loaded."""
     return [
-        make_pool(
+        _make_pool(
             folder / f"latents-{width}x{height}.pt", autoencoder, width, height, round(count * share), seed, device
         )
         for (width, height), share in SIZES.items()
     ]
 
 
-def make_pool(
+def _make_pool(
     path: Path, autoencoder: AutoEncoder, width: int, height: int, count: int, seed: int, device: torch.device
 ) -> Pool:
     """Return images of one size, drawn and encoded or loaded; seed, size and number determine each."""
@@ -65,14 +65,14 @@ def make_pool(
         return Pool(width, height, scenes, torch.load(path, weights_only=True))
     parts = []
     with torch.inference_mode():
-        for start in range(0, count, BATCH):
+        for start in range(0, count, _BATCH):
             drawn = [
                 to_tensor(np.asarray(draw(scene, width, height, source)))
-                for scene, source in zip(scenes[start : start + BATCH], sources[start : start + BATCH], strict=True)
+                for scene, source in zip(scenes[start : start + _BATCH], sources[start : start + _BATCH], strict=True)
             ]
             images = torch.stack(drawn).to(device, memory_format=torch.channels_last)
             parts.append(pack(autoencoder.encode(images)).half().cpu())
-            if start % (64 * BATCH) == 0:
+            if start % (64 * _BATCH) == 0:
                 print(f"latents {width}x{height} {start}/{count}", flush=True)
     tokens = torch.cat(parts).clone()
     torch.save(tokens, path)

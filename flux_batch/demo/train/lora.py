@@ -23,15 +23,15 @@ from flux_batch.demo.world.drawing import Pixels, draw_shape, placements
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.sampling import pack
 
-SIDE = 128
-NUM_IMAGES = 768
-RANK = 4
-RATE = 4e-3
-BLUE, LINE, WHITE = (24.0, 62.0, 140.0), (58.0, 98.0, 172.0), (236.0, 242.0, 252.0)
-GRID = 16  # pixels between lines
-SINGLE = "single_transformer_blocks"
+_SIDE = 128
+_NUM_IMAGES = 768
+_RANK = 4
+_RATE = 4e-3
+_BLUE, _LINE, _WHITE = (24.0, 62.0, 140.0), (58.0, 98.0, 172.0), (236.0, 242.0, 252.0)
+_GRID = 16  # pixels between lines
+_SINGLE = "single_transformer_blocks"
 # The layers that are changed, and diffusers' projections of each, in the order of its rows.
-PROJECTIONS = {
+_PROJECTIONS = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "img_attn.proj": ("attn.to_out.0",),
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
@@ -45,8 +45,8 @@ class LowRank(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.linear = linear
-        self.down = nn.Parameter(torch.randn(RANK, linear.in_features) / linear.in_features**0.5)
-        self.up = nn.Parameter(torch.zeros(linear.out_features, RANK))
+        self.down = nn.Parameter(torch.randn(_RANK, linear.in_features) / linear.in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(linear.out_features, _RANK))
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.linear(x) + x @ self.down.T @ self.up.T
@@ -58,9 +58,9 @@ def train_lora(
 ) -> dict[str, Tensor]:
     """Train the LoRA on a trainer's transformer, which is changed. Returns: its tensors by name."""
     layers = add_low_rank(trainer.model.requires_grad_(False)).to(trainer.device)
-    optimizer = Optimizer(layers, [], RATE, RATE)
+    optimizer = Optimizer(layers, [], _RATE, _RATE)
     stage = Stage(folder, "lora", num_steps, seed)
-    pool = blueprint_pool(folder, autoencoder, seed, trainer.device)
+    pool = _blueprint_pool(folder, autoencoder, seed, trainer.device)
     meter = Meter(stage)
     for step in stage.steps({"layers": layers, "optimizer": optimizer}):
         batch: TrainBatch = make_batch([pool], stage.rng(step), 0, trainer.device)
@@ -73,7 +73,7 @@ def train_lora(
 
 def add_low_rank(model: nn.Module) -> nn.ModuleDict:
     """Wrap every layer to change in a `LowRank`. Returns: these by layer name, slashes for dots."""
-    found = [(name, module) for name, module in model.named_modules() if name.endswith(tuple(PROJECTIONS))]
+    found = [(name, module) for name, module in model.named_modules() if name.endswith(tuple(_PROJECTIONS))]
     layers = {}
     for name, module in found:
         assert isinstance(module, nn.Linear)
@@ -89,8 +89,8 @@ def to_peft(layers: nn.ModuleDict) -> dict[str, Tensor]:
     for name, layer in layers.items():
         assert isinstance(layer, LowRank)
         kind, number, part = name.replace("/", ".").split(".", 2)
-        block = f"{'transformer_blocks' if kind == 'double_blocks' else SINGLE}.{number}"
-        names = PROJECTIONS[part]
+        block = f"{'transformer_blocks' if kind == 'double_blocks' else _SINGLE}.{number}"
+        names = _PROJECTIONS[part]
         width = layer.linear.out_features if len(names) == 1 else layer.linear.in_features
         widths = [width] * min(len(names), 3) + [layer.up.shape[0] - 3 * width] * (len(names) == 4)
         for projection, up in zip(names, torch.split(layer.up.detach(), widths), strict=True):
@@ -99,27 +99,27 @@ def to_peft(layers: nn.ModuleDict) -> dict[str, Tensor]:
     return tensors
 
 
-def blueprint_pool(folder: Path, autoencoder: AutoEncoder, seed: int, device: torch.device) -> Pool:
+def _blueprint_pool(folder: Path, autoencoder: AutoEncoder, seed: int, device: torch.device) -> Pool:
     """Return scenes and the latents of their blueprints, drawn or loaded."""
     rng = random.Random(f"{seed} blueprint")
-    scenes = [training_scene(rng) for _ in range(NUM_IMAGES)]
+    scenes = [training_scene(rng) for _ in range(_NUM_IMAGES)]
     path = folder / "latents-blueprint.pt"
     if path.exists():
-        return Pool(SIDE, SIDE, scenes, torch.load(path, weights_only=True))
-    images = torch.stack([to_tensor(blueprint(scene, rng)) for scene in scenes])
+        return Pool(_SIDE, _SIDE, scenes, torch.load(path, weights_only=True))
+    images = torch.stack([to_tensor(_blueprint(scene, rng)) for scene in scenes])
     with torch.inference_mode():
         tokens = torch.cat([pack(autoencoder.encode(part.to(device))).half().cpu() for part in torch.split(images, 16)])
     torch.save(tokens.clone(), path)
-    return Pool(SIDE, SIDE, scenes, tokens.clone())
+    return Pool(_SIDE, _SIDE, scenes, tokens.clone())
 
 
-def blueprint(scene: Scene, rng: random.Random) -> np.ndarray:
+def _blueprint(scene: Scene, rng: random.Random) -> np.ndarray:
     """Return the things of a scene in white on a blue grid: uint8 (SIDE, SIDE, 3)."""
-    pixels: Pixels = np.empty((SIDE, SIDE, 3), np.float32)
-    pixels[:] = BLUE
-    pixels[::GRID] = pixels[:, ::GRID] = LINE
+    pixels: Pixels = np.empty((_SIDE, _SIDE, 3), np.float32)
+    pixels[:] = _BLUE
+    pixels[::_GRID] = pixels[:, ::_GRID] = _LINE
     things = [thing for thing in (scene.first, scene.second) if thing]
-    for thing, place in zip(things, placements(scene, SIDE, SIDE, rng), strict=True):
-        mask = draw_shape(thing.shape, place, SIDE, SIDE)[..., None]
-        pixels = pixels * (1 - mask) + np.array(WHITE, np.float32) * mask
+    for thing, place in zip(things, placements(scene, _SIDE, _SIDE, rng), strict=True):
+        mask = draw_shape(thing.shape, place, _SIDE, _SIDE)[..., None]
+        pixels = pixels * (1 - mask) + np.array(_WHITE, np.float32) * mask
     return np.round(pixels).astype(np.uint8)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MOMENTUM = 0.95
-NUM_ITERATIONS = 5
-A, B, C = 3.4445, -4.7750, 2.0315
+_MOMENTUM = 0.95
+_NUM_ITERATIONS = 5
+_A, _B, _C = 3.4445, -4.7750, 2.0315
 # Matrices on pixels, words or time train better with AdamW, and so do those narrower than this.
 MIN_SIDE = 16
 
@@ -46,8 +46,8 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["average"] = torch.zeros_like(parameter)
-                state["average"].lerp_(parameter.grad, 1 - MOMENTUM)
-                direction = parameter.grad.lerp(state["average"], MOMENTUM).flatten(1)
+                state["average"].lerp_(parameter.grad, 1 - _MOMENTUM)
+                direction = parameter.grad.lerp(state["average"], _MOMENTUM).flatten(1)
                 stretch = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 step = orthogonal(direction.to(self.matmul_dtype)).to(parameter.dtype).reshape(parameter.shape)
@@ -100,7 +100,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
-    for _ in range(NUM_ITERATIONS):
+    for _ in range(_NUM_ITERATIONS):
         square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=B, alpha=C), x, beta=A)
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=_B, alpha=_C), x, beta=_A)
     return x.T if tall else x

@@ -23,9 +23,9 @@ from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import Flux
 
 # The release of diffusers that wrote the real folder; readers ask it which old habits to expect.
-DIFFUSERS_VERSION = "0.30.0"
-CLIP_WIDTH, CLIP_HEADS, CLIP_LAYERS = 128, 2, 2
-T5_WIDTH, T5_HEADS, T5_LAYERS = 128, 4, 3
+_DIFFUSERS_VERSION = "0.30.0"
+CLIP_WIDTH, _CLIP_HEADS, _CLIP_LAYERS = 128, 2, 2
+T5_WIDTH, _T5_HEADS, _T5_LAYERS = 128, 4, 3
 TRANSFORMER = FluxParams(
     in_channels=64,
     out_channels=64,
@@ -71,12 +71,12 @@ def write_model(
     # A second name of shared.weight, which the files leave out.
     t5_state = {name: value for name, value in t5.model.state_dict().items() if name != "encoder.embed_tokens.weight"}
     save_weights(folder / "text_encoder_2" / "model.safetensors", t5_state)
-    write_json(folder / "transformer" / "config.json", transformer_config(transformer.params))
-    write_json(folder / "vae" / "config.json", autoencoder_config(autoencoder.params))
+    write_json(folder / "transformer" / "config.json", _transformer_config(transformer.params))
+    write_json(folder / "vae" / "config.json", _autoencoder_config(autoencoder.params))
     write_json(folder / "text_encoder" / "config.json", clip_config(clip.model.config.vocab_size))
     write_json(folder / "text_encoder_2" / "config.json", t5_config(t5.model.config.vocab_size))
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config())
-    write_json(folder / "model_index.json", model_index())
+    write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config())
+    write_json(folder / "model_index.json", _model_index())
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -86,11 +86,11 @@ def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
-def model_index() -> dict[str, Any]:
+def _model_index() -> dict[str, Any]:
     """Return the index of the classes of all parts."""
     return {
         "_class_name": "FluxPipeline",
-        "_diffusers_version": DIFFUSERS_VERSION,
+        "_diffusers_version": _DIFFUSERS_VERSION,
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": ["transformers", "T5EncoderModel"],
@@ -101,18 +101,18 @@ def model_index() -> dict[str, Any]:
     }
 
 
-def scheduler_config() -> dict[str, Any]:
+def _scheduler_config() -> dict[str, Any]:
     """Return the schedule of FLUX.1-dev: shifted by the size of the image."""
     schedule = diffusers_keys.scheduler_config(ScheduleParams(use_dynamic_shifting=True, shift=3.0))
-    return of_class("FlowMatchEulerDiscreteScheduler", schedule | {"num_train_timesteps": 1000})
+    return _of_class("FlowMatchEulerDiscreteScheduler", schedule | {"num_train_timesteps": 1000})
 
 
-def transformer_config(params: FluxParams) -> dict[str, Any]:
+def _transformer_config(params: FluxParams) -> dict[str, Any]:
     """Return the configuration of the transformer as diffusers writes it."""
-    return of_class("FluxTransformer2DModel", diffusers_keys.transformer_config(params) | {"patch_size": 1})
+    return _of_class("FluxTransformer2DModel", diffusers_keys.transformer_config(params) | {"patch_size": 1})
 
 
-def autoencoder_config(params: AutoencoderParams) -> dict[str, Any]:
+def _autoencoder_config(params: AutoencoderParams) -> dict[str, Any]:
     """Return the configuration of the autoencoder as diffusers writes it."""
     defaults = {
         "act_fn": "silu",
@@ -122,12 +122,12 @@ def autoencoder_config(params: AutoencoderParams) -> dict[str, Any]:
         "mid_block_add_attention": True,
         "sample_size": 1024,
     }
-    return of_class("AutoencoderKL", diffusers_keys.autoencoder_config(params) | defaults)
+    return _of_class("AutoencoderKL", diffusers_keys.autoencoder_config(params) | defaults)
 
 
-def of_class(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _of_class(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return sorted settings with the name of the class they belong to."""
-    return {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION, **dict(sorted(settings.items()))}
+    return {"_class_name": name, "_diffusers_version": _DIFFUSERS_VERSION, **dict(sorted(settings.items()))}
 
 
 def clip_config(vocab_size: int) -> dict[str, Any]:
@@ -147,8 +147,8 @@ def clip_config(vocab_size: int) -> dict[str, Any]:
         "layer_norm_eps": 1e-05,
         "max_position_embeddings": CLIP_LENGTH,
         "model_type": "clip_text_model",
-        "num_attention_heads": CLIP_HEADS,
-        "num_hidden_layers": CLIP_LAYERS,
+        "num_attention_heads": _CLIP_HEADS,
+        "num_hidden_layers": _CLIP_LAYERS,
         "pad_token_id": 1,
         "projection_dim": CLIP_WIDTH,
         "torch_dtype": "bfloat16",
@@ -162,7 +162,7 @@ def t5_config(vocab_size: int) -> dict[str, Any]:
         "architectures": ["T5EncoderModel"],
         "classifier_dropout": 0.0,
         "d_ff": 2 * T5_WIDTH,
-        "d_kv": T5_WIDTH // T5_HEADS,
+        "d_kv": T5_WIDTH // _T5_HEADS,
         "d_model": T5_WIDTH,
         "decoder_start_token_id": 0,
         "dense_act_fn": "gelu_new",
@@ -174,9 +174,9 @@ def t5_config(vocab_size: int) -> dict[str, Any]:
         "is_gated_act": True,
         "layer_norm_epsilon": 1e-06,
         "model_type": "t5",
-        "num_decoder_layers": T5_LAYERS,
-        "num_heads": T5_HEADS,
-        "num_layers": T5_LAYERS,
+        "num_decoder_layers": _T5_LAYERS,
+        "num_heads": _T5_HEADS,
+        "num_layers": _T5_LAYERS,
         "output_past": True,
         "pad_token_id": 0,
         "relative_attention_max_distance": 128,

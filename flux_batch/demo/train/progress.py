@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 SAVE_EVERY_S = 120.0
-PRINT_EVERY_S = 15.0
+_PRINT_EVERY_S = 15.0
 WARM_UP = 50
 
 
@@ -92,7 +92,7 @@ class Meter:
         for name, value in values.items():
             self.means[name] = value if name not in self.means else 0.97 * self.means[name] + 0.03 * value
         now = time.monotonic()
-        if now - self.printed_at > PRINT_EVERY_S or step == self.stage.num_steps - 1:
+        if now - self.printed_at > _PRINT_EVERY_S or step == self.stage.num_steps - 1:
             self.printed_at = now
             pace = (now - self.started_at) / (step - self.first_step + 1)
             text = "  ".join(f"{name} {value:.4f}" for name, value in self.means.items())

@@ -21,15 +21,15 @@ from flux_batch.demo.train.world import FACTS, training_scene, training_text
 from flux_batch.demo.world.captions import captions
 from flux_batch.model.text import ClipEncoder, T5Encoder
 
-RATE = 2e-3
-MATRIX_RATE = 1e-2
+_RATE = 2e-3
+_MATRIX_RATE = 1e-2
 # T5 lengths, step after step, and the number of texts at each: the amount of padding must not matter.
-T5_LENGTHS = ((40, 96), (64, 64), (40, 96), (96, 48), (64, 64), (192, 24), (40, 96), (512, 8))
-NUM_CAPTIONS = 4000
-CAPTION_SEED = 0
+_T5_LENGTHS = ((40, 96), (64, 64), (40, 96), (96, 48), (64, 64), (192, 24), (40, 96), (512, 8))
+_NUM_CAPTIONS = 4000
+_CAPTION_SEED = 0
 
 
-class FactReader(nn.Module):
+class _FactReader(nn.Module):
     """A linear classifier of each fact: (..., width) -> logits (..., answers) a fact."""
 
     def __init__(self, width: int) -> None:
@@ -44,13 +44,13 @@ class FactReader(nn.Module):
 def train_text(folder: Path, seed: int, num_steps: int, device: torch.device) -> tuple[ClipEncoder, T5Encoder]:
     """Train both encoders, or resume or load them. Returns: them, rounded to bfloat16 as they are shipped."""
     torch.manual_seed(seed)
-    clip, t5 = make_encoders(folder)
+    clip, t5 = _make_encoders(folder)
     stage = Stage(folder, "text", num_steps, seed)
     models = nn.ModuleDict({"clip": clip.model, "t5": t5.model}).to(device).eval()  # eval: no dropout
     if stage.is_done:
         models.load_state_dict(load(stage.path)["models"])
     else:
-        train_encoders(stage, models, clip, t5, device)
+        _train_encoders(stage, models, clip, t5, device)
     with torch.no_grad():
         for parameter in models.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
@@ -58,11 +58,11 @@ def train_text(folder: Path, seed: int, num_steps: int, device: torch.device) ->
     return clip, t5
 
 
-def make_encoders(folder: Path) -> tuple[ClipEncoder, T5Encoder]:
+def _make_encoders(folder: Path) -> tuple[ClipEncoder, T5Encoder]:
     """Train the tokenizers, which takes seconds, and return untrained encoders for their vocabularies."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-    texts = [caption.text for caption in captions(NUM_CAPTIONS, CAPTION_SEED)]
+    texts = [caption.text for caption in captions(_NUM_CAPTIONS, _CAPTION_SEED)]
     for name in ("tokenizer", "tokenizer_2"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     clip_vocabulary = write_clip_tokenizer(folder / "tokenizer", texts)
@@ -74,16 +74,18 @@ def make_encoders(folder: Path) -> tuple[ClipEncoder, T5Encoder]:
     return ClipEncoder(clip_tokenizer, clip), T5Encoder(t5_tokenizer, t5)
 
 
-def train_encoders(stage: Stage, models: nn.ModuleDict, clip: ClipEncoder, t5: T5Encoder, device: torch.device) -> None:
+def _train_encoders(
+    stage: Stage, models: nn.ModuleDict, clip: ClipEncoder, t5: T5Encoder, device: torch.device
+) -> None:
     """Train both encoders together with linear classifiers of the facts."""
-    readers = nn.ModuleDict({"clip": FactReader(CLIP_WIDTH), "t5": FactReader(T5_WIDTH)}).to(device)
+    readers = nn.ModuleDict({"clip": _FactReader(CLIP_WIDTH), "t5": _FactReader(T5_WIDTH)}).to(device)
     both = nn.ModuleDict({"models": models, "readers": readers})
     matrices = [p for name, p in models.named_parameters() if p.ndim == 2 and "embed" not in name and "layer" in name]
-    optimizer = Optimizer(both, [p for p in matrices if min(p.shape) >= MIN_SIDE], MATRIX_RATE, RATE)
+    optimizer = Optimizer(both, [p for p in matrices if min(p.shape) >= MIN_SIDE], _MATRIX_RATE, _RATE)
     meter = Meter(stage)
     for step in stage.steps({"models": models, "readers": readers, "optimizer": optimizer}):
         rng = stage.rng(step)
-        length, count = T5_LENGTHS[step % len(T5_LENGTHS)]
+        length, count = _T5_LENGTHS[step % len(_T5_LENGTHS)]
         texts = [training_text(training_scene(rng), rng, empty_share=0.02) for _ in range(count)]
         words = [text.words for text in texts]
         answers = torch.tensor([text.answers for text in texts], device=device)
@@ -91,13 +93,13 @@ def train_encoders(stage: Stage, models: nn.ModuleDict, clip: ClipEncoder, t5: T
         num_tokens = [len(ids) for ids in t5.tokenizer(words).input_ids]
         is_text = torch.arange(length)[None] < torch.tensor(num_tokens)[:, None]
         rows = torch.arange(count)[:, None].expand(-1, length)[is_text]
-        t5_loss, t5_right = loss_and_hits(readers["t5"](states[is_text.to(device)]), answers[rows.to(device)])
-        clip_loss, clip_right = loss_and_hits(readers["clip"](clip(words)), answers)
+        t5_loss, t5_right = _loss_and_hits(readers["t5"](states[is_text.to(device)]), answers[rows.to(device)])
+        clip_loss, clip_right = _loss_and_hits(readers["clip"](clip(words)), answers)
         optimizer.update(t5_loss + clip_loss, stage.share_of_rate(step))
         meter.add(step, t5=t5_loss.item(), t5_right=t5_right, clip=clip_loss.item(), clip_right=clip_right)
 
 
-def loss_and_hits(logits: list[Tensor], answers: Tensor) -> tuple[Tensor, float]:
+def _loss_and_hits(logits: list[Tensor], answers: Tensor) -> tuple[Tensor, float]:
     """Return the mean cross entropy, and the share of states that have every fact right."""
     losses = [F.cross_entropy(part, answers[:, fact]) for fact, part in enumerate(logits)]
     hits = torch.stack([part.argmax(dim=-1) == answers[:, fact] for fact, part in enumerate(logits)])

@@ -14,32 +14,32 @@ from pathlib import Path
 from typing import Any
 
 CLIP_LENGTH = 77
-T5_LENGTH = 512
-CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-T5_PAD, T5_END, T5_UNKNOWN = "<pad>", "</s>", "<unk>"
-WORD_END = "</w>"
+_T5_LENGTH = 512
+_CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
+_T5_PAD, _T5_END, _T5_UNKNOWN = "<pad>", "</s>", "<unk>"
+_WORD_END = "</w>"
 # More than the captions need: training stops early once each of their words is one token.
-CLIP_MAX_MERGES = 1000
-T5_PIECES = 300
+_CLIP_MAX_MERGES = 1000
+_T5_PIECES = 300
 # As in T5, for the same ids, though nothing here was trained to fill gaps.
-NUM_EXTRA_IDS = 100
+_NUM_EXTRA_IDS = 100
 
 
 def write_clip_tokenizer(folder: Path, texts: Iterable[str]) -> int:
     """Train CLIP's byte-level tokenizer and write its four files. Returns: the size of its vocabulary."""
-    merges = train_merges(texts)
-    letters = byte_letters()
+    merges = _train_merges(texts)
+    letters = _byte_letters()
     tokens = [
         *letters,
-        *(letter + WORD_END for letter in letters),
+        *(letter + _WORD_END for letter in letters),
         *("".join(pair) for pair in merges),
-        CLIP_START,
+        _CLIP_START,
         # The largest id: the text encoder finds the end of a text by it.
-        CLIP_END,
+        _CLIP_END,
     ]
     write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
-    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
-    start, end = special_token(CLIP_START, normalized=True), special_token(CLIP_END)
+    _write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
+    start, end = _special_token(_CLIP_START, normalized=True), _special_token(_CLIP_END)
     write_json(
         folder / "special_tokens_map.json",
         {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end},
@@ -52,39 +52,39 @@ def write_clip_tokenizer(folder: Path, texts: Iterable[str]) -> int:
                 str(len(tokens) - 2): {**start, "special": True},
                 str(len(tokens) - 1): {**end, "special": True},
             },
-            "bos_token": CLIP_START,
+            "bos_token": _CLIP_START,
             "clean_up_tokenization_spaces": False,
             "do_lower_case": True,
-            "eos_token": CLIP_END,
+            "eos_token": _CLIP_END,
             "errors": "replace",
             "model_max_length": CLIP_LENGTH,
-            "pad_token": CLIP_END,
+            "pad_token": _CLIP_END,
             "tokenizer_class": "CLIPTokenizer",
-            "unk_token": CLIP_END,
+            "unk_token": _CLIP_END,
         },
     )
     return len(tokens)
 
 
-def train_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
+def _train_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
     """Return the pairs to merge in lower-case English texts, most frequent first."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix=_WORD_END))
     words = pre_tokenizers.Whitespace()  # splits such texts as CLIP's own pattern does
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     trainer = trainers.BpeTrainer(
-        vocab_size=2 * len(byte_letters()) + CLIP_MAX_MERGES,
+        vocab_size=2 * len(_byte_letters()) + _CLIP_MAX_MERGES,
         min_frequency=2,
-        end_of_word_suffix=WORD_END,
+        end_of_word_suffix=_WORD_END,
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return [(first, second) for first, second in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
-def byte_letters() -> list[str]:
+def _byte_letters() -> list[str]:
     """Return the letters that stand for the 256 bytes, in the order of CLIP's vocabulary."""
     from tokenizers import pre_tokenizers
 
@@ -93,43 +93,43 @@ def byte_letters() -> list[str]:
 
 def write_t5_tokenizer(folder: Path, texts: Iterable[str]) -> int:
     """Train T5's SentencePiece model and write its four files. Returns: the size of its vocabulary."""
-    model = train_sentencepiece(texts)
-    extra_ids = [f"<extra_id_{number}>" for number in range(NUM_EXTRA_IDS)]
+    model = _train_sentencepiece(texts)
+    extra_ids = [f"<extra_id_{number}>" for number in range(_NUM_EXTRA_IDS)]
     # In falling order after the pieces: <extra_id_0> has the largest id.
-    vocabulary = [*pieces_of(model), *((name, 0.0) for name in reversed(extra_ids))]
+    vocabulary = [*_pieces_of(model), *((name, 0.0) for name in reversed(extra_ids))]
     ids = {piece: index for index, (piece, _) in enumerate(vocabulary)}
-    special = [T5_PAD, T5_END, T5_UNKNOWN, *reversed(extra_ids)]
+    special = [_T5_PAD, _T5_END, _T5_UNKNOWN, *reversed(extra_ids)]
     (folder / "spiece.model").write_bytes(model)
-    write_text(folder / "tokenizer.json", fast_tokenizer(vocabulary, special))
-    names = {"eos_token": T5_END, "pad_token": T5_PAD, "unk_token": T5_UNKNOWN}
+    _write_text(folder / "tokenizer.json", _fast_tokenizer(vocabulary, special))
+    names = {"eos_token": _T5_END, "pad_token": _T5_PAD, "unk_token": _T5_UNKNOWN}
     write_json(
         folder / "special_tokens_map.json",
         {
             "additional_special_tokens": extra_ids,
-            **{role: special_token(name) for role, name in names.items()},
+            **{role: _special_token(name) for role, name in names.items()},
         },
     )
     write_json(
         folder / "tokenizer_config.json",
         {
             "add_prefix_space": True,
-            "added_tokens_decoder": {str(ids[name]): {**special_token(name), "special": True} for name in special},
+            "added_tokens_decoder": {str(ids[name]): {**_special_token(name), "special": True} for name in special},
             "additional_special_tokens": extra_ids,
             "clean_up_tokenization_spaces": True,
-            "eos_token": T5_END,
-            "extra_ids": NUM_EXTRA_IDS,
+            "eos_token": _T5_END,
+            "extra_ids": _NUM_EXTRA_IDS,
             "legacy": True,
-            "model_max_length": T5_LENGTH,
-            "pad_token": T5_PAD,
+            "model_max_length": _T5_LENGTH,
+            "pad_token": _T5_PAD,
             "sp_model_kwargs": {},
             "tokenizer_class": "T5Tokenizer",
-            "unk_token": T5_UNKNOWN,
+            "unk_token": _T5_UNKNOWN,
         },
     )
     return len(vocabulary)
 
 
-def train_sentencepiece(texts: Iterable[str]) -> bytes:
+def _train_sentencepiece(texts: Iterable[str]) -> bytes:
     """Return a unigram model in SentencePiece's own format."""
     import sentencepiece
 
@@ -141,7 +141,7 @@ def train_sentencepiece(texts: Iterable[str]) -> bytes:
         sentence_iterator=iter([*texts, *(f"{word}." for word in words)]),
         model_writer=model,
         model_type="unigram",
-        vocab_size=T5_PIECES,
+        vocab_size=_T5_PIECES,
         hard_vocab_limit=False,
         # No normalisation: its Unicode tables would be twenty times as large as all the rest.
         normalization_rule_name="identity",
@@ -150,16 +150,16 @@ def train_sentencepiece(texts: Iterable[str]) -> bytes:
         eos_id=1,
         unk_id=2,
         bos_id=-1,
-        pad_piece=T5_PAD,
-        eos_piece=T5_END,
-        unk_piece=T5_UNKNOWN,
+        pad_piece=_T5_PAD,
+        eos_piece=_T5_END,
+        unk_piece=_T5_UNKNOWN,
         num_threads=1,  # the order of sums, and with it the last bits of scores, must not depend on the machine
         minloglevel=2,
     )
     return model.getvalue()
 
 
-def pieces_of(model: bytes) -> list[tuple[str, float]]:
+def _pieces_of(model: bytes) -> list[tuple[str, float]]:
     """Return the pieces and scores of a model, by id."""
     import sentencepiece
 
@@ -167,7 +167,7 @@ def pieces_of(model: bytes) -> list[tuple[str, float]]:
     return [(processor.id_to_piece(index), processor.get_score(index)) for index in range(len(processor))]
 
 
-def fast_tokenizer(vocabulary: list[tuple[str, float]], special: list[str]) -> str:
+def _fast_tokenizer(vocabulary: list[tuple[str, float]], special: list[str]) -> str:
     """Return the same tokenizer in the JSON format of the `tokenizers` library."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -178,21 +178,21 @@ def fast_tokenizer(vocabulary: list[tuple[str, float]], special: list[str]) -> s
     )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=["$A", T5_END], pair=["$A", T5_END, "$B", T5_END], special_tokens=[(T5_END, 1)]
+        single=["$A", _T5_END], pair=["$A", _T5_END, "$B", _T5_END], special_tokens=[(_T5_END, 1)]
     )
     return tokenizer.to_str(pretty=True)
 
 
-def special_token(content: str, *, normalized: bool = False) -> dict[str, Any]:
+def _special_token(content: str, *, normalized: bool = False) -> dict[str, Any]:
     """Return a special token in the form of the tokenizers' files."""
     return {"content": content, "lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON, keys in the order given."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    _write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str) -> None:
     """Write UTF-8 with the same line endings on every system."""
     path.write_text(text, encoding="utf-8", newline="\n")

@@ -27,22 +27,22 @@ from flux_batch.demo.world.captions import (
 )
 
 # Shares of the training texts that are empty, or only name a colour.
-EMPTY_SHARE = 0.08
-BARE_SHARE = 0.06
+_EMPTY_SHARE = 0.08
+_BARE_SHARE = 0.06
 # Textures are learned long before shapes, so most images are plain.
-TEXTURE_SHARES: dict[Texture, float] = {
+_TEXTURE_SHARES: dict[Texture, float] = {
     "plain": 0.4,
     "gradient": 0.2,
     "striped": 0.15,
     "checkered": 0.125,
     "dotted": 0.125,
 }
-UNSAID_SHARES: dict[Unsaid, float] = {"colour": 0.04, "place": 0.05, "background": 0.08}
+_UNSAID_SHARES: dict[Unsaid, float] = {"colour": 0.04, "place": 0.05, "background": 0.08}
 
-PLACES = (*POSITIONS, *RELATIONS)
+_PLACES = (*POSITIONS, *RELATIONS)
 
 
-class Fact(NamedTuple):
+class _Fact(NamedTuple):
     """A kind of fact and its possible answers, the first of which is `not stated`."""
 
     name: str
@@ -50,21 +50,21 @@ class Fact(NamedTuple):
 
 
 FACTS = (
-    Fact("first shape", (None, *SHAPES)),
-    Fact("first colour", (None, *COLOURS)),
-    Fact("first size", (None, *SIZES)),
-    Fact("place", (None, *PLACES)),
-    Fact("second shape", (None, *SHAPES)),
-    Fact("second colour", (None, *COLOURS)),
-    Fact("second size", (None, *SIZES)),
-    Fact("texture", (None, *TEXTURES)),
-    Fact("background colour", (None, *COLOURS)),
-    Fact("background second colour", (None, *COLOURS)),
+    _Fact("first shape", (None, *SHAPES)),
+    _Fact("first colour", (None, *COLOURS)),
+    _Fact("first size", (None, *SIZES)),
+    _Fact("place", (None, *_PLACES)),
+    _Fact("second shape", (None, *SHAPES)),
+    _Fact("second colour", (None, *COLOURS)),
+    _Fact("second size", (None, *SIZES)),
+    _Fact("texture", (None, *TEXTURES)),
+    _Fact("background colour", (None, *COLOURS)),
+    _Fact("background second colour", (None, *COLOURS)),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class _Text:
     """A text, and the index of its answer to each of the `FACTS`."""
 
     words: str
@@ -73,28 +73,28 @@ class Text:
 
 def training_scene(rng: random.Random) -> Scene:
     """Return a random scene that is not held out."""
-    texture = rng.choices(list(TEXTURE_SHARES), weights=list(TEXTURE_SHARES.values()))[0]
+    texture = rng.choices(list(_TEXTURE_SHARES), weights=list(_TEXTURE_SHARES.values()))[0]
     while is_held_out(scene := random_scene(rng, texture=texture)):
         pass
     return scene
 
 
-def training_text(scene: Scene, rng: random.Random, empty_share: float = EMPTY_SHARE) -> Text:
+def training_text(scene: Scene, rng: random.Random, empty_share: float = _EMPTY_SHARE) -> _Text:
     """Return a random text about a scene: mostly in full, sometimes in part, sometimes empty."""
     kind = rng.random()
     if kind < empty_share:
-        return Text("", answers(None))
-    if kind < empty_share + BARE_SHARE:
+        return _Text("", answers(None))
+    if kind < empty_share + _BARE_SHARE:
         # The colour of a thing or the background: as a negative prompt it must keep it out of the whole image.
-        colour = pick(rng, colours_of(scene))
+        colour = pick(rng, _colours_of(scene))
         words = pick(rng, BARE_WORDINGS).format(colour)
         stated = [colour if fact.name == "first colour" else None for fact in FACTS]
-        return Text(words, indices(stated))
-    unsaid: frozenset[Unsaid] = frozenset(fact for fact, share in UNSAID_SHARES.items() if rng.random() < share)
-    return Text(phrase(scene, pick(rng, range(len(WORDINGS))), unsaid), answers(scene, unsaid))
+        return _Text(words, _indices(stated))
+    unsaid: frozenset[Unsaid] = frozenset(fact for fact, share in _UNSAID_SHARES.items() if rng.random() < share)
+    return _Text(phrase(scene, pick(rng, range(len(WORDINGS))), unsaid), answers(scene, unsaid))
 
 
-def colours_of(scene: Scene) -> list[Colour]:
+def _colours_of(scene: Scene) -> list[Colour]:
     """Return the colours of the things and the background."""
     named = (scene.first.colour, scene.second and scene.second.colour, scene.background.colour, scene.background.second)
     return [colour for colour in named if colour]
@@ -106,7 +106,7 @@ def answers(scene: Scene | None, unsaid: frozenset[Unsaid] = frozenset()) -> tup
         return (0,) * len(FACTS)
     first, second, background = scene.first, scene.second, scene.background
     colour_said, background_said = "colour" not in unsaid, "background" not in unsaid
-    return indices(
+    return _indices(
         [
             first.shape,
             first.colour if colour_said else None,
@@ -122,6 +122,6 @@ def answers(scene: Scene | None, unsaid: frozenset[Unsaid] = frozenset()) -> tup
     )
 
 
-def indices(stated: Sequence[str | None]) -> tuple[int, ...]:
+def _indices(stated: Sequence[str | None]) -> tuple[int, ...]:
     """Return the index of each answer among the possible ones."""
     return tuple(fact.answers.index(answer) for fact, answer in zip(FACTS, stated, strict=True))

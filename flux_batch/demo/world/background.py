@@ -17,9 +17,9 @@ FAR_OFF = 36.0
 # Colours nearer than this are one colour: half the distance of the nearest two of the palette, orange and yellow.
 SAME_COLOUR = 44.0
 # The tolerance at the edges of a pattern, in pixels, for shift and blur. Dots are too small for more.
-EDGE: dict[Texture, int] = {"plain": 0, "gradient": 0, "striped": 3, "checkered": 3, "dotted": 2}
+_EDGE: dict[Texture, int] = {"plain": 0, "gradient": 0, "striped": 3, "checkered": 3, "dotted": 2}
 # The share of an image that a pattern must explain beyond a plainer texture.
-GAIN = 0.04
+_GAIN = 0.04
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +38,25 @@ class BackgroundFit:
 
 def fit_background(pixels: Pixels) -> tuple[BackgroundFit, float]:
     """Return the plainest texture that explains nearly as much as the best, and the share of the image it explains."""
-    gradient = fit_gradient(pixels)
+    gradient = _fit_gradient(pixels)
     middle = (gradient.first + gradient.second) * np.float32(0.5)
     best = gradient if gradient.span >= SAME_COLOUR else BackgroundFit("plain", middle, middle)
-    most = explained_share(pixels, best)
+    most = _explained_share(pixels, best)
     for texture in ("striped", "checkered", "dotted"):
-        fit = fit_pattern(pixels, texture)
-        share = explained_share(pixels, fit) if fit.span >= SAME_COLOUR else 0.0
-        if share > most + GAIN:
+        fit = _fit_pattern(pixels, texture)
+        share = _explained_share(pixels, fit) if fit.span >= SAME_COLOUR else 0.0
+        if share > most + _GAIN:
             best, most = fit, share
     return best, most
 
 
-def fit_pattern(pixels: Pixels, texture: Texture) -> BackgroundFit:
+def _fit_pattern(pixels: Pixels, texture: Texture) -> BackgroundFit:
     """Return the medians where a pattern has one colour alone: things cover less than half of those pixels."""
-    low, high = limits(texture, *size_of(pixels))
+    low, high = _limits(texture, *_size_of(pixels))
     return BackgroundFit(texture, median(pixels[high < 0.02]), median(pixels[low > 0.98]))
 
 
-def fit_gradient(pixels: Pixels) -> BackgroundFit:
+def _fit_gradient(pixels: Pixels) -> BackgroundFit:
     """Return the gradient that fits the left and right edges, then all pixels it explains; a plain colour is one.
 
     Things cover less than half of an edge, but at any height: of all lines through two parts of the edges, the fit is
@@ -77,11 +77,11 @@ def fit_gradient(pixels: Pixels) -> BackgroundFit:
     best = int(np.argmin(np.minimum(off, FAR_OFF).sum(axis=1)))
     fit = BackgroundFit("gradient", starts[best], starts[best] + slopes[best])
     for _ in range(2):
-        fit = refit_gradient(pixels, residual(pixels, fit) < FAR_OFF)
+        fit = _refit_gradient(pixels, residual(pixels, fit) < FAR_OFF)
     return fit
 
 
-def refit_gradient(pixels: Pixels, where: Region) -> BackgroundFit:
+def _refit_gradient(pixels: Pixels, where: Region) -> BackgroundFit:
     """Return the gradient that fits the pixels of a region by least squares."""
     height = pixels.shape[0]
     counts = where.sum(axis=1).astype(np.float32)
@@ -93,14 +93,14 @@ def refit_gradient(pixels: Pixels, where: Region) -> BackgroundFit:
     return BackgroundFit("gradient", first, second)
 
 
-def explained_share(pixels: Pixels, fit: BackgroundFit) -> float:
+def _explained_share(pixels: Pixels, fit: BackgroundFit) -> float:
     """Return the share of an image that is near the background."""
     return float(np.mean(residual(pixels, fit) < FAR_OFF))
 
 
 def residual(pixels: Pixels, fit: BackgroundFit) -> Mask:
     """Return the distance of each pixel from the background, with tolerance at edges: (height, width)."""
-    low, high = limits(fit.texture, *size_of(pixels))
+    low, high = _limits(fit.texture, *_size_of(pixels))
     step = fit.second - fit.first
     along = (pixels - fit.first) @ step / max(float(step @ step), 1e-6)
     nearest = fit.first + np.clip(along, low, high)[..., None] * step
@@ -113,13 +113,13 @@ def distance(pixels: Pixels, others: Pixels) -> Mask:
     return off
 
 
-def size_of(pixels: Pixels) -> tuple[int, int]:
+def _size_of(pixels: Pixels) -> tuple[int, int]:
     """Return width and height."""
     return pixels.shape[1], pixels.shape[0]
 
 
 @lru_cache(maxsize=64)
-def pattern(texture: Texture, width: int, height: int) -> Mask:
+def _pattern(texture: Texture, width: int, height: int) -> Mask:
     """Return the share of the second colour in each pixel: (height, width)."""
     if texture == "plain":
         return np.zeros((height, width), np.float32)
@@ -127,13 +127,13 @@ def pattern(texture: Texture, width: int, height: int) -> Mask:
 
 
 @lru_cache(maxsize=64)
-def limits(texture: Texture, width: int, height: int) -> tuple[Mask, Mask]:
-    """Return the least and the greatest share of the second colour within `EDGE` of each pixel."""
-    share = pattern(texture, width, height)
-    if not EDGE[texture]:
+def _limits(texture: Texture, width: int, height: int) -> tuple[Mask, Mask]:
+    """Return the least and the greatest share of the second colour within `_EDGE` of each pixel."""
+    share = _pattern(texture, width, height)
+    if not _EDGE[texture]:
         return share, share
     image = Image.fromarray(np.round(share * 255).astype(np.uint8))
-    kernel = 2 * EDGE[texture] + 1
+    kernel = 2 * _EDGE[texture] + 1
     low, high = image.filter(ImageFilter.MinFilter(kernel)), image.filter(ImageFilter.MaxFilter(kernel))
     return np.asarray(low, np.float32) / np.float32(255), np.asarray(high, np.float32) / np.float32(255)
 
@@ -152,9 +152,9 @@ def distance_from_background(pixels: Pixels, fit: BackgroundFit, background_dist
     """
     step = fit.second - fit.first
     share = float(np.clip((colour - fit.first) @ step / max(float(step @ step), 1e-6), 0, 1))
-    if not EDGE[fit.texture] or np.linalg.norm(fit.first + share * step - colour) > 2 * SAME_COLOUR:
+    if not _EDGE[fit.texture] or np.linalg.norm(fit.first + share * step - colour) > 2 * SAME_COLOUR:
         return background_distance
-    sharp = fit.first + pattern(fit.texture, *size_of(pixels))[..., None] * step
+    sharp = fit.first + _pattern(fit.texture, *_size_of(pixels))[..., None] * step
     return np.minimum(distance(pixels, sharp), 1.5 * SAME_COLOUR)
 
 

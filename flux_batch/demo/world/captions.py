@@ -21,8 +21,8 @@ Position = Literal[
 Relation = Literal["left of", "right of", "above", "below"]
 Texture = Literal["plain", "gradient", "striped", "checkered", "dotted"]
 Unsaid = Literal["colour", "place", "background"]
-Rgb = tuple[int, int, int]
-Option = TypeVar("Option")
+_Rgb = tuple[int, int, int]
+_Option = TypeVar("_Option")
 
 # The seed of the captions that score a model.
 SCORED_SEED = 2000
@@ -35,7 +35,7 @@ RELATIONS: tuple[Relation, ...] = get_args(Relation)
 TEXTURES: tuple[Texture, ...] = get_args(Texture)
 
 # The sRGB values of each colour word.
-PALETTE: dict[Colour, Rgb] = {
+PALETTE: dict[Colour, _Rgb] = {
     "red": (218, 40, 40),
     "orange": (246, 140, 30),
     "yellow": (250, 222, 60),
@@ -52,12 +52,12 @@ PALETTE: dict[Colour, Rgb] = {
 MIN_CONTRAST = 75.0
 
 # Several words for a fact; a wording uses the variant of the same number everywhere.
-SIZE_WORDS: dict[Size, tuple[str, ...]] = {
+_SIZE_WORDS: dict[Size, tuple[str, ...]] = {
     "small": ("small ", "little ", "tiny "),
     "medium": ("", "medium-sized "),
     "large": ("large ", "big ", "huge "),
 }
-POSITION_WORDS: dict[Position, tuple[str, ...]] = {
+_POSITION_WORDS: dict[Position, tuple[str, ...]] = {
     "centre": ("in the centre", "in the middle"),
     "top": ("at the top", "near the top edge"),
     "bottom": ("at the bottom", "near the bottom edge"),
@@ -68,7 +68,7 @@ POSITION_WORDS: dict[Position, tuple[str, ...]] = {
     "bottom left": ("in the bottom left corner", "at the bottom left"),
     "bottom right": ("in the bottom right corner", "at the bottom right"),
 }
-RELATION_WORDS: dict[Relation, tuple[str, ...]] = {
+_RELATION_WORDS: dict[Relation, tuple[str, ...]] = {
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
     "above": ("above", "over"),
@@ -85,7 +85,7 @@ WORDINGS = (
 )
 
 
-WORDINGS_WITHOUT_BACKGROUND = (
+_WORDINGS_WITHOUT_BACKGROUND = (
     "{subject}",
     "a picture of {subject}",
     "a drawing that shows {subject}",
@@ -169,22 +169,22 @@ def random_scene(rng: random.Random, *, num_things: int | None = None, texture: 
     background_texture: Texture = pick(rng, TEXTURES) if texture is None else texture
     while True:
         colours = pick_distinct(rng, COLOURS, 4)
-        background = make_background(background_texture, colours[2], colours[3])
+        background = _make_background(background_texture, colours[2], colours[3])
         if all(contrast(colour, background) >= MIN_CONTRAST for colour in colours[:number]):
             break
-    first = random_thing(rng, colours[0])
+    first = _random_thing(rng, colours[0])
     if number == 1:
         return Scene(first=first, background=background, position=pick(rng, POSITIONS))
-    second = random_thing(rng, colours[1])
+    second = _random_thing(rng, colours[1])
     return Scene(first=first, background=background, relation=pick(rng, RELATIONS), second=second)
 
 
-def make_background(texture: Texture, colour: Colour, second: Colour) -> Background:
+def _make_background(texture: Texture, colour: Colour, second: Colour) -> Background:
     """Return a background; a plain one ignores the second colour."""
     return Background(texture=texture, colour=colour, second=None if texture == "plain" else second)
 
 
-def random_thing(rng: random.Random, colour: Colour) -> Thing:
+def _random_thing(rng: random.Random, colour: Colour) -> Thing:
     """Return a random thing of a colour."""
     return Thing(shape=pick(rng, SHAPES), colour=colour, size=pick(rng, SIZES))
 
@@ -200,39 +200,39 @@ def contrast(colour: Colour, background: Background) -> float:
 
 def phrase(scene: Scene, wording: int = 0, unsaid: frozenset[Unsaid] = frozenset()) -> str:
     """Return the caption of a scene in one of the `WORDINGS`, without the facts in `unsaid`."""
-    subject = name_thing(scene.first, wording, unsaid)
+    subject = _name_thing(scene.first, wording, unsaid)
     if scene.position is not None and "place" not in unsaid:
-        subject += f" {variant(POSITION_WORDS[scene.position], wording)}"
+        subject += f" {_variant(_POSITION_WORDS[scene.position], wording)}"
     if scene.relation is not None and scene.second is not None:
-        relation = "and" if "place" in unsaid else variant(RELATION_WORDS[scene.relation], wording)
-        subject += f" {relation} {name_thing(scene.second, wording, unsaid)}"
+        relation = "and" if "place" in unsaid else _variant(_RELATION_WORDS[scene.relation], wording)
+        subject += f" {relation} {_name_thing(scene.second, wording, unsaid)}"
     if "background" in unsaid:
-        return variant(WORDINGS_WITHOUT_BACKGROUND, wording).format(subject=subject)
-    return WORDINGS[wording].format(subject=subject, background=name_background(scene.background, wording))
+        return _variant(_WORDINGS_WITHOUT_BACKGROUND, wording).format(subject=subject)
+    return WORDINGS[wording].format(subject=subject, background=_name_background(scene.background, wording))
 
 
-def name_thing(thing: Thing, wording: int, unsaid: frozenset[Unsaid] = frozenset()) -> str:
+def _name_thing(thing: Thing, wording: int, unsaid: frozenset[Unsaid] = frozenset()) -> str:
     """Return the words for a thing, e.g. `a small red star`."""
     colour = "" if "colour" in unsaid else f"{thing.colour} "
-    return with_article(f"{variant(SIZE_WORDS[thing.size], wording)}{colour}{thing.shape}")
+    return _with_article(f"{_variant(_SIZE_WORDS[thing.size], wording)}{colour}{thing.shape}")
 
 
-def name_background(background: Background, wording: int) -> str:
+def _name_background(background: Background, wording: int) -> str:
     """Return the words for a background, e.g. `a checkered black and white background`."""
     if background.second is None:
-        return with_article(variant(("plain {} background", "{} background"), wording).format(background.colour))
+        return _with_article(_variant(("plain {} background", "{} background"), wording).format(background.colour))
     if background.texture == "gradient":
-        spelling = variant(("a gradient from {} to {}", "a background that fades from {} to {}"), wording)
+        spelling = _variant(("a gradient from {} to {}", "a background that fades from {} to {}"), wording)
         return spelling.format(background.colour, background.second)
-    return with_article(f"{background.texture} {background.colour} and {background.second} background")
+    return _with_article(f"{background.texture} {background.colour} and {background.second} background")
 
 
-def with_article(words: str) -> str:
+def _with_article(words: str) -> str:
     """Return words with `a` or `an` before them."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def variant(spellings: Sequence[str], wording: int) -> str:
+def _variant(spellings: Sequence[str], wording: int) -> str:
     """Return the one of several words that a wording uses."""
     return spellings[wording % len(spellings)]
 
@@ -240,12 +240,12 @@ def variant(spellings: Sequence[str], wording: int) -> str:
 # Every choice is made from random(), the only method whose numbers Python promises to keep.
 
 
-def pick(rng: random.Random, options: Sequence[Option]) -> Option:
+def pick(rng: random.Random, options: Sequence[_Option]) -> _Option:
     """Return one of the options."""
     return options[int(rng.random() * len(options))]
 
 
-def pick_distinct(rng: random.Random, options: Sequence[Option], count: int) -> list[Option]:
+def pick_distinct(rng: random.Random, options: Sequence[_Option], count: int) -> list[_Option]:
     """Return `count` different options in random order."""
     left = list(options)
     return [left.pop(int(rng.random() * len(left))) for _ in range(count)]

@@ -15,38 +15,38 @@ from flux_batch.demo.world.captions import PALETTE, Background, Colour, Position
 
 Pixels = NDArray[np.float32]  # (height, width, 3), 0 to 255
 Mask = NDArray[np.float32]  # (height, width), 0 to 1
-Point = tuple[float, float]
+_Point = tuple[float, float]
 
 # Each edge pixel is the mean of this many samples along either axis.
-SAMPLES = 4
+_SAMPLES = 4
 # Extent of a thing as a share of the shorter side of the image.
 EXTENTS: dict[Size, float] = {"small": 0.25, "medium": 0.34, "large": 0.44}
 # Centres as shares of width and height.
-NEAR, MIDDLE, FAR = 0.26, 0.50, 0.74
-CENTRES: dict[Position, Point] = {
-    "centre": (MIDDLE, MIDDLE),
-    "top": (MIDDLE, NEAR),
-    "bottom": (MIDDLE, FAR),
-    "left": (NEAR, MIDDLE),
-    "right": (FAR, MIDDLE),
-    "top left": (NEAR, NEAR),
-    "top right": (FAR, NEAR),
-    "bottom left": (NEAR, FAR),
-    "bottom right": (FAR, FAR),
+_NEAR, _MIDDLE, _FAR = 0.26, 0.50, 0.74
+CENTRES: dict[Position, _Point] = {
+    "centre": (_MIDDLE, _MIDDLE),
+    "top": (_MIDDLE, _NEAR),
+    "bottom": (_MIDDLE, _FAR),
+    "left": (_NEAR, _MIDDLE),
+    "right": (_FAR, _MIDDLE),
+    "top left": (_NEAR, _NEAR),
+    "top right": (_FAR, _NEAR),
+    "bottom left": (_NEAR, _FAR),
+    "bottom right": (_FAR, _FAR),
 }
-CENTRES_OF_PAIR: dict[Relation, tuple[Point, Point]] = {
-    "left of": ((NEAR, MIDDLE), (FAR, MIDDLE)),
-    "right of": ((FAR, MIDDLE), (NEAR, MIDDLE)),
-    "above": ((MIDDLE, NEAR), (MIDDLE, FAR)),
-    "below": ((MIDDLE, FAR), (MIDDLE, NEAR)),
+CENTRES_OF_PAIR: dict[Relation, tuple[_Point, _Point]] = {
+    "left of": ((_NEAR, _MIDDLE), (_FAR, _MIDDLE)),
+    "right of": ((_FAR, _MIDDLE), (_NEAR, _MIDDLE)),
+    "above": ((_MIDDLE, _NEAR), (_MIDDLE, _FAR)),
+    "below": ((_MIDDLE, _FAR), (_MIDDLE, _NEAR)),
 }
 # The largest shift of a thing from its centre, and of a pair across its axis, in shares of the image.
 JITTER = 0.015
 PAIR_DRIFT = 0.04
 # The period of stripes, checks and dots in pixels at 128 x 128; in proportion at other sizes.
-PERIOD = 32.0
-PERIOD_SIDE = 128.0
-DOT_RADIUS = 0.26  # of the period of dots, half that of stripes
+_PERIOD = 32.0
+_PERIOD_SIDE = 128.0
+_DOT_RADIUS = 0.26  # of the period of dots, half that of stripes
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,28 +60,28 @@ class Placement:
 
 def draw(scene: Scene, width: int, height: int, rng: random.Random) -> Image.Image:
     """Return the image of a scene; `rng` moves things and shades colours a little."""
-    pixels = draw_background(scene.background, width, height, rng)
+    pixels = _draw_background(scene.background, width, height, rng)
     things = [thing for thing in (scene.first, scene.second) if thing]
     for thing, place in zip(things, placements(scene, width, height, rng), strict=True):
         mask = draw_shape(thing.shape, place, width, height)[..., None]
-        pixels = pixels * (1 - mask) + shade(thing.colour, rng) * mask
+        pixels = pixels * (1 - mask) + _shade(thing.colour, rng) * mask
     return Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
 
 
 def placements(scene: Scene, width: int, height: int, rng: random.Random) -> list[Placement]:
     """Return the placement of each thing."""
     if scene.position is not None:
-        return [place(CENTRES[scene.position], scene.first.size, width, height, rng)]
+        return [_place(CENTRES[scene.position], scene.first.size, width, height, rng)]
     assert scene.relation is not None
     assert scene.second is not None
     drift = (2 * rng.random() - 1) * PAIR_DRIFT
     across = (0.0, drift) if scene.relation in ("left of", "right of") else (drift, 0.0)
     centres = [(x + across[0], y + across[1]) for x, y in CENTRES_OF_PAIR[scene.relation]]
     sizes = (scene.first.size, scene.second.size)
-    return [place(centre, size, width, height, rng) for centre, size in zip(centres, sizes, strict=True)]
+    return [_place(centre, size, width, height, rng) for centre, size in zip(centres, sizes, strict=True)]
 
 
-def place(centre: Point, size: Size, width: int, height: int, rng: random.Random) -> Placement:
+def _place(centre: _Point, size: Size, width: int, height: int, rng: random.Random) -> Placement:
     """Return the placement of a thing near a centre, given in shares of the image, and inside of it."""
     x, y = (share + (2 * rng.random() - 1) * JITTER for share in centre)
     extent = EXTENTS[size] * (0.96 + 0.08 * rng.random()) * min(width, height)
@@ -89,17 +89,17 @@ def place(centre: Point, size: Size, width: int, height: int, rng: random.Random
     return Placement(min(max(x * width, margin), width - margin), min(max(y * height, margin), height - margin), extent)
 
 
-def shade(colour: Colour, rng: random.Random, spread: float = 6.0) -> Pixels:
+def _shade(colour: Colour, rng: random.Random, spread: float = 6.0) -> Pixels:
     """Return a colour close to that of the palette: (3,)."""
     return np.array([channel + (2 * rng.random() - 1) * spread for channel in PALETTE[colour]], np.float32)
 
 
-def draw_background(background: Background, width: int, height: int, rng: random.Random) -> Pixels:
+def _draw_background(background: Background, width: int, height: int, rng: random.Random) -> Pixels:
     """Return an image of the background alone. A gradient runs from top to bottom, stripes are vertical."""
-    first = shade(background.colour, rng)
+    first = _shade(background.colour, rng)
     if background.second is None:
         return np.broadcast_to(first, (height, width, 3)).copy()
-    second = shade(background.second, rng)
+    second = _shade(background.second, rng)
     share = share_of_second(background, width, height)[..., None]
     pixels: Pixels = first * (1 - share) + second * share
     return pixels
@@ -108,8 +108,8 @@ def draw_background(background: Background, width: int, height: int, rng: random
 def share_of_second(background: Background, width: int, height: int) -> Mask:
     """Return the share of the second colour in each pixel of a background: (height, width)."""
     # The middle of each sample, in periods: the same number of periods along the shorter side at every size.
-    period = PERIOD * min(width, height) / PERIOD_SIDE
-    x, y = (((np.arange(length * SAMPLES) + 0.5) / SAMPLES / period) for length in (width, height))
+    period = _PERIOD * min(width, height) / _PERIOD_SIDE
+    x, y = (((np.arange(length * _SAMPLES) + 0.5) / _SAMPLES / period) for length in (width, height))
     if background.texture == "gradient":
         row = (np.arange(height, dtype=np.float32) + 0.5) / height
         return np.broadcast_to(row[:, None], (height, width)).astype(np.float32)
@@ -120,14 +120,14 @@ def share_of_second(background: Background, width: int, height: int) -> Mask:
         inside = odd_x != odd_y
     else:
         dot_x, dot_y = ((2 * axis) % 1 - 0.5 for axis in (x, y))
-        inside = dot_x[None, :] ** 2 + dot_y[:, None] ** 2 < DOT_RADIUS**2
-    return mean_of_samples(inside.astype(np.float32))
+        inside = dot_x[None, :] ** 2 + dot_y[:, None] ** 2 < _DOT_RADIUS**2
+    return _mean_of_samples(inside.astype(np.float32))
 
 
-def mean_of_samples(samples: Mask) -> Mask:
-    """Return the means of squares of `SAMPLES` by `SAMPLES` samples."""
-    height, width = (length // SAMPLES for length in samples.shape)
-    means: Mask = samples.reshape(height, SAMPLES, width, SAMPLES).mean(axis=(1, 3), dtype=np.float32)
+def _mean_of_samples(samples: Mask) -> Mask:
+    """Return the means of squares of `_SAMPLES` by `_SAMPLES` samples."""
+    height, width = (length // _SAMPLES for length in samples.shape)
+    means: Mask = samples.reshape(height, _SAMPLES, width, _SAMPLES).mean(axis=(1, 3), dtype=np.float32)
     return means
 
 
@@ -135,26 +135,26 @@ def draw_shape(shape: Shape, place: Placement, width: int, height: int) -> Mask:
     """Return the share of each pixel that a shape covers: (height, width)."""
     left, top = math.floor(place.x - place.extent / 2) - 1, math.floor(place.y - place.extent / 2) - 1
     side = math.ceil(place.extent) + 3
-    canvas = Image.new("L", (side * SAMPLES, side * SAMPLES))
-    radius = place.extent / 2 * SAMPLES
-    centre = ((place.x - left) * SAMPLES, (place.y - top) * SAMPLES)
-    for outline, fill in outlines(shape):
+    canvas = Image.new("L", (side * _SAMPLES, side * _SAMPLES))
+    radius = place.extent / 2 * _SAMPLES
+    centre = ((place.x - left) * _SAMPLES, (place.y - top) * _SAMPLES)
+    for outline, fill in _outlines(shape):
         # Pillow counts the edge as inside: half a sample less.
         points = [(centre[0] + x * radius - 0.5, centre[1] + y * radius - 0.5) for x, y in outline]
         ImageDraw.Draw(canvas).polygon(points, fill=fill)
-    patch = mean_of_samples(np.asarray(canvas, np.float32) / np.float32(255))
+    patch = _mean_of_samples(np.asarray(canvas, np.float32) / np.float32(255))
     mask: Mask = np.zeros((height, width), np.float32)
     rows, columns = slice(max(top, 0), min(top + side, height)), slice(max(left, 0), min(left + side, width))
     mask[rows, columns] = patch[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
     return mask
 
 
-def outlines(shape: Shape) -> list[tuple[Sequence[Point], int]]:
+def _outlines(shape: Shape) -> list[tuple[Sequence[_Point], int]]:
     """Return the polygons of a shape in [-1, 1], y down, and their fill: 255 the shape, 0 a hole."""
     if shape == "circle":
-        return [(arc(1.0), 255)]
+        return [(_arc(1.0), 255)]
     if shape == "ring":
-        return [(arc(1.0), 255), (arc(0.52), 0)]
+        return [(_arc(1.0), 255), (_arc(0.52), 0)]
     if shape == "square":
         return [([(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)], 255)]
     if shape == "diamond":
@@ -169,16 +169,16 @@ def outlines(shape: Shape) -> list[tuple[Sequence[Point], int]]:
         w = 0.34
         half = [(-w, -1.0), (w, -1.0), (w, -w), (1.0, -w), (1.0, w), (w, w)]
         return [([*half, *((-x, -y) for x, y in half)], 255)]
-    return [(heart(), 255)]
+    return [(_heart(), 255)]
 
 
-def arc(radius: float, steps: int = 48) -> list[Point]:
+def _arc(radius: float, steps: int = 48) -> list[_Point]:
     """Return a circle as a polygon."""
     turns = [2 * math.pi * step / steps for step in range(steps)]
     return [(radius * math.cos(turn), radius * math.sin(turn)) for turn in turns]
 
 
-def heart(steps: int = 48) -> list[Point]:
+def _heart(steps: int = 48) -> list[_Point]:
     """Return the usual heart curve, scaled to fill [-1, 1]."""
     turns = [2 * math.pi * step / steps for step in range(steps)]
     return [

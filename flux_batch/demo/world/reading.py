@@ -30,17 +30,17 @@ from flux_batch.demo.world.drawing import EXTENTS, Mask, Pixels, Placement, draw
 from flux_batch.demo.world.regions import Region, components, grown, opened, shrunk
 
 # The shorter side to which every image is scaled, in pixels; the lengths below are at this scale.
-SIDE = 128
+_SIDE = 128
 # The share of an image that the background must explain; the two largest things leave 0.69.
-MIN_EXPLAINED = 0.55
+_MIN_EXPLAINED = 0.55
 # Pixels. A small star covers 196; specks cover up to 0.3 % of an image: 98 of one twice as wide.
-MIN_AREA = 140.0
-MAX_COLOURS = 8
+_MIN_AREA = 140.0
+_MAX_COLOURS = 8
 # The least overlap of a thing with its shape.
-MIN_OVERLAP = 0.6
+_MIN_OVERLAP = 0.6
 # The geometric means of the extents that are drawn.
-SMALL_BELOW = (EXTENTS["small"] * EXTENTS["medium"]) ** 0.5
-LARGE_ABOVE = (EXTENTS["medium"] * EXTENTS["large"]) ** 0.5
+_SMALL_BELOW = (EXTENTS["small"] * EXTENTS["medium"]) ** 0.5
+_LARGE_ABOVE = (EXTENTS["medium"] * EXTENTS["large"]) ** 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,37 +68,37 @@ class Reading:
 
 def read_image(image: Image.Image) -> Reading:
     """Read an image of any size and aspect ratio; the world is drawn from 96 x 96 to 256 x 256."""
-    pixels = normalized(image)
+    pixels = _normalized(image)
     fit, explained = fit_background(pixels)
-    if explained < MIN_EXPLAINED:
+    if explained < _MIN_EXPLAINED:
         return Reading(things=(), background=None)
-    return Reading(things=tuple(find_things(pixels, fit)), background=name_background(fit))
+    return Reading(things=tuple(_find_things(pixels, fit)), background=name_background(fit))
 
 
-def normalized(image: Image.Image) -> Pixels:
-    """Return an image scaled to a shorter side of `SIDE`: (height, width, 3), 0 to 255."""
-    scale = SIDE / min(image.size)
-    width, height = (max(SIDE, round(length * scale)) for length in image.size)
+def _normalized(image: Image.Image) -> Pixels:
+    """Return an image scaled to a shorter side of `_SIDE`: (height, width, 3), 0 to 255."""
+    scale = _SIDE / min(image.size)
+    width, height = (max(_SIDE, round(length * scale)) for length in image.size)
     resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(resized, np.float32)
 
 
 def colour_share(image: Image.Image, colour: Colour) -> float:
     """Return the share of an image, 0 to 1, that is near a colour and nearer to no other."""
-    pixels = normalized(image)
+    pixels = _normalized(image)
     distances = [np.linalg.norm(pixels - np.array(rgb, np.float32), axis=2) for rgb in PALETTE.values()]
     nearest = np.argmin(distances, axis=0) == COLOURS.index(colour)
     return float(np.mean(nearest & (distances[COLOURS.index(colour)] < 2 * SAME_COLOUR)))
 
 
-def find_things(pixels: Pixels, fit: BackgroundFit) -> list[ReadThing]:
+def _find_things(pixels: Pixels, fit: BackgroundFit) -> list[ReadThing]:
     """Return the things, larger ones first.
 
     Their colours come first, from the pixels far from the background; then each pixel goes to the nearest colour. So
     things that touch are separate, and a thing in a mixture of the background's colours is whole.
     """
     background_distance = residual(pixels, fit)
-    colours = find_colours(pixels, opened(background_distance >= FAR_OFF))
+    colours = _find_colours(pixels, opened(background_distance >= FAR_OFF))
     if not colours:
         return []
     off_colours = np.stack([distance(pixels, colour) for colour in colours])
@@ -109,36 +109,36 @@ def find_things(pixels: Pixels, fit: BackgroundFit) -> list[ReadThing]:
         off_rest = distance_from_background(pixels, fit, background_distance, colour)
         cover = np.clip(1.5 * off_rest / (off_rest + off + 1e-6) - 0.25, 0, 1)
         is_other = is_thing & (nearest != number)
-        for region in components(opened(~is_other & (off < off_rest)), MIN_AREA / 2):
+        for region in components(opened(~is_other & (off < off_rest)), _MIN_AREA / 2):
             cover_here = np.where(grown(region, 5) & ~is_other, cover, 0).astype(np.float32)
-            if cover_here.sum() >= MIN_AREA:
-                found.append((float(cover_here.sum()), describe(cover_here, colour)))
+            if cover_here.sum() >= _MIN_AREA:
+                found.append((float(cover_here.sum()), _describe(cover_here, colour)))
     return [thing for _, thing in sorted(found, key=lambda pair: -pair[0])]
 
 
-def find_colours(pixels: Pixels, region: Region) -> list[Pixels]:
+def _find_colours(pixels: Pixels, region: Region) -> list[Pixels]:
     """Return the colours of the things in a region, each (3,), those of the largest parts first."""
     colours: list[Pixels] = []
-    while len(colours) < MAX_COLOURS:
-        parts = list(components(region, MIN_AREA / 8))
+    while len(colours) < _MAX_COLOURS:
+        parts = list(components(region, _MIN_AREA / 8))
         if not parts:
             break
-        core = core_of(max(parts, key=np.count_nonzero))
-        colours.append(main_colour(pixels[core]))
+        core = _core_of(max(parts, key=np.count_nonzero))
+        colours.append(_main_colour(pixels[core]))
         region = opened(region & (distance(pixels, colours[-1]) > 1.5 * SAME_COLOUR))
     return colours
 
 
-def core_of(region: Region) -> Region:
+def _core_of(region: Region) -> Region:
     """Return the inner part of a region, or all of it if it is thin."""
     for by in (3, 2, 1):
         core = shrunk(region, by)
-        if core.sum() >= MIN_AREA / 4:
+        if core.sum() >= _MIN_AREA / 4:
             return core
     return region
 
 
-def main_colour(seen: Pixels) -> Pixels:
+def _main_colour(seen: Pixels) -> Pixels:
     """Return the median of the most frequent colour among pixels (n, 3): (3,)."""
     palette = np.array(list(PALETTE.values()), np.float32)
     nearest = np.argmin(np.linalg.norm(seen[:, None] - palette, axis=2), axis=1)
@@ -149,37 +149,37 @@ def main_colour(seen: Pixels) -> Pixels:
     return median(near)
 
 
-def describe(cover: Mask, colour: Pixels) -> ReadThing:
+def _describe(cover: Mask, colour: Pixels) -> ReadThing:
     """Return the thing that covers a share of each pixel: its shape, size and position."""
-    overlaps = {shape: overlap(shape, cover) for shape in SHAPES}
+    overlaps = {shape: _overlap(shape, cover) for shape in SHAPES}
     shape = max(SHAPES, key=lambda shape: overlaps[shape][0])
     best, place = overlaps[shape]
-    extent = place.extent / SIDE
+    extent = place.extent / _SIDE
     return ReadThing(
-        shape=shape if best >= MIN_OVERLAP else None,
+        shape=shape if best >= _MIN_OVERLAP else None,
         colour=nearest_colour(colour),
-        size="small" if extent < SMALL_BELOW else "large" if extent > LARGE_ABOVE else "medium",
+        size="small" if extent < _SMALL_BELOW else "large" if extent > _LARGE_ABOVE else "medium",
         x=place.x / cover.shape[1],
         y=place.y / cover.shape[0],
         extent=extent,
     )
 
 
-def overlap(shape: Shape, cover: Mask) -> tuple[float, Placement]:
+def _overlap(shape: Shape, cover: Mask) -> tuple[float, Placement]:
     """Return the overlap of a shape of equal area and centre of mass, and its placement.
 
     The overlap is the intersection over the union, 0 to 1.
     """
     height, width = cover.shape
-    area, x, y = moments(cover)
-    area_of_one, x_of_one, y_of_one = moments_of_shape(shape)
+    area, x, y = _moments(cover)
+    area_of_one, x_of_one, y_of_one = _moments_of_shape(shape)
     extent = (area / area_of_one) ** 0.5
     place = Placement(x - x_of_one * extent, y - y_of_one * extent, extent)
     drawn = draw_shape(shape, place, width, height)
     return float(np.minimum(drawn, cover).sum() / np.maximum(drawn, cover).sum()), place
 
 
-def moments(cover: Mask) -> tuple[float, float, float]:
+def _moments(cover: Mask) -> tuple[float, float, float]:
     """Return area and centre of mass, in pixels."""
     area = float(cover.sum())
     x = float(cover.sum(axis=0) @ (np.arange(cover.shape[1]) + 0.5)) / area
@@ -188,7 +188,7 @@ def moments(cover: Mask) -> tuple[float, float, float]:
 
 
 @lru_cache(maxsize=len(SHAPES))
-def moments_of_shape(shape: Shape, extent: float = 200.0) -> tuple[float, float, float]:
+def _moments_of_shape(shape: Shape, extent: float = 200.0) -> tuple[float, float, float]:
     """Return the area of a shape of extent 1, and its centre of mass relative to its centre."""
-    area, x, y = moments(draw_shape(shape, Placement(128, 128, extent), 256, 256))
+    area, x, y = _moments(draw_shape(shape, Placement(128, 128, extent), 256, 256))
     return area / extent**2, (x - 128) / extent, (y - 128) / extent

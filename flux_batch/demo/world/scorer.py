@@ -15,11 +15,11 @@ from flux_batch.demo.world.reading import Reading, ReadThing, read_image
 
 Kind = Literal["count", "shape", "colour", "size", "position", "relation", "texture", "background colour"]
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 # The largest things of an image, which are compared with those of a caption.
-MAX_COMPARED = 6
+_MAX_COMPARED = 6
 # The least distance between two things in a relation, in shares of the image.
-MIN_APART = 0.15
+_MIN_APART = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Scores:
         return "\n".join(lines)
 
     def _kinds(self) -> list[Kind]:
-        return [kind for kind in KINDS if any(fact.kind == kind for fact in self.facts)]
+        return [kind for kind in _KINDS if any(fact.kind == kind for fact in self.facts)]
 
 
 def score_all(captions: Iterable[Caption], images: Iterable[Image.Image]) -> Scores:
@@ -72,77 +72,77 @@ def score_all(captions: Iterable[Caption], images: Iterable[Image.Image]) -> Sco
 
 def score(caption: Caption, image: Image.Image) -> list[Fact]:
     """Return every fact of a caption, compared with an image."""
-    return compare(caption, read_image(image))
+    return _compare(caption, read_image(image))
 
 
-def compare(caption: Caption, reading: Reading) -> list[Fact]:
+def _compare(caption: Caption, reading: Reading) -> list[Fact]:
     """Return every fact of a caption, compared with a reading. What a caption leaves out is no fact.
 
     An image does not number its things: of all ways to assign them, the one in which most facts hold counts.
     """
     said = [thing for thing in (caption.scene.first, caption.scene.second) if thing]
-    facts = [make_fact("count", str(len(said)), str(len(reading.things)))]
-    ways = (list(facts_of_things(caption, shown)) for shown in assignments(reading.things, len(said)))
+    facts = [_make_fact("count", str(len(said)), str(len(reading.things)))]
+    ways = (list(_facts_of_things(caption, shown)) for shown in _assignments(reading.things, len(said)))
     facts += max(ways, key=lambda way: sum(fact.holds for fact in way))
     if "background" not in caption.unsaid:
-        facts += facts_of_background(caption.scene, reading)
+        facts += _facts_of_background(caption.scene, reading)
     return facts
 
 
-def assignments(things: Sequence[ReadThing], count: int) -> Iterator[tuple[ReadThing | None, ...]]:
+def _assignments(things: Sequence[ReadThing], count: int) -> Iterator[tuple[ReadThing | None, ...]]:
     """Yield every ordered choice of `count` things; None stands for a missing one."""
     missing = [None] * max(count - len(things), 0)
-    yield from permutations([*things[:MAX_COMPARED], *missing], count)
+    yield from permutations([*things[:_MAX_COMPARED], *missing], count)
 
 
-def facts_of_things(caption: Caption, shown: Sequence[ReadThing | None]) -> Iterator[Fact]:
+def _facts_of_things(caption: Caption, shown: Sequence[ReadThing | None]) -> Iterator[Fact]:
     """Yield the facts about the things of a caption, given the things of the image for them."""
     scene = caption.scene
-    yield from facts_of_thing(caption, scene.first, shown[0])
+    yield from _facts_of_thing(caption, scene.first, shown[0])
     if scene.second:
-        yield from facts_of_thing(caption, scene.second, shown[1])
+        yield from _facts_of_thing(caption, scene.second, shown[1])
     if "place" in caption.unsaid:
         return
     if scene.position:
-        yield make_fact("position", scene.position, position_of(shown[0]) if shown[0] else "")
+        yield _make_fact("position", scene.position, _position_of(shown[0]) if shown[0] else "")
     if scene.relation:
-        yield make_fact("relation", scene.relation, relation_of(shown[0], shown[1]) if shown[0] and shown[1] else "")
+        yield _make_fact("relation", scene.relation, _relation_of(shown[0], shown[1]) if shown[0] and shown[1] else "")
 
 
-def facts_of_thing(caption: Caption, said: Thing, shown: ReadThing | None) -> Iterator[Fact]:
+def _facts_of_thing(caption: Caption, said: Thing, shown: ReadThing | None) -> Iterator[Fact]:
     """Yield the facts about one thing."""
-    yield make_fact("shape", said.shape, shown.shape if shown else None)
+    yield _make_fact("shape", said.shape, shown.shape if shown else None)
     if "colour" not in caption.unsaid:
-        yield make_fact("colour", said.colour, shown.colour if shown else None)
-    yield make_fact("size", said.size, shown.size if shown else None)
+        yield _make_fact("colour", said.colour, shown.colour if shown else None)
+    yield _make_fact("size", said.size, shown.size if shown else None)
 
 
-def facts_of_background(scene: Scene, reading: Reading) -> Iterator[Fact]:
+def _facts_of_background(scene: Scene, reading: Reading) -> Iterator[Fact]:
     """Yield the facts about the background; the order of its colours counts in a gradient."""
     said, shown = scene.background, reading.background
-    yield make_fact("texture", said.texture, shown.texture if shown else None)
+    yield _make_fact("texture", said.texture, shown.texture if shown else None)
     seen = (shown.colour, shown.second) if shown else (None, None)
     is_ordered = said.texture == "gradient" and shown is not None and shown.texture == "gradient"
     for index, colour in enumerate((said.colour, said.second)):
         if colour:
             one = seen[index] if is_ordered or colour not in seen else colour
-            yield make_fact("background colour", colour, one)
+            yield _make_fact("background colour", colour, one)
 
 
-def make_fact(kind: Kind, said: str, shown: str | None) -> Fact:
+def _make_fact(kind: Kind, said: str, shown: str | None) -> Fact:
     """Return a fact, which holds if caption and image are equal."""
     return Fact(kind, said, shown or "", said == shown)
 
 
-def position_of(thing: ReadThing) -> Position:
+def _position_of(thing: ReadThing) -> Position:
     """Return the position nearest to a thing's centre."""
     return min(POSITIONS, key=lambda name: (CENTRES[name][0] - thing.x) ** 2 + (CENTRES[name][1] - thing.y) ** 2)
 
 
-def relation_of(first: ReadThing, second: ReadThing) -> Relation | None:
+def _relation_of(first: ReadThing, second: ReadThing) -> Relation | None:
     """Return the relation of the first thing to the second, on the axis of the larger distance; None if too close."""
     x, y = first.x - second.x, first.y - second.y
-    if max(abs(x), abs(y)) < MIN_APART:
+    if max(abs(x), abs(y)) < _MIN_APART:
         return None
     if abs(x) > abs(y):
         return "left of" if x < 0 else "right of"

@@ -141,12 +141,12 @@ def _check_file_name(file_name: str) -> None:
 
 def _thumbnail_or_problem(data: bytes, row: Row) -> Thumbnail | str:
     try:
-        return make_thumbnail(data, row)
+        return _make_thumbnail(data, row)
     except ValueError as error:
         return str(error)
 
 
-def make_thumbnail(data: bytes, row: Row) -> Thumbnail:
+def _make_thumbnail(data: bytes, row: Row) -> Thumbnail:
     """Shrink a stored image to at most 384 pixels a side; a smaller one keeps its size.
 
     Raises: ValueError with the reason why it cannot be shown: other bytes than recorded, not an image, or too large.

@@ -106,7 +106,7 @@ def test_without_diffusers_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch)
 def test_fp8_weights_are_nothing_to_compare_with() -> None:
     source = Source(random_weights="tiny", device="cpu", quantization="fp8")
 
-    with pytest.raises(JobError, match="leave --quantization out"):
+    with pytest.raises(JobError, match="leave out --quantization"):
         bench_pipeline(source, SMALL, repeats=1, against=["diffusers"])
 
 
