@@ -6,9 +6,7 @@ import pytest
 from flux_batch.cli import main
 
 
-def test_figures_stand_in_a_file_with_what_they_were_measured_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_has_the_figures_and_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.json"
 
     assert main(["bench", "plan", "--rows", "300", "--files", "2", "--repeats", "2", "--json", str(path)]) == 0
@@ -51,7 +49,7 @@ def test_a_pipeline_is_measured_from_the_command_line(tmp_path: Path, capsys: py
         (["plan", "--json", "/nowhere/plan.json"], "there is no such folder"),
     ],
 )
-def test_what_cannot_be_measured_is_one_sentence_and_exit_code_2(
+def test_a_bad_argument_is_one_sentence_and_exit_code_2(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch

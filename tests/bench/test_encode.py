@@ -28,7 +28,7 @@ def test_every_level_and_format_is_measured_on_both_images(monkeypatch: pytest.M
     assert "noise-like, Pillow PNG 9" in format_encode(figures)
 
 
-def test_noise_is_what_compresses_badly() -> None:
+def test_noise_compresses_badly() -> None:
     sizes = {
         result["image"]: result["bytes"] for result in bench_encode(64, 1)["results"] if "PNG 6" in result["encoder"]
     }

@@ -1,7 +1,7 @@
 from flux_batch.bench.figures import Figures, alternated, number, ratio, table
 
 
-def test_runs_take_turns_after_their_warm_ups_and_only_then_count() -> None:
+def test_runs_take_turns_after_uncounted_warm_ups() -> None:
     calls: list[tuple[str, int]] = []
     times = iter([0.0, 1.0, 10.0, 13.0, 20.0, 22.0, 30.0, 35.0])
 
@@ -16,7 +16,7 @@ def test_runs_take_turns_after_their_warm_ups_and_only_then_count() -> None:
     assert seconds == {"a": Figures((1.0, 2.0)), "b": Figures((3.0, 5.0))}
 
 
-def test_a_ratio_above_1_says_ours_is_faster() -> None:
+def test_a_ratio_above_1_means_ours_is_faster() -> None:
     assert ratio(Figures((1.0, 2.0, 4.0)), Figures((3.0, 3.0, 3.0))) == {"median": 1.5, "least": 0.75, "most": 3.0}
 
 
@@ -33,5 +33,5 @@ def test_numbers_have_four_digits_and_no_exponent() -> None:
     ]  # fmt: skip
 
 
-def test_a_table_lines_up() -> None:
+def test_columns_of_a_table_are_aligned() -> None:
     assert table([["stage", "s"], ["T5", "12.5"]]) == "stage     s\nT5     12.5"

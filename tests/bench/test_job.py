@@ -59,7 +59,7 @@ def test_all_contenders_get_the_same_prompts_and_seeds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["ray", "diffusers"])
-def test_what_is_not_installed_is_named_before_anything_runs(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_before_anything_runs(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else object())
 
     with pytest.raises(JobError, match=f"{missing} is not installed"):

@@ -6,7 +6,7 @@ from flux_batch.errors import CheckpointError
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 
 
-def test_loading_is_measured_in_a_process_of_its_own() -> None:
+def test_loading_is_measured_in_its_own_process() -> None:
     figures = bench_load(Source(random_weights="tiny", device="cpu"), 1)
 
     assert 0 < figures["weights_bytes"] < figures["peak_memory_bytes"]
@@ -15,6 +15,6 @@ def test_loading_is_measured_in_a_process_of_its_own() -> None:
     assert f"random weights, size tiny, {dtype_name(native_dtype('cpu'))}, cpu" in format_load(figures)
 
 
-def test_a_model_that_is_not_there_is_the_error_that_a_job_would_meet() -> None:
+def test_a_missing_model_is_the_same_error_as_in_a_job() -> None:
     with pytest.raises(CheckpointError, match="/nowhere"):
         bench_load(Source(uri="/nowhere"), 1)

@@ -34,7 +34,7 @@ def test_a_checkout_names_its_commit_and_whether_it_was_changed(tmp_path: Path) 
     assert commit_of(tmp_path) == f"{commit}+"
 
 
-def test_a_peak_rises_with_what_is_used_and_stays_when_it_is_freed() -> None:
+def test_a_peak_rises_with_use_and_stays_after_it() -> None:
     memory = PeakMemory(torch.device("cpu"))
     before = memory.bytes()
 

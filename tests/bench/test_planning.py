@@ -16,7 +16,7 @@ def test_all_rows_are_planned(rows: int, files: int, shards: int) -> None:
     assert f"{rows} rows" in format_plan(figures)
 
 
-def test_prompts_are_all_there_once(tmp_path: Path) -> None:
+def test_every_prompt_is_written_once(tmp_path: Path) -> None:
     paths = write_prompts(tmp_path, planned_row, 70_001, 2)
 
     ids = [row for path in paths for row in pq.read_table(path)["id"].to_pylist()]

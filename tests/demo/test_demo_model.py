@@ -137,7 +137,7 @@ def test_diffusers_makes_the_same_image(
     assert largest_difference(ours, theirs) <= 1
 
 
-def test_diffusers_makes_the_same_image_when_nothing_is_said(pipeline: FluxImagePipeline, peer: Any) -> None:
+def test_diffusers_makes_the_same_image_with_default_settings(pipeline: FluxImagePipeline, peer: Any) -> None:
     same: dict[str, Any] = {"prompt": PROMPT, "width": 128, "height": 128, "num_inference_steps": 4}
 
     (theirs,) = peer(**same, generator=torch.Generator().manual_seed(5)).images

@@ -73,13 +73,13 @@ def test_nine_of_ten_facts_of_unseen_captions_hold(pipeline: FluxImagePipeline) 
     assert scores.share() >= 0.9, str(scores)
 
 
-def test_images_show_what_is_said(images: list[Image.Image]) -> None:
+def test_images_show_their_captions(images: list[Image.Image]) -> None:
     scores = score_all(SOME, images)
 
     assert scores.share() >= 0.9, str(scores)
 
 
-def test_guidance_1_says_less(pipeline: FluxImagePipeline, images: list[Image.Image]) -> None:
+def test_guidance_1_shows_less(pipeline: FluxImagePipeline, images: list[Image.Image]) -> None:
     scores = score_model(pipeline, SOME, BATCH, SETTINGS | {"embedded_guidance": 1.0})
 
     assert scores.share() < score_all(SOME, images).share()
@@ -100,7 +100,7 @@ def test_a_negative_colour_goes_away(pipeline: FluxImagePipeline) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("size", [(192, 128), (128, 192), (160, 128), pytest.param((160, 160), marks=seldom_seen)])
-def test_other_sizes_show_what_is_said(pipeline: FluxImagePipeline, size: tuple[int, int]) -> None:
+def test_other_sizes_show_their_captions(pipeline: FluxImagePipeline, size: tuple[int, int]) -> None:
     scores = score_model(pipeline, SOME, BATCH, SETTINGS | {"width": size[0], "height": size[1]})
 
     assert scores.share() >= 0.8, str(scores)
@@ -173,7 +173,7 @@ def test_the_lora_makes_blueprints_and_leaves_no_trace(pipeline: FluxImagePipeli
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(after, images[:8], strict=True))
 
 
-def test_four_steps_are_enough_to_see_what_it_is(pipeline: FluxImagePipeline, images: list[Image.Image]) -> None:
+def test_four_steps_are_enough_for_most_facts(pipeline: FluxImagePipeline, images: list[Image.Image]) -> None:
     scores = score_model(pipeline, SOME[:16], BATCH, SETTINGS | {"num_inference_steps": 4})
 
     assert scores.share() >= 0.6, str(scores)

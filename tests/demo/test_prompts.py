@@ -11,7 +11,7 @@ from flux_batch.demo.prompts import demo_prompts_path, prompt_rows, write_prompt
 from flux_batch.sampling_params import SamplingParams
 
 
-def test_the_file_is_what_the_function_makes(tmp_path: Path) -> None:
+def test_the_packaged_file_has_the_rows_of_the_function(tmp_path: Path) -> None:
     write_prompts(tmp_path / "prompts.parquet")
 
     assert pq.read_table(demo_prompts_path()).equals(pq.read_table(tmp_path / "prompts.parquet"))

@@ -11,7 +11,7 @@ from flux_batch.demo.world.captions import captions
 from flux_batch.demo.world.drawing import draw
 
 
-def test_images_are_saved_with_what_is_wrong_in_each(tmp_path: Path) -> None:
+def test_images_are_saved_with_their_missing_facts(tmp_path: Path) -> None:
     first, second = captions(2, seed=3, held_out=True)
     image = draw(first.scene, 128, 128, random.Random(0))
 
@@ -41,9 +41,7 @@ def test_scores_and_settings_are_written_as_json(tmp_path: Path, capsys: pytest.
         (["--lora", "/nowhere.safetensors"], "/nowhere.safetensors is not there"),
     ],
 )
-def test_what_cannot_be_used_is_one_sentence(
-    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_model_is_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--captions", "1", *arguments]) == 2
 
     error = capsys.readouterr().err
@@ -52,7 +50,7 @@ def test_what_cannot_be_used_is_one_sentence(
 
 
 @pytest.mark.parametrize(("option", "value"), [("--size", "128"), ("--captions", "0"), ("--batch-size", "-1")])
-def test_what_cannot_be_read_is_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_argument_is_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([option, value])
 

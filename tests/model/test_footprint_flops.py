@@ -45,7 +45,7 @@ def test_the_formula_counts_what_torch_counts(guidance_embed: bool) -> None:
 
 
 @pytest.mark.parametrize(("pixels", "length", "tflop"), [(1024, 512, 74.385), (1024, 256, 69.47), (512, 512, 21.50)])
-def test_flux_dev_takes_the_published_number(pixels: int, length: int, tflop: float) -> None:
+def test_flux_dev_takes_the_published_number_of_operations(pixels: int, length: int, tflop: float) -> None:
     assert step_flops(DEV_SIZE, (pixels // 16) ** 2, length) / 1e12 == pytest.approx(tflop, abs=0.01)
 
 

@@ -38,7 +38,7 @@ def test_a_shard_that_another_attempt_committed_counts_but_not_as_work_of_now(tm
     assert json.loads(store.read(PROGRESS))["images_per_s"] == 0
 
 
-def test_a_shard_given_up_is_an_error_and_not_progress(tmp_path: Path) -> None:
+def test_a_failed_shard_is_an_error_and_not_progress(tmp_path: Path) -> None:
     progress = Progress(Store(str(tmp_path)), num_shards=2, totals=Totals())
     progress.add(ShardResult(shard=1, error="its worker died (attempt 3)"))
     assert progress.errors == ["shard 1: its worker died (attempt 3)"]
@@ -52,7 +52,7 @@ def test_the_last_shard_is_always_reported(tmp_path: Path) -> None:
     assert json.loads(store.read(PROGRESS))["num_committed"] == 1
 
 
-def test_what_a_killed_driver_did_not_report_is_reported_at_the_end_and_once(tmp_path: Path) -> None:
+def test_the_missing_report_of_a_killed_driver_is_made_once(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     progress = Progress(store, num_shards=2, totals=Totals(num_committed=2, num_images=8), clock=Clock())
     progress.finish()

@@ -397,7 +397,7 @@ def test_an_output_without_a_run_is_an_error(tmp_path: Path) -> None:
         verify(Store(str(tmp_path)))
 
 
-def test_a_run_whose_own_files_are_damaged_says_which(webdataset: Store) -> None:
+def test_a_damaged_plan_is_named_in_the_error(webdataset: Store) -> None:
     webdataset.write("_run/plan.parquet", b"PAR1 or not")
     with pytest.raises(StoreError, match=r"_run/plan\.parquet or _run/job\.yaml is damaged"):
         verify(webdataset)
@@ -412,7 +412,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     return code, captured.out + captured.err
 
 
-def test_the_command_verifies_repairs_and_tells_by_its_exit_code(
+def test_the_exit_code_of_verify_tells_good_from_broken(
     config: JobConfig, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(capsys, "verify", store.uri)[0] == 0

@@ -19,7 +19,7 @@ from flux_batch.bench.pipeline.flops import peak_tflops, utilisation
         (None, "bfloat16", None),
     ],
 )
-def test_a_peak_is_known_or_not_and_never_guessed(name: str | None, dtype: str, peak: float | None) -> None:
+def test_a_peak_is_known_or_none(name: str | None, dtype: str, peak: float | None) -> None:
     assert peak_tflops(name, dtype) == peak
 
 

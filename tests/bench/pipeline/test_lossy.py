@@ -10,7 +10,7 @@ from flux_batch.bench.source import Source
 CALL = Call(width=96, height=96, steps=3, batch_size=2, t5_sequence_length=64)
 
 
-def test_psnr_is_that_of_the_textbook() -> None:
+def test_psnr_follows_its_definition() -> None:
     black, grey = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 16, np.uint8)
     assert psnr(black, grey) == psnr(grey, black) == pytest.approx(20 * math.log10(255 / 16))
     assert psnr(grey, grey) == math.inf
@@ -31,7 +31,7 @@ def test_modes_are_compared_with_the_exact_images() -> None:
     assert "not measured: fp8_matmul, step cache 0.1: quantization = fp8_matmul: products in fp8 give" in text
 
 
-def test_what_random_weights_draw_is_not_read() -> None:
+def test_images_of_random_weights_are_not_scored() -> None:
     call = Call(width=32, height=32, steps=2, batch_size=1)
     figures = bench_lossy(Source(random_weights="tiny", dtype="float32", device="cpu"), call, 1, [EXACT])
     assert figures["modes"][0]["facts_that_hold"] is None

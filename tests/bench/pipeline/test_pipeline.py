@@ -24,7 +24,7 @@ def figures() -> dict[str, Any]:
     return bench_pipeline(Source(device="cpu", dtype="float32"), SMALL, repeats=2, against=["diffusers"], peak=1.0)
 
 
-def test_images_are_those_of_diffusers(figures: dict[str, Any]) -> None:
+def test_images_equal_those_of_diffusers(figures: dict[str, Any]) -> None:
     peer = figures["against"]["diffusers"]
 
     assert peer["largest_difference_in_levels"] <= 2
@@ -59,7 +59,7 @@ def test_stages_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["seconds_per_step_and_image"]["values"] == [1.0, 1.0]
 
 
-def test_utilisation_is_of_the_transformer_against_the_peak_that_was_named(figures: dict[str, Any]) -> None:
+def test_utilisation_is_the_transformers_share_of_the_given_peak(figures: dict[str, Any]) -> None:
     flops, step_s = figures["transformer_tflop_per_step_and_image"], figures["seconds_per_step_and_image"]["median"]
 
     assert figures["utilisation_of_denoising"] == pytest.approx(flops / step_s / 1.0)
@@ -67,7 +67,7 @@ def test_utilisation_is_of_the_transformer_against_the_peak_that_was_named(figur
     assert figures["peak_memory_bytes"] > 50e6
 
 
-def test_people_read_a_line_a_stage_and_the_ratio(figures: dict[str, Any]) -> None:
+def test_the_text_has_a_line_a_stage_and_the_ratio(figures: dict[str, Any]) -> None:
     text = format_pipeline(figures)
 
     for words in ("demo, float32, cpu: 64 x 64, 3 steps, batch 2", "VAE", "whole call", "of 1;", "times as fast"):
@@ -103,7 +103,7 @@ def test_without_diffusers_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch)
     assert caught.value.exit_code == 2
 
 
-def test_fp8_weights_are_nothing_to_compare_with() -> None:
+def test_fp8_weights_cannot_be_compared_with_diffusers() -> None:
     source = Source(random_weights="tiny", device="cpu", quantization="fp8")
 
     with pytest.raises(JobError, match="leave out --quantization"):

@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_images_of_a_random_model_are_no_flat_colour_and_the_same_each_time(dtype: str) -> None:
+def test_images_of_a_random_model_vary_within_and_not_between_runs(dtype: str) -> None:
     source = Source(random_weights="tiny", device="cpu", dtype=dtype)
 
     def draw(seed: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ def test_a_failed_stage_is_counted_and_does_not_confuse_the_next() -> None:
     assert clock.seconds["denoise"] == 0.0
 
 
-def test_every_stage_of_a_call_is_met_and_the_pipeline_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stage_is_timed_and_the_pipeline_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count(0.0)
     monkeypatch.setattr(module, "StageClock", partial(StageClock, clock=lambda: next(now)))
     pipeline = Source(random_weights="tiny", device="cpu", dtype="float32").open()

@@ -26,7 +26,7 @@ def test_tokens_show_the_thing_that_may_stand_there() -> None:
     assert not answers[:, 4:].any()
 
 
-def test_of_two_things_each_has_its_side() -> None:
+def test_each_of_two_things_has_its_side() -> None:
     scene = Scene(first=STAR, relation="right of", second=RING, background=WHITE)
     answers = token_classes(scene, 128, 96).reshape(6, 8, 3)
 
@@ -35,7 +35,7 @@ def test_of_two_things_each_has_its_side() -> None:
     assert not answers[0].any()
 
 
-def test_the_error_teaches_the_blocks_up_to_the_one_that_is_watched() -> None:
+def test_the_loss_has_gradients_up_to_the_hooked_block() -> None:
     torch.manual_seed(0)
     model = Flux(TRANSFORMER)
     head = AuxiliaryHead(model)

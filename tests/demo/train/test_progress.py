@@ -55,7 +55,7 @@ def test_steps_draw_different_numbers(tmp_path: Path) -> None:
     assert len(numbers) == 4
 
 
-def test_the_rate_climbs_stays_and_falls(tmp_path: Path) -> None:
+def test_the_learning_rate_rises_stays_and_falls(tmp_path: Path) -> None:
     stage = Stage(tmp_path, "a", 1000, seed=0)
 
     assert stage.share_of_rate(0, 0.5) == pytest.approx(1 / progress.WARM_UP)

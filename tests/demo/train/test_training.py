@@ -42,7 +42,7 @@ def test_folding_makes_latents_standard_and_keeps_the_images() -> None:
     assert inside < 0.05 * before.std()
 
 
-def test_an_untrained_transformer_says_nothing() -> None:
+def test_an_untrained_transformer_predicts_zero() -> None:
     torch.manual_seed(0)
     model = initialise(Flux(TRANSFORMER))
     ids = torch.zeros(6, 3)
@@ -83,7 +83,7 @@ def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow, "TOKENS_A_STEP", 4 * 64)
 
 
-def test_training_is_taken_up_again_and_writes_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_resumes_and_writes_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*more: str) -> None:
         counts = {"autoencoder-steps": 6, "text-steps": 2, "images": 40, "flow-steps": 3, "lora-steps": 2}
         words = [word for name, count in counts.items() for word in (f"--{name}", str(count))]

@@ -33,7 +33,7 @@ def test_a_full_text_answers_every_question() -> None:
     }
 
 
-def test_what_is_not_said_is_not_answered() -> None:
+def test_unsaid_facts_have_no_answer() -> None:
     told = said(answers(SCENE, frozenset({"colour", "place", "background"})))
 
     assert told == {"first shape": "star", "first size": "small", "second shape": "ring", "second size": "large"}
@@ -45,7 +45,7 @@ def test_an_empty_text_answers_nothing() -> None:
     assert (text.words, said(text.answers)) == ("", {})
 
 
-def test_texts_say_what_they_are_labelled_with() -> None:
+def test_texts_contain_their_labels() -> None:
     rng = random.Random(1)
     for _ in range(500):
         scene = training_scene(rng)
@@ -55,7 +55,7 @@ def test_texts_say_what_they_are_labelled_with() -> None:
         assert all(told[fact] in words for fact in told if "colour" in fact or "shape" in fact)
 
 
-def test_no_training_scene_shows_what_is_held_out() -> None:
+def test_no_training_scene_is_held_out() -> None:
     rng = random.Random(2)
 
     assert not any(is_held_out(training_scene(rng)) for _ in range(2000))

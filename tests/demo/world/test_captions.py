@@ -28,7 +28,7 @@ CIRCLE = Thing(shape="circle", colour="orange", size="large")
 WHITE = Background(texture="plain", colour="white")
 
 
-def test_a_scene_is_said_in_words() -> None:
+def test_a_scene_is_put_into_words() -> None:
     scene = Scene(first=STAR, relation="left of", second=CIRCLE, background=WHITE)
 
     assert phrase(scene) == "a small red star left of a large orange circle on a plain white background"
@@ -45,7 +45,7 @@ def test_the_article_fits_the_word_that_follows() -> None:
 
 
 @pytest.mark.parametrize("wording", range(len(WORDINGS)))
-def test_every_wording_tells_shape_and_colour_of_everything(wording: int) -> None:
+def test_every_wording_names_all_shapes_and_colours(wording: int) -> None:
     rng = random.Random(wording)
     for _ in range(100):
         scene = random_scene(rng)
@@ -79,7 +79,7 @@ def test_held_out_captions_are_those_training_never_sees() -> None:
 
 
 @pytest.mark.parametrize("wording", range(len(WORDINGS)))
-def test_what_is_unsaid_is_not_in_the_text(wording: int) -> None:
+def test_unsaid_facts_are_not_in_the_text(wording: int) -> None:
     scene = Scene(first=STAR, relation="left of", second=CIRCLE, background=WHITE)
 
     text = phrase(scene, wording, frozenset({"colour", "place", "background"}))
@@ -88,7 +88,7 @@ def test_what_is_unsaid_is_not_in_the_text(wording: int) -> None:
     assert {"star", "and", "circle"} <= set(text.split())
 
 
-def test_every_thing_can_be_told_from_what_lies_behind_it() -> None:
+def test_every_thing_is_in_contrast_to_its_background() -> None:
     rng = random.Random(4)
     for _ in range(300):
         scene = random_scene(rng)
@@ -129,7 +129,7 @@ def test_pick_distinct_can_take_all() -> None:
     assert sorted(pick_distinct(random.Random(0), "abc", 3)) == ["a", "b", "c"]
 
 
-def test_facts_that_do_not_fit_are_refused() -> None:
+def test_facts_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="two things with a relation"):
         Scene(first=STAR, background=WHITE)
     with pytest.raises(ValueError, match="two things with a relation"):

@@ -17,7 +17,7 @@ def canvas(rgb: tuple[int, int, int], size: tuple[int, int] = (256, 256)) -> tup
     return image, ImageDraw.Draw(image)
 
 
-def test_a_star_of_ones_own() -> None:
+def test_a_star_drawn_otherwise_is_read() -> None:
     image, pen = canvas((255, 255, 255))
     tips = [(math.pi * step / 5 - math.pi / 2, (60, 24)[step % 2]) for step in range(10)]
     pen.polygon([(190 + r * math.cos(a), 66 + r * math.sin(a)) for a, r in tips], fill=(200, 30, 50))

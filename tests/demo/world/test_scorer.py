@@ -30,7 +30,7 @@ CAPTIONS = [*say(60, seed=11), *say(60, seed=12, held_out=True)]
 
 
 @pytest.mark.parametrize("size", [(128, 128), (192, 128), (128, 192), (160, 160), (96, 96), (256, 256), (100, 160)])
-def test_what_was_drawn_is_read(size: tuple[int, int]) -> None:
+def test_a_drawn_scene_is_read_back(size: tuple[int, int]) -> None:
     scores = score_all(CAPTIONS, drawn(CAPTIONS, size))
 
     assert scores.share() >= 0.99, str(scores)
@@ -38,7 +38,7 @@ def test_what_was_drawn_is_read(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["blurred", "noisy", "jpeg"])
-def test_what_is_a_little_spoilt_is_read_as_well(kind: str) -> None:
+def test_a_slightly_damaged_image_is_read_too(kind: str) -> None:
     scores = score_all(CAPTIONS, (spoil(image, kind) for image in drawn(CAPTIONS)))
 
     assert scores.share() >= 0.97, str(scores)
@@ -69,7 +69,7 @@ def test_a_thing_too_many_or_too_few_is_a_wrong_count() -> None:
     assert sum(not fact.holds for fact in facts) == 5
 
 
-def test_what_is_not_said_is_no_fact() -> None:
+def test_a_fact_left_out_of_a_caption_does_not_count() -> None:
     (image,) = drawn(CAPTIONS[:1])
     silent = replace(CAPTIONS[0], unsaid=frozenset(["colour", "place", "background"]))
 

@@ -171,7 +171,7 @@ def test_a_file_name_in_the_rows_reaches_no_other_file(tmp_path: Path) -> None:
         assert "damaged" in shown.problem
 
 
-def test_what_differs_is_said_of_each_image_and_the_rest_once(tmp_path: Path) -> None:
+def test_columns_that_differ_stand_under_each_image_and_the_others_once(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{number}", "kind": "ab"[number % 2], "same": 3.25} for number in range(4)]
     config = render(tmp_path, rows, prompts={"passthrough": ["kind", "same"]})
     page = gallery(config)
@@ -187,7 +187,7 @@ def test_what_differs_is_said_of_each_image_and_the_rest_once(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
-def test_of_many_images_a_sample_is_spread_over_the_run(tmp_path: Path, layout: str) -> None:
+def test_a_sample_of_many_images_is_spread_over_the_run(tmp_path: Path, layout: str) -> None:
     rows = [{"prompt": f"[raise] {number}" if number % 10 == 3 else f"p{number}"} for number in range(40)]
     config = render(tmp_path, rows, output={"format": layout}, failures={"max_ratio": 1.0})
     page = gallery(config, 6)
@@ -282,7 +282,7 @@ def test_a_shard_without_metadata_is_a_note(tmp_path: Path, data: bytes | None) 
     assert f"_run/failed/00001.parquet is {word}" in page.text
 
 
-def test_a_storage_that_is_away_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_outage_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = render(tmp_path)
 
     def away(*_: Any) -> bytes:
@@ -338,7 +338,7 @@ def test_a_run_on_another_store(tmp_path: Path, layout: str) -> None:
     assert len(prompts(gallery(render(tmp_path, output=output), 7))) == 7
 
 
-def test_values_of_any_type_can_be_said(tmp_path: Path) -> None:
+def test_values_of_any_type_are_shown(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{number}", "odd": [None, [1, 2], []][number]} for number in range(3)]
     page = gallery(render(tmp_path, rows, prompts={"passthrough": ["odd"]}))
     assert re.findall(r"odd (\[[^\]]*\])", page.text) == ["[1, 2]", "[]"]
