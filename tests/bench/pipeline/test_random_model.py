@@ -41,7 +41,7 @@ def test_dev_is_the_model_of_12_billion_and_schnell_embeds_no_guidance() -> None
 def test_text_encoders_of_dev_have_the_size_of_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     from flux_batch.bench.pipeline import random_model
 
-    monkeypatch.setattr(random_model, "fill", lambda model, state, prepare: model)  # stays on meta
+    monkeypatch.setattr(random_model, "load_weights", lambda model, state, prepare: model)  # stays on meta
     t5 = random_model.random_t5(SIZES["dev"], torch.bfloat16, CPU, "none")
     clip = random_model.random_clip(SIZES["dev"], torch.bfloat16, CPU)
 
