@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -196,6 +197,138 @@ def test_every_listing_fits_into_the_head() -> None:
         entries = sorted(path.name for path in folder.iterdir() if path.is_dir() or path.suffix == ".py")
         entries = [name for name in entries if name not in DATA]
         assert len(entries) <= (MAX_AT_TOP if folder == PACKAGE else MAX_IN_FOLDER), f"{folder}: {entries}"
+
+
+# Names that keep no underscore though one file alone uses them: the conventions of logging and typing.
+CONVENTIONAL = {"log", "T"}
+
+
+def module_of(path: Path, root: Path) -> str:
+    """Return the name of the module that a file is."""
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def top_level_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Yield the functions, classes and constants that a file defines, with their lines."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name, node.lineno
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for name in (each for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)):
+                yield name.id, node.lineno
+
+
+def dotted(node: ast.expr) -> str:
+    """Return `a.b.c` of such an expression; empty if it is another one."""
+    if isinstance(node, ast.Attribute) and (before := dotted(node.value)):
+        return f"{before}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def uses(tree: ast.Module, modules: set[str]) -> set[tuple[str, str]]:
+    """Return the (module, name) pairs of the package that a file imports, reads from a module, or names in a string."""
+    found: set[tuple[str, str]] = set()
+    imported: dict[str, str] = {}  # what a module is called here
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if full in modules:
+                    imported[alias.asname or alias.name] = full
+                else:
+                    found.add((str(node.module), alias.name))
+        elif isinstance(node, ast.Import):
+            imported |= {alias.asname or alias.name: alias.name for alias in node.names if alias.name in modules}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and dotted(node.value) in imported:
+            found.add((imported[dotted(node.value)], node.attr))
+    for text in strings:
+        found |= {(module, text) for module in imported.values()}  # as monkeypatch.setattr(module, "NAME", ...) does
+        module, _, name = text.replace(":", ".").rpartition(".")
+        found.add((module, name))
+    return found
+
+
+def misnamed(root: Path = ROOT) -> list[str]:
+    """List the names of the package that have an underscore and are used elsewhere, or have none and are not."""
+    folders = ("flux_batch", "tests", "jobs", "cluster")
+    trees = {path: ast.parse(path.read_text()) for folder in folders for path in sorted((root / folder).rglob("*.py"))}
+    modules = {module_of(path, root): path for path in trees if path.is_relative_to(root / "flux_batch")}
+    users: dict[tuple[str, str], set[Path]] = {}
+    for path, tree in trees.items():
+        for use in uses(tree, set(modules)):
+            users.setdefault(use, set()).add(path)
+    found = []
+    for module, path in modules.items():
+        for name, line in top_level_names(trees[path]):
+            if name.startswith("__") or name in CONVENTIONAL:
+                continue
+            others = sorted(users.get((module, name), set()) - {path})
+            where = f"{path.relative_to(root)}:{line}: {name}"
+            if name.startswith("_") and others:
+                found.append(f"{where} is private, but {others[0].relative_to(root)} uses it")
+            elif not name.startswith("_") and not others:
+                found.append(f"{where} is used in its own file only: it begins with an underscore")
+    return found
+
+
+def test_an_underscore_means_used_in_this_file_only() -> None:
+    assert misnamed() == []
+
+
+@pytest.mark.parametrize(
+    ("test", "found"),
+    [
+        ("from flux_batch.x import LIMIT, make", []),
+        ("from flux_batch import x\nx.LIMIT, x.make", []),
+        ("import flux_batch.x\nflux_batch.x.make(LIMIT='flux_batch.x.LIMIT')", []),
+        ("from flux_batch import x\npatch(x, 'LIMIT', 3)\npatch('flux_batch.x.make')", []),
+        ("from flux_batch.x import make", ["flux_batch/x.py:1: LIMIT is used in its own file only"]),
+        ("from flux_batch.x import LIMIT, make, _help", ["flux_batch/x.py:3: _help is private, but tests"]),
+    ],
+)
+def test_names_are_told_apart_by_who_uses_them(tmp_path: Path, test: str, found: list[str]) -> None:
+    module = "LIMIT: int = 2\ndef make(): ...\ndef _help(): ..."
+    for name, text in (("flux_batch/x.py", module), ("tests/test_x.py", test)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+
+    assert [line[: len(start)] for line, start in zip(misnamed(tmp_path), found, strict=True)] == found
+
+
+# A docstring is a sentence, not a riddle: its first word is a verb such as Return, or begins a noun phrase.
+RIDDLES = ("Of", "What", "Which", "How", "Where", "Tell", "Give", "Say", "Name", "Let", "Have", "Lay")
+MAX_FIRST_SENTENCE_WORDS = 25
+
+
+def riddles(root: Path = PACKAGE) -> Iterator[str]:
+    """Yield the docstrings that begin with a riddle, or whose first sentence is long."""
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) or not ast.get_docstring(node):
+                continue
+            first = re.split(r"(?<=[.!?:;])\s|\n\n", str(ast.get_docstring(node)))[0]
+            decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
+            is_property = any("property" in ast.unparse(decorator) for decorator in decorators)
+            banned = RIDDLES if is_property else (*RIDDLES, "Whether")
+            if first.split()[0] in banned or len(first.split()) > MAX_FIRST_SENTENCE_WORDS:
+                yield f"{path.relative_to(root)}:{getattr(node, 'lineno', 1)}: {first}"
+
+
+def test_docstrings_are_sentences() -> None:
+    assert list(riddles()) == []
+
+
+@pytest.mark.parametrize(
+    ("docstring", "is_riddle"),
+    [("Return it.", False), ("What it is.", True), ("Whether it is.", True), ("Read " + 25 * "very " + "much.", True)],
+)
+def test_riddles_are_found(tmp_path: Path, docstring: str, is_riddle: bool) -> None:
+    (tmp_path / "x.py").write_text(f'def f():\n    """{docstring}"""\n')
+    assert bool(list(riddles(tmp_path))) == is_riddle
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Where shards run: a picklable worker factory goes in, shard results come out; knows no image, model or file."""
+"""The engines that run shards: a picklable worker factory goes in, results come out; knows no image, model or file."""

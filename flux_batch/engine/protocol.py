@@ -17,7 +17,7 @@ class MadeShard(Protocol):
     """A shard that no longer needs the device."""
 
     def finish(self) -> ShardResult:
-        """Take the shard to its commit; may run on another thread while the next shard is made."""
+        """Publish and commit the shard; may run on another thread while the next shard is made."""
         ...
 
 

@@ -140,7 +140,7 @@ class _Pool:
             self._remove(worker)
 
     def _dispatch(self) -> None:
-        """Give shards to idle workers."""
+        """Assign shards to idle workers."""
         for worker in self.workers:
             if worker.is_idle and not (worker.finishing and self.queue.is_next_isolated):
                 task = self.queue.next() or self.queue.speculate(self.options.slow_factor, self.options.slow_s)
