@@ -162,7 +162,7 @@ class Commit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardResult:
-    """What a worker tells the driver of one shard: a hint only, the commit in storage is the fact."""
+    """The worker's answer about one shard: a hint only, the commit in storage is the fact."""
 
     shard: int
     worker: str = ""

@@ -64,7 +64,7 @@ def _check_side(name: str, value: int) -> None:
         raise InvalidSetting(f"{name} = {value}: must be a multiple of {TOKEN_SIDE_PX}; {nearest}", field=name)
 
 
-def check_scale(name: str, value: float) -> None:
+def _check_scale(name: str, value: float) -> None:
     """Raise InvalidSetting unless `value` is a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
         raise InvalidSetting(f"{name} = {value!r}: must be a finite number of at least 0", field=name)
@@ -78,14 +78,14 @@ def check_number(name: str, value: float) -> None:
 
 def _check_shift(name: str, value: float) -> None:
     """Raise InvalidSetting unless `value` is a finite number of more than 0."""
-    check_scale(name, value)
+    _check_scale(name, value)
     if value == 0:
         raise InvalidSetting(f"{name} = {value}: must be more than 0", field=name)
 
 
 def _check_strength(name: str, value: float) -> None:
     """Raise InvalidSetting unless `value` is a share of the noise: more than 0, at most 1."""
-    check_scale(name, value)
+    _check_scale(name, value)
     if not 0 < value <= 1:
         raise InvalidSetting(f"{name} = {value}: must be more than 0 and at most 1", field=name)
 
@@ -123,7 +123,7 @@ def check_quantization(value: str, dtype: str) -> None:
 
 def check_step_cache(value: float) -> None:
     """Raise InvalidSetting unless `value` is a threshold for reusing steps: 0, which is off, to 1."""
-    check_scale("step_cache", value)
+    _check_scale("step_cache", value)
     if value > 1:
         raise InvalidSetting(f"step_cache = {value}: must be from 0, which is off, to 1", field="step_cache")
 
@@ -145,9 +145,9 @@ class _Mark(NamedTuple):
 
 
 # Each image of a call may have its own value; all other fields are the same for the images of a call.
-PER_IMAGE = _Mark("per image")
+_PER_IMAGE = _Mark("per image")
 # Left out of a pipeline's call at its default, so that a pipeline need not know it.
-IF_SET = _Mark("if set")
+_IF_SET = _Mark("if set")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,17 +164,17 @@ class SamplingParams:
     """Pixels: a multiple of 16, from 16 to 8192."""
     num_inference_steps: Annotated[int, partial(check_integer, low=1, high=_MAX_STEPS)] = 28
     """Denoising steps, from 1 to 1000."""
-    embedded_guidance: Annotated[float, check_scale, PER_IMAGE] = 3.5
+    embedded_guidance: Annotated[float, _check_scale, _PER_IMAGE] = 3.5
     """The guidance that the model was distilled with; at least 0."""
-    cfg_scale: Annotated[float, check_scale, PER_IMAGE] = 1.0
+    cfg_scale: Annotated[float, _check_scale, _PER_IMAGE] = 1.0
     """True classifier-free guidance; other than 1, each step runs twice, the second time with the negative prompt."""
-    negative_prompt: Annotated[str, _check_text, PER_IMAGE] = ""
+    negative_prompt: Annotated[str, _check_text, _PER_IMAGE] = ""
     """What the image must not show; read if `cfg_scale` is not 1."""
     t5_sequence_length: Annotated[int | None, partial(check_integer, low=1, high=MAX_T5_LENGTH)] = None
     """Text tokens, from 1 to 4096; the model's own number if null: 512 for dev, 256 for schnell."""
-    sigma_shift: Annotated[float | None, _check_shift, IF_SET] = None
+    sigma_shift: Annotated[float | None, _check_shift, _IF_SET] = None
     """The shift of DiffSynth-Studio's static schedule, which uses 3; the model's own schedule if null."""
-    denoising_strength: Annotated[float, _check_strength, IF_SET] = 1.0
+    denoising_strength: Annotated[float, _check_strength, _IF_SET] = 1.0
     """Share of the noise that is put over the input image, more than 0; 1 leaves nothing of it."""
 
     def __post_init__(self) -> None:
@@ -209,7 +209,7 @@ def _read_fields() -> Iterator[tuple[str, _SamplingField]]:
     for field in fields(SamplingParams):
         annotation, check, *marks = get_args(hints[field.name])
         kind = next(iter(get_args(annotation)), annotation)
-        yield field.name, _SamplingField(kind, field.default, check, PER_IMAGE in marks, IF_SET in marks)
+        yield field.name, _SamplingField(kind, field.default, check, _PER_IMAGE in marks, _IF_SET in marks)
 
 
 SAMPLING_FIELDS: Mapping[str, _SamplingField] = dict(_read_fields())
@@ -218,7 +218,7 @@ SAMPLING_FIELDS: Mapping[str, _SamplingField] = dict(_read_fields())
 def call_arguments(images: Sequence[SamplingParams]) -> dict[str, Any]:
     """Return the arguments of the pipeline's call that makes these images, which agree in what is `shared`.
 
-    A field that is PER_IMAGE is a list, every other one value. One that is IF_SET is left out at its default.
+    A field that is _PER_IMAGE is a list, every other one value. One that is _IF_SET is left out at its default.
     """
     arguments = {}
     for name, field in SAMPLING_FIELDS.items():

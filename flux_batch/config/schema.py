@@ -269,7 +269,7 @@ class SamplingConfig(_Section, SamplingParams, frozen=True):
         return SamplingParams(**{name: getattr(self, name) for name in SAMPLING_FIELDS})
 
 
-class WorkersConfig(_Section):
+class _WorkersConfig(_Section):
     """The number of workers, and the devices and batch size of each."""
 
     min: int = Field(default=1, ge=1)
@@ -284,7 +284,7 @@ class WorkersConfig(_Section):
     """Images in one forward pass; `auto` measures it when the run starts and remembers it with the run."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> WorkersConfig:
+    def _ordered(self) -> _WorkersConfig:
         if self.min > self.max:
             raise InvalidSetting(f"min = {self.min}: must not exceed max = {self.max}", field="min")
         return self
@@ -316,7 +316,7 @@ class JobConfig(_Section):
     output: OutputConfig
     model: ModelConfig
     sampling: SamplingConfig = SamplingConfig()
-    workers: WorkersConfig = WorkersConfig()
+    workers: _WorkersConfig = _WorkersConfig()
     failures: FailuresConfig = FailuresConfig()
 
     @model_validator(mode="after")

@@ -39,7 +39,7 @@ MANIFEST = "manifest.json"
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "Last-Modified", "created")
 # Our files in a folder that belongs to the user.
 LOCK = ".lock"
-FOLDER_MANIFEST, FOLDER_LOCK, FOLDER_PARTIAL = ".flux-batch.json", ".flux-batch.lock", ".flux-batch-partial"
+FOLDER_MANIFEST, FOLDER_LOCK, _FOLDER_PARTIAL = ".flux-batch.json", ".flux-batch.lock", ".flux-batch-partial"
 
 # Longer than two processes that start together wait for each other.
 WARN_AFTER_S = 5.0
@@ -188,7 +188,7 @@ def _fill_missing(folder: Path, listing: Listing) -> None:
                 f"{folder / file.name}: is there, but is not the file of {listing.uri}; delete it or move it away"
             )
     names = {file.name: _partial_name(file) for file in missing}
-    partial = folder / FOLDER_PARTIAL
+    partial = folder / _FOLDER_PARTIAL
     partial.mkdir(exist_ok=True)
     for path in partial.iterdir():
         if path.name not in names.values():

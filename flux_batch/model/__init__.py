@@ -1,1 +1,1 @@
-"""What FLUX computes: torch, einops, safetensors and transformers only; imports nothing else of this package."""
+"""The computation of FLUX: torch, einops, safetensors and transformers only; imports nothing else of this package."""

@@ -22,7 +22,7 @@ _BLOCKS = {
     "t5": ("encoder.block.",),
 }
 # T5's token table, which some files hold twice.
-TABLE, TABLE_AGAIN = "shared.weight", "encoder.embed_tokens.weight"
+_TABLE, _TABLE_AGAIN = "shared.weight", "encoder.embed_tokens.weight"
 # A table of T5's first block, not a matrix to multiply with.
 _NO_MATRIX = ".relative_attention_bias.weight"
 
@@ -46,7 +46,7 @@ def weight_bytes(part: str, shapes: Shapes, dtype: str, quantization: str = "non
     wide = _DTYPE_BYTES[_weight_dtype(part, dtype)]
     total = 0
     for name, shape in shapes.items():
-        if name == TABLE_AGAIN and TABLE in shapes:
+        if name == _TABLE_AGAIN and _TABLE in shapes:
             continue
         numbers = math.prod(shape)
         if quantization != "none" and is_quantizable(part, name, len(shape)):

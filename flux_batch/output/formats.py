@@ -102,10 +102,10 @@ def format_for(output: OutputConfig, passthrough: pa.Schema = _NO_PASSTHROUGH) -
     """Return the format that the section `output` of a job file asks for."""
     suffix = SUFFIXES[output.image.type]
     if output.format == "webdataset":
-        return WebDataset(suffix, passthrough)
+        return _WebDataset(suffix, passthrough)
     if output.format == "files":
-        return Files(suffix, passthrough)
-    return Parquet(suffix, passthrough)
+        return _Files(suffix, passthrough)
+    return _Parquet(suffix, passthrough)
 
 
 def iter_images(output_format: OutputFormat, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
@@ -116,7 +116,7 @@ def iter_images(output_format: OutputFormat, shard: str, files: Mapping[str, Pat
 
 
 @dataclass(frozen=True, slots=True)
-class WebDataset:
+class _WebDataset:
     """One tar a shard: KEY.png, KEY.txt, KEY.json a sample; loads with webdataset and datasets."""
 
     suffix: str
@@ -176,7 +176,7 @@ class WebDataset:
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
+class _Files:
     """One folder a shard: a file an image, and a metadata.parquet that makes it a Hugging Face imagefolder.
 
     Parquet and not JSON lines, since types must be those of all shards and not what a loader guesses from one.
@@ -236,7 +236,7 @@ class Files:
 
 
 @dataclass(frozen=True, slots=True)
-class Parquet:
+class _Parquet:
     """One Parquet file a shard: the image inside, as Hugging Face's Image feature, beside its record."""
 
     suffix: str

@@ -50,7 +50,7 @@ _LeftoverKind = Literal["half-written", "staged", "uncommitted", "stray"]
 
 
 @dataclass(frozen=True, slots=True)
-class Leftover:
+class _Leftover:
     """An object that no commit names; `shard` is the one it seems to belong to, if any."""
 
     key: str
@@ -58,18 +58,18 @@ class Leftover:
     shard: int | None = None
 
 
-def find_leftovers(run: RunFolder) -> Iterator[Leftover]:
+def find_leftovers(run: RunFolder) -> Iterator[_Leftover]:
     """Yield every leftover. Those that are `uncommitted` may be committed by a worker meanwhile."""
     done = Commits(run).done()
     yield from _unknown_files(run)
-    yield from (Leftover(key, "half-written") for key in run.store.list(STORE_TMP))
+    yield from (_Leftover(key, "half-written") for key in run.store.list(STORE_TMP))
     yield from _staged(run, done)
     for folder in (METADATA, FAILED):
         yield from _tables(run, folder, done)
     yield from _data_files(run, done)
 
 
-def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Sequence[Leftover]) -> int:
+def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Sequence[_Leftover]) -> int:
     """Remove leftovers; needs the lease. Returns: their number.
 
     A worker of a driver that is gone may commit its shard while its files are being removed: such a commit is
@@ -84,39 +84,39 @@ def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Seq
     return len(leftovers)
 
 
-def _unknown_files(run: RunFolder) -> Iterator[Leftover]:
+def _unknown_files(run: RunFolder) -> Iterator[_Leftover]:
     """Yield what is not of this program among its own files."""
     for name, size in run.store.children(RUN).items():
         if (key := f"{RUN}/{name}") not in _OF_RUN:
-            yield from (Leftover(each, "stray") for each in (run.store.list(key) if size is None else [key]))
+            yield from (_Leftover(each, "stray") for each in (run.store.list(key) if size is None else [key]))
     for name in run.store.children(COMMITS):
         if run.shard_of(name, ".json") is None:
-            yield Leftover(f"{COMMITS}/{name}", "stray")
+            yield _Leftover(f"{COMMITS}/{name}", "stray")
 
 
-def _staged(run: RunFolder, done: set[int]) -> Iterator[Leftover]:
+def _staged(run: RunFolder, done: set[int]) -> Iterator[_Leftover]:
     """Yield staged images of shards that are done, or that the plan does not have."""
     for name, size in run.store.children(STAGING).items():
         folder, shard = f"{STAGING}/{name}", run.shard_of(name)
         if size is not None:
-            yield Leftover(folder, "stray")
+            yield _Leftover(folder, "stray")
         elif shard is None or shard in done:
-            yield from (Leftover(key, "staged") for key in run.store.list(folder))
+            yield from (_Leftover(key, "staged") for key in run.store.list(folder))
 
 
-def _tables(run: RunFolder, folder: str, done: set[int]) -> Iterator[Leftover]:
+def _tables(run: RunFolder, folder: str, done: set[int]) -> Iterator[_Leftover]:
     """Yield the tables, one a shard, of shards that are not done."""
     for name, size in run.store.children(folder).items():
         key, shard = f"{folder}/{name}", run.shard_of(name, ".parquet")
         if size is None:
-            yield from (Leftover(each, "stray") for each in run.store.list(key))
+            yield from (_Leftover(each, "stray") for each in run.store.list(key))
         elif shard is None:
-            yield Leftover(key, "stray")
+            yield _Leftover(key, "stray")
         elif shard not in done:
-            yield Leftover(key, "uncommitted", shard)
+            yield _Leftover(key, "uncommitted", shard)
 
 
-def _data_files(run: RunFolder, done: set[int]) -> Iterator[Leftover]:
+def _data_files(run: RunFolder, done: set[int]) -> Iterator[_Leftover]:
     """Yield files of images that no commit names; a shard has one file, or a folder."""
     with ThreadPoolExecutor(_THREADS) as pool:
         entries = run.store.children(TRAIN).items()
@@ -124,15 +124,15 @@ def _data_files(run: RunFolder, done: set[int]) -> Iterator[Leftover]:
             yield from leftovers
 
 
-def _data_of_shard(run: RunFolder, name: str, size: int | None, done: set[int]) -> list[Leftover]:
+def _data_of_shard(run: RunFolder, name: str, size: int | None, done: set[int]) -> list[_Leftover]:
     keys = run.store.list(f"{TRAIN}/{name}") if size is None else [f"{TRAIN}/{name}"]
     shard = run.shard_of(name if size is None else name.partition(".")[0])
     if shard is None:
-        return [Leftover(key, "stray") for key in keys]
+        return [_Leftover(key, "stray") for key in keys]
     if shard not in done:
-        return [Leftover(key, "uncommitted", shard) for key in keys]
+        return [_Leftover(key, "uncommitted", shard) for key in keys]
     committed = _committed_files(run, shard)
-    return [] if committed is None else [Leftover(key, "stray", shard) for key in keys if key not in committed]
+    return [] if committed is None else [_Leftover(key, "stray", shard) for key in keys if key not in committed]
 
 
 def _committed_files(run: RunFolder, shard: int) -> set[str] | None:

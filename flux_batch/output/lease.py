@@ -40,7 +40,7 @@ from flux_batch.storage.store import Store
 log = logging.getLogger(__name__)
 
 _VERSION = 1
-TTL_S = 60.0
+_TTL_S = 60.0
 # Heartbeats in the time of a lease: three may be lost.
 BEATS_PER_LEASE = 4
 # The interval in which a waiting driver reads the lease: a listing and one small object each time.
@@ -112,7 +112,7 @@ class Lease:
         self,
         store: Store,
         *,
-        ttl_s: float = TTL_S,
+        ttl_s: float = _TTL_S,
         on_lost: Callable[[str], None] = log.error,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,

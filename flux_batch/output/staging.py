@@ -43,7 +43,7 @@ class StagedImage:
 
 
 @dataclass(frozen=True, slots=True)
-class Staged:
+class _Staged:
     """The staging folder of a shard: names of objects, and the number of marks left behind by label."""
 
     objects: frozenset[str] = frozenset()
@@ -67,11 +67,11 @@ class Staging:
         self.run.store.write(f"{self._folder(shard)}/{name}", _pack(images))
         return name
 
-    def list(self, shard: int) -> Staged:
+    def list(self, shard: int) -> _Staged:
         """Return what is staged of a shard, by one request."""
         names = [key.rpartition("/")[2] for key in self.run.store.list(self._folder(shard))]
         tries = [name.removeprefix("try-").rpartition("-")[0] for name in names if name.startswith("try-")]
-        return Staged(frozenset(name for name in names if name.endswith(".parquet")), Counter(tries))
+        return _Staged(frozenset(name for name in names if name.endswith(".parquet")), Counter(tries))
 
     def read(self, shard: int, name: str) -> Sequence[StagedImage]:
         """Read an object; one that is gone, or damaged at any byte, holds no image.

@@ -1,1 +1,1 @@
-"""What will be done and what it costs: data set -> ordered shards; knows no cluster."""
+"""The work of a run and its cost: data set -> ordered shards; knows no cluster."""

@@ -71,20 +71,20 @@ def load_image(
     Raises: RowError saying what is wrong with it; StoreError if the data set's storage is away.
     """
     try:
-        image = decode(source.data or read_bytes(source, storage_options))
+        image = decode(source.data or _read_bytes(source, storage_options))
         return image.resize(size, Image.Resampling.LANCZOS) if size else image
     except (RowError, NotFound, StoreRefused) as error:
         raise RowError(f"input_image {shortened(source.name)}: {error}") from error
 
 
-def read_bytes(image: InputImage, storage_options: Mapping[str, Any]) -> bytes:
+def _read_bytes(image: InputImage, storage_options: Mapping[str, Any]) -> bytes:
     """Return the bytes of an image file, at most MAX_BYTES. Raises: RowError, StoreError, NotFound."""
     scheme = scheme_of(image.uri)
     if scheme in WEB:
         return fetch(image.uri, MAX_BYTES)
     if scheme in ("", "file"):
         return _read_file(local_name(image.uri), image.allowed_roots)
-    return with_retries(image.uri, "read", lambda: _read_object(image.uri, storage_options))
+    return with_retries(image.uri, "read", lambda: read_object(image.uri, storage_options))
 
 
 def decode(data: bytes) -> Image.Image:
@@ -123,7 +123,8 @@ def _read_file(path: str, allowed_roots: tuple[str, ...] | None) -> bytes:
     return data
 
 
-def _read_object(uri: str, storage_options: Mapping[str, Any]) -> bytes:
+def read_object(uri: str, storage_options: Mapping[str, Any]) -> bytes:
+    """Read a whole image file. Raises: RowError if it is larger than allowed."""
     fs, path = open_filesystem(uri, storage_options)
     info = fs.info(path)
     if info["type"] != "file" or not info["size"]:

@@ -22,8 +22,8 @@ from flux_batch.storage.retry import RetryPolicy
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-ATTEMPTS = 3
-FIRST_WAIT_S = 1.0
+_ATTEMPTS = 3
+_FIRST_WAIT_S = 1.0
 _MAX_REDIRECTS = 5
 _MAX_ADDRESSES = 4
 # Timeouts of one answer: until the next byte, and until the last.
@@ -41,7 +41,7 @@ _NOT_PUBLIC = (
 )
 
 
-class Unavailable(Exception):
+class _Unavailable(Exception):
     """The server did not answer, or asked for another try; the message is the reason."""
 
 
@@ -52,13 +52,13 @@ def fetch(url: str, max_bytes: int, *, is_allowed: Callable[[IpAddress], bool] |
     Raises: RowError for an address that is not allowed, more than `max_bytes`, or an answer that is not a file; its
     message does not contain the URL.
     """
-    policy = RetryPolicy(attempts=ATTEMPTS, first_wait_s=FIRST_WAIT_S)
+    policy = RetryPolicy(attempts=_ATTEMPTS, first_wait_s=_FIRST_WAIT_S)
     try:
         return policy.retry(
-            lambda: _follow(url, max_bytes, is_allowed or is_public), lambda error: isinstance(error, Unavailable)
+            lambda: _follow(url, max_bytes, is_allowed or is_public), lambda error: isinstance(error, _Unavailable)
         )
-    except Unavailable as error:
-        raise RowError(f"{error}; tried {ATTEMPTS} times") from error
+    except _Unavailable as error:
+        raise RowError(f"{error}; tried {_ATTEMPTS} times") from error
 
 
 def is_public(address: IpAddress) -> bool:
@@ -100,7 +100,7 @@ def _follow(url: str, max_bytes: int, is_allowed: Callable[[IpAddress], bool]) -
                 at = urljoin(at, answer.getheader("Location") or "")
         except (OSError, HTTPException) as error:
             _check_time(deadline)
-            raise Unavailable(f"no answer: {one_line(error)}") from error
+            raise _Unavailable(f"no answer: {one_line(error)}") from error
     raise RowError(f"more than {_MAX_REDIRECTS} redirects")
 
 
@@ -139,7 +139,7 @@ def _resolve(host: str, port: int, is_allowed: Callable[[IpAddress], bool]) -> l
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, ValueError) as error:
-        raise Unavailable(f"the name {host} cannot be resolved") from error
+        raise _Unavailable(f"the name {host} cannot be resolved") from error
     # A zone, as in fe80::1%eth0, is no part of the address.
     addresses = list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found))
     for address in addresses:
@@ -177,7 +177,7 @@ def _ask(connection: HTTPConnection, parts: SplitResult) -> HTTPResponse:
 def _read(answer: HTTPResponse, max_bytes: int, deadline: float) -> bytes:
     """Return a whole answer. Raises: RowError if it is too long or too slow."""
     if answer.status in _RETRYABLE_STATUSES:
-        raise Unavailable(f"the server answered {answer.status} {answer.reason}")
+        raise _Unavailable(f"the server answered {answer.status} {answer.reason}")
     if answer.status != 200:
         raise RowError(f"the server answered {answer.status} {answer.reason}")
     if (answer.getheader("Content-Encoding") or "identity").lower() != "identity":
@@ -191,7 +191,7 @@ def _read(answer: HTTPResponse, max_bytes: int, deadline: float) -> bytes:
             raise RowError(f"more than the {max_bytes} bytes allowed")
     _check_time(deadline)
     if answer.length:
-        raise Unavailable("the answer ended too soon")
+        raise _Unavailable("the answer ended too soon")
     return bytes(data)
 
 

@@ -26,7 +26,7 @@ from flux_batch.storage.store import open_filesystem
 Row = dict[str, Any]
 _BUFFER_BYTES = 1 << 20
 # Rows of Parquet decoded at a time: many rows of text, few of images.
-_BATCH_ROWS, _BATCH_BYTES = 8192, 64 << 20
+_BATCH_ROWS, BATCH_BYTES = 8192, 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def _rows_of_group(
     """Yield the rows start .. end of one row group, so that a huge group is never in memory whole."""
     about = parquet.metadata.row_group(group)
     per_row = max(1, about.total_byte_size // max(1, about.num_rows))
-    batch_size = max(1, min(_BATCH_ROWS, _BATCH_BYTES // per_row))
+    batch_size = max(1, min(_BATCH_ROWS, BATCH_BYTES // per_row))
     first = 0
     for batch in parquet.iter_batches(batch_size=batch_size, row_groups=[group], columns=names):
         if first >= end:

@@ -29,7 +29,7 @@ _MAX_LISTED = 50
 
 
 @dataclass(slots=True)
-class Verdict:
+class _Verdict:
     """The counts of a run that was read, and its problems."""
 
     output: str
@@ -73,7 +73,7 @@ _BREAKING: tuple[Check, ...] = ("commit", "files", "rows", "images")
 
 def verify(
     store: Store, *, quick: bool = False, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> Verdict:
+) -> _Verdict:
     """Read every committed shard again and return what is wrong; changes nothing, and may run beside a run.
 
     `quick` compares sizes and tables, and reads no image; `on_progress` gets the number of shards read, and of all.
@@ -81,7 +81,7 @@ def verify(
     """
     started = time.monotonic()
     run = SavedRun.open(store)
-    verdict = Verdict(store.uri, run.num_shards, quick, is_complete=store.exists(SUCCESS))
+    verdict = _Verdict(store.uri, run.num_shards, quick, is_complete=store.exists(SUCCESS))
     done = run.commits.done()
     sizes = store.children(TRAIN)
     shards = sorted(shard for shard in done if shard < run.num_shards)
@@ -99,7 +99,7 @@ def verify(
     return verdict
 
 
-def repair(store: Store, verdict: Verdict) -> list[int]:
+def repair(store: Store, verdict: _Verdict) -> list[int]:
     """Revert the broken commits, and rebuild the failed rows beside the others; needs the lease.
 
     Returns: the shards that `run` has to make again; their good images are kept.
@@ -119,7 +119,7 @@ def repair(store: Store, verdict: Verdict) -> list[int]:
     return broken
 
 
-def format_verdict(verdict: Verdict) -> str:
+def format_verdict(verdict: _Verdict) -> str:
     """Return a verdict as a table and a list of problems for people."""
     counts = Counter(problem.check for problem in verdict.problems)
     read = {
@@ -147,7 +147,7 @@ def _line(problem: Problem) -> str:
     return f"{'run' if problem.shard is None else f'shard {problem.shard}'}: {problem.check}: {problem.text}"
 
 
-def _check_whole(run: SavedRun, verdict: Verdict, done: set[int]) -> None:
+def _check_whole(run: SavedRun, verdict: _Verdict, done: set[int]) -> None:
     """Check what is not about one committed shard: missing shards, unknown ones, and files that no commit names."""
     for shard in sorted(shard for shard in done if shard >= run.num_shards):
         verdict.problems.append(

@@ -346,7 +346,7 @@ def test_a_bucket_that_is_away_is_no_fault_of_the_row(monkeypatch: pytest.Monkey
     def away(*_: object) -> bytes:
         raise ConnectionError("refused")
 
-    monkeypatch.setattr(input_images, "_read_object", away)
+    monkeypatch.setattr(input_images, "read_object", away)
     monkeypatch.setattr("flux_batch.storage.retry.ATTEMPTS", 1)
     with pytest.raises(StoreError, match="refused"):
         load("memory://a.png")

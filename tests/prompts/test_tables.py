@@ -98,7 +98,7 @@ def test_a_range_within_a_large_row_group(tmp_path: Path) -> None:
 
 
 def test_a_column_of_images_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flux_batch.prompts.tables._BATCH_BYTES", 100_000)
+    monkeypatch.setattr("flux_batch.prompts.tables.BATCH_BYTES", 100_000)
     images = [bytes([number]) * 20_000 for number in range(40)]
     pq.write_table(pa.table({"image": images}), tmp_path / "p.parquet", compression="none", use_dictionary=False)
     sizes = []

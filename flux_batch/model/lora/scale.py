@@ -18,12 +18,12 @@ from flux_batch.model.lora.keys import PEFT_WRAPPER
 # Source: diffusers 0.42.1, loaders/lora_base.py; the settings of a part begin with `<part>.`.
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
 # Source: peft 0.21, utils/constants.py.
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Inits that change the model before training: the file is a difference to the changed one.
 # Source: peft 0.21, tuners/lora/config.py, `init_lora_weights`; as it says, such a file can be converted.
 _INITS_THAT_CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # A pattern of PEFT is a regular expression, and files are not trusted: nested repeats can take years to fail.
-REPEATED_GROUP, MAX_REPEATS = re.compile(r"\)[*+?{]|\\[1-9]|\(\?[^:]"), 3
+_REPEATED_GROUP, _MAX_REPEATS = re.compile(r"\)[*+?{]|\\[1-9]|\(\?[^:]"), 3
 
 
 class Scales:
@@ -80,7 +80,7 @@ class Scales:
 
     def _fits(self, pattern: str, name: str) -> bool:
         """Return whether a pattern of PEFT matches a module. Source: peft 0.21, utils/other.py, get_pattern_key."""
-        if REPEATED_GROUP.search(pattern) or len(re.findall(r"[*+?{]", pattern)) > MAX_REPEATS:
+        if _REPEATED_GROUP.search(pattern) or len(re.findall(r"[*+?{]", pattern)) > _MAX_REPEATS:
             raise ValueError(f"{self._source}: the pattern {pattern!r} in its settings is too complex to be supported")
         try:
             return re.match(rf"(.*\.)?({pattern})$", name) is not None
@@ -90,7 +90,7 @@ class Scales:
 
 def _read_settings(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """Read PEFT's settings, by the first word of the stems they are for; "" is for all."""
-    beside = checkpoint.folder / PEFT_CONFIG
+    beside = checkpoint.folder / _PEFT_CONFIG
     is_of_peft = any(tensor.path.name == PEFT_WEIGHTS for tensor in checkpoint.tensors.values())
     if is_of_peft and beside.is_file():
         return {"": read_json(beside)}

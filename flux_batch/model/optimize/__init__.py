@@ -1,1 +1,1 @@
-"""What is changed in a model from outside, to be faster or smaller."""
+"""Changes made to a model from outside, so that it is faster or smaller."""
