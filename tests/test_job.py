@@ -58,7 +58,7 @@ def test_the_report_tells_the_next_stage_what_the_run_came_to(tmp_path: Path) ->
     assert (report["num_images"], report["num_failed"], report["exit_code"], report["is_complete"]) == (8, 6, 0, True)
     assert report["failures"] == {"InvalidSetting": 2, "RowError": 2, "RuntimeError": 2}
     assert report["device_s"] >= SLOW_S
-    assert report["device_s_of_run"] >= report["device_s"] + SLOW_S
+    assert report["device_s_of_run"] - report["device_s"] > 0.99 * SLOW_S  # both are rounded
     assert report["gpu_s_of_run"] == pytest.approx(report["device_s_of_run"] / 2, abs=1e-3)
     assert report["num_new_images"] == 4  # the others were made before
     assert 0 < report["images_per_s"] <= 4 / SLOW_S

@@ -1,6 +1,6 @@
 """A driver for the experiments: `flux-batch run` with the paced pipeline, in a process of its own.
 
-python drive.py JOB.yaml [local], on the local engine, or else on the cluster of RAY_ADDRESS.
+python drive.py JOB.yaml [local] [--OPTION ...], on the local engine, or else on the cluster of RAY_ADDRESS.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from flux_batch.engine.local import LocalEngine
 
 
 def main() -> int:
-    path, *engine = sys.argv[1:]
-    local = LocalEngine() if engine else None
+    path, *words = sys.argv[1:]
+    local = LocalEngine() if "local" in words else None
     job.run = partial(job.run, engine=local, make_pipeline=make_paced_pipeline)  # type: ignore[assignment]
-    return cli.main(["run", path])
+    return cli.main(["run", path, *(word for word in words if word != "local")])
 
 
 if __name__ == "__main__":

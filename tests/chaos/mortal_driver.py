@@ -22,11 +22,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chaos.paced_pipeline import make_paced_pipeline
+from chaos.paced_pipeline import PacedPipeline
 from flux_batch import cli, job
+from flux_batch.config.schema import ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.output import lease
 from flux_batch.storage.store import WRITES, Store
+from helpers.waiting import PATIENCE_S
 
 NAMES = [
     (r"_run/tmp/.*", "probe"),
@@ -44,6 +46,7 @@ NAMES = [
     (r"_run/progress\.json", "progress"),
     (r"_run/report\.json", "report"),
     (r"_SUCCESS", "success"),
+    (r"_run/precision\.json", "precision"),
     (r"_run/taken-back/.*", "note"),
 ]
 PHASES = ("before", "within", "after")
@@ -82,7 +85,8 @@ class Reaper:
         self._target = target
         self._log = log
         self._counts: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._staged = 0
         self._here = threading.local()  # the point at which this thread is
 
     def install(self) -> None:
@@ -109,6 +113,9 @@ class Reaper:
             finally:  # the store may also have refused it, as some writes are meant to be
                 self._here.point = (name, number)
                 self._reach("after")
+                with self._lock:
+                    self._staged += name == "staging"
+                    self._lock.notify_all()
 
         def write_and_publish(store: Store, key: str, data: bytes | Path, publish: Callable[[str, str], None]) -> None:
             def reach_and_publish(scratch: str, target: str) -> None:
@@ -118,6 +125,11 @@ class Reaper:
             write_local(store, key, data, reach_and_publish)
 
         Store.write, Store._call, Store._write_local = write_and_say, call_and_count, write_and_publish  # type: ignore
+
+    def wait_for_staged(self, count: int) -> None:
+        """Wait until so many batches are staged."""
+        with self._lock:
+            assert self._lock.wait_for(lambda: self._staged >= count, PATIENCE_S)
 
     def _name(self, key: str, operation: str) -> str:
         name = next((name for pattern, name in NAMES if re.fullmatch(pattern, key)), None)
@@ -136,6 +148,21 @@ class Reaper:
             threading.Event().wait()  # the signal may take a moment; nothing more may happen on this thread
 
 
+class StagedPipeline(PacedPipeline):
+    """Slower than any store, as a device is: no batch is finished before the one before it is staged."""
+
+    def __init__(self, folder: Path, reaper: Reaper) -> None:
+        super().__init__(folder)
+        self._reaper = reaper
+        self._begun: list[set[str]] = []  # batches
+
+    def __call__(self, prompt: Any, **others: Any) -> Any:
+        if not (self._begun and self._begun[-1] >= set(prompt)):  # else it is a part of one that failed
+            self._begun.append(set(prompt))
+        self._reaper.wait_for_staged(len(self._begun) - 1)
+        return super().__call__(prompt, **others)
+
+
 def _drive(
     job_file: str, options: list[str], environment: Mapping[str, str], target: Point | None, log: str, said: str
 ) -> None:
@@ -145,9 +172,14 @@ def _drive(
     os.dup2(handle, 2)
     faulthandler.enable()
     os.environ.update(environment)
-    Reaper(target, Path(log)).install()
+    reaper = Reaper(target, Path(log))
+    reaper.install()
+
+    def make_pipeline(model: ModelConfig) -> StagedPipeline:
+        return StagedPipeline(Path(model.uri), reaper)
+
     lease.SETTLE_S = SETTLE_S
-    job.run = partial(job.run, engine=LocalEngine(), make_pipeline=make_paced_pipeline)  # type: ignore[assignment]
+    job.run = partial(job.run, engine=LocalEngine(), make_pipeline=make_pipeline)  # type: ignore[assignment]
     code = cli.main(["run", job_file, *options, "--debug"])
     sys.stdout.flush()
     sys.stderr.flush()
@@ -172,7 +204,7 @@ class Nursery:
         *,
         options: Iterable[str] = (),
         environment: Mapping[str, str] | None = None,
-        timeout_s: float = 60,
+        timeout_s: float = PATIENCE_S,
     ) -> End:
         """Run the driver to its end, or to its kill."""
         self._num_drives += 1  # a log of its own: a driver that outlives its drive must not write into the next one's

@@ -1,7 +1,7 @@
 """A fake pipeline that takes its time and writes down, outside of the output, which images it finished.
 
-The folder `model.uri` has the log, one line an image, how long an image takes, and whether they are held up now. Its
-marks are those of the fakes.
+The folder `model.uri` has the log, one line an image, how long an image takes, and from how many on they are held up.
+Its marks are those of the fakes.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from helpers.fakes import FakePipeline
 
 LOG, PACE, HOLD = "made.log", "pace_s", "hold"
 # A hold that is not let go, since who asked for it has died, ends by itself.
-HOLD_S = 30
+HOLD_S = 240
 
 
 class PacedPipeline(FakePipeline):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+        self._folder = folder
         self._log = folder / LOG
-        self._hold = folder / HOLD
         self._pace_s = float((folder / PACE).read_text())
 
     def __call__(self, prompt: Any, **others: Any) -> Any:
         images = super().__call__(prompt, **others)
         time.sleep(self._pace_s * len(prompt))
         until = time.monotonic() + HOLD_S
-        while self._hold.exists() and time.monotonic() < until:
+        while is_held(self._folder) and time.monotonic() < until:
             time.sleep(0.01)
         # One write in append mode is whole, whoever writes beside it and whatever is killed.
         lines = "".join(f"{os.getpid()} {text}\n" for text in prompt).encode()
@@ -55,13 +55,33 @@ def model_folder(folder: Path, pace_s: float) -> Path:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Let no image be finished meanwhile, as long as it takes."""
-    (folder / HOLD).touch()
+def held(folder: Path, after: int = 0) -> Iterator[None]:
+    """Let no batch be finished meanwhile, as long as it takes, once so many images are."""
+    hold(folder, after)
     try:
         yield
     finally:
-        (folder / HOLD).unlink()
+        let_go(folder)
+
+
+def hold(folder: Path, after: int = 0) -> None:
+    """Hold up every batch that ends after so many pictures, until further notice."""
+    scratch = folder / f"{HOLD}.new"
+    scratch.write_text(str(after))
+    scratch.rename(folder / HOLD)
+
+
+def let_go(folder: Path) -> None:
+    """Hold up no batch any more."""
+    (folder / HOLD).unlink()
+
+
+def is_held(folder: Path) -> bool:
+    try:
+        after = int((folder / HOLD).read_text())
+    except FileNotFoundError:
+        return False
+    return len(made(folder)) >= after
 
 
 def made(folder: Path) -> Counter[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from flux_batch import cli, job
 from flux_batch.config.schema import ModelConfig
@@ -30,8 +30,14 @@ def fuzz(count: int) -> Callable[[Any], Any]:
 
     They share one sandbox, which each leaves as it found it: that is what is tested.
     """
-    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=checks)
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],  # a smaller example costs minutes of runs that nobody waits for
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from chaos.figures import Figures
 from chaos.outputs import assert_verified, read_back
 from chaos.paced_pipeline import made, model_folder
 from helpers.job_files import make_job, write_job
+from helpers.waiting import PATIENCE_S
 
 DRIVE = Path(__file__).with_name("drive.py")
 BATCH = 4
 # In batches of four; the first two are in one batch, the others among good ones.
 BAD = {5: " [die]", 6: " [raise]", 13: " [oom]", 18: " [hang]"}
 ROWS = [{"prompt": f"image {number}{BAD.get(number, '')}"} for number in range(24)]
-HANG_S = 1.5
+HANG_S = 3
 # Of one that ends its process: in its batch, and twice alone; the same for one that hangs.
 LOST_WORKERS = 6
 
@@ -42,7 +43,7 @@ def test_each_bad_row_costs_itself_alone_and_says_why(tmp_path: Path, figures: F
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE_S,
         start_new_session=True,
         check=False,
     )

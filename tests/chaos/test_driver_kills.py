@@ -24,8 +24,7 @@ ROWS[6] = {"prompt": "image 6 [raise]"}
 ROWS[7] = {"prompt": None}
 WANTED = Counter(row["prompt"] for number, row in enumerate(ROWS) if number not in (6, 7))
 LAYOUTS = ["webdataset", "files", "parquet"]
-# A batch takes longer than to stage one, as on any device: a kill may cost what is on its way to the staging area.
-PACE_S = 0.06
+PACE_S = 0.01
 
 # One or more of each kind of write; the second number is the how-manieth of its kind.
 ON_DISK = [
@@ -34,6 +33,7 @@ ON_DISK = [
     Point("card", 0, "within"),
     Point("plan", 0, "within"),
     Point("plan", 0, "after"),
+    Point("precision", 0, "within"),
     Point("staging", 0, "within"),
     Point("staging", 1, "after"),
     Point("data", 0, "within"),

@@ -18,14 +18,14 @@ import pytest
 
 from chaos.figures import Figures
 from chaos.outputs import assert_verified, contents, read_back, store_of
-from chaos.paced_pipeline import forget, made, make_paced_pipeline, model_folder
+from chaos.paced_pipeline import forget, held, made, make_paced_pipeline, model_folder
 from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
 from helpers.counting_proxy import Proxy, counting_proxy
 from helpers.job_files import make_job, write_job
 from helpers.s3 import S3Server
-from helpers.waiting import wait_until
+from helpers.waiting import PATIENCE_S, wait_until
 
 DRIVE = Path(__file__).with_name("drive.py")
 RATE = 0.1
@@ -152,17 +152,18 @@ def err(scene: Scene, figures: Figures, seed: int, count: int, *engine: str, tim
 
 def leave(scene: Scene, figures: Figures, away_s: float, count: int, *, timeout_s: float) -> None:
     """Take the storage away in the middle of a run, and give it back."""
-    driver = scene.start("away", count, "local")
-    store = store_of(scene.job("away", count, scene.server.storage_options))
-    wait_until(lambda: len(store.list("_run/commits")) >= 2, timeout_s=timeout_s)
-    scene.proxy.is_down = True
-    before = len(scene.proxy.requests)
+    with held(scene.model, after=count // 2):
+        driver = scene.start("away", count, "local")
+        store = store_of(scene.job("away", count, scene.server.storage_options))
+        wait_until(lambda: len(store.list("_run/commits")) >= 2, timeout_s=timeout_s)
+        scene.proxy.is_down = True
+        before = len(scene.proxy.requests)
     time.sleep(away_s)
+    wait_until(lambda: len(scene.proxy.requests) > before)
     refused = len(scene.proxy.requests) - before
     assert driver.poll() is None
     scene.proxy.is_down = False
     end(driver, timeout_s)
-    assert refused > 0
     scene.judge(figures, f"storage that is away for {away_s:g} s", "away", count, refused)
 
 
@@ -173,13 +174,13 @@ def everything_but_the_job(config: JobConfig) -> dict[str, Any]:
 
 @pytest.mark.s3
 def test_a_run_finishes_on_storage_that_errs(scene: Scene, figures: Figures) -> None:
-    err(scene, figures, 7, 16, "local", timeout_s=100)
+    err(scene, figures, 7, 16, "local", timeout_s=PATIENCE_S)
 
 
 @pytest.mark.s3
 @pytest.mark.parametrize("scene", ["moto"], indirect=True)
 def test_a_run_waits_for_storage_that_is_away(scene: Scene, figures: Figures) -> None:
-    leave(scene, figures, 4, 40, timeout_s=100)
+    leave(scene, figures, 4, 40, timeout_s=PATIENCE_S)
 
 
 @pytest.mark.s3

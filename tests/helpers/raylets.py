@@ -20,7 +20,7 @@ HEAD = {
     "_system_config": HEALTH,
 }
 WORKER = b"ray::RayWorker"
-REAP_S = 20
+REAP_S = 120
 
 
 class Raylets:

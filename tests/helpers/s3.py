@@ -17,7 +17,7 @@ from typing import Any
 import fsspec
 
 KEY, SECRET = "loopback-key", "loopback-secret-5f3a"
-START_S = 30.0
+START_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _running(name: str, command: list[str], port: int) -> Iterator[S3Server]:
         yield S3Server(name, f"http://127.0.0.1:{port}")
     finally:
         process.terminate()
-        process.wait(timeout=10)
+        process.wait(timeout=START_S)
 
 
 def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
