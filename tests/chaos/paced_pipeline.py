@@ -65,7 +65,7 @@ def held(folder: Path, after: int = 0) -> Iterator[None]:
 
 
 def hold(folder: Path, after: int = 0) -> None:
-    """Hold up every batch that ends after so many pictures, until further notice."""
+    """Hold up every batch that ends after so many images, until further notice."""
     scratch = folder / f"{HOLD}.new"
     scratch.write_text(str(after))
     scratch.rename(folder / HOLD)
