@@ -28,7 +28,16 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # A shell that starts the suite in its background lets it ignore SIGINT, and so would every process that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+S3_FIXTURES = frozenset({"moto", "rclone", "s3_store"})
 S3_SERVERS = [pytest.param(name, marks=pytest.mark.s3) for name in ("moto", "rclone")]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest picks by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts an S3 server, by the fixtures it asks for itself or through others."""
+    for item in items:
+        if not S3_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.s3)
 
 
 @pytest.fixture(scope="session")

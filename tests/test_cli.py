@@ -1,7 +1,5 @@
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +10,11 @@ import pytest
 from flux_batch.cli import main
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
-from helpers.driver import wait_for_commits
+from helpers.driver import Drive, Hold, wait_for_commits
 from helpers.fakes import make_fake_pipeline
 from helpers.hub_server import TOKEN, Hub
 from helpers.job_files import make_job, write_job
+from helpers.waiting import PATIENCE_S
 
 
 def flux_batch(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
@@ -156,21 +155,24 @@ def test_download_fills_the_cache_from_an_address(
 
 
 @pytest.mark.ray
-def test_sigterm_ends_a_run_with_75_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_sigterm_ends_a_run_with_75_and_the_same_command_goes_on(tmp_path: Path, drive: Drive) -> None:
     config = make_job(
         tmp_path,
-        [{"prompt": f"image {number}"} for number in range(12)],
+        [{"prompt": f"image {number}" + (" [hold]" if number == 4 else "")} for number in range(12)],
         model={"uri": "demo"},
-        sampling={"width": 64, "height": 64, "num_inference_steps": 100, "t5_sequence_length": 32},
+        sampling={"width": 64, "height": 64, "num_inference_steps": 4, "t5_sequence_length": 32},
         workers={"max": 1, "num_cpus": 1},
     )
-    command = [sys.executable, "-m", "flux_batch.cli", "run", str(write_job(config, tmp_path / "job.yaml"))]
-    driver = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    job, hold = write_job(config, tmp_path / "job.yaml"), Hold(tmp_path / "hold")
+    driver = drive(job, engine="ray", **hold.environment)
     wait_for_commits(tmp_path / "out", 1)
-    os.kill(driver.pid, signal.SIGTERM)
-    _, err = driver.communicate(timeout=30)
-    assert driver.returncode == 75
-    assert re.search(r"stopped by SIGTERM: [1-9]\d* of 3 shards are committed; run the same command again", err)
-    assert "Traceback" not in err
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert (finished.returncode, "12 images, 0 failed" in finished.stdout) == (0, True)
+    driver.stop()  # in the second shard, where it is held
+    hold.release()
+    code, err = driver.end()
+    assert code == 75
+    assert re.search("stopped by SIGTERM: [12] of 3 shards are committed; run the same command again", err)
+
+    # On with the model itself, where the fake one left off.
+    command = [sys.executable, "-m", "flux_batch", "run", str(job)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (finished.returncode, "12 images, 0 failed" in finished.stdout) == (0, True), finished.stderr

@@ -9,6 +9,7 @@ import pytest
 from flux_batch.logs import log_lines
 from helpers.driver import Drive
 from helpers.job_files import make_job, write_job
+from helpers.waiting import PATIENCE_S
 
 log = logging.getLogger("flux_batch.somewhere")
 
@@ -51,7 +52,7 @@ def test_workers_on_ray_tell_programs_the_same_and_the_driver_tells_it_once(tmp_
         "import os, sys; os.environ['RAY_LOGGING_CONFIG_ENCODING'] = 'JSON'; from helpers import drive; "
         f"sys.argv = ['drive.py', {str(job)!r}, 'ray']; sys.exit(drive.main())"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"asctime": ')]
     driver = [line for line in lines if line.get("name", "").startswith("flux_batch")]

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from flux_batch.demo.prompts import demo_prompts_path, prompt_rows, write_prompts
 from flux_batch.sampling_params import SamplingParams
+from helpers.waiting import PATIENCE_S
 
 
 def test_the_packaged_file_has_the_rows_of_the_function(tmp_path: Path) -> None:
@@ -47,6 +48,6 @@ def test_importing_the_demo_is_light() -> None:
         "sys.exit(str({'torch', 'pyarrow', 'transformers', 'ray'} & set(sys.modules) or ''))"
     )
 
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
     assert done.stderr.strip() == ""

@@ -34,7 +34,7 @@ from flux_batch.errors import NotFound, StoreError, StoreRefused
 from flux_batch.storage import retry
 from helpers.counting_proxy import Proxy, counting_proxy
 from helpers.s3 import S3Server
-from helpers.waiting import wait_until
+from helpers.waiting import PATIENCE_S, wait_until
 
 FILES = {
     "index.json": b"{}",
@@ -277,7 +277,7 @@ def start(bucket: Remote) -> subprocess.Popen[str]:
 def test_two_processes_fetch_once(bucket: Remote, proxy: Proxy) -> None:
     proxy.pause_s = 0.02
     processes = [start(bucket) for _ in range(2)]
-    folders = {process.communicate(timeout=100)[0] for process in processes}
+    folders = {process.communicate(timeout=PATIENCE_S)[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0]
     (folder,) = folders
     assert {name: data for name, data in read(Path(folder.strip())).items() if name in FILES} == FILES
@@ -286,22 +286,22 @@ def test_two_processes_fetch_once(bucket: Remote, proxy: Proxy) -> None:
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_a_killed_copy_goes_on(bucket: Remote, proxy: Proxy, share: float) -> None:
-    proxy.pause_s = 0.1
+@pytest.mark.parametrize(("held", "num_bytes"), [("top.safetensors", 0), ("vae/model.safetensors", 500_003)])
+def test_a_killed_copy_goes_on(bucket: Remote, proxy: Proxy, held: str, num_bytes: int) -> None:
+    proxy.fault = lambda method, path: "hold" if method == "GET" and path.endswith(held) else None
     process = start(bucket)
     place = cache_dir_of(bucket.uri, bucket.options)
     size = sum(len(data) for data in FILES.values())
-    wait_until(lambda: place.exists() and sum(map(len, read(place).values())) >= share * size)
+    wait_until(lambda: place.exists() and sum(map(len, read(place).values())) >= num_bytes)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=100)
+    process.communicate(timeout=PATIENCE_S)
     assert not (place / MANIFEST).exists()
 
     there = sum(map(len, read(place).values()))
-    proxy.pause_s = 0.0
+    proxy.fault = lambda method, path: None
     proxy.requests.clear()
     process = start(bucket)
-    folder, _ = process.communicate(timeout=100)
+    folder, _ = process.communicate(timeout=PATIENCE_S)
     assert {name: data for name, data in read(Path(folder.strip())).items() if name in FILES} == FILES
     assert [path.name for path in place.iterdir() if path.is_dir()] == [Path(folder.strip()).name]
     assert sum(extent_of(extent) for _, extent in proxy.gets() if extent) <= size - there + len(CLUTTER)

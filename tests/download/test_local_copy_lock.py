@@ -11,6 +11,7 @@ import pytest
 
 from flux_batch.download import local_copy
 from flux_batch.download.local_copy import cache_folder, locked
+from helpers.waiting import PATIENCE_S
 
 HOLD = """
 import sys
@@ -53,6 +54,6 @@ def test_a_lock_is_free_when_its_holder_ends(
     monkeypatch.setattr(local_copy.log, "info", lambda text, *values: end(text % values))
     with locked(tmp_path / "lock", "builds a house"):
         pass
-    holder.wait(timeout=60)
+    holder.wait(timeout=PATIENCE_S)
     holder.stdout.close()
     holder.stdin.close()

@@ -27,7 +27,7 @@ from helpers.counting_proxy import counting_proxy
 from helpers.hub_server import COMMIT, TOKEN, Hub
 from helpers.s3 import S3Server
 from helpers.tiny_flux import make_tiny_repository
-from helpers.waiting import wait_until
+from helpers.waiting import PATIENCE_S, wait_until
 
 HF = "black-forest-labs/FLUX.1-dev"
 MODELSCOPE = "AI-ModelScope/FLUX.1-dev"
@@ -206,17 +206,17 @@ class TestDownload:
         big = os.urandom(2_000_000)
         for files in hubs.repositories.values():
             files["flux1-dev.safetensors"] = big
-        hubs.pause_s = 0.1
+        hubs.stops_after = 1_500_000
         process = start_download(hubs, website, tmp_path)
         folder = Path("models/FLUX/FLUX.1-dev")
         wait_until(lambda: prefix_in(folder, big) >= 65_536)
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE_S)
         assert not (folder / "flux1-dev.safetensors").exists()
 
         # The bytes are the same on the other hub.
         there = prefix_in(folder, big)
-        hubs.pause_s = 0.0
+        hubs.stops_after = None
         hubs.requests.clear()
         download_models(["FLUX.1-dev"], ["ModelScope"])
         assert (folder / "flux1-dev.safetensors").read_bytes() == big
@@ -228,7 +228,7 @@ class TestDownload:
         hubs.pause_s = 0.02
         processes = [start_download(hubs, "ModelScope", tmp_path) for _ in range(2)]
         for process in processes:
-            process.communicate(timeout=100)
+            process.communicate(timeout=PATIENCE_S)
         assert [process.returncode for process in processes] == [0, 0]
         asked = [(each.path, each.headers["Range"]) for each in hubs.gets()]
         assert len(asked) == len(set(asked))
@@ -466,7 +466,7 @@ class TestBucket:
             options = moto.storage_options | {"endpoint_url": proxy.endpoint_url}
             command = [sys.executable, "-c", LOAD, bucket, json.dumps(options)]
             processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-            folders = {Path(process.communicate(timeout=110)[0].strip()) for process in processes}
+            folders = {Path(process.communicate(timeout=PATIENCE_S)[0].strip()) for process in processes}
             assert [process.returncode for process in processes] == [0, 0]
             asked = proxy.gets()
             assert len(asked) == len(set(asked))

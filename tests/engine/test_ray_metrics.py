@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +15,10 @@ import yaml
 
 from flux_batch.engine.ray_metrics import POOL_GAUGES, WORKER_COUNTERS, WORKER_GAUGES
 from flux_batch.job import run
-from helpers.fakes import make_fake_pipeline
+from helpers.driver import Hold
+from helpers.fakes import SLOW_S, make_fake_pipeline
 from helpers.job_files import make_job
+from helpers.waiting import wait_until, when
 
 pytestmark = pytest.mark.ray
 
@@ -26,23 +27,39 @@ MONITORING = Path(__file__).parents[2] / "cluster/monitoring"
 GPU_ONLY = {"ray_node_gpus_utilization"}
 SAMPLE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
-# So many that two workers take several times as long as the driver waits before it looks after them.
-NUM_IMAGES = 60
+# Four shards; two workers are held in the last two of them.
+ROWS: list[dict[str, Any]] = [{"prompt": f"image {number} [slow]"} for number in range(4)]
+ROWS += [{"prompt": "[raise]"}, {"prompt": "[raise] again"}, {"prompt": None}, {"prompt": "image 7"}]
+ROWS += [{"prompt": f"image {number} [hold]"} for number in range(8, 16)]
+NUM_IMAGES, NUM_RAISED, NUM_BAD_ROWS = 5, 2, 1  # of the first two
 
 
 class Scraped:
-    """The last value of every series of a node, by name and those labels that are of us."""
+    """The last value of every series of a node, by name and those labels that are of us; `kept` is a copy of them."""
 
     def __init__(self, port: int) -> None:
         self._url = f"http://127.0.0.1:{port}/metrics"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._scrape)
         self.series: dict[tuple[str, ...], dict[str, float]] = {}
+        self.kept: dict[tuple[str, ...], dict[str, float]] = {}
         self._thread.start()
 
-    def total(self, name: str, *labels: str) -> float:
+    def total(self, name: str, *labels: str, kept: bool = False) -> float:
         """Add up a name over the processes."""
-        return sum(self.series.get((name, 'run="nightly"', *labels), {}).values())
+        return sum((self.kept if kept else self.series).get((name, 'run="nightly"', *labels), {}).values())
+
+    def has_all(self) -> bool:
+        """Tell whether the first two shards are in the figures, and both workers."""
+        return (
+            self.total("ray_flux_batch_shards_total") == 2
+            and self.total("ray_flux_batch_workers_up") == 2
+            and self.total("ray_flux_batch_shards_in_hand") == 2
+        )
+
+    def keep(self) -> None:
+        """Remember what the figures are."""
+        self.kept = {name: dict(values) for name, values in list(self.series.items())}
 
     def end(self) -> None:
         self._stop.set()
@@ -66,26 +83,28 @@ class Scraped:
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
-    """What a run of some seconds exported: NUM_IMAGES, and 3 rows that fail."""
+    """What a run exported up to its last two shards, in which it was held until that was there, and what it left."""
     import ray
 
-    # Without "local", it would join a cluster that another test has started with `ray start`.
-    often = {"metrics_report_interval_ms": 300}
-    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, _system_config=often)
-    exported = Scraped(ray.nodes()[0]["MetricsExportPort"])
-    rows: list[dict[str, Any]] = [{"prompt": f"image {number} [slow]"} for number in range(NUM_IMAGES)]
-    rows += [{"prompt": "[raise]"}, {"prompt": "[raise] again"}, {"prompt": None}]
-    config = make_job(tmp_path_factory.mktemp("run"), rows, failures={"max_ratio": 0.5})
-    config = config.model_copy(update={"name": "nightly"})
-    try:
-        assert run(config, make_pipeline=make_fake_pipeline).exit_code == 0
-        deadline = time.monotonic() + 10
-        while exported.total("ray_flux_batch_workers_up") and time.monotonic() < deadline:
-            time.sleep(0.1)
-        yield exported
-    finally:
-        exported.end()
-        ray.shutdown()
+    folder = tmp_path_factory.mktemp("run")
+    hold = Hold(folder / "hold")
+    config = make_job(folder, ROWS, failures={"max_ratio": 0.5}).model_copy(update={"name": "nightly"})
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in hold.environment.items():
+            patch.setenv(name, value)
+        # Without "local", it would join a cluster that another test has started with `ray start`.
+        often = {"metrics_report_interval_ms": 300}
+        ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, _system_config=often)
+        exported = Scraped(ray.nodes()[0]["MetricsExportPort"])
+        try:
+            release = when(exported.has_all, lambda: (exported.keep(), hold.release()))
+            assert run(config, make_pipeline=make_fake_pipeline).exit_code == 0
+            release.join()
+            wait_until(lambda: not any(exported.total(f"ray_flux_batch_{name}") for name in POOL_GAUGES))
+            yield exported
+        finally:
+            exported.end()
+            ray.shutdown()
 
 
 def test_every_figure_is_exported_under_its_name(scraped: Scraped) -> None:
@@ -95,18 +114,18 @@ def test_every_figure_is_exported_under_its_name(scraped: Scraped) -> None:
 
 
 def test_sums_are_those_of_the_run(scraped: Scraped) -> None:
-    # A worker is killed once its last shard is told, before it exports what that added.
-    assert 0.5 * NUM_IMAGES <= scraped.total("ray_flux_batch_images_total") <= NUM_IMAGES
-    assert scraped.total("ray_flux_batch_failures_total", 'error_type="RuntimeError"') in (0, 1, 2)
-    stages = {series[2] for series in scraped.series if series[0] == "ray_flux_batch_stage_seconds_total"}
+    # A worker is killed once its last shard is told, before it exports what that added: these are of those before.
+    assert scraped.total("ray_flux_batch_images_total", kept=True) == NUM_IMAGES
+    assert scraped.total("ray_flux_batch_failures_total", 'error_type="RuntimeError"', kept=True) == NUM_RAISED
+    assert scraped.total("ray_flux_batch_failures_total", 'error_type="RowError"', kept=True) == NUM_BAD_ROWS
+    stages = {series[2] for series in scraped.kept if series[0] == "ray_flux_batch_stage_seconds_total"}
     assert stages == {f'stage="{name}"' for name in ("read", "input", "make", "wait", "encode", "stage", "publish")}
-    assert scraped.total("ray_flux_batch_stage_seconds_total", 'stage="make"') > 0.5 * NUM_IMAGES * 0.1
+    assert scraped.total("ray_flux_batch_stage_seconds_total", 'stage="make"', kept=True) >= 4 * SLOW_S
 
 
 def test_levels_fall_to_nothing_when_the_run_is_over(scraped: Scraped) -> None:
-    assert [scraped.total(f"ray_flux_batch_{name}") for name in (*POOL_GAUGES, "encode_queue")] == [0] * (
-        len(POOL_GAUGES) + 1
-    )
+    assert [scraped.total(f"ray_flux_batch_{name}") for name in POOL_GAUGES] == [0] * len(POOL_GAUGES)
+    assert [scraped.total(f"ray_flux_batch_{name}", kept=True) for name in WORKER_GAUGES] == [0] * len(WORKER_GAUGES)
 
 
 def names_in(queries: list[str]) -> set[str]:

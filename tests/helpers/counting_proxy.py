@@ -31,7 +31,7 @@ class Proxy:
     `fault` says what to do wrong with a request, by its method and path: None for nothing, a status to answer with
     instead of asking the server, `cut` to end the connection instead, `torn` to send on half of what comes and end
     both connections, `lost` to do as asked and not to answer, `half` to send half of the answer, `slow` to wait for
-    `slow_s` first.
+    `slow_s` first, `hold` to wait until `fault` says otherwise.
     """
 
     target: str
@@ -61,6 +61,9 @@ class Handler(BaseHTTPRequestHandler):
         proxy.requests.append((self.command, self.path, self.headers["Range"] or ""))
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         fault = "cut" if proxy.is_down else proxy.fault(self.command, self.path)
+        while fault == "hold":
+            time.sleep(0.01)
+            fault = proxy.fault(self.command, self.path)
         if isinstance(fault, int):
             self.refuse(fault)
             return

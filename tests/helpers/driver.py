@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TypeAlias
 
 from helpers.fakes import HOLD
-from helpers.waiting import wait_until
+from helpers.waiting import PATIENCE_S, wait_until
 
 DRIVE = Path(__file__).with_name("drive.py")
 STOPPING = "finishing or putting aside what is being made"
@@ -59,7 +59,7 @@ class Driver:
         self.send(number)
         wait_until(lambda: STOPPING in self.said, lambda: self.said)
 
-    def end(self, timeout: float = 60) -> tuple[int, str]:
+    def end(self, timeout: float = PATIENCE_S) -> tuple[int, str]:
         """Wait for the end. Returns: the exit code, and what was written to stderr."""
         code = self.process.wait(timeout)
         assert "Traceback" not in self.said

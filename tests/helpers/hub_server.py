@@ -48,6 +48,7 @@ class Hub:
     damaged: set[str] = field(default_factory=set)  # files of which one byte arrives changed
     has_ranges: bool = True
     pause_s: float = 0.0  # before every 64 KiB of contents
+    stops_after: int | None = None  # so many bytes of contents, an answer stands still
 
     def gets(self, part: str = "") -> list[Seen]:
         """Return the requests for contents of files whose address has `part`."""
@@ -175,6 +176,8 @@ class Handler(BaseHTTPRequestHandler):
         for begin in range(0, len(body), 1 << 16):
             if is_contents and self.hub.pause_s:
                 time.sleep(self.hub.pause_s)
+            while is_contents and self.hub.stops_after is not None and begin >= self.hub.stops_after:
+                time.sleep(0.01)
             self.wfile.write(body[begin : begin + (1 << 16)])
 
     def handle(self) -> None:

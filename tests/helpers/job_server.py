@@ -18,11 +18,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from helpers.s3 import free_port
-from helpers.waiting import wait_until
+from helpers.waiting import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 START_S = 150.0
+# How Ray calls a process that is home to a worker of a run.
+WORKER = b"ray::RayWorker"
 # A node that is gone counts as dead after 1.5 s instead of 15, and one that is only slow to answer does not.
 HEALTH = {"health_check_period_ms": 500, "health_check_timeout_ms": 20_000, "health_check_failure_threshold": 3}
 # Sockets of Ray lie in it, whose paths may have 107 characters.
@@ -70,8 +72,26 @@ class JobServer:
                 os.kill(pid, signal.SIGKILL)
         node.wait(timeout=START_S)  # it ends the rest of the node
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let no worker of a run get on meanwhile."""
+        workers = [pid for node in self._nodes for pid in descendants(node.pid) if is_worker(pid)]
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in workers:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    def log_of(self, name: str) -> str:
+        """Read what the driver of a job has said so far, where it runs."""
+        logs = self._folder.glob(f"session_*/logs/job-driver-{name}.log")
+        return "".join(path.read_text() for path in logs if not path.parents[1].is_symlink())
+
     def run(
-        self, *command: str, environment: Mapping[str, str] | None = None, timeout_s: float = 120
+        self, *command: str, environment: Mapping[str, str] | None = None, timeout_s: float = PATIENCE_S
     ) -> subprocess.CompletedProcess[str]:
         """Run a command that finds the job server, as from the machine of whoever submits."""
         variables = {**self.environment, **(environment or {}), "RAY_ADDRESS": self.url}
@@ -154,6 +174,14 @@ def descendants(pid: int) -> list[int]:
         waiting += (children := parents.get(waiting.pop(), []))
         found += children
     return found
+
+
+def is_worker(pid: int) -> bool:
+    """Tell whether a process is one in which a worker of a run is at home."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(WORKER)
+    except OSError:
+        return False
 
 
 def started_at(pid: int) -> str:

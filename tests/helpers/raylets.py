@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from helpers.job_server import HEALTH
+from helpers.job_server import HEALTH, WORKER
 
 HEAD = {
     "num_cpus": 1,
@@ -19,7 +19,6 @@ HEAD = {
     "dashboard_port": None,
     "_system_config": HEALTH,
 }
-WORKER = b"ray::RayWorker"
 REAP_S = 120
 
 

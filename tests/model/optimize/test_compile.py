@@ -49,7 +49,10 @@ print(cache.name)
 """
 
 # torch's own, when its compiler is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +75,7 @@ def num_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.compiled
 def test_a_kind_of_block_and_the_last_one_are_compiled_once_for_a_size_and_once_more_for_all_others() -> None:
     plain, model = filled(Flux(FLUX)), filled(Flux(FLUX))
     names = list(model.state_dict())
@@ -86,6 +90,7 @@ def test_a_kind_of_block_and_the_last_one_are_compiled_once_for_a_size_and_once_
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("matmul", [False, True], ids=["bfloat16", "products in fp8"])
 def test_narrow_blocks_are_as_exact_compiled(matmul: bool) -> None:
     plain, model = (filled(Flux(FLUX)).bfloat16().requires_grad_(False) for _ in range(2))
@@ -101,6 +106,7 @@ def test_narrow_blocks_are_as_exact_compiled(matmul: bool) -> None:
     assert not counters["graph_break"]
 
 
+@pytest.mark.compiled
 def test_modulation_is_not_compiled_and_keeps_its_bits() -> None:
     plain, model = (filled(Flux(FLUX)).bfloat16().requires_grad_(False) for _ in range(2))
     apply_compile(model)
@@ -109,6 +115,7 @@ def test_modulation_is_not_compiled_and_keeps_its_bits() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.compiled
 def test_weights_that_change_are_seen() -> None:
     """As those of a LoRA, which is merged in place."""
     plain, model = filled(Flux(FLUX)), filled(Flux(FLUX))
@@ -151,6 +158,7 @@ def work(folder: Path, name: str) -> tuple[str, str]:
     return misses, cache
 
 
+@pytest.mark.compiled
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_process_with_an_empty_cache_finds_what_another_one_compiled(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_a_model_on_another_device_is_left_as_it_is() -> None:
 
 
 @needs_both
-@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compiled)], ids=["plain", "compiled"])
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_velocities_are_those_of_torchs_own_products(amd: Path, compiled: bool) -> None:
     torch._dynamo.reset()
