@@ -8,7 +8,12 @@ APT := apt-get -qq -o Dir::State::Lists=$(CURDIR)/$(UNPACKED)/lists -o Dir::Cach
 	-o APT::Sandbox::User=root -o Acquire::Retries=3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long tools chaos lint fix pages constraints clean
+# Instructions that ordinary CPUs have not, switched off.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+# Tests that start no Ray, no S3 server and no compiler.
+FAST := not ray and not s3 and not compiled and not long
+
+.PHONY: help demo test test-fast test-avx2 test-long tools chaos lint fix pages constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,7 +37,13 @@ demo: $(VENV)/run.stamp ## render the demo prompts with the demo model on two wo
 	$(BIN)/flux-batch gallery out/demo
 
 test: $(VENV)/dev.stamp ## run the tests
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
+
+test-fast: $(VENV)/dev.stamp ## run the tests that start no Ray, no S3 server and no compiler
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "$(FAST)"
+
+test-avx2: $(VENV)/dev.stamp ## run those of the model and the pipeline as on a CPU without bfloat16 and AVX-512
+	$(AVX2) $(BIN)/python -m pytest -n auto --dist loadgroup -m "$(FAST)" tests/model tests/pipeline
 
 test-long: $(VENV)/dev.stamp ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long --ignore tests/chaos
@@ -49,7 +60,7 @@ $(BIN)/promtool: | $(VENV)/torch.stamp
 tools: $(BIN)/promtool ## fetch promtool, by which tests check the alerts, from Debian's packages
 
 chaos: $(VENV)/dev.stamp ## break everything that can break, for some 20 minutes, and print what came of it
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "long or not long" tests/chaos
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "long or not long" tests/chaos
 
 lint: $(VENV)/dev.stamp ## check style and types
 	$(BIN)/ruff check .
