@@ -49,10 +49,7 @@ print(cache.name)
 """
 
 # torch's own, when its compiler is imported.
-pytestmark = [
-    pytest.mark.compiled,
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
