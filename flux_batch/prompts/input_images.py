@@ -124,7 +124,7 @@ def _read_file(path: str, allowed_roots: tuple[str, ...] | None) -> bytes:
 
 
 def read_object(uri: str, storage_options: Mapping[str, Any]) -> bytes:
-    """Read a whole image file. Raises: RowError if it is larger than allowed."""
+    """Read a whole image file. Raises: RowError if it is empty or too large."""
     fs, path = open_filesystem(uri, storage_options)
     info = fs.info(path)
     if info["type"] != "file" or not info["size"]:
