@@ -59,8 +59,8 @@ class Attempt:
 class InputImage:
     """An input image: its location, or its bytes.
 
-    `name` is its name in the metadata: the address as given, or the hash of the bytes. `allowed_roots` are the local
-    folders of which one must contain it; None if the job file names it, which is trusted.
+    `name` is its name in the metadata: the address as given, or the hash of the bytes. `allowed_roots` are local
+    folders, one of which must contain it; None for an image of the job file, which is trusted.
     """
 
     name: str

@@ -61,26 +61,26 @@ done
 weights=(--random-weights "$size" --device "$device")
 side=1024 steps=28 images=${IMAGES:-20}
 if [ "$size" = tiny ]; then side=64 steps=2 images=8; fi
-picture=(--width "$side" --height "$side" --steps "$steps")
+image=(--width "$side" --height "$side" --steps "$steps")
 large=100 small=45 whole=200  # seconds that a benchmark may take at full size; guessed, not measured
 if [ "$size" = tiny ]; then large=30 small=30 whole=30; fi
 
 peers=()
 if has diffusers; then peers=(--against diffusers); else say "diffusers is missing: no comparison with it"; fi
 # Each further option of the pipeline, e.g. OPTIONS="compile=true step_cache=0.1", is measured by itself.
-measure bf16 "$large" pipeline "${weights[@]}" "${picture[@]}" "${peers[@]}"
+measure bf16 "$large" pipeline "${weights[@]}" "${image[@]}" "${peers[@]}"
 for option in ${OPTIONS:-}; do
-    measure "bf16-$option" "$large" pipeline "${weights[@]}" "${picture[@]}" "${peers[@]}" --option "$option"
+    measure "bf16-$option" "$large" pipeline "${weights[@]}" "${image[@]}" "${peers[@]}" --option "$option"
 done
-measure fp8 "$small" pipeline "${weights[@]}" "${picture[@]}" --repeats 3 --quantization fp8_matmul
+measure fp8 "$small" pipeline "${weights[@]}" "${image[@]}" --repeats 3 --quantization fp8_matmul
 if has ray; then
-    measure job "$whole" job "${weights[@]}" "${picture[@]}" --images "$images" --workers 1 --batch-size 1 --shard-size 10
+    measure job "$whole" job "${weights[@]}" "${image[@]}" --images "$images" --workers 1 --batch-size 1 --shard-size 10
 else
     say "ray is missing: the job runs in this process, without it"
-    measure job "$whole" job "${weights[@]}" "${picture[@]}" --images "$images" --batch-size 1 --shard-size 10 --engine local
+    measure job "$whole" job "${weights[@]}" "${image[@]}" --images "$images" --batch-size 1 --shard-size 10 --engine local
 fi
 if has diffusers; then
-    measure compiled "$large" pipeline "${weights[@]}" "${picture[@]}" --repeats 5 --against diffusers-compiled
+    measure compiled "$large" pipeline "${weights[@]}" "${image[@]}" --repeats 5 --against diffusers-compiled
 fi
 half=(--width $((side / 2)) --height $((side / 2)) --steps "$steps" --repeats 3)
 for batch in 1 4; do

@@ -189,7 +189,7 @@ class LoraConfig(_Section):
     def _in_range(self) -> LoraConfig:
         _check_no_secret(self.uri, "uri", "model")
         if self.name.strip() in NO_LORA:
-            raise InvalidSetting(f"name = {self.name!r}: means no LoRA in a row; take another", field="name")
+            raise InvalidSetting(f"name = {self.name!r}: means no LoRA in a row; choose another", field="name")
         return self
 
 
@@ -222,7 +222,7 @@ class ModelConfig(_Section):
     @classmethod
     def _known(cls, value: Any) -> Any:
         if value not in get_args(Quantization):
-            raise ValueError(f"no way to keep weights{nearest_or_all(str(value), get_args(Quantization))}")
+            raise ValueError(f"is not a known quantization{nearest_or_all(str(value), get_args(Quantization))}")
         return value
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
         if num_merged <= _MAX_MERGES:
             super().flatten_mapping(node)
         if num_merged > _MAX_MERGES or (merged and len(node.value) > _MAX_KEYS):
-            raise ConstructorError(None, None, "too much is merged", node.start_mark)
+            raise ConstructorError(None, None, "too many `<<` merges", node.start_mark)
 
 
 def load_yaml(text: str, origin: str) -> Any:

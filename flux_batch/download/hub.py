@@ -203,7 +203,7 @@ def _read_json(url: str, headers: dict[str, str], page: str) -> Any:
 
 @contextmanager
 def _huggingface_errors(repository: str, revision: str, page: str) -> Iterator[None]:
-    """Run the block, and raise the errors of huggingface_hub as ValueError or ConnectionError of one sentence."""
+    """Run the block, and turn errors of huggingface_hub into a ValueError or ConnectionError of a sentence."""
     from huggingface_hub import errors
 
     try:
@@ -220,7 +220,7 @@ def _huggingface_errors(repository: str, revision: str, page: str) -> Iterator[N
             f"{page}: there is no such repository, or it is private and the token (HF_TOKEN, --token) may not read it"
         ) from error
     except errors.OfflineModeIsEnabled as error:
-        raise ValueError(f"{repository} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it") from error
+        raise ValueError(f"{repository} is not on this machine, and HF_HUB_OFFLINE forbids downloading it") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in _RETRIED_STATUSES:

@@ -40,7 +40,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        """Make the failure of an error."""
+        """Return the Failure that describes an error."""
         ours = error if isinstance(error, FluxBatchError) else None
         return cls(
             kind=_kind_of(error),

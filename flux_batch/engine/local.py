@@ -107,7 +107,7 @@ def _failure(error: Exception) -> Failure:
 
 @contextmanager
 def _passing_on(stop: Stop, worker: Worker) -> Iterator[None]:
-    """Pass a request to stop on to a worker that is busy on this thread."""
+    """Run the block, and forward a request to stop to the worker that is busy on this thread."""
     is_over = threading.Event()
 
     def watch() -> None:

@@ -73,7 +73,7 @@ class WorkerHandle:
             self.actor.stop.remote()
 
     def reset_timeout(self, now: float) -> None:
-        """Restart the time that it has to answer, after the driver itself was suspended."""
+        """Restart its time to answer, since the driver itself was suspended."""
         self._pinged = now
 
     def why_hung(self, now: float, hang_s: float) -> str | None:

@@ -157,7 +157,11 @@ class ShardQueue:
         if index not in self._settled:
             about = {"shard": index}
             log.warning(
-                "shard %d: %s (worker %d lost on it); another one takes over", index, reason, number, extra=about
+                "shard %d: %s (%d workers lost so far); another one takes over",
+                index,
+                reason,
+                number,
+                extra=about,
             )
         self._wait(task.shard)
         return None

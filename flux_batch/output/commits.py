@@ -236,7 +236,7 @@ class _Files:
             self._add(*self._fetch(key), True)
 
     def _create(self, file: tuple[str, Path]) -> tuple[StoredFile, Path, bool]:
-        """Store one file. Returns: what is stored, a local copy of it, and whether it is another's."""
+        """Write one file unless another worker has. Returns: the file, a local copy, whether another wrote it."""
         key, path = file
         ours = _stored_file(key, path)
         try:

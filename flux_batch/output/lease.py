@@ -253,7 +253,7 @@ class Lease:
 
 
 def pause_s(ttl_s: float, beats: int) -> float:
-    """Return the seconds to the next heartbeat; the first ones follow quickly, so that a second driver learns soon."""
+    """Return the seconds to the next heartbeat; the first ones follow quickly, so that a rival soon sees it."""
     return min(ttl_s / BEATS_PER_LEASE, 2.0 ** min(beats, 10))
 
 

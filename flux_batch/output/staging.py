@@ -99,7 +99,7 @@ class Staging:
             self.run.store.delete(key)
 
     def clear(self) -> None:
-        """Remove everything that is staged; for a complete run, where a kill came between a commit and `remove`."""
+        """Remove everything that is staged, once a run is complete: a kill before `remove` leaves some."""
         self.run.store.delete_folder(STAGING)
 
     def shards(self) -> set[int]:

@@ -1,4 +1,4 @@
-"""Our errors in place of those of the model and its device: the model itself knows none of ours."""
+"""The translation of errors of the model and its device into ours, of which the model knows none."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def memory(config: JobConfig) -> dict[str, Any]:
 
 
 def read_shapes(source: Path) -> dict[str, Shapes]:
-    """Return the shapes of each part of the model at `source`. Raises: ValueError if it is not whole."""
+    """Return the shapes of each part of the model at `source`. Raises: ValueError if it is incomplete."""
     shapes: dict[str, Shapes] = {}
     for path in find_parts(source):
         for kind, checkpoint in parts_of(open_checkpoint(path)).items():
@@ -99,7 +99,7 @@ def _expected_dtype(config: JobConfig) -> str:
 
 
 def _batch_size_of(config: JobConfig) -> int:
-    """Return the images in one forward pass; 1, the least that must fit, for `auto`."""
+    """Return the number of images in one forward pass; for `auto` 1, the least that must fit."""
     size = config.workers.batch_size
     return 1 if size == "auto" else size
 

@@ -128,7 +128,7 @@ def read_object(uri: str, storage_options: Mapping[str, Any]) -> bytes:
     fs, path = open_filesystem(uri, storage_options)
     info = fs.info(path)
     if info["type"] != "file" or not info["size"]:
-        raise RowError("is empty, or no file")
+        raise RowError("is empty, or not a file")
     _check_length(info["size"])
     return bytes(fs.cat_file(path, start=0, end=info["size"]))
 

@@ -81,7 +81,7 @@ class Store:
     def guarded(self, before_write: Callable[[], None]) -> Self:
         """Return a store of the same folder that calls `before_write` before each write.
 
-        It is called before each retry of a write too, and every write raises whatever it raises.
+        It is called before each retry of a write too; what it raises ends the write.
         """
         other = copy(self)
         other._before_write = before_write

@@ -129,7 +129,7 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("prompts.columns=[a]", "prompts.columns: must be a section"),
         ("prompts.passthrough=[a, b, a]", "prompts.passthrough: names column 'a' twice"),
         ("model.dtype=int8", "model.dtype = 'int8'"),
-        ("model.quantization=fp9", "model.quantization = 'fp9': no way to keep weights; did you mean 'fp8'?"),
+        ("model.quantization=fp9", "model.quantization = 'fp9': is not a known quantization; did you mean 'fp8'?"),
         ("model.quantization=nf4", "known are none, bfloat16, fp8, fp8_matmul"),
         (
             "model={uri: demo, dtype: float16, quantization: fp8_matmul}",
@@ -151,7 +151,10 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("model.loras=[{scale: 1}]", "model.loras.0.uri: missing, and it has no default"),
         ("model.loras=[{uri: a, scale: .nan}]", "model.loras.0.scale = nan"),
         ("model.loras=[{uri: a, scale: '1'}]", "model.loras.0.scale = '1'"),
-        ("model.loras=[{uri: a, name: none}]", "model.loras.0.name = 'none': means no LoRA in a row; take another"),
+        (
+            "model.loras=[{uri: a, name: none}]",
+            "model.loras.0.name = 'none': means no LoRA in a row; choose another",
+        ),
         ("model.loras=[{uri: a}, {uri: b, name: a}]", "model.loras name 'a' twice: give each a name of its own"),
         ("model.loras=[{uri: 's3://me:pass@h/a'}]", "model.loras.0.uri holds a user name or password"),
         ("workers.min=9", "workers.min = 9: must not exceed max = 8"),

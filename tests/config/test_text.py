@@ -52,7 +52,7 @@ def doubled(levels: int) -> str:
 )
 def test_a_bomb_of_merges_is_refused_before_it_goes_off(text: str) -> None:
     def read() -> None:
-        with pytest.raises(JobError, match="too much is merged"):
+        with pytest.raises(JobError, match="too many `<<` merges"):
             load_yaml(text, "job.yaml")
 
     assert work(read) < 20

@@ -36,7 +36,7 @@ class Cache:
 
     def load(self, data: bytes) -> None:
         if data == b"damaged":
-            raise ValueError("not what torch.compile has saved")
+            raise ValueError("not a cache written by torch.compile")
         self.data = data
 
 
@@ -76,7 +76,7 @@ def test_a_damaged_cache_is_reported_and_not_used(tmp_path: Path, caplog: pytest
     SharedCompileCache(store, cache).share()
     assert cache.data == b"own"
     assert store.read(KEY) == b"damaged"
-    assert "torch-cpu: not used, blocks are compiled again: not what torch.compile" in caplog.text
+    assert "torch-cpu: not used, blocks are compiled again: not a cache" in caplog.text
 
 
 def test_an_unavailable_storage_costs_only_time(

@@ -71,7 +71,7 @@ class Stage:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
     def share_of_rate(self, step: int, level_until: float = 0.0) -> float:
-        """Return the learning rate as a share of its peak: a short rise, constant for a while, a straight line to 0."""
+        """Return the learning rate as a share of its peak: it rises briefly, stays, then falls straight to 0."""
         left = (1.0 - step / self.num_steps) / (1.0 - level_until)
         return min((step + 1) / WARM_UP, 1.0, left)
 

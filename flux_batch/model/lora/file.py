@@ -75,7 +75,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """The changes of a LoRA file to a model; `name` is the address it was asked for by."""
+    """The changes that a LoRA file makes to a model; `name` is the address it was requested by."""
 
     name: str
     changes: tuple[Change, ...]
@@ -147,7 +147,7 @@ def _delta(factors: Mapping[str, Tensor]) -> Tensor:
         first = factors["hada_w1_a"] @ factors["hada_w1_b"]
         second = factors["hada_w2_a"] @ factors["hada_w2_b"]
         if first.shape != second.shape:
-            raise ValueError("its two products are not of one shape")
+            raise ValueError("its two LoHa products differ in shape")
         return first * second
     first, second = (
         factors[name] if name in factors else factors[f"{name}_a"] @ factors[f"{name}_b"]
@@ -186,12 +186,12 @@ def _check_change(checkpoint: Checkpoint, change: Change, shapes: Shapes) -> Non
         magnitude = factors.pop("magnitude", None)
         shape = tuple(_delta(factors).shape)
     except RuntimeError as error:
-        raise ValueError(f"{checkpoint.source}: {keys} do not fit together") from error
+        raise ValueError(f"{checkpoint.source}: the shapes of {keys} do not match each other") from error
     if shape != expected:
         variant = "it is for a variant of FLUX.1 with more input (Fill, Canny, Depth)"
         hint = f"; {variant if target.layer == 'img_in' else 'is it for another model?'}"
         raise ValueError(
-            f"{checkpoint.source}: {keys} make up {list(shape)}, and {name} is {list(expected)} here{hint}"
+            f"{checkpoint.source}: {keys} give shape {list(shape)}, but {name} has {list(expected)} here{hint}"
         )
     if magnitude is not None and tuple(magnitude.shape) not in (expected[:1], (expected[0], 1), (1, expected[1])):
         raise ValueError(f"{checkpoint.source}: {change.keys['magnitude']} does not fit {name}")
@@ -201,7 +201,7 @@ def _check_numbers(checkpoint: Checkpoint, change: Change) -> None:
     """Raise ValueError if a tensor of a change has numbers that are not finite."""
     for key in change.keys.values():
         if not change.state[key].isfinite().all():
-            raise ValueError(f"{checkpoint.source}: {key} is not finite: the file is damaged, or its training was")
+            raise ValueError(f"{checkpoint.source}: {key} is not finite: the file is damaged, or its training diverged")
 
 
 def _check_readable(checkpoint: Checkpoint, keys: Sequence[str]) -> None:
@@ -211,7 +211,7 @@ def _check_readable(checkpoint: Checkpoint, keys: Sequence[str]) -> None:
         for key in keys
         if checkpoint.tensors[key].dtype not in READABLE_DTYPES
     ]:
-        raise ValueError(f"{checkpoint.source}: of a type that is not supported: {first_names(unreadable)}")
+        raise ValueError(f"{checkpoint.source}: some tensors have an unsupported dtype: {first_names(unreadable)}")
 
 
 def _rank_in(checkpoint: Checkpoint, key: str) -> int:

@@ -85,7 +85,7 @@ class LoraFusion:
             # An overflow of fp8 shows in its scales.
             if tensor.dtype.itemsize > 1 and not tensor.isfinite().all():
                 what = f"{layer_key[0]}'s {layer_key[1]}.{name} overflows in {str(tensor.dtype).removeprefix('torch.')}"
-                raise ValueError(f"with these LoRAs at these scales {what}: take smaller scales")
+                raise ValueError(f"{what} with these LoRAs and scales: use smaller scales")
         _assign_tensors(layer, fused)
 
     def _unfuse(self, layer_key: _LayerKey) -> None:

@@ -155,7 +155,7 @@ def find_modules(source: str, names: Iterable[str], parts: Mapping[str, Shapes])
         what = f"match nothing in this model's {' or '.join(parts)}"
         raise ValueError(f"{source}: {len(unmatched)} of its {len(names)} keys {what}: {first_names(unmatched)}{hint}")
     if twice:
-        raise ValueError(f"{source} holds two of the same: {' and '.join(twice[0])}")
+        raise ValueError(f"{source} gives the same weight twice: {' and '.join(twice[0])}")
     return list(modules.values())
 
 

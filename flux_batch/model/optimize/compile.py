@@ -70,9 +70,9 @@ class CompileCache:
         try:
             found = torch.compiler.load_cache_artifacts(data)
         except Exception as error:  # of any class: pickles are read
-            raise ValueError(f"not what torch.compile has saved: {error!r}") from error
+            raise ValueError(f"not a cache written by torch.compile: {error!r}") from error
         if found is None:
-            raise ValueError("not what torch.compile has saved")
+            raise ValueError("not a cache written by torch.compile")
 
 
 class _SigmoidGELU(nn.Module):

@@ -53,7 +53,7 @@ def onednn_takes_bfloat16() -> bool:
 
 
 def has_cpu_feature(name: str) -> bool:
-    """Return whether the CPU has a feature, by the name in torch and Linux."""
+    """Return whether the CPU has a feature, by the name that torch and Linux use."""
     if hasattr(torch.cpu, "get_capabilities"):  # from torch 2.12 on
         return bool(torch.cpu.get_capabilities().get(name, False))
     return name in cpu_info("flags").split()

@@ -491,7 +491,7 @@ def good_lora(path: Path) -> dict[str, Tensor]:
     ("damage", "words"),
     [
         ({"img_in.lora_B.weight": None}, "img_in is not a whole module of a LoRA: it has only img_in.lora_A.weight"),
-        ({"img_in.lora_A.weight": torch.zeros(9, 64)}, "do not fit together"),
+        ({"img_in.lora_A.weight": torch.zeros(9, 64)}, "do not match each other"),
         ({"img_in.lora_A.weight": torch.zeros(2, 64, 1)}, "img_in.lora_A.weight is [2, 64, 1], should be a matrix"),
         ({"img_in.lora_A.weight": torch.zeros(())}, "img_in.lora_A.weight is [], should be a matrix"),
         (

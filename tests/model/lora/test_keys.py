@@ -150,7 +150,7 @@ def test_a_model_is_no_lora() -> None:
     ],
 )
 def test_a_module_twice_is_an_error(one: str, other: str) -> None:
-    with pytest.raises(ValueError, match="x holds two of the same: ") as caught:
+    with pytest.raises(ValueError, match="x gives the same weight twice: ") as caught:
         find_modules("x", [one, other], PARTS)
     assert one in str(caught.value)
     assert other in str(caught.value)
