@@ -13,7 +13,7 @@ def test_figures_of_several_tests_are_added_up_and_drawn() -> None:
     rows = [Row(**value) for _, value in properties]  # type: ignore[arg-type]
     assert table(rows) == [
         "| experiment | store | images | kills survived | faults injected | lost | doubled |   redone |",
-        "| ---------- | ----- | -------: | -------------: | --------------: | ---: | ------: | -------: |",
-        "| kills      | disk  |       80 |              4 |               0 |    1 |       0 | 4 (5.0%) |",
-        "| fuzz       | -     |        0 |              0 |           1,200 |    0 |       0 |        0 |",
+        "| ---------- | ----- | -----: | -------------: | --------------: | ---: | ------: | -------: |",
+        "| kills      | disk  |     80 |              4 |               0 |    1 |       0 | 4 (5.0%) |",
+        "| fuzz       | -     |      0 |              0 |           1,200 |    0 |       0 |        0 |",
     ]
