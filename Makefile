@@ -16,7 +16,7 @@ FAST := not ray and not s3 and not compiled and not long
 .PHONY: help demo test test-fast test-avx2 test-long tools chaos lint fix pages constraints clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 # torch comes first and alone: with it in place, no other package draws in another build of it.
 $(VENV)/torch.stamp:
