@@ -99,7 +99,7 @@ class PromptsConfig(_Section):
     columns: _Columns = {}
     """Our field: your column, e.g. `{prompt: caption, id: uid}`."""
     passthrough: _Names = ()
-    """_Columns to copy into the metadata."""
+    """Columns to copy into the metadata."""
     limit: int | None = Field(default=None, ge=1)
     """Take only this many rows, from the start; all if null."""
     allow_http: bool = False
