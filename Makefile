@@ -10,6 +10,8 @@ APT := apt-get -qq -o Dir::State::Lists=$(CURDIR)/$(UNPACKED)/lists -o Dir::Cach
 .DEFAULT_GOAL := help
 # Instructions that ordinary CPUs have not, switched off.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+# Each of the processes that share the cores computes on one: more threads than cores mostly wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Tests that start no Ray, no S3 server and no compiler.
 FAST := not ray and not s3 and not compiled and not long
 
@@ -37,16 +39,16 @@ demo: $(VENV)/run.stamp ## render the demo prompts with the demo model on two wo
 	$(BIN)/flux-batch gallery out/demo
 
 test: $(VENV)/dev.stamp ## run the tests
-	$(BIN)/python -m pytest -n 3 --dist loadgroup
+	$(PYTEST) -n 3 --dist loadgroup
 
 test-fast: $(VENV)/dev.stamp ## run the tests that start no Ray, no S3 server and no compiler
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "$(FAST)"
+	$(PYTEST) -n auto --dist loadgroup -m "$(FAST)"
 
 test-avx2: $(VENV)/dev.stamp ## run those of the model and the pipeline as on a CPU without bfloat16 and AVX-512
-	$(AVX2) $(BIN)/python -m pytest -n auto --dist loadgroup -m "$(FAST)" tests/model tests/pipeline
+	$(AVX2) $(PYTEST) -n auto --dist loadgroup -m "$(FAST)" tests/model tests/pipeline
 
 test-long: $(VENV)/dev.stamp ## run the tests that take minutes
-	$(BIN)/python -m pytest -m long --ignore tests/chaos
+	$(PYTEST) -m long --ignore tests/chaos
 
 # Installed, Debian's package would start a server, and need root: only the tool is taken out of it.
 $(BIN)/promtool: | $(VENV)/torch.stamp
@@ -60,7 +62,7 @@ $(BIN)/promtool: | $(VENV)/torch.stamp
 tools: $(BIN)/promtool ## fetch promtool, by which tests check the alerts, from Debian's packages
 
 chaos: $(VENV)/dev.stamp ## break everything that can break, for some 20 minutes, and print what came of it
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "long or not long" tests/chaos
+	$(PYTEST) -n 2 --dist loadgroup -m "long or not long" tests/chaos
 
 lint: $(VENV)/dev.stamp ## check style and types
 	$(BIN)/ruff check .

@@ -71,7 +71,7 @@ def test_each_bad_row_costs_itself_alone_and_says_why(tmp_path: Path, figures: F
     reasons = {prompt: message for prompt, (_, message) in found.failed.items()}
     assert "its worker died" in reasons["image 5 [die]"]
     assert reasons["image 6 [raise]"].startswith("asked to fail")
-    assert "no sign of life for" in reasons["image 18 [hang]"]
+    assert "no progress for" in reasons["image 18 [hang]"]
     # Of a batch that kills, the other images are made a second time at most.
     assert redone <= LOST_WORKERS * BATCH
     assert_verified(config)
