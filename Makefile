@@ -39,13 +39,13 @@ demo: $(VENV)/run.stamp ## render the demo prompts with the demo model on two wo
 	$(BIN)/flux-batch gallery out/demo
 
 test: $(VENV)/dev.stamp ## run the tests
-	$(PYTEST) -n 3 --dist loadgroup
+	$(PYTEST) -n 3 --dist loadfile
 
 test-fast: $(VENV)/dev.stamp ## run the tests that start no Ray, no S3 server and no compiler
-	$(PYTEST) -n auto --dist loadgroup -m "$(FAST)"
+	$(PYTEST) -n auto --dist loadfile -m "$(FAST)"
 
 test-avx2: $(VENV)/dev.stamp ## run those of the model and the pipeline as on a CPU without bfloat16 and AVX-512
-	$(AVX2) $(PYTEST) -n auto --dist loadgroup -m "$(FAST)" tests/model tests/pipeline
+	$(AVX2) $(PYTEST) -n auto --dist loadfile -m "$(FAST)" tests/model tests/pipeline
 
 test-long: $(VENV)/dev.stamp ## run the tests that take minutes
 	$(PYTEST) -m long --ignore tests/chaos
@@ -62,7 +62,7 @@ $(BIN)/promtool: | $(VENV)/torch.stamp
 tools: $(BIN)/promtool ## fetch promtool, by which tests check the alerts, from Debian's packages
 
 chaos: $(VENV)/dev.stamp ## break everything that can break, for some 20 minutes, and print what came of it
-	$(PYTEST) -n 2 --dist loadgroup -m "long or not long" tests/chaos
+	$(PYTEST) -n 2 --dist loadfile -m "long or not long" tests/chaos
 
 lint: $(VENV)/dev.stamp ## check style and types
 	$(BIN)/ruff check .

@@ -32,18 +32,10 @@ S3_FIXTURES = frozenset({"moto", "rclone", "s3_store"})
 S3_SERVERS = [pytest.param(name, marks=pytest.mark.s3) for name in ("moto", "rclone")]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest picks by marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts an S3 server, by the fixtures it asks for; keep together what a process of xdist runs.
-
-    That is a file; and all tests with Ray, since two clusters that start at once on two cores take longer than the half
-    minute that Ray gives them.
-    """
-    for item in items:
-        if not S3_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.s3)
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test that starts an S3 server, by the fixtures it asks for itself or through others."""
+    if not S3_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+        item.add_marker(pytest.mark.s3)
 
 
 @pytest.fixture(scope="session")

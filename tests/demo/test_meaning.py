@@ -86,7 +86,7 @@ def test_guidance_1_shows_less(pipeline: FluxImagePipeline, images: list[Image.I
 
 
 def test_a_negative_colour_goes_away(pipeline: FluxImagePipeline) -> None:
-    without_colour = ["a large star in the centre", "an image of a huge square", "a triangle left of a ring"]
+    without_colour = ["a large star in the centre", "a picture of a huge square", "a triangle left of a ring"]
     same: dict[str, Any] = SETTINGS | {"prompt": without_colour * 10, "seed": list(range(30)), "cfg_scale": 3.0}
 
     plain, without_red = (
