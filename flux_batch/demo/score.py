@@ -23,7 +23,7 @@ from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Score a model and print a table. Returns: the exit code."""
-    arguments = _parse_arguments(argv)
+    arguments = parse_arguments(argv)
     try:
         _score(arguments)
     except (FluxBatchError, OSError) as error:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments of a command line."""
     parser = argparse.ArgumentParser(prog="python -m flux_batch.demo.score", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo", help="folder or URI of a model trained on the demo's world")

@@ -334,7 +334,7 @@ def test_an_object_in_a_bucket(s3_store: Bucket, monkeypatch: pytest.MonkeyPatch
         return load_image(InputImage(name=key, uri=f"{s3_store.uri}/{key}"), s3_store.storage_options)
 
     assert_halves(get("in/a b.png"), BLUE, RED)
-    for key, reason in {"in/none.png": "not found", "in/empty.png": "is empty", "in": "no file|not found"}.items():
+    for key, reason in {"in/none.png": "not found", "in/empty.png": "is empty", "in": "not a file|not found"}.items():
         with pytest.raises(RowError, match=reason):
             get(key)
     monkeypatch.setattr(input_images, "MAX_BYTES", 20)

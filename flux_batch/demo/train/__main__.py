@@ -25,7 +25,7 @@ from flux_batch.pipeline.model_manager import ModelManager, locate_parts
 
 def main() -> None:
     """Train the stages that are not finished, and write the model."""
-    arguments = _parse_arguments()
+    arguments = parse_arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
     manager: Any = ModelManager("float32", arguments.device, locate_parts(arguments.start)) if arguments.start else None
     if manager:
@@ -50,7 +50,7 @@ def main() -> None:
         print(f"wrote {arguments.to} and blueprint.safetensors beside it")
 
 
-def _parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(prog="python -m flux_batch.demo.train", description="Train the demo model.")
     parser.add_argument("work", type=Path, help="folder for the state of training, which resumes from it")

@@ -496,7 +496,7 @@ def good_lora(path: Path) -> dict[str, Tensor]:
         ({"img_in.lora_A.weight": torch.zeros(())}, "img_in.lora_A.weight is [], should be a matrix"),
         (
             {"img_in.lora_A.weight": torch.zeros(2, 128), "img_in.lora_B.weight": torch.zeros(32, 2)},
-            "make up [32, 128], and img_in.weight is [32, 64] here; it is for a variant of FLUX.1 with more input",
+            "give shape [32, 128], but img_in.weight has [32, 64] here; it is for a variant of FLUX.1 with more input",
         ),
         ({"img_in.lora_A.weight": torch.full((3, 64), float("nan"))}, "img_in.lora_A.weight is not finite"),
         ({"img_in.lora_A.weight": torch.zeros(3, 64, dtype=torch.int8)}, "img_in.lora_A.weight (I8)"),
