@@ -88,7 +88,7 @@ class TestRows:
 
     @pytest.mark.parametrize(("size", "chunk"), [((7, 5), 10), ((7, 5), 1), ((6, 4), 8), ((3, 4), 12)])
     def test_pieces_do_not_show(self, size: tuple[int, int], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(quantize, "CHUNK", chunk)
+        monkeypatch.setattr(quantize, "CHUNK_NUMBERS", chunk)
         rows = random(*size, dtype=torch.bfloat16)
         for piecewise, whole in zip(to_fp8_in_pieces(rows), to_fp8(rows), strict=True):
             assert torch.equal(bits(piecewise), bits(whole))
@@ -268,7 +268,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
-from flux_batch.model.checkpoint.loading import fill
+from flux_batch.model.checkpoint.loading import load_weights
 from flux_batch.model.optimize.quantize import apply_fp8
 from flux_batch.model.checkpoint.lazy_state import StoredState
 torch.set_num_threads(1)
@@ -287,7 +287,7 @@ def watch():
 thread = threading.Thread(target=watch)
 thread.start()
 state = StoredState(open_checkpoint(Path({str(path)!r})), torch.bfloat16, torch.device("cpu"))
-fill(model, state, apply_fp8)
+load_weights(model, state, apply_fp8)
 done.set()
 thread.join()
 print((peak - before) * 4096 / 2**20, (own() - before) * 4096 / 2**20)
