@@ -16,7 +16,7 @@ from helpers.fakes import HOLD
 from helpers.waiting import PATIENCE_S, wait_until
 
 DRIVE = Path(__file__).with_name("drive.py")
-STOPPING = "finishing or putting aside what is being made"
+STOPPING = "finishing or putting aside the current shards"
 
 
 class Driver:

@@ -88,7 +88,7 @@ class Submission:
             said = stopping.result()
         assert "was stopped" in said.stdout + said.stderr
         log = self.log(name)
-        assert "SIGTERM: finishing or putting aside what is being made" in log
+        assert "SIGTERM: finishing or putting aside the current shards" in log
         assert f"of {self.num_shards} shards are committed; run the same command again" in log
         status = read_status(self.store)
         assert 1 <= status["num_committed"] < self.num_shards
