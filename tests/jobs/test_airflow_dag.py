@@ -114,9 +114,9 @@ def test_a_job_of_an_earlier_try_is_waited_for(monkeypatch: pytest.MonkeyPatch, 
     [
         (JobStatus.FAILED, 2, AirflowFailException, "the job file or its prompts are wrong: FAILED: so it was"),
         (JobStatus.FAILED, 3, AirflowFailException, "2 of 5 images failed"),
-        (JobStatus.FAILED, 75, RuntimeError, "the next try goes on"),
-        (JobStatus.FAILED, None, RuntimeError, "the next try goes on"),
-        (JobStatus.STOPPED, None, RuntimeError, "the next try goes on"),
+        (JobStatus.FAILED, 75, RuntimeError, "the next try resumes it"),
+        (JobStatus.FAILED, None, RuntimeError, "the next try resumes it"),
+        (JobStatus.STOPPED, None, RuntimeError, "the next try resumes it"),
     ],
 )
 def test_what_no_repetition_mends_is_not_repeated(
