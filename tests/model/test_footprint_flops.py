@@ -25,7 +25,7 @@ def test_the_formula_counts_what_torch_counts(guidance_embed: bool) -> None:
     model = Flux(params).eval()
     last = model.single_blocks[-1]
     whole = last.forward
-    last.forward = lambda x, modulation, pe, read: whole(x, modulation, pe, x.shape[1])[:, -read:]
+    last.forward = lambda x, modulation, pe, num_read: whole(x, modulation, pe, x.shape[1])[:, -num_read:]
     pe = model.position_table(position_ids(10, 8, 12))
     one = torch.ones(1)
 
