@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from flux_batch.engine.ray_actor import WorkerActor
 from helpers.s3 import free_port
 from helpers.waiting import PATIENCE_S, wait_until
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 START_S = 150.0
 # How Ray calls a process that is home to a worker of a run.
-WORKER = b"ray::RayWorker"
+WORKER = f"ray::{WorkerActor.__name__}".encode()
 # A node that is gone counts as dead after 1.5 s instead of 15, and one that is only slow to answer does not.
 HEALTH = {"health_check_period_ms": 500, "health_check_timeout_ms": 20_000, "health_check_failure_threshold": 3}
 # Sockets of Ray lie in it, whose paths may have 107 characters.

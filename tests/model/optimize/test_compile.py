@@ -175,5 +175,5 @@ def test_the_name_tells_blocks_apart() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"something else"])
 def test_what_torch_has_not_saved_is_refused(data: bytes) -> None:
-    with pytest.raises(ValueError, match=r"not what torch\.compile has saved"):
+    with pytest.raises(ValueError, match=r"not a cache written by torch\.compile"):
         CompileCache(filled(Flux(FLUX))).load(data)
