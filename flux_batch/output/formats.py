@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -116,24 +116,39 @@ def iter_images(output_format: OutputFormat, shard: str, files: Mapping[str, Pat
 
 
 @dataclass(frozen=True, slots=True)
-class _WebDataset:
-    """One tar a shard: KEY.png, KEY.txt, KEY.json a sample; loads with webdataset and datasets."""
+class _OneFile:
+    """One file a shard, which holds the images and their records."""
 
     suffix: str
     passthrough: pa.Schema
-    loader_pattern = f"{TRAIN}/*.tar"
+    file_suffix: ClassVar[str]
+
+    @property
+    def loader_pattern(self) -> str:
+        """The pattern of the files."""
+        return self.location("*")
 
     def location(self, shard: str) -> str:
-        """Return the name of the tar."""
-        return f"{TRAIN}/{shard}.tar"
+        """Return the name of the file."""
+        return f"{TRAIN}/{shard}.{self.file_suffix}"
 
     def file_name(self, shard: str, key: str) -> str:
-        """Return the name of the tar."""
+        """Return the name of the file."""
         return self.location(shard)
 
     def files(self, shard: str, keys: Iterable[str]) -> set[str]:
-        """Return the name of the tar; there is none without an image."""
+        """Return the name of the file; there is none without an image."""
         return {self.file_name(shard, key) for key in keys}
+
+    def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Yield nothing: each image has its record beside it."""
+        return iter(())
+
+
+class _WebDataset(_OneFile):
+    """One tar a shard: KEY.png, KEY.txt, KEY.json a sample; loads with webdataset and datasets."""
+
+    file_suffix = "tar"
 
     def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
         """Write the tar."""
@@ -146,10 +161,6 @@ class _WebDataset:
                 _add(tar, f"{key}.txt", sample.record.prompt.encode())
                 _add(tar, f"{key}.json", _json(sample_fields(sample.record, self.passthrough)))
         yield self.location(shard), path
-
-    def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
-        """Yield nothing: each sample has its record beside it."""
-        return iter(())
 
     def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
         """Yield the members of the tar."""
@@ -235,25 +246,10 @@ class _Files:
                 yield key, file.read(size + 1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Parquet:
+class _Parquet(_OneFile):
     """One Parquet file a shard: the image inside, as Hugging Face's Image feature, beside its record."""
 
-    suffix: str
-    passthrough: pa.Schema
-    loader_pattern = f"{TRAIN}/*.parquet"
-
-    def location(self, shard: str) -> str:
-        """Return the name of the Parquet file."""
-        return f"{TRAIN}/{shard}.parquet"
-
-    def file_name(self, shard: str, key: str) -> str:
-        """Return the name of the Parquet file."""
-        return self.location(shard)
-
-    def files(self, shard: str, keys: Iterable[str]) -> set[str]:
-        """Return the name of the Parquet file; there is none without an image."""
-        return {self.file_name(shard, key) for key in keys}
+    file_suffix = "parquet"
 
     def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
         """Write the Parquet file, one row group of images in memory at a time."""
@@ -270,10 +266,6 @@ class _Parquet:
                 ]
                 writer.write_table(pa.Table.from_pylist(rows, schema))
         yield self.location(shard), path
-
-    def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
-        """Yield nothing: each row is the record."""
-        return iter(())
 
     def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
         """Yield the images of the Parquet file."""
