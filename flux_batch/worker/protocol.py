@@ -28,8 +28,8 @@ class CompileCache(Protocol):
 class ImagePipeline(Protocol):
     """A model that computes images: prompts in, uint8 (h w 3) arrays out.
 
-    A worker passes arguments that have a default only to a batch that needs them, and so any further field of
-    SamplingParams that is marked IF_SET.
+    A worker passes arguments that have a default only to a batch that needs them, and so the fields of SamplingParams
+    that are marked _IF_SET.
     """
 
     @property
@@ -61,18 +61,9 @@ class ImagePipeline(Protocol):
         self,
         prompt: Sequence[str] | None,
         *,
-        negative_prompt: Sequence[str],
-        width: int,
-        height: int,
-        num_inference_steps: int,
-        embedded_guidance: Sequence[float],
-        cfg_scale: Sequence[float],
-        t5_sequence_length: int | None,
         seed: Sequence[int],
         output_type: Literal["np"],
-        sigma_shift: float | None = None,
         input_image: Sequence[Any] | None = None,
-        denoising_strength: float = 1.0,
         tiled: bool = False,
         tile_size: int = 128,
         tile_stride: int = 64,
@@ -80,8 +71,12 @@ class ImagePipeline(Protocol):
         pooled_prompt_embeds: Any = None,
         negative_prompt_embeds: Any = None,
         negative_pooled_prompt_embeds: Any = None,
+        **sampling: Any,
     ) -> Sequence[Pixels]:
-        """Make one image for each prompt, or for each row of the embeddings that stand in for it."""
+        """Make one image for each prompt, or for each row of the embeddings that stand in for it.
+
+        `sampling` has the fields of SamplingParams, as `call_arguments` spells them.
+        """
         ...
 
     def set_loras(self, loras: Sequence[tuple[str, float]]) -> None:
