@@ -1,15 +1,21 @@
-"""The benchmark of planning a large data set: Parquet files of prompts, in a temporary folder."""
+"""The benchmark of planning a large data set, and the Parquet files of prompts that it plans."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from flux_batch.bench.figures import Figures, alternated
-from flux_batch.bench.prompt_sets import write_prompts
 from flux_batch.config.schema import PromptsConfig
 from flux_batch.plan.plan import make_plan
+
+_ROWS_PER_GROUP = 65_536
 
 
 def bench_plan(num_rows: int, num_files: int, shard_size: int, repeats: int) -> dict[str, Any]:
@@ -43,6 +49,19 @@ def bench_plan(num_rows: int, num_files: int, shard_size: int, repeats: int) -> 
 def planned_row(number: int) -> dict[str, Any]:
     """Return a prompt with an id, different for every number."""
     return {"id": f"row-{number}", "prompt": f"a red circle, number {number}"}
+
+
+def write_prompts(folder: Path, make_row: Callable[[int], dict[str, Any]], num_rows: int, num_files: int) -> list[Path]:
+    """Write `make_row` of each number to files of about the same size, a row group at a time; return their paths."""
+    schema = pa.Table.from_pylist([make_row(0)]).schema
+    bounds = [num_rows * number // num_files for number in range(num_files + 1)]
+    paths = [folder / f"{number:05}.parquet" for number in range(num_files)]
+    for path, (start, end) in zip(paths, pairwise(bounds), strict=True):
+        with pq.ParquetWriter(path, schema) as writer:
+            for first in range(start, end, _ROWS_PER_GROUP):
+                rows = [make_row(number) for number in range(first, min(first + _ROWS_PER_GROUP, end))]
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    return paths
 
 
 def format_plan(figures: dict[str, Any]) -> str:

@@ -17,7 +17,6 @@ from flux_batch.download.models import PathOrFolder
 from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.detect import PART_TITLES
-from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds, position_tables
 from flux_batch.model.optimize.compile import CompileCache, apply_compile
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
@@ -39,7 +38,7 @@ from flux_batch.model.sampling import (
     unpack,
 )
 from flux_batch.model.text import ClipEncoder, T5Encoder
-from flux_batch.model.transformer import Flux
+from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds, position_tables
 from flux_batch.pipeline.errors import device_errors
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, locate_parts
@@ -385,7 +384,7 @@ class FluxImagePipeline:
         def velocity(texts: Texts) -> Velocity:
             embeds = texts if isinstance(texts, PromptEmbeds) else self.encode(texts, length)
             embeds = embeds.to(self.device, self.torch_dtype)
-            model = ConditionedFlux(self.transformer, embeds, pe, timesteps, guidance)
+            model = Denoiser(self.transformer, embeds, pe, timesteps, guidance)
             if request.step_cache:
                 return StepCache(model, request.step_cache)
             return self.graphs(model) if self.graphs else model

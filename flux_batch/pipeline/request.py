@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from flux_batch.errors import InvalidSetting, did_you_mean
-from flux_batch.model.conditioned import PromptEmbeds
 from flux_batch.model.optimize.tiling import Tiling
 from flux_batch.model.params import first_step
+from flux_batch.model.transformer import PromptEmbeds
 from flux_batch.sampling_params import (
     ALIASES,
     MAX_SEED,

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from flux_batch.model.conditioned import PromptEmbeds
+from flux_batch.model.transformer import PromptEmbeds
 
 # About 64 prompts of FLUX.1-dev in bfloat16: those of the batches near each other, and the empty one.
 _MAX_BYTES = 256 * 2**20

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds
 from flux_batch.model.sampling import position_ids, timesteps_of
-from flux_batch.model.transformer import Flux
+from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds
 from helpers.golden import tensor
 
 NOISE = tensor("in.noise", (3, 24, 64), 1.7)
@@ -16,14 +15,14 @@ NEGATIVE = PromptEmbeds(tensor("in.negtxt", (3, 7, 24)), tensor("in.negvec", (3,
 GUIDANCE = torch.tensor([3.5, 1.0, 8.0])
 
 
-def conditioned(
+def denoiser(
     model: Flux,
     sigmas: Tensor,
     images: slice | list[int] = slice(None),
     text: PromptEmbeds = TEXT,
     size: tuple[int, int] = (8, 12),
-) -> ConditionedFlux:
+) -> Denoiser:
     """Let a model know the texts of some of the images, whose latents are of that height and width."""
     pe, guidance = model.position_table(position_ids(7, *size)), GUIDANCE[images].to(text.prompt_embeds.dtype)
     chosen = PromptEmbeds(*(part[images] for part in text))
-    return ConditionedFlux(model, chosen, pe, timesteps_of(sigmas, guidance), guidance)
+    return Denoiser(model, chosen, pe, timesteps_of(sigmas, guidance), guidance)

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds
 from flux_batch.model.params import DEV_SCHEDULE
 from flux_batch.model.sampling import denoise, make_sigmas, pack, position_ids, timesteps_of, unpack
-from flux_batch.model.transformer import Flux
+from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds
 from flux_batch.pipeline.pixels import to_uint8
 from helpers.golden import AUTOENCODER, FLUX, check, filled, tensor
 
@@ -28,7 +27,7 @@ def decoded(autoencoder: AutoEncoder) -> torch.Tensor:
     text = PromptEmbeds(tensor("in.txt", (1, 7, 24)), tensor("in.vec", (1, 32)))
     sigmas, guidance = make_sigmas(4, 24, DEV_SCHEDULE), torch.tensor([3.5])
     pe = model.position_table(position_ids(7, 8, 12))
-    velocity = ConditionedFlux(model, text, pe, timesteps_of(sigmas, guidance), guidance)
+    velocity = Denoiser(model, text, pe, timesteps_of(sigmas, guidance), guidance)
     tokens = denoise(velocity, pack(tensor("in.noise", (1, 16, 8, 12), 3**0.5)), sigmas)
     return autoencoder.decode(unpack(tokens, 8, 12))
 

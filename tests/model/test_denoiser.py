@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds, position_tables
 from flux_batch.model.params import SCHNELL_SCHEDULE
 from flux_batch.model.sampling import denoise, make_sigmas, position_ids, timesteps_of
-from flux_batch.model.transformer import Flux, Modulations
+from flux_batch.model.transformer import Denoiser, Flux, Modulations, PromptEmbeds, position_tables
 from helpers.golden import FLUX, filled
-from helpers.three_images import GUIDANCE, NOISE, TEXT, conditioned
+from helpers.three_images import GUIDANCE, NOISE, TEXT, denoiser
 
 STEPS = 7
 SIGMAS = make_sigmas(STEPS, 24, SCHNELL_SCHEDULE)
@@ -27,8 +26,8 @@ def model() -> Flux:
     return filled(Flux(FLUX))
 
 
-def make(model: Flux) -> ConditionedFlux:
-    return conditioned(model, SIGMAS)
+def make(model: Flux) -> Denoiser:
+    return denoiser(model, SIGMAS)
 
 
 @pytest.mark.parametrize("rows", [1, 6, 64])
@@ -63,7 +62,7 @@ def test_a_model_without_guidance_takes_none() -> None:
     params: dict[str, Any] = {name: getattr(FLUX, name) for name in FLUX.__dataclass_fields__}
     model = filled(Flux(type(FLUX)(**{**params, "guidance_embed": False})))
     pe = model.position_table(position_ids(7, 8, 12))
-    velocity = ConditionedFlux(model, TEXT, pe, TIMESTEPS)
+    velocity = Denoiser(model, TEXT, pe, TIMESTEPS)
     expected = model(NOISE, TEXT.prompt_embeds, pe, TIMESTEPS[3].expand(3), TEXT.pooled_prompt_embeds)
     torch.testing.assert_close(velocity(3, NOISE), expected, rtol=0, atol=2e-5)
 
@@ -92,7 +91,7 @@ def test_the_loop_neither_reads_from_the_device_nor_sends_to_it(rows: int) -> No
     pe = model.position_table(position_ids(7, 8, 12).to("meta"))
     text = PromptEmbeds(*(part.to("meta") for part in TEXT))
     img, timesteps, guidance = (each.to("meta") for each in (NOISE, TIMESTEPS, GUIDANCE))
-    velocity, negative = (ConditionedFlux(model, text, pe, timesteps, guidance) for _ in range(2))
+    velocity, negative = (Denoiser(model, text, pe, timesteps, guidance) for _ in range(2))
     with torch.inference_mode(), Travels() as travels:
         denoise(velocity, img, SIGMAS, negative=negative, cfg_scale=guidance)
         assert not travels.found

@@ -15,12 +15,11 @@ from transformers import T5Config, T5EncoderModel
 
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.diffusers_keys import autoencoder_to_diffusers, transformer_to_diffusers
-from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, is_quantizable, weight_bytes
 from flux_batch.model.optimize import quantize
 from flux_batch.model.optimize.quantize import Fp8Linear, apply_fp8, apply_fp8_to_t5
 from flux_batch.model.params import AUTOENCODER, DEV, SCHNELL, Shapes
-from flux_batch.model.transformer import Flux
+from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds
 from flux_batch.pipeline.model_manager import PREPARE_T5, PREPARE_TRANSFORMER
 from flux_batch.sampling_params import Quantization
 
@@ -182,7 +181,7 @@ def test_denoising_holds_what_is_counted(dtype: str, quantization: Quantization,
             torch.empty((batch_size, num_txt, 4096), dtype=kind), torch.empty((batch_size, 768), dtype=kind)
         )
         pe, steps = torch.empty((num_txt + num_img, 64, 2)), torch.empty(50, dtype=kind)
-        velocity = ConditionedFlux(model, text, pe, steps, torch.empty(batch_size, dtype=kind))
+        velocity = Denoiser(model, text, pe, steps, torch.empty(batch_size, dtype=kind))
         for step in range(2):
             velocity(step, torch.empty((batch_size, num_img, 64), dtype=kind))
     counted = denoise_bytes(shapes, num_txt + num_img, batch_size, dtype, quantization)

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds
 from flux_batch.model.params import DEV_SCHEDULE, SCHNELL_SCHEDULE, ScheduleParams, first_step
 from flux_batch.model.sampling import (
     add_noise,
@@ -24,7 +23,7 @@ from flux_batch.model.sampling import (
     timesteps_of,
     unpack,
 )
-from flux_batch.model.transformer import Flux
+from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds
 from helpers.golden import FLUX, check, filled, tensor
 
 POSITIVE = PromptEmbeds(tensor("in.txt", (1, 7, 24)), tensor("in.vec", (1, 32)))
@@ -47,13 +46,13 @@ def model() -> Flux:
 SIGMAS = make_sigmas(4, 24, DEV_SCHEDULE)
 
 
-def conditioned(model: Flux, text: PromptEmbeds) -> ConditionedFlux:
+def denoiser(model: Flux, text: PromptEmbeds) -> Denoiser:
     pe, guidance = model.position_table(position_ids(7, 8, 12)), torch.tensor([3.5])
-    return ConditionedFlux(model, text, pe, timesteps_of(SIGMAS, guidance), guidance)
+    return Denoiser(model, text, pe, timesteps_of(SIGMAS, guidance), guidance)
 
 
 def loop(model: Flux, **options: Any) -> torch.Tensor:
-    return denoise(conditioned(model, POSITIVE), pack(NOISE.float()), SIGMAS, **options)
+    return denoise(denoiser(model, POSITIVE), pack(NOISE.float()), SIGMAS, **options)
 
 
 def test_denoise_is_golden(model: Flux) -> None:
@@ -65,13 +64,13 @@ def test_denoise_is_golden(model: Flux) -> None:
 
 
 def test_true_cfg_is_golden(model: Flux) -> None:
-    packed = loop(model, negative=conditioned(model, NEGATIVE), cfg_scale=torch.tensor([2.0]))
+    packed = loop(model, negative=denoiser(model, NEGATIVE), cfg_scale=torch.tensor([2.0]))
     first = [-2.997897, -0.613584, 1.341949, 0.733143, 1.028966]
     check(packed, 20.155766, 1902.105014, first, [-1.480010, -0.855846, 2.439747])
 
 
 def test_cfg_scale_of_one_is_bit_for_bit_no_cfg(model: Flux) -> None:
-    assert torch.equal(loop(model, negative=conditioned(model, NEGATIVE), cfg_scale=torch.tensor([1.0])), loop(model))
+    assert torch.equal(loop(model, negative=denoiser(model, NEGATIVE), cfg_scale=torch.tensor([1.0])), loop(model))
 
 
 def test_progress_sees_every_step(model: Flux) -> None:

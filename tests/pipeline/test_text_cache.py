@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from flux_batch.model.conditioned import PromptEmbeds
+from flux_batch.model.transformer import PromptEmbeds
 from flux_batch.pipeline.text_cache import TextCache
 
 

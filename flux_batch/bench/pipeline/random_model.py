@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from flux_batch.bench.source import SizeName
 from flux_batch.demo.paths import demo_model_folder
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.lazy_state import StoredState
@@ -66,7 +65,7 @@ _SMALL = replace(
 _TINY = replace(
     _SMALL, hidden_size=64, mlp_hidden_dim=256, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=(8, 12, 12)
 )
-SIZES: Mapping[SizeName, _Size] = {
+SIZES: Mapping[str, _Size] = {
     "dev": _Size(transformer=DEV, autoencoder=AUTOENCODER, schedule=DEV_SCHEDULE, clip=_CLIP_L, t5=_T5_XXL),
     "schnell": _Size(transformer=SCHNELL, autoencoder=AUTOENCODER, schedule=SCHNELL_SCHEDULE, clip=_CLIP_L, t5=_T5_XXL),
     "small": _Size(
@@ -126,7 +125,7 @@ class _RandomState(StoredState):
 
 
 def random_manager(
-    name: SizeName, dtype: torch.dtype | str, device: torch.device, quantization: Quantization = "none"
+    name: str, dtype: torch.dtype | str, device: torch.device, quantization: Quantization = "none"
 ) -> ModelManager:
     """Return a manager with all parts of a model of a size; the tokenizers are those of the demo model.
 

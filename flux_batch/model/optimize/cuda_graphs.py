@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flux_batch.model.conditioned import ConditionedFlux
 from flux_batch.model.sampling import Velocity
-from flux_batch.model.transformer import Flux, Modulations
+from flux_batch.model.transformer import Denoiser, Flux, Modulations
 
 # Recorded sizes that are kept; each takes some MB beside the memory that all share.
 _MAX_GRAPHS = 8
@@ -72,7 +71,7 @@ class _StepGraph:
 
 
 class CudaGraphs:
-    """The recorded steps of a transformer on a CUDA device: call it with a `ConditionedFlux` for each denoising loop.
+    """The recorded steps of a transformer on a CUDA device: call it with a `Denoiser` for each denoising loop.
 
     record: records a step, by default as a CUDA graph. max_graphs: sizes that are kept, those used last.
     Raises: ValueError for a model that is not on a CUDA device, unless `record` is given.
@@ -88,15 +87,15 @@ class CudaGraphs:
         self._graphs: OrderedDict[Any, _StepGraph] = OrderedDict()
         self._addresses: list[int] = []
 
-    def __call__(self, conditioned: ConditionedFlux) -> Velocity:
-        """Return a function with the velocities of `conditioned`. Loops may take turns; threads may not."""
+    def __call__(self, denoiser: Denoiser) -> Velocity:
+        """Return a function with the velocities of `denoiser`. Loops may take turns; threads may not."""
         addresses = [tensor.data_ptr() for tensor in chain(self.model.parameters(), self.model.buffers())]
         if addresses != self._addresses:  # records hold the old addresses, and would read whatever is there now
             self._graphs.clear()
             self._addresses = addresses
 
         def velocity(step: int, img: Tensor) -> Tensor:
-            inputs = _Inputs(img, conditioned.txt, conditioned.modulations(step), conditioned.pe)
+            inputs = _Inputs(img, denoiser.txt, denoiser.modulations(step), denoiser.pe)
             return self._graph(inputs)(inputs)
 
         return velocity

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flux_batch.model.conditioned import ConditionedFlux
 from flux_batch.model.layers import finite
+from flux_batch.model.transformer import Denoiser
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class StepCache:
     `num_reused` counts the steps, of all images, whose later blocks were not run; `num_passes` counts all steps.
     """
 
-    def __init__(self, model: ConditionedFlux, threshold: float) -> None:
+    def __init__(self, model: Denoiser, threshold: float) -> None:
         self.model = model
         self.threshold = threshold
         self.num_passes = 0
@@ -48,7 +48,7 @@ class StepCache:
         self._last: _Additions | None = None
 
     def __call__(self, step: int, img: Tensor) -> Tensor:
-        """Return the velocity, for the arguments of `ConditionedFlux`."""
+        """Return the velocity, for the arguments of `Denoiser`."""
         model, pe, modulations = self.model.model, self.model.pe, self.model.modulations(step)
         tokens = model.img_in(img)
         img, txt = model.first_block(tokens, self.model.txt, modulations, pe)

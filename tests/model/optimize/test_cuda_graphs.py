@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_batch.model.conditioned import ConditionedFlux
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.sampling import denoise
-from flux_batch.model.transformer import Flux
+from flux_batch.model.transformer import Denoiser, Flux
 from helpers import three_images
 from helpers.golden import FLUX, filled
 from helpers.graph_recorder import GraphRecorder
@@ -35,8 +34,8 @@ def recorder() -> GraphRecorder:
     return GraphRecorder()
 
 
-def conditioned(model: Flux, size: tuple[int, int] = (8, 12), images: int = 3, **text: Any) -> ConditionedFlux:
-    return three_images.conditioned(model, SIGMAS, slice(images), size=size, **text)
+def denoiser(model: Flux, size: tuple[int, int] = (8, 12), images: int = 3, **text: Any) -> Denoiser:
+    return three_images.denoiser(model, SIGMAS, slice(images), size=size, **text)
 
 
 def noise(size: tuple[int, int] = (8, 12), images: int = 3) -> Tensor:
@@ -46,7 +45,7 @@ def noise(size: tuple[int, int] = (8, 12), images: int = 3) -> Tensor:
 @torch.inference_mode()
 def test_a_loop_gives_the_same_bits_with_true_guidance(model: Flux, recorder: GraphRecorder) -> None:
     graphs = CudaGraphs(model, recorder)
-    positive, negative = conditioned(model), conditioned(model, text=NEGATIVE)
+    positive, negative = denoiser(model), denoiser(model, text=NEGATIVE)
     expected = denoise(positive, noise(), SIGMAS, negative=negative, cfg_scale=GUIDANCE)
     found = denoise(graphs(positive), noise(), SIGMAS, negative=graphs(negative), cfg_scale=GUIDANCE)
     assert torch.equal(found, expected)
@@ -59,7 +58,7 @@ def test_each_number_of_tokens_and_images_has_a_record_of_its_own(model: Flux, r
     for _ in range(2):
         for size in SIZES:
             for images in (1, 3):
-                velocity = conditioned(model, size, images)
+                velocity = denoiser(model, size, images)
                 expected = denoise(velocity, noise(size, images), SIGMAS)
                 assert torch.equal(denoise(graphs(velocity), noise(size, images), SIGMAS), expected)
     # 8 x 12 and 12 x 8 are as many tokens, in other places.
@@ -71,14 +70,14 @@ def test_the_sizes_used_last_are_remembered(model: Flux, recorder: GraphRecorder
     graphs = CudaGraphs(model, recorder, max_graphs=2)
     records = []
     for images in (1, 2, 1, 3, 1, 2):
-        graphs(conditioned(model, images=images))(0, noise(images=images))
+        graphs(denoiser(model, images=images))(0, noise(images=images))
         records.append(recorder.num_records)
     assert records == [1, 2, 2, 3, 3, 4]
 
 
 @torch.inference_mode()
 def test_a_velocity_outlives_the_next_step(model: Flux, recorder: GraphRecorder) -> None:
-    velocity = CudaGraphs(model, recorder)(conditioned(model))
+    velocity = CudaGraphs(model, recorder)(denoiser(model))
     first = velocity(0, noise())
     kept = first.clone()
     assert not torch.equal(velocity(1, 2 * noise()), kept)
@@ -88,10 +87,10 @@ def test_a_velocity_outlives_the_next_step(model: Flux, recorder: GraphRecorder)
 @torch.inference_mode()
 def test_what_a_step_is_given_is_left_as_it_is(model: Flux, recorder: GraphRecorder) -> None:
     graphs, size = CudaGraphs(model, recorder), (8, 12)
-    text = conditioned(model)
+    text = denoiser(model)
     kept = [each.clone() for each in (noise(), text.txt, text.pe)]
     graphs(text)(0, noise())
-    graphs(conditioned(model, (12, 8), text=NEGATIVE))(1, 2 * noise(size))
+    graphs(denoiser(model, (12, 8), text=NEGATIVE))(1, 2 * noise(size))
     assert all(torch.equal(*pair) for pair in zip((noise(), text.txt, text.pe), kept, strict=True))
 
 
@@ -101,7 +100,7 @@ def test_weights_changed_in_their_place_are_heard_and_moved_ones_recorded_again(
 
     def both() -> tuple[Tensor, Tensor]:
         with torch.inference_mode():
-            return graphs(conditioned(model))(2, noise()), conditioned(model)(2, noise())
+            return graphs(denoiser(model))(2, noise()), denoiser(model)(2, noise())
 
     first = both()
     weight = model.single_blocks[0].linear2.weight

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_batch.model.conditioned import ConditionedFlux, PromptEmbeds
 from flux_batch.model.optimize.step_cache import StepCache, relative_change
 from flux_batch.model.sampling import Velocity, denoise
-from flux_batch.model.transformer import Flux
+from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds
 from helpers import three_images
 from helpers.golden import FLUX, filled
 from helpers.three_images import NEGATIVE, NOISE, TEXT
@@ -29,14 +28,14 @@ def model() -> Flux:
     return filled(Flux(FLUX))
 
 
-def conditioned(
+def denoiser(
     model: Flux, images: slice | list[int] = slice(None), text: PromptEmbeds = TEXT, sigmas: Tensor = SIGMAS
-) -> ConditionedFlux:
-    return three_images.conditioned(model, sigmas, images, text)
+) -> Denoiser:
+    return three_images.denoiser(model, sigmas, images, text)
 
 
 def caching(model: Flux, threshold: float, images: slice | list[int] = slice(None), **options: Any) -> StepCache:
-    return StepCache(conditioned(model, images, **options), threshold)
+    return StepCache(denoiser(model, images, **options), threshold)
 
 
 def walk(velocity: Velocity, images: slice | list[int] = slice(None), **options: Any) -> Tensor:
@@ -67,20 +66,20 @@ def thresholds_of(model: Flux, image: int) -> list[float]:
             seen.append(first_block)
             return super()._to_compute(step, first_block)
 
-    walk(Watching(conditioned(model, [image]), 0.0), [image])
+    walk(Watching(denoiser(model, [image]), 0.0), [image])
     return [float(relative_change(new, old)) for old, new in pairwise(seen)]
 
 
 def test_at_0_nothing_is_reused_and_every_bit_is_the_same(model: Flux) -> None:
     cache = caching(model, 0.0)
-    assert torch.equal(walk(cache), walk(conditioned(model)))
+    assert torch.equal(walk(cache), walk(denoiser(model)))
     assert (cache.num_reused, cache.num_passes) == (0, 3 * STEPS)
 
 
 def test_above_every_change_all_but_the_first_and_the_last_step_are_reused(
     model: Flux, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = walk(conditioned(model))
+    plain = walk(denoiser(model))
     counting, cache = Counting(model, monkeypatch), caching(model, ALWAYS)
     result = walk(cache)
     assert counting.images == [3, 3]
@@ -90,7 +89,7 @@ def test_above_every_change_all_but_the_first_and_the_last_step_are_reused(
 
 
 def test_a_reused_step_adds_what_the_later_blocks_added(model: Flux) -> None:
-    plain, cache = conditioned(model), caching(model, ALWAYS)
+    plain, cache = denoiser(model), caching(model, ALWAYS)
     assert torch.equal(cache(0, NOISE), plain(0, NOISE))
 
     def parts(step: int, img: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,13 +139,13 @@ def test_with_one_or_two_steps_nothing_is_reused(model: Flux, steps: int) -> Non
     sigmas = torch.linspace(1.0, 0.0, steps + 1)
     cache = caching(model, ALWAYS, sigmas=sigmas)
     result = denoise(cache, NOISE, sigmas)
-    assert torch.equal(result, denoise(conditioned(model, sigmas=sigmas), NOISE, sigmas))
+    assert torch.equal(result, denoise(denoiser(model, sigmas=sigmas), NOISE, sigmas))
     assert cache.num_reused == 0
 
 
 def test_both_passes_of_true_cfg_have_a_memory_of_their_own(model: Flux) -> None:
     scale = torch.tensor([2.0, 1.0, 0.5])
-    expected = walk(conditioned(model), negative=conditioned(model, text=NEGATIVE), cfg_scale=scale)
+    expected = walk(denoiser(model), negative=denoiser(model, text=NEGATIVE), cfg_scale=scale)
     caches = caching(model, 0.0), caching(model, 0.0, text=NEGATIVE)
     assert torch.equal(walk(caches[0], negative=caches[1], cfg_scale=scale), expected)
     caches = caching(model, ALWAYS), caching(model, ALWAYS, text=NEGATIVE)
