@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from chaos.outputs import assert_verified, keys_of, read_back, store_of
 from chaos.paced_pipeline import held, made, model_folder
 from flux_batch.config.schema import JobConfig
 from flux_batch.storage.store import Store
+from helpers.counting_proxy import counting_proxy
 from helpers.job_files import make_job, write_job
 from helpers.s3 import S3Server
 from helpers.waiting import PATIENCE_S, wait_until
@@ -113,9 +116,18 @@ def end_of(driver: subprocess.Popen[str]) -> tuple[int, str]:
 @pytest.fixture(
     params=["disk", pytest.param("moto", marks=pytest.mark.s3), pytest.param("rclone", marks=pytest.mark.s3)]
 )
-def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Scene:
-    server = None if request.param == "disk" else request.getfixturevalue(request.param)
-    return Scene(request.param, tmp_path, server)
+def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
+    """A scene; buckets are behind a proxy that passes only whole requests on.
+
+    While the sender of half an upload is paused, rclone answers no listing of its folder until the sender wakes, and
+    has answered uploads beside it with 500 (InternalError) meanwhile: no other driver could go on.
+    """
+    if request.param == "disk":
+        yield Scene("disk", tmp_path, None)
+        return
+    server: S3Server = request.getfixturevalue(request.param)
+    with counting_proxy(server.endpoint_url) as proxy:
+        yield Scene(server.name, tmp_path, replace(server, endpoint_url=proxy.endpoint_url))
 
 
 def test_of_drivers_started_at_once_one_runs_and_the_other_names_it(scene: Scene, figures: Figures) -> None:
