@@ -83,7 +83,7 @@ class _Upsample(nn.Module):
 
 
 class _Level(nn.Module):
-    """The blocks of one resolution, then the step to the next one, if there is a next one."""
+    """The blocks of one resolution, then the step to the next one, if any."""
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, num_groups: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The bytes that a model takes on a device, from the shapes of its tensors in either layout; knows no tensor.
+"""The bytes that a model takes on a device, counted from shapes; knows no tensor.
 
-Letters: h hidden size, m width of the MLP.
+The shapes are of either layout. Letters: h hidden size, m width of the MLP.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _num_blocks(shapes: Shapes) -> tuple[int, int]:
 
 
 def decode_bytes(shapes: Shapes, width: int, height: int, batch_size: int, dtype: str) -> int:
-    """Return the bytes of the decoder's activations at their peak, for images of `width` x `height` pixels.
+    """Return the bytes of the decoder's activations at their peak. Width and height are in pixels.
 
     The peak is in the first block of the finest level, which gets the channels of the level below: its input, the same
     after the norm, and after the activation.

@@ -75,7 +75,7 @@ class _QKNorm(nn.Module):
 
 
 class _Modulation(nn.Module):
-    """The map from the conditioning vector to shift, scale and gate of each branch of a block.
+    """The map from the conditioning vector to each branch's shift, scale and gate.
 
     (B, hidden) -> (B, 1, 3 num_branches hidden).
     """
@@ -158,7 +158,7 @@ class DoubleStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """A block with text and image as one sequence, attention and MLP side by side in fused projections."""
+    """A block with text and image as one sequence. Attention and MLP share fused projections."""
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int) -> None:
         super().__init__()

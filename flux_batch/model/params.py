@@ -1,4 +1,4 @@
-"""The numbers that define a model of the FLUX.1 family, read from the shapes of its weights; knows no tensor.
+"""The numbers that define a FLUX.1 model, read from its weights' shapes; knows no tensor.
 
 Field names are those of black-forest-labs/flux (802fb47); configuration files use the names of diffusers.
 """
@@ -68,7 +68,10 @@ class AutoencoderParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleParams:
-    """The noise schedule, shifted by the image size (dynamic) or by a constant `shift`, of which 1.0 is none."""
+    """The noise schedule, shifted by the image size (dynamic) or by a constant `shift`.
+
+    A `shift` of 1.0 is none.
+    """
 
     use_dynamic_shifting: bool
     shift: float = 1.0

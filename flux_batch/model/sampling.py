@@ -53,7 +53,7 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def position_ids(num_txt_tokens: int, height: int, width: int) -> Tensor:
-    """Return positions of text (0, 0, 0), then of patches of the latents (0, row, col): (l + n, 3) fp32."""
+    """Return positions of text (0, 0, 0), then of latent patches (0, row, col): (l + n, 3) fp32."""
     rows, cols = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
     img_ids = torch.stack((torch.zeros_like(rows), rows, cols), dim=-1).reshape(-1, 3)
     return torch.cat((torch.zeros(num_txt_tokens, 3), img_ids.float()))
@@ -102,7 +102,7 @@ def _static_shift(sigmas: Tensor, shift: float) -> Tensor:
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Return latents at the noise level `sigma`, which is rounded to their dtype first, as in diffusers."""
+    """Return latents at noise level `sigma`, rounded to their dtype first, as in diffusers."""
     sigma = sigma.to(latents)
     return sigma * noise + (1.0 - sigma) * latents
 

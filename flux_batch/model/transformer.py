@@ -124,7 +124,7 @@ class Flux(nn.Module):
         return velocity
 
     def modulations(self, vec: Tensor) -> Modulations:
-        """Return the modulation of all blocks, from `conditioning` (rows, hidden), a row for each image and step."""
+        """Return the modulation of all blocks from `conditioning`: (rows, hidden), a row for each image and step."""
         double, single = ([block.modulation(vec) for block in blocks] for blocks in self.blocks)
         return Modulations(double, single, self.final_layer.modulation(vec))
 
@@ -193,10 +193,10 @@ class Denoiser:
 def position_tables(
     model: Flux, device: torch.device, max_tables: int = _MAX_POSITION_TABLES
 ) -> Callable[[int, int, int], Tensor]:
-    """Return a function that makes the rotary table of each size once, and keeps the last ones on `device`.
+    """Return a function that makes the rotary table of each size once.
 
-    It takes the number of text tokens, height and width of the latents, and returns `position_table` of text, then of
-    such latents: (l + n, head_dim / 2, 2) fp32.
+    The last tables stay on `device`. The function takes the number of text tokens, height and width of the latents, and
+    returns `position_table` of text, then of such latents: (l + n, head_dim / 2, 2) fp32.
     """
 
     @lru_cache(max_tables)

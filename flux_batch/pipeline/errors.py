@@ -1,4 +1,4 @@
-"""The translation of errors of the model and its device into ours, of which the model knows none."""
+"""The translation of errors of the model and its device into ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The way from the `model` section of a job file to a pipeline, in the process that will run it."""
+"""The way from a job's `model` section to a pipeline, in its process."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def prepare_process(pipeline: FluxImagePipeline) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Make this process keep blocks of up to 32 MB that it frees, 2 GB in all. Returns: False without glibc.
+    """Keep freed blocks of up to 32 MB in this process, 2 GB in all. Returns: False without glibc.
 
     By default glibc gives the larger blocks back to the system, which clears every page before it hands it out again:
     for each step the same ones, a tenth of the time of an image. Call it once the model is loaded, so that the memory

@@ -1,4 +1,4 @@
-"""The LoRAs of a loaded model, by their addresses, fused into its weights and unfused again.
+"""The LoRAs of a loaded model, by address, fused into its weights and unfused.
 
 Knows the sources of LoRA files, and raises our errors in place of the model's; fusing itself is in model/lora/.
 """

@@ -51,7 +51,7 @@ PREPARE_T5: Mapping[Quantization, Prepare | None] = {
 
 
 class ModelManager:
-    """The loader of a model's parts, which recognises each by its keys, whatever its file's name and encoding.
+    """The loader of a model's parts, recognised by their keys, not by file names.
 
     torch_dtype: None is the device's native dtype, see native_dtype. quantization: `bfloat16` keeps the matrices of
     transformer and T5 in bfloat16 and multiplies in float32; `fp8` keeps them in fp8 (with the same bits, if the file
@@ -111,7 +111,7 @@ class ModelManager:
                     self._load(kind, parts[kind], dtype, quantization)
 
     def load_lora(self, file_path: PathOrFolder | Sequence[PathOrFolder], lora_alpha: float = 1.0) -> None:
-        """Merge one more LoRA, or several with the same scale, into the parts that are loaded; see LoadedLoras.
+        """Merge one or several LoRAs with the same scale into the loaded parts; see LoadedLoras.
 
         `lora_alpha` is DiffSynth-Studio's name of the scale. The alphas of the file count as well.
         """
@@ -146,7 +146,7 @@ class ModelManager:
 def locate_parts(
     uri: PathOrFolder, storage_options: Mapping[str, Any] | None = None, *, refresh: bool = False
 ) -> list[Path]:
-    """Return the files of a model's parts on this machine, fetched if they are remote (see local_model).
+    """Return the local files of a model's parts, fetched if they are remote (see local_model).
 
     Raises: CheckpointError with the files that were looked for; StoreError.
     """

@@ -171,7 +171,7 @@ class FluxImagePipeline:
         storage_options: Mapping[str, Any] | None = None,
         refresh: bool = False,
     ) -> FluxImagePipeline:
-        """Load a model folder in the layout of diffusers or the original one, a file with all parts, or `demo`.
+        """Load a model: a folder of either layout (diffusers' or the original), one file with all parts, or `demo`.
 
         uri: a path, an address that fsspec knows (s3://bucket/flux, with `storage_options`), or a repository of Hugging
         Face (hf://owner/name, owner/name); a remote model is fetched once a machine and then used without asking,
@@ -202,7 +202,7 @@ class FluxImagePipeline:
 
     @property
     def precision(self) -> dict[str, str]:
-        """The dtype and quantization it computes in, as the `model` section of a job spells them."""
+        """The dtype and quantization in use, as a job's `model` section spells them."""
         return {"dtype": dtype_name(self.torch_dtype), "quantization": self.quantization}
 
     @property
@@ -280,7 +280,7 @@ class FluxImagePipeline:
         negative_pooled_prompt_embeds: Tensor | None = None,
         **aliases: Any,
     ) -> Any:
-        """Make one image of a prompt, or a list of images of a list of prompts or embeddings.
+        """Make an image of a prompt, or a list of images of prompts or embeddings.
 
         negative_prompt, embedded_guidance, cfg_scale, seed and input_image are one value for all or a list as long
         as the prompts. A second pass with the negative prompt runs if any cfg_scale is not 1; an image whose scale is

@@ -35,7 +35,7 @@ def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return uint8 (b, height, width, 3) of pixels (b, 3, height, width) in [-1, 1], rounded half to even.
+    """Return pixels as uint8: (b, 3, height, width) in [-1, 1] -> (b, height, width, 3), rounded half to even.
 
     Clamped in the dtype of the pixels, then rounded in fp32, as diffusers does; BFL and DiffSynth truncate.
     """

@@ -83,7 +83,7 @@ class PipelineRequest:
 
     @property
     def uses_cfg(self) -> bool:
-        """Whether a second pass with the negative prompts is needed."""
+        """True if a second pass with the negative prompts is needed."""
         return any(params.uses_cfg for params in self.sampling)
 
     @property

@@ -1,4 +1,4 @@
-"""The embeddings of the last texts, so that a prompt of several images is encoded once; knows no image.
+"""The embeddings of the last texts: a prompt of several images is encoded once; knows no image.
 
 Letters: b texts, l tokens, d width.
 """

@@ -172,7 +172,10 @@ def refuse_unsupported(checkpoint: Checkpoint) -> None:
 
 
 def _split_prefix(name: str) -> tuple[str, str]:
-    """Return the part that a key's prefix names ("" without prefix) and the rest of the key."""
+    """Return the part that a key's prefix names, and the rest of the key.
+
+    The part is "" without a prefix.
+    """
     for prefix, part in PART_PREFIXES.items():
         if name.startswith(prefix):
             return part, name.removeprefix(prefix)
@@ -199,7 +202,7 @@ def from_llama_cpp(name: str) -> str | None:
 
 
 def find_parts(source: Path) -> list[Path]:
-    """Return the files and folders of the model at `source`, itself a folder or a file with all parts.
+    """Return the files and folders of the model at `source`, a folder or one file.
 
     A part lies in its component folder, else in a file of the folder itself, which its keys tell.
     Raises: ValueError for a missing part, or for several files with the same part.
@@ -243,7 +246,7 @@ def _check_all_in_one(path: Path) -> None:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Return whether a folder holds weights, or pickles, which are refused by name when it is opened."""
+    """Return whether a folder holds weights or pickles. Pickles are refused by name when it is opened."""
     if not folder.is_dir():
         return False
     return bool(weight_files(folder)) or any(is_pickle(path.name) for path in folder.iterdir())

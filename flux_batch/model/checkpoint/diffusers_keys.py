@@ -158,7 +158,7 @@ def swap_halves(rows: Tensor) -> Tensor:
 
 
 def transformer_rules(names: Mapping[str, object]) -> Iterator[_Rule]:
-    """Yield the rules of a transformer with the depth of `names`, which are of either layout."""
+    """Yield the rules of a transformer with the depth of `names`, of either layout."""
     shapes = dict.fromkeys(names, ())
     depth = max(count_of(shapes, "double_blocks."), count_of(shapes, "transformer_blocks."))
     depth_single = max(count_of(shapes, "single_blocks."), count_of(shapes, "single_transformer_blocks."))
@@ -203,7 +203,7 @@ def _single_block_rules(ours: str, theirs: str) -> Iterator[_Rule]:
 
 
 def autoencoder_rules(names: Mapping[str, object]) -> Iterator[_Rule]:
-    """Yield the rules of an autoencoder with the levels and blocks of `names`, which are of either layout."""
+    """Yield the rules of an autoencoder with the levels of `names`, of either layout."""
     shapes = dict.fromkeys(names, ())
     levels = max(count_of(shapes, "encoder.down."), count_of(shapes, "encoder.down_blocks."))
     blocks = max(count_of(shapes, "decoder.up.0.block."), count_of(shapes, "decoder.up_blocks.0.resnets."))

@@ -81,7 +81,7 @@ def _one_layout(weights: list[str], *, single_files: bool) -> list[str]:
 
 
 def _one_variant(weights: Sequence[str], settings: Sequence[str]) -> list[str]:
-    """Return the weights in one precision, and the shards alone where a whole file lies beside them."""
+    """Return the weights in one precision. Shards are preferred to a whole file beside them."""
     by_folder = defaultdict(list)
     for name in weights:
         by_folder[_folder_of(name)].append(name)

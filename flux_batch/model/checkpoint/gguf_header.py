@@ -53,7 +53,7 @@ class _GgufTensor:
 
 
 class _Cursor:
-    """An offset in the header, which moves on with every read and never beyond the end."""
+    """An offset in the header, which every read moves on, never beyond the end."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data

@@ -28,7 +28,7 @@ class Pieces:
 
 
 class StoredState(Mapping[str, Tensor]):
-    """A checkpoint as a state dict that reads each tensor when it is asked for, and keeps no second copy.
+    """A checkpoint as a state dict that reads each tensor on demand, without a copy.
 
     Files are mapped: on the CPU, a tensor that needs no conversion is its pages of the file. `parts`: the pieces of
     each tensor, by name, if they are not those of the file; `dtypes`: the tensors with a dtype of their own.

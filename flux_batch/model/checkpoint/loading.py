@@ -32,7 +32,7 @@ Prepare = Callable[[nn.Module], object]
 
 @runtime_checkable
 class SelfLoading(Protocol):
-    """A layer that loads its weights in its own way, such as fp8 that stays fp8."""
+    """A layer that loads its weights in its own way, as fp8 that stays."""
 
     def load_from(self, state: StoredState, name: str) -> None:
         """Load the weights of the layer, which the model calls `name`."""
@@ -107,12 +107,12 @@ def _checked_state(
 
 
 def diffusers_pieces(rules: Rules, names: Mapping[str, object]) -> dict[str, Pieces]:
-    """Return the pieces of each of our tensors in a checkpoint of diffusers with these names."""
+    """Return the pieces of our tensors in a checkpoint of diffusers with these names."""
     return {rule.original: Pieces(rule.diffusers, rule.join) for rule in rules(names) if rule.diffusers[0] in names}
 
 
 def load_weights(model: _Module, state: StoredState, prepare: Prepare | None = None) -> _Module:
-    """Load the weights of a module on meta, one after another, and return it ready for inference."""
+    """Load the weights of a module on meta, and return it ready for inference."""
     if prepare is not None:
         prepare(model)
     for prefix, module in model.named_modules():

@@ -100,7 +100,10 @@ def pair_scales(checkpoint: Checkpoint, formats: Mapping[str, str]) -> Checkpoin
 
 
 def _take_scales(checkpoint: Checkpoint) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """Return the scales by the name of their weight, and the other tensors without markers and descriptions."""
+    """Return the scales by the name of their weight, and the other tensors.
+
+    Markers and descriptions are left out.
+    """
     scales: dict[str, StoredTensor] = {}
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in checkpoint.tensors.items():
@@ -119,7 +122,7 @@ def _take_scales(checkpoint: Checkpoint) -> tuple[dict[str, StoredTensor], dict[
 
 
 def _check_scale(checkpoint: Checkpoint, weight: StoredTensor, scale: StoredTensor) -> None:
-    """Raise ValueError unless a scale has a shape and a dtype that fit its fp8 weight."""
+    """Raise ValueError unless a scale's shape and dtype fit its fp8 weight."""
     if weight.dtype not in FP8_DTYPES or len(weight.shape) != 2:
         raise ValueError(
             f"{checkpoint.source}: {scale.key} scales {weight.key}, which is no fp8 matrix but {weight.dtype} "

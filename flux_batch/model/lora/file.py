@@ -138,7 +138,7 @@ def _dora_delta(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def _delta(factors: Mapping[str, Tensor]) -> Tensor:
-    """Return the change of the tensors of a module, by role, before alpha, rank and magnitude."""
+    """Return the change by a module's tensors (by role), before alpha, rank and magnitude."""
     if "diff" in factors:
         return factors["diff"]
     if "up" in factors:
@@ -159,7 +159,7 @@ def _delta(factors: Mapping[str, Tensor]) -> Tensor:
 def _check_complete(
     checkpoint: Checkpoint, module: LoraModule, keys: Mapping[str, str], *, has_bias: bool, has_diff_b: bool
 ) -> None:
-    """Raise ValueError unless the keys of a module, without those of biases, make up one kind."""
+    """Raise ValueError unless the keys of a module make up one kind. Keys of biases do not count."""
     roles = set(keys) - {"magnitude"}
     is_kind = any(roles == combination for combinations in _ROLES_OF_KIND.values() for combination in combinations)
     if has_bias and roles != {"down", "up"}:

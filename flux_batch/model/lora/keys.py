@@ -1,4 +1,4 @@
-"""The keys of a LoRA file to the rows of weights that they change, for every trainer's names; knows no tensor.
+"""The way from a LoRA's keys to rows of weights, whatever its trainer; knows no tensor.
 
 A LoRA's module is a group of keys with one stem (`...img_attn.qkv`) and endings that tell their roles
 (`.lora_A.weight`). The vocabularies of stems are the original one (kohya's sd-scripts with underscores, ComfyUI with
@@ -124,8 +124,9 @@ class LoraModule:
 
 
 def find_modules(source: str, names: Iterable[str], parts: Mapping[str, Shapes]) -> list[LoraModule]:
-    """Return the modules of a LoRA with these keys, each with its target in a model with these parts, sorted.
+    """Return the modules of a LoRA, sorted, each with its target in a model.
 
+    names: the keys of the LoRA; parts: the shapes of the model.
     Raises: ValueError that names what the file is instead, or the keys that match nothing.
     """
     names = sorted(names)
@@ -160,7 +161,7 @@ def find_modules(source: str, names: Iterable[str], parts: Mapping[str, Shapes])
 
 
 def _refuse_unsupported(source: str, names: Sequence[str]) -> None:
-    """Raise ValueError for a file that is no LoRA, or of a kind that is known and not supported."""
+    """Raise ValueError for a file that is no LoRA, or of an unsupported kind."""
     for pattern, what in _UNSUPPORTED:
         if key := next((name for name in names if re.search(pattern, name)), None):
             raise ValueError(f"{source} is a LoRA that is not supported: {what} (its keys: {key})")

@@ -52,7 +52,7 @@ class Scales:
         return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
     def stated_alpha_over_rank(self, stem: str) -> float:
-        """Return the factor from PEFT's settings, for a module whose tensors do not have the rank."""
+        """Return the factor from PEFT's settings, for a module whose tensors lack the rank."""
         settings, name = self._settings_of(stem)
         rank = self._stated(settings, name, "rank", ("r",))
         if rank is None:

@@ -87,7 +87,7 @@ class _SigmoidGELU(nn.Module):
 
 
 def rotate_in_parts(x: Tensor, pe: Tensor) -> Tensor:
-    """Return the same as `rope.rotate`, without complex numbers, so that it is fused with the norm before it."""
+    """Return the same as `rope.rotate`, without complex numbers. The compiler fuses it with the norm before it."""
     pairs = rearrange(x.float(), "b l h (d pair) -> b l h d pair", pair=2)
     (even, odd), (cos, sin) = pairs.unbind(-1), pe[:, None].unbind(-1)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
@@ -111,7 +111,7 @@ def _check_compiler(device: torch.device) -> None:
 
 
 def _use_compilable_functions(block: nn.Module, device: torch.device) -> None:
-    """Replace the functions of a block for which the compiler makes slow code on this kind of device."""
+    """Replace a block's functions for which the compiler makes slow code on this device."""
     for name, module in list(block.named_modules()):
         if isinstance(module, nn.GELU):
             block.set_submodule(name, _SigmoidGELU())

@@ -15,7 +15,7 @@ _FLOAT16_CAPABILITY = (7, 0)
 
 
 def native_dtype(device: torch.device | str) -> torch.dtype:
-    """Return the narrowest dtype that a device multiplies at full speed and FLUX.1 stays finite in.
+    """Return the narrowest dtype at full speed in which FLUX.1 stays finite.
 
     CUDA: bfloat16 from Ampere on, float16 on Volta and Turing, float32 before. MPS: float16 (not run there). CPU:
     bfloat16 if it has instructions for it, else float32.

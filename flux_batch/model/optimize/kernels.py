@@ -49,7 +49,7 @@ def apply_cpu_kernels(model: Flux) -> None:
 
 
 def attention_order(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which attention tries the kernels that are fastest on this kind of device first."""
+    """Return a context in which attention tries the fastest kernels of this device first."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _HOPPER:
         return nullcontext()
     rest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -98,7 +98,7 @@ def cpu_info(field: str) -> str:
 
 
 def _is_mkl_slow() -> bool:
-    """Return whether this CPU has AVX-512 and is not Intel's, and torch uses MKL and could use oneDNN."""
+    """Return whether oneDNN would multiply faster: an AVX-512 CPU, not Intel's, with MKL in torch."""
     has_both = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return has_both and has_avx512 and cpu_info("vendor_id") not in ("GenuineIntel", "")

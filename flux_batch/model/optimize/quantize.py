@@ -75,7 +75,7 @@ class Fp8Linear(nn.Module):
 
 
 class _NarrowLinear(nn.Module):
-    """A linear layer with its weight in bfloat16, multiplied in the dtype of its input, float32; for inference.
+    """A linear layer with a bfloat16 weight, multiplied in its input's float32; for inference.
 
     Buffers: weight (o, i) bfloat16; bias (o,) float32 or None. A CPU without instructions for bfloat16 widens a matrix
     in a fraction of the time that it takes to multiply with it.
@@ -147,7 +147,7 @@ def apply_fp8(model: nn.Module, *, matmul: bool = False) -> None:
 
 
 def apply_narrow_weights(model: nn.Module) -> None:
-    """Make a Flux keep the matrices of its blocks in bfloat16, and multiply in the dtype of their input."""
+    """Keep the matrices of a Flux's blocks in bfloat16, multiplied in their input's dtype."""
     for name, layer in _quantizable(model, "transformer"):
         model.set_submodule(name, _NarrowLinear(layer))
 
@@ -162,7 +162,7 @@ def apply_fp8_to_t5(model: nn.Module) -> None:
 
 
 def apply_narrow_weights_to_t5(model: nn.Module) -> None:
-    """Make a T5 encoder keep the matrices of its blocks in bfloat16, and multiply in the dtype of their input."""
+    """Keep the matrices of a T5 encoder's blocks in bfloat16, multiplied in their input's dtype."""
     _replace_in_t5(model, _NarrowLinear)
 
 
@@ -196,7 +196,10 @@ def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_fp8_in_pieces(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same as `to_fp8`, some rows at a time, so that the fp32 form of weights needs little memory."""
+    """Return the same as `to_fp8`, some rows at a time.
+
+    The fp32 form of weights needs little memory so.
+    """
     step = max(1, CHUNK_NUMBERS // rows.shape[1])
     if rows.is_meta or len(rows) <= step:
         return to_fp8(rows)
