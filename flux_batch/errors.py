@@ -57,7 +57,7 @@ class InvalidSetting(JobError):
 
 
 class PlanMismatch(JobError):
-    """The output holds a run whose images would differ from what the job file asks for now."""
+    """The output holds a run whose images differ from what the job file asks for."""
 
 
 class SourceError(FluxBatchError):
@@ -67,7 +67,7 @@ class SourceError(FluxBatchError):
 
 
 class CheckpointError(FluxBatchError):
-    """Model weights are missing, incomplete, of the wrong shape, or of a layout that is not supported."""
+    """Model weights are missing, incomplete, of the wrong shape, or of an unsupported layout."""
 
     exit_code = 2
 
@@ -130,7 +130,7 @@ class RunHeld(Interrupted):
 
 
 class LeaseLost(Interrupted):
-    """Another driver took over the run after this one had not renewed its lease in time."""
+    """Another driver took over the run, since this one had not renewed its lease."""
 
 
 def one_line(error: BaseException) -> str:

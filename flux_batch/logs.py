@@ -1,4 +1,4 @@
-"""Log lines as text or JSON, without secrets of addresses and without control characters for terminals.
+"""Log lines as text or JSON, without secrets or control characters.
 
 RAY_LOGGING_CONFIG_ENCODING=JSON selects JSON, as it does for Ray, which then writes the lines of the workers with its
 own fields added. Both have `run`, `shard` and `key` if a line is about one.

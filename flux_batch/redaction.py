@@ -47,7 +47,7 @@ def public_tree(value: Any, name: str = "") -> Any:
 
 
 def redact(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return storage options with every value redacted that may be a secret, and addresses made public."""
+    """Return storage options without secrets. Values that may be secret are redacted, addresses made public."""
     return {key: _public_value(key, value) for key, value in options.items()}
 
 

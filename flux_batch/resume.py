@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunReport | None:
-    """Return the report of a run with nothing left to do, None if there is work. Needs no lease and writes nothing."""
+    """Return the report of a finished run, None if there is work. Needs no lease and writes nothing."""
     plan = _saved_plan(config, store, extend=extend) if store.exists(SUCCESS) else None
     if plan is None or (extend and extended(plan, config.prompts, config.output.shard_size) is not plan):
         return None

@@ -1,4 +1,4 @@
-"""The sampling fields, each once with its default, range and text, and the ranges of other settings.
+"""The sampling fields with their defaults, ranges and texts, and the ranges of other settings.
 
 The job file, prompt rows, the pipeline's call, batches and the metadata all take their fields from SamplingParams.
 Knows words and ranges; knows no file, tensor or cluster.
@@ -101,7 +101,7 @@ def _check_text(name: str, value: str) -> None:
 
 
 def check_tiles(tile_size: int, tile_stride: int) -> None:
-    """Raise InvalidSetting unless tiles of that size and distance, in latents, cover an image without gaps."""
+    """Raise InvalidSetting unless tiles cover an image without gaps. Size and distance are in latents."""
     check_integer("tile_size", tile_size, _MIN_TILE, MAX_SIDE)
     check_integer("tile_stride", tile_stride, 1, tile_size)
 
@@ -129,7 +129,10 @@ def check_step_cache(value: float) -> None:
 
 
 def check_cuda_graphs(value: bool, step_cache: float) -> None:
-    """Raise InvalidSetting for CUDA graphs beside a step cache, which decides at each step what is launched."""
+    """Raise InvalidSetting for CUDA graphs beside a step cache.
+
+    A step cache decides at each step what is launched.
+    """
     if value and step_cache:
         raise InvalidSetting(
             f"cuda_graphs = {value}: a step cache decides at each step what is launched, which no graph can; "
@@ -216,7 +219,7 @@ SAMPLING_FIELDS: Mapping[str, _SamplingField] = dict(_read_fields())
 
 
 def call_arguments(images: Sequence[SamplingParams]) -> dict[str, Any]:
-    """Return the arguments of the pipeline's call that makes these images, which agree in what is `shared`.
+    """Return the pipeline's arguments for these images, which agree in what is `shared`.
 
     A field that is _PER_IMAGE is a list, every other one value. One that is _IF_SET is left out at its default.
     """

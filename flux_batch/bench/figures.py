@@ -49,7 +49,7 @@ def number(value: float) -> str:
 def alternated(
     runs: Mapping[str, Run], repeats: int, *, warm_ups: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Figures]:
-    """Measure runs in turn, A B A B, so that a disturbance of the machine meets all of them; in seconds.
+    """Measure the seconds of runs in turn, A B A B. A disturbance of the machine meets all of them.
 
     A run is called with its number, negative for a warm-up, and returns when its work is done.
     """

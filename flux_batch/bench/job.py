@@ -53,7 +53,7 @@ class _StampedMaker:
 
 @dataclass
 class _StampedEngine:
-    """An engine that records the time of the last commit and the busy seconds of devices."""
+    """An engine that records when the last commit came and how long devices were busy."""
 
     inner: Engine
     ended: float = 0.0
@@ -108,7 +108,7 @@ def bench_job(
 
 
 def run_in_process(contender: Callable[[Task], dict[str, Any]], task: Task) -> dict[str, Any]:
-    """Run a contender in its own process, so that it leaves nothing behind for the next."""
+    """Run a contender in its own process, which leaves nothing behind for the next."""
     started = time.monotonic()
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         result = pool.submit(contender, task).result()

@@ -40,7 +40,10 @@ def _load_in_process(source: Source) -> dict[str, Any]:
 
 
 def _load_here(source: Source, process_started: float) -> dict[str, Any]:
-    """Measure a load in this process, and the way to the first denoising step of a small image."""
+    """Measure a load in this process, and the way to the first denoising step.
+
+    The image is small.
+    """
     started = time.perf_counter()
     import torch
 

@@ -1,4 +1,4 @@
-"""The benchmark of planning a large data set, and the Parquet files of prompts that it plans."""
+"""The benchmark of planning a large data set, and the Parquet files that it plans."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def planned_row(number: int) -> dict[str, Any]:
 
 
 def write_prompts(folder: Path, make_row: Callable[[int], dict[str, Any]], num_rows: int, num_files: int) -> list[Path]:
-    """Write `make_row` of each number to files of about the same size, a row group at a time; return their paths."""
+    """Write `make_row` of each number to files of about equal size, and return their paths."""
     schema = pa.Table.from_pylist([make_row(0)]).schema
     bounds = [num_rows * number // num_files for number in range(num_files + 1)]
     paths = [folder / f"{number:05}.parquet" for number in range(num_files)]

@@ -70,7 +70,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _read_pair(pair: str, option: str, form: str = "KEY=VALUE", *, shown: str = "") -> tuple[str, Any]:
-    """Read a key and a value, which is YAML, from what follows `option` on the command line.
+    """Read a key and a YAML value from what follows `option` on the command line.
 
     Raises: JobError that quotes only `shown` of a pair without a value, since the rest may be a secret.
     """
@@ -94,7 +94,7 @@ def parse_moment(text: str) -> datetime:
 
 
 def fill_in_dates(tree: dict[str, Any], moment: datetime | None, origin: str) -> dict[str, Any]:
-    """Return a tree with `{date}` and `{datetime}` in its texts replaced by the run's logical date.
+    """Replace `{date}` and `{datetime}` in the texts of a tree by the run's logical date.
 
     It is never today's date: a retry after midnight must continue the run that it retries.
     Raises: JobError if a text has `{date}` and there is no logical date.
@@ -125,7 +125,7 @@ def fill_in_dates(tree: dict[str, Any], moment: datetime | None, origin: str) ->
 
 
 def nearest_or_all(name: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence that suggests the nearest known name, or lists them all."""
+    """Return the end of a sentence that suggests the nearest name, or lists all."""
     known = list(known)
     return did_you_mean(name, [*known, *ALIASES]) or f"; known are {', '.join(known)}"
 
@@ -170,5 +170,5 @@ def _keys_at(model: Any, sections: list[int | str]) -> list[str]:
 
 
 def _unquoted(reason: str) -> str:
-    """Return a reason without what it quotes, which may be a secret, but for signs of YAML themselves."""
+    """Return a reason without its quotations, which may be secrets. Signs of YAML stay."""
     return re.sub(r"(['\"])[^'\" ]{3,}\1", "...", " ".join(reason.split()))

@@ -34,7 +34,7 @@ def demo_prompts_path() -> Path:
 
 
 def prompt_rows() -> list[dict[str, Any]]:
-    """Return four categories of sixteen rows, and eight rows with a colour in the negative prompt.
+    """Return four categories of sixteen rows, and eight rows with a colour as negative prompt.
 
     A size, seed or negative prompt of None is left to the job. In each of the four categories two rows are wide, two
     are high and four have their own seed, so that the demo has every column both filled and empty.

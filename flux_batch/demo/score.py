@@ -86,7 +86,7 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def save(folder: Path, held_out: Sequence[Caption], images: Sequence[Image.Image]) -> None:
-    """Write each image, and a text file with every caption and the facts that its image lacks."""
+    """Write the images, and a text file of captions with the facts their images lack."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, (caption, image) in enumerate(zip(held_out, images, strict=True)):

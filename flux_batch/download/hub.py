@@ -33,7 +33,7 @@ _RETRIED_STATUSES = {408, 429, 500, 502, 503, 504}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _HubFile:
-    """A file of a repository, with its sha256 or git's name of the blob, whichever the hub has."""
+    """A file of a repository, with its sha256 or its git blob id."""
 
     name: str
     url: str
@@ -82,7 +82,7 @@ def is_repository_name(text: str) -> bool:
 
 
 def list_huggingface(repository: str, revision: str = "main", token: str | None = None) -> Repository:
-    """Read the list of files of a repository of Hugging Face, or of the hub that HF_ENDPOINT names.
+    """List the files of a repository of Hugging Face, or of the hub in HF_ENDPOINT.
 
     token: without it HF_TOKEN, then that of `hf auth login`. All files are of one commit.
     Raises: ValueError if it is not there, gated, or HF_HUB_OFFLINE is set; ConnectionError.
@@ -112,7 +112,7 @@ def list_huggingface(repository: str, revision: str = "main", token: str | None 
 
 
 def download_snapshot(repository: str, revision: str, names: Sequence[str]) -> Path:
-    """Download files of a repository into Hugging Face's cache, and return the folder named after its commit.
+    """Download files of a repository into Hugging Face's cache, and return its snapshot folder.
 
     Files that are there are not read again. Raises: as list_huggingface, and OSError for a disk that says no.
     """
@@ -145,7 +145,7 @@ def _huggingface_endpoint() -> str:
 
 
 def list_modelscope(repository: str, revision: str = "master", token: str | None = None) -> Repository:
-    """Read the list of files of a repository of ModelScope, or of the server that MODELSCOPE_ENDPOINT names.
+    """List the files of a repository of ModelScope, or of the server in MODELSCOPE_ENDPOINT.
 
     token: without it MODELSCOPE_API_TOKEN; public repositories need none.
     Raises: ValueError if it is not there or may not be read; ConnectionError.
@@ -203,7 +203,7 @@ def _read_json(url: str, headers: dict[str, str], page: str) -> Any:
 
 @contextmanager
 def _huggingface_errors(repository: str, revision: str, page: str) -> Iterator[None]:
-    """Run the block, and turn errors of huggingface_hub into a ValueError or ConnectionError of a sentence."""
+    """Run the block, and turn errors of huggingface_hub into a ValueError or ConnectionError."""
     from huggingface_hub import errors
 
     try:

@@ -35,9 +35,10 @@ def repository_cache_dir(hub: HubUri) -> Path:
 
 
 def find_repository(hub: HubUri) -> Path | None:
-    """Return the local folder of the model that an address names or is a part of; None if it is not here, and whole.
+    """Return the local folder of a model's address, None if it is not whole.
 
-    The hub is not asked. A model that another program has fetched counts if it is whole as far as file names tell.
+    The address may name a part of the model. The hub is not asked. A model that another program has
+    fetched counts if it is whole as far as file names tell.
     """
     cache_dir = repository_cache_dir(hub)
     if found := current_snapshot(cache_dir):
@@ -47,13 +48,13 @@ def find_repository(hub: HubUri) -> Path | None:
 
 
 def _find_model(hub: HubUri) -> Path | None:
-    """Return the folder of a repository in Hugging Face's cache if the files of a whole model are there."""
+    """Return a repository's folder in Hugging Face's cache, if a whole model is there."""
     index = cached_file(hub.repository, "model_index.json", hub.revision)
     return None if index is None or missing_components(file_names(index.parent)) else index.parent
 
 
 def fetch_repository(hub: HubUri, listing: Listing, folder: str) -> Path:
-    """Fetch the files listed of a repository's `folder` into Hugging Face's cache, and return that folder there.
+    """Fetch the listed files of a repository's `folder`, and return it in Hugging Face's cache.
 
     Files that are there are not fetched again; each is checked by size and hash once.
     Raises: StoreRefused if the disk is too small, StoreError for a file that arrives damaged or not at all.

@@ -96,7 +96,7 @@ class Manifest:
 def local_copy(
     cache_dir: Path, list_files: Callable[[], Listing], *, fetch_files: _Fetch | None = None, refresh: bool = False
 ) -> Path:
-    """Return the folder that holds the files listed, fetching them first if they are not there.
+    """Return the folder that holds the listed files, fetching them first if need be.
 
     `fetch_files`: fetches a listing, writes the manifest and returns the folder; without it, a snapshot is made here.
     Many processes may call this at once: one fetches, and if it is killed, the next continues.
@@ -214,7 +214,7 @@ def is_filled(folder: Path) -> bool:
 
 
 def cache_dir_of(uri: str, storage_options: Mapping[str, Any]) -> Path:
-    """Return the folder in the cache for an address on the store that the options name."""
+    """Return the folder in the cache for an address on the store of these options."""
     client = storage_options.get("client_kwargs") or {}
     endpoint = storage_options.get("endpoint_url") or client.get("endpoint_url") or ""
     digest = hashlib.sha256(f"{uri}\n{endpoint}".encode()).hexdigest()[:12]
@@ -223,7 +223,7 @@ def cache_dir_of(uri: str, storage_options: Mapping[str, Any]) -> Path:
 
 
 def list_folder(uri: str, storage_options: Mapping[str, Any], folders: Iterable[str], choose: _Choose) -> Listing:
-    """Read the list of a remote folder and of its folders with these names, and return the files chosen.
+    """List the chosen files of a remote folder, and of its folders with these names.
 
     Raises: StoreRefused if it is no folder or no file is chosen.
     """
@@ -241,7 +241,7 @@ def list_folder(uri: str, storage_options: Mapping[str, Any], folders: Iterable[
 def list_file(
     uri: str, name: str, root_uri: str, storage_options: Mapping[str, Any], folders: Iterable[str], choose: _Choose
 ) -> Listing:
-    """Return a listing of one remote file and of the files chosen in `folders` of `root_uri`.
+    """List one remote file, and the chosen files in `folders` of `root_uri`.
 
     `name`: the path of the file in the folder `root_uri`, which is not listed: it may hold anything, or be closed.
     """

@@ -111,7 +111,7 @@ def _download_folder(name: str) -> Path:
 
 
 def _is_filled_by_others(folder: Path, name: str) -> bool:
-    """Return whether a folder that we have not filled holds a whole model, as far as file names tell."""
+    """Return whether a folder that others filled holds a whole model, by its file names."""
     if (folder / FOLDER_LOCK).exists():  # then its manifest counts
         return False
     names = file_names(folder)
@@ -123,7 +123,7 @@ def _is_filled_by_others(folder: Path, name: str) -> bool:
 
 
 def local_model(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = None, *, refresh: bool = False) -> Path:
-    """Return the folder, or the one file with all parts, of the model that `uri` names.
+    """Return the folder of the model that `uri` names, or its one file.
 
     A path, a file:// address, `demo`; any address fsspec knows (s3://, gs://, https://); hf://owner/repository, with
     @revision if it is not `main`, or just owner/repository if no such folder is here. What is remote is fetched once a
@@ -145,9 +145,10 @@ def local_model(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = N
 
 
 def local_path(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = None, *, refresh: bool = False) -> Path:
-    """Return the local path of a file or folder that `uri` names, as `local_model` finds it; it may not be there.
+    """Return the local path of a file or folder at `uri`. It need not exist.
 
-    An address of one component fetches it with its settings and tokenizers, in the model's folder structure.
+    It is found as by `local_model`. An address of one component fetches it with its settings and tokenizers, in the
+    model's folder structure.
     """
     text = str(uri)
     kind = source_kind(text)
@@ -202,7 +203,7 @@ def _from_storage(uri: str, storage_options: Mapping[str, Any], *, refresh: bool
 
 
 def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:
-    """Return a listing of the files that a model needs of a folder or file that fsspec can reach."""
+    """List the files that a model needs of a folder or file that fsspec reads."""
     root, part = part_of(_address(uri))
     choose = partial(needed_files, part=part)
     if is_weight(part):
@@ -211,7 +212,7 @@ def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:
 
 
 def _from_hub(uri: str, *, refresh: bool) -> Path:
-    """Return the local copy of a repository of Hugging Face, or of a folder or a file of it."""
+    """Return the local copy of a repository of Hugging Face, or of its part."""
     hub = HubUri.parse(uri)
     folder, part = _model_and_part(hub)
     if not refresh and (found := find_repository(hub)):
@@ -227,14 +228,20 @@ def _from_hub(uri: str, *, refresh: bool) -> Path:
 
 
 def repository_listing(uri: str) -> Listing:
-    """Return a listing of the files that a model needs of a repository of Hugging Face, or a part of it."""
+    """List the files that a model needs of a repository of Hugging Face.
+
+    The address may name a part of it.
+    """
     hub = HubUri.parse(uri)
     folder, part = _model_and_part(hub)
     return _hub_listing(partial(list_huggingface, hub.repository, hub.revision), uri, folder=folder, part=part)
 
 
 def _model_and_part(hub: HubUri) -> tuple[str, str]:
-    """Return the folder of the model in a repository, and the part of the model that the address names, or ""."""
+    """Return the model's folder in a repository, and the part that an address names.
+
+    The part is "" if it names the whole model.
+    """
     base = f"{HF_SCHEME}{hub.repository}"
     root, part = part_of(f"{base}/{hub.path}") if hub.path else (base, "")
     return root.removeprefix(base).strip("/"), part
@@ -243,7 +250,7 @@ def _model_and_part(hub: HubUri) -> tuple[str, str]:
 def _hub_listing(
     list_files: Callable[[], Repository], uri: str, *, folder: str = "", part: str = "", single_files: bool = False
 ) -> Listing:
-    """Return a listing of the files of a repository that a model needs, to be read over HTTP."""
+    """List the files of a repository that a model needs, to be read over HTTP."""
     repository = with_retries(uri, "list", list_files)
     prefix = f"{folder}/" if folder else ""
     files = {file.name.removeprefix(prefix): file for file in repository.files if file.name.startswith(prefix)}

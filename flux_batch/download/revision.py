@@ -1,4 +1,4 @@
-"""The version of the model behind an address, which tells apart runs with other weights of the same name."""
+"""The version of the model at an address. It tells apart weights of the same name."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class _Digests:
 
     @property
     def is_match(self) -> bool:
-        """Whether the hashes are those of the remote, as far as it has any."""
+        """True if the hashes are those of the remote, as far as it has any."""
         is_git_match = self._git is None or self._git.hexdigest() == self._file.git_sha1
         return is_git_match and self._file.sha256 in ("", self.sha256)
 
@@ -150,9 +150,9 @@ def _download_file(listing: Listing, file: RemoteFile, path: Path, pool: ThreadP
 
 
 def sha256_if_same(path: Path, file: RemoteFile) -> str:
-    """Return the sha256 of a local file if it has the size and the hash of the remote one, else "".
+    """Return the sha256 of a local file that equals the remote one, else "".
 
-    Reads the whole file if the sizes agree and the remote has a hash.
+    Size and hash are compared. Reads the whole file if the sizes agree and the remote has a hash.
     """
     if not (file.sha256 or file.git_sha1) or not path.is_file() or path.stat().st_size != file.size:
         return ""
@@ -190,7 +190,7 @@ def _remainder(listing: Listing, file: RemoteFile, start: int, pool: ThreadPoolE
 
 
 def _ranges(listing: Listing, file: RemoteFile, start: int, pool: ThreadPoolExecutor) -> Iterator[bytes]:
-    """Yield the ranges of a file in order, while the next ones are on their way."""
+    """Yield the ranges of a file in order, while the next ones are fetched."""
     assert file.size is not None
     coming: deque[Future[bytes]] = deque()
     try:

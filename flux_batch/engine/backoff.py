@@ -1,4 +1,7 @@
-"""Pauses between tries while storage is unavailable, so that a thousand workers do not come back in the same second."""
+"""Pauses between tries while storage is unavailable.
+
+They are random, so that a thousand workers do not come back in the same second.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class Backoff:
 
     @property
     def is_over(self) -> bool:
-        """Whether the pause has passed."""
+        """True if the pause has passed."""
         return self._clock() >= self._until
 
     def begin(self) -> float:

@@ -34,7 +34,7 @@ class LocalEngine:
     backoff_s: float = FIRST_PAUSE_S
 
     def run(self, factory: WorkerFactory, shards: Sequence[Shard], stop: Stop | None = None) -> Iterator[ShardResult]:
-        """Run every shard in order, those that failed again at the end, until a stop is requested."""
+        """Run every shard in order until a stop is requested. Failed ones are tried again at the end."""
         stop = stop or Stop()
         if stop.is_requested:
             return
@@ -107,7 +107,7 @@ def _failure(error: Exception) -> Failure:
 
 @contextmanager
 def _passing_on(stop: Stop, worker: Worker) -> Iterator[None]:
-    """Run the block, and forward a request to stop to the worker that is busy on this thread."""
+    """Run the block, and forward a request to stop to the worker on this thread."""
     is_over = threading.Event()
 
     def watch() -> None:

@@ -22,7 +22,7 @@ class MadeShard(Protocol):
 
 
 class Worker(Protocol):
-    """A loaded worker, which makes one shard at a time and finishes one at a time on another thread.
+    """A loaded worker, which makes one shard while it finishes another on a second thread.
 
     The other methods may be called from any thread.
     """
@@ -35,7 +35,7 @@ class Worker(Protocol):
         ...
 
     def stop(self) -> None:
-        """Request that the current shard is put aside as soon as nothing is lost by it; returns at once."""
+        """Request that the current shard is put aside once nothing is lost by it. Returns at once."""
         ...
 
     @property

@@ -130,5 +130,5 @@ def _is_up(node: str) -> bool:
 
 
 def _never_ran(error: BaseException | None) -> bool:
-    """Return whether an actor was lost before it had a process, as happens if its node leaves while it starts."""
+    """Return whether an actor was lost before it had a process. This happens if its node leaves while it starts."""
     return isinstance(error, RayActorError) and "never ran" in str(error)

@@ -40,7 +40,7 @@ class WorkerHandle:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it can take a shard."""
+        """True if it can take a shard."""
         is_free = self.task is None and len(self.finishing) <= _MAX_FINISHING
         is_free &= not any(task.attempt.lost for task in self.finishing.values())
         return self.is_up and is_free and not self.is_stopping and self.backoff.is_over

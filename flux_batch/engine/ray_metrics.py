@@ -1,4 +1,4 @@
-"""The figures of a run as Ray metrics, which every node exports to Prometheus as `ray_flux_batch_*`.
+"""The figures of a run as Ray metrics, exported to Prometheus as `ray_flux_batch_*`.
 
 Counters restart with each process, so use rate() and increase(); the commits are what counts in the end. There are few
 labels, since each adds a series per worker: the run, and the label of a stage or an error type.

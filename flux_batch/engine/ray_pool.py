@@ -40,7 +40,7 @@ _WORKERS_PER_SPARE = 20
 
 @dataclass(frozen=True)
 class RayPool:
-    """Runs shards on up to `max_workers` actors, which are started as long as there is work for them.
+    """Runs shards on up to `max_workers` actors, started while there is work for them.
 
     `hang_s` seconds without progress end a worker. `drain_s` is how long workers have to put their shards aside,
     `outage_s` how long storage may be unavailable. At the end of a run, an idle worker also begins a shard that another
@@ -97,7 +97,10 @@ class _Pool:
         self.metrics = PoolMetrics(self.options.name)
 
     def results(self) -> Iterator[ShardResult]:
-        """Run the pool until every shard has its result or a stop is requested, then let the workers finish."""
+        """Run the pool until every shard has its result, or until a stop is requested.
+
+        The workers may finish then.
+        """
         while not self.queue.is_settled and not self.stop.is_requested:
             self._start_workers()
             self._scale_down()
@@ -130,7 +133,7 @@ class _Pool:
                 self.workers.append(start_worker(self.actor_class, self.factory, Backoff(self.options.backoff_s)))
 
     def _scale_down(self) -> None:
-        """End workers without work, so that their nodes can leave, except a few that may help the others."""
+        """End workers without work, except a few that may help the others. Their nodes can leave."""
         if self.queue.num_waiting:
             return
         idle = [worker for worker in self.workers if not worker.tasks]
@@ -196,7 +199,7 @@ class _Pool:
             raise failure.error or RunIncomplete(f"a worker could not start: {failure.message}")
 
     def _settle(self, worker: WorkerHandle, task: Task, outcome: ShardResult | Failure) -> Iterator[ShardResult]:
-        """Settle a task, yield the result of its shard if it has one, and act on its worker."""
+        """Settle a task, yield its shard's result if any, and act on its worker."""
         result = self.queue.settle(task, outcome)
         if isinstance(outcome, ShardResult):
             self.start_backoff.reset()

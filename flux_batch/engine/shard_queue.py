@@ -75,17 +75,17 @@ class ShardQueue:
 
     @property
     def is_next_isolated(self) -> bool:
-        """Whether workers were lost on the next shard: then its worker must have no other, to show which one kills."""
+        """True if workers were lost on the next shard. Its worker must have no other then, to show which one kills."""
         return bool(self._waiting) and self._losses[self._waiting[0].index] > 0
 
     @property
     def is_settled(self) -> bool:
-        """Whether every shard has its result."""
+        """True if every shard has its result."""
         return not self._waiting and all(index in self._settled for index in self._in_progress)
 
     @property
     def num_alone(self) -> int:
-        """The number of shards that a single worker makes, and that a second one might speed up."""
+        """The number of shards of a single worker, which a second one might speed up."""
         return len(self._alone())
 
     def has_result(self, task: Task) -> bool:
@@ -103,10 +103,11 @@ class ShardQueue:
         return self._begin(shard, reverse_order=has_leaving_worker)
 
     def speculate(self, factor: float, min_age_s: float) -> Task | None:
-        """Return a second task, in reverse order, for the oldest shard in progress if it takes far longer than usual.
+        """Return a second task for the oldest shard if it is far too slow.
 
-        The limit is `factor` times the median of the finished shards, and at least `min_age_s`. Returns None while
-        shards wait, before the first one is finished, and for a shard that has two workers.
+        It runs in reverse order. The limit is `factor` times the median of the finished shards, and at least
+        `min_age_s`. Returns None while shards wait, before the first one is finished, and for a shard that has two
+        workers.
         """
         alone = self._alone()
         if self._waiting or not self._durations or not alone:
@@ -119,7 +120,7 @@ class ShardQueue:
         return self._begin(oldest.shard, reverse_order=True)
 
     def mark_made(self, task: Task) -> None:
-        """Record that a task only has to be finished, so that no second worker is started for it."""
+        """Record that a task only has to be finished. No second worker starts for it."""
         self._made.add(task)
 
     def settle(self, task: Task, outcome: ShardResult | Failure) -> ShardResult | None:
@@ -172,7 +173,10 @@ class ShardQueue:
         self._wait(task.shard, is_next=True)
 
     def hand_over(self, task: Task) -> None:
-        """Queue a shard for another worker, in reverse order, while the leaving one finishes its current batch."""
+        """Queue a shard for another worker, in reverse order.
+
+        The worker that leaves finishes its current batch meanwhile.
+        """
         self._leaving.add(task)
         self._handed_over.add(task.shard.index)
         self._wait(task.shard, is_next=True)
@@ -241,7 +245,7 @@ class ShardQueue:
         self._made.discard(task)
 
     def _wait(self, shard: Shard, *, is_next: bool = False) -> None:
-        """Queue a shard unless it is settled, queued already, or in the hands of a worker that stays."""
+        """Queue a shard unless it is settled, queued, or with a worker that stays."""
         has_worker = any(task not in self._leaving for task in self._in_progress.get(shard.index, ()))
         if shard.index in self._settled or has_worker or shard.index in self._requeued:
             return

@@ -1,4 +1,4 @@
-"""A request to stop, made by a signal or a lost lease and read by whatever runs shards.
+"""A request to stop, by a signal or a lost lease, to whatever runs shards.
 
 Knows no shard and no storage. It is one attribute without a lock, since a signal handler may interrupt any line of the
 thread that would hold the lock.
@@ -33,7 +33,7 @@ class Stop:
 
     @property
     def is_requested(self) -> bool:
-        """Whether to stop."""
+        """True if a stop is requested."""
         return bool(self._reason)
 
     def request(self, reason: str) -> None:
@@ -57,7 +57,7 @@ class Stop:
 
 @contextmanager
 def stopped_by_signals(stop: Stop) -> Iterator[None]:
-    """Request a stop at the first SIGTERM or SIGINT, and exit at once with code 75 at the second.
+    """Request a stop at the first SIGTERM or SIGINT. The second exits at once with code 75.
 
     Must be entered in the main thread; restores the previous handlers.
     """

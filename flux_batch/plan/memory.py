@@ -1,4 +1,4 @@
-"""A rough estimate of the memory that a worker needs for its model and batches, and the cards that have it.
+"""A rough estimate of a worker's memory, and the cards that have it.
 
 It is counted from the headers of the checkpoint and the job's sizes; no weights are read.
 """
@@ -34,7 +34,7 @@ TEXT_TOKENS = 512
 
 
 def memory(config: JobConfig) -> dict[str, Any]:
-    """Return the bytes a worker needs by part, for the job and for other choices of dtype and quantization.
+    """Return a worker's bytes by part, for the job and for other dtypes and quantizations.
 
     Sizes of rows are not read. `error` says why the model cannot be counted, such as one not on this machine.
     """
@@ -130,5 +130,5 @@ def _shown(figures: dict[str, Any]) -> str:
 
 
 def _gigabytes(num_bytes: int) -> str:
-    """Return a size in GB of 10^9 bytes as text, no finer than it is known."""
+    """Return a size in GB of 10^9 bytes, no finer than it is known."""
     return f"{num_bytes / 1e9:.2g}" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f}"

@@ -37,7 +37,7 @@ _COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class Plan:
-    """The shards of a run in order, all files of the data set, and the types of the passthrough columns."""
+    """The shards of a run in order, its files, and the types of passthrough columns."""
 
     shards: tuple[Shard, ...]
     files: tuple[PromptFile, ...]
@@ -191,7 +191,7 @@ def _check_fits(plan: Plan, num_new: int, passthrough: pa.Schema) -> None:
 
 
 def _holds(kind: pa.DataType, new: pa.DataType) -> bool:
-    """Return whether a column of one type can take values of another without a change of its type."""
+    """Return whether a column of one type takes values of another and keeps its type."""
     fields = [pa.schema([("", kind)]), pa.schema([("", new)])]
     try:
         return bool(pa.unify_schemas(fields, promote_options="permissive").field(0).type == kind)

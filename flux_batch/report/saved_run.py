@@ -1,4 +1,4 @@
-"""A run as read from its output alone, without the job file, the prompts or their secrets.
+"""A run read from its output alone, without job file, prompts or secrets.
 
 It is for code that reads the result of a run: verify, gallery.
 """
@@ -73,7 +73,7 @@ class SavedRun:
         return unpack_metadata(self.store.read(metadata_file(self.name(shard))))
 
     def images(self, shard: int, scratch: Path) -> Iterator[tuple[str, bytes]]:
-        """Yield the key and the encoded bytes of each image of a committed shard, one by one.
+        """Yield key and encoded bytes of each image of a committed shard, one by one.
 
         `scratch` is a folder for copies of files from a bucket. Raises: NotFound, and one of DECODE_ERRORS.
         """
@@ -84,7 +84,7 @@ class SavedRun:
 
 @contextmanager
 def opened_run(store: Store, *, to_write: bool) -> Iterator[SavedRun]:
-    """Open a run, and hold its lease inside the block if it is opened to write.
+    """Open a run, and hold its lease inside the block if it will be written.
 
     Raises: JobError if there is no run; RunHeld if another driver has it.
     """

@@ -18,7 +18,7 @@ _RUN_PACKAGES = ("flux-batch", "torch", "transformers", "ray", "pillow")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunReport:
-    """The totals of a run over all its invocations, and the work of the last one. Times in seconds."""
+    """The totals of a run over all invocations, and the work of the last one. Times in seconds."""
 
     name: str
     output: str

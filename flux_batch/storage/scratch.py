@@ -1,4 +1,4 @@
-"""Local disk for one shard at a time, and removal of the folders of killed workers.
+"""Local disk for one shard at a time, and removal of killed workers' folders.
 
 Knows folders and locks; does not know what is put there.
 """

@@ -102,7 +102,7 @@ class LoraSwitch:
 
 
 class _ShardTexts:
-    """The texts of a shard, encoded together, so that offloaded text encoders come to the device once for all.
+    """The texts of a shard, encoded together. Offloaded text encoders come to the device once for all.
 
     Texts with other LoRAs or another T5 length are encoded apart, and no more than MAX_TEXTS_AT_ONCE at a time.
     """
@@ -125,7 +125,7 @@ class _ShardTexts:
         return arguments
 
     def _encode(self, first: ImageTask, texts: Sequence[str]) -> None:
-        """Encode these texts, and those that come after the task `first` in the shard and can be encoded with them."""
+        """Encode these texts, and with them the fitting ones of tasks after `first`."""
         group = _text_group(first)
         same = [task for task in self._tasks if _text_group(task) == group]
         start = next((index for index, task in enumerate(same) if task.position == first.position), len(same))

@@ -54,7 +54,7 @@ class ImagePipeline(Protocol):
 
     @property
     def offloads_text_encoders(self) -> bool:
-        """Whether the text encoders wait in host memory: the texts of a shard are best encoded together then."""
+        """True if the text encoders wait in host memory. The texts of a shard are best encoded together then."""
         ...
 
     def __call__(
@@ -73,7 +73,7 @@ class ImagePipeline(Protocol):
         negative_pooled_prompt_embeds: Any = None,
         **sampling: Any,
     ) -> Sequence[Pixels]:
-        """Make one image for each prompt, or for each row of the embeddings that stand in for it.
+        """Make one image for each prompt, or for each row of embeddings.
 
         `sampling` has the fields of SamplingParams, as `call_arguments` spells them.
         """
@@ -84,7 +84,7 @@ class ImagePipeline(Protocol):
         ...
 
     def encode_prompt(self, prompt: Sequence[str], t5_sequence_length: int | None = None) -> tuple[Any, Any]:
-        """Return prompt_embeds and pooled_prompt_embeds, a row of each tensor for each prompt, with the LoRAs of now.
+        """Return prompt_embeds and pooled_prompt_embeds, a row for each prompt, with the current LoRAs.
 
         Called only if `offloads_text_encoders`.
         """

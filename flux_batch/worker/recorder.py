@@ -101,7 +101,7 @@ class Recorder:
         return {"lora": ", ".join(f"{lora.name} ({lora.scale:g})" for lora in loras)}
 
     def _model_fields(self) -> dict[str, Any]:
-        """Return the fields of the model and of the settings that trade quality for speed or memory."""
+        """Return the fields of the model, and of settings that trade quality away."""
         model = self._model
         return {"model": public_uri(model.uri), "quantization": model.quantization, "step_cache": model.step_cache}
 

@@ -71,7 +71,7 @@ class ShardRun:
 
     @property
     def is_isolated(self) -> bool:
-        """True once workers were lost on this shard, so that the next loss must name its batch."""
+        """True once workers were lost on this shard: the next loss must name its batch."""
         return self._attempt.lost > 0 or bool(self._losses)
 
     def ordered_records(self) -> list[ImageRecord]:

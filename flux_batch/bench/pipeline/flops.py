@@ -1,4 +1,4 @@
-"""The peaks of devices in operations per second, and the share of them that is used."""
+"""The peak operations per second of devices, and the share in use."""
 
 from __future__ import annotations
 

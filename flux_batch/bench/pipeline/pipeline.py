@@ -133,7 +133,7 @@ def find_peers(names: Sequence[str]) -> list[Peer]:
 
 
 def _measure_stages(pipeline: FluxImagePipeline, call: Call, repeats: int) -> dict[str, Figures]:
-    """Return the seconds an image by stage, and those of its PNG file, which is not part of the call."""
+    """Return the seconds an image by stage. That of its PNG file is not part of the call."""
     taken: dict[str, list[float]] = {stage: [] for stage in STAGES}
     images: Sequence[Any] = []
     for repeat in range(min(repeats, _STAGE_REPEATS)):
@@ -214,7 +214,7 @@ def format_pipeline(figures: dict[str, Any]) -> str:
 
 
 def _share_of_peak(figures: dict[str, Any]) -> str:
-    """Return the used share of the peak in words, or that the peak is not known."""
+    """Return a phrase on the used share of the peak."""
     if figures["peak_tflops"] is None:
         return "utilisation not known: name the device's peak by --peak-tflops"
     return (

@@ -86,7 +86,7 @@ SIZES: Mapping[str, _Size] = {
 
 
 class _RandomState(StoredState):
-    """A state dict that draws each tensor when it is read, on its device and in its dtype."""
+    """A state dict that draws each tensor when it is read."""
 
     def __init__(
         self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device, wide: frozenset[str]
@@ -98,7 +98,7 @@ class _RandomState(StoredState):
         self._generator = torch.Generator(device).manual_seed(_SEED)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Return norm scales of 1, small biases, and matrices that keep the scale of their input."""
+        """Return a tensor: norm scales of 1, small biases, matrices that keep the scale of their input."""
         shape = self._shapes[name]
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
         if len(shape) == 1 and not name.endswith("bias"):

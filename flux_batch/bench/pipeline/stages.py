@@ -34,7 +34,7 @@ class StageClock:
         self._inner: list[float] = []  # for each running method: the seconds of timed methods in it
 
     def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function whose time counts to `stage`, less the time of timed functions in it."""
+        """Return a function whose time counts to `stage`, without that of timed functions in it."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             synchronize(self._device)

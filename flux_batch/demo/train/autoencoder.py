@@ -93,7 +93,7 @@ def _train_both(stage: Stage, model: AutoEncoder, device: torch.device) -> None:
 
 
 def _train_decoder(stage: Stage, model: AutoEncoder, device: torch.device) -> None:
-    """Train the decoder on whole images and noisy latents, since a transformer's differ from the encoder's."""
+    """Train the decoder on whole images and noisy latents. A transformer's latents differ from the encoder's."""
     model.encoder.requires_grad_(False)
     optimizer = _make_optimizer(model)
     meter = Meter(stage)
@@ -117,7 +117,7 @@ def _image_error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def fold_statistics(model: AutoEncoder, device: torch.device, rng: random.Random) -> None:
-    """Change the weights so that the scaled latents of each channel have mean 0 and variance 1, for the same images.
+    """Change the weights so that scaled latents have mean 0 and variance 1 a channel. The images stay the same.
 
     The variance is that of the means plus that of samples about them, so that an unused channel stays small. The
     encoder's last convolution writes z = a z' + b, the decoder's first one reads it back. This is exact except at the
@@ -158,5 +158,5 @@ def _drawn(rng: random.Random, count: int, side: int) -> Iterator[np.ndarray]:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """Return an image, uint8 (h, w, 3), as a tensor (3, h, w) in [-1, 1]."""
+    """Return the tensor of an image: uint8 (h, w, 3) -> (3, h, w) in [-1, 1]."""
     return torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 127.5 - 1.0

@@ -1,9 +1,9 @@
-"""An auxiliary head on a middle layer of the transformer, which classifies the thing at each image token in training.
+"""An auxiliary head that classifies the thing at each image token, in training.
 
 A thing covers few pixels, and its shape changes few of those: the error of the velocity hardly shows whether the prompt
-was understood. The head must predict shape, colour and size at each token, which shows it from the first step and
-leaves the best velocity as it was. It is dropped when training ends. The idea is that of REPA (arXiv:2410.06940), with
-the facts of the scene in place of another network's features.
+was understood. The head, on a middle layer of the transformer, must predict shape, colour and size at each token, which
+shows it from the first step and leaves the best velocity as it was. It is dropped when training ends. The idea is that
+of REPA (arXiv:2410.06940), with the facts of the scene in place of another network's features.
 """
 
 from __future__ import annotations

@@ -61,7 +61,10 @@ _MAX_GUIDANCE = 6.0
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """Clean tokens (b, n, 64), the weight of each (b, n), the classes of the thing at each (b, n, 3), and texts."""
+    """A batch of images and texts.
+
+    clean: tokens (b, n, 64); weights: of each token (b, n); classes: of the thing at each token (b, n, 3).
+    """
 
     clean: Tensor
     weights: Tensor
@@ -164,7 +167,7 @@ class Trainer:
         return unconditional + scale[:, None, None] * (conditional - unconditional)
 
     def update(self, loss: Tensor, share: float, step: int) -> None:
-        """Take one optimizer step at a share of the full rates, and update the moving average."""
+        """Take one optimizer step at a share of full rates, and update the moving average."""
         self.optimizer.update(loss, share)
         decay = min(_EMA_DECAY, (1 + step) / (10 + step))
         with torch.no_grad():
@@ -232,5 +235,5 @@ def initialise(model: Flux) -> Flux:
 
 
 def _is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether a parameter is a matrix from hidden states to hidden states, as in attention and MLP."""
+    """Return whether a parameter is a matrix between hidden states, as in attention and MLP."""
     return parameter.ndim == 2 and "blocks" in name and "mod" not in name

@@ -1,4 +1,4 @@
-"""The latents of drawn scenes, made once and read at every step of the transformer's training."""
+"""The latents of drawn scenes, made once and read at every training step."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizer:
-    """Muon for the inner matrices of a model and AdamW for the rest, as one optimizer."""
+    """One optimizer of two: Muon for the inner matrices of a model, AdamW for the rest."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Optimizer:
             self.parts.append((Muon(matrices, matrix_rate, weight_decay=0.01, matmul_dtype=matmul_dtype), matrix_rate))
 
     def update(self, loss: Tensor, share: float) -> None:
-        """Update all parameters once by the gradient of `loss`, at a share of the full rates."""
+        """Update all parameters once by the gradient of `loss`, at a share of full rates."""
         for part, rate in self.parts:
             part.zero_grad(set_to_none=True)
             for group in part.param_groups:

@@ -86,7 +86,7 @@ class Meter:
         self.first_step: int | None = None
 
     def add(self, step: int, **values: float) -> None:
-        """Add the values of a step, and print a line if the last one is old."""
+        """Add the values of a step, and print a line if the last is old."""
         if self.first_step is None:
             self.first_step = step
         for name, value in values.items():

@@ -24,7 +24,7 @@ _GAIN = 0.04
 
 @dataclass(frozen=True, slots=True)
 class BackgroundFit:
-    """A texture and the colours at share 0 and 1 of its pattern, `first` and `second`: (3,)."""
+    """A texture with two colours (3,): `first` at share 0 of its pattern, `second` at share 1."""
 
     texture: Texture
     first: Pixels
@@ -37,7 +37,10 @@ class BackgroundFit:
 
 
 def fit_background(pixels: Pixels) -> tuple[BackgroundFit, float]:
-    """Return the plainest texture that explains nearly as much as the best, and the share of the image it explains."""
+    """Return a texture and the share of the image that it explains.
+
+    It is the plainest one that explains nearly as much as the best.
+    """
     gradient = _fit_gradient(pixels)
     middle = (gradient.first + gradient.second) * np.float32(0.5)
     best = gradient if gradient.span >= SAME_COLOUR else BackgroundFit("plain", middle, middle)
@@ -128,7 +131,7 @@ def _pattern(texture: Texture, width: int, height: int) -> Mask:
 
 @lru_cache(maxsize=64)
 def _limits(texture: Texture, width: int, height: int) -> tuple[Mask, Mask]:
-    """Return the least and the greatest share of the second colour within `_EDGE` of each pixel."""
+    """Return the least and greatest share of the second colour within `_EDGE` of each pixel."""
     share = _pattern(texture, width, height)
     if not _EDGE[texture]:
         return share, share
@@ -145,7 +148,7 @@ def name_background(fit: BackgroundFit) -> Background:
 
 
 def distance_from_background(pixels: Pixels, fit: BackgroundFit, background_distance: Mask, colour: Pixels) -> Mask:
-    """Return the distance of each pixel from the background, to compare with that from a thing's colour.
+    """Return the distance of each pixel from the background. Compare it with that from a thing's colour.
 
     If the thing's colour is a mixture of the background's two, blurred edges look like the thing and the thing like
     edges: only the pattern without tolerance tells them apart.

@@ -136,7 +136,7 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caption:
-    """A text, the scene it describes, and the facts of the scene that it leaves out."""
+    """A text, the scene that it describes, and the facts that it leaves out."""
 
     text: str
     scene: Scene
@@ -158,7 +158,7 @@ def captions(count: int, seed: int, *, held_out: bool = False) -> Iterator[Capti
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Return whether a scene has a shape in the colour that is held out from training, one a shape."""
+    """Return whether a scene has a shape in its held-out colour, which training never shows."""
     things = [thing for thing in (scene.first, scene.second) if thing]
     return any((COLOURS.index(thing.colour) + 3 * SHAPES.index(thing.shape)) % len(COLOURS) == 0 for thing in things)
 
@@ -190,7 +190,7 @@ def _random_thing(rng: random.Random, colour: Colour) -> Thing:
 
 
 def contrast(colour: Colour, background: Background) -> float:
-    """Return the least distance in RGB between a colour and a background, all mixtures of a gradient included."""
+    """Return the least distance in RGB between a colour and a background. A gradient counts with all its mixtures."""
     start = PALETTE[background.colour]
     end = PALETTE[background.second or background.colour]
     shares = [step / 16 for step in range(17)] if background.texture == "gradient" else [0.0, 1.0]
@@ -199,7 +199,7 @@ def contrast(colour: Colour, background: Background) -> float:
 
 
 def phrase(scene: Scene, wording: int = 0, unsaid: frozenset[Unsaid] = frozenset()) -> str:
-    """Return the caption of a scene in one of the `WORDINGS`, without the facts in `unsaid`."""
+    """Return the caption of a scene in one of the `WORDINGS`, without the `unsaid` facts."""
     subject = _name_thing(scene.first, wording, unsaid)
     if scene.position is not None and "place" not in unsaid:
         subject += f" {_variant(_POSITION_WORDS[scene.position], wording)}"

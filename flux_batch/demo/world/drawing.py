@@ -82,7 +82,7 @@ def placements(scene: Scene, width: int, height: int, rng: random.Random) -> lis
 
 
 def _place(centre: _Point, size: Size, width: int, height: int, rng: random.Random) -> Placement:
-    """Return the placement of a thing near a centre, given in shares of the image, and inside of it."""
+    """Return the placement of a thing near a centre, inside the image. The centre is in shares of the image."""
     x, y = (share + (2 * rng.random() - 1) * JITTER for share in centre)
     extent = EXTENTS[size] * (0.96 + 0.08 * rng.random()) * min(width, height)
     margin = extent / 2 + 1

@@ -84,7 +84,7 @@ def _normalized(image: Image.Image) -> Pixels:
 
 
 def colour_share(image: Image.Image, colour: Colour) -> float:
-    """Return the share of an image, 0 to 1, that is near a colour and nearer to no other."""
+    """Return the share of an image that is near a colour, 0 to 1. A pixel counts to its nearest colour."""
     pixels = _normalized(image)
     distances = [np.linalg.norm(pixels - np.array(rgb, np.float32), axis=2) for rgb in PALETTE.values()]
     nearest = np.argmin(distances, axis=0) == COLOURS.index(colour)
@@ -117,7 +117,7 @@ def _find_things(pixels: Pixels, fit: BackgroundFit) -> list[ReadThing]:
 
 
 def _find_colours(pixels: Pixels, region: Region) -> list[Pixels]:
-    """Return the colours of the things in a region, each (3,), those of the largest parts first."""
+    """Return the colours of the things in a region, each (3,), the largest parts first."""
     colours: list[Pixels] = []
     while len(colours) < _MAX_COLOURS:
         parts = list(components(region, _MIN_AREA / 8))
@@ -166,7 +166,7 @@ def _describe(cover: Mask, colour: Pixels) -> ReadThing:
 
 
 def _overlap(shape: Shape, cover: Mask) -> tuple[float, Placement]:
-    """Return the overlap of a shape of equal area and centre of mass, and its placement.
+    """Return the overlap and placement of a shape of equal area and centre of mass.
 
     The overlap is the intersection over the union, 0 to 1.
     """
@@ -189,6 +189,9 @@ def _moments(cover: Mask) -> tuple[float, float, float]:
 
 @lru_cache(maxsize=len(SHAPES))
 def _moments_of_shape(shape: Shape, extent: float = 200.0) -> tuple[float, float, float]:
-    """Return the area of a shape of extent 1, and its centre of mass relative to its centre."""
+    """Return the area and centre of mass of a shape of extent 1.
+
+    The centre of mass is relative to its centre.
+    """
     area, x, y = _moments(draw_shape(shape, Placement(128, 128, extent), 256, 256))
     return area / extent**2, (x - 128) / extent, (y - 128) / extent

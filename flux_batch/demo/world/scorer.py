@@ -24,7 +24,7 @@ _MIN_APART = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One fact of a caption, the same fact of its image (empty if missing), and whether the two are equal."""
+    """One fact of a caption, beside the same fact of its image (empty if missing)."""
 
     kind: Kind
     said: str
@@ -40,7 +40,7 @@ class Scores:
     facts: tuple[Fact, ...]
 
     def share(self, kind: Kind | None = None) -> float:
-        """Return the share of facts that hold, 0 to 1, of one kind or of all; 1 if there are none."""
+        """Return the share of facts of a kind, or of all, that hold. It is 1 if there are none."""
         found = [fact.holds for fact in self.facts if kind in (None, fact.kind)]
         return sum(found) / len(found) if found else 1.0
 
@@ -96,7 +96,7 @@ def _assignments(things: Sequence[ReadThing], count: int) -> Iterator[tuple[Read
 
 
 def _facts_of_things(caption: Caption, shown: Sequence[ReadThing | None]) -> Iterator[Fact]:
-    """Yield the facts about the things of a caption, given the things of the image for them."""
+    """Yield the facts about the things of a caption, given those of its image."""
     scene = caption.scene
     yield from _facts_of_thing(caption, scene.first, shown[0])
     if scene.second:
@@ -140,7 +140,10 @@ def _position_of(thing: ReadThing) -> Position:
 
 
 def _relation_of(first: ReadThing, second: ReadThing) -> Relation | None:
-    """Return the relation of the first thing to the second, on the axis of the larger distance; None if too close."""
+    """Return the relation of the first thing to the second, None if too close.
+
+    The axis of the larger distance counts.
+    """
     x, y = first.x - second.x, first.y - second.y
     if max(abs(x), abs(y)) < _MIN_APART:
         return None

@@ -59,7 +59,7 @@ def _template() -> Template:
 
 
 def _split_columns(rows: Sequence[Row], asked: Sequence[str] | None) -> tuple[list[str], list[tuple[str, Any]]]:
-    """Return the columns to show under each image, and the names and values that all images have in common."""
+    """Return the columns to show under each image, and the values common to all."""
     names = [name for name in (rows[0] if rows else ()) if name not in (*_FACTS, *_NAMES) and name not in _NOT_SHOWN]
     differ = [name for name in names if len({repr(row.get(name)) for row in rows}) > 1]
     common = [name for name in names if name not in differ]

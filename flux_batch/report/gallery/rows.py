@@ -48,7 +48,7 @@ def count_shards(commits: Commits) -> list[ShardCounts]:
 
 
 def spread(total: int, most: int) -> list[int]:
-    """Return at most `most` of the numbers from 0 to `total` - 1, at even distances."""
+    """Return at most `most` of the numbers below `total`, at even distances."""
     num = min(most, total)
     return [(2 * number + 1) * total // (2 * num) for number in range(num)]
 
@@ -68,7 +68,7 @@ def sample(counts: Sequence[ShardCounts], most: int) -> dict[int, list[int]]:
 
 
 def read_rows(commits: Commits, shard: int, numbers: Sequence[int]) -> list[GalleryRow]:
-    """Read the metadata rows of some images of a shard, by their numbers among its images."""
+    """Read the metadata rows of some images of a shard, by their numbers in it."""
     name = commits.run.shard_name(shard)
     rows, problem = _read_table(commits, metadata_file(name))
     images = [row for row in rows if row.get("status") == "success"]

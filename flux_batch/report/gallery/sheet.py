@@ -61,7 +61,7 @@ def _draw_cell(canvas: Image.Image, draw: ImageDraw.ImageDraw, image: GalleryIma
 
 
 def _label(image: GalleryImage) -> list[str]:
-    """Return the words of the prompt, or the key where the font lacks most letters of the prompt."""
+    """Return the words of the prompt, or the key where the font lacks most letters."""
     prompt = str(image.row.get("prompt") or "")[: 4 * CELL]
     text = "".join(_drawable(character) for character in prompt)
     if text.count("?") - prompt.count("?") > len(prompt) / 4 or not text.strip():
