@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from flux_batch.errors import Interrupted, JobError, StoreError
 from flux_batch.output.lease import Lease
 from flux_batch.output.paths import PLAN
 from flux_batch.pipeline.load import load_pipeline
+from flux_batch.pipeline.weights import check_weights
 from flux_batch.prompts.input_images import check_job_image
 from flux_batch.records import Shard
 from flux_batch.report.progress import Progress
@@ -63,6 +65,7 @@ def run(
     if report and not (retry_failed and report.num_failed):
         return report
     draft = None if store.exists(PLAN) else draft_run(config, store)
+    here = _on_this_machine(config, engine, make_pipeline)
     # From here on there is work to lose: wait while the storage is unavailable.
     store = store.with_policy(RetryPolicy(config.failures.outage_s, stop.check))
     with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
@@ -71,11 +74,11 @@ def run(
         revert_failed(config, plan, store, retry_failed=retry_failed)
         todo, progress = read_state(plan, store)
         if todo:
-            _check_input_image(config)
             log.info("%s: %d of %d shards to do, output: %s", config.name, len(todo), len(plan.shards), store.uri)
-            factory = WorkerFactory(config, len(plan.shards), plan.passthrough, make_pipeline or load_pipeline)
-            _render(engine or ray_pool(config), factory, todo, stop, progress)
-        return close_run(config, store, plan, progress)
+            make_pipeline = make_pipeline or partial(load_pipeline, num_gpus=here.workers.num_gpus)
+            factory = WorkerFactory(here, len(plan.shards), plan.passthrough, make_pipeline)
+            _render(engine or ray_pool(here), factory, todo, stop, progress)
+        return close_run(here, store, plan, progress)
 
 
 def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: datetime | str | None = None) -> JobConfig:
@@ -115,10 +118,30 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
     )
 
 
-def _check_input_image(config: JobConfig) -> None:
-    """Raise SourceError if the job's input image cannot be used."""
+def _on_this_machine(
+    config: JobConfig, engine: Engine | None, make_pipeline: Callable[[ModelConfig], ImagePipeline] | None
+) -> JobConfig:
+    """Return the job as it can run: where a cluster is started here and there is no GPU, on the CPU.
+
+    Only then the model is looked for, since the nodes of another cluster may have other files.
+    Raises: SourceError if the job's input image cannot be used; the errors of check_weights.
+    """
     if config.sampling.input_image:
         check_job_image(config.sampling.input_image, config.prompts.storage_options)
+    if engine is not None:
+        return config
+    from flux_batch.engine.ray_cluster import has_gpu, joins_cluster
+
+    if joins_cluster():
+        return config
+    workers = config.workers
+    no_gpu = "there is no GPU on this machine" if workers.num_gpus and not has_gpu() else ""
+    if make_pipeline is None:
+        check_weights(config.model, no_gpu)
+    if not no_gpu:
+        return config
+    log.warning("%s: the workers run on its CPU", no_gpu)
+    return config.model_copy(update={"workers": workers.model_copy(update={"num_gpus": 0})})
 
 
 def _render(engine: Engine, factory: WorkerFactory, todo: Sequence[Shard], stop: Stop, progress: Progress) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from flux_batch import job
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.download.revision import model_revision
+from flux_batch.engine import ray_cluster
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, Interrupted, JobError, PlanMismatch, SourceError, StoreRefused
@@ -90,6 +92,55 @@ def test_a_driver_killed_at_its_last_writes_is_cleared_up_after(tmp_path: Path, 
     assert not half.exists()
     assert (tmp_path / "out/_SUCCESS").exists()
     assert (tmp_path / "out/_run/progress.json").exists() == (not left)
+
+
+class TestOnThisMachine:
+    """A run that starts its own cluster, on a machine without a GPU."""
+
+    @pytest.fixture(autouse=True)
+    def no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr(ray_cluster, "has_gpu", lambda: False)
+
+    @pytest.mark.parametrize(("num_gpus", "is_said"), [(1, True), (0, False)])
+    def test_runs_on_the_cpu_and_says_so_in_one_line(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        num_gpus: int,
+        is_said: bool,
+    ) -> None:
+        pools = []
+        monkeypatch.setattr(job, "ray_pool", lambda config: pools.append(config.workers.num_gpus) or LocalEngine())
+        config = make_job(tmp_path, workers={"num_gpus": num_gpus})
+        run(config, make_pipeline=make_fake_pipeline)
+        assert pools == [0]
+        assert caplog.text.count("there is no GPU on this machine: the workers run on its CPU") == is_said
+        assert f"num_gpus: {float(num_gpus)}" in (tmp_path / "out/_run/job.yaml").read_text()  # as it was asked for
+        assert json.loads((tmp_path / "out/_run/report.json").read_text())["gpu_s_of_run"] == 0
+
+    @pytest.mark.parametrize(
+        ("model", "sentence"),
+        [({"uri": "/models/absent"}, "no model folder"), ({"loras": [{"uri": "absent.safetensors"}]}, "absent")],
+    )
+    def test_a_missing_model_is_found_before_anything_is_started_or_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], sentence: str
+    ) -> None:
+        monkeypatch.setattr(job, "ray_pool", no_pipeline)
+        with pytest.raises(CheckpointError, match=sentence):
+            run(make_job(tmp_path, model=model))
+        assert not (tmp_path / "out").exists()
+
+    def test_another_cluster_may_have_what_this_machine_has_not(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pools = []
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        monkeypatch.setattr(job, "ray_pool", lambda config: pools.append(config.workers.num_gpus) or LocalEngine())
+        with pytest.raises(CheckpointError, match="no model folder"):  # as the worker says
+            run(make_job(tmp_path, model={"uri": "/models/absent"}))
+        assert pools == [1]
 
 
 def test_run_takes_the_path_of_a_job_file(tmp_path: Path) -> None:

@@ -277,7 +277,8 @@ class _WorkersConfig(_Section):
     max: int = Field(default=8, ge=1)
     """The most workers at a time."""
     num_gpus: float = Field(default=1, ge=0)
-    """GPUs of each worker."""
+    """GPUs of each worker; 0 computes on the CPU. Where there should be one and is none, a small model runs on the CPU
+    with a line that says so, and a large one is refused."""
     num_cpus: float = Field(default=1, ge=0)
     """CPUs of each worker."""
     batch_size: _BatchSize = 4

@@ -30,7 +30,7 @@ from flux_batch.download.local_copy import (
     local_copy,
 )
 from flux_batch.download.transfer import Listing, RemoteFile
-from flux_batch.errors import CheckpointError, StoreError, StoreRefused
+from flux_batch.errors import CheckpointError, StoreError, StoreRefused, did_you_mean
 from flux_batch.model.checkpoint.files import (
     COMPONENT_FOLDERS,
     WEIGHT_SUFFIXES,
@@ -139,7 +139,7 @@ def local_model(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = N
     if not path.exists():
         raise CheckpointError(
             f"no model folder {path}: `flux-batch download FLUX.1-dev` makes one; buckets (s3://bucket/flux) and "
-            "repositories (hf://owner/name) are models too"
+            f"repositories (hf://owner/name) are models too{did_you_mean(path.name, ['demo'])}"
         )
     return path
 
@@ -200,6 +200,12 @@ def _from_storage(uri: str, storage_options: Mapping[str, Any], *, refresh: bool
     """Return the local copy of a folder or file that fsspec can reach."""
     list_files = partial(storage_listing, uri, storage_options)
     return local_copy(cache_dir_of(uri, storage_options), list_files, refresh=refresh) / part_of(_address(uri))[1]
+
+
+def model_listing(uri: str, storage_options: Mapping[str, Any] | None = None) -> Listing:
+    """Return the files of a remote model as its hub or its storage lists them. Raises: the errors of local_model."""
+    with source_errors():
+        return repository_listing(uri) if source_kind(uri) == "hub" else storage_listing(uri, storage_options or {})
 
 
 def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:

@@ -38,12 +38,27 @@ def connect(max_workers: int, num_gpus: float) -> None:
         check_reachable(address)
     else:
         options |= {"address": "local", "include_dashboard": False}
-        if not glob.glob("/dev/nvidia[0-9]*"):
+        if not has_gpu():
             options["num_gpus"] = max_workers * num_gpus
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(**options)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # ray.init replaces the handler of the program
+
+
+def joins_cluster() -> bool:
+    """Return whether `connect` uses a cluster that is there; otherwise it starts one on this machine."""
+    return ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+
+
+def has_gpu() -> bool:
+    """Return whether this machine has a GPU that its processes may see.
+
+    Linux shows NVIDIA's GPUs as /dev/nvidia0 and so on, or as /dev/dxg under Windows, and AMD's as /dev/kfd.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return False
+    return any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd"))
 
 
 def gcs_address() -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, OutOfMemory
 
 # Parts of messages of torch, for errors that have no class of their own.
@@ -28,6 +26,8 @@ def checkpoint_errors() -> Iterator[None]:
 @contextmanager
 def device_errors() -> Iterator[None]:
     """Raise OutOfMemory (this batch) or DeviceFatal (this process) in place of a device's errors."""
+    import torch
+
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from flux_batch.config.schema import ModelConfig
+from flux_batch.pipeline.weights import check_weights
 
 if TYPE_CHECKING:
     from flux_batch.pipeline.pipeline import FluxImagePipeline
@@ -22,14 +23,25 @@ _LARGEST_KEPT_HEAP = 2**31 - 1
 log = logging.getLogger(__name__)
 
 
-def load_pipeline(model: ModelConfig) -> FluxImagePipeline:
-    """Load FLUX. Raises: the errors of FluxImagePipeline.from_pretrained."""
-    from flux_batch.pipeline.pipeline import FluxImagePipeline
-    from flux_batch.pipeline.precision import slow_dtype
+def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImagePipeline:
+    """Load FLUX onto the GPU of this process, if there is one.
 
+    num_gpus: the GPUs that this process should have; with 0 it computes on the CPU, and where it should have some and
+    has none it says so, or refuses a model too large for a CPU. None leaves it open.
+    Raises: JobError, and the errors of FluxImagePipeline.from_pretrained.
+    """
+    from flux_batch.pipeline.pipeline import FluxImagePipeline
+    from flux_batch.pipeline.precision import default_device, slow_dtype
+
+    device = "cpu" if num_gpus == 0 else default_device().type
+    if num_gpus and device == "cpu":
+        no_gpu = "torch finds no GPU on this node"
+        check_weights(model, no_gpu)
+        log.warning("%s: the model runs on the CPU", no_gpu)
     pipeline = FluxImagePipeline.from_pretrained(
         model.uri,
         torch_dtype=model.dtype,
+        device=device,
         quantization=model.quantization,
         step_cache=model.step_cache,
         compile=model.compile,

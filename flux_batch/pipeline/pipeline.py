@@ -43,7 +43,7 @@ from flux_batch.pipeline.errors import device_errors
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, locate_parts
 from flux_batch.pipeline.pixels import check_finite, to_pixels, to_uint8
-from flux_batch.pipeline.precision import AUTO, must_be_narrow
+from flux_batch.pipeline.precision import AUTO, default_device, must_be_narrow
 from flux_batch.pipeline.request import (
     PipelineRequest,
     Texts,
@@ -181,7 +181,7 @@ class FluxImagePipeline:
         from_model_manager.
         Raises: CheckpointError with the files that were looked for; StoreError for a remote that fails; InvalidSetting.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(device or default_device())
         manager = ModelManager(torch_dtype, device, quantization=quantization, storage_options=storage_options)
         paths = locate_parts(uri, storage_options, refresh=refresh)
         if torch_dtype in AUTO and quantization == "none" and must_be_narrow(device, manager.torch_dtype, paths):

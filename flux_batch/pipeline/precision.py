@@ -40,6 +40,11 @@ def must_be_narrow(device: torch.device, dtype: torch.dtype, paths: Sequence[Pat
     return not fits_into_memory(sum(weight_bytes(part, each, "float32") for part, each in shapes.items()))
 
 
+def default_device() -> torch.device:
+    """Return the GPU of this process, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _default_dtype(device: torch.device, quantization: Quantization = "none") -> torch.dtype:
     """Return the native dtype of a device, unless `quantization` needs another one."""
     if quantization == "fp8_matmul":

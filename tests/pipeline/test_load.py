@@ -61,6 +61,20 @@ def test_a_dtype_that_the_device_only_imitates_is_warned_of(
     assert ("has no instructions for bfloat16" in caplog.text) is is_slow
 
 
+@pytest.mark.parametrize(("num_gpus", "is_said"), [(None, False), (0, False), (1, True)])
+def test_a_worker_that_should_have_a_gpu_says_that_it_has_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, num_gpus: float | None, is_said: bool
+) -> None:
+    monkeypatch.setattr(precision, "default_device", lambda: torch.device("cpu"))
+    assert load.load_pipeline(ModelConfig(uri="demo", dtype="float32"), num_gpus).device.type == "cpu"
+    assert ("torch finds no GPU on this node: the model runs on the CPU" in caplog.text) is is_said
+
+
+def test_without_gpus_a_worker_leaves_those_that_are_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "default_device", lambda: torch.device("cuda"))
+    assert load.load_pipeline(ModelConfig(uri="demo", dtype="float32"), 0).device.type == "cpu"
+
+
 def pages(*words: str) -> int:
     done = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, check=True)
     if done.stdout.startswith("no glibc"):
