@@ -31,8 +31,8 @@ TOKEN_SIDE_PX = 16
 MAX_SIDE = 8192
 _MAX_STEPS = 1000
 MAX_T5_LENGTH = 4096
-# torch.Generator takes 64 bits; one bit is kept free so that seed + image index never overflows a signed column.
-MAX_SEED = 2**62
+# The first number that is no seed: torch.Generator takes 64 bits, the signed columns that data sets are read into 63.
+MAX_SEED = 2**63
 # Latents along a side of a tile: smaller ones would know too little of the image to be worth the name.
 _MIN_TILE = 16
 

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -21,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from flux_batch.config.text import explain, nearest_or_all, read_tree
+from flux_batch.config.text import explain, nearest_or_all, read_tree, to_yaml
 from flux_batch.errors import InvalidSetting, JobError
 from flux_batch.records import NO_LORA
 from flux_batch.redaction import public_tree, public_uri, redact
@@ -347,7 +346,7 @@ class JobConfig(_Section):
         tree = public_tree(self.model_dump(mode="json", exclude=_STORAGE_OPTIONS))
         for section in _STORAGE_OPTIONS:
             tree[section]["storage_options"] = redact(getattr(self, section).storage_options)
-        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        return to_yaml(tree)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that change images, keys or files, by dotted key; a resumed run must agree on all.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, get_args
 
@@ -21,10 +21,34 @@ _MAX_MERGES, _MAX_KEYS = 100, 10_000
 _DATE_FORMATS = {"{date}": "%Y-%m-%d", "{datetime}": "%Y-%m-%dT%H-%M-%S"}
 _DATE = re.compile("|".join(map(re.escape, _DATE_FORMATS)))
 _MERGE = "tag:yaml.org,2002:merge"
+# The numbers of YAML 1.2's core schema, but that hexadecimal and octal ones are texts.
+_NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+}
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with a limit on merge keys."""
+    """PyYAML's safe loader with a limit on merge keys, without double keys, and with the numbers of YAML 1.2.
+
+    YAML 1.1 takes 0123 for 83, 12:30:45 for 45045 and 1e-2 for a text.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return the next mapping. Raises: ConstructorError for a key that stands twice in it; merges may override."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                if key.value in lines:
+                    name = key.value if re.fullmatch(r"[\w.-]{1,60}", key.value) else "a key"
+                    problem = f"{name} stands twice in one section, first on line {lines[key.value]}"
+                    raise ConstructorError(None, None, problem, key.start_mark)
+                lines[key.value] = key.start_mark.line + 1
+        return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Resolve the merge keys of a mapping. Raises: ConstructorError if there are too many."""
@@ -46,6 +70,25 @@ def load_yaml(text: str, origin: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         # PyYAML passes on errors of Python for `2026-13-01`, `!!int x` and the like.
         raise JobError(f"{origin}: not valid YAML: {_unquoted(one_line(error))}") from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which quotes what is a number for either version of YAML."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _NUMBERS.get(tag, pattern)) for tag, pattern in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Dumper.yaml_implicit_resolvers = {
+    first: resolvers + _Loader.yaml_implicit_resolvers[first]
+    for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+}
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """Return plain values as YAML, in their order."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_tree(text: str, origin: str, overrides: Iterable[str] = ()) -> dict[str, Any]:

@@ -110,6 +110,19 @@ AUTOENCODER = AutoencoderParams(
 _CHANNELS_PER_GROUP = AUTOENCODER.channels[0] // AUTOENCODER.num_groups
 DEV_SCHEDULE = ScheduleParams(use_dynamic_shifting=True)
 SCHNELL_SCHEDULE = ScheduleParams(use_dynamic_shifting=False)
+# Settings of a scheduler that change images, and the only value that is followed here.
+# Source: diffusers 0.42.1, schedulers/scheduling_flow_match_euler_discrete.py.
+_SCHEDULER_SETTINGS: Mapping[str, Any] = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "time_shift_type": "exponential",
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
 # Rows of modulation that are computed together, a row for each image and step. A row is multiplied with a quarter of
 # all weights; a GPU spends that time on reading them, so they are read once for all rows.
 MODULATION_ROWS = 64
@@ -174,9 +187,15 @@ def autoencoder_params(shapes: Shapes, config: Config) -> AutoencoderParams:
 
 
 def schedule_params(config: Config, *, guidance_embed: bool) -> ScheduleParams:
-    """Read a diffusers `scheduler_config.json`; if empty, dev's schedule for embedded guidance, else schnell's."""
+    """Read a diffusers `scheduler_config.json`; if empty, dev's schedule for embedded guidance, else schnell's.
+
+    Raises: ValueError for a setting that would change images, and that is not followed here.
+    """
     if not config:
         return DEV_SCHEDULE if guidance_embed else SCHNELL_SCHEDULE
+    for name, value in _SCHEDULER_SETTINGS.items():
+        if (config.get(name) or value) != value:
+            raise ValueError(f"{name} in scheduler_config.json is {config[name]!r}: only {value!r} is known here")
     dynamic = bool(config.get("use_dynamic_shifting", False))
     default = DEV_SCHEDULE
     return ScheduleParams(

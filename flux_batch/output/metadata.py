@@ -47,6 +47,8 @@ RECORD_SCHEMA = pa.schema(
 )
 # Columns that say nothing of an image that stands beside its record: it was made, and it is where it is.
 _NOT_OF_SAMPLES = {"status", "error_type", "error_message", "file_name"}
+# Ends of names by which `datasets` takes a column for files to open: packaged_modules/folder_based_builder.py.
+_NAMES_OF_FILES = ("_file_name", "_file_names")
 
 
 def pack_metadata(records: Iterable[ImageRecord], passthrough: pa.Schema) -> bytes:
@@ -93,11 +95,14 @@ def sample_columns(passthrough: pa.Schema) -> list[pa.Field]:
 
 
 def passthrough_name(name: str) -> str:
-    """Return the name of a passthrough column in the metadata: its own, with one `_` more if we have a column of it.
+    """Return the name of a passthrough column in the metadata: its own, with one `_` more if the name is taken.
 
-    So that `key_` cannot meet what becomes of `key`, it gets one more too.
+    It is taken by a column of ours, and by Hugging Face data sets, which read `..._file_name` as more images. So that
+    `key_` cannot meet what becomes of `key`, it gets one more too.
     """
-    return f"{name}_" if name.rstrip("_") in {*RECORD_SCHEMA.names, "image"} else name
+    plain = name.rstrip("_")
+    is_taken = plain in {*RECORD_SCHEMA.names, "image"} or f"_{plain}".endswith(_NAMES_OF_FILES)
+    return f"{name}_" if is_taken else name
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

@@ -53,7 +53,7 @@ class PipelineRequest:
         check_step_cache(self.step_cache)
         for seed in self.seeds:
             if seed is not None:
-                check_integer("seed", seed, 0, MAX_SEED)
+                check_integer("seed", seed, 0, MAX_SEED - 1)
         if self.tiling is not None:
             check_tiles(*self.tiling)
         if self.sampling:

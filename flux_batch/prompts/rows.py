@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from decimal import Decimal
+from typing import Any, SupportsIndex
 
 from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import InvalidSetting, RowError
@@ -19,6 +19,11 @@ from flux_batch.prompts.tables import BadRow, Row
 from flux_batch.records import FailedRow, ImageRequest, InputImage, LoraUse, image_seed
 from flux_batch.redaction import public_uri
 from flux_batch.sampling_params import ALIASES, MAX_SEED, SAMPLING_FIELDS, SamplingParams, check_integer
+
+# Whole floats below are exact; from here on several whole numbers become the same float.
+_EXACT_FLOATS = 2**53
+# Digits of the largest whole number that any field takes, and more.
+_MAX_DIGITS = 40
 
 
 class RowParser:
@@ -95,6 +100,8 @@ class RowParser:
             raise RowError(f"column {column!r} holds {type(prompt).__name__}: a prompt must be text")
         if not prompt.strip():
             raise RowError(f"column {column!r} is empty: a prompt is needed")
+        if "\0" in prompt:
+            raise RowError(f"column {column!r} holds the character NUL: save its file as UTF-8")
         return prompt
 
     def _sampling(self, values: Row) -> SamplingParams:
@@ -132,7 +139,7 @@ class RowParser:
         if seed is None:
             return tuple(image_seed(self._run_seed, row_id, index) for index in range(count))
         seed = _integer("seed", seed)
-        check_integer("seed", seed, 0, MAX_SEED - 1)
+        check_integer("seed", seed, 0, MAX_SEED - count)  # that of the row's last image is one, too
         return tuple(seed + index for index in range(count))
 
 
@@ -149,15 +156,34 @@ def _convert(field: str, value: Any) -> Any:
 
 
 def _integer(field: str, value: Any) -> int:
-    """Return a whole number, also from text and whole floats, which CSV and pandas turn integers into."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    with suppress(ValueError):
-        if isinstance(value, str):
-            return int(value)
+    """Return a whole number exactly, also from text, decimals and whole floats, which other programs write it as.
+
+    Raises: InvalidSetting for a float so large that it may have been another number before it became one.
+    """
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        return value.__index__()
+    if isinstance(value, (str, Decimal)):
+        return _integer_of_decimal(field, value)
     number = _number(field, value)
     if not number.is_integer():
-        raise InvalidSetting(f"{field} = {value!r}: must be a whole number", field=field)
+        raise InvalidSetting(f"{field} = {_shown(value)}: must be a whole number", field=field)
+    if abs(number) >= _EXACT_FLOATS:
+        raise InvalidSetting(
+            f"{field} = {_shown(value)}: is a float, and no longer exact from 2^53 on; store whole numbers", field=field
+        )
+    return int(number)
+
+
+def _integer_of_decimal(field: str, value: str | Decimal) -> int:
+    """Return the whole number that a text or a decimal spells, without a float in between."""
+    try:
+        number = Decimal(value.strip()) if isinstance(value, str) else value
+    except ArithmeticError as error:
+        raise InvalidSetting(f"{field} = {_shown(value)}: must be a number", field=field) from error
+    if not number.is_finite():
+        raise InvalidSetting(f"{field} = {_shown(value)}: must be a finite number", field=field)
+    if number.adjusted() > _MAX_DIGITS or number != number.to_integral_value():
+        raise InvalidSetting(f"{field} = {_shown(value)}: must be a whole number", field=field)
     return int(number)
 
 
@@ -165,11 +191,27 @@ def _number(field: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidSetting(f"{field} = {value!r}: must be a number", field=field) from error
+        raise InvalidSetting(f"{field} = {_shown(value)}: must be a number", field=field) from error
     if not math.isfinite(number):
-        raise InvalidSetting(f"{field} = {value!r}: must be a finite number", field=field)
+        raise InvalidSetting(f"{field} = {_shown(value)}: must be a finite number", field=field)
     return number
 
 
+def _shown(value: Any) -> str:
+    """Return a value for a message, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def _text(value: Any) -> str:
+    """Return the text of a cell: the same for 7, 7.0 and Decimal("7.00"), since a neighbour may decide which it is.
+
+    A column of whole numbers comes out as floats if one of them is null. NaN is no text, like null.
+    """
+    if isinstance(value, (float, Decimal)):
+        if not math.isfinite(value):
+            return "" if math.isnan(value) else str(value)
+        return str(int(value)) if value == int(value) else str(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="backslashreplace")
     return "" if value is None else str(value)

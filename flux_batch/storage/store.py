@@ -28,8 +28,9 @@ from flux_batch.storage.retry import RetryPolicy
 STORE_TMP = "_run/tmp"
 # The answers of file systems without hard links: FUSE mounts of buckets, FAT.
 _NO_LINK_ERRNOS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-# Some servers send the checksum of a whole object with a part of it; botocore would compare the two.
-_S3_CLIENT = {"response_checksum_validation": "when_required"}
+# Some servers send the checksum of a whole object with a part of it, and botocore would compare the two; others refuse
+# the header that newer clients put their own checksum into.
+_S3_CLIENT = {"response_checksum_validation": "when_required", "request_checksum_calculation": "when_required"}
 
 # The operations that change something.
 WRITES = {"write", "create", "delete"}

@@ -6,7 +6,7 @@ import traceback
 
 import pytest
 
-from flux_batch.config.text import fill_in_dates, load_yaml, parse_moment
+from flux_batch.config.text import fill_in_dates, load_yaml, parse_moment, to_yaml
 from flux_batch.errors import JobError
 from helpers.yardstick import work
 
@@ -40,6 +40,53 @@ def test_the_signs_of_yaml_are_still_named() -> None:
 def test_merge_keys_merge() -> None:
     tree = load_yaml("a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: [*b, *a], z: 4}\n", "job.yaml")
     assert (tree["b"], tree["c"]) == ({"x": 1, "y": 3}, {"x": 1, "y": 3, "z": 4})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "sampling: {width: 512, height: 512, width: 1024}",
+            "line 1: .*width stands twice .*, first on line 1",
+        ),
+        (
+            "model: {uri: a}\nname: x\nmodel:\n  uri: b\n",
+            "line 3: .*model stands twice .*, first on line 1",
+        ),
+        ("a: [{b: 1,\n  'b': 2}]", "line 2: .*b stands twice .*, first on line 1"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_both_lines(text: str, words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        load_yaml(text, "job.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0),
+        ("-12", -12),
+        ("1_000", 1000),
+        ("0123", "0123"),
+        ("12:30:45", "12:30:45"),
+        ("0x1f", "0x1f"),
+        ("1e-2", 0.01),
+        ("1.0e-2", 0.01),
+        ("5.", 5.0),
+        (".5", 0.5),
+        ("-1E3", -1000.0),
+        ("1:30.5", "1:30.5"),
+        ("1e", "1e"),
+        ("e5", "e5"),
+        ("-", "-"),
+        ("1.2.3", "1.2.3"),
+    ],
+)
+def test_numbers_are_those_that_people_mean(text: str, value: object) -> None:
+    found = load_yaml(f"a: {text}" if text != "-" else "a: '-'", "job.yaml")["a"]
+    assert (found, type(found)) == (value, type(value))
+    for each in (value, text):
+        assert load_yaml(to_yaml({"a": each}), "job.yaml")["a"] == each
 
 
 def doubled(levels: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -184,7 +185,7 @@ def test_schedule_without_config_goes_by_the_guidance_embedder() -> None:
 
 
 def test_schedule_follows_its_config() -> None:
-    config = {"use_dynamic_shifting": True, "base_shift": 0.1, "max_image_seq_len": 999, "_class_name": "x"}
+    config = {"use_dynamic_shifting": True, "base_shift": 0.1, "max_image_seq_len": 999, "_diffusers_version": "x"}
     expected = ScheduleParams(use_dynamic_shifting=True, base_shift=0.1, max_image_seq_len=999)
     assert schedule_params(config, guidance_embed=False) == expected
     static = schedule_params({"shift": 3.0}, guidance_embed=True)
@@ -203,3 +204,24 @@ def test_first_step_is_that_of_diffusers(num_steps: int, strength: float, step: 
 def test_what_is_counted_is_what_the_schedule_has(n: int, strength: float, sigma_shift: float | None) -> None:
     sigmas = make_sigmas(n, 4096, DEV_SCHEDULE, sigma_shift, strength)
     assert steps_run(n, strength, sigma_shift) == len(sigmas) - 1
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"use_beta_sigmas": True},
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"shift_terminal": 0.02},
+        {"time_shift_type": "linear"},
+        {"stochastic_sampling": True},
+        {"invert_sigmas": True},
+        {"num_train_timesteps": 500},
+        {"_class_name": "FlowMatchHeunDiscreteScheduler"},
+    ],
+)
+def test_a_schedule_that_would_make_other_images_is_refused_by_name(setting: dict[str, object]) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name} in scheduler_config.json is {value!r}: only ")):
+        schedule_params({"use_dynamic_shifting": True, **setting}, guidance_embed=True)
+    assert schedule_params({name: None}, guidance_embed=True) == schedule_params({"shift": 1.0}, guidance_embed=True)

@@ -44,3 +44,10 @@ def test_values_of_other_types_fit_the_columns_they_were_merged_into() -> None:
 
     assert row["text"] == '{"a": ["ü", null]}'
     assert row["number"] == float(2**60)
+
+
+def test_no_passthrough_column_is_taken_for_more_images() -> None:
+    names = ["file_name", "file_names", "source_file_name", "ref_file_names", "image_file_name", "source_file_name_"]
+
+    assert [passthrough_name(name) for name in names] == [f"{name}_" for name in names]
+    assert passthrough_name("profile_name") == "profile_name"

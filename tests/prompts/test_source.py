@@ -6,6 +6,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -31,7 +32,7 @@ HOSTILE = [
     "p" * 2000,
     "plain",
     " leading and trailing ",
-    "nul \x00 and bell \x07",
+    "bell \x07",
     "'; DROP TABLE prompts; --",
     "{json} <xml/> %s $HOME \\n",
 ]
@@ -216,8 +217,12 @@ def test_numbers_of_any_spelling_count(value: Any) -> None:
 
 
 def test_large_seeds_are_exact() -> None:
-    assert request({"seed": 2**62 - 1}).seeds == (2**62 - 1,)
-    assert request({"seed": str(2**61 + 1)}).seeds == (2**61 + 1,)
+    exact = 2**53 + 1
+    spellings = (exact, np.int64(exact), np.uint64(exact), Decimal(exact), str(exact), f"{exact}.0", f" {exact} ")
+    assert {request({"seed": value}).seeds for value in spellings} == {(exact,)}
+    for value in (2**63 - 1, np.uint64(2**63 - 1), str(2**63 - 1)):
+        assert request({"seed": value}).seeds == (2**63 - 1,)
+    assert request({"seed": 2.0**53 - 1}).seeds == (2**53 - 1,)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +243,12 @@ def test_large_seeds_are_exact() -> None:
         ({"cfg_scale": False}, "cfg_scale = False"),
         ({"seed": True}, "seed = True"),
         ({"seed": -1}, "seed = -1"),
-        ({"seed": 2**62}, f"seed = {2**62}"),
+        ({"seed": 2**63}, f"seed = {2**63}: must be a whole number from 0 to {2**63 - 1}"),
+        ({"seed": 2**63 - 1, "num_images_per_prompt": 2}, f"must be a whole number from 0 to {2**63 - 2}"),
+        ({"seed": 2.0**53}, "seed = 9007199254740992.0: is a float, and no longer exact from 2^53 on"),
+        ({"seed": "1.5"}, "seed = '1.5': must be a whole number"),
+        ({"seed": Decimal("1e1000000")}, "must be a whole number"),
+        ({"seed": "inf"}, "seed = 'inf': must be a finite number"),
         ({"seed": 1.5}, "seed = 1.5: must be a whole number"),
         ({"seed": float("nan")}, "seed = nan"),
         ({"seed": 10**400}, "seed = 1"),
@@ -250,6 +260,7 @@ def test_large_seeds_are_exact() -> None:
         ({"prompt": None}, "column 'prompt' is null"),
         ({"prompt": ""}, "column 'prompt' is empty"),
         ({"prompt": " \n"}, "column 'prompt' is empty"),
+        ({"prompt": "a\0 \0c"}, "column 'prompt' holds the character NUL"),
         ({"prompt": 5}, "column 'prompt' holds int: a prompt must be text"),
     ],
 )
@@ -289,6 +300,25 @@ def test_seeds_come_from_the_row_or_from_its_id() -> None:
     assert request({"id": "s"}, {"seed": 9}).seeds != derived[:1]
     assert request({"id": "r"}, {"seed": 8}).seeds != derived[:1]
     assert request({"id": ""}, {"seed": 9}).seeds == (image_seed(9, "p.csv:7", 0),)
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (7, "7"),
+        (7.0, "7"),
+        (np.float64(7), "7"),
+        (np.int64(7), "7"),
+        (Decimal("7.00"), "7"),
+        ("7.0", "7.0"),
+        (7.5, "7.5"),
+        (float("nan"), "p.csv:7"),
+        (2.0**60, str(2**60)),
+        (b"a-7", "a-7"),
+    ],
+)
+def test_an_id_is_the_same_text_whatever_its_column_is_stored_as(value: Any, name: str) -> None:
+    assert request({"id": value}).id == name
 
 
 cells = st.one_of(
