@@ -14,7 +14,33 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flux_batch.model.lora.file import open_lora
+from flux_batch.model.lora.fusion import LoraFusion
+
 State = Mapping[str, Tensor]
+KOHYA = {"down": "lora_down.weight", "up": "lora_up.weight"}
+ALPHAS = (None, 4.0, 1.0, 0.0, 2.5)
+DIFFUSERS_NAMES = {
+    "diffusers": {"prefix": "transformer."},
+    "peft": {"prefix": "base_model.model."},
+    "peft with an adapter's name": {
+        "prefix": "base_model.model.",
+        "down": "lora_A.default.weight",
+        "up": "lora_B.default.weight",
+    },
+    "no prefix": {},
+    "diffusers with kohya's endings": {"prefix": "transformer.", **KOHYA},
+    "old diffusers": {"prefix": "transformer.", "down": "lora.down.weight", "up": "lora.up.weight"},
+    "onetrainer": {"prefix": "lora_transformer_", "underscores": True, **KOHYA},
+    "lycoris": {"prefix": "lycoris_", "underscores": True, **KOHYA},
+}
+ORIGINAL_NAMES = {
+    "kohya": {"prefix": "lora_unet_", "underscores": True, **KOHYA},
+    "comfyui": {"prefix": "diffusion_model.", **KOHYA},
+    "comfyui with peft's endings": {"prefix": "diffusion_model."},
+    "original": {"prefix": ""},
+    "fal": {"prefix": "base_model.model."},
+}
 
 
 @dataclass(frozen=True)
@@ -83,3 +109,17 @@ def added(state: State, modules: Mapping[str, Factors], scale: float = 1.0) -> d
     for name, factors in modules.items():
         wide[f"{name}.weight"] = wide[f"{name}.weight"] + scale * factors.delta
     return wide
+
+
+def put_in(fusion: LoraFusion, path: Path, scale: float = 1.0) -> None:
+    fusion.fuse([(open_lora(path, path.name, fusion.shapes()), scale)])
+
+
+def state_of(fusion: LoraFusion, part: str = "transformer") -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in fusion.parts[part].state_dict().items()}
+
+
+def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-6) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.allclose(value.double(), expected[name].double(), rtol=tolerance, atol=tolerance), name

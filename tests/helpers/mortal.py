@@ -12,11 +12,14 @@ import pytest
 import flux_batch.worker.worker
 from flux_batch.config.schema import JobConfig
 from flux_batch.plan.plan import Plan, make_plan
+from flux_batch.records import Attempt, ShardResult
 from flux_batch.storage.store import Store
 from flux_batch.worker.worker import Worker, WorkerFactory
 from helpers.fakes import FakePipeline, make_fake_pipeline
+from helpers.job_files import make_job
 from helpers.waiting import PATIENCE_S
 
+PROMPTS = [f"image {number}" for number in range(8)]
 T = TypeVar("T")
 
 
@@ -116,3 +119,16 @@ def open_worker(
 def staged(config: JobConfig) -> list[Path]:
     """List what is in the staging area of a run on this disk."""
     return sorted(path for path in Path(config.output.uri, "_run/staging").rglob("*") if path.is_file())
+
+
+def one_shard_job(folder: Path, prompts: list[str] | None = None, batch_size: int = 2, **sections: Any) -> JobConfig:
+    """Make a job of one shard."""
+    rows = [{"prompt": prompt} for prompt in prompts or PROMPTS]
+    return make_job(folder, rows, output={"shard_size": 20}, workers={"batch_size": batch_size}, **sections)
+
+
+def run_shard(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch, attempt: Attempt | None = None
+) -> tuple[ShardResult, Any]:
+    worker, pipeline, plan = open_worker(config, monkeypatch)
+    return worker.make(plan.shards[0], attempt or Attempt()).finish(), pipeline

@@ -1,4 +1,4 @@
-"""Shards that several workers take: adoption of staged images, stops, losses, and two shards at a time."""
+"""Shards that several workers take: adoption of staged images, stops, and two shards at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from flux_batch.config.schema import JobConfig
-from flux_batch.errors import DeviceFatal, Stopped, StoreError
+from flux_batch.errors import DeviceFatal, Stopped
 from flux_batch.output.paths import RunFolder
 from flux_batch.output.staging import StagedImage, Staging, staged_record
 from flux_batch.records import Attempt, Shard, ShardResult
@@ -22,16 +22,8 @@ from flux_batch.storage.store import Store
 from flux_batch.worker.worker import Worker
 from helpers.fakes import FakePipeline
 from helpers.job_files import data_files, make_job, metadata
-from helpers.mortal import Death, Life, MortalPipeline, open_worker, staged
+from helpers.mortal import PROMPTS, Death, Life, MortalPipeline, one_shard_job, open_worker, run_shard, staged
 from helpers.waiting import PATIENCE_S, wait_until
-
-PROMPTS = [f"image {number}" for number in range(8)]
-
-
-def job(folder: Path, prompts: list[str] | None = None, batch_size: int = 2, **sections: Any) -> JobConfig:
-    """Make a job of one shard."""
-    rows = [{"prompt": prompt} for prompt in prompts or PROMPTS]
-    return make_job(folder, rows, output={"shard_size": 20}, workers={"batch_size": batch_size}, **sections)
 
 
 def die_after(config: JobConfig, monkeypatch: pytest.MonkeyPatch, num_writes: int) -> list[str]:
@@ -44,22 +36,17 @@ def die_after(config: JobConfig, monkeypatch: pytest.MonkeyPatch, num_writes: in
     return sorted(one.record["prompt"] for name in staging.list(0).objects for one in staging.read(0, name))
 
 
-def run(config: JobConfig, monkeypatch: pytest.MonkeyPatch, attempt: Attempt | None = None) -> tuple[ShardResult, Any]:
-    worker, pipeline, plan = open_worker(config, monkeypatch)
-    return worker.make(plan.shards[0], attempt or Attempt()).finish(), pipeline
-
-
 def undisturbed(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, bytes]:
-    config = job(folder / "undisturbed", **options)
-    run(config, monkeypatch)
+    config = one_shard_job(folder / "undisturbed", **options)
+    run_shard(config, monkeypatch)
     return data_files(Path(config.output.uri))
 
 
 def test_what_a_lost_worker_staged_is_adopted_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = job(tmp_path)
+    config = one_shard_job(tmp_path)
     assert die_after(config, monkeypatch, 2) == PROMPTS[:4]
 
-    result, pipeline = run(config, monkeypatch)
+    result, pipeline = run_shard(config, monkeypatch)
 
     assert pipeline.calls == [PROMPTS[4:6], PROMPTS[6:]]
     assert (result.num_images, result.is_new) == (8, True)
@@ -68,7 +55,7 @@ def test_what_a_lost_worker_staged_is_adopted_and_removed(tmp_path: Path, monkey
 
 
 def test_images_are_staged_before_the_shard_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = job(tmp_path, batch_size=8)
+    config = one_shard_job(tmp_path, batch_size=8)
     life = Life()
     worker, _, plan = open_worker(config, monkeypatch, life)
 
@@ -80,7 +67,7 @@ def test_images_are_staged_before_the_shard_is_published(tmp_path: Path, monkeyp
 
 
 def test_all_batches_are_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = job(tmp_path)
+    config = one_shard_job(tmp_path)
     life = Life()
     worker, _, plan = open_worker(config, monkeypatch, life)
 
@@ -94,7 +81,7 @@ def test_all_batches_are_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_damaged_objects_are_made_again_in_their_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    config = job(tmp_path)
+    config = one_shard_job(tmp_path)
     die_after(config, monkeypatch, 2)
     staging = Staging(RunFolder(Store(config.output.uri), 1))
     (path,) = (path for path in staged(config) if staging.read(0, path.name)[0].record["prompt"] == PROMPTS[2])
@@ -109,7 +96,7 @@ def test_damaged_objects_are_made_again_in_their_batch(
         }[how]
     )
 
-    _, pipeline = run(config, monkeypatch)
+    _, pipeline = run_shard(config, monkeypatch)
 
     assert pipeline.calls == [PROMPTS[2:4], PROMPTS[4:6], PROMPTS[6:]]
     assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch)
@@ -120,7 +107,7 @@ def test_damaged_objects_are_made_again_in_their_batch(
 def test_only_images_that_the_plan_requests_are_adopted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    config = job(tmp_path)
+    config = one_shard_job(tmp_path)
     die_after(config, monkeypatch, 2)
     staging = Staging(RunFolder(Store(config.output.uri), 1))
     for name in staging.list(0).objects:
@@ -129,7 +116,7 @@ def test_only_images_that_the_plan_requests_are_adopted(
         staging.put(0, others)
     staging.put(0, [StagedImage("000009999", {"prompt": "of no row"}, b"x")])
 
-    _, pipeline = run(config, monkeypatch)
+    _, pipeline = run_shard(config, monkeypatch)
 
     assert pipeline.made == PROMPTS
     assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch)
@@ -137,10 +124,10 @@ def test_only_images_that_the_plan_requests_are_adopted(
 
 def test_failed_rows_are_adopted_with_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["a [raise]", *PROMPTS[1:]]
-    config = job(tmp_path, prompts)
+    config = one_shard_job(tmp_path, prompts)
     assert die_after(config, monkeypatch, 1) == prompts[:2]
 
-    _, pipeline = run(config, monkeypatch)
+    _, pipeline = run_shard(config, monkeypatch)
 
     assert pipeline.calls[0] == prompts[2:4]
     assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch, prompts=prompts)
@@ -150,8 +137,8 @@ def test_the_good_images_of_a_finished_shard_can_be_staged_to_retry_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `run --retry-failed` does."""
-    config = job(tmp_path, ["a", "b [raise]", "c", "d"])
-    run(config, monkeypatch)
+    config = one_shard_job(tmp_path, ["a", "b [raise]", "c", "d"])
+    run_shard(config, monkeypatch)
     before = metadata(config)
     store = Store(config.output.uri)
     good = [row for row in before if row["status"] == "success"]
@@ -160,7 +147,7 @@ def test_the_good_images_of_a_finished_shard_can_be_staged_to_retry_the_others(
     for key in ["_run/commits/00000.json", "metadata/00000.parquet", "train/00000.tar"]:
         store.delete(key)
 
-    _, pipeline = run(config, monkeypatch)
+    _, pipeline = run_shard(config, monkeypatch)
 
     assert pipeline.calls == [["b [raise]"]]
     assert metadata(config) == before
@@ -179,9 +166,9 @@ def images_of(config: JobConfig) -> dict[str, bytes]:
 
 
 def test_a_speculative_attempt_makes_the_last_batches_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = job(tmp_path)
+    config = one_shard_job(tmp_path)
 
-    _, pipeline = run(config, monkeypatch, Attempt(reverse_order=True))
+    _, pipeline = run_shard(config, monkeypatch, Attempt(reverse_order=True))
 
     assert pipeline.calls == [PROMPTS[6:], PROMPTS[4:6], PROMPTS[2:4], PROMPTS[:2]]
     assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch)
@@ -202,7 +189,7 @@ class InStep(MortalPipeline):
 
 def test_two_workers_meet_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"image {number}" for number in range(20)]
-    config = job(tmp_path, prompts)
+    config = one_shard_job(tmp_path, prompts)
     step = threading.Barrier(2)
     lives = Life(), Life()
     pipelines = [InStep(life, step) for life in lives]
@@ -236,7 +223,7 @@ def test_two_workers_meet_in_the_middle(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_worker_stops_as_soon_as_another_has_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = job(tmp_path)
+    config = one_shard_job(tmp_path)
     other, _, plan = open_worker(config, monkeypatch)
     monkeypatch.setattr(other, "_publisher", replace(other._publisher, worker="elsewhere:1"))
 
@@ -261,7 +248,7 @@ def test_a_worker_stops_as_soon_as_another_has_committed(tmp_path: Path, monkeyp
 
 
 def test_a_stopped_worker_stages_its_batch_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = job(tmp_path)
+    config = one_shard_job(tmp_path)
     workers: list[Worker] = []
 
     class Stopping(FakePipeline):
@@ -280,7 +267,7 @@ def test_a_stopped_worker_stages_its_batch_in_hand(tmp_path: Path, monkeypatch: 
     assert pipeline.num_calls == 2
     assert len(staged(config)) == 2
 
-    _, pipeline = run(config, monkeypatch)
+    _, pipeline = run_shard(config, monkeypatch)
     assert pipeline.calls == [PROMPTS[4:6], PROMPTS[6:]]
 
 
@@ -288,7 +275,7 @@ def test_a_worker_stopped_after_another_has_committed_leaves_nothing_staged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one whose driver was paused past its lease and then woke: its batch in hand comes after the end of the run."""
-    config = job(tmp_path)
+    config = one_shard_job(tmp_path)
     other, _, plan = open_worker(config, monkeypatch)
     workers: list[Worker] = []
 
@@ -308,7 +295,7 @@ def test_a_worker_stopped_after_another_has_committed_leaves_nothing_staged(
 
 
 def test_a_stop_in_the_last_batch_still_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = job(tmp_path, batch_size=8)
+    config = one_shard_job(tmp_path, batch_size=8)
     workers: list[Worker] = []
 
     class Stopping(FakePipeline):
@@ -323,7 +310,7 @@ def test_a_stop_in_the_last_batch_still_commits(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_lost_device_loses_only_the_batch_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = job(tmp_path)
+    config = one_shard_job(tmp_path)
 
     class Broken(FakePipeline):
         def __call__(self, *args: Any, **others: Any) -> Any:
@@ -341,7 +328,7 @@ def test_a_lost_device_loses_only_the_batch_in_hand(tmp_path: Path, monkeypatch:
 
 
 def test_a_worker_is_idle_only_between_signs_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = job(tmp_path)
+    config = one_shard_job(tmp_path)
     workers: list[Worker] = []
     now = 1000.0
     monkeypatch.setattr("flux_batch.telemetry.time", SimpleNamespace(monotonic=lambda: now))
@@ -367,124 +354,6 @@ def test_a_worker_is_idle_only_between_signs_of_progress(tmp_path: Path, monkeyp
 
     assert worker.idle_s() == 0
     assert now >= 1400
-
-
-# --- rows that kill workers
-
-
-def run_to_the_end(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[MortalPipeline]]:
-    """Run a shard as an engine does, with a new worker after each that dies. Returns: the losses, the pipelines."""
-    pipelines: list[MortalPipeline] = []
-    for lost in range(20):
-        worker, pipeline, plan = open_worker(config, monkeypatch)
-        pipelines.append(pipeline)
-        try:
-            worker.make(plan.shards[0], Attempt(number=1, lost=lost, reason="its worker died" if lost else "")).finish()
-            return lost, pipelines
-        except Death:
-            continue
-    raise AssertionError("no end in sight")
-
-
-def test_a_row_that_kills_its_process_is_found_and_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = [*PROMPTS[:5], "poison [die]", *PROMPTS[6:], "more", "and more"]
-    config = job(tmp_path, prompts, batch_size=4)
-
-    lost, pipelines = run_to_the_end(config, monkeypatch)
-
-    assert lost == 4  # in its batch, in its marked batch, and twice alone
-    rows = metadata(config)
-    assert [row["prompt"] for row in rows if row["status"] == "failed"] == ["poison [die]"]
-    assert (rows[5]["error_type"], rows[5]["error_message"]) == (
-        "WorkerLost",
-        "2 workers were lost while they made this image alone; the last: its worker died",
-    )
-    made = Counter(prompt for pipeline in pipelines for prompt in pipeline.made)
-    assert set(made.values()) == {1}
-    assert len(made) == 9
-    assert [pipeline.calls for pipeline in pipelines] == [
-        [PROMPTS[:4], ["image 4", "poison ", "image 6", "image 7"]],
-        [["image 4", "poison ", "image 6", "image 7"]],
-        [["more", "and more"], ["image 4"], ["poison "]],
-        [["image 6"], ["image 7"], ["poison "]],
-        [],
-    ]
-    calm = [prompt.replace("[die]", "") for prompt in prompts]
-    other = job(tmp_path / "calm", calm, batch_size=4)
-    run(other, monkeypatch)
-    assert [row["sha256"] for row in rows if row["status"] == "success"] == [
-        row["sha256"] for row in metadata(other) if row["prompt"] != "poison "
-    ]
-    assert staged(config) == []
-
-
-def test_two_rows_of_one_batch_that_kill_their_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = job(tmp_path, ["a", "first [die]", "b", "second [die]"], batch_size=4)
-
-    lost, _ = run_to_the_end(config, monkeypatch)
-
-    assert lost == 6
-    assert [(row["prompt"], row["error_type"]) for row in metadata(config)] == [
-        ("a", None),
-        ("first [die]", "WorkerLost"),
-        ("b", None),
-        ("second [die]", "WorkerLost"),
-    ]
-
-
-def test_a_batch_of_one_that_kills_its_process_is_not_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = job(tmp_path, ["a", "poison [die]", "b"], batch_size=1)
-
-    lost, _ = run_to_the_end(config, monkeypatch)
-
-    assert lost == 3
-    assert [row["error_type"] for row in metadata(config)] == [None, "WorkerLost", None]
-
-
-def test_after_a_loss_no_batch_is_begun_before_the_last_is_safe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = job(tmp_path)
-    life = Life()
-
-    class Sudden(FakePipeline):
-        def __call__(self, *args: Any, **others: Any) -> Any:
-            if self.num_calls == 2:
-                life.end()
-            return super().__call__(*args, **others)
-
-    worker, _, plan = open_worker(config, monkeypatch, life, Sudden())
-    with pytest.raises(Death):
-        worker.make(plan.shards[0], Attempt(number=1, lost=1)).finish()
-
-    listed = Staging(RunFolder(Store(config.output.uri), 1)).list(0)
-    assert len(listed.objects) == 2
-    assert listed.tries == {"b2": 1}
-
-
-def test_an_error_leaves_no_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that raises an error has survived, so that its mark is removed."""
-    config = job(tmp_path)
-    worker, _, plan = open_worker(config, monkeypatch)
-
-    def away(*args: Any) -> Any:
-        raise StoreError("the store is away")
-
-    monkeypatch.setattr(worker._maker, "make", away)
-    with pytest.raises(StoreError):
-        worker.make(plan.shards[0], Attempt(number=3, lost=2)).finish()
-
-    assert staged(config) == []
-
-
-def test_a_first_attempt_leaves_no_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = job(tmp_path)
-    life = Life()
-    worker, _, plan = open_worker(config, monkeypatch, life)
-
-    worker.make(plan.shards[0]).finish()
-
-    assert not [key for key in life.writes if "try-" in key]
 
 
 # --- two shards at a time

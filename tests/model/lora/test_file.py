@@ -1,4 +1,4 @@
-"""Every family of LoRA files against fp64 references, and against diffusers and PEFT where these are right."""
+"""Every family of LoRA files against fp64 references."""
 
 from __future__ import annotations
 
@@ -8,84 +8,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from flux_batch.model.checkpoint.checkpoint import open_checkpoint
-from flux_batch.model.checkpoint.detect import detect
-from flux_batch.model.checkpoint.diffusers_keys import swap_halves, transformer_from_diffusers, transformer_to_diffusers
-from flux_batch.model.checkpoint.loading import load_transformer
+from flux_batch.model.checkpoint.diffusers_keys import swap_halves, transformer_to_diffusers
 from flux_batch.model.lora.file import open_lora
 from flux_batch.model.lora.fusion import LoraFusion
-from flux_batch.model.text import load_clip, load_t5
-from flux_batch.model.transformer import Flux
-from helpers.lora_files import Factors, added, matrices, random_factors, write_lora
-from helpers.tiny_flux import TinyFlux, make_tiny_repository
-
-F32 = {"dtype": torch.float32, "device": torch.device("cpu")}
-KOHYA = {"down": "lora_down.weight", "up": "lora_up.weight"}
-ALPHAS = (None, 4.0, 1.0, 0.0, 2.5)
-
-
-@pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_repository(tmp_path_factory.mktemp("models") / "tiny", TinyFlux(seed=7))
-
-
-@pytest.fixture
-def fusion(repository: Path) -> LoraFusion:
-    """The parts of a tiny model, fresh."""
-    fusion = LoraFusion()
-    transformer = open_checkpoint(repository / "transformer")
-    config = json.loads((repository / "transformer" / "config.json").read_text())
-    fusion.add_part("transformer", load_transformer(transformer, detect(transformer)[0], config, **F32))
-    clip = detect(open_checkpoint(repository / "text_encoder"))[1]
-    fusion.add_part("clip", load_clip(clip, **F32).model)
-    fusion.add_part("t5", load_t5(detect(open_checkpoint(repository / "text_encoder_2"))[1], **F32).model)
-    return fusion
-
-
-def put_in(fusion: LoraFusion, path: Path, scale: float = 1.0) -> None:
-    fusion.fuse([(open_lora(path, path.name, fusion.shapes()), scale)])
-
-
-def state_of(fusion: LoraFusion, part: str = "transformer") -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in fusion.parts[part].state_dict().items()}
+from helpers.lora_files import (
+    ALPHAS,
+    DIFFUSERS_NAMES,
+    KOHYA,
+    ORIGINAL_NAMES,
+    Factors,
+    added,
+    assert_close,
+    matrices,
+    put_in,
+    random_factors,
+    state_of,
+    write_lora,
+)
 
 
 def in_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return transformer_to_diffusers({name: value.double() for name, value in state.items()})
-
-
-def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-6) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        assert torch.allclose(value.double(), expected[name].double(), rtol=tolerance, atol=tolerance), name
-
-
-DIFFUSERS_NAMES = {
-    "diffusers": {"prefix": "transformer."},
-    "peft": {"prefix": "base_model.model."},
-    "peft with an adapter's name": {
-        "prefix": "base_model.model.",
-        "down": "lora_A.default.weight",
-        "up": "lora_B.default.weight",
-    },
-    "no prefix": {},
-    "diffusers with kohya's endings": {"prefix": "transformer.", **KOHYA},
-    "old diffusers": {"prefix": "transformer.", "down": "lora.down.weight", "up": "lora.up.weight"},
-    "onetrainer": {"prefix": "lora_transformer_", "underscores": True, **KOHYA},
-    "lycoris": {"prefix": "lycoris_", "underscores": True, **KOHYA},
-}
-ORIGINAL_NAMES = {
-    "kohya": {"prefix": "lora_unet_", "underscores": True, **KOHYA},
-    "comfyui": {"prefix": "diffusion_model.", **KOHYA},
-    "comfyui with peft's endings": {"prefix": "diffusion_model."},
-    "original": {"prefix": ""},
-    "fal": {"prefix": "base_model.model."},
-}
 
 
 @pytest.mark.parametrize("family", DIFFUSERS_NAMES)
@@ -237,119 +183,6 @@ def test_the_dtype_of_the_file_does_not_matter(tmp_path: Path, fusion: LoraFusio
     put_in(fusion, path)
 
     assert_close(state_of(fusion), added(before, stored))
-
-
-# diffusers and PEFT
-
-
-@pytest.fixture
-def reference(repository: Path) -> FluxPipeline:
-    return FluxPipeline.from_pretrained(repository, dtype=torch.float32)
-
-
-def fused_by_diffusers(reference: FluxPipeline, path: Path, scale: float) -> dict[str, Tensor]:
-    """Return the transformer, in the original layout, after diffusers has merged a LoRA."""
-    reference.load_lora_weights(str(path.parent), weight_name=path.name)
-    reference.fuse_lora(lora_scale=scale)
-    reference.unload_lora_weights()
-    return transformer_from_diffusers(reference.transformer.state_dict())
-
-
-def of_double_blocks(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    return {name: shape for name, shape in shapes.items() if name.startswith("double_blocks.")}
-
-
-@pytest.mark.parametrize("family", ["diffusers", "onetrainer"])
-def test_equal_to_diffusers(tmp_path: Path, fusion: LoraFusion, reference: FluxPipeline, family: str) -> None:
-    names = matrices(in_diffusers(state_of(fusion)))
-    blocks = {name: shape for name, shape in names.items() if ".attn." in name or name == "x_embedder"}
-    # diffusers' own OneTrainer conversion wants an alpha of every module.
-    modules = random_factors(blocks, seed=8, alphas=(None,) if family == "diffusers" else (2.0, 8.0))
-    path = write_lora(tmp_path / "lora.safetensors", modules, **DIFFUSERS_NAMES[family])
-
-    put_in(fusion, path, 0.6)
-
-    assert_close(state_of(fusion), fused_by_diffusers(reference, path, 0.6))
-
-
-def test_equal_to_diffusers_on_kohyas_files(tmp_path: Path, fusion: LoraFusion, reference: FluxPipeline) -> None:
-    shapes = of_double_blocks(matrices(state_of(fusion)))  # its single blocks are of full size only
-    modules = random_factors(shapes, seed=9, alphas=(None, 1.0, 4.0, 16.0))
-    path = write_lora(tmp_path / "lora.safetensors", modules, **ORIGINAL_NAMES["kohya"])
-
-    put_in(fusion, path, 0.9)
-
-    assert_close(state_of(fusion), fused_by_diffusers(reference, path, 0.9))
-
-
-def test_equal_to_diffusers_on_xlabs_files(tmp_path: Path, fusion: LoraFusion, reference: FluxPipeline) -> None:
-    shapes = {"double_blocks.0.processor.qkv_lora1": (96, 32), "double_blocks.1.processor.proj_lora2": (32, 32)}
-    shapes |= {"single_blocks.1.processor.qkv_lora": (96, 32), "single_blocks.0.processor.proj_lora": (32, 160)}
-    path = write_lora(tmp_path / "x.safetensors", random_factors(shapes), down="down.weight", up="up.weight")
-
-    put_in(fusion, path)
-
-    assert_close(state_of(fusion), fused_by_diffusers(reference, path, 1.0))
-
-
-def test_equal_to_diffusers_on_text_encoders(tmp_path: Path, fusion: LoraFusion, reference: FluxPipeline) -> None:
-    shapes = {f"text_model.encoder.layers.{i}.self_attn.{name}_proj": (32, 32) for i in range(2) for name in "qkv"}
-    path = write_lora(tmp_path / "x.safetensors", random_factors(shapes, seed=10), prefix="text_encoder.")
-
-    put_in(fusion, path, 0.5)
-    reference.load_lora_weights(str(tmp_path), weight_name=path.name)
-    reference.fuse_lora(components=["text_encoder"], lora_scale=0.5)
-    reference.unload_lora_weights()
-
-    assert_close(state_of(fusion, "clip"), reference.text_encoder.state_dict())
-
-
-def test_metadata_of_diffusers_states_alphas(tmp_path: Path, fusion: LoraFusion, reference: FluxPipeline) -> None:
-    config = LoraConfig(
-        r=4,
-        lora_alpha=10,
-        target_modules=["to_q", "to_out.0", "proj_mlp"],
-        alpha_pattern={"proj_mlp": 3},
-        rank_pattern={"proj_mlp": 2},
-        use_rslora=True,
-        init_lora_weights=False,
-    )
-    reference.transformer.add_adapter(config)
-    reference.save_lora_weights(
-        tmp_path,
-        transformer_lora_layers={
-            name.replace(".default", ""): value
-            for name, value in reference.transformer.state_dict().items()
-            if "lora_" in name
-        },
-        transformer_lora_adapter_metadata=config.to_dict(),
-    )
-    reference.unload_lora_weights()
-    path = tmp_path / "pytorch_lora_weights.safetensors"
-
-    put_in(fusion, path, 0.7)
-
-    assert_close(state_of(fusion), fused_by_diffusers(reference, path, 0.7))
-
-
-@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # of PEFT, which takes a bias for a damaged matrix
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"lora_alpha": 9}, {"use_rslora": True}])
-def test_equal_to_peft(tmp_path: Path, fusion: LoraFusion, options: dict[str, object]) -> None:
-    before = state_of(fusion)
-    plain = Flux(fusion.parts["transformer"].params)
-    plain.load_state_dict(before)
-    targets = [f"double_blocks.{i}.{name}" for i in range(2) for name in ("img_attn.qkv", "txt_mlp.2")]
-    settings = {"r": 3, "lora_alpha": 2, "target_modules": targets, "init_lora_weights": False, **options}
-    torch.manual_seed(0)
-    wrapped = get_peft_model(plain, LoraConfig(**settings))
-    for name, value in wrapped.named_parameters():
-        if "magnitude" in name or "lora_B" in name:
-            nn.init.normal_(value, mean=1.0)
-    wrapped.save_pretrained(tmp_path)
-
-    put_in(fusion, tmp_path / "adapter_model.safetensors")
-
-    assert_close(state_of(fusion), wrapped.merge_and_unload().state_dict())
 
 
 # Kinds

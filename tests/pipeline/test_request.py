@@ -1,0 +1,106 @@
+"""Calls that are refused, each with the argument and what would be right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flux_batch import FluxImagePipeline
+from flux_batch.errors import InvalidSetting
+from helpers.tiny_calls import SMALL
+from helpers.tiny_flux import CLIP_WIDTH, T5_WIDTH
+
+SMALL_IMAGE = Image.new("RGB", (8, 8))
+
+
+def embeds(num_texts: int, length: int, prefix: str = "") -> dict[str, Tensor]:
+    """Return embeddings of zeros as arguments of a call."""
+    return {
+        f"{prefix}prompt_embeds": torch.zeros(num_texts, length, T5_WIDTH),
+        f"{prefix}pooled_prompt_embeds": torch.zeros(num_texts, CLIP_WIDTH),
+    }
+
+
+BAD_CALLS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "size": ({"height": 1000}, "height", "height = 1000.* 992 and 1008"),
+    "width": ({"width": 24}, "width", "width = 24.* 16 and 32"),
+    "size 0": ({"width": 0}, "width", "from 16 to"),
+    "fractional size": ({"width": 64.0}, "width", "whole number"),
+    "NaN guidance": ({"embedded_guidance": float("nan")}, "embedded_guidance", "finite number"),
+    "one NaN guidance": ({"embedded_guidance": [1.0, float("inf")]}, "embedded_guidance", "finite number"),
+    "guidance as text": ({"guidance_scale": "3.5"}, "embedded_guidance", "finite number"),
+    "negative cfg": ({"cfg_scale": -1.0}, "cfg_scale", "at least 0"),
+    "negative steps": ({"num_inference_steps": -1}, "num_inference_steps", "from 1 to"),
+    "no steps": ({"num_inference_steps": 0}, "num_inference_steps", "from 1 to"),
+    "True steps": ({"num_inference_steps": True}, "num_inference_steps", "whole number"),
+    "list lengths": ({"seed": [1, 2, 3]}, "seed", "3 values for 2 prompts"),
+    "empty list": ({"cfg_scale": []}, "cfg_scale", "0 values for 2 prompts"),
+    "negative prompts": ({"negative_prompt": ["a"]}, "negative_prompt", "1 values for 2 prompts"),
+    "negative prompt None": ({"negative_prompt": None}, "negative_prompt", "must be a string"),
+    "prompt None": ({"prompt": None}, "prompt", "must be a string or a list"),
+    "prompt of None": ({"prompt": ["a", None]}, "prompt", "must be a string or a list"),
+    "negative seed": ({"seed": -1}, "seed", "from 0 to"),
+    "seed as text": ({"seed": "1"}, "seed", "whole number"),
+    "huge seed": ({"seed": 2**64}, "seed", "from 0 to"),
+    "T5 length 0": ({"t5_sequence_length": 0}, "t5_sequence_length", "from 1 to"),
+    "generator": (
+        {"generator": torch.Generator()},
+        "generator",
+        "no argument of the pipeline: pass seed",
+    ),
+    "no such name": ({"guidence_scale": 1}, "guidence_scale", r"did you mean 'guidance_scale'\?"),
+    "nearest name": ({"hight": 64}, "hight", r"did you mean 'height'\?"),
+    "nothing near": ({"zzz": 64}, "zzz", "no argument of the pipeline; there are cfg_scale, "),
+    "output type": ({"output_type": "jpeg"}, "output_type", "must be one of pil, np, pt, latent"),
+    "strength 0": (
+        {"input_image": Image.new("RGB", (8, 8)), "denoising_strength": 0.0},
+        "denoising_strength",
+        "more than 0",
+    ),
+    "no step left": (
+        {"input_image": Image.new("RGB", (8, 8)), "denoising_strength": 1e-20},
+        "denoising_strength",
+        "leave",
+    ),
+    "strength 2": ({"denoising_strength": 2.0}, "denoising_strength", "at most 1"),
+    "strength alone": ({"denoising_strength": 0.5}, "denoising_strength", "must be 1 without an input_image"),
+    "stride": ({"tiled": True, "tile_stride": 129}, "tile_stride", "tile_stride = 129.* from 1 to 128"),
+    "tile": ({"tiled": True, "tile_size": 8}, "tile_size", "tile_size = 8.* from 16 to"),
+    "shift 0": ({"sigma_shift": 0.0}, "sigma_shift", "more than 0"),
+    "image": ({"input_image": "cat.png"}, "input_image", "must be a PIL image"),
+    "prompt and embeds": (embeds(2, 8), "prompt_embeds", "both given"),
+    "embeds alone": (
+        {"prompt": None, "prompt_embeds": torch.zeros(2, 8, T5_WIDTH)},
+        "prompt",
+        "prompt_embeds and pooled_prompt_embeds go together",
+    ),
+    "embeds that are no tensor": ({"prompt": None, **embeds(2, 8), "prompt_embeds": 3}, "prompt_embeds", "be a tensor"),
+    "embeds of another width": (
+        {"prompt": None, **embeds(2, 8), "prompt_embeds": torch.zeros(2, 8, 3)},
+        "prompt_embeds",
+        rf"is \[2, 8, 3\]: must be a tensor of shape \[2, 8, {T5_WIDTH}\]",
+    ),
+    "embeds of another length": (
+        {"prompt": None, **embeds(2, 8), "t5_sequence_length": 16},
+        "t5_sequence_length",
+        "prompt_embeds have 8 tokens",
+    ),
+    "negative embeds of one more text": (
+        embeds(3, 512, "negative_"),
+        "negative_prompt_embeds",
+        r"must be a tensor of shape \[2, ",
+    ),
+    "32 bits": ({"input_image": Image.new("F", (8, 8))}, "input_image", "32-bit samples"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_a_bad_call_names_the_argument_and_what_would_be_right(pipe: FluxImagePipeline, name: str) -> None:
+    options, field, message = BAD_CALLS[name]
+    with pytest.raises(InvalidSetting, match=message) as caught:
+        pipe(**{"prompt": ["a", "b"], **SMALL, **options})
+    assert caught.value.field == field

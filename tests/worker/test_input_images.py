@@ -1,0 +1,234 @@
+"""Rows that start from an image: how it is read, and what a bad one costs."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import flux_batch.worker.worker as worker_module
+from flux_batch.config.schema import JobConfig
+from flux_batch.images import read_provenance
+from flux_batch.prompts.input_images import load_image
+from flux_batch.storage.store import Store
+from helpers.fakes import FakePipeline, fake_image
+from helpers.worker_runs import FORMATS, files_of, images, make_job, metadata, pixels_of, render
+
+
+def colour(number: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+
+
+def as_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def started_from(image: Image.Image, prompt: str, seed: int, **others: Any) -> Any:
+    """Compute the image of a row that starts from `image`, in a job of `make_job`."""
+    start = image.resize((64, 48), Image.Resampling.LANCZOS)
+    common = {"width": 64, "height": 48, "num_inference_steps": 3, "denoising_strength": 0.6}
+    return fake_image(prompt, seed=seed, input_image=start, **common | others)
+
+
+def make_image_job(tmp_path: Path, rows: Sequence[dict[str, Any]], **sections: Any) -> JobConfig:
+    sampling = {"denoising_strength": 0.6} | sections.pop("sampling", {})
+    base = {"width": 64, "height": 48, "num_inference_steps": 3}
+    return make_job(tmp_path, rows, sampling=base | sampling, **sections)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("kind", ["path", "bytes", "struct", "struct of a path"])
+def test_rows_start_from_their_own_images(tmp_path: Path, kind: str, layout: str) -> None:
+    cells: list[Any] = []
+    for number in range(5):
+        name, data = f"images/{number}.png", as_png(colour(number))
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+        structs = {"struct": {"bytes": data, "path": "x.png"}, "struct of a path": {"bytes": None, "path": name}}
+        cells.append({"path": name, "bytes": data, **structs}[kind])
+    rows = [{"prompt": f"p{number}", "input_image": cell} for number, cell in enumerate(cells)]
+    config = make_image_job(tmp_path, rows, output={"format": layout})
+
+    render(config)
+
+    found, made = metadata(config), images(config)
+    for number, row in enumerate(found):
+        expected = started_from(colour(number), row["prompt"], row["seed"])
+        assert np.array_equal(pixels_of(made[row["key"]]), expected), row["error_message"]
+        assert row["denoising_strength"] == 0.6
+        name = f"images/{number}.png"
+        if "bytes" in kind or kind == "struct":
+            name = f"sha256:{hashlib.sha256(as_png(colour(number))).hexdigest()}"
+        assert row["input_image"] == name
+        assert read_provenance(made[row["key"]])["input_image"] == name
+
+
+def test_bad_input_images_are_recorded_and_cost_nobody_else(tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(as_png(colour(0)))
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes(as_png(colour(0))[:500])
+    outside = tmp_path.parent / f"{tmp_path.name}-outside.png"
+    outside.write_bytes(as_png(colour(0)))
+    (tmp_path / "link.png").symlink_to(outside)
+    reasons = {
+        "good.png": "",
+        "none.png": "there is no file",
+        "text.png": "not an image",
+        "cut.png": "cannot be decoded",
+        f"../{outside.name}": "leads out of",
+        "link.png": "is a link that leads out of",
+        str(outside): "only under prompts.input_image_root",
+        "http://example.com/a.png": "only if prompts.allow_http",
+        "": "denoising_strength = 0.6: needs an input_image",
+        "./good.png": "",
+    }
+    config = make_image_job(tmp_path, [{"prompt": "p", "input_image": name} for name in reasons])
+
+    render(config)
+
+    rows = metadata(config)
+    assert len(rows) == len(reasons)
+    for row, (name, reason) in zip(rows, reasons.items(), strict=True):
+        assert row["status"] == ("failed" if reason else "success"), name
+        assert reason in (row["error_message"] or ""), name
+        if reason:
+            assert row["error_type"] == "RowError"
+            assert "(" not in row["error_message"]  # no place in our code: the message is for users
+    assert len(images(config)) == 2
+
+
+def test_a_cell_that_holds_no_image_fails_its_row(tmp_path: Path) -> None:
+    config = make_image_job(tmp_path, [{"prompt": "p", "input_image": 5}])
+
+    render(config)
+
+    assert "holds int: must be a path, an address, bytes" in metadata(config)[0]["error_message"]
+
+
+def test_a_job_of_one_image_reads_it_once_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "job.png").write_bytes(as_png(colour(7)))
+    (tmp_path / "own.png").write_bytes(as_png(colour(8)))
+    read: list[str] = []
+    monkeypatch.setattr(
+        worker_module, "load_image", lambda image, *rest: [read.append(image.name), load_image(image, *rest)][1]
+    )
+    rows = [{"prompt": f"p{number}", "input_image": None} for number in range(7)]
+    rows[5] |= {"input_image": "own.png"}
+    sampling = {"input_image": str(tmp_path / "job.png"), "num_images_per_prompt": 2}
+    config = make_image_job(tmp_path, rows, sampling=sampling)
+
+    render(config)
+
+    made = images(config)
+    for row in metadata(config):
+        start = colour(8 if row["prompt"] == "p5" else 7)
+        assert np.array_equal(pixels_of(made[row["key"]]), started_from(start, row["prompt"], row["seed"]))
+    assert Counter(read) == {str(tmp_path / "job.png"): 2, "own.png": 1}
+
+
+def test_rows_without_an_input_image_are_made_from_noise(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(as_png(colour(1)))
+    rows = [
+        {"prompt": "noise", "input_image": None, "denoising_strength": None},
+        {"prompt": "half", "input_image": "a.png", "denoising_strength": 0.5},
+        {"prompt": "all", "input_image": "a.png", "denoising_strength": 1.0},
+        {"prompt": "none", "input_image": "a.png", "denoising_strength": 0.0},
+    ]
+    config = make_job(tmp_path, rows)
+    pipeline = FakePipeline()
+
+    render(config, pipeline)
+
+    noise, half, whole, none = metadata(config)
+    assert (noise["input_image"], noise["denoising_strength"]) == (None, 1.0)
+    assert (half["input_image"], half["denoising_strength"]) == ("a.png", 0.5)
+    assert (whole["input_image"], whole["denoising_strength"]) == ("a.png", 1.0)
+    assert "denoising_strength = 0.0: must be more than 0 and at most 1" in none["error_message"]
+    assert pipeline.options == [{}, {"denoising_strength": 0.5}, {}]
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_runs_with_input_images_leave_the_same_bytes(tmp_path: Path, layout: str) -> None:
+    (tmp_path / "a.png").write_bytes(as_png(colour(1)))
+    rows: list[dict[str, Any]] = [{"prompt": f"p{number}", "input_image": "a.png"} for number in range(6)]
+    rows[1]["input_image"] = "none.png"
+    found = []
+    for number in range(2):
+        config = make_image_job(tmp_path, rows, output={"uri": str(tmp_path / f"out{number}"), "format": layout})
+        render(config)
+        if number:
+            Path(config.output.uri, "_run/commits/00000.json").unlink()
+            render(config)
+        found.append(files_of(config, "train", "metadata", "_run/failed"))
+
+    assert found[0] == found[1]
+
+
+@pytest.mark.s3
+def test_prompts_in_a_bucket_start_from_images_beside_them(tmp_path: Path, s3_store: Any) -> None:
+    store = Store(s3_store.uri, s3_store.storage_options)
+    store.write("set/sub/a.png", as_png(colour(1)))
+    store.write("b.png", as_png(colour(2)))
+    names = ["a.png", "../sub/a.png", f"{s3_store.uri}/b.png", "../../b.png", "none.png"]
+    lines = [json.dumps({"prompt": "p", "input_image": name}) for name in names]
+    store.write("set/sub/p.jsonl", "\n".join(lines).encode())
+    prompts = {"uri": f"{s3_store.uri}/set", "storage_options": s3_store.storage_options}
+    config = make_image_job(tmp_path, [{"prompt": "unused"}], prompts=prompts)
+
+    render(config)
+
+    rows, made = metadata(config), images(config)
+    assert [row["status"] for row in rows] == ["success"] * 3 + ["failed"] * 2
+    for row, number in zip(rows, [1, 1, 2], strict=False):
+        assert np.array_equal(pixels_of(made[row["key"]]), started_from(colour(number), "p", row["seed"]))
+    assert "leads out of" in rows[3]["error_message"]
+    assert "not found" in rows[4]["error_message"]
+
+
+def test_a_job_makes_the_images_of_the_same_calls_of_the_pipeline(tmp_path: Path) -> None:
+    """A job with a tiny model, in batches: each image is that of the same call alone."""
+    from flux_batch import FluxImagePipeline
+    from helpers.tiny_flux import TinyFlux, make_tiny_repository
+
+    folder = make_tiny_repository(tmp_path / "model", TinyFlux(depth=1, depth_single_blocks=1))
+    pipe = FluxImagePipeline.from_pretrained(folder, torch_dtype="float32", device="cpu")
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "input_image": as_png(colour(1)), "sigma_shift": None, "cfg_scale": None},
+        {"prompt": "b", "input_image": as_png(colour(2)), "sigma_shift": None, "cfg_scale": 2.5},
+        {"prompt": "c", "input_image": as_png(colour(3)), "sigma_shift": None, "cfg_scale": None},
+        {"prompt": "d", "input_image": as_png(colour(4)), "sigma_shift": 3.0, "cfg_scale": 0.5},
+    ]
+    sampling = {"t5_sequence_length": 16, "negative_prompt": "blur", "tiled": True, "tile_size": 16, "tile_stride": 8}
+    config = make_image_job(tmp_path, rows, sampling=sampling)
+
+    render(config, pipe)
+
+    made = images(config)
+    for number, row in enumerate(metadata(config)):
+        alone = pipe(
+            row["prompt"],
+            negative_prompt="blur",
+            width=64,
+            height=48,
+            num_inference_steps=3,
+            cfg_scale=rows[number]["cfg_scale"] or 1.0,
+            sigma_shift=rows[number]["sigma_shift"],
+            input_image=colour(number + 1),
+            denoising_strength=0.6,
+            seed=row["seed"],
+            output_type="np",
+            **{name: value for name, value in sampling.items() if name != "negative_prompt"},
+        )
+        difference = np.abs(pixels_of(made[row["key"]]).astype(int) - alone.astype(int))
+        assert difference.max() <= 1, row["error_message"]
+        assert row["tile_size"] == 16
