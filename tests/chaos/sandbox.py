@@ -13,7 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import HealthCheck, Phase, settings
 
 from flux_batch import cli, job
@@ -66,6 +69,21 @@ class Sandbox:
     def use(self, make_pipeline: Callable[[ModelConfig], Any] | None) -> None:
         """Let runs make images with this pipeline; None: with the real one."""
         self._patch.setattr(job, "run", partial(self._run, make_pipeline=make_pipeline))
+
+    def write_job(self, model: Path) -> Path:
+        """Write a job of one small image by a model, which runs with the real pipeline. Returns: the job file."""
+        self.use(None)
+        prompts, job_file = self.folder / "prompts.parquet", self.folder / "job.yaml"
+        pq.write_table(pa.table({"prompt": ["a"]}), prompts)
+        tree = {
+            "prompts": {"uri": str(prompts)},
+            "output": {"uri": str(self.output)},
+            "model": {"uri": str(model), "dtype": "float32"},
+            "sampling": {"width": 16, "height": 16, "num_inference_steps": 1, "t5_sequence_length": 8},
+            "failures": {"max_attempts": 1},
+        }
+        job_file.write_text(yaml.safe_dump(tree))
+        return job_file
 
     def flux_batch(self, *arguments: str) -> Said:
         """Run a command, and hold it to what every command must be."""

@@ -12,10 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,16 +35,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     box = Sandbox(tmp_path, monkeypatch)
-    box.use(None)
-    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "prompts.parquet")
-    tree = {
-        "prompts": {"uri": str(tmp_path / "prompts.parquet")},
-        "output": {"uri": str(box.output)},
-        "model": {"uri": str(tmp_path / "model"), "dtype": "float32"},
-        "sampling": {"width": 16, "height": 16, "num_inference_steps": 1, "t5_sequence_length": 8},
-        "failures": {"max_attempts": 1},
-    }
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+    box.write_job(tmp_path / "model")
     return box
 
 

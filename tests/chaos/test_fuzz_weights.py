@@ -6,11 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
@@ -58,16 +55,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, original: Path) -> Models:
     sandbox = Sandbox(tmp_path, monkeypatch)
-    sandbox.use(None)
-    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "prompts.parquet")
-    tree = {
-        "prompts": {"uri": str(tmp_path / "prompts.parquet")},
-        "output": {"uri": str(sandbox.output)},
-        "model": {"uri": str(tmp_path / "model"), "dtype": "float32"},
-        "sampling": {"width": 16, "height": 16, "num_inference_steps": 1, "t5_sequence_length": 8},
-        "failures": {"max_attempts": 1},
-    }
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+    sandbox.write_job(tmp_path / "model")
     return Models(sandbox, original)
 
 

@@ -49,12 +49,28 @@ def hold(tmp_path: Path) -> Hold:
     return Hold(tmp_path / "hold")
 
 
-def start_held(drive: Drive, job: Path, output: Path, hold: Hold) -> Driver:
+def start_held(drive: Drive, job: Path, hold: Hold) -> Driver:
     """Start a driver. Returns: it, in the middle of the sixth shard."""
     driver = drive(job, **hold.environment)
     hold.wait_for(driver.pid)
-    wait_for_commits(output, NUM_BEFORE)
+    wait_for_commits(job.parent / "out", NUM_BEFORE)
     return driver
+
+
+@pytest.fixture
+def paused(tmp_path: Path, drive: Drive, hold: Hold) -> Driver:
+    """A driver that is paused in the middle of the sixth shard, with a lease of a second."""
+    _, job = job_of(tmp_path, lease_ttl_s=1)
+    driver = start_held(drive, job, hold)
+    driver.send(signal.SIGSTOP)
+    return driver
+
+
+def wake(driver: Driver, hold: Hold) -> tuple[int, str]:
+    """Let a paused driver go on. Returns: its exit code and what it said."""
+    hold.release()
+    driver.send(signal.SIGCONT)
+    return driver.end()
 
 
 def test_of_two_drivers_started_together_one_runs_and_the_other_names_it(
@@ -91,20 +107,15 @@ def test_of_two_drivers_started_together_on_a_bucket_one_runs(
 
 
 def test_a_driver_that_was_paused_past_its_lease_stops_before_it_writes(
-    tmp_path: Path, drive: Drive, hold: Hold, whole: dict[str, bytes]
+    tmp_path: Path, drive: Drive, hold: Hold, paused: Driver, whole: dict[str, bytes]
 ) -> None:
-    _, job = job_of(tmp_path, lease_ttl_s=1)
     output = tmp_path / "out"
-    paused = start_held(drive, job, output, hold)
-    paused.send(signal.SIGSTOP)
-    follower = drive(job)
+    follower = drive(tmp_path / "job.yaml")
     code, err = follower.end()
     assert code == 0
     assert f":{paused.pid} gave no sign of life for 1 s; taking the run over" in err
     after = everything(output)
-    hold.release()
-    paused.send(signal.SIGCONT)
-    code, err = paused.end()
+    code, err = wake(paused, hold)
     assert code == 75
     assert f":{follower.pid} has taken this run over, since" in err
     assert everything(output) == after
@@ -112,17 +123,12 @@ def test_a_driver_that_was_paused_past_its_lease_stops_before_it_writes(
 
 
 def test_a_paused_driver_that_wakes_while_the_other_is_at_work_leaves_it_the_run(
-    tmp_path: Path, drive: Drive, hold: Hold, whole: dict[str, bytes]
+    tmp_path: Path, drive: Drive, hold: Hold, paused: Driver, whole: dict[str, bytes]
 ) -> None:
-    _, job = job_of(tmp_path, lease_ttl_s=1)
     output = tmp_path / "out"
-    paused = start_held(drive, job, output, hold)
-    paused.send(signal.SIGSTOP)
     hold_of_follower = Hold(tmp_path / "hold of follower")
-    follower = start_held(drive, job, output, hold_of_follower)
-    hold.release()
-    paused.send(signal.SIGCONT)
-    assert paused.end()[0] == 75
+    follower = start_held(drive, tmp_path / "job.yaml", hold_of_follower)
+    assert wake(paused, hold)[0] == 75
     assert len(commits(output)) <= NUM_BEFORE + 1  # the shard it had in hand: the same bytes, whoever commits them
     hold_of_follower.release()
     assert follower.end()[0] == 0
@@ -134,7 +140,7 @@ def test_after_a_kill_the_same_machine_goes_on_at_once(
 ) -> None:
     _, job = job_of(tmp_path, lease_ttl_s=600)
     output = tmp_path / "out"
-    killed = start_held(drive, job, output, hold)
+    killed = start_held(drive, job, hold)
     killed.send(signal.SIGKILL)  # and nobody reaps it: it stays in the table of processes
     done = {name: (output / "_run/commits" / name).stat().st_mtime_ns for name in commits(output)}
     code, err = drive(job).end()
@@ -150,7 +156,7 @@ def test_a_stopped_driver_keeps_what_is_done_and_gives_the_run_back(
 ) -> None:
     config, job = job_of(tmp_path, lease_ttl_s=600)
     output = tmp_path / "out"
-    driver = start_held(drive, job, output, hold)
+    driver = start_held(drive, job, hold)
     driver.stop(number)
     hold.release()
     code, err = driver.end()
@@ -170,7 +176,7 @@ def test_a_stopped_driver_keeps_what_is_done_and_gives_the_run_back(
 
 def test_a_second_signal_leaves_in_the_middle_of_a_shard(tmp_path: Path, drive: Drive, hold: Hold) -> None:
     _, job = job_of(tmp_path)
-    driver = start_held(drive, job, tmp_path / "out", hold)
+    driver = start_held(drive, job, hold)
     driver.stop()
     driver.send(signal.SIGTERM)
     code, err = driver.end()

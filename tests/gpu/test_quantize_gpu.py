@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from flux_batch import FluxImagePipeline
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, weight_bytes
 from flux_batch.model.optimize.quantize import apply_fp8, fp8_matmul, fp8_matmul_obstacle, to_fp8
-from flux_batch.model.params import AUTOENCODER, FluxParams
+from flux_batch.model.params import AUTOENCODER, DEV
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
 from helpers.tiny_flux import TinyFlux, make_tiny_repository
@@ -28,20 +29,13 @@ PRODUCTS = pytest.mark.skipif(
 PROMPTS, SEEDS = ["a cat", "A dog, 2 birds", "x"], [1, 2, 3]
 SMALL: dict[str, Any] = {"height": 64, "width": 96, "num_inference_steps": 4, "t5_sequence_length": 64}
 # A sixth of FLUX.1-dev's width and few of its blocks: large enough that activations are not lost among small change.
-MEDIUM = FluxParams(
-    in_channels=64,
-    out_channels=64,
-    vec_in_dim=768,
-    context_in_dim=4096,
+MEDIUM = replace(
+    DEV,
     hidden_size=512,
     mlp_hidden_dim=2048,
     num_heads=4,
     depth=3,
     depth_single_blocks=4,
-    axes_dim=(16, 56, 56),
-    theta=10_000,
-    qkv_bias=True,
-    guidance_embed=True,
 )
 
 

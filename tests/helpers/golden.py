@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flux_batch.model.params import AutoencoderParams, FluxParams
+from flux_batch.model import params
+from flux_batch.model.params import DEV
 
-FLUX = FluxParams(
-    in_channels=64,
-    out_channels=64,
+FLUX = replace(
+    DEV,
     vec_in_dim=32,
     context_in_dim=24,
     hidden_size=64,
@@ -23,20 +24,8 @@ FLUX = FluxParams(
     depth=2,
     depth_single_blocks=3,
     axes_dim=(4, 6, 6),
-    theta=10_000,
-    qkv_bias=True,
-    guidance_embed=True,
 )
-AUTOENCODER = AutoencoderParams(
-    in_channels=3,
-    out_ch=3,
-    channels=(32, 64, 128, 128),
-    num_res_blocks=2,
-    z_channels=16,
-    num_groups=32,
-    scale_factor=0.3611,
-    shift_factor=0.1159,
-)
+AUTOENCODER = replace(params.AUTOENCODER, channels=(32, 64, 128, 128))
 
 
 def u(name: str, shape: Sequence[int]) -> np.ndarray:

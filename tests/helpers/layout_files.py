@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flux_batch.model.checkpoint.diffusers_keys import transformer_to_diffusers
-from flux_batch.model.params import FluxParams
+from flux_batch.model.params import DEV, FluxParams
 from flux_batch.model.transformer import Flux
 
 State = dict[str, Tensor]
 Encode = Callable[[State], State]
 
 AXES_DIM = (4, 6, 6)
-PARAMS = FluxParams(
-    in_channels=64,
-    out_channels=64,
+PARAMS = replace(
+    DEV,
     vec_in_dim=32,
     context_in_dim=24,
     hidden_size=32,
@@ -33,9 +32,6 @@ PARAMS = FluxParams(
     depth=1,
     depth_single_blocks=2,
     axes_dim=AXES_DIM,
-    theta=10_000,
-    qkv_bias=True,
-    guidance_embed=True,
 )
 COMFY_PREFIX = "model.diffusion_model."
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flux_batch.demo.train.tokenizers import CLIP_LENGTH, write_json
+from flux_batch.model import params as model_params
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint import diffusers_keys
 from flux_batch.model.checkpoint.diffusers_keys import autoencoder_to_diffusers, transformer_to_diffusers
-from flux_batch.model.params import AutoencoderParams, FluxParams, ScheduleParams
+from flux_batch.model.params import DEV, AutoencoderParams, FluxParams, ScheduleParams
 from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import Flux
 
@@ -26,9 +28,8 @@ from flux_batch.model.transformer import Flux
 _DIFFUSERS_VERSION = "0.30.0"
 CLIP_WIDTH, _CLIP_HEADS, _CLIP_LAYERS = 128, 2, 2
 T5_WIDTH, _T5_HEADS, _T5_LAYERS = 128, 4, 3
-TRANSFORMER = FluxParams(
-    in_channels=64,
-    out_channels=64,
+TRANSFORMER = replace(
+    DEV,
     vec_in_dim=CLIP_WIDTH,
     context_in_dim=T5_WIDTH,
     hidden_size=256,
@@ -36,21 +37,8 @@ TRANSFORMER = FluxParams(
     num_heads=2,  # of 128, as in FLUX.1: rotary axes and attention kernels are then the real ones
     depth=1,
     depth_single_blocks=5,
-    axes_dim=(16, 56, 56),
-    theta=10_000,
-    qkv_bias=True,
-    guidance_embed=True,
 )
-AUTOENCODER = AutoencoderParams(
-    in_channels=3,
-    out_ch=3,
-    channels=(32, 32, 64, 64),
-    num_res_blocks=1,
-    z_channels=16,
-    num_groups=8,
-    scale_factor=0.3611,
-    shift_factor=0.1159,
-)
+AUTOENCODER = replace(model_params.AUTOENCODER, channels=(32, 32, 64, 64), num_res_blocks=1, num_groups=8)
 
 
 def write_model(
