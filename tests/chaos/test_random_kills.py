@@ -51,7 +51,7 @@ class Size:
         return self.workers + self.drivers + self.raylets
 
 
-SHORT = Size(num_images=64, shard_size=16, workers=4, drivers=2, raylets=2, seed=1)
+SHORT = Size(num_images=32, shard_size=8, workers=2, drivers=1, raylets=1, seed=1)
 LONG = Size(num_images=600, shard_size=20, workers=120, drivers=40, raylets=40, seed=2026)
 
 

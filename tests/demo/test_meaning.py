@@ -7,8 +7,7 @@ test-long` runs it.
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +33,14 @@ from flux_batch.storage.store import Store
 from helpers.job_files import make_job, metadata
 
 HELD_OUT = list(captions(200, SCORED_SEED, held_out=True))
-SOME = HELD_OUT[:32]
+SOME = HELD_OUT[:16]
 BATCH = 8
-SETTINGS: dict[str, Any] = {"width": 128, "height": 128, "num_inference_steps": 20, "t5_sequence_length": 64}
+SETTINGS: dict[str, Any] = {"width": 128, "height": 128, "num_inference_steps": 12, "t5_sequence_length": 64}
 # What a lossy mode may cost, in points of 100.
 MOST_LOST = 0.03
 
-pytestmark = pytest.mark.timeout(400)
-
-
 # Strict: the day the model has seen enough of it, this says so.
 seldom_seen = pytest.mark.xfail(strict=True, reason="of the images the model was trained on, 12 % were that large")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_cores() -> Iterator[None]:
-    """Compute on every core: these models are too large for the one thread that other tests have."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +74,14 @@ def test_guidance_1_shows_less(pipeline: FluxImagePipeline, images: list[Image.I
 
 def test_a_negative_colour_goes_away(pipeline: FluxImagePipeline) -> None:
     without_colour = ["a large star in the centre", "a picture of a huge square", "a triangle left of a ring"]
-    same: dict[str, Any] = SETTINGS | {"prompt": without_colour * 10, "seed": list(range(30)), "cfg_scale": 3.0}
+    same: dict[str, Any] = SETTINGS | {"prompt": without_colour * 4, "seed": list(range(12)), "cfg_scale": 3.0}
 
     plain, without_red = (
         sum(colour_share(image, "red") > 0.01 for image in pipeline(**same, negative_prompt=negative))
         for negative in ("", "something red")
     )
 
-    assert plain >= 4
+    assert plain >= 2
     assert without_red < 0.5 * plain
 
 
@@ -107,9 +94,9 @@ def test_other_sizes_show_their_captions(pipeline: FluxImagePipeline, size: tupl
 
 
 def test_batches_change_no_fact(pipeline: FluxImagePipeline, images: list[Image.Image]) -> None:
-    one_by_one = list(render(pipeline, SOME[:8], 1, SETTINGS))
+    one_by_one = list(render(pipeline, SOME[:4], 1, SETTINGS))
 
-    assert score_all(SOME[:8], one_by_one).facts == score_all(SOME[:8], images[:8]).facts
+    assert score_all(SOME[:4], one_by_one).facts == score_all(SOME[:4], images[:4]).facts
 
 
 @pytest.mark.long
@@ -177,7 +164,7 @@ def test_the_lora_makes_blueprints_and_leaves_no_trace(pipeline: FluxImagePipeli
 
 
 def test_four_steps_are_enough_for_most_facts(pipeline: FluxImagePipeline, images: list[Image.Image]) -> None:
-    scores = score_model(pipeline, SOME[:16], BATCH, SETTINGS | {"num_inference_steps": 4})
+    scores = score_model(pipeline, SOME, BATCH, SETTINGS | {"num_inference_steps": 4})
 
     assert scores.share() >= 0.6, str(scores)
 

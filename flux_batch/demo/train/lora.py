@@ -24,7 +24,7 @@ from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.sampling import pack
 
 _SIDE = 128
-_NUM_IMAGES = 768
+NUM_IMAGES = 768
 _RANK = 4
 _RATE = 4e-3
 _BLUE, _LINE, _WHITE = (24.0, 62.0, 140.0), (58.0, 98.0, 172.0), (236.0, 242.0, 252.0)
@@ -102,7 +102,7 @@ def to_peft(layers: nn.ModuleDict) -> dict[str, Tensor]:
 def _blueprint_pool(folder: Path, autoencoder: AutoEncoder, seed: int, device: torch.device) -> Pool:
     """Return scenes and the latents of their blueprints, drawn or loaded."""
     rng = random.Random(f"{seed} blueprint")
-    scenes = [training_scene(rng) for _ in range(_NUM_IMAGES)]
+    scenes = [training_scene(rng) for _ in range(NUM_IMAGES)]
     path = folder / "latents-blueprint.pt"
     if path.exists():
         return Pool(_SIDE, _SIDE, scenes, torch.load(path, weights_only=True))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from flux_batch.demo.paths import demo_model_folder
 from flux_batch.demo.train import __main__ as program
-from flux_batch.demo.train import flow
+from flux_batch.demo.train import flow, lora
 from flux_batch.demo.train.autoencoder import fold_statistics, images, make_autoencoder
 from flux_batch.demo.train.flow import initialise
 from flux_batch.demo.train.latents import token_weights
@@ -81,6 +81,7 @@ def test_a_lora_has_the_names_of_diffusers_and_splits_fused_layers() -> None:
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow, "TOKENS_A_STEP", 4 * 64)
+    monkeypatch.setattr(lora, "NUM_IMAGES", 8)
 
 
 def test_training_resumes_and_writes_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from flux_batch.demo.world.captions import captions as say
 from flux_batch.demo.world.drawing import draw
 from flux_batch.demo.world.scorer import Fact, Kind, score, score_all
 
-CAPTIONS = [*say(60, seed=11), *say(60, seed=12, held_out=True)]
+CAPTIONS = [*say(36, seed=11), *say(36, seed=12, held_out=True)]
 
 
 @pytest.mark.parametrize("size", [(128, 128), (192, 128), (128, 192), (160, 160), (96, 96), (256, 256), (100, 160)])
@@ -52,7 +52,7 @@ def test_one_wrong_word_is_one_fact_that_does_not_hold(kind: Kind) -> None:
         if wrong := with_one_wrong(caption, kind, rng):
             found.append([fact.kind for fact in score(wrong, image) if not fact.holds] == [kind])
 
-    assert len(found) >= 20
+    assert len(found) >= 10
     assert sum(found) >= 0.99 * len(found)
 
 
