@@ -39,7 +39,7 @@ demo: $(VENV)/run.stamp ## render the demo prompts with the demo model on two wo
 	$(BIN)/flux-batch gallery out/demo
 
 test: $(VENV)/dev.stamp ## run the tests
-	$(PYTEST) -n 3 --dist loadfile
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/dev.stamp ## run the tests that start no Ray, no S3 server and no compiler
 	$(PYTEST) -n auto --dist loadfile -m "$(FAST)"

@@ -28,6 +28,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # A shell that starts the suite in its background lets it ignore SIGINT, and so would every process that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+SLOW_FOLDERS = frozenset({"chaos", "demo", "train"})
 S3_FIXTURES = frozenset({"moto", "rclone", "s3_store"})
 S3_SERVERS = [pytest.param(name, marks=pytest.mark.s3) for name in ("moto", "rclone")]
 
@@ -36,6 +37,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark a test that starts an S3 server, by the fixtures it asks for itself or through others."""
     if not S3_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
         item.add_marker(pytest.mark.s3)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files that take minutes first: begun last, one of them would keep a single core busy at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("compiled")}
+    items.sort(key=lambda item: not (item.path in slow or item.path.parent.name in SLOW_FOLDERS))
 
 
 @pytest.fixture(scope="session")
