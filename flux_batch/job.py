@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.config.text import fill_in_dates, parse_moment, read_tree
+from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted, JobError, StoreError
 from flux_batch.output.lease import Lease
@@ -130,8 +131,6 @@ def _on_this_machine(
         check_job_image(config.sampling.input_image, config.prompts.storage_options)
     if engine is not None:
         return config
-    from flux_batch.engine.ray_cluster import has_gpu, joins_cluster
-
     if joins_cluster():
         return config
     workers = config.workers
@@ -160,6 +159,8 @@ def _render(engine: Engine, factory: WorkerFactory, todo: Sequence[Shard], stop:
 
 def ray_pool(config: JobConfig) -> Engine:
     """Return the engine that the `workers` section describes."""
+    if not joins_cluster():
+        keep_environment()
     from flux_batch.engine.ray_pool import RayPool
 
     workers = config.workers

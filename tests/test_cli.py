@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -158,7 +159,7 @@ def test_download_fills_the_cache_from_an_address(
 def test_sigterm_ends_a_run_with_75_and_the_same_command_goes_on(tmp_path: Path, drive: Drive) -> None:
     config = make_job(
         tmp_path,
-        [{"prompt": f"image {number}" + (" [hold]" if number == 4 else "")} for number in range(12)],
+        [{"prompt": f"image {number}" + {4: " [hold]", 11: 90 * " long"}.get(number, "")} for number in range(12)],
         model={"uri": "demo"},
         sampling={"width": 64, "height": 64, "num_inference_steps": 4, "t5_sequence_length": 32},
         workers={"max": 1, "num_cpus": 1},
@@ -172,7 +173,12 @@ def test_sigterm_ends_a_run_with_75_and_the_same_command_goes_on(tmp_path: Path,
     assert code == 75
     assert re.search("stopped by SIGTERM: [12] of 3 shards are committed; run the same command again", err)
 
-    # On with the model itself, where the fake one left off.
+    # On with the model itself, where the fake one left off, as who has set nothing would, with a long TMPDIR.
     command = [sys.executable, "-m", "flux_batch", "run", str(job)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(folder), "TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment)
     assert (finished.returncode, "12 images, 0 failed" in finished.stdout) == (0, True), finished.stderr
+    assert [line for line in finished.stderr.splitlines() if re.search(r"warning|pid=|\.py:", line, re.I)] == []

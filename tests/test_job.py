@@ -9,7 +9,6 @@ from PIL import Image
 from flux_batch import job
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.download.revision import model_revision
-from flux_batch.engine import ray_cluster
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, Interrupted, JobError, PlanMismatch, SourceError, StoreRefused
@@ -100,7 +99,7 @@ class TestOnThisMachine:
     @pytest.fixture(autouse=True)
     def no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        monkeypatch.setattr(ray_cluster, "has_gpu", lambda: False)
+        monkeypatch.setattr(job, "has_gpu", lambda: False)
 
     @pytest.mark.parametrize(("num_gpus", "is_said"), [(1, True), (0, False)])
     def test_runs_on_the_cpu_and_says_so_in_one_line(

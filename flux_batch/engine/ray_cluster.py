@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from flux_batch.engine.ray_local import joins_cluster, local_options
 from flux_batch.errors import Interrupted
 
 log = logging.getLogger(__name__)
@@ -29,36 +29,19 @@ _NODE_TIMEOUT_S = 3.0
 def connect(max_workers: int, num_gpus: float) -> None:
     """Connect to Ray unless this process is connected; a local cluster without GPUs gets logical ones.
 
-    Raises: Interrupted if no cluster answers at RAY_ADDRESS.
+    Raises: Interrupted if no cluster answers at RAY_ADDRESS; JobError if that is a job server.
     """
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-    if address := os.environ.get("RAY_ADDRESS"):
-        check_reachable(address)
+    if joins_cluster():
+        check_reachable(os.environ["RAY_ADDRESS"])
     else:
-        options |= {"address": "local", "include_dashboard": False}
-        if not has_gpu():
-            options["num_gpus"] = max_workers * num_gpus
+        options |= local_options(max_workers * num_gpus)
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(**options)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # ray.init replaces the handler of the program
-
-
-def joins_cluster() -> bool:
-    """Return whether `connect` uses a cluster that is there; otherwise it starts one on this machine."""
-    return ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
-
-
-def has_gpu() -> bool:
-    """Return whether this machine has a GPU that its processes may see.
-
-    Linux shows NVIDIA's GPUs as /dev/nvidia0 and so on, or as /dev/dxg under Windows, and AMD's as /dev/kfd.
-    """
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
-        return False
-    return any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd"))
 
 
 def gcs_address() -> str:

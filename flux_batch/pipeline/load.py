@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from flux_batch.config.schema import ModelConfig
@@ -62,7 +63,12 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
 
 
 def prepare_process(pipeline: FluxImagePipeline) -> None:
-    """Set this process up for a loaded pipeline: on a CPU, keep the memory that one step has freed for the next."""
+    """Set this process up for a loaded pipeline.
+
+    Prompts that are cut are not warned of, since each image's record says it. On a CPU, the memory that one step has
+    freed is kept for the next.
+    """
+    warnings.filterwarnings("ignore", "a prompt is longer than", UserWarning)
     if pipeline.device.type == "cpu":
         keep_freed_memory()
 

@@ -1,5 +1,3 @@
-import fnmatch
-import glob
 import time
 
 import pytest
@@ -21,27 +19,6 @@ def test_an_address_where_no_cluster_answers_is_said_at_once(monkeypatch: pytest
 @pytest.mark.parametrize("address", ["auto", "local", "ray://127.0.0.1:1"])
 def test_addresses_of_other_kinds_are_left_to_ray(address: str) -> None:
     check_reachable(address)
-
-
-@pytest.mark.parametrize(
-    ("device", "visible", "expected"),
-    [
-        ("/dev/nvidia0", None, True),
-        ("/dev/nvidia0", "0,1", True),
-        ("/dev/nvidia0", "", False),
-        ("/dev/nvidiactl", None, False),
-        ("/dev/dxg", None, True),
-        (None, None, False),
-    ],
-)
-def test_a_gpu_is_one_that_this_process_may_see(
-    monkeypatch: pytest.MonkeyPatch, device: str | None, visible: str | None, expected: bool
-) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(glob, "glob", lambda pattern: fnmatch.filter([device] if device else [], pattern))
-    assert ray_cluster.has_gpu() is expected
 
 
 def test_a_cluster_that_stays_away_ends_the_run_with_75(monkeypatch: pytest.MonkeyPatch) -> None:

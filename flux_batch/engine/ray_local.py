@@ -1,0 +1,122 @@
+"""The Ray cluster that a run starts on its own machine: when it does, and with which settings.
+
+Imports no Ray, so that what Ray reads from the environment when it is imported can be set before.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+from flux_batch.errors import JobError
+
+# Images never pass through the object store: it holds the worker factory. Ray takes no less than 75 MiB.
+_OBJECT_STORE_BYTES = 80 << 20
+_SHARED_MEMORY = "/dev/shm"
+_SHORT_TEMP_DIR = "/tmp/ray"
+# The bytes of a socket's path, without its end: sockaddr_un in unix(7), and in macOS.
+_MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
+_LONGEST_SOCKET = "/ray/session_2026-11-29_14-06-08_553668_4194304/sockets/plasma_store"
+
+
+def joins_cluster() -> bool:
+    """Return whether a run uses a Ray cluster that is there; otherwise it starts one on this machine.
+
+    Raises: JobError if RAY_ADDRESS is the address of a job server.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith(("http://", "https://")):
+        raise JobError(
+            f"RAY_ADDRESS = {address} is a job server, which takes jobs by jobs/submit.sh or `ray job submit`; unset "
+            "it to run the job here, or set it to the cluster itself, as in head:6379"
+        )
+    ray = sys.modules.get("ray")
+    return bool(address) or (ray is not None and ray.is_initialized())
+
+
+def has_gpu() -> bool:
+    """Return whether this machine has a GPU that its processes may see.
+
+    Linux shows NVIDIA's GPUs as /dev/nvidia0 and so on, or as /dev/dxg under Windows, and AMD's as /dev/kfd.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return False
+    return any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd"))
+
+
+def keep_environment() -> None:
+    """Keep workers on this machine in the environment of the driver; call it before Ray is imported.
+
+    Under `uv run` Ray would copy the working folder and build the environment again for each worker.
+    """
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+
+def local_options(num_gpus: float) -> dict[str, Any]:
+    """Return the arguments of ray.init for a cluster on this machine, with logical GPUs where there are no others.
+
+    Raises: JobError if RAY_TMPDIR is too long.
+    """
+    options: dict[str, Any] = {
+        "address": "local",
+        "include_dashboard": False,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "_temp_dir": _folder(),
+    }
+    if not has_gpu():
+        options["num_gpus"] = num_gpus
+    if _free_shared_memory() < _OBJECT_STORE_BYTES:
+        options["_plasma_directory"] = str(_existing(options["_temp_dir"]))
+    _settle_token()
+    return options
+
+
+def _folder() -> str:
+    """Return the folder for Ray's files: its default, unless that is too long for the sockets in it."""
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "")
+    folder = os.environ.get(name, "/tmp")
+    if len(os.fsencode(folder + _LONGEST_SOCKET)) <= _MAX_SOCKET_PATH:
+        return os.path.join(folder, "ray")
+    if name == "RAY_TMPDIR":
+        longest = _MAX_SOCKET_PATH - len(_LONGEST_SOCKET)
+        raise JobError(f"RAY_TMPDIR = {folder}: must have at most {longest} bytes, for the sockets in it")
+    return _SHORT_TEMP_DIR
+
+
+def _existing(folder: str) -> Path:
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _free_shared_memory() -> int:
+    """Return the free bytes of shared memory; more than enough on systems that have it elsewhere."""
+    try:
+        usage = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return sys.maxsize
+    return usage.f_bavail * usage.f_bsize
+
+
+def _settle_token() -> None:
+    """Make a token for this run where Ray cannot keep one in the home folder.
+
+    Ray keeps other users off the cluster by a token in ~/.ray, with a warning that there is nothing to do about.
+    """
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    given = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if any(os.environ.get(name) for name in given):
+        return
+    token = Path.home() / ".ray" / "auth_token"
+    try:
+        token.parent.mkdir(parents=True, exist_ok=True)
+        is_writable = token.exists() or os.access(token.parent, os.W_OK)
+    except OSError:
+        is_writable = False
+    if not is_writable:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
