@@ -216,7 +216,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         _print(format_verdict(verdict))
         if arguments.repair and verdict.problems:
             broken = repair(run.store, verdict)
-            _print(f"repaired; {len(broken)} shards are to be made again: run the job")
+            _print(f"repaired; {len(broken)} shards are missing now: run the job to make them again")
     return verdict.exit_code
 
 

@@ -188,7 +188,7 @@ def _column_names(batch: _ColumnBatch) -> list[str]:
         return list(batch.column_names)
     if isinstance(batch, dict):
         return list(batch)
-    raise SourceError(f"the batch is a {type(batch).__name__}: take batch_format 'numpy' or 'pyarrow'")
+    raise SourceError(f"the batch is a {type(batch).__name__}: use batch_format 'numpy' or 'pyarrow'")
 
 
 def rows_of(batch: _ColumnBatch, names: Collection[str]) -> list[dict[str, Any]]:

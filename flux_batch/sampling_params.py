@@ -111,12 +111,13 @@ def check_quantization(value: str, dtype: str) -> None:
     check_choice("quantization", value, get_args(Quantization))
     if value == "fp8_matmul" and dtype not in ("bfloat16", "auto"):
         raise InvalidSetting(
-            f"quantization = fp8_matmul: products in fp8 give bfloat16, not {dtype}; take bfloat16, or fp8 alone",
+            f"quantization = fp8_matmul: products in fp8 give bfloat16, not {dtype}; use dtype bfloat16, "
+            "or quantization fp8",
             field="quantization",
         )
     if value == "bfloat16" and dtype not in ("float32", "auto"):
         raise InvalidSetting(
-            f"quantization = bfloat16: saves nothing in a model of {dtype}; take dtype float32, or quantization none",
+            f"quantization = bfloat16: saves nothing in a model of {dtype}; use dtype float32, or quantization none",
             field="quantization",
         )
 

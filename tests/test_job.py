@@ -246,7 +246,7 @@ def test_new_prompt_files_are_taken_in_and_nothing_else_is_touched(tmp_path: Pat
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/train").rglob("*") if path.is_file()}
 
     folder_job(tmp_path, "a-tuesday")
-    with pytest.raises(PlanMismatch, match=r"a-tuesday\.parquet: is new; --extend takes it in"):
+    with pytest.raises(PlanMismatch, match=r"a-tuesday\.parquet: is new; --extend adds it"):
         render(config)
     report = extend(config)
 

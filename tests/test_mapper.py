@@ -190,7 +190,7 @@ def test_wrong_columns_are_refused_in_one_sentence(
 
 
 def test_another_kind_of_batch_is_refused_in_one_sentence() -> None:
-    with pytest.raises(SourceError, match="take batch_format 'numpy' or 'pyarrow'"):
+    with pytest.raises(SourceError, match="use batch_format 'numpy' or 'pyarrow'"):
         mapper()([{"prompt": "a"}])  # type: ignore[arg-type]
 
 

@@ -74,7 +74,7 @@ def bench_job(
     for package in ["ray"] * (engine == "ray" or "ray-data" in against) + ["diffusers"] * ("ray-data" in against):
         if importlib.util.find_spec(package) is None:
             raise JobError(
-                f"bench job: {package} is not installed; install it, or take --engine local without --against"
+                f"bench job: {package} is not installed; install it, or use --engine local without --against"
             )
     size = size.here(engine, source.device)
     contenders: dict[str, Callable[[Task], dict[str, Any]]] = {"bare loops": _bare_loops, "job": _whole_job}

@@ -32,7 +32,7 @@ _NUMBERS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with a limit on merge keys, without double keys, and with the numbers of YAML 1.2.
+    """PyYAML's safe loader without double keys, with few merge keys and YAML 1.2's numbers.
 
     YAML 1.1 takes 0123 for 83, 12:30:45 for 45045 and 1e-2 for a text.
     """

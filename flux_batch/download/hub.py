@@ -169,7 +169,7 @@ def list_modelscope(repository: str, revision: str = "master", token: str | None
         )
     except (KeyError, TypeError, ValueError) as error:
         reason = answer.get("Message") if isinstance(answer, dict) else None
-        raise ValueError(f"{page}: the hub gave no list of files: {reason or 'another answer'}") from error
+        raise ValueError(f"{page}: the hub returned no list of files: {reason or 'another answer'}") from error
     return Repository(repository, page, headers, files)
 
 

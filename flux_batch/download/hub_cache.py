@@ -61,7 +61,7 @@ def fetch_repository(hub: HubUri, listing: Listing, folder: str) -> Path:
     """
     names = {file: f"{folder}/{file.name}".lstrip("/") for file in listing.files}
     cache = huggingface_cache()
-    with translated(str(cache), "keep a copy (HF_HUB_CACHE names another place)"):
+    with translated(str(cache), "keep a copy (HF_HUB_CACHE sets another folder)"):
         cache.mkdir(parents=True, exist_ok=True)
         repository_cache_dir(hub).mkdir(parents=True, exist_ok=True)
     present = {file.name for file, name in names.items() if cached_file(hub.repository, name, listing.commit)}

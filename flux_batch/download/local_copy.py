@@ -105,7 +105,7 @@ def local_copy(
     found = current_snapshot(cache_dir)
     if found and not refresh:
         return found
-    with translated(str(cache_dir), "keep a copy (FLUX_BATCH_CACHE names another place)"):
+    with translated(str(cache_dir), "keep a copy (FLUX_BATCH_CACHE sets another folder)"):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with locked(cache_dir / LOCK, f"fetches {cache_dir.name}"):
             current = current_snapshot(cache_dir)

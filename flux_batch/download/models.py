@@ -85,7 +85,7 @@ def download_models(
 def _download_model(name: str, hubs: Sequence[str], folder: Path, token: str | None) -> Path:
     """Download one model into `folder` from the first hub that can be reached."""
     if name not in _PRESETS and not is_repository_name(name):
-        raise CheckpointError(f"{name}: no such model; known are {', '.join(_PRESETS)}, or name it owner/repository")
+        raise CheckpointError(f"{name}: no such model; there are {', '.join(_PRESETS)}, or name it owner/repository")
     if is_filled(folder) or _is_filled_by_others(folder, name):
         return folder
     unreachable: list[str] = []

@@ -40,7 +40,7 @@ def model_revision(uri: str, storage_options: Mapping[str, Any] | None = None) -
         with source_errors():
             return _revision(uri, storage_options or {})
     except (FluxBatchError, OSError, TypeError) as error:  # the last for options that a storage does not know
-        log.debug("the revision of the model cannot be told: %s", error)
+        log.debug("the revision of the model cannot be determined: %s", error)
         return None
 
 

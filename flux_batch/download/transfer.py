@@ -169,7 +169,7 @@ def check_room(folder: Path, num_bytes: int, uri: str, *, variable: str = "FLUX_
     if num_bytes > 0 and num_bytes + SPARE_BYTES > free:
         raise StoreRefused(
             f"{folder}: {uri} needs {num_bytes / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free on this disk; "
-            f"make room, or name a folder on a larger one ({variable} is that of the cache)"
+            f"make room, or choose a folder on a larger one ({variable} sets that of the cache)"
         )
 
 

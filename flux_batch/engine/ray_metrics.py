@@ -24,15 +24,15 @@ WORKER_COUNTERS = {
     "stage_seconds": ("seconds spent in a stage; stages run side by side", "stage"),
 }
 WORKER_GAUGES = {
-    "encode_queue": "images that wait to be encoded, or are",
-    "stage_queue": "batches that wait to be staged, or are",
+    "encode_queue": "images waiting to be encoded, or being encoded",
+    "stage_queue": "batches waiting to be staged, or being staged",
 }
 # The gauges of the driver, about all workers.
 POOL_GAUGES = {
     "shards_waiting": "shards that no worker has begun",
-    "shards_in_hand": "shards that workers have in hand",
+    "shards_in_hand": "shards that workers are making",
     "workers_up": "workers that have loaded the model",
-    "workers_wanted": "workers that are up or asked for",
+    "workers_wanted": "workers that run or are requested",
 }
 
 

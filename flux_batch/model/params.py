@@ -141,7 +141,7 @@ def flux_params(shapes: Shapes, config: Config) -> FluxParams:
         raise ValueError(f"axes_dims_rope in its config.json is {axes_dim!r}, should be a list of whole numbers")
     if not axes_dim:
         raise ValueError(
-            f"the rotary axes of a transformer with head size {head_dim} cannot be told from its weights: "
+            f"the rotary axes of a transformer with head size {head_dim} cannot be derived from its weights: "
             "put a config.json with axes_dims_rope beside them"
         )
     if head_dim > hidden_size:

@@ -164,7 +164,7 @@ def load_tokenizer(kind: Any, home: Path, name: str) -> Any:
             # Without its files transformers would make an empty tokenizer, for which all prompts are the same.
             if not any(all((folder / file).is_file() for file in files) for files in _TOKENIZER_FILES[kind]):
                 needed = " or ".join(" and ".join(files) for files in _TOKENIZER_FILES[kind])
-                raise ValueError(f"{folder} is no tokenizer: it lacks {needed}")
+                raise ValueError(f"{folder} is not a tokenizer: it lacks {needed}")
             try:
                 tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
             except Exception as error:  # tokenizers raises Exception itself

@@ -53,7 +53,7 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
     )
     if native := slow_dtype(pipeline.device, pipeline.torch_dtype):
         log.warning(
-            "%s has no instructions for %s: images take several times as long as in %s, which dtype auto takes",
+            "%s has no instructions for %s: images take several times as long as in %s, which dtype auto uses",
             pipeline.device,
             model.dtype,
             native,

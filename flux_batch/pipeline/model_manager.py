@@ -58,7 +58,7 @@ class ModelManager:
     holds fp8) and multiplies in `torch_dtype`; `fp8_matmul` multiplies the transformer's in fp8 as well, with bfloat16
     only, on an NVIDIA GPU of Ada, Hopper or later, or, slowly and for the same images, on the CPU.
     Raises: CheckpointError for a file that is missing, damaged, incomplete or of a layout that is not supported;
-    InvalidSetting for a device that is not there, or has no products in fp8.
+    InvalidSetting for a device that is not there, or cannot multiply in fp8.
     """
 
     def __init__(
@@ -78,7 +78,9 @@ class ModelManager:
         self.quantization = quantization
         check_quantization(quantization, dtype_name(self.torch_dtype))
         if quantization == "fp8_matmul" and (obstacle := fp8_matmul_obstacle(self.device)):
-            raise InvalidSetting(f"quantization = {quantization}: {obstacle}; take fp8", field="quantization")
+            raise InvalidSetting(
+                f"quantization = {quantization}: {obstacle}; use quantization fp8", field="quantization"
+            )
         self.transformer: Flux | None = None
         self.schedule: ScheduleParams | None = None
         self.autoencoder: AutoEncoder | None = None

@@ -16,7 +16,7 @@ from flux_batch.images import to_rgb
 def check_finite(pixels: Tensor) -> None:
     """Raise RowError if an image holds NaN or infinity, which uint8 would turn into black."""
     if not torch.isfinite(pixels).all():
-        raise RowError(f"the model overflowed in {str(pixels.dtype).removeprefix('torch.')}: take bfloat16 or float32")
+        raise RowError(f"the model overflowed in {str(pixels.dtype).removeprefix('torch.')}: use bfloat16 or float32")
 
 
 def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:

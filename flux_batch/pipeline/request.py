@@ -161,5 +161,5 @@ def resolve_aliases(aliases: Mapping[str, Any], arguments: Iterable[str]) -> dic
         if name not in _CALL_ALIASES:
             names = [name for name in arguments if name not in ("aliases", "return")] + list(_CALL_ALIASES)
             hint = _INSTEAD.get(name) or did_you_mean(name, names) or f"; there are {', '.join(sorted(names))}"
-            raise InvalidSetting(f"{name} is no argument of the pipeline{hint}", field=name)
+            raise InvalidSetting(f"{name} is not an argument of the pipeline{hint}", field=name)
     return {_CALL_ALIASES[name]: value for name, value in aliases.items()}

@@ -50,5 +50,5 @@ def _size_of(model: ModelConfig) -> int:
     except (NotFound, StoreRefused):
         raise
     except StoreError as error:
-        log.debug("%s: cannot be looked at: %s", model.uri, error)
+        log.debug("%s: cannot be read: %s", model.uri, error)
         return 0

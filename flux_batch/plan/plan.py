@@ -168,7 +168,7 @@ def check_same_job(saved: JobConfig, config: JobConfig) -> None:
     changed = [f"  {key}: {before.get(key)!r} -> {now[key]!r}" for key in now if before.get(key) != now[key]]
     if changed:
         raise PlanMismatch(
-            f"{config.output.uri}: this output holds a run of another job; take another output.uri, or undo:\n"
+            f"{config.output.uri}: this output holds a run of another job; use another output.uri, or undo:\n"
             + "\n".join(changed)
         )
 
@@ -179,7 +179,7 @@ def _check_fits(plan: Plan, num_new: int, passthrough: pa.Schema) -> None:
     if shard_name(0, num_shards) != shard_name(0, len(plan.shards)):
         raise PlanMismatch(
             f"{num_new} new shards make {num_shards}, and the names of the {len(plan.shards)} that are there are too "
-            "short for so many: take another output.uri for the new files"
+            "short for so many: use another output.uri for the new files"
         )
     for field in plan.passthrough:
         new = passthrough.field(field.name).type
@@ -216,6 +216,8 @@ def _check_same_files(planned: dict[str, tuple[int, str]], found: dict[str, Prom
         for name, (size, version) in planned.items()
         if name in found and (found[name].size, found[name].version) != (size, version)
     ]
-    added = [] if new_files else [f"  {name}: is new; --extend takes it in" for name in found if name not in planned]
+    added = [] if new_files else [f"  {name}: is new; --extend adds it" for name in found if name not in planned]
     if differences + added:
-        raise PlanMismatch("the prompts are not those of the run that is there:\n" + "\n".join(differences + added))
+        raise PlanMismatch(
+            "the prompts differ from those of the run in this output:\n" + "\n".join(differences + added)
+        )

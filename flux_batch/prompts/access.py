@@ -95,7 +95,7 @@ class ImageAccess:
         return InputImage(name=name, uri=uri)
 
     def _is_of_data(self, scheme: str) -> bool:
-        """Return whether the data set lies in a store of this kind, which its storage options are for."""
+        """Return whether the data set lies in a store of this kind. Its storage options are for that store."""
         return bool(self._scheme) and (scheme == self._scheme or {scheme, self._scheme} <= set(_S3))
 
     @cached_property

@@ -46,7 +46,7 @@ def image_of_bytes(data: bytes) -> InputImage:
 
 
 def spilled(image: InputImage, folder: Path) -> InputImage:
-    """Return an image whose bytes are written to a file in `folder` and no longer kept in memory."""
+    """Return an image with its bytes in a file in `folder`, no longer in memory."""
     if not image.data:
         return image
     path = folder / f"input-{image.name.rpartition(':')[2]}"

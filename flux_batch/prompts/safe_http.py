@@ -74,7 +74,7 @@ def is_public(address: IpAddress) -> bool:
 
 
 def check_url(url: str) -> SplitResult:
-    """Raise RowError unless `url` is a plain HTTP(S) address, without a user or password that would be written down."""
+    """Raise RowError unless `url` is a plain HTTP(S) address, without user or password."""
     try:
         parts = urlsplit(url)
         has_host = bool(parts.hostname)

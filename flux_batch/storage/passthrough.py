@@ -45,7 +45,7 @@ def portable(kind: pa.DataType) -> pa.DataType:
         return pa.decimal128(kind.precision, kind.scale)
     if types.is_null(kind) or types.is_decimal(kind) or (types.is_primitive(kind) and not types.is_interval(kind)):
         return kind
-    raise ValueError(f"{kind} cannot be carried along")
+    raise ValueError(f"{kind} cannot be passed through")
 
 
 def is_text(kind: pa.DataType) -> bool:

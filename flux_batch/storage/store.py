@@ -246,7 +246,7 @@ class Store:
         except FileExistsError:
             if self._is_file(key):
                 raise
-            raise ConnectionError("the key was refused as taken, and it is free") from None
+            raise ConnectionError("the store refused the key as taken, but it is free") from None
 
     def _send(self, key: str, data: bytes | Path, *, mode: str) -> None:
         try:
@@ -288,7 +288,7 @@ class Store:
             except FileNotFoundError as error:
                 # The end of a run, and the removal of staged images, take such files and empty folders for those of a
                 # dead process; this one is alive, and writes again.
-                raise ConnectionError("the file was swept away before it had its name") from error
+                raise ConnectionError("the file was removed before it was renamed") from error
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -133,7 +133,8 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("model.quantization=nf4", "known are none, bfloat16, fp8, fp8_matmul"),
         (
             "model={uri: demo, dtype: float16, quantization: fp8_matmul}",
-            "model.quantization = fp8_matmul: products in fp8 give bfloat16, not float16; take bfloat16, or fp8 alone",
+            "model.quantization = fp8_matmul: products in fp8 give bfloat16, not float16; use dtype bfloat16, "
+            "or quantization fp8",
         ),
         ("model.step_cache=-0.1", "model.step_cache = -0.1: must be a finite number of at least 0"),
         ("model.step_cache=1.5", "model.step_cache = 1.5: must be from 0, which is off, to 1"),

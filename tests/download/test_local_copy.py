@@ -385,5 +385,5 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path / "file"))
-    with pytest.raises(StoreRefused, match=r"cannot keep a copy \(FLUX_BATCH_CACHE names another place"):
+    with pytest.raises(StoreRefused, match=r"cannot keep a copy \(FLUX_BATCH_CACHE sets another folder"):
         remote.copy()

@@ -191,7 +191,7 @@ class TestDownload:
             download_models(["someone/words"])
 
     def test_wrong_names_are_said(self, hubs: Hub, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match=r"FLUX\.2: no such model; known are FLUX\.1-dev, FLUX\.1-schnell"):
+        with pytest.raises(CheckpointError, match=r"FLUX\.2: no such model; there are FLUX\.1-dev, FLUX\.1-schnell"):
             download_models(["FLUX.2"])
         with pytest.raises(CheckpointError, match="gitlab: no such hub; there are HuggingFace and ModelScope"):
             download_models(["FLUX.1-dev"], ["GitLab"])

@@ -217,7 +217,7 @@ def test_end_to_end_on_a_tiny_model(tmp_path: Path, repository: Path) -> None:
     made = [pixels(config, row) if row["status"] == "success" else row["error_message"] for row in found]
     assert made[:4] == made[5:9]
     assert len(set(made[:4])) == 4
-    assert "bad.safetensors is no LoRA: its keys are none" in made[4]
+    assert "bad.safetensors is not a LoRA: its keys are none" in made[4]
     pipe = tiny_pipeline(config.model)
     call: dict[str, Any] = {"seed": 3, "height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
     for at, pairs in enumerate(([("a", 1.0), ("b", 0.5)], [("a", 1.0)], [], [("b", 2.0)])):

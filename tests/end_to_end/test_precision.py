@@ -214,8 +214,10 @@ class TestQuantization:
     def test_a_device_without_products_is_said_before_anything_is_loaded(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(model_manager, "fp8_matmul_obstacle", lambda device: "NVIDIA A100 has no products in fp8")
-        with pytest.raises(InvalidSetting, match=r"quantization = fp8_matmul: NVIDIA A100 has no .*; take fp8"):
+        monkeypatch.setattr(model_manager, "fp8_matmul_obstacle", lambda device: "NVIDIA A100 cannot multiply in fp8")
+        with pytest.raises(
+            InvalidSetting, match=r"quantization = fp8_matmul: NVIDIA A100 cannot .*; use quantization fp8"
+        ):
             FluxImagePipeline.from_pretrained(tmp_path / "nowhere", device="cpu", quantization="fp8_matmul")
 
 

@@ -244,7 +244,9 @@ class TestFromPretrained:
     def test_missing_tokenizer(self, repository: Path, tmp_path: Path) -> None:
         folder = copy_repository(repository, tmp_path / "model")
         (folder / "tokenizer_2" / "tokenizer.json").unlink()
-        with pytest.raises(CheckpointError, match=r"tokenizer_2 is no tokenizer: it lacks tokenizer\.json or spiece"):
+        with pytest.raises(
+            CheckpointError, match=r"tokenizer_2 is not a tokenizer: it lacks tokenizer\.json or spiece"
+        ):
             FluxImagePipeline.from_pretrained(folder, **CPU)
 
     def test_damaged_tokenizer(self, repository: Path, tmp_path: Path) -> None:

@@ -406,7 +406,7 @@ def test_files_that_disagree_are_an_error_that_names_the_column(tmp_path: Path) 
 def test_a_type_that_cannot_travel_is_refused_at_once(tmp_path: Path, kind: pa.DataType) -> None:
     uri = write_parquet(tmp_path / "a.parquet", {"prompt": ["p"], "x": pa.array([None], kind)})
 
-    with pytest.raises(SourceError, match=r"a\.parquet: column 'x'.*map<.* cannot be carried along"):
+    with pytest.raises(SourceError, match=r"a\.parquet: column 'x'.*map<.* cannot be passed through"):
         schema_of(PromptsConfig(uri=uri, passthrough=("x",)))
 
 

@@ -52,5 +52,5 @@ def test_every_type_that_may_travel_is_one_that_datasets_knows(kind: pa.DataType
     ids=str,
 )
 def test_other_types_may_not(kind: pa.DataType) -> None:
-    with pytest.raises(ValueError, match="cannot be carried along"):
+    with pytest.raises(ValueError, match="cannot be passed through"):
         portable(kind)

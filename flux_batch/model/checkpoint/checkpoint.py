@@ -96,7 +96,7 @@ def open_checkpoint(source: Path | Sequence[Path]) -> Checkpoint:
     """
     files = model_files(source) if isinstance(source, Path) else list(source)
     if not files:
-        raise ValueError("an empty list of files is no model")
+        raise ValueError("an empty list of files is not a model")
     tensors: dict[str, StoredTensor] = {}
     headers: list[dict[str, str]] = []
     for path in files:
@@ -142,7 +142,7 @@ def _indexed_files(index: Path) -> list[Path]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}, which is no file beside it")
+            raise ValueError(f"{index} names {name!r}, which is not a file beside it")
         if not (index.parent / name).is_file():
             raise ValueError(f"{index} names {name}, and {index.parent / name} is not there: download it again")
     return [index.parent / name for name in names]

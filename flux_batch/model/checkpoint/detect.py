@@ -79,7 +79,7 @@ _UNSUPPORTED = (
         f"it is quantised by bitsandbytes (as NF4): {_USE_INSTEAD}",
     ),
     (r"\.(wscales|wzeros|wtscale|wcscales)$", f"it is quantised by Nunchaku (SVDQuant): {_USE_INSTEAD}"),
-    (r"\.qweight$|\.weight\._data$|\.encoded_exponent$", f"it is quantised in a way that is not known: {_USE_INSTEAD}"),
+    (r"\.qweight$|\.weight\._data$|\.encoded_exponent$", f"it is quantised in an unknown way: {_USE_INSTEAD}"),
     (r"(^|\.)lora_(up|down|A|B)\b|^lora_(unet|te\d?)_|\.lora\.|_lora\d?\.|\.(lokr|hada)_", "it is a LoRA, not a model"),
     (r"(^|\.)(controlnet_|control_model\.|input_hint_block\.)", "it is a ControlNet"),
     (r"^redux_(up|down)\.", "it is FLUX.1-Redux"),
@@ -158,7 +158,8 @@ def _detect_kind(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointKind
         raise ValueError(f"{checkpoint.source} holds several models under the same prefix: use one file for each")
     if not found:
         raise ValueError(
-            f"{checkpoint.source} is no FLUX.1 transformer, autoencoder, CLIP or T5: its keys are {first_names(names)}"
+            f"{checkpoint.source} is not a FLUX.1 transformer, autoencoder, CLIP or T5: "
+            f"its keys are {first_names(names)}"
         )
     return found[0]
 

@@ -96,7 +96,7 @@ def _read_header(cursor: _Cursor) -> tuple[list[_GgufTensor], dict[str, str]]:
     cursor.take(len(GGUF_MAGIC))
     version = cursor.number("I")
     if version not in _GGUF_VERSIONS:
-        raise ValueError(f"GGUF version {version} is not known")
+        raise ValueError(f"GGUF version {version} is not supported")
     tensor_count, value_count = cursor.number("Q"), cursor.number("Q")
     if max(tensor_count, value_count) > _MAX_TENSORS:
         raise ValueError(f"its header claims {tensor_count} tensors and {value_count} values")

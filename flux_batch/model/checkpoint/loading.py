@@ -141,7 +141,7 @@ def _check_text_to_image(in_channels: int, out_channels: int) -> None:
     if in_channels == out_channels:
         return
     variants = {6 * out_channels: "FLUX.1-Fill", 2 * out_channels: "FLUX.1-Canny or -Depth"}
-    name = variants.get(in_channels, "a variant that is not known")
+    name = variants.get(in_channels, "an unknown variant")
     raise ValueError(
         f"img_in takes {in_channels} channels where text-to-image takes {out_channels}: this is {name}, "
         "which is not supported"

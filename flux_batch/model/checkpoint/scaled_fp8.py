@@ -59,7 +59,7 @@ def _layer_settings(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
         if not name.endswith(_FORMAT_SUFFIX):
             continue
         if tensor.dtype not in ("U8", "I8") or tensor.offset is not None or prod(tensor.shape) > _MAX_FORMAT_BYTES:
-            raise ValueError(f"{checkpoint.source}: {name} is no description of a layer: download it again")
+            raise ValueError(f"{checkpoint.source}: {name} does not describe a layer: download it again")
         if tensor.path not in files:
             files[tensor.path] = open_safetensors(tensor.path)
         text = bytes(files[tensor.path].get_tensor(tensor.key).flatten().tolist())
@@ -125,7 +125,7 @@ def _check_scale(checkpoint: Checkpoint, weight: StoredTensor, scale: StoredTens
     """Raise ValueError unless a scale's shape and dtype fit its fp8 weight."""
     if weight.dtype not in FP8_DTYPES or len(weight.shape) != 2:
         raise ValueError(
-            f"{checkpoint.source}: {scale.key} scales {weight.key}, which is no fp8 matrix but {weight.dtype} "
+            f"{checkpoint.source}: {scale.key} scales {weight.key}, which is not an fp8 matrix but {weight.dtype} "
             f"{list(weight.shape)}"
         )
     rows = weight.shape[0]

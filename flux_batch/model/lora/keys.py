@@ -166,7 +166,7 @@ def _refuse_unsupported(source: str, names: Sequence[str]) -> None:
         if key := next((name for name in names if re.search(pattern, name)), None):
             raise ValueError(f"{source} is a LoRA that is not supported: {what} (its keys: {key})")
     if not any(_split_role(name)[1] for name in names):
-        raise ValueError(f"{source} is no LoRA: its keys are {first_names(names) or 'none'}")
+        raise ValueError(f"{source} is not a LoRA: its keys are {first_names(names) or 'none'}")
     if key := next((name for name in names if re.search(_CONTROL_KEYS, name)), None):
         what = "it is a control LoRA of FLUX.1 (Canny or Depth), which needs a control image"
         raise ValueError(f"{source} is a LoRA that is not supported: {what} (its keys: {key})")

@@ -71,7 +71,7 @@ class Scales:
         """Return the alpha or rank of a module in PEFT's settings: by its name, else the one for all."""
         patterns = settings.get(f"{what}_pattern") or {}
         if not isinstance(patterns, Mapping):
-            raise ValueError(f"{self._source}: {what}_pattern in its settings is no mapping")
+            raise ValueError(f"{self._source}: {what}_pattern in its settings is not a mapping")
         of_all = next((settings[key] for key in keys if key in settings), None)
         number = next((value for pattern, value in patterns.items() if self._fits(pattern, name)), of_all)
         if number is None or (isinstance(number, (int, float)) and not isinstance(number, bool)):

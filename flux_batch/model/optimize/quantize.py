@@ -229,11 +229,11 @@ def fp8_matmul_obstacle(device: torch.device) -> str:
     if device.type == "cpu":
         return ""
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"there are no products in fp8 on {device}"
+        return f"{device} cannot multiply in fp8"
     capability = torch.cuda.get_device_capability(device)
     if capability < _FP8_CAPABILITY:
         name, has, needs = torch.cuda.get_device_name(device), _dotted(capability), _dotted(_FP8_CAPABILITY)
-        return f"{name} has no products in fp8 (compute capability {has}; {needs} is needed: Ada, Hopper or later)"
+        return f"{name} cannot multiply in fp8 (compute capability {has}; {needs} is needed: Ada, Hopper or later)"
     return ""
 
 

@@ -152,7 +152,7 @@ def _make_thumbnail(data: bytes, row: Row) -> Thumbnail:
     Raises: ValueError with the reason why it cannot be shown: other bytes than recorded, not an image, or too large.
     """
     if hashlib.sha256(data).hexdigest() != row.get("sha256"):
-        raise ValueError("it has other bytes than the metadata records")
+        raise ValueError("its bytes differ from those in the metadata")
     try:
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             if max(image.size) > MAX_SIDE:

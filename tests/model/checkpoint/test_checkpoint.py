@@ -193,7 +193,7 @@ def folder_with_index(folder: Path, weight_map: object) -> Path:
 def test_an_index_may_name_no_file_elsewhere(tmp_path: Path, name: str) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "outside.safetensors")
     folder = folder_with_index(tmp_path / "model", {"x": name})
-    with pytest.raises(ValueError, match=r"index\.json names .*, (which is no file beside it|and .* is not there)"):
+    with pytest.raises(ValueError, match=r"index\.json names .*, (which is not a file beside it|and .* is not there)"):
         open_checkpoint(folder)
 
 

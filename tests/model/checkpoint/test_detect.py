@@ -123,7 +123,7 @@ FOREIGN = {
     "FP4": (f"{COMFY_PREFIX}{FLUX_KEY}.quant_state.bitsandbytes__fp4", "bitsandbytes"),
     "LLM.int8": ("transformer_blocks.0.attn.to_q.SCB", "bitsandbytes"),
     "Nunchaku": ("transformer_blocks.0.mlp_fc1.wscales", "Nunchaku"),
-    "GPTQ": ("transformer_blocks.0.attn.to_q.qweight", "quantised in a way that is not known"),
+    "GPTQ": ("transformer_blocks.0.attn.to_q.qweight", "quantised in an unknown way"),
     "quanto": ("transformer_blocks.0.attn.to_q.weight._data", "quantised in a way"),
     "DFloat11": ("double_blocks.0.encoded_exponent", "quantised in a way"),
     "LoRA of PEFT": ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "a LoRA, not a model"),

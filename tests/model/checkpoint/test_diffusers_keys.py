@@ -222,13 +222,13 @@ DAMAGES = {
     "integers": (lambda s: s | {"img_in.bias": torch.zeros(32, dtype=torch.int8)}, r"quantised.*img_in\.bias \(I8\)"),
     "a scale beside no fp8": (
         lambda s: s | {"img_in.scale_weight": torch.ones(())},
-        r"img_in\.scale_weight scales img_in\.weight, which is no fp8 matrix but F32",
+        r"img_in\.scale_weight scales img_in\.weight, which is not an fp8 matrix but F32",
     ),
     "Canny": (lambda s: s | {"img_in.weight": torch.zeros(32, 128)}, "128 channels .* FLUX.1-Canny or -Depth"),
     "Fill": (lambda s: s | {"img_in.weight": torch.zeros(32, 384)}, "384 channels .* FLUX.1-Fill, which is not supp"),
-    "another variant": (lambda s: s | {"img_in.weight": torch.zeros(32, 196)}, "196 channels .* not known"),
+    "another variant": (lambda s: s | {"img_in.weight": torch.zeros(32, 196)}, "196 channels .* an unknown variant"),
     "two models": (lambda s: s | {"decoder.up.0.x": torch.zeros(1)}, "several models under the same prefix"),
-    "nothing known": (lambda _: {"blocks.0.weight": torch.zeros(1)}, r"no FLUX\.1 .* its keys are blocks\.0\.weight"),
+    "nothing known": (lambda _: {"blocks.0.weight": torch.zeros(1)}, r"not a FLUX\.1 .* keys are blocks\.0\.weight"),
     "a LoRA": (lambda _: {"lora_up.weight": torch.zeros(1)}, "is not supported: it is a LoRA, not a model"),
     "a block skipped": (
         lambda s: {name.replace("single_blocks.1.", "single_blocks.999999999."): x for name, x in s.items()},
@@ -238,7 +238,7 @@ DAMAGES = {
         lambda s: s | {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(64)},
         "heads of size 64 do not fit into a hidden size of 32|must be even and add up to the head size",
     ),
-    "nothing": (lambda _: {}, r"no FLUX\.1"),
+    "nothing": (lambda _: {}, r"not a FLUX\.1"),
 }
 
 

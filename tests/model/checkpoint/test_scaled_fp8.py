@@ -66,7 +66,7 @@ def test_tables_and_vectors_need_no_scale(tmp_path: Path) -> None:
 
 FP8_LAYER = {f"{LAYER}.weight": torch.ones(4, 2).to(FP8)}
 WRONG: dict[str, tuple[Callable[[State], State], str]] = {
-    "weight that is no fp8": (lambda s: s | {f"{LAYER}.weight": torch.ones(4, 2)}, "no fp8 matrix but F32"),
+    "weight that is no fp8": (lambda s: s | {f"{LAYER}.weight": torch.ones(4, 2)}, "not an fp8 matrix but F32"),
     "weight that is no matrix": (lambda s: s | {f"{LAYER}.weight": torch.ones(4).to(FP8)}, r"but F8_E4M3 \[4\]"),
     "scale for each column": (lambda s: s | {f"{LAYER}.weight_scale": torch.ones(2)}, r"weight_scale is F32 \[2\]"),
     "scale for each block": (lambda s: s | {f"{LAYER}.weight_scale": torch.ones(2, 2)}, "one for each of 4 rows"),
@@ -78,7 +78,7 @@ WRONG: dict[str, tuple[Callable[[State], State], str]] = {
     "second scale": (lambda s: s | {f"{LAYER}.weight_scale_2": torch.ones(())}, "weight_scale_2 belongs to 4-bit"),
     "int8": (
         lambda s: s | {f"{LAYER}.weight": torch.ones(4, 2, dtype=torch.int8)},
-        r"no fp8 matrix but I8 \[4, 2\]",
+        r"not an fp8 matrix but I8 \[4, 2\]",
     ),
 }  # fmt: skip
 
@@ -142,5 +142,5 @@ def test_empty_metadata_is_an_error(tmp_path: Path, text: str) -> None:
     "value", [as_bytes("{"), torch.full((4,), 255, dtype=torch.uint8), torch.ones(4), torch.zeros(100_000).byte()]
 )
 def test_an_empty_layer_description_is_an_error(tmp_path: Path, value: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=rf"{LAYER}\.comfy_quant is (no description|not valid JSON)"):
+    with pytest.raises(ValueError, match=rf"{LAYER}\.comfy_quant (does not describe a layer|is not valid JSON)"):
         read(FP8_LAYER | {f"{LAYER}.comfy_quant": value}, tmp_path)

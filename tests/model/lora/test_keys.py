@@ -132,9 +132,9 @@ def test_unsupported_kinds_are_named(key: str, words: str) -> None:
 
 
 def test_a_model_is_no_lora() -> None:
-    with pytest.raises(ValueError, match="x is no LoRA: its keys are double_blocks"):
+    with pytest.raises(ValueError, match="x is not a LoRA: its keys are double_blocks"):
         find_modules("x", TRANSFORMER, PARTS)
-    with pytest.raises(ValueError, match="x is no LoRA: its keys are none"):
+    with pytest.raises(ValueError, match="x is not a LoRA: its keys are none"):
         find_modules("x", [], PARTS)
 
 

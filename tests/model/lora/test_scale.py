@@ -118,7 +118,7 @@ def test_other_inits_are_accepted(tmp_path: Path, fusion: LoraFusion, start: Any
         ({"alpha_pattern": {".*a.*b.*c.*d": 2}}, "is too complex"),
         ({"alpha_pattern": {r"(img_in)\1": 2}}, "is too complex"),
         ({"alpha_pattern": {"img_[in": 2}}, "the pattern 'img_[in' in its settings is wrong: "),
-        ({"alpha_pattern": ["img_in"]}, "alpha_pattern in its settings is no mapping"),
+        ({"alpha_pattern": ["img_in"]}, "alpha_pattern in its settings is not a mapping"),
         ({"alpha_pattern": {"img_in": "8"}}, "the alpha of img_in is '8' in its settings, should be a number"),
         ({"lora_alpha": True}, "the alpha of img_in is True in its settings, should be a number"),
         ({"lora_alpha": float("inf")}, "the alpha of base_model.model.img_in is inf, should be a number"),

@@ -364,10 +364,10 @@ def test_a_gpu_without_products_is_named(
         assert said == ""
     else:
         assert said.startswith(
-            f"NVIDIA A100 has no products in fp8 (compute capability {capability[0]}.{capability[1]};"
+            f"NVIDIA A100 cannot multiply in fp8 (compute capability {capability[0]}.{capability[1]};"
         )
 
 
 def test_other_devices_have_no_products_and_the_cpu_stands_in() -> None:
     assert fp8_matmul_obstacle(CPU) == ""
-    assert fp8_matmul_obstacle(torch.device("mps")) == "there are no products in fp8 on mps"
+    assert fp8_matmul_obstacle(torch.device("mps")) == "mps cannot multiply in fp8"
