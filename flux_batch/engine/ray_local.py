@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import platform
 import secrets
 import sys
 from pathlib import Path
@@ -42,8 +43,11 @@ def joins_cluster() -> bool:
 def has_gpu() -> bool:
     """Return whether this machine has a GPU that its processes may see.
 
-    Linux shows NVIDIA's GPUs as /dev/nvidia0 and so on, or as /dev/dxg under Windows, and AMD's as /dev/kfd.
+    Linux shows NVIDIA's GPUs as /dev/nvidia0 and so on, or as /dev/dxg under Windows, and AMD's as /dev/kfd. Apple's
+    processors have one.
     """
+    if _has_apple_gpu():
+        return True
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return False
     return any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd"))
@@ -68,7 +72,9 @@ def local_options(num_gpus: float) -> dict[str, Any]:
         "object_store_memory": _OBJECT_STORE_BYTES,
         "_temp_dir": _folder(),
     }
-    if not has_gpu():
+    if _has_apple_gpu():
+        options["num_gpus"] = 1  # Ray itself counts none
+    elif not has_gpu():
         options["num_gpus"] = num_gpus
     if _free_shared_memory() < _OBJECT_STORE_BYTES:
         options["_plasma_directory"] = str(_existing(options["_temp_dir"]))
@@ -86,6 +92,10 @@ def _folder() -> str:
         longest = _MAX_SOCKET_PATH - len(_LONGEST_SOCKET)
         raise JobError(f"RAY_TMPDIR = {folder}: must have at most {longest} bytes, for the sockets in it")
     return _SHORT_TEMP_DIR
+
+
+def _has_apple_gpu() -> bool:
+    return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
 def _existing(folder: str) -> Path:

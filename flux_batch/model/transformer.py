@@ -201,6 +201,7 @@ def position_tables(
 
     @lru_cache(max_tables)
     def table(num_txt_tokens: int, height: int, width: int) -> Tensor:
-        return model.position_table(position_ids(num_txt_tokens, height, width).to(device))
+        # In float64, which not every device has.
+        return model.position_table(position_ids(num_txt_tokens, height, width)).to(device)
 
     return table

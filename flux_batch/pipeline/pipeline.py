@@ -21,6 +21,7 @@ from flux_batch.model.optimize.compile import CompileCache, apply_compile
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.model.optimize.kernels import apply_cpu_kernels, attention_order
+from flux_batch.model.optimize.mps import apply_mps_kernels
 from flux_batch.model.optimize.offload import apply_offload
 from flux_batch.model.optimize.step_cache import StepCache
 from flux_batch.model.optimize.tiling import Tiling, tiled_decode, tiled_encode
@@ -135,6 +136,7 @@ class FluxImagePipeline:
             raise CheckpointError(f"not loaded: {', '.join(missing)}; add their files to load_models([...])")
         manager: Any = model_manager  # every part is there, see above
         apply_cpu_kernels(manager.transformer)
+        apply_mps_kernels(manager.transformer, manager.device)
         if compile:
             try:
                 apply_compile(manager.transformer)
@@ -175,10 +177,10 @@ class FluxImagePipeline:
 
         uri: a path, an address that fsspec knows (s3://bucket/flux, with `storage_options`), or a repository of Hugging
         Face (hf://owner/name, owner/name); a remote model is fetched once a machine and then used without asking,
-        unless `refresh`. device: None is `cuda` if there is one, else `cpu`. torch_dtype: a dtype or its name; None or
-        `auto` is the device's native dtype, on a CPU short of memory with quantization `bfloat16`. quantization: see
-        ModelManager; step_cache: the value of calls without one; compile, cuda_graphs, offload_text_encoders: see
-        from_model_manager.
+        unless `refresh`. device: None is `cuda` or `mps` if there is one, else `cpu`. torch_dtype: a dtype or its name;
+        None or `auto` is the device's native dtype, on a CPU short of memory with quantization `bfloat16`.
+        quantization: see ModelManager; step_cache: the value of calls without one; compile, cuda_graphs,
+        offload_text_encoders: see from_model_manager.
         Raises: CheckpointError with the files that were looked for; StoreError for a remote that fails; InvalidSetting.
         """
         device = torch.device(device or default_device())

@@ -42,7 +42,9 @@ def must_be_narrow(device: torch.device, dtype: torch.dtype, paths: Sequence[Pat
 
 def default_device() -> torch.device:
     """Return the GPU of this process, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _default_dtype(device: torch.device, quantization: Quantization = "none") -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,13 @@ def test_a_gpu_is_one_that_this_process_may_see(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(glob, "glob", lambda pattern: fnmatch.filter([device] if device else [], pattern))
     assert ray_local.has_gpu() is expected
+
+
+def test_a_mac_counts_as_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert ray_local.has_gpu()
+    assert local_options(8)["num_gpus"] == 1
 
 
 def test_a_long_tmpdir_is_left_for_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ class _OffloadedModules:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 for layer, name, tensor in self._host_tensors:
-                    _put(layer, name, tensor.to(self._device, non_blocking=True))
+                    _put(layer, name, tensor.to(self._device, non_blocking=self._device.type == "cuda"))
             except BaseException:
                 self.leave_device()
                 raise
