@@ -26,19 +26,34 @@ def image_seed(run_seed: int, row_id: str, image_index: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
-    """The unit of work, retry and commit: a range of rows of one prompts file. Pickles to about 200 bytes.
+class FileRange:
+    """A range of rows of one prompts file.
 
     `start` is the first row in the file; `offset` the byte where that row begins (text formats; 0 for Parquet);
     `name` the file's path relative to the data set, which row ids are made of.
     """
 
-    index: int
     uri: str
     name: str
     start: int
     num_rows: int
     offset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """The unit of work, retry and commit: the rows of one range of a prompts file, or of several small files.
+
+    Pickles to about 200 bytes, and to as many for each further file.
+    """
+
+    index: int
+    parts: tuple[FileRange, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of all parts."""
+        return sum(part.num_rows for part in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

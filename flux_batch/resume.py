@@ -17,7 +17,7 @@ from flux_batch.output.formats import format_for
 from flux_batch.output.paths import CARD, JOB, METADATA, PLAN, PRECISION, REPORT, STAGING, SUCCESS, TRAIN, RunFolder
 from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.output.staging import Staging
-from flux_batch.plan.plan import Plan, check_same_job, extended, make_plan, remaining
+from flux_batch.plan.plan import Plan, check_same_job, extended, make_plan, remaining, rules_of_plan
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import Shard
 from flux_batch.report.progress import Progress
@@ -46,7 +46,10 @@ def draft_run(config: JobConfig, store: Store) -> Plan:
     """Plan a new run without writing, so that a wrong job leaves no trace. Raises: JobError, SourceError."""
     if foreign := _written(store):
         raise JobError(f"{store.uri}: holds {foreign[0]}, but no run; use an empty folder as output.uri")
-    return make_plan(config.prompts, config.output.shard_size)
+    plan = make_plan(config.prompts, config.output.shard_size)
+    for note in plan.notes:
+        log.warning("prompts: %s", note)
+    return plan
 
 
 def open_run(config: JobConfig, store: Store, draft: Plan | None = None, *, extend: bool = False) -> Plan:
@@ -96,7 +99,8 @@ def _saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Pla
     try:
         saved_job = JobConfig.from_yaml(store.read(JOB).decode(), origin=store.url(JOB))
         check_same_job(settled_job(store, saved_job), settled_job(store, config))
-        return Plan.from_parquet(saved, PromptSource(config.prompts).files(), new_files=extend)
+        files = PromptSource(config.prompts).files(rules_of_plan(saved))
+        return Plan.from_parquet(saved, files, new_files=extend)
     except PlanMismatch:
         if _written(store):
             raise

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_batch.records import ImageRecord, Shard, image_seed
+from flux_batch.records import FileRange, ImageRecord, Shard, image_seed
 
 
 def test_seeds_stay_what_they_are_for_ever() -> None:
@@ -25,13 +25,8 @@ def test_seeds_are_exact_in_json_and_in_doubles(run_seed: int, row_id: str, inde
 
 
 def test_records_are_frozen_and_travel_small() -> None:
-    shard = Shard(
-        index=390_000,
-        uri="s3://a-bucket/of/prompts/part-00017.parquet",
-        name="part-00017.parquet",
-        start=10**8,
-        num_rows=256,
-    )
+    uri, name = "s3://a-bucket/of/prompts/part-00017.parquet", "part-00017.parquet"
+    shard = Shard(index=390_000, parts=(FileRange(uri=uri, name=name, start=10**8, num_rows=256),))
     record = ImageRecord(key="k", id="i", image_index=0, prompt="p", model="m", status="failed", passthrough={"a": [1]})
 
     assert len(pickle.dumps(shard)) < 300

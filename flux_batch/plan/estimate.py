@@ -30,7 +30,7 @@ def estimate(config: JobConfig, plan: Plan) -> dict[str, Any]:
     size = _size_of_model(config)
     flops = passes * step_flops(size or DEV_SIZE, num_tokens, sampling.t5_sequence_length or TEXT_TOKENS)
     return {
-        "num_files": len({shard.name for shard in plan.shards}),
+        "num_files": len({part.name for shard in plan.shards for part in shard.parts}),
         "num_prompts": plan.num_prompts,
         "num_images": num_images,
         "num_shards": len(plan.shards),
@@ -40,6 +40,7 @@ def estimate(config: JobConfig, plan: Plan) -> dict[str, Any]:
         "is_counted_for_dev": size is None,
         "device_hours": round(num_images * flops / ASSUMED_FLOPS / 3600, 2),
         "memory": memory(config),
+        "notes": list(plan.notes),
     }
 
 
@@ -50,6 +51,7 @@ def format_estimate(config: JobConfig, figures: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"prompts  {figures['num_prompts']} in {figures['num_files']} file(s)",
+            *(f"         {note}" for note in figures["notes"]),
             f"images   {figures['num_images']} of {sampling.width} x {sampling.height}, "
             f"{_steps(sampling.num_inference_steps, figures['steps_per_image'])}, unless rows say otherwise",
             f"shards   {figures['num_shards']} of up to {config.output.shard_size} prompts",

@@ -8,9 +8,12 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,11 +21,11 @@ import pyarrow.parquet as pq
 from flux_batch.config.schema import JobConfig, PromptsConfig
 from flux_batch.errors import PlanMismatch, SourceError
 from flux_batch.output.paths import shard_name
-from flux_batch.prompts.source import PromptFile, PromptSource
-from flux_batch.prompts.tables import RowRange
-from flux_batch.records import Shard
+from flux_batch.prompts.formats.table import RowRange
+from flux_batch.prompts.listing import LISTING_RULES, PromptFile, skipped_notes
+from flux_batch.prompts.source import PromptSource
+from flux_batch.records import FileRange, Shard
 
-_VERSION = 1
 _READER_THREADS = 16
 _COLUMNS = pa.schema(
     [
@@ -37,11 +40,16 @@ _COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class Plan:
-    """The shards of a run in order, its files, and the types of passthrough columns."""
+    """The shards of a run in order, its files, and the types of passthrough columns.
+
+    `rules` are those by which the files were listed. `notes` says what was left out when it was made, and why.
+    """
 
     shards: tuple[Shard, ...]
     files: tuple[PromptFile, ...]
     passthrough: pa.Schema
+    rules: int = LISTING_RULES
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def num_prompts(self) -> int:
@@ -53,15 +61,16 @@ class Plan:
         rows = [
             {
                 "shard": shard.index,
-                "file": shard.name,
-                "start": shard.start,
-                "num_rows": shard.num_rows,
-                "offset": shard.offset,
+                "file": part.name,
+                "start": part.start,
+                "num_rows": part.num_rows,
+                "offset": part.offset,
             }
             for shard in self.shards
+            for part in shard.parts
         ]
         metadata = {
-            "flux_batch": json.dumps({"version": _VERSION, "num_prompts": self.num_prompts}),
+            "flux_batch": json.dumps({"version": self.rules, "num_prompts": self.num_prompts}),
             "files": json.dumps([[file.name, file.size, file.version] for file in self.files]),
             "passthrough": base64.b64encode(self.passthrough.serialize().to_pybytes()),
         }
@@ -81,18 +90,21 @@ class Plan:
         found = {file.name: file for file in files}
         _check_same_files(planned, found, new_files)
         shards = tuple(
-            Shard(
-                index=row["shard"],
-                uri=found[row["file"]].uri,
-                name=row["file"],
-                start=row["start"],
-                num_rows=row["num_rows"],
-                offset=row["offset"],
-            )
-            for row in table.to_pylist()
+            Shard(index=index, parts=tuple(_part(row, found[row["file"]]) for row in rows))
+            for index, rows in groupby(table.to_pylist(), key=itemgetter("shard"))
         )
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(metadata[b"passthrough"])))
-        return cls(shards=shards, files=tuple(found[name] for name in planned), passthrough=schema)
+        return cls(shards, tuple(found[name] for name in planned), schema, rules_of_plan(data))
+
+
+def rules_of_plan(data: bytes) -> int:
+    """Return the rules by which the files of a saved plan were listed."""
+    metadata = pq.read_schema(io.BytesIO(data)).metadata
+    return int(json.loads(metadata[b"flux_batch"])["version"])
+
+
+def _part(row: Mapping[str, Any], file: PromptFile) -> FileRange:
+    return FileRange(uri=file.uri, name=file.name, start=row["start"], num_rows=row["num_rows"], offset=row["offset"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +118,17 @@ class Outline:
     def from_parquet(cls, data: bytes) -> Outline:
         """Read a saved plan without reading the data set. Raises: ValueError if it is not a plan."""
         try:
-            table = pq.read_table(io.BytesIO(data), columns=["num_rows"])
+            table = pq.read_table(io.BytesIO(data), columns=["shard", "num_rows"])
             passthrough = base64.b64decode(table.schema.metadata[b"passthrough"])
-            return cls(tuple(table["num_rows"].to_pylist()), pa.ipc.read_schema(pa.py_buffer(passthrough)))
+            rows = groupby(table.to_pylist(), key=itemgetter("shard"))
+            num_rows = tuple(sum(row["num_rows"] for row in parts) for _, parts in rows)
+            return cls(num_rows, pa.ipc.read_schema(pa.py_buffer(passthrough)))
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"not a plan of this program ({error})") from error
 
 
 def make_plan(prompts: PromptsConfig, shard_size: int) -> Plan:
-    """Return a plan of shards of at most `shard_size` rows; a shard never spans two files.
+    """Return a plan of shards of at most `shard_size` rows; small files, and ends of files, share shards.
 
     Reads listings and Parquet footers (text formats are streamed once). Raises: SourceError if there is nothing to do.
     """
@@ -131,7 +145,8 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
     """
     source = PromptSource(prompts)
     planned = {file.name for file in plan.files}
-    files = [file for file in source.files() if file.name not in planned]
+    listing = source.listing(plan.rules)
+    files = [file for file in listing.files if file.name not in planned]
     if not files:
         return plan
     with ThreadPoolExecutor(_READER_THREADS) as pool:
@@ -139,22 +154,22 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
     pieces = [(file, rows) for file, cuts in zip(files, ranges, strict=True) for rows in cuts]
     limit = None if prompts.limit is None else prompts.limit - plan.num_prompts
     shards = tuple(
-        Shard(
-            index=index,
-            uri=file.uri,
-            name=file.name,
-            start=rows.start,
-            num_rows=rows.num_rows,
-            offset=rows.offset,
-        )
-        for index, (file, rows) in enumerate(_limited(pieces, limit), start=len(plan.shards))
+        Shard(index=index, parts=parts)
+        for index, parts in enumerate(_shared(_limited(pieces, limit), shard_size), start=len(plan.shards))
     )
-    used = {shard.name for shard in shards}
-    passthrough = source.passthrough_schema([file for file in files if file.name in used])
+    names = {part.name for shard in shards for part in shard.parts}
+    used = [file for file in files if file.name in names]
+    passthrough = source.passthrough_schema(used)
     if plan.shards and shards:
         _check_fits(plan, len(shards), passthrough)
         passthrough = plan.passthrough
-    return Plan(plan.shards + shards, plan.files + tuple(files), passthrough if shards else plan.passthrough)
+    return Plan(
+        plan.shards + shards,
+        plan.files + tuple(files),
+        passthrough if shards else plan.passthrough,
+        plan.rules,
+        (*skipped_notes(listing.skipped), *source.unused_columns(used)),
+    )
 
 
 def remaining(plan: Plan, done: set[int]) -> list[Shard]:
@@ -181,12 +196,12 @@ def _check_fits(plan: Plan, num_new: int, passthrough: pa.Schema) -> None:
             f"{num_new} new shards make {num_shards}, and the names of the {len(plan.shards)} that are there are too "
             "short for so many: use another output.uri for the new files"
         )
-    for field in plan.passthrough:
-        new = passthrough.field(field.name).type
-        if not _holds(field.type, new):
+    for column in plan.passthrough:
+        new = passthrough.field(column.name).type
+        if not _holds(column.type, new):
             raise PlanMismatch(
-                f"the new prompts have {new} in column {field.name!r}, which prompts.passthrough names, where the run "
-                f"has {field.type}"
+                f"the new prompts have {new} in column {column.name!r}, which prompts.passthrough names, where the run "
+                f"has {column.type}"
             )
 
 
@@ -199,14 +214,29 @@ def _holds(kind: pa.DataType, new: pa.DataType) -> bool:
         return False
 
 
-def _limited(pieces: list[tuple[PromptFile, RowRange]], limit: int | None) -> Iterator[tuple[PromptFile, RowRange]]:
+def _limited(pieces: list[tuple[PromptFile, RowRange]], limit: int | None) -> Iterator[FileRange]:
     """Yield the first `limit` rows of the pieces."""
     left = sum(rows.num_rows for _, rows in pieces) if limit is None else limit
     for file, rows in pieces:
         if left <= 0:
             return
-        yield file, RowRange(rows.start, min(rows.num_rows, left), rows.offset)
-        left -= rows.num_rows
+        num_rows = min(rows.num_rows, left)
+        yield FileRange(uri=file.uri, name=file.name, start=rows.start, num_rows=num_rows, offset=rows.offset)
+        left -= num_rows
+
+
+def _shared(parts: Iterable[FileRange], shard_size: int) -> Iterator[tuple[FileRange, ...]]:
+    """Yield the parts of each shard: those that follow each other share one as long as they fit into it whole."""
+    shard: list[FileRange] = []
+    num_rows = 0
+    for part in parts:
+        if shard and num_rows + part.num_rows > shard_size:
+            yield tuple(shard)
+            shard, num_rows = [], 0
+        shard.append(part)
+        num_rows += part.num_rows
+    if shard:
+        yield tuple(shard)
 
 
 def _check_same_files(planned: dict[str, tuple[int, str]], found: dict[str, PromptFile], new_files: bool) -> None:

@@ -14,8 +14,8 @@ from typing import Any, SupportsIndex
 from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import InvalidSetting, RowError
 from flux_batch.prompts.access import ImageAccess, RowLoras
+from flux_batch.prompts.formats.table import BadRow, Row
 from flux_batch.prompts.input_images import image_of_bytes
-from flux_batch.prompts.tables import BadRow, Row
 from flux_batch.records import FailedRow, ImageRequest, InputImage, LoraUse, image_seed
 from flux_batch.redaction import public_uri
 from flux_batch.sampling_params import ALIASES, MAX_SEED, SAMPLING_FIELDS, SamplingParams, check_integer

@@ -5,40 +5,46 @@ Knows the section `prompts` of the job file; does not know shards of output or i
 
 from __future__ import annotations
 
-import hashlib
-import posixpath
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from threading import Lock
+from typing import Any
+from urllib.parse import unquote
 
-import fsspec
 import pyarrow as pa
-from fsspec.implementations.local import LocalFileSystem
 
-from flux_batch.config.schema import LoraConfig, PromptsConfig, SamplingConfig
-from flux_batch.errors import SourceError
+from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
+from flux_batch.errors import SourceError, did_you_mean
+from flux_batch.prompts.formats.open import open_table
+from flux_batch.prompts.formats.table import BadRow, Row, RowRange, Table
+from flux_batch.prompts.listing import LISTING_RULES, Listing, PromptFile, list_prompts
 from flux_batch.prompts.rows import RowParser
-from flux_batch.prompts.tables import TABLE_FORMATS, RowRange, Table, open_table
-from flux_batch.records import FailedRow, ImageRequest, Shard
-from flux_batch.redaction import public_uri
-from flux_batch.storage.errors import translated
+from flux_batch.records import FailedRow, FileRange, ImageRequest, Shard
+from flux_batch.sampling_params import ALIASES
 from flux_batch.storage.passthrough import is_text, portable
-from flux_batch.storage.store import open_filesystem
 
-# Enough to notice an edit of a file whose store has no checksum, at the price of two small reads.
-_SAMPLED_BYTES = 64 * 1024
+# Small files of one shard that are opened ahead of the row at hand.
+_READ_AHEAD = 8
 _READER_THREADS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class PromptFile:
-    """One file of the data set; `name` is relative to it, `version` changes when the contents do."""
-
-    uri: str
-    name: str
-    size: int
-    version: str
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+# Names that other programs have for fields of ours, which would be left unused without a word.
+_NEAR_NAMES = {
+    **dict.fromkeys(("steps", "num_steps", "sampling_steps"), "num_inference_steps"),
+    **dict.fromkeys(("guidance", "distilled_cfg_scale", "flux_guidance"), "embedded_guidance"),
+    **dict.fromkeys(("cfg", "true_cfg"), "cfg_scale"),
+    **dict.fromkeys(("negative", "neg_prompt", "uncond", "negativeprompt"), "negative_prompt"),
+    **dict.fromkeys(("w", "image_width"), "width"),
+    **dict.fromkeys(("h", "image_height"), "height"),
+    **dict.fromkeys(("strength", "denoise", "denoising"), "denoising_strength"),
+    **dict.fromkeys(("n", "num_images", "batch_size"), "num_images_per_prompt"),
+    **dict.fromkeys(("random_seed", "noise_seed", "rng"), "seed"),
+    **dict.fromkeys(("image", "init_image"), "input_image"),
+    "lora_weight": "lora_scale",
+    "loras": "lora",
+}
 
 
 class PromptSource:
@@ -47,33 +53,42 @@ class PromptSource:
     def __init__(self, config: PromptsConfig) -> None:
         self._config = config
         self._options = config.storage_options
+        self._schemas: dict[str, pa.Schema] = {}
+        self._lock = Lock()
 
-    def files(self) -> list[PromptFile]:
+    def files(self, rules: int = LISTING_RULES) -> tuple[PromptFile, ...]:
         """Return the files in a fixed order. Raises: SourceError if a file is missing or nothing is found."""
-        expanded = [self._expand(uri) for uri in self._config.uri]
-        found = {path: fs for fs, _, paths in expanded for path in paths}
-        if not found:
-            raise SourceError(
-                f"{', '.join(self._config.uri)}: no prompts found; expected files ending in {_suffixes()}"
-            )
-        base = _common_folder([folder for _, folder, _ in expanded])
-        with ThreadPoolExecutor(_READER_THREADS) as pool:
-            return list(pool.map(lambda path: _describe(found[path], path, base), sorted(found)))
+        return self.listing(rules).files
+
+    def listing(self, rules: int = LISTING_RULES) -> Listing:
+        """Return the files and the names of those left out. Raises: SourceError, see list_prompts."""
+        return list_prompts(self._config.uri, self._options, rules)
 
     def split(self, file: PromptFile, num_rows: int) -> list[RowRange]:
         """Return one file cut into row ranges. Raises: SourceError if a column of the job file is not in it."""
-        table = self._table(file.uri)
-        ranges = list(table.split(num_rows))
+        ranges = list(self._table(file.uri).split(num_rows))
         if ranges:  # a text file without rows has no columns either
-            self._check_columns(table, file.uri)
+            self._check_columns(file)
         return ranges
+
+    def unused_columns(self, files: Sequence[PromptFile]) -> list[str]:
+        """Return a sentence for each column that is not used, and whose name is near that of one that would be."""
+        used = RowParser(self._config, SamplingConfig()).columns
+        names = {name for file in files for name in self._schema(file).names if name not in used}
+        notes = []
+        for name in sorted(names):
+            plain = re.sub(r"[\s-]+", "_", name.strip().lower())
+            field = plain if plain in (*PROMPT_FIELDS, *ALIASES) else _NEAR_NAMES.get(plain)
+            if field and ALIASES.get(field, field) not in self._config.columns:
+                notes.append(f"column {name!r} is not used: prompts.columns: {{{field}: {name}}} would use it")
+        return notes
 
     def passthrough_schema(self, files: Sequence[PromptFile]) -> pa.Schema:
         """Return the types of the passthrough columns over all files. Raises: SourceError if they do not agree."""
         if not self._config.passthrough:
             return pa.schema([])
         with ThreadPoolExecutor(_READER_THREADS) as pool:
-            schemas = list(pool.map(lambda file: self._passthrough_of(file.uri), files))
+            schemas = list(pool.map(self._passthrough_of, files))
         try:
             return pa.unify_schemas(schemas, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -83,92 +98,95 @@ class PromptSource:
         self, shard: Shard, sampling: SamplingConfig, loras: Sequence[LoraConfig] = ()
     ) -> Iterator[ImageRequest | FailedRow]:
         """Yield the validated rows of a shard, in order; an invalid row is a FailedRow."""
-        parser = RowParser(self._config, sampling, shard.uri, loras)
-        rows = self._table(shard.uri).stream(RowRange(shard.start, shard.num_rows, shard.offset), parser.columns)
-        found = 0
-        for row, values in enumerate(rows):
-            yield parser.parse(values, row=row, default_id=f"{shard.name}:{shard.start + row}")
-            found += 1
-        if found != shard.num_rows:
-            raise SourceError(
-                f"{shard.uri}: {found} rows from row {shard.start} where the plan has {shard.num_rows}; "
-                "the file changed since the run was planned"
-            )
+        row = 0
+        for piece, values in self._rows_of(shard):
+            parser = RowParser(self._config, sampling, piece.uri, loras)
+            partitions = _partitions(piece.name)
+            found = 0
+            for found, each in enumerate(values, start=1):
+                cells = {**partitions, **each} if isinstance(each, dict) else each
+                yield parser.parse(cells, row=row, default_id=f"{piece.name}:{piece.start + found - 1}")
+                row += 1
+            if found != piece.num_rows:
+                raise SourceError(
+                    f"{piece.uri}: {found} rows from row {piece.start} where the plan has {piece.num_rows}; "
+                    "the file changed since the run was planned"
+                )
 
-    def _passthrough_of(self, uri: str) -> pa.Schema:
-        types = self._table(uri).types(self._config.passthrough)
+    def _rows_of(self, shard: Shard) -> Iterator[tuple[FileRange, Iterator[Row | BadRow]]]:
+        """Yield the parts of a shard with their rows; of several small files, some are opened ahead."""
+        columns = RowParser(self._config, SamplingConfig()).columns
+
+        def opened(piece: FileRange) -> Iterator[Row | BadRow]:
+            return self._table(piece.uri).stream(RowRange(piece.start, piece.num_rows, piece.offset), columns)
+
+        if len(shard.parts) == 1:
+            yield shard.parts[0], opened(shard.parts[0])
+            return
+        with ThreadPoolExecutor(_READ_AHEAD) as pool:
+            waiting: deque[Future[Iterator[Row | BadRow]]] = deque()
+            ahead = iter(shard.parts)
+            for piece in shard.parts:
+                waiting.extend(pool.submit(opened, each) for each in islice(ahead, _READ_AHEAD - len(waiting)))
+                yield piece, waiting.popleft().result()
+
+    def _passthrough_of(self, file: PromptFile) -> pa.Schema:
+        schema = self._schema(file)
         fields = []
         for name in self._config.passthrough:
-            if name not in types:
-                raise SourceError(f"{uri}: no column {name!r}, which prompts.passthrough names")
             try:
-                fields.append((name, portable(types[name])))
+                fields.append((name, portable(_column(schema, name, file.uri, "prompts.passthrough"))))
             except ValueError as error:
                 raise SourceError(
-                    f"{uri}: column {name!r}, which prompts.passthrough names: {error}; leave it out or make it text"
+                    f"{file.uri}: column {name!r}, which prompts.passthrough names: {error}; leave it out or make it "
+                    "text"
                 ) from error
         return pa.schema(fields)
+
+    def _schema(self, file: PromptFile) -> pa.Schema:
+        """Return the columns of a file, those that its path names among them."""
+        with self._lock:
+            known = self._schemas.get(file.uri)
+        if known is None:
+            known = self._table(file.uri).schema()
+            for name in _partitions(file.name):
+                if name not in known.names:
+                    known = known.append(pa.field(name, pa.string()))
+            with self._lock:
+                self._schemas[file.uri] = known
+        return known
 
     def _table(self, uri: str) -> Table:
         return open_table(uri, self._options)
 
-    def _expand(self, uri: str) -> tuple[fsspec.AbstractFileSystem, str, list[str]]:
-        """Return the file system, the base folder and the prompt files of a file, folder or glob."""
-        fs, path = open_filesystem(uri, self._options)
-        with translated(uri, "list prompts"):
-            if fs.isdir(path):
-                return fs, path.rstrip("/"), [found for found in fs.find(path) if _is_prompts(found)]
-            if fs.exists(path):
-                return fs, posixpath.dirname(public_uri(path)), [path]
-            if magic := re.search(r"[*?[]", path):
-                folder = posixpath.dirname(path[: magic.start()])
-                return fs, folder, [found for found in fs.glob(path) if _is_prompts(found)]
-        raise SourceError(f"{uri}: no such prompts file or folder")
-
-    def _check_columns(self, table: Table, uri: str) -> None:
+    def _check_columns(self, file: PromptFile) -> None:
+        schema = self._schema(file)
         wanted = {"prompt": self._config.columns.get("prompt", "prompt"), **self._config.columns}
-        types = table.types(wanted.values())
+        kinds = {}
         for field, column in wanted.items():
-            if column not in types:
-                hint = f", which prompts.columns.{field} names" if field in self._config.columns else ""
-                advice = "" if hint else "; name yours in prompts.columns.prompt"
-                raise SourceError(f"{uri}: no column {column!r}{hint}{advice}")
-        kind = types[wanted["prompt"]]
-        if not is_text(kind):
-            raise SourceError(f"{uri}: column {wanted['prompt']!r} holds {kind}, but prompts must be text")
+            named_by = f"prompts.columns.{field}" if field in self._config.columns else ""
+            kinds[field] = _column(schema, column, file.uri, named_by)
+        kind = kinds["prompt"]
+        if not (is_text(kind) or pa.types.is_null(kind)):
+            raise SourceError(f"{file.uri}: column {wanted['prompt']!r} holds {kind}, but prompts must be text")
+        for name in RowParser(self._config, SamplingConfig()).columns:
+            if len(schema.get_all_field_indices(name)) > 1:
+                raise SourceError(f"{file.uri}: column {name!r} stands twice in the header")
 
 
-def _suffixes() -> str:
-    return ", ".join(f".{suffix}" for suffix in TABLE_FORMATS)
+def _column(schema: pa.Schema, name: str, uri: str, named_by: str) -> pa.DataType:
+    """Return the type of a column. Raises: SourceError that lists the columns there are if it is not one of them."""
+    indices = schema.get_all_field_indices(name)
+    if indices:
+        return schema.field(indices[0]).type
+    advice = f", which {named_by} names" if named_by else "; name yours in prompts.columns.prompt"
+    near = next((each for each in schema.names if each.strip().lower() == name.lower()), None)
+    hint = f"; did you mean {near!r}?" if near else did_you_mean(name, schema.names)
+    names = ", ".join(schema.names[:20]) + (", ..." if len(schema.names) > 20 else "")
+    raise SourceError(f"{uri}: no column {name!r}{advice}{hint or f'; it has {names}'}")
 
 
-def _is_prompts(path: str) -> bool:
-    """Return whether a file in a folder holds prompts: a known suffix, and not hidden as `_metadata` is."""
-    name = posixpath.basename(path)
-    return not name.startswith((".", "_")) and name.rpartition(".")[2].lower() in TABLE_FORMATS
-
-
-def _common_folder(folders: Sequence[str]) -> str:
-    """Return the folder that names are relative to; empty if a list mixes a disk with a bucket."""
-    try:
-        return posixpath.commonpath(folders)
-    except ValueError:
-        return ""
-
-
-def _describe(fs: fsspec.AbstractFileSystem, path: str, base: str) -> PromptFile:
-    uri = path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
-    with translated(uri, "read"):
-        info = fs.info(path)
-        size = int(info["size"])
-        version = str(info.get("ETag") or info.get("etag") or "").strip('"') or _sample_hash(fs, path, size)
-    name = public_uri(path)  # ids are made of it: no signature, which changes from day to day
-    return PromptFile(uri=uri, name=posixpath.relpath(name, base) if base else name, size=size, version=version)
-
-
-def _sample_hash(fs: fsspec.AbstractFileSystem, path: str, size: int) -> str:
-    digest = hashlib.blake2b(digest_size=12)
-    digest.update(fs.cat_file(path, start=0, end=min(size, _SAMPLED_BYTES)))
-    if size > _SAMPLED_BYTES:
-        digest.update(fs.cat_file(path, start=max(_SAMPLED_BYTES, size - _SAMPLED_BYTES), end=size))
-    return digest.hexdigest()
+def _partitions(name: str) -> dict[str, Any]:
+    """Return the columns that the folders of a file name, as Hive does: `year=2026/part-0.parquet`."""
+    pairs = (folder.partition("=") for folder in name.split("/")[:-1])
+    return {key: None if value == _HIVE_NULL else unquote(value) for key, sign, value in pairs if sign and key}

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 
@@ -41,11 +42,24 @@ def portable(kind: pa.DataType) -> pa.DataType:
         return pa.float32()
     if types.is_date(kind):
         return pa.date32()
+    if types.is_timestamp(kind) and kind.tz is not None and not is_known_zone(kind.tz):
+        return pa.timestamp(kind.unit, "UTC")  # the same moments
     if types.is_decimal32(kind) or types.is_decimal64(kind):
         return pa.decimal128(kind.precision, kind.scale)
     if types.is_null(kind) or types.is_decimal(kind) or (types.is_primitive(kind) and not types.is_interval(kind)):
         return kind
     raise ValueError(f"{kind} cannot be passed through")
+
+
+def is_known_zone(name: str) -> bool:
+    """Return whether a time zone is an offset, or a name that this machine knows."""
+    if name[:1] in ("+", "-"):
+        return True
+    try:
+        ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        return False
+    return True
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -59,6 +73,8 @@ def _as_arrow(value: Any, kind: pa.DataType) -> Any:
     """Return a value in its column's type, which may be wider than its own file's."""
     if value is None:
         return None
+    if isinstance(value, pa.Scalar):  # a time that Python's own types cannot hold
+        return value.cast(kind)
     if pa.types.is_string(kind) and isinstance(value, (dict, list, bool, int, float)):
         return json.dumps(value, ensure_ascii=False)
     if pa.types.is_string(kind):
@@ -86,6 +102,8 @@ def as_json(value: Any, kind: pa.DataType) -> Any:
         return float(value) if value is not None and math.isfinite(value) else 0.0
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
+    if isinstance(value, pa.Scalar):
+        return value.cast(pa.string()).as_py().replace(" ", "T")
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, (decimal.Decimal, datetime.timedelta)):

@@ -16,7 +16,7 @@ from typing import Any
 
 from flux_batch.engine.protocol import MadeShard, Worker
 from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, Stopped, StoreError, StoreRefused
-from flux_batch.records import Attempt, Shard, ShardResult
+from flux_batch.records import Attempt, FileRange, Shard, ShardResult
 from flux_batch.telemetry import Heartbeat, Metrics
 
 STEP_S = 0.05
@@ -25,7 +25,8 @@ FOREVER_S = 3600.0
 
 
 def make_shards(count: int) -> list[Shard]:
-    return [Shard(index=index, uri="none", name="none", start=0, num_rows=1) for index in range(count)]
+    nothing = FileRange(uri="none", name="none", start=0, num_rows=1)
+    return [Shard(index=index, parts=(nothing,)) for index in range(count)]
 
 
 def tries(folder: Path, shard: Shard) -> int:

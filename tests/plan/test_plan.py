@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import dataclasses
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flux_batch.config.schema import JobConfig, PromptsConfig
+from flux_batch.config.schema import JobConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import PlanMismatch, SourceError
-from flux_batch.plan.plan import Outline, Plan, check_same_job, extended, make_plan, remaining
+from flux_batch.plan.plan import Outline, Plan, check_same_job, extended, make_plan, remaining, rules_of_plan
 from flux_batch.prompts.source import PromptSource
+from flux_batch.records import FileRange, ImageRequest, Shard
 from helpers.yardstick import work
 
 
@@ -31,6 +32,11 @@ def plan_again(plan: Plan, config: PromptsConfig) -> Plan:
     return Plan.from_parquet(plan.to_parquet(), PromptSource(config).files())
 
 
+def layout(shards: Sequence[Shard]) -> list[tuple[int, str, int, int]]:
+    """Return the shard, the file and the rows of each part."""
+    return [(shard.index, part.name, part.start, part.num_rows) for shard in shards for part in shard.parts]
+
+
 def job(**sections: Any) -> JobConfig:
     tree: dict[str, Any] = {"prompts": {"uri": "p.txt"}, "output": {"uri": "out"}, "model": {"uri": "demo"}}
     for section, values in sections.items():
@@ -38,13 +44,13 @@ def job(**sections: Any) -> JobConfig:
     return JobConfig.from_dict(tree)
 
 
-def test_shards_cover_every_file_in_order_and_never_span_two(tmp_path: Path) -> None:
+def test_shards_cover_every_file_in_order(tmp_path: Path) -> None:
     for name, num_rows in (("b", 5), ("a", 20), ("c/d", 10)):
         write_prompts(tmp_path / f"{name}.parquet", num_rows)
 
     plan = make_plan(prompts(tmp_path), 10)
 
-    assert [(shard.index, shard.name, shard.start, shard.num_rows) for shard in plan.shards] == [
+    assert layout(plan.shards) == [
         (0, "a.parquet", 0, 10),
         (1, "a.parquet", 10, 10),
         (2, "b.parquet", 0, 5),
@@ -74,20 +80,28 @@ def test_text_formats_remember_where_each_shard_begins(tmp_path: Path) -> None:
 
     plan = plan_again(make_plan(config, 2), config)
 
-    assert [(shard.start, shard.num_rows, shard.offset) for shard in plan.shards] == [(0, 2, 2), (2, 1, 11)]
+    assert [(part.start, part.num_rows, part.offset) for shard in plan.shards for part in shard.parts] == [
+        (0, 2, 2),
+        (2, 1, 11),
+    ]
 
 
 @pytest.mark.parametrize(
     ("limit", "expected"),
-    [(1, [("a", 1)]), (4, [("a", 4)]), (6, [("a", 4), ("a", 1), ("b", 1)]), (99, [("a", 4), ("a", 1), ("b", 3)])],
+    [
+        (1, [(0, "a", 0, 1)]),
+        (4, [(0, "a", 0, 4)]),
+        (6, [(0, "a", 0, 4), (1, "a", 4, 1), (1, "b", 0, 1)]),
+        (99, [(0, "a", 0, 4), (1, "a", 4, 1), (1, "b", 0, 3)]),
+    ],
 )
-def test_limit_takes_the_first_rows(tmp_path: Path, limit: int, expected: list[tuple[str, int]]) -> None:
+def test_limit_takes_the_first_rows(tmp_path: Path, limit: int, expected: list[tuple[int, str, int, int]]) -> None:
     write_prompts(tmp_path / "a.parquet", 5)
     write_prompts(tmp_path / "b.parquet", 3)
 
     plan = make_plan(prompts(tmp_path, limit=limit), 4)
 
-    assert [(shard.name.removesuffix(".parquet"), shard.num_rows) for shard in plan.shards] == expected
+    assert layout(plan.shards) == [(index, f"{name}.parquet", *rows) for index, name, *rows in expected]
 
 
 def test_files_without_rows_are_no_shards_and_no_rows_at_all_an_error(tmp_path: Path) -> None:
@@ -96,7 +110,7 @@ def test_files_without_rows_are_no_shards_and_no_rows_at_all_an_error(tmp_path: 
         make_plan(prompts(tmp_path), 4)
 
     write_prompts(tmp_path / "full.parquet", 1)
-    assert [shard.name for shard in make_plan(prompts(tmp_path), 4).shards] == ["full.parquet"]
+    assert layout(make_plan(prompts(tmp_path), 4).shards) == [(0, "full.parquet", 0, 1)]
 
 
 def test_a_changed_file_is_named(tmp_path: Path) -> None:
@@ -145,10 +159,66 @@ def test_moving_the_data_set_as_a_whole_is_no_change(tmp_path: Path) -> None:
     (tmp_path / "here").rename(tmp_path / "there")
     moved = plan_again(plan, prompts(tmp_path / "there"))
 
-    assert [dataclasses.replace(shard, uri="") for shard in moved.shards] == [
-        dataclasses.replace(shard, uri="") for shard in plan.shards
+    assert layout(moved.shards) == layout(plan.shards)
+    assert all("/there/" in part.uri for shard in moved.shards for part in shard.parts)
+
+
+def test_small_files_share_shards(tmp_path: Path) -> None:
+    for number in range(1065):
+        (tmp_path / f"{number:04}.txt").write_text(f"prompt {number}")
+    config = prompts(tmp_path)
+
+    plan = make_plan(config, 256)
+
+    assert [shard.num_rows for shard in plan.shards] == [256, 256, 256, 256, 41]
+    assert plan_again(plan, config) == plan
+    assert sum(Outline.from_parquet(plan.to_parquet()).num_rows) == 1065
+    assert Outline.from_parquet(plan.to_parquet()).num_rows == (256, 256, 256, 256, 41)
+
+
+def rows_of(plan: Plan, config: PromptsConfig) -> list[tuple[str, str, tuple[int, ...]]]:
+    rows = [row for shard in plan.shards for row in PromptSource(config).read(shard, SamplingConfig())]
+    return [(row.id, row.prompt, row.seeds) for row in rows if isinstance(row, ImageRequest)]
+
+
+@pytest.mark.parametrize("shard_size", [1, 3, 10, 999])
+def test_rows_are_the_same_whatever_they_share_a_shard_with(tmp_path: Path, shard_size: int) -> None:
+    for number, num_rows in enumerate((1, 5, 0, 2, 1, 1, 7)):
+        write_prompts(tmp_path / f"{number}.parquet", num_rows, first=10 * number)
+        (tmp_path / f"{number}.csv").write_text("prompt\n" + f"text {number}\n" * num_rows)
+    config = prompts(tmp_path)
+
+    plan = make_plan(config, shard_size)
+
+    assert rows_of(plan, config) == rows_of(make_plan(config, 4), config)
+    assert len(rows_of(plan, config)) == 34
+    assert all(shard.num_rows <= shard_size for shard in plan.shards)
+    assert [row.row for shard in plan.shards for row in PromptSource(config).read(shard, SamplingConfig())] == [
+        row for shard in plan.shards for row in range(shard.num_rows)
     ]
-    assert all("/there/" in shard.uri for shard in moved.shards)
+
+
+def test_a_plan_of_the_first_version_goes_on_as_it_was(tmp_path: Path) -> None:
+    for name in ("a.parquet", "_x/b.parquet"):
+        write_prompts(tmp_path / name, 3)
+    (tmp_path / "c.tsv").write_text("prompt\na\n")
+    config = prompts(tmp_path)
+    files = {file.name: file for file in PromptSource(config).files(rules=1)}
+    old = Plan(
+        shards=tuple(
+            Shard(index=index, parts=(FileRange(uri=files[name].uri, name=name, start=0, num_rows=3),))
+            for index, name in enumerate(files)
+        ),
+        files=tuple(files.values()),
+        passthrough=pa.schema([]),
+        rules=1,
+    )
+    data = old.to_parquet()
+
+    assert list(files) == ["_x/b.parquet", "a.parquet"]
+    assert rules_of_plan(data) == 1
+    assert Plan.from_parquet(data, PromptSource(config).files(rules_of_plan(data))) == old
+    assert extended(old, config, 4) is old
 
 
 def test_remaining_keeps_the_order(tmp_path: Path) -> None:
@@ -231,7 +301,7 @@ def test_new_files_become_shards_behind_those_that_are_there(tmp_path: Path) -> 
     longer = extended(plan, config, 4)
 
     assert longer.shards[:2] == plan.shards
-    assert [(shard.index, shard.name, shard.start, shard.num_rows) for shard in longer.shards[2:]] == [
+    assert layout(longer.shards[2:]) == [
         (2, "a.parquet", 0, 4),
         (3, "a.parquet", 4, 2),
     ]
@@ -246,7 +316,7 @@ def test_a_limit_counts_what_is_planned(tmp_path: Path) -> None:
 
     write_prompts(tmp_path / "b.parquet", 5)
     longer = extended(plan, config, 4)
-    assert [shard.num_rows for shard in longer.shards] == [4, 1, 2]
+    assert [shard.num_rows for shard in longer.shards] == [4, 1, 2]  # the first two as they were
 
     write_prompts(tmp_path / "c.parquet", 5)
     assert extended(longer, config, 4).shards == longer.shards

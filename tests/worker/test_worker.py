@@ -6,6 +6,7 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -17,7 +18,6 @@ import pytest
 from flux_batch.errors import DeviceFatal, OutOfMemory, Stopped
 from flux_batch.images import read_provenance
 from flux_batch.plan.plan import make_plan
-from flux_batch.records import Shard
 from flux_batch.storage.store import Store
 from flux_batch.worker.worker import WorkerFactory
 from helpers.fakes import FakePipeline, fake_image, make_fake_pipeline
@@ -359,7 +359,7 @@ def test_a_shard_shorter_than_planned_is_an_error_about_the_file(tmp_path: Path)
     shard = plan.shards[0]
 
     with pytest.raises(Exception, match=r"2 rows from row 0 where the plan has 3; the file changed"):
-        worker.make(Shard(index=0, uri=shard.uri, name=shard.name, start=0, num_rows=3)).finish()
+        worker.make(replace(shard, parts=(replace(shard.parts[0], num_rows=3),))).finish()
 
 
 # --- options of DiffSynth, and too little memory

@@ -1,0 +1,170 @@
+"""Comma-separated values with a header; quoted fields may contain line breaks."""
+
+from __future__ import annotations
+
+import csv
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import takewhile
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from flux_batch.errors import SourceError
+from flux_batch.prompts.formats.lines import (
+    LineTable,
+    decoded,
+    fitted,
+    header_names,
+    header_schema,
+    lines,
+    not_utf8,
+)
+from flux_batch.prompts.formats.table import BadRow, Row
+
+# Characters of one field; the csv module stops at 131,072, which notes and base64 exceed.
+_MAX_FIELD = 1 << 24
+
+
+class CsvTable(LineTable):
+    """A file of comma-separated values; its first line names the columns."""
+
+    def schema(self) -> pa.Schema:
+        """Return the columns that the header names; none of a file without a byte."""
+        with self.file.open_text() as text:
+            return header_schema(self._header(text)[0])
+
+    def starts(self, text: BinaryIO) -> Iterator[int]:
+        """Yield the byte where each record begins."""
+        return (at for at, _ in self.records(text))
+
+    def records(self, text: BinaryIO, offset: int = 0) -> Iterator[tuple[int, Row | BadRow]]:
+        """Yield the fields of each record by column."""
+        names, is_spaced, first = self._header(text)
+        if not names:
+            return
+        csv.field_size_limit(_MAX_FIELD)  # the only place there is for it, and for the whole process
+        begin = offset or first
+        source = _Lines(lines(text, begin, first))
+        number_of_first = cache(lambda: self._num_lines(begin) + 1)
+        while source.begin():
+            try:
+                values = next(csv.reader(source, skipinitialspace=is_spaced))
+            except csv.Error as error:
+                yield source.start, _unclosed(source, names, number_of_first) or BadRow(f"not valid CSV: {error}")
+                continue
+            if values:
+                yield source.start, _parsed(source, values, names, is_spaced, number_of_first)
+
+    def _header(self, text: BinaryIO) -> tuple[list[str], bool, int]:
+        """Read the column names, whether spaces follow the commas, and the byte where the first record begins."""
+        source = _Lines(lines(text, 0))
+        if not source.begin():
+            return [], False, 0
+        try:
+            raw = next(csv.reader(source))
+            values = next(csv.reader([decoded(line) for _, line in source.taken], skipinitialspace=True))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise SourceError(
+                f"{self.file.uri}: the first line, which must name the columns, cannot be read"
+            ) from error
+        is_spaced = len(raw) > 1 and all(value.startswith(" ") for value in raw[1:])
+        return header_names(values), is_spaced, source.end
+
+    def _num_lines(self, end: int) -> int:
+        """Return the number of lines before a byte."""
+        with self.file.open_text() as text:
+            return sum(1 for _ in takewhile(lambda each: each[0] < end, lines(text, 0)))
+
+
+def _parsed(
+    source: _Lines, values: list[str], names: list[str], is_spaced: bool, number_of_first: Callable[[], int]
+) -> Row | BadRow:
+    """Return a record's fields by column; a bad row for bytes that are no text, or a quote that is not closed."""
+    if any("\ufffd" in value for value in values):
+        try:
+            b"".join(line for _, line in source.taken).decode("utf-8")
+        except UnicodeDecodeError as error:
+            return not_utf8(error)
+    row = fitted(values, names)
+    if len(source.taken) == 1:
+        return row
+    try:
+        text = [line.decode("utf-8", "replace") for _, line in source.taken]
+        next(csv.reader(text, skipinitialspace=is_spaced, strict=True))
+    except csv.Error:
+        return _unclosed(source, names, number_of_first) or row
+    return row
+
+
+def _unclosed(source: _Lines, names: list[str], number_of_first: Callable[[], int]) -> BadRow | None:
+    """Return the bad row of a quote that is not closed, and put the lines that are rows of their own back."""
+    (_, first), *others = source.taken
+    if not others:
+        return None
+    last = number_of_first() + source.num_read - 1
+    number = last - len(others)
+    if all(_is_row(line, names) for _, line in others):
+        source.put_back(others)
+        shown = first.decode("utf-8", "replace").strip()[:80]
+        return BadRow(f"line {number}: a quote is opened and not closed: {shown}")
+    return BadRow(f"lines {number} to {last}: a quote is opened on line {number}, and takes in the lines after it")
+
+
+def _is_row(line: bytes, names: list[str]) -> bool:
+    """Return whether a line is a whole row by itself."""
+    if line.count(b'"') % 2:
+        return False
+    values = next(csv.reader([line.decode("utf-8", "replace")]), [])
+    return not values or isinstance(fitted(values, names), dict)
+
+
+class _Lines:
+    """An iterator of lines for the csv module that knows what the record at hand has taken, and takes lines back."""
+
+    def __init__(self, source: Iterator[tuple[int, bytes]]) -> None:
+        self._source = source
+        self._back: deque[tuple[int, bytes]] = deque()
+        self.taken: list[tuple[int, bytes]] = []
+        self.num_read = 0
+
+    def begin(self) -> bool:
+        """Begin a record. Returns: whether there is one."""
+        self.taken = []
+        line = self._next()
+        if line is not None:
+            self._back.appendleft(line)
+        return line is not None
+
+    @property
+    def start(self) -> int:
+        """The byte where the record begins."""
+        return self.taken[0][0]
+
+    @property
+    def end(self) -> int:
+        """The byte after the record."""
+        at, line = self.taken[-1]
+        return at + len(line)
+
+    def put_back(self, taken: list[tuple[int, bytes]]) -> None:
+        """Take lines back, to be read again."""
+        self._back.extendleft(reversed(taken))
+        self.num_read -= len(taken)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._next()
+        if line is None:
+            raise StopIteration
+        self.taken.append(line)
+        self.num_read += 1
+        # An invalid byte becomes a replacement character here, and its row a bad one.
+        text = line[1].decode("utf-8", errors="replace")
+        return text.removeprefix("\ufeff") if len(self.taken) == 1 else text
+
+    def _next(self) -> tuple[int, bytes] | None:
+        return self._back.popleft() if self._back else next(self._source, None)

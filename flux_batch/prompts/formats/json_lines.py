@@ -1,0 +1,67 @@
+"""JSON Lines, also called NDJSON: one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from flux_batch.prompts.formats.lines import LineTable, decoded, lines
+from flux_batch.prompts.formats.table import BadRow, Row
+
+
+class JsonLinesTable(LineTable):
+    """A file with one JSON object a line; blank lines do not count."""
+
+    def schema(self) -> pa.Schema:
+        """Return the columns after reading the whole file; mixed types become JSON text."""
+        with self.file.open_text() as text:
+            return schema_of_rows(row for _, row in self.records(text))
+
+    def records(self, text: BinaryIO, offset: int = 0) -> Iterator[tuple[int, Row | BadRow]]:
+        """Yield the object of each line."""
+        for at, line in lines(text, offset):
+            if line.strip():
+                yield at, _row(line)
+
+
+def _row(line: bytes) -> Row | BadRow:
+    try:
+        row = json.loads(decoded(line))
+        if b"\\u" in line:
+            check_whole_characters(row)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"not valid JSON: {error}")
+    return row if isinstance(row, dict) else BadRow("not a JSON object")
+
+
+def check_whole_characters(value: Any) -> None:
+    """Raise ValueError for half a surrogate pair, which JSON can spell and no file can hold."""
+    json.dumps(value, ensure_ascii=False).encode()
+
+
+def schema_of_rows(rows: Iterable[Row | BadRow]) -> pa.Schema:
+    """Return the columns of JSON objects, in the order in which they appear."""
+    kinds: dict[str, set[type]] = {}
+    for row in rows:
+        if isinstance(row, dict):
+            for name, value in row.items():
+                kinds.setdefault(name, set()).add(_kind(value))
+    return pa.schema([(name, _arrow_type(found - {type(None)})) for name, found in kinds.items()])
+
+
+def _kind(value: Any) -> type:
+    """Return the type of a JSON value; an integer too large for a column counts as text."""
+    return str if isinstance(value, int) and not -(2**63) <= value < 2**63 else type(value)
+
+
+def _arrow_type(kinds: set[type]) -> pa.DataType:
+    if kinds == {bool}:
+        return pa.bool_()
+    if kinds == {int}:
+        return pa.int64()
+    if kinds and kinds <= {int, float}:
+        return pa.float64()
+    return pa.string()

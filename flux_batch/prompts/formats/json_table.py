@@ -1,0 +1,88 @@
+"""One JSON value a file: an array of objects or of texts, or an object of columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from flux_batch.errors import SourceError
+from flux_batch.prompts.formats.file import PromptBytes
+from flux_batch.prompts.formats.json_lines import check_whole_characters, schema_of_rows
+from flux_batch.prompts.formats.table import BadRow, Row, RowRange
+
+# Such a file is read whole by every shard.
+_MAX_BYTES = 1 << 28
+
+
+class JsonTable:
+    """A JSON file, read as a whole."""
+
+    def __init__(self, file: PromptBytes) -> None:
+        self._file = file
+
+    def schema(self) -> pa.Schema:
+        """Return the columns; mixed types become JSON text."""
+        return schema_of_rows(self._rows())
+
+    def split(self, num_rows: int) -> Iterator[RowRange]:
+        """Yield ranges of `num_rows` that cover the file; the last may be shorter."""
+        total = len(self._rows())
+        for start in range(0, total, num_rows):
+            yield RowRange(start, min(num_rows, total - start))
+
+    def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
+        """Yield the rows of a range one by one."""
+        yield from self._rows()[rows.start : rows.start + rows.num_rows]
+
+    def _rows(self) -> list[Row | BadRow]:
+        with self._file.open_text() as text:
+            data = text.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise SourceError(f"{self._file.uri}: a JSON file of more than 256 MiB; save it as JSON Lines (.jsonl)")
+        if not data.strip():
+            return []
+        try:
+            found = _items(json.loads(data.decode("utf-8-sig")))
+        except (ValueError, RecursionError) as error:
+            raise SourceError(f"{self._file.uri}: not valid JSON: {error}") from error
+        if found is None:
+            raise SourceError(
+                f"{self._file.uri}: holds no table; must be an array of objects or texts, or an object of columns"
+            )
+        has_escapes = b"\\u" in data
+        return [_row(item, has_escapes) for item in found]
+
+
+def _items(value: Any) -> list[Any] | None:
+    """Return the rows of a JSON value, whatever they are; None if it is no table."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict) or not value:
+        return None
+    columns = list(value.values())
+    tables = [column for column in columns if isinstance(column, list) and column and _are_objects(column)]
+    if len(tables) == 1:  # an array of objects beside what is said about them
+        return tables[0]
+    if all(isinstance(column, list) for column in columns) and len({len(column) for column in columns}) == 1:
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    if all(isinstance(column, dict) for column in columns) and len({tuple(column) for column in columns}) == 1:
+        return [{name: column[key] for name, column in value.items()} for key in columns[0]]  # as pandas writes it
+    return [value] if isinstance(value.get("prompt"), str) else None
+
+
+def _are_objects(items: list[Any]) -> bool:
+    return all(isinstance(item, Mapping) for item in items)
+
+
+def _row(item: Any, has_escapes: bool) -> Row | BadRow:
+    if has_escapes:
+        try:
+            check_whole_characters(item)
+        except ValueError as error:
+            return BadRow(f"not valid JSON: {error}")
+    if isinstance(item, str):
+        return {"prompt": item}
+    return item if isinstance(item, dict) else BadRow("neither a JSON object nor a text")

@@ -1,0 +1,87 @@
+"""Text formats: planning streams a file once and notes the byte where each range of rows begins."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from flux_batch.prompts.formats.file import PromptBytes, skip_to
+from flux_batch.prompts.formats.table import BadRow, Row, RowRange
+
+
+class LineTable:
+    """A text file whose records begin at the start of a line."""
+
+    def __init__(self, file: PromptBytes) -> None:
+        self.file = file
+
+    def split(self, num_rows: int) -> Iterator[RowRange]:
+        """Yield ranges of `num_rows` that cover the file; the last may be shorter."""
+        start = offset = count = 0
+        with self.file.open_text() as text:
+            for at in self.starts(text):
+                if count == 0:
+                    offset = at
+                count += 1
+                if count == num_rows:
+                    yield RowRange(start, count, offset)
+                    start, count = start + count, 0
+        if count:
+            yield RowRange(start, count, offset)
+
+    def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
+        """Yield the rows of a range one by one."""
+        with self.file.open_text() as text:
+            for _, row in islice(self.records(text, rows.offset), rows.num_rows):
+                yield row
+
+    def starts(self, text: BinaryIO) -> Iterator[int]:
+        """Yield the byte where each record begins."""
+        return (at for at, line in lines(text, 0) if line.strip())
+
+    def records(self, text: BinaryIO, offset: int = 0) -> Iterator[tuple[int, Row | BadRow]]:
+        """Yield the byte offset and the row of each record from `offset` on (0: from the first record)."""
+        raise NotImplementedError
+
+
+def lines(text: BinaryIO, offset: int, at: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Yield the byte where each line from `offset` on begins, and the line with its end; the text is at byte `at`."""
+    skip_to(text, offset, at)
+    for line in text:
+        yield offset, line
+        offset += len(line)
+
+
+def decoded(line: bytes) -> str:
+    """Return a line as text, without the byte order mark that joined files leave. Raises: UnicodeDecodeError."""
+    return line.decode("utf-8-sig")
+
+
+def not_utf8(error: UnicodeDecodeError) -> BadRow:
+    """Return the row for bytes that are no text."""
+    return BadRow(f"not UTF-8: byte {error.object[error.start]:#04x} is no character; save the file as UTF-8")
+
+
+def header_names(values: Sequence[str]) -> list[str]:
+    """Return the names of a header's columns; spaces around them and empty names, as of trailing commas, are none."""
+    return [value.strip() for value in values]
+
+
+def header_schema(names: Sequence[str]) -> pa.Schema:
+    """Return the columns of a header, each of text."""
+    return pa.schema([(name, pa.string()) for name in names if name])
+
+
+def fitted(values: Sequence[str], names: Sequence[str]) -> Row | BadRow:
+    """Return the fields of a record by column; fields without a column must be empty, and may be missing."""
+    named = len(names)
+    while named and not names[named - 1]:
+        named -= 1
+    if len(values) < named or any(value.strip() for value in values[len(names) :]):
+        return BadRow(f"{len(values)} fields where the header has {len(names)}")
+    if named > 1 and [value.strip() for value in values[:named]] == list(names[:named]):
+        return BadRow("the header stands here once more: files were joined")
+    return {name: value or None for name, value in zip(names, values, strict=False) if name}

@@ -1,0 +1,133 @@
+"""Opening a prompts file: its format, by what it holds before by what it is called."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import posixpath
+import re
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from flux_batch.errors import SourceError
+from flux_batch.prompts.formats.arrow import ARROW_MAGIC, STREAM_MAGIC, ArrowTable
+from flux_batch.prompts.formats.comma_separated import CsvTable
+from flux_batch.prompts.formats.file import PromptBytes
+from flux_batch.prompts.formats.json_lines import JsonLinesTable
+from flux_batch.prompts.formats.json_table import JsonTable
+from flux_batch.prompts.formats.parquet import ParquetTable
+from flux_batch.prompts.formats.tab_separated import TsvTable
+from flux_batch.prompts.formats.table import Table
+from flux_batch.prompts.formats.tar import TarTable
+from flux_batch.prompts.formats.text import TextTable
+from flux_batch.redaction import public_uri
+
+TABLE_FORMATS: Mapping[str, Callable[[PromptBytes], Table]] = {
+    "parquet": ParquetTable,
+    "jsonl": JsonLinesTable,
+    "csv": CsvTable,
+    "txt": TextTable,
+    "tsv": TsvTable,
+    "json": JsonTable,
+    "ndjson": JsonLinesTable,
+    "arrow": ArrowTable,
+    "feather": ArrowTable,
+    "tar": TarTable,
+}
+COMPRESSIONS = ("gz", "zst", "bz2", "xz")
+# Formats that are not read, and the way to one that is.
+_OFFICE = "save the sheet as CSV"
+INSTEAD = {
+    **dict.fromkeys(("xlsx", "xls", "xlsm", "ods", "numbers"), _OFFICE),
+    **dict.fromkeys(("sqlite", "sqlite3", "db", "duckdb"), "export the table as CSV or Parquet"),
+    **dict.fromkeys(("orc", "avro", "h5", "hdf5", "pkl", "pickle", "npy", "npz", "mdb"), "write it as Parquet"),
+    **dict.fromkeys(("zip", "7z", "rar"), "unpack it into a folder"),
+    **dict.fromkeys(("docx", "doc", "pdf", "rtf", "odt", "html", "md"), "save it as text, a prompt a line (.txt)"),
+    **dict.fromkeys(("yaml", "yml", "xml", "toml"), "write it as JSON Lines (.jsonl)"),
+}
+_MAGICS = {
+    b"PAR1": "parquet",
+    ARROW_MAGIC: "arrow",
+    STREAM_MAGIC: "arrow",
+    b"PK\x03\x04": "zip",
+    b"SQLite format 3\x00": "sqlite",
+    b"\x89HDF": "hdf5",
+    b"ORC": "orc",
+    b"Obj\x01": "avro",
+    b"%PDF": "pdf",
+    b"\xd0\xcf\x11\xe0": "xls",
+}
+_TAR_MAGIC, _TAR_MAGIC_END = b"ustar", 262
+# The longest line by which JSON Lines are told from one object.
+_LONG_LINE = 1 << 24
+
+
+def open_table(uri: str, storage_options: Mapping[str, Any]) -> Table:
+    """Open a prompts file. Raises: SourceError for a format that is not read, with the way to one that is."""
+    file = PromptBytes.of(uri, storage_options)
+    name = format_of_name(public_uri(uri))
+    found = _format(file, name if name in (*TABLE_FORMATS, *INSTEAD) else _format_of_query(uri))
+    if found in TABLE_FORMATS:
+        return TABLE_FORMATS[found](file)
+    shown = name if found == "zip" and INSTEAD.get(name) == _OFFICE else found
+    if shown in INSTEAD:
+        raise SourceError(f"{uri}: .{shown} is not read: {INSTEAD[shown]}")
+    known = ", ".join(f".{known}" for known in TABLE_FORMATS)
+    raise SourceError(f"{uri}: its format cannot be told; prompts must be {known}")
+
+
+def format_of_name(name: str) -> str:
+    """Return the format that a file's name says, without that of its compression; empty if it says none."""
+    parts = posixpath.basename(name).lower().split(".")
+    while len(parts) > 2 and parts[-1] in COMPRESSIONS:
+        parts.pop()
+    return {"tgz": "tar"}.get(parts[-1], parts[-1]) if len(parts) > 1 else ""
+
+
+def _format_of_query(uri: str) -> str:
+    """Return the format that the query of a web address says, as `export?format=csv`."""
+    for _, value in parse_qsl(urlsplit(uri).query if "://" in uri else ""):
+        if (found := format_of_name(value) or value.lower()) in TABLE_FORMATS:
+            return found
+    return ""
+
+
+def _format(file: PromptBytes, name: str) -> str:
+    """Return the format of a file: by its first bytes, or else its name, or else the look of its text."""
+    for magic, kind in _MAGICS.items():
+        if file.head.startswith(magic):
+            return kind
+    if name in ("jsonl", "ndjson"):
+        return "json" if _begins_array_of_rows(file.head) else name
+    if name and name != "json":
+        return name
+    with file.open_decompressed() as stored:
+        if stored.read(_TAR_MAGIC_END).endswith(_TAR_MAGIC):
+            return "tar"
+    return _format_of_text(file) or name
+
+
+def _format_of_text(file: PromptBytes) -> str:
+    """Return which of the JSON formats a text is; empty if it is none."""
+    with file.open_text() as text:
+        lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in iter(lambda: text.readline(_LONG_LINE), b""))
+        first, second = [*islice(filter(None, lines), 2), b"", b""][:2]
+    if first[:1] == b"[":
+        return "json"
+    if first[:1] == b"{":
+        return "jsonl" if _is_object(first) and second else "json"
+    return ""
+
+
+def _begins_array_of_rows(head: bytes) -> bool:
+    """Return whether a file begins as an array of objects, which no JSON Lines do."""
+    return re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", head) is not None
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -1,0 +1,46 @@
+"""The protocol of a prompts file in any format, and what crosses it; does not know what a column means.
+
+A row that cannot be parsed is a BadRow in its position, so that the other rows of the file can be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that could not be parsed, with the reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Rows start .. start + num_rows of a file; `offset` is the byte of its text where the first begins, or 0."""
+
+    start: int
+    num_rows: int
+    offset: int = 0
+
+
+class Table(Protocol):
+    """A prompts file, opened for reading."""
+
+    def schema(self) -> pa.Schema:
+        """Return all columns in order, with the types that hold their values; a name may stand twice."""
+        ...
+
+    def split(self, num_rows: int) -> Iterator[RowRange]:
+        """Yield ranges of `num_rows` that cover the file; the last may be shorter."""
+        ...
+
+    def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
+        """Yield the rows of a range from `split` one by one; columns other than `columns` may be left out."""
+        ...

@@ -1,0 +1,101 @@
+"""WebDataset tars of captions: the members with one key are one row."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Collection, Iterator
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from flux_batch.errors import SourceError, one_line
+from flux_batch.prompts.formats.file import PromptBytes, skip_to
+from flux_batch.prompts.formats.json_lines import schema_of_rows
+from flux_batch.prompts.formats.table import BadRow, Row, RowRange
+
+# Members of text, by suffix, and the column each becomes; those of a .json are columns of their own.
+_TEXTS = {"txt": "prompt", "caption": "prompt", "text": "prompt"}
+_MAX_TEXT_BYTES = 1 << 24
+
+
+class TarTable:
+    """A tar whose members are called KEY.txt and KEY.json; members of other kinds, such as images, are not read."""
+
+    def __init__(self, file: PromptBytes) -> None:
+        self._file = file
+
+    def schema(self) -> pa.Schema:
+        """Return the columns after reading the whole file."""
+        return schema_of_rows(row for _, row in self._records(0))
+
+    def split(self, num_rows: int) -> Iterator[RowRange]:
+        """Yield ranges of `num_rows` that cover the file; the last may be shorter."""
+        start = offset = count = 0
+        for at, _ in self._records(0):
+            if count == 0:
+                offset = at
+            count += 1
+            if count == num_rows:
+                yield RowRange(start, count, offset)
+                start, count = start + count, 0
+        if count:
+            yield RowRange(start, count, offset)
+
+    def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
+        """Yield the rows of a range one by one."""
+        for _, row in islice(self._records(rows.offset), rows.num_rows):
+            yield row
+
+    def _records(self, offset: int) -> Iterator[tuple[int, Row | BadRow]]:
+        """Yield the byte of the first member and the row of each key from `offset` on."""
+        with self._file.open_decompressed() as file:
+            skip_to(file, offset)
+            try:
+                with tarfile.open(fileobj=file, mode="r|") as tar:
+                    yield from ((offset + at, row) for at, row in _rows(tar))
+            except tarfile.TarError as error:
+                raise SourceError(f"{self._file.uri}: not a readable tar: {one_line(error)}") from error
+
+
+def _rows(tar: tarfile.TarFile) -> Iterator[tuple[int, Row | BadRow]]:
+    at, row = 0, None
+    key: str | None = None
+    for member in tar:
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        if not member.isfile() or not stem:
+            continue
+        if folder + slash + stem != key:
+            if row is not None:
+                yield at, row
+            key, at, row = folder + slash + stem, member.offset, None
+        found = _member(tar, member, suffix.lower())
+        if found is not None:
+            row = _joined(row or {"id": key}, found)
+    if row is not None:
+        yield at, row
+
+
+def _joined(row: Row | BadRow, found: Row | BadRow) -> Row | BadRow:
+    if isinstance(row, BadRow) or isinstance(found, BadRow):
+        return row if isinstance(row, BadRow) else found
+    return {**found, **{name: value for name, value in row.items() if name not in found or name == "prompt"}}
+
+
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> Row | BadRow | None:
+    """Return the columns that a member of text gives; None for other kinds."""
+    if suffix not in (*_TEXTS, "json"):
+        return None
+    if member.size > _MAX_TEXT_BYTES:
+        return BadRow(f"{member.name} has {member.size} bytes, which is no caption")
+    file = tar.extractfile(member)
+    try:
+        text = file.read().decode("utf-8-sig") if file else ""
+        if suffix != "json":
+            return {_TEXTS[suffix]: text.strip()}
+        value: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"{member.name}: {one_line(error)}")
+    return value if isinstance(value, dict) else BadRow(f"{member.name}: not a JSON object")

@@ -1,0 +1,179 @@
+"""The files of a data set of prompts: those that are read, and those that are left out, with the reason."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from flux_batch.errors import SourceError
+from flux_batch.prompts.formats.open import INSTEAD, TABLE_FORMATS, format_of_name
+from flux_batch.redaction import public_uri
+from flux_batch.storage.errors import translated
+from flux_batch.storage.store import open_filesystem
+
+# The rules by which files are left out; a run keeps to those it was planned by. 1: hidden by their own names alone,
+# and four formats.
+LISTING_RULES = 2
+_FORMATS_OF_RULES_1 = ("parquet", "jsonl", "csv", "txt")
+# Enough to notice an edit of a file whose store has no checksum, at the price of two small reads.
+_SAMPLED_BYTES = 64 * 1024
+_READER_THREADS = 16
+# Files that lie beside data and hold none, by their names without suffix.
+_DOCUMENTS = re.compile(
+    r"(licen[cs]e|copying|readme|requirements)([-_.].*)?|notice|constraints|changelog|authors|contributors|contributing"
+    r"|code_of_conduct|citation|dataset_infos?|dataset_dict|package(-lock)?|manifest|config|model_index|tsconfig",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFile:
+    """One file of the data set; `name` is relative to it, `version` changes when the contents do."""
+
+    uri: str
+    name: str
+    size: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of a data set in a fixed order, and the names of those left out, by reason."""
+
+    files: tuple[PromptFile, ...]
+    skipped: Mapping[str, Sequence[str]]
+
+
+def list_prompts(uris: Sequence[str], storage_options: Mapping[str, Any], rules: int = LISTING_RULES) -> Listing:
+    """Return the prompts that files, folders and globs name. Raises: SourceError if one is missing or none is found."""
+    expanded = [_expand(uri, storage_options, rules) for uri in uris]
+    found = {path: each.fs for each in expanded for path in each.paths}
+    skipped: dict[str, list[str]] = {}
+    for each in expanded:
+        for path, reason in each.skipped.items():
+            if path not in found:
+                skipped.setdefault(reason, []).append(posixpath.relpath(path, each.folder or "/"))
+    if not found:
+        known = ", ".join(f".{suffix}" for suffix in TABLE_FORMATS)
+        raise SourceError(
+            f"{', '.join(uris)}: no prompts found; expected files ending in {known}"
+            + "".join(f"; {note}" for note in skipped_notes(skipped))
+        )
+    base = _common_folder([each.folder for each in expanded])
+    with ThreadPoolExecutor(_READER_THREADS) as pool:
+        files = tuple(pool.map(lambda path: _describe(found[path], path, base), sorted(found)))
+    return Listing(files, skipped)
+
+
+def skipped_notes(skipped: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a sentence for each reason for which files are left out."""
+    return [
+        f"{len(names)} file(s) left out, {reason}: {', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
+        for reason, names in sorted(skipped.items())
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Expanded:
+    """What one entry of `prompts.uri` names; names are relative to `folder`."""
+
+    fs: fsspec.AbstractFileSystem
+    folder: str
+    paths: Sequence[str]
+    skipped: Mapping[str, str]
+
+
+def _expand(uri: str, storage_options: Mapping[str, Any], rules: int) -> _Expanded:
+    """Return the prompt files of a file, folder or glob."""
+    fs, path = open_filesystem(uri, storage_options)
+    reason_for: Callable[[str], str] = _reason if rules > 1 else _reason_by_rules_1
+    with translated(uri, "list prompts"):
+        # Of a web address, fsspec would read the whole file for links to what may lie below it.
+        if (not uri.startswith(("http://", "https://")) or uri.endswith("/")) and fs.isdir(path):
+            return _sifted(fs, path.rstrip("/"), fs.find(path), reason_for)
+        if fs.exists(path):
+            return _Expanded(fs, posixpath.dirname(public_uri(path)), [path], {})
+        if magic := re.search(r"[*?[]", path):
+            folder = posixpath.dirname(path[: magic.start()])
+            names_hidden = re.search(r"(^|/)[._]", path[len(folder) :]) is not None
+            return _sifted(fs, folder, fs.glob(path), _format_reason if names_hidden else reason_for)
+    raise SourceError(f"{uri}: no such prompts file or folder")
+
+
+def _sifted(
+    fs: fsspec.AbstractFileSystem, folder: str, paths: Sequence[str], reason_for: Callable[[str], str]
+) -> _Expanded:
+    reasons = {path: reason_for(path[len(folder) :].lstrip("/")) for path in paths}
+    kept = [path for path, reason in reasons.items() if not reason]
+    return _Expanded(fs, folder, kept, {path: reason for path, reason in reasons.items() if reason})
+
+
+def _reason(name: str) -> str:
+    """Return why a file below a named folder is left out; empty if it holds prompts.
+
+    Hidden and marker files lie anywhere: `.ipynb_checkpoints`, `..data` of a ConfigMap, `_delta_log`, `_temporary`.
+    The folder `_year=2026` is a partition.
+    """
+    *folders, last = name.split("/")
+    is_marker = [folder.startswith(".") or (folder.startswith("_") and "=" not in folder) for folder in folders]
+    if any(is_marker) or last.startswith((".", "_")):
+        return "hidden by a name that begins with . or _"
+    return _format_reason(name)
+
+
+def _format_reason(name: str) -> str:
+    name = posixpath.basename(name)
+    kind = format_of_name(name)
+    if kind in TABLE_FORMATS:
+        is_document = kind in ("txt", "json") and _DOCUMENTS.fullmatch(_stem(name))
+        return "named as documents are, and not as prompts" if is_document else ""
+    return f".{kind} is not read: {INSTEAD[kind]}" if kind in INSTEAD else "of no format that is read"
+
+
+def _stem(name: str) -> str:
+    return name[: name.lower().rindex(f".{format_of_name(name)}")]
+
+
+def _reason_by_rules_1(name: str) -> str:
+    last = posixpath.basename(name)
+    is_read = last.rpartition(".")[2].lower() in _FORMATS_OF_RULES_1 and not last.startswith((".", "_"))
+    return "" if is_read else "of no format that is read"
+
+
+def _common_folder(folders: Sequence[str]) -> str:
+    """Return the folder that names are relative to; empty if a list mixes a disk with a bucket."""
+    try:
+        return posixpath.commonpath(folders)
+    except ValueError:
+        return ""
+
+
+def _describe(fs: fsspec.AbstractFileSystem, path: str, base: str) -> PromptFile:
+    uri = path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
+    with translated(uri, "read"):
+        info = fs.info(path)
+        version = str(info.get("ETag") or info.get("etag") or "").strip('"')
+        if info["size"] is None:  # a web server that does not say how long its answer is
+            data = fs.cat_file(path)
+            size, version = len(data), version or hashlib.blake2b(data, digest_size=12).hexdigest()
+        else:
+            size = int(info["size"])
+            version = version or _sample_hash(fs, path, size)
+    name = public_uri(path)  # ids are made of it: no signature, which changes from day to day
+    return PromptFile(uri=uri, name=posixpath.relpath(name, base) if base else name, size=size, version=version)
+
+
+def _sample_hash(fs: fsspec.AbstractFileSystem, path: str, size: int) -> str:
+    digest = hashlib.blake2b(digest_size=12)
+    digest.update(fs.cat_file(path, start=0, end=min(size, _SAMPLED_BYTES)))
+    if size > _SAMPLED_BYTES:
+        digest.update(fs.cat_file(path, start=max(_SAMPLED_BYTES, size - _SAMPLED_BYTES), end=size))
+    return digest.hexdigest()

@@ -1,0 +1,159 @@
+"""Formats are recognised by what a file holds before by what it is called."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+
+from flux_batch.errors import SourceError
+from flux_batch.prompts.formats.open import TABLE_FORMATS, format_of_name, open_table
+from flux_batch.prompts.formats.table import BadRow
+from helpers.prompt_tables import read_all
+
+ROWS = [{"n": number, "prompt": f"prompt {number}"} for number in range(7)]
+
+
+def arrow_stream(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    return sink.getvalue()
+
+
+def arrow_file(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return sink.getvalue()
+
+
+def feather(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pyarrow.feather.write_feather(table, sink)
+    return sink.getvalue()
+
+
+def parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+JSON = {
+    "array of objects": json.dumps(ROWS, indent=1),
+    "object of columns": json.dumps({"n": [row["n"] for row in ROWS], "prompt": [row["prompt"] for row in ROWS]}),
+    "as pandas writes it": json.dumps({name: {str(i): row[name] for i, row in enumerate(ROWS)} for name in ROWS[0]}),
+    "array beside other things": json.dumps({"version": 1, "authors": ["x"], "data": ROWS}),
+    "lines": "".join(json.dumps(row) + "\n" for row in ROWS),
+}
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 99])
+@pytest.mark.parametrize("what", ["arrow", "stream", "feather", "parquet", *JSON])
+def test_tables_are_read_whatever_the_suffix(tmp_path: Path, what: str, num_rows: int) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    writers = {"arrow": arrow_file, "stream": arrow_stream, "feather": feather, "parquet": parquet}
+    data = writers[what](table) if what in writers else JSON[what].encode()
+    suffixes = ("arrow", "feather", "parquet", "csv", "bin", "") if what in writers else ("json", "data", "")
+    for suffix in suffixes:
+        path = tmp_path / f"p.{suffix}".rstrip(".")
+        path.write_bytes(data)
+        assert read_all(path, num_rows) == ROWS
+        assert sorted(open_table(str(path), {}).schema().names) == ["n", "prompt"]
+
+
+def test_an_array_of_texts_is_prompts_and_other_items_fail_alone(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(r'["a", 5, {"prompt": "b"}, {"prompt": "\ud83d"}, ["c"]]')
+
+    a, number, b, half, items = read_all(tmp_path / "p.json", 2)
+
+    assert (a, b) == ({"prompt": "a"}, {"prompt": "b"})
+    assert number == items == BadRow("neither a JSON object nor a text")
+    assert isinstance(half, BadRow)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [('{"a": 1}', "holds no table"), ("5", "holds no table"), ("[1,", "not valid JSON")]
+)
+def test_json_that_is_no_table_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "p.json").write_text(text)
+
+    with pytest.raises(SourceError, match=rf"p\.json: .*{words}"):
+        open_table(str(tmp_path / "p.json"), {}).schema()
+
+
+def write_tar(path: Path, members: dict[str, bytes], mode: Any = "w") -> None:
+    with tarfile.open(path, mode) as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 9])
+@pytest.mark.parametrize(("name", "mode"), [("p.tar", "w"), ("p.tar.gz", "w:gz"), ("p.tgz", "w:gz")])
+def test_a_tar_of_captions_is_a_row_for_each_key(tmp_path: Path, num_rows: int, name: str, mode: str) -> None:
+    members = {
+        "x/0.jpg": b"\xff" * 3000,
+        "x/0.json": b'{"n": 5, "id": "u"}',
+        "x/0.txt": "ü cat\n".encode(),
+        "x/1.txt": b"a dog",
+        "x/2.jpg": b"no caption",
+        "x/3.txt": b"\xff",
+        "x/4.json": b'{"prompt": "p", "n": 6}',
+    }
+    write_tar(tmp_path / name, members, mode)
+
+    first, second, bad, last = read_all(tmp_path / name, num_rows)
+
+    assert first == {"id": "u", "prompt": "ü cat", "n": 5}
+    assert second == {"id": "x/1", "prompt": "a dog"}
+    assert isinstance(bad, BadRow)
+    assert bad.reason.startswith("x/3.txt: ")
+    assert last == {"id": "x/4", "prompt": "p", "n": 6}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("p.xlsx", b"PK\x03\x04 a zip", r"\.xlsx is not read: save the sheet as CSV"),
+        ("p.csv", b"PK\x03\x04 a zip", r"\.zip is not read: unpack it"),
+        ("p.db", b"SQLite format 3\x00", r"\.sqlite is not read: export the table as CSV or Parquet"),
+        ("p.txt", b"SQLite format 3\x00", r"\.sqlite is not read"),
+        ("p.pkl", b"\x80\x04", r"\.pkl is not read: write it as Parquet"),
+        ("p.yaml", b"a: 1", r"\.yaml is not read: write it as JSON Lines"),
+        ("p.orc", b"ORC", r"\.orc is not read"),
+        ("p.dat", b"a cat", r"its format cannot be told; prompts must be \.parquet, \.jsonl, \.csv, \.txt"),
+        ("prompts", b"a cat", "its format cannot be told"),
+    ],
+)
+def test_other_formats_are_refused_with_the_way_to_one_that_is_read(
+    tmp_path: Path, name: str, data: bytes, words: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+
+    with pytest.raises(SourceError, match=words):
+        open_table(str(tmp_path / name), {})
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in TABLE_FORMATS if suffix not in ("tar", "json")])
+def test_no_bytes_are_no_rows_and_no_columns_that_matter(tmp_path: Path, suffix: str) -> None:
+    for name, data in ((f"p.{suffix}", b""), (f"q.{suffix}", gzip.compress(b""))):
+        if data and suffix in ("parquet", "arrow", "feather"):
+            continue
+        (tmp_path / name).write_bytes(data)
+        assert list(open_table(str(tmp_path / name), {}).split(4)) == []
+
+
+def test_the_format_of_a_name_is_without_its_compression() -> None:
+    names = ("a.jsonl.gz", "A.TXT.XZ", "a.parquet", "a.tgz", "a", "dir.d/a", "p.gz")
+    assert [format_of_name(name) for name in names] == ["jsonl", "txt", "parquet", "tar", "", "", "gz"]
