@@ -14,6 +14,7 @@ from flux_batch.errors import SourceError, StoreRefused
 from flux_batch.plan.plan import make_plan
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import FailedRow, FileRange, ImageRequest, InputImage, Shard
+from flux_batch.storage.passthrough import as_json, passthrough_of, portable
 from flux_batch.storage.store import Store
 from helpers.s3 import SECRET, Bucket, S3Server
 
@@ -190,6 +191,35 @@ def test_a_type_that_cannot_travel_is_refused_at_once(tmp_path: Path, kind: pa.D
 
     with pytest.raises(SourceError, match=r"a\.parquet: column 'x'.*map<.* cannot be passed through"):
         schema_of(PromptsConfig(uri=uri, passthrough=("x",)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "text"),
+    [
+        (pa.timestamp("ns"), 1, "1970-01-01T00:00:00.000000001"),
+        (pa.timestamp("ns", "UTC"), 1000, "1970-01-01T00:00:00.000001000Z"),
+        (pa.duration("ns"), 7, "7"),
+        (pa.time64("ns"), 7, "00:00:00.000000007"),
+        (pa.date32(), 5_000_000, "15659-07-15"),
+        (pa.timestamp("s"), 300_000_000_000, "11476-08-15T05:20:00"),
+        (pa.timestamp("us", tz="PST"), 1_000_000, "1970-01-01T00:00:01+00:00"),
+        (pa.timestamp("us", tz="Europe/Berlin"), 1_000_000, "1970-01-01T01:00:01+01:00"),
+    ],
+    ids=str,
+)
+def test_times_of_any_unit_and_range_travel(tmp_path: Path, kind: pa.DataType, value: int, text: str) -> None:
+    stored = pa.int32() if kind == pa.date32() else pa.int64()
+    column = pa.array([value, None], stored).view(kind)
+    uri = write_parquet(tmp_path / "a.parquet", {"prompt": ["p", "q"], "t": column})
+    config = PromptsConfig(uri=uri, passthrough=("t",))
+    (field,) = schema_of(config)
+
+    first, second = (passthrough_of(row.passthrough, pa.schema([field]))["t"] for row in read(config))
+
+    assert second is None
+    assert pa.array([first, None], field.type).cast(kind).view(stored).to_pylist() == [value, None]  # Parquet has no s
+    assert as_json(first, field.type) == text
+    assert portable(field.type) == field.type
 
 
 # --- bad data sets
