@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from flux_batch.config.schema import JobConfig
     from flux_batch.report.summary import RunReport
 
-_INTERRUPTED = 75
+_TOO_MANY_FAILED, _INTERRUPTED = 3, 75
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,11 @@ def parser() -> argparse.ArgumentParser:
     _add_job(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_plan)
+
+    command = commands.add_parser("validate", help="check a job and every row of its prompts, without a model")
+    _add_job(command)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(command=_validate)
 
     command = commands.add_parser("status", help="show the progress of a run, from its output alone")
     command.add_argument("output", metavar="OUTPUT_URI")
@@ -179,11 +184,34 @@ def _run(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from flux_batch.plan.estimate import estimate, format_estimate
     from flux_batch.plan.plan import make_plan
+    from flux_batch.plan.survey import PLAN_ROWS, format_survey, survey
 
     config = _load_job(arguments)
-    figures = estimate(config, make_plan(config.prompts, config.output.shard_size))
-    _print(json.dumps(figures) if arguments.json else format_estimate(config, figures))
+    plan = make_plan(config.prompts, config.output.shard_size)
+    figures, rows = estimate(config, plan), survey(config, plan, PLAN_ROWS)
+    if arguments.json:
+        _print(json.dumps(figures | {"rows": rows.to_json()}))
+    else:
+        _print(f"{format_estimate(config, figures)}\n{format_survey(rows, plan.num_prompts)}")
     return 0
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from flux_batch.plan.plan import make_plan
+    from flux_batch.plan.survey import format_survey, survey
+    from flux_batch.storage.store import Store
+
+    config = _load_job(arguments)
+    if "://" in config.output.uri:  # on a disk it would leave a folder behind
+        Store(config.output.uri, config.output.storage_options).check_writable()
+    plan = make_plan(config.prompts, config.output.shard_size)
+    rows = survey(config, plan)
+    if arguments.json:
+        _print(json.dumps({"num_prompts": plan.num_prompts, "notes": list(plan.notes), "rows": rows.to_json()}))
+    else:
+        _print("\n".join([f"prompts  {plan.num_prompts}", *(f"         {note}" for note in plan.notes)]))
+        _print(format_survey(rows, plan.num_prompts))
+    return _TOO_MANY_FAILED if rows.failed_ratio > config.failures.max_ratio else 0
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -123,6 +123,9 @@ _SCHEDULER_SETTINGS: Mapping[str, Any] = {
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
 }
+# The T5 length that a model was made for, by whether it embeds guidance, as dev does and schnell does not.
+# Source: black-forest-labs/flux 802fb47, src/flux/cli.py: 256 for schnell, else 512.
+T5_SEQUENCE_LENGTH = {True: 512, False: 256}
 # Rows of modulation that are computed together, a row for each image and step. A row is multiplied with a quarter of
 # all weights; a GPU spends that time on reading them, so they are read once for all rows.
 MODULATION_ROWS = 64

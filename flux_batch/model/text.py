@@ -179,6 +179,11 @@ def load_tokenizer(kind: Any, home: Path, name: str) -> Any:
     )
 
 
+def load_tokenizers(home: Path) -> tuple[Any, Any]:
+    """Load the tokenizers of CLIP and T5 that lie in a model's folder, or beside its file. Raises: ValueError."""
+    return load_tokenizer(CLIPTokenizer, home, "tokenizer"), load_tokenizer(T5Tokenizer, home, "tokenizer_2")
+
+
 def build(config_class: Any, model_class: Any, settings: Config) -> Any:
     """Build a network of transformers on meta. Raises: ValueError if the settings do not fit the weights."""
     try:

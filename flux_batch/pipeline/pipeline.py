@@ -25,7 +25,7 @@ from flux_batch.model.optimize.mps import apply_mps_kernels
 from flux_batch.model.optimize.offload import apply_offload
 from flux_batch.model.optimize.step_cache import StepCache
 from flux_batch.model.optimize.tiling import Tiling, tiled_decode, tiled_encode
-from flux_batch.model.params import ScheduleParams
+from flux_batch.model.params import T5_SEQUENCE_LENGTH, ScheduleParams
 from flux_batch.model.sampling import (
     Progress,
     Velocity,
@@ -68,9 +68,6 @@ from flux_batch.sampling_params import (
 )
 
 _OutputType = Literal["pil", "np", "pt", "latent"]
-
-# By whether guidance is embedded. Source: black-forest-labs/flux 802fb47, src/flux/cli.py: 256 for schnell, else 512.
-_T5_SEQUENCE_LENGTH = {True: 512, False: 256}
 
 
 class FluxImagePipeline:
@@ -200,7 +197,7 @@ class FluxImagePipeline:
     @property
     def default_t5_sequence_length(self) -> int:
         """The T5 length the model was made for: 512 for dev, 256 for schnell, or that of its tokenizer if less."""
-        return min(_T5_SEQUENCE_LENGTH[self.transformer.params.guidance_embed], self.t5.max_length)
+        return min(T5_SEQUENCE_LENGTH[self.transformer.params.guidance_embed], self.t5.max_length)
 
     @property
     def precision(self) -> dict[str, str]:

@@ -1,0 +1,172 @@
+"""A look at the rows of a plan before they cost anything: those that fail, repeat themselves, or are cut.
+
+Reads prompts and tokenizers; loads no weights.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
+from typing import Any
+
+from flux_batch.config.schema import JobConfig
+from flux_batch.download.models import find_local_model
+from flux_batch.errors import FluxBatchError
+from flux_batch.model.params import T5_SEQUENCE_LENGTH
+from flux_batch.plan.memory import read_shapes
+from flux_batch.plan.plan import Plan
+from flux_batch.prompts.source import PromptSource
+from flux_batch.records import FailedRow, ImageRequest
+
+# Rows that `plan` looks at, and those that are compared with each other, which takes some 200 bytes a row.
+PLAN_ROWS, _COMPARED_ROWS = 10_000, 5_000_000
+_TOKENIZED_AT_ONCE = 512
+_EXAMPLES = 3
+# Texts that the tokenizers of CLIP and T5 take for one token with a meaning, as in diffusers, and not for letters.
+_SPECIAL = re.compile(r"<\|(?:startoftext|endoftext)\|>|</s>|<pad>|<unk>|<extra_id_\d{1,2}>")
+
+
+@dataclass
+class Survey:
+    """The counts of a data set's first `num_rows` rows; `failures` and `examples` are by reason."""
+
+    num_rows: int = 0
+    num_failed: int = 0
+    num_repeated_ids: int = 0
+    num_repeated_prompts: int = 0
+    num_near_duplicates: int = 0
+    num_special_tokens: int = 0
+    num_clip_truncated: int | None = None
+    num_t5_truncated: int | None = None
+    not_tokenized: str = ""
+    failures: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts as plain values."""
+        return {**vars(self), "failures": dict(self.failures.most_common()), "examples": dict(self.examples)}
+
+    @property
+    def failed_ratio(self) -> float:
+        """The share of rows that fail."""
+        return self.num_failed / max(1, self.num_rows)
+
+
+def survey(config: JobConfig, plan: Plan, max_rows: int | None = None) -> Survey:
+    """Return the counts of the first `max_rows` rows of a plan, or of all. Raises: SourceError, StoreError."""
+    found = Survey()
+    truncation = _Truncation(config)
+    found.not_tokenized = truncation.missing
+    ids, prompts, near = _Seen(), _Seen(), _Seen()
+    rows = islice(_rows(config, plan), max_rows)
+    while batch := list(islice(rows, _TOKENIZED_AT_ONCE)):
+        found.num_rows += len(batch)
+        requests = [row for row in batch if isinstance(row, ImageRequest)]
+        for row in batch:
+            found.num_repeated_ids += ids.again(row.id)
+            if isinstance(row, FailedRow):
+                _count_failure(found, row)
+        for request in requests:
+            is_repeated = prompts.again(request.prompt)
+            found.num_repeated_prompts += is_repeated
+            found.num_near_duplicates += near.again(_plain(request.prompt)) and not is_repeated
+            found.num_special_tokens += _SPECIAL.search(request.prompt) is not None
+        if not truncation.missing:
+            clip, t5 = truncation.count(requests)
+            found.num_clip_truncated = (found.num_clip_truncated or 0) + clip
+            found.num_t5_truncated = (found.num_t5_truncated or 0) + t5
+    return found
+
+
+def format_survey(found: Survey, num_prompts: int) -> str:
+    """Return the counts as lines of text, without those that are nothing."""
+    of = "rows" if found.num_rows == num_prompts else f"of the first {found.num_rows} rows"
+    counts = [
+        (found.num_failed, "cannot be rendered, and will be recorded as failed"),
+        (found.num_repeated_ids, "have the id of another: of the same prompt, they make the same image"),
+        (found.num_repeated_prompts, "repeat a prompt word for word"),
+        (found.num_near_duplicates, "repeat a prompt but for case, spaces or punctuation"),
+        (found.num_special_tokens, "hold a special token, which acts as one and not as letters, as in diffusers"),
+        (found.num_clip_truncated, "are longer than CLIP reads; T5 reads on"),
+        (found.num_t5_truncated, "are longer than T5 reads: their end is left out"),
+    ]
+    lines = [f"{count} {of} {text}" for count, text in counts if count]
+    for reason, count in found.failures.most_common(10):
+        lines.append(f"{count} failed: {reason}; e.g. {', '.join(found.examples[reason])}")
+    if found.not_tokenized:
+        lines.append(f"prompts that are cut were not counted: {found.not_tokenized}")
+    return "\n".join(f"{'rows' if number == 0 else '':<9}{line}" for number, line in enumerate(lines or ["all usable"]))
+
+
+class _Seen:
+    """Texts that were met, by a hash of 8 bytes, up to a number that fits into memory."""
+
+    def __init__(self) -> None:
+        self._hashes: set[bytes] = set()
+
+    def again(self, text: str) -> bool:
+        """Return whether a text was met before, and remember it."""
+        digest = blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+        if digest in self._hashes:
+            return True
+        if len(self._hashes) < _COMPARED_ROWS:
+            self._hashes.add(digest)
+        return False
+
+
+class _Truncation:
+    """The tokenizers of a job's model; `missing` says why they cannot count."""
+
+    def __init__(self, config: JobConfig) -> None:
+        self.missing = ""
+        try:
+            home = find_local_model(config.model.uri, config.model.storage_options)
+            if home is None:
+                self.missing = f"{config.model.uri} is not on this machine"
+                return
+            from flux_batch.model.text import load_tokenizers  # seconds of imports
+
+            embeds_guidance = any(key.startswith("guidance_in.") for key in read_shapes(home)["transformer"])
+            self._clip, self._t5 = load_tokenizers(home)
+            self._length = min(T5_SEQUENCE_LENGTH[embeds_guidance], self._t5.model_max_length)
+        except (FluxBatchError, ValueError, KeyError, OSError) as error:
+            self.missing = str(error)
+
+    def count(self, requests: Sequence[ImageRequest]) -> tuple[int, int]:
+        """Return the number of prompts that CLIP and T5 cut."""
+        from flux_batch.model.text import count_tokens
+
+        if not requests:
+            return 0, 0
+        texts = [request.prompt for request in requests]
+        longest = [request.sampling.t5_sequence_length or self._length for request in requests]
+        clip = sum(count > self._clip.model_max_length for count in count_tokens(self._clip, texts))
+        t5 = sum(count > most for count, most in zip(count_tokens(self._t5, texts), longest, strict=True))
+        return clip, t5
+
+
+def _rows(config: JobConfig, plan: Plan) -> Iterator[ImageRequest | FailedRow]:
+    source = PromptSource(config.prompts)
+    for shard in plan.shards:
+        yield from source.read(shard, config.sampling, config.model.loras)
+
+
+def _count_failure(found: Survey, row: FailedRow) -> None:
+    """Count a row by its reason; numbers and quoted values in it are what makes two rows' reasons differ."""
+    where, _, reason = row.error_message.partition(": ")
+    kind = re.sub(r"(?<== )('.*?'|[-+.\w]+)|(?<=lines )\d+ to \d+|(?<=line )\d+", "...", reason)[:200]
+    found.num_failed += 1
+    found.failures[kind] += 1
+    examples = found.examples.setdefault(kind, [])
+    if len(examples) < _EXAMPLES:
+        examples.append(where)
+
+
+def _plain(text: str) -> str:
+    """Return a text without what makes near duplicates differ: case, spaces, punctuation, forms of one letter."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))

@@ -1,0 +1,75 @@
+"""What rows are like, before they cost anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux_batch.cli import main
+from flux_batch.config.schema import JobConfig
+from flux_batch.plan.plan import make_plan
+from flux_batch.plan.survey import Survey, format_survey, survey
+
+ROWS = [
+    {"prompt": "a cat", "id": "1"},
+    {"prompt": "A  cat!", "id": "2"},
+    {"prompt": "a cat", "id": "1"},
+    {"prompt": "ends here <|endoftext|> not here", "id": "4"},
+    {"prompt": "</s> and <extra_id_0>", "id": "5"},
+    {"prompt": "<|end of text|> <s> <extra_id_100>", "id": "6"},
+    {"prompt": "word " * 2000, "id": "7"},
+    {"prompt": "", "id": "8"},
+    {"prompt": "p", "width": 63, "id": "9"},
+    {"prompt": "q", "width": 65, "id": "10"},
+]
+
+
+def job(folder: Path, model: str = "demo", **prompts: Any) -> JobConfig:
+    path = folder / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tree = {"prompts": {"uri": str(path), **prompts}, "output": {"uri": str(folder / "out")}, "model": {"uri": model}}
+    (folder / "job.yaml").write_text(json.dumps(tree))
+    return JobConfig.from_dict(tree)
+
+
+def counted(config: JobConfig, max_rows: int | None = None) -> Survey:
+    return survey(config, make_plan(config.prompts, 3), max_rows)
+
+
+def test_rows_are_counted_by_what_is_odd_about_them(tmp_path: Path) -> None:
+    found = counted(job(tmp_path))
+
+    assert (found.num_rows, found.num_failed) == (10, 3)
+    assert (found.num_repeated_ids, found.num_repeated_prompts, found.num_near_duplicates) == (1, 1, 1)
+    assert found.num_special_tokens == 2
+    assert (found.num_clip_truncated, found.num_t5_truncated) == (1, 1)
+    assert found.failures["column 'prompt' is empty: a prompt is needed"] == 1
+    assert sorted(found.failures.values()) == [1, 1, 1]
+    assert found.examples["column 'prompt' is empty: a prompt is needed"] == ["p.jsonl:7"]
+    json.dumps(found.to_json())
+    text = format_survey(found, 10)
+    assert "3 rows cannot be rendered" in text
+    assert "2 rows hold a special token" in text
+
+
+def test_only_the_first_rows_are_counted_and_a_missing_model_is_said(tmp_path: Path) -> None:
+    found = counted(job(tmp_path, model=str(tmp_path / "none")), 4)
+
+    assert (found.num_rows, found.num_failed, found.num_special_tokens) == (4, 0, 1)
+    assert found.num_clip_truncated is None
+    assert "1 of the first 4 rows repeat a prompt word for word" in format_survey(found, 10)
+    assert "prompts that are cut were not counted: " in format_survey(found, 10)
+
+
+def test_validate_reads_every_row_and_ends_as_the_run_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job(tmp_path)
+    command = ["validate", str(tmp_path / "job.yaml"), "--json"]
+
+    assert main(command) == 3
+    assert json.loads(capsys.readouterr().out)["rows"]["num_failed"] == 3
+    assert main([*command, "--set", "failures.max_ratio=0.3"]) == 0
+    assert main([*command, "--set", "prompts.columns={prompt: caption}"]) == 2
+    assert not (tmp_path / "out").exists()
