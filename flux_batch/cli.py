@@ -13,10 +13,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from flux_batch.bench.command import add_bench
+from flux_batch.errors import JobError
 from flux_batch.logs import JsonLines, log_lines
 from flux_batch.redaction import plain_text
 
@@ -68,6 +70,13 @@ def parser() -> argparse.ArgumentParser:
     _add_job(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_plan)
+
+    command = commands.add_parser("init", help="write a job file for prompts, with comments")
+    command.add_argument("job", metavar="JOB.yaml", nargs="?", default="job.yaml", help="a new file (default job.yaml)")
+    command.add_argument(
+        "--prompts", metavar="URI", default="demo", help="the prompts it is for (default: those in the package)"
+    )
+    command.set_defaults(command=_init)
 
     command = commands.add_parser("validate", help="check a job and every row of its prompts, without a model")
     _add_job(command)
@@ -193,6 +202,22 @@ def _plan(arguments: argparse.Namespace) -> int:
         _print(json.dumps(figures | {"rows": rows.to_json()}))
     else:
         _print(f"{format_estimate(config, figures)}\n{format_survey(rows, plan.num_prompts)}")
+    return 0
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from flux_batch.config.schema import JobConfig
+    from flux_batch.job import with_absolute_paths
+    from flux_batch.plan.draft import draft_job
+
+    tree = {"prompts": {"uri": arguments.prompts}, "output": {"uri": "out"}, "model": {"uri": "demo"}}
+    text = draft_job(arguments.prompts, with_absolute_paths(JobConfig.from_dict(tree, origin="--prompts")).prompts)
+    try:
+        with Path(arguments.job).open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise JobError(f"{arguments.job}: cannot be written: {error.strerror}") from error
+    _print(f"{arguments.job}: written; next: flux-batch validate {arguments.job}")
     return 0
 
 

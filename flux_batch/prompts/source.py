@@ -74,7 +74,7 @@ class PromptSource:
     def unused_columns(self, files: Sequence[PromptFile]) -> list[str]:
         """Return a sentence for each column that is not used, and whose name is near that of one that would be."""
         used = RowParser(self._config, SamplingConfig()).columns
-        names = {name for file in files for name in self._schema(file).names if name not in used}
+        names = {name for file in files for name in self.schema(file).names if name not in used}
         notes = []
         for name in sorted(names):
             plain = re.sub(r"[\s-]+", "_", name.strip().lower())
@@ -131,7 +131,7 @@ class PromptSource:
                 yield piece, waiting.popleft().result()
 
     def _passthrough_of(self, file: PromptFile) -> pa.Schema:
-        schema = self._schema(file)
+        schema = self.schema(file)
         fields = []
         for name in self._config.passthrough:
             try:
@@ -143,7 +143,7 @@ class PromptSource:
                 ) from error
         return pa.schema(fields)
 
-    def _schema(self, file: PromptFile) -> pa.Schema:
+    def schema(self, file: PromptFile) -> pa.Schema:
         """Return the columns of a file, those that its path names among them."""
         with self._lock:
             known = self._schemas.get(file.uri)
@@ -160,7 +160,7 @@ class PromptSource:
         return open_table(uri, self._options)
 
     def _check_columns(self, file: PromptFile) -> None:
-        schema = self._schema(file)
+        schema = self.schema(file)
         wanted = {"prompt": self._config.columns.get("prompt", "prompt"), **self._config.columns}
         kinds = {}
         for field, column in wanted.items():

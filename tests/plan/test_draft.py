@@ -1,0 +1,56 @@
+"""A job file for prompts that somebody has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flux_batch.cli import main
+from flux_batch.config.schema import JobConfig, PromptsConfig
+from flux_batch.errors import JobError
+from flux_batch.plan.draft import draft_job
+from flux_batch.plan.plan import make_plan
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "columns", "passthrough"),
+    [
+        ("p.csv", "id,prompt,seed", {}, ()),
+        ("PartiPrompts.tsv", "Prompt\tCategory\tNote: x", {"prompt": "Prompt"}, ("Category", "Note: x")),
+        ("a #1.csv", "image_id,caption,width,yes", {"prompt": "caption", "id": "image_id"}, ("yes",)),
+        ("ü.csv", "text,caption", {"prompt": "caption"}, ("text",)),
+    ],
+)
+def test_columns_are_recognised_and_the_job_can_be_planned(
+    tmp_path: Path, name: str, header: str, columns: dict[str, str], passthrough: tuple[str, ...]
+) -> None:
+    comma = "\t" if name.endswith("tsv") else ","
+    (tmp_path / name).write_text(header + "\n" + comma.join("x" * len(header.split(comma))) + "\n")
+    uri = str(tmp_path / name)
+
+    text = draft_job(uri, PromptsConfig(uri=uri))
+
+    config = JobConfig.from_yaml(text)
+    assert (config.prompts.uri, config.prompts.columns, config.prompts.passthrough) == ((uri,), columns, passthrough)
+    assert make_plan(config.prompts, 4).num_prompts == 1
+    assert text.count("#") > 5
+
+
+def test_prompts_without_a_column_of_prompts_are_refused_with_those_there_are(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("a,b\n1,2\n")
+
+    with pytest.raises(JobError, match="no column looks like prompts; it has a, b"):
+        draft_job("p.csv", PromptsConfig(uri=str(tmp_path / "p.csv")))
+
+
+def test_init_writes_a_job_that_validates_and_never_over_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "job.yaml")
+
+    assert main(["init", path]) == 0
+    assert main(["validate", path]) == 0
+    assert "prompts  72" in capsys.readouterr().out
+    assert main(["init", path]) == 2
+    assert "job.yaml: cannot be written: File exists" in capsys.readouterr().err
