@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.config.text import fill_in_dates, parse_moment, read_tree
@@ -111,7 +111,13 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
     loras = tuple(lora.model_copy(update={"uri": absolute_model_uri(lora.uri)}) for lora in model.loras)
     return config.model_copy(
         update={
-            "prompts": prompts.model_copy(update={"uri": uris, "input_image_root": root and _absolute(root)}),
+            "prompts": prompts.model_copy(
+                update={
+                    "uri": uris,
+                    "input_image_root": root and _absolute(root),
+                    "samplers": _with_absolute_files(prompts.samplers),
+                }
+            ),
             "sampling": sampling.model_copy(update={"input_image": image and _absolute(image)}),
             "output": output.model_copy(update={"uri": _absolute(output.uri)}),
             "model": model.model_copy(update={"uri": absolute_model_uri(model.uri), "loras": loras}),
@@ -181,6 +187,18 @@ def _read_job(path: str) -> bytes:
     folder, _, name = path.rpartition("/")
     # Its storage options cannot be in the file itself: they come from the environment.
     return Store(folder).read(name) if "://" in path else Path(path).read_bytes()
+
+
+def _with_absolute_files(samplers: dict[str, Any]) -> dict[str, Any]:
+    """Return samplers whose lists of values in files have full paths."""
+    return {
+        key: _absolute(value)
+        if key == "file" and isinstance(value, str)
+        else _with_absolute_files(value)
+        if isinstance(value, dict)
+        else value
+        for key, value in samplers.items()
+    }
 
 
 def _absolute(uri: str) -> str:

@@ -73,7 +73,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "aiohttp": ("storage/",),
     "tenacity": ("storage/retry.py", "engine/backoff.py"),
     "pyarrow": ("storage/", "prompts/", "plan/", "worker/", "output/", "mapper.py", "demo/", "bench/"),
-    "jinja2": ("report/gallery/",),
+    "jinja2": ("report/gallery/", "prompts/template.py"),
     "PIL": ("images.py", "prompts/", "pipeline/", "report/gallery/", "demo/", "bench/"),
     "numpy": ("images.py", "mapper.py", "report/gallery/", *TENSORS),
     # What is measured beside ours; no need of a run.

@@ -38,6 +38,8 @@ from flux_batch.sampling_params import (
 
 # Keys of `model` that change pixels. `compile` is one: fused kernels round differently.
 _MODEL_IDENTITY = ("uri", "dtype", "quantization", "step_cache", "compile", "loras")
+_NO_PROMPTS = "must name at least one file, folder or glob"
+_PROMPTS_IDENTITY = (*("columns", "passthrough", "rows", "samplers", "template", "design", "limit", "allow_http"),)
 _STORAGE_OPTIONS = {section: {"storage_options"} for section in ("prompts", "output", "model")}
 # The columns of a data set that a job understands, by our names.
 PROMPT_FIELDS = ("prompt", "id", "seed", "num_images_per_prompt", "input_image", "lora", "lora_scale", *SAMPLING_FIELDS)
@@ -93,13 +95,21 @@ class _Section(BaseModel):
 class PromptsConfig(_Section):
     """The prompts: their files and the meaning of their columns."""
 
-    uri: _Uris
+    uri: _Uris = ()
     """A file, folder, glob or list of them, in any format that the columns' section lists; or `demo`, the packaged
     prompts."""
     columns: _Columns = {}
     """Our field: your column, e.g. `{prompt: caption, id: uid}`."""
     passthrough: _Names = ()
     """Columns to copy into the metadata."""
+    rows: int | None = Field(default=None, ge=1)
+    """Rows to make without files, from `samplers` and `template`; instead of `uri`."""
+    samplers: dict[str, Any] = {}
+    """Columns to draw for each row, e.g. `{animal: [cat, dog]}`; they are copied into the metadata."""
+    template: str | None = None
+    """The prompt of each row, made of its columns: `A {{ animal }}`."""
+    design: Literal["random", "grid", "balanced"] = "random"
+    """How `rows` are drawn: each by itself, all combinations in turn, or with the shares of the weights."""
     limit: int | None = Field(default=None, ge=1)
     """Take only this many rows, from the start; all if null."""
     allow_http: bool = False
@@ -112,9 +122,25 @@ class PromptsConfig(_Section):
     @field_validator("uri")
     @classmethod
     def _not_empty(cls, uris: tuple[str, ...]) -> tuple[str, ...]:
-        if not uris or not all(uri.strip() for uri in uris):
-            raise ValueError("must name at least one file, folder or glob")
+        if not all(uri.strip() for uri in uris):
+            raise ValueError(_NO_PROMPTS)
         return uris
+
+    @property
+    def metadata_columns(self) -> tuple[str, ...]:
+        """The columns that are copied into the metadata."""
+        return (*self.passthrough, *(name for name in self.samplers if name not in self.passthrough))
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptsConfig:
+        if not self.uri and self.rows is None:
+            reason = _NO_PROMPTS if "uri" in self.model_fields_set else "missing, and it has no default"
+            raise InvalidSetting(f"uri: {reason}; or set rows, samplers and template", field="uri")
+        if self.uri and self.rows is not None:
+            raise InvalidSetting("rows: prompts come from uri; leave one of the two out", field="rows")
+        if self.rows is None and self.design != "random":
+            raise InvalidSetting(f"design = {self.design}: is for rows without files; set rows", field="design")
+        return self
 
     @model_validator(mode="after")
     def _no_secret(self) -> PromptsConfig:
@@ -356,7 +382,7 @@ class JobConfig(_Section):
         """
         tree = public_tree(self.model_dump(mode="json", exclude=_STORAGE_OPTIONS))
         parts = {
-            "prompts": {key: tree["prompts"][key] for key in ("columns", "passthrough", "limit", "allow_http")},
+            "prompts": {key: tree["prompts"][key] for key in _PROMPTS_IDENTITY},
             "output": {key: tree["output"][key] for key in ("format", "shard_size")},
             "output.image": tree["output"]["image"],
             "model": {key: tree["model"][key] for key in _MODEL_IDENTITY},

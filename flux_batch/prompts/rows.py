@@ -32,7 +32,7 @@ class RowParser:
     def __init__(
         self, config: PromptsConfig, sampling: SamplingConfig, uri: str = "", loras: Sequence[LoraConfig] = ()
     ) -> None:
-        self._passthrough = config.passthrough
+        self._passthrough = config.metadata_columns
         self._images = ImageAccess(config, uri)
         self._loras = RowLoras(loras, uri)
         image = sampling.input_image

@@ -19,8 +19,9 @@ import pyarrow as pa
 from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError, did_you_mean
 from flux_batch.prompts.formats.open import open_table
-from flux_batch.prompts.formats.table import BadRow, Row, RowRange, Table
+from flux_batch.prompts.formats.table import BadRow, Row, RowRange, Table, ranges_of
 from flux_batch.prompts.listing import LISTING_RULES, Listing, PromptFile, list_prompts
+from flux_batch.prompts.recipe import ROWS, Recipe
 from flux_batch.prompts.rows import RowParser
 from flux_batch.records import FailedRow, FileRange, ImageRequest, Shard
 from flux_batch.sampling_params import ALIASES
@@ -53,6 +54,7 @@ class PromptSource:
     def __init__(self, config: PromptsConfig) -> None:
         self._config = config
         self._options = config.storage_options
+        self._recipe = Recipe(config)
         self._schemas: dict[str, pa.Schema] = {}
         self._lock = Lock()
 
@@ -62,10 +64,15 @@ class PromptSource:
 
     def listing(self, rules: int = LISTING_RULES) -> Listing:
         """Return the files and the names of those left out. Raises: SourceError, see list_prompts."""
+        if not self._config.uri:
+            recipe = self._recipe
+            return Listing((PromptFile(uri=ROWS, name=ROWS, size=recipe.num_rows, version=recipe.version),), {})
         return list_prompts(self._config.uri, self._options, rules)
 
     def split(self, file: PromptFile, num_rows: int) -> list[RowRange]:
         """Return one file cut into row ranges. Raises: SourceError if a column of the job file is not in it."""
+        if not self._config.uri:
+            return ranges_of(self._recipe.num_rows, num_rows)
         ranges = list(self._table(file.uri).split(num_rows))
         if ranges:  # a text file without rows has no columns either
             self._check_columns(file)
@@ -85,12 +92,14 @@ class PromptSource:
 
     def passthrough_schema(self, files: Sequence[PromptFile]) -> pa.Schema:
         """Return the types of the passthrough columns over all files. Raises: SourceError if they do not agree."""
+        sampled = self._recipe.schema
         if not self._config.passthrough:
-            return pa.schema([])
+            return sampled
         with ThreadPoolExecutor(_READER_THREADS) as pool:
             schemas = list(pool.map(self._passthrough_of, files))
         try:
-            return pa.unify_schemas(schemas, promote_options="permissive")
+            own = pa.unify_schemas(schemas, promote_options="permissive")
+            return pa.schema([*own, *(each for each in sampled if each.name not in own.names)])
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise SourceError(f"prompts.passthrough: the files disagree on a column's type: {error}") from error
 
@@ -104,8 +113,11 @@ class PromptSource:
             partitions = _partitions(piece.name)
             found = 0
             for found, each in enumerate(values, start=1):
+                number = piece.start + found - 1
+                row_id = f"{piece.name}:{number}"
                 cells = {**partitions, **each} if isinstance(each, dict) else each
-                yield parser.parse(cells, row=row, default_id=f"{piece.name}:{piece.start + found - 1}")
+                cells = self._recipe.completed(cells, sampling.seed, row_id, number)
+                yield parser.parse(cells, row=row, default_id=row_id)
                 row += 1
             if found != piece.num_rows:
                 raise SourceError(
@@ -115,9 +127,11 @@ class PromptSource:
 
     def _rows_of(self, shard: Shard) -> Iterator[tuple[FileRange, Iterator[Row | BadRow]]]:
         """Yield the parts of a shard with their rows; of several small files, some are opened ahead."""
-        columns = RowParser(self._config, SamplingConfig()).columns
+        columns = RowParser(self._config, SamplingConfig()).columns | self._recipe.columns
 
         def opened(piece: FileRange) -> Iterator[Row | BadRow]:
+            if not self._config.uri:
+                return ({} for _ in range(piece.num_rows))
             return self._table(piece.uri).stream(RowRange(piece.start, piece.num_rows, piece.offset), columns)
 
         if len(shard.parts) == 1:
@@ -147,6 +161,8 @@ class PromptSource:
         """Return the columns of a file, those that its path names among them."""
         with self._lock:
             known = self._schemas.get(file.uri)
+        if not self._config.uri:
+            return self._recipe.schema
         if known is None:
             known = self._table(file.uri).schema()
             for name in _partitions(file.name):
@@ -161,6 +177,8 @@ class PromptSource:
 
     def _check_columns(self, file: PromptFile) -> None:
         schema = self.schema(file)
+        self._recipe.check_columns(schema.names, file.uri)
+        schema = pa.schema([*schema, *self._recipe.made])
         wanted = {"prompt": self._config.columns.get("prompt", "prompt"), **self._config.columns}
         kinds = {}
         for field, column in wanted.items():
@@ -170,7 +188,7 @@ class PromptSource:
         if not (is_text(kind) or pa.types.is_null(kind)):
             raise SourceError(f"{file.uri}: column {wanted['prompt']!r} holds {kind}, but prompts must be text")
         for name in RowParser(self._config, SamplingConfig()).columns:
-            if len(schema.get_all_field_indices(name)) > 1:
+            if self.schema(file).names.count(name) > 1:
                 raise SourceError(f"{file.uri}: column {name!r} stands twice in the header")
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from flux_batch.errors import SourceError, one_line
 from flux_batch.prompts.formats.file import PromptBytes, is_damage
-from flux_batch.prompts.formats.table import BadRow, Row, RowRange
+from flux_batch.prompts.formats.table import BadRow, Row, RowRange, ranges_of
 from flux_batch.storage.passthrough import is_known_zone
 
 ARROW_MAGIC, STREAM_MAGIC = b"ARROW1", b"\xff\xff\xff\xff"
@@ -32,8 +32,7 @@ class ArrowTable:
     def split(self, num_rows: int) -> Iterator[RowRange]:
         """Yield ranges of `num_rows` that cover the file; the last may be shorter."""
         total = sum(batch.num_rows for batch in self._batches())
-        for start in range(0, total, num_rows):
-            yield RowRange(start, min(num_rows, total - start))
+        yield from ranges_of(total, num_rows)
 
     def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
         """Yield the rows of a range one by one."""

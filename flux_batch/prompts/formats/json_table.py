@@ -11,7 +11,7 @@ import pyarrow as pa
 from flux_batch.errors import SourceError
 from flux_batch.prompts.formats.file import PromptBytes
 from flux_batch.prompts.formats.json_lines import check_whole_characters, schema_of_rows
-from flux_batch.prompts.formats.table import BadRow, Row, RowRange
+from flux_batch.prompts.formats.table import BadRow, Row, RowRange, ranges_of
 
 # Such a file is read whole by every shard.
 _MAX_BYTES = 1 << 28
@@ -30,8 +30,7 @@ class JsonTable:
     def split(self, num_rows: int) -> Iterator[RowRange]:
         """Yield ranges of `num_rows` that cover the file; the last may be shorter."""
         total = len(self._rows())
-        for start in range(0, total, num_rows):
-            yield RowRange(start, min(num_rows, total - start))
+        yield from ranges_of(total, num_rows)
 
     def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
         """Yield the rows of a range one by one."""

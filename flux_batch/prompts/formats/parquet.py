@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from flux_batch.errors import SourceError, one_line
 from flux_batch.prompts.formats.arrow import python_rows
 from flux_batch.prompts.formats.file import PromptBytes, is_damage
-from flux_batch.prompts.formats.table import BadRow, Row, RowRange
+from flux_batch.prompts.formats.table import BadRow, Row, RowRange, ranges_of
 
 # Rows decoded at a time: many rows of text, few of images.
 _BATCH_ROWS, BATCH_BYTES = 8192, 64 << 20
@@ -36,8 +36,7 @@ class ParquetTable:
             return
         with self._parquet() as parquet:
             total = parquet.metadata.num_rows
-        for start in range(0, total, num_rows):
-            yield RowRange(start, min(num_rows, total - start))
+        yield from ranges_of(total, num_rows)
 
     def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
         """Yield the rows of a range one by one, so that a column of images is never in memory whole."""

@@ -30,6 +30,11 @@ class RowRange:
     offset: int = 0
 
 
+def ranges_of(total: int, num_rows: int) -> list[RowRange]:
+    """Return ranges of `num_rows` that cover `total` rows; the last may be shorter."""
+    return [RowRange(start, min(num_rows, total - start)) for start in range(0, total, num_rows)]
+
+
 class Table(Protocol):
     """A prompts file, opened for reading."""
 

@@ -1,0 +1,124 @@
+"""Prompts from a recipe: rows without a file, samplers that add columns, a template that makes the prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from hashlib import blake2b
+
+import pyarrow as pa
+
+from flux_batch.config.schema import PromptsConfig
+from flux_batch.errors import JobError
+from flux_batch.prompts.formats.open import open_table
+from flux_batch.prompts.formats.table import BadRow, Row
+from flux_batch.prompts.samplers import (
+    Dependent,
+    Sampler,
+    balanced_share,
+    combinations,
+    draw,
+    grid_shares,
+    sampled,
+    samplers_of,
+)
+from flux_batch.prompts.template import PromptTemplate
+
+# The file that rows without a file come from: their ids are `rows:0`, `rows:1`, ...
+ROWS = "rows"
+
+
+class Recipe:
+    """The samplers and the template of a job. Raises: JobError for a key that cannot be used."""
+
+    def __init__(self, config: PromptsConfig) -> None:
+        self._config = config
+        self._lines: dict[str, list[str]] = {}
+        self.samplers: Mapping[str, Sampler] = samplers_of(config.samplers, self._read_lines)
+        self.template = PromptTemplate(config.template) if config.template is not None else None
+        if config.design == "grid":
+            combinations(self.samplers)
+        if config.rows is not None:
+            self._check_names([])
+            if "prompt" not in self.made.names and config.columns.get("prompt") not in self.made.names:
+                raise JobError("prompts.template: missing, and no sampler is called prompt")
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows without a file."""
+        return self._config.rows or 0
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns that the samplers add."""
+        return pa.schema([(name, sampler.kind) for name, sampler in self.samplers.items()])
+
+    @property
+    def made(self) -> pa.Schema:
+        """The columns that a row has of the recipe: the samplers', and the prompt of the template."""
+        prompt = pa.field(self._config.columns.get("prompt", "prompt"), pa.string())
+        return pa.schema([*self.schema, *([prompt] if self.template else [])])
+
+    @property
+    def columns(self) -> set[str]:
+        """The columns of a file that the recipe reads."""
+        by = {sampler.by for sampler in self.samplers.values() if isinstance(sampler, Dependent)}
+        return by | (self.template.names if self.template else set())
+
+    @property
+    def version(self) -> str:
+        """A text that changes when other rows come of the recipe."""
+        config = self._config
+        content = [config.samplers, config.template, config.design, config.rows, self._lines]
+        return blake2b(json.dumps(content, default=str).encode(), digest_size=12).hexdigest()
+
+    def check_columns(self, columns: list[str], where: str) -> None:
+        """Raise JobError for a sampler that a column has the name of, or a name in the template that is neither."""
+        for name in self.samplers:
+            if name in columns:
+                raise JobError(f"prompts.samplers.{name}: {where} has a column of that name")
+        self._check_names(columns)
+
+    def _check_names(self, columns: list[str]) -> None:
+        known = [*self.samplers, *columns]
+        for name, sampler in self.samplers.items():
+            if isinstance(sampler, Dependent) and sampler.by not in known:
+                raise JobError(f"prompts.samplers.{name}: by: {sampler.by!r} is neither a sampler nor a column")
+        if self.template:
+            self.template.check_names(known)
+
+    def completed(self, cells: Row | BadRow, seed: int, row_id: str, number: int) -> Row | BadRow:
+        """Return a row with a value of each sampler, and the prompt of the template."""
+        if isinstance(cells, BadRow) or not (self.samplers or self.template):
+            return cells
+        design = self._config.design
+        if design == "grid":
+            shares = dict(grid_shares(self.samplers, number)).__getitem__
+        elif design == "balanced":
+            num_rows = self.num_rows
+
+            def shares(name: str) -> float:
+                return balanced_share(seed, number, num_rows, name)
+        else:
+
+            def shares(name: str) -> float:
+                return draw(seed, row_id, name)
+
+        try:
+            cells = {**cells, **sampled(self.samplers, shares, cells)}
+        except ValueError as error:
+            return BadRow(str(error))
+        if self.template:
+            try:
+                cells[self._config.columns.get("prompt", "prompt")] = self.template.render(cells)
+            except ValueError as error:
+                return BadRow(f"prompts.template: {error}")
+        return cells
+
+    def _read_lines(self, uri: str) -> list[str]:
+        """Return the values of a file with one a line."""
+        table = open_table(uri, self._config.storage_options)
+        rows = (row for part in table.split(1 << 20) for row in table.stream(part, {"prompt"}))
+        lines = [str(row["prompt"]) for row in rows if isinstance(row, dict) and row.get("prompt") is not None]
+        self._lines[uri] = lines
+        return lines

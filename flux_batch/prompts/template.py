@@ -1,0 +1,117 @@
+"""A template of prompts: Jinja without what could take long, grow, or reach out.
+
+Loops, assignments, attributes, calls, blocks and imports are refused when the job is read; expressions, conditions and
+filters of text and numbers remain, and their results are cut off at a size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.meta import find_undeclared_variables
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from flux_batch.errors import JobError, did_you_mean, one_line
+
+_MAX_TEMPLATE, _MAX_RESULT = 20_000, 100_000
+_FILTERS = (
+    *("lower", "upper", "title", "capitalize", "trim", "replace", "default", "d", "length", "first", "last"),
+    *("round", "int", "float", "abs", "string"),
+)
+_OWN_NAMES = ("self", "super", "caller", "loop", "varargs", "kwargs")
+_NODES = (
+    *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.Const, nodes.If, nodes.CondExpr),
+    *(nodes.Filter, nodes.Test, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not, nodes.Neg, nodes.Pos),
+    *(nodes.Add, nodes.Sub, nodes.Mul, nodes.Div, nodes.FloorDiv, nodes.Mod, nodes.Concat, nodes.Getitem),
+    *(nodes.List, nodes.Tuple, nodes.Keyword),
+)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, whose `*` and `%` are those of numbers: a text times a number can be of any size."""
+
+    intercepted_binops = frozenset(["*", "%"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Compute a product or a remainder. Raises: SecurityError for texts."""
+        if not all(isinstance(side, (int, float)) for side in (left, right)):
+            raise SecurityError(f"{operator} is for numbers")
+        return super().call_binop(context, operator, left, right)
+
+
+class PromptTemplate:
+    """A checked template. Raises: JobError that names the line and what is not allowed."""
+
+    def __init__(self, text: str, key: str = "prompts.template") -> None:
+        if len(text) > _MAX_TEMPLATE:
+            raise JobError(f"{key}: {len(text)} characters; must be at most {_MAX_TEMPLATE}")
+        environment = _Environment(undefined=StrictUndefined, autoescape=False)
+        environment.filters = {name: environment.filters[name] for name in _FILTERS} | {
+            "replace": _replaced,
+            "round": _rounded,
+        }
+        environment.globals = {}
+        try:
+            tree = environment.parse(text)
+            for node in tree.find_all(nodes.Node):
+                _check(node, key)
+            self._template = environment.from_string(text)
+        except (TemplateError, RecursionError, SyntaxError, MemoryError) as error:
+            number = getattr(error, "lineno", None)
+            line = f"line {number}: " if number else ""
+            raise JobError(f"{key}: {line}{one_line(error)}") from error
+        self._key = key
+        self.names = find_undeclared_variables(tree)
+
+    def check_names(self, known: Iterable[str]) -> None:
+        """Raise JobError for a name that is neither a sampler nor a column."""
+        known = list(known)
+        for name in sorted(self.names - set(known)):
+            hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+            raise JobError(f"{self._key}: {name!r} is neither a sampler nor a column{hint}")
+
+    def render(self, values: Mapping[str, Any]) -> str:
+        """Return the text of a row. Raises: ValueError with the reason if there is none."""
+        try:
+            parts, size = [], 0
+            for part in self._template.generate(values):
+                parts.append(part)
+                size += len(part)
+                if size > _MAX_RESULT:
+                    raise ValueError(f"is longer than {_MAX_RESULT} characters")
+            return "".join(parts)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever Python raises when texts are added to numbers, and Jinja's own
+            raise ValueError(one_line(error)) from error
+
+
+def _check(node: nodes.Node, key: str) -> None:
+    if type(node) not in _NODES:
+        name = {"Getattr": "an attribute", "For": "a loop", "Call": "a call", "Assign": "an assignment"}
+        what = name.get(type(node).__name__, type(node).__name__.lower())
+        raise JobError(f"{key}: line {node.lineno}: {what} is not allowed in a template")
+    if isinstance(node, nodes.Name) and node.name in _OWN_NAMES:
+        raise JobError(f"{key}: line {node.lineno}: {node.name!r} is a name of Jinja's own")
+    if isinstance(node, nodes.Filter) and node.name not in _FILTERS:
+        raise JobError(
+            f"{key}: line {node.lineno}: the filter {node.name!r} is not there; there are {', '.join(_FILTERS)}"
+        )
+
+
+def _rounded(value: Any, precision: int = 0) -> float:
+    """Return a number rounded to some places. Raises: ValueError for more than a float has."""
+    if not isinstance(precision, int) or not 0 <= precision <= 20:
+        raise ValueError("round is to 0 to 20 places")
+    return round(float(value), precision)
+
+
+def _replaced(text: Any, old: str, new: str, count: int = -1) -> str:
+    """Return a text with another in its place. Raises: ValueError if it grows beyond a prompt."""
+    whole = str(text)
+    if len(whole) + (whole.count(old) if old else len(whole) + 1) * len(new) > _MAX_RESULT:
+        raise ValueError(f"is longer than {_MAX_RESULT} characters")
+    return whole.replace(old, new, count)

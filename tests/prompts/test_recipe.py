@@ -1,0 +1,217 @@
+"""Prompts from a recipe: the same rows whatever the shards, shares as they are asked for, nothing hostile."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from flux_batch.config.schema import JobConfig, PromptsConfig, SamplingConfig
+from flux_batch.errors import JobError
+from flux_batch.plan.plan import Plan, make_plan
+from flux_batch.prompts.recipe import Recipe
+from flux_batch.prompts.source import PromptSource
+from flux_batch.prompts.template import PromptTemplate
+from flux_batch.records import FailedRow, ImageRequest
+
+CATS: dict[str, Any] = {
+    "animal": ["cat", "dog", "heron"],
+    "weather": {"choice": {"rain": 0.2, "sun": 0.8}},
+    "lens": {"uniform": [24, 85]},
+    "breed": {"by": "animal", "cat": ["tabby", "siamese"], "dog": ["pug"], "heron": ["grey"]},
+    "width": [512, 1024],
+    "age": {"integer": [1, 6]},
+    "size": {"normal": [10, 2]},
+}
+TEMPLATE = "A {{ animal }} ({{ breed }}) in {{ weather }}, {{ lens | round | int }} mm"
+
+
+def rows_of(config: PromptsConfig, shard_size: int = 7, **sampling: Any) -> tuple[Plan, list[ImageRequest | FailedRow]]:
+    plan = make_plan(config, shard_size)
+    source = PromptSource(config)
+    return plan, [row for shard in plan.shards for row in source.read(shard, SamplingConfig(**sampling))]
+
+
+def recipe(rows: int = 50, **changes: Any) -> PromptsConfig:
+    return PromptsConfig(**{"rows": rows, "samplers": CATS, "template": TEMPLATE, **changes})
+
+
+def test_rows_are_the_same_whatever_the_shards_and_differ_by_the_seed_of_the_run() -> None:
+    _, rows = rows_of(recipe())
+
+    assert [(row.id, row.prompt, row.passthrough) for row in rows] == [
+        (row.id, row.prompt, row.passthrough) for row in rows_of(recipe(), 50)[1]
+    ]
+    assert [row.prompt for row in rows] != [row.prompt for row in rows_of(recipe(), seed=1)[1]]
+    assert [row.id for row in rows[:2]] == ["rows:0", "rows:1"]
+    assert len({row.prompt for row in rows}) > 30
+
+
+def test_values_are_columns_of_the_metadata_and_settings_of_the_row() -> None:
+    plan, rows = rows_of(recipe())
+
+    assert {field.name: str(field.type) for field in plan.passthrough} == {
+        **{"animal": "string", "weather": "string", "lens": "double", "breed": "string"},
+        **{"width": "int64", "age": "int64", "size": "double"},
+    }
+    for row in rows:
+        assert isinstance(row, ImageRequest)
+        values = row.passthrough
+        assert row.sampling.width == values["width"]
+        lens = round(values["lens"])
+        assert row.prompt == f"A {values['animal']} ({values['breed']}) in {values['weather']}, {lens} mm"
+        assert values["breed"] in CATS["breed"][values["animal"]]
+        assert 1 <= values["age"] <= 6
+        assert 24 <= values["lens"] < 85
+
+
+def test_one_sampler_does_not_move_another() -> None:
+    fewer = {name: CATS[name] for name in ("weather", "animal")}
+
+    _, rows = rows_of(recipe(samplers=fewer, template="{{ animal }} {{ weather }}"))
+
+    assert [row.prompt for row in rows] == [
+        f"{row.passthrough['animal']} {row.passthrough['weather']}" for row in rows_of(recipe())[1]
+    ]
+
+
+def shares(config: PromptsConfig, name: str) -> Counter[Any]:
+    _, rows = rows_of(config, 1000)
+    return Counter(row.passthrough[name] for row in rows)
+
+
+def test_shares_are_those_of_the_weights() -> None:
+    num_rows = 3000
+    config = recipe(num_rows, samplers={name: CATS[name] for name in ("weather", "animal", "age")}, template="a")
+
+    for name, weights in (("weather", {"rain": 0.2, "sun": 0.8}), ("animal", dict.fromkeys(CATS["animal"], 1 / 3))):
+        found = shares(config, name)
+        for value, share in weights.items():
+            error = math.sqrt(share * (1 - share) / num_rows)
+            assert abs(found[value] / num_rows - share) < 4 * error
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 30, 300])
+def test_a_balanced_design_has_the_shares_of_the_weights_exactly(num_rows: int) -> None:
+    config = recipe(num_rows, samplers={name: CATS[name] for name in ("weather", "animal")}, template="a")
+    config = config.model_copy(update={"design": "balanced"})
+
+    for name, weights in (("weather", {"rain": 0.2, "sun": 0.8}), ("animal", dict.fromkeys(CATS["animal"], 1 / 3))):
+        found = shares(config, name)
+        assert all(abs(found[value] - share * num_rows) <= 1 for value, share in weights.items())
+
+
+def test_a_grid_has_every_combination_in_turn() -> None:
+    samplers = {"a": ["x", "y"], "b": [1, 2, 3]}
+    config = PromptsConfig(rows=8, samplers=samplers, template="{{ a }}{{ b }}", design="grid")
+
+    assert [row.prompt for row in rows_of(config)[1]] == ["x1", "x2", "x3", "y1", "y2", "y3", "x1", "x2"]
+
+
+def test_samplers_add_columns_to_the_rows_of_files(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("animal,note\ncat,a\nfox,b\n")
+    (tmp_path / "words.txt").write_text("red\n\nblue\n")
+    samplers = {
+        "breed": {"by": "animal", "cat": ["tabby"], "dog": ["pug"]},
+        "colour": {"file": str(tmp_path / "words.txt")},
+    }
+    template = "{{ colour }} {{ breed }} {{ note }}"
+    config = PromptsConfig(uri=str(tmp_path / "p.csv"), samplers=samplers, template=template, passthrough=("note",))
+
+    plan, (cat, fox) = rows_of(config)
+
+    assert cat.prompt in ("red tabby a", "blue tabby a")
+    assert plan.passthrough.names == ["note", "breed", "colour"]
+    assert isinstance(fox, FailedRow)
+    assert "sampler breed has no case for animal = 'fox'; it has cat, dog" in fox.error_message
+
+
+@pytest.mark.parametrize(
+    ("samplers", "words"),
+    [
+        ({"a": []}, "prompts.samplers.a: must have at least one value"),
+        ({"a": [True, "x"]}, "True is neither a text nor a number; YAML reads yes and no so: quote them"),
+        ({"a": {"choose": [1]}}, "prompts.samplers.a: 'choose' is no kind of sampler"),
+        ({"a": {"choice": {"x": -1}}}, "weights must be numbers of at least 0, and not all 0"),
+        ({"a": {"choice": {"x": 0}}}, "weights must be numbers of at least 0, and not all 0"),
+        ({"a": {"uniform": [2, 1]}}, "uniform must be [low, high], and 1 is too small"),
+        ({"a": {"normal": [0]}}, "normal must be [mean, standard deviation], two numbers"),
+        ({"a": {"integer": [0.5, 1]}}, "integer must be [low, high], two whole numbers"),
+        ({"a": "x"}, "must be a list of values, or one of choice, uniform"),
+        ({"a": {"by": "b", "x": [1]}, "b": {"by": "a", "1": ["x"]}}, "depend on each other in a circle"),
+        ({"a": {"by": "c", "x": [1]}}, "by: 'c' is neither a sampler nor a column"),
+        ({"b": [1]}, "prompts.template: 'a' is neither a sampler nor a column; there are b"),
+    ],
+)
+def test_a_sampler_that_cannot_be_is_refused_by_name(samplers: dict[str, Any], words: str) -> None:
+    with pytest.raises(JobError) as caught:
+        Recipe(PromptsConfig(rows=1, samplers=samplers, template="{{ a }}"))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for x in range(10) %}{% for y in range(10**9) %}{% endfor %}{% endfor %}",
+        "{{ a.__class__.__mro__ }}",
+        "{{ a['__class__'] }}",
+        "{{ a|attr('__class__') }}",
+        "{{ range(10**9) }}",
+        "{{ 'x' * 10000000000 }}",
+        "{{ a * 10000000000 }}",
+        "{{ '%0999999999d' % 1 }}",
+        "{{ a|center(1000000000) }}",
+        "{{ 9 ** 9 ** 9 ** 9 }}",
+        "{{ 1.5|round(1000000000) }}",
+        "{% set x = a ~ a %}{{ x }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+        "{{ a" + "|replace('x', 'xx')" * 60 + " }}",
+        "{{ '" + "x" * 15_000 + "'" + "|replace('x', 'xxxxxxxxxx')" * 3 + " }}",
+        "{{ cycler }}",
+        "{{ self }}",
+        "{{ " + "(" * 2000 + "a" + ")" * 2000 + " }}",
+        "{{ a",
+        "x" * 20_001,
+    ],
+)
+def test_a_hostile_template_gives_one_sentence_and_no_prompt(template: str) -> None:
+    def render() -> None:
+        checked = PromptTemplate(template)
+        checked.check_names(["a"])
+        checked.render({"a": "x"})
+
+    with pytest.raises((JobError, ValueError)) as caught:
+        render()
+    assert 0 < len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("A {{ a }}", "A x"),
+        ("{{ 'one' if n > 1 else 'two' }} {{ n * 2 }}", "one 6"),
+        ("{% if a == 'x' %}yes{% else %}no{% endif %}", "yes"),
+        ("{{ a|upper }} {{ 2.567|round(1) }} {{ none_|default('-') }}", "X 2.6 -"),
+        ("{{ n }} < & ' \"", "3 < & ' \""),
+    ],
+)
+def test_templates_do_what_they_are_for(template: str, text: str) -> None:
+    assert PromptTemplate(template).render({"a": "x", "n": 3}) == text
+
+
+def test_a_recipe_stands_in_the_identity_of_a_job_and_needs_a_source() -> None:
+    tree = {"prompts": {"rows": 3, "samplers": {"a": ["x"]}, "template": "{{ a }}"}, "output": {"uri": "o"}}
+    job = JobConfig.from_dict(tree | {"model": {"uri": "demo"}})
+
+    assert job.identity()["prompts.samplers"] == {"a": ["x"]}
+    assert JobConfig.from_yaml(job.to_yaml()).identity() == job.identity()
+    for wrong in ({}, {"uri": "x", "rows": 3}, {"uri": "x", "design": "grid"}):
+        with pytest.raises(ValidationError):
+            PromptsConfig(**wrong)
