@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flux_batch.report.summary import RunReport
 
 _TOO_MANY_FAILED, _INTERRUPTED = 3, 75
+_MAX_PREVIEW = 200
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,11 @@ def parser() -> argparse.ArgumentParser:
     _add_job(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_validate)
+
+    command = commands.add_parser("preview", help="make the images of a job's first rows, here and on one page")
+    _add_job(command)
+    command.add_argument("--rows", type=int, default=8, metavar="N", help="the first N rows (default 8)")
+    command.set_defaults(command=_preview)
 
     command = commands.add_parser("status", help="show the progress of a run, from its output alone")
     command.add_argument("output", metavar="OUTPUT_URI")
@@ -237,6 +243,17 @@ def _validate(arguments: argparse.Namespace) -> int:
         _print("\n".join([f"prompts  {plan.num_prompts}", *(f"         {note}" for note in plan.notes)]))
         _print(format_survey(rows, plan.num_prompts))
     return _TOO_MANY_FAILED if rows.failed_ratio > config.failures.max_ratio else 0
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    from flux_batch.job import preview
+    from flux_batch.report.gallery.write import format_gallery, write_gallery
+
+    if not 1 <= arguments.rows <= _MAX_PREVIEW:
+        raise JobError(f"--rows {arguments.rows}: must be from 1 to {_MAX_PREVIEW}")
+    store = preview(_load_job(arguments), arguments.rows)
+    _print(format_gallery(store, write_gallery(store, _MAX_PREVIEW)))
+    return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:

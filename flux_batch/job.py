@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
@@ -80,6 +81,28 @@ def run(
             factory = WorkerFactory(here, len(plan.shards), plan.passthrough, make_pipeline)
             _render(engine or ray_pool(here), factory, todo, stop, progress)
         return close_run(here, store, plan, progress)
+
+
+def preview(
+    config: JobConfig, num_rows: int, *, make_pipeline: Callable[[ModelConfig], ImagePipeline] | None = None
+) -> Store:
+    """Make the images of a job's first rows in this process, in a folder of their own. Returns: the folder.
+
+    Nothing of the job's own output is read or written. Raises: what `run` raises.
+    """
+    from flux_batch.engine.local import LocalEngine
+
+    limit = min(num_rows, config.prompts.limit or num_rows)
+    folder = tempfile.mkdtemp(prefix="flux-batch-preview-")
+    config = config.model_copy(
+        update={
+            "prompts": config.prompts.model_copy(update={"limit": limit}),
+            "output": config.output.model_copy(update={"uri": folder, "format": "files", "storage_options": {}}),
+            "workers": config.workers.model_copy(update={"num_gpus": 1 if has_gpu() else 0}),
+        }
+    )
+    run(config, engine=LocalEngine(max_attempts=1), make_pipeline=make_pipeline)
+    return Store(folder)
 
 
 def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: datetime | str | None = None) -> JobConfig:

@@ -52,5 +52,10 @@ def test_init_writes_a_job_that_validates_and_never_over_another(
     assert main(["init", path]) == 0
     assert main(["validate", path]) == 0
     assert "prompts  72" in capsys.readouterr().out
+    small = ["--set", "sampling.width=32", "--set", "sampling.height=32", "--set", "sampling.num_inference_steps=1"]
+    assert main(["preview", path, "--rows", "2", *small]) == 0
+    page = Path(capsys.readouterr().out.partition("page ")[2].split()[0])
+    assert page.read_text().count("<img") == 2
+    assert not (tmp_path / "out").exists()
     assert main(["init", path]) == 2
     assert "job.yaml: cannot be written: File exists" in capsys.readouterr().err
