@@ -51,10 +51,12 @@ class ArrowTable:
             return
         with self._reader() as reader:
             if isinstance(reader, pa.RecordBatchStreamReader):
-                yield from reader
+                batches = iter(reader)
             else:
-                for number in range(reader.num_record_batches):
-                    yield reader.get_batch(number)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            for batch in batches:
+                batch.validate(full=True)  # the offsets of a damaged file lead out of its memory
+                yield batch
 
     @contextmanager
     def _reader(self) -> Iterator[pa.RecordBatchFileReader | pa.RecordBatchStreamReader]:
@@ -64,7 +66,7 @@ class ArrowTable:
                     yield pa.ipc.open_file(file)
                 else:
                     yield pa.ipc.open_stream(file)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+            except (pa.ArrowException, UnicodeDecodeError, OSError) as error:  # names are UTF-8 by promise only
                 if isinstance(error, OSError) and not is_damage(error):
                     raise
                 raise SourceError(f"{self._file.uri}: not a readable Arrow file: {one_line(error)}") from error

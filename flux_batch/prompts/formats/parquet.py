@@ -56,7 +56,7 @@ class ParquetTable:
         with self._file.open() as file:
             try:
                 yield pq.ParquetFile(file, pre_buffer=True)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+            except (pa.ArrowException, UnicodeDecodeError, OSError) as error:  # names are UTF-8 by promise only
                 if isinstance(error, OSError) and not is_damage(error):
                     raise
                 raise SourceError(f"{self._file.uri}: not a readable Parquet file: {one_line(error)}") from error

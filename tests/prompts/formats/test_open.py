@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow as pa
@@ -152,6 +153,46 @@ def test_no_bytes_are_no_rows_and_no_columns_that_matter(tmp_path: Path, suffix:
             continue
         (tmp_path / name).write_bytes(data)
         assert list(open_table(str(tmp_path / name), {}).split(4)) == []
+
+
+def damaged(data: bytes, seed: int) -> bytes:
+    """Return data with bytes cut off, overwritten, put in or taken out."""
+    random, changed = Random(seed), bytearray(data)
+    first, last = sorted(random.randrange(len(data)) for _ in range(2))
+    match seed % 4:
+        case 0:
+            del changed[first:]
+        case 1:
+            for _ in range(5):
+                changed[random.randrange(len(data))] = random.randrange(256)
+        case 2:
+            changed[first : first + 9] = random.randbytes(random.randrange(40))
+        case 3:
+            del changed[first:last]
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "feather", "stream.arrow", "json", "csv", "tsv", "tar", "tgz"])
+def test_damage_is_an_error_that_names_the_file_or_costs_rows(tmp_path: Path, suffix: str) -> None:
+    table = pa.Table.from_pylist(ROWS * 5)
+    captions = {f"{number}.txt": b"a cat" for number in range(9)} | {"a.json": b'{"prompt": "x"}'}
+    write_tar(tmp_path / "whole.tar", captions)
+    data = {
+        **{"parquet": parquet(table), "arrow": arrow_file(table), "feather": feather(table)},
+        **{"stream.arrow": arrow_stream(table), "json": JSON["array of objects"].encode()},
+        **{"csv": b'prompt,n\n"a ""b""",1\n"c\nd",2\n' * 9, "tsv": b"prompt\tn\na\t1\n" * 9},
+        **{"tar": (tmp_path / "whole.tar").read_bytes(), "tgz": gzip.compress((tmp_path / "whole.tar").read_bytes())},
+    }[suffix]
+    path = tmp_path / f"p.{suffix}"
+
+    refusals = []
+    for seed in range(24):
+        path.write_bytes(damaged(data, seed))
+        try:
+            assert all(isinstance(row, (dict, BadRow)) for row in read_all(path, 3))
+        except SourceError as error:
+            refusals.append(str(error))
+    assert all(path.name in refusal and "\n" not in refusal for refusal in refusals)
 
 
 def test_the_format_of_a_name_is_without_its_compression() -> None:
