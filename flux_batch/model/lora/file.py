@@ -11,6 +11,7 @@ All is computed in fp32 from the model's own weight, without other LoRAs: the ch
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from flux_batch.model.lora.scale import Scales
 from flux_batch.model.params import Shapes
 
 _Shape = tuple[int, ...]
+
+log = logging.getLogger(__name__)
 
 # The roles of tensors that make up each kind; a factor of LoKr is one tensor or the product of two.
 _ROLES_OF_KIND = {
@@ -84,14 +87,17 @@ class Lora:
 def open_lora(path: Path, name: str, parts: Mapping[str, Shapes]) -> Lora:
     """Read a LoRA for a model with parameters of these shapes, by part. Maps the file, and checks every number once.
 
-    A module whose alpha is 0 changes nothing. Raises: ValueError that names what the file is instead, or the keys that
-    match nothing, are incomplete, of another shape or not finite.
+    A module whose alpha is 0 changes nothing, and so does an alpha without matrices. Raises: ValueError that names what
+    the file is instead, or the keys that match nothing, are incomplete, of another shape or not finite.
     """
     checkpoint = open_checkpoint(path)
     state = StoredState(checkpoint, torch.float32, torch.device("cpu"))
     scales = Scales(checkpoint)
     changes: list[Change] = []
     for module in find_modules(checkpoint.source, checkpoint.tensors, parts):
+        if set(module.keys) == {"alpha"}:
+            log.info("%s: %s has an alpha and no matrices, and changes nothing", name, module.stem)
+            continue
         shapes = parts[module.target.part]
         for change in _changes_of(module, checkpoint, state, scales, shapes):
             _check_change(checkpoint, change, shapes)

@@ -109,8 +109,8 @@ def _check_init(source: str, start: object) -> None:
 
 
 def _read_metadata(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
-    """Read a JSON object from the header; {} if there is none."""
-    text = next((header[key] for header in checkpoint.headers if header.get(key)), "{}")
+    """Read a JSON object from the header; {} if there is none, or Python's word for it."""
+    text = next((header[key] for header in checkpoint.headers if header.get(key) not in (None, "", "None")), "{}")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -320,6 +320,18 @@ def good_lora(path: Path) -> dict[str, Tensor]:
     return load_file(write_lora(path, {"double_blocks.0.img_attn.qkv": blocks, "img_in": embedder}))
 
 
+def test_an_alpha_alone_and_settings_that_are_none_change_nothing(tmp_path: Path, fusion: LoraFusion) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = good_lora(path)
+    put_in(fusion, path)
+    expected = state_of(fusion)
+
+    save_file(tensors | {"final_layer.linear.alpha": torch.ones(())}, path, {"ss_network_args": "None"})
+    put_in(fusion, path)
+
+    assert_close(state_of(fusion), expected)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
