@@ -99,6 +99,8 @@ def broken_jobs(page: Page) -> Iterator[str]:
 def completed(fragment: Mapping[str, Any]) -> dict[str, Any]:
     """Return a job file: a fragment over the minimal job."""
     sections = {name: {**MINIMAL.get(name, {}), **section} for name, section in fragment.items() if is_section(section)}
+    if "rows" in sections.get("prompts", {}):  # instead of files
+        del sections["prompts"]["uri"]
     return {**MINIMAL, **fragment, **sections}
 
 
