@@ -96,7 +96,7 @@ class PromptsConfig(_Section):
     """The prompts: their files and the meaning of their columns."""
 
     uri: _Uris = ()
-    """A file, folder, glob or list of them, in any format that the columns' section lists; or `demo`, the packaged
+    """A file, folder, glob or list of them, in any format that the page of job files lists; or `demo`, the packaged
     prompts."""
     columns: _Columns = {}
     """Our field: your column, e.g. `{prompt: caption, id: uid}`."""

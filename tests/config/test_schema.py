@@ -77,7 +77,7 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
     assert parse().prompts.uri == ("p.parquet",)
     message = refusal("prompts: {}\noutput: {}\n")
     assert message.splitlines() == [
-        "job.yaml: prompts.uri: missing, and it has no default",
+        "job.yaml: prompts.uri: missing, and it has no default; or set rows, samplers and template",
         "job.yaml: output.uri: missing, and it has no default",
         "job.yaml: model: missing, and it has no default",
     ]
