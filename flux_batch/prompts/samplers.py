@@ -112,7 +112,7 @@ def samplers_of(config: Mapping[str, Any], read_lines: Callable[[str], list[str]
 def draw(seed: int, row: str, name: str) -> float:
     """Return a number from 0 to less than 1 for a sampler of a row."""
     digest = blake2b(f"{seed}\x1f{row}\x1f{name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return (int.from_bytes(digest) >> (64 - _BITS)) / 2**_BITS
+    return (int.from_bytes(digest) >> (64 - _BITS)) / float(1 << _BITS)
 
 
 def sampled(samplers: Mapping[str, Sampler], shares: Callable[[str], float], row: Mapping[str, Any]) -> dict[str, Any]:
