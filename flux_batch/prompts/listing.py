@@ -83,7 +83,7 @@ def skipped_notes(skipped: Mapping[str, Sequence[str]]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Expanded:
-    """What one entry of `prompts.uri` names; names are relative to `folder`."""
+    """The files of one entry of `prompts.uri`; names are relative to `folder`."""
 
     fs: fsspec.AbstractFileSystem
     folder: str

@@ -25,7 +25,7 @@ _BITS = 53
 
 
 @dataclass(frozen=True)
-class Choice:
+class _Choice:
     """A weighted choice among values; without weights each is as likely."""
 
     values: tuple[Any, ...]
@@ -51,7 +51,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Spread:
+class _Spread:
     """A number between two others, or around one: `uniform`, `integer` or `normal`."""
 
     name: str
@@ -78,7 +78,7 @@ class Dependent:
     """A choice that depends on the value of another sampler or column."""
 
     by: str
-    cases: Mapping[str, Choice | Spread]
+    cases: Mapping[str, _Choice | _Spread]
 
     @property
     def kind(self) -> pa.DataType:
@@ -89,7 +89,7 @@ class Dependent:
         return pa.string() if pa.string() in kinds else pa.float64()
 
 
-Sampler = Choice | Spread | Dependent
+Sampler = _Choice | _Spread | Dependent
 
 
 def samplers_of(config: Mapping[str, Any], read_lines: Callable[[str], list[str]]) -> dict[str, Sampler]:
@@ -140,7 +140,7 @@ def _sampler(path: str, value: Any, read_lines: Callable[[str], list[str]]) -> S
     return _simple(path, value, read_lines)
 
 
-def _simple(path: str, value: Any, read_lines: Callable[[str], list[str]]) -> Choice | Spread:
+def _simple(path: str, value: Any, read_lines: Callable[[str], list[str]]) -> _Choice | _Spread:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return _choice(path, list(value), [1.0] * len(value))
     if not isinstance(value, Mapping) or len(value) != 1:
@@ -158,7 +158,7 @@ def _simple(path: str, value: Any, read_lines: Callable[[str], list[str]]) -> Ch
     raise JobError(f"{path}: {kind!r} is no kind of sampler{did_you_mean(str(kind), _KINDS)}")
 
 
-def _choice(path: str, values: Sequence[Any], weights: Sequence[Any]) -> Choice:
+def _choice(path: str, values: Sequence[Any], weights: Sequence[Any]) -> _Choice:
     if not values:
         raise JobError(f"{path}: must have at least one value")
     for value in values:
@@ -166,10 +166,10 @@ def _choice(path: str, values: Sequence[Any], weights: Sequence[Any]) -> Choice:
             raise JobError(f"{path}: {value!r} is neither a text nor a number; YAML reads yes and no so: quote them")
     if not all(_is_number(weight) and weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
         raise JobError(f"{path}: weights must be numbers of at least 0, and not all 0")
-    return Choice(tuple(values), tuple(float(weight) for weight in weights))
+    return _Choice(tuple(values), tuple(float(weight) for weight in weights))
 
 
-def _spread(path: str, kind: str, content: Any) -> Spread:
+def _spread(path: str, kind: str, content: Any) -> _Spread:
     form = {"uniform": "[low, high]", "normal": "[mean, standard deviation]", "integer": "[low, high]"}[kind]
     if not isinstance(content, list) or len(content) != 2 or not all(map(_is_number, content)):
         raise JobError(f"{path}: {kind} must be {form}, two numbers")
@@ -180,7 +180,7 @@ def _spread(path: str, kind: str, content: Any) -> Spread:
         raise JobError(f"{path}: {kind} must be {form}, and {second} is too small")
     if kind == "integer" and not -(2**53) < first <= second < 2**53:
         raise JobError(f"{path}: integer must lie between -2^53 and 2^53")
-    return Spread(kind, first, second)
+    return _Spread(kind, first, second)
 
 
 def _is_number(value: Any) -> bool:
@@ -196,13 +196,13 @@ def grid_shares(samplers: Mapping[str, Sampler], number: int) -> Iterator[tuple[
     """Yield the share of each sampler in row `number` of the cross product; the last sampler varies fastest."""
     for name, sampler in reversed(list(samplers.items())):
         number, index = divmod(number, _num_values(name, sampler))
-        assert isinstance(sampler, Choice)
+        assert isinstance(sampler, _Choice)
         bounds = [0.0, *accumulate(sampler.weights)]
         yield name, (bounds[index] + bounds[index + 1]) / 2 / bounds[-1]
 
 
 def _num_values(name: str, sampler: Sampler) -> int:
-    if not isinstance(sampler, Choice) or not all(sampler.weights):
+    if not isinstance(sampler, _Choice) or not all(sampler.weights):
         raise JobError(f"prompts.samplers.{name}: prompts.design: grid takes lists of values alone")
     return len(sampler.values)
 

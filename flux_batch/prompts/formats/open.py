@@ -36,7 +36,7 @@ TABLE_FORMATS: Mapping[str, Callable[[PromptBytes], Table]] = {
     "feather": ArrowTable,
     "tar": TarTable,
 }
-COMPRESSIONS = ("gz", "zst", "bz2", "xz")
+_COMPRESSIONS = ("gz", "zst", "bz2", "xz")
 # Formats that are not read, and the way to one that is.
 _OFFICE = "save the sheet as CSV"
 INSTEAD = {
@@ -81,7 +81,7 @@ def open_table(uri: str, storage_options: Mapping[str, Any]) -> Table:
 def format_of_name(name: str) -> str:
     """Return the format that a file's name says, without that of its compression; empty if it says none."""
     parts = posixpath.basename(name).lower().split(".")
-    while len(parts) > 2 and parts[-1] in COMPRESSIONS:
+    while len(parts) > 2 and parts[-1] in _COMPRESSIONS:
         parts.pop()
     return {"tgz": "tar"}.get(parts[-1], parts[-1]) if len(parts) > 1 else ""
 
