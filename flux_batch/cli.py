@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _TOO_MANY_FAILED, _INTERRUPTED = 3, 75
 _MAX_PREVIEW = 200
+_REMAINS = "; the bucket keeps versions, so their bytes remain until a lifecycle rule of the bucket ends them"
 
 log = logging.getLogger(__name__)
 
@@ -302,7 +303,7 @@ def _gc(arguments: argparse.Namespace) -> int:
                 _print(f"{leftover.kind:<12} {leftover.key}")
         else:
             num_removed = remove_leftovers(run.folder, run.output_format, list(find_leftovers(run.folder)))
-            _print(f"{num_removed} objects removed")
+            _print(f"{num_removed} objects removed{_REMAINS if num_removed and run.store.keeps_versions else ''}")
     return 0
 
 

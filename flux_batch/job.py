@@ -61,7 +61,8 @@ def run(
     """
     config = with_absolute_paths(config if isinstance(config, JobConfig) else load_job(config))
     stop = stop or Stop()
-    store = Store(config.output.uri, config.output.storage_options)
+    policy = RetryPolicy().ended_by(stop.check, partial(stop.check, config.failures.drain_s))
+    store = Store(config.output.uri, config.output.storage_options, policy)
     config = with_dtype_of_run(store, config)
     report = finished(config, store, extend=extend)
     if report and not (retry_failed and report.num_failed):
@@ -69,7 +70,7 @@ def run(
     draft = None if store.exists(PLAN) else draft_run(config, store)
     here = _on_this_machine(config, engine, make_pipeline)
     # From here on there is work to lose: wait while the storage is unavailable.
-    store = store.with_policy(RetryPolicy(config.failures.outage_s, stop.check))
+    store = store.with_policy(policy.waiting(config.failures.outage_s))
     with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
         store = lease.store
         plan = open_run(config, store, draft, extend=extend)

@@ -34,7 +34,7 @@ def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunRep
     if plan is None or (extend and extended(plan, config.prompts, config.output.shard_size) is not plan):
         return None
     todo, progress = read_state(plan, store)
-    if todo or store.list(STORE_TMP):  # the last writer was killed during a write
+    if todo or store.list(STORE_TMP) or store.unfinished_uploads():  # the last writer was killed during a write
         return None
     if extend:
         log.info("%s: no prompt file is new", config.name)
@@ -153,6 +153,8 @@ def _clear_scratch(store: Store) -> None:
     """Remove the half-written files of killed processes; a live process whose file is removed writes it again."""
     for key in store.list(STORE_TMP):
         store.delete(key)
+    for upload in store.unfinished_uploads():
+        store.abort(upload)
 
 
 def _report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport:

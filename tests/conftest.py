@@ -12,7 +12,7 @@ import pytest
 
 from helpers.driver import Drive, Driver
 from helpers.hub_server import Hub, hub_server, point_at
-from helpers.s3 import Bucket, S3Server, moto_server, rclone_server
+from helpers.s3 import Bucket, S3Server, moto_server, rclone_server, tls_server
 
 # Workers of a local cluster import the helpers of this folder by name.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -29,7 +29,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW_FOLDERS = frozenset({"chaos", "demo", "train"})
-S3_FIXTURES = frozenset({"moto", "rclone", "s3_store"})
+S3_FIXTURES = frozenset({"moto", "rclone", "tls", "s3_store"})
 S3_SERVERS = [pytest.param(name, marks=pytest.mark.s3) for name in ("moto", "rclone")]
 
 
@@ -56,6 +56,13 @@ def moto() -> Iterator[S3Server]:
 def rclone() -> Iterator[S3Server]:
     """An S3 server that ignores If-None-Match."""
     with rclone_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tls(moto: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server over TLS, with a certificate of its own, that wants the length of what it gets beforehand."""
+    with tls_server(moto, tmp_path_factory.mktemp("tls")) as server:
         yield server
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -26,7 +26,7 @@ class LocalEngine:
     """Runs shards in this process; each gets `max_attempts` tries, and storage `outage_s` seconds to come back.
 
     This process is not supervised: a hanging worker hangs the run, and a lost device ends it; the same command resumes
-    it. A stop waits until the worker has put its shard aside, however long that takes.
+    it. A stop waits until the worker has put its shard aside, however long that takes, but not for a worker that loads.
     """
 
     max_attempts: int = 3
@@ -38,7 +38,9 @@ class LocalEngine:
         stop = stop or Stop()
         if stop.is_requested:
             return
-        worker = factory.open()
+        worker = _opened(factory, stop)
+        if worker is None:
+            return
         queue = ShardQueue(shards, self.max_attempts, self.outage_s)
         with _passing_on(stop, worker), ThreadPoolExecutor(1, "finish") as finisher:
             yield from _Loop(worker, finisher, queue, Backoff(self.backoff_s), stop).results()
@@ -95,6 +97,23 @@ class _Loop:
             with suppress(Interrupted):  # by a stop, which the loop notices
                 self.stop.sleep(self.backoff.begin())
         return result
+
+
+def _opened(factory: WorkerFactory, stop: Stop) -> Worker | None:
+    """Open a worker; None if a stop was requested first. Then its thread is left alone, and ends with the process."""
+    opened: Future[Worker] = Future()
+
+    def load() -> None:
+        try:
+            opened.set_result(factory.open())
+        except BaseException as error:
+            opened.set_exception(error)
+
+    threading.Thread(target=load, name="open", daemon=True).start()
+    while not wait([opened], POLL_S).done:
+        if stop.is_requested:
+            return None
+    return opened.result()
 
 
 def _failure(error: Exception) -> Failure:

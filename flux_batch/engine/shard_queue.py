@@ -67,6 +67,7 @@ class ShardQueue:
         self._durations: deque[float] = deque(maxlen=_RECENT_SHARDS)
         self._last_success = -math.inf
         self._outage_began = math.inf
+        self._is_outage_logged = False
 
     @property
     def num_waiting(self) -> int:
@@ -194,11 +195,15 @@ class ShardQueue:
                 f"storage has been unavailable for {lasted:.0f} s ({failure.message}); "
                 "run the same command again when it is back"
             )
-        log.warning("%s: %s; trying again, for up to %.0f s", subject, failure.message, self._outage_s - lasted)
+        level = logging.DEBUG if self._is_outage_logged else logging.WARNING
+        self._is_outage_logged = True
+        log.log(level, "%s: %s; trying again, for up to %.0f s", subject, failure.message, self._outage_s - lasted)
 
     def _succeed(self, task: Task, result: ShardResult) -> ShardResult | None:
         self._return(task)
-        self._last_success, self._outage_began = self._clock(), math.inf
+        if self._is_outage_logged:
+            log.warning("shard %d: done, so the storage is back", task.shard.index)
+        self._last_success, self._outage_began, self._is_outage_logged = self._clock(), math.inf, False
         if self.has_result(task):
             return None
         self._durations.append(self._clock() - task.began)

@@ -6,6 +6,7 @@ thread that would hold the lock.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -25,6 +26,7 @@ class Stop:
 
     def __init__(self) -> None:
         self._reason = ""
+        self._requested = math.inf
 
     @property
     def reason(self) -> str:
@@ -39,11 +41,12 @@ class Stop:
     def request(self, reason: str) -> None:
         """Request a stop. Safe to call twice: the first reason stays."""
         if not self._reason:
+            self._requested = time.monotonic()
             self._reason = reason
 
-    def check(self) -> None:
-        """Raise Interrupted if a stop was requested."""
-        if self._reason:
+    def check(self, after_s: float = 0.0) -> None:
+        """Raise Interrupted if a stop was requested, at least `after_s` seconds ago."""
+        if self._reason and time.monotonic() - self._requested >= after_s:
             raise Interrupted(f"{self._reason}; run the same command again")
 
     def sleep(self, seconds: float) -> None:

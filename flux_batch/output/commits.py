@@ -34,11 +34,20 @@ marked as started (_run/staging/NNNNN/try-*.json) before anything of it is read 
 it. A batch whose mark was left behind is made last in the next attempt, one image at a time; an image whose mark was
 left behind twice is recorded as failed (WorkerLost). Everything else of the shard is made and committed.
 
-On a store without conditional writes, put-if-absent is a look-up and a write. Two workers that publish one shard in the
-same moment can then overwrite each other. That is harmless while they make the same bytes, as devices of one kind do.
-Otherwise the files of the later one stand, the commit may be of the earlier one, and `verify` finds it by the sha256.
-It takes two workers that publish the same shard within one request: a partitioned worker, or the duplicate of a slow
-shard at the end of a run. Nothing else depends on conditional writes.
+Put-if-absent is one conditional request for an object of up to 5 GiB, whatever parts a client might send it in: some
+stores honour the condition there, and ignore it at the end of an upload in parts. On a store that ignores it there too,
+put-if-absent is a look-up and then one request; an object of 8 MiB or more is sent in parts first, and looked up when
+they are all there. So a writer that was held up in the middle of an upload, for however long, changes nothing.
+
+What is left on such a store, and for objects above 5 GiB on stores that honour single conditional requests alone: two
+workers that publish one shard can overwrite each other if both have looked before the request of either has arrived.
+That is harmless while they make the same bytes, as devices of one kind do. Otherwise the files of the later one stand,
+the commit may be of the earlier one, and `verify` finds it by the sha256. It takes two workers that finish the same
+shard within one request: a partitioned worker, or the duplicate of a slow shard at the end of a run. Nothing else
+depends on conditional writes.
+
+A kill in the middle of an upload in parts leaves these in the store, where no listing of objects shows them. They are
+aborted at the end of the run and by `gc`, and `verify` counts them.
 """
 
 from __future__ import annotations

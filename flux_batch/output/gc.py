@@ -19,6 +19,7 @@ from flux_batch.output.paths import (
     COMMITS,
     COMPILE_CACHE,
     FAILED,
+    GALLERY,
     JOB,
     LEASE,
     METADATA,
@@ -34,14 +35,15 @@ from flux_batch.output.paths import (
     commit_file,
 )
 from flux_batch.output.revert import remove_shard
+from flux_batch.storage.multipart import Upload
 from flux_batch.storage.store import STORE_TMP
 
 log = logging.getLogger(__name__)
 
 # Objects that are listed, or removed, at once.
 _THREADS = 16
-# The files and folders of this program in RUN; the gallery is a leftover too, which `flux-batch gallery` makes again.
-_OF_RUN = {BATCH_SIZE, COMPILE_CACHE, JOB, PLAN, PRECISION, PROGRESS, REPORT}
+# The files and folders of this program in RUN.
+_OF_RUN = {BATCH_SIZE, COMPILE_CACHE, GALLERY, JOB, PLAN, PRECISION, PROGRESS, REPORT}
 _OF_RUN |= {COMMITS, FAILED, LEASE, REVERTING, STAGING, STORE_TMP}
 
 # A file whose write never ended; staged images that nobody needs any more; files of a shard that is not committed,
@@ -51,11 +53,15 @@ _LeftoverKind = Literal["half-written", "staged", "uncommitted", "stray"]
 
 @dataclass(frozen=True, slots=True)
 class _Leftover:
-    """An object that no commit names; `shard` is the one it seems to belong to, if any."""
+    """An object that no commit names; `shard` is the one it seems to belong to, if any.
+
+    With `upload` it is no object yet: parts of one, whose writer was killed.
+    """
 
     key: str
     kind: _LeftoverKind
     shard: int | None = None
+    upload: Upload | None = None
 
 
 def find_leftovers(run: RunFolder) -> Iterator[_Leftover]:
@@ -63,6 +69,8 @@ def find_leftovers(run: RunFolder) -> Iterator[_Leftover]:
     done = Commits(run).done()
     yield from _unknown_files(run)
     yield from (_Leftover(key, "half-written") for key in run.store.list(STORE_TMP))
+    for upload in run.store.unfinished_uploads():
+        yield _Leftover(run.store.key_of(upload), "half-written", upload=upload)
     yield from _staged(run, done)
     for folder in (METADATA, FAILED):
         yield from _tables(run, folder, done)
@@ -76,12 +84,19 @@ def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Seq
     reverted, so that `run` makes the shard.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(lambda leftover: run.store.delete(leftover.key), leftovers))
+        list(pool.map(lambda leftover: _remove(run, leftover), leftovers))
     uncommitted = {leftover.shard for leftover in leftovers if leftover.kind == "uncommitted"} - {None}
     for shard in Commits(run).done() & uncommitted:
         log.warning("shard %d was committed while its files were removed; `run` makes it again", shard)
         remove_shard(run, output_format, shard)
     return len(leftovers)
+
+
+def _remove(run: RunFolder, leftover: _Leftover) -> None:
+    if leftover.upload:
+        run.store.abort(leftover.upload)
+    else:
+        run.store.delete(leftover.key)
 
 
 def _unknown_files(run: RunFolder) -> Iterator[_Leftover]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 import uuid
@@ -35,6 +36,7 @@ from types import TracebackType
 from flux_batch.errors import AlreadyExists, Interrupted, LeaseLost, NotFound, RunHeld, StoreError
 from flux_batch.output.paths import LEASE, number_in
 from flux_batch.output.process_id import ProcessId
+from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,11 @@ _POLL_S = 1.0
 SETTLE_S = 2.0
 # Listings that may name an object which is gone when it is read.
 _MAX_READS = 5
+# The longest time of a release: a store that does not answer gets no more of it. A heartbeat that is on its way
+# then has less, and an operation has so many attempts.
+_RELEASE_S = 3.0
+_LAST_BEAT_S = 1.0
+_RELEASE_ATTEMPTS = 3
 # Epochs that are kept, for people who wonder what happened.
 _EPOCHS_KEPT = 3
 
@@ -118,7 +125,7 @@ class Lease:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.store = store.guarded(self.check)
-        self._store = store
+        self._store = store.ended_by(self._check_kept, lambda: self._check_kept(_LAST_BEAT_S))
         self._ttl_s = ttl_s
         self._on_lost = on_lost
         self._clock = clock
@@ -126,6 +133,7 @@ class Lease:
         self._held: Holder | None = None
         self._writing = threading.Lock()
         self._ended = threading.Event()
+        self._released = math.inf  # when `release` was called
 
     def __enter__(self) -> Lease:
         self.acquire()
@@ -167,11 +175,18 @@ class Lease:
                 self._write(replace(self.holder, beats=self.holder.beats + 1))
 
     def release(self) -> None:
-        """Release the run, so that the next driver need not wait for it. Safe to call twice."""
+        """Release the run, so that the next driver need not wait for it. Safe to call twice.
+
+        It takes a few seconds at most: without it, the next driver waits for `ttl_s`.
+        """
+        if self._ended.is_set():
+            return
+        self._released = time.monotonic()
+        self._ended.set()  # which ends a heartbeat that waits for the storage
         with self._writing:
-            if self._held is None or self._ended.is_set():
+            if self._held is None:
                 return
-            self._ended.set()
+            self._store = self._store.with_policy(RetryPolicy(attempts=_RELEASE_ATTEMPTS, on_request=self._check_hurry))
             try:
                 self.check()
                 self._write(replace(self.holder, is_released=True))
@@ -179,6 +194,16 @@ class Lease:
                 return
             except (StoreError, Interrupted) as error:  # a store that waits can be interrupted
                 log.warning("the lease could not be released, the next run waits %g s: %s", self._ttl_s, error)
+
+    def _check_kept(self, after_s: float = 0.0) -> None:
+        """Raise Interrupted once the lease was released, at least `after_s` seconds ago."""
+        if time.monotonic() - self._released >= after_s:
+            raise Interrupted("the lease is being released")
+
+    def _check_hurry(self) -> None:
+        """Raise StoreError once the release has taken its time."""
+        if time.monotonic() - self._released >= _RELEASE_S:
+            raise StoreError(f"{self._store.uri}: no answer")
 
     def _try_to_acquire(self) -> bool:
         last = read_holder(self._store)
@@ -249,6 +274,8 @@ class Lease:
                 self._on_lost(str(error))
                 return
             except (StoreError, Interrupted) as error:
+                if self._ended.is_set():
+                    return
                 log.warning("the heartbeat of the lease could not be written, the next try follows: %s", error)
 
 

@@ -43,15 +43,16 @@ _SHARDS_AT_ONCE = 4
 _IMAGES_AT_ONCE = 8
 
 
-def revert(run: RunFolder, output_format: OutputFormat, shards: Sequence[int]) -> None:
+def revert(run: RunFolder, output_format: OutputFormat, shards: Sequence[int], *, is_repair: bool = False) -> None:
     """Revert the commits of some shards, and keep their good images in the staging area. Safe to call twice.
 
-    A shard whose commit is damaged, or missing, is reverted too.
+    A shard whose commit is damaged, or missing, is reverted too. is_repair: the other images were good once, and are
+    to be made in the batches of then, so that they get the same bytes.
     """
     if not shards:
         return
     with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
-        list(pool.map(lambda shard: _stage_good_images(run, output_format, shard), shards))
+        list(pool.map(lambda shard: _stage_good_images(run, output_format, shard, is_repair=is_repair), shards))
         for key in (SUCCESS, REPORT):
             run.store.delete(key)
         list(pool.map(lambda shard: remove_shard(run, output_format, shard), shards))
@@ -77,7 +78,7 @@ def remove_shard(run: RunFolder, output_format: OutputFormat, shard: int) -> Non
     run.store.delete(note)
 
 
-def _stage_good_images(run: RunFolder, output_format: OutputFormat, shard: int) -> None:
+def _stage_good_images(run: RunFolder, output_format: OutputFormat, shard: int, *, is_repair: bool) -> None:
     """Stage the good images of a shard; one without a commit was reverted before, and they are staged already."""
     name = run.shard_name(shard)
     if not run.store.exists(commit_file(name)):
@@ -87,7 +88,7 @@ def _stage_good_images(run: RunFolder, output_format: OutputFormat, shard: int) 
     with scratch_folder() as scratch:
         images = _good_images(run, output_format, name, scratch)
         while some := list(islice(images, _IMAGES_AT_ONCE)):
-            staging.put(shard, some)
+            staging.put(shard, some, is_repair=is_repair)
 
 
 def _good_images(run: RunFolder, output_format: OutputFormat, name: str, scratch: Path) -> Iterator[StagedImage]:

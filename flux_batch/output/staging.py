@@ -29,6 +29,7 @@ _SCHEMA = pa.schema(
     [("key", pa.string()), ("record", pa.string()), ("data", pa.binary()), ("digest", pa.binary(32))],
     metadata={"version": "1"},
 )
+_REPAIR = "repair-"
 # The fields of a record, without those that the bytes tell (`data` is empty for a failed image) and where they lie.
 _RECORD_FIELDS = [name for name in RECORD_SCHEMA.names if name not in {"status", "file_name", "sha256", "bytes"}]
 
@@ -61,9 +62,12 @@ class Staging:
 
     run: RunFolder
 
-    def put(self, shard: int, images: Sequence[StagedImage]) -> str:
-        """Store the images of a batch as one object. Returns: its name in the folder of the shard."""
-        name = f"{uuid.uuid4().hex}.parquet"
+    def put(self, shard: int, images: Sequence[StagedImage], *, is_repair: bool = False) -> str:
+        """Store the images of a batch as one object. Returns: its name in the folder of the shard.
+
+        is_repair: the images are what is good of a damaged shard, see `is_repair`.
+        """
+        name = f"{_REPAIR if is_repair else ''}{uuid.uuid4().hex}.parquet"
         self.run.store.write(f"{self._folder(shard)}/{name}", _pack(images))
         return name
 
@@ -110,6 +114,14 @@ class Staging:
 
     def _folder(self, shard: int) -> str:
         return f"{STAGING}/{self.run.shard_name(shard)}"
+
+
+def is_repair(name: str) -> bool:
+    """Return whether a staged object holds what is good of a damaged shard.
+
+    The images that are missing beside it were made once, with those as neighbours in their batches.
+    """
+    return name.startswith(_REPAIR)
 
 
 def _pack(images: Sequence[StagedImage]) -> bytes:

@@ -107,7 +107,7 @@ def repair(store: Store, verdict: _Verdict) -> list[int]:
     run = SavedRun.open(store)
     broken = verdict.broken
     finish_reverts(run.folder, run.output_format)
-    revert(run.folder, run.output_format, broken)
+    revert(run.folder, run.output_format, broken, is_repair=True)
     for shard in {p.shard for p in verdict.problems if p.check == "failed rows" and p.shard is not None} - {*broken}:
         if failures := rebuild_failures(run, shard):
             store.write(failed_file(run.name(shard)), failures)

@@ -9,8 +9,10 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from flux_batch.errors import AlreadyExists, DiskFull, FluxBatchError, NotFound, StoreError, StoreRefused, one_line
+from flux_batch.redaction import public_text
 
 FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 # Client libraries whose exceptions are not OSErrors; recognised by module, so that none has to be imported.
@@ -25,6 +27,7 @@ _FULL_STATUSES = {507}
 # S3 answers 400 for a body that was cut or changed on its way, and when it waited in vain for the rest of one.
 _TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch"}
 _FULL_CODES = {"QuotaExceeded", "XMinioStorageFull"}  # of Ceph and MinIO
+NO_BUCKET = "NoSuchBucket"
 
 
 @contextmanager
@@ -37,16 +40,18 @@ def translated(uri: str, operation: str) -> Iterator[None]:
     except FileExistsError as error:
         raise AlreadyExists(f"{uri}: already exists") from error
     except FileNotFoundError as error:
+        if code(error) == NO_BUCKET:
+            raise StoreRefused(f"{uri}: cannot {operation}: no such bucket") from error
         raise NotFound(f"{uri}: not found (cannot {operation})") from error
     except Exception as error:
         if is_full(error):
-            raise DiskFull(f"{uri}: cannot {operation}: there is no room left ({one_line(error)})") from error
+            raise DiskFull(f"{uri}: cannot {operation}: there is no room left ({said(error)})") from error
         if is_refusal(error):
             raise StoreRefused(
-                f"{uri}: cannot {operation}: {one_line(error)}; check path, credentials, permissions"
+                f"{uri}: cannot {operation}: {said(error)}; check path, credentials, permissions"
             ) from error
         if isinstance(error, OSError) or _is_of_client(error):
-            raise StoreError(f"{uri}: cannot {operation}: {one_line(error)}") from error
+            raise StoreError(f"{uri}: cannot {operation}: {said(error)}") from error
         raise
 
 
@@ -89,6 +94,25 @@ def status(error: BaseException) -> int | None:
 def code(error: BaseException) -> str:
     """Return the S3 error code behind an error; empty if there is none."""
     return next((str(found) for link in _chain(error) if (found := _answer(link).get("Error", {}).get("Code"))), "")
+
+
+def said(error: BaseException) -> str:
+    """Return what a storage said as one public line: its code, and its message if it sent one."""
+    for link in _chain(error):
+        answer = _answer(link).get("Error", {})
+        if answer.get("Code"):
+            code, message = str(answer["Code"]), " ".join(str(answer.get("Message") or "").split())
+            return public_text(code if message in ("", "None", code) else f"{code}: {message}")
+        fields = getattr(link, "kwargs", None)  # botocore's, with the address of the whole key
+        if isinstance(fields, dict) and (url := str(fields.get("endpoint_url") or "")):
+            return " ".join(public_text(str(link).replace(url, origin(url))).split())
+    return one_line(error)
+
+
+def origin(url: str) -> str:
+    """Return the scheme, host and port of an address."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname or ''}" + (f":{parts.port}" if parts.port else "")
 
 
 def _answer(error: BaseException) -> dict[str, Any]:

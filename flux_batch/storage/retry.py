@@ -6,40 +6,83 @@ Knows time; errors.py knows which errors of storage may pass by themselves.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from concurrent.futures import Future, wait
+from copy import copy
+from typing import Self, TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, stop_all
+from tenacity import RetryCallState, Retrying, retry_if_exception
 from tenacity import wait_random_exponential as full_jitter
 
-from flux_batch.errors import StoreError, one_line
+from flux_batch.errors import StoreError
 from flux_batch.redaction import public_uri
-from flux_batch.storage.errors import is_transient, translated
+from flux_batch.storage.errors import is_transient, said, translated
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
 # The longest waits before the second and before any later attempt. Each wait is drawn from zero to the longest, which
 # doubles from attempt to attempt, so that many workers do not come back at once.
-_FIRST_WAIT_S = 0.2
+_FIRST_WAIT_S = 0.5
 _MAX_WAIT_S = 30.0
-# A warning follows the first after this time, whatever number of threads wait; short waits are not logged.
+# Failures for this long are an outage, however few they are: a stop is heard from then on.
+_OUTAGE_AFTER_S = 2.0
+# The one line on an outage follows after this time; short waits are not logged.
 _WARN_AFTER_S = 5.0
-_WARN_INTERVAL_S = 30.0
-# The interval of calls of `on_wait`: a stop must not wait for a storage that is unavailable.
-_POLL_S = 1.0
+# The interval of calls of `on_wait` and `on_request`: a stop must not wait for a storage that is unavailable.
+_POLL_S = 0.5
 
 T = TypeVar("T")
+
+
+class _Outage:
+    """The clock of an outage, one for all operations of a policy: it runs from the first failure to a success."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._began = math.inf
+        self._is_logged = False
+        self.failures = 0
+
+    @property
+    def lasted_s(self) -> float:
+        """The seconds since the first failure without a success since; 0 without one."""
+        return max(0.0, time.monotonic() - self._began)
+
+    def add_failure(self, began: float) -> None:
+        """Count an attempt that failed, and was begun at `began`."""
+        with self._lock:
+            self.failures += 1
+            self._began = min(self._began, began)
+
+    def end(self) -> None:
+        """Record that the storage answered."""
+        if not self.failures:
+            return
+        with self._lock:
+            if self._is_logged:
+                log.warning("the storage is back after %.0f s", self.lasted_s)
+            self._began, self.failures, self._is_logged = math.inf, 0, False
+
+    def log_once(self, uri: str, error: BaseException, outage_s: float) -> None:
+        """Log the reason for a long wait, once an outage."""
+        with self._lock:
+            if self._is_logged or self.lasted_s < _WARN_AFTER_S:
+                return
+            self._is_logged = True
+        log.warning("%s: %s; waiting for the storage, for up to %.0f s", public_uri(uri), said(error), outage_s)
 
 
 class RetryPolicy:
     """The number of attempts at an operation, and the outage that it waits for.
 
-    An operation is tried at least `attempts` times and for `outage_s`, as long as its errors are transient. After that
-    many attempts, the waiting thread calls `on_wait` about every second: a heartbeat. Whatever it raises ends the
-    wait.
+    Without `outage_s` an operation is tried `attempts` times, as long as its errors are transient. With it, all
+    operations of a policy share one clock, and end `outage_s` after the last success. From some failures on, a waiting
+    thread calls `on_wait` several times a second: a heartbeat, or a look for a stop. A thread whose request is under
+    way calls `on_request` as often. Whatever these raise ends the wait, and the request.
     """
 
     def __init__(
@@ -47,66 +90,111 @@ class RetryPolicy:
         outage_s: float = 0.0,
         on_wait: Callable[[], None] | None = None,
         *,
+        on_request: Callable[[], None] | None = None,
         attempts: int | None = None,
         first_wait_s: float = _FIRST_WAIT_S,
     ) -> None:
-        self._outage_s = outage_s
-        self._on_wait = on_wait
+        self.outage_s = outage_s
+        self._on_wait = [on_wait] if on_wait else []
+        self._on_request = [on_request] if on_request else []
         self._attempts = ATTEMPTS if attempts is None else attempts
         self._first_wait_s = first_wait_s
-        self._warning = threading.Lock()
-        self._last_warning: float | None = None
+        self._outage = _Outage()
+
+    def ended_by(self, on_wait: Callable[[], None], on_request: Callable[[], None]) -> Self:
+        """Return this policy, with the same clock, for operations that something else may end as well."""
+        other = copy(self)
+        other._on_wait = [*self._on_wait, on_wait]
+        other._on_request = [*self._on_request, on_request]
+        return other
+
+    def waiting(self, outage_s: float) -> Self:
+        """Return this policy for a storage that is waited for."""
+        other = copy(self)
+        other.outage_s = outage_s
+        return other
+
+    def with_attempts(self, most: int) -> Self:
+        """Return this policy with at most so many attempts."""
+        other = copy(self)
+        other._attempts = min(self._attempts, most)
+        return other
 
     def with_retries(self, uri: str, operation: str, function: Callable[[], T]) -> T:
         """Run one storage operation. Raises: StoreError, and whatever `on_wait` or a bug in `function` raises."""
         began = time.monotonic()
         try:
             with translated(uri, operation):
-                return self.retry(function, is_transient, lambda state: self._warn(uri, state))
+                return self.retry(function, is_transient, uri)
         except StoreError as error:
             if error.__cause__ and is_transient(error.__cause__):
-                error.waited_s = time.monotonic() - began
+                error.waited_s = max(time.monotonic() - began, self._outage.lasted_s)
             raise
 
-    def retry(
-        self,
-        function: Callable[[], T],
-        is_transient: Callable[[BaseException], bool],
-        before_wait: Callable[[RetryCallState], None] | None = None,
-    ) -> T:
+    def retry(self, function: Callable[[], T], is_transient: Callable[[BaseException], bool], uri: str = "") -> T:
         """Run any operation. Raises: the last error of `function`, or the first one that is not transient."""
+
+        def attempt() -> T:
+            began = time.monotonic()
+            try:
+                result = function()
+            except Exception as error:
+                if is_transient(error):
+                    self._outage.add_failure(began)
+                elif isinstance(error, OSError):
+                    self._outage.end()  # it has answered
+                raise
+            self._outage.end()
+            return result
+
         retrying = Retrying(
-            stop=stop_all(stop_after_attempt(self._attempts), stop_after_delay(self._outage_s)),
+            stop=self._gives_up,
             wait=full_jitter(multiplier=self._first_wait_s, max=_MAX_WAIT_S),
             retry=retry_if_exception(is_transient),
-            before_sleep=before_wait,
-            sleep=lambda seconds: self._sleep(
-                seconds, is_outage=retrying.statistics["attempt_number"] >= self._attempts
-            ),
+            before_sleep=lambda state: self._log(uri, state),
+            sleep=lambda seconds: self._sleep(seconds, retrying.statistics["attempt_number"]),
             reraise=True,
         )
-        return retrying(function)
+        return retrying(attempt)
 
-    def _sleep(self, seconds: float, *, is_outage: bool) -> None:
+    def wait_for(self, request: Future[T]) -> T:
+        """Wait for a request that another thread makes. Returns: its result. Raises: its error, or an earlier end."""
+        try:
+            while not wait([request], _POLL_S).done:
+                for check in self._on_request:
+                    check()
+                if 0 < self.outage_s <= self._outage.lasted_s:
+                    raise TimeoutError(f"no answer, and no other for {self._outage.lasted_s:.0f} s")
+        except BaseException:
+            request.cancel()
+            raise
+        return request.result()
+
+    def _is_outage(self, attempts: int) -> bool:
+        return max(attempts, self._outage.failures) >= self._attempts or self._outage.lasted_s >= _OUTAGE_AFTER_S
+
+    def _gives_up(self, state: RetryCallState) -> bool:
+        if not self.outage_s:
+            return state.attempt_number >= self._attempts
+        lasted_s = max(state.seconds_since_start or 0.0, self._outage.lasted_s)
+        return self._is_outage(state.attempt_number) and lasted_s >= self.outage_s
+
+    def _sleep(self, seconds: float, attempts: int) -> None:
+        if self.outage_s:  # the last attempt comes when the outage has lasted too long, not after that
+            seconds = min(seconds, max(0.0, self.outage_s - self._outage.lasted_s))
         until = time.monotonic() + seconds
         while True:
-            if is_outage and self._on_wait:
-                self._on_wait()
+            if self._is_outage(attempts):
+                for check in self._on_wait:
+                    check()
             if (left := until - time.monotonic()) <= 0:
                 return
             time.sleep(min(left, _POLL_S))
 
-    def _warn(self, uri: str, state: RetryCallState) -> None:
-        """Log the reason for a long wait, now and then."""
-        now, waited_s = time.monotonic(), state.seconds_since_start or 0.0
+    def _log(self, uri: str, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        if waited_s < _WARN_AFTER_S or error is None:
-            return
-        with self._warning:
-            if self._last_warning is not None and now - self._last_warning < _WARN_INTERVAL_S:
-                return
-            self._last_warning = now
-        log.warning("%s: %s; waiting for the storage, %.0f s so far", public_uri(uri), one_line(error), waited_s)
+        if self.outage_s and error is not None:
+            self._outage.log_once(uri, error, self.outage_s)
 
 
 def with_retries(uri: str, operation: str, function: Callable[[], T]) -> T:

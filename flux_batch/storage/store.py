@@ -5,51 +5,80 @@ Knows bytes and keys; does not know what they mean.
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused, one_line
-from flux_batch.storage.errors import FULL_ERRNOS, code, status
+from flux_batch.storage.errors import FULL_ERRNOS, NO_BUCKET, code, is_transient, origin, said, status
+from flux_batch.storage.multipart import (
+    Upload,
+    abort,
+    is_s3,
+    keeps_versions,
+    list_uploads,
+    put_in_parts,
+    put_whole,
+)
 from flux_batch.storage.retry import RetryPolicy
+
+log = logging.getLogger(__name__)
 
 # The folder of half-written files; those of a killed process stay here, where no loader of the data set looks.
 STORE_TMP = "_run/tmp"
 # The answers of file systems without hard links: FUSE mounts of buckets, FAT.
 _NO_LINK_ERRNOS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-# Some servers send the checksum of a whole object with a part of it, and botocore would compare the two; others refuse
-# the header that newer clients put their own checksum into.
-_S3_CLIENT = {"response_checksum_validation": "when_required", "request_checksum_calculation": "when_required"}
+# Some servers send the checksum of a whole object with a part of it, which botocore would compare; others refuse the
+# checksum that botocore would send behind an object over HTTPS (411, as Ceph's gateway 16.2). The environment may say
+# otherwise, and so may storage_options.
+_CHECKSUMS = {
+    "AWS_RESPONSE_CHECKSUM_VALIDATION": "response_checksum_validation",
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "request_checksum_calculation",
+}
+# The longest time to a connection.
+_CONNECT_S = 10
+_ADVICE = "check it and storage_options; if it is right, run the same command again when it is back"
 
 # The operations that change something.
 WRITES = {"write", "create", "delete"}
 # The least that one request for a part of an object reads.
 BLOCK_BYTES = 64 << 10
+# From this size on, a store that ignores conditions gets an object in parts, so that the look-up comes after them.
+_LOOK_LATE_BYTES = 8 << 20
+# Attempts at the first request of all: whoever has never answered is more likely to have another address.
+_FIRST_ATTEMPTS = 3
 
 T = TypeVar("T")
 
 
-def open_filesystem(uri: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
+def open_filesystem(
+    uri: str, storage_options: Mapping[str, Any], *, num_retries: int = 1
+) -> tuple[fsspec.AbstractFileSystem, str]:
     """Open the file system of a URI; listings are never cached, since other machines write too.
 
+    num_retries: how often the client of S3 tries a request again by itself.
     Returns: the file system and the path of `uri` in it.
     Raises: StoreRefused for a protocol that is not installed or options that do not fit.
     """
     options = {**storage_options, "use_listings_cache": False}
     try:
         if uri.startswith(("s3://", "s3a://")):
-            options["config_kwargs"] = {**_S3_CLIENT, **options.get("config_kwargs", {})}
+            options["config_kwargs"] = {**_s3_client(num_retries), **options.get("config_kwargs", {})}
         if uri.startswith(("http://", "https://")):
             options["client_kwargs"] = {**_http_client(), **options.get("client_kwargs", {})}
         fs, path = fsspec.url_to_fs(uri, **options)
@@ -67,9 +96,12 @@ class Store:
         self, uri: str, storage_options: Mapping[str, Any] | None = None, policy: RetryPolicy | None = None
     ) -> None:
         self.uri = uri.rstrip("/") or uri
-        self._fs, path = open_filesystem(self.uri, storage_options or {})
+        self._fs, path = open_filesystem(self.uri, storage_options or {}, num_retries=0)
+        if is_s3(self._fs):
+            self._fs.retries = 1  # tries, those of s3fs
         self._root = path.rstrip("/")
         self._is_local = isinstance(self._fs, LocalFileSystem)
+        self._contact = _Contact()
         self._policy = policy or RetryPolicy()
         self._before_write: Callable[[], None] | None = None
 
@@ -88,17 +120,21 @@ class Store:
         other._before_write = before_write
         return other
 
+    def ended_by(self, on_wait: Callable[[], None], on_request: Callable[[], None]) -> Self:
+        """Return a store of the same folder, and in the same outage, whose operations something else may end too."""
+        return self.with_policy(self._policy.ended_by(on_wait, on_request))
+
     def url(self, key: str) -> str:
         """Return a key as the user would write it."""
         return f"{self.uri}/{key}"
 
     def read(self, key: str) -> bytes:
         """Read a whole object. Raises: NotFound."""
-        return self._call(key, "read", lambda: bytes(self._fs.cat_file(self._path(key))))
+        return self._call(key, "read", lambda: bytes(self._ask("cat_file", self._path(key))))
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
         """Read the bytes [start, end) of an object, fewer if it is shorter. Raises: NotFound."""
-        return self._call(key, "read", lambda: bytes(self._fs.cat_file(self._path(key), start=start, end=end)))
+        return self._call(key, "read", lambda: bytes(self._ask("cat_file", self._path(key), start=start, end=end)))
 
     def open(self, key: str) -> AbstractBufferedFile:
         """Return an object as a file to read and seek in, each request with retries. Raises: NotFound."""
@@ -106,14 +142,14 @@ class Store:
 
     def size(self, key: str) -> int:
         """Return the size of an object in bytes. Raises: NotFound."""
-        return self._call(key, "look up", lambda: int(self._fs.info(self._path(key))["size"]))
+        return self._call(key, "look up", lambda: int(self._ask("info", self._path(key))["size"]))
 
     def download(self, key: str, path: Path) -> None:
         """Copy an object to the local disk. Raises: NotFound, DiskFull if there is no room for it."""
 
         def get() -> None:
             try:
-                self._fs.get_file(self._path(key), str(path))
+                self._ask("get_file", self._path(key), str(path))
             except OSError as error:
                 if error.errno not in FULL_ERRNOS:
                     raise
@@ -140,8 +176,10 @@ class Store:
 
         def find() -> list[str]:
             try:
-                return self._fs.find(self._path(prefix))  # type: ignore[no-any-return]
-            except FileNotFoundError:
+                return self._ask("find", self._path(prefix))  # type: ignore[no-any-return]
+            except FileNotFoundError as error:
+                if code(error) == NO_BUCKET:
+                    raise
                 return []
 
         folder, start = self._path(prefix).rstrip("/"), len(self._root) + 1
@@ -154,8 +192,10 @@ class Store:
 
         def ls() -> list[dict[str, Any]]:
             try:
-                return list(self._fs.ls(self._path(folder), detail=True))
-            except FileNotFoundError:
+                return list(self._ask("ls", self._path(folder), detail=True))
+            except FileNotFoundError as error:
+                if code(error) == NO_BUCKET:
+                    raise
                 return []
 
         entries = ((entry["name"].rstrip("/"), entry) for entry in self._call(folder, "list", ls))
@@ -175,23 +215,22 @@ class Store:
     def put_if_absent(self, key: str, data: bytes | Path) -> None:
         """Create an object unless there is one. Raises: AlreadyExists.
 
-        Atomic on a local disk and on stores that honour conditional writes. On others it is a look-up and a write:
-        of two writers in the same instant the later one stays, and neither learns of it.
+        Atomic on a local disk, and on stores that honour conditional writes for objects of up to 5 GiB. On other
+        stores, and for larger objects, it is a look-up and then one request, whatever the size: of two writers in the
+        same instant the later one stays, and neither learns of it.
         A lost answer to a write that did succeed also ends in AlreadyExists: the caller compares the contents.
         """
         if self._is_local:
             self._call(key, "create", lambda: self._write_local(key, data, _create))
         elif self.has_conditional_put:
             self._call(key, "create", lambda: self._create_remote(key, data))
-        elif self.exists(key):
-            raise AlreadyExists(f"{self.url(key)}: already exists")
         else:
-            self.write(key, data)
+            self._call(key, "create", lambda: self._look_and_create(key, data))
 
     def delete(self, key: str) -> None:
         """Remove an object. Safe to call twice."""
         with suppress(NotFound):
-            self._call(key, "delete", lambda: self._fs.rm_file(self._path(key)))
+            self._call(key, "delete", lambda: self._ask("rm_file", self._path(key)))
 
     def delete_folder(self, prefix: str) -> None:
         """Remove every object under a folder and, on a disk, the folder itself. Safe to call twice."""
@@ -201,6 +240,28 @@ class Store:
             for folder, _, _ in os.walk(self._path(prefix), topdown=False):
                 with suppress(OSError):  # somebody has put something there meanwhile
                     os.rmdir(folder)
+
+    def unfinished_uploads(self) -> Sequence[Upload]:
+        """Return the uploads in parts that were not completed; none where the store does not tell."""
+        if not is_s3(self._fs):
+            return ()
+        none: Sequence[Upload] = ()
+        return self._told("", lambda: self._await(list_uploads(self._fs, self._root)), none)
+
+    def abort(self, upload: Upload) -> None:
+        """Abort an unfinished upload and remove its parts. Safe to call twice."""
+        self._call(self.key_of(upload), "delete", lambda: self._await(abort(self._fs, upload)))
+
+    def key_of(self, upload: Upload) -> str:
+        """Return the key of the object that an upload would have become."""
+        return upload.path.removeprefix(f"{self._root}/")
+
+    @cached_property
+    def keeps_versions(self) -> bool:
+        """Whether what is deleted or replaced remains as an old version; False where the store does not tell."""
+        if not is_s3(self._fs):
+            return False
+        return self._told("", lambda: self._await(keeps_versions(self._fs, self._root)), False)
 
     @cached_property
     def has_conditional_put(self) -> bool:
@@ -235,9 +296,20 @@ class Store:
     def _is_file(self, key: str) -> bool:
         try:
             # Not fs.isfile: that answers False to whatever goes wrong.
-            return bool(self._fs.info(self._path(key))["type"] == "file")
-        except FileNotFoundError:
+            return bool(self._ask("info", self._path(key))["type"] == "file")
+        except FileNotFoundError as error:
+            if code(error) == NO_BUCKET:
+                raise
             return False
+
+    def _look_and_create(self, key: str, data: bytes | Path) -> None:
+        """Create an object on a store without conditional writes; a large one is looked up when its parts are there."""
+        if is_s3(self._fs) and _size(data) >= _LOOK_LATE_BYTES:
+            self._send(key, data, mode="create in parts")
+        elif self._is_file(key):
+            raise FileExistsError(key)
+        else:
+            self._send(key, data, mode="overwrite")
 
     def _create_remote(self, key: str, data: bytes | Path) -> None:
         """Create an object; a refusal counts only if one is there: it may have been deleted since."""
@@ -249,18 +321,23 @@ class Store:
             raise ConnectionError("the store refused the key as taken, but it is free") from None
 
     def _send(self, key: str, data: bytes | Path, *, mode: str) -> None:
+        path = self._path(key)
         try:
-            if isinstance(data, Path):
-                self._fs.put_file(str(data), self._path(key), mode=mode)
+            if mode == "create in parts":
+                self._await(put_in_parts(self._fs, path, data, is_conditional=False))
+            elif mode == "create" and is_s3(self._fs):
+                self._await(put_whole(self._fs, path, data))
+            elif isinstance(data, Path):
+                self._ask("put_file", str(data), path, mode=mode)
             else:
-                self._fs.pipe_file(self._path(key), data, mode=mode)
+                self._ask("pipe_file", path, data, mode=mode)
         except FileNotFoundError as error:
             if code(error) == "NoSuchUpload":  # the answer to the end of an upload in parts was lost, or the upload
                 raise ConnectionError(one_line(error)) from None
             # A write cannot miss its own key: the bucket is missing.
             raise StoreRefused(f"{self.url(key)}: cannot write: no such bucket or folder") from error
         except OSError as error:
-            if mode == "create" and status(error) == HTTPStatus.PRECONDITION_FAILED:  # s3fs knows only AWS's wording
+            if mode != "overwrite" and status(error) == HTTPStatus.PRECONDITION_FAILED:  # s3fs knows only AWS's wording
                 raise FileExistsError(key) from error
             raise
 
@@ -292,6 +369,26 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def _ask(self, operation: str, *arguments: Any, **options: Any) -> Any:
+        """Run an operation of the file system, and wait for it as the policy says."""
+        if not isinstance(self._fs, AsyncFileSystem):
+            return getattr(self._fs, operation)(*arguments, **options)
+        return self._await(getattr(self._fs, f"_{operation}")(*arguments, **options))
+
+    def _await(self, request: Coroutine[Any, Any, T]) -> T:
+        return self._policy.wait_for(asyncio.run_coroutine_threadsafe(request, self._fs.loop))
+
+    def _told(self, key: str, function: Callable[[], T], otherwise: T) -> T:
+        """Return an answer that some stores do not have, or do not give to everybody."""
+        try:
+            return self._call(key, "look up", function)
+        except (StoreRefused, NotFound) as error:
+            log.debug("%s", error)
+        except StoreError as error:
+            if status(error) != HTTPStatus.NOT_IMPLEMENTED:
+                raise
+        return otherwise
+
     def _call(self, key: str, operation: str, function: Callable[[], T]) -> T:
         before_write = self._before_write if operation in WRITES else None
 
@@ -300,7 +397,34 @@ class Store:
                 before_write()  # at every attempt: a storage that was unavailable for long comes back to another driver
             return function()
 
-        return self._policy.with_retries(self.url(key), operation, guarded)
+        if self._is_local or self._policy.outage_s or self._contact.is_made:
+            return self._policy.with_retries(self.url(key), operation, guarded)
+        return self._call_first(key, operation, guarded)
+
+    def _call_first(self, key: str, operation: str, function: Callable[[], T]) -> T:
+        """Run an operation on a store that has not answered yet, with fewer attempts and other advice."""
+        try:
+            result = self._policy.with_attempts(_FIRST_ATTEMPTS).with_retries(self.url(key), operation, function)
+        except StoreError as error:
+            cause = error.__cause__
+            if cause is not None and is_transient(cause) and status(cause) is None:
+                raise StoreError(f"{self.uri}: {self._address} does not answer: {said(cause)}; {_ADVICE}") from cause
+            self._contact.is_made = True
+            raise
+        self._contact.is_made = True
+        return result
+
+    @property
+    def _address(self) -> str:
+        client = getattr(self._fs, "_s3", None)
+        return f"endpoint_url {origin(client.meta.endpoint_url)}" if client else "the storage"
+
+
+@dataclass
+class _Contact:
+    """Whether a store has ever answered, shared by all copies of it."""
+
+    is_made: bool = False
 
 
 class _StoredFile(AbstractBufferedFile):  # type: ignore[misc]
@@ -313,6 +437,16 @@ class _StoredFile(AbstractBufferedFile):  # type: ignore[misc]
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         return self._store.read_range(self._key, start, end)
+
+
+def _s3_client(num_retries: int) -> dict[str, Any]:
+    """Return the settings of S3 clients that suit every store."""
+    checksums = {option: "when_required" for name, option in _CHECKSUMS.items() if name not in os.environ}
+    return {**checksums, "connect_timeout": _CONNECT_S, "retries": {"max_attempts": num_retries}}
+
+
+def _size(data: bytes | Path) -> int:
+    return len(data) if isinstance(data, bytes) else data.stat().st_size
 
 
 def _http_client() -> dict[str, Any]:

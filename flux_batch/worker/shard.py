@@ -16,7 +16,7 @@ from flux_batch.config.schema import ImageConfig
 from flux_batch.errors import DeviceFatal
 from flux_batch.images import encode
 from flux_batch.output.paths import image_key
-from flux_batch.output.staging import StagedImage, Staging, staged_record
+from flux_batch.output.staging import StagedImage, Staging, is_repair, staged_record
 from flux_batch.prompts.input_images import spilled
 from flux_batch.records import Attempt, FailedRow, ImageRecord, ImageRequest, Shard
 from flux_batch.worker.batches import ImageTask, batches, tasks_of
@@ -63,6 +63,7 @@ class ShardRun:
         self._own_objects: set[str] = set()  # in the staging area
         self._seen_objects: set[str] = set()
         self._losses: Counter[str] = Counter()  # by label: marks that lost workers left behind
+        self._is_repair = False  # images that were adopted are made once more as neighbours of those that are missing
 
     @property
     def num_tasks(self) -> int:
@@ -95,6 +96,7 @@ class ShardRun:
         """Adopt the images that earlier attempts have staged, once all rows are added."""
         staged = self._staging.list(self.index)
         self._losses = staged.tries
+        self._is_repair = any(is_repair(name) for name in staged.objects)
         self._adopt(staged.objects)
         if not self._attempt.reverse_order:  # a mark of the other worker, which is at it now, may be no loss
             self._fail_repeated_losses()
@@ -113,16 +115,24 @@ class ShardRun:
             if self._losses[f"b{number}"] or any(self._losses[batch.label] for batch in alone):
                 isolated += alone
             elif left:
-                whole += [_PlannedBatch(f"b{number}", left)] if len(left) > 1 else alone
+                together = [task for task in tasks if not self._has_failed(task)] if self._is_repair else left
+                whole += [_PlannedBatch(f"b{number}", together)] if len(together) > 1 else alone
         if self._attempt.reverse_order:
             whole.reverse()
         return whole + sorted(isolated, key=lambda batch: self._losses[batch.label])
 
     def begin(self, batch: _PlannedBatch) -> list[ImageTask]:
-        """Begin a batch. Returns: its tasks, except those that were adopted from another attempt meanwhile."""
+        """Begin a batch. Returns: its tasks, except those that were adopted from another attempt meanwhile.
+
+        In a repair the adopted ones are made too, as neighbours: see `missing`.
+        """
         tasks = [task for task in batch.tasks if task.position not in self.records]
         self._begun |= {task.position for task in tasks}
-        return tasks
+        return batch.tasks if tasks and self._is_repair else tasks
+
+    def missing(self, outcomes: Sequence[ImageOutcome]) -> Sequence[ImageOutcome]:
+        """Return the outcomes of a batch that are no neighbours: their images are not there yet."""
+        return [outcome for outcome in outcomes if outcome.task.position not in self.records]
 
     @contextmanager
     def marked(self, batch: _PlannedBatch, worker: str) -> Iterator[None]:
@@ -175,6 +185,10 @@ class ShardRun:
         """Empty the staging folder after the commit; no request is made if nothing was ever in it."""
         if self._seen_objects or self.is_isolated or self._attempt.reverse_order:
             self._staging.remove(self.index)
+
+    def _has_failed(self, task: ImageTask) -> bool:
+        record = self.records.get(task.position)
+        return record is not None and record.status == "failed"
 
     def _is_wanted(self, task: ImageTask) -> bool:
         return task.position not in self._begun and task.position not in self.records

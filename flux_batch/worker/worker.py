@@ -10,6 +10,7 @@ nor on which machine it runs.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -84,12 +85,13 @@ class Worker:
         self.metrics = Metrics(config.name)
         self._heartbeat = Heartbeat()
         self._stopping = threading.Event()
+        self._drained = math.inf  # when a stop ends requests too
         self._source = PromptSource(config.prompts)
         self._pipeline = pipeline
         self._store = Store(
             config.output.uri,
             config.output.storage_options,
-            RetryPolicy(config.failures.outage_s, self._on_storage_wait),
+            RetryPolicy(config.failures.outage_s, self._on_storage_wait, on_request=self._on_storage_request),
         )
         self._compile_cache = SharedCompileCache(self._store, pipeline.compile_cache)
         run = RunFolder(self._store, factory.num_shards)
@@ -131,6 +133,7 @@ class Worker:
 
     def stop(self) -> None:
         """Stop the current shard after its batch in hand, and make no other."""
+        self._drained = time.monotonic() + self._config.failures.drain_s
         self._stopping.set()
 
     def idle_s(self) -> float:
@@ -142,6 +145,11 @@ class Worker:
         self._heartbeat.beat()
         if self._stopping.is_set():
             raise Stopped("stopped while the storage is unavailable")
+
+    def _on_storage_request(self) -> None:
+        """Raise Stopped once a request takes longer than a stop may: the storage may have gone while it was asked."""
+        if time.monotonic() >= self._drained:
+            raise Stopped("stopped while the storage does not answer")
 
     def _read_rows(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:
         """Read the rows of a shard, and adopt the images that earlier attempts have staged."""
@@ -181,7 +189,7 @@ class Worker:
                     with self.metrics.timed("input"):
                         ready = images.join(tasks, [one.tasks for one in following])
                     with self.metrics.timed("make"):
-                        outcomes = self._maker.make(ready)
+                        outcomes = run.missing(self._maker.make(ready))
                 self._count(run, outcomes)
                 staging.put(outcomes)
                 with self.metrics.timed("wait"):

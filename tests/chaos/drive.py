@@ -1,6 +1,7 @@
 """A driver for the experiments: `flux-batch run` with the paced pipeline, in a process of its own.
 
-python drive.py JOB.yaml [local] [--OPTION ...], on the local engine, or else on the cluster of RAY_ADDRESS.
+python drive.py JOB.yaml [local] [in-parts] [--OPTION ...], on the local engine, or else on the cluster of RAY_ADDRESS;
+`in-parts` sends every object in parts that is put if absent, where the store ignores conditions.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from functools import partial
 from chaos.paced_pipeline import make_paced_pipeline
 from flux_batch import cli, job
 from flux_batch.engine.local import LocalEngine
+from flux_batch.storage import store
 
 
 def main() -> int:
     path, *words = sys.argv[1:]
     local = LocalEngine() if "local" in words else None
+    if "in-parts" in words:
+        store._LOOK_LATE_BYTES = 0
     job.run = partial(job.run, engine=local, make_pipeline=make_paced_pipeline)  # type: ignore[assignment]
-    return cli.main(["run", path, *(word for word in words if word != "local")])
+    return cli.main(["run", path, *(word for word in words if word not in ("local", "in-parts"))])
 
 
 if __name__ == "__main__":

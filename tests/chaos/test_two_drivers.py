@@ -53,7 +53,7 @@ class Scene:
         if options:
             self._environment |= {"AWS_ACCESS_KEY_ID": options["key"], "AWS_SECRET_ACCESS_KEY": options["secret"]}
         self.config = self._job(options)
-        self._file = write_job(self._job(public), folder / "job.yaml")
+        self.file = write_job(self._job(public), folder / "job.yaml")
 
     def _job(self, options: dict[str, Any]) -> JobConfig:
         return make_job(
@@ -71,7 +71,7 @@ class Scene:
 
     def start(self, *options: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(DRIVE), str(self._file), "local", *options],
+            [sys.executable, str(DRIVE), str(self.file), "local", *options],
             env=self._environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import pytest
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
-from flux_batch.errors import JobError, NotFound, StoreError, StoreRefused
+from flux_batch.engine.stop import Stop
+from flux_batch.errors import Interrupted, JobError, NotFound, StoreError, StoreRefused
 from flux_batch.job import load_job, run
 from flux_batch.report.status import read_status
 from flux_batch.report.summary import RunReport
 from flux_batch.storage import retry
 from flux_batch.storage.store import Store
-from helpers.fakes import make_fake_pipeline
+from helpers.counting_proxy import Proxy, counting_proxy
+from helpers.fakes import FakePipeline, make_fake_pipeline
 from helpers.job_files import make_job, metadata
 from helpers.s3 import KEY, SECRET, Bucket, S3Server, free_port
 from helpers.tiny_flux import make_tiny_repository
@@ -95,6 +98,61 @@ def test_a_missing_bucket_is_one_sentence(s3_store: Bucket, tmp_path: Path) -> N
     with pytest.raises(StoreRefused, match="s3://nowhere-at-all/runs") as caught:
         render(config)
     assert caught.value.exit_code == 2
+
+
+class GoingPipeline(FakePipeline):
+    """Does something at its second batch."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        super().__init__()
+        self._act = act
+
+    def __call__(self, prompt: Any, **others: Any) -> Any:
+        if self.num_calls == 1:
+            self._act()
+        return super().__call__(prompt, **others)
+
+
+def job_through(proxy: Proxy, server: S3Server, folder: Path, **failures: float) -> JobConfig:
+    options = server.storage_options | {"endpoint_url": proxy.endpoint_url}
+    output = {"uri": f"{server.make_bucket()}/run", "storage_options": options, "shard_size": 4}
+    return make_job(folder, output=output, workers={"batch_size": 2}, failures=failures)
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("fault", ["cut", "hold"])
+def test_a_stop_ends_a_run_whose_storage_is_gone_or_silent(moto: S3Server, tmp_path: Path, fault: str) -> None:
+    """Long before the storage would be given up."""
+    stop = Stop()
+    with counting_proxy(moto.endpoint_url) as proxy:
+
+        def go() -> None:
+            proxy.fault = lambda method, path: fault
+            stop.request("stopped by SIGTERM")
+
+        config = job_through(proxy, moto, tmp_path, drain_s=1)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+            run(config, engine=LocalEngine(), make_pipeline=lambda model: GoingPipeline(go), stop=stop)
+        proxy.fault = lambda method, path: None
+        assert read_status(Store(config.output.uri, moto.storage_options))["num_committed"] < 3
+        assert render(config).exit_code == 0
+
+
+@pytest.mark.s3
+def test_a_storage_that_is_gone_for_good_ends_a_run_after_one_outage(
+    moto: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with counting_proxy(moto.endpoint_url) as proxy:
+
+        def go() -> None:
+            proxy.is_down = True
+
+        config = job_through(proxy, moto, tmp_path, outage_s=7)
+        with pytest.raises(Interrupted, match=r"storage has been unavailable for [78] s") as caught:
+            run(config, engine=LocalEngine(), make_pipeline=lambda model: GoingPipeline(go))
+    assert caught.value.exit_code == 75
+    waiting = [record for record in caplog.records if "waiting for the storage, for up to 7 s" in record.getMessage()]
+    assert 1 <= len(waiting) <= 2  # of the worker, and of the driver
 
 
 @pytest.mark.s3

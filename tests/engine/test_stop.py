@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flux_batch.engine.local import LocalEngine
+from flux_batch.engine.protocol import Worker
 from flux_batch.engine.stop import Stop, stopped_by_signals
 from flux_batch.errors import Interrupted
 from helpers.toil import FOREVER_S, BrokenStart, ToilFactory, make_shards
@@ -103,6 +104,19 @@ def test_the_local_engine_stops_between_shards(tmp_path: Path) -> None:
     stop.request("enough")
     assert [result.shard for result in results] == [2]  # which was made while the last one was finished
     assert not (tmp_path / "3").exists()
+
+
+def test_the_local_engine_does_not_wait_for_a_worker_that_loads() -> None:
+    stop, loaded = Stop(), threading.Event()
+
+    class Slow:
+        def open(self) -> Worker:
+            stop.request("stopped by SIGTERM")
+            loaded.wait()
+            raise AssertionError
+
+    assert list(LocalEngine().run(Slow(), make_shards(1), stop)) == []
+    loaded.set()
 
 
 def test_the_local_engine_opens_no_worker_after_a_stop() -> None:

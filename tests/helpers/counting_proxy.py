@@ -1,27 +1,38 @@
-"""A loopback proxy in front of an S3 server: counts what is asked of it, slows it down, takes it away, lies."""
+"""A loopback proxy in front of an S3 server: counts what is asked of it, slows it down, takes it away, lies.
+
+With a certificate it speaks TLS, and like Ceph's gateway it answers 411 to a body without a length.
+"""
 
 from __future__ import annotations
 
 import http.client
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 # S3's codes of the statuses that tests inject.
 CODES = {
     400: "IncompleteBody",
     404: "NoSuchUpload",
+    403: "AccessDenied",
     409: "ConditionalRequestConflict",
+    411: "MissingContentLength",
     412: "PreconditionFailed",
     500: "InternalError",
+    413: "EntityTooLarge",
     501: "NotImplemented",
     503: "ServiceUnavailable",
     507: "XMinioStorageFull",
 }
+
+# Requests whose conditions a store ignores: those that write an object at once, and those that end an upload in parts.
+HABITS = {"always": frozenset[str](), "singles": frozenset({"POST"}), "never": frozenset({"PUT", "POST"})}
 
 
 @dataclass
@@ -41,6 +52,8 @@ class Proxy:
     pause_s: float = 0.0
     slow_s: float = 1.0
     fault: Callable[[str, str], int | str | None] = lambda method, path: None
+    # Methods whose conditions do not reach the server: POST ends an upload in parts, PUT writes an object at once.
+    ignores_conditions_of: frozenset[str] = frozenset()
 
     def gets(self) -> list[tuple[str, str]]:
         """Return path and range of each read of an object; listings are not among them."""
@@ -59,6 +72,10 @@ class Handler(BaseHTTPRequestHandler):
     def forward(self) -> None:
         proxy = self.proxy
         proxy.requests.append((self.command, self.path, self.headers["Range"] or ""))
+        if self.command == "PUT" and "Content-Length" not in self.headers:
+            self.close_connection = True
+            self.refuse(411)
+            return
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         fault = "cut" if proxy.is_down else proxy.fault(self.command, self.path)
         while fault == "hold":
@@ -75,7 +92,10 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "slow":
             time.sleep(proxy.slow_s)
         with closing(self.connect()) as connection:
-            connection.request(self.command, self.path, body, dict(self.headers.items()))
+            headers = dict(self.headers.items())
+            if self.command in proxy.ignores_conditions_of:
+                headers.pop("If-None-Match", None)
+            connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
             data = answer.read()
         if fault == "lost":
@@ -118,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
 
     def handle(self) -> None:
-        with suppress(ConnectionError):  # the other side was killed, as some tests do
+        with suppress(ConnectionError, ssl.SSLError):  # the other side was killed, as some tests do
             super().handle()
 
     def log_message(self, format: str, *args: object) -> None:
@@ -126,12 +146,16 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def counting_proxy(target: str) -> Iterator[Proxy]:
-    """Run a proxy in front of `target`."""
+def counting_proxy(target: str, certificate: Path | None = None) -> Iterator[Proxy]:
+    """Run a proxy in front of `target`; with a certificate and its key, over TLS."""
     proxy = Proxy(target)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"proxy": proxy}))
     server.daemon_threads = True
-    proxy.endpoint_url = f"http://127.0.0.1:{server.server_address[1]}"
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    proxy.endpoint_url = f"{'https' if certificate else 'http'}://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield proxy

@@ -11,10 +11,18 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import fsspec
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from helpers.counting_proxy import counting_proxy
 
 KEY, SECRET = "loopback-key", "loopback-secret-5f3a"
 START_S = 120.0
@@ -26,10 +34,12 @@ class S3Server:
 
     name: str
     endpoint_url: str
+    certificate: Path | None = None
 
     @property
     def storage_options(self) -> dict[str, Any]:
-        return {"key": KEY, "secret": SECRET, "endpoint_url": self.endpoint_url}
+        options = {"key": KEY, "secret": SECRET, "endpoint_url": self.endpoint_url}
+        return options | ({"client_kwargs": {"verify": str(self.certificate)}} if self.certificate else {})
 
     def make_bucket(self) -> str:
         """Make an empty bucket. Returns: its URI."""
@@ -70,6 +80,37 @@ def rclone_server() -> Iterator[S3Server]:
     command = [binary, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}", ":memory:"]
     with _running("rclone", command, port) as server:
         yield server
+
+
+@contextmanager
+def tls_server(server: S3Server, folder: Path) -> Iterator[S3Server]:
+    """Run a proxy that speaks TLS in front of a server, with a certificate of its own."""
+    certificate = make_certificate(folder / "certificate.pem")
+    with counting_proxy(server.endpoint_url, certificate) as proxy:
+        yield S3Server("tls", proxy.endpoint_url, certificate)
+
+
+def make_certificate(path: Path) -> Path:
+    """Write a key, and the certificate that it signs for 127.0.0.1."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(secret + certificate.public_bytes(serialization.Encoding.PEM))
+    return path
 
 
 def free_port() -> int:

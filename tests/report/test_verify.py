@@ -29,7 +29,7 @@ from flux_batch.report.verify import format_verdict, repair, verify
 from flux_batch.storage.store import Store
 from helpers.fakes import FakePipeline
 from helpers.job_files import data_files, make_job
-from helpers.s3 import Bucket
+from helpers.s3 import Bucket, S3Server
 
 LAYOUTS = ["webdataset", "files", "parquet"]
 # Three shards of four; the second has a failed row.
@@ -126,6 +126,31 @@ def test_a_run_in_a_bucket_is_read_too(tmp_path: Path, s3_store: Bucket) -> None
     assert [problem.text.split(":")[0] for problem in verify(store).problems] == ["train/00002/stray"]
 
 
+def test_parts_that_a_killed_writer_left_are_found_and_aborted(
+    tmp_path: Path, moto: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = {"uri": f"{moto.make_bucket()}/run", "storage_options": moto.storage_options}
+    config = make_job(tmp_path, ROWS, output=output, failures={"max_ratio": 1.0})
+    finish(config)
+    store = Store(config.output.uri, config.output.storage_options)
+    bucket, _, key = f"{store.uri}/train/00001.tar".removeprefix("s3://").partition("/")
+    for _ in range(2):
+        store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+    half_written = "train/00001.tar: half-written; `flux-batch gc` removes it"
+    assert [problem.text for problem in verify(store, quick=True).problems] == [half_written] * 2
+
+    store._fs.call_s3("put_bucket_versioning", Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    options = [f"--storage-option={key}={value}" for key, value in moto.storage_options.items()]
+    code, said = command(capsys, "gc", store.uri, *options)
+    assert code == 0
+    assert said.startswith("2 objects removed; the bucket keeps versions, so their bytes remain until")
+    assert verify(store).problems == []
+
+    store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+    finish(config)
+    assert list(store.unfinished_uploads()) == []
+
+
 # --- damage to the files of a shard
 
 
@@ -171,16 +196,21 @@ def test_damaged_data_is_found_and_repaired_to_the_same_bytes(
     assert making.prompts.keys() <= {row["prompt"] for row in ROWS[4:8]}
 
 
-def test_a_repair_keeps_the_images_that_are_good(tmp_path: Path) -> None:
-    config = make_run(tmp_path, "files")
-    store = Store(config.output.uri)
-    Path(store.uri, DATA["files"]).unlink()
-    making = Making()
+def test_a_repair_keeps_good_images_and_makes_the_others_with_their_neighbours(tmp_path: Path) -> None:
+    """Alone, an image may differ by a bit from what it was among others."""
+    config = make_job(tmp_path, ROWS, output={"format": "files"}, workers={"batch_size": 2}, failures={"max_ratio": 1})
+    finish(config)
+    store, making = Store(config.output.uri), Making()
+    before = data_files(Path(store.uri))
+    Path(store.uri, "train/00001/000010003.png").unlink()
 
     repair(store, verify(store))
     finish(config, making)
 
-    assert making.prompts.keys() == {"image 4", "image 5 [raise]"}
+    calls = [call for pipeline in making.pipelines for call in pipeline.calls]
+    assert ["image 6", "image 7"] in calls
+    assert not making.prompts.keys() & {"image 0", "image 8"}
+    assert data_files(Path(store.uri)) == before
     assert verify(store).problems == []
 
 
@@ -434,6 +464,8 @@ def test_gc_removes_the_files_that_no_commit_names_and_no_others(
 ) -> None:
     before = {key: store.read(key) for key in store.list("")}
     Path(store.uri, "mine.txt").write_text("beside the run")
+    store.write("_run/gallery/index.html", b"x")  # of this program
+    before["_run/gallery/index.html"] = b"x"
     strange = ["_run/tmp/half", "_run/staging/00000/x.parquet", "train/notes.txt", "train/00007.tar", "metadata/x"]
     for key in strange:
         store.write(key, b"x")

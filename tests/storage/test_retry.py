@@ -7,12 +7,14 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flux_batch.errors import AlreadyExists, DiskFull, FluxBatchError, Interrupted, StoreError, StoreRefused
+from flux_batch.storage import multipart
 from flux_batch.storage.retry import RetryPolicy, with_retries
 from flux_batch.storage.store import Store
 from helpers.counting_proxy import Proxy, counting_proxy
@@ -32,6 +34,13 @@ class Clock:
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
+
+
+def failed(error: OSError) -> Future[None]:
+    """Make a request that has failed."""
+    request: Future[None] = Future()
+    request.set_exception(error)
+    return request
 
 
 @pytest.fixture
@@ -61,7 +70,7 @@ def test_without_an_outage_to_wait_for_there_are_five_attempts_within_seconds(cl
         with_retries("store/k", "read", operation)
 
     assert len(calls) == 5
-    assert clock.now - 100 <= 0.2 + 0.4 + 0.8 + 1.6
+    assert clock.now - 100 <= 0.5 + 1 + 2 + 4
 
 
 def test_a_policy_outlasts_an_outage_and_logs_what_it_waits_for(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
@@ -72,17 +81,80 @@ def test_a_policy_outlasts_an_outage_and_logs_what_it_waits_for(clock: Clock, ca
 
     assert max(after - before for before, after in itertools.pairwise(signs)) < 1.001
     assert 600 <= clock.now - 100 <= 600 + 30
-    lines = [record.getMessage() for record in caplog.records]
-    assert lines[0].startswith("s3://b/k: [Errno 5] I/O error; waiting for the storage, ")
-    assert 600 / 60 <= len(lines) <= 600 / 30
+    begin, end = [record.getMessage() for record in caplog.records]
+    assert begin == "s3://b/k: [Errno 5] I/O error; waiting for the storage, for up to 1800 s"
+    assert end == f"the storage is back after {clock.now - 100:.0f} s"
 
 
 def test_a_policy_gives_up_after_the_outage(clock: Clock) -> None:
     with pytest.raises(StoreError) as caught:
         RetryPolicy(1800).with_retries("k", "read", away(clock))
 
-    assert 1800 <= clock.now - 100 <= 1800 + 30
-    assert 1800 <= caught.value.waited_s <= 1800 + 30
+    assert clock.now - 100 == pytest.approx(1800)
+    assert caught.value.waited_s == pytest.approx(1800)
+
+
+def test_all_operations_of_a_policy_are_in_one_outage(clock: Clock) -> None:
+    policy = RetryPolicy(1800)
+    with pytest.raises(StoreError):
+        policy.with_retries("first", "read", away(clock))
+    calls: list[float] = []
+
+    def second() -> None:
+        calls.append(clock.now)
+        away(clock)()
+
+    with pytest.raises(StoreError) as caught:
+        policy.ended_by(lambda: None, lambda: None).with_retries("second", "read", second)
+    assert calls == [pytest.approx(1900)]
+    assert caught.value.waited_s == pytest.approx(1800)
+
+    assert policy.with_retries("third", "read", lambda: "back") == "back"
+    with pytest.raises(StoreError):
+        policy.with_retries("fourth", "read", away(clock))
+    assert clock.now == pytest.approx(1900 + 1800)
+
+
+def test_a_stop_is_heard_at_once_by_what_fails_while_an_outage_lasts(clock: Clock) -> None:
+    stopped: list[str] = []
+
+    def look() -> None:
+        if stopped:
+            raise Interrupted(stopped[0])
+
+    policy = RetryPolicy(1800, look)
+
+    def stop_after(seconds: float) -> Callable[[], None]:
+        def operation() -> None:
+            if clock.now > 100 + seconds:
+                stopped.append("stopped by SIGTERM")
+            away(clock)()
+
+        return operation
+
+    for key in ("one", "two"):
+        with pytest.raises(Interrupted):
+            policy.with_retries(key, "read", stop_after(60))
+    assert clock.now < 100 + 60 + 30 + 2
+
+
+def test_a_request_that_is_not_answered_ends_with_the_outage_or_by_a_stop() -> None:
+    stopping = [False]
+
+    def look() -> None:
+        if stopping[0]:
+            raise Interrupted("stopped by SIGTERM")
+
+    silent: Future[None] = Future()
+    requests = iter([failed(OSError("down")), silent])
+    policy = RetryPolicy(0.1, on_request=look, attempts=2)
+    with pytest.raises(StoreError, match="no answer"):
+        policy.with_retries("k", "read", lambda: policy.wait_for(next(requests)))
+    assert silent.cancelled()
+    stopping[0], silent = True, Future()
+    with pytest.raises(Interrupted):
+        RetryPolicy(1800, on_request=look).wait_for(silent)
+    assert silent.cancelled()
 
 
 def test_a_stop_ends_the_wait(clock: Clock) -> None:
@@ -265,17 +337,18 @@ def test_a_full_bucket_is_a_full_disk(store: Store, proxy: Proxy) -> None:
 
 
 @pytest.mark.s3
-def test_an_upload_in_parts_that_got_lost_is_made_again(store: Store, proxy: Proxy, tmp_path: Path) -> None:
+def test_an_upload_in_parts_that_got_lost_is_made_again(
+    store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multipart, "_MAX_PUT_BYTES", 0)
     assert store.has_conditional_put
-    with (tmp_path / "tar").open("wb") as file:
-        file.truncate(101 * 2**20)  # s3fs sends more than 100 MiB in parts
     left = [404]
     proxy.fault = lambda method, path: (
         left.pop() if left and method == "POST" and "uploadId" in path and "/run/k" in path else None
     )
-    store.put_if_absent("k", tmp_path / "tar")
+    store.put_if_absent("k", b"x" * 1000)
 
-    assert store.children("") == {"k": 101 * 2**20}
+    assert (left, store.children("")) == ([], {"k": 1000})
 
 
 def test_no_room_for_a_copy_names_the_disk_it_has_none_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""One contract for every store: a local disk, fsspec's memory and two S3 servers."""
+"""One contract for every store: a local disk, fsspec's memory and two S3 servers, one of them over TLS too."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flux_batch.errors import AlreadyExists, NotFound, StoreError, StoreRefused
+from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused
+from flux_batch.storage import multipart
+from flux_batch.storage import store as store_module
+from flux_batch.storage.retry import ATTEMPTS
 from flux_batch.storage.store import STORE_TMP, Store
+from helpers.counting_proxy import HABITS, Proxy, counting_proxy
 from helpers.s3 import KEY, SECRET, S3Server, free_port
+from helpers.waiting import wait_until
 
-KINDS = ["local", "memory", pytest.param("moto", marks=pytest.mark.s3), pytest.param("rclone", marks=pytest.mark.s3)]
+KINDS = ["local", "memory", *(pytest.param(name, marks=pytest.mark.s3) for name in ("moto", "rclone", "tls"))]
 # botocore alone would try for seconds before the first of our own attempts ends.
 NO_BOTO_RETRIES = {"config_kwargs": {"retries": {"max_attempts": 1}}}
 
@@ -194,15 +201,89 @@ def test_of_racing_writers_exactly_one_wins(store: Store) -> None:
     assert store.list(STORE_TMP) == []
 
 
-@pytest.mark.s3
-def test_a_file_of_many_parts_is_put_conditionally_too(moto: S3Server, tmp_path: Path) -> None:
-    store = Store(moto.make_bucket(), moto.storage_options)
-    with (tmp_path / "tar").open("wb") as file:
-        file.truncate(101 * 2**20)  # s3fs sends more than 100 MiB in parts
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let objects of more than 1,000 bytes be large ones."""
+    monkeypatch.setattr(multipart, "_MAX_PUT_BYTES", 1000)
+    monkeypatch.setattr(store_module, "_LOOK_LATE_BYTES", 1000)
 
-    store.put_if_absent("tar", tmp_path / "tar")
-    with pytest.raises(AlreadyExists):
-        store.put_if_absent("tar", tmp_path / "tar")
+
+@pytest.fixture(params=HABITS)
+def proxy(request: pytest.FixtureRequest, moto: S3Server) -> Iterator[Proxy]:
+    """A server that honours conditions always, never, or for single requests alone."""
+    with counting_proxy(moto.endpoint_url) as proxy:
+        proxy.ignores_conditions_of = HABITS[request.param]
+        yield proxy
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("size", [10, 5000])
+@pytest.mark.usefixtures("small_parts")
+def test_the_first_writer_of_an_object_of_any_size_stands(moto: S3Server, proxy: Proxy, size: int) -> None:
+    store = Store(f"{moto.make_bucket()}/run", moto.storage_options | {"endpoint_url": proxy.endpoint_url})
+    store.put_if_absent("k", b"1" * size)
+    for late in (b"1", b"2"):
+        with pytest.raises(AlreadyExists):
+            store.put_if_absent("k", late * size)
+    assert (store.read("k"), store.list(""), store.unfinished_uploads()) == (b"1" * size, ["k"], [])
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("small_parts")
+def test_a_writer_that_was_held_up_in_the_middle_of_an_upload_changes_nothing(moto: S3Server, proxy: Proxy) -> None:
+    uri = f"{moto.make_bucket()}/run"
+    slow, quick = (
+        Store(uri, moto.storage_options | {"endpoint_url": url}) for url in (proxy.endpoint_url, moto.endpoint_url)
+    )
+    assert slow.has_conditional_put == ("PUT" not in proxy.ignores_conditions_of)
+    is_held = True
+    proxy.fault = lambda method, path: "hold" if is_held and method == "PUT" else None
+    before, refused = len(proxy.requests), threading.Event()
+
+    def write_late() -> None:
+        with suppress(AlreadyExists):
+            slow.put_if_absent("k", b"late" * 1000)
+            return
+        refused.set()
+
+    late = threading.Thread(target=write_late)
+    late.start()
+    wait_until(lambda: any(method == "PUT" for method, *_ in proxy.requests[before:]))
+    quick.put_if_absent("k", b"early" * 1000)
+    is_held = False
+    late.join()
+    assert refused.is_set()
+    assert (quick.read("k"), quick.unfinished_uploads()) == (b"early" * 1000, [])
+
+
+@pytest.mark.s3
+def test_an_object_that_is_too_large_for_one_request_goes_in_parts(moto: S3Server) -> None:
+    """As a gateway says that allows less than S3 does."""
+    with counting_proxy(moto.endpoint_url) as proxy:
+        store = Store(f"{moto.make_bucket()}/run", moto.storage_options | {"endpoint_url": proxy.endpoint_url})
+        assert store.has_conditional_put
+        proxy.fault = lambda method, path: 413 if method == "PUT" and "uploadId" not in path else None
+        store.put_if_absent("k", b"x" * 1000)
+        with pytest.raises(AlreadyExists):
+            store.put_if_absent("k", b"y" * 1000)
+    assert (store.read("k"), store.unfinished_uploads()) == (b"x" * 1000, [])
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(name, marks=pytest.mark.s3) for name in ("moto", "rclone")], indirect=True
+)
+def test_an_upload_that_a_kill_left_behind_is_found_and_aborted(store: Store, place: tuple[str, Any]) -> None:
+    bucket, _, folder = place[0].removeprefix("s3://").partition("/")
+    begun = [
+        store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)["UploadId"]
+        for key in (f"{folder}/train/00000.tar", f"{folder}-of-another/train/00000.tar")
+    ]
+    (upload,) = store.unfinished_uploads()
+    assert (store.key_of(upload), upload.id) == ("train/00000.tar", begun[0])
+    store.abort(upload)
+    store.abort(upload)
+    assert list(store.unfinished_uploads()) == []
+    assert store.list("") == []
 
 
 def test_a_local_write_that_is_killed_leaves_no_half_object(tmp_path: Path) -> None:
@@ -328,22 +409,59 @@ def test_wrong_credentials_are_refused_whatever_is_asked(rclone: S3Server) -> No
 @pytest.mark.parametrize("server", ["moto", "rclone"])
 def test_a_missing_bucket_is_refused(server: str, request: pytest.FixtureRequest) -> None:
     options = request.getfixturevalue(server).storage_options
-    with pytest.raises(StoreRefused, match="no such bucket") as caught:
-        Store("s3://no-such-bucket-here/run", options).check_writable()
-
-    assert_clear(caught, "s3://no-such-bucket-here/run")
-    assert caught.value.exit_code == 2
+    store = Store("s3://no-such-bucket-here/run", options)
+    for ask in (store.check_writable, lambda: store.read("k"), lambda: store.exists("k"), lambda: store.list("")):
+        with pytest.raises(StoreRefused, match="no such bucket") as caught:
+            ask()
+        assert_clear(caught, "s3://no-such-bucket-here/run")
+        assert caught.value.exit_code == 2
 
 
 def test_an_endpoint_that_does_not_answer_is_worth_another_run() -> None:
     options = {"key": KEY, "secret": SECRET, "endpoint_url": f"http://127.0.0.1:{free_port()}", **NO_BOTO_RETRIES}
     store = Store("s3://bucket/run", options)
-    with pytest.raises(StoreError, match="cannot look up: Could not connect") as caught:
+    words = f"endpoint_url {options['endpoint_url']} does not answer: Could not connect to .*; check it and"
+    with pytest.raises(StoreError, match=words) as caught:
         store.exists("k")
 
     assert not isinstance(caught.value, (StoreRefused, NotFound))
-    assert_clear(caught, "s3://bucket/run/k")
+    assert_clear(caught, "s3://bucket/run")
     assert caught.value.exit_code == 75
+
+
+@pytest.mark.s3
+def test_a_store_that_has_answered_is_tried_more_often_than_one_that_never_has(moto: S3Server) -> None:
+    with counting_proxy(moto.endpoint_url) as proxy:
+        options = moto.storage_options | {"endpoint_url": proxy.endpoint_url}
+        stranger, known = (Store(moto.make_bucket(), options) for _ in range(2))
+        known.list("")
+        numbers = []
+        for store, words in ((stranger, "does not answer"), (known, "cannot list")):
+            proxy.requests, proxy.is_down = [], True
+            with pytest.raises(StoreError, match=words):
+                store.list("")
+            numbers.append(len(proxy.requests))
+            proxy.is_down = False
+    assert numbers[0] * ATTEMPTS == numbers[1] * 3  # aiohttp asks twice where a connection was cut
+
+
+@pytest.mark.s3
+def test_what_the_store_said_is_what_is_read(moto: S3Server) -> None:
+    with counting_proxy(moto.endpoint_url) as proxy:
+        store = Store(moto.make_bucket(), moto.storage_options | {"endpoint_url": proxy.endpoint_url})
+        store.list("")
+        for status, kind, words in ((403, StoreRefused, "AccessDenied; check path"), (507, DiskFull, "XMinio")):
+            proxy.fault = lambda method, path, status=status: status
+            with pytest.raises(kind, match=words) as caught:
+                store.write("k", b"x")
+            assert "None" not in str(caught.value)
+
+
+@pytest.mark.s3
+def test_a_certificate_that_nobody_knows_is_no_answer(tls: S3Server) -> None:
+    options = tls.storage_options | {"client_kwargs": {}}
+    with pytest.raises(StoreError, match=rf"{tls.endpoint_url} does not answer: SSL validation failed"):
+        Store("s3://bucket/run", options).exists("k")
 
 
 @pytest.mark.parametrize(

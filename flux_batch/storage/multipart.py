@@ -1,0 +1,174 @@
+"""Objects of S3 that are written in parts: put if absent, and what killed writers left of their uploads.
+
+A store may honour the condition of a single request and ignore it at the end of an upload (Ceph's gateway 16.2 does).
+So the key is looked up once more right before the upload is completed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mimetypes
+from contextlib import suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from flux_batch.storage.errors import code, status
+
+# The most that S3 takes in one request; a gateway may take less, and answers 413.
+_MAX_PUT_BYTES = 5 << 30
+# The least size of a part; S3 allows 10,000 parts of an object.
+_PART_BYTES = 32 << 20
+_MAX_PARTS = 10_000
+# Parts on their way at once; each is in memory.
+_PARTS_AT_ONCE = 4
+# s3fs has no public way to ask S3 for these operations.
+_ASK = "_call_s3"
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An upload in parts that was neither completed nor aborted; `path` has the bucket and the key."""
+
+    path: str
+    id: str
+
+
+def is_s3(fs: Any) -> bool:
+    """Return whether a file system is s3fs."""
+    return hasattr(fs, _ASK)
+
+
+async def put_whole(fs: Any, path: str, data: bytes | Path) -> None:
+    """Create an object by one request, which the store refuses for a taken key; in parts if it is too large for one.
+
+    Raises: what s3fs raises for a condition that does not hold.
+    """
+    if _size(data) <= _MAX_PUT_BYTES:
+        try:
+            return await _put(fs, path, data)
+        except Exception as error:
+            if status(error) != HTTPStatus.REQUEST_ENTITY_TOO_LARGE and code(error) != "EntityTooLarge":
+                raise
+    await put_in_parts(fs, path, data, is_conditional=True)
+
+
+async def put_in_parts(fs: Any, path: str, data: bytes | Path, *, is_conditional: bool) -> None:
+    """Create an object in parts, unless there is one when all parts are there.
+
+    is_conditional: whether the store knows the condition, which the last request then carries too.
+    Raises: FileExistsError, with the upload aborted.
+    """
+    upload = (await _ask(fs, "create_multipart_upload", path, **_content_type(path)))["UploadId"]
+    try:
+        parts = await _upload(fs, path, upload, data)
+        if await _is_there(fs, path):
+            raise FileExistsError(path)
+        condition = {"IfNoneMatch": "*"} if is_conditional else {}
+        await _complete(fs, path, upload, parts, condition)
+    except BaseException:
+        with suppress(Exception):  # what stays is found by `list_uploads`
+            await _ask(fs, "abort_multipart_upload", path, UploadId=upload)
+        raise
+
+
+async def list_uploads(fs: Any, folder: str) -> list[Upload]:
+    """Return the unfinished uploads of objects in a folder."""
+    bucket, prefix, _ = fs.split_path(f"{folder}/")
+    found: list[Upload] = []
+    marker: dict[str, str] = {}
+    while True:
+        page = await getattr(fs, _ASK)("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker)
+        found += [Upload(f"{bucket}/{one['Key']}", one["UploadId"]) for one in page.get("Uploads", ())]
+        marker = {name: page[f"Next{name}"] for name in ("KeyMarker", "UploadIdMarker") if page.get(f"Next{name}")}
+        if not page.get("IsTruncated") or not marker:
+            return [upload for upload in found if upload.path.startswith(f"{bucket}/{prefix}")]
+
+
+async def abort(fs: Any, upload: Upload) -> None:
+    """Abort an upload and remove its parts. Safe to call twice."""
+    with suppress(FileNotFoundError):
+        await _ask(fs, "abort_multipart_upload", upload.path, UploadId=upload.id)
+
+
+async def keeps_versions(fs: Any, path: str) -> bool:
+    """Return whether the bucket of a path keeps what is deleted or replaced."""
+    bucket, _, _ = fs.split_path(path)
+    return bool((await getattr(fs, _ASK)("get_bucket_versioning", Bucket=bucket)).get("Status") == "Enabled")
+
+
+async def _put(fs: Any, path: str, data: bytes | Path) -> None:
+    if isinstance(data, bytes):
+        await _ask(fs, "put_object", path, Body=data, IfNoneMatch="*", **_content_type(path))
+        return
+    with data.open("rb") as body:
+        await _ask(fs, "put_object", path, Body=body, IfNoneMatch="*", **_content_type(path))
+
+
+async def _upload(fs: Any, path: str, upload: str, data: bytes | Path) -> list[dict[str, Any]]:
+    """Upload all parts, a few at once. Returns: their numbers and tags, as the end of the upload wants them."""
+    size = _size(data)
+    part_bytes = max(_PART_BYTES, -(-size // _MAX_PARTS))
+    starts = list(enumerate(range(0, max(size, 1), part_bytes), 1))
+    parts: list[dict[str, Any]] = []
+    while some := starts[len(parts) : len(parts) + _PARTS_AT_ONCE]:
+        parts += await _upload_parts(
+            fs, path, upload, {number: _read(data, start, part_bytes) for number, start in some}
+        )
+    return parts
+
+
+async def _upload_parts(fs: Any, path: str, upload: str, bodies: dict[int, bytes]) -> list[dict[str, Any]]:
+    async def send(number: int, body: bytes) -> dict[str, Any]:
+        answer = await _ask(fs, "upload_part", path, UploadId=upload, PartNumber=number, Body=body)
+        return {"PartNumber": number, "ETag": answer["ETag"]}
+
+    tasks = [asyncio.ensure_future(send(number, body)) for number, body in bodies.items()]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:  # a part that comes after the upload was aborted would stay
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+async def _complete(fs: Any, path: str, upload: str, parts: list[dict[str, Any]], condition: dict[str, str]) -> None:
+    named = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
+    try:
+        await _ask(fs, "complete_multipart_upload", path, **named, **condition)
+    except Exception as error:
+        if not condition or status(error) != HTTPStatus.NOT_IMPLEMENTED:
+            raise
+        await _ask(fs, "complete_multipart_upload", path, **named)
+
+
+async def _is_there(fs: Any, path: str) -> bool:
+    try:
+        await _ask(fs, "head_object", path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+async def _ask(fs: Any, operation: str, path: str, **fields: Any) -> Any:
+    bucket, key, _ = fs.split_path(path)
+    return await getattr(fs, _ASK)(operation, Bucket=bucket, Key=key, **fields)
+
+
+def _size(data: bytes | Path) -> int:
+    return len(data) if isinstance(data, bytes) else data.stat().st_size
+
+
+def _read(data: bytes | Path, start: int, num_bytes: int) -> bytes:
+    if isinstance(data, bytes):
+        return data[start : start + num_bytes]
+    with data.open("rb") as file:
+        file.seek(start)
+        return file.read(num_bytes)
+
+
+def _content_type(path: str) -> dict[str, str]:
+    found, _ = mimetypes.guess_type(path)
+    return {"ContentType": found} if found else {}
