@@ -130,7 +130,7 @@ def test_a_stop_ends_a_run_whose_storage_is_gone_or_silent(moto: S3Server, tmp_p
             proxy.fault = lambda method, path: fault
             stop.request("stopped by SIGTERM")
 
-        config = job_through(proxy, moto, tmp_path, drain_s=1)
+        config = job_through(proxy, moto, tmp_path, drain_s=1, lease_ttl_s=1)
         with pytest.raises(Interrupted, match="stopped by SIGTERM"):
             run(config, engine=LocalEngine(), make_pipeline=lambda model: GoingPipeline(go), stop=stop)
         proxy.fault = lambda method, path: None
@@ -149,7 +149,7 @@ def test_a_storage_that_is_gone_for_good_ends_a_run_after_one_outage(
 
         config = job_through(proxy, moto, tmp_path, outage_s=7)
         with pytest.raises(Interrupted, match=r"storage has been unavailable for [78] s") as caught:
-            run(config, engine=LocalEngine(), make_pipeline=lambda model: GoingPipeline(go))
+            run(config, engine=LocalEngine(outage_s=7), make_pipeline=lambda model: GoingPipeline(go))
     assert caught.value.exit_code == 75
     waiting = [record for record in caplog.records if "waiting for the storage, for up to 7 s" in record.getMessage()]
     assert 1 <= len(waiting) <= 2  # of the worker, and of the driver
