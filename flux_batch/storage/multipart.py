@@ -17,7 +17,7 @@ from typing import Any
 from flux_batch.storage.errors import code, status
 
 # The most that S3 takes in one request; a gateway may take less, and answers 413.
-_MAX_PUT_BYTES = 5 << 30
+MAX_PUT_BYTES = 5 << 30
 # The least size of a part; S3 allows 10,000 parts of an object.
 _PART_BYTES = 32 << 20
 _MAX_PARTS = 10_000
@@ -45,7 +45,7 @@ async def put_whole(fs: Any, path: str, data: bytes | Path) -> None:
 
     Raises: what s3fs raises for a condition that does not hold.
     """
-    if _size(data) <= _MAX_PUT_BYTES:
+    if _size(data) <= MAX_PUT_BYTES:
         try:
             return await _put(fs, path, data)
         except Exception as error:

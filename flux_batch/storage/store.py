@@ -59,7 +59,7 @@ WRITES = {"write", "create", "delete"}
 # The least that one request for a part of an object reads.
 BLOCK_BYTES = 64 << 10
 # From this size on, a store that ignores conditions gets an object in parts, so that the look-up comes after them.
-_LOOK_LATE_BYTES = 8 << 20
+LOOK_LATE_BYTES = 8 << 20
 # Attempts at the first request of all: whoever has never answered is more likely to have another address.
 _FIRST_ATTEMPTS = 3
 
@@ -304,7 +304,7 @@ class Store:
 
     def _look_and_create(self, key: str, data: bytes | Path) -> None:
         """Create an object on a store without conditional writes; a large one is looked up when its parts are there."""
-        if is_s3(self._fs) and _size(data) >= _LOOK_LATE_BYTES:
+        if is_s3(self._fs) and _size(data) >= LOOK_LATE_BYTES:
             self._send(key, data, mode="create in parts")
         elif self._is_file(key):
             raise FileExistsError(key)
@@ -422,7 +422,7 @@ class Store:
 
 @dataclass
 class _Contact:
-    """Whether a store has ever answered, shared by all copies of it."""
+    """The fact that a store has answered, shared by all copies of it."""
 
     is_made: bool = False
 

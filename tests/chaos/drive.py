@@ -19,7 +19,7 @@ def main() -> int:
     path, *words = sys.argv[1:]
     local = LocalEngine() if "local" in words else None
     if "in-parts" in words:
-        store._LOOK_LATE_BYTES = 0
+        store.LOOK_LATE_BYTES = 0
     job.run = partial(job.run, engine=local, make_pipeline=make_paced_pipeline)  # type: ignore[assignment]
     return cli.main(["run", path, *(word for word in words if word not in ("local", "in-parts"))])
 

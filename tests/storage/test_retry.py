@@ -340,7 +340,7 @@ def test_a_full_bucket_is_a_full_disk(store: Store, proxy: Proxy) -> None:
 def test_an_upload_in_parts_that_got_lost_is_made_again(
     store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(multipart, "_MAX_PUT_BYTES", 0)
+    monkeypatch.setattr(multipart, "MAX_PUT_BYTES", 0)
     assert store.has_conditional_put
     left = [404]
     proxy.fault = lambda method, path: (

@@ -204,8 +204,8 @@ def test_of_racing_writers_exactly_one_wins(store: Store) -> None:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let objects of more than 1,000 bytes be large ones."""
-    monkeypatch.setattr(multipart, "_MAX_PUT_BYTES", 1000)
-    monkeypatch.setattr(store_module, "_LOOK_LATE_BYTES", 1000)
+    monkeypatch.setattr(multipart, "MAX_PUT_BYTES", 1000)
+    monkeypatch.setattr(store_module, "LOOK_LATE_BYTES", 1000)
 
 
 @pytest.fixture(params=HABITS)
