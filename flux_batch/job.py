@@ -87,7 +87,7 @@ def run(
 def preview(
     config: JobConfig, num_rows: int, *, make_pipeline: Callable[[ModelConfig], ImagePipeline] | None = None
 ) -> Store:
-    """Make the images of a job's first rows in this process, in a folder of their own. Returns: the folder.
+    """Make images of a job's first rows in this process, in their own folder. Returns: the folder.
 
     Nothing of the job's own output is read or written. Raises: what `run` raises.
     """

@@ -62,7 +62,7 @@ def keep_environment() -> None:
 
 
 def local_options(num_gpus: float) -> dict[str, Any]:
-    """Return the arguments of ray.init for a cluster on this machine, with logical GPUs where there are no others.
+    """Return the arguments of ray.init for a cluster on this machine. It has logical GPUs where there are no others.
 
     Raises: JobError if RAY_TMPDIR is too long.
     """

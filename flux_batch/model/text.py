@@ -180,7 +180,7 @@ def load_tokenizer(kind: Any, home: Path, name: str) -> Any:
 
 
 def load_tokenizers(home: Path) -> tuple[Any, Any]:
-    """Load the tokenizers of CLIP and T5 that lie in a model's folder, or beside its file. Raises: ValueError."""
+    """Load the tokenizers of CLIP and T5 from a model's folder, or beside its file. Raises: ValueError."""
     return load_tokenizer(CLIPTokenizer, home, "tokenizer"), load_tokenizer(T5Tokenizer, home, "tokenizer_2")
 
 

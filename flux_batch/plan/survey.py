@@ -104,7 +104,7 @@ def format_survey(found: Survey, num_prompts: int) -> str:
 
 
 class _Seen:
-    """Texts that were met, by a hash of 8 bytes, up to a number that fits into memory."""
+    """Texts that were met, by hashes of 8 bytes, as many as fit into memory."""
 
     def __init__(self) -> None:
         self._hashes: set[bytes] = set()

@@ -46,7 +46,7 @@ class PromptFile:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The files of a data set in a fixed order, and the names of those left out, by reason."""
+    """The files of a data set in fixed order, and those left out, by reason."""
 
     files: tuple[PromptFile, ...]
     skipped: Mapping[str, Sequence[str]]

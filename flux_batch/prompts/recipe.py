@@ -73,7 +73,7 @@ class Recipe:
         return blake2b(json.dumps(content, default=str).encode(), digest_size=12).hexdigest()
 
     def check_columns(self, columns: list[str], where: str) -> None:
-        """Raise JobError for a sampler that a column has the name of, or a name in the template that is neither."""
+        """Raise JobError for a sampler named like a column, or an unknown template name."""
         for name in self.samplers:
             if name in columns:
                 raise JobError(f"prompts.samplers.{name}: {where} has a column of that name")

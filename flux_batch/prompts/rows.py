@@ -156,7 +156,7 @@ def _convert(field: str, value: Any) -> Any:
 
 
 def _integer(field: str, value: Any) -> int:
-    """Return a whole number exactly, also from text, decimals and whole floats, which other programs write it as.
+    """Return a whole number exactly, also from the text, decimals and floats that programs write.
 
     Raises: InvalidSetting for a float so large that it may have been another number before it became one.
     """
@@ -175,7 +175,7 @@ def _integer(field: str, value: Any) -> int:
 
 
 def _integer_of_decimal(field: str, value: str | Decimal) -> int:
-    """Return the whole number that a text or a decimal spells, without a float in between."""
+    """Return the whole number that a text or decimal spells, without a float in between."""
     try:
         number = Decimal(value.strip()) if isinstance(value, str) else value
     except ArithmeticError as error:

@@ -214,7 +214,7 @@ def balanced_share(seed: int, number: int, num_rows: int, name: str) -> float:
 
 
 def _permuted(number: int, size: int, key: str) -> int:
-    """Return the place of a number in a pseudorandom permutation of `size` numbers, without making it.
+    """Return a number's place in a pseudorandom permutation of `size` numbers, without making it.
 
     A Feistel network of four rounds over the next power of 4, walked until it ends inside: Black and Rogaway, 2002,
     Ciphers with Arbitrary Finite Domains.

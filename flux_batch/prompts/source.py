@@ -79,7 +79,7 @@ class PromptSource:
         return ranges
 
     def unused_columns(self, files: Sequence[PromptFile]) -> list[str]:
-        """Return a sentence for each column that is not used, and whose name is near that of one that would be."""
+        """Return a sentence for each unused column with a name near a used one."""
         used = RowParser(self._config, SamplingConfig()).columns
         names = {name for file in files for name in self.schema(file).names if name not in used}
         notes = []

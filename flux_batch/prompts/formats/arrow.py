@@ -98,7 +98,7 @@ def _values(name: str, column: pa.Array) -> list[Any]:
 
 
 def _value(name: str, value: pa.Scalar) -> Any:
-    """Return one value as Python's, or as it is if it is a time that Python does not know."""
+    """Return one value as Python's, or unchanged if Python does not know the time."""
     try:
         return value.as_py()
     except UnicodeDecodeError as error:  # the text of Parquet is UTF-8 by promise only

@@ -58,7 +58,7 @@ class CsvTable(LineTable):
                 yield source.start, _parsed(source, values, names, is_spaced, number_of_first)
 
     def _header(self, text: BinaryIO) -> tuple[list[str], bool, int]:
-        """Read the column names, whether spaces follow the commas, and the byte where the first record begins."""
+        """Read the column names, the space after commas, and the byte where records begin."""
         source = _Lines(lines(text, 0))
         if not source.begin():
             return [], False, 0
@@ -99,7 +99,7 @@ def _parsed(
 
 
 def _unclosed(source: _Lines, names: list[str], number_of_first: Callable[[], int]) -> BadRow | None:
-    """Return the bad row of a quote that is not closed, and put the lines that are rows of their own back."""
+    """Return the bad row of an unclosed quote, and put back lines that are rows."""
     (_, first), *others = source.taken
     if not others:
         return None
@@ -121,7 +121,7 @@ def _is_row(line: bytes, names: list[str]) -> bool:
 
 
 class _Lines:
-    """An iterator of lines for the csv module that knows what the record at hand has taken, and takes lines back."""
+    """An iterator of lines for the csv module that knows its record and takes lines back."""
 
     def __init__(self, source: Iterator[tuple[int, bytes]]) -> None:
         self._source = source

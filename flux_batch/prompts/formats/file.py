@@ -65,7 +65,7 @@ class PromptBytes:
 
     @property
     def is_compressed(self) -> bool:
-        """Whether the file is compressed as a whole."""
+        """True if the file is compressed as a whole."""
         return self.head.startswith(tuple(_COMPRESSIONS))
 
     @contextmanager
@@ -84,7 +84,7 @@ class PromptBytes:
 
     @contextmanager
     def open_text(self) -> Iterator[BinaryIO]:
-        """Open the text of the file as UTF-8 with lines that end in a line feed. Raises: SourceError for damage."""
+        """Open the file's text as UTF-8, with lines that end in a line feed. Raises: SourceError for damage."""
         with self.open_decompressed() as file:
             yield _as_utf8(file)
 
@@ -105,12 +105,12 @@ class PromptBytes:
 
 
 def is_damage(error: OSError) -> bool:
-    """Return whether an error is of a decoder and not of the file system, whose errors have a number."""
+    """Return whether an error is a decoder's. Those of the file system have a number."""
     return type(error) in (OSError, gzip.BadGzipFile) and error.errno is None
 
 
 def skip_to(file: BinaryIO, offset: int, at: int = 0) -> None:
-    """Move a file, which is at byte `at`, forward to another, by reading if there is no other way."""
+    """Move a file forward from byte `at` to another, by reading if need be."""
     if file.seekable():
         file.seek(offset)
         return
@@ -119,7 +119,10 @@ def skip_to(file: BinaryIO, offset: int, at: int = 0) -> None:
 
 
 def _as_utf8(file: Any) -> BinaryIO:
-    """Return a view of a buffered file, decoded by its byte order mark or its NULs, with line feeds for old Macs'."""
+    """Return a decoded view of a buffered file, by its byte order mark or NULs.
+
+    The line ends of old Macs become line feeds.
+    """
     head = file.peek(_BUFFER_BYTES) if isinstance(file, io.BufferedReader) else file.getvalue()[:_BUFFER_BYTES]
     if encoding := _wide_encoding(head):
         file = io.BufferedReader(_Decoded(file, encoding), _BUFFER_BYTES)

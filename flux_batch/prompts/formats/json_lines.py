@@ -38,7 +38,7 @@ def _row(line: bytes) -> Row | BadRow:
 
 
 def check_whole_characters(value: Any) -> None:
-    """Raise ValueError for half a surrogate pair, which JSON can spell and no file can hold."""
+    """Raise ValueError for half a surrogate pair, which JSON spells and no file holds."""
     json.dumps(value, ensure_ascii=False).encode()
 
 

@@ -48,7 +48,7 @@ class LineTable:
 
 
 def lines(text: BinaryIO, offset: int, at: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Yield the byte where each line from `offset` on begins, and the line with its end; the text is at byte `at`."""
+    """Yield the first byte of each line from `offset` on, and the whole line; the text is at byte `at`."""
     skip_to(text, offset, at)
     for line in text:
         yield offset, line

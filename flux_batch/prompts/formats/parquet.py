@@ -39,7 +39,7 @@ class ParquetTable:
         yield from ranges_of(total, num_rows)
 
     def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
-        """Yield the rows of a range one by one, so that a column of images is never in memory whole."""
+        """Yield the rows of a range one by one. A column of images is never in memory whole."""
         with self._parquet() as parquet:
             names = [name for name in parquet.schema_arrow.names if name in columns]
             first = 0

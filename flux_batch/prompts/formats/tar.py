@@ -49,7 +49,7 @@ class TarTable:
             yield row
 
     def _records(self, offset: int) -> Iterator[tuple[int, Row | BadRow]]:
-        """Yield the byte of the first member and the row of each key from `offset` on."""
+        """Yield the first member's byte and the row of each key from `offset` on."""
         with self._file.open_decompressed() as file:
             skip_to(file, offset)
             try:
