@@ -235,8 +235,8 @@ class ModelConfig(_Section):
     halves that of float32, widened for each product, which `auto` takes on a CPU short of memory."""
     step_cache: float = 0.0
     """Reuse most of a step that differs from the last computed one by less than this share, up to 1; 0 is off."""
-    compile: bool = False
-    """Compile the transformer's blocks with torch.compile: faster images after a slower start."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the model's blocks with torch.compile: faster images after a slower start. `auto` does so on a GPU."""
     cuda_graphs: bool = False
     """Launch each step of the transformer in one piece: for small images on a GPU; not with `step_cache`."""
     offload_text_encoders: bool = False
@@ -249,6 +249,13 @@ class ModelConfig(_Section):
     def _known(cls, value: Any) -> Any:
         if value not in get_args(Quantization):
             raise ValueError(f"is not a known quantization{nearest_or_all(str(value), get_args(Quantization))}")
+        return value
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _auto_or_not(cls, value: Any) -> Any:
+        if value != "auto" and not isinstance(value, bool):
+            raise ValueError("must be auto, true or false")
         return value
 
     @model_validator(mode="after")

@@ -45,7 +45,7 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
         device=device,
         quantization=model.quantization,
         step_cache=model.step_cache,
-        compile=model.compile,
+        compile=None if model.compile == "auto" else model.compile,
         cuda_graphs=model.cuda_graphs,
         offload_text_encoders=model.offload_text_encoders,
         storage_options=model.storage_options,

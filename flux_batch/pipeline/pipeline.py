@@ -17,10 +17,11 @@ from flux_batch.download.models import PathOrFolder
 from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.detect import PART_TITLES
-from flux_batch.model.optimize.compile import CompileCache, apply_compile
+from flux_batch.model.optimize.attention import AttentionKernels, choose_attention
+from flux_batch.model.optimize.compile import CompileCache
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
-from flux_batch.model.optimize.kernels import apply_cpu_kernels, attention_order
+from flux_batch.model.optimize.kernels import apply_cpu_kernels
 from flux_batch.model.optimize.mps import apply_mps_kernels
 from flux_batch.model.optimize.offload import apply_offload
 from flux_batch.model.optimize.step_cache import StepCache
@@ -40,6 +41,7 @@ from flux_batch.model.sampling import (
 )
 from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds, position_tables
+from flux_batch.pipeline.compiled import compile_model
 from flux_batch.pipeline.errors import device_errors
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, locate_parts
@@ -84,6 +86,7 @@ class FluxImagePipeline:
         quantization: Quantization = "none",
         step_cache: float = 0.0,
         loras: LoadedLoras | None = None,
+        attention: AttentionKernels | None = None,
         compile_cache: CompileCache | None = None,
         offload_text_encoders: bool = False,
         graphs: CudaGraphs | None = None,
@@ -102,6 +105,7 @@ class FluxImagePipeline:
         weight = transformer.img_in.weight
         self.device = weight.device
         self.torch_dtype = weight.dtype
+        self.attention = attention or choose_attention(self.device)
         self.position_tables = position_tables(transformer, self.device)
         self.offloads_text_encoders = offload_text_encoders and self.device.type != "cpu"
         self.encoders = apply_offload([clip.model, t5.model] if self.offloads_text_encoders else [], self.device)
@@ -113,18 +117,19 @@ class FluxImagePipeline:
         model_manager: ModelManager,
         *,
         step_cache: float = 0.0,
-        compile: bool = False,
+        compile: bool | None = None,
         cuda_graphs: bool = False,
         offload_text_encoders: bool = False,
     ) -> FluxImagePipeline:
         """Build a pipeline of the loaded parts.
 
-        compile: compile the transformer's blocks by torch.compile: the first image of the first and of the second size
-        takes longer, all others less. cuda_graphs: launch each step of the transformer in one piece, except the first
-        of each size; not with a step_cache. offload_text_encoders: keep CLIP and T5 in host memory, except while they
-        encode texts; nothing changes on the CPU.
-        Raises: CheckpointError naming the parts that are not loaded; InvalidSetting if torch.compile does not work
-        here, or there is no CUDA device for graphs.
+        compile: compile the transformer's blocks by torch.compile, and on a GPU those of the decoder: the first image
+        of the first and of the second size takes longer, all others less. None compiles on a GPU, and says so if
+        torch.compile does not work there. cuda_graphs: launch each step of the transformer in one piece, except the
+        first of each size; not with a step_cache. offload_text_encoders: keep CLIP and T5 in host memory, except while
+        they encode texts; nothing changes on the CPU.
+        Raises: CheckpointError naming the parts that are not loaded; InvalidSetting if compile is True and
+        torch.compile does not work here, or there is no CUDA device for graphs.
         """
         check_step_cache(step_cache)
         check_cuda_graphs(cuda_graphs, step_cache)
@@ -134,22 +139,19 @@ class FluxImagePipeline:
         manager: Any = model_manager  # every part is there, see above
         apply_cpu_kernels(manager.transformer)
         apply_mps_kernels(manager.transformer, manager.device)
-        if compile:
-            try:
-                apply_compile(manager.transformer)
-            except ValueError as error:
-                raise InvalidSetting(f"compile = True: {error}", field="compile") from error
+        attention = choose_attention(manager.transformer.img_in.weight.device)
+        cache = compile_model(manager.transformer, manager.autoencoder, attention, compile)
         try:
             graphs = CudaGraphs(manager.transformer) if cuda_graphs else None
         except ValueError as error:
             raise InvalidSetting(f"cuda_graphs = True: {error}", field="cuda_graphs") from error
         parts = manager.transformer, manager.autoencoder, manager.clip, manager.t5, manager.schedule
-        cache = CompileCache(manager.transformer) if compile else None
         return cls(
             *parts,
             quantization=manager.quantization,
             step_cache=step_cache,
             loras=manager.loras,
+            attention=attention,
             compile_cache=cache,
             offload_text_encoders=offload_text_encoders,
             graphs=graphs,
@@ -164,7 +166,7 @@ class FluxImagePipeline:
         *,
         quantization: Quantization = "none",
         step_cache: float = 0.0,
-        compile: bool = False,
+        compile: bool | None = None,
         cuda_graphs: bool = False,
         offload_text_encoders: bool = False,
         storage_options: Mapping[str, Any] | None = None,
@@ -243,7 +245,7 @@ class FluxImagePipeline:
             check_integer("t5_sequence_length", t5_sequence_length, 1, MAX_T5_LENGTH)
         if not prompts:
             raise InvalidSetting("prompt = []: must be at least one text", field="prompt")
-        with torch.inference_mode(), device_errors(), attention_order(self.device):
+        with torch.inference_mode(), device_errors():
             return self.encode(prompts, t5_sequence_length or self.default_t5_sequence_length)
 
     def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
@@ -345,7 +347,7 @@ class FluxImagePipeline:
             return []
         self.check_embeds(request)
         self.warn_of_cut_texts(request)
-        with torch.inference_mode(), device_errors(), attention_order(self.device):
+        with torch.inference_mode(), device_errors():
             latents = self.make_latents(request, progress_bar)
             if output_type == "latent":
                 return latents
@@ -388,14 +390,12 @@ class FluxImagePipeline:
                 return StepCache(model, request.step_cache)
             return self.graphs(model) if self.graphs else model
 
-        tokens = denoise(
-            velocity(request.prompts),
-            pack(self.first_latents(request, height, width, sigmas[0])),
-            sigmas,
-            negative=velocity(request.negative_prompts) if request.uses_cfg else None,
-            cfg_scale=torch.tensor(request.values("cfg_scale"), device=self.device, dtype=torch.float32),
-            progress=progress_bar,
-        )
+        positive = velocity(request.prompts)
+        negative = velocity(request.negative_prompts) if request.uses_cfg else None
+        tokens = pack(self.first_latents(request, height, width, sigmas[0]))
+        cfg_scale = torch.tensor(request.values("cfg_scale"), device=self.device, dtype=torch.float32)
+        with self.attention.first():
+            tokens = denoise(positive, tokens, sigmas, negative=negative, cfg_scale=cfg_scale, progress=progress_bar)
         return unpack(tokens, height, width)
 
     def first_latents(self, request: PipelineRequest, height: int, width: int, sigma: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("model.step_cache=-0.1", "model.step_cache = -0.1: must be a finite number of at least 0"),
         ("model.step_cache=1.5", "model.step_cache = 1.5: must be from 0, which is off, to 1"),
         ("model.step_cache=true", "model.step_cache = True: input should be a valid number"),
-        ("model.compile=yes please", "model.compile = 'yes please': input should be a valid boolean"),
+        ("model.compile=yes please", "model.compile = 'yes please': must be auto, true or false"),
         ("model.cuda_graphs=1", "model.cuda_graphs = 1: input should be a valid boolean"),
         (
             "model={uri: demo, cuda_graphs: true, step_cache: 0.1}",

@@ -4,10 +4,9 @@ The model is built plain and changed from here. The first size is compiled by it
 then serves all others; a batch of one and larger batches are compiled apart. Compiled code stays in torch's own cache
 (TORCHINDUCTOR_CACHE_DIR), which the processes of a machine share; `CompileCache` takes it to other machines.
 
-The autoencoder's decoder is left as it is. Its blocks are hardly repeated: five widths make six graphs and more, where
-torch keeps eight of a function and then gives up. On two busy CPU cores a quarter as wide as FLUX.1's took 28 to 41 s
-to compile and was 4 to 13 % slower than without, its convolutions being most of the work. On a GPU it was not measured;
-published are 27 ms instead of 117, of some 3.5 s an image.
+The autoencoder's decoder is compiled on a GPU alone, block by block as well. On two busy CPU cores a decoder a quarter
+as wide as FLUX.1's took 28 to 41 s to compile and was 4 to 13 % slower than without, its convolutions being most of the
+work. On a GPU neither was measured with this code; published are 27 ms instead of 117, of some 3.5 s an image.
 """
 
 from __future__ import annotations
@@ -22,43 +21,61 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from flux_batch.model import layers, rope
+from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.layers import BlockLinear, JointAttention
 from flux_batch.model.optimize import kernels, quantize
+from flux_batch.model.optimize.attention import TORCH_ATTENTION, AttentionKernels
 from flux_batch.model.transformer import Flux
 
+# torch's own limit is 8 of a function, after which it runs the function as it is.
+_MAX_GRAPHS = 64
 
-def apply_compile(model: Flux, *, dynamic: bool | None = None) -> None:
+
+def apply_compile(model: Flux, attention: AttentionKernels = TORCH_ATTENTION, *, dynamic: bool | None = None) -> None:
     """Make the blocks of a transformer compile when they are first run; after `apply_cpu_kernels`.
 
-    dynamic: as of torch.compile. Raises: ValueError if this machine lacks something that torch.compile needs.
+    attention: the kernels that are asked for around the blocks; dynamic: as of torch.compile. Raises: ValueError if
+    this machine lacks something that torch.compile needs.
     """
     device = model.img_in.weight.device
+    torch.compiler.config.cache_key_tag = _kernels_tag(attention)
+    # The last block, batches of one and of several, and sizes make several graphs of one function.
+    torch._dynamo.config.recompile_limit = max(_MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     _check_compiler(device)
     # What is compiled for complex numbers on a CPU takes eight times as long as a rotation that is left out.
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
     for blocks in model.blocks:
         for block in blocks:
-            _use_compilable_functions(block, device)
+            use_compilable_functions(block, device)
             block.compile(dynamic=dynamic)
+
+
+def apply_compile_to_decoder(model: AutoEncoder) -> None:
+    """Make the blocks of an autoencoder's decoder compile when they are first run; after `apply_compile`."""
+    for level in (model.decoder.mid, *model.decoder.up):
+        for block in level.children() if level is model.decoder.mid else level.block:
+            block.compile()
 
 
 class CompileCache:
     """The code that torch.compile has made for a transformer, as bytes for another process; knows no file and no run.
 
-    `name` is the same for the same torch, Python, kind of device, blocks and source of these: those can share it. torch
-    looks each graph up by its own key, so that bytes of another model would be of no use, and do no harm.
+    `name` is the same for the same torch, CUDA, cuDNN, attention kernels, Python, kind of device, blocks and source of
+    these: those can share it. torch looks each graph up by its own key, so that bytes of another model would be of no
+    use, and do no harm. It does not know the attention kernels, which are written into a graph: their tag is part of
+    its keys, here and in torch's own folder.
     Loading bytes may run any code that is in them, as torch's cache is made of pickles and programs: they must come
     from where only those can write whose code may run here.
     """
 
-    def __init__(self, model: Flux) -> None:
+    def __init__(self, model: Flux, attention: AttentionKernels = TORCH_ATTENTION) -> None:
         device = re.sub(r"[^A-Za-z0-9]+", "-", _device_kind(model.img_in.weight.device))
         python = sys.implementation.cache_tag
-        self.name = f"torch-{torch.__version__}-{python}-{device}-{_digest_of(model)}".replace("+", "-")
+        kernels = _kernels_tag(attention)
+        self.name = f"torch-{torch.__version__}-{python}-{device}-{kernels}-{_digest_of(model)}".replace("+", "-")
 
     def save(self) -> bytes | None:
         """Return everything that this process has compiled or found in its cache so far; None if that is nothing."""
@@ -87,11 +104,15 @@ class _SigmoidGELU(nn.Module):
 
 
 def rotate_in_parts(x: Tensor, pe: Tensor) -> Tensor:
-    """Return the same as `rope.rotate`, without complex numbers. The compiler fuses it with the norm before it."""
-    pairs = rearrange(x.float(), "b l h (d pair) -> b l h d pair", pair=2)
-    (even, odd), (cos, sin) = pairs.unbind(-1), pe[:, None].unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rearrange(rotated, "b l h d pair -> b l h (d pair)").to(x.dtype)
+    """Return the same as `rope.rotate`, without complex numbers. The compiler fuses it with the norm before it.
+
+    Each number takes its neighbour's product too, x cos + neighbour (+-sin): two results put side by side would come
+    from a kernel of their own.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    cos, sin = pe[:, None].unbind(-1)
+    rotated = pairs * cos[..., None] + pairs.flip(-1) * torch.stack((-sin, sin), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def _matmul_then_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,7 +131,7 @@ def _check_compiler(device: torch.device) -> None:
         raise ValueError(f"torch.compile does not work here: {error}") from error
 
 
-def _use_compilable_functions(block: nn.Module, device: torch.device) -> None:
+def use_compilable_functions(block: nn.Module, device: torch.device) -> None:
     """Replace a block's functions for which the compiler makes slow code on this device."""
     for name, module in list(block.named_modules()):
         if isinstance(module, nn.GELU):
@@ -119,6 +140,13 @@ def _use_compilable_functions(block: nn.Module, device: torch.device) -> None:
             module.rotate = rotate_in_parts
         elif isinstance(module, BlockLinear) and device.type == "cpu" and module.matmul is F.linear:
             module.matmul = _matmul_then_bias
+
+
+def _kernels_tag(attention: AttentionKernels) -> str:
+    """Return the name of the libraries that compiled code calls, and of the attention that is chosen among them."""
+    cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
+    libraries = f"-cuda-{torch.version.cuda}-cudnn-{cudnn}" if cudnn else ""
+    return f"attention-{attention.name}{libraries}"
 
 
 def _device_kind(device: torch.device) -> str:

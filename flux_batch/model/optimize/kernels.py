@@ -1,11 +1,7 @@
-"""The fastest kernels of a device, chosen from outside the model; all compute the same but for the last bits.
+"""The fastest kernels of a CPU, chosen from outside the model; all compute the same but for the last bits.
 
 Every choice is by the kind of the device and never by the clock, which would change the last bits of images from one
 worker to the next.
-
-On Hopper attention is asked of FlashAttention 3 where its package is installed, else of cuDNN. FLUX.1 at 1024 x 1024
-and 28 steps on an H200, published: 4.32 s with SDPA's default, 3.73 s with FlashAttention 3 (sgl-project/sglang, pull
-request 19673). Not measured with this code yet.
 
 On a CPU in float32 torch asks MKL for matrix products, which keeps its AVX-512 kernels for CPUs that Intel made.
 oneDNN, which torch brings too and asks in bfloat16, goes by what a CPU can do: on two cores of an AMD EPYC (Zen 5) it
@@ -14,21 +10,16 @@ did the widest product of a FLUX block of hidden size 768 at 0.47 TFLOP/s, MKL a
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, activate_flash_attention_impl, current_flash_attention_impl, sdpa_kernel
 
 from flux_batch.model.layers import BlockLinear, SelfAttention, SingleStreamBlock, project
 from flux_batch.model.transformer import Flux
 
-_HOPPER = (9, 0)
-_FLASH_3 = "FA3"
-_FLASH_3_PACKAGE = "flash_attn_interface"
 CPU_INFO = Path("/proc/cpuinfo")
 # One step at a time: for many rows some kernels (bfloat16 with AMX) round each row differently than alone.
 _MODULATION_ROWS_ON_CPU = 1
@@ -46,17 +37,6 @@ def apply_cpu_kernels(model: Flux) -> None:
             module.project = project_apart
         elif isinstance(module, BlockLinear) and uses_onednn:
             module.matmul = onednn_matmul
-
-
-def attention_order(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which attention tries the fastest kernels of this device first."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _HOPPER:
-        return nullcontext()
-    rest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    if _activate_flash_3():
-        first.reverse()
-    return sdpa_kernel(first + rest, set_priority=True)
 
 
 def project_apart(linear: nn.Module, x: Tensor, widths: Sequence[int], lengths: Sequence[int]) -> Sequence[Tensor]:
@@ -102,13 +82,3 @@ def _is_mkl_slow() -> bool:
     has_both = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return has_both and has_avx512 and cpu_info("vendor_id") not in ("GenuineIntel", "")
-
-
-def _activate_flash_3() -> bool:
-    """Make FlashAttention 3 torch's flash attention in this process. Returns: whether it is installed."""
-    if current_flash_attention_impl() == _FLASH_3:
-        return True
-    if importlib.util.find_spec(_FLASH_3_PACKAGE) is None:
-        return False
-    activate_flash_attention_impl(_FLASH_3)
-    return True

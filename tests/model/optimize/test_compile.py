@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend
 
+from flux_batch.model.optimize.attention import AttentionKernels
 from flux_batch.model.optimize.compile import CompileCache, apply_compile, rotate_in_parts
 from flux_batch.model.optimize.quantize import apply_fp8
 from flux_batch.model.rope import rotary_table, rotate
@@ -27,6 +30,8 @@ import sys
 from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend
+from flux_batch.model.optimize.attention import AttentionKernels
 from flux_batch.model.optimize.compile import CompileCache
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
@@ -159,6 +164,30 @@ def test_a_process_with_an_empty_cache_finds_what_another_one_compiled(tmp_path:
     first, name = work(tmp_path, "first")
     assert "0" not in first.split(",")
     assert work(tmp_path, "second") == ("0,0", name)
+
+
+@pytest.mark.compiled
+def test_code_compiled_for_one_attention_kernel_is_not_found_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own keys do not tell them apart, and the kernel is written into the code."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    q = tensor("q", (1, 2, 8, 16))
+
+    def attend(kernels: AttentionKernels) -> str:
+        torch._dynamo.reset()
+        counters.clear()
+        apply_compile(filled(Flux(FLUX)), kernels)
+        with kernels.first():
+            torch.compile(lambda: F.scaled_dot_product_attention(q, q, q))()
+        found = counters["aot_autograd"]
+        return f"{found['autograd_cache_hit']} found, {found['autograd_cache_miss']} made"
+
+    math, flash = (AttentionKernels(name.name, (name,)) for name in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION))
+    # The small program by which apply_compile tries the compiler, and the attention.
+    assert [attend(each) for each in (math, flash, math)] == ["0 found, 2 made", "0 found, 2 made", "2 found, 0 made"]
+    assert CompileCache(filled(Flux(FLUX)), math).name != CompileCache(filled(Flux(FLUX)), flash).name
 
 
 def test_the_name_tells_blocks_apart() -> None:

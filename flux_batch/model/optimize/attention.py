@@ -1,0 +1,102 @@
+"""The attention kernels of the denoising loop, chosen by the kind of the device and tried before they are taken.
+
+On Hopper attention is asked of FlashAttention 3 where its package is installed, else of cuDNN; in the denoising loop
+alone, since cuDNN finds no plan for some masks and shapes of text encoders. FLUX.1 at 1024 x 1024 and 28 steps on an
+H200, published: 4.32 s with SDPA's default, 3.73 s with FlashAttention 3 (sgl-project/sglang, pull request 19673). At
+FLUX's lengths cuDNN is as fast on an H100: 631 and 632 TFLOP/s (pytorch/pytorch, issue 142132). Other GPUs keep torch's
+own order: on Ampere flash attention is faster than cuDNN (huggingface/transformers, pull request 48163), and on
+datacenter Blackwell torch prefers cuDNN by itself. Nothing of it was measured with this code yet.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
+
+# The only major compute capability of FlashAttention 3 (torch 2.13, torch/nn/attention/_fa3.py).
+_HOPPER = 9
+_FLASH_3 = "FA3"
+_FLASH_3_PACKAGE = "flash_attn_interface"
+# Up to this version, at lengths that are no multiples of 128, cuDNN's attention can read memory that is not its own:
+# torch 2.13 prefers later ones only (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; its issue 169849).
+_LAST_UNSAFE_CUDNN = 91500
+# Kernels add in different orders: bfloat16 numbers below 1 then differ by few of their last bits.
+_MOST_DIFFERENCE = 2**-6
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKernels:
+    """The kernels that attention tries in this order; without any, torch's own order."""
+
+    name: str = "torch"
+    order: tuple[SDPBackend, ...] = ()
+
+    def first(self) -> AbstractContextManager[object]:
+        """Return a context in which attention tries these kernels first."""
+        return sdpa_kernel(list(self.order), set_priority=True) if self.order else nullcontext()
+
+
+TORCH_ATTENTION = AttentionKernels()
+
+
+def choose_attention(device: torch.device) -> AttentionKernels:
+    """Return the fastest attention kernels that work on this device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != _HOPPER:
+        return TORCH_ATTENTION
+    rest = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    if _activate_flash_3(device):
+        return AttentionKernels("flash3", rest)
+    cudnn = torch.backends.cudnn.version() or 0
+    if cudnn > _LAST_UNSAFE_CUDNN and attention_works(SDPBackend.CUDNN_ATTENTION, device):
+        return AttentionKernels("cudnn", (SDPBackend.CUDNN_ATTENTION, *rest))
+    return TORCH_ATTENTION
+
+
+def attention_works(backend: SDPBackend, device: torch.device) -> bool:
+    """Return whether a kernel gives the right numbers for a small attention; log why not."""
+    generator = torch.Generator().manual_seed(0)
+    # FLUX's head size, and a length that is no multiple of any tile's.
+    q, k, v = torch.randn(3, 1, 2, 200, 128, generator=generator).to(device, torch.bfloat16)
+    try:
+        with sdpa_kernel(backend):
+            found = F.scaled_dot_product_attention(q, k, v)
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = F.scaled_dot_product_attention(q, k, v)
+        if torch.allclose(found, expected, rtol=0, atol=_MOST_DIFFERENCE):
+            return True
+        reason = "its numbers are wrong"
+    except Exception as error:  # of any class: a package of another version, a library without a plan
+        reason = str(error)
+    log.warning("attention by %s does not work here, the next kernel is taken: %s", backend.name, reason)
+    return False
+
+
+def _activate_flash_3(device: torch.device) -> bool:
+    """Make FlashAttention 3 torch's flash attention in this process. Returns: whether it is there and works."""
+    if current_flash_attention_impl() == _FLASH_3:
+        return True
+    if importlib.util.find_spec(_FLASH_3_PACKAGE) is None:
+        return False
+    try:
+        activate_flash_attention_impl(_FLASH_3)
+    except Exception as error:  # of any class: the package is imported
+        log.warning("%s cannot be used, the next kernel is taken: %s", _FLASH_3_PACKAGE, error)
+        return False
+    if attention_works(SDPBackend.FLASH_ATTENTION, device):
+        return True
+    restore_flash_attention_impl()
+    return False
