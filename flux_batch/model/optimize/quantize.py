@@ -116,9 +116,7 @@ class Fp8MatmulLinear(Fp8Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        result = fp8_matmul(*to_fp8(rows), self.weight, self.weight_scale).to(x.dtype)
-        if self.bias is not None:
-            result = result + self.bias
+        result = fp8_matmul(*to_fp8(rows), self.weight, self.weight_scale, self.bias).to(x.dtype)
         return result.view(*x.shape[:-1], self.out_features)
 
 
@@ -211,14 +209,32 @@ def to_fp8_in_pieces(rows: Tensor) -> tuple[Tensor, Tensor]:
     return weight, scale
 
 
-def fp8_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """Return a @ b.T of scaled fp8 rows a (r, i) and b (o, i): (r, o) bfloat16, summed in fp32, rounded once."""
+def fp8_matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    fast_accumulation: bool = False,
+) -> Tensor:
+    """Return a @ b.T + bias of scaled fp8 rows a (r, i) and b (o, i): (r, o) bfloat16, summed in fp32.
+
+    bias: (o,) bfloat16; a GPU adds it before it rounds. fast_accumulation: the tensor cores of a GPU keep 22 bits of a
+    sum (pytorch #147971), which may be faster: `flux-batch bench kernels` measures both.
+    """
     if a.is_cuda:
-        # Exact sums: with use_fast_accum the tensor cores keep 22 bits of a sum, which is faster (pytorch #147971).
         return torch._scaled_mm(
-            a, b.T, scale_a=a_scale, scale_b=b_scale.T, out_dtype=torch.bfloat16, use_fast_accum=False
+            a,
+            b.T,
+            scale_a=a_scale,
+            scale_b=b_scale.T,
+            bias=bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=fast_accumulation,
         )
-    return (a.float() @ b.float().T * a_scale * b_scale.T).bfloat16()
+    product = (a.float() @ b.float().T * a_scale * b_scale.T).bfloat16()
+    return product if bias is None else product + bias
 
 
 def fp8_matmul_obstacle(device: torch.device) -> str:
@@ -234,7 +250,23 @@ def fp8_matmul_obstacle(device: torch.device) -> str:
     if capability < _FP8_CAPABILITY:
         name, has, needs = torch.cuda.get_device_name(device), _dotted(capability), _dotted(_FP8_CAPABILITY)
         return f"{name} cannot multiply in fp8 (compute capability {has}; {needs} is needed: Ada, Hopper or later)"
-    return ""
+    error = fp8_product_error(device)
+    return f"{torch.cuda.get_device_name(device)} cannot multiply in fp8 with this torch: {error}" if error else ""
+
+
+def fp8_product_error(device: torch.device) -> str:
+    """Return the reason why a small product in fp8 fails on a GPU, "" if it does not.
+
+    Some GPUs and libraries have such products by their version, and refuse scales by row: CUBLAS_STATUS_NOT_SUPPORTED
+    on an RTX PRO 5000 (pytorch #192707).
+    """
+    ones = torch.ones((_FP8_MULTIPLE, _FP8_MULTIPLE), device=device)
+    rows, scale = ones.to(E4M3), ones[:, :1].contiguous()
+    try:
+        result = fp8_matmul(rows, scale, rows, scale, ones[0].bfloat16())
+        return "" if (result == _FP8_MULTIPLE + 1).all() else "its numbers are wrong"
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -28,6 +28,7 @@ from flux_batch.model.optimize.quantize import (
     apply_fp8_to_t5,
     fp8_matmul,
     fp8_matmul_obstacle,
+    fp8_product_error,
     to_fp8,
     to_fp8_in_pieces,
 )
@@ -359,6 +360,7 @@ def test_a_gpu_without_products_is_named(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(quantize, "fp8_product_error", lambda device: "")
     said = fp8_matmul_obstacle(torch.device("cuda"))
     if has:
         assert said == ""
@@ -366,6 +368,27 @@ def test_a_gpu_without_products_is_named(
         assert said.startswith(
             f"NVIDIA A100 cannot multiply in fp8 (compute capability {capability[0]}.{capability[1]};"
         )
+
+
+def test_a_gpu_whose_libraries_refuse_a_product_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX PRO 5000")
+    monkeypatch.setattr(quantize, "fp8_product_error", lambda device: "CUBLAS_STATUS_NOT_SUPPORTED")
+    said = fp8_matmul_obstacle(torch.device("cuda"))
+    assert said == "RTX PRO 5000 cannot multiply in fp8 with this torch: CUBLAS_STATUS_NOT_SUPPORTED"
+
+
+def test_a_small_product_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fp8_product_error(CPU) == ""
+    exact = fp8_matmul
+    monkeypatch.setattr(quantize, "fp8_matmul", lambda *given: 2 * exact(*given))
+    assert fp8_product_error(CPU) == "its numbers are wrong"
+
+    def fail(*given: Tensor) -> Tensor:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED\nstack")
+
+    monkeypatch.setattr(quantize, "fp8_matmul", fail)
+    assert fp8_product_error(CPU) == "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED"
 
 
 def test_other_devices_have_no_products_and_the_cpu_stands_in() -> None:
