@@ -51,8 +51,8 @@ class Modulations(NamedTuple):
     single: list[Tensor]
     last: Tensor
 
-    def select(self, rows: slice | list[int]) -> Modulations:
-        """Return the modulation of some of the rows."""
+    def select(self, rows: slice | Tensor) -> Modulations:
+        """Return the modulation of some of the rows: a slice, or their indices on the device."""
         return self.map(lambda modulation: modulation[rows])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Modulations:

@@ -1,8 +1,8 @@
 """CUDA graphs: a step of the transformer is launched in one piece, not kernel by kernel; knows no schedule.
 
 The first step of a size is recorded: which kernels it launches, and on which memory. Later steps of that size copy
-their inputs there, launch the record, and copy the result out. The kernels are the same as without a graph, and so are
-the images; the graph saves the host's time, which counts where kernels are short: small images, small models. The
+what has changed there, launch the record, and copy the result out. The kernels are the same as without a graph, and so
+are the images; the graph saves the host's time, which counts where kernels are short: small images, small models. The
 memory of a step stays in use, for the largest size that was recorded.
 """
 
@@ -41,9 +41,16 @@ class _Inputs(NamedTuple):
         """The shapes that a record is made for."""
         return self.img.shape, self.txt.shape, self.pe.shape
 
-    def tensors(self) -> list[Tensor]:
-        """Return all tensors, always in the same order."""
-        return [self.img, self.txt, self.pe, *self.modulations.tensors()]
+    def of_a_step(self) -> list[Tensor]:
+        """Return the tensors that change with each step, always in the same order.
+
+        They have one dtype, so that a device copies all of them at once.
+        """
+        return [self.img, *self.modulations.tensors()]
+
+    def of_a_loop(self) -> list[Tensor]:
+        """Return the tensors that all steps of a denoising loop share."""
+        return [self.txt, self.pe]
 
     def copies(self) -> _Inputs:
         """Return dense copies."""
@@ -60,12 +67,17 @@ class _StepGraph:
 
     def __init__(self, model: Flux, inputs: _Inputs, record: _Record) -> None:
         self._inputs = inputs.copies()
-        self._input_tensors = self._inputs.tensors()
+        self._loop = inputs.of_a_loop()  # those that were copied last
         self._replay, self._result = record(lambda: model.velocity(*self._inputs))
 
     def __call__(self, inputs: _Inputs) -> Tensor:
         """Return the velocity, in memory that no later step writes to."""
-        torch._foreach_copy_(self._input_tensors, inputs.tensors())
+        torch._foreach_copy_(self._inputs.of_a_step(), inputs.of_a_step())
+        loop = inputs.of_a_loop()
+        for own, last, new in zip(self._inputs.of_a_loop(), self._loop, loop, strict=True):
+            if new is not last:
+                own.copy_(new)
+        self._loop = loop
         self._replay()
         return self._result.clone()
 

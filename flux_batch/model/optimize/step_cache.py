@@ -8,7 +8,6 @@ Letters: b batch, n image tokens, k images of the batch to compute.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +24,10 @@ class _Additions:
     first_block: Tensor
     later_blocks: Tensor
 
-    def update(self, images: Sequence[int], new: _Additions) -> None:
-        """Replace the additions of some images."""
-        self.first_block[images] = new.first_block
-        self.later_blocks[images] = new.later_blocks
+    def update(self, images: Tensor, new: _Additions) -> None:
+        """Replace the additions of some images: (k,) indices."""
+        self.first_block.index_copy_(0, images, new.first_block)
+        self.later_blocks.index_copy_(0, images, new.later_blocks)
 
 
 class StepCache:
@@ -62,9 +61,12 @@ class StepCache:
             return model.last_layer(done, modulations)
         reused = finite(img + self._last.later_blocks)
         if images:
-            done = model.later_blocks(img[images], txt[images], modulations.select(images), pe)
-            self._last.update(images, _Additions(first_block[images], finite(done - img[images])))
-            reused[images] = done
+            # One tensor of indices: a list would be copied to the device for each tensor that it indexes.
+            chosen = torch.tensor(images, device=img.device)
+            some = img.index_select(0, chosen)
+            done = model.later_blocks(some, txt.index_select(0, chosen), modulations.select(chosen), pe)
+            self._last.update(chosen, _Additions(first_block.index_select(0, chosen), finite(done - some)))
+            reused.index_copy_(0, chosen, done)
         return model.last_layer(reused, modulations)
 
     def _to_compute(self, step: int, first_block: Tensor) -> list[int]:
