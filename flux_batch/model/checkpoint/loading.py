@@ -89,9 +89,11 @@ def for_device(model: AutoEncoder, device: torch.device) -> AutoEncoder:
 
     On the CPU it stays as it is, so that images are those of diffusers bit for bit.
     """
-    if device.type != "cuda":
-        return model
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its stubs
+    if device.type == "cuda":
+        for parameter in model.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def _checked_state(

@@ -1,0 +1,48 @@
+"""A CUDA device that is not there: tensors on it have a shape, a dtype and a layout, and no numbers."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.cpp_extension import include_paths
+
+# torch for CPUs knows no way to enter a CUDA device, and enters one before it copies or indexes.
+_GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+using Guard = c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>;
+static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new Guard());
+"""
+
+
+class NoDevice(FakeTensorMode):
+    """A mode in which tensors have no numbers, and constants are not asked of a device either."""
+
+    avoid_device_init = True
+
+
+def register_guard() -> None:
+    """Make this process able to enter a CUDA device that is not there.
+
+    Raises: RuntimeError with a torch that is built for a GPU, or without a C++ compiler.
+    """
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        raise RuntimeError("this torch is built for a GPU, where a torch for CPUs is needed")
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise RuntimeError("there is no C++ compiler")
+    with TemporaryDirectory() as folder:
+        source, library = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
+        source.write_text(_GUARD)
+        includes = [f"-I{path}" for path in include_paths()]
+        linked = ["-L", str(Path(torch.__file__).parent / "lib"), "-lc10"]
+        command = [compiler, "-std=c++20", "-shared", "-fPIC", *includes, str(source), *linked, "-o", str(library)]
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        if built.returncode:
+            raise RuntimeError(f"the C++ compiler fails: {built.stderr[-300:]}")
+        ctypes.CDLL(str(library))

@@ -1,0 +1,229 @@
+"""The whole pipeline as CUDA, at full size and on no GPU: every tensor has its shape and device, and no numbers.
+
+FLUX.1-dev's own widths, with two blocks of each kind in place of 19 and 38, and two layers of each text encoder. What
+the kernels compute, and how fast, only tests/gpu can tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flux_batch import FluxImagePipeline, ModelManager
+from flux_batch.bench.pipeline import random_model
+from flux_batch.bench.pipeline.random_model import random_manager
+from flux_batch.errors import InvalidSetting
+from flux_batch.model.optimize import quantize
+from flux_batch.model.optimize.cuda_graphs import CudaGraphs
+from flux_batch.model.optimize.quantize import to_fp8
+from flux_batch.pipeline import compiled as compiling
+from helpers.fake_cuda import CUDA, Waits, enter_cuda, fake_cuda
+from helpers.graph_recorder import GraphRecorder
+from helpers.lora_files import random_factors, write_lora
+
+STEPS = 2
+FULL: dict[str, Any] = {"height": 1024, "width": 1024, "num_inference_steps": STEPS, "output_type": "latent"}
+# Whatever is made: the tables of guidance and scales of CFG, the timesteps, the noise.
+OF_A_CALL = ["pipeline.make_latents", "sampling.timesteps_of", "pipeline.first_latents", "pipeline.make_latents"]
+# Its token ids.
+OF_A_TEXT = ["text.states", "text.pool"]
+MATRICES_IN_FP8 = 2 * 8 + 2 * 2
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of one matrix of each kind of block, written before tensors have no numbers."""
+    shapes = {"transformer_blocks.0.attn.to_q": (3072, 3072), "single_transformer_blocks.1.proj_mlp": (12288, 3072)}
+    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    return write_lora(path, random_factors(shapes, max_rank=2), prefix="transformer.")
+
+
+@pytest.fixture(scope="module")
+def device(lora: Path) -> Iterator[Waits]:
+    enter_cuda()
+    dev = random_model.SIZES["dev"]
+    short = replace(
+        dev,
+        transformer=replace(dev.transformer, depth=2, depth_single_blocks=2),
+        clip={**dev.clip, "num_hidden_layers": 2},
+        t5={**dev.t5, "num_layers": 2},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random_model, "SIZES", {"dev": short})
+        patch.setattr(quantize, "CHUNK_NUMBERS", 2**40)  # pieces would be a thousand operations
+        with fake_cuda() as waits:
+            yield waits
+
+
+@pytest.fixture
+def waits(device: Waits) -> Waits:
+    """The waits of one test."""
+    device.places.clear()
+    device.numbers.clear()
+    device.calls.clear()
+    return device
+
+
+@pytest.fixture(scope="module")
+def dev(device: Waits) -> ModelManager:
+    return random_manager("dev", "auto", CUDA)
+
+
+def test_an_image_waits_for_no_step_and_eight_times_in_all(dev: ModelManager, waits: Waits) -> None:
+    pipe = FluxImagePipeline.from_model_manager(dev, compile=False)
+    assert pipe.torch_dtype == torch.bfloat16
+    options = {**FULL, "output_type": "np", "progress_bar": waits.steps}
+    image = pipe("a cat", seed=1, **options)
+    assert (image.shape, image.dtype) == ((1024, 1024, 3), "uint8")
+    # Moving the table of positions, once a size; the ids of both encoders, once a text.
+    of_an_image = [*OF_A_CALL, "pixels.check_finite", "pixels.to_uint8"]
+    assert sorted(waits.places) == sorted([*of_an_image, *OF_A_TEXT, "transformer.table"])
+    waits.places.clear()
+    pipe("a cat", seed=2, **options)
+    assert sorted(waits.places) == sorted(of_an_image)
+
+
+def test_guidance_by_a_negative_prompt_and_an_input_image(dev: ModelManager, waits: Waits) -> None:
+    pipe = FluxImagePipeline.from_model_manager(dev, compile=False)
+    image = Image.new("RGB", (64, 48))
+    options: dict[str, Any] = {"cfg_scale": [1.0, 2.0], "negative_prompt": "bad", "progress_bar": waits.steps}
+    how = {**FULL, "input_image": image, "denoising_strength": 0.5, "output_type": "pt"}
+    images = pipe(["a cat", "a dog"], seed=[1, 2], **options, **how)
+    assert images.is_cuda
+    assert images.shape == (2, 3, 1024, 1024)
+    of_images = [*2 * ["pipeline.first_latents"], "sampling.add_noise", "transformer.table", "pixels.check_finite"]
+    assert sorted(waits.places) == sorted([*OF_A_CALL, *3 * OF_A_TEXT, *of_images])
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "fp8_matmul"])
+def test_narrow_weights_and_a_lora(waits: Waits, lora: Path, quantization: Any) -> None:
+    pipe = FluxImagePipeline.from_model_manager(random_manager("dev", "auto", CUDA, quantization), compile=False)
+    before = {name: id(tensor) for name, tensor in pipe.transformer.named_buffers()}
+    pipe.set_loras([(lora, 1.0)])
+    pipe.unload_loras()
+    # Graphs and compiled code keep addresses.
+    assert {name: id(tensor) for name, tensor in pipe.transformer.named_buffers()} == before
+    waits.calls.clear()
+    latents = pipe(["a cat", "a dog"], seed=[1, 2], progress_bar=waits.steps, **FULL)
+    assert latents.shape == (2, 16, 128, 128)
+    assert waits.calls["_scaled_mm"] == (STEPS * MATRICES_IN_FP8 if quantization == "fp8_matmul" else 0)
+
+
+def test_a_step_cache_waits_once_an_image_to_decide(dev: ModelManager, waits: Waits) -> None:
+    pipe = FluxImagePipeline.from_model_manager(dev, compile=False, step_cache=0.1)
+    waits.numbers = [0.0, 1.0, 0.0, 0.0]  # one of two images is reused, then both
+    places: list[list[str]] = []
+
+    def steps(steps: Any) -> Iterator[int]:
+        for step in steps:
+            waits.places.clear()
+            yield step
+            places.append(list(waits.places))
+
+    pipe(["a cat", "a dog"], seed=[1, 2], progress_bar=steps, **{**FULL, "num_inference_steps": 4})
+    assert places[0] == places[3] == []
+    assert places[2] == 2 * ["step_cache._to_compute"]
+    assert places[1] == [*places[2], "step_cache.__call__"]  # the number of the image to compute
+
+
+def test_graphs_record_one_step_and_launch_the_others(dev: ModelManager, waits: Waits) -> None:
+    recorder = GraphRecorder()
+    pipe = FluxImagePipeline.from_model_manager(dev, compile=False)
+    pipe.graphs = CudaGraphs(pipe.transformer, recorder)
+    pipe(["a cat", "a dog"], seed=[1, 2], progress_bar=waits.steps, **FULL)
+    waits.calls.clear()
+    latents = pipe(["a cat", "a dog"], seed=[1, 2], progress_bar=waits.steps, **FULL)
+    assert latents.shape == (2, 16, 128, 128)
+    assert (recorder.num_records, recorder.num_replays) == (1, 2 * STEPS)
+    # Latents and modulation in one piece each step, the texts once a loop, and the table of positions not at all; the
+    # stand-in for a recorder copies each result.
+    assert waits.calls["_foreach_copy_"] == STEPS
+    assert waits.calls["copy_"] == STEPS + 1
+
+
+def test_offloaded_text_encoders_visit_the_device(waits: Waits) -> None:
+    pipe = FluxImagePipeline.from_model_manager(
+        random_manager("dev", "auto", CUDA), compile=False, offload_text_encoders=True
+    )
+    waits.places.clear()
+    visits: list[str] = []
+    states = pipe.t5.states
+
+    def noted(ids: Tensor) -> Tensor:
+        visits.append(pipe.t5.model.device.type)
+        return states(ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipe.t5, "states", noted)
+        latents = pipe("a cat", seed=1, progress_bar=waits.steps, **FULL)
+    assert latents.is_cuda
+    assert visits == ["cuda"]
+    assert {tensor.device.type for tensor in pipe.t5.model.parameters()} == {"cpu"}
+    # Weights come without waiting; the embeddings go to host memory, and come back.
+    assert sorted(waits.places) == sorted([*OF_A_CALL, *OF_A_TEXT, "transformer.table", *4 * ["transformer.to"]])
+
+
+def test_blocks_are_compiled_by_default_and_shared_on_request_only(
+    dev: ModelManager, waits: Waits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(compiling, "apply_compile", lambda model, attention: compiled.append(model))
+    monkeypatch.setattr(compiling, "apply_compile_to_decoder", compiled.append)
+    for compile in (None, True, False):
+        pipe = FluxImagePipeline.from_model_manager(dev, compile=compile)
+        assert compiled == ([] if compile is False else [dev.transformer, dev.autoencoder])
+        assert (pipe.compile_cache is not None) == (compile is True)
+        compiled.clear()
+
+
+def test_a_gpu_that_cannot_compile_says_so_or_refuses(
+    dev: ModelManager, waits: Waits, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*given: Any) -> None:
+        raise ValueError("torch.compile does not work here: no Triton")
+
+    monkeypatch.setattr(compiling, "apply_compile", fail)
+    FluxImagePipeline.from_model_manager(dev)
+    assert "blocks are not compiled, images take longer: torch.compile does not work here: no Triton" in caplog.text
+    with pytest.raises(InvalidSetting, match=r"^compile = True: torch\.compile does not work here: no Triton$"):
+        FluxImagePipeline.from_model_manager(dev, compile=True)
+
+
+class TestWhatAGpuWouldNotTakeRaises:
+    def test_a_table_on_the_cpu(self, dev: ModelManager, waits: Waits) -> None:
+        pipe = FluxImagePipeline.from_model_manager(dev, compile=False)
+        table = pipe.position_tables
+        pipe.position_tables = lambda *size: table(*size).cpu()
+        with pytest.raises(RuntimeError, match="same device"):
+            pipe("a cat", seed=1, **FULL)
+
+    def test_a_scale_of_another_shape(self, waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipe = FluxImagePipeline.from_model_manager(random_manager("dev", "auto", CUDA, "fp8_matmul"), compile=False)
+
+        def without_scales_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+            weight, scale = to_fp8(rows)
+            return weight, scale[:-1]
+
+        monkeypatch.setattr(quantize, "to_fp8", without_scales_of_rows)
+        with pytest.raises(RuntimeError, match="scale"):
+            pipe("a cat", seed=1, **FULL)
+
+    def test_a_number_read_in_the_loop(self, dev: ModelManager, waits: Waits) -> None:
+        pipe = FluxImagePipeline.from_model_manager(dev, compile=False)
+        first_block = pipe.transformer.first_block
+
+        def reading(*given: Any) -> Any:
+            given[0].mean().item()
+            return first_block(*given)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipe.transformer, "first_block", reading)
+            with pytest.raises(AssertionError, match=r"in the loop: .*transformer\.velocity"):
+                pipe("a cat", seed=1, progress_bar=waits.steps, **FULL)
