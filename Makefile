@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Tests that start no Ray, no S3 server and no compiler.
 FAST := not ray and not s3 and not compiled and not long
 
-.PHONY: help demo test test-fast test-avx2 test-long tools chaos lint fix pages constraints clean
+.PHONY: help demo test test-fast test-avx2 test-long test-gpu tools chaos lint fix pages constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ $(BIN)/promtool: | $(VENV)/torch.stamp
 	cd $(UNPACKED) && $(APT) download prometheus && dpkg -x prometheus_*.deb .
 	mv $(UNPACKED)/usr/bin/promtool $@
 	rm -rf $(UNPACKED)
+
+test-gpu: $(VENV)/dev.stamp ## run those that need a CUDA device, in three minutes at most
+	timeout 180 $(BIN)/python -m pytest -q tests/gpu
 
 tools: $(BIN)/promtool ## fetch promtool, by which tests check the alerts, from Debian's packages
 

@@ -64,6 +64,15 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     _add_json(kind)
     kind.set_defaults(measure=_lossy)
 
+    kind = kinds.add_parser("kernels", help="attention, fp8 products, the decoder: each beside what could run")
+    kind.add_argument("--random-weights", choices=get_args(SizeName), default="dev", help="the sizes of a model (dev)")
+    kind.add_argument("--device", help="cuda or cpu (cuda if there is one)")
+    kind.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
+    kind.add_argument("--side", type=_positive, default=1024, help="pixels (1024)")
+    kind.add_argument("--eager", action="store_true", help="leave out what torch.compile makes of them")
+    _add_repeats(kind, 10)
+    kind.set_defaults(measure=_kernels)
+
     kind = kinds.add_parser("encode", help="PNG, JPEG and WebP: milliseconds, bytes, MB/s")
     kind.add_argument("--side", type=_positive, default=1024, help="pixels (1024)")
     _add_repeats(kind)
@@ -190,6 +199,22 @@ def _load(arguments: argparse.Namespace) -> tuple[_Figures, str]:
 
     figures = bench_load(_source(arguments), arguments.repeats)
     return figures, format_load(figures)
+
+
+def _kernels(arguments: argparse.Namespace) -> tuple[_Figures, str]:
+    from flux_batch.bench.pipeline.kernels import bench_kernels, format_kernels
+    from flux_batch.pipeline.precision import to_dtype
+
+    device = Source(device=arguments.device).torch_device
+    figures = bench_kernels(
+        arguments.random_weights,
+        device,
+        to_dtype(arguments.dtype, device),
+        side=arguments.side,
+        repeats=arguments.repeats,
+        compiled=not arguments.eager,
+    )
+    return figures, format_kernels(figures)
 
 
 def _encode(arguments: argparse.Namespace) -> tuple[_Figures, str]:

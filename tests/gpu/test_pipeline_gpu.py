@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flux_batch import FluxImagePipeline
 from flux_batch.errors import OutOfMemory
+from flux_batch.model.optimize.attention import choose_attention
 from flux_batch.model.sampling import denoise
 from helpers.tiny_flux import TinyFlux, make_tiny_repository
 
@@ -45,7 +47,7 @@ def no_tf32() -> Iterator[None]:
 
 
 def test_float32_gives_the_latents_and_images_of_the_cpu(repository: Path, expected: torch.Tensor) -> None:
-    pipe = FluxImagePipeline.from_pretrained(repository, torch.float32, "cuda")
+    pipe = FluxImagePipeline.from_pretrained(repository, torch.float32, "cuda", compile=False)
     latents = pipe(PROMPTS, seed=SEEDS, output_type="latent", **SMALL)
     assert latents.is_cuda
     torch.testing.assert_close(latents.cpu(), expected, atol=1e-3, rtol=0)
@@ -56,26 +58,26 @@ def test_float32_gives_the_latents_and_images_of_the_cpu(repository: Path, expec
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_finite_and_near(repository: Path, expected: torch.Tensor, dtype: torch.dtype) -> None:
-    pipe = FluxImagePipeline.from_pretrained(repository, dtype, "cuda")
+    pipe = FluxImagePipeline.from_pretrained(repository, dtype, "cuda", compile=False)
     latents = pipe(PROMPTS, seed=SEEDS, output_type="latent", cfg_scale=[1.0, 1.0, 1.0], **SMALL).float().cpu()
     assert latents.isfinite().all()
     assert (latents - expected).norm() / expected.norm() < 0.03
 
 
 def test_the_same_call_is_bit_for_bit_the_same(repository: Path) -> None:
-    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda")
+    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", compile=False)
     options = {"seed": 5, "cfg_scale": 2.0, "negative_prompt": "bad", "output_type": "latent"}
     assert torch.equal(pipe("x", **options, **SMALL), pipe("x", **options, **SMALL))
 
 
 def test_the_autoencoder_is_laid_out_for_its_convolutions(repository: Path) -> None:
-    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda")
+    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", compile=False)
     convolutions = [layer for layer in pipe.autoencoder.modules() if isinstance(layer, torch.nn.Conv2d)]
     assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in convolutions)
 
 
 def test_a_image_does_not_depend_on_its_neighbours(repository: Path) -> None:
-    pipe = FluxImagePipeline.from_pretrained(repository, torch.float32, "cuda")
+    pipe = FluxImagePipeline.from_pretrained(repository, torch.float32, "cuda", compile=False)
     together = pipe(PROMPTS, seed=SEEDS, cfg_scale=[1.0, 2.0, 1.0], output_type="np", **SMALL)
     for prompt, seed, scale, image in zip(PROMPTS, SEEDS, [1.0, 2.0, 1.0], together, strict=True):
         alone = pipe(prompt, seed=seed, cfg_scale=scale, output_type="np", **SMALL)
@@ -87,7 +89,7 @@ def test_a_image_does_not_depend_on_its_neighbours(repository: Path) -> None:
 def test_the_host_never_waits_for_the_device_within_the_loop(
     repository: Path, monkeypatch: pytest.MonkeyPatch, quantization: Any, cuda_graphs: bool
 ) -> None:
-    how = {"quantization": quantization, "cuda_graphs": cuda_graphs}
+    how = {"compile": False, "quantization": quantization, "cuda_graphs": cuda_graphs}
     pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", **how)
     options = {"seed": [1, 2], "cfg_scale": [1.0, 2.0], "negative_prompt": "bad", "output_type": "latent", **SMALL}
     expected = pipe(["x", "y"], **options)  # libraries get ready once
@@ -109,6 +111,7 @@ def test_the_host_never_waits_for_the_device_within_the_loop(
 
 @pytest.mark.parametrize("how", [{}, {"quantization": "fp8"}, {"compile": True}], ids=["plain", "fp8", "compiled"])
 def test_cuda_graphs_change_no_bit(repository: Path, how: dict[str, Any]) -> None:
+    how = {"compile": False, **how}
     plain = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", **how)
     graphs = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", cuda_graphs=True, **how)
     options = {"output_type": "latent", "num_inference_steps": 3, "t5_sequence_length": 64}
@@ -120,12 +123,34 @@ def test_cuda_graphs_change_no_bit(repository: Path, how: dict[str, Any]) -> Non
                 assert torch.equal(graphs(prompts, **size, **cfg, **options), expected)
 
 
+def test_compiling_is_the_default_and_rounds_alone(repository: Path) -> None:
+    plain, compiled = (
+        FluxImagePipeline.from_pretrained(repository, torch.float32, "cuda", compile=each) for each in (False, None)
+    )
+    assert plain.transformer.double_blocks[0]._compiled_call_impl is None
+    assert compiled.transformer.double_blocks[0]._compiled_call_impl is not None
+    images = [np.stack(pipe(PROMPTS, seed=SEEDS, output_type="np", **SMALL)).astype(int) for pipe in (plain, compiled)]
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
+@pytest.mark.parametrize("tokens", [512 + 72 * 56, 512 + 52 * 76, 200])
+def test_the_chosen_attention_is_right_at_lengths_that_are_no_multiples_of_128(tokens: int) -> None:
+    q, k, v = torch.randn(3, 1, 4, tokens, 128, device="cuda").bfloat16()
+    with choose_attention(torch.device("cuda")).first():
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2**-6)
+
+
 def test_offloaded_text_encoders_give_the_same_images_and_visit_the_device_to_encode(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"seed": SEEDS, "output_type": "latent", **SMALL}
-    expected = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda")(PROMPTS, **options)
-    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", offload_text_encoders=True)
+    expected = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", compile=False)(PROMPTS, **options)
+    pipe = FluxImagePipeline.from_pretrained(
+        repository, torch.bfloat16, "cuda", compile=False, offload_text_encoders=True
+    )
     weights = [weight for model in (pipe.clip.model, pipe.t5.model) for weight in model.parameters()]
     assert all(not weight.is_cuda and weight.is_pinned() for weight in weights)
     visits = []
@@ -143,7 +168,7 @@ def test_offloaded_text_encoders_give_the_same_images_and_visit_the_device_to_en
 
 
 def test_running_out_of_memory_is_told_and_survived(repository: Path) -> None:
-    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda")
+    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", compile=False)
     pipe("x", seed=1, **SMALL)
     torch.cuda.empty_cache()
     # A quarter of a gigabyte at most on the largest devices; this image needs more.

@@ -46,7 +46,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def latents(repository: Path, device: str, quantization: Any = "none", **options: Any) -> torch.Tensor:
-    pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, device, quantization=quantization)
+    pipe = FluxImagePipeline.from_pretrained(
+        repository, torch.bfloat16, device, compile=False, quantization=quantization
+    )
     result: torch.Tensor = pipe(PROMPTS, seed=SEEDS, output_type="latent", **SMALL, **options)
     return result.float().cpu()
 

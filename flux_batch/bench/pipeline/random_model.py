@@ -133,12 +133,10 @@ def random_manager(
     """
     size, manager = SIZES[name], ModelManager(dtype, device, quantization=quantization)
     with torch.device("meta"):
-        transformer, autoencoder = Flux(size.transformer), AutoEncoder(size.autoencoder)
+        transformer = Flux(size.transformer)
     dtype = manager.torch_dtype
     manager.transformer = _filled(transformer, dtype, device, PREPARE_TRANSFORMER[quantization])
-    # As in load_autoencoder: in float16 it overflows.
-    autoencoder = _filled(autoencoder, torch.float32 if dtype == torch.float16 else dtype, device)
-    manager.autoencoder = for_device(autoencoder, device)
+    manager.autoencoder = random_autoencoder(name, dtype, device)
     manager.schedule = size.schedule
     manager.clip = random_clip(size, dtype, device)
     manager.t5 = random_t5(size, dtype, device, quantization)
@@ -146,6 +144,15 @@ def random_manager(
         {"transformer": manager.transformer, "clip": manager.clip.model, "t5": manager.t5.model}
     )
     return manager
+
+
+def random_autoencoder(name: str, dtype: torch.dtype, device: torch.device) -> AutoEncoder:
+    """Return the autoencoder of a model of a size with random weights."""
+    with torch.device("meta"):
+        autoencoder = AutoEncoder(SIZES[name].autoencoder)
+    # As in load_autoencoder: in float16 it overflows.
+    filled: AutoEncoder = _filled(autoencoder, torch.float32 if dtype == torch.float16 else dtype, device)
+    return for_device(filled, device)
 
 
 def random_clip(size: _Size, dtype: torch.dtype, device: torch.device) -> ClipEncoder:

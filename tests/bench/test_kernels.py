@@ -1,0 +1,23 @@
+"""The benchmark of single kernels, at a size that any machine can do."""
+
+from __future__ import annotations
+
+import torch
+
+from flux_batch.bench.pipeline.kernels import bench_kernels, format_kernels
+
+
+def test_each_kernel_is_measured_beside_the_others() -> None:
+    figures = bench_kernels("tiny", torch.device("cpu"), torch.float32, side=64, repeats=2, compiled=False)
+    assert figures["attention"]["chosen"] == "torch"
+    assert figures["attention"]["difference_from_math"] < 1e-5
+    assert set(figures["attention"]["milliseconds"]) == {"chosen", "torch"}
+    assert set(figures["decoder"]) == {"contiguous", "channels last"}
+    # The products of a single block of the tiny model, of 16 image tokens and 512 of text.
+    assert list(figures["products"]) == ["528 x 64 x 448", "528 x 320 x 64"]
+    for ms in figures["products"].values():
+        assert list(ms) == ["bfloat16", "fp8", "fp8, fast accumulation"]
+    text = format_kernels(figures)
+    assert text.startswith("random weights, size tiny, cpu: 64 x 64, medians of 2")
+    assert "attention  torch is chosen" in text
+    assert "528 x 64 x 448, fp8, fast accumulation" in text
