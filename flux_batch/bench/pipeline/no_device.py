@@ -20,7 +20,7 @@ static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new 
 """
 
 
-class NoDevice(FakeTensorMode):
+class NoDevice(FakeTensorMode):  # type: ignore[no-untyped-call]  # its base class has no types
     """A mode in which tensors have no numbers, and constants are not asked of a device either."""
 
     avoid_device_init = True
