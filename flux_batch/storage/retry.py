@@ -102,7 +102,7 @@ class RetryPolicy:
         self._outage = _Outage()
 
     def ended_by(self, on_wait: Callable[[], None], on_request: Callable[[], None]) -> Self:
-        """Return this policy, with the same clock, for operations that something else may end as well."""
+        """Return this policy for operations that something else may end as well. The clock is the same."""
         other = copy(self)
         other._on_wait = [*self._on_wait, on_wait]
         other._on_request = [*self._on_request, on_request]

@@ -121,7 +121,7 @@ class Store:
         return other
 
     def ended_by(self, on_wait: Callable[[], None], on_request: Callable[[], None]) -> Self:
-        """Return a store of the same folder, and in the same outage, whose operations something else may end too."""
+        """Return a store of the same folder and outage, whose operations something else may end."""
         return self.with_policy(self._policy.ended_by(on_wait, on_request))
 
     def url(self, key: str) -> str:
@@ -258,7 +258,7 @@ class Store:
 
     @cached_property
     def keeps_versions(self) -> bool:
-        """Whether what is deleted or replaced remains as an old version; False where the store does not tell."""
+        """True if what is deleted or replaced remains as an old version; False where the store does not tell."""
         if not is_s3(self._fs):
             return False
         return self._told("", lambda: self._await(keeps_versions(self._fs, self._root)), False)
@@ -402,7 +402,7 @@ class Store:
         return self._call_first(key, operation, guarded)
 
     def _call_first(self, key: str, operation: str, function: Callable[[], T]) -> T:
-        """Run an operation on a store that has not answered yet, with fewer attempts and other advice."""
+        """Run an operation on a store that has not answered yet. It has fewer attempts and other advice."""
         try:
             result = self._policy.with_attempts(_FIRST_ATTEMPTS).with_retries(self.url(key), operation, function)
         except StoreError as error:

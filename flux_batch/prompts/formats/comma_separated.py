@@ -121,7 +121,7 @@ def _is_row(line: bytes, names: list[str]) -> bool:
 
 
 class _Lines:
-    """An iterator of lines for the csv module that knows its record and takes lines back."""
+    """An iterator of lines for the csv module. It knows its record and takes lines back."""
 
     def __init__(self, source: Iterator[tuple[int, bytes]]) -> None:
         self._source = source
