@@ -93,7 +93,7 @@ def _random_qkv(
 
 
 def _kernels_of(run: _Function, device: torch.device) -> list[str]:
-    """Return the names of the kernels that a function launches on a GPU, by their time; [] on a CPU."""
+    """Return the kernels that a function launches on a GPU, by their time; [] on a CPU."""
     run()
     if device.type != "cuda":
         return []

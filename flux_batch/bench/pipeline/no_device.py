@@ -21,7 +21,7 @@ static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new 
 
 
 class NoDevice(FakeTensorMode):  # type: ignore[no-untyped-call]  # its base class has no types
-    """A mode in which tensors have no numbers, and constants are not asked of a device either."""
+    """A mode in which tensors have no numbers, and constants need no device."""
 
     avoid_device_init = True
 

@@ -1,4 +1,4 @@
-"""The attention kernels of the denoising loop, chosen by the kind of the device and tried before they are taken.
+"""The attention kernels of the denoising loop, chosen by device and tried before use.
 
 On Hopper attention is asked of FlashAttention 3 where its package is installed, else of cuDNN; in the denoising loop
 alone, since cuDNN finds no plan for some masks and shapes of text encoders. FLUX.1 at 1024 x 1024 and 28 steps on an

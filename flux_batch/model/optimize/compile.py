@@ -143,7 +143,7 @@ def _use_compilable_functions(block: nn.Module, device: torch.device) -> None:
 
 
 def _kernels_tag(attention: AttentionKernels) -> str:
-    """Return the name of the libraries that compiled code calls, and of the attention that is chosen among them."""
+    """Return the name of the libraries and the attention that compiled code calls."""
     cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
     libraries = f"-cuda-{torch.version.cuda}-cudnn-{cudnn}" if cudnn else ""
     return f"attention-{attention.name}{libraries}"

@@ -218,7 +218,7 @@ def fp8_matmul(
     *,
     fast_accumulation: bool = False,
 ) -> Tensor:
-    """Return a @ b.T + bias of scaled fp8 rows a (r, i) and b (o, i): (r, o) bfloat16, summed in fp32.
+    """Return a @ b.T + bias of scaled fp8 rows: a (r, i), b (o, i) -> (r, o) bfloat16, summed in fp32.
 
     bias: (o,) bfloat16; a GPU adds it before it rounds. fast_accumulation: the tensor cores of a GPU keep 22 bits of a
     sum (pytorch #147971), which may be faster: `flux-batch bench kernels` measures both.
@@ -255,7 +255,7 @@ def fp8_matmul_obstacle(device: torch.device) -> str:
 
 
 def fp8_product_error(device: torch.device) -> str:
-    """Return the reason why a small product in fp8 fails on a GPU, "" if it does not.
+    """Return the reason why a small fp8 product fails on a GPU, "" if none.
 
     Some GPUs and libraries have such products by their version, and refuse scales by row: CUBLAS_STATUS_NOT_SUPPORTED
     on an RTX PRO 5000 (pytorch #192707).
