@@ -65,7 +65,7 @@ side=1024 steps=28 images=${IMAGES:-20}
 if [ "$size" = tiny ]; then side=64 steps=2 images=8; fi
 image=(--width "$side" --height "$side" --steps "$steps")
 large=90 small=60 whole=150  # the seconds after which a benchmark is ended; guessed, not measured
-if [ "$size" = tiny ]; then large=40 small=40 whole=40; fi
+if [ "$size" = tiny ]; then large=100 small=60 whole=60; fi
 
 measure kernels "$large" kernels --random-weights "$size" --device "$device" --side "$side"
 few=("${image[@]}" --repeats 3)
