@@ -83,8 +83,9 @@ class FluxMapper:
             "workers": {"batch_size": batch_size},
         }
         config = JobConfig.from_dict(tree, origin="FluxMapper")
-        if config.prompts.limit or config.prompts.passthrough:
-            raise JobError("FluxMapper: prompts.limit and prompts.passthrough are for jobs; leave them out")
+        for name in ("limit", "passthrough", "samplers", "template"):
+            if getattr(config.prompts, name):
+                raise JobError(f"FluxMapper: prompts.{name} is for jobs; leave it out")
         self._prompts, self._image_config, self._batch_size = config.prompts, config.output.image, batch_size
         self._parser = RowParser(
             config.prompts, config.sampling, f"{config.prompts.uri[0].rstrip('/')}/rows", config.model.loras

@@ -199,7 +199,8 @@ def test_another_kind_of_batch_is_refused_in_one_sentence() -> None:
     [
         ({"sampling": {"widht": 16}}, "FluxMapper: sampling.widht: unknown key; did you mean 'width'"),
         ({"sampling": {"width": 17}}, "FluxMapper: sampling.width = 17: must be a multiple of 16"),
-        ({"prompts": {"limit": 3}}, "prompts.limit and prompts.passthrough are for jobs"),
+        ({"prompts": {"limit": 3}}, "prompts.limit is for jobs; leave it out"),
+        ({"prompts": {"samplers": {"a": ["x"]}}}, "prompts.samplers is for jobs; leave it out"),
         ({"image": {"type": "gif"}}, "output.image.type = 'gif'"),
     ],
 )

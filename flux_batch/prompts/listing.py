@@ -104,7 +104,7 @@ def _expand(uri: str, storage_options: Mapping[str, Any], rules: int) -> _Expand
         if magic := re.search(r"[*?[]", path):
             folder = posixpath.dirname(path[: magic.start()])
             names_hidden = re.search(r"(^|/)[._]", path[len(folder) :]) is not None
-            return _sifted(fs, folder, fs.glob(path), _format_reason if names_hidden else reason_for)
+            return _sifted(fs, folder, fs.glob(path), _format_reason if names_hidden and rules > 1 else reason_for)
     raise SourceError(f"{uri}: no such prompts file or folder")
 
 
