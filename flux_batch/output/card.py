@@ -7,7 +7,7 @@ import json
 from flux_batch.config.schema import JobConfig
 from flux_batch.output.formats import format_for
 from flux_batch.output.paths import METADATA, SUCCESS, TRAIN
-from flux_batch.redaction import public_uri
+from flux_batch.redaction import public_tree, public_uri
 
 
 def card(config: JobConfig, num_prompts: int) -> str:
@@ -34,11 +34,20 @@ unless a row asked for more. Made with flux-batch.
 | embedded guidance | {sampling.embedded_guidance} |
 | true CFG scale | {sampling.cfg_scale} |
 
-A prompt row may override each of these; `{METADATA}/*.parquet` has what was used, one row for every requested image,
+{_recipe(config)}A prompt row may override each of these; `{METADATA}/*.parquet` has what was used, one row for every requested image,
 failed ones included. Every image carries its own settings inside and is labelled as AI generated.
 The run is complete when `{SUCCESS}` is there. FLUX.1-dev weights have a licence of their own, which reaches the use of
 what they make.
 """
+
+
+def _recipe(config: JobConfig) -> str:
+    """Return the samplers and the template of the prompts as a paragraph; empty if they come from files alone."""
+    prompts = config.prompts
+    if not prompts.samplers and prompts.template is None:
+        return ""
+    made = {"template": prompts.template, "samplers": prompts.samplers, "design": prompts.design}
+    return f"The prompts are made by a recipe:\n\n```json\n{json.dumps(public_tree(made), indent=1, ensure_ascii=False)}\n```\n\n"
 
 
 def _yaml(header: dict[str, object]) -> str:
