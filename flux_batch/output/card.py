@@ -34,8 +34,8 @@ unless a row asked for more. Made with flux-batch.
 | embedded guidance | {sampling.embedded_guidance} |
 | true CFG scale | {sampling.cfg_scale} |
 
-{_recipe(config)}A prompt row may override each of these; `{METADATA}/*.parquet` has what was used, one row for every requested image,
-failed ones included. Every image carries its own settings inside and is labelled as AI generated.
+{_recipe(config)}A prompt row may override each of these; `{METADATA}/*.parquet` has what was used, one row for every
+requested image, failed ones included. Every image carries its own settings inside and is labelled as AI generated.
 The run is complete when `{SUCCESS}` is there. FLUX.1-dev weights have a licence of their own, which reaches the use of
 what they make.
 """
@@ -47,7 +47,8 @@ def _recipe(config: JobConfig) -> str:
     if not prompts.samplers and prompts.template is None:
         return ""
     made = {"template": prompts.template, "samplers": prompts.samplers, "design": prompts.design}
-    return f"The prompts are made by a recipe:\n\n```json\n{json.dumps(public_tree(made), indent=1, ensure_ascii=False)}\n```\n\n"
+    text = json.dumps(public_tree(made), indent=1, ensure_ascii=False)
+    return f"The prompts are made by a recipe:\n\n```json\n{text}\n```\n\n"
 
 
 def _yaml(header: dict[str, object]) -> str:
