@@ -139,20 +139,16 @@ def test_a_stop_ends_a_run_whose_storage_is_gone_or_silent(moto: S3Server, tmp_p
 
 
 @pytest.mark.s3
-def test_a_storage_that_is_gone_for_good_ends_a_run_after_one_outage(
-    moto: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_storage_that_is_gone_for_good_ends_a_run_after_one_outage(moto: S3Server, tmp_path: Path) -> None:
     with counting_proxy(moto.endpoint_url) as proxy:
 
         def go() -> None:
             proxy.is_down = True
 
-        config = job_through(proxy, moto, tmp_path, outage_s=7)
+        config = job_through(proxy, moto, tmp_path, outage_s=3)
         with pytest.raises(Interrupted, match=r"storage has been unavailable for \d+ s") as caught:
-            run(config, engine=LocalEngine(outage_s=7), make_pipeline=lambda model: GoingPipeline(go))
+            run(config, engine=LocalEngine(outage_s=3), make_pipeline=lambda model: GoingPipeline(go))
     assert caught.value.exit_code == 75
-    waiting = [record for record in caplog.records if "waiting for the storage, for up to 7 s" in record.getMessage()]
-    assert 1 <= len(waiting) <= 2  # of the worker, and of the driver
 
 
 @pytest.mark.s3

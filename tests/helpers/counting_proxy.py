@@ -10,7 +10,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -54,6 +54,7 @@ class Proxy:
     fault: Callable[[str, str], int | str | None] = lambda method, path: None
     # Methods whose conditions do not reach the server: POST ends an upload in parts, PUT writes an object at once.
     ignores_conditions_of: frozenset[str] = frozenset()
+    deciding: threading.Lock = field(default_factory=threading.Lock)
 
     def gets(self) -> list[tuple[str, str]]:
         """Return path and range of each read of an object; listings are not among them."""
@@ -95,9 +96,11 @@ class Handler(BaseHTTPRequestHandler):
             headers = dict(self.headers.items())
             if self.command in proxy.ignores_conditions_of:
                 headers.pop("If-None-Match", None)
-            connection.request(self.command, self.path, body, headers)
-            answer = connection.getresponse()
-            data = answer.read()
+            # moto looks whether the key is free, and takes it a while later.
+            with proxy.deciding if "If-None-Match" in headers else nullcontext():
+                connection.request(self.command, self.path, body, headers)
+                answer = connection.getresponse()
+                data = answer.read()
         if fault == "lost":
             self.close_connection = True
             return
