@@ -222,6 +222,13 @@ def _init(arguments: argparse.Namespace) -> int:
     try:
         with Path(arguments.job).open("x", encoding="utf-8") as file:
             file.write(text)
+    except FileExistsError as error:
+        hint = (
+            ""
+            if arguments.job.endswith((".yaml", ".yml"))
+            else f"; for a job of its prompts: --prompts {arguments.job}"
+        )
+        raise JobError(f"{arguments.job}: is there already, and is not overwritten{hint}") from error
     except OSError as error:
         raise JobError(f"{arguments.job}: cannot be written: {error.strerror}") from error
     _print(f"{arguments.job}: written; next: flux-batch validate {arguments.job}")

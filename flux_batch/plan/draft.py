@@ -14,8 +14,10 @@ from flux_batch.redaction import public_uri
 from flux_batch.sampling_params import ALIASES
 
 # Names that columns of prompts and of ids have in public data sets, the likeliest first.
-_PROMPTS = ("prompt", "prompts", "caption", "captions", "text", "description", "synthetic_prompt", "meta_prompt")
-_IDS = ("id", "uid", "uuid", "key", "image_id", "prompt_id", "__key__")
+_NAMES = {
+    "prompt": ("prompt", "prompts", "caption", "captions", "text", "description", "synthetic_prompt", "meta_prompt"),
+    "id": ("id", "uid", "uuid", "key", "image_id", "prompt_id", "__key__"),
+}
 
 
 def draft_job(uri: str, prompts: PromptsConfig) -> str:
@@ -24,11 +26,11 @@ def draft_job(uri: str, prompts: PromptsConfig) -> str:
     Raises: JobError if no column looks like prompts.
     """
     columns = _columns_of(PromptSource(prompts))
-    known = {field: found for field, names in (("prompt", _PROMPTS), ("id", _IDS)) if (found := _first(columns, names))}
+    known = {field: found for field in PROMPT_FIELDS if (found := _first(columns, _NAMES.get(field, (field,))))}
     if "prompt" not in known:
         raise JobError(f"{uri}: no column looks like prompts; it has {', '.join(columns)}")
     mapped = {field: column for field, column in known.items() if field != column}
-    others = [each for each in columns if each not in (*known.values(), *PROMPT_FIELDS, *ALIASES)]
+    others = [each for each in columns if each not in (*known.values(), *ALIASES)]
     stem = posixpath.basename(public_uri(uri).rstrip("/")).split(".")[0]
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_")[:100] or "images"
     text = _TEMPLATE.format(

@@ -20,6 +20,7 @@ from flux_batch.plan.plan import make_plan
         ("PartiPrompts.tsv", "Prompt\tCategory\tNote: x", {"prompt": "Prompt"}, ("Category", "Note: x")),
         ("a #1.csv", "image_id,caption,width,yes", {"prompt": "caption", "id": "image_id"}, ("yes",)),
         ("ü.csv", "text,caption", {"prompt": "caption"}, ("text",)),
+        ("s.csv", "ID,Prompt ,Seed", {"prompt": "Prompt", "id": "ID", "seed": "Seed"}, ()),
     ],
 )
 def test_columns_are_recognised_and_the_job_can_be_planned(
@@ -58,4 +59,4 @@ def test_init_writes_a_job_that_validates_and_never_over_another(
     assert page.read_text().count("<img") == 2
     assert not (tmp_path / "out").exists()
     assert main(["init", path]) == 2
-    assert "job.yaml: cannot be written: File exists" in capsys.readouterr().err
+    assert "job.yaml: is there already, and is not overwritten" in capsys.readouterr().err
