@@ -51,6 +51,8 @@ _POLL_S = 1.0
 SETTLE_S = 2.0
 # Listings that may name an object which is gone when it is read.
 _MAX_READS = 5
+# Seconds before an empty object is read again.
+_REREAD_S = 0.1
 # The longest time of a release: a store that does not answer gets no more of it. A heartbeat that is on its way
 # then has less, and an operation has so many attempts.
 _RELEASE_S = 3.0
@@ -90,15 +92,20 @@ class Holder:
 
 def read_holder(store: Store) -> Holder | None:
     """Return the present or the last holder of a run; None if there was none. Raises: StoreError if it is damaged."""
-    for _ in range(_MAX_READS):
+    for num_left in reversed(range(_MAX_READS)):
         epochs = _epochs(store)
         if not epochs:
             return None
         key = _key(epochs[-1])
         try:
-            return Holder.from_json(store.read(key))
+            data = store.read(key)
         except NotFound:
             continue  # deleted since the listing: there is a later one, or none
+        if not data and num_left:
+            time.sleep(_REREAD_S)  # some servers show an object as empty while it is replaced
+            continue
+        try:
+            return Holder.from_json(data)
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(
                 f"{store.url(key)}: not a lease of this program ({error!r}); if no driver is at work, delete it"
