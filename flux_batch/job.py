@@ -99,7 +99,6 @@ def preview(
         update={
             "prompts": config.prompts.model_copy(update={"limit": limit}),
             "output": config.output.model_copy(update={"uri": folder, "format": "files", "storage_options": {}}),
-            "workers": config.workers.model_copy(update={"num_gpus": 1 if has_gpu() else 0}),
         }
     )
     run(config, engine=LocalEngine(max_attempts=1), make_pipeline=make_pipeline)

@@ -74,7 +74,7 @@ def local_options(num_gpus: float) -> dict[str, Any]:
     }
     if _has_apple_gpu():
         options["num_gpus"] = 1  # Ray itself counts none
-    elif not has_gpu():
+    elif not (has_gpu() and _ray_counts_gpus()):
         options["num_gpus"] = num_gpus
     if _free_shared_memory() < _OBJECT_STORE_BYTES:
         options["_plasma_directory"] = str(_existing(options["_temp_dir"]))
@@ -92,6 +92,11 @@ def _folder() -> str:
         longest = _MAX_SOCKET_PATH - len(_LONGEST_SOCKET)
         raise JobError(f"RAY_TMPDIR = {folder}: must have at most {longest} bytes, for the sockets in it")
     return _SHORT_TEMP_DIR
+
+
+def _ray_counts_gpus() -> bool:
+    """Return whether Ray finds this machine's GPUs by itself: NVIDIA's, by a library that comes with their driver."""
+    return any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/usr/lib/wsl/lib/libnvidia-ml.so*"))
 
 
 def _has_apple_gpu() -> bool:

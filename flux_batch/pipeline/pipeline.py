@@ -18,7 +18,7 @@ from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.detect import PART_TITLES
 from flux_batch.model.optimize.attention import AttentionKernels, choose_attention
-from flux_batch.model.optimize.compile import CompileCache
+from flux_batch.model.optimize.compile import CompileCache, is_compiled, set_compile_options
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.model.optimize.kernels import apply_cpu_kernels
@@ -347,6 +347,8 @@ class FluxImagePipeline:
             return []
         self.check_embeds(request)
         self.warn_of_cut_texts(request)
+        if is_compiled(self.transformer):  # perhaps in another thread
+            set_compile_options(self.attention)
         with torch.inference_mode(), device_errors():
             latents = self.make_latents(request, progress_bar)
             if output_type == "latent":

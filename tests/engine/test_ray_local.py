@@ -61,6 +61,24 @@ def test_a_gpu_is_one_that_this_process_may_see(
     assert ray_local.has_gpu() is expected
 
 
+@pytest.mark.parametrize(
+    ("files", "num_gpus"),
+    [
+        (["/dev/nvidia0"], None),
+        (["/dev/dxg", "/usr/lib/wsl/lib/libnvidia-ml.so.1"], None),
+        (["/dev/dxg"], 8),
+        (["/dev/kfd"], 8),
+        ([], 8),
+    ],
+)
+def test_a_cluster_has_logical_gpus_where_ray_counts_none(
+    monkeypatch: pytest.MonkeyPatch, files: list[str], num_gpus: int | None
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(glob, "glob", lambda pattern: fnmatch.filter(files, pattern))
+    assert local_options(8).get("num_gpus") == num_gpus
+
+
 def test_a_mac_counts_as_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(platform, "machine", lambda: "arm64")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 from flux_batch import FluxImagePipeline
 from flux_batch.errors import CheckpointError, DeviceFatal, InvalidSetting, OutOfMemory, RowError
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
+from flux_batch.pipeline import pipeline as pipeline_module
 from flux_batch.pipeline.model_manager import device_errors
 from helpers import tiny_flux
 from helpers.graph_recorder import GraphRecorder
@@ -33,6 +35,23 @@ def assert_within_one_level(image: Image.Image, expected: Image.Image) -> None:
     assert image.mode == expected.mode == "RGB"
     difference = np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int))
     assert difference.max() <= 1
+
+
+def test_what_compiles_in_another_thread_has_the_options_of_compiling(
+    pipe: FluxImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch keeps them for each thread, and an engine may load in one and render in another."""
+    monkeypatch.setattr(pipeline_module, "is_compiled", lambda model: True)
+    found = []
+
+    def note(steps: Iterable[int]) -> Iterator[int]:
+        found.append((torch._dynamo.config.recompile_limit, torch.compiler.config.cache_key_tag))
+        yield from steps
+
+    thread = threading.Thread(target=lambda: pipe("x", seed=1, progress_bar=note, **SMALL))
+    thread.start()
+    thread.join()
+    assert found == [(64, "attention-torch")]
 
 
 class TestRepeatability:

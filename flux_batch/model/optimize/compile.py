@@ -41,9 +41,7 @@ def apply_compile(model: Flux, attention: AttentionKernels = TORCH_ATTENTION, *,
     this machine lacks something that torch.compile needs.
     """
     device = model.img_in.weight.device
-    torch.compiler.config.cache_key_tag = _kernels_tag(attention)
-    # The last block, batches of one and of several, and sizes make several graphs of one function.
-    torch._dynamo.config.recompile_limit = max(_MAX_GRAPHS, torch._dynamo.config.recompile_limit)
+    set_compile_options(attention)
     _check_compiler(device)
     # What is compiled for complex numbers on a CPU takes eight times as long as a rotation that is left out.
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
@@ -51,6 +49,18 @@ def apply_compile(model: Flux, attention: AttentionKernels = TORCH_ATTENTION, *,
         for block in blocks:
             _use_compilable_functions(block, device)
             block.compile(dynamic=dynamic)
+
+
+def set_compile_options(attention: AttentionKernels) -> None:
+    """Set the options of torch.compile for this thread: torch keeps them for each thread apart."""
+    torch.compiler.config.cache_key_tag = _kernels_tag(attention)
+    # The last block, batches of one and of several, and sizes make several graphs of one function.
+    torch._dynamo.config.recompile_limit = max(_MAX_GRAPHS, torch._dynamo.config.recompile_limit)
+
+
+def is_compiled(model: Flux) -> bool:
+    """Return whether `apply_compile` has changed a transformer."""
+    return any(block._compiled_call_impl is not None for blocks in model.blocks for block in blocks)
 
 
 def apply_compile_to_decoder(model: AutoEncoder) -> None:
