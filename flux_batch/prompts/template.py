@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, nodes
+from jinja2 import StrictUndefined, TemplateError, Undefined, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -21,6 +21,10 @@ _FILTERS = (
     *("lower", "upper", "title", "capitalize", "trim", "replace", "default", "d", "length", "first", "last"),
     *("round", "int", "float", "abs", "string"),
 )
+_TESTS = (
+    *("defined", "undefined", "none", "true", "false", "boolean", "string", "number", "integer", "float", "in"),
+    *("eq", "equalto", "==", "ne", "!=", "lt", "lessthan", "<", "le", "<=", "gt", "greaterthan", ">", "ge", ">="),
+)
 _OWN_NAMES = ("self", "super", "caller", "loop", "varargs", "kwargs")
 _NODES = (
     *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.Const, nodes.If, nodes.CondExpr),
@@ -28,6 +32,17 @@ _NODES = (
     *(nodes.Add, nodes.Sub, nodes.Mul, nodes.Div, nodes.FloorDiv, nodes.Mod, nodes.Concat, nodes.Getitem),
     *(nodes.List, nodes.Tuple, nodes.Keyword),
 )
+
+
+class _Null(Undefined):
+    """A null cell: undefined, so that `default` replaces it and a text of it fails; false and unlike all else."""
+
+    __str__ = __iter__ = __len__ = Undefined._fail_with_undefined_error
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or isinstance(other, _Null)
+
+    __hash__ = Undefined.__hash__
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -41,6 +56,13 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise SecurityError(f"{operator} is for numbers")
         return super().call_binop(context, operator, left, right)
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """Return an item; never an attribute of that name, as Jinja does."""
+        try:
+            return obj[argument]
+        except (TypeError, LookupError):
+            return self.undefined(obj=obj, name=argument)
+
 
 class PromptTemplate:
     """A checked template. Raises: JobError that names the line and what is not allowed."""
@@ -53,6 +75,7 @@ class PromptTemplate:
             "replace": _replaced,
             "round": _rounded,
         }
+        environment.tests = {name: environment.tests[name] for name in _TESTS} | {"none": _is_null}
         environment.globals = {}
         try:
             tree = environment.parse(text)
@@ -75,9 +98,10 @@ class PromptTemplate:
 
     def render(self, values: Mapping[str, Any]) -> str:
         """Return the text of a row. Raises: ValueError with the reason if there is none."""
+        cells = {name: _null(name) if value is None else value for name, value in values.items()}
         try:
             parts, size = [], 0
-            for part in self._template.generate(values):
+            for part in self._template.generate(cells):
                 parts.append(part)
                 size += len(part)
                 if size > _MAX_RESULT:
@@ -96,10 +120,19 @@ def _check(node: nodes.Node, key: str) -> None:
         raise JobError(f"{key}: line {node.lineno}: {what} is not allowed in a template")
     if isinstance(node, nodes.Name) and node.name in _OWN_NAMES:
         raise JobError(f"{key}: line {node.lineno}: {node.name!r} is a name of Jinja's own")
-    if isinstance(node, nodes.Filter) and node.name not in _FILTERS:
-        raise JobError(
-            f"{key}: line {node.lineno}: the filter {node.name!r} is not there; there are {', '.join(_FILTERS)}"
-        )
+    for kind, word, known in ((nodes.Filter, "filter", _FILTERS), (nodes.Test, "test", _TESTS)):
+        if isinstance(node, kind) and node.name not in known:
+            raise JobError(
+                f"{key}: line {node.lineno}: the {word} {node.name!r} is not there; there are {', '.join(known)}"
+            )
+
+
+def _null(name: str) -> _Null:
+    return _Null(hint=f"{name!r} is null; {name} | default('...') would give it a text", name=name)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or isinstance(value, _Null)
 
 
 def _rounded(value: Any, precision: int = 0) -> float:
