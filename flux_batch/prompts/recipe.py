@@ -23,6 +23,7 @@ from flux_batch.prompts.samplers import (
     samplers_of,
 )
 from flux_batch.prompts.template import PromptTemplate
+from flux_batch.redaction import public_tree, public_uri
 
 # The file that rows without a file come from: their ids are `rows:0`, `rows:1`, ...
 ROWS = "rows"
@@ -69,7 +70,8 @@ class Recipe:
     def version(self) -> str:
         """A text that changes when other rows come of the recipe."""
         config = self._config
-        content = [config.samplers, config.template, config.design, config.rows, self._lines]
+        # Without signatures, which are new every day.
+        content = [public_tree(config.samplers), config.template, config.design, config.rows, self._lines]
         return blake2b(json.dumps(content, default=str).encode(), digest_size=12).hexdigest()
 
     def check_columns(self, columns: list[str], where: str) -> None:
@@ -118,7 +120,12 @@ class Recipe:
     def _read_lines(self, uri: str) -> list[str]:
         """Return the values of a file with one a line."""
         table = open_table(uri, self._config.storage_options)
+        lines = []
         rows = (row for part in table.split(1 << 20) for row in table.stream(part, {"prompt"}))
-        lines = [str(row["prompt"]) for row in rows if isinstance(row, dict) and row.get("prompt") is not None]
-        self._lines[uri] = lines
+        for number, row in enumerate(rows, start=1):
+            if isinstance(row, BadRow):
+                raise JobError(f"{public_uri(uri)}: value {number}, without blank lines: {row.reason}")
+            if row.get("prompt") is not None:
+                lines.append(str(row["prompt"]))
+        self._lines[public_uri(uri)] = lines
         return lines

@@ -56,7 +56,7 @@ class RowParser:
             return FailedRow(
                 row=row, id=default_id, prompt="", error_type="RowError", error_message=f"{default_id}: {values.reason}"
             )
-        row_id = _text(self._cell(values, "id")) or default_id
+        row_id = text_of(self._cell(values, "id")) or default_id
         passthrough = {name: values.get(name) for name in self._passthrough}
         try:
             prompt = self._prompt(values)
@@ -72,7 +72,7 @@ class RowParser:
             return FailedRow(
                 row=row,
                 id=row_id,
-                prompt=_text(self._cell(values, "prompt")),
+                prompt=text_of(self._cell(values, "prompt")),
                 error_type=type(error).__name__,
                 error_message=f"{default_id}: {error}",
                 passthrough=passthrough,
@@ -203,7 +203,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """Return the text of a cell: the same for 7, 7.0 and Decimal("7.00"), since a neighbour may decide which it is.
 
     A column of whole numbers comes out as floats if one of them is null. NaN is no text, like null.

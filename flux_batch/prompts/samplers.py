@@ -6,6 +6,7 @@ Knows the key `prompts.samplers` of the job file; does not know what the values 
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from flux_batch.errors import JobError, did_you_mean
+from flux_batch.prompts.rows import text_of
 
 _KINDS = ("choice", "uniform", "normal", "integer", "file", "by")
 # Draws are of 53 bits, exact in a float.
@@ -31,7 +33,7 @@ class _Choice:
     values: tuple[Any, ...]
     weights: tuple[float, ...]
 
-    @property
+    @cached_property
     def kind(self) -> pa.DataType:
         """The type that holds all values."""
         kinds = {type(value) for value in self.values if value is not None}
@@ -42,6 +44,16 @@ class _Choice:
     @cached_property
     def _bounds(self) -> list[float]:
         return list(accumulate(self.weights))
+
+    @cached_property
+    def takes_all(self) -> bool:
+        """Whether every value may be drawn."""
+        return all(self.weights)
+
+    def share_of(self, index: int) -> float:
+        """Return a share at which the value is that of an index."""
+        bounds = self._bounds
+        return ((bounds[index - 1] if index else 0.0) + bounds[index]) / 2 / bounds[-1]
 
     def value(self, share: float) -> Any:
         """Return the value at a share of the whole, from 0 to 1."""
@@ -80,7 +92,7 @@ class Dependent:
     by: str
     cases: Mapping[str, _Choice | _Spread]
 
-    @property
+    @cached_property
     def kind(self) -> pa.DataType:
         """The type that holds the values of all cases."""
         kinds = {case.kind for case in self.cases.values()}
@@ -122,9 +134,9 @@ def sampled(samplers: Mapping[str, Sampler], shares: Callable[[str], float], row
         case = sampler
         if isinstance(case, Dependent):
             key = values[case.by] if case.by in values else row.get(case.by)
-            if str(key) not in case.cases:
+            if text_of(key) not in case.cases:
                 raise ValueError(f"sampler {name} has no case for {case.by} = {key!r}; it has {', '.join(case.cases)}")
-            value = case.cases[str(key)].value(shares(name))
+            value = case.cases[text_of(key)].value(shares(name))
             values[name] = str(value) if pa.types.is_string(case.kind) and value is not None else value
         else:
             values[name] = case.value(shares(name))
@@ -133,7 +145,10 @@ def sampled(samplers: Mapping[str, Sampler], shares: Callable[[str], float], row
 
 def _sampler(path: str, value: Any, read_lines: Callable[[str], list[str]]) -> Sampler:
     if isinstance(value, Mapping) and "by" in value:
-        cases = {str(key): _simple(f"{path}.{key}", case, read_lines) for key, case in value.items() if key != "by"}
+        for key in value:
+            if isinstance(key, bool) or not isinstance(key, (str, int, float, type(None))):
+                raise JobError(f"{path}: the case {key!r} is neither a text nor a number: quote it")
+        cases = {text_of(key): _simple(f"{path}.{key}", case, read_lines) for key, case in value.items() if key != "by"}
         if not isinstance(value["by"], str) or not cases:
             raise JobError(f"{path}: must have `by`, a sampler or column, and a case for each of its values")
         return Dependent(value["by"], cases)
@@ -164,7 +179,11 @@ def _choice(path: str, values: Sequence[Any], weights: Sequence[Any]) -> _Choice
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
             raise JobError(f"{path}: {value!r} is neither a text nor a number; YAML reads yes and no so: quote them")
-    if not all(_is_number(weight) and weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
+    largest = 2**53 if any(isinstance(value, float) for value in values) else 2**63
+    for value in values:
+        if isinstance(value, int) and not -largest <= value < largest:
+            raise JobError(f"{path}: a whole number is too large; quote it to have it as text")
+    if not all(_is_number(weight) and weight >= 0 for weight in weights) or not 0 < sum(map(float, weights)) < math.inf:
         raise JobError(f"{path}: weights must be numbers of at least 0, and not all 0")
     return _Choice(tuple(values), tuple(float(weight) for weight in weights))
 
@@ -184,7 +203,8 @@ def _spread(path: str, kind: str, content: Any) -> _Spread:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    largest = sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def combinations(samplers: Mapping[str, Sampler]) -> int:
@@ -197,12 +217,11 @@ def grid_shares(samplers: Mapping[str, Sampler], number: int) -> Iterator[tuple[
     for name, sampler in reversed(list(samplers.items())):
         number, index = divmod(number, _num_values(name, sampler))
         assert isinstance(sampler, _Choice)
-        bounds = [0.0, *accumulate(sampler.weights)]
-        yield name, (bounds[index] + bounds[index + 1]) / 2 / bounds[-1]
+        yield name, sampler.share_of(index)
 
 
 def _num_values(name: str, sampler: Sampler) -> int:
-    if not isinstance(sampler, _Choice) or not all(sampler.weights):
+    if not isinstance(sampler, _Choice) or not sampler.takes_all:
         raise JobError(f"prompts.samplers.{name}: prompts.design: grid takes lists of values alone")
     return len(sampler.values)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from flux_batch.prompts.recipe import Recipe
 from flux_batch.prompts.source import PromptSource
 from flux_batch.prompts.template import PromptTemplate
 from flux_batch.records import FailedRow, ImageRequest
+from flux_batch.redaction import public_uri
 
 CATS: dict[str, Any] = {
     "animal": ["cat", "dog", "heron"],
@@ -130,6 +132,34 @@ def test_samplers_add_columns_to_the_rows_of_files(tmp_path: Path) -> None:
     assert "sampler breed has no case for animal = 'fox'; it has cat, dog" in fox.error_message
 
 
+def test_a_whole_number_is_one_case_whether_or_not_a_neighbour_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "size": 1}\n{"prompt": "a", "size": 1.0}\n')
+    config = PromptsConfig(uri=str(tmp_path / "p.jsonl"), samplers={"word": {"by": "size", 1: ["small"]}})
+
+    assert [row.passthrough["word"] for row in rows_of(config)[1]] == ["small", "small"]
+
+
+def test_a_list_in_a_file_is_text_or_refused_with_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_bytes(b"red\n\xff\xfe\nblue\n")
+
+    with pytest.raises(JobError, match=r"words\.txt: value 2, .*UTF-8"):
+        Recipe(PromptsConfig(rows=1, samplers={"prompt": {"file": str(tmp_path / "words.txt")}}))
+
+
+def test_the_version_of_a_recipe_is_that_of_its_lines_not_of_a_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["red", "blue"]
+    monkeypatch.setattr(Recipe, "_read_lines", lambda self, uri: self._lines.setdefault(public_uri(uri), list(words)))
+
+    def version(day: int) -> str:
+        address = f"https://bucket.example/words.txt?X-Amz-Signature={day}"
+        return Recipe(PromptsConfig(rows=1, samplers={"prompt": {"file": address}})).version
+
+    first = version(1)
+    assert version(2) == first
+    words.append("green")
+    assert version(2) != first
+
+
 @pytest.mark.parametrize(
     ("samplers", "words"),
     [
@@ -141,6 +171,10 @@ def test_samplers_add_columns_to_the_rows_of_files(tmp_path: Path) -> None:
         ({"a": {"uniform": [2, 1]}}, "uniform must be [low, high], and 1 is too small"),
         ({"a": {"normal": [0]}}, "normal must be [mean, standard deviation], two numbers"),
         ({"a": {"integer": [0.5, 1]}}, "integer must be [low, high], two whole numbers"),
+        ({"a": {"normal": [10**400, 1]}}, "normal must be [mean, standard deviation], two numbers"),
+        ({"a": [2**64]}, "prompts.samplers.a: a whole number is too large"),
+        ({"a": [2**60, 0.5]}, "prompts.samplers.a: a whole number is too large"),
+        ({"a": {"by": "b", date(2026, 1, 1): [1]}, "b": ["x"]}, "is neither a text nor a number: quote it"),
         ({"a": "x"}, "must be a list of values, or one of choice, uniform"),
         ({"a": {"by": "b", "x": [1]}, "b": {"by": "a", "1": ["x"]}}, "depend on each other in a circle"),
         ({"a": {"by": "c", "x": [1]}}, "by: 'c' is neither a sampler nor a column"),
@@ -159,6 +193,12 @@ def test_a_sampler_that_cannot_be_is_refused_by_name(samplers: dict[str, Any], w
         "{% for x in range(10) %}{% for y in range(10**9) %}{% endfor %}{% endfor %}",
         "{{ a.__class__.__mro__ }}",
         "{{ a['__class__'] }}",
+        "{{ a['upper'] }}",
+        "{{ '%300000000d' is odd }}",
+        "{{ a is divisibleby 2 }}",
+        "A {{ null }} dog",
+        "{{ null | upper }}",
+        "{{ 'a ' ~ null }}",
         "{{ a|attr('__class__') }}",
         "{{ range(10**9) }}",
         "{{ 'x' * 10000000000 }}",
@@ -183,8 +223,8 @@ def test_a_sampler_that_cannot_be_is_refused_by_name(samplers: dict[str, Any], w
 def test_a_hostile_template_gives_one_sentence_and_no_prompt(template: str) -> None:
     def render() -> None:
         checked = PromptTemplate(template)
-        checked.check_names(["a"])
-        checked.render({"a": "x"})
+        checked.check_names(["a", "null"])
+        checked.render({"a": "x", "null": None})
 
     with pytest.raises((JobError, ValueError)) as caught:
         render()
@@ -200,10 +240,15 @@ def test_a_hostile_template_gives_one_sentence_and_no_prompt(template: str) -> N
         ("{% if a == 'x' %}yes{% else %}no{% endif %}", "yes"),
         ("{{ a|upper }} {{ 2.567|round(1) }} {{ none_|default('-') }}", "X 2.6 -"),
         ("{{ n }} < & ' \"", "3 < & ' \""),
+        (
+            "{{ null|default('grey') }} {{ 'a' if null else 'b' }} {{ null is none }} {{ null == 'x' }}",
+            "grey b True False",
+        ),
+        ("{{ n is number and n is not none and n is gt 2 and 'x' in a }}", "True"),
     ],
 )
 def test_templates_do_what_they_are_for(template: str, text: str) -> None:
-    assert PromptTemplate(template).render({"a": "x", "n": 3}) == text
+    assert PromptTemplate(template).render({"a": "x", "n": 3, "null": None}) == text
 
 
 def test_a_recipe_stands_in_the_identity_of_a_job_and_needs_a_source() -> None:
