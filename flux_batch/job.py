@@ -32,7 +32,7 @@ from flux_batch.resume import close_run, draft_run, finished, open_run, read_sta
 from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.store import Store
 from flux_batch.worker.protocol import ImagePipeline
-from flux_batch.worker.settled_precision import with_dtype_of_run
+from flux_batch.worker.settled_precision import with_model_of_run
 from flux_batch.worker.worker import WorkerFactory
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(
     stop = stop or Stop()
     policy = RetryPolicy().ended_by(stop.check, partial(stop.check, config.failures.drain_s))
     store = Store(config.output.uri, config.output.storage_options, policy)
-    config = with_dtype_of_run(store, config)
+    config = with_model_of_run(store, config)
     report = finished(config, store, extend=extend)
     if report and not (retry_failed and report.num_failed):
         return report

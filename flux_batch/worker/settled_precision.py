@@ -52,15 +52,17 @@ def load_settled(
     return pipeline, settled
 
 
-def with_dtype_of_run(store: Store, config: JobConfig) -> JobConfig:
-    """Return a job without a dtype with the one it had when its run began. Raises: StoreError, JobError."""
-    if config.model.dtype != "auto":
+def with_model_of_run(store: Store, config: JobConfig) -> JobConfig:
+    """Return a job with the dtype and `compile` of its run's beginning for `auto`. Raises: StoreError, JobError."""
+    open_keys = [key for key in ("dtype", "compile") if getattr(config.model, key) == "auto"]
+    if not open_keys:
         return config
     try:
         before = JobConfig.from_yaml(store.read(JOB).decode(), origin=store.url(JOB))
     except NotFound:
         return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": before.model.dtype})})
+    chosen = {key: getattr(before.model, key) for key in open_keys}
+    return config.model_copy(update={"model": config.model.model_copy(update=chosen)})
 
 
 def settled_job(store: Store, config: JobConfig) -> JobConfig:

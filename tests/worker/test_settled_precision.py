@@ -16,9 +16,9 @@ from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted, PlanMismatch, StoreError
 from flux_batch.job import run
 from flux_batch.output.gc import find_leftovers
-from flux_batch.output.paths import PRECISION, RunFolder
+from flux_batch.output.paths import JOB, PRECISION, RunFolder
 from flux_batch.storage.store import Store
-from flux_batch.worker.settled_precision import load_settled, settled_model
+from flux_batch.worker.settled_precision import load_settled, settled_model, with_model_of_run
 from helpers.fakes import FakePipeline
 from helpers.job_files import make_job
 
@@ -144,3 +144,15 @@ def test_a_job_may_name_the_settled_dtype_and_no_other(tmp_path: Path) -> None:
     with pytest.raises(PlanMismatch, match=r"model\.dtype: 'float32' -> 'bfloat16'"):
         run(make_job(tmp_path, model={"dtype": "bfloat16"}), engine=LocalEngine(), make_pipeline=machine("bfloat16"))
     run(make_job(tmp_path, model={"dtype": "float32"}), engine=LocalEngine(), make_pipeline=machine("bfloat16"))
+
+
+def test_a_run_keeps_the_compile_it_began_with_where_the_job_says_none(tmp_path: Path, store: Store) -> None:
+    config = make_job(tmp_path)
+    before, now, other = (
+        config.model_copy(update={"model": config.model.model_copy(update={"compile": value})})
+        for value in (False, "auto", True)
+    )
+    store.write(JOB, before.to_yaml().encode())
+
+    assert with_model_of_run(store, now).identity() == before.identity()
+    assert with_model_of_run(store, other).model.compile is True
