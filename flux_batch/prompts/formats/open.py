@@ -59,6 +59,7 @@ _MAGICS = {
     b"%PDF": "pdf",
     b"\xd0\xcf\x11\xe0": "xls",
 }
+_TEXTS = ("txt", "csv", "tsv")
 _TAR_MAGIC, _TAR_MAGIC_END = b"ustar", 262
 # The longest line by which JSON Lines are told from one object.
 _LONG_LINE = 1 << 24
@@ -97,7 +98,8 @@ def _format_of_query(uri: str) -> str:
 def _format(file: PromptBytes, name: str) -> str:
     """Return the format of a file: by its first bytes, or else its name, or else the look of its text."""
     for magic, kind in _MAGICS.items():
-        if file.head.startswith(magic):
+        # Three letters are the beginning of a text, too: "ORC warrior".
+        if file.head.startswith(magic) and not (kind == "orc" and name in _TEXTS):
             return kind
     if name in ("jsonl", "ndjson"):
         return "json" if _begins_array_of_rows(file.head) else name

@@ -155,6 +155,12 @@ def test_no_bytes_are_no_rows_and_no_columns_that_matter(tmp_path: Path, suffix:
         assert list(open_table(str(tmp_path / name), {}).split(4)) == []
 
 
+def test_a_text_may_begin_like_orc(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("ORC warrior\nan elf\n")
+
+    assert [row["prompt"] for row in read_all(tmp_path / "p.txt", 3)] == ["ORC warrior", "an elf"]
+
+
 def damaged(data: bytes, seed: int) -> bytes:
     """Return data with bytes cut off, overwritten, put in or taken out."""
     random, changed = Random(seed), bytearray(data)
