@@ -79,7 +79,7 @@ def run(
         if todo:
             log.info("%s: %d of %d shards to do, output: %s", config.name, len(todo), len(plan.shards), store.uri)
             make_pipeline = make_pipeline or partial(load_pipeline, num_gpus=here.workers.num_gpus)
-            factory = WorkerFactory(here, len(plan.shards), plan.passthrough, make_pipeline)
+            factory = WorkerFactory(here, len(plan.shards), plan.passthrough, make_pipeline, plan.rules)
             _render(engine or ray_pool(here), factory, todo, stop, progress)
         return close_run(here, store, plan, progress)
 

@@ -99,7 +99,7 @@ def _saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Pla
     try:
         saved_job = JobConfig.from_yaml(store.read(JOB).decode(), origin=store.url(JOB))
         check_same_job(settled_job(store, saved_job), settled_job(store, config))
-        files = PromptSource(config.prompts).files(rules_of_plan(saved))
+        files = PromptSource(config.prompts, rules_of_plan(saved)).files()
         return Plan.from_parquet(saved, files, new_files=extend)
     except PlanMismatch:
         if _written(store):

@@ -143,9 +143,9 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
 
     Returns: the very same plan if no file is new. Raises: SourceError; PlanMismatch if the new files do not fit.
     """
-    source = PromptSource(prompts)
+    source = PromptSource(prompts, plan.rules)
     planned = {file.name for file in plan.files}
-    listing = source.listing(plan.rules)
+    listing = source.listing()
     files = [file for file in listing.files if file.name not in planned]
     if not files:
         return plan

@@ -151,7 +151,7 @@ class _Truncation:
 
 
 def _rows(config: JobConfig, plan: Plan) -> Iterator[ImageRequest | FailedRow]:
-    source = PromptSource(config.prompts)
+    source = PromptSource(config.prompts, plan.rules)
     for shard in plan.shards:
         yield from source.read(shard, config.sampling, config.model.loras)
 

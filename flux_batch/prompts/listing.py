@@ -22,6 +22,8 @@ from flux_batch.storage.store import open_filesystem
 # The rules by which files are left out; a run keeps to those it was planned by. 1: hidden by their own names alone,
 # and four formats.
 LISTING_RULES = 2
+# The first rules by which folders such as `year=2026` are columns.
+PARTITION_RULES = 2
 _FORMATS_OF_RULES_1 = ("parquet", "jsonl", "csv", "txt")
 # Enough to notice an edit of a file whose store has no checksum, at the price of two small reads.
 _SAMPLED_BYTES = 64 * 1024

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from threading import Lock
-from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -20,7 +19,7 @@ from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, S
 from flux_batch.errors import SourceError, did_you_mean
 from flux_batch.prompts.formats.open import open_table
 from flux_batch.prompts.formats.table import BadRow, Row, RowRange, Table, ranges_of
-from flux_batch.prompts.listing import LISTING_RULES, Listing, PromptFile, list_prompts
+from flux_batch.prompts.listing import LISTING_RULES, PARTITION_RULES, Listing, PromptFile, list_prompts
 from flux_batch.prompts.recipe import ROWS, Recipe
 from flux_batch.prompts.rows import RowParser
 from flux_batch.records import FailedRow, FileRange, ImageRequest, Shard
@@ -49,25 +48,26 @@ _NEAR_NAMES = {
 
 
 class PromptSource:
-    """The prompts of a job, as the job file describes them."""
+    """The prompts of a job, as the job file describes them; `rules` are those by which its files are listed."""
 
-    def __init__(self, config: PromptsConfig) -> None:
+    def __init__(self, config: PromptsConfig, rules: int = LISTING_RULES) -> None:
         self._config = config
+        self._rules = rules
         self._options = config.storage_options
         self._recipe = Recipe(config)
         self._schemas: dict[str, pa.Schema] = {}
         self._lock = Lock()
 
-    def files(self, rules: int = LISTING_RULES) -> tuple[PromptFile, ...]:
+    def files(self) -> tuple[PromptFile, ...]:
         """Return the files in a fixed order. Raises: SourceError if a file is missing or nothing is found."""
-        return self.listing(rules).files
+        return self.listing().files
 
-    def listing(self, rules: int = LISTING_RULES) -> Listing:
+    def listing(self) -> Listing:
         """Return the files and the names of those left out. Raises: SourceError, see list_prompts."""
         if not self._config.uri:
             recipe = self._recipe
             return Listing((PromptFile(uri=ROWS, name=ROWS, size=recipe.num_rows, version=recipe.version),), {})
-        return list_prompts(self._config.uri, self._options, rules)
+        return list_prompts(self._config.uri, self._options, self._rules)
 
     def split(self, file: PromptFile, num_rows: int) -> list[RowRange]:
         """Return one file cut into row ranges. Raises: SourceError if a column of the job file is not in it."""
@@ -110,7 +110,7 @@ class PromptSource:
         row = 0
         for piece, values in self._rows_of(shard):
             parser = RowParser(self._config, sampling, piece.uri, loras)
-            partitions = _partitions(piece.name)
+            partitions = self._partitions(piece.name)
             found = 0
             for found, each in enumerate(values, start=1):
                 number = piece.start + found - 1
@@ -165,12 +165,21 @@ class PromptSource:
             return self._recipe.schema
         if known is None:
             known = self._table(file.uri).schema()
-            for name in _partitions(file.name):
+            for name in self._partitions(file.name):
                 if name not in known.names:
                     known = known.append(pa.field(name, pa.string()))
             with self._lock:
                 self._schemas[file.uri] = known
         return known
+
+    def _partitions(self, name: str) -> dict[str, str | None]:
+        """Return the columns that the folders of a file name, as Hive does: `year=2026/part-0.parquet`."""
+        if self._rules < PARTITION_RULES:
+            return {}
+        pairs = (folder.partition("=") for folder in name.split("/")[:-1])
+        found = {key: None if value == _HIVE_NULL else unquote(value) for key, sign, value in pairs if sign and key}
+        found.pop(self._config.columns.get("id", "id"), None)  # it would be that of every row
+        return found
 
     def _table(self, uri: str) -> Table:
         return open_table(uri, self._options)
@@ -202,9 +211,3 @@ def _column(schema: pa.Schema, name: str, uri: str, named_by: str) -> pa.DataTyp
     hint = f"; did you mean {near!r}?" if near else did_you_mean(name, schema.names)
     names = ", ".join(schema.names[:20]) + (", ..." if len(schema.names) > 20 else "")
     raise SourceError(f"{uri}: no column {name!r}{advice}{hint or f'; it has {names}'}")
-
-
-def _partitions(name: str) -> dict[str, Any]:
-    """Return the columns that the folders of a file name, as Hive does: `year=2026/part-0.parquet`."""
-    pairs = (folder.partition("=") for folder in name.split("/")[:-1])
-    return {key: None if value == _HIVE_NULL else unquote(value) for key, sign, value in pairs if sign and key}

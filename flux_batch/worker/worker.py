@@ -33,6 +33,7 @@ from flux_batch.output.paths import RunFolder
 from flux_batch.output.staging import Staging
 from flux_batch.prompts.access import RowLoras
 from flux_batch.prompts.input_images import load_image
+from flux_batch.prompts.listing import LISTING_RULES
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import Attempt, Commit, FailedRow, InputImage, Shard
 from flux_batch.storage.retry import RetryPolicy
@@ -67,6 +68,7 @@ class WorkerFactory:
     num_shards: int
     passthrough: pa.Schema
     make_pipeline: Callable[[ModelConfig], ImagePipeline]
+    rules: int = LISTING_RULES
 
     def open(self) -> Worker:
         """Load the model and open the output, after removing the local files of killed workers."""
@@ -86,7 +88,7 @@ class Worker:
         self._heartbeat = Heartbeat()
         self._stopping = threading.Event()
         self._drained = math.inf  # when a stop ends requests too
-        self._source = PromptSource(config.prompts)
+        self._source = PromptSource(config.prompts, factory.rules)
         self._pipeline = pipeline
         self._store = Store(
             config.output.uri,

@@ -203,7 +203,7 @@ def test_a_plan_of_the_first_version_goes_on_as_it_was(tmp_path: Path) -> None:
         write_prompts(tmp_path / name, 3)
     (tmp_path / "c.tsv").write_text("prompt\na\n")
     config = prompts(tmp_path)
-    files = {file.name: file for file in PromptSource(config).files(rules=1)}
+    files = {file.name: file for file in PromptSource(config, rules=1).files()}
     old = Plan(
         shards=tuple(
             Shard(index=index, parts=(FileRange(uri=files[name].uri, name=name, start=0, num_rows=3),))
@@ -217,7 +217,7 @@ def test_a_plan_of_the_first_version_goes_on_as_it_was(tmp_path: Path) -> None:
 
     assert list(files) == ["_x/b.parquet", "a.parquet"]
     assert rules_of_plan(data) == 1
-    assert Plan.from_parquet(data, PromptSource(config).files(rules_of_plan(data))) == old
+    assert Plan.from_parquet(data, PromptSource(config, rules_of_plan(data)).files()) == old
     assert extended(old, config, 4) is old
 
 

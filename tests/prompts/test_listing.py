@@ -160,6 +160,17 @@ def test_partitions_are_columns(tmp_path: Path) -> None:
     assert [row.seeds[0] == 5 for row in rows if isinstance(row, ImageRequest)] == [True, False]
 
 
+def test_partitions_are_no_ids_and_no_columns_of_a_run_begun_before_them(tmp_path: Path) -> None:
+    fill(tmp_path, "id=7/seed=5/p.txt")
+    config = PromptsConfig(uri=str(tmp_path))
+    (shard,) = make_plan(config, 4).shards
+
+    new, old = ([*PromptSource(config, rules).read(shard, SamplingConfig())] for rules in (2, 1))
+
+    assert new[0].id == old[0].id == f"{shard.parts[0].name}:0"
+    assert [row.seeds[0] == 5 for row in (*new, *old) if isinstance(row, ImageRequest)] == [True, False]
+
+
 @pytest.mark.parametrize("encoding", ["", "gzip"])
 @pytest.mark.parametrize("path", ["/p.csv", "/export?format=csv&key=1", "/rows.jsonl?sig=1"])
 def test_an_answer_of_a_web_server_that_does_not_say_how_long_it_is(path: str, encoding: str) -> None:
