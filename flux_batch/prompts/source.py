@@ -72,6 +72,7 @@ class PromptSource:
     def split(self, file: PromptFile, num_rows: int) -> list[RowRange]:
         """Return one file cut into row ranges. Raises: SourceError if a column of the job file is not in it."""
         if not self._config.uri:
+            self._check_fields(self._recipe.made, "prompts.samplers")
             return ranges_of(self._recipe.num_rows, num_rows)
         ranges = list(self._table(file.uri).split(num_rows))
         if ranges:  # a text file without rows has no columns either
@@ -187,18 +188,21 @@ class PromptSource:
     def _check_columns(self, file: PromptFile) -> None:
         schema = self.schema(file)
         self._recipe.check_columns(schema.names, file.uri)
-        schema = pa.schema([*schema, *self._recipe.made])
+        self._check_fields(pa.schema([*schema, *self._recipe.made]), file.uri)
+        for name in RowParser(self._config, SamplingConfig()).columns:
+            if schema.names.count(name) > 1:
+                raise SourceError(f"{file.uri}: column {name!r} stands twice in the header")
+
+    def _check_fields(self, schema: pa.Schema, where: str) -> None:
+        """Raise SourceError for a field whose column is not there, or prompts that are no text."""
         wanted = {"prompt": self._config.columns.get("prompt", "prompt"), **self._config.columns}
         kinds = {}
         for field, column in wanted.items():
             named_by = f"prompts.columns.{field}" if field in self._config.columns else ""
-            kinds[field] = _column(schema, column, file.uri, named_by)
+            kinds[field] = _column(schema, column, where, named_by)
         kind = kinds["prompt"]
         if not (is_text(kind) or pa.types.is_null(kind)):
-            raise SourceError(f"{file.uri}: column {wanted['prompt']!r} holds {kind}, but prompts must be text")
-        for name in RowParser(self._config, SamplingConfig()).columns:
-            if self.schema(file).names.count(name) > 1:
-                raise SourceError(f"{file.uri}: column {name!r} stands twice in the header")
+            raise SourceError(f"{where}: column {wanted['prompt']!r} holds {kind}, but prompts must be text")
 
 
 def _column(schema: pa.Schema, name: str, uri: str, named_by: str) -> pa.DataType:

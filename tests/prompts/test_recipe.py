@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from flux_batch.config.schema import JobConfig, PromptsConfig, SamplingConfig
-from flux_batch.errors import JobError
+from flux_batch.errors import JobError, SourceError
 from flux_batch.plan.plan import Plan, make_plan
 from flux_batch.prompts.recipe import Recipe
 from flux_batch.prompts.source import PromptSource
@@ -137,6 +137,11 @@ def test_a_whole_number_is_one_case_whether_or_not_a_neighbour_is_missing(tmp_pa
     config = PromptsConfig(uri=str(tmp_path / "p.jsonl"), samplers={"word": {"by": "size", 1: ["small"]}})
 
     assert [row.passthrough["word"] for row in rows_of(config)[1]] == ["small", "small"]
+
+
+def test_columns_that_no_sampler_has_are_refused_without_files_too() -> None:
+    with pytest.raises(SourceError, match=r"no column 'wwww', which prompts\.columns\.width names"):
+        make_plan(recipe(columns={"width": "wwww"}), 7)
 
 
 def test_a_list_in_a_file_is_text_or_refused_with_file_and_line(tmp_path: Path) -> None:

@@ -99,13 +99,13 @@ def _parsed(
 
 
 def _unclosed(source: _Lines, names: list[str], number_of_first: Callable[[], int]) -> BadRow | None:
-    """Return the bad row of an unclosed quote, and put back lines that are rows."""
+    """Return the bad row of an unclosed quote, and put back lines that are rows; the last may open the next quote."""
     (_, first), *others = source.taken
     if not others:
         return None
     last = number_of_first() + source.num_read - 1
     number = last - len(others)
-    if all(_is_row(line, names) for _, line in others):
+    if all(_is_row(line, names) for _, line in (others[:-1] or others)):
         source.put_back(others)
         shown = first.decode("utf-8", "replace").strip()[:80]
         return BadRow(f"line {number}: a quote is opened and not closed: {shown}")

@@ -6,7 +6,7 @@ import json
 import tarfile
 from collections.abc import Collection, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -28,12 +28,22 @@ class TarTable:
 
     def schema(self) -> pa.Schema:
         """Return the columns after reading the whole file."""
-        return schema_of_rows(row for _, row in self._records(0))
+        return schema_of_rows(row for _, _, row in self._records(0))
 
     def split(self, num_rows: int) -> Iterator[RowRange]:
-        """Yield ranges of `num_rows` that cover the file; the last may be shorter."""
+        """Yield ranges of `num_rows` that cover the file; the last may be shorter.
+
+        Raises: SourceError for a key whose members do not follow each other: they would be rows of one id.
+        """
         start = offset = count = 0
-        for at, _ in self._records(0):
+        met: set[str] = set()
+        for at, key, _ in self._records(0):
+            if key in met:
+                raise SourceError(
+                    f"{self._file.uri}: the members of {key!r} do not follow each other, or are there twice; write it "
+                    "with tar --sort=name"
+                )
+            met.add(key)
             if count == 0:
                 offset = at
             count += 1
@@ -45,23 +55,33 @@ class TarTable:
 
     def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
         """Yield the rows of a range one by one."""
-        for _, row in islice(self._records(rows.offset), rows.num_rows):
+        for _, _, row in islice(self._records(rows.offset), rows.num_rows):
             yield row
 
-    def _records(self, offset: int) -> Iterator[tuple[int, Row | BadRow]]:
-        """Yield the first member's byte and the row of each key from `offset` on."""
+    def _records(self, offset: int) -> Iterator[tuple[int, str, Row | BadRow]]:
+        """Yield the first member's byte, the key and the row of each key from `offset` on."""
         with self._file.open_decompressed() as file:
             skip_to(file, offset)
             try:
-                with tarfile.open(fileobj=file, mode="r|") as tar:
-                    yield from ((offset + at, row) for at, row in _rows(tar))
+                with tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar:
+                    yield from ((offset + at, key, row) for at, key, row in _rows(tar))
             except tarfile.TarError as error:
                 raise SourceError(f"{self._file.uri}: not a readable tar: {one_line(error)}") from error
 
 
-def _rows(tar: tarfile.TarFile) -> Iterator[tuple[int, Row | BadRow]]:
-    at, row = 0, None
-    key: str | None = None
+class _Member(tarfile.TarInfo):
+    """A member whose header is whole; the module takes half a header for the end of the file."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Read a header. Raises: ReadError if the file ends within it."""
+        if 0 < len(buf) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("the file ends within a header")
+        return super().frombuf(buf, encoding, errors)
+
+
+def _rows(tar: tarfile.TarFile) -> Iterator[tuple[int, str, Row | BadRow]]:
+    at, row, key = 0, None, ""
     for member in tar:
         folder, slash, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
@@ -69,13 +89,13 @@ def _rows(tar: tarfile.TarFile) -> Iterator[tuple[int, Row | BadRow]]:
             continue
         if folder + slash + stem != key:
             if row is not None:
-                yield at, row
+                yield at, key, row
             key, at, row = folder + slash + stem, member.offset, None
         found = _member(tar, member, suffix.lower())
         if found is not None:
             row = _joined(row or {"id": key}, found)
     if row is not None:
-        yield at, row
+        yield at, key, row
 
 
 def _joined(row: Row | BadRow, found: Row | BadRow) -> Row | BadRow:

@@ -75,6 +75,19 @@ def test_rows_between_two_stray_quotes_are_not_lost(tmp_path: Path, num_rows: in
 
 
 @NUM_ROWS
+def test_rows_between_the_stray_quotes_of_two_rows_are_not_lost(tmp_path: Path, num_rows: int) -> None:
+    found = read(tmp_path, 'prompt,seed\n"a dog,3\na bird,4\na fish,5\n"a cat,6\nan owl,7\n', num_rows)
+
+    assert [row["seed"] if isinstance(row, dict) else row.reason[:6] for row in found] == [
+        "line 2",
+        "4",
+        "5",
+        "line 5",
+        "7",
+    ]
+
+
+@NUM_ROWS
 def test_lines_that_a_quote_takes_in_and_that_are_no_rows_are_named(tmp_path: Path, num_rows: int) -> None:
     found = read(tmp_path, 'prompt,seed\nx,1\n"a dog,3\nhalf a line\n"again",4\ny,2\n', num_rows)
 

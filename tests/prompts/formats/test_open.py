@@ -155,6 +155,17 @@ def test_no_bytes_are_no_rows_and_no_columns_that_matter(tmp_path: Path, suffix:
         assert list(open_table(str(tmp_path / name), {}).split(4)) == []
 
 
+def test_a_tar_whose_keys_are_scattered_or_whose_end_is_cut_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "p.tar", {"0.txt": b"a", "1.txt": b"b", "0.json": b"{}"})
+    with pytest.raises(SourceError, match=r"p\.tar: the members of '0' do not follow each other"):
+        read_all(tmp_path / "p.tar", 3)
+
+    write_tar(tmp_path / "q.tar", {"0.txt": b"a", "1.txt": b"b"})
+    (tmp_path / "q.tar").write_bytes((tmp_path / "q.tar").read_bytes()[: 2 * 512 + 100])
+    with pytest.raises(SourceError, match=r"q\.tar: not a readable tar: the file ends within a header"):
+        read_all(tmp_path / "q.tar", 3)
+
+
 def test_a_text_may_begin_like_orc(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("ORC warrior\nan elf\n")
 
