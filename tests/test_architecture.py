@@ -339,6 +339,8 @@ def test_riddles_are_found(tmp_path: Path, docstring: str, is_riddle: bool) -> N
         ("flux_batch.job", ["torch", "ray", "transformers"]),
         ("flux_batch.bench.command", ["torch", "ray", "numpy", "pyarrow", "pydantic", "diffusers"]),
         ("flux_batch.worker.worker", ["torch", "ray", "transformers"]),
+        ("flux_batch.plan.memory", ["torch", "ray", "transformers"]),
+        ("flux_batch.plan.survey", ["torch", "ray", "transformers"]),
         ("flux_batch.mapper", ["torch", "ray", "transformers"]),
         ("flux_batch.download.models", ["torch", "ray", "transformers", "huggingface_hub", "pyarrow"]),
         ("flux_batch.output.commits", ["torch", "ray"]),

@@ -14,7 +14,6 @@ from flux_batch.errors import FluxBatchError
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
 from flux_batch.model.checkpoint.detect import PART_TITLES, find_parts, parts_of
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, weight_bytes
-from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.model.params import Shapes
 from flux_batch.sampling_params import num_image_tokens
 
@@ -95,7 +94,11 @@ def _expected_dtype(config: JobConfig) -> str:
     """Return the dtype of the job; for `auto` bfloat16, as GPUs of today take it, or this CPU's own without GPUs."""
     if config.model.dtype != "auto":
         return config.model.dtype
-    return "bfloat16" if config.workers.num_gpus else dtype_name(native_dtype("cpu"))
+    if config.workers.num_gpus:
+        return "bfloat16"
+    from flux_batch.model.optimize.dtypes import dtype_name, native_dtype  # torch: seconds of imports
+
+    return dtype_name(native_dtype("cpu"))
 
 
 def _batch_size_of(config: JobConfig) -> int:

@@ -47,7 +47,7 @@ class _Choice:
 
     @cached_property
     def takes_all(self) -> bool:
-        """Whether every value may be drawn."""
+        """True if every value may be drawn."""
         return all(self.weights)
 
     def share_of(self, index: int) -> float:

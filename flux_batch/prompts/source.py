@@ -194,7 +194,7 @@ class PromptSource:
                 raise SourceError(f"{file.uri}: column {name!r} stands twice in the header")
 
     def _check_fields(self, schema: pa.Schema, where: str) -> None:
-        """Raise SourceError for a field whose column is not there, or prompts that are no text."""
+        """Raise SourceError for a missing column, or prompts that are not text."""
         wanted = {"prompt": self._config.columns.get("prompt", "prompt"), **self._config.columns}
         kinds = {}
         for field, column in wanted.items():

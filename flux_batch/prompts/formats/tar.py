@@ -59,7 +59,7 @@ class TarTable:
             yield row
 
     def _records(self, offset: int) -> Iterator[tuple[int, str, Row | BadRow]]:
-        """Yield the first member's byte, the key and the row of each key from `offset` on."""
+        """Yield the first byte, the key and the row of each, from `offset` on."""
         with self._file.open_decompressed() as file:
             skip_to(file, offset)
             try:
@@ -70,7 +70,7 @@ class TarTable:
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose header is whole; the module takes half a header for the end of the file."""
+    """A member with a whole header; the module takes half a one for the end of the file."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
