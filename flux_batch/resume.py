@@ -10,10 +10,11 @@ from dataclasses import replace
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.revision import model_revision
-from flux_batch.errors import AlreadyExists, JobError, NotFound, PlanMismatch
+from flux_batch.errors import AlreadyExists, JobError, NotFound, PlanMismatch, StoreError
 from flux_batch.output.card import card
 from flux_batch.output.commits import Commits
 from flux_batch.output.formats import format_for
+from flux_batch.output.gc import unfinished_uploads
 from flux_batch.output.paths import CARD, JOB, METADATA, PLAN, PRECISION, REPORT, STAGING, SUCCESS, TRAIN, RunFolder
 from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.output.staging import Staging
@@ -34,7 +35,7 @@ def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunRep
     if plan is None or (extend and extended(plan, config.prompts, config.output.shard_size) is not plan):
         return None
     todo, progress = read_state(plan, store)
-    if todo or store.list(STORE_TMP) or store.unfinished_uploads():  # the last writer was killed during a write
+    if todo or store.list(STORE_TMP) or unfinished_uploads(store):  # the last writer was killed during a write
         return None
     if extend:
         log.info("%s: no prompt file is new", config.name)
@@ -153,8 +154,11 @@ def _clear_scratch(store: Store) -> None:
     """Remove the half-written files of killed processes; a live process whose file is removed writes it again."""
     for key in store.list(STORE_TMP):
         store.delete(key)
-    for upload in store.unfinished_uploads():
-        store.abort(upload)
+    for upload in unfinished_uploads(store):
+        try:
+            store.abort(upload)
+        except StoreError as error:  # a policy of the bucket may deny it, and the run is done without it
+            log.warning("the parts of an upload remain, `flux-batch gc` tries again: %s", error)
 
 
 def _report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport:

@@ -33,10 +33,11 @@ from flux_batch.output.paths import (
     TRAIN,
     RunFolder,
     commit_file,
+    is_of_run,
 )
 from flux_batch.output.revert import remove_shard
 from flux_batch.storage.multipart import Upload
-from flux_batch.storage.store import STORE_TMP
+from flux_batch.storage.store import STORE_TMP, Store
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +70,17 @@ def find_leftovers(run: RunFolder) -> Iterator[_Leftover]:
     done = Commits(run).done()
     yield from _unknown_files(run)
     yield from (_Leftover(key, "half-written") for key in run.store.list(STORE_TMP))
-    for upload in run.store.unfinished_uploads():
+    for upload in unfinished_uploads(run.store):
         yield _Leftover(run.store.key_of(upload), "half-written", upload=upload)
     yield from _staged(run, done)
     for folder in (METADATA, FAILED):
         yield from _tables(run, folder, done)
     yield from _data_files(run, done)
+
+
+def unfinished_uploads(store: Store) -> list[Upload]:
+    """Return the uploads in parts of a run's own objects that were not completed."""
+    return [upload for upload in store.unfinished_uploads() if is_of_run(store.key_of(upload))]
 
 
 def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Sequence[_Leftover]) -> int:

@@ -74,6 +74,11 @@ def is_within(path: str, *folders: str) -> bool:
     return any(path.startswith(f"{folder}/") for folder in folders) and ".." not in path.split("/")
 
 
+def is_of_run(key: str) -> bool:
+    """Return whether a run writes under this key; other tools, and runs further below, may share its folder."""
+    return key in (CARD, SUCCESS) or is_within(key, TRAIN, METADATA, RUN)
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """The folder of a run and the number of its shards, which decides their names."""

@@ -20,12 +20,13 @@ import pytest
 from flux_batch.cli import main
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
-from flux_batch.errors import JobError, StoreError
+from flux_batch.errors import JobError, StoreError, StoreRefused
 from flux_batch.job import run
 from flux_batch.output.lease import Lease
 from flux_batch.output.paths import metadata_file
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify import format_verdict, repair, verify
+from flux_batch.storage.multipart import Upload
 from flux_batch.storage.store import Store
 from helpers.fakes import FakePipeline
 from helpers.job_files import data_files, make_job
@@ -127,13 +128,19 @@ def test_a_run_in_a_bucket_is_read_too(tmp_path: Path, s3_store: Bucket) -> None
 
 
 def test_parts_that_a_killed_writer_left_are_found_and_aborted(
-    tmp_path: Path, moto: S3Server, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, moto: S3Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = {"uri": f"{moto.make_bucket()}/run", "storage_options": moto.storage_options}
     config = make_job(tmp_path, ROWS, output=output, failures={"max_ratio": 1.0})
     finish(config)
     store = Store(config.output.uri, config.output.storage_options)
     bucket, _, key = f"{store.uri}/train/00001.tar".removeprefix("s3://").partition("/")
+    foreign = ["nested/train/00001.tar", "notes.bin"]  # of a run further below, and of another tool
+    for other in foreign:
+        store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key.replace("train/00001.tar", other))
+    epochs = store.list("_run/lease")
+    finish(config)
+    assert store.list("_run/lease") == epochs
     for _ in range(2):
         store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
     half_written = "train/00001.tar: half-written; `flux-batch gc` removes it"
@@ -147,8 +154,16 @@ def test_parts_that_a_killed_writer_left_are_found_and_aborted(
     assert verify(store).problems == []
 
     store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "abort", denied)
+        finish(config)
+    assert len(store.unfinished_uploads()) == 3
     finish(config)
-    assert list(store.unfinished_uploads()) == []
+    assert [store.key_of(upload) for upload in store.unfinished_uploads()] == foreign
+
+
+def denied(store: Store, upload: Upload) -> None:
+    raise StoreRefused(f"{store.key_of(upload)}: AccessDenied")
 
 
 # --- damage to the files of a shard
