@@ -256,12 +256,16 @@ def _validate(arguments: argparse.Namespace) -> int:
 def _preview(arguments: argparse.Namespace) -> int:
     from flux_batch.job import preview
     from flux_batch.report.gallery.write import format_gallery, write_gallery
+    from flux_batch.storage.store import Store
 
     if not 1 <= arguments.rows <= _MAX_PREVIEW:
         raise JobError(f"--rows {arguments.rows}: must be from 1 to {_MAX_PREVIEW}")
-    store = preview(_load_job(arguments), arguments.rows)
+    report = preview(_load_job(arguments), arguments.rows)
+    store = Store(report.output)
     _print(format_gallery(store, write_gallery(store, _MAX_PREVIEW)))
-    return 0
+    if report.exit_code:
+        _print(_summary(report))
+    return report.exit_code
 
 
 def _status(arguments: argparse.Namespace) -> int:

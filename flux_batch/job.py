@@ -86,8 +86,8 @@ def run(
 
 def preview(
     config: JobConfig, num_rows: int, *, make_pipeline: Callable[[ModelConfig], ImagePipeline] | None = None
-) -> Store:
-    """Make images of a job's first rows in this process, in their own folder. Returns: the folder.
+) -> RunReport:
+    """Make images of a job's first rows in this process, in their own folder, the `output` of the report.
 
     Nothing of the job's own output is read or written. Raises: what `run` raises.
     """
@@ -101,8 +101,7 @@ def preview(
             "output": config.output.model_copy(update={"uri": folder, "format": "files", "storage_options": {}}),
         }
     )
-    run(config, engine=LocalEngine(max_attempts=1), make_pipeline=make_pipeline)
-    return Store(folder)
+    return run(config, engine=LocalEngine(max_attempts=1), make_pipeline=make_pipeline)
 
 
 def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: datetime | str | None = None) -> JobConfig:

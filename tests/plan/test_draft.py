@@ -57,6 +57,12 @@ def test_init_writes_a_job_that_validates_and_never_over_another(
     assert main(["preview", path, "--rows", "2", *small]) == 0
     page = Path(capsys.readouterr().out.partition("page ")[2].split()[0])
     assert page.read_text().count("<img") == 2
+    (tmp_path / "bad.csv").write_text("prompt,width\na fox,33\n")
+    assert (
+        main(["preview", path, "--set", f"prompts.uri={tmp_path}/bad.csv", "--set", "prompts.passthrough=[]", *small])
+        == 3
+    )
+    assert "0 images, 1 failed" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     assert main(["init", path]) == 2
     assert "job.yaml: is there already, and is not overwritten" in capsys.readouterr().err
