@@ -282,13 +282,11 @@ def test_a_lease_that_is_empty_while_it_is_replaced_is_read_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As rclone's server shows it."""
-    with Lease(store) as lease:
-        answers = iter([b"", store.read("_run/lease/00001.json")])
-        monkeypatch.setattr(Store, "read", lambda store, key: next(answers))
-        holder = read_holder(store)
-        monkeypatch.undo()
-    assert holder
-    assert holder.process == lease.holder.process
+    lease = make(store, Time())
+    lease.acquire()
+    answers = iter([b"", store.read("_run/lease/00001.json")])
+    monkeypatch.setattr(Store, "read", lambda store, key: next(answers))
+    assert read_holder(store) == lease.holder
 
 
 def test_a_lease_says_for_people_who_and_when(store: Store) -> None:
