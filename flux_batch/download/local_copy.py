@@ -227,7 +227,7 @@ def list_folder(uri: str, storage_options: Mapping[str, Any], folders: Iterable[
 
     Raises: StoreRefused if it is no folder or no file is chosen.
     """
-    fs, root = open_filesystem(uri, storage_options)
+    fs, root = open_filesystem(uri, storage_options, num_retries=1)  # `with_retries` tries again
     root = root.rstrip("/")
     entries = _list_entries(fs, uri, root)
     infos = {name: info for name, info in entries.items() if info["type"] == "file"}
@@ -245,7 +245,7 @@ def list_file(
 
     `name`: the path of the file in the folder `root_uri`, which is not listed: it may hold anything, or be closed.
     """
-    fs, path = open_filesystem(uri, storage_options)
+    fs, path = open_filesystem(uri, storage_options, num_retries=1)  # `with_retries` tries again
     infos = {name: with_retries(public_uri(uri), "look up", lambda: _look_up(fs, path))}
     root = fs._strip_protocol(root_uri).rstrip("/")
     for folder in folders:

@@ -44,9 +44,9 @@ class Stop:
             self._requested = time.monotonic()
             self._reason = reason
 
-    def check(self, after_s: float = 0.0) -> None:
-        """Raise Interrupted if a stop was requested, at least `after_s` seconds ago."""
-        if self._reason and time.monotonic() - self._requested >= after_s:
+    def check(self, after_s: float = 0.0, waited_s: float = math.inf) -> None:
+        """Raise Interrupted if a stop was requested, and the caller has waited for at least `after_s` seconds of it."""
+        if self._reason and min(waited_s, time.monotonic() - self._requested) >= after_s:
             raise Interrupted(f"{self._reason}; run the same command again")
 
     def sleep(self, seconds: float) -> None:

@@ -132,7 +132,7 @@ class Lease:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.store = store.guarded(self.check)
-        self._store = store.ended_by(self._check_kept, lambda: self._check_kept(_LAST_BEAT_S))
+        self._store = store.ended_by(self._check_kept, lambda waited_s: self._check_kept(_LAST_BEAT_S))
         self._ttl_s = ttl_s
         self._on_lost = on_lost
         self._clock = clock
@@ -207,8 +207,8 @@ class Lease:
         if time.monotonic() - self._released >= after_s:
             raise Interrupted("the lease is being released")
 
-    def _check_hurry(self) -> None:
-        """Raise StoreError once the release has taken its time."""
+    def _check_hurry(self, waited_s: float) -> None:
+        """Raise StoreError once the release has taken its time, whatever the share of this request."""
         if time.monotonic() - self._released >= _RELEASE_S:
             raise StoreError(f"{self._store.uri}: no answer")
 

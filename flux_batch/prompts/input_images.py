@@ -125,7 +125,7 @@ def _read_file(path: str, allowed_roots: tuple[str, ...] | None) -> bytes:
 
 def read_object(uri: str, storage_options: Mapping[str, Any]) -> bytes:
     """Read a whole image file. Raises: RowError if it is empty or too large."""
-    fs, path = open_filesystem(uri, storage_options)
+    fs, path = open_filesystem(uri, storage_options, num_retries=1)  # `with_retries` tries again
     info = fs.info(path)
     if info["type"] != "file" or not info["size"]:
         raise RowError("is empty, or not a file")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_batch.storage.errors import code, status
+from flux_batch.storage.retry import with_few_retries
 
 # The most that S3 takes in one request; a gateway may take less, and answers 413.
 MAX_PUT_BYTES = 5 << 30
@@ -121,7 +122,10 @@ async def _upload(fs: Any, path: str, upload: str, data: bytes | Path) -> list[d
 
 async def _upload_parts(fs: Any, path: str, upload: str, bodies: dict[int, bytes]) -> list[dict[str, Any]]:
     async def send(number: int, body: bytes) -> dict[str, Any]:
-        answer = await _ask(fs, "upload_part", path, UploadId=upload, PartNumber=number, Body=body)
+        # Else one lost request would cost all parts of the object.
+        answer = await with_few_retries(
+            lambda: _ask(fs, "upload_part", path, UploadId=upload, PartNumber=number, Body=body)
+        )
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
     tasks = [asyncio.ensure_future(send(number, body)) for number, body in bodies.items()]

@@ -9,12 +9,12 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, wait
 from copy import copy
 from typing import Self, TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception
+from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 from tenacity import wait_random_exponential as full_jitter
 
 from flux_batch.errors import StoreError
@@ -24,6 +24,8 @@ from flux_batch.storage.errors import is_transient, said, translated
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
+# Attempts at a part of an operation, which is itself tried again.
+_PART_ATTEMPTS = 3
 # The longest waits before the second and before any later attempt. Each wait is drawn from zero to the longest, which
 # doubles from attempt to attempt, so that many workers do not come back at once.
 _FIRST_WAIT_S = 0.5
@@ -32,6 +34,8 @@ _MAX_WAIT_S = 30.0
 _OUTAGE_AFTER_S = 2.0
 # The one line on an outage follows after this time; short waits are not logged.
 _WARN_AFTER_S = 5.0
+# A request may take so long even when an outage should end: a storage that comes back is slow at first.
+_LEAST_REQUEST_S = 60.0
 # The interval of calls of `on_wait` and `on_request`: a stop must not wait for a storage that is unavailable.
 _POLL_S = 0.5
 
@@ -39,11 +43,15 @@ T = TypeVar("T")
 
 
 class _Outage:
-    """The clock of an outage, one for all operations of a policy: it runs from the first failure to a success."""
+    """The clock of an outage, one for all operations of a policy.
+
+    It runs from the start of the first attempt that failed, or the last answer if that came later, to a success.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._began = math.inf
+        self._answered = -math.inf
         self._is_logged = False
         self.failures = 0
 
@@ -56,10 +64,11 @@ class _Outage:
         """Count an attempt that failed, and was begun at `began`."""
         with self._lock:
             self.failures += 1
-            self._began = min(self._began, began)
+            self._began = min(self._began, max(began, self._answered))
 
     def end(self) -> None:
         """Record that the storage answered."""
+        self._answered = time.monotonic()
         if not self.failures:
             return
         with self._lock:
@@ -67,13 +76,19 @@ class _Outage:
                 log.warning("the storage is back after %.0f s", self.lasted_s)
             self._began, self.failures, self._is_logged = math.inf, 0, False
 
-    def log_once(self, uri: str, error: BaseException, outage_s: float) -> None:
-        """Log the reason for a long wait, once an outage."""
+    def log_once(self, uri: str, error: BaseException, outage_s: float, tried_s: float) -> bool:
+        """Log the reason for a long wait, once an outage. Returns: whether it is logged.
+
+        tried_s: the seconds of this operation, which waits alone if others are answered meanwhile.
+        """
         with self._lock:
-            if self._is_logged or self.lasted_s < _WARN_AFTER_S:
-                return
-            self._is_logged = True
+            if self._is_logged:
+                return True
+            if max(tried_s, self.lasted_s) < _WARN_AFTER_S:
+                return False
+            self._is_logged = self.lasted_s >= _WARN_AFTER_S
         log.warning("%s: %s; waiting for the storage, for up to %.0f s", public_uri(uri), said(error), outage_s)
+        return True
 
 
 class RetryPolicy:
@@ -82,7 +97,8 @@ class RetryPolicy:
     Without `outage_s` an operation is tried `attempts` times, as long as its errors are transient. With it, all
     operations of a policy share one clock, and end `outage_s` after the last success. From some failures on, a waiting
     thread calls `on_wait` several times a second: a heartbeat, or a look for a stop. A thread whose request is under
-    way calls `on_request` as often. Whatever these raise ends the wait, and the request.
+    way calls `on_request` as often, with the seconds since its start. Whatever these raise ends the wait, and the
+    request.
     """
 
     def __init__(
@@ -90,7 +106,7 @@ class RetryPolicy:
         outage_s: float = 0.0,
         on_wait: Callable[[], None] | None = None,
         *,
-        on_request: Callable[[], None] | None = None,
+        on_request: Callable[[float], None] | None = None,
         attempts: int | None = None,
         first_wait_s: float = _FIRST_WAIT_S,
     ) -> None:
@@ -101,7 +117,7 @@ class RetryPolicy:
         self._first_wait_s = first_wait_s
         self._outage = _Outage()
 
-    def ended_by(self, on_wait: Callable[[], None], on_request: Callable[[], None]) -> Self:
+    def ended_by(self, on_wait: Callable[[], None], on_request: Callable[[float], None]) -> Self:
         """Return this policy for operations that something else may end as well. The clock is the same."""
         other = copy(self)
         other._on_wait = [*self._on_wait, on_wait]
@@ -133,6 +149,11 @@ class RetryPolicy:
 
     def retry(self, function: Callable[[], T], is_transient: Callable[[BaseException], bool], uri: str = "") -> T:
         """Run any operation. Raises: the last error of `function`, or the first one that is not transient."""
+        is_logged = False
+
+        def log_wait(state: RetryCallState) -> None:
+            nonlocal is_logged
+            is_logged = is_logged or self._log(uri, state)
 
         def attempt() -> T:
             began = time.monotonic()
@@ -151,7 +172,7 @@ class RetryPolicy:
             stop=self._gives_up,
             wait=full_jitter(multiplier=self._first_wait_s, max=_MAX_WAIT_S),
             retry=retry_if_exception(is_transient),
-            before_sleep=lambda state: self._log(uri, state),
+            before_sleep=log_wait,
             sleep=lambda seconds: self._sleep(seconds, retrying.statistics["attempt_number"]),
             reraise=True,
         )
@@ -159,11 +180,14 @@ class RetryPolicy:
 
     def wait_for(self, request: Future[T]) -> T:
         """Wait for a request that another thread makes. Returns: its result. Raises: its error, or an earlier end."""
+        began = time.monotonic()
         try:
             while not wait([request], _POLL_S).done:
+                waited_s = time.monotonic() - began
                 for check in self._on_request:
-                    check()
-                if 0 < self.outage_s <= self._outage.lasted_s:
+                    check(waited_s)
+                is_over = 0 < self.outage_s <= self._outage.lasted_s
+                if is_over and waited_s >= min(self.outage_s, _LEAST_REQUEST_S):
                     raise TimeoutError(f"no answer, and no other for {self._outage.lasted_s:.0f} s")
         except BaseException:
             request.cancel()
@@ -176,8 +200,10 @@ class RetryPolicy:
     def _gives_up(self, state: RetryCallState) -> bool:
         if not self.outage_s:
             return state.attempt_number >= self._attempts
-        lasted_s = max(state.seconds_since_start or 0.0, self._outage.lasted_s)
-        return self._is_outage(state.attempt_number) and lasted_s >= self.outage_s
+        if self._outage.lasted_s >= self.outage_s:
+            return self._is_outage(state.attempt_number)
+        # Others were answered meanwhile.
+        return state.attempt_number >= self._attempts and (state.seconds_since_start or 0.0) >= self.outage_s
 
     def _sleep(self, seconds: float, attempts: int) -> None:
         if self.outage_s:  # the last attempt comes when the outage has lasted too long, not after that
@@ -191,10 +217,26 @@ class RetryPolicy:
                 return
             time.sleep(min(left, _POLL_S))
 
-    def _log(self, uri: str, state: RetryCallState) -> None:
+    def _log(self, uri: str, state: RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome else None
-        if self.outage_s and error is not None:
-            self._outage.log_once(uri, error, self.outage_s)
+        if not self.outage_s or error is None:
+            return False
+        return self._outage.log_once(uri, error, self.outage_s, state.seconds_since_start or 0.0)
+
+
+async def with_few_retries(request: Callable[[], Awaitable[T]]) -> T:
+    """Await a request that is a part of an operation; transient errors are tried again, soon and not often."""
+
+    async def attempt() -> T:  # what only returns an awaitable would not be awaited
+        return await request()
+
+    retrying = AsyncRetrying(
+        stop=stop_after_attempt(_PART_ATTEMPTS),
+        wait=full_jitter(multiplier=_FIRST_WAIT_S),
+        retry=retry_if_exception(is_transient),
+        reraise=True,
+    )
+    return await retrying(attempt)
 
 
 def with_retries(uri: str, operation: str, function: Callable[[], T]) -> T:

@@ -50,6 +50,8 @@ _CHECKSUMS = {
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "response_checksum_validation",
     "AWS_REQUEST_CHECKSUM_CALCULATION": "request_checksum_calculation",
 }
+# How often the client of S3 tries a request again by itself, as botocore does by default.
+_S3_RETRIES = 4
 # The longest time to a connection.
 _CONNECT_S = 10
 _ADVICE = "check it and storage_options; if it is right, run the same command again when it is back"
@@ -67,7 +69,7 @@ T = TypeVar("T")
 
 
 def open_filesystem(
-    uri: str, storage_options: Mapping[str, Any], *, num_retries: int = 1
+    uri: str, storage_options: Mapping[str, Any], *, num_retries: int = _S3_RETRIES
 ) -> tuple[fsspec.AbstractFileSystem, str]:
     """Open the file system of a URI; listings are never cached, since other machines write too.
 
@@ -120,7 +122,7 @@ class Store:
         other._before_write = before_write
         return other
 
-    def ended_by(self, on_wait: Callable[[], None], on_request: Callable[[], None]) -> Self:
+    def ended_by(self, on_wait: Callable[[], None], on_request: Callable[[float], None]) -> Self:
         """Return a store of the same folder and outage, whose operations something else may end."""
         return self.with_policy(self._policy.ended_by(on_wait, on_request))
 

@@ -87,7 +87,7 @@ class Worker:
         self.metrics = Metrics(config.name)
         self._heartbeat = Heartbeat()
         self._stopping = threading.Event()
-        self._drained = math.inf  # when a stop ends requests too
+        self._stopped = math.inf  # when `stop` was called
         self._source = PromptSource(config.prompts, factory.rules)
         self._pipeline = pipeline
         self._store = Store(
@@ -135,7 +135,7 @@ class Worker:
 
     def stop(self) -> None:
         """Stop the current shard after its batch in hand, and make no other."""
-        self._drained = time.monotonic() + self._config.failures.drain_s
+        self._stopped = time.monotonic()
         self._stopping.set()
 
     def idle_s(self) -> float:
@@ -148,9 +148,9 @@ class Worker:
         if self._stopping.is_set():
             raise Stopped("stopped while the storage is unavailable")
 
-    def _on_storage_request(self) -> None:
-        """Raise Stopped once a request takes longer than a stop may: the storage may have gone while it was asked."""
-        if time.monotonic() >= self._drained:
+    def _on_storage_request(self, waited_s: float) -> None:
+        """Raise Stopped once a request has taken, after stop(), longer than a stop may: the storage may have gone."""
+        if min(waited_s, time.monotonic() - self._stopped) >= self._config.failures.drain_s:
             raise Stopped("stopped while the storage does not answer")
 
     def _read_rows(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:

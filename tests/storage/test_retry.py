@@ -8,15 +8,19 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from flux_batch.engine.stop import Stop
 from flux_batch.errors import AlreadyExists, DiskFull, FluxBatchError, Interrupted, StoreError, StoreRefused
 from flux_batch.storage import multipart
+from flux_batch.storage import retry as retry_module
 from flux_batch.storage.retry import RetryPolicy, with_retries
-from flux_batch.storage.store import Store
+from flux_batch.storage.store import Store, open_filesystem
 from helpers.counting_proxy import Proxy, counting_proxy
 from helpers.s3 import S3Server
 
@@ -105,7 +109,7 @@ def test_all_operations_of_a_policy_are_in_one_outage(clock: Clock) -> None:
         away(clock)()
 
     with pytest.raises(StoreError) as caught:
-        policy.ended_by(lambda: None, lambda: None).with_retries("second", "read", second)
+        policy.ended_by(lambda: None, lambda waited_s: None).with_retries("second", "read", second)
     assert calls == [pytest.approx(1900)]
     assert caught.value.waited_s == pytest.approx(1800)
 
@@ -141,7 +145,7 @@ def test_a_stop_is_heard_at_once_by_what_fails_while_an_outage_lasts(clock: Cloc
 def test_a_request_that_is_not_answered_ends_with_the_outage_or_by_a_stop() -> None:
     stopping = [False]
 
-    def look() -> None:
+    def look(waited_s: float) -> None:
         if stopping[0]:
             raise Interrupted("stopped by SIGTERM")
 
@@ -155,6 +159,85 @@ def test_a_request_that_is_not_answered_ends_with_the_outage_or_by_a_stop() -> N
     with pytest.raises(Interrupted):
         RetryPolicy(1800, on_request=look).wait_for(silent)
     assert silent.cancelled()
+
+
+@pytest.fixture
+def slow(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Future[str]]:
+    """Make requests that are answered after some seconds."""
+    answers: dict[Future[str], float] = {}
+
+    def wait(requests: list[Future[str]], timeout: float) -> SimpleNamespace:
+        (request,) = requests
+        clock.sleep(timeout)
+        if clock.now >= answers[request]:
+            request.set_result("back")
+        return SimpleNamespace(done=request.done())
+
+    def begin(seconds: float) -> Future[str]:
+        request: Future[str] = Future()
+        answers[request] = clock.now + seconds
+        return request
+
+    monkeypatch.setattr(retry_module, "wait", wait)
+    return begin
+
+
+def test_a_stop_ends_requests_that_have_waited_themselves(clock: Clock, slow: Callable[[float], Future[str]]) -> None:
+    stop = Stop()
+    policy = RetryPolicy(on_request=partial(stop.check, 25))
+    stop.request("stopped by SIGTERM")
+    clock.sleep(60)
+    assert [policy.wait_for(slow(20)) for _ in range(3)] == ["back"] * 3
+    began = clock.now
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        policy.wait_for(slow(30))
+    assert clock.now - began == pytest.approx(25)
+
+
+def test_a_storage_that_comes_back_slowly_is_back(clock: Clock, slow: Callable[[float], Future[str]]) -> None:
+    policy = RetryPolicy(300)
+    with pytest.raises(StoreError):
+        policy.with_retries("k", "read", away(clock))
+    began = clock.now
+    with pytest.raises(StoreError, match="no answer"):
+        policy.with_retries("k", "read", lambda: policy.wait_for(slow(100)))
+    assert clock.now - began == pytest.approx(60)
+    assert policy.with_retries("k", "read", lambda: policy.wait_for(slow(50))) == "back"
+
+
+@pytest.mark.parametrize("num_resets", [4, 5])
+def test_long_requests_that_are_reset_are_no_outage_while_others_are_answered(clock: Clock, num_resets: int) -> None:
+    policy, resets = RetryPolicy(300), iter(range(num_resets))
+
+    def upload() -> str:
+        for _ in range(60):
+            clock.sleep(6)
+            policy.with_retries("other", "read", lambda: "ok")
+        clock.sleep(3)
+        if next(resets, None) is not None:
+            raise ConnectionResetError
+        return "whole"
+
+    if num_resets < 5:
+        assert policy.with_retries("k", "write", upload) == "whole"
+    else:
+        with pytest.raises(StoreError):
+            policy.with_retries("k", "write", upload)
+    assert next(resets, None) is None
+
+
+def test_an_outage_of_writes_alone_is_logged_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    policy = RetryPolicy(1800)
+
+    def write() -> str:
+        policy.with_retries("other", "read", lambda: "ok")
+        return away(clock, 100 + 600)()
+
+    with caplog.at_level(logging.WARNING):
+        assert policy.with_retries("s3://b/k", "write", write) == "back"
+    assert [record.getMessage() for record in caplog.records] == [
+        "s3://b/k: [Errno 5] I/O error; waiting for the storage, for up to 1800 s"
+    ]
 
 
 def test_a_stop_ends_the_wait(clock: Clock) -> None:
@@ -349,6 +432,13 @@ def test_an_upload_in_parts_that_got_lost_is_made_again(
     store.put_if_absent("k", b"x" * 1000)
 
     assert (left, store.children("")) == ([], {"k": 1000})
+
+
+def test_what_has_no_policy_of_ours_is_tried_again_by_the_client_of_s3(moto: S3Server) -> None:
+    prompts, _ = open_filesystem("s3://bucket/prompts", moto.storage_options)
+    store = Store("s3://bucket/run", moto.storage_options)
+    tries = [fs._s3.meta.config.retries["total_max_attempts"] for fs in (prompts, store._fs)]
+    assert tries == [5, 1]
 
 
 def test_no_room_for_a_copy_names_the_disk_it_has_none_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

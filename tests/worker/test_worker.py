@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import pickle
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -432,3 +433,15 @@ def test_a_worker_that_waits_for_its_storage_hears_a_stop(tmp_path: Path, monkey
 
     with pytest.raises(Stopped, match="stopped while the storage is unavailable"):
         worker.make(plan.shards[0]).finish()
+
+
+def test_a_stop_ends_requests_that_have_waited_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, _ = open_worker(make_job(tmp_path, ["one"], failures={"drain_s": 20}))
+    now = time.monotonic()
+    worker._on_storage_request(1000)
+    worker.stop()
+    worker._on_storage_request(1000)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1000)
+    worker._on_storage_request(19)
+    with pytest.raises(Stopped, match="does not answer"):
+        worker._on_storage_request(20)
