@@ -87,9 +87,10 @@ def run(
 def preview(
     config: JobConfig, num_rows: int, *, make_pipeline: Callable[[ModelConfig], ImagePipeline] | None = None
 ) -> RunReport:
-    """Make images of a job's first rows in this process, in their own folder, the `output` of the report.
+    """Make images of a job's first rows in this process, in their own folder.
 
-    Nothing of the job's own output is read or written. Raises: what `run` raises.
+    Returns: the report, whose `output` is the folder. Nothing of the job's own output is read or written.
+    Raises: what `run` raises.
     """
     from flux_batch.engine.local import LocalEngine
 

@@ -45,7 +45,10 @@ class Stop:
             self._reason = reason
 
     def check(self, after_s: float = 0.0, waited_s: float = math.inf) -> None:
-        """Raise Interrupted if a stop was requested, and the caller has waited for at least `after_s` seconds of it."""
+        """Raise Interrupted if a stop was requested.
+
+        It ends only what has waited, since the stop, for at least `after_s`; `waited_s`: the whole wait of the caller.
+        """
         if self._reason and min(waited_s, time.monotonic() - self._requested) >= after_s:
             raise Interrupted(f"{self._reason}; run the same command again")
 

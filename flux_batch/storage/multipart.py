@@ -20,7 +20,7 @@ from flux_batch.storage.retry import with_few_retries
 # The most that S3 takes in one request; a gateway may take less, and answers 413.
 MAX_PUT_BYTES = 5 << 30
 # The least size of a part; S3 allows 10,000 parts of an object.
-_PART_BYTES = 32 << 20
+PART_BYTES = 32 << 20
 _MAX_PARTS = 10_000
 # Parts on their way at once; each is in memory.
 _PARTS_AT_ONCE = 4
@@ -110,7 +110,7 @@ async def _put(fs: Any, path: str, data: bytes | Path) -> None:
 async def _upload(fs: Any, path: str, upload: str, data: bytes | Path) -> list[dict[str, Any]]:
     """Upload all parts, a few at once. Returns: their numbers and tags, as the end of the upload wants them."""
     size = _size(data)
-    part_bytes = max(_PART_BYTES, -(-size // _MAX_PARTS))
+    part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
     starts = list(enumerate(range(0, max(size, 1), part_bytes), 1))
     parts: list[dict[str, Any]] = []
     while some := starts[len(parts) : len(parts) + _PARTS_AT_ONCE]:

@@ -26,7 +26,7 @@ from helpers.s3 import KEY, SECRET, S3Server, free_port
 from helpers.waiting import wait_until
 
 KINDS = ["local", "memory", *(pytest.param(name, marks=pytest.mark.s3) for name in ("moto", "rclone", "tls"))]
-PART_BYTES = 5 << 20
+LEAST_PART_BYTES = 5 << 20
 # botocore alone would try for seconds before the first of our own attempts ends.
 NO_BOTO_RETRIES = {"config_kwargs": {"retries": {"max_attempts": 1}}}
 
@@ -206,7 +206,7 @@ def test_of_racing_writers_exactly_one_wins(store: Store) -> None:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let objects of more than 1,000 bytes be large ones; S3 takes no smaller parts than of 5 MiB."""
-    monkeypatch.setattr(multipart, "_PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(multipart, "PART_BYTES", LEAST_PART_BYTES)
     monkeypatch.setattr(multipart, "MAX_PUT_BYTES", 1000)
     monkeypatch.setattr(store_module, "LOOK_LATE_BYTES", 1000)
 
@@ -234,7 +234,7 @@ def test_the_first_writer_of_an_object_of_any_size_stands(moto: S3Server, proxy:
 @pytest.mark.s3
 @pytest.mark.usefixtures("small_parts")
 def test_parts_make_the_whole_and_a_lost_one_is_sent_again(moto: S3Server) -> None:
-    data = b"".join(bytes([number]) * PART_BYTES for number in range(5)) + b"end"
+    data = b"".join(bytes([number]) * LEAST_PART_BYTES for number in range(5)) + b"end"
     with counting_proxy(moto.endpoint_url) as proxy:
         store = Store(f"{moto.make_bucket()}/run", moto.storage_options | {"endpoint_url": proxy.endpoint_url})
         assert store.has_conditional_put
