@@ -18,7 +18,7 @@ from flux_batch.output.gc import unfinished_uploads
 from flux_batch.output.paths import CARD, JOB, METADATA, PLAN, PRECISION, REPORT, STAGING, SUCCESS, TRAIN, RunFolder
 from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.output.staging import Staging
-from flux_batch.plan.plan import Plan, check_same_job, extended, make_plan, remaining, rules_of_plan
+from flux_batch.plan.plan import Plan, check_same_job, check_same_lists, extended, make_plan, remaining, rules_of_plan
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import Shard
 from flux_batch.report.progress import Progress
@@ -100,8 +100,10 @@ def _saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Pla
     try:
         saved_job = JobConfig.from_yaml(store.read(JOB).decode(), origin=store.url(JOB))
         check_same_job(settled_job(store, saved_job), settled_job(store, config))
-        files = PromptSource(config.prompts, rules_of_plan(saved)).files()
-        return Plan.from_parquet(saved, files, new_files=extend)
+        source = PromptSource(config.prompts, rules_of_plan(saved))
+        plan = Plan.from_parquet(saved, source.files(), new_files=extend)
+        check_same_lists(plan, source.lists)
+        return plan
     except PlanMismatch:
         if _written(store):
             raise

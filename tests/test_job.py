@@ -77,6 +77,18 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
+def test_a_run_is_not_resumed_with_another_list_of_a_sampler(tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("red\nblue\n")
+    config = make_job(tmp_path, prompts={"samplers": {"colour": {"file": str(words)}}})
+    render(config)
+    assert run(config, engine=LocalEngine(), make_pipeline=no_pipeline).num_new_images == 0
+
+    words.write_text("red\ngreen\n")
+    with pytest.raises(PlanMismatch, match=r"prompts\.samplers: a list in a file has changed"):
+        run(config, engine=LocalEngine(), make_pipeline=no_pipeline)
+
+
 @pytest.mark.parametrize("left", ["", "_SUCCESS"])
 def test_a_driver_killed_at_its_last_writes_is_cleared_up_after(tmp_path: Path, left: str) -> None:
     """Killed in the middle of a write, before or after the last object of the run was there."""

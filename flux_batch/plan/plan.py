@@ -42,13 +42,15 @@ _COLUMNS = pa.schema(
 class Plan:
     """The shards of a run in order, its files, and the types of passthrough columns.
 
-    `rules` are those by which the files were listed. `notes` says what was left out when it was made, and why.
+    `rules` are those by which the files were listed; `lists` is the version of the lists of samplers. `notes` says what
+    was left out when it was made, and why.
     """
 
     shards: tuple[Shard, ...]
     files: tuple[PromptFile, ...]
     passthrough: pa.Schema
     rules: int = LISTING_RULES
+    lists: str = ""
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -71,6 +73,7 @@ class Plan:
         ]
         metadata = {
             "flux_batch": json.dumps({"version": self.rules, "num_prompts": self.num_prompts}),
+            **({"lists": self.lists} if self.lists else {}),
             "files": json.dumps([[file.name, file.size, file.version] for file in self.files]),
             "passthrough": base64.b64encode(self.passthrough.serialize().to_pybytes()),
         }
@@ -94,7 +97,8 @@ class Plan:
             for index, rows in groupby(table.to_pylist(), key=itemgetter("shard"))
         )
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(metadata[b"passthrough"])))
-        return cls(shards, tuple(found[name] for name in planned), schema, rules_of_plan(data))
+        lists = metadata.get(b"lists", b"").decode()
+        return cls(shards, tuple(found[name] for name in planned), schema, rules_of_plan(data), lists)
 
 
 def rules_of_plan(data: bytes) -> int:
@@ -168,6 +172,7 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
         plan.files + tuple(files),
         passthrough if shards else plan.passthrough,
         plan.rules,
+        plan.lists if plan.shards else source.lists,
         (*skipped_notes(listing.skipped), *source.unused_columns(used)),
     )
 
@@ -185,6 +190,15 @@ def check_same_job(saved: JobConfig, config: JobConfig) -> None:
         raise PlanMismatch(
             f"{config.output.uri}: this output holds a run of another job; use another output.uri, or undo:\n"
             + "\n".join(changed)
+        )
+
+
+def check_same_lists(plan: Plan, lists: str) -> None:
+    """Raise PlanMismatch for lists of samplers that differ from those of the run; old plans do not say."""
+    if plan.lists and plan.lists != lists:
+        raise PlanMismatch(
+            "prompts.samplers: a list in a file has changed since the run was planned; use another output.uri, or put "
+            "the list back"
         )
 
 

@@ -74,6 +74,13 @@ class Recipe:
         content = [public_tree(config.samplers), config.template, config.design, config.rows, self._lines]
         return blake2b(json.dumps(content, default=str).encode(), digest_size=12).hexdigest()
 
+    @property
+    def lists(self) -> str:
+        """A text that changes when a list of values in a file does; empty without such lists."""
+        if not self._lines:
+            return ""
+        return blake2b(json.dumps(self._lines, sort_keys=True).encode(), digest_size=12).hexdigest()
+
     def check_columns(self, columns: list[str], where: str) -> None:
         """Raise JobError for a sampler named like a column, or an unknown template name."""
         for name in self.samplers:

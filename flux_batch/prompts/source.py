@@ -69,6 +69,11 @@ class PromptSource:
             return Listing((PromptFile(uri=ROWS, name=ROWS, size=recipe.num_rows, version=recipe.version),), {})
         return list_prompts(self._config.uri, self._options, self._rules)
 
+    @property
+    def lists(self) -> str:
+        """A text that changes when a list of values of `prompts.samplers` does; empty without lists in files."""
+        return self._recipe.lists
+
     def split(self, file: PromptFile, num_rows: int) -> list[RowRange]:
         """Return one file cut into row ranges. Raises: SourceError if a column of the job file is not in it."""
         if not self._config.uri:
