@@ -265,6 +265,8 @@ def fp8_product_error(device: torch.device) -> str:
     try:
         result = fp8_matmul(rows, scale, rows, scale, ones[0].bfloat16())
         return "" if (result == _FP8_MULTIPLE + 1).all() else "its numbers are wrong"
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         return str(error).partition("\n")[0]
 
