@@ -154,7 +154,9 @@ def _products_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(quantize, "to_fp8", to_fp8)
     monkeypatch.setattr(
-        quantize, "fp8_matmul", lambda a, _, b, __: torch.empty(len(a), len(b), dtype=torch.bfloat16, device=a.device)
+        quantize,
+        "fp8_matmul",
+        lambda a, _, b, *rest: torch.empty(len(a), len(b), dtype=torch.bfloat16, device=a.device),
     )
 
 
