@@ -50,11 +50,11 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str, str]] = {
     "generator": (
         {"generator": torch.Generator()},
         "generator",
-        "no argument of the pipeline: pass seed",
+        "is not an argument of the pipeline: pass seed",
     ),
     "no such name": ({"guidence_scale": 1}, "guidence_scale", r"did you mean 'guidance_scale'\?"),
     "nearest name": ({"hight": 64}, "hight", r"did you mean 'height'\?"),
-    "nothing near": ({"zzz": 64}, "zzz", "no argument of the pipeline; there are cfg_scale, "),
+    "nothing near": ({"zzz": 64}, "zzz", "is not an argument of the pipeline; there are cfg_scale, "),
     "output type": ({"output_type": "jpeg"}, "output_type", "must be one of pil, np, pt, latent"),
     "strength 0": (
         {"input_image": Image.new("RGB", (8, 8)), "denoising_strength": 0.0},
