@@ -71,7 +71,8 @@ class Recipe:
         """A text that changes when other rows come of the recipe."""
         config = self._config
         # Without signatures, which are new every day.
-        content = [public_tree(config.samplers), config.template, config.design, config.rows, self._lines]
+        lines = self._public_lines()
+        content = [public_tree(config.samplers), config.template, config.design, config.rows, lines]
         return blake2b(json.dumps(content, default=str).encode(), digest_size=12).hexdigest()
 
     @property
@@ -79,7 +80,7 @@ class Recipe:
         """A text that changes when a list of values in a file does; empty without such lists."""
         if not self._lines:
             return ""
-        return blake2b(json.dumps(self._lines, sort_keys=True).encode(), digest_size=12).hexdigest()
+        return blake2b(json.dumps(self._public_lines(), sort_keys=True).encode(), digest_size=12).hexdigest()
 
     def check_columns(self, columns: list[str], where: str) -> None:
         """Raise JobError for a sampler named like a column, or an unknown template name."""
@@ -134,5 +135,12 @@ class Recipe:
                 raise JobError(f"{public_uri(uri)}: value {number}, without blank lines: {row.reason}")
             if row.get("prompt") is not None:
                 lines.append(str(row["prompt"]))
-        self._lines[public_uri(uri)] = lines
+        self._lines[uri] = lines
         return lines
+
+    def _public_lines(self) -> dict[str, list[str]]:
+        """Return the lines by address without query; those of addresses that differ by it alone are joined."""
+        found: dict[str, list[str]] = {}
+        for uri, lines in self._lines.items():
+            found[public_uri(uri)] = found.get(public_uri(uri), []) + lines
+        return found

@@ -18,7 +18,6 @@ from flux_batch.prompts.recipe import Recipe
 from flux_batch.prompts.source import PromptSource
 from flux_batch.prompts.template import PromptTemplate
 from flux_batch.records import FailedRow, ImageRequest
-from flux_batch.redaction import public_uri
 
 CATS: dict[str, Any] = {
     "animal": ["cat", "dog", "heron"],
@@ -152,17 +151,20 @@ def test_a_list_in_a_file_is_text_or_refused_with_file_and_line(tmp_path: Path) 
 
 
 def test_the_version_of_a_recipe_is_that_of_its_lines_not_of_a_signature(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["red", "blue"]
-    monkeypatch.setattr(Recipe, "_read_lines", lambda self, uri: self._lines.setdefault(public_uri(uri), list(words)))
+    words = {"1": ["red"], "2": ["small"]}
+    monkeypatch.setattr(Recipe, "_read_lines", lambda self, uri: self._lines.setdefault(uri, list(words[uri[-1]])))
 
-    def version(day: int) -> str:
-        address = f"https://bucket.example/words.txt?X-Amz-Signature={day}"
-        return Recipe(PromptsConfig(rows=1, samplers={"prompt": {"file": address}})).version
+    def versions(day: int) -> tuple[str, str]:
+        lists = [{"file": f"https://bucket.example/words?X-Amz-Signature={day}&sheet={sheet}"} for sheet in words]
+        recipe = Recipe(PromptsConfig(rows=1, samplers={"prompt": lists[0], "size": lists[1]}))
+        return recipe.version, recipe.lists
 
-    first = version(1)
-    assert version(2) == first
-    words.append("green")
-    assert version(2) != first
+    first = versions(1)
+    assert versions(2) == first
+    for sheet in words:
+        words[sheet].append("blue")
+        assert not set(versions(2)) & set(first)
+        words[sheet].pop()
 
 
 @pytest.mark.parametrize(
