@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from hashlib import blake2b
+from itertools import islice
 
 import pyarrow as pa
 
 from flux_batch.config.schema import PromptsConfig
 from flux_batch.errors import JobError
+from flux_batch.prompts.formats.lines import LineTable
 from flux_batch.prompts.formats.open import open_table
-from flux_batch.prompts.formats.table import BadRow, Row
+from flux_batch.prompts.formats.table import BadRow, Row, Table
 from flux_batch.prompts.samplers import (
     Dependent,
     Sampler,
@@ -132,7 +134,7 @@ class Recipe:
         rows = (row for part in table.split(1 << 20) for row in table.stream(part, {"prompt"}))
         for number, row in enumerate(rows, start=1):
             if isinstance(row, BadRow):
-                raise JobError(f"{public_uri(uri)}: value {number}, without blank lines: {row.reason}")
+                raise JobError(f"{public_uri(uri)}: {_place(table, number)}: {row.reason}")
             if row.get("prompt") is not None:
                 lines.append(str(row["prompt"]))
         self._lines[uri] = lines
@@ -144,3 +146,13 @@ class Recipe:
         for uri, lines in self._lines.items():
             found[public_uri(uri)] = found.get(public_uri(uri), []) + lines
         return found
+
+
+def _place(table: Table, number: int) -> str:
+    """Return the place of a row, counted from 1: its line, since blank lines are no rows, where a row has one."""
+    if not isinstance(table, LineTable):
+        return f"row {number}"
+    start = next(islice(table.split(1), number - 1, None)).offset
+    with table.file.open_text() as text:
+        num_before = text.read(start).count(b"\n")
+    return f"line {num_before + 1}"

@@ -144,9 +144,9 @@ def test_columns_that_no_sampler_has_are_refused_without_files_too() -> None:
 
 
 def test_a_list_in_a_file_is_text_or_refused_with_file_and_line(tmp_path: Path) -> None:
-    (tmp_path / "words.txt").write_bytes(b"red\n\xff\xfe\nblue\n")
+    (tmp_path / "words.txt").write_bytes(b"red\n\n\xff\xfe\nblue\n")
 
-    with pytest.raises(JobError, match=r"words\.txt: value 2, .*UTF-8"):
+    with pytest.raises(JobError, match=r"words\.txt: line 3: not UTF-8"):
         Recipe(PromptsConfig(rows=1, samplers={"prompt": {"file": str(tmp_path / "words.txt")}}))
 
 
