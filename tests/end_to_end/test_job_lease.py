@@ -129,7 +129,8 @@ def test_a_paused_driver_that_wakes_while_the_other_is_at_work_leaves_it_the_run
     hold_of_follower = Hold(tmp_path / "hold of follower")
     follower = start_held(drive, tmp_path / "job.yaml", hold_of_follower)
     assert wake(paused, hold)[0] == 75
-    assert len(commits(output)) <= NUM_BEFORE + 1  # the shard it had in hand: the same bytes, whoever commits them
+    # Shards it had in hand may be committed, with the same bytes; the end of the run is the other's to write.
+    assert not (output / "_SUCCESS").exists()
     hold_of_follower.release()
     assert follower.end()[0] == 0
     assert data_files(output) == whole
