@@ -109,7 +109,7 @@ class PromptsConfig(_Section):
     template: str | None = None
     """The prompt of each row, made of its columns: `A {{ animal }}`."""
     design: Literal["random", "grid", "balanced"] = "random"
-    """How `rows` are drawn: each by itself, all combinations in turn, or with the shares of the weights."""
+    """The way `rows` are drawn: each by itself, all combinations in turn, or with the shares of the weights."""
     limit: int | None = Field(default=None, ge=1)
     """Take only this many rows, from the start; all if null."""
     allow_http: bool = False

@@ -128,7 +128,7 @@ def test_of_two_writers_of_one_object_the_first_stands(
 
 
 def race(store: Store, files: list[Path]) -> list[int]:
-    """Let each file be put at once. Returns: the numbers of those that were told that they are the first."""
+    """Put all files at once. Returns: the numbers of those that were told that they are the first."""
     start, won = threading.Barrier(len(files)), list[int]()
 
     def put(number: int) -> None:

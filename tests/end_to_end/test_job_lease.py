@@ -68,7 +68,7 @@ def paused(tmp_path: Path, drive: Drive, hold: Hold) -> Driver:
 
 
 def wake(driver: Driver, hold: Hold) -> tuple[int, str]:
-    """Wake a paused driver, still held, until it knows of the other. Returns: its exit code and what it said."""
+    """Wake a paused driver; release it once it knows of the other. Returns: its exit code and what it said."""
     driver.send(signal.SIGCONT)
     wait_until(lambda: "has taken this run over" in driver.said, lambda: driver.said)
     hold.release()

@@ -1,4 +1,4 @@
-"""What a CPU can show of a pipeline on an Apple GPU, which has neither float64 nor complex numbers."""
+"""A pipeline for an Apple GPU, which has no float64 and no complex numbers, as far as a CPU shows it."""
 
 from __future__ import annotations
 

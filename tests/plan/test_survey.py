@@ -1,4 +1,4 @@
-"""What rows are like, before they cost anything."""
+"""The survey of rows before a run: failures, repeats, cut and special tokens."""
 
 from __future__ import annotations
 

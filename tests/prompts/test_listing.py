@@ -1,4 +1,4 @@
-"""Which files of a folder are prompts, and which are left out, aloud."""
+"""The listing of a folder: the files of prompts, and a note on each kind that is left out."""
 
 from __future__ import annotations
 

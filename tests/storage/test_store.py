@@ -205,7 +205,7 @@ def test_of_racing_writers_exactly_one_wins(store: Store) -> None:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let objects of more than 1,000 bytes be large ones; S3 takes no smaller parts than of 5 MiB."""
+    """Count objects of more than 1,000 bytes as large; S3 takes no smaller parts than of 5 MiB."""
     monkeypatch.setattr(multipart, "PART_BYTES", LEAST_PART_BYTES)
     monkeypatch.setattr(multipart, "MAX_PUT_BYTES", 1000)
     monkeypatch.setattr(store_module, "LOOK_LATE_BYTES", 1000)

@@ -1,4 +1,4 @@
-"""Which files of a repository are fetched, told by their names."""
+"""The choice of a repository's files by their names."""
 
 from __future__ import annotations
 
