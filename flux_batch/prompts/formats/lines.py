@@ -9,7 +9,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from flux_batch.prompts.formats.file import PromptBytes, skip_to
-from flux_batch.prompts.formats.table import BadRow, Row, RowRange
+from flux_batch.prompts.formats.table import BadRow, Row, RowRange, ranges_from
 
 
 class LineTable:
@@ -20,17 +20,8 @@ class LineTable:
 
     def split(self, num_rows: int) -> Iterator[RowRange]:
         """Yield ranges of `num_rows` that cover the file; the last may be shorter."""
-        start = offset = count = 0
         with self.file.open_text() as text:
-            for at in self.starts(text):
-                if count == 0:
-                    offset = at
-                count += 1
-                if count == num_rows:
-                    yield RowRange(start, count, offset)
-                    start, count = start + count, 0
-        if count:
-            yield RowRange(start, count, offset)
+            yield from ranges_from(self.starts(text), num_rows)
 
     def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
         """Yield the rows of a range one by one."""

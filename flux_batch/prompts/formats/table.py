@@ -5,8 +5,9 @@ A row that cannot be parsed is a BadRow in its position, so that the other rows 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -33,6 +34,16 @@ class RowRange:
 def ranges_of(total: int, num_rows: int) -> list[RowRange]:
     """Return ranges of `num_rows` that cover `total` rows; the last may be shorter."""
     return [RowRange(start, min(num_rows, total - start)) for start in range(0, total, num_rows)]
+
+
+def ranges_from(starts: Iterable[int], num_rows: int) -> Iterator[RowRange]:
+    """Yield ranges of `num_rows` of the rows that begin at these bytes; the last may be shorter."""
+    offsets = iter(starts)
+    start = 0
+    for offset in offsets:
+        count = 1 + sum(1 for _ in islice(offsets, num_rows - 1))
+        yield RowRange(start, count, offset)
+        start += count
 
 
 class Table(Protocol):

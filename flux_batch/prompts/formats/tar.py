@@ -13,7 +13,7 @@ import pyarrow as pa
 from flux_batch.errors import SourceError, one_line
 from flux_batch.prompts.formats.file import PromptBytes, skip_to
 from flux_batch.prompts.formats.json_lines import schema_of_rows
-from flux_batch.prompts.formats.table import BadRow, Row, RowRange
+from flux_batch.prompts.formats.table import BadRow, Row, RowRange, ranges_from
 
 # Members of text, by suffix, and the column each becomes; those of a .json are columns of their own.
 _TEXTS = {"txt": "prompt", "caption": "prompt", "text": "prompt"}
@@ -35,7 +35,15 @@ class TarTable:
 
         Raises: SourceError for a key whose members do not follow each other: they would be rows of one id.
         """
-        start = offset = count = 0
+        return ranges_from(self._starts(), num_rows)
+
+    def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
+        """Yield the rows of a range one by one."""
+        for _, _, row in islice(self._records(rows.offset), rows.num_rows):
+            yield row
+
+    def _starts(self) -> Iterator[int]:
+        """Yield the byte where each row begins."""
         met: set[str] = set()
         for at, key, _ in self._records(0):
             if key in met:
@@ -44,19 +52,7 @@ class TarTable:
                     "with tar --sort=name"
                 )
             met.add(key)
-            if count == 0:
-                offset = at
-            count += 1
-            if count == num_rows:
-                yield RowRange(start, count, offset)
-                start, count = start + count, 0
-        if count:
-            yield RowRange(start, count, offset)
-
-    def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
-        """Yield the rows of a range one by one."""
-        for _, _, row in islice(self._records(rows.offset), rows.num_rows):
-            yield row
+            yield at
 
     def _records(self, offset: int) -> Iterator[tuple[int, str, Row | BadRow]]:
         """Yield the first byte, the key and the row of each, from `offset` on."""
