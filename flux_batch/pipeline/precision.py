@@ -12,11 +12,9 @@ from pathlib import Path
 import torch
 
 from flux_batch.errors import InvalidSetting
-from flux_batch.model.checkpoint.checkpoint import open_checkpoint
-from flux_batch.model.checkpoint.detect import parts_of
+from flux_batch.model.checkpoint.detect import read_shapes
 from flux_batch.model.footprint import weight_bytes
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
-from flux_batch.model.params import Shapes
 from flux_batch.pipeline.errors import checkpoint_errors
 from flux_batch.sampling_params import Quantization
 
@@ -36,7 +34,7 @@ def must_be_narrow(device: torch.device, dtype: torch.dtype, paths: Sequence[Pat
     if device.type != "cpu" or dtype != torch.float32:
         return False
     with checkpoint_errors():
-        shapes = _shapes_of(paths)
+        shapes = read_shapes(paths)
     return not fits_into_memory(sum(weight_bytes(part, each, "float32") for part, each in shapes.items()))
 
 
@@ -65,15 +63,6 @@ def to_dtype(name: torch.dtype | str | None, device: torch.device, quantization:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise InvalidSetting(f"torch_dtype = {name}: must be bfloat16, float16, float32 or auto", field="torch_dtype")
     return dtype
-
-
-def _shapes_of(paths: Sequence[Path]) -> dict[str, Shapes]:
-    """Read the shapes of each part of a model from the headers of its files. Raises: ValueError if one is damaged."""
-    shapes: dict[str, Shapes] = {}
-    for path in paths:
-        for kind, checkpoint in parts_of(open_checkpoint(path)).items():
-            shapes.setdefault(kind.part, checkpoint.shapes)
-    return shapes
 
 
 def fits_into_memory(num_bytes: int) -> bool:

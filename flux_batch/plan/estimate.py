@@ -7,9 +7,10 @@ from typing import Any
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.models import find_local_model
 from flux_batch.errors import FluxBatchError
+from flux_batch.model.checkpoint.detect import find_parts, read_shapes
 from flux_batch.model.footprint import DEV_SIZE, TransformerSize, step_flops, transformer_size
 from flux_batch.model.params import steps_run
-from flux_batch.plan.memory import TEXT_TOKENS, format_memory, memory, read_shapes
+from flux_batch.plan.memory import TEXT_TOKENS, format_memory, memory
 from flux_batch.plan.plan import Plan
 from flux_batch.sampling_params import num_image_tokens
 
@@ -69,7 +70,7 @@ def _size_of_model(config: JobConfig) -> TransformerSize | None:
     model = config.model
     try:
         source = find_local_model(model.uri, model.storage_options)
-        return transformer_size(read_shapes(source)["transformer"]) if source else None
+        return transformer_size(read_shapes(find_parts(source))["transformer"]) if source else None
     except (FluxBatchError, ValueError, KeyError, OSError):
         return None
 

@@ -5,14 +5,12 @@ It is counted from the headers of the checkpoint and the job's sizes; no weights
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.models import find_local_model
 from flux_batch.errors import FluxBatchError
-from flux_batch.model.checkpoint.checkpoint import open_checkpoint
-from flux_batch.model.checkpoint.detect import PART_TITLES, find_parts, parts_of
+from flux_batch.model.checkpoint.detect import PART_TITLES, find_parts, read_shapes
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, weight_bytes
 from flux_batch.model.params import Shapes
 from flux_batch.sampling_params import num_image_tokens
@@ -42,7 +40,7 @@ def memory(config: JobConfig) -> dict[str, Any]:
         source = find_local_model(model.uri, model.storage_options)
         if source is None:
             return {"error": f"{model.uri} is not on this machine"}
-        parts = read_shapes(source)
+        parts = read_shapes(find_parts(source))
         needed = _parts_bytes(config, parts, _expected_dtype(config), model.quantization)
         others = {choice: _parts_bytes(config, parts, *choice) for choice in CHOICES}
     except (FluxBatchError, ValueError, OSError) as error:
@@ -56,15 +54,6 @@ def memory(config: JobConfig) -> dict[str, Any]:
             for (dtype, quantization), sizes in others.items()
         ],
     }
-
-
-def read_shapes(source: Path) -> dict[str, Shapes]:
-    """Return the shapes of each part of the model at `source`. Raises: ValueError if it is incomplete."""
-    shapes: dict[str, Shapes] = {}
-    for path in find_parts(source):
-        for kind, checkpoint in parts_of(open_checkpoint(path)).items():
-            shapes.setdefault(kind.part, checkpoint.shapes)
-    return shapes
 
 
 def _parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantization: str) -> dict[str, int]:

@@ -17,8 +17,8 @@ from typing import Any
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.models import find_local_model
 from flux_batch.errors import FluxBatchError
+from flux_batch.model.checkpoint.detect import find_parts, read_shapes
 from flux_batch.model.params import T5_SEQUENCE_LENGTH
-from flux_batch.plan.memory import read_shapes
 from flux_batch.plan.plan import Plan
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import FailedRow, ImageRequest
@@ -131,7 +131,9 @@ class _Truncation:
                 return
             from flux_batch.model.text import load_tokenizers  # seconds of imports
 
-            embeds_guidance = any(key.startswith("guidance_in.") for key in read_shapes(home)["transformer"])
+            embeds_guidance = any(
+                key.startswith("guidance_in.") for key in read_shapes(find_parts(home))["transformer"]
+            )
             self._clip, self._t5 = load_tokenizers(home)
             self._length = min(T5_SEQUENCE_LENGTH[embeds_guidance], self._t5.model_max_length)
         except (FluxBatchError, ValueError, KeyError, OSError) as error:

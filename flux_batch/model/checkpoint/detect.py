@@ -15,6 +15,7 @@ from pathlib import Path
 from flux_batch.model.checkpoint.checkpoint import Checkpoint, first_names, open_checkpoint, weight_files
 from flux_batch.model.checkpoint.files import is_pickle
 from flux_batch.model.checkpoint.scaled_fp8 import SCALED_FP8_MARKER, declared_formats, pair_scales
+from flux_batch.model.params import Shapes
 
 
 class CheckpointKind(Enum):
@@ -127,6 +128,15 @@ def parts_of(checkpoint: Checkpoint) -> dict[CheckpointKind, Checkpoint]:
             raise ValueError(f"{checkpoint.source} holds keys of the {kind.part} where those of the {part} should be")
         parts[kind] = pair_scales(checkpoint.rename(needed), formats)
     return parts
+
+
+def read_shapes(paths: Iterable[Path]) -> dict[str, Shapes]:
+    """Read the shapes of each part of a model from the headers of its files. Raises: ValueError if one is damaged."""
+    shapes: dict[str, Shapes] = {}
+    for path in paths:
+        for kind, checkpoint in parts_of(open_checkpoint(path)).items():
+            shapes.setdefault(kind.part, checkpoint.shapes)
+    return shapes
 
 
 def _names_by_part(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
