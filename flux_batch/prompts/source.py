@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError, did_you_mean
+from flux_batch.prompts.formats.json_table import JsonTable
 from flux_batch.prompts.formats.open import open_table
 from flux_batch.prompts.formats.table import BadRow, Row, RowRange, Table, ranges_of
 from flux_batch.prompts.listing import LISTING_RULES, PARTITION_RULES, Listing, PromptFile, list_prompts
@@ -56,6 +57,7 @@ class PromptSource:
         self._options = config.storage_options
         self._recipe = Recipe(config)
         self._schemas: dict[str, pa.Schema] = {}
+        self._whole: tuple[str, JsonTable] | None = None
         self._lock = Lock()
 
     def files(self) -> tuple[PromptFile, ...]:
@@ -188,7 +190,15 @@ class PromptSource:
         return found
 
     def _table(self, uri: str) -> Table:
-        return open_table(uri, self._options)
+        """Open a file; one that is read whole stays until another such is opened, since shards of it follow."""
+        with self._lock:
+            if self._whole is not None and self._whole[0] == uri:
+                return self._whole[1]
+        table = open_table(uri, self._options)
+        if isinstance(table, JsonTable):
+            with self._lock:
+                self._whole = uri, table
+        return table
 
     def _check_columns(self, file: PromptFile) -> None:
         schema = self.schema(file)

@@ -12,6 +12,7 @@ import pytest
 from flux_batch.config.schema import PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError, StoreRefused
 from flux_batch.plan.plan import make_plan
+from flux_batch.prompts import source as source_module
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import FailedRow, FileRange, ImageRequest, InputImage, Shard
 from flux_batch.storage.passthrough import as_json, passthrough_of, portable
@@ -111,6 +112,22 @@ def test_hostile_prompts_come_through_unchanged(tmp_path: Path, name: str, shard
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in HOSTILE))
 
     assert prompts_of(read(PromptsConfig(uri=str(tmp_path / name)), shard_size)) == HOSTILE
+
+
+def test_a_file_that_is_read_whole_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.json").write_text(json.dumps([{"prompt": str(at)} for at in range(9)]))
+    opened = []
+    exact = source_module.open_table
+    monkeypatch.setattr(source_module, "open_table", lambda *given: opened.append(given) or exact(*given))
+    config = PromptsConfig(uri=str(tmp_path / "p.json"))
+    source = PromptSource(config)
+    plan = make_plan(config, 2)
+    opened.clear()
+
+    texts = [row.prompt for shard in plan.shards for row in source.read(shard, SamplingConfig())]
+
+    assert texts == [str(at) for at in range(9)]
+    assert len(opened) == 1
 
 
 def test_columns_are_mapped_and_override_the_defaults(tmp_path: Path) -> None:

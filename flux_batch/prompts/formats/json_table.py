@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -13,29 +14,29 @@ from flux_batch.prompts.formats.file import PromptBytes
 from flux_batch.prompts.formats.json_lines import check_whole_characters, schema_of_rows
 from flux_batch.prompts.formats.table import BadRow, Row, RowRange, ranges_of
 
-# Such a file is read whole by every shard.
+# Such a file is read whole by every worker.
 _MAX_BYTES = 1 << 28
 
 
 class JsonTable:
-    """A JSON file, read as a whole."""
+    """A JSON file, read as a whole, once."""
 
     def __init__(self, file: PromptBytes) -> None:
         self._file = file
 
     def schema(self) -> pa.Schema:
         """Return the columns; mixed types become JSON text."""
-        return schema_of_rows(self._rows())
+        return schema_of_rows(self._rows)
 
     def split(self, num_rows: int) -> Iterator[RowRange]:
         """Yield ranges of `num_rows` that cover the file; the last may be shorter."""
-        total = len(self._rows())
-        yield from ranges_of(total, num_rows)
+        yield from ranges_of(len(self._rows), num_rows)
 
     def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
         """Yield the rows of a range one by one."""
-        yield from self._rows()[rows.start : rows.start + rows.num_rows]
+        yield from self._rows[rows.start : rows.start + rows.num_rows]
 
+    @cached_property
     def _rows(self) -> list[Row | BadRow]:
         with self._file.open_text() as text:
             data = text.read(_MAX_BYTES + 1)
@@ -63,10 +64,11 @@ def _items(value: Any) -> list[Any] | None:
         return None
     columns = list(value.values())
     tables = [column for column in columns if isinstance(column, list) and column and _are_objects(column)]
+    are_columns = all(isinstance(column, list) for column in columns) and len({len(column) for column in columns}) == 1
+    if are_columns and len(tables) < len(columns):
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
     if len(tables) == 1:  # an array of objects beside what is said about them
         return tables[0]
-    if all(isinstance(column, list) for column in columns) and len({len(column) for column in columns}) == 1:
-        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
     if all(isinstance(column, dict) for column in columns) and len({tuple(column) for column in columns}) == 1:
         return [{name: column[key] for name, column in value.items()} for key in columns[0]]  # as pandas writes it
     return [value] if isinstance(value.get("prompt"), str) else None

@@ -82,6 +82,13 @@ def test_an_array_of_texts_is_prompts_and_other_items_fail_alone(tmp_path: Path)
     assert isinstance(half, BadRow)
 
 
+def test_a_column_of_objects_is_a_column(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "meta": {"x": 1}}, {"prompt": "b", "meta": {"x": 2}}]
+    (tmp_path / "p.json").write_text(json.dumps({name: [row[name] for row in rows] for name in rows[0]}))
+
+    assert read_all(tmp_path / "p.json", 2) == rows
+
+
 @pytest.mark.parametrize(
     ("text", "words"), [('{"a": 1}', "holds no table"), ("5", "holds no table"), ("[1,", "not valid JSON")]
 )
