@@ -17,6 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from flux_batch.errors import JobError, did_you_mean, one_line
 
 _MAX_TEMPLATE, _MAX_RESULT = 20_000, 100_000
+# The most characters that all expressions of a template may hold together, before their results are measured.
+_MAX_HELD = 10 * _MAX_RESULT
 _FILTERS = (
     *("lower", "upper", "title", "capitalize", "trim", "replace", "default", "d", "length", "first", "last"),
     *("round", "int", "float", "abs", "string"),
@@ -88,6 +90,7 @@ class PromptTemplate:
             raise JobError(f"{key}: {line}{one_line(error)}") from error
         self._key = key
         self.names = find_undeclared_variables(tree)
+        self._num_uses = sum(1 for _ in tree.find_all(nodes.Name))
 
     def check_names(self, known: Iterable[str]) -> None:
         """Raise JobError for a name that is neither a sampler nor a column."""
@@ -99,6 +102,9 @@ class PromptTemplate:
     def render(self, values: Mapping[str, Any]) -> str:
         """Return the text of a row. Raises: ValueError with the reason if there is none."""
         cells = {name: _null(name) if value is None else value for name, value in values.items()}
+        longest = max((len(str(cells[name])) for name in self.names if values.get(name) is not None), default=0)
+        if longest * self._num_uses > _MAX_HELD:
+            raise ValueError(f"a text of {longest} characters is too long for a template")
         try:
             parts, size = [], 0
             for part in self._template.generate(cells):

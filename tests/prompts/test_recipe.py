@@ -258,6 +258,14 @@ def test_templates_do_what_they_are_for(template: str, text: str) -> None:
     assert PromptTemplate(template).render({"a": "x", "n": 3, "null": None}) == text
 
 
+def test_long_texts_are_refused_before_they_are_joined() -> None:
+    template = PromptTemplate("{{ " + " ~ ".join(["a"] * 60) + " }}")
+    assert template.render({"a": "x" * 1_000}) == "x" * 60_000
+    with pytest.raises(ValueError, match="a text of 8000000 characters is too long for a template"):
+        template.render({"a": "x" * 8_000_000, "unused": 1})
+    assert PromptTemplate("{{ b }}").render({"a": "x" * 8_000_000, "b": "y"}) == "y"
+
+
 def test_a_recipe_stands_in_the_identity_of_a_job_and_needs_a_source() -> None:
     tree = {"prompts": {"rows": 3, "samplers": {"a": ["x"]}, "template": "{{ a }}"}, "output": {"uri": "o"}}
     job = JobConfig.from_dict(tree | {"model": {"uri": "demo"}})
