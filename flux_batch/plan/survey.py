@@ -27,6 +27,10 @@ from flux_batch.records import FailedRow, ImageRequest
 PLAN_ROWS, _COMPARED_ROWS = 10_000, 5_000_000
 _TOKENIZED_AT_ONCE = 512
 _EXAMPLES = 3
+# Values in the reason of a row, by which it differs from the same reason of another.
+_VALUES = re.compile(r"(?<== )('.*?'|[-+.\w]+)|(?<=lines )\d+ to \d+|(?:(?<=line )|(?<=column )|(?<=char ))\d+")
+# Reasons that hold a name of their row would be as many as rows.
+MAX_REASONS = 100
 # Texts that the tokenizers of CLIP and T5 take for one token with a meaning, as in diffusers, and not for letters.
 _SPECIAL = re.compile(r"<\|(?:startoftext|endoftext)\|>|</s>|<pad>|<unk>|<extra_id_\d{1,2}>")
 
@@ -159,9 +163,11 @@ def _rows(config: JobConfig, plan: Plan) -> Iterator[ImageRequest | FailedRow]:
 
 
 def _count_failure(found: Survey, row: FailedRow) -> None:
-    """Count a row by its reason; numbers and quoted values in it are what makes two rows' reasons differ."""
+    """Count a row by its reason, without the values in it."""
     where, _, reason = row.error_message.partition(": ")
-    kind = re.sub(r"(?<== )('.*?'|[-+.\w]+)|(?<=lines )\d+ to \d+|(?<=line )\d+", "...", reason)[:200]
+    kind = _VALUES.sub("...", reason)[:200]
+    if kind not in found.failures and len(found.failures) >= MAX_REASONS:
+        kind = "other reasons"
     found.num_failed += 1
     found.failures[kind] += 1
     examples = found.examples.setdefault(kind, [])

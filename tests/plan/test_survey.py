@@ -11,7 +11,7 @@ import pytest
 from flux_batch.cli import main
 from flux_batch.config.schema import JobConfig
 from flux_batch.plan.plan import make_plan
-from flux_batch.plan.survey import Survey, format_survey, survey
+from flux_batch.plan.survey import MAX_REASONS, Survey, format_survey, survey
 
 ROWS = [
     {"prompt": "a cat", "id": "1"},
@@ -53,6 +53,20 @@ def test_rows_are_counted_by_what_is_odd_about_them(tmp_path: Path) -> None:
     text = format_survey(found, 10)
     assert "3 rows cannot be rendered" in text
     assert "2 rows hold a special token" in text
+
+
+def test_reasons_that_differ_by_their_place_are_one_and_others_are_bounded(tmp_path: Path) -> None:
+    config = job(tmp_path)
+    lines = ["{" * (1 + at % 7) + " " * at + "x" for at in range(30)]
+    Path(config.prompts.uri[0]).write_text("\n".join([*lines, '{"prompt": "a"}']))
+    found = counted(config)
+    assert (found.num_failed, len(found.failures)) == (30, 1)
+
+    named = [{"prompt": "a", "lora": f"nobody-{at}"} for at in range(2 * MAX_REASONS)]
+    Path(config.prompts.uri[0]).write_text("\n".join(map(json.dumps, named)))
+    found = counted(config)
+    assert found.num_failed == 2 * MAX_REASONS
+    assert len(found.failures) <= MAX_REASONS + 1
 
 
 def test_only_the_first_rows_are_counted_and_a_missing_model_is_said(tmp_path: Path) -> None:
