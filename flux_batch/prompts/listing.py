@@ -106,8 +106,18 @@ def _expand(uri: str, storage_options: Mapping[str, Any], rules: int) -> _Expand
         if magic := re.search(r"[*?[]", path):
             folder = posixpath.dirname(path[: magic.start()])
             names_hidden = re.search(r"(^|/)[._]", path[len(folder) :]) is not None
-            return _sifted(fs, folder, fs.glob(path), _format_reason if names_hidden and rules > 1 else reason_for)
+            paths = fs.glob(path) if rules == 1 else _with_tables(fs, fs.glob(path, detail=True))
+            return _sifted(fs, folder, paths, _format_reason if names_hidden and rules > 1 else reason_for)
     raise SourceError(f"{uri}: no such prompts file or folder")
+
+
+def _with_tables(fs: fsspec.AbstractFileSystem, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the paths of a glob, with the files of folders named like tables (Spark)."""
+    paths: list[str] = []
+    for path, info in found.items():
+        is_table = info["type"] == "directory" and format_of_name(path) in TABLE_FORMATS
+        paths += fs.find(path) if is_table else [path]
+    return paths
 
 
 def _sifted(

@@ -149,6 +149,16 @@ def test_a_header_that_cannot_be_used_is_refused_with_what_is_there(tmp_path: Pa
         make_plan(PromptsConfig(uri=str(tmp_path / "p.csv")), 4)
 
 
+def test_a_glob_of_the_folders_of_spark_reads_what_is_in_them(tmp_path: Path) -> None:
+    for name in ("a.parquet/part-0.parquet", "a.parquet/_SUCCESS", "b.parquet/part-0.parquet", "c/part-0.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+
+    found = list_prompts([f"{tmp_path}/*.parquet"], {})
+
+    assert [file.name for file in found.files] == ["a.parquet/part-0.parquet", "b.parquet/part-0.parquet"]
+
+
 def test_partitions_are_columns(tmp_path: Path) -> None:
     fill(tmp_path, "seed=5/kind=a%20b/p.txt", "seed=__HIVE_DEFAULT_PARTITION__/kind=c/p.txt")
     config = PromptsConfig(uri=str(tmp_path), passthrough=("kind",))
