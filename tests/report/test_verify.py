@@ -7,7 +7,6 @@ import io
 import json
 import os
 import tarfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,52 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flux_batch.cli import main
-from flux_batch.config.schema import JobConfig, ModelConfig
-from flux_batch.engine.local import LocalEngine
-from flux_batch.errors import JobError, StoreError, StoreRefused
-from flux_batch.job import run
+from flux_batch.config.schema import JobConfig
+from flux_batch.errors import JobError, StoreError
 from flux_batch.output.lease import Lease
 from flux_batch.output.paths import metadata_file
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify import format_verdict, repair, verify
-from flux_batch.storage.multipart import Upload
 from flux_batch.storage.store import Store
-from helpers.fakes import FakePipeline
+from helpers.finished_runs import DATA, LAYOUTS, ROWS, Making, command, finish, make_run
 from helpers.job_files import data_files, make_job
-from helpers.s3 import Bucket, S3Server
-
-LAYOUTS = ["webdataset", "files", "parquet"]
-# Three shards of four; the second has a failed row.
-ROWS: list[dict[str, Any]] = [
-    {"prompt": f"image {number}" + (" [raise]" if number == 5 else "")} for number in range(12)
-]
-DATA = {"webdataset": "train/00001.tar", "files": "train/00001/000010000.png", "parquet": "train/00001.parquet"}
-
-
-class Making:
-    """A maker of pipelines that counts their prompts."""
-
-    def __init__(self) -> None:
-        self.pipelines: list[FakePipeline] = []
-
-    def __call__(self, model: ModelConfig) -> FakePipeline:
-        self.pipelines.append(FakePipeline())
-        return self.pipelines[-1]
-
-    @property
-    def prompts(self) -> Counter[str]:
-        return Counter(text for pipeline in self.pipelines for call in pipeline.calls for text in call)
-
-
-def finish(config: JobConfig, making: Making | None = None) -> None:
-    assert run(config, engine=LocalEngine(), make_pipeline=making or Making()).is_complete
-
-
-def make_run(folder: Path, layout: str) -> JobConfig:
-    config = make_job(folder, ROWS, output={"format": layout}, failures={"max_ratio": 1.0})
-    finish(config)
-    return config
+from helpers.s3 import Bucket
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -125,45 +88,6 @@ def test_a_run_in_a_bucket_is_read_too(tmp_path: Path, s3_store: Bucket) -> None
     assert repair(store, verdict) == [1]
     finish(config)
     assert [problem.text.split(":")[0] for problem in verify(store).problems] == ["train/00002/stray"]
-
-
-def test_parts_that_a_killed_writer_left_are_found_and_aborted(
-    tmp_path: Path, moto: S3Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = {"uri": f"{moto.make_bucket()}/run", "storage_options": moto.storage_options}
-    config = make_job(tmp_path, ROWS, output=output, failures={"max_ratio": 1.0})
-    finish(config)
-    store = Store(config.output.uri, config.output.storage_options)
-    bucket, _, key = f"{store.uri}/train/00001.tar".removeprefix("s3://").partition("/")
-    foreign = ["nested/train/00001.tar", "notes.bin"]  # of a run further below, and of another tool
-    for other in foreign:
-        store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key.replace("train/00001.tar", other))
-    epochs = store.list("_run/lease")
-    finish(config)
-    assert store.list("_run/lease") == epochs
-    for _ in range(2):
-        store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
-    half_written = "train/00001.tar: half-written; `flux-batch gc` removes it"
-    assert [problem.text for problem in verify(store, quick=True).problems] == [half_written] * 2
-
-    store._fs.call_s3("put_bucket_versioning", Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
-    options = [f"--storage-option={key}={value}" for key, value in moto.storage_options.items()]
-    code, said = command(capsys, "gc", store.uri, *options)
-    assert code == 0
-    assert said.startswith("2 objects removed; the bucket keeps versions, so their bytes remain until")
-    assert verify(store).problems == []
-
-    store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
-    with monkeypatch.context() as patch:
-        patch.setattr(Store, "abort", denied)
-        finish(config)
-    assert len(store.unfinished_uploads()) == 3
-    finish(config)
-    assert [store.key_of(upload) for upload in store.unfinished_uploads()] == foreign
-
-
-def denied(store: Store, upload: Upload) -> None:
-    raise StoreRefused(f"{store.key_of(upload)}: AccessDenied")
 
 
 # --- damage to the files of a shard
@@ -451,12 +375,6 @@ def test_a_damaged_plan_is_named_in_the_error(webdataset: Store) -> None:
 # --- the command line
 
 
-def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    code = main([*arguments])
-    captured = capsys.readouterr()
-    return code, captured.out + captured.err
-
-
 def test_the_exit_code_of_verify_tells_good_from_broken(
     config: JobConfig, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -472,42 +390,6 @@ def test_the_exit_code_of_verify_tells_good_from_broken(
     assert "1 shards are missing now" in text
     finish(config)
     assert command(capsys, "verify", store.uri, "--repair")[0] == 0
-
-
-def test_gc_removes_the_files_that_no_commit_names_and_no_others(
-    config: JobConfig, store: Store, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = {key: store.read(key) for key in store.list("")}
-    Path(store.uri, "mine.txt").write_text("beside the run")
-    store.write("_run/gallery/index.html", b"x")  # of this program
-    before["_run/gallery/index.html"] = b"x"
-    strange = ["_run/tmp/half", "_run/staging/00000/x.parquet", "train/notes.txt", "train/00007.tar", "metadata/x"]
-    for key in strange:
-        store.write(key, b"x")
-
-    code, text = command(capsys, "gc", store.uri, "--dry-run")
-    assert (code, sorted(line.split()[-1] for line in text.splitlines())) == (0, sorted(strange))
-    code, text = command(capsys, "gc", store.uri)
-
-    assert (code, text) == (0, "5 objects removed\n")
-    left = {key: store.read(key) for key in store.list("") if not key.startswith("_run/lease/")}
-    assert left.pop("mine.txt") == b"beside the run"
-    assert left == {key: data for key, data in before.items() if not key.startswith("_run/lease/")}
-    assert verify(store).problems == []
-
-
-def test_gc_keeps_the_staged_images_of_unfinished_shards(
-    config: JobConfig, store: Store, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for key in ("_SUCCESS", "_run/commits/00002.json"):
-        store.delete(key)
-    store.write("_run/staging/00002/x.parquet", b"x")
-    assert command(capsys, "gc", store.uri)[0] == 0
-
-    assert store.list("_run/staging") == ["_run/staging/00002/x.parquet"]
-    assert [key for key in store.list("train") + store.list("metadata") if "/00002" in key] == []
-    finish(config)
-    assert verify(store).problems == []
 
 
 def test_verify_and_gc_leave_a_run_of_another_driver_alone(

@@ -1,0 +1,54 @@
+"""Finished runs to damage, look at and clean, in each format, and the command line on them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux_batch.cli import main
+from flux_batch.config.schema import JobConfig, ModelConfig
+from flux_batch.engine.local import LocalEngine
+from flux_batch.job import run
+from helpers.fakes import FakePipeline
+from helpers.job_files import make_job
+
+LAYOUTS = ["webdataset", "files", "parquet"]
+# Three shards of four; the second has a failed row.
+ROWS: list[dict[str, Any]] = [
+    {"prompt": f"image {number}" + (" [raise]" if number == 5 else "")} for number in range(12)
+]
+DATA = {"webdataset": "train/00001.tar", "files": "train/00001/000010000.png", "parquet": "train/00001.parquet"}
+
+
+class Making:
+    """A maker of pipelines that counts their prompts."""
+
+    def __init__(self) -> None:
+        self.pipelines: list[FakePipeline] = []
+
+    def __call__(self, model: ModelConfig) -> FakePipeline:
+        self.pipelines.append(FakePipeline())
+        return self.pipelines[-1]
+
+    @property
+    def prompts(self) -> Counter[str]:
+        return Counter(text for pipeline in self.pipelines for call in pipeline.calls for text in call)
+
+
+def finish(config: JobConfig, making: Making | None = None) -> None:
+    assert run(config, engine=LocalEngine(), make_pipeline=making or Making()).is_complete
+
+
+def make_run(folder: Path, layout: str) -> JobConfig:
+    config = make_job(folder, ROWS, output={"format": layout}, failures={"max_ratio": 1.0})
+    finish(config)
+    return config
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = main([*arguments])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err

@@ -1,0 +1,101 @@
+"""The removal of what no commit names: nothing else goes, and the run stays good."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flux_batch.config.schema import JobConfig
+from flux_batch.errors import StoreRefused
+from flux_batch.report.verify import verify
+from flux_batch.storage.multipart import Upload
+from flux_batch.storage.store import Store
+from helpers.finished_runs import LAYOUTS, ROWS, command, finish, make_run
+from helpers.job_files import make_job
+from helpers.s3 import S3Server
+
+
+@pytest.fixture(params=LAYOUTS)
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> JobConfig:
+    return make_run(tmp_path / "run", request.param)
+
+
+@pytest.fixture
+def store(config: JobConfig) -> Store:
+    return Store(config.output.uri)
+
+
+def test_gc_removes_the_files_that_no_commit_names_and_no_others(
+    config: JobConfig, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {key: store.read(key) for key in store.list("")}
+    Path(store.uri, "mine.txt").write_text("beside the run")
+    store.write("_run/gallery/index.html", b"x")  # of this program
+    before["_run/gallery/index.html"] = b"x"
+    strange = ["_run/tmp/half", "_run/staging/00000/x.parquet", "train/notes.txt", "train/00007.tar", "metadata/x"]
+    for key in strange:
+        store.write(key, b"x")
+
+    code, text = command(capsys, "gc", store.uri, "--dry-run")
+    assert (code, sorted(line.split()[-1] for line in text.splitlines())) == (0, sorted(strange))
+    code, text = command(capsys, "gc", store.uri)
+
+    assert (code, text) == (0, "5 objects removed\n")
+    left = {key: store.read(key) for key in store.list("") if not key.startswith("_run/lease/")}
+    assert left.pop("mine.txt") == b"beside the run"
+    assert left == {key: data for key, data in before.items() if not key.startswith("_run/lease/")}
+    assert verify(store).problems == []
+
+
+def test_gc_keeps_the_staged_images_of_unfinished_shards(
+    config: JobConfig, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key in ("_SUCCESS", "_run/commits/00002.json"):
+        store.delete(key)
+    store.write("_run/staging/00002/x.parquet", b"x")
+    assert command(capsys, "gc", store.uri)[0] == 0
+
+    assert store.list("_run/staging") == ["_run/staging/00002/x.parquet"]
+    assert [key for key in store.list("train") + store.list("metadata") if "/00002" in key] == []
+    finish(config)
+    assert verify(store).problems == []
+
+
+def test_parts_that_a_killed_writer_left_are_found_and_aborted(
+    tmp_path: Path, moto: S3Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = {"uri": f"{moto.make_bucket()}/run", "storage_options": moto.storage_options}
+    config = make_job(tmp_path, ROWS, output=output, failures={"max_ratio": 1.0})
+    finish(config)
+    store = Store(config.output.uri, config.output.storage_options)
+    bucket, _, key = f"{store.uri}/train/00001.tar".removeprefix("s3://").partition("/")
+    foreign = ["nested/train/00001.tar", "notes.bin"]  # of a run further below, and of another tool
+    for other in foreign:
+        store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key.replace("train/00001.tar", other))
+    epochs = store.list("_run/lease")
+    finish(config)
+    assert store.list("_run/lease") == epochs
+    for _ in range(2):
+        store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+    half_written = "train/00001.tar: half-written; `flux-batch gc` removes it"
+    assert [problem.text for problem in verify(store, quick=True).problems] == [half_written] * 2
+
+    store._fs.call_s3("put_bucket_versioning", Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    options = [f"--storage-option={key}={value}" for key, value in moto.storage_options.items()]
+    code, said = command(capsys, "gc", store.uri, *options)
+    assert code == 0
+    assert said.startswith("2 objects removed; the bucket keeps versions, so their bytes remain until")
+    assert verify(store).problems == []
+
+    store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "abort", denied)
+        finish(config)
+    assert len(store.unfinished_uploads()) == 3
+    finish(config)
+    assert [store.key_of(upload) for upload in store.unfinished_uploads()] == foreign
+
+
+def denied(store: Store, upload: Upload) -> None:
+    raise StoreRefused(f"{store.key_of(upload)}: AccessDenied")
