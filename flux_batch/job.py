@@ -71,12 +71,7 @@ def run(
     here = _on_this_machine(config, engine, make_pipeline)
     # From here on there is work to lose: wait while the storage is unavailable.
     store = store.with_policy(policy.waiting(config.failures.outage_s))
-
-    def on_lost(reason: str) -> None:
-        log.warning("%s", reason)
-        stop.request(reason)
-
-    with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=on_lost, sleep=stop.sleep) as lease:
+    with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
         store = lease.store
         plan = open_run(config, store, draft, extend=extend)
         revert_failed(config, plan, store, retry_failed=retry_failed)

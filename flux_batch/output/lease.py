@@ -118,8 +118,8 @@ class Lease:
 
     `store` is what the driver writes through: it raises LeaseLost before a write once another driver has the run.
     `ttl_s` is the number of seconds that this driver may be out of touch before another may go on with the run.
-    `on_lost` is called once, from another thread, with a sentence, when another does. `clock` counts seconds from
-    anywhere; `sleep` may raise, which ends the wait for a lease that another driver holds.
+    When another does, that is logged, and `on_lost` is called with the sentence, once, from another thread. `clock`
+    counts seconds from anywhere; `sleep` may raise, which ends the wait for a lease that another driver holds.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Lease:
         store: Store,
         *,
         ttl_s: float = _TTL_S,
-        on_lost: Callable[[str], None] = log.error,
+        on_lost: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -278,7 +278,9 @@ class Lease:
             try:
                 self.beat()
             except LeaseLost as error:
-                self._on_lost(str(error))
+                log.warning("%s", error)
+                if self._on_lost:
+                    self._on_lost(str(error))
                 return
             except (StoreError, Interrupted) as error:
                 if self._ended.is_set():
