@@ -176,6 +176,37 @@ class Commit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """The device, choices and libraries that compute images: others may give other last bits.
+
+    `attention` names the kernels that attention tries first, `torch` for torch's own order; `compile` is True if blocks
+    are compiled. `cuda` and `cudnn` are None on other devices.
+    """
+
+    device: str
+    attention: str
+    compile: bool
+    torch: str
+    cuda: str | None = None
+    cudnn: int | None = None
+
+    def __str__(self) -> str:
+        names = [self.device, f"attention {self.attention}", "compiled" if self.compile else "not compiled"]
+        names += [f"torch {self.torch}"]
+        names += [f"CUDA {self.cuda}"] if self.cuda else []
+        names += [f"cuDNN {self.cudnn}"] if self.cudnn else []
+        return ", ".join(names)
+
+    @classmethod
+    def of_record(cls, record: object) -> Kernels | None:
+        """Return the kernels in the record of a run; None if it has none, as those of older versions."""
+        try:
+            return cls(**record["kernels"])  # type: ignore[index]
+        except (KeyError, TypeError):
+            return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardResult:
     """The worker's answer about one shard: a hint only, the commit in storage is the fact."""
 

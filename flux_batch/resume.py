@@ -24,7 +24,7 @@ from flux_batch.records import Shard
 from flux_batch.report.progress import Progress
 from flux_batch.report.summary import RunReport, Totals, installed_versions
 from flux_batch.storage.store import STORE_TMP, Store
-from flux_batch.worker.settled_precision import settled_job
+from flux_batch.worker.settled_precision import kernels_of_run, settled_job
 
 log = logging.getLogger(__name__)
 
@@ -181,6 +181,7 @@ def _report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport
         device_s_of_run=round(progress.totals.device_s, 3),
         num_gpus=config.workers.num_gpus,
         model={key.removeprefix("model."): value for key, value in config.identity().items() if key[:6] == "model."},
+        kernels=kernels_of_run(store),
         versions=installed_versions(),
         errors=tuple(progress.errors),
     )

@@ -32,7 +32,7 @@ STAGING = f"{RUN}/staging"
 REVERTING = f"{RUN}/taken-back"
 # The number of images in a forward pass, if the run measured it.
 BATCH_SIZE = f"{RUN}/batch_size.json"
-# The dtype that the run computes in, if its job leaves that open.
+# The dtype and the kernels that the first worker computed in.
 PRECISION = f"{RUN}/precision.json"
 # Kernels that torch.compile built on one worker, for the others: an object a kind of device.
 COMPILE_CACHE = f"{RUN}/compile_cache"

@@ -1,14 +1,27 @@
-"""The decision to compile a model, for callers that leave it open; knows no prompt or image."""
+"""The decision to compile a model, for callers that leave it open, and the kernels that came of it.
+
+Knows no prompt or image.
+"""
 
 from __future__ import annotations
 
 import logging
 
+import torch
+
 from flux_batch.errors import InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.optimize.attention import AttentionKernels
-from flux_batch.model.optimize.compile import CompileCache, apply_compile, apply_compile_to_decoder
+from flux_batch.model.optimize.compile import (
+    CompileCache,
+    apply_compile,
+    apply_compile_to_decoder,
+    cuda_versions,
+    device_kind,
+    is_compiled,
+)
 from flux_batch.model.transformer import Flux
+from flux_batch.records import Kernels
 
 log = logging.getLogger(__name__)
 
@@ -34,3 +47,17 @@ def compile_model(
     if device.type == "cuda":
         apply_compile_to_decoder(autoencoder)
     return CompileCache(transformer, attention) if compile else None
+
+
+def kernels_of(transformer: Flux, attention: AttentionKernels) -> Kernels:
+    """Return the kernels that compute a model's images."""
+    device = transformer.img_in.weight.device
+    cuda, cudnn = cuda_versions() if device.type == "cuda" else (None, None)
+    return Kernels(
+        device=device_kind(device),
+        attention=attention.name,
+        compile=is_compiled(transformer),
+        torch=str(torch.__version__),
+        cuda=cuda,
+        cudnn=cudnn,
+    )

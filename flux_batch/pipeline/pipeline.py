@@ -41,7 +41,7 @@ from flux_batch.model.sampling import (
 )
 from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds, position_tables
-from flux_batch.pipeline.compiled import compile_model
+from flux_batch.pipeline.compiled import compile_model, kernels_of
 from flux_batch.pipeline.errors import device_errors
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, locate_parts
@@ -59,6 +59,7 @@ from flux_batch.pipeline.request import (
     sampling_of_call,
 )
 from flux_batch.pipeline.text_cache import TextCache
+from flux_batch.records import Kernels
 from flux_batch.sampling_params import (
     MAX_T5_LENGTH,
     TOKEN_SIDE_PX,
@@ -210,6 +211,11 @@ class FluxImagePipeline:
     def native_dtype(self) -> str:
         """The dtype that its device computes natively, by name."""
         return dtype_name(native_dtype(self.device))
+
+    @property
+    def kernels(self) -> Kernels:
+        """The device, attention and libraries in use, and whether blocks are compiled."""
+        return kernels_of(self.transformer, self.attention)
 
     def load_lora(self, uri: PathOrFolder, scale: float = 1.0) -> None:
         """Merge one more LoRA into the weights. Raises: the errors of `set_loras`."""

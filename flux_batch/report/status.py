@@ -9,8 +9,9 @@ from typing import Any
 from flux_batch.errors import JobError, NotFound
 from flux_batch.output.commits import Commits
 from flux_batch.output.lease import Holder, read_holder
-from flux_batch.output.paths import PLAN, PROGRESS, SUCCESS, RunFolder
+from flux_batch.output.paths import PLAN, PRECISION, PROGRESS, SUCCESS, RunFolder
 from flux_batch.plan.plan import Outline
+from flux_batch.records import Kernels
 from flux_batch.report.progress import duration
 from flux_batch.report.summary import Totals
 from flux_batch.storage.store import Store
@@ -34,6 +35,7 @@ def read_status(store: Store) -> dict[str, Any]:
         "num_failed": totals.num_failed,
         "is_complete": store.exists(SUCCESS),
         "progress": _read_json(store, PROGRESS),
+        "precision": _read_json(store, PRECISION),
         "driver": None if holder is None else _driver(holder),
     }
 
@@ -49,6 +51,9 @@ def format_status(status: dict[str, Any], now: float | None = None) -> str:
         f"shards   {committed} of {shards} committed ({share:.0f} %)",
         f"images   {status['num_images']} committed, {status['num_failed']} of them failed",
     ]
+    if precision := status["precision"]:
+        kernels = Kernels.of_record(precision)
+        lines.append(f"computes in {precision.get('dtype')}" + (f", on {kernels}" if kernels else ""))
     if status["is_complete"]:
         lines.append("state    complete")
     elif progress := status["progress"]:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flux_batch.records import Commit, ShardResult
+from flux_batch.records import Commit, Kernels, ShardResult
 
 _RUN_PACKAGES = ("flux-batch", "torch", "transformers", "ray", "pillow")
 
@@ -35,6 +35,7 @@ class RunReport:
     device_s_of_run: float = 0.0  # busy time of all pipelines, over all invocations
     num_gpus: float = 0.0  # of a worker
     model: dict[str, Any] = field(default_factory=dict)
+    kernels: Kernels | None = None  # of the first worker
     versions: dict[str, str | None] = field(default_factory=dict)
     errors: tuple[str, ...] = ()  # of shards that failed for good
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from flux_batch.images import Pixels
+from flux_batch.records import Kernels
 
 
 class CompileCache(Protocol):
@@ -45,6 +46,11 @@ class ImagePipeline(Protocol):
     @property
     def precision(self) -> Mapping[str, str]:
         """The `dtype` and `quantization` in use, spelled as in the `model` section of a job."""
+        ...
+
+    @property
+    def kernels(self) -> Kernels:
+        """The device, attention and libraries in use, and whether blocks are compiled."""
         ...
 
     @property

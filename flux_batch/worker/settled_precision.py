@@ -1,6 +1,7 @@
-"""The dtype of a run whose job says `auto`: the first worker settles it, all other workers keep it.
+"""The dtype and the kernels of a run: the first worker writes them down, all others keep to the dtype.
 
-A resumed run may use other machines, which would choose another dtype and make other images.
+A resumed run may use other machines, which would choose another dtype and make other images. Kernels are the machine's:
+a worker with others says so.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.errors import AlreadyExists, JobError, NotFound, StoreError, one_line
 from flux_batch.output.paths import JOB, PRECISION
+from flux_batch.records import Kernels
 from flux_batch.storage.store import Store
 from flux_batch.worker.protocol import ImagePipeline
 
@@ -27,29 +30,56 @@ def load_settled(
     """
     settled = settled_model(store, model)
     pipeline = make_pipeline(settled)
-    if model.dtype != "auto":
-        return pipeline, model
-    if settled.dtype == "auto":
-        chosen = {"dtype": pipeline.precision["dtype"]}
-        if model.quantization == "none":
-            chosen["quantization"] = pipeline.precision["quantization"]
-        settled = model.model_copy(update=chosen)
-        try:
-            store.put_if_absent(PRECISION, json.dumps(chosen).encode())
-            log.info("the run computes in %s", _name_of(settled))
-            return pipeline, settled
-        except AlreadyExists:  # another worker was faster
-            mine, settled = settled, settled_model(store, model)
-            if settled == mine:
-                return pipeline, settled
+    chosen = _precision_of(pipeline, model)
+    mine = model.model_copy(update=chosen) if model.dtype == "auto" else model
+    if not store.exists(PRECISION) and _write_record(store, chosen, pipeline.kernels):
+        log.info("the run computes in %s, on %s", _name_of(mine), pipeline.kernels)
+        return pipeline, mine
+    if settled.dtype == "auto":  # another worker was faster
+        settled = settled_model(store, model)
+        if settled != mine:
             pipeline = make_pipeline(settled)
-    if pipeline.native_dtype != settled.dtype:
+    _warn_of_differences(store, model, settled, pipeline)
+    return pipeline, settled
+
+
+def _precision_of(pipeline: ImagePipeline, model: ModelConfig) -> dict[str, str]:
+    """Return the dtype of a pipeline, and its quantization unless the job asks for one."""
+    names = ("dtype", "quantization") if model.quantization == "none" else ("dtype",)
+    return {name: pipeline.precision[name] for name in names}
+
+
+def _write_record(store: Store, chosen: dict[str, str], kernels: Kernels) -> bool:
+    """Write down what the run computes in and on. Returns: False if another worker has. Raises: StoreError."""
+    try:
+        store.put_if_absent(PRECISION, json.dumps({**chosen, "kernels": asdict(kernels)}).encode())
+    except AlreadyExists:
+        return False
+    return True
+
+
+def _warn_of_differences(store: Store, model: ModelConfig, settled: ModelConfig, pipeline: ImagePipeline) -> None:
+    """Log where this worker computes otherwise than its device would, and than the first worker. Raises: StoreError."""
+    if model.dtype == "auto" and pipeline.native_dtype != settled.dtype:
         log.warning(
             "this worker computes in %s, as the run began; its device computes natively in %s",
             _name_of(settled),
             pipeline.native_dtype,
         )
-    return pipeline, settled
+    if (first := kernels_of_run(store)) and first != pipeline.kernels:
+        log.warning(
+            "this worker computes on %s; the run began on %s: the last bits of images may differ",
+            pipeline.kernels,
+            first,
+        )
+
+
+def kernels_of_run(store: Store) -> Kernels | None:
+    """Return the kernels of the first worker of a run; None if there is no record of them. Raises: StoreError."""
+    try:
+        return Kernels.of_record(json.loads(store.read(PRECISION)))
+    except (NotFound, ValueError, RecursionError):
+        return None
 
 
 def with_model_of_run(store: Store, config: JobConfig) -> JobConfig:
@@ -79,12 +109,12 @@ def settled_model(store: Store, model: ModelConfig) -> ModelConfig:
     except NotFound:
         return model
     try:
-        chosen = json.loads(data)
-        if model.quantization != "none":
-            chosen = {"dtype": chosen["dtype"]}
+        record = json.loads(data)
+        names = ("dtype", "quantization") if model.quantization == "none" else ("dtype",)
+        chosen = {name: record[name] for name in names if name in record}
         settled = ModelConfig.model_validate({**model.model_dump(), **chosen})
         if settled.dtype == "auto":
-            raise ValueError("dtype is auto")
+            raise ValueError("it names no dtype")
     except (ValueError, KeyError, TypeError, RecursionError, JobError) as error:
         raise StoreError(f"{store.url(PRECISION)}: is damaged ({one_line(error)}); delete it") from error
     return settled

@@ -20,6 +20,7 @@ import numpy as np
 from flux_batch.config.schema import ModelConfig
 from flux_batch.errors import CheckpointError, OutOfMemory, StoreError
 from flux_batch.images import Pixels
+from flux_batch.records import Kernels
 
 SLOW_S = 0.2
 DEATH_EXIT = 66
@@ -55,6 +56,7 @@ class FakePipeline:
     default_t5_sequence_length = 512
     compile_cache: Any = None
     precision = {"dtype": "float32", "quantization": "none"}  # noqa: RUF012
+    kernels = Kernels(device="cpu AVX2", attention="torch", compile=False, torch="2.13.0")
     native_dtype = "float32"
     offloads_text_encoders = False
 

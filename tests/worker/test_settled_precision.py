@@ -1,10 +1,11 @@
-"""The dtype of a run whose job says `auto`: settled by its first worker, kept on any machine."""
+"""The dtype of a run whose job says `auto`, settled by its first worker, and its kernels: kept or said anywhere."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from flux_batch.errors import Interrupted, PlanMismatch, StoreError
 from flux_batch.job import run
 from flux_batch.output.gc import find_leftovers
 from flux_batch.output.paths import JOB, PRECISION, RunFolder
+from flux_batch.report.status import format_status, read_status
 from flux_batch.storage.store import Store
 from flux_batch.worker.settled_precision import load_settled, settled_model, with_model_of_run
 from helpers.fakes import FakePipeline
@@ -26,7 +28,7 @@ AUTO = ModelConfig(uri="demo")
 
 
 def machine(
-    native: str, quantization: str = "none", kind: type[FakePipeline] = FakePipeline
+    native: str, quantization: str = "none", kind: type[FakePipeline] = FakePipeline, **kernels: Any
 ) -> Callable[[ModelConfig], FakePipeline]:
     """Return a loader of pipelines on a machine that computes natively in `native`."""
 
@@ -38,6 +40,7 @@ def machine(
             "quantization": quantization if is_auto else model.quantization,
         }
         pipeline.native_dtype = native
+        pipeline.kernels = replace(FakePipeline.kernels, **kernels)
         return pipeline
 
     return load
@@ -48,10 +51,17 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "out"))
 
 
+def record(store: Store) -> dict[str, Any]:
+    """Read what a first worker wrote down, but its kernels, which are those of the fake."""
+    found = dict(json.loads(store.read(PRECISION)))
+    assert found.pop("kernels") == asdict(FakePipeline.kernels)
+    return found
+
+
 def test_the_first_worker_settles_the_dtype_of_all_others(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     first, model = load_settled(store, AUTO, machine("float32", "bfloat16"))
     assert (first.precision["dtype"], model.dtype, model.quantization) == ("float32", "float32", "bfloat16")
-    assert json.loads(store.read(PRECISION)) == {"dtype": "float32", "quantization": "bfloat16"}
+    assert record(store) == {"dtype": "float32", "quantization": "bfloat16"}
 
     with caplog.at_level(logging.WARNING):
         other, model = load_settled(store, AUTO, machine("bfloat16"))
@@ -90,14 +100,35 @@ def test_two_first_workers_with_the_same_dtype_load_once(store: Store) -> None:
 def test_a_quantization_of_the_job_is_kept(store: Store) -> None:
     fp8 = AUTO.model_copy(update={"quantization": "fp8"})
     assert load_settled(store, fp8, machine("float32"))[1].quantization == "fp8"
-    assert json.loads(store.read(PRECISION)) == {"dtype": "float32"}
+    assert record(store) == {"dtype": "float32"}
     assert settled_model(store, fp8).quantization == "fp8"
     assert settled_model(store, AUTO).quantization == "none"
 
 
-def test_a_dtype_of_the_job_is_not_settled(store: Store) -> None:
-    load_settled(store, AUTO.model_copy(update={"dtype": "float16"}), machine("float32"))
-    assert not store.exists(PRECISION)
+def test_a_dtype_of_the_job_is_written_down_and_costs_no_warning(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    float16 = AUTO.model_copy(update={"dtype": "float16"})
+    for _ in range(2):
+        assert load_settled(store, float16, machine("float32"))[1] == float16
+    assert record(store) == {"dtype": "float16", "quantization": "none"}
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_worker_with_other_kernels_says_so(store: Store, dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = AUTO.model_copy(update={"dtype": dtype})
+    hopper = {"device": "cuda NVIDIA H200", "torch": "2.13.0+cu130", "cuda": "13.0", "cudnn": 92000, "compile": True}
+    load_settled(store, model, machine("float32", **hopper, attention="cudnn"))
+    load_settled(store, model, machine("float32", **hopper, attention="flash3"))
+    assert (
+        "this worker computes on cuda NVIDIA H200, attention flash3, compiled, torch 2.13.0+cu130, CUDA 13.0, cuDNN "
+        "92000; the run began on cuda NVIDIA H200, attention cudnn, compiled, " in caplog.text
+    )
+    store.write(PRECISION, b'{"dtype": "float32", "quantization": "none"}')  # as older versions did
+    caplog.clear()
+    load_settled(store, model, machine("float32", attention="flash3"))
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"dtype": "auto", "quantization": "none"}', b'{"dtype": "int8"}'])
@@ -128,6 +159,9 @@ def test_a_run_keeps_its_dtype_on_another_machine_and_says_so(tmp_path: Path, ca
         report = run(config, engine=LocalEngine(), make_pipeline=machine("bfloat16"))
     assert "computes in float32, as the run began; its device computes natively in bfloat16" in caplog.text
     assert report.model["dtype"] == "float32"
+    assert json.loads(report.to_json())["kernels"] == asdict(FakePipeline.kernels)
+    status = format_status(read_status(Store(config.output.uri)))
+    assert "computes in float32, on cpu AVX2, attention torch, not compiled, torch 2.13.0\n" in status
     assert "demo (float32)" in (tmp_path / "out/README.md").read_text()
     assert [left.key for left in find_leftovers(RunFolder(Store(config.output.uri), 4))] == []
 

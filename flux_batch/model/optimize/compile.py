@@ -71,6 +71,18 @@ def apply_compile_to_decoder(model: AutoEncoder) -> None:
             block.compile()
 
 
+def cuda_versions() -> tuple[str | None, int | None]:
+    """Return the versions of CUDA and cuDNN that torch uses; None without."""
+    return torch.version.cuda, torch.backends.cudnn.version() if torch.version.cuda else None
+
+
+def device_kind(device: torch.device) -> str:
+    """Return the name of a device as far as compiled code depends on it."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+
+
 class CompileCache:
     """The code that torch.compile has made for a transformer, as bytes for another process; knows no file and no run.
 
@@ -83,7 +95,7 @@ class CompileCache:
     """
 
     def __init__(self, model: Flux, attention: AttentionKernels = TORCH_ATTENTION) -> None:
-        device = re.sub(r"[^A-Za-z0-9]+", "-", _device_kind(model.img_in.weight.device))
+        device = re.sub(r"[^A-Za-z0-9]+", "-", device_kind(model.img_in.weight.device))
         python = sys.implementation.cache_tag
         kernels = _kernels_tag(attention)
         self.name = f"torch-{torch.__version__}-{python}-{device}-{kernels}-{_digest_of(model)}".replace("+", "-")
@@ -155,16 +167,9 @@ def _use_compilable_functions(block: nn.Module, device: torch.device) -> None:
 
 def _kernels_tag(attention: AttentionKernels) -> str:
     """Return the name of the libraries and the attention that compiled code calls."""
-    cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
-    libraries = f"-cuda-{torch.version.cuda}-cudnn-{cudnn}" if cudnn else ""
+    cuda, cudnn = cuda_versions()
+    libraries = f"-cuda-{cuda}-cudnn-{cudnn}" if cudnn else ""
     return f"attention-{attention.name}{libraries}"
-
-
-def _device_kind(device: torch.device) -> str:
-    """Return the name of a device as far as compiled code depends on it."""
-    if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _digest_of(model: Flux) -> str:
