@@ -1,4 +1,4 @@
-"""The decision to compile a model, for callers that leave it open, and the kernels that came of it.
+"""The decision to compile a model, for callers that leave it open, and the kernels in use.
 
 Knows no prompt or image.
 """
