@@ -1,7 +1,4 @@
-"""The decision to compile a model, for callers that leave it open, and the kernels in use.
-
-Knows no prompt or image.
-"""
+"""The decision to compile a model, and the kernels in use; knows no prompt or image."""
 
 from __future__ import annotations
 
