@@ -29,8 +29,8 @@ def image_seed(run_seed: int, row_id: str, image_index: int) -> int:
 class FileRange:
     """A range of rows of one prompts file.
 
-    `start` is the first row in the file; `offset` the byte where that row begins (text formats; 0 for Parquet);
-    `name` the file's path relative to the data set, which row ids are made of.
+    `start` is the first row in the file; `offset` the byte where that row begins (text formats; 0 for Parquet), `line`
+    its line, from 1, where it has one; `name` the file's path relative to the data set, which row ids are made of.
     """
 
     uri: str
@@ -38,6 +38,7 @@ class FileRange:
     start: int
     num_rows: int
     offset: int = 0
+    line: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -34,6 +34,7 @@ _COLUMNS = pa.schema(
         ("start", pa.int64()),
         ("num_rows", pa.int32()),
         ("offset", pa.int64()),
+        ("line", pa.int64()),
     ]
 )
 
@@ -67,6 +68,7 @@ class Plan:
                 "start": part.start,
                 "num_rows": part.num_rows,
                 "offset": part.offset,
+                "line": part.line,
             }
             for shard in self.shards
             for part in shard.parts
@@ -108,7 +110,19 @@ def rules_of_plan(data: bytes) -> int:
 
 
 def _part(row: Mapping[str, Any], file: PromptFile) -> FileRange:
-    return FileRange(uri=file.uri, name=file.name, start=row["start"], num_rows=row["num_rows"], offset=row["offset"])
+    rows = RowRange(row["start"], row["num_rows"], row["offset"], row.get("line", 0))
+    return _file_range(file, rows)
+
+
+def _file_range(file: PromptFile, rows: RowRange) -> FileRange:
+    return FileRange(
+        uri=file.uri,
+        name=file.name,
+        start=rows.start,
+        num_rows=rows.num_rows,
+        offset=rows.offset,
+        line=rows.line,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +249,7 @@ def _limited(pieces: list[tuple[PromptFile, RowRange]], limit: int | None) -> It
         if left <= 0:
             return
         num_rows = min(rows.num_rows, left)
-        yield FileRange(uri=file.uri, name=file.name, start=rows.start, num_rows=num_rows, offset=rows.offset)
+        yield _file_range(file, replace(rows, num_rows=num_rows))
         left -= num_rows
 
 

@@ -28,7 +28,10 @@ PLAN_ROWS, _COMPARED_ROWS = 10_000, 5_000_000
 _TOKENIZED_AT_ONCE = 512
 _EXAMPLES = 3
 # Values in the reason of a row, by which it differs from the same reason of another.
-_VALUES = re.compile(r"(?<== )('.*?'|[-+.\w]+)|(?<=lines )\d+ to \d+|(?:(?<=line )|(?<=column )|(?<=char ))\d+")
+_VALUES = re.compile(
+    r"(?<== )('.*?'|[-+.\w]+)|(?<=byte )0x\w+|(?<=lines )\d+ to \d+|(?<=nearest are )\d+ and \d+|\b\d+(?= fields )"
+    r"|(?:(?<=line )|(?<=column )|(?<=char )|(?<=holds )|(?<=text of ))\d+"
+)
 # Reasons that hold a name of their row would be as many as rows.
 MAX_REASONS = 100
 # Texts that the tokenizers of CLIP and T5 take for one token with a meaning, as in diffusers, and not for letters.

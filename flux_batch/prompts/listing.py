@@ -19,11 +19,13 @@ from flux_batch.redaction import public_uri
 from flux_batch.storage.errors import translated
 from flux_batch.storage.store import open_filesystem
 
-# The rules by which files are left out; a run keeps to those it was planned by. 1: hidden by their own names alone,
-# and four formats.
-LISTING_RULES = 2
+# The rules by which files are left out and rows are called; a run keeps to those it was planned by. 1: hidden by their
+# own names alone, and four formats. 2: the prompt of a file with no other is called `a.txt:0`.
+LISTING_RULES = 3
 # The first rules by which folders such as `year=2026` are columns.
 PARTITION_RULES = 2
+# The first rules by which the name of a file with one prompt is its id.
+ONE_PROMPT_RULES = 3
 _FORMATS_OF_RULES_1 = ("parquet", "jsonl", "csv", "txt")
 # Enough to notice an edit of a file whose store has no checksum, at the price of two small reads.
 _SAMPLED_BYTES = 64 * 1024

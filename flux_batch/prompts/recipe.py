@@ -152,7 +152,4 @@ def _place(table: Table, number: int) -> str:
     """Return the place of a row, counted from 1: its line, since blank lines are no rows, where a row has one."""
     if not isinstance(table, LineTable):
         return f"row {number}"
-    start = next(islice(table.split(1), number - 1, None)).offset
-    with table.file.open_text() as text:
-        num_before = text.read(start).count(b"\n")
-    return f"line {num_before + 1}"
+    return f"line {next(islice(table.split(1), number - 1, None)).line}"

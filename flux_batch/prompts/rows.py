@@ -6,7 +6,7 @@ Knows the sections `prompts` and `sampling` of the job file; does not know files
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any, SupportsIndex
@@ -50,11 +50,17 @@ class RowParser:
         """The names of all columns that a row may have a value in."""
         return {name for names in self._columns.values() for name in names} | set(self._passthrough)
 
-    def parse(self, values: Row | BadRow, *, row: int, default_id: str) -> ImageRequest | FailedRow:
-        """Validate one row; `row` is its number in the shard."""
+    def parse(
+        self, values: Row | BadRow, *, row: int, default_id: str, line: Callable[[], int] = lambda: 0
+    ) -> ImageRequest | FailedRow:
+        """Validate one row.
+
+        row: its number in the shard. line: returns its line in its file, 0 if it has none; asked if the row fails.
+        """
         if isinstance(values, BadRow):
+            place = _place(default_id, line())
             return FailedRow(
-                row=row, id=default_id, prompt="", error_type="RowError", error_message=f"{default_id}: {values.reason}"
+                row=row, id=default_id, prompt="", error_type="RowError", error_message=f"{place}: {values.reason}"
             )
         row_id = text_of(self._cell(values, "id")) or default_id
         passthrough = {name: values.get(name) for name in self._passthrough}
@@ -74,7 +80,7 @@ class RowParser:
                 id=row_id,
                 prompt=text_of(self._cell(values, "prompt")),
                 error_type=type(error).__name__,
-                error_message=f"{default_id}: {error}",
+                error_message=f"{_place(default_id, line())}: {error}",
                 passthrough=passthrough,
             )
         return ImageRequest(
@@ -141,6 +147,11 @@ class RowParser:
         seed = _integer("seed", seed)
         check_integer("seed", seed, 0, MAX_SEED - count)  # that of the row's last image is one, too
         return tuple(seed + index for index in range(count))
+
+
+def _place(row_id: str, line: int) -> str:
+    """Return where a row stands, for a message."""
+    return f"{row_id} (line {line})" if line else row_id
 
 
 def _convert(field: str, value: Any) -> Any:

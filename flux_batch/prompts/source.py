@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache, partial
 from itertools import islice
 from threading import Lock
 from urllib.parse import unquote
@@ -18,9 +20,19 @@ import pyarrow as pa
 from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError, did_you_mean
 from flux_batch.prompts.formats.json_table import JsonTable
+from flux_batch.prompts.formats.lines import LineTable
 from flux_batch.prompts.formats.open import open_table
 from flux_batch.prompts.formats.table import BadRow, Row, RowRange, Table, ranges_of
-from flux_batch.prompts.listing import LISTING_RULES, PARTITION_RULES, Listing, PromptFile, list_prompts
+from flux_batch.prompts.formats.tar import TarTable
+from flux_batch.prompts.formats.text import TextTable
+from flux_batch.prompts.listing import (
+    LISTING_RULES,
+    ONE_PROMPT_RULES,
+    PARTITION_RULES,
+    Listing,
+    PromptFile,
+    list_prompts,
+)
 from flux_batch.prompts.recipe import ROWS, Recipe
 from flux_batch.prompts.rows import RowParser
 from flux_batch.records import FailedRow, FileRange, ImageRequest, Shard
@@ -116,16 +128,18 @@ class PromptSource:
     ) -> Iterator[ImageRequest | FailedRow]:
         """Yield the validated rows of a shard, in order; an invalid row is a FailedRow."""
         row = 0
-        for piece, values in self._rows_of(shard):
+        for piece, table, values in self._rows_of(shard):
             parser = RowParser(self._config, sampling, piece.uri, loras)
             partitions = self._partitions(piece.name)
+            lines = cache(partial(_lines_of, table, piece))
+            is_one = self._is_one_prompt(piece, table)
             found = 0
             for found, each in enumerate(values, start=1):
                 number = piece.start + found - 1
-                row_id = f"{piece.name}:{number}"
+                row_id = piece.name if is_one else f"{piece.name}:{number}"
                 cells = {**partitions, **each} if isinstance(each, dict) else each
                 cells = self._recipe.completed(cells, sampling.seed, row_id, number)
-                yield parser.parse(cells, row=row, default_id=row_id)
+                yield parser.parse(cells, row=row, default_id=row_id, line=partial(_line_at, lines, found - 1))
                 row += 1
             if found != piece.num_rows:
                 raise SourceError(
@@ -133,24 +147,44 @@ class PromptSource:
                     "the file changed since the run was planned"
                 )
 
-    def _rows_of(self, shard: Shard) -> Iterator[tuple[FileRange, Iterator[Row | BadRow]]]:
+    def one_row(self, shard: Shard, number: int) -> FileRange:
+        """Return one row of a shard by itself."""
+        for piece in shard.parts:
+            if number < piece.num_rows:
+                break
+            number -= piece.num_rows
+        start = piece.start + number
+        table = self._table(piece.uri) if self._config.uri else None
+        if isinstance(table, (LineTable, TarTable)):
+            rows = table.each_of(_row_range(piece))[number]
+            return replace(piece, start=start, num_rows=1, offset=rows.offset, line=rows.line)
+        return replace(piece, start=start, num_rows=1)
+
+    def _rows_of(self, shard: Shard) -> Iterator[tuple[FileRange, Table | None, Iterator[Row | BadRow]]]:
         """Yield the parts of a shard with their rows; of several small files, some are opened ahead."""
         columns = RowParser(self._config, SamplingConfig()).columns | self._recipe.columns
 
-        def opened(piece: FileRange) -> Iterator[Row | BadRow]:
+        def opened(piece: FileRange) -> tuple[Table | None, Iterator[Row | BadRow]]:
             if not self._config.uri:
-                return ({} for _ in range(piece.num_rows))
-            return self._table(piece.uri).stream(RowRange(piece.start, piece.num_rows, piece.offset), columns)
+                return None, ({} for _ in range(piece.num_rows))
+            table = self._table(piece.uri)
+            return table, table.stream(_row_range(piece), columns)
 
         if len(shard.parts) == 1:
-            yield shard.parts[0], opened(shard.parts[0])
+            yield shard.parts[0], *opened(shard.parts[0])
             return
         with ThreadPoolExecutor(_READ_AHEAD) as pool:
-            waiting: deque[Future[Iterator[Row | BadRow]]] = deque()
+            waiting: deque[Future[tuple[Table | None, Iterator[Row | BadRow]]]] = deque()
             ahead = iter(shard.parts)
             for piece in shard.parts:
                 waiting.extend(pool.submit(opened, each) for each in islice(ahead, _READ_AHEAD - len(waiting)))
-                yield piece, waiting.popleft().result()
+                yield piece, *waiting.popleft().result()
+
+    def _is_one_prompt(self, piece: FileRange, table: Table | None) -> bool:
+        """Return whether a file of a folder holds this one prompt and no other, and so gives it its name."""
+        if self._rules < ONE_PROMPT_RULES or piece.start or piece.num_rows > 1 or piece.uri in self._config.uri:
+            return False
+        return isinstance(table, (TextTable, JsonTable)) and table.is_one_row
 
     def _passthrough_of(self, file: PromptFile) -> pa.Schema:
         schema = self.schema(file)
@@ -218,6 +252,21 @@ class PromptSource:
         kind = kinds["prompt"]
         if not (is_text(kind) or pa.types.is_null(kind)):
             raise SourceError(f"{where}: column {wanted['prompt']!r} holds {kind}, but prompts must be text")
+
+
+def _row_range(piece: FileRange) -> RowRange:
+    return RowRange(piece.start, piece.num_rows, piece.offset, piece.line)
+
+
+def _lines_of(table: Table | None, piece: FileRange) -> list[int]:
+    """Return the line of each row of a piece; 0 where rows have none."""
+    if not isinstance(table, LineTable):
+        return [0] * piece.num_rows
+    return [rows.line for rows in table.each_of(_row_range(piece))]
+
+
+def _line_at(lines: Callable[[], list[int]], index: int) -> int:
+    return lines()[index]
 
 
 def _column(schema: pa.Schema, name: str, uri: str, named_by: str) -> pa.DataType:

@@ -47,8 +47,8 @@ def test_rows_are_counted_by_what_is_odd_about_them(tmp_path: Path) -> None:
     assert found.num_special_tokens == 2
     assert (found.num_clip_truncated, found.num_t5_truncated) == (1, 1)
     assert found.failures["column 'prompt' is empty: a prompt is needed"] == 1
-    assert sorted(found.failures.values()) == [1, 1, 1]
-    assert found.examples["column 'prompt' is empty: a prompt is needed"] == ["p.jsonl:7"]
+    assert found.failures["width = ...: must be a multiple of 16; the nearest are ..."] == 2
+    assert found.examples["column 'prompt' is empty: a prompt is needed"] == ["p.jsonl:7 (line 8)"]
     json.dumps(found.to_json())
     text = format_survey(found, 10)
     assert "3 rows cannot be rendered" in text

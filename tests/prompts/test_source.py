@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from flux_batch.config.schema import PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError, StoreRefused
 from flux_batch.plan.plan import make_plan
 from flux_batch.prompts import source as source_module
+from flux_batch.prompts.listing import LISTING_RULES
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import FailedRow, FileRange, ImageRequest, InputImage, Shard
 from flux_batch.storage.passthrough import as_json, passthrough_of, portable
@@ -39,7 +41,7 @@ def read(config: PromptsConfig, shard_size: int = 4, **sampling: Any) -> list[Im
     found: list[ImageRequest | FailedRow] = []
     for file in source.files():
         for rows in source.split(file, shard_size):
-            part = FileRange(uri=file.uri, name=file.name, start=rows.start, num_rows=rows.num_rows, offset=rows.offset)
+            part = FileRange(uri=file.uri, name=file.name, **asdict(rows))
             shard = Shard(index=0, parts=(part,))
             requests = list(source.read(shard, SamplingConfig(**sampling)))
             assert [row.row for row in requests] == list(range(rows.num_rows))
@@ -77,7 +79,48 @@ def test_formats_may_be_mixed(tmp_path: Path) -> None:
     rows = read(PromptsConfig(uri=str(tmp_path)))
 
     assert prompts_of(rows) == ["from parquet", "from jsonl", "from csv", "from txt"]
-    assert [row.id for row in rows] == ["a.parquet:0", "b.jsonl:0", "c.csv:0", "d.txt:0"]
+    assert [row.id for row in rows] == ["a.parquet:0", "b.jsonl:0", "c.csv:0", "d.txt"]
+
+
+def ids_of(config: PromptsConfig, shard_size: int, rules: int = LISTING_RULES) -> list[str]:
+    plan = make_plan(config, shard_size)
+    source = PromptSource(config, rules)
+    return [row.id for shard in plan.shards for row in source.read(shard, SamplingConfig())]
+
+
+@pytest.mark.parametrize("shard_size", [1, 2, 9])
+def test_the_name_of_a_file_with_one_prompt_is_its_id(tmp_path: Path, shard_size: int) -> None:
+    (tmp_path / "0.txt").write_text("a long prompt\n\n")
+    (tmp_path / "1.txt").write_text("a\nb\n")
+    (tmp_path / "2.json").write_text('{"prompt": "c"}')
+    folder = PromptsConfig(uri=str(tmp_path))
+
+    assert ids_of(folder, shard_size) == ["0.txt", "1.txt:0", "1.txt:1", "2.json"]
+    assert ids_of(folder.model_copy(update={"limit": 2}), shard_size) == ["0.txt", "1.txt:0"]
+    assert ids_of(folder, shard_size, rules=2) == ["0.txt:0", "1.txt:0", "1.txt:1", "2.json:0"]  # a run of before
+    assert ids_of(PromptsConfig(uri=f"{tmp_path}/0.txt"), shard_size) == ["0.txt:0"]  # it may get a second line
+
+
+@pytest.mark.parametrize("shard_size", [1, 2, 9])
+@pytest.mark.parametrize(
+    ("name", "text", "places"),
+    [
+        ("p.csv", 'prompt,width\n"two\nlines",16\n,16\n\nb,17\n', ["p.csv:1 (line 4)", "p.csv:2 (line 6)"]),
+        ("p.csv", 'prompt,width\n"a,16\nb,16\nc,17\n', ["p.csv:0 (line 2)", "p.csv:2 (line 4)"]),
+        ("p.tsv", "prompt\twidth\na\t16\n\nb\t17\n", ["p.tsv:1 (line 4)"]),
+        ("p.jsonl", '\n{"prompt": "a"}\n{}\n\n{"prompt\n', ["p.jsonl:1 (line 3)", "p.jsonl:2 (line 5)"]),
+        ("p.txt", "a\n\nb\0\n", ["p.txt:1 (line 3)"]),
+        ("p.json", '[{"prompt": "a"},\n{}]', ["p.json:1"]),
+    ],
+)
+def test_a_row_that_fails_is_named_with_its_line(
+    tmp_path: Path, name: str, text: str, places: list[str], shard_size: int
+) -> None:
+    (tmp_path / name).write_text(text)
+
+    rows = read(PromptsConfig(uri=f"{tmp_path}/{name}"), shard_size)
+
+    assert [row.error_message.partition(": ")[0] for row in rows if isinstance(row, FailedRow)] == places
 
 
 @pytest.mark.s3

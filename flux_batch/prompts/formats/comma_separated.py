@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import takewhile
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 
@@ -33,35 +33,43 @@ class CsvTable(LineTable):
     def schema(self) -> pa.Schema:
         """Return the columns that the header names; none of a file without a byte."""
         with self.file.open_text() as text:
-            return header_schema(self._header(text)[0])
+            return header_schema(self._header(text).names)
 
-    def starts(self, text: BinaryIO) -> Iterator[int]:
-        """Yield the byte where each record begins."""
-        return (at for at, _ in self.records(text))
+    def starts(self, text: BinaryIO, offset: int = 0, line: int = 1) -> Iterator[tuple[int, int]]:
+        """Yield the byte and the line where each record begins."""
+        header = self._header(text)
+        first = line if offset else 1 + header.num_lines
+        return ((at, first + number) for at, number, _ in self._records(text, header, offset))
 
     def records(self, text: BinaryIO, offset: int = 0) -> Iterator[tuple[int, Row | BadRow]]:
         """Yield the fields of each record by column."""
-        names, is_spaced, first = self._header(text)
+        return ((at, row) for at, _, row in self._records(text, self._header(text), offset))
+
+    def _records(self, text: BinaryIO, header: _Header, offset: int) -> Iterator[tuple[int, int, Row | BadRow]]:
+        """Yield the first byte of each record, the number of lines before it from `offset` on, and its fields."""
+        names, is_spaced = header.names, header.is_spaced
         if not names:
             return
         csv.field_size_limit(_MAX_FIELD)  # the only place there is for it, and for the whole process
-        begin = offset or first
-        source = _Lines(lines(text, begin, first))
+        begin = offset or header.end
+        source = _Lines(lines(text, begin, header.end))
         number_of_first = cache(lambda: self._num_lines(begin) + 1)
         while source.begin():
+            number = source.num_read
             try:
                 values = next(csv.reader(source, skipinitialspace=is_spaced))
             except csv.Error as error:
-                yield source.start, _unclosed(source, names, number_of_first) or BadRow(f"not valid CSV: {error}")
+                bad = _unclosed(source, names, number_of_first) or BadRow(f"not valid CSV: {error}")
+                yield source.start, number, bad
                 continue
             if values:
-                yield source.start, _parsed(source, values, names, is_spaced, number_of_first)
+                yield source.start, number, _parsed(source, values, names, is_spaced, number_of_first)
 
-    def _header(self, text: BinaryIO) -> tuple[list[str], bool, int]:
-        """Read the column names, the space after commas, and the byte where records begin."""
+    def _header(self, text: BinaryIO) -> _Header:
+        """Read the first record."""
         source = _Lines(lines(text, 0))
         if not source.begin():
-            return [], False, 0
+            return _Header([], False, 0, 0)
         try:
             raw = next(csv.reader(source))
             values = next(csv.reader([decoded(line) for _, line in source.taken], skipinitialspace=True))
@@ -70,12 +78,21 @@ class CsvTable(LineTable):
                 f"{self.file.uri}: the first line, which must name the columns, cannot be read"
             ) from error
         is_spaced = len(raw) > 1 and all(value.startswith(" ") for value in raw[1:])
-        return header_names(values), is_spaced, source.end
+        return _Header(header_names(values), is_spaced, source.end, source.num_read)
 
     def _num_lines(self, end: int) -> int:
         """Return the number of lines before a byte."""
         with self.file.open_text() as text:
             return sum(1 for _ in takewhile(lambda each: each[0] < end, lines(text, 0)))
+
+
+class _Header(NamedTuple):
+    """The first record: its names, whether spaces follow its commas, the byte after it and its lines."""
+
+    names: list[str]
+    is_spaced: bool
+    end: int
+    num_lines: int
 
 
 def _parsed(
@@ -108,7 +125,7 @@ def _unclosed(source: _Lines, names: list[str], number_of_first: Callable[[], in
     if all(_is_row(line, names) for _, line in (others[:-1] or others)):
         source.put_back(others)
         shown = first.decode("utf-8", "replace").strip()[:80]
-        return BadRow(f"line {number}: a quote is opened and not closed: {shown}")
+        return BadRow(f"a quote is opened and not closed: {shown}")
     return BadRow(f"lines {number} to {last}: a quote is opened on line {number}, and takes in the lines after it")
 
 

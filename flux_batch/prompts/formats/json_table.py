@@ -36,6 +36,11 @@ class JsonTable:
         """Yield the rows of a range one by one."""
         yield from self._rows[rows.start : rows.start + rows.num_rows]
 
+    @property
+    def is_one_row(self) -> bool:
+        """True if the file holds a single row."""
+        return len(self._rows) == 1
+
     @cached_property
     def _rows(self) -> list[Row | BadRow]:
         with self._file.open_text() as text:

@@ -29,9 +29,17 @@ class LineTable:
             for _, row in islice(self.records(text, rows.offset), rows.num_rows):
                 yield row
 
-    def starts(self, text: BinaryIO) -> Iterator[int]:
-        """Yield the byte where each record begins."""
-        return (at for at, line in lines(text, 0) if line.strip())
+    def each_of(self, rows: RowRange) -> list[RowRange]:
+        """Return every row of a range by itself, with its byte and its line."""
+        with self.file.open_text() as text:
+            starts = islice(self.starts(text, rows.offset, rows.line), rows.num_rows)
+            is_known = rows.line > 0 or rows.offset == 0
+            return list(ranges_from(((at, line if is_known else 0) for at, line in starts), 1, rows.start))
+
+    def starts(self, text: BinaryIO, offset: int = 0, line: int = 1) -> Iterator[tuple[int, int]]:
+        """Yield the byte and the line where each record begins; `line` is that of `offset`, and 1 at the start."""
+        found = enumerate(lines(text, offset), start=line if offset else 1)
+        return ((at, number) for number, (at, content) in found if content.strip())
 
     def records(self, text: BinaryIO, offset: int = 0) -> Iterator[tuple[int, Row | BadRow]]:
         """Yield the byte offset and the row of each record from `offset` on (0: from the first record)."""

@@ -28,10 +28,11 @@ class TsvTable(LineTable):
         with self.file.open_text() as text:
             return header_schema(self._header(text)[0])
 
-    def starts(self, text: BinaryIO) -> Iterator[int]:
-        """Yield the byte where each record begins."""
+    def starts(self, text: BinaryIO, offset: int = 0, line: int = 1) -> Iterator[tuple[int, int]]:
+        """Yield the byte and the line where each record begins."""
         _, first = self._header(text)
-        return (at for at, line in lines(text, first, first) if line.strip())
+        found = enumerate(lines(text, offset or first, first), start=line if offset else 2)
+        return ((at, number) for number, (at, content) in found if content.strip())
 
     def records(self, text: BinaryIO, offset: int = 0) -> Iterator[tuple[int, Row | BadRow]]:
         """Yield the fields of each line by column."""

@@ -24,11 +24,16 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
-    """Rows start .. start + num_rows of a file; `offset` is the byte of its text where the first begins, or 0."""
+    """Rows start .. start + num_rows of a file.
+
+    `offset` is where its format finds the first one: the byte of its text; 0 for the start. `line` is the line of the
+    first one, from 1; 0 where rows have none, or where a plan of before does not say.
+    """
 
     start: int
     num_rows: int
     offset: int = 0
+    line: int = 0
 
 
 def ranges_of(total: int, num_rows: int) -> list[RowRange]:
@@ -36,13 +41,12 @@ def ranges_of(total: int, num_rows: int) -> list[RowRange]:
     return [RowRange(start, min(num_rows, total - start)) for start in range(0, total, num_rows)]
 
 
-def ranges_from(starts: Iterable[int], num_rows: int) -> Iterator[RowRange]:
-    """Yield ranges of `num_rows` of the rows that begin at these bytes; the last may be shorter."""
-    offsets = iter(starts)
-    start = 0
-    for offset in offsets:
-        count = 1 + sum(1 for _ in islice(offsets, num_rows - 1))
-        yield RowRange(start, count, offset)
+def ranges_from(starts: Iterable[tuple[int, int]], num_rows: int, start: int = 0) -> Iterator[RowRange]:
+    """Yield ranges of `num_rows` of the rows that begin at these bytes and lines; the last may be shorter."""
+    places = iter(starts)
+    for offset, line in places:
+        count = 1 + sum(1 for _ in islice(places, num_rows - 1))
+        yield RowRange(start, count, offset, line)
         start += count
 
 

@@ -42,8 +42,13 @@ class TarTable:
         for _, _, row in islice(self._records(rows.offset), rows.num_rows):
             yield row
 
-    def _starts(self) -> Iterator[int]:
-        """Yield the byte where each row begins."""
+    def each_of(self, rows: RowRange) -> list[RowRange]:
+        """Return every row of a range by itself, with its byte."""
+        found = islice(self._records(rows.offset), rows.num_rows)
+        return list(ranges_from(((at, 0) for at, _, _ in found), 1, rows.start))
+
+    def _starts(self) -> Iterator[tuple[int, int]]:
+        """Yield the byte where each row begins, and 0 for its line."""
         met: set[str] = set()
         for at, key, _ in self._records(0):
             if key in met:
@@ -52,7 +57,7 @@ class TarTable:
                     "with tar --sort=name"
                 )
             met.add(key)
-            yield at
+            yield at, 0
 
     def _records(self, offset: int) -> Iterator[tuple[int, str, Row | BadRow]]:
         """Yield the first byte, the key and the row of each, from `offset` on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -17,6 +18,12 @@ class TextTable(LineTable):
     def schema(self) -> pa.Schema:
         """Return the only column there is."""
         return pa.schema([("prompt", pa.string())])
+
+    @property
+    def is_one_row(self) -> bool:
+        """True if the file holds a single prompt."""
+        with self.file.open_text() as text:
+            return len(list(islice(self.starts(text), 2))) == 1
 
     def records(self, text: BinaryIO, offset: int = 0) -> Iterator[tuple[int, Row | BadRow]]:
         """Yield the prompt of each line."""

@@ -57,7 +57,7 @@ def test_bytes_that_are_no_text_fail_their_row(tmp_path: Path, num_rows: int) ->
 def test_a_quote_that_is_not_closed_costs_its_row_alone(tmp_path: Path, num_rows: int) -> None:
     bad, bird, fish = read(tmp_path, 'prompt,seed\n"a dog,3\na bird,4\na fish,5\n', num_rows)
 
-    assert bad == BadRow('line 2: a quote is opened and not closed: "a dog,3')
+    assert bad == BadRow('a quote is opened and not closed: "a dog,3')
     assert (bird, fish) == ({"prompt": "a bird", "seed": "4"}, {"prompt": "a fish", "seed": "5"})
 
 
@@ -67,7 +67,7 @@ def test_rows_between_two_stray_quotes_are_not_lost(tmp_path: Path, num_rows: in
 
     assert found == [
         {"prompt": "x", "seed": "1"},
-        BadRow('line 3: a quote is opened and not closed: "a dog,3'),
+        BadRow('a quote is opened and not closed: "a dog,3'),
         {"prompt": "a bird", "seed": "4"},
         {"prompt": "a fish", "seed": "5"},
         {"prompt": "two\nlines", "seed": "6"},
@@ -78,11 +78,11 @@ def test_rows_between_two_stray_quotes_are_not_lost(tmp_path: Path, num_rows: in
 def test_rows_between_the_stray_quotes_of_two_rows_are_not_lost(tmp_path: Path, num_rows: int) -> None:
     found = read(tmp_path, 'prompt,seed\n"a dog,3\na bird,4\na fish,5\n"a cat,6\nan owl,7\n', num_rows)
 
-    assert [row["seed"] if isinstance(row, dict) else row.reason[:6] for row in found] == [
-        "line 2",
+    assert [row["seed"] if isinstance(row, dict) else row.reason.partition(": ")[2] for row in found] == [
+        '"a dog,3',
         "4",
         "5",
-        "line 5",
+        '"a cat,6',
         "7",
     ]
 
