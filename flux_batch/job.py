@@ -139,6 +139,7 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
                     "uri": uris,
                     "input_image_root": root and _absolute(root),
                     "samplers": _with_absolute_files(prompts.samplers),
+                    "wildcards": prompts.wildcards and _absolute_if_text(prompts.wildcards),
                 }
             ),
             "sampling": sampling.model_copy(update={"input_image": image and _absolute(image)}),
@@ -222,6 +223,10 @@ def _with_absolute_files(samplers: dict[str, Any]) -> dict[str, Any]:
         else value
         for key, value in samplers.items()
     }
+
+
+def _absolute_if_text(value: bool | str) -> bool | str:
+    return _absolute(value) if isinstance(value, str) else value
 
 
 def _absolute(uri: str) -> str:

@@ -83,7 +83,7 @@ class FluxMapper:
             "workers": {"batch_size": batch_size},
         }
         config = JobConfig.from_dict(tree, origin="FluxMapper")
-        for name in ("limit", "passthrough", "samplers", "template"):
+        for name in ("limit", "passthrough", "samplers", "template", "wildcards"):
             if getattr(config.prompts, name):
                 raise JobError(f"FluxMapper: prompts.{name} is for jobs; leave it out")
         self._prompts, self._image_config, self._batch_size = config.prompts, config.output.image, batch_size

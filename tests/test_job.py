@@ -85,7 +85,7 @@ def test_a_run_is_not_resumed_with_another_list_of_a_sampler(tmp_path: Path) -> 
     assert run(config, engine=LocalEngine(), make_pipeline=no_pipeline).num_new_images == 0
 
     words.write_text("red\ngreen\n")
-    with pytest.raises(PlanMismatch, match=r"prompts\.samplers: a list in a file has changed"):
+    with pytest.raises(PlanMismatch, match=r"a list of values in a file, .* has changed"):
         run(config, engine=LocalEngine(), make_pipeline=no_pipeline)
 
 

@@ -39,7 +39,9 @@ from flux_batch.sampling_params import (
 # Keys of `model` that change pixels. `compile` is one: fused kernels round differently.
 _MODEL_IDENTITY = ("uri", "dtype", "quantization", "step_cache", "compile", "loras")
 _NO_PROMPTS = "must name at least one file, folder or glob"
-_PROMPTS_IDENTITY = (*("columns", "passthrough", "rows", "samplers", "template", "design", "limit", "allow_http"),)
+_PROMPTS_IDENTITY = (
+    *("columns", "passthrough", "rows", "samplers", "template", "wildcards", "design", "limit", "allow_http"),
+)
 _STORAGE_OPTIONS = {section: {"storage_options"} for section in ("prompts", "output", "model")}
 # The columns of a data set that a job understands, by our names.
 PROMPT_FIELDS = ("prompt", "id", "seed", "num_images_per_prompt", "input_image", "lora", "lora_scale", *SAMPLING_FIELDS)
@@ -106,8 +108,12 @@ class PromptsConfig(_Section):
     """Rows to make without files, from `samplers` and `template`; instead of `uri`."""
     samplers: dict[str, Any] = {}
     """Columns to draw for each row, e.g. `{animal: [cat, dog]}`; they are copied into the metadata."""
-    template: str | None = None
-    """The prompt of each row, made of its columns: `A {{ animal }}`."""
+    template: str | dict[str, str] | None = None
+    """The prompt of each row, made of its columns: `A {{ animal }}`; or a mapping, with a template for each of several
+    fields of a row: `{prompt: "A {{ animal }}", width: "{{ 2 * height }}"}`."""
+    wildcards: bool | str = False
+    """Whether choices such as `{red|blue}` in prompts are drawn; a folder of text files adds `__animal__`, a line of
+    its `animal.txt`."""
     design: Literal["random", "grid", "balanced"] = "random"
     """The way `rows` are drawn: each by itself, all combinations in turn, or with the shares of the weights."""
     limit: int | None = Field(default=None, ge=1)
@@ -131,6 +137,28 @@ class PromptsConfig(_Section):
         """The columns that are copied into the metadata."""
         return (*self.passthrough, *(name for name in self.samplers if name not in self.passthrough))
 
+    @property
+    def templates(self) -> Mapping[str, str]:
+        """The templates by the field that each makes."""
+        if isinstance(self.template, str):
+            return {"prompt": self.template}
+        return self.template or {}
+
+    @model_validator(mode="after")
+    def _known_templates(self) -> PromptsConfig:
+        for name in self.templates:
+            column = self.columns.get(name, name)
+            if name not in PROMPT_FIELDS:
+                hint = nearest_or_all(name, PROMPT_FIELDS)
+                raise InvalidSetting(f"template: {name!r} is not a field of a prompt{hint}", field="template")
+            if name != "prompt" and column in self.metadata_columns:
+                raise InvalidSetting(
+                    f"template: {name} is copied from column {column!r} by samplers or passthrough already; leave one "
+                    "of them out, or call the sampler otherwise",
+                    field="template",
+                )
+        return self
+
     @model_validator(mode="after")
     def _one_source(self) -> PromptsConfig:
         if not self.uri and self.rows is None:
@@ -147,6 +175,7 @@ class PromptsConfig(_Section):
         for uri in self.uri:
             _check_no_secret(uri, "uri", "prompts")
         _check_no_secret(self.input_image_root or "", "input_image_root", "prompts")
+        _check_no_secret(str(self.wildcards), "wildcards", "prompts")
         return self
 
     @field_validator("passthrough")

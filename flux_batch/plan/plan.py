@@ -208,11 +208,11 @@ def check_same_job(saved: JobConfig, config: JobConfig) -> None:
 
 
 def check_same_lists(plan: Plan, lists: str) -> None:
-    """Raise PlanMismatch for lists of samplers that differ from those of the run; old plans do not say."""
+    """Raise PlanMismatch for lists of values that differ from those of the run; old plans do not say."""
     if plan.lists and plan.lists != lists:
         raise PlanMismatch(
-            "prompts.samplers: a list in a file has changed since the run was planned; use another output.uri, or put "
-            "the list back"
+            "a list of values in a file, of prompts.samplers or prompts.wildcards, has changed since the run was "
+            "planned; use another output.uri, or put the list back"
         )
 
 

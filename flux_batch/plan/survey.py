@@ -34,6 +34,8 @@ _VALUES = re.compile(
 )
 # Reasons that hold a name of their row would be as many as rows.
 MAX_REASONS = 100
+# What other programs draw from, and what is a text here unless the job says otherwise.
+_WILDCARDS = re.compile(r"__[\w./*-]*[\w*]__|\{[^{}|]*\|[^{}]*\}")
 # Texts that the tokenizers of CLIP and T5 take for one token with a meaning, as in diffusers, and not for letters.
 _SPECIAL = re.compile(r"<\|(?:startoftext|endoftext)\|>|</s>|<pad>|<unk>|<extra_id_\d{1,2}>")
 
@@ -48,6 +50,7 @@ class Survey:
     num_repeated_prompts: int = 0
     num_near_duplicates: int = 0
     num_special_tokens: int = 0
+    num_wildcards: int = 0
     num_clip_truncated: int | None = None
     num_t5_truncated: int | None = None
     not_tokenized: str = ""
@@ -69,6 +72,7 @@ def survey(config: JobConfig, plan: Plan, max_rows: int | None = None) -> Survey
     found = Survey()
     truncation = _Truncation(config)
     found.not_tokenized = truncation.missing
+    has_no_wildcards = not config.prompts.wildcards
     ids, prompts, near = _Seen(), _Seen(), _Seen()
     rows = islice(_rows(config, plan), max_rows)
     while batch := list(islice(rows, _TOKENIZED_AT_ONCE)):
@@ -83,6 +87,7 @@ def survey(config: JobConfig, plan: Plan, max_rows: int | None = None) -> Survey
             found.num_repeated_prompts += is_repeated
             found.num_near_duplicates += near.again(_plain(request.prompt)) and not is_repeated
             found.num_special_tokens += _SPECIAL.search(request.prompt) is not None
+            found.num_wildcards += has_no_wildcards and _WILDCARDS.search(request.prompt) is not None
         if not truncation.missing:
             clip, t5 = truncation.count(requests)
             found.num_clip_truncated = (found.num_clip_truncated or 0) + clip
@@ -99,6 +104,7 @@ def format_survey(found: Survey, num_prompts: int) -> str:
         (found.num_repeated_prompts, "repeat a prompt word for word"),
         (found.num_near_duplicates, "repeat a prompt but for case, spaces or punctuation"),
         (found.num_special_tokens, "hold a special token, which acts as one and not as letters, as in diffusers"),
+        (found.num_wildcards, "hold __name__ or {a|b}, which stay as they are: prompts.wildcards draws from them"),
         (found.num_clip_truncated, "are longer than CLIP reads; T5 reads on"),
         (found.num_t5_truncated, "are longer than T5 reads: their end is left out"),
     ]

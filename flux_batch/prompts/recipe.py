@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import blake2b
 from itertools import islice
 
 import pyarrow as pa
 
 from flux_batch.config.schema import PromptsConfig
-from flux_batch.errors import JobError
+from flux_batch.errors import JobError, SourceError
 from flux_batch.prompts.formats.lines import LineTable
-from flux_batch.prompts.formats.open import open_table
+from flux_batch.prompts.formats.open import format_of_name, open_table
 from flux_batch.prompts.formats.table import BadRow, Row, Table
+from flux_batch.prompts.listing import list_prompts
 from flux_batch.prompts.samplers import (
     Dependent,
     Sampler,
@@ -25,10 +28,16 @@ from flux_batch.prompts.samplers import (
     samplers_of,
 )
 from flux_batch.prompts.template import PromptTemplate
+from flux_batch.prompts.wildcards import Wildcards
 from flux_batch.redaction import public_tree, public_uri
 
 # The file that rows without a file come from: their ids are `rows:0`, `rows:1`, ...
 ROWS = "rows"
+# The fields whose texts may hold wildcards, and those whose templates may make an empty text that means something.
+_WITH_WILDCARDS = ("prompt", "negative_prompt")
+_TEXTS = (*_WITH_WILDCARDS, "id", "input_image", "lora")
+_MAX_LISTS_BYTES = 64 << 20
+_READER_THREADS = 16
 
 
 class Recipe:
@@ -38,7 +47,8 @@ class Recipe:
         self._config = config
         self._lines: dict[str, list[str]] = {}
         self.samplers: Mapping[str, Sampler] = samplers_of(config.samplers, self._read_lines)
-        self.template = PromptTemplate(config.template) if config.template is not None else None
+        self.templates = {name: PromptTemplate(text, _key(config, name)) for name, text in config.templates.items()}
+        self._wildcards = self._read_wildcards()
         if config.design == "grid":
             combinations(self.samplers)
         if config.rows is not None:
@@ -58,15 +68,14 @@ class Recipe:
 
     @property
     def made(self) -> pa.Schema:
-        """The columns that a row has of the recipe: the samplers', and the prompt of the template."""
-        prompt = pa.field(self._config.columns.get("prompt", "prompt"), pa.string())
-        return pa.schema([*self.schema, *([prompt] if self.template else [])])
+        """The columns that a row has of the recipe: the samplers', and those of the templates."""
+        return pa.schema([*self.schema, *(pa.field(self._column(name), pa.string()) for name in self.templates)])
 
     @property
     def columns(self) -> set[str]:
         """The columns of a file that the recipe reads."""
         by = {sampler.by for sampler in self.samplers.values() if isinstance(sampler, Dependent)}
-        return by | (self.template.names if self.template else set())
+        return by.union(*(template.names for template in self.templates.values()))
 
     @property
     def version(self) -> str:
@@ -75,6 +84,8 @@ class Recipe:
         # Without signatures, which are new every day.
         lines = self._public_lines()
         content = [public_tree(config.samplers), config.template, config.design, config.rows, lines]
+        if config.wildcards:
+            content.append("wildcards")
         return blake2b(json.dumps(content, default=str).encode(), digest_size=12).hexdigest()
 
     @property
@@ -96,36 +107,90 @@ class Recipe:
         for name, sampler in self.samplers.items():
             if isinstance(sampler, Dependent) and sampler.by not in known:
                 raise JobError(f"prompts.samplers.{name}: by: {sampler.by!r} is neither a sampler nor a column")
-        if self.template:
-            self.template.check_names(known)
+        for template in self.templates.values():
+            template.check_names(known)
 
     def completed(self, cells: Row | BadRow, seed: int, row_id: str, number: int) -> Row | BadRow:
-        """Return a row with a value of each sampler, and the prompt of the template."""
-        if isinstance(cells, BadRow) or not (self.samplers or self.template):
+        """Return a row with a value of each sampler, the texts of the templates, and its wildcards drawn."""
+        if isinstance(cells, BadRow):
             return cells
-        design = self._config.design
-        if design == "grid":
-            shares = dict(grid_shares(self.samplers, number)).__getitem__
-        elif design == "balanced":
-            num_rows = self.num_rows
-
-            def shares(name: str) -> float:
-                return balanced_share(seed, number, num_rows, name)
-        else:
-
-            def shares(name: str) -> float:
-                return draw(seed, row_id, name)
-
         try:
-            cells = {**cells, **sampled(self.samplers, shares, cells)}
+            if self.samplers:
+                cells = {**cells, **sampled(self.samplers, self._shares(seed, row_id, number), cells)}
+            if self.templates:
+                cells = {**cells, **self._rendered(cells)}
+            return {**cells, **self._filled(cells, partial(draw, seed, row_id))} if self._wildcards else cells
         except ValueError as error:
             return BadRow(str(error))
-        if self.template:
+
+    def _shares(self, seed: int, row_id: str, number: int) -> Callable[[str], float]:
+        """Return the function that draws a share for a sampler of a row."""
+        design = self._config.design
+        if design == "grid":
+            return dict(grid_shares(self.samplers, number)).__getitem__
+        if design == "balanced":
+            return partial(balanced_share, seed, number, self.num_rows)
+        return partial(draw, seed, row_id)
+
+    def _rendered(self, cells: Row) -> Row:
+        """Return what the templates make of a row, by column. Raises: ValueError with the key of the template."""
+        texts: Row = {}
+        for name, template in self.templates.items():
             try:
-                cells[self._config.columns.get("prompt", "prompt")] = self.template.render(cells)
+                text = template.render(cells)
             except ValueError as error:
-                return BadRow(f"prompts.template: {error}")
-        return cells
+                raise ValueError(f"{_key(self._config, name)}: {error}") from error
+            # An empty number is one that the job has a default for, as an empty cell is.
+            texts[self._column(name)] = text if text.strip() or name in _TEXTS else None
+        return texts
+
+    def _filled(self, cells: Row, draw_for: Callable[[str], float]) -> Row:
+        """Return the texts of a row with their wildcards drawn. Raises: ValueError with the reason."""
+        assert self._wildcards
+        texts: Row = {}
+        for name in _WITH_WILDCARDS:
+            text = cells.get(column := self._column(name))
+            if isinstance(text, str):
+                try:
+                    texts[column] = self._wildcards.filled(
+                        text, lambda draw_name, of=name: draw_for(f"{of}\x1f{draw_name}")
+                    )
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+        return texts
+
+    def _column(self, field: str) -> str:
+        """Return the column that a field of a row is read from."""
+        return self._config.columns.get(field, field)
+
+    def _read_wildcards(self) -> Wildcards | None:
+        """Read the lists of `prompts.wildcards`. Raises: JobError for a folder or a name without a list."""
+        folder = self._config.wildcards
+        if not folder:
+            return None
+        lists = self._lists_of(folder) if isinstance(folder, str) else {}
+        where = public_uri(folder) if isinstance(folder, str) else "prompts.wildcards, which is true and no folder"
+        wildcards = Wildcards(lists, where)
+        for name in _WITH_WILDCARDS:
+            wildcards.check(self._config.templates.get(name, ""), _key(self._config, name))
+        return wildcards
+
+    def _lists_of(self, folder: str) -> dict[str, list[str]]:
+        try:
+            files = list_prompts([folder], self._config.storage_options).files
+        except SourceError as error:
+            raise JobError(f"prompts.wildcards: {error}") from error
+        texts = [file for file in files if format_of_name(file.name) == "txt"]
+        if not texts:
+            raise JobError(f"prompts.wildcards: {public_uri(folder)}: has no list; a list is a text file (.txt)")
+        if (size := sum(file.size for file in texts)) > _MAX_LISTS_BYTES:
+            raise JobError(
+                f"prompts.wildcards: {public_uri(folder)}: its lists have {size} bytes; must be at most "
+                f"{_MAX_LISTS_BYTES}"
+            )
+        with ThreadPoolExecutor(_READER_THREADS) as pool:
+            found = pool.map(lambda file: self._read_lines(file.uri), texts)
+        return {file.name[: file.name.lower().rindex(".txt")]: lines for file, lines in zip(texts, found, strict=True)}
 
     def _read_lines(self, uri: str) -> list[str]:
         """Return the values of a file with one a line."""
@@ -146,6 +211,11 @@ class Recipe:
         for uri, lines in self._lines.items():
             found[public_uri(uri)] = found.get(public_uri(uri), []) + lines
         return found
+
+
+def _key(config: PromptsConfig, field: str) -> str:
+    """Return the key of the job file that holds the template of a field."""
+    return "prompts.template" if isinstance(config.template, str) else f"prompts.template.{field}"
 
 
 def _place(table: Table, number: int) -> str:

@@ -16,9 +16,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flux_batch.errors import JobError, did_you_mean, one_line
 
-_MAX_TEMPLATE, _MAX_RESULT = 20_000, 100_000
+_MAX_TEMPLATE, MAX_RESULT = 20_000, 100_000
 # The most characters that all expressions of a template may hold together, before their results are measured.
-_MAX_HELD = 10 * _MAX_RESULT
+_MAX_HELD = 10 * MAX_RESULT
 _FILTERS = (
     *("lower", "upper", "title", "capitalize", "trim", "replace", "default", "d", "length", "first", "last"),
     *("round", "int", "float", "abs", "string"),
@@ -110,8 +110,8 @@ class PromptTemplate:
             for part in self._template.generate(cells):
                 parts.append(part)
                 size += len(part)
-                if size > _MAX_RESULT:
-                    raise ValueError(f"is longer than {_MAX_RESULT} characters")
+                if size > MAX_RESULT:
+                    raise ValueError(f"is longer than {MAX_RESULT} characters")
             return "".join(parts)
         except ValueError:
             raise
@@ -151,6 +151,6 @@ def _rounded(value: Any, precision: int = 0) -> float:
 def _replaced(text: Any, old: str, new: str, count: int = -1) -> str:
     """Return a text with another in its place. Raises: ValueError if it grows beyond a prompt."""
     whole = str(text)
-    if len(whole) + (whole.count(old) if old else len(whole) + 1) * len(new) > _MAX_RESULT:
-        raise ValueError(f"is longer than {_MAX_RESULT} characters")
+    if len(whole) + (whole.count(old) if old else len(whole) + 1) * len(new) > MAX_RESULT:
+        raise ValueError(f"is longer than {MAX_RESULT} characters")
     return whole.replace(old, new, count)

@@ -22,6 +22,7 @@ ROWS = [
     {"prompt": "<|end of text|> <s> <extra_id_100>", "id": "6"},
     {"prompt": "word " * 2000, "id": "7"},
     {"prompt": "", "id": "8"},
+    {"prompt": "a {red|blue} __animal__ | __init__.py {x}", "id": "11"},
     {"prompt": "p", "width": 63, "id": "9"},
     {"prompt": "q", "width": 65, "id": "10"},
 ]
@@ -42,15 +43,15 @@ def counted(config: JobConfig, max_rows: int | None = None) -> Survey:
 def test_rows_are_counted_by_what_is_odd_about_them(tmp_path: Path) -> None:
     found = counted(job(tmp_path))
 
-    assert (found.num_rows, found.num_failed) == (10, 3)
+    assert (found.num_rows, found.num_failed) == (11, 3)
     assert (found.num_repeated_ids, found.num_repeated_prompts, found.num_near_duplicates) == (1, 1, 1)
-    assert found.num_special_tokens == 2
+    assert (found.num_special_tokens, found.num_wildcards) == (2, 1)
     assert (found.num_clip_truncated, found.num_t5_truncated) == (1, 1)
     assert found.failures["column 'prompt' is empty: a prompt is needed"] == 1
     assert found.failures["width = ...: must be a multiple of 16; the nearest are ..."] == 2
     assert found.examples["column 'prompt' is empty: a prompt is needed"] == ["p.jsonl:7 (line 8)"]
     json.dumps(found.to_json())
-    text = format_survey(found, 10)
+    text = format_survey(found, 11)
     assert "3 rows cannot be rendered" in text
     assert "2 rows hold a special token" in text
 

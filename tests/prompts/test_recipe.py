@@ -131,6 +131,37 @@ def test_samplers_add_columns_to_the_rows_of_files(tmp_path: Path) -> None:
     assert "sampler breed has no case for animal = 'fox'; it has cat, dog" in fox.error_message
 
 
+def test_any_field_of_a_row_may_have_a_template(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("animal,side\ncat,64\ndog,\nheron,65\n")
+    template = {
+        "prompt": "A {{ animal }}",
+        "negative_prompt": "{{ 'dog' if animal == 'cat' else '' }}",
+        "width": "{{ (side | int) * 2 if side is not none else '' }}",
+        "height": "{{ side | default(128) }}",
+        "lora": "none",
+        "id": "{{ animal }}-1",
+    }
+    config = PromptsConfig(uri=str(tmp_path / "p.csv"), template=template, columns={"height": "tall"})
+
+    cat, dog, heron = rows_of(config, width=512, negative_prompt="ugly")[1]
+
+    assert isinstance(cat, ImageRequest)
+    assert isinstance(dog, ImageRequest)
+    assert (cat.id, cat.prompt, cat.sampling.negative_prompt) == ("cat-1", "A cat", "dog")
+    assert (cat.sampling.width, cat.sampling.height, cat.loras) == (128, 64, ())
+    assert (dog.sampling.width, dog.sampling.height, dog.sampling.negative_prompt) == (512, 128, "")
+    assert isinstance(heron, FailedRow)
+    assert "height = " in heron.error_message
+    for wrong, words in (
+        ({"widht": "1"}, "'widht' is not a field of a prompt"),
+        ({"width": "1"}, "copied from column 'width' by samplers or passthrough"),
+    ):
+        with pytest.raises(ValidationError, match=words):
+            PromptsConfig(rows=1, template={"prompt": "a", **wrong}, samplers={"width": [64]})
+    with pytest.raises(JobError, match=r"prompts\.template\.width: line 1: a call is not allowed"):
+        Recipe(PromptsConfig(rows=1, template={"prompt": "a", "width": "{{ a() }}"}))
+
+
 def test_a_whole_number_is_one_case_whether_or_not_a_neighbour_is_missing(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "size": 1}\n{"prompt": "a", "size": 1.0}\n')
     config = PromptsConfig(uri=str(tmp_path / "p.jsonl"), samplers={"word": {"by": "size", 1: ["small"]}})

@@ -1,0 +1,219 @@
+"""Wildcards in prompts, as two user interfaces have them: `__animal__` from files, and choices such as `{a|b}`.
+
+The syntax is that of adieyal/dynamicprompts (docs/SYNTAX.md) and of ltdrdata/ComfyUI-Impact-Pack, as far as they agree;
+several choices are joined by a comma, as in the first. Knows texts and draws; does not know where files lie.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from itertools import accumulate
+
+from flux_batch.errors import JobError, did_you_mean
+from flux_batch.prompts.template import MAX_RESULT
+
+_MAX_DEPTH, _MAX_DRAWS = 30, 1000
+_JOINED_BY = ", "
+_NAME = re.compile(r"__([\w./*-]*[\w*])__")
+_WEIGHT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)::")
+_COUNT = re.compile(r"\s*(?:(\d+)|(\d*)-(\d*))\$\$(?:([^{}|$]*)\$\$)?")
+_ESCAPED = "\\{}|"
+
+Draw = Callable[[str], float]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The options of `{...}` with the sums of their weights, and how many are taken; `text` is all as written."""
+
+    text: str
+    options: Sequence[Sequence[_Part]]
+    sums: Sequence[float]
+    low: int
+    high: int
+    joined_by: str
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """The lines of a list and the sums of their weights, each with those before it."""
+
+    texts: Sequence[str]
+    sums: Sequence[float]
+
+
+@dataclass(frozen=True)
+class _Wildcard:
+    """A name between underscores."""
+
+    name: str
+
+
+_Part = str | _Choice | _Wildcard
+
+
+class Wildcards:
+    """The lists of a folder by name; lines that begin with # are comments."""
+
+    def __init__(self, lists: Mapping[str, Sequence[str]], folder: str) -> None:
+        kept = {name: [line for line in lines if not line.startswith("#")] for name, lines in lists.items()}
+        self._lists = {name: lines for name, lines in kept.items() if lines}
+        self._folder = folder
+        self._parsed = lru_cache(4096)(_parsed)
+        self._found = lru_cache(4096)(self._lines_of)
+
+    def check(self, text: str, key: str) -> None:
+        """Raise JobError for a name in the text of a job file that no list has."""
+        for name in _NAME.findall(text):
+            try:
+                self._found(name)
+            except ValueError as error:
+                raise JobError(f"{key}: {error}") from error
+
+    def filled(self, text: str, draw: Draw) -> str:
+        """Return a text with something drawn for each wildcard and choice. Raises: ValueError with the reason.
+
+        draw: returns a number from 0 to less than 1 for a name, which is a wildcard or choice and its number among
+        those that are alike.
+        """
+        if "{" not in text and "__" not in text and "\\" not in text:
+            return text
+        return _Filling(self._parsed, self._found, draw).text_of(self._parsed(text))
+
+    def _lines_of(self, name: str) -> _Lines:
+        """Return the lines of a list, or of all whose names fit. Raises: ValueError if there is none."""
+        names = [name] if name in self._lists else [each for each in sorted(self._lists) if fnmatchcase(each, name)]
+        found = [_weight_of(line) for each in names for line in self._lists[each]]
+        if any(weight for weight, _ in found):
+            return _Lines([text.strip() for _, text in found], list(accumulate(weight for weight, _ in found)))
+        hint = did_you_mean(name, self._lists) or f"; there are {', '.join(sorted(self._lists)[:10]) or 'none'}"
+        raise ValueError(f"__{name}__: no such list in {self._folder}{hint}")
+
+
+@dataclass
+class _Filling:
+    """The state of filling one text: its draws so far, and how deep lists name each other."""
+
+    parse: Callable[[str], Sequence[_Part]]
+    lines: Callable[[str], _Lines]
+    draw: Draw
+    counts: Counter[str] = field(default_factory=Counter)
+    size: int = 0
+
+    def text_of(self, parts: Iterable[_Part], depth: int = 0) -> str:
+        if depth > _MAX_DEPTH:
+            raise ValueError("wildcards name each other in a circle")
+        filled = []
+        for part in parts:
+            if isinstance(part, str):
+                self.size += len(part)
+                filled.append(part)
+            elif isinstance(part, _Choice):
+                filled.append(self._chosen(part, depth))
+            else:
+                lines = self.lines(part.name)
+                index = self._index(f"__{part.name}__", lines.sums)
+                filled.append(self.text_of(self.parse(lines.texts[index]), depth + 1))
+            if self.size > MAX_RESULT:
+                raise ValueError(f"is longer than {MAX_RESULT} characters")
+        return "".join(filled)
+
+    def _chosen(self, choice: _Choice, depth: int) -> str:
+        count = choice.low
+        if choice.high > choice.low:
+            share = self._next(f"{choice.text}$$")
+            count += min(int(share * (choice.high - choice.low + 1)), choice.high - choice.low)
+        options, sums = list(choice.options), choice.sums
+        texts = []
+        for _ in range(count):
+            index = self._index(choice.text, sums)
+            texts.append(self.text_of(options.pop(index), depth + 1))
+            if count > 1:  # each is taken once
+                weights = [above - below for above, below in zip(sums, (0.0, *sums), strict=False)]
+                sums = list(accumulate(weight for at, weight in enumerate(weights) if at != index))
+        return choice.joined_by.join(texts)
+
+    def _index(self, name: str, sums: Sequence[float]) -> int:
+        """Draw an index; what weighs nothing is never drawn."""
+        return min(bisect_right(sums, self._next(name) * sums[-1]), len(sums) - 1)
+
+    def _next(self, name: str) -> float:
+        """Return the next number of a name: one draw does not move those of other names."""
+        self.counts[name] += 1
+        if self.counts.total() > _MAX_DRAWS:
+            raise ValueError(f"has more than {_MAX_DRAWS} wildcards and choices")
+        return self.draw(f"{name}\x1f{self.counts[name] - 1}")
+
+
+def _parsed(text: str) -> Sequence[_Part]:
+    """Return the parts of a text. Raises: ValueError for a brace without its other."""
+    parts, end = _parts(text, 0, 0)
+    if end < len(text):
+        raise ValueError(f"a }} is not opened: {text[max(0, end - 20) : end + 1]}")
+    return parts
+
+
+def _parts(text: str, at: int, depth: int) -> tuple[list[_Part], int]:
+    """Read parts up to the end of the text or, within braces, of the option."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"braces are nested deeper than {_MAX_DEPTH}")
+    parts: list[_Part] = []
+    while at < len(text):
+        if text[at] == "\\" and text[at + 1 : at + 2] in _ESCAPED and at + 1 < len(text):
+            parts.append(text[at + 1])
+            at += 2
+        elif text[at] == "{":
+            choice, at = _choice(text, at, depth)
+            parts.append(choice)
+        elif text[at] == "}" or (text[at] == "|" and depth):
+            break
+        elif found := _NAME.match(text, at):
+            parts.append(_Wildcard(found[1]))
+            at = found.end()
+        else:
+            end = at + 1
+            while end < len(text) and text[end] not in "\\{}|_":
+                end += 1
+            parts.append(text[at:end])
+            at = end
+    return parts, at
+
+
+def _choice(text: str, begin: int, depth: int) -> tuple[_Choice, int]:
+    """Read `{...}`, from its first brace on."""
+    at, low, high, joined_by = begin + 1, "1", "1", _JOINED_BY
+    if found := _COUNT.match(text, at):
+        at = found.end()
+        low, high = (found[1], found[1]) if found[1] else (found[2], found[3])
+        joined_by = _JOINED_BY if found[4] is None else found[4]
+    options: list[list[_Part]] = []
+    weights: list[float] = []
+    while True:
+        weight, rest = _weight_of(text[at : at + 40])
+        at += min(len(text) - at, 40) - len(rest)
+        parts, at = _parts(text, at, depth + 1)
+        options.append(parts)
+        weights.append(weight)
+        if at >= len(text):
+            raise ValueError(f"a {{ is not closed: {text[begin : begin + 40]}")
+        at += 1
+        if text[at - 1] == "}":
+            break
+    whole = text[begin:at]
+    if not sum(weights):
+        raise ValueError(f"all weights are 0: {whole[:60]}")
+    most = sum(weight > 0 for weight in weights)
+    first, last = min(int(low or 0), most), min(int(high or most), most)
+    return _Choice(whole, options, list(accumulate(weights)), min(first, last), max(first, last), joined_by), at
+
+
+def _weight_of(text: str) -> tuple[float, str]:
+    """Return the weight of an option or a line, 1 if it has none, and the rest of it."""
+    found = _WEIGHT.match(text)
+    return (float(found[1]), text[found.end() :]) if found else (1.0, text)
