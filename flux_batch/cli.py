@@ -85,9 +85,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_validate)
 
-    command = commands.add_parser("preview", help="make the images of a job's first rows, here and on one page")
+    command = commands.add_parser("preview", help="make the images of a few rows of a job, here and on one page")
     _add_job(command)
     command.add_argument("--rows", type=int, default=8, metavar="N", help="the first N rows (default 8)")
+    command.add_argument("--random", action="store_true", help="rows from all over the prompts, others each time")
     command.set_defaults(command=_preview)
 
     command = commands.add_parser("status", help="show the progress of a run, from its output alone")
@@ -255,14 +256,21 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 def _preview(arguments: argparse.Namespace) -> int:
     from flux_batch.job import preview
+    from flux_batch.plan.tokenizers import Tokenizers
     from flux_batch.report.gallery.write import format_gallery, write_gallery
     from flux_batch.storage.store import Store
 
     if not 1 <= arguments.rows <= _MAX_PREVIEW:
         raise JobError(f"--rows {arguments.rows}: must be from 1 to {_MAX_PREVIEW}")
-    report = preview(_load_job(arguments), arguments.rows)
+    config = _load_job(arguments)
+    report = preview(config, arguments.rows, is_random=arguments.random)
     store = Store(report.output)
-    _print(format_gallery(store, write_gallery(store, _MAX_PREVIEW)))
+    gallery = write_gallery(store, _MAX_PREVIEW, further=Tokenizers(config).left_out)
+    _print(format_gallery(store, gallery))
+    if num_cut := sum(
+        bool(image.row.get("clip_truncated") or image.row.get("t5_truncated")) for image in gallery.images
+    ):
+        _print(f"{num_cut} prompts are longer than CLIP or T5 reads; the page shows what is left out")
     if report.exit_code:
         _print(_summary(report))
     return report.exit_code

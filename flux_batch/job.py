@@ -28,7 +28,7 @@ from flux_batch.prompts.input_images import check_job_image
 from flux_batch.records import Shard
 from flux_batch.report.progress import Progress
 from flux_batch.report.summary import RunReport
-from flux_batch.resume import close_run, draft_run, finished, open_run, read_state, revert_failed
+from flux_batch.resume import close_run, draft_run, finished, open_random_run, open_run, read_state, revert_failed
 from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.store import Store
 from flux_batch.worker.protocol import ImagePipeline
@@ -85,23 +85,28 @@ def run(
 
 
 def preview(
-    config: JobConfig, num_rows: int, *, make_pipeline: Callable[[ModelConfig], ImagePipeline] | None = None
+    config: JobConfig,
+    num_rows: int,
+    *,
+    is_random: bool = False,
+    make_pipeline: Callable[[ModelConfig], ImagePipeline] | None = None,
 ) -> RunReport:
     """Make images of a job's first rows in this process, in their own folder.
 
+    is_random: of rows from all over the prompts instead, others at each call.
     Returns: the report, whose `output` is the folder. Nothing of the job's own output is read or written.
     Raises: what `run` raises.
     """
     from flux_batch.engine.local import LocalEngine
 
-    limit = min(num_rows, config.prompts.limit or num_rows)
     folder = tempfile.mkdtemp(prefix="flux-batch-preview-")
-    config = config.model_copy(
-        update={
-            "prompts": config.prompts.model_copy(update={"limit": limit}),
-            "output": config.output.model_copy(update={"uri": folder, "format": "files", "storage_options": {}}),
-        }
-    )
+    output = config.output.model_copy(update={"uri": folder, "format": "files", "storage_options": {}})
+    config = with_absolute_paths(config.model_copy(update={"output": output}))
+    if is_random:
+        open_random_run(config, Store(folder), num_rows)
+    else:
+        limit = min(num_rows, config.prompts.limit or num_rows)
+        config = config.model_copy(update={"prompts": config.prompts.model_copy(update={"limit": limit})})
     return run(config, engine=LocalEngine(max_attempts=1), make_pipeline=make_pipeline)
 
 

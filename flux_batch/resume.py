@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.revision import model_revision
-from flux_batch.errors import AlreadyExists, JobError, NotFound, PlanMismatch, StoreError
+from flux_batch.errors import AlreadyExists, FluxBatchError, JobError, NotFound, PlanMismatch, StoreError
 from flux_batch.output.card import card
 from flux_batch.output.commits import Commits
 from flux_batch.output.formats import format_for
@@ -18,7 +18,17 @@ from flux_batch.output.gc import unfinished_uploads
 from flux_batch.output.paths import CARD, JOB, METADATA, PLAN, PRECISION, REPORT, STAGING, SUCCESS, TRAIN, RunFolder
 from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.output.staging import Staging
-from flux_batch.plan.plan import Plan, check_same_job, check_same_lists, extended, make_plan, remaining, rules_of_plan
+from flux_batch.plan.plan import (
+    Plan,
+    check_same_job,
+    check_same_lists,
+    extended,
+    make_plan,
+    random_rows,
+    remaining,
+    rules_of_plan,
+)
+from flux_batch.plan.shares import sampled_values
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import Shard
 from flux_batch.report.progress import Progress
@@ -71,6 +81,11 @@ def open_run(config: JobConfig, store: Store, draft: Plan | None = None, *, exte
     except AlreadyExists:
         return open_run(config, store, extend=extend)  # our own write succeeded, but its answer was lost
     return plan
+
+
+def open_random_run(config: JobConfig, store: Store, num_rows: int) -> None:
+    """Write a new run of rows from all over the prompts, into a folder that nobody else has."""
+    open_run(config, store, random_rows(draft_run(config, store), config.prompts, num_rows))
 
 
 def _extend_run(config: JobConfig, store: Store, plan: Plan) -> Plan:
@@ -146,10 +161,20 @@ def close_run(config: JobConfig, store: Store, plan: Plan, progress: Progress) -
         revision = model_revision(config.model.uri, config.model.storage_options)
         report = replace(report, model={**report.model, "revision": revision})
         store.write(REPORT, report.to_json())
-        store.write(CARD, card(config, plan.num_prompts).encode())  # now with the dtype that the first worker chose
+        # Now with the dtype that the first worker chose.
+        store.write(CARD, card(config, plan.num_prompts, _sampled_values(config, plan)).encode())
         if report.is_complete:
             store.write(SUCCESS, b"")
     return report
+
+
+def _sampled_values(config: JobConfig, plan: Plan) -> dict[str, str]:
+    """Return what the samplers drew; nothing if the prompts are away by now, since the run is done."""
+    try:
+        return sampled_values(config, plan)
+    except FluxBatchError as error:
+        log.warning("the card has no shares of sampled values: %s", error)
+        return {}
 
 
 def _clear_scratch(store: Store) -> None:

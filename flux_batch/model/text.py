@@ -107,6 +107,14 @@ def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
 
 
+def left_out(tokenizer: Any, prompt: str, length: int) -> str:
+    """Return the end of a prompt that does not fit into so many tokens; empty if all of it does."""
+    batch = tokenizer(prompt, max_length=length, truncation=True, return_offsets_mapping=True, verbose=False)
+    if len(batch.input_ids) < length or count_tokens(tokenizer, [prompt])[0] <= length:
+        return ""
+    return prompt[max(end for _, end in batch.offset_mapping) :]
+
+
 def load_clip(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> ClipEncoder:
     """Load CLIP from a recognised checkpoint, its config.json and the folder `tokenizer` beside it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.output.formats import format_for
@@ -10,8 +11,11 @@ from flux_batch.output.paths import METADATA, SUCCESS, TRAIN
 from flux_batch.redaction import public_tree, public_uri
 
 
-def card(config: JobConfig, num_prompts: int) -> str:
-    """Return the card: a header for loaders, then a page for people. Without a date: the same job, the same bytes."""
+def card(config: JobConfig, num_prompts: int, sampled: Mapping[str, str] | None = None) -> str:
+    """Return the card: a header for loaders, then a page for people. Without a date: the same job, the same bytes.
+
+    sampled: the shares of each sampler's values, in words.
+    """
     pattern = format_for(config.output).loader_pattern
     header = {
         "configs": [{"config_name": "default", "data_files": [{"split": TRAIN, "path": pattern}]}],
@@ -34,21 +38,33 @@ unless a row asked for more. Made with flux-batch.
 | embedded guidance | {sampling.embedded_guidance} |
 | true CFG scale | {sampling.cfg_scale} |
 
-{_recipe(config)}A prompt row may override each of these; `{METADATA}/*.parquet` has what was used, one row for every
+A prompt row may override each of these; `{METADATA}/*.parquet` has what was used, one row for every
 requested image, failed ones included. Every image carries its own settings inside and is labelled as AI generated.
 The run is complete when `{SUCCESS}` is there. FLUX.1-dev weights have a licence of their own, which reaches the use of
 what they make.
-"""
+{_recipe(config)}{_shares(sampled or {})}"""
 
 
 def _recipe(config: JobConfig) -> str:
-    """Return the samplers and the template of the prompts as a paragraph; empty if they come from files alone."""
+    """Return the recipe of the prompts as a paragraph; empty if they come from files alone."""
     prompts = config.prompts
-    if not prompts.samplers and prompts.template is None:
+    if not prompts.samplers and prompts.template is None and not prompts.wildcards:
         return ""
     made = {"template": prompts.template, "samplers": prompts.samplers, "design": prompts.design}
+    if prompts.wildcards:
+        made["wildcards"] = prompts.wildcards
     text = json.dumps(public_tree(made), indent=1, ensure_ascii=False)
-    return f"The prompts are made by a recipe:\n\n```json\n{text}\n```\n\n"
+    return f"\nThe prompts are made by a recipe:\n\n```json\n{text}\n```\n"
+
+
+def _shares(sampled: Mapping[str, str]) -> str:
+    """Return what was drawn as a table; empty if nothing was."""
+    rows = [f"| {_cell(name)} | {_cell(shares)} |\n" for name, shares in sampled.items()]
+    return f"\n| sampler | shares of its values |\n|---|---|\n{''.join(rows)}" if rows else ""
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _yaml(header: dict[str, object]) -> str:

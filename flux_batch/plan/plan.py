@@ -8,11 +8,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import itemgetter
+from random import SystemRandom
 from typing import Any
 
 import pyarrow as pa
@@ -189,6 +191,18 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
         plan.lists if plan.shards else source.lists,
         (*skipped_notes(listing.skipped), *source.unused_columns(used)),
     )
+
+
+def random_rows(plan: Plan, prompts: PromptsConfig, num_rows: int) -> Plan:
+    """Return a plan of one shard with rows from all over another, in their order; others at each call."""
+    numbers = sorted(SystemRandom().sample(range(plan.num_prompts), min(num_rows, plan.num_prompts)))
+    ends = list(accumulate(shard.num_rows for shard in plan.shards))
+    source = PromptSource(prompts, plan.rules)
+    parts = []
+    for number in numbers:
+        index = bisect_right(ends, number)
+        parts.append(source.one_row(plan.shards[index], number - (ends[index - 1] if index else 0)))
+    return replace(plan, shards=(Shard(index=0, parts=tuple(parts)),))
 
 
 def remaining(plan: Plan, done: set[int]) -> list[Shard]:

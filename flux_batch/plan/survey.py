@@ -8,18 +8,15 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
 from flux_batch.config.schema import JobConfig
-from flux_batch.download.models import find_local_model
-from flux_batch.errors import FluxBatchError
-from flux_batch.model.checkpoint.detect import find_parts, read_shapes
-from flux_batch.model.params import T5_SEQUENCE_LENGTH
 from flux_batch.plan.plan import Plan
+from flux_batch.plan.tokenizers import Tokenizers
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import FailedRow, ImageRequest
 
@@ -70,8 +67,8 @@ class Survey:
 def survey(config: JobConfig, plan: Plan, max_rows: int | None = None) -> Survey:
     """Return the counts of the first `max_rows` rows of a plan, or of all. Raises: SourceError, StoreError."""
     found = Survey()
-    truncation = _Truncation(config)
-    found.not_tokenized = truncation.missing
+    tokenizers = Tokenizers(config)
+    found.not_tokenized = tokenizers.missing
     has_no_wildcards = not config.prompts.wildcards
     ids, prompts, near = _Seen(), _Seen(), _Seen()
     rows = islice(_rows(config, plan), max_rows)
@@ -88,8 +85,8 @@ def survey(config: JobConfig, plan: Plan, max_rows: int | None = None) -> Survey
             found.num_near_duplicates += near.again(_plain(request.prompt)) and not is_repeated
             found.num_special_tokens += _SPECIAL.search(request.prompt) is not None
             found.num_wildcards += has_no_wildcards and _WILDCARDS.search(request.prompt) is not None
-        if not truncation.missing:
-            clip, t5 = truncation.count(requests)
+        if not tokenizers.missing:
+            clip, t5 = tokenizers.count(requests)
             found.num_clip_truncated = (found.num_clip_truncated or 0) + clip
             found.num_t5_truncated = (found.num_t5_truncated or 0) + t5
     return found
@@ -130,39 +127,6 @@ class _Seen:
         if len(self._hashes) < _COMPARED_ROWS:
             self._hashes.add(digest)
         return False
-
-
-class _Truncation:
-    """The tokenizers of a job's model; `missing` says why they cannot count."""
-
-    def __init__(self, config: JobConfig) -> None:
-        self.missing = ""
-        try:
-            home = find_local_model(config.model.uri, config.model.storage_options)
-            if home is None:
-                self.missing = f"{config.model.uri} is not on this machine"
-                return
-            from flux_batch.model.text import load_tokenizers  # seconds of imports
-
-            embeds_guidance = any(
-                key.startswith("guidance_in.") for key in read_shapes(find_parts(home))["transformer"]
-            )
-            self._clip, self._t5 = load_tokenizers(home)
-            self._length = min(T5_SEQUENCE_LENGTH[embeds_guidance], self._t5.model_max_length)
-        except (FluxBatchError, ValueError, KeyError, OSError) as error:
-            self.missing = str(error)
-
-    def count(self, requests: Sequence[ImageRequest]) -> tuple[int, int]:
-        """Return the number of prompts that CLIP and T5 cut."""
-        from flux_batch.model.text import count_tokens
-
-        if not requests:
-            return 0, 0
-        texts = [request.prompt for request in requests]
-        longest = [request.sampling.t5_sequence_length or self._length for request in requests]
-        clip = sum(count > self._clip.model_max_length for count in count_tokens(self._clip, texts))
-        t5 = sum(count > most for count, most in zip(count_tokens(self._t5, texts), longest, strict=True))
-        return clip, t5
 
 
 def _rows(config: JobConfig, plan: Plan) -> Iterator[ImageRequest | FailedRow]:

@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from flux_batch.config.schema import LoraConfig, PromptsConfig
 from flux_batch.errors import RowError
+from flux_batch.prompts.hub_dataset import HubDataset
 from flux_batch.prompts.safe_http import check_url
 from flux_batch.records import NO_LORA, InputImage, LoraUse
 from flux_batch.redaction import public_uri
@@ -138,7 +139,8 @@ def shortened(name: str) -> str:
 
 def _folder_of(uri: str, config: PromptsConfig) -> str:
     """Return the folder that an entry of `prompts.uri` names, itself or by a glob; empty for a file."""
-    fs, path = open_filesystem(uri, config.storage_options)
+    dataset = HubDataset.of(uri)
+    fs, path = open_filesystem(dataset.root if dataset else uri, config.storage_options)
     path = str(path).rstrip("/")
     if fs.isdir(path):
         return path

@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from flux_batch.errors import SourceError
 from flux_batch.prompts.formats.open import INSTEAD, TABLE_FORMATS, format_of_name
+from flux_batch.prompts.hub_dataset import HubDataset
 from flux_batch.redaction import public_uri
 from flux_batch.storage.errors import translated
 from flux_batch.storage.store import open_filesystem
@@ -30,6 +31,8 @@ _FORMATS_OF_RULES_1 = ("parquet", "jsonl", "csv", "txt")
 # Enough to notice an edit of a file whose store has no checksum, at the price of two small reads.
 _SAMPLED_BYTES = 64 * 1024
 _READER_THREADS = 16
+# Files of every repository of Hugging Face.
+_FILES_OF_HUB = (".gitattributes", "README.md")
 # Files that lie beside data and hold none, by their names without suffix.
 _DOCUMENTS = re.compile(
     r"(licen[cs]e|copying|readme|requirements)([-_.].*)?|notice|constraints|changelog|authors|contributors|contributing"
@@ -96,7 +99,9 @@ class _Expanded:
 
 
 def _expand(uri: str, storage_options: Mapping[str, Any], rules: int) -> _Expanded:
-    """Return the prompt files of a file, folder or glob."""
+    """Return the prompt files of a file, folder, glob or data set of Hugging Face."""
+    if dataset := HubDataset.of(uri):
+        return _expand_dataset(uri, dataset, storage_options)
     fs, path = open_filesystem(uri, storage_options)
     reason_for: Callable[[str], str] = _reason if rules > 1 else _reason_by_rules_1
     with translated(uri, "list prompts"):
@@ -111,6 +116,25 @@ def _expand(uri: str, storage_options: Mapping[str, Any], rules: int) -> _Expand
             paths = fs.glob(path) if rules == 1 else _with_tables(fs, fs.glob(path, detail=True))
             return _sifted(fs, folder, paths, _format_reason if names_hidden and rules > 1 else reason_for)
     raise SourceError(f"{uri}: no such prompts file or folder")
+
+
+def _expand_dataset(uri: str, dataset: HubDataset, storage_options: Mapping[str, Any]) -> _Expanded:
+    """Return the prompt files of a split of a data set."""
+    fs, folder = open_filesystem(dataset.root, storage_options)
+    with translated(uri, "list prompts"):
+        try:
+            paths = [path for path in fs.find(folder) if posixpath.basename(path) not in _FILES_OF_HUB]
+            card = fs.cat_file(f"{folder}/README.md").decode() if fs.exists(f"{folder}/README.md") else ""
+        except FileNotFoundError as error:
+            raise SourceError(
+                f"{uri}: there is no such data set or revision, or it is private and the token (HF_TOKEN, or "
+                "prompts.storage_options.token) may not read it"
+            ) from error
+    found = _sifted(fs, folder, paths, _reason)
+    names = {path[len(folder) :].lstrip("/"): path for path in found.paths}
+    chosen = [names[name] for name in sorted(dataset.choose(list(names), card))]
+    others = dict.fromkeys(set(found.paths) - set(chosen), "of another split or configuration")
+    return _Expanded(fs, folder, chosen, {**found.skipped, **others})
 
 
 def _with_tables(fs: fsspec.AbstractFileSystem, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -174,7 +198,7 @@ def _describe(fs: fsspec.AbstractFileSystem, path: str, base: str) -> PromptFile
     uri = path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
     with translated(uri, "read"):
         info = fs.info(path)
-        version = str(info.get("ETag") or info.get("etag") or "").strip('"')
+        version = str(info.get("ETag") or info.get("etag") or info.get("blob_id") or "").strip('"')
         if info["size"] is None:  # a web server that does not say how long its answer is
             data = fs.cat_file(path)
             size, version = len(data), version or hashlib.blake2b(data, digest_size=12).hexdigest()

@@ -85,7 +85,7 @@ def status(error: BaseException) -> int | None:
     """Return the HTTP status behind an error; None if no server answered."""
     for link in _chain(error):
         answer = _answer(link).get("ResponseMetadata", {}).get("HTTPStatusCode", getattr(link, "status", None))
-        answer = answer or getattr(link, "status_code", None)
+        answer = answer or getattr(link, "status_code", None) or getattr(_http(link), "status_code", None)
         if isinstance(answer, int) and answer >= 300:
             return answer
     return None
@@ -119,6 +119,11 @@ def _answer(error: BaseException) -> dict[str, Any]:
     """Return the server's answer, which botocore keeps in its errors."""
     answer = getattr(error, "response", None)
     return answer if isinstance(answer, dict) else {}
+
+
+def _http(error: BaseException) -> Any:
+    """Return the response that huggingface_hub keeps in its errors."""
+    return getattr(error, "response", None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

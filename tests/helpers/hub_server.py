@@ -89,6 +89,12 @@ class Handler(BaseHTTPRequestHandler):
             self.tree("/".join(parts[2:4]))
         elif parts[:2] == ["api", "models"]:
             self.model_info("/".join(parts[2:4]), parts[-1])
+        elif parts[:2] == ["api", "datasets"] and parts[4:5] == ["tree"]:
+            self.dataset_tree("/".join(parts[1:4]), "/".join(parts[6:]), parse_qs(url.query))
+        elif parts[:2] == ["api", "datasets"]:
+            self.model_info("/".join(parts[1:4]), parts[-1] if "revision" in parts else "main")
+        elif parts[:1] == ["datasets"] and parts[3:4] == ["resolve"]:
+            self.resolve("/".join(parts[:3]), "/".join(parts[5:]))
         elif parts[2:3] == ["resolve"]:
             self.resolve("/".join(parts[:2]), "/".join(parts[4:]))
         else:
@@ -109,6 +115,20 @@ class Handler(BaseHTTPRequestHandler):
         """List the files of a repository of Hugging Face, as GET /api/models/.../tree/... does with recursive=true."""
         entries = [tree_entry(describe(path, data)) for path, data in self.hub.repositories.get(name, {}).items()]
         self.send(200, json.dumps(entries).encode())
+
+    def dataset_tree(self, name: str, folder: str, query: Mapping[str, list[str]]) -> None:
+        """List the files and folders below a folder of a data set, or those in it."""
+        prefix = f"{folder}/" if folder else ""
+        files = {path: data for path, data in self.hub.repositories[name].items() if path.startswith(prefix)}
+        is_recursive = query.get("recursive", [""])[0].lower() in ("true", "1")
+        own = [path for path in files if is_recursive or "/" not in path[len(prefix) :]]
+        folders = {prefix + path[len(prefix) :].partition("/")[0] for path in files if "/" in path[len(prefix) :]}
+        entries = [tree_entry(describe(path, files[path])) for path in own]
+        entries += [{"type": "directory", "path": path, "oid": "0" * 40} for path in sorted(folders)]
+        if entries:
+            self.send(200, json.dumps(entries).encode())
+        else:
+            self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
 
     def resolve(self, name: str, path: str) -> None:
         """Send a file of Hugging Face: small ones here, large ones by pointing elsewhere."""

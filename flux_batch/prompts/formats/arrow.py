@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -13,6 +15,8 @@ from flux_batch.prompts.formats.file import PromptBytes, is_damage
 from flux_batch.prompts.formats.table import BadRow, Row, RowRange, ranges_of
 from flux_batch.storage.passthrough import is_known_zone
 
+# Bits of an offset that count rows within a record batch; the rest is the place of the batch.
+_ROW_BITS = 24
 ARROW_MAGIC, STREAM_MAGIC = b"ARROW1", b"\xff\xff\xff\xff"
 
 
@@ -26,50 +30,81 @@ class ArrowTable:
         """Return all columns."""
         if not self._file.head:
             return pa.schema([])
-        with self._reader() as reader:
+        with self._reader() as (_, reader):
             return reader.schema
 
     def split(self, num_rows: int) -> Iterator[RowRange]:
-        """Yield ranges of `num_rows` that cover the file; the last may be shorter."""
-        total = sum(batch.num_rows for batch in self._batches())
-        yield from ranges_of(total, num_rows)
+        """Yield ranges of `num_rows` that cover the file; the last may be shorter.
+
+        The offset of a range has the place of the record batch in which it begins, and the rows of it before.
+        """
+        firsts: list[int] = []
+        places: list[int] = []
+        total = 0
+        for place, batch in self._batches():
+            firsts.append(total)
+            places.append(place)
+            total += batch.num_rows
+        for rows in ranges_of(total, num_rows):
+            at = bisect_right(firsts, rows.start) - 1
+            num_before = rows.start - firsts[at]
+            yield replace(rows, offset=(places[at] << _ROW_BITS) + num_before if num_before >> _ROW_BITS == 0 else 0)
 
     def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
         """Yield the rows of a range one by one."""
-        first, end = 0, rows.start + rows.num_rows
-        for batch in self._batches():
-            low, high = max(rows.start - first, 0), min(end - first, batch.num_rows)
+        # Old plans have no offset, and neither has the start of a file.
+        place, num_before = divmod(rows.offset, 1 << _ROW_BITS) if rows.offset else (0, rows.start)
+        left = rows.num_rows
+        for _, batch in self._batches(place):
+            low = min(num_before, batch.num_rows)
+            high = min(low + left, batch.num_rows)
+            num_before, left = num_before - low, left - (high - low)
             if low < high:
                 names = [name for name in batch.schema.names if name in columns]
                 yield from python_rows(batch.select(names).slice(low, high - low))
-            first += batch.num_rows
-            if first >= end:
+            if not left:
                 return
 
-    def _batches(self) -> Iterator[pa.RecordBatch]:
+    def _batches(self, place: int = 0) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Yield the record batches from one on, with the place of each: its number, or its byte in a stream."""
         if not self._file.head:
             return
-        with self._reader() as reader:
-            if isinstance(reader, pa.RecordBatchStreamReader):
-                batches = iter(reader)
-            else:
-                batches = map(reader.get_batch, range(reader.num_record_batches))
-            for batch in batches:
+        with self._reader() as (file, reader):
+            found = _of_stream(file, reader, place) if self._is_stream else _of_file(reader, place)
+            for at, batch in found:
                 batch.validate(full=True)  # the offsets of a damaged file lead out of its memory
-                yield batch
+                yield at, batch
+
+    @property
+    def _is_stream(self) -> bool:
+        return not self._file.head.startswith(ARROW_MAGIC)
 
     @contextmanager
-    def _reader(self) -> Iterator[pa.RecordBatchFileReader | pa.RecordBatchStreamReader]:
+    def _reader(self) -> Iterator[tuple[BinaryIO, pa.RecordBatchFileReader | pa.RecordBatchStreamReader]]:
         with self._file.open() as file:
             try:
-                if self._file.head.startswith(ARROW_MAGIC):
-                    yield pa.ipc.open_file(file)
-                else:
-                    yield pa.ipc.open_stream(file)
+                yield file, pa.ipc.open_stream(file) if self._is_stream else pa.ipc.open_file(file)
             except (pa.ArrowException, UnicodeDecodeError, OSError) as error:  # names are UTF-8 by promise only
                 if isinstance(error, OSError) and not is_damage(error):
                     raise
                 raise SourceError(f"{self._file.uri}: not a readable Arrow file: {one_line(error)}") from error
+
+
+def _of_file(reader: pa.RecordBatchFileReader, first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    return ((number, reader.get_batch(number)) for number in range(first, reader.num_record_batches))
+
+
+def _of_stream(file: BinaryIO, reader: pa.RecordBatchStreamReader, begin: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield the batches of a stream from a byte on; one with dictionaries, which come once, is read from its start."""
+    has_dictionaries = "dictionary<" in str(reader.schema.types)
+    if begin:
+        file.seek(begin)
+    while True:
+        at = 0 if has_dictionaries else file.tell()
+        try:
+            yield at, reader.read_next_batch()
+        except StopIteration:
+            return
 
 
 def python_rows(batch: pa.RecordBatch) -> list[Row | BadRow]:
