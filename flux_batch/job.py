@@ -38,6 +38,9 @@ from flux_batch.worker.worker import WorkerFactory
 if TYPE_CHECKING:
     from flux_batch.engine.protocol import Engine
 
+# The folder in which Ray keeps what was submitted with a job, under its hash: ray/_private/runtime_env/working_dir.py.
+_RAY_WORKING_DIR = "working_dir_files"
+
 log = logging.getLogger(__name__)
 
 
@@ -129,7 +132,10 @@ def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: date
 
 
 def with_absolute_paths(config: JobConfig) -> JobConfig:
-    """Resolve relative paths here, since workers run in other folders; `demo` prompts become a path."""
+    """Resolve relative paths here, since workers run in other folders; `demo` prompts become a path.
+
+    Raises: JobError for a relative output in a folder of Ray, which does not stay.
+    """
     from flux_batch.demo.prompts import demo_prompts_path
     from flux_batch.download.models import absolute_model_uri
 
@@ -148,7 +154,7 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
                 }
             ),
             "sampling": sampling.model_copy(update={"input_image": image and _absolute(image)}),
-            "output": output.model_copy(update={"uri": _absolute(output.uri)}),
+            "output": output.model_copy(update={"uri": _output_folder(output.uri)}),
             "model": model.model_copy(update={"uri": absolute_model_uri(model.uri), "loras": loras}),
         }
     )
@@ -228,6 +234,17 @@ def _with_absolute_files(samplers: dict[str, Any]) -> dict[str, Any]:
         else value
         for key, value in samplers.items()
     }
+
+
+def _output_folder(uri: str) -> str:
+    """Return the full path of an output. Raises: JobError if it would lie in Ray's copy of a submitted folder."""
+    is_relative = "://" not in uri and not os.path.isabs(os.path.expanduser(uri))
+    if is_relative and _RAY_WORKING_DIR in Path.cwd().parts:
+        raise JobError(
+            f"output.uri = {uri}: in a job of Ray a relative path lies in Ray's own copy of the submitted folder, "
+            "which it removes; name a bucket, or the full path of a folder that all nodes share"
+        )
+    return _absolute(uri)
 
 
 def _absolute_if_text(value: bool | str) -> bool | str:

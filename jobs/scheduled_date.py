@@ -3,7 +3,7 @@
     python jobs/generate.py nightly.yaml --logical-date "$(python jobs/scheduled_date.py flux-batch-nightly-29732760)"
 
 A CronJob calls its Jobs NAME-MINUTES, the minutes since 1970 of the scheduled time; a RayCronJob does so with its
-RayJobs, and the cluster of one is called NAME-MINUTES-LETTERS.
+RayJobs, whose submitting Jobs are called as they are, and whose clusters are called NAME-MINUTES-LETTERS.
 """
 
 import re

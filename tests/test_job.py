@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from flux_batch.download.revision import model_revision
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, Interrupted, JobError, PlanMismatch, SourceError, StoreRefused
-from flux_batch.job import run
+from flux_batch.job import run, with_absolute_paths
 from flux_batch.report.summary import RunReport
 from flux_batch.storage.store import Store
 from helpers.fakes import SLOW_S, FakePipeline, make_fake_pipeline
@@ -75,6 +76,28 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     report = run(config, engine=LocalEngine(), make_pipeline=no_pipeline)
     assert (report.num_images, report.num_new_images, report.exit_code) == (10, 0, 0)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_what_samplers_drew_is_on_the_card_of_a_finished_run(tmp_path: Path) -> None:
+    samplers = {"animal": {"choice": {"cat": 1, "a|b": 0}}, "lens": {"uniform": [24, 85]}}
+    config = make_job(tmp_path, prompts={"samplers": samplers}, output={"shard_size": 30}, sampling={"height": 32})
+    write_prompts(tmp_path / "prompts.parquet", [{"prompt": "x"}] * 25)
+    render(config)
+    text = (tmp_path / "out/README.md").read_text()
+    assert "| animal | cat 100.0% |\n" in text
+    low, high, mean = re.search(r"\| lens \| ([\d.]+) to ([\d.]+), mean ([\d.]+) \|", text).groups()  # type: ignore[union-attr]
+    assert 24 <= float(low) < float(mean) < float(high) < 85
+
+
+def test_a_relative_output_in_a_folder_of_ray_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    tree = {"prompts": {"uri": "p.csv"}, "output": {"uri": "out/x"}, "model": {"uri": "demo"}}
+    with pytest.raises(JobError, match=r"output\.uri = out/x: in a job of Ray a relative path"):
+        with_absolute_paths(JobConfig.from_dict(tree))
+    tree["output"]["uri"] = str(tmp_path / "out")
+    assert with_absolute_paths(JobConfig.from_dict(tree)).prompts.uri == (str(folder / "p.csv"),)
 
 
 def test_a_run_is_not_resumed_with_another_list_of_a_sampler(tmp_path: Path) -> None:

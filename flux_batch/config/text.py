@@ -130,6 +130,11 @@ def read_pairs(pairs: Iterable[str], option: str) -> dict[str, Any]:
 
 def parse_moment(text: str) -> datetime:
     """Return a logical date: 2026-11-23, or with a time, as schedulers write it, 2026-11-23T02:00:00+00:00."""
+    if not text.strip():
+        raise JobError(
+            "--logical-date is empty: what should have printed the day failed, as jobs/scheduled_date.py in $( ) does "
+            "without a scheduled name; its own message stands above"
+        )
     try:
         return datetime.fromisoformat(text)
     except ValueError:

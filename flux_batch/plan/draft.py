@@ -9,13 +9,13 @@ import re
 from flux_batch.config.schema import PROMPT_FIELDS, JobConfig, PromptsConfig
 from flux_batch.config.text import load_yaml
 from flux_batch.errors import JobError
-from flux_batch.prompts.source import PromptSource
+from flux_batch.prompts.source import PROMPT_NAMES, PromptSource
 from flux_batch.redaction import public_uri
 from flux_batch.sampling_params import ALIASES
 
-# Names that columns of prompts and of ids have in public data sets, the likeliest first.
+# Names that columns have in public data sets, the likeliest first.
 _NAMES = {
-    "prompt": ("prompt", "prompts", "caption", "captions", "text", "description", "synthetic_prompt", "meta_prompt"),
+    "prompt": PROMPT_NAMES,
     "id": ("id", "uid", "uuid", "key", "image_id", "prompt_id", "__key__"),
 }
 

@@ -43,9 +43,11 @@ from flux_batch.storage.passthrough import is_text, portable
 _READ_AHEAD = 8
 _READER_THREADS = 16
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+# Names that columns of prompts have in public data sets, the likeliest first.
+PROMPT_NAMES = ("prompt", "prompts", "caption", "captions", "text", "description", "synthetic_prompt", "meta_prompt")
 # Names that other programs have for fields of ours, which would be left unused without a word.
 _NEAR_NAMES = {
-    **dict.fromkeys(("steps", "num_steps", "sampling_steps"), "num_inference_steps"),
+    **dict.fromkeys(("step", "steps", "num_steps", "sampling_steps"), "num_inference_steps"),
     **dict.fromkeys(("guidance", "distilled_cfg_scale", "flux_guidance"), "embedded_guidance"),
     **dict.fromkeys(("cfg", "true_cfg"), "cfg_scale"),
     **dict.fromkeys(("negative", "neg_prompt", "uncond", "negativeprompt"), "negative_prompt"),
@@ -275,7 +277,9 @@ def _column(schema: pa.Schema, name: str, uri: str, named_by: str) -> pa.DataTyp
     if indices:
         return schema.field(indices[0]).type
     advice = f", which {named_by} names" if named_by else "; name yours in prompts.columns.prompt"
-    near = next((each for each in schema.names if each.strip().lower() == name.lower()), None)
+    likely = [name, *(PROMPT_NAMES if name == "prompt" else ())]
+    by_name = {each.strip().lower(): each for each in reversed(schema.names)}
+    near = next((by_name[each.lower()] for each in likely if each.lower() in by_name), None)
     hint = f"; did you mean {near!r}?" if near else did_you_mean(name, schema.names)
     names = ", ".join(schema.names[:20]) + (", ..." if len(schema.names) > 20 else "")
     raise SourceError(f"{uri}: no column {name!r}{advice}{hint or f'; it has {names}'}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import pytest
 import yaml
 
 from flux_batch.cli import parser
+from flux_batch.config.text import parse_moment
+from flux_batch.errors import JobError
 from helpers.kuberay_rules import broken_rules, cluster_of, job_of
 from helpers.kuberay_schemas import schema_errors
 
@@ -168,6 +172,32 @@ def test_the_commands_are_those_of_the_program() -> None:
         given = parser().parse_args(["run", *shlex.split(arguments)])
         assert given.job.startswith("s3://bucket/jobs/")
         assert (given.logical_date is None) == ("nightly" not in given.job)
+
+
+def test_the_day_of_a_nightly_run_reaches_the_command_that_is_submitted(tmp_path: Path) -> None:
+    """KubeRay pastes the entrypoint into `bash -c` of the pod that submits it.
+
+    Source: kuberay 1.7, ray-operator/controllers/ray/common/job.go and rayjob_controller.go.
+    """
+    job = load(KUBERAY / "nightly/raycronjob.yaml")["spec"]["jobTemplate"]
+    (container,) = job["submitterPodTemplate"]["spec"]["containers"]
+    labels = {"metadata.labels['batch.kubernetes.io/job-name']": "flux-batch-nightly-29732760"}
+    env = {each["name"]: labels[each["valueFrom"]["fieldRef"]["fieldPath"]] for each in container["env"]}
+    (tmp_path / "python").symlink_to(sys.executable)
+    line = job["entrypoint"].replace("/app/", f"{KUBERAY.parents[1]}/")
+
+    def submitted(environment: dict[str, str]) -> list[str]:
+        """Return the words that `ray job submit` would get behind its --."""
+        words = ["bash", "-ce", f"printf '%s\\n' {line}"]
+        path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        return subprocess.run(words, env=path | environment, capture_output=True, text=True, check=True).stdout.split(
+            "\n"
+        )
+
+    assert submitted(env)[-3:] == ["--logical-date", "2026-07-13T18:00:00+00:00", ""]
+    assert submitted({})[-3:] == ["--logical-date", "", ""]
+    with pytest.raises(JobError, match="--logical-date is empty: what should have printed the day failed"):
+        parse_moment("")
 
 
 def at(tree: Any, path: str) -> list[Any]:

@@ -63,6 +63,13 @@ def test_init_writes_a_job_that_validates_and_never_over_another(
         == 3
     )
     assert "0 images, 1 failed" in capsys.readouterr().out
+    (tmp_path / "long.csv").write_text("prompt\n" + "".join(f"{'word ' * 1500}{at}\n" for at in range(5)))
+    prompts = ["--set", f"prompts.uri={tmp_path}/long.csv", "--set", "prompts.passthrough=[]"]
+    assert main(["preview", path, "--rows", "2", "--random", *prompts, *small]) == 0
+    printed = capsys.readouterr().out
+    assert "2 prompts are longer than CLIP or T5 reads" in printed
+    page = Path(printed.partition("page ")[2].split()[0])
+    assert page.read_text().count("not read by CLIP") == 2
     assert not (tmp_path / "out").exists()
     assert main(["init", path]) == 2
     assert "job.yaml: is there already, and is not overwritten" in capsys.readouterr().err

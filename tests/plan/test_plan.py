@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ import pytest
 
 from flux_batch.config.schema import JobConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import PlanMismatch, SourceError
-from flux_batch.plan.plan import Outline, Plan, check_same_job, extended, make_plan, remaining, rules_of_plan
+from flux_batch.plan.plan import (
+    Outline,
+    Plan,
+    check_same_job,
+    extended,
+    make_plan,
+    random_rows,
+    remaining,
+    rules_of_plan,
+)
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import FileRange, ImageRequest, Shard
 from helpers.yardstick import work
@@ -196,6 +206,32 @@ def test_rows_are_the_same_whatever_they_share_a_shard_with(tmp_path: Path, shar
     assert [row.row for shard in plan.shards for row in PromptSource(config).read(shard, SamplingConfig())] == [
         row for shard in plan.shards for row in range(shard.num_rows)
     ]
+
+
+def test_random_rows_are_those_of_the_whole_whatever_their_format(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "a.parquet", 5)
+    (tmp_path / "b.csv").write_text('prompt,id\n"two\nlines",\nx,7\n\n' + "y,\n" * 5)
+    (tmp_path / "c.txt").write_text("one\n\ntwo\nthree\nfour\n")
+    (tmp_path / "d.txt").write_text("alone\n")
+    (tmp_path / "e.json").write_text('["p", "q"]')
+    with tarfile.open(tmp_path / "f.tar", "w") as tar:
+        for name in ("a", "b", "c"):
+            (tmp_path / "caption").write_text(name)
+            tar.add(tmp_path / "caption", f"{name}.txt")
+    config = prompts(tmp_path)
+    plan = make_plan(config, 4)
+    whole = rows_of(plan, config)
+
+    every = random_rows(plan, config, 99)
+    some = random_rows(plan, config, 6)
+
+    assert len(whole) == 5 + 7 + 4 + 1 + 2 + 3
+    assert rows_of(every, config) == whole
+    assert [part.num_rows for part in every.shards[0].parts] == [1] * len(whole)
+    found = rows_of(some, config)
+    assert len(found) == 6
+    assert found == [row for row in whole if row in found]
+    assert plan_again(some, config) == some
 
 
 def test_a_plan_of_the_first_version_goes_on_as_it_was(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from flux_batch.prompts.formats.file import PromptBytes
 from flux_batch.prompts.formats.json_lines import check_whole_characters, schema_of_rows
 from flux_batch.prompts.formats.table import BadRow, Row, RowRange, ranges_of
 
+# Names that tell a table of prompts from those that lie beside it in one file.
+_CAPTIONS = ("prompt", "caption", "text")
 # Such a file is read whole by every worker.
 _MAX_BYTES = 1 << 28
 
@@ -50,13 +52,18 @@ class JsonTable:
         if not data.strip():
             return []
         try:
-            found = _items(json.loads(data.decode("utf-8-sig")))
+            value = json.loads(data.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise SourceError(f"{self._file.uri}: not valid JSON: {error}") from error
+        found = _items(value)
         if found is None:
-            raise SourceError(
-                f"{self._file.uri}: holds no table; must be an array of objects or texts, or an object of columns"
+            names = [name for name, column in value.items() if _is_table(column)] if isinstance(value, dict) else []
+            what = (
+                f"several tables: {', '.join(names)}; save one of them by itself"
+                if len(names) > 1
+                else "no table; must be an array of objects or texts, or an object of columns"
             )
+            raise SourceError(f"{self._file.uri}: holds {what}")
         has_escapes = b"\\u" in data
         return [_row(item, has_escapes) for item in found]
 
@@ -68,10 +75,12 @@ def _items(value: Any) -> list[Any] | None:
     if not isinstance(value, dict) or not value:
         return None
     columns = list(value.values())
-    tables = [column for column in columns if isinstance(column, list) and column and _are_objects(column)]
+    tables = [column for column in columns if _is_table(column)]
     are_columns = all(isinstance(column, list) for column in columns) and len({len(column) for column in columns}) == 1
     if are_columns and len(tables) < len(columns):
         return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    if len(tables) > 1:  # COCO has its captions beside images and licences
+        tables = [table for table in tables if any(isinstance(table[0].get(name), str) for name in _CAPTIONS)]
     if len(tables) == 1:  # an array of objects beside what is said about them
         return tables[0]
     if all(isinstance(column, dict) for column in columns) and len({tuple(column) for column in columns}) == 1:
@@ -79,8 +88,8 @@ def _items(value: Any) -> list[Any] | None:
     return [value] if isinstance(value.get("prompt"), str) else None
 
 
-def _are_objects(items: list[Any]) -> bool:
-    return all(isinstance(item, Mapping) for item in items)
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
 def _row(item: Any, has_escapes: bool) -> Row | BadRow:

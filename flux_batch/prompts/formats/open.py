@@ -21,7 +21,7 @@ from flux_batch.prompts.formats.parquet import ParquetTable
 from flux_batch.prompts.formats.tab_separated import TsvTable
 from flux_batch.prompts.formats.table import Table
 from flux_batch.prompts.formats.tar import TarTable
-from flux_batch.prompts.formats.text import TextTable
+from flux_batch.prompts.formats.text import BlockTable, TextTable
 from flux_batch.redaction import public_uri
 
 TABLE_FORMATS: Mapping[str, Callable[[PromptBytes], Table]] = {
@@ -61,6 +61,8 @@ _MAGICS = {
 }
 _TEXTS = ("txt", "csv", "tsv")
 _TAR_MAGIC, _TAR_MAGIC_END = b"ustar", 262
+# The first line of a file of blocks.
+_BLOCKS = re.compile(rb"(\xef\xbb\xbf)?\s*positive\s*:", re.IGNORECASE)
 # The longest line by which JSON Lines are told from one object.
 _LONG_LINE = 1 << 24
 
@@ -70,6 +72,8 @@ def open_table(uri: str, storage_options: Mapping[str, Any]) -> Table:
     file = PromptBytes.of(uri, storage_options)
     name = format_of_name(public_uri(uri))
     found = _format(file, name if name in (*TABLE_FORMATS, *INSTEAD) else _format_of_query(uri))
+    if found == "txt" and _BLOCKS.match(file.head):
+        return BlockTable(file)
     if found in TABLE_FORMATS:
         return TABLE_FORMATS[found](file)
     shown = name if found == "zip" and INSTEAD.get(name) == _OFFICE else found
