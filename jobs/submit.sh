@@ -14,7 +14,8 @@ cd "$(dirname "$0")/.."
 
 # RAY_JOB_STOP_WAIT_TIME_S    seconds between `ray job stop` and the kill; Ray's 3 would cost the work in hand. More than
 #                             failures.drain_s of the job file.
-# HF_HUB_OFFLINE              no worker looks for a hub: a thousand of them would be refused. 0 where model.uri is one.
+# HF_HUB_OFFLINE              no worker looks for a hub: a thousand of them would be refused. 0 where model.uri or
+#                             prompts.uri is one.
 # RAY_LOGGING_CONFIG_ENCODING a log line is a JSON object with job, node and actor; TEXT for people.
 env_vars=$(printf '{"RAY_JOB_STOP_WAIT_TIME_S": "%s", "HF_HUB_OFFLINE": "%s", "RAY_LOGGING_CONFIG_ENCODING": "%s"}' \
     "${RAY_JOB_STOP_WAIT_TIME_S:-40}" "${HF_HUB_OFFLINE:-1}" "${RAY_LOGGING_CONFIG_ENCODING:-JSON}")

@@ -32,7 +32,7 @@ _VALUES = re.compile(
 # Reasons that hold a name of their row would be as many as rows.
 MAX_REASONS = 100
 # What other programs draw from, and what is a text here unless the job says otherwise.
-_WILDCARDS = re.compile(r"__[\w./*-]*[\w*]__|\{[^{}|]*\|[^{}]*\}")
+_WILDCARDS = re.compile(r"__[\w./*-]*?[\w*]__|\{[^{}|]*\|[^{}]*\}")
 # Texts that the tokenizers of CLIP and T5 take for one token with a meaning, as in diffusers, and not for letters.
 _SPECIAL = re.compile(r"<\|(?:startoftext|endoftext)\|>|</s>|<pad>|<unk>|<extra_id_\d{1,2}>")
 

@@ -68,7 +68,8 @@ class HubDataset:
         splits = configs[config]
         if not splits:
             raise SourceError(f"{self.root}: the configuration {config} has no file with prompts")
-        chosen = (self.split or self._only(splits, "split", "split")).split("+")
+        # A plus in a query is read as a space.
+        chosen = re.split("[+ ]", self.split or self._only(splits, "split", "split"))
         for split in chosen:
             if split not in splits:
                 raise SourceError(_unknown(self.root, "split", split, splits))

@@ -20,7 +20,7 @@ from flux_batch.prompts.template import MAX_RESULT
 
 _MAX_DEPTH, _MAX_DRAWS = 30, 1000
 _JOINED_BY = ", "
-_NAME = re.compile(r"__([\w./*-]*[\w*])__")
+_NAME = re.compile(r"__([\w./*-]*?[\w*])__")
 _WEIGHT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)::")
 _COUNT = re.compile(r"\s*(?:(\d+)|(\d*)-(\d*))\$\$(?:([^{}|$]*)\$\$)?")
 _ESCAPED = "\\{}|"

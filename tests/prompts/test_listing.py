@@ -138,7 +138,8 @@ def test_notes_reach_the_plan(tmp_path: Path) -> None:
     ("header", "words"),
     [
         ("Prompt,id", r"no column 'prompt'; name yours in prompts\.columns\.prompt; did you mean 'Prompt'\?"),
-        ("caption,id", r"no column 'prompt'; name yours in prompts\.columns\.prompt; it has caption, id"),
+        ("id,caption", r"no column 'prompt'; name yours in prompts\.columns\.prompt; did you mean 'caption'\?"),
+        ("words,id", r"no column 'prompt'; name yours in prompts\.columns\.prompt; it has words, id"),
         ("prompt,seed,seed", r"column 'seed' stands twice in the header"),
     ],
 )

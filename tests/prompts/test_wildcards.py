@@ -89,7 +89,7 @@ def test_a_draw_depends_on_the_seed_the_row_and_its_name_alone() -> None:
     [
         ("__anmal__", "__anmal__: no such list in lists; did you mean 'animal'"),
         ("a {red|blue", "a { is not closed: {red|blue"),
-        ("red|blue} hat", "a } is not opened"),
+        ("{red|blue} hat}", "a } is not opened"),
         ("{0::a|0::b}", "all weights are 0"),
         ("__circle__", "in a circle"),
         ("__many__", "more than 1000 wildcards and choices"),
