@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.output.formats import format_for
@@ -50,7 +51,7 @@ def _recipe(config: JobConfig) -> str:
     prompts = config.prompts
     if not prompts.samplers and prompts.template is None and not prompts.wildcards:
         return ""
-    made = {"template": prompts.template, "samplers": prompts.samplers, "design": prompts.design}
+    made: dict[str, Any] = {"template": prompts.template, "samplers": prompts.samplers, "design": prompts.design}
     if prompts.wildcards:
         made["wildcards"] = prompts.wildcards
     text = json.dumps(public_tree(made), indent=1, ensure_ascii=False)

@@ -152,9 +152,7 @@ class Recipe:
             text = cells.get(column := self._column(name))
             if isinstance(text, str):
                 try:
-                    texts[column] = self._wildcards.filled(
-                        text, lambda draw_name, of=name: draw_for(f"{of}\x1f{draw_name}")
-                    )
+                    texts[column] = self._wildcards.filled(text, partial(_draw_in, draw_for, name))
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
         return texts
@@ -211,6 +209,11 @@ class Recipe:
         for uri, lines in self._lines.items():
             found[public_uri(uri)] = found.get(public_uri(uri), []) + lines
         return found
+
+
+def _draw_in(draw_for: Callable[[str], float], field: str, name: str) -> float:
+    """Return the number of a wildcard in the text of a field."""
+    return draw_for(f"{field}\x1f{name}")
 
 
 def _key(config: PromptsConfig, field: str) -> str:

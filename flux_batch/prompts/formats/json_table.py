@@ -75,7 +75,7 @@ def _items(value: Any) -> list[Any] | None:
     if not isinstance(value, dict) or not value:
         return None
     columns = list(value.values())
-    tables = [column for column in columns if _is_table(column)]
+    tables: list[list[Any]] = [column for column in columns if _is_table(column)]
     are_columns = all(isinstance(column, list) for column in columns) and len({len(column) for column in columns}) == 1
     if are_columns and len(tables) < len(columns):
         return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]

@@ -58,7 +58,8 @@ class BlockTable(LineTable):
 
 def _blocks(text: BinaryIO, offset: int) -> Iterator[tuple[int, int, list[bytes]]]:
     """Yield the byte of each block, the number of lines before it from `offset` on, and its lines."""
-    at, before, content = 0, 0, []
+    at = before = 0
+    content: list[bytes] = []
     for number, (begin, line) in enumerate(lines(text, offset)):
         if re.fullmatch(rb"-{3,}", line.strip()):
             if content:
