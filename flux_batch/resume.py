@@ -84,7 +84,7 @@ def open_run(config: JobConfig, store: Store, draft: Plan | None = None, *, exte
 
 
 def open_random_run(config: JobConfig, store: Store, num_rows: int) -> None:
-    """Write a new run of rows from all over the prompts, into a folder that nobody else has."""
+    """Write a new run of rows from all over the prompts, into a new folder."""
     open_run(config, store, random_rows(draft_run(config, store), config.prompts, num_rows))
 
 

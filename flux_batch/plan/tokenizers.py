@@ -48,7 +48,7 @@ class Tokenizers:
         return clip, t5
 
     def left_out(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """Return the ends of a metadata row's prompt that CLIP and T5 do not read, empty where they read all of it."""
+        """Return the end of a metadata row's prompt that each encoder leaves out; empty if it has none."""
         from flux_batch.model.text import left_out
 
         if self.missing:

@@ -76,7 +76,7 @@ class HubDataset:
         return {name for split in chosen for name in splits[split]}
 
     def _configs(self, names: Sequence[str], card: str) -> tuple[Mapping[str, _Splits], str]:
-        """Return the files of each split of each configuration, and the default one, if there is any."""
+        """Return the files by configuration and split, and the default configuration, if there is any."""
         if self.root.endswith(_CONVERTED):
             return _by_folders(names), ""
         configs, default = _by_card(names, card)

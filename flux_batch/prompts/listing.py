@@ -133,7 +133,7 @@ def _expand_dataset(uri: str, dataset: HubDataset, storage_options: Mapping[str,
     found = _sifted(fs, folder, paths, _reason)
     names = {path[len(folder) :].lstrip("/"): path for path in found.paths}
     chosen = [names[name] for name in sorted(dataset.choose(list(names), card))]
-    others = dict.fromkeys(set(found.paths) - set(chosen), "of another split or configuration")
+    others = dict.fromkeys(sorted(set(found.paths) - set(chosen)), "of another split or configuration")
     return _Expanded(fs, folder, chosen, {**found.skipped, **others})
 
 

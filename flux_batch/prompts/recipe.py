@@ -111,7 +111,7 @@ class Recipe:
             template.check_names(known)
 
     def completed(self, cells: Row | BadRow, seed: int, row_id: str, number: int) -> Row | BadRow:
-        """Return a row with a value of each sampler, the texts of the templates, and its wildcards drawn."""
+        """Return a row with the values of samplers and templates, and its wildcards drawn."""
         if isinstance(cells, BadRow):
             return cells
         try:

@@ -183,7 +183,7 @@ class PromptSource:
                 yield piece, *waiting.popleft().result()
 
     def _is_one_prompt(self, piece: FileRange, table: Table | None) -> bool:
-        """Return whether a file of a folder holds this one prompt and no other, and so gives it its name."""
+        """Return whether a file of a folder holds this prompt alone, and so names it."""
         if self._rules < ONE_PROMPT_RULES or piece.start or piece.num_rows > 1 or piece.uri in self._config.uri:
             return False
         return isinstance(table, (TextTable, JsonTable)) and table.is_one_row

@@ -25,7 +25,7 @@ _WEIGHT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)::")
 _COUNT = re.compile(r"\s*(?:(\d+)|(\d*)-(\d*))\$\$(?:([^{}|$]*)\$\$)?")
 _ESCAPED = "\\{}|"
 
-Draw = Callable[[str], float]
+_Draw = Callable[[str], float]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Lines:
-    """The lines of a list and the sums of their weights, each with those before it."""
+    """The lines of a list and the running sums of their weights."""
 
     texts: Sequence[str]
     sums: Sequence[float]
@@ -69,14 +69,14 @@ class Wildcards:
         self._found = lru_cache(4096)(self._lines_of)
 
     def check(self, text: str, key: str) -> None:
-        """Raise JobError for a name in the text of a job file that no list has."""
+        """Raise JobError for a name in a template that no list has."""
         for name in _NAME.findall(text):
             try:
                 self._found(name)
             except ValueError as error:
                 raise JobError(f"{key}: {error}") from error
 
-    def filled(self, text: str, draw: Draw) -> str:
+    def filled(self, text: str, draw: _Draw) -> str:
         """Return a text with something drawn for each wildcard and choice. Raises: ValueError with the reason.
 
         draw: returns a number from 0 to less than 1 for a name, which is a wildcard or choice and its number among
@@ -102,7 +102,7 @@ class _Filling:
 
     parse: Callable[[str], Sequence[_Part]]
     lines: Callable[[str], _Lines]
-    draw: Draw
+    draw: _Draw
     counts: Counter[str] = field(default_factory=Counter)
     size: int = 0
 
@@ -214,6 +214,6 @@ def _choice(text: str, begin: int, depth: int) -> tuple[_Choice, int]:
 
 
 def _weight_of(text: str) -> tuple[float, str]:
-    """Return the weight of an option or a line, 1 if it has none, and the rest of it."""
+    """Return the weight of an option or line, 1 by default, and the rest of it."""
     found = _WEIGHT.match(text)
     return (float(found[1]), text[found.end() :]) if found else (1.0, text)

@@ -1,4 +1,4 @@
-"""Text files with one prompt a line, with one prompt a file, and with blocks of prompts and negative prompts."""
+"""Text files: a prompt a line, a prompt a file, or blocks of prompts and negative prompts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class BlockTable(LineTable):
 
 
 def _blocks(text: BinaryIO, offset: int) -> Iterator[tuple[int, int, list[bytes]]]:
-    """Yield the byte of each block, the number of lines before it from `offset` on, and its lines."""
+    """Yield the byte of each block, the lines between `offset` and it, and its own lines."""
     at = before = 0
     content: list[bytes] = []
     for number, (begin, line) in enumerate(lines(text, offset)):
