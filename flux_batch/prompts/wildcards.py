@@ -214,6 +214,6 @@ def _choice(text: str, begin: int, depth: int) -> tuple[_Choice, int]:
 
 
 def _weight_of(text: str) -> tuple[float, str]:
-    """Return the weight of an option or line, 1 by default, and the rest of it."""
+    """Return the weight of an option or line, or 1, and the rest."""
     found = _WEIGHT.match(text)
     return (float(found[1]), text[found.end() :]) if found else (1.0, text)

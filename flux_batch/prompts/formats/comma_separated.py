@@ -46,7 +46,7 @@ class CsvTable(LineTable):
         return ((at, row) for at, _, row in self._records(text, self._header(text), offset))
 
     def _records(self, text: BinaryIO, header: _Header, offset: int) -> Iterator[tuple[int, int, Row | BadRow]]:
-        """Yield the first byte of each record, the lines between `offset` and it, and its fields."""
+        """Yield the byte of each record, the lines from `offset` to it, and its fields."""
         names, is_spaced = header.names, header.is_spaced
         if not names:
             return

@@ -57,7 +57,7 @@ class BlockTable(LineTable):
 
 
 def _blocks(text: BinaryIO, offset: int) -> Iterator[tuple[int, int, list[bytes]]]:
-    """Yield the byte of each block, the lines between `offset` and it, and its own lines."""
+    """Yield the byte of each block, the lines from `offset` to it, its lines."""
     at = before = 0
     content: list[bytes] = []
     for number, (begin, line) in enumerate(lines(text, offset)):
