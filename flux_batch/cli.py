@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from flux_batch.bench.command import add_bench
+from flux_batch.dataset.annotate_command import add_annotate, run_annotate
 from flux_batch.errors import JobError
 from flux_batch.logs import JsonLines, log_lines
 from flux_batch.redaction import plain_text
@@ -122,6 +123,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--dry-run", action="store_true", help="list the files, without removing any")
     _add_storage_options(command)
     command.set_defaults(command=_gc)
+
+    command = commands.add_parser("annotate", help="add columns about the images of a run, by models or code")
+    add_annotate(command)
+    _add_storage_options(command)
+    command.set_defaults(command=_annotate)
 
     command = commands.add_parser("download", help="download a model to this machine")
     command.add_argument(
@@ -324,6 +330,10 @@ def _gc(arguments: argparse.Namespace) -> int:
             num_removed = remove_leftovers(run.folder, run.output_format, list(find_leftovers(run.folder)))
             _print(f"{num_removed} objects removed{_REMAINS if num_removed and run.store.keeps_versions else ''}")
     return 0
+
+
+def _annotate(arguments: argparse.Namespace) -> int:
+    return run_annotate(arguments, _options(arguments.storage_option), _print)
 
 
 def _download(arguments: argparse.Namespace) -> int:

@@ -45,8 +45,13 @@ LADDER: dict[str, set[str]] = {
     "job": BOTTOM
     | {"config", "demo", "download", "engine", "output", "pipeline", "prompts", "report", "resume", "storage"}
     | {"worker"},
+    # The annotators in the package, which a job may use as scores too.
+    "dataset/annotators": BOTTOM | {"demo", "download", "images", "pipeline"},
+    "dataset": BOTTOM
+    | {"config", "dataset/annotators", "engine", "images", "output", "plan", "report", "storage", "telemetry"},
     "bench": BOTTOM | {"config", "demo", "engine", "images", "job", "model", "pipeline", "plan", "report", "worker"},
-    "cli": BOTTOM | {"bench", "config", "download", "engine", "job", "logs", "output", "plan", "report", "storage"},
+    "cli": BOTTOM
+    | {"bench", "config", "dataset", "download", "engine", "job", "logs", "output", "plan", "report", "storage"},
     "__init__": {"config", "download", "job", "mapper", "pipeline"},
     "__main__": {"cli"},
     # Programs of their own, `python -m flux_batch.demo.train` and `.score`: they stand above what they make and judge.
@@ -54,14 +59,16 @@ LADDER: dict[str, set[str]] = {
     "demo/score": BOTTOM | {"demo", "pipeline"},
 }
 PROGRAMS = ("demo/train", "demo/score")
-TENSORS = ("model/", "pipeline/", "demo/", "bench/")
+# Folders within a folder that have a rung of their own.
+PARTS = (*PROGRAMS, "dataset/annotators")
+TENSORS = ("model/", "pipeline/", "demo/", "bench/", "dataset/annotators/")
 HOMES: dict[str, tuple[str, ...]] = {
     "ray": ("engine/ray_", "bench/ray_data.py"),
     "torch": TENSORS,
     "einops": ("model/",),
     "safetensors": TENSORS,
     "gguf": ("model/checkpoint/gguf_",),
-    "transformers": ("model/", "demo/", "bench/pipeline/"),
+    "transformers": ("model/", "demo/", "bench/pipeline/", "dataset/annotators/"),
     "tokenizers": ("model/", "demo/"),
     "sentencepiece": ("model/", "demo/"),
     "filelock": ("download/", "storage/scratch.py"),
@@ -72,9 +79,9 @@ HOMES: dict[str, tuple[str, ...]] = {
     "s3fs": ("storage/",),
     "aiohttp": ("storage/",),
     "tenacity": ("storage/retry.py", "engine/backoff.py"),
-    "pyarrow": ("storage/", "prompts/", "plan/", "worker/", "output/", "mapper.py", "demo/", "bench/"),
+    "pyarrow": ("storage/", "prompts/", "plan/", "worker/", "output/", "mapper.py", "demo/", "bench/", "dataset/"),
     "jinja2": ("report/gallery/", "prompts/template.py"),
-    "PIL": ("images.py", "prompts/", "pipeline/", "report/gallery/", "demo/", "bench/"),
+    "PIL": ("images.py", "prompts/", "pipeline/", "report/gallery/", "demo/", "bench/", "dataset/"),
     "numpy": ("images.py", "mapper.py", "report/gallery/", *TENSORS),
     # What is measured beside ours; no need of a run.
     "diffusers": ("bench/pipeline/peer.py",),
@@ -110,9 +117,9 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def unit_of(path: str) -> str:
-    """Return the unit a file or module belongs to: the first part of its path, but for the programs."""
+    """Return the unit a file or module belongs to: the first part of its path, but for those in PARTS."""
     path = path.removesuffix(".py")
-    return next((program for program in PROGRAMS if f"{path}/".startswith(f"{program}/")), path.split("/")[0])
+    return next((part for part in PARTS if f"{path}/".startswith(f"{part}/")), path.split("/")[0])
 
 
 def violations(root: Path = PACKAGE) -> list[str]:

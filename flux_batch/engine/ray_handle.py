@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +99,7 @@ class WorkerHandle:
         ray.kill(self.actor)
 
 
-def make_actor_class(num_gpus: float, num_cpus: float) -> Any:
+def make_actor_class(num_gpus: float, num_cpus: float, runtime_env: Mapping[str, Any] | None = None) -> Any:
     """Return the Ray class of the actors of a pool. Ray stores it in the cluster, so it is made once."""
     return ray.remote(
         num_gpus=num_gpus,
@@ -109,6 +109,7 @@ def make_actor_class(num_gpus: float, num_cpus: float) -> Any:
         concurrency_groups={WATCH: 1, FINISH: 1},
         # Task events of a long run would fill the memory of the head node.
         enable_task_events=False,
+        runtime_env=dict(runtime_env) if runtime_env else None,
     )(WorkerActor)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,7 @@ class RayPool:
     `hang_s` seconds without progress end a worker. `drain_s` is how long workers have to put their shards aside,
     `outage_s` how long storage may be unavailable. At the end of a run, an idle worker also begins a shard that another
     one has had for `slow_factor` times the usual duration, and for `slow_s`. `name` is that of the run, in metrics.
+    `runtime_env` is that of Ray for the workers, where they need packages that the driver does not have.
     """
 
     max_workers: int
@@ -59,6 +60,7 @@ class RayPool:
     slow_factor: float = 2
     slow_s: float = 30
     name: str = ""
+    runtime_env: Mapping[str, Any] | None = None
 
     def run(self, factory: WorkerFactory, shards: Sequence[Shard], stop: Stop | None = None) -> Iterator[ShardResult]:
         """Join the cluster of RAY_ADDRESS, or start one on this machine, and run every shard."""
@@ -92,7 +94,7 @@ class _Pool:
     last_check: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.actor_class = make_actor_class(self.options.num_gpus, self.options.num_cpus)
+        self.actor_class = make_actor_class(self.options.num_gpus, self.options.num_cpus, self.options.runtime_env)
         self.start_backoff = Backoff(self.options.backoff_s)
         self.metrics = PoolMetrics(self.options.name)
 

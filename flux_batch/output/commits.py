@@ -67,11 +67,11 @@ from flux_batch.errors import AlreadyExists, NotFound, StoreError
 from flux_batch.output.formats import OutputFormat, Sample, iter_images
 from flux_batch.output.metadata import pack_failures, pack_metadata, unpack_metadata
 from flux_batch.output.paths import (
+    ANNOTATIONS,
     COMMITS,
     METADATA,
     TRAIN,
     RunFolder,
-    commit_file,
     failed_file,
     is_within,
     metadata_file,
@@ -88,13 +88,14 @@ _WRITERS = 16
 
 @dataclass(frozen=True)
 class Commits:
-    """The commits of a run."""
+    """The commits of a run, or of its annotations, which have a `folder` of their own."""
 
     run: RunFolder
+    folder: str = COMMITS
 
     def done(self) -> set[int]:
         """Return the shards that are committed."""
-        numbers = (number_in(key.rpartition("/")[2], ".json") for key in self.run.store.list(COMMITS))
+        numbers = (number_in(key.rpartition("/")[2], ".json") for key in self.run.store.list(self.folder))
         return {number for number in numbers if number is not None}
 
     def read(self, shard: int) -> Commit:
@@ -127,7 +128,7 @@ class Commits:
 
     def key(self, shard: int) -> str:
         """Return the name of a shard's commit."""
-        return commit_file(self.run.shard_name(shard))
+        return f"{self.folder}/{self.run.shard_name(shard)}.json"
 
 
 def parse_commit(data: bytes) -> Commit:
@@ -149,7 +150,7 @@ def parse_commit(data: bytes) -> Commit:
 
 def _file_of_run(*, path: str, bytes: int, sha256: str) -> StoredFile:
     """Return the record of a file. Raises: ValueError for a path outside the data set, as a stranger may write it."""
-    if not is_within(path, TRAIN, METADATA):
+    if not is_within(path, TRAIN, METADATA, ANNOTATIONS):
         raise ValueError(f"{path!r} is not a file of a run")
     return StoredFile(path=path, bytes=bytes, sha256=sha256)
 

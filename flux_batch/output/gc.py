@@ -15,6 +15,7 @@ from flux_batch.errors import NotFound
 from flux_batch.output.commits import Commits, parse_commit
 from flux_batch.output.formats import OutputFormat
 from flux_batch.output.paths import (
+    ANNOTATING,
     BATCH_SIZE,
     COMMITS,
     COMPILE_CACHE,
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 # Objects that are listed, or removed, at once.
 _THREADS = 16
 # The files and folders of this program in RUN.
-_OF_RUN = {BATCH_SIZE, COMPILE_CACHE, GALLERY, JOB, PLAN, PRECISION, PROGRESS, REPORT}
+_OF_RUN = {ANNOTATING, BATCH_SIZE, COMPILE_CACHE, GALLERY, JOB, PLAN, PRECISION, PROGRESS, REPORT}
 _OF_RUN |= {COMMITS, FAILED, LEASE, REVERTING, STAGING, STORE_TMP}
 
 # A file whose write never ended; staged images that nobody needs any more; files of a shard that is not committed,

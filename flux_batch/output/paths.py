@@ -12,6 +12,8 @@ from flux_batch.storage.store import Store
 # The images, a file or a folder a shard; and their records, a file a shard.
 TRAIN = "train"
 METADATA = "metadata"
+# Columns about the images, made after them: a folder an annotator, a file a shard.
+ANNOTATIONS = "annotations"
 CARD = "README.md"
 SUCCESS = "_SUCCESS"
 
@@ -36,6 +38,8 @@ BATCH_SIZE = f"{RUN}/batch_size.json"
 PRECISION = f"{RUN}/precision.json"
 # Kernels that torch.compile built on one worker, for the others: an object a kind of device.
 COMPILE_CACHE = f"{RUN}/compile_cache"
+# What made the annotations, their commits, and finished parts of those that are not committed yet.
+ANNOTATING = f"{RUN}/annotations"
 
 
 def shard_name(shard: int, num_shards: int) -> str:
@@ -76,7 +80,7 @@ def is_within(path: str, *folders: str) -> bool:
 
 def is_of_run(key: str) -> bool:
     """Return whether a run writes under this key; other tools, and runs further below, may share its folder."""
-    return key in (CARD, SUCCESS) or is_within(key, TRAIN, METADATA, RUN)
+    return key in (CARD, SUCCESS) or is_within(key, TRAIN, METADATA, ANNOTATIONS, RUN)
 
 
 @dataclass(frozen=True, slots=True)

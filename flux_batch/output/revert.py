@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_batch.errors import NotFound
+from flux_batch.output.annotations import AnnotationFolder, annotation_names
 from flux_batch.output.formats import DECODE_ERRORS, OutputFormat, iter_images
 from flux_batch.output.metadata import unpack_metadata
 from flux_batch.output.paths import (
@@ -70,6 +71,8 @@ def remove_shard(run: RunFolder, output_format: OutputFormat, shard: int) -> Non
     name = run.shard_name(shard)
     note, data = f"{REVERTING}/{name}", output_format.location(name)
     run.store.write(note, b"")
+    for annotation in annotation_names(run):
+        AnnotationFolder(run, annotation).revert(shard)
     for key in (commit_file(name), metadata_file(name), failed_file(name)):
         run.store.delete(key)
     if run.store.exists(data):  # a file; else it is a folder

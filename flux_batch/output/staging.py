@@ -58,9 +58,10 @@ def staged_record(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Staging:
-    """The staging folders of a run."""
+    """The staging folders of a run, or of its annotations, which have a `folder` of their own."""
 
     run: RunFolder
+    folder: str = STAGING
 
     def put(self, shard: int, images: Sequence[StagedImage], *, is_repair: bool = False) -> str:
         """Store the images of a batch as one object. Returns: its name in the folder of the shard.
@@ -104,16 +105,16 @@ class Staging:
 
     def clear(self) -> None:
         """Remove everything that is staged, once a run is complete: a kill before `remove` leaves some."""
-        self.run.store.delete_folder(STAGING)
+        self.run.store.delete_folder(self.folder)
 
     def shards(self) -> set[int]:
         """Return the shards of which something is staged, by one listing of everything staged."""
-        parts = (key.removeprefix(f"{STAGING}/").split("/") for key in self.run.store.list(STAGING))
+        parts = (key.removeprefix(f"{self.folder}/").split("/") for key in self.run.store.list(self.folder))
         folders = {part[0] for part in parts if len(part) == 2}
         return {shard for folder in folders if (shard := number_in(folder)) is not None}
 
     def _folder(self, shard: int) -> str:
-        return f"{STAGING}/{self.run.shard_name(shard)}"
+        return f"{self.folder}/{self.run.shard_name(shard)}"
 
 
 def is_repair(name: str) -> bool:

@@ -52,12 +52,12 @@ PALETTE: dict[Colour, _Rgb] = {
 MIN_CONTRAST = 75.0
 
 # Several words for a fact; a wording uses the variant of the same number everywhere.
-_SIZE_WORDS: dict[Size, tuple[str, ...]] = {
+SIZE_WORDS: dict[Size, tuple[str, ...]] = {
     "small": ("small ", "little ", "tiny "),
     "medium": ("", "medium-sized "),
     "large": ("large ", "big ", "huge "),
 }
-_POSITION_WORDS: dict[Position, tuple[str, ...]] = {
+POSITION_WORDS: dict[Position, tuple[str, ...]] = {
     "centre": ("in the centre", "in the middle"),
     "top": ("at the top", "near the top edge"),
     "bottom": ("at the bottom", "near the bottom edge"),
@@ -68,7 +68,7 @@ _POSITION_WORDS: dict[Position, tuple[str, ...]] = {
     "bottom left": ("in the bottom left corner", "at the bottom left"),
     "bottom right": ("in the bottom right corner", "at the bottom right"),
 }
-_RELATION_WORDS: dict[Relation, tuple[str, ...]] = {
+RELATION_WORDS: dict[Relation, tuple[str, ...]] = {
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
     "above": ("above", "over"),
@@ -85,7 +85,7 @@ WORDINGS = (
 )
 
 
-_WORDINGS_WITHOUT_BACKGROUND = (
+WORDINGS_WITHOUT_BACKGROUND = (
     "{subject}",
     "a picture of {subject}",
     "a drawing that shows {subject}",
@@ -202,19 +202,19 @@ def phrase(scene: Scene, wording: int = 0, unsaid: frozenset[Unsaid] = frozenset
     """Return the caption of a scene in one of the `WORDINGS`, without the `unsaid` facts."""
     subject = _name_thing(scene.first, wording, unsaid)
     if scene.position is not None and "place" not in unsaid:
-        subject += f" {_variant(_POSITION_WORDS[scene.position], wording)}"
+        subject += f" {_variant(POSITION_WORDS[scene.position], wording)}"
     if scene.relation is not None and scene.second is not None:
-        relation = "and" if "place" in unsaid else _variant(_RELATION_WORDS[scene.relation], wording)
+        relation = "and" if "place" in unsaid else _variant(RELATION_WORDS[scene.relation], wording)
         subject += f" {relation} {_name_thing(scene.second, wording, unsaid)}"
     if "background" in unsaid:
-        return _variant(_WORDINGS_WITHOUT_BACKGROUND, wording).format(subject=subject)
+        return _variant(WORDINGS_WITHOUT_BACKGROUND, wording).format(subject=subject)
     return WORDINGS[wording].format(subject=subject, background=_name_background(scene.background, wording))
 
 
 def _name_thing(thing: Thing, wording: int, unsaid: frozenset[Unsaid] = frozenset()) -> str:
     """Return the words for a thing, e.g. `a small red star`."""
     colour = "" if "colour" in unsaid else f"{thing.colour} "
-    return _with_article(f"{_variant(_SIZE_WORDS[thing.size], wording)}{colour}{thing.shape}")
+    return _with_article(f"{_variant(SIZE_WORDS[thing.size], wording)}{colour}{thing.shape}")
 
 
 def _name_background(background: Background, wording: int) -> str:

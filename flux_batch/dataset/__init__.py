@@ -1,0 +1,1 @@
+"""The finished data set: its images judged, chosen, exported and published."""

@@ -1,0 +1,283 @@
+"""A pass over the images of a run that are committed: every annotator, every shard, to files beside the images.
+
+The same engine as for a run, the same lease, the same protocol. Safe to call again: it goes on, and after a run was
+extended it annotates what is new.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from flux_batch.config.schema import FailuresConfig, JobConfig
+from flux_batch.dataset.annotate_worker import AnnotateFactory, check_identity
+from flux_batch.dataset.annotators.load import AnnotatorSpec
+from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment
+from flux_batch.engine.stop import Stop
+from flux_batch.errors import Interrupted, JobError, NotFound
+from flux_batch.output.annotations import AnnotationFolder
+from flux_batch.output.lease import Lease
+from flux_batch.records import Commit, FileRange, Shard, ShardResult
+from flux_batch.report.saved_run import SavedRun
+from flux_batch.storage.retry import RetryPolicy
+from flux_batch.storage.store import Store
+
+if TYPE_CHECKING:
+    from flux_batch.engine.protocol import Engine
+
+log = logging.getLogger(__name__)
+
+_REPORT_INTERVAL_S = 5.0
+_TOO_MANY_FAILED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateSettings:
+    """The workers of a pass, and its limits.
+
+    batch_size: images in one call of an annotator. failures: settings of that section of the job, as `max_ratio=0.1`,
+    where they are not those of the run. runtime_env: that of Ray for the workers, e.g. with packages of an annotator.
+    """
+
+    max_workers: int = 1
+    num_gpus: float = 0
+    num_cpus: float = 1
+    batch_size: int = 16
+    failures: tuple[str, ...] = ()
+    runtime_env: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_workers", 1), ("batch_size", 1), ("num_gpus", 0), ("num_cpus", 0)):
+            if getattr(self, name) < least:
+                raise JobError(f"{name} = {getattr(self, name)}: must be at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotationCounts:
+    """The state of one annotation: committed shards, their images, and those without values by reason."""
+
+    name: str
+    annotator: str
+    num_committed: int
+    num_images: int
+    num_failed: int
+    failures: dict[str, int]
+    seconds: float
+
+    @property
+    def failed_ratio(self) -> float:
+        """The share of images without values."""
+        return self.num_failed / self.num_images if self.num_images else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateReport:
+    """The result of a pass: the state of each annotation, and what this call has done."""
+
+    output: str
+    num_shards: int
+    num_new_shards: int
+    max_failed_ratio: float
+    wall_s: float
+    annotations: tuple[AnnotationCounts, ...]
+    errors: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code: 0; 1 if shards were given up; 3 if more images have no values than allowed."""
+        if self.errors:
+            return 1
+        return _TOO_MANY_FAILED if any(one.failed_ratio > self.max_failed_ratio for one in self.annotations) else 0
+
+    def to_json(self) -> str:
+        """Return the report as JSON."""
+        return json.dumps(asdict(self) | {"exit_code": self.exit_code})
+
+    def __str__(self) -> str:
+        width = max(len(one.name) for one in self.annotations)
+        lines = [f"{self.output}: {self.num_new_shards} shards annotated in {self.wall_s:.1f} s"]
+        for one in self.annotations:
+            failed = ", ".join(f"{number} {name}" for name, number in one.failures.items())
+            lines.append(
+                f"{one.name:<{width}}  {one.num_committed} of {self.num_shards} shards, {one.num_images} images, "
+                f"{one.num_failed} without values{f' ({failed})' if failed else ''}"
+            )
+        lines += self.errors
+        return "\n".join(lines)
+
+
+def annotate(
+    output: str,
+    specs: Sequence[AnnotatorSpec],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    settings: AnnotateSettings | None = None,
+    engine: Engine | None = None,
+    stop: Stop | None = None,
+    retry_failed: bool = False,
+    anew: bool = False,
+) -> AnnotateReport:
+    """Annotate the committed shards of a run, or go on with it. The images are read once for all annotators.
+
+    engine: a pool of Ray actors by default. stop: may request an early end. retry_failed: annotate images without
+    values again. anew: remove what is there of these names first.
+    Raises: PlanMismatch if another annotator began one of them; RunHeld, LeaseLost if a driver has the run; Interrupted
+    after a stop; JobError, StoreError.
+    """
+    stop, settings, options = stop or Stop(), settings or AnnotateSettings(), dict(storage_options or {})
+    policy = RetryPolicy().ended_by(stop.check, partial(stop.check, FailuresConfig().drain_s))
+    store = Store(output, options, policy)
+    run = SavedRun.open(store)
+    changed = [f"failures.{setting}" for setting in settings.failures]
+    failures = JobConfig.from_yaml(run.config.to_yaml(), "--failures", changed).failures
+    folders = [AnnotationFolder(run.folder, spec.name) for spec in specs]
+    _check_begun(folders, specs, anew=anew)
+    store = store.with_policy(policy.waiting(failures.outage_s))
+    with Lease(store, ttl_s=failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
+        run = SavedRun.open(lease.store)
+        folders = [AnnotationFolder(run.folder, spec.name) for spec in specs]
+        for folder in folders:
+            _prepare(folder, retry_failed=retry_failed, anew=anew)
+        progress = _Progress(run, folders)
+        todo = progress.todo()
+        if todo:
+            log.info("%s: %d of %d shards to annotate", store.uri, len(todo), run.num_shards)
+            factory = AnnotateFactory(
+                output=output,
+                storage_options=options,
+                specs=tuple(specs),
+                batch_size=settings.batch_size,
+                failures=failures,
+            )
+            progress.follow((engine or _ray_pool(run, settings, failures)).run(factory, todo, stop), stop, len(todo))
+        if not progress.errors:
+            for folder in folders:
+                folder.staging.clear()
+        return progress.report(specs, failures.max_ratio)
+
+
+@dataclass
+class _Progress:
+    """The progress of one call, and the way to its report."""
+
+    run: SavedRun
+    folders: Sequence[AnnotationFolder]
+    num_new: int = 0
+    errors: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+    reported: float = -math.inf
+
+    def todo(self) -> list[Shard]:
+        """Return the committed shards that an annotation lacks."""
+        missing = set.union(*({*self.run.commits.done()} - folder.commits.done() for folder in self.folders))
+        rows = self.run.outline.num_rows
+        return [_shard(index, rows[index]) for index in sorted(missing) if index < self.run.num_shards]
+
+    def follow(self, results: Any, stop: Stop, num_todo: int) -> None:
+        """Wait for the results of shards. Raises: Interrupted if a stop left some of them."""
+        num_settled = 0
+        for result in results:
+            num_settled += 1
+            self._add(result, num_settled, num_todo)
+        if stop.is_requested and num_settled < num_todo:
+            raise Interrupted(
+                f"{stop.reason}: {num_settled} of {num_todo} shards were annotated now; run the same command again"
+            )
+
+    def report(self, specs: Sequence[AnnotatorSpec], max_failed_ratio: float) -> AnnotateReport:
+        """Return the state of all annotations, read from their commits."""
+        return AnnotateReport(
+            output=self.run.store.uri,
+            num_shards=self.run.num_shards,
+            num_new_shards=self.num_new,
+            max_failed_ratio=max_failed_ratio,
+            wall_s=round(time.monotonic() - self.started, 3),
+            annotations=tuple(
+                _counts(spec, folder.commits.read_all(sorted(folder.commits.done())))
+                for spec, folder in zip(specs, self.folders, strict=True)
+            ),
+            errors=tuple(self.errors),
+        )
+
+    def _add(self, result: ShardResult, num_settled: int, num_todo: int) -> None:
+        if result.error is not None:
+            self.errors.append(f"shard {result.shard}: {result.error}")
+            log.error("shard %d failed for good: %s", result.shard, result.error, extra={"shard": result.shard})
+        else:
+            self.num_new += result.is_new
+        if time.monotonic() - self.reported >= _REPORT_INTERVAL_S or num_settled == num_todo:
+            self.reported = time.monotonic()
+            log.info("%d of %d shards annotated", num_settled, num_todo)
+
+
+def _check_begun(folders: Sequence[AnnotationFolder], specs: Sequence[AnnotatorSpec], *, anew: bool) -> None:
+    """Raise PlanMismatch, before anything is opened, if other annotators or options began one of these names."""
+    for folder, spec in zip(folders, specs, strict=True):
+        try:
+            saved = json.loads(folder.run.store.read(folder.identity))
+        except NotFound:
+            continue
+        # Others may be options that change no results, which is known once the annotator is open.
+        options = {key: value for key, value in spec.identity["options"].items() if key in saved["options"]}
+        if not anew:
+            check_identity(folder, saved, {"annotator": spec.annotator, "options": options})
+
+
+def _prepare(folder: AnnotationFolder, *, retry_failed: bool, anew: bool) -> None:
+    """Remove what shall be made again; needs the lease."""
+    if anew:
+        folder.remove()
+    elif retry_failed:
+        for commit in folder.commits.read_all(sorted(folder.commits.done())):
+            if commit.num_failed:
+                folder.revert(commit.shard, keep_failed=False)
+
+
+def _counts(spec: AnnotatorSpec, commits: list[Commit]) -> AnnotationCounts:
+    failures: dict[str, int] = {}
+    for commit in commits:
+        for name, number in commit.failures.items():
+            failures[name] = failures.get(name, 0) + number
+    return AnnotationCounts(
+        name=spec.name,
+        annotator=spec.annotator,
+        num_committed=len(commits),
+        num_images=sum(commit.num_images for commit in commits),
+        num_failed=sum(commit.num_failed for commit in commits),
+        failures=dict(sorted(failures.items())),
+        seconds=round(sum(commit.device_s for commit in commits), 3),
+    )
+
+
+def _shard(index: int, num_rows: int) -> Shard:
+    """Return the descriptor of a shard; an annotator needs no prompts."""
+    return Shard(index=index, parts=(FileRange(uri="", name="", start=0, num_rows=num_rows),))
+
+
+def _ray_pool(run: SavedRun, settings: AnnotateSettings, failures: FailuresConfig) -> Engine:
+    """Return a pool of Ray actors; no shard is begun by a second worker, since an annotator may cost money."""
+    if not joins_cluster():
+        keep_environment()
+    from flux_batch.engine.ray_pool import RayPool
+
+    num_gpus = settings.num_gpus if joins_cluster() or has_gpu() else 0
+    if settings.num_gpus and not num_gpus:
+        log.warning("there is no GPU on this machine: the workers run on its CPU")
+    return RayPool(
+        max_workers=settings.max_workers,
+        num_gpus=num_gpus,
+        num_cpus=settings.num_cpus,
+        max_attempts=failures.max_attempts,
+        hang_s=failures.hang_s,
+        drain_s=failures.drain_s,
+        outage_s=failures.outage_s,
+        slow_factor=math.inf,
+        name=f"{run.config.name}:annotate",
+        runtime_env=settings.runtime_env,
+    )

@@ -1,0 +1,230 @@
+"""The work on a shard that is annotated: its images, read once, through every annotator, to a file and commit of each.
+
+It has the two halves of every worker: `make` ends with the last row, `finish` publishes them. Knows the output and open
+annotators; does not know where it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+from typing import Any
+
+from flux_batch.config.schema import FailuresConfig
+from flux_batch.dataset.annotate_shard import ImageBatch, ShardAnnotation, read_batches
+from flux_batch.dataset.annotators.load import AnnotatorSpec, OpenAnnotator, open_annotator
+from flux_batch.errors import AlreadyExists, PlanMismatch, Stopped
+from flux_batch.output.annotations import AnnotationFolder
+from flux_batch.records import Attempt, Commit, Shard, ShardResult
+from flux_batch.report.saved_run import SavedRun
+from flux_batch.storage.retry import RetryPolicy
+from flux_batch.storage.scratch import scratch_folder, sweep_scratch
+from flux_batch.storage.store import Store
+from flux_batch.telemetry import Heartbeat, Metrics
+
+log = logging.getLogger(__name__)
+
+# Threads that decode the images of the next batch while annotators have this one.
+_DECODERS = 4
+_FIRST_ATTEMPT = Attempt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateFactory:
+    """The settings of a worker; pickles small, so that models are loaded where their device is."""
+
+    output: str
+    storage_options: Mapping[str, Any]
+    specs: tuple[AnnotatorSpec, ...]
+    batch_size: int
+    failures: FailuresConfig
+
+    def open(self) -> AnnotateWorker:
+        """Open the annotators, and check that they are those that began. Raises: JobError, PlanMismatch."""
+        sweep_scratch()
+        run = SavedRun.open(Store(self.output, self.storage_options, RetryPolicy(self.failures.outage_s)))
+        annotators = [open_annotator(spec) for spec in self.specs]
+        for annotator in annotators:
+            settle_identity(AnnotationFolder(run.folder, annotator.spec.name), annotator.identity)
+        return AnnotateWorker(self, run.config.name, annotators)
+
+
+def settle_identity(folder: AnnotationFolder, identity: Mapping[str, Any]) -> None:
+    """Write down what makes the annotations of a name. Raises: PlanMismatch if something else began them."""
+    store = folder.run.store
+    try:
+        store.put_if_absent(folder.identity, json.dumps(identity, indent=1).encode())
+    except AlreadyExists:
+        check_identity(folder, json.loads(store.read(folder.identity)), identity)
+
+
+def check_identity(folder: AnnotationFolder, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise PlanMismatch with every difference between what began annotations and what would go on with them."""
+    changed = [f"  {key}: {saved.get(key)!r} -> {now[key]!r}" for key in now if saved.get(key) != now[key]]
+    if changed:
+        raise PlanMismatch(
+            f"{folder.run.store.uri}: the annotations {folder.name} were begun by another annotator; undo the change, "
+            f"give these another name (--with NEW=...), or make all of them again (--anew):\n" + "\n".join(changed)
+        )
+
+
+class AnnotateWorker:
+    """Open annotators with an output, which annotate one shard after the other."""
+
+    def __init__(self, factory: AnnotateFactory, run_name: str, annotators: Sequence[OpenAnnotator]) -> None:
+        self.metrics = Metrics(f"{run_name}:annotate")
+        self._factory = factory
+        self._annotators = annotators
+        self._heartbeat = Heartbeat()
+        self._stopping = threading.Event()
+        self._stopped = math.inf  # when `stop` was called
+        policy = RetryPolicy(factory.failures.outage_s, self._on_storage_wait, on_request=self._on_storage_request)
+        self._run = SavedRun.open(Store(factory.output, factory.storage_options, policy))
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+
+    def make(self, shard: Shard, attempt: Attempt = _FIRST_ATTEMPT) -> MadeAnnotations:
+        """Annotate the images of a shard by every annotator that has no commit of it.
+
+        Raises: Stopped after stop(), with the rows that are there in the staging area.
+        """
+        started = time.monotonic()
+        with self._heartbeat.busy("make"):
+            records = [row for row in self._run.metadata(shard.index) if row["status"] == "success"]
+            folders = [AnnotationFolder(self._run.folder, one.spec.name) for one in self._annotators]
+            todo = [
+                ShardAnnotation(folder, annotator, shard.index, records, self._factory.batch_size, attempt)
+                for folder, annotator in zip(folders, self._annotators, strict=True)
+                if folder.commits.find(shard.index) is None
+            ]
+            self._annotate(shard.index, records, todo, attempt)
+            return MadeAnnotations(self, shard.index, todo, started)
+
+    def stop(self) -> None:
+        """Stop after the batch in hand, and annotate no other shard."""
+        self._stopped = time.monotonic()
+        self._stopping.set()
+
+    def idle_s(self) -> float:
+        """Return the seconds since the last progress; 0 while nothing is annotated."""
+        return self._heartbeat.idle_s()
+
+    def publish(self, shard: int, todo: Sequence[ShardAnnotation]) -> list[Commit]:
+        """Write the file and the commit of each annotation. Returns: the commits that stand."""
+        images = self._run.commits.read(shard)
+        commits = []
+        for annotation in todo:
+            self._heartbeat.beat("finish")
+            with self.metrics.timed("publish"):
+                commits.append(annotation.publish(self._name, images))
+        return commits
+
+    def finishing(self) -> AbstractContextManager[None]:
+        """Return a context in which signs of progress of the second half are expected."""
+        return self._heartbeat.busy("finish")
+
+    def _annotate(
+        self, shard: int, records: Sequence[Mapping[str, Any]], todo: Sequence[ShardAnnotation], attempt: Attempt
+    ) -> None:
+        """Make the rows that are left: first those of whole batches, then those that may have killed a worker."""
+        for one in todo:
+            one.adopt_staged()
+        is_isolated = attempt.lost > 0 or any(one.has_losses for one in todo)
+        for alone in (False, True) if any(one.has_suspects for one in todo) else (False,):
+            with closing(self._batches(shard, records, todo, alone=alone)) as batches:
+                for batch in batches:
+                    self._annotate_batch(batch, todo, alone=alone, is_isolated=is_isolated)
+        for one in todo:
+            one.stage()
+
+    def _batches(
+        self, shard: int, records: Sequence[Mapping[str, Any]], todo: Sequence[ShardAnnotation], *, alone: bool
+    ) -> Generator[ImageBatch]:
+        """Yield the batches that an annotation wants, each decoded while the one before is annotated."""
+        if all(len(one.rows) == len(records) for one in todo):
+            return
+        size = 1 if alone else self._factory.batch_size
+        with (
+            scratch_folder() as scratch,
+            ThreadPoolExecutor(1, "read") as reader,
+            ThreadPoolExecutor(_DECODERS) as pool,
+        ):
+            batches = read_batches(self._run, shard, records, size, scratch)
+            wanted = (batch.decoded(pool) for batch in batches if any(one.wants(batch, alone=alone) for one in todo))
+            coming = reader.submit(next, wanted, None)
+            while (batch := coming.result()) is not None:
+                self._heartbeat.beat("make")
+                coming = reader.submit(next, wanted, None)
+                yield batch
+
+    def _annotate_batch(
+        self, batch: ImageBatch, todo: Sequence[ShardAnnotation], *, alone: bool, is_isolated: bool
+    ) -> None:
+        for one in todo:
+            if self._stopping.is_set():
+                self._put_aside(todo)
+            if one.wants(batch, alone=alone):
+                with self.metrics.timed("make"):
+                    num_failed = one.annotate(batch, self._name, alone=alone, is_isolated=is_isolated)
+                self.metrics.add("images", len(batch.records) - num_failed.total())
+                for error_type, number in num_failed.items():
+                    self.metrics.add("failures", number, label=error_type)
+                self._heartbeat.beat("make")
+
+    def _put_aside(self, todo: Sequence[ShardAnnotation]) -> None:
+        """Stage what is there. Raises: Stopped."""
+        for one in todo:
+            one.stage()
+        raise Stopped(f"shard {todo[0].name}: stopped with {sum(len(one.rows) for one in todo)} rows")
+
+    def _on_storage_wait(self) -> None:
+        """Show that the worker lives while storage is unavailable. Raises: Stopped after stop()."""
+        self._heartbeat.beat()
+        if self._stopping.is_set():
+            raise Stopped("stopped while the storage is unavailable")
+
+    def _on_storage_request(self, waited_s: float) -> None:
+        """Raise Stopped once a request has taken, after stop(), longer than a stop may: the storage may have gone."""
+        if min(waited_s, time.monotonic() - self._stopped) >= self._factory.failures.drain_s:
+            raise Stopped("stopped while the storage does not answer")
+
+
+@dataclass(frozen=True)
+class MadeAnnotations:
+    """A shard whose rows are made; `finish` may run on another thread while the next shard is annotated."""
+
+    worker: AnnotateWorker
+    shard: int
+    todo: Sequence[ShardAnnotation]
+    started: float
+
+    def finish(self) -> ShardResult:
+        """Publish and commit the rows of every annotator."""
+        with self.worker.finishing():
+            commits = self.worker.publish(self.shard, self.todo)
+        metrics, num_bytes = self.worker.metrics, sum(commit.files[0].bytes for commit in commits)
+        metrics.add("shards")
+        metrics.add("bytes", num_bytes)
+        failures: Counter[str] = Counter()
+        for commit in commits:
+            failures.update(commit.failures)
+        return ShardResult(
+            shard=self.shard,
+            worker=commits[0].worker if commits else "",
+            num_images=max((commit.num_images for commit in commits), default=0),
+            num_failed=sum(commit.num_failed for commit in commits),
+            num_bytes=num_bytes,
+            failures=dict(failures),
+            is_new=bool(commits),
+            device_s=sum(one.seconds for one in self.todo),
+            wall_s=time.monotonic() - self.started,
+        )

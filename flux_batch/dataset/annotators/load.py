@@ -1,0 +1,149 @@
+"""The way from `--with NAME|module:factory` to an open annotator, and its identity."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flux_batch.dataset.annotators.checked import CheckedAnnotator
+from flux_batch.errors import FluxBatchError, JobError, did_you_mean, one_line
+from flux_batch.redaction import public_tree
+
+# Imported when they are opened: some need a model.
+_PACKAGE = "flux_batch.dataset.annotators"
+BUILT_IN: Mapping[str, str] = {
+    "phash": f"{_PACKAGE}.pixels:PerceptualHash",
+    "sharpness": f"{_PACKAGE}.pixels:Sharpness",
+    "exposure": f"{_PACKAGE}.pixels:Exposure",
+    "facts": f"{_PACKAGE}.facts:Facts",
+}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotatorSpec:
+    """An annotator to open: its name in the output, a built-in name or `module:factory`, and its options.
+
+    `folder` is where its module is looked for too: the one that the command was given in.
+    """
+
+    name: str
+    annotator: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    folder: str = ""
+
+    def __post_init__(self) -> None:
+        if self.annotator not in BUILT_IN and not _FACTORY.fullmatch(self.annotator):
+            raise JobError(
+                f"{self.annotator}: is no annotator; it must be {', '.join(sorted(BUILT_IN))}, or module:factory"
+                f"{did_you_mean(self.annotator, BUILT_IN)}"
+            )
+        if not _NAME.fullmatch(self.name):
+            raise JobError(f"{self.name!r}: is no name of an annotation; use letters, digits, `_` and `-`")
+        try:
+            json.dumps(self.options)
+        except (TypeError, ValueError) as error:
+            raise JobError(f"{self.name}: its options must be plain values: {one_line(error)}") from error
+
+    @classmethod
+    def parse(cls, text: str, options: Mapping[str, Any] | None = None) -> AnnotatorSpec:
+        """Read [NAME=]ANNOTATOR; the name is that of the annotator if it is left out. Raises: JobError."""
+        name, _, annotator = text.rpartition("=")
+        name = name or annotator.rpartition(":")[2].rpartition(".")[2]
+        return cls(name=name, annotator=annotator, options=dict(options or {}), folder=os.getcwd())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The facts that are known before the annotator is open."""
+        return {"annotator": self.annotator, "options": json.loads(json.dumps(public_tree(dict(self.options))))}
+
+
+@dataclass(frozen=True)
+class OpenAnnotator:
+    """An annotator that is loaded, and what its results depend on."""
+
+    spec: AnnotatorSpec
+    checked: CheckedAnnotator
+    identity: Mapping[str, Any]
+
+
+def parse_specs(texts: Iterable[str], options: Mapping[str, Any]) -> list[AnnotatorSpec]:
+    """Read every `--with` and its `--set`: `NAME.key`, or `key` if there is one annotator. Raises: JobError."""
+    specs = [AnnotatorSpec.parse(text) for text in texts]
+    names = [spec.name for spec in specs]
+    if not specs:
+        raise JobError(f"--with: name an annotator: {', '.join(sorted(BUILT_IN))}, or module:factory")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise JobError(f"--with {twice[0]}: is there twice; give one another name, as in --with other={twice[0]}")
+    given: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in options.items():
+        owner, _, option = key.rpartition(".")
+        owner = owner or (names[0] if len(names) == 1 else "")
+        if owner not in given:
+            raise JobError(f"--set {key}: must begin with the name of an annotator: {', '.join(names)}")
+        given[owner][option] = value
+    return [AnnotatorSpec.parse(text, given[name]) for text, name in zip(texts, names, strict=True)]
+
+
+def open_annotator(spec: AnnotatorSpec) -> OpenAnnotator:
+    """Import and open an annotator. Raises: JobError if that is not possible; its own errors of this package."""
+    factory = _imported(spec)
+    _check_options(factory, spec)
+    try:
+        annotator = factory(**spec.options)
+    except FluxBatchError:
+        raise
+    except Exception as error:  # whatever somebody's code raises
+        raise JobError(
+            f"{spec.name}: {spec.annotator} cannot be opened: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    checked = CheckedAnnotator(annotator, spec.name)
+    execution = getattr(annotator, "execution_options", frozenset())
+    identity = {
+        **spec.identity,
+        "version": str(getattr(annotator, "version", "1")),
+        "revision": getattr(annotator, "revision", None),
+        "columns": {column.name: str(column.type) for column in checked.columns},
+    }
+    identity["options"] = {key: value for key, value in identity["options"].items() if key not in execution}
+    return OpenAnnotator(spec, checked, identity)
+
+
+def _imported(spec: AnnotatorSpec) -> Callable[..., Any]:
+    module, _, path = BUILT_IN.get(spec.annotator, spec.annotator).partition(":")
+    if spec.folder and spec.folder not in sys.path and os.path.isdir(spec.folder):
+        sys.path.insert(0, spec.folder)
+    try:
+        found: Any = importlib.import_module(module)
+        for name in path.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError) as error:
+        raise JobError(f"{spec.annotator}: cannot be imported: {one_line(error)}") from error
+    except Exception as error:  # whatever somebody's module raises
+        raise JobError(f"{spec.annotator}: cannot be imported: {type(error).__name__}: {one_line(error)}") from error
+    if not callable(found):
+        raise JobError(f"{spec.annotator}: must be a class or a function that returns an annotator")
+    return found  # type: ignore[no-any-return]
+
+
+def _check_options(factory: Callable[..., Any], spec: AnnotatorSpec) -> None:
+    """Raise JobError unless a factory takes these options."""
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # of C code
+        return
+    try:
+        signature.bind(**spec.options)
+    except TypeError as error:
+        names = [name for name in signature.parameters if name not in ("args", "kwargs")]
+        raise JobError(
+            f"{spec.name}: {one_line(error)}; its options are {', '.join(names) or 'none'} (--set key=value)"
+        ) from error

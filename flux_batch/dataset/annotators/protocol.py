@@ -1,0 +1,55 @@
+"""The interface of an annotator: images and their records in, columns out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import pyarrow as pa
+from PIL import Image
+
+
+class Annotator(Protocol):
+    """A judge of images: a class, or a function that returns one, opened once on each worker.
+
+        import pyarrow as pa
+
+        class Brightness:
+            columns = pa.schema([("mean", pa.float32())])
+
+            def __init__(self, scale: float = 1.0) -> None:
+                self.scale = scale
+
+            def __call__(self, images, records):
+                return {"mean": [self.scale * sum(image.convert("L").getdata()) / image.size[0] / image.size[1]
+                                 for image in images]}
+
+    `flux-batch annotate OUTPUT_URI --with my_module:Brightness --set scale=2` opens `Brightness(scale=2)` and calls it
+    with some images at a time. Its results must depend on its arguments alone, not on the images before.
+
+    If a call raises, the images are tried again one by one; an image that fails alone gets nulls, with the error as the
+    reason. So it is with columns that are missing, too short or of another type.
+    """
+
+    columns: pa.Schema
+    """The columns that a call returns: names and Arrow types, all nullable. Known once the annotator is open; not
+    `key`, `error_type` or `error_message`, which are added."""
+
+    def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Return a value for each image, by column: a list, or an array of NumPy or Arrow, in the order of `images`.
+
+        images: RGB, each of its own size, 1 or more; yours to change. records: the rows of the metadata beside them,
+        with `key`, `prompt`, `seed` and so on, and the columns of the job's passthrough.
+        """
+        ...
+
+
+class IdentifiedAnnotator(Annotator, Protocol):
+    """An annotator that says more of itself; each of these attributes may be left out."""
+
+    version: str
+    """Changes when results change. A pass is not resumed with another one. "1" if left out."""
+    revision: str | None
+    """The version of its model's weights. A pass is not resumed with another one. None if left out."""
+    execution_options: ClassVar[frozenset[str]]
+    """The names of options that do not change results, such as `device`."""

@@ -1,0 +1,124 @@
+"""The annotations of a run: columns about its images, made after them, in files and commits of their own.
+
+    annotations/NAME/NNNNN.parquet              one row for every image of a shard, by `key`
+    _run/annotations/NAME/annotator.json        the annotator: its name, options, version and columns
+    _run/annotations/NAME/commits/NNNNN.json    the commit of such a file
+    _run/annotations/NAME/staging/NNNNN/        finished rows of a shard that is not annotated yet
+
+The protocol is that of images (commits.py): rows are staged, then the file is put if absent, then the commit. A commit
+names two files: its own, and the metadata of the images that it is about. No file of the images is touched; when a
+shard is reverted its annotations go with it, and their rows are staged again.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flux_batch.errors import NotFound
+from flux_batch.output.commits import Commits
+from flux_batch.output.formats import DECODE_ERRORS
+from flux_batch.output.metadata import parquet_bytes, unpack_metadata
+from flux_batch.output.paths import ANNOTATING, ANNOTATIONS, RunFolder, metadata_file
+from flux_batch.output.staging import StagedImage, Staging
+
+# The columns that every annotation has: the image, and why it has no values.
+KEY = pa.field("key", pa.string(), nullable=False)
+REASON = (pa.field("error_type", pa.string()), pa.field("error_message", pa.string()))
+
+
+@dataclass(frozen=True)
+class AnnotationFolder:
+    """The annotations of one name."""
+
+    run: RunFolder
+    name: str
+
+    @cached_property
+    def commits(self) -> Commits:
+        """The commits of its files."""
+        return Commits(self.run, f"{ANNOTATING}/{self.name}/commits")
+
+    @cached_property
+    def staging(self) -> Staging:
+        """The rows of shards that are not committed."""
+        return Staging(self.run, f"{ANNOTATING}/{self.name}/staging")
+
+    @property
+    def identity(self) -> str:
+        """The name of the object that says what made the annotations."""
+        return f"{ANNOTATING}/{self.name}/annotator.json"
+
+    def file(self, shard: int) -> str:
+        """Return the name of the file of a shard."""
+        return f"{ANNOTATIONS}/{self.name}/{self.run.shard_name(shard)}.parquet"
+
+    def read(self, shard: int) -> pa.Table:
+        """Read the annotations of a committed shard. Raises: NotFound."""
+        return pq.read_table(io.BytesIO(self.run.store.read(self.file(shard))))
+
+    def revert(self, shard: int, *, keep_failed: bool = True) -> None:
+        """Remove the commit and the file of a shard, whose rows are staged for the next attempt; needs the lease.
+
+        keep_failed: rows without values are staged too.
+        """
+        if self.run.store.exists(self.commits.key(shard)):
+            self._stage_rows(shard, keep_failed=keep_failed)
+        self.run.store.delete(self.commits.key(shard))
+        self.run.store.delete(self.file(shard))
+
+    def remove(self) -> None:
+        """Remove everything of this name; needs the lease. Safe to call twice."""
+        for folder in (f"{ANNOTATING}/{self.name}", f"{ANNOTATIONS}/{self.name}"):
+            self.run.store.delete_folder(folder)
+
+    def _stage_rows(self, shard: int, *, keep_failed: bool) -> None:
+        try:
+            table = self.read(shard)
+            metadata = unpack_metadata(self.run.store.read(metadata_file(self.run.shard_name(shard))))
+        except (NotFound, *DECODE_ERRORS):  # damaged: all of its rows are made again
+            return
+        hashes = {row["key"]: row["sha256"] for row in metadata}
+        rows = [row for row in table.to_pylist() if row["key"] in hashes and (keep_failed or not row["error_type"])]
+        if rows:
+            self.staging.put(shard, [staged_row(row, table.schema, hashes[row["key"]]) for row in rows])
+
+
+def annotation_names(run: RunFolder) -> list[str]:
+    """Return the names of a run's annotations, in order."""
+    return sorted(name for name, size in run.store.children(ANNOTATING).items() if size is None)
+
+
+def annotation_schema(columns: pa.Schema) -> pa.Schema:
+    """Return the columns of an annotation's file, given those of its annotator."""
+    return pa.schema([KEY, *(field.with_nullable(True) for field in columns), *REASON])
+
+
+def pack_annotations(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
+    """Return rows as the bytes of a Parquet file, in the order given."""
+    return parquet_bytes(pa.Table.from_pylist(rows, schema))
+
+
+def unpack_annotations(data: bytes) -> list[dict[str, Any]]:
+    """Read the rows that `pack_annotations` wrote."""
+    return pq.read_table(io.BytesIO(data)).to_pylist()  # type: ignore[no-any-return]
+
+
+def staged_row(row: Mapping[str, Any], schema: pa.Schema, sha256: str) -> StagedImage:
+    """Return a row to stage; `sha256` is that of its image."""
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, schema.remove_metadata()) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist([row], schema.remove_metadata()))
+    return StagedImage(row["key"], {"sha256": sha256}, sink.getvalue())
+
+
+def unpack_staged_row(staged: StagedImage, schema: pa.Schema) -> dict[str, Any] | None:
+    """Return a row that was staged, None if it has other columns."""
+    table = pa.ipc.open_stream(staged.data).read_all()
+    return dict(table.to_pylist()[0]) if table.schema.equals(schema.remove_metadata()) else None

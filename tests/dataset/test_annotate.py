@@ -1,0 +1,328 @@
+"""A pass over finished images: what it leaves behind, how it goes on, and what it costs when something breaks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import flux_batch.dataset.annotate_shard
+import flux_batch.dataset.annotate_worker
+from flux_batch.cli import main
+from flux_batch.config.schema import JobConfig
+from flux_batch.dataset.annotate import AnnotateReport, AnnotateSettings, annotate
+from flux_batch.dataset.annotate_worker import AnnotateFactory, AnnotateWorker
+from flux_batch.dataset.annotators.load import AnnotatorSpec, parse_specs
+from flux_batch.engine.local import LocalEngine
+from flux_batch.engine.stop import Stop
+from flux_batch.errors import Interrupted, JobError, PlanMismatch, Stopped
+from flux_batch.job import run
+from flux_batch.records import Attempt, FileRange, Shard
+from helpers import annotators
+from helpers.finished_runs import LAYOUTS, Making, command, finish, make_run
+from helpers.job_files import data_files, make_job, write_prompts
+from helpers.mortal import Death, Life, MortalStore
+
+PROMPTS = "helpers.annotators:Prompts"
+BOTH = (f"prompts={PROMPTS}", "phash")
+
+
+def annotated(config: JobConfig, *texts: str, batch_size: int = 2, **options: Any) -> AnnotateReport:
+    """Annotate a run in this process. Options of annotators are `NAME.key`, those of the pass by name."""
+    chosen = {name: options.pop(name) for name in list(options) if "." in name}
+    settings = AnnotateSettings(batch_size=batch_size, failures=("max_ratio=1.0", "lease_ttl_s=5"))
+    return annotate(
+        config.output.uri, parse_specs(texts, chosen), settings=settings, **{"engine": LocalEngine(), **options}
+    )
+
+
+def files(config: JobConfig) -> dict[str, bytes]:
+    folder = Path(config.output.uri, "annotations")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
+
+
+def rows(config: JobConfig, name: str) -> list[dict[str, Any]]:
+    paths = sorted(Path(config.output.uri, "annotations", name).glob("*.parquet"))
+    return [row for path in paths for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_image_is_read_once_and_has_a_row_by_its_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    config = make_run(tmp_path, layout)
+    before = data_files(Path(config.output.uri))
+    decoded = []
+    decode = flux_batch.dataset.annotate_shard._decoded
+    monkeypatch.setattr("flux_batch.dataset.annotate_shard._decoded", lambda data: decoded.append(data) or decode(data))
+
+    report = annotated(config, *BOTH)
+
+    made = [row for row in _metadata(config) if row["status"] == "success"]
+    assert [row["key"] for row in rows(config, "prompts")] == [row["key"] for row in made]
+    assert [row["length"] for row in rows(config, "prompts")] == [len(row["prompt"]) for row in made]
+    assert all(len(row["phash"]) == 16 and row["error_type"] is None for row in rows(config, "phash"))
+    assert len(decoded) == len(made) == 11
+    assert data_files(Path(config.output.uri)) == before
+    assert (report.exit_code, [one.num_images for one in report.annotations]) == (0, [11, 11])
+    assert command(capsys, "gc", config.output.uri, "--dry-run") == (0, "")
+    assert "all is well" in command(capsys, "verify", config.output.uri)[1]
+
+
+def _metadata(config: JobConfig) -> list[dict[str, Any]]:
+    paths = sorted(Path(config.output.uri, "metadata").glob("*.parquet"))
+    return [row for path in paths for row in pq.read_table(path).to_pylist()]
+
+
+def test_it_goes_on_with_new_shards_and_new_annotators_only(tmp_path: Path) -> None:
+    config = make_job(tmp_path, prompts={"uri": str(tmp_path / "rows")})
+    write_prompts(tmp_path / "rows/a.parquet", [{"prompt": f"image {number}"} for number in range(4)])
+    finish(config)
+    annotated(config, *BOTH)
+    first = files(config)
+    write_prompts(tmp_path / "rows/b.parquet", [{"prompt": f"more {number}"} for number in range(4)])
+    assert run(config, engine=LocalEngine(), make_pipeline=Making(), extend=True).is_complete
+    annotators.CALLS.clear()
+
+    report = annotated(config, *BOTH, "sharpness")
+
+    assert [key[:5] for call in annotators.CALLS for key in call] == ["00001"] * 4
+    assert [one.num_committed for one in report.annotations] == [2, 2, 2]
+    assert {name: files(config)[name] for name in first} == first
+    assert annotated(config, *BOTH, "sharpness").num_new_shards == 0
+
+
+def test_another_annotator_under_the_same_name_is_refused_with_what_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_run(tmp_path, "webdataset")
+    annotated(config, BOTH[0], **{"prompts.scale": 2, "prompts.device": "cpu"})
+    first = files(config)
+
+    assert annotated(config, BOTH[0], **{"prompts.scale": 2, "prompts.device": "cuda"}).num_new_shards == 0
+    with pytest.raises(PlanMismatch, match=r"options: \{'scale': 2\} -> \{'scale': 3\}"):
+        annotated(config, BOTH[0], **{"prompts.scale": 3})
+    with pytest.raises(PlanMismatch, match="annotator: 'helpers.annotators:Prompts' -> 'phash'"):
+        annotated(config, "prompts=phash")
+    monkeypatch.setattr(annotators.Prompts, "version", "2")
+    with pytest.raises(PlanMismatch, match="version: '1' -> '2'"):
+        _worker(config, BOTH[0], **{"prompts.scale": 2})
+    assert files(config) == first
+    assert annotated(config, BOTH[0], anew=True).num_new_shards == 3
+    assert files(config) != first
+
+
+def test_an_image_that_it_cannot_judge_is_a_null_with_a_reason(tmp_path: Path) -> None:
+    prompts = ["a", "b [sour]", "c", "d", "e"]
+    config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts], output={"shard_size": 9})
+    finish(config)
+
+    report = annotated(config, *BOTH, batch_size=4)
+
+    assert [row["length"] for row in rows(config, "prompts")] == [1, None, 1, 1, 1]
+    bad = rows(config, "prompts")[1]
+    assert (bad["error_type"], bad["error_message"]) == ("RuntimeError", "cannot judge this")
+    assert all(row["phash"] for row in rows(config, "phash"))
+    assert [one.failures for one in report.annotations] == [{"RuntimeError": 1}, {}]
+    annotators.CALLS.clear()
+    assert annotated(config, *BOTH, batch_size=4, retry_failed=True).annotations[0].num_failed == 1
+    assert annotators.CALLS[0] == [f"00000000{number}" for number in range(4)], "the neighbours of before"
+    assert [row["length"] for row in rows(config, "prompts")] == [1, None, 1, 1, 1]
+
+
+def test_too_many_images_without_values_end_with_3(tmp_path: Path) -> None:
+    config = make_job(tmp_path, [{"prompt": "a"}, {"prompt": "b [sour]"}])
+    finish(config)
+    spec = [AnnotatorSpec.parse(BOTH[0])]
+    report = annotate(config.output.uri, spec, engine=LocalEngine(), settings=AnnotateSettings())
+    assert (report.exit_code, report.annotations[0].failed_ratio) == (3, 0.5)
+    assert json.loads(report.to_json())["exit_code"] == 3
+
+
+@pytest.mark.parametrize("texts", [BOTH[:1], BOTH])
+def test_a_pass_that_is_killed_at_any_write_ends_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(flux_batch.dataset.annotate_shard, "STAGE_AFTER_S", 0.0)
+    config = make_job(tmp_path, [{"prompt": f"image {number}" + " [sour]" * (number == 5)} for number in range(7)])
+    finish(config)
+    annotated(config, *texts)
+    undisturbed = files(config)
+    num_writes = 0
+    for last in range(100):
+        annotated(config, *texts, anew=True, engine=_Nothing())
+        life = Life(last)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("flux_batch.dataset.annotate_worker.Store", type("ItsStore", (MortalStore,), {"life": life}))
+            try:
+                worker = _worker(config, *texts)
+                for index in range(2):
+                    worker.make(_shard(index)).finish()
+            except Death:
+                num_writes += 1
+        annotators.CALLS.clear()
+        annotated(config, *texts)
+        assert files(config) == undisturbed, f"killed at write {last}"
+        if not life.is_over:
+            break
+    assert num_writes > 8 * len(texts)
+
+
+class _Nothing:
+    """An engine without workers."""
+
+    def run(self, factory: Any, shards: Any, stop: Any) -> Any:
+        return iter(())
+
+
+def test_rows_that_are_staged_are_not_made_again_and_a_stop_stages_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_job(tmp_path, [{"prompt": f"image {number}"} for number in range(6)], output={"shard_size": 6})
+    finish(config)
+    worker = _worker(config, BOTH[0])
+    annotators.CALLS.clear()
+    _after_calls(monkeypatch, 2, worker.stop)
+
+    with pytest.raises(Stopped):
+        worker.make(_shard(0))
+    monkeypatch.undo()
+    annotators.CALLS.clear()
+    annotated(config, BOTH[0])
+
+    assert annotators.CALLS == [["000000004", "000000005"]]
+
+
+def test_a_stopped_pass_says_so_and_leaves_the_rest_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_run(tmp_path, "webdataset")
+    stop = Stop()
+    annotators.CALLS.clear()
+    _after_calls(monkeypatch, 1, lambda: stop.request("stopped by the test"))
+
+    with pytest.raises(Interrupted, match="run the same command again"):
+        annotated(config, BOTH[0], stop=stop)
+    monkeypatch.undo()
+
+    assert annotated(config, BOTH[0]).annotations[0].num_committed == 3
+
+
+def _after_calls(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
+    call = annotators.Prompts.__call__
+
+    def counted(self: Any, images: Any, records: Any) -> Any:
+        answer = call(self, images, records)
+        if len(annotators.CALLS) == number:
+            action()
+        return answer
+
+    monkeypatch.setattr(annotators.Prompts, "__call__", counted)
+
+
+def test_an_image_that_kills_its_worker_is_found_by_its_marks_and_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["a", "b", "c [kill]", "d", "e"]
+    config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts], output={"shard_size": 5})
+    finish(config)
+    lives = 0
+    while lives < 9:
+        life = Life()
+        monkeypatch.setattr("flux_batch.dataset.annotate_worker.Store", type("Its", (MortalStore,), {"life": life}))
+        monkeypatch.setattr("os._exit", lambda code, life=life: life.end())
+        try:
+            _worker(config, BOTH[0]).make(_shard(0, 5), Attempt(lost=lives, reason="it died")).finish()
+            break
+        except Death:
+            lives += 1
+    assert lives == 4, "once unmarked, once in its batch, twice alone"
+    row = rows(config, "prompts")[2]
+    assert (row["length"], row["error_type"]) == (None, "WorkerLost")
+    assert row["error_message"].endswith("the last: it died")
+    assert [row["length"] for row in rows(config, "prompts")] == [1, 1, None, 1, 1]
+
+
+def test_images_that_stay_keep_their_rows_when_their_shard_is_made_again(tmp_path: Path) -> None:
+    prompts = ["a", "b [raise]", "c", "d"]
+    config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts], failures={"max_ratio": 1.0})
+    finish(config)
+    annotated(config, BOTH[0])
+    assert run(config, engine=LocalEngine(), make_pipeline=_forgiving, retry_failed=True).num_failed == 0
+    assert files(config) == {}
+    annotators.CALLS.clear()
+
+    annotated(config, BOTH[0])
+
+    assert annotators.CALLS == [["000000000", "000000001"]], "the new image, in its batch"
+    assert len(rows(config, "prompts")) == 4
+
+
+class _Forgiving:
+    """The fake pipeline, which raises no more."""
+
+
+def _forgiving(model: Any) -> Any:
+    pipeline = Making()(model)
+    pipeline._misbehave = lambda *args, **others: None  # type: ignore[method-assign]
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--with", "phahs"], "did you mean 'phash'?"),
+        (["--with", "phash", "--with", "phash"], "is there twice"),
+        (["--with", "no.such:Thing"], "no.such:Thing: cannot be imported: No module named 'no"),
+        (["--with", "helpers.annotators:NoColumns"], "an annotator must have `columns`"),
+        (["--with", "helpers.annotators:broken"], "cannot be opened: OSError: no weights"),
+        (["--with", PROMPTS, "--set", "scala=2"], "its options are scale, device"),
+        (["--with", "phash", "--with", "facts", "--set", "x=2"], "must begin with the name of an annotator"),
+        (["--with", "phash", "--failures", "max_ration=1"], "did you mean"),
+        (["--with", "phash", "--batch-size", "0"], "batch_size = 0: must be at least 1"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    config = make_run(tmp_path, "webdataset")
+    monkeypatch.setattr("flux_batch.dataset.annotate._ray_pool", lambda *args: LocalEngine())
+    code, out = command(capsys, "annotate", config.output.uri, *arguments)
+    assert (code, "Traceback" in out) == (2, False)
+    assert sentence in out
+
+
+def test_the_command_prints_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_run(tmp_path, "webdataset")
+    monkeypatch.setattr("flux_batch.dataset.annotate._ray_pool", lambda *args: LocalEngine())
+    words = ["annotate", config.output.uri, "--with", "exposure", "--with", "noise=sharpness"]
+    assert main([*words, "--json"]) == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)["annotations"]] == ["exposure", "noise"]
+    assert main(words) == 0
+    assert "noise     3 of 3 shards, 11 images, 0 without values" in capsys.readouterr().out
+    with pytest.raises(JobError, match="there is no run here"):
+        annotate(str(tmp_path), [AnnotatorSpec.parse("phash")], engine=LocalEngine())
+
+
+def _worker(config: JobConfig, *texts: str, batch_size: int = 2, **options: Any) -> AnnotateWorker:
+    return AnnotateFactory(
+        output=config.output.uri,
+        storage_options={},
+        specs=tuple(parse_specs(texts, options)),
+        batch_size=batch_size,
+        failures=config.failures,
+    ).open()
+
+
+def _shard(index: int, num_rows: int = 4) -> Shard:
+    return Shard(index=index, parts=(FileRange(uri="", name="", start=0, num_rows=num_rows),))

@@ -1,0 +1,72 @@
+"""Annotators as somebody writes them, good and bad; marks in a prompt make them misbehave, as in fakes.py."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+CALLS: list[list[str]] = []  # keys of each call in this process
+
+
+class Prompts:
+    """The length of each prompt, and the red of its first pixel."""
+
+    columns = pa.schema([("length", pa.int32()), ("red", pa.uint8())])
+    version = "1"
+
+    def __init__(self, scale: int = 1, device: str = "cpu") -> None:
+        self.scale = scale
+
+    execution_options = frozenset({"device"})
+
+    def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        CALLS.append([record["key"] for record in records])
+        for record in records:
+            misbehave(record["prompt"])
+        lengths = [self.scale * len(record["prompt"]) for record in records]
+        return {"length": lengths, "red": np.array([image.getpixel((0, 0))[0] for image in images], dtype=np.uint8)}
+
+
+class Reds(Prompts):
+    """The same without a word of itself."""
+
+    execution_options = frozenset()
+
+
+def misbehave(prompt: str) -> None:
+    if "[sour]" in prompt:
+        raise RuntimeError("cannot judge\nthis")
+    if "[kill]" in prompt:
+        os._exit(66)
+    while "[freeze]" in prompt:
+        time.sleep(1)
+    eaten = []
+    while "[eat]" in prompt:
+        eaten.append(bytes(64 << 20))
+
+
+class Answers:
+    """Returns whatever it is made to, as `answer(images)`."""
+
+    columns = pa.schema([("score", pa.float32())])
+
+    def __init__(self, answer: Callable[[Sequence[Image.Image]], Any]) -> None:
+        self.answer = answer
+
+    def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Any:
+        return self.answer(images)
+
+
+class NoColumns:
+    """Promises nothing."""
+
+
+def broken(**options: Any) -> Any:
+    """Cannot be opened."""
+    raise OSError("no weights")
