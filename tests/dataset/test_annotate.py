@@ -106,7 +106,7 @@ def test_another_annotator_under_the_same_name_is_refused_with_what_changed(
     assert annotated(config, BOTH[0], **{"prompts.scale": 2, "prompts.device": "cuda"}).num_new_shards == 0
     with pytest.raises(PlanMismatch, match=r"options: \{'scale': 2\} -> \{'scale': 3\}"):
         annotated(config, BOTH[0], **{"prompts.scale": 3})
-    with pytest.raises(PlanMismatch, match="annotator: 'helpers.annotators:Prompts' -> 'phash'"):
+    with pytest.raises(PlanMismatch, match=r"annotator: 'helpers.annotators:Prompts' -> 'phash'"):
         annotated(config, "prompts=phash")
     monkeypatch.setattr(annotators.Prompts, "version", "2")
     with pytest.raises(PlanMismatch, match="version: '1' -> '2'"):

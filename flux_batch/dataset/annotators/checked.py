@@ -9,7 +9,7 @@ import pyarrow as pa
 from PIL import Image
 
 from flux_batch.dataset.annotators.protocol import Annotator
-from flux_batch.errors import DeviceFatal, FluxBatchError, JobError
+from flux_batch.errors import DeviceFatal, FluxBatchError, JobError, StoreError
 
 # Columns that are added to those of an annotator.
 _TAKEN = ("key", "error_type", "error_message")
@@ -33,21 +33,27 @@ class CheckedAnnotator:
     ) -> list[dict[str, Any] | Exception]:
         """Return for each image the values of the columns, or the error in their place.
 
-        After an error the images are tried in halves, down to single ones. Raises: DeviceFatal.
+        After an error the images are tried in halves, down to single ones. Raises: DeviceFatal, JobError, StoreError.
         """
         try:
             return list(self._call(images, records))
-        except DeviceFatal:
-            raise
+        except (DeviceFatal, JobError, StoreError):
+            raise  # the same for every image
         except Exception as error:  # the image ends here, whatever somebody's code raises
             if len(images) == 1:
                 return [error]
         middle = len(images) // 2
         return self.rows(images[:middle], records[:middle]) + self.rows(images[middle:], records[middle:])
 
-    def _call(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def _call(
+        self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any] | Exception]:
         answer = self._annotator([image.copy() for image in images], [dict(record) for record in records])
-        return self._batch(answer, len(images)).to_pylist()  # type: ignore[no-any-return]
+        errors: dict[int, Exception] = {}
+        if isinstance(answer, Mapping):
+            answer = {name: _without_errors(values, errors) for name, values in answer.items()}
+        rows = self._batch(answer, len(images)).to_pylist()
+        return [errors.get(number, row) for number, row in enumerate(rows)]
 
     def _batch(self, answer: Any, num_images: int) -> pa.RecordBatch:
         """Return an answer as the columns that were promised. Raises: WrongColumns."""
@@ -72,6 +78,14 @@ class CheckedAnnotator:
         if len(array) != num_images:
             raise WrongColumns(f"{self._name}: column {field.name} has {len(array)} values for {num_images} images")
         return array
+
+
+def _without_errors(values: Any, errors: dict[int, Exception]) -> Any:
+    """Return a list with None for each exception in it, which is added to `errors` by its place."""
+    if not isinstance(values, list | tuple):
+        return values
+    errors |= {number: value for number, value in enumerate(values) if isinstance(value, Exception)}
+    return [None if isinstance(value, Exception) else value for value in values]
 
 
 def _as_array(values: Any, kind: pa.DataType) -> pa.Array:

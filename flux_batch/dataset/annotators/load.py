@@ -23,6 +23,11 @@ BUILT_IN: Mapping[str, str] = {
     "sharpness": f"{_PACKAGE}.pixels:Sharpness",
     "exposure": f"{_PACKAGE}.pixels:Exposure",
     "facts": f"{_PACKAGE}.facts:Facts",
+    "clip": f"{_PACKAGE}.clip:Clip",
+    "aesthetic": f"{_PACKAGE}.clip:Aesthetic",
+    "safety": f"{_PACKAGE}.safety:Safety",
+    "caption": f"{_PACKAGE}.vision:Caption",
+    "ask": f"{_PACKAGE}.vision:Ask",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")

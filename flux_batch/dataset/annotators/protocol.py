@@ -28,7 +28,8 @@ class Annotator(Protocol):
     with some images at a time. Its results must depend on its arguments alone, not on the images before.
 
     If a call raises, the images are tried again one by one; an image that fails alone gets nulls, with the error as the
-    reason. So it is with columns that are missing, too short or of another type.
+    reason. So it is with columns that are missing, too short or of another type. Where that would cost too much, put an
+    exception in the place of a value: it is the reason of that image, and the others stay.
     """
 
     columns: pa.Schema

@@ -1,0 +1,73 @@
+"""An annotator of one's own: boxes around the things that a column of each record names, by OWLv2.
+
+    flux-batch annotate OUTPUT_URI --with boxes=boxes:Boxes --set column=nouns
+
+in this folder, or with it on PYTHONPATH. `column` is a passthrough column: a list of names, or text with commas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, Owlv2ForObjectDetection
+
+from flux_batch.download.models import local_model
+from flux_batch.download.revision import model_revision
+
+BOX = pa.struct([("name", pa.string()), ("score", pa.float32()), ("box", pa.list_(pa.float32(), 4))])
+
+
+class Boxes:
+    """The boxes of each image: name, score, and left, top, right, bottom in pixels."""
+
+    columns = pa.schema([("boxes", pa.list_(BOX))])
+    version = "1"
+    execution_options = frozenset({"device"})
+
+    def __init__(
+        self,
+        column: str,
+        model: str = "google/owlv2-base-patch16-ensemble",
+        at_least: float = 0.2,
+        device: str = "cpu",
+    ) -> None:
+        """Load the model: a folder, or an address like that of every model."""
+        folder = local_model(model)
+        self.revision = model_revision(model)
+        self.column, self.at_least, self.device = column, at_least, device
+        self.model = Owlv2ForObjectDetection.from_pretrained(folder).to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Return the boxes; images are taken one by one, since each asks for other things."""
+        return {"boxes": [self.boxes(image, record) for image, record in zip(images, records, strict=True)]}
+
+    def boxes(self, image: Image.Image, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the boxes of one image. Raises: KeyError if its record has no such column."""
+        named = record[self.column] or []
+        names = [name.strip() for name in (named.split(",") if isinstance(named, str) else named) if name.strip()]
+        if not names:
+            return []
+        length = self.model.config.text_config.max_position_embeddings
+        texts = self.tokenizer(names, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
+        found = self.model(**texts.to(self.device), pixel_values=pixels.to(self.device))
+        scores, labels = found.logits[0].sigmoid().max(-1)
+        side = max(image.size)  # OWLv2 sees the image in a square, at its top left
+        return [
+            {"name": names[label], "score": score, "box": _corners(box, side)}
+            for score, label, box in zip(scores.tolist(), labels.tolist(), found.pred_boxes[0].tolist(), strict=True)
+            if score >= self.at_least
+        ]
+
+
+def _corners(box: Sequence[float], side: int) -> list[float]:
+    """Return the corners in pixels of a box given by its centre and size, as shares of a square."""
+    x, y, width, height = box
+    return [side * (x - width / 2), side * (y - height / 2), side * (x + width / 2), side * (y + height / 2)]
