@@ -95,7 +95,7 @@ def test_safety_sums_the_classes_that_are_unsafe(tmp_path: Path) -> None:
     one = Safety(str(tmp_path), unsafe_labels=["gore"], device="cpu")(images(), RECORDS)
     assert all(0 < part < whole < 1 for part, whole in zip(one["unsafe"], both["unsafe"], strict=True))
     assert set(both["label"]) <= set(labels.values())
-    with pytest.raises(InvalidSetting, match="must name classes of .*: normal, NSFW, gore"):
+    with pytest.raises(InvalidSetting, match=r"must name classes of .*: normal, NSFW, gore"):
         Safety(str(tmp_path), unsafe_labels=["nudity"], device="cpu")
 
 
