@@ -175,7 +175,8 @@ class _Progress:
 
     def todo(self) -> list[Shard]:
         """Return the committed shards that an annotation lacks."""
-        missing = set.union(*({*self.run.commits.done()} - folder.commits.done() for folder in self.folders))
+        done = self.run.commits.done()
+        missing = set().union(*(done - folder.commits.done() for folder in self.folders))
         rows = self.run.outline.num_rows
         return [_shard(index, rows[index]) for index in sorted(missing) if index < self.run.num_shards]
 
