@@ -222,7 +222,7 @@ class ShardAnnotation:
         return outcomes
 
     def _add(self, key: str, values: Mapping[str, Any]) -> None:
-        row = dict.fromkeys(self._schema.names) | {"key": key} | values
+        row = {**dict.fromkeys(self._schema.names), "key": key, **values}
         if not self._pending:
             self._pending_since = time.monotonic()
         self.rows[key] = row

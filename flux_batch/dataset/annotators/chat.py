@@ -146,7 +146,8 @@ def one_line_of(data: bytes) -> str:
 
 
 def _pause_s(attempt: int) -> float:
-    return random.uniform(0.5, 1.0) * min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S)
+    longest: float = min(_FIRST_PAUSE_S * 2.0**attempt, _LONGEST_PAUSE_S)
+    return random.uniform(0.5, 1.0) * longest
 
 
 def _content(answer: Mapping[str, Any]) -> str:

@@ -92,7 +92,7 @@ class Aesthetic:
 
 def _unit(embeds: torch.Tensor) -> torch.Tensor:
     """Return embeddings [b, d] of length 1."""
-    return embeds / embeds.norm(dim=-1, keepdim=True)
+    return torch.nn.functional.normalize(embeds, dim=-1)
 
 
 def _linear_layers(tensors: Mapping[str, torch.Tensor], origin: str) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -111,7 +111,7 @@ def open_annotator(spec: AnnotatorSpec) -> OpenAnnotator:
             f"{spec.name}: {spec.annotator} cannot be opened: {type(error).__name__}: {one_line(error)}"
         ) from error
     checked = CheckedAnnotator(annotator, spec.name)
-    execution = getattr(annotator, "execution_options", frozenset())
+    execution: frozenset[str] = getattr(annotator, "execution_options", frozenset())
     identity = {
         **spec.identity,
         "version": str(getattr(annotator, "version", "1")),

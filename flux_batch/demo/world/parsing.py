@@ -19,6 +19,7 @@ from flux_batch.demo.world.captions import (
     Background,
     Caption,
     Scene,
+    Size,
     Thing,
     Unsaid,
     phrase,
@@ -93,7 +94,7 @@ def _caption(text: str, found: dict[str, str]) -> Caption:
 
 
 def _found_thing(name: str, found: dict[str, str]) -> Thing:
-    size = next((size for size, words in SIZE_WORDS.items() if found.get(f"{name}_size", "") in words), "medium")
+    size: Size = next((size for size, words in SIZE_WORDS.items() if found.get(f"{name}_size", "") in words), "medium")
     return Thing(
         shape=_known(SHAPES, found[f"{name}_shape"]),
         colour=_known(COLOURS, found.get(f"{name}_colour", COLOURS[0])),
@@ -113,7 +114,7 @@ def _found_background(found: dict[str, str]) -> Background:
 
 def _known(words: tuple[_Word, ...], word: str) -> _Word:
     """Return a word as the one of the table that it is."""
-    return words[words.index(word)]  # type: ignore[arg-type]
+    return words[words.index(word)]
 
 
 def _key_of(table: Mapping[_Word, tuple[str, ...]], word: str) -> _Word | None:
