@@ -59,7 +59,7 @@ class AnnotateSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnnotationCounts:
+class _Counts:
     """The state of one annotation: committed shards, their images, and those without values by reason."""
 
     name: str
@@ -85,7 +85,7 @@ class AnnotateReport:
     num_new_shards: int
     max_failed_ratio: float
     wall_s: float
-    annotations: tuple[AnnotationCounts, ...]
+    annotations: tuple[_Counts, ...]
     errors: tuple[str, ...] = ()
 
     @property
@@ -155,7 +155,9 @@ def annotate(
                 batch_size=settings.batch_size,
                 failures=failures,
             )
-            progress.follow((engine or _ray_pool(run, settings, failures)).run(factory, todo, stop), stop, len(todo))
+            progress.follow(
+                (engine or annotate_pool(run, settings, failures)).run(factory, todo, stop), stop, len(todo)
+            )
         if not progress.errors:
             for folder in folders:
                 folder.staging.clear()
@@ -218,7 +220,7 @@ class _Progress:
 
 
 def _check_begun(folders: Sequence[AnnotationFolder], specs: Sequence[AnnotatorSpec], *, anew: bool) -> None:
-    """Raise PlanMismatch, before anything is opened, if other annotators or options began one of these names."""
+    """Raise PlanMismatch if other annotators or options began one of these names; opens nothing."""
     for folder, spec in zip(folders, specs, strict=True):
         try:
             saved = json.loads(folder.run.store.read(folder.identity))
@@ -240,12 +242,12 @@ def _prepare(folder: AnnotationFolder, *, retry_failed: bool, anew: bool) -> Non
                 folder.revert(commit.shard, keep_failed=False)
 
 
-def _counts(spec: AnnotatorSpec, commits: list[Commit]) -> AnnotationCounts:
+def _counts(spec: AnnotatorSpec, commits: list[Commit]) -> _Counts:
     failures: dict[str, int] = {}
     for commit in commits:
         for name, number in commit.failures.items():
             failures[name] = failures.get(name, 0) + number
-    return AnnotationCounts(
+    return _Counts(
         name=spec.name,
         annotator=spec.annotator,
         num_committed=len(commits),
@@ -261,7 +263,7 @@ def _shard(index: int, num_rows: int) -> Shard:
     return Shard(index=index, parts=(FileRange(uri="", name="", start=0, num_rows=num_rows),))
 
 
-def _ray_pool(run: SavedRun, settings: AnnotateSettings, failures: FailuresConfig) -> Engine:
+def annotate_pool(run: SavedRun, settings: AnnotateSettings, failures: FailuresConfig) -> Engine:
     """Return a pool of Ray actors; no shard is begun by a second worker, since an annotator may cost money."""
     if not joins_cluster():
         keep_environment()

@@ -1,4 +1,4 @@
-"""The images of a shard in batches, and the rows that one annotator has made of them.
+"""The images of a shard in batches, and the rows that one annotator makes.
 
 Knows the output and one open annotator; does not know threads, engines or other annotators.
 """
@@ -42,7 +42,7 @@ _MAX_LOSSES_ALONE = 2
 _MAX_MESSAGE_LENGTH = 1000
 
 
-class ImageMissing(FluxBatchError):
+class _ImageMissing(FluxBatchError):
     """The metadata of a shard names an image that its files do not hold."""
 
 
@@ -57,7 +57,7 @@ class ImageBatch:
 
     def decoded(self, threads: Executor) -> ImageBatch:
         """Return the batch with its images."""
-        return replace(self, images=list(threads.map(_decoded, self.data)))
+        return replace(self, images=list(threads.map(decoded_image, self.data)))
 
 
 def read_batches(
@@ -233,10 +233,10 @@ class ShardAnnotation:
         return f"{number} workers were lost while they annotated this image alone{last}"
 
 
-def _decoded(data: bytes | None) -> Image.Image | Exception:
+def decoded_image(data: bytes | None) -> Image.Image | Exception:
     """Return an image in RGB, or the error in its place."""
     if data is None:
-        return ImageMissing("the files of its shard do not hold it; `flux-batch verify` says why")
+        return _ImageMissing("the files of its shard do not hold it; `flux-batch verify` says why")
     try:
         with Image.open(io.BytesIO(data)) as image:
             return to_rgb(image)

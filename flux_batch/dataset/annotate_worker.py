@@ -55,11 +55,11 @@ class AnnotateFactory:
         run = SavedRun.open(Store(self.output, self.storage_options, RetryPolicy(self.failures.outage_s)))
         annotators = [open_annotator(spec) for spec in self.specs]
         for annotator in annotators:
-            settle_identity(AnnotationFolder(run.folder, annotator.spec.name), annotator.identity)
+            _settle_identity(AnnotationFolder(run.folder, annotator.spec.name), annotator.identity)
         return AnnotateWorker(self, run.config.name, annotators)
 
 
-def settle_identity(folder: AnnotationFolder, identity: Mapping[str, Any]) -> None:
+def _settle_identity(folder: AnnotationFolder, identity: Mapping[str, Any]) -> None:
     """Write down what makes the annotations of a name. Raises: PlanMismatch if something else began them."""
     store = folder.run.store
     try:
@@ -69,7 +69,7 @@ def settle_identity(folder: AnnotationFolder, identity: Mapping[str, Any]) -> No
 
 
 def check_identity(folder: AnnotationFolder, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise PlanMismatch with every difference between what began annotations and what would go on with them."""
+    """Raise PlanMismatch with every difference between what began annotations and what is asked for now."""
     changed = [f"  {key}: {saved.get(key)!r} -> {now[key]!r}" for key in now if saved.get(key) != now[key]]
     if changed:
         raise PlanMismatch(
@@ -92,7 +92,7 @@ class AnnotateWorker:
         self._run = SavedRun.open(Store(factory.output, factory.storage_options, policy))
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
-    def make(self, shard: Shard, attempt: Attempt = _FIRST_ATTEMPT) -> MadeAnnotations:
+    def make(self, shard: Shard, attempt: Attempt = _FIRST_ATTEMPT) -> _MadeAnnotations:
         """Annotate the images of a shard by every annotator that has no commit of it.
 
         Raises: Stopped after stop(), with the rows that are there in the staging area.
@@ -107,7 +107,7 @@ class AnnotateWorker:
                 if folder.commits.find(shard.index) is None
             ]
             self._annotate(shard.index, records, todo, attempt)
-            return MadeAnnotations(self, shard.index, todo, started)
+            return _MadeAnnotations(self, shard.index, todo, started)
 
     def stop(self) -> None:
         """Stop after the batch in hand, and annotate no other shard."""
@@ -199,7 +199,7 @@ class AnnotateWorker:
 
 
 @dataclass(frozen=True)
-class MadeAnnotations:
+class _MadeAnnotations:
     """A shard whose rows are made; `finish` may run on another thread while the next shard is annotated."""
 
     worker: AnnotateWorker

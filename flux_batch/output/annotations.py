@@ -29,8 +29,8 @@ from flux_batch.output.paths import ANNOTATING, ANNOTATIONS, RunFolder, metadata
 from flux_batch.output.staging import StagedImage, Staging
 
 # The columns that every annotation has: the image, and why it has no values.
-KEY = pa.field("key", pa.string(), nullable=False)
-REASON = (pa.field("error_type", pa.string()), pa.field("error_message", pa.string()))
+_KEY = pa.field("key", pa.string(), nullable=False)
+_REASON = (pa.field("error_type", pa.string()), pa.field("error_message", pa.string()))
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class AnnotationFolder:
         return pq.read_table(io.BytesIO(self.run.store.read(self.file(shard))))
 
     def revert(self, shard: int, *, keep_failed: bool = True) -> None:
-        """Remove the commit and the file of a shard, whose rows are staged for the next attempt; needs the lease.
+        """Remove the commit and the file of a shard; needs the lease.
 
-        keep_failed: rows without values are staged too.
+        Its rows are staged for the next attempt. keep_failed: rows without values are staged too.
         """
         if self.run.store.exists(self.commits.key(shard)):
             self._stage_rows(shard, keep_failed=keep_failed)
@@ -97,7 +97,7 @@ def annotation_names(run: RunFolder) -> list[str]:
 
 def annotation_schema(columns: pa.Schema) -> pa.Schema:
     """Return the columns of an annotation's file, given those of its annotator."""
-    return pa.schema([KEY, *(field.with_nullable(True) for field in columns), *REASON])
+    return pa.schema([_KEY, *(field.with_nullable(True) for field in columns), *_REASON])
 
 
 def pack_annotations(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:

@@ -88,7 +88,7 @@ _WRITERS = 16
 
 @dataclass(frozen=True)
 class Commits:
-    """The commits of a run, or of its annotations, which have a `folder` of their own."""
+    """The commits of a run; those of annotations have a `folder` of their own."""
 
     run: RunFolder
     folder: str = COMMITS

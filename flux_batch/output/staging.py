@@ -58,7 +58,7 @@ def staged_record(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Staging:
-    """The staging folders of a run, or of its annotations, which have a `folder` of their own."""
+    """The staging folders of a run; those of annotations have a `folder` of their own."""
 
     run: RunFolder
     folder: str = STAGING

@@ -57,8 +57,10 @@ def test_every_image_is_read_once_and_has_a_row_by_its_key(
     config = make_run(tmp_path, layout)
     before = data_files(Path(config.output.uri))
     decoded = []
-    decode = flux_batch.dataset.annotate_shard._decoded
-    monkeypatch.setattr("flux_batch.dataset.annotate_shard._decoded", lambda data: decoded.append(data) or decode(data))
+    decode = flux_batch.dataset.annotate_shard.decoded_image
+    monkeypatch.setattr(
+        "flux_batch.dataset.annotate_shard.decoded_image", lambda data: decoded.append(data) or decode(data)
+    )
 
     report = annotated(config, *BOTH)
 
@@ -289,7 +291,7 @@ def test_a_wrong_command_is_one_sentence(
     sentence: str,
 ) -> None:
     config = make_run(tmp_path, "webdataset")
-    monkeypatch.setattr("flux_batch.dataset.annotate._ray_pool", lambda *args: LocalEngine())
+    monkeypatch.setattr("flux_batch.dataset.annotate.annotate_pool", lambda *args: LocalEngine())
     code, out = command(capsys, "annotate", config.output.uri, *arguments)
     assert (code, "Traceback" in out) == (2, False)
     assert sentence in out
@@ -299,7 +301,7 @@ def test_the_command_prints_a_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_run(tmp_path, "webdataset")
-    monkeypatch.setattr("flux_batch.dataset.annotate._ray_pool", lambda *args: LocalEngine())
+    monkeypatch.setattr("flux_batch.dataset.annotate.annotate_pool", lambda *args: LocalEngine())
     words = ["annotate", config.output.uri, "--with", "exposure", "--with", "noise=sharpness"]
     assert main([*words, "--json"]) == 0
     assert [one["name"] for one in json.loads(capsys.readouterr().out)["annotations"]] == ["exposure", "noise"]

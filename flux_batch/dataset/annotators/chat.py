@@ -116,7 +116,7 @@ class Chat:
                 return dict(json.loads(response.read()))
         except HTTPError as error:
             with error:
-                return self._refused(error.code, one_line_of(error.read()), error.headers)
+                return self._refused(error.code, _quoted(error.read()), error.headers)
         except (OSError, HTTPException, ValueError, TypeError) as error:
             return _Pause(one_line(error))
 
@@ -140,7 +140,7 @@ class _Pause:
     seconds: float = 0.0
 
 
-def one_line_of(data: bytes) -> str:
+def _quoted(data: bytes) -> str:
     """Return the beginning of a server's words as one line."""
     return " ".join(data.decode(errors="replace").split())[:_MAX_QUOTED]
 

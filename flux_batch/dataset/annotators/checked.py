@@ -15,7 +15,7 @@ from flux_batch.errors import DeviceFatal, FluxBatchError, JobError, StoreError
 _TAKEN = ("key", "error_type", "error_message")
 
 
-class WrongColumns(FluxBatchError):
+class _WrongColumns(FluxBatchError):
     """An annotator returned something else than its columns promise."""
 
 
@@ -56,13 +56,13 @@ class CheckedAnnotator:
         return [errors.get(number, row) for number, row in enumerate(rows)]
 
     def _batch(self, answer: Any, num_images: int) -> pa.RecordBatch:
-        """Return an answer as the columns that were promised. Raises: WrongColumns."""
+        """Return an answer as the columns that were promised. Raises: _WrongColumns."""
         if isinstance(answer, pa.Table | pa.RecordBatch):
             answer = {name: answer[name] for name in answer.schema.names}
         if not isinstance(answer, Mapping):
-            raise WrongColumns(f"{self._name} returned {type(answer).__name__}; it must return a mapping of columns")
+            raise _WrongColumns(f"{self._name} returned {type(answer).__name__}; it must return a mapping of columns")
         if set(answer) != set(self.columns.names):
-            raise WrongColumns(
+            raise _WrongColumns(
                 f"{self._name} returned the columns {', '.join(sorted(map(str, answer))) or 'none'}; "
                 f"it promises {', '.join(self.columns.names)}"
             )
@@ -74,14 +74,14 @@ class CheckedAnnotator:
             array = _as_array(values, field.type)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             reason = " ".join(str(error).split())
-            raise WrongColumns(f"{self._name}: column {field.name} is not {field.type}: {reason}") from error
+            raise _WrongColumns(f"{self._name}: column {field.name} is not {field.type}: {reason}") from error
         if len(array) != num_images:
-            raise WrongColumns(f"{self._name}: column {field.name} has {len(array)} values for {num_images} images")
+            raise _WrongColumns(f"{self._name}: column {field.name} has {len(array)} values for {num_images} images")
         return array
 
 
 def _without_errors(values: Any, errors: dict[int, Exception]) -> Any:
-    """Return a list with None for each exception in it, which is added to `errors` by its place."""
+    """Return a list without its exceptions, which are added to `errors` by their places."""
     if not isinstance(values, list | tuple):
         return values
     errors |= {number: value for number, value in enumerate(values) if isinstance(value, Exception)}

@@ -17,7 +17,7 @@ _MODEL = "openai/clip-vit-large-patch14"
 
 
 class Clip:
-    """The similarity of each image with its prompt, from -1 to 1, and the embedding of the image."""
+    """The similarity of image and prompt, from -1 to 1, and the image's embedding."""
 
     version = "1"
     execution_options = frozenset({"device"})
@@ -56,7 +56,7 @@ class Clip:
 
 
 class Aesthetic:
-    """A score of each image by a head of linear layers over CLIP's embedding, as LAION's: about 1 to 10."""
+    """A score by a head of linear layers over CLIP's embedding, as LAION's: about 1 to 10."""
 
     version = "1"
     columns = pa.schema([("aesthetic", pa.float32())])

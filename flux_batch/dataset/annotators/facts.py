@@ -13,7 +13,7 @@ from flux_batch.demo.world.scorer import score
 
 
 class Facts:
-    """The share of the facts of each prompt that hold, and the facts that do not; of the demo's captions alone."""
+    """The share of a prompt's facts that hold, and the others; for the demo's captions alone."""
 
     version = "1"
     columns = pa.schema([("facts", pa.float32()), ("missing", pa.list_(pa.string()))])

@@ -44,7 +44,10 @@ class Sharpness:
 
 
 class Exposure:
-    """The mean and spread of each image's levels, from 0 to 255, the shares of black and white, whether it is blank."""
+    """The mean and spread of an image's levels, and its shares of black and white.
+
+    Levels are from 0 to 255. `is_blank` is true for an image of one colour.
+    """
 
     version = "1"
     columns = pa.schema(

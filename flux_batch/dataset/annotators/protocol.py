@@ -45,7 +45,7 @@ class Annotator(Protocol):
         ...
 
 
-class IdentifiedAnnotator(Annotator, Protocol):
+class _IdentifiedAnnotator(Annotator, Protocol):
     """An annotator that says more of itself; each of these attributes may be left out."""
 
     version: str

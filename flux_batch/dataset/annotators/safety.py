@@ -18,7 +18,7 @@ _UNSAFE = {"nsfw", "unsafe", "porn", "hentai", "sexy", "explicit", "sexual", "go
 
 
 class Safety:
-    """The probability, from 0 to 1, that an image is of an unsafe class, and its most probable class."""
+    """The probability, from 0 to 1, of unsafe classes, and the most probable class."""
 
     version = "1"
     columns = pa.schema([("unsafe", pa.float32()), ("label", pa.string())])

@@ -20,9 +20,10 @@ _CAPTION = "Describe this image in one or two sentences: what is in it, where, a
 
 
 class Ask:
-    """The answers of a vision model to a question about each image, with the tokens, and the cost if prices are given.
+    """The answers of a vision model to a question about each image, with their tokens.
 
-    Without a schema there is one column, `answer`. With a JSON schema of an object, its properties are the columns.
+    With prices of tokens there is the cost too. Without a schema there is one column, `answer`. With a JSON schema of
+    an object, its properties are the columns.
     """
 
     version = "1"
@@ -39,11 +40,12 @@ class Ask:
         output_price: float | None = None,
         **options: Any,
     ) -> None:
-        """Take a model and a question, in which `{prompt}` stands for that column of the record, and so for others.
+        """Take a model and a question.
 
-        schema: of the answer. concurrency: requests at a time. input_price, output_price: of a million tokens. options:
-        `url`, `key_variable`, `max_tokens`, `temperature`, `image_side`, `attempts`, `timeout_s` and `extra` fields of
-        the request. Raises: InvalidSetting.
+        question: `{prompt}` in it stands for that column of the record, and so for others. schema: of the answer.
+        concurrency: requests at a time. input_price, output_price: of a million tokens. options: `url`, `key_variable`,
+        `max_tokens`, `temperature`, `image_side`, `attempts`, `timeout_s` and `extra` fields of the request.
+        Raises: InvalidSetting.
         """
         if concurrency < 1:
             raise InvalidSetting(f"concurrency = {concurrency}: must be at least 1", field="concurrency")

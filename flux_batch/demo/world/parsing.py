@@ -74,7 +74,7 @@ def _any(words: Iterable[str]) -> str:
 
 
 def _caption(text: str, found: dict[str, str]) -> Caption:
-    """Return the caption with the facts that were found, and any other where a fact is unsaid."""
+    """Return the caption with the facts that were found; unsaid ones may be anything."""
     unsaid: set[Unsaid] = set()
     if "first_colour" not in found:
         unsaid.add("colour")
