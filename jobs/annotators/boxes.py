@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, Owlv2ForObjectDetection
+from transformers import AutoTokenizer, Owlv2ForObjectDetection
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from flux_batch.download.models import local_model
 from flux_batch.download.revision import model_revision
@@ -41,7 +43,6 @@ class Boxes:
         self.column, self.at_least, self.device = column, at_least, device
         self.model = Owlv2ForObjectDetection.from_pretrained(folder).to(device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -56,15 +57,23 @@ class Boxes:
             return []
         length = self.model.config.text_config.max_position_embeddings
         texts = self.tokenizer(names, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
-        found = self.model(**texts.to(self.device), pixel_values=pixels.to(self.device))
+        found = self.model(**texts.to(self.device), pixel_values=self.pixels(image).to(self.device))
         scores, labels = found.logits[0].sigmoid().max(-1)
-        side = max(image.size)  # OWLv2 sees the image in a square, at its top left
+        side = max(image.size)
         return [
             {"name": names[label], "score": score, "box": _corners(box, side)}
             for score, label, box in zip(scores.tolist(), labels.tolist(), found.pred_boxes[0].tolist(), strict=True)
             if score >= self.at_least
         ]
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """Return an image as OWLv2 sees it, [1, 3, s, s]: at the top left of a grey square, in CLIP's units."""
+        side, size = max(image.size), self.model.config.vision_config.image_size
+        square = Image.new("RGB", (side, side), (128, 128, 128))
+        square.paste(image)
+        values = np.asarray(square.resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+        values = (values - np.float32(OPENAI_CLIP_MEAN)) / np.float32(OPENAI_CLIP_STD)
+        return torch.from_numpy(values).permute(2, 0, 1)[None]
 
 
 def _corners(box: Sequence[float], side: int) -> list[float]:

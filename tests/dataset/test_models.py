@@ -22,7 +22,6 @@ from transformers import (
     ViTForImageClassification,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from flux_batch.dataset.annotators.checked import CheckedAnnotator
@@ -104,7 +103,6 @@ def test_boxes_of_ones_own_are_those_of_the_named_things(tmp_path: Path) -> None
     torch.manual_seed(2)
     config = Owlv2Config(text_config=TEXT, vision_config=VISION, projection_dim=16)
     Owlv2ForObjectDetection(config).save_pretrained(tmp_path)
-    Owlv2ImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     boxes = runpy.run_path(str(ROOT / "jobs/annotators/boxes.py"))["Boxes"]
     named = boxes("nouns", str(tmp_path), at_least=0.0)
     rows: Any = CheckedAnnotator(named, "boxes").rows(
