@@ -19,6 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from flux_batch.bench.command import add_bench
 from flux_batch.dataset.annotate_command import add_annotate, run_annotate
+from flux_batch.dataset.command import (
+    add_export,
+    add_publish,
+    add_select,
+    export_command,
+    publish_command,
+    select_command,
+)
 from flux_batch.errors import JobError
 from flux_batch.logs import JsonLines, log_lines
 from flux_batch.redaction import plain_text
@@ -115,6 +123,21 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--repair", action="store_true", help="revert broken commits, so that `run` makes them again")
     _add_storage_options(command)
     command.set_defaults(command=_verify)
+
+    command = commands.add_parser("select", help="choose images by what is known of them, under a name")
+    add_select(command)
+    _add_storage_options(command)
+    command.set_defaults(command=_select)
+
+    command = commands.add_parser("export", help="copy the images of a run, or of a selection, into a data set")
+    add_export(command)
+    _add_storage_options(command)
+    command.set_defaults(command=_export)
+
+    command = commands.add_parser("publish", help="publish images as a data set of the Hugging Face Hub")
+    add_publish(command)
+    _add_storage_options(command)
+    command.set_defaults(command=_publish)
 
     command = commands.add_parser(
         "gc", help="remove files that no commit names: half-written, no longer needed, or unknown"
@@ -314,6 +337,21 @@ def _verify(arguments: argparse.Namespace) -> int:
             broken = repair(run.store, verdict)
             _print(f"repaired; {len(broken)} shards are missing now: run the job to make them again")
     return verdict.exit_code
+
+
+def _select(arguments: argparse.Namespace) -> int:
+    _print(select_command(arguments, _options(arguments.storage_option)))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    _print(export_command(arguments, _options(arguments.storage_option), _show_progress))
+    return 0
+
+
+def _publish(arguments: argparse.Namespace) -> int:
+    _print(publish_command(arguments, _options(arguments.storage_option), _show_progress))
+    return 0
 
 
 def _gc(arguments: argparse.Namespace) -> int:

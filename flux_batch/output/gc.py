@@ -30,6 +30,7 @@ from flux_batch.output.paths import (
     REPORT,
     REVERTING,
     RUN,
+    SELECTIONS,
     STAGING,
     TRAIN,
     RunFolder,
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 _THREADS = 16
 # The files and folders of this program in RUN.
 _OF_RUN = {ANNOTATING, BATCH_SIZE, COMPILE_CACHE, GALLERY, JOB, PLAN, PRECISION, PROGRESS, REPORT}
-_OF_RUN |= {COMMITS, FAILED, LEASE, REVERTING, STAGING, STORE_TMP}
+_OF_RUN |= {COMMITS, FAILED, LEASE, REVERTING, SELECTIONS, STAGING, STORE_TMP}
 
 # A file whose write never ended; staged images that nobody needs any more; files of a shard that is not committed,
 # and still may be; a file that no run puts there.

@@ -40,6 +40,8 @@ PRECISION = f"{RUN}/precision.json"
 COMPILE_CACHE = f"{RUN}/compile_cache"
 # What made the annotations, their commits, and finished parts of those that are not committed yet.
 ANNOTATING = f"{RUN}/annotations"
+# The images that were chosen, under a name.
+SELECTIONS = f"{RUN}/selections"
 
 
 def shard_name(shard: int, num_shards: int) -> str:

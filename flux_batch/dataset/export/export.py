@@ -1,0 +1,220 @@
+"""The export of a run: its images, or those of a selection, as a data set of its own somewhere else.
+
+    SPLIT/NNNNN.tar                        as a run has them (output/formats.py); also .parquet, or a folder of files
+    README.md                              a card, so that `datasets.load_dataset(DEST)` works
+    _SUCCESS                               written last
+    _export/export.json                    what is exported: an export of something else is refused
+    _export/commits/SPLIT-NNNNN.json       what makes a shard done: its files with size and sha256
+
+Each shard is a function of the run, the selection and the options, and is written whole: a killed export goes on with
+the shards that have no commit, and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from flux_batch.config.schema import OutputConfig
+from flux_batch.dataset.export.card import export_card
+from flux_batch.dataset.export.source import ExportSource, Piece
+from flux_batch.errors import AlreadyExists, JobError, StoreError
+from flux_batch.output.formats import OutputFormat, format_for
+from flux_batch.output.paths import CARD, PLAN, SUCCESS, TRAIN
+from flux_batch.records import StoredFile
+from flux_batch.storage.scratch import scratch_folder
+from flux_batch.storage.store import Store
+
+_Format: TypeAlias = Literal["webdataset", "files", "parquet"]
+
+_IDENTITY = "_export/export.json"
+_COMMITS = "_export/commits"
+# Shards that are packed and uploaded at once; each has its images on the local disk meanwhile.
+_SHARDS_AT_ONCE = 4
+_WRITERS = 8
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """The outcome of `export`: counts for people and programs."""
+
+    dest: str
+    format: str
+    splits: Mapping[str, int]
+    num_shards: int
+    num_new_shards: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Packer:
+    """The packer of pieces: a piece -> local files, with the names they have in the data set."""
+
+    source: ExportSource
+    format: _Format
+
+    @property
+    def output_format(self) -> OutputFormat:
+        """The writer of a run in this format, with all columns of the export."""
+        output = self.source.run.config.output
+        config = OutputConfig.model_validate({**output.model_dump(), "format": self.format})
+        return format_for(config, self.source.columns)
+
+    def loader_pattern(self, split: str) -> str:
+        """Return the pattern by which `datasets` finds the files of a split."""
+        return _of_split(self.output_format.loader_pattern, split)
+
+    def file_name(self, piece: Piece) -> str:
+        """Return the name of the file of a piece, or of its folder."""
+        return _of_split(self.output_format.location(piece.name), piece.split)
+
+    def pack(self, piece: Piece, scratch: Path) -> Iterator[tuple[str, Path]]:
+        """Yield the files of a piece: name in the data set, and local path."""
+        output_format = self.output_format
+        samples = self.source.samples(piece, scratch)
+        records = [sample.record for sample in samples]
+        for name, path in output_format.pack(piece.name, samples, scratch):
+            yield _of_split(name, piece.split), path
+        for name, path in output_format.list_images(piece.name, records, scratch):
+            yield _of_split(name, piece.split), path
+
+    def identity(self, shard_size: int) -> dict[str, Any]:
+        """Return what decides the bytes of every shard."""
+        columns = {field.name: str(field.type) for field in self.source.columns}
+        return {
+            "version": 1,
+            "images": self.source.digest,
+            "selection": self.source.selection,
+            "format": self.format,
+            "shard_size": shard_size,
+            "max_side": self.source.max_side,
+            "finish": self.source.finish,
+            "columns": columns,
+        }
+
+
+def export(
+    store: Store,
+    dest: Store,
+    *,
+    selection: str | None = None,
+    format: _Format = "webdataset",
+    shard_size: int = 1000,
+    max_side: int | None = None,
+    finish: str | None = None,
+    licence: str | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> _Exported:
+    """Write images of a run as a data set at `dest`. What a killed export left is gone on with.
+
+    Raises: JobError if `dest` has another data set, or there is nothing to export; StoreError.
+    """
+    if shard_size < 1:
+        raise JobError(f"--shard-size {shard_size}: must be 1 or more")
+    packer = Packer(ExportSource.open(store, selection, max_side, finish), format)
+    if dest.exists(PLAN):
+        raise JobError(f"{dest.uri}: is the output of a run; an export needs a folder of its own")
+    pieces = packer.source.pieces(shard_size)
+    _settle(dest, packer.identity(shard_size))
+    done = {name.removesuffix(".json") for name in dest.children(_COMMITS)}
+    missing = [piece for piece in pieces if _label(piece) not in done]
+    card = export_card(packer, address=dest.uri, shard_size=shard_size, licence=licence)
+    dest.write(CARD, card.encode())
+    with ThreadPoolExecutor(_SHARDS_AT_ONCE, "export") as pool:
+        try:
+            for number, _ in enumerate(pool.map(lambda piece: _write(packer, dest, piece), missing), 1):
+                on_progress(len(pieces) - len(missing) + number, len(pieces))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    num_bytes = _check(dest, pieces)
+    dest.write(SUCCESS, b"")
+    return _Exported(dest.uri, format, packer.source.splits, len(pieces), len(missing), num_bytes)
+
+
+def format_exported(exported: _Exported) -> str:
+    """Return lines for people."""
+    lines = [f"{split:<12} {number:>10,} images" for split, number in exported.splits.items()]
+    before = exported.num_shards - exported.num_new_shards
+    found = f", {before} of them found written already" if before else ""
+    lines.append(f"{exported.num_shards} {exported.format} shards, {exported.num_bytes / 1e6:.1f} MB{found}")
+    return "\n".join([*lines, f"in {exported.dest}"])
+
+
+def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> None:
+    """Raise JobError if an export that was begun is of something else."""
+    changed = [name for name in ours if theirs.get(name) != ours[name]]
+    if changed:
+        said = ", ".join(f"{name} is {theirs.get(name)!r} there, {ours[name]!r} here" for name in changed)
+        raise JobError(f"{where}: holds another export: {said}; take another address, or remove that one")
+
+
+def _settle(dest: Store, identity: Mapping[str, Any]) -> None:
+    """Write down what is exported, or compare it with what was begun here."""
+    try:
+        dest.put_if_absent(_IDENTITY, json.dumps(identity, indent=1, sort_keys=True).encode())
+    except AlreadyExists:
+        try:
+            theirs = json.loads(dest.read(_IDENTITY))
+        except ValueError as error:
+            raise StoreError(f"{dest.url(_IDENTITY)}: is damaged; remove the export and begin again") from error
+        check_same(theirs, identity, dest.uri)
+
+
+def _write(packer: Packer, dest: Store, piece: Piece) -> None:
+    """Write the files of a piece, then its commit."""
+    with scratch_folder() as scratch, ThreadPoolExecutor(_WRITERS) as writers:
+        is_same = packer.source.finish is None
+        put = partial(_put, dest, is_same_each_time=is_same)
+        files = list(writers.map(lambda file: put(*file), packer.pack(piece, scratch)))
+    commit = {"version": 1, "num_images": piece.num_images, "files": [asdict(file) for file in files]}
+    dest.write(f"{_COMMITS}/{_label(piece)}.json", json.dumps(commit, indent=1).encode())
+
+
+def _put(dest: Store, name: str, path: Path, *, is_same_each_time: bool) -> StoredFile:
+    """Write a file; what a killed export has written has the same bytes, and stays."""
+    if is_same_each_time:
+        with suppress(AlreadyExists):
+            dest.put_if_absent(name, path)
+    else:
+        dest.write(name, path)
+    return _stored_file(name, path)
+
+
+def _stored_file(name: str, path: Path) -> StoredFile:
+    """Return the record of a file that is on the local disk."""
+    with path.open("rb") as data:
+        return StoredFile(path=name, bytes=path.stat().st_size, sha256=hashlib.file_digest(data, "sha256").hexdigest())
+
+
+def _check(dest: Store, pieces: Iterable[Piece]) -> int:
+    """Compare what lies at the destination with the commits. Returns: bytes. Raises: StoreError."""
+    sizes: dict[str, int | None] = {}
+    num_bytes = 0
+    for piece in pieces:
+        commit = json.loads(dest.read(f"{_COMMITS}/{_label(piece)}.json"))
+        for file in commit["files"]:
+            folder = file["path"].rpartition("/")[0]
+            if folder not in sizes:
+                sizes |= {f"{folder}/{each}": size for each, size in dest.children(folder).items()}
+                sizes[folder] = None
+            if sizes.get(file["path"]) != file["bytes"]:
+                raise StoreError(f"{dest.url(file['path'])}: is not as it was written; remove its commit and go on")
+            num_bytes += file["bytes"]
+    return num_bytes
+
+
+def _label(piece: Piece) -> str:
+    return f"{piece.split}-{piece.name}"
+
+
+def _of_split(name: str, split: str) -> str:
+    """Return the name of a file of a run in the folder of a split."""
+    return f"{split}/{name.removeprefix(f'{TRAIN}/')}"

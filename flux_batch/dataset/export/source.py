@@ -1,0 +1,322 @@
+"""The images that leave a run: those of a selection, or all, cut into shards, with their annotations as columns.
+
+Images are copied as bytes, and each is compared with the sha256 of its metadata on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from flux_batch.config.schema import ImageConfig
+from flux_batch.dataset.select.files import annotated_shards, committed_shards, read_schema, read_tables
+from flux_batch.dataset.select.selection import read_selection
+from flux_batch.errors import JobError, StoreError, one_line
+from flux_batch.images import AI_SOURCE_TYPE, encode, read_provenance, to_rgb
+from flux_batch.output.formats import DECODE_ERRORS, Sample, iter_images
+from flux_batch.output.metadata import RECORD_SCHEMA, passthrough_name, record_row
+from flux_batch.output.paths import TRAIN, is_within, shard_name
+from flux_batch.records import ImageRecord
+from flux_batch.report.saved_run import SavedRun
+from flux_batch.sampling_params import SAMPLING_FIELDS, SamplingParams
+from flux_batch.storage.store import Store
+
+# The columns of a resized image beside the size that it was made in.
+_STORED_SIZE = pa.schema([("stored_width", pa.int32()), ("stored_height", pa.int32())])
+_KEY = pa.field("key", pa.string())
+_MADE = pa.schema([_KEY, ("status", pa.string())])
+_REASON = ("error_type", "error_message")
+# A file of which at least this share is wanted is read whole.
+_WHOLE_FROM = 0.5
+# Keys of one run, which is what makes the shards of an export the same each time.
+_DIGEST_BYTES = 16
+_LEAST_SIDE = 16
+_Finish: TypeAlias = Callable[[bytes, Mapping[str, Any]], bytes]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A shard of an export: images of one split, as keys by the shard of the run that they are in."""
+
+    split: str
+    name: str  # 00000
+    keys: Mapping[int, Sequence[str]]
+
+    @property
+    def num_images(self) -> int:
+        """The number of images."""
+        return sum(map(len, self.keys.values()))
+
+
+@dataclass(frozen=True)
+class _AnnotationColumn:
+    """A column of an annotation, and its name among the columns of an export."""
+
+    annotation: str
+    column: str
+    name: str
+    kind: pa.DataType
+
+
+@dataclass(frozen=True, eq=False)
+class ExportSource:
+    """The chosen images of a run."""
+
+    run: SavedRun
+    selection: str | None = None
+    max_side: int | None = None
+    finish: str | None = None
+
+    @classmethod
+    def open(
+        cls, store: Store, selection: str | None = None, max_side: int | None = None, finish: str | None = None
+    ) -> ExportSource:
+        """Open a run. `finish` is MODULE:FUNCTION.
+
+        Raises: JobError if there is no run, or no such selection or function.
+        """
+        if max_side is not None and max_side < _LEAST_SIDE:
+            raise JobError(f"--max-side {max_side}: must be {_LEAST_SIDE} or more")
+        source = cls(SavedRun.open(store), selection, max_side, finish)
+        source.finished  # noqa: B018, before anything is written
+        return source
+
+    @cached_property
+    def finished(self) -> _Finish | None:
+        """The function of `finish`: encoded bytes and the record's fields -> encoded bytes."""
+        if self.finish is None:
+            return None
+        module, _, name = self.finish.partition(":")
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise JobError(f"--finish {self.finish}: must be MODULE:FUNCTION: {one_line(error)}") from error
+        return function  # type: ignore[no-any-return]
+
+    @cached_property
+    def chosen(self) -> pa.Table:
+        """The chosen images: key, split, and shard of the run, in order. Raises: JobError if there is none."""
+        shards = committed_shards(self.run)
+        keys: list[str] = []
+        numbers: list[int] = []
+        for shard, rows in zip(shards, read_tables(self.run, shards, None, _MADE), strict=True):
+            made = rows.filter(pc.equal(rows["status"], "success"))["key"].to_pylist()
+            keys += made
+            numbers += [shard] * len(made)
+        table = pa.table({"key": pa.array(keys, pa.string()), "shard": pa.array(numbers, pa.int32())})
+        if self.selection is None:
+            table = table.append_column("split", pa.array([TRAIN] * len(keys), pa.string()))
+        else:
+            table = self._selected(table)
+        if not table.num_rows:
+            raise JobError(f"{self.run.store.uri}: has no image to export")
+        return table.select(["key", "split", "shard"])
+
+    def _selected(self, made: pa.Table) -> pa.Table:
+        selection = read_selection(self.run.store, str(self.selection)).select(["key", "split"])
+        splits = dict(zip(selection["key"].to_pylist(), selection["split"].to_pylist(), strict=True))
+        keys = made["key"].to_pylist()
+        missing = splits.keys() - set(keys)
+        if missing:
+            raise JobError(
+                f"selection {self.selection!r} has {len(missing)} images that the run has not, as {min(missing)}; "
+                "select again, with --replace"
+            )
+        table = made.append_column("split", pa.array([splits.get(key) for key in keys], pa.string()))
+        return table.filter(table["split"].is_valid())
+
+    @cached_property
+    def splits(self) -> dict[str, int]:
+        """The number of images of each split."""
+        counts = self.chosen["split"].value_counts().to_pylist()
+        order = {name: number for number, name in enumerate([TRAIN, *sorted(each["values"] for each in counts)])}
+        return {each["values"]: each["counts"] for each in sorted(counts, key=lambda each: order[each["values"]])}
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the keys and splits: two exports of one digest have the same images."""
+        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        for name in ("key", "split"):
+            digest.update("\n".join(self.chosen[name].to_pylist()).encode())
+        return digest.hexdigest()
+
+    def pieces(self, shard_size: int) -> list[Piece]:
+        """Cut each split into shards of so many images, in order."""
+        pieces = []
+        for split, num_images in self.splits.items():
+            table = self.chosen.filter(pc.equal(self.chosen["split"], split))
+            num_pieces = -(-num_images // shard_size)
+            for number in range(num_pieces):
+                some = table.slice(number * shard_size, shard_size)
+                keys: dict[int, list[str]] = {}
+                for key, shard in zip(some["key"].to_pylist(), some["shard"].to_pylist(), strict=True):
+                    keys.setdefault(shard, []).append(key)
+                pieces.append(Piece(split, shard_name(number, num_pieces), keys))
+        return pieces
+
+    @cached_property
+    def annotation_columns(self) -> list[_AnnotationColumn]:
+        """The columns of all annotations, as an export names them: `score` of `clip` is `clip_score`."""
+        taken = {*self.run.outline.passthrough.names}
+        columns = []
+        for name, shards in self.annotated.items():
+            for field in read_schema(self.run, name, min(shards)) if shards else ():
+                if field.name == "key" or field.name in _REASON:
+                    continue
+                own = field.name if field.name == name or field.name.startswith(f"{name}_") else f"{name}_{field.name}"
+                while own in taken:
+                    own += "_"
+                taken.add(own)
+                columns.append(_AnnotationColumn(name, field.name, own, field.type))
+        return columns
+
+    @cached_property
+    def columns(self) -> pa.Schema:
+        """The columns beside those of every record: passthrough, annotations, the size of resized images."""
+        fields = [*self.run.outline.passthrough]
+        fields += [pa.field(column.name, column.kind) for column in self.annotation_columns]
+        return pa.schema([*fields, *(_STORED_SIZE if self.max_side else ())])
+
+    def samples(self, piece: Piece, scratch: Path) -> list[Sample]:
+        """Copy the images of a piece into a folder. Returns: them with their records, in order.
+
+        Raises: StoreError for an image that is missing or differs from its metadata.
+        """
+        samples = []
+        for shard, keys in piece.keys.items():
+            records = self._records(shard, keys)
+            paths = {}
+            for key, data in self._read(shard, records, scratch):
+                paths[key] = scratch / f"{key}.image"
+                records[key], data = self._stored(records[key], data)
+                paths[key].write_bytes(data)
+            if missing := [key for key in keys if key not in paths]:
+                raise StoreError(f"{self.run.store.uri}: image {missing[0]} is missing; `flux-batch verify` says more")
+            samples += [Sample(records[key], paths[key]) for key in keys]
+        return samples
+
+    def _records(self, shard: int, keys: Sequence[str]) -> dict[str, ImageRecord]:
+        """Read the records of some images; annotations are among their passthrough columns."""
+        rows = {row["key"]: row for row in self.run.metadata(shard)}
+        annotations = self._annotations(shard)
+        return {key: self._record(rows[key], annotations.get(key, {})) for key in keys}
+
+    def _record(self, row: Mapping[str, Any], annotations: Mapping[str, Any]) -> ImageRecord:
+        sampling = SamplingParams(**{name: row[name] for name in SAMPLING_FIELDS if name in row})
+        names = [name for name in RECORD_SCHEMA.names if name not in SAMPLING_FIELDS and name in row]
+        own = {field.name: row.get(passthrough_name(field.name)) for field in self.run.outline.passthrough}
+        fields = {name: row[name] for name in names}
+        return ImageRecord(**fields, sampling=sampling, passthrough={**own, **annotations})
+
+    def _annotations(self, shard: int) -> dict[str, dict[str, Any]]:
+        """Read the annotations of a shard by key; those that are not there yet are null."""
+        values: dict[str, dict[str, Any]] = {}
+        for name in dict.fromkeys(column.annotation for column in self.annotation_columns):
+            if shard not in self.annotated[name]:
+                continue
+            columns = [column for column in self.annotation_columns if column.annotation == name]
+            schema = pa.schema([_KEY, *(pa.field(each.column, each.kind) for each in columns)])
+            (table,) = read_tables(self.run, [shard], name, schema)
+            for row in table.to_pylist():
+                values.setdefault(row["key"], {}).update({each.name: row.get(each.column) for each in columns})
+        return values
+
+    @cached_property
+    def annotated(self) -> dict[str, set[int]]:
+        """The shards with committed annotations, by the name of the annotation."""
+        return annotated_shards(self.run)
+
+    def _read(self, shard: int, records: Mapping[str, ImageRecord], scratch: Path) -> Iterator[tuple[str, bytes]]:
+        """Yield the images of some records; their bytes are those of the metadata."""
+        files: dict[str, dict[str, int]] = {}
+        for record in records.values():
+            files.setdefault(str(record.file_name), {})[record.key] = int(record.bytes or 0)
+        for file_name, sizes in files.items():
+            if not is_within(file_name, TRAIN):
+                raise StoreError(f"{self.run.store.uri}: {file_name} does not lie in {TRAIN}")
+            try:
+                for key, data in self._read_file(shard, file_name, sizes, scratch):
+                    if key in sizes:
+                        self._check(records[key], data)
+                        yield key, data
+            except StoreError:
+                raise
+            except DECODE_ERRORS as error:
+                raise StoreError(f"{self.run.store.url(file_name)}: cannot be read: {one_line(error)}") from error
+
+    def _read_file(
+        self, shard: int, file_name: str, sizes: Mapping[str, int], scratch: Path
+    ) -> Iterator[tuple[str, bytes]]:
+        """Yield images of a file: of a whole copy if most are wanted, else by their ranges."""
+        output_format = self.run.output_format
+        is_shard = output_format.location(self.run.name(shard)) == file_name
+        if not is_shard or len(sizes) < _WHOLE_FROM * self.run.outline.num_rows[shard]:
+            yield from output_format.read_images(self.run.store, file_name, sizes)
+            return
+        copy = self.run.store.local_file(file_name, scratch)
+        yield from iter_images(output_format, self.run.name(shard), {file_name: copy})
+        if copy.is_relative_to(scratch):
+            copy.unlink()
+
+    def _check(self, record: ImageRecord, data: bytes) -> None:
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise StoreError(
+                f"{self.run.store.uri}: the bytes of image {record.key} differ from its metadata (sha256); "
+                "`flux-batch verify --repair` and a run make it again"
+            )
+
+    def _stored(self, record: ImageRecord, data: bytes) -> tuple[ImageRecord, bytes]:
+        """Return an image as it is stored: as it is, or smaller, or finished, where that is asked for."""
+        size: dict[str, int] = {}
+        if self.max_side is not None:
+            data, *sides = _shrunk(data, self.max_side, self.run.config.output.image)
+            size = dict(zip(_STORED_SIZE.names, sides, strict=True))
+        if self.finished is not None:
+            data = self._finished(record, data)
+        digest = hashlib.sha256(data).hexdigest()
+        return replace(record, sha256=digest, bytes=len(data), passthrough={**record.passthrough, **size}), data
+
+    def _finished(self, record: ImageRecord, data: bytes) -> bytes:
+        """Return what `finish` makes of an image. Raises: JobError if it is no such image, or has lost its label."""
+        assert self.finished is not None
+        try:
+            data = self.finished(data, record_row(record, self.columns))
+            with Image.open(io.BytesIO(data)) as image:
+                kind = str(image.format).lower()
+        except Exception as error:  # it is somebody else's code
+            raise JobError(f"--finish {self.finish}: image {record.key}: {one_line(error)}") from error
+        if kind != self.run.config.output.image.type:
+            raise JobError(f"--finish {self.finish}: image {record.key}: has become {kind}")
+        if AI_SOURCE_TYPE.encode() not in data:
+            raise JobError(
+                f"--finish {self.finish}: image {record.key}: has lost its AI label; pass on what is in the metadata, "
+                "or encode it by `flux_batch.images.encode`"
+            )
+        return data
+
+
+def _shrunk(data: bytes, max_side: int, config: ImageConfig) -> tuple[bytes, int, int]:
+    """Return an image of at most `max_side` pixels a side, and its size. Its label stays inside."""
+    with Image.open(io.BytesIO(data)) as image:
+        if max(image.size) <= max_side:
+            return data, image.width, image.height
+        image = to_rgb(image)
+        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        pixels = np.asarray(image)
+    height, width, _ = pixels.shape
+    return encode(pixels, config, read_provenance(data)), width, height

@@ -1,0 +1,1 @@
+"""The choice of images: a selection under a name, which can be repeated."""

@@ -1,0 +1,78 @@
+"""The tables of a run as files: the metadata and the annotations of its committed shards, column by column."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flux_batch.errors import StoreError, one_line
+from flux_batch.output.formats import DECODE_ERRORS
+from flux_batch.output.paths import ANNOTATING, ANNOTATIONS, metadata_file
+from flux_batch.report.saved_run import SavedRun
+from flux_batch.storage.passthrough import portable
+
+_READERS = 8
+
+
+def committed_shards(run: SavedRun) -> list[int]:
+    """Return the committed shards of the plan, in order."""
+    return sorted(shard for shard in run.commits.done() if shard < run.num_shards)
+
+
+def annotated_shards(run: SavedRun) -> dict[str, set[int]]:
+    """Return the shards with committed annotations, by the name of the annotation."""
+    names = sorted(name for name, size in run.store.children(ANNOTATING).items() if size is None)
+    commits = {name: run.store.children(f"{ANNOTATING}/{name}/commits") for name in names}
+    numbers = {name: {run.folder.shard_of(file, ".json") for file in files} for name, files in commits.items()}
+    return {name: {shard for shard in shards if shard is not None} for name, shards in numbers.items()}
+
+
+def read_tables(run: SavedRun, shards: Iterable[int], annotation: str | None, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield columns of the metadata, or of an annotation, a table a shard, in order; few are in memory at once.
+
+    Raises: NotFound; StoreError for a file that is damaged or has other columns.
+    """
+    left = iter(shards)
+    with ThreadPoolExecutor(_READERS, "columns") as pool:
+        waiting: deque[Future[pa.Table]] = deque()
+        for shard in islice(left, 2 * _READERS):
+            waiting.append(pool.submit(_read, run, annotation, shard, schema))
+        while waiting:
+            yield waiting.popleft().result()
+            for shard in islice(left, 1):
+                waiting.append(pool.submit(_read, run, annotation, shard, schema))
+
+
+def read_schema(run: SavedRun, annotation: str | None, shard: int) -> pa.Schema:
+    """Read the columns of the metadata, or of an annotation. Their types are portable ones.
+
+    Raises: as `read_tables`.
+    """
+    key = _file(run, annotation, shard)
+    data = run.store.read(key)
+    try:
+        schema = pq.read_schema(io.BytesIO(data)).remove_metadata()
+        return pa.schema([field.with_type(portable(field.type)) for field in schema])
+    except DECODE_ERRORS as error:
+        raise StoreError(f"{run.store.url(key)}: cannot be read: {one_line(error)}") from error
+
+
+def _read(run: SavedRun, annotation: str | None, shard: int, schema: pa.Schema) -> pa.Table:
+    key = _file(run, annotation, shard)
+    data = run.store.read(key)
+    try:
+        with pq.ParquetFile(io.BytesIO(data)) as file:
+            return file.read(schema.names, use_threads=False).select(schema.names).cast(schema)
+    except DECODE_ERRORS as error:
+        raise StoreError(f"{run.store.url(key)}: cannot be read: {one_line(error)}") from error
+
+
+def _file(run: SavedRun, annotation: str | None, shard: int) -> str:
+    name = run.name(shard)
+    return metadata_file(name) if annotation is None else f"{ANNOTATIONS}/{annotation}/{name}.parquet"

@@ -1,0 +1,90 @@
+"""A selection: the images of a run that were chosen, as a table of key, split and reason.
+
+`_run/selections/NAME.parquet` has a row for each chosen image, in the order of the run. The criteria and the counts of
+what was left out stand in the file's own metadata.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flux_batch.errors import AlreadyExists, JobError, NotFound, StoreError, did_you_mean, one_line
+from flux_batch.output.formats import DECODE_ERRORS
+from flux_batch.output.metadata import parquet_bytes
+from flux_batch.output.paths import SELECTIONS
+from flux_batch.storage.store import Store
+
+_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("key", "split", "reason")])
+# The key in the file's metadata of what made it.
+_MADE_BY = b"flux_batch"
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+def write_selection(store: Store, name: str, table: pa.Table, origin: Mapping[str, Any], *, replace: bool) -> bool:
+    """Write a selection, whole. Returns: whether it is new; the same one may be there.
+
+    Raises: JobError if another one has the name, unless `replace`.
+    """
+    text = json.dumps(origin, sort_keys=True, ensure_ascii=False).encode()
+    data = parquet_bytes(table.cast(_SCHEMA.with_metadata({_MADE_BY: text})))
+    key = _file(name)
+    if replace:
+        store.write(key, data)
+        return True
+    try:
+        store.put_if_absent(key, data)
+    except AlreadyExists as error:
+        if store.read(key) == data:
+            return False
+        theirs = made_by(store, name)
+        raise JobError(f"{store.url(key)}: {_difference(theirs, origin)}; take another name, or --replace") from error
+    return True
+
+
+def read_selection(store: Store, name: str) -> pa.Table:
+    """Read a selection: key, split, reason. Raises: JobError if there is none, StoreError if it is damaged."""
+    key = _file(name)
+    try:
+        table = pq.read_table(io.BytesIO(store.read(key)))
+        return table.select(_SCHEMA.names)
+    except NotFound as error:
+        known = [file.removesuffix(".parquet") for file in store.children(SELECTIONS)]
+        raise JobError(f"{store.url(key)}: there is no selection {name!r}{did_you_mean(name, known)}") from error
+    except StoreError:
+        raise
+    except DECODE_ERRORS as error:
+        raise StoreError(f"{store.url(key)}: is damaged: {one_line(error)}; remove it and select again") from error
+
+
+def made_by(store: Store, name: str) -> dict[str, Any]:
+    """Read the criteria of a selection, and the counts of what it left out. Raises: as `read_selection`."""
+    return dict(json.loads((read_selection(store, name).schema.metadata or {}).get(_MADE_BY, b"{}")))
+
+
+def check_name(name: str) -> None:
+    """Raise JobError for a name that cannot be a file's."""
+    if not _NAME.fullmatch(name):
+        raise JobError(f"selection {name!r}: a name has letters, digits, '_', '-' and '.' alone")
+
+
+def _file(name: str) -> str:
+    check_name(name)
+    return f"{SELECTIONS}/{name}.parquet"
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """Return how two selections of one name differ."""
+    before, now = theirs.get("criteria", {}), ours["criteria"]
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if not changed:
+        return "a selection of the same criteria is there, but the run or its annotations have changed since"
+    return "another selection has that name: " + ", ".join(
+        f"{name} is {before.get(name)!r} there, {now.get(name)!r} here" for name in changed
+    )

@@ -1,0 +1,203 @@
+"""The metadata and annotations of a run as tables of DuckDB. Expressions read them.
+
+Only the columns that an expression names are read. Expressions reach these tables and nothing else: no file, no
+network, no clock, no dice, no second statement.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from flux_batch.dataset.select.files import annotated_shards, committed_shards, read_schema, read_tables
+from flux_batch.errors import JobError
+from flux_batch.output.paths import ANNOTATIONS, METADATA
+from flux_batch.report.saved_run import SavedRun
+
+# What DuckDB may use; it needs some 150 bytes an image for a selection by a few numbers.
+_MEMORY = "600MB"
+# Shards whose tables are in memory at once, before DuckDB takes them over.
+_SHARDS_AT_ONCE = 128
+# Columns of the metadata that every selection needs.
+_NEEDED = ("key", "id", "status")
+# Nothing from outside, and nothing that changes this later.
+_LOCKED = {
+    "python_enable_replacements": "false",
+    "autoload_known_extensions": "false",
+    "autoinstall_known_extensions": "false",
+    "enable_external_access": "false",
+    "memory_limit": _MEMORY,
+}
+
+
+class Tables:
+    """The tables `metadata` and one for each annotation, joined by `key`; `ordinal` is the order of the images."""
+
+    def __init__(self, run: SavedRun, expressions: Iterable[str]) -> None:
+        """Check expressions and load what they name.
+
+        Raises: JobError for an expression that cannot be used, StoreError for a table that cannot be read.
+        """
+        self._run = run
+        self._shards = committed_shards(run)
+        self.connection = duckdb.connect(":memory:", config=_LOCKED)
+        self.connection.execute("SET lock_configuration = true")
+        self._schemas = self._find_schemas()
+        expressions = [*expressions]
+        self._bind(expressions)
+        self._load({name.lower() for text in expressions for name in self._named(text)})
+
+    @property
+    def num_shards(self) -> int:
+        """The number of committed shards, which are those that are read."""
+        return len(self._shards)
+
+    @property
+    def annotations(self) -> list[str]:
+        """The names of the annotations."""
+        return [name for name in self._schemas if name != METADATA]
+
+    def values(self, **expressions: str) -> str:
+        """Return a query: the ordinal of each image in the table `chosen`, and the values of expressions."""
+        columns = "".join(f", (\n{text}\n) AS {name}" for name, text in expressions.items())
+        return f"SELECT ordinal{columns} FROM {self._joined()}"
+
+    def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[Any]:
+        """Run a query. Returns: its rows. Raises: JobError for what the data does not allow, as 'x'::INTEGER."""
+        try:
+            return self.connection.execute(query, parameters).fetchall()
+        except duckdb.OutOfMemoryException as error:
+            raise JobError(f"the selection needs more than {_MEMORY}: {_sentence(error)}") from error
+        except duckdb.Error as error:
+            raise JobError(f"the expression cannot be computed: {_sentence(error)}") from error
+
+    def type_of(self, expression: str) -> str:
+        """Return DuckDB's name for the type of an expression."""
+        return str(self.rows(f"DESCRIBE {self.values(value=expression)}")[1][1])
+
+    def _joined(self) -> str:
+        joins = " ".join(f"LEFT JOIN {_quoted(name)} USING (key)" for name in self.annotations)
+        return f"(SELECT * FROM {METADATA} SEMI JOIN chosen USING (ordinal)) AS {METADATA} {joins}"
+
+    def _find_schemas(self) -> dict[str, pa.Schema]:
+        """Read the columns of each table from its first file."""
+        if not self._shards:
+            raise JobError(f"{self._run.store.uri}: no shard is committed yet, so there is nothing to select from")
+        schemas = {METADATA: read_schema(self._run, None, self._shards[0])}
+        for name, shards in annotated_shards(self._run).items():
+            if name == METADATA:
+                raise JobError(f"{ANNOTATIONS}/{name}: an annotation must not have that name")
+            if shards:
+                schemas[name] = read_schema(self._run, name, min(shards))
+        return schemas
+
+    def _bind(self, expressions: Sequence[str]) -> None:
+        """Check every expression against empty tables of all columns. Raises: JobError."""
+        for name, schema in self._schemas.items():
+            self._create(name, schema.names)
+        self.connection.execute("CREATE TABLE chosen (ordinal BIGINT)")
+        for text in expressions:
+            self._check_alone(text)
+            try:
+                self.connection.execute(self.values(value=text))
+            except duckdb.Error as error:
+                raise JobError(f"{text!r}: {_sentence(error)}{_hint(error)}") from error
+        self.connection.execute("DROP TABLE chosen")
+
+    def _check_alone(self, text: str) -> None:
+        """Raise JobError unless a text is one expression, the same at every time."""
+        tree = self._parsed(text)
+        if tree.get("error"):
+            raise JobError(f"{text!r}: is no expression: {tree.get('error_message')}")
+        nodes = [statement["node"] for statement in tree["statements"]]
+        alone = {"modifiers": [], "where_clause": None, "group_expressions": [], "having": None, "qualify": None}
+        if len(nodes) != 1 or any(nodes[0].get(name) != empty for name, empty in alone.items()):
+            raise JobError(f"{text!r}: must be one expression, as in clip.similarity > 0.27")
+        if len(nodes[0]["select_list"]) != 1 or nodes[0]["from_table"]["type"] != "EMPTY":
+            raise JobError(f"{text!r}: must be one expression, as in clip.similarity > 0.27")
+        if any(node.get("class") == "SUBQUERY" for node in _nodes(tree)):
+            raise JobError(f"{text!r}: must not have a SELECT of its own")
+        changing = {row[0] for row in self.rows(_CHANGING)}
+        for node in _nodes(tree):
+            if (name := str(node.get("function_name", "")).lower()) in changing:
+                raise JobError(f"{text!r}: {name}() is another one each time; a selection is the same each time")
+
+    def _named(self, text: str) -> set[str]:
+        """Return every name in an expression that may be a column."""
+        return {name for node in _nodes(self._parsed(text)) for name in node.get("column_names", ())}
+
+    def _parsed(self, text: str) -> dict[str, Any]:
+        (answer,) = self.rows("SELECT json_serialize_sql(?)", [f"SELECT (\n{text}\n) AS value"])[0]
+        return dict(json.loads(answer))
+
+    def _load(self, names: set[str]) -> None:
+        """Create the tables again, of the named columns alone, and fill them."""
+        for table, schema in self._schemas.items():
+            needed = _NEEDED if table == METADATA else ("key",)
+            columns = [name for name in schema.names if name in needed or name.lower() in names]
+            self._create(table, columns)
+            if table == METADATA or len(columns) > 1:
+                self._fill(table, columns)
+
+    def _create(self, table: str, columns: Sequence[str]) -> None:
+        """Create an empty table with the types of the files."""
+        schema = pa.schema([self._schemas[table].field(name) for name in columns])
+        self.connection.register("batch", schema.empty_table())
+        ordinal = "0::BIGINT AS ordinal, " if table == METADATA else ""
+        self.connection.execute(f"CREATE OR REPLACE TABLE {_quoted(table)} AS SELECT {ordinal}* FROM batch")
+        self.connection.unregister("batch")
+
+    def _fill(self, table: str, columns: Sequence[str]) -> None:
+        num_rows = 0
+        for batch in self._batches(table, pa.schema([self._schemas[table].field(name) for name in columns])):
+            self.connection.register("batch", batch)
+            ordinal = f"{num_rows} + row_number() OVER () - 1 AS ordinal, " if table == METADATA else ""
+            self.connection.execute(f"INSERT INTO {_quoted(table)} SELECT {ordinal}* FROM batch")
+            self.connection.unregister("batch")
+            num_rows += batch.num_rows
+
+    def _batches(self, table: str, schema: pa.Schema) -> Iterator[pa.Table]:
+        """Yield the rows of a table, of some shards at a time, in order."""
+        shards = self._shards
+        if table != METADATA:
+            shards = sorted({*shards} & annotated_shards(self._run)[table])
+        tables = read_tables(self._run, shards, None if table == METADATA else table, schema)
+        while some := [*islice(tables, _SHARDS_AT_ONCE)]:
+            yield pa.concat_tables(some).combine_chunks()
+
+
+# Functions whose value is not that of their arguments alone.
+_CHANGING = """
+SELECT DISTINCT function_name FROM duckdb_functions() WHERE stability = 'VOLATILE' OR function_name = 'age'
+OR (stability = 'CONSISTENT_WITHIN_QUERY' AND len(parameters) = 0)
+"""
+
+
+def _nodes(tree: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield every node of a parsed expression."""
+    if isinstance(tree, dict):
+        yield tree
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for each in tree:
+            yield from _nodes(each)
+
+
+def _quoted(name: str) -> str:
+    escaped = name.replace('"', '""')
+    return f'"{escaped}"'
+
+
+def _sentence(error: Exception) -> str:
+    """Return what DuckDB says, without its picture of the place."""
+    return " ".join(str(error).partition("\n\nLINE")[0].split())
+
+
+def _hint(error: Exception) -> str:
+    is_aggregate = "must appear in the GROUP BY" in str(error)
+    return "; over all images it is written with OVER (), as avg(x) OVER ()" if is_aggregate else ""

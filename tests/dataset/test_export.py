@@ -1,0 +1,273 @@
+"""Exports: the same images somewhere else, with what is known of them, in any format, after any kill."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from flux_batch.config.schema import ImageConfig
+from flux_batch.dataset.export.export import export
+from flux_batch.dataset.select.selection import read_selection
+from flux_batch.errors import JobError, StoreError
+from flux_batch.images import AI_SOURCE_TYPE, encode, read_provenance
+from flux_batch.storage.store import Store
+from helpers.annotated import put_annotations
+from helpers.finished_runs import LAYOUTS, command, finish
+from helpers.job_files import make_job, metadata
+
+NUM_ROWS = 13
+FAILED = 5
+COLUMNS = pa.schema([("similarity", pa.float32()), ("label", pa.string()), ("embedding", pa.list_(pa.float16(), 2))])
+
+
+def number_of(key: str) -> int:
+    return int(key[:5]) * 4 + int(key[5:])
+
+
+def made_run(folder: Path, layout: str) -> Store:
+    """Make a run of 12 images, annotated but for the third one, with a selection in two splits."""
+    rows = [
+        {"prompt": f"image {number}" + (" [raise]" if number == FAILED else ""), "seed_": f"note {number}"}
+        for number in range(NUM_ROWS)
+    ]
+    prompts = {"passthrough": ["seed_"]}
+    config = make_job(folder, rows, prompts=prompts, output={"format": layout}, failures={"max_ratio": 1.0})
+    finish(config)
+    store = Store(config.output.uri)
+
+    def judge(row: Any) -> dict[str, Any] | None:
+        number = number_of(row["key"])
+        return None if number == 2 else {"similarity": number / 4, "label": f"l{number}", "embedding": [number, 0.5]}
+
+    put_annotations(store, "clip", COLUMNS, judge)
+    table = {"key": [f"{number // 4:05d}{number % 4:04d}" for number in (0, 1, 2, 3, 4, 6, 12)]}
+    (folder / "keys.json").write_text(json.dumps(table["key"]))
+    return store
+
+
+@pytest.fixture(params=LAYOUTS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return made_run(tmp_path, request.param)
+
+
+def rows_of(dest: Path, format: str) -> Iterator[tuple[str, dict[str, Any], bytes]]:
+    """Yield split, record and image of everything in an export, without the package."""
+    for path in sorted([*dest.glob("*/*.tar"), *dest.glob("*/*.parquet"), *dest.glob("*/*/metadata.parquet")]):
+        split = path.relative_to(dest).parts[0]
+        if format == "webdataset":
+            with tarfile.open(path) as tar:
+                members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+            keys = dict.fromkeys(name.partition(".")[0] for name in members)
+            assert len(members) == 3 * len(keys)
+            for key in keys:
+                yield split, json.loads(members[f"{key}.json"]), members[f"{key}.png"]
+        elif format == "parquet":
+            yield from ((split, row, row.pop("image")["bytes"]) for row in pq.read_table(path).to_pylist())
+        else:
+            for row in pq.read_table(path).to_pylist():
+                yield split, row, (path.parent / row.pop("file_name")).read_bytes()
+
+
+@pytest.mark.parametrize("format", ["webdataset", "files", "parquet"])
+def test_an_export_has_the_images_their_records_and_annotations(
+    store: Store, tmp_path: Path, format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dest = tmp_path / "dest"
+    split = ["--keys", str(tmp_path / "keys.json"), "--split", "train=0.6,test=0.4"]
+    assert command(capsys, "select", store.uri, "some", *split)[0] == 0
+    selection = read_selection(store, "some").to_pydict()
+    splits = dict(zip(selection["key"], selection["split"], strict=True))
+    arguments = ["export", store.uri, str(dest), "--selection", "some", "--format", format, "--shard-size", "2"]
+    code, said = command(capsys, *arguments, "--json")
+    figures = json.loads(said)
+    assert (code, figures["num_new_shards"], sum(figures["splits"].values())) == (0, figures["num_shards"], 7)
+
+    truth = {row["key"]: row for row in pa.concat_tables(read_metadata(store)).to_pylist()}
+    found = list(rows_of(dest, format))
+    assert [row["key"] for split, row, _ in sorted(found, key=lambda each: each[1]["key"])] == sorted(splits)
+    for split_name, row, image in found:
+        original = truth[row["key"]]
+        assert splits[row["key"]] == split_name
+        assert hashlib.sha256(image).hexdigest() == original["sha256"] == row["sha256"]
+        assert (row["prompt"], row["seed"], row["seed__"]) == (original["prompt"], original["seed"], original["seed__"])
+        number = number_of(row["key"])
+        nulls = (0.0, "", []) if format == "webdataset" else (None, None, None)
+        judged = nulls if number == 2 else (number / 4, f"l{number}", [float(number), 0.5])
+        assert (row["clip_similarity"], row["clip_label"], row["clip_embedding"]) == judged
+    before = {path: path.read_bytes() for path in sorted(dest.rglob("*")) if path.is_file()}
+    assert json.loads(command(capsys, *arguments, "--json")[1])["num_new_shards"] == 0
+    assert {path: path.read_bytes() for path in sorted(dest.rglob("*")) if path.is_file()} == before
+    code, said = command(capsys, *arguments[:-1], "3")
+    assert (code, "shard_size is 2 there, 3 here" in said) == (2, True)
+    datasets = pytest.importorskip("datasets")
+    loaded = datasets.load_dataset(str(dest), cache_dir=str(tmp_path / "cache"))
+    assert {name: table.num_rows for name, table in loaded.items()} == figures["splits"]
+
+
+def read_metadata(store: Store) -> list[pa.Table]:
+    return [pq.read_table(io.BytesIO(store.read(key))) for key in store.list("metadata")]
+
+
+class Killed(BaseException):
+    """The end of a process after a write."""
+
+
+@pytest.mark.parametrize("format", ["webdataset", "files", "parquet"])
+def test_a_killed_export_goes_on_and_ends_in_the_same_bytes(
+    tmp_path: Path, format: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = made_run(tmp_path, "webdataset")
+    whole, dest = tmp_path / "whole", tmp_path / "dest"
+    export(store, Store(str(whole)), format=format, shard_size=3)
+    left = 0
+
+    def mortal(write: Callable[..., None]) -> Callable[..., None]:
+        def write_or_die(self: Store, key: str, data: bytes | Path) -> None:
+            nonlocal left
+            write(self, key, data)
+            left -= 1
+            if left <= 0:
+                raise Killed
+
+        return write_or_die
+
+    for name in ("write", "put_if_absent"):
+        monkeypatch.setattr(Store, name, mortal(getattr(Store, name)))
+    for _ in range(40):
+        left = 7
+        try:
+            export(store, Store(str(dest)), format=format, shard_size=3)
+        except Killed:
+            continue
+        break
+    monkeypatch.undo()
+    files = [
+        {
+            path.relative_to(folder): path.read_bytes().replace(str(folder).encode(), b"")
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        for folder in (whole, dest)
+    ]
+    assert files[0] == files[1]
+    assert Path("_SUCCESS") in files[0]
+
+
+def test_copies_may_be_smaller_and_keep_their_label(tmp_path: Path) -> None:
+    store = made_run(tmp_path, "files")
+    export(store, Store(str(tmp_path / "dest")), format="parquet", max_side=16)
+    originals = {row["sha256"] for row in pa.concat_tables(read_metadata(store)).to_pylist()}
+    assert {row["sha256"] for _, row, _ in rows_of(tmp_path / "dest", "parquet")} < originals
+    # An image of 16 x 16 is no larger than 16; a larger one is shrunk.
+    config = make_job(tmp_path / "large", [{"prompt": "one", "width": 64, "height": 32}])
+    finish(config)
+    dest = tmp_path / "small"
+    export(Store(config.output.uri), Store(str(dest)), format="parquet", max_side=20)
+    ((_, row, data),) = rows_of(dest, "parquet")
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.size, image.format, AI_SOURCE_TYPE in str(image.info)) == ((20, 10), "PNG", True)
+    size = (row["width"], row["height"], row["stored_width"], row["stored_height"], row["bytes"])
+    assert size == (64, 32, 20, 10, len(data))
+    assert read_provenance(data)["prompt"] == "one"
+    assert metadata(config)[0]["sha256"] != row["sha256"]
+
+
+def mark(data: bytes, record: Mapping[str, Any]) -> bytes:
+    """Turn the first pixel red."""
+    with Image.open(io.BytesIO(data)) as image:
+        pixels = np.array(image)
+    pixels[0, 0] = (255, 0, 0)
+    return encode(pixels, ImageConfig(), {"prompt": record["prompt"], "model": record["model"]})
+
+
+def strip(data: bytes, record: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_last_hand_on_every_image_keeps_the_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hands", SimpleNamespace(mark=mark, strip=strip))
+    store = made_run(tmp_path, "parquet")
+    export(store, Store(str(tmp_path / "dest")), format="files", finish="hands:mark")
+    for _, row, data in rows_of(tmp_path / "dest", "files"):
+        with Image.open(io.BytesIO(data)) as image:
+            assert image.getpixel((0, 0)) == (255, 0, 0)
+        assert hashlib.sha256(data).hexdigest() == row["sha256"]
+    for hand, sentence in (
+        ("hands:strip", "image 000000000: has lost its AI label"),
+        ("hands:none", "must be MODULE:FUNCTION"),
+        ("nowhere", "must be MODULE:FUNCTION"),
+    ):
+        with pytest.raises(JobError, match=sentence):
+            export(store, Store(str(tmp_path / "other")), finish=hand)
+
+
+def test_other_readers_open_an_export(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    store = made_run(tmp_path, "webdataset")
+    for format in ("webdataset", "parquet"):
+        export(store, Store(str(tmp_path / format)), format=format, shard_size=5)
+    tars = sorted(str(path) for path in (tmp_path / "webdataset/train").glob("*.tar"))
+    rows = list(webdataset.WebDataset(tars, shardshuffle=False).decode("pil").to_tuple("png", "txt", "json"))
+    assert [text for _, text, _ in rows] == [f"image {number}" for number in range(NUM_ROWS) if number != FAILED]
+    query = f"SELECT count(*), max(clip_similarity), count(image.bytes) FROM '{tmp_path}/parquet/train/*.parquet'"
+    assert duckdb.sql(query).fetchall() == [(12, 3.0, 12)]
+
+
+def test_the_card_says_what_is_known(tmp_path: Path) -> None:
+    store = made_run(tmp_path, "webdataset")
+    dest = tmp_path / "dest"
+    export(store, Store(str(dest)), format="parquet", shard_size=5, licence="cc-by-4.0")
+    card = (dest / "README.md").read_text()
+    for text in (
+        'license: "cc-by-4.0"',
+        '{"split": "train", "path": "train/*.parquet"}',
+        'size_categories: ["n<1K"]',
+        "The run asked for 13 images and made 12 of them; 1 failed:",
+        "| `RuntimeError` | 1 |",
+        "| `clip_similarity` | float | `similarity` of the annotation `clip` |",
+        "| `seed__` | string | a column of the prompts |",
+        "| `clip_similarity` | 11 | 0.125 |",
+        f'load_dataset("{dest}", split="train")',
+        "FLUX.1-dev's does",
+    ):
+        assert text in card
+    assert card.count("```python") == 4
+    for language, block in ((each.partition("\n")[0], each.partition("\n")[2]) for each in card.split("```")[1::2]):
+        assert language in ("python", "json")
+        if language == "python":
+            compile(block, "card", "exec")
+
+
+def test_what_cannot_be_exported_is_a_sentence(tmp_path: Path) -> None:
+    store = made_run(tmp_path, "webdataset")
+    dest = Store(str(tmp_path / "dest"))
+    for options, sentence in (
+        ({"selection": "none"}, "there is no selection 'none'"),
+        ({"shard_size": 0}, "--shard-size 0"),
+        ({"max_side": 3}, "--max-side 3"),
+    ):
+        with pytest.raises(JobError, match=sentence):
+            export(store, dest, **options)  # type: ignore[arg-type]
+    with pytest.raises(JobError, match="is the output of a run"):
+        export(store, store)
+    tar = tmp_path / "out/train/00002.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"IHDR", b"IHDX", 1))
+    with pytest.raises(StoreError, match=r"image 000020000 differ from its metadata \(sha256\)"):
+        export(store, dest)
+    assert not dest.exists("_SUCCESS")

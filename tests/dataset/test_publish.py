@@ -1,0 +1,152 @@
+"""Publications: each file once on the Hub, whatever is killed or refused, and a card that is right."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux_batch.dataset.export.export import export
+from flux_batch.dataset.publish.hub import HubDataset
+from flux_batch.dataset.publish.publish import Published, publish
+from flux_batch.errors import JobError, StoreRefused
+from flux_batch.storage.retry import RetryPolicy
+from flux_batch.storage.store import Store
+from helpers.finished_runs import command, finish
+from helpers.hub_datasets import DatasetHub, dataset_hub, publish_to
+from helpers.job_files import make_job
+
+# huggingface_hub sends files by an argument that its HTTP client would have renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+ADDRESS = "hf://datasets/owner/name"
+NUM_IMAGES = 24
+
+
+class Killed(BaseException):
+    """The end of the process in the middle of a request."""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    config = make_job(tmp_path_factory.mktemp("run"), [{"prompt": f"image {number}"} for number in range(NUM_IMAGES)])
+    finish(config)
+    return Store(config.output.uri)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[DatasetHub]:
+    with dataset_hub() as hub:
+        publish_to(hub, monkeypatch)
+        yield hub
+
+
+def published(store: Store, **options: Any) -> Published:
+    dataset = HubDataset(ADDRESS, RetryPolicy(attempts=8, first_wait_s=0.0))
+    return publish(store, dataset, **{"licence": "cc-by-4.0", "shard_size": 2, **options})
+
+
+def test_a_publication_is_the_export_with_a_card(store: Store, hub: DatasetHub, tmp_path: Path) -> None:
+    done = published(store)
+    assert (done.num_shards, done.num_new_shards, done.splits) == (12, 12, {"train": NUM_IMAGES})
+    export(store, Store(str(tmp_path)), format="parquet", shard_size=2)
+    shards = {f"train/{path.name}": path.read_bytes() for path in (tmp_path / "train").iterdir()}
+    assert {name: data for name, data in hub.files.items() if name.startswith("train/")} == shards
+    assert sorted(hub.files.keys() - shards.keys()) == ["README.md", "publication.json", "samples.jpg"]
+    assert [len(commit) for commit in hub.commits] == [3, 1, 2, 4, 5]
+    card = hub.files["README.md"].decode()
+    assert 'load_dataset("owner/name", split="train")' in card
+    assert "![samples.jpg](samples.jpg)" in card
+
+    folder = tmp_path / "hub"
+    for name, data in hub.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"), split="train")
+    assert rows["prompt"] == [f"image {number}" for number in range(NUM_IMAGES)]
+
+    num_commits = len(hub.commits)
+    assert published(store).num_new_shards == 0
+    assert (len(hub.commits), set(hub.uploads.values())) == (num_commits, {1})
+    published(store, licence="cc0-1.0")
+    assert hub.commits[num_commits:] == [["README.md"]]
+
+
+def test_kills_and_refusals_cost_no_file_and_no_second_upload(store: Store, hub: DatasetHub) -> None:
+    dice = random.Random(6)
+    kills = 0
+
+    def refuse_every_seventh(number: int) -> None:
+        hub.failing = {number + 1: dice.choice([429, 412, 500])} if number % 7 == 0 else {}
+
+    hub.on_request = refuse_every_seventh
+    hub.lost = {1, 3, 4}
+    from huggingface_hub.utils import _http
+
+    client = _http.get_session()
+    send, sent = client.send, 0
+
+    def mortal(*arguments: Any, **options: Any) -> Any:
+        nonlocal sent
+        sent += 1
+        if sent % 10 == 0:
+            raise Killed
+        return send(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "send", mortal)
+        for _ in range(60):
+            try:
+                done = published(store, format="webdataset")
+            except Killed:
+                kills += 1
+                continue
+            break
+        else:
+            raise AssertionError(f"not done after {kills} kills: {hub.commits}")
+    assert kills >= 3
+    assert done.num_shards == 12
+    committed = [name for commit in hub.commits for name in commit]
+    assert sorted(committed) == sorted(hub.files)  # each in one commit
+    assert sorted(name for name in hub.files if name.startswith("train/")) == [f"train/{n:05d}.tar" for n in range(12)]
+    assert set(hub.uploads.values()) == {1}
+    assert len(hub.uploads) == 13  # and the samples
+    undisturbed = {**hub.files}
+    hub.on_request, hub.failing, hub.lost = lambda number: None, {}, set()
+    hub.files, hub.commits, hub.objects = {}, [], {}
+    published(store, format="webdataset")
+    assert hub.files == undisturbed
+
+
+def test_another_data_set_is_left_alone(store: Store, hub: DatasetHub, capsys: pytest.CaptureFixture[str]) -> None:
+    published(store)
+    with pytest.raises(JobError, match="holds another export: shard_size is 2 there, 5 here"):
+        published(store, shard_size=5)
+    hub.files = {"train/mine.parquet": b"x", ".gitattributes": b""}
+    with pytest.raises(JobError, match=r"has files of another data set, as train/mine.parquet"):
+        published(store)
+    assert hub.files.keys() == {"train/mine.parquet", ".gitattributes"}
+    for arguments, sentence in (
+        ([ADDRESS], "--license is missing: say under which licence"),
+        (["hf://models/a/b", "--license", "other"], "must be hf://datasets/OWNER/NAME"),
+        ([ADDRESS, "--license", "other", "--selection", "none"], "there is no selection 'none'"),
+    ):
+        code, said = command(capsys, "publish", store.uri, *arguments)
+        assert (code, sentence in said, "Traceback" in said) == (2, True, False)
+
+
+def test_a_token_that_may_not_write_is_a_sentence(store: Store, hub: DatasetHub) -> None:
+    hub.token, number = "another", hub.requests
+    with pytest.raises(StoreRefused, match="the Hub answered 401: log in by `hf auth login`"):
+        published(store)
+    assert hub.requests <= number + 2  # that it is there already is looked up
+
+
+def test_the_command_says_what_it_did(store: Store, hub: DatasetHub, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["publish", store.uri, ADDRESS, "--license", "other", "--shard-size", "12", "--json"]
+    code, said = command(capsys, *arguments)
+    assert (code, json.loads(said)["num_new_shards"]) == (0, 2)
