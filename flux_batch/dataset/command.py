@@ -20,17 +20,18 @@ def add_select(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `select`."""
     command.add_argument("output", metavar="OUTPUT_URI")
     command.add_argument("name", metavar="NAME", help="the name of the selection")
-    expression = {"metavar": "EXPRESSION"}
-    command.add_argument("--where", **expression, help="keep what is true, as clip.similarity > 0.27 (DuckDB's words)")
+    command.add_argument(
+        "--where", metavar="EXPRESSION", help="keep what is true, as clip.similarity > 0.27 (DuckDB's words)"
+    )
     command.add_argument("--keys", metavar="FILE", help="keep these keys: one a line, CSV, JSON or Parquet")
     command.add_argument("--dedup", metavar="phash|COLUMN", help="keep the best of near-duplicates")
     command.add_argument("--distance", type=float, metavar="D", help="near: so many bits (10), or 1 - cosine (0.05)")
     command.add_argument("--top", type=int, metavar="N", help="keep the best N by --by")
-    command.add_argument("--by", **expression, help="the greater the better; write --by=-noise for the least")
-    command.add_argument("--within", **expression, help="keep the best N of each such group")
+    command.add_argument("--by", metavar="EXPRESSION", help="the greater the better; write --by=-noise for the least")
+    command.add_argument("--within", metavar="EXPRESSION", help="keep the best N of each such group")
     command.add_argument("--take", type=int, metavar="N", help="keep exactly N, drawn by hash")
     command.add_argument("--split", metavar="NAME=SHARE,...", help="splits, as train=0.9,test=0.1 (default train=1)")
-    command.add_argument("--stratify", **expression, help="each split has its share of each such group")
+    command.add_argument("--stratify", metavar="EXPRESSION", help="each split has its share of each such group")
     command.add_argument("--replace", action="store_true", help="replace another selection of that name")
     command.add_argument("--json", action="store_true", help="print JSON")
 

@@ -315,8 +315,8 @@ def _shrunk(data: bytes, max_side: int, config: ImageConfig) -> tuple[bytes, int
     with Image.open(io.BytesIO(data)) as image:
         if max(image.size) <= max_side:
             return data, image.width, image.height
-        image = to_rgb(image)
-        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-        pixels = np.asarray(image)
+        small = to_rgb(image)
+        small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        pixels = np.asarray(small)
     height, width, _ = pixels.shape
     return encode(pixels, config, read_provenance(data)), width, height

@@ -120,7 +120,7 @@ class HubDataset:
     @cached_property
     def _api(self) -> HfApi:
         from huggingface_hub import HfApi
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
         return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="flux-batch")

@@ -6,12 +6,13 @@ Exact, not approximate, so that a selection is the same each time; the work grow
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 _Matrix: TypeAlias = NDArray[np.bool_]
+_Values: TypeAlias = NDArray[Any]
 # Images compared with those that stay at once; a block of distances is 8 MB or less.
 _ROWS, _COLUMNS = 512, 2048
 
@@ -23,7 +24,7 @@ def near_hashes(hashes: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
     """
 
     def is_near(some: NDArray[np.uint64], others: NDArray[np.uint64]) -> _Matrix:
-        return np.bitwise_count(some[:, None] ^ others[None, :]) <= distance
+        return np.asarray(np.bitwise_count(some[:, None] ^ others[None, :]) <= distance, np.bool_)
 
     # Equal ones first: a run of few prompts has many, and they need no comparison.
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
@@ -46,7 +47,7 @@ def near_embeddings(embeddings: NDArray[np.float32], distance: float) -> NDArray
     return _near(unit, is_near)
 
 
-def _near(values: NDArray, is_near: Callable[[NDArray, NDArray], _Matrix]) -> NDArray[np.int64]:
+def _near(values: _Values, is_near: Callable[[_Values, _Values], _Matrix]) -> NDArray[np.int64]:
     """Go through the values from the best: each stays unless it is near to one that stays."""
     stays_instead = np.arange(len(values))
     kept = np.empty(0, np.int64)

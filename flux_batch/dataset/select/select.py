@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from flux_batch.dataset.select.keys import read_keys
 from flux_batch.dataset.select.near import near_embeddings, near_hashes
@@ -266,7 +268,7 @@ class _Chooser:
         )
 
 
-def _near(dedup: str, values: pa.ChunkedArray, distance: float | None) -> np.ndarray:
+def _near(dedup: str, values: pa.ChunkedArray, distance: float | None) -> NDArray[Any]:
     """Find near-duplicates in a column of hashes (64 bits) or embeddings, the best first."""
     kind = values.type
     if pa.types.is_integer(kind):
@@ -293,12 +295,12 @@ def _bits(dedup: str, value: str | bytes) -> int:
     raise JobError(f"--dedup {dedup}: {value!r} is no hash of 64 bits: 16 hex digits, 8 bytes, or an integer")
 
 
-def _matrix(dedup: str, values: pa.ChunkedArray) -> np.ndarray:
+def _matrix(dedup: str, values: pa.ChunkedArray) -> NDArray[Any]:
     lengths = {len(each) for each in values}
     if len(lengths) > 1:
         raise JobError(f"--dedup {dedup}: has embeddings of {min(lengths)} and of {max(lengths)} numbers")
     flat = values.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return flat.astype(np.float32, copy=False).reshape(len(values), -1)
+    return np.asarray(flat, np.float32).reshape(len(values), -1)
 
 
 def _text(text: str) -> str:

@@ -70,7 +70,7 @@ class Tables:
     def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """Run a query. Returns: its rows. Raises: JobError for what the data does not allow, as 'x'::INTEGER."""
         try:
-            return self.connection.execute(query, parameters).fetchall()
+            return list(self.connection.execute(query, parameters).fetchall())
         except duckdb.OutOfMemoryException as error:
             raise JobError(f"the selection needs more than {_MEMORY}: {_sentence(error)}") from error
         except duckdb.Error as error:
@@ -115,7 +115,13 @@ class Tables:
         if tree.get("error"):
             raise JobError(f"{text!r}: is no expression: {tree.get('error_message')}")
         nodes = [statement["node"] for statement in tree["statements"]]
-        alone = {"modifiers": [], "where_clause": None, "group_expressions": [], "having": None, "qualify": None}
+        alone: dict[str, Any] = {
+            "modifiers": [],
+            "where_clause": None,
+            "group_expressions": [],
+            "having": None,
+            "qualify": None,
+        }
         if len(nodes) != 1 or any(nodes[0].get(name) != empty for name, empty in alone.items()):
             raise JobError(f"{text!r}: must be one expression, as in clip.similarity > 0.27")
         if len(nodes[0]["select_list"]) != 1 or nodes[0]["from_table"]["type"] != "EMPTY":
