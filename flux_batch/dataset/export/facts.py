@@ -16,8 +16,9 @@ from flux_batch.dataset.export.source import ExportSource
 from flux_batch.dataset.select.files import committed_shards, read_tables
 from flux_batch.dataset.select.selection import made_by
 from flux_batch.errors import NotFound
+from flux_batch.output.annotations import AnnotationFolder
 from flux_batch.output.formats import OutputFormat
-from flux_batch.output.paths import ANNOTATING, REPORT
+from flux_batch.output.paths import REPORT
 from flux_batch.report.gallery.content import Gallery, GalleryImage, read_file
 from flux_batch.report.gallery.rows import GalleryRow, spread
 from flux_batch.report.gallery.sheet import draw_sheet
@@ -87,7 +88,7 @@ def selection_facts(source: ExportSource) -> Mapping[str, Any]:
 def annotators(source: ExportSource) -> dict[str, Mapping[str, Any]]:
     """Return what made each annotation, as it is written beside it."""
     names = dict.fromkeys(column.annotation for column in source.annotation_columns)
-    return {name: _read_json(source, f"{ANNOTATING}/{name}/annotator.json") for name in names}
+    return {name: _read_json(source, AnnotationFolder(source.run.folder, name).identity) for name in names}
 
 
 def histograms(source: ExportSource) -> list[Histogram]:

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flux_batch.errors import StoreError, one_line
+from flux_batch.output.annotations import AnnotationFolder, annotation_names
 from flux_batch.output.formats import DECODE_ERRORS
-from flux_batch.output.paths import ANNOTATING, ANNOTATIONS, metadata_file
+from flux_batch.output.paths import metadata_file
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.storage.passthrough import portable
 
@@ -27,10 +28,7 @@ def committed_shards(run: SavedRun) -> list[int]:
 
 def annotated_shards(run: SavedRun) -> dict[str, set[int]]:
     """Return the shards with committed annotations, by the name of the annotation."""
-    names = sorted(name for name, size in run.store.children(ANNOTATING).items() if size is None)
-    commits = {name: run.store.children(f"{ANNOTATING}/{name}/commits") for name in names}
-    numbers = {name: {run.folder.shard_of(file, ".json") for file in files} for name, files in commits.items()}
-    return {name: {shard for shard in shards if shard is not None} for name, shards in numbers.items()}
+    return {name: AnnotationFolder(run.folder, name).commits.done() for name in annotation_names(run.folder)}
 
 
 def read_tables(run: SavedRun, shards: Iterable[int], annotation: str | None, schema: pa.Schema) -> Iterator[pa.Table]:
@@ -74,5 +72,6 @@ def _read(run: SavedRun, annotation: str | None, shard: int, schema: pa.Schema) 
 
 
 def _file(run: SavedRun, annotation: str | None, shard: int) -> str:
-    name = run.name(shard)
-    return metadata_file(name) if annotation is None else f"{ANNOTATIONS}/{annotation}/{name}.parquet"
+    if annotation is None:
+        return metadata_file(run.name(shard))
+    return AnnotationFolder(run.folder, annotation).file(shard)
