@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.config.text import fill_in_dates, parse_moment, read_tree
+from flux_batch.dataset.annotators.score import load_scorer
 from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted, JobError, StoreError
 from flux_batch.output.lease import Lease
+from flux_batch.output.metadata import with_quality
 from flux_batch.output.paths import PLAN
 from flux_batch.pipeline.load import load_pipeline
 from flux_batch.pipeline.weights import check_weights
@@ -82,7 +84,8 @@ def run(
         if todo:
             log.info("%s: %d of %d shards to do, output: %s", config.name, len(todo), len(plan.shards), store.uri)
             make_pipeline = make_pipeline or partial(load_pipeline, num_gpus=here.workers.num_gpus)
-            factory = WorkerFactory(here, len(plan.shards), plan.passthrough, make_pipeline, plan.rules)
+            columns = with_quality(plan.passthrough, config.quality)
+            factory = WorkerFactory(here, len(plan.shards), columns, make_pipeline, plan.rules, load_scorer)
             _render(engine or ray_pool(here), factory, todo, stop, progress)
         return close_run(here, store, plan, progress)
 

@@ -25,6 +25,17 @@ def image_seed(run_seed: int, row_id: str, image_index: int) -> int:
     return int.from_bytes(digest) >> 11
 
 
+def retry_seed(seed: int, retry: int) -> int:
+    """Return the seed of a further try of an image, from that of the first; retry 0 is the first itself.
+
+    Returns: 53 bits, as `image_seed`.
+    """
+    if retry == 0:
+        return seed
+    digest = hashlib.blake2b(f"retry\x1f{seed}\x1f{retry}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 11
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRange:
     """A range of rows of one prompts file.

@@ -15,6 +15,7 @@ from flux_batch.output.card import card
 from flux_batch.output.commits import Commits
 from flux_batch.output.formats import format_for
 from flux_batch.output.gc import unfinished_uploads
+from flux_batch.output.metadata import with_quality
 from flux_batch.output.paths import CARD, JOB, METADATA, PLAN, PRECISION, REPORT, STAGING, SUCCESS, TRAIN, RunFolder
 from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.output.staging import Staging
@@ -127,7 +128,10 @@ def _saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Pla
 
 def revert_failed(config: JobConfig, plan: Plan, store: Store, *, retry_failed: bool) -> None:
     """Finish interrupted reverts; with `retry_failed`, revert the commits that have failed rows. Needs the lease."""
-    run, output_format = RunFolder(store, len(plan.shards)), format_for(config.output, plan.passthrough)
+    run, output_format = (
+        RunFolder(store, len(plan.shards)),
+        format_for(config.output, with_quality(plan.passthrough, config.quality)),
+    )
     finish_reverts(run, output_format)
     if retry_failed:
         commits = Commits(run)

@@ -43,10 +43,10 @@ LADDER: dict[str, set[str]] = {
     # The run that is in an output; `worker` for what the first worker settled.
     "resume": BOTTOM | {"config", "download", "output", "plan", "prompts", "report", "storage", "worker"},
     "job": BOTTOM
-    | {"config", "demo", "download", "engine", "output", "pipeline", "prompts", "report", "resume", "storage"}
-    | {"worker"},
+    | {"config", "dataset/annotators", "demo", "download", "engine", "output", "pipeline", "prompts", "report"}
+    | {"resume", "storage", "worker"},
     # The annotators in the package, which a job may use as scores too.
-    "dataset/annotators": BOTTOM | {"demo", "download", "images", "pipeline"},
+    "dataset/annotators": BOTTOM | {"config", "demo", "download", "images", "pipeline"},
     "dataset": BOTTOM
     | {"config", "dataset/annotators", "engine", "images", "output", "plan", "report", "storage", "telemetry"},
     "bench": BOTTOM | {"config", "demo", "engine", "images", "job", "model", "pipeline", "plan", "report", "worker"},

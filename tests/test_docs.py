@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -230,6 +230,8 @@ def has_key(section: Any, keys: list[str]) -> bool:
     """Return whether a section of the job file has a key, given as the names on the way to it."""
     if not keys:
         return True
+    if type(None) in get_args(section):  # a section that may be left out
+        section = get_args(section)[0]
     if not (isinstance(section, type) and issubclass(section, BaseModel)):
         return False
     field = section.model_fields.get(keys[0])

@@ -38,6 +38,9 @@ from flux_batch.sampling_params import (
 
 # Keys of `model` that change pixels. `compile` is one: fused kernels round differently.
 _MODEL_IDENTITY = ("uri", "dtype", "quantization", "step_cache", "compile", "loras")
+_QUALITY_IDENTITY = ("score", "at_least", "max_tries", "keep", "otherwise", "options")
+# The columns that `quality` adds to the metadata.
+QUALITY_COLUMNS = ("tries", "score", "accepted")
 _NO_PROMPTS = "must name at least one file, folder or glob"
 _PROMPTS_IDENTITY = (
     *("columns", "passthrough", "rows", "samplers", "template", "wildcards", "design", "limit", "allow_http"),
@@ -331,6 +334,32 @@ class SamplingConfig(_Section, SamplingParams, frozen=True):
         return SamplingParams(**{name: getattr(self, name) for name in SAMPLING_FIELDS})
 
 
+class QualityConfig(_Section):
+    """A score that images should reach, and further tries for those that do not."""
+
+    score: str = Field(min_length=1)
+    """What judges an image: a built-in annotator, `NAME.COLUMN` if not by its first column; or `module:factory`."""
+    at_least: float
+    """The least score of an image that is accepted."""
+    max_tries: int = Field(default=4, ge=1, le=100)
+    """Tries of an image at most; each further one has a seed derived from that of the first."""
+    keep: Literal["first", "best"] = "first"
+    """`first` keeps the first image that is accepted, or else the best; `best` makes all tries and keeps the best."""
+    otherwise: Literal["keep", "fail"] = "keep"
+    """What becomes of an image that no try made good: it is kept with `accepted` false, or it is a failed row."""
+    options: dict[str, Any] = {}
+    """Options of the annotator."""
+    accept_rate: float | None = Field(default=None, gt=0, le=1)
+    """Share of images that one try makes good, for the figures of `flux-batch plan`; null counts `max_tries`."""
+
+    @property
+    def expected_tries(self) -> float:
+        """The tries of an image on average, if a try is good by `accept_rate`."""
+        if self.keep == "best" or self.accept_rate is None:
+            return float(self.max_tries)
+        return (1 - (1 - self.accept_rate) ** self.max_tries) / self.accept_rate
+
+
 class _WorkersConfig(_Section):
     """The number of workers, and the devices and batch size of each."""
 
@@ -379,6 +408,7 @@ class JobConfig(_Section):
     output: OutputConfig
     model: ModelConfig
     sampling: SamplingConfig = SamplingConfig()
+    quality: QualityConfig | None = None
     workers: _WorkersConfig = _WorkersConfig()
     failures: FailuresConfig = FailuresConfig()
 
@@ -389,6 +419,17 @@ class JobConfig(_Section):
             raise InvalidSetting(f"{field} is on the web: set prompts.allow_http to true", field=field)
         if re.match("[^/]*://[^/]*@", uri):
             raise InvalidSetting(f"{field} holds a user name or password, which would be written down", field=field)
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_free(self) -> JobConfig:
+        taken = [name for name in self.prompts.metadata_columns if name in QUALITY_COLUMNS]
+        if self.quality and taken:
+            raise InvalidSetting(
+                f"quality: adds the column {taken[0]!r} to the metadata, which is a column of the prompts too; rename "
+                "that one",
+                field="quality",
+            )
         return self
 
     @classmethod
@@ -423,5 +464,6 @@ class JobConfig(_Section):
             "output.image": tree["output"]["image"],
             "model": {key: tree["model"][key] for key in _MODEL_IDENTITY},
             "sampling": tree["sampling"],
+            "quality": {key: (tree["quality"] or {}).get(key) for key in _QUALITY_IDENTITY},
         }
         return {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}

@@ -214,6 +214,8 @@ def _keys_at(model: Any, sections: list[int | str]) -> list[str]:
     for section in sections:
         is_item = isinstance(section, int)
         model = get_args(model)[0] if is_item else model.model_fields[section].annotation
+        if not is_item and type(None) in get_args(model):
+            model = get_args(model)[0]
     return list(model.model_fields)
 
 

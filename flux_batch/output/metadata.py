@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from flux_batch.config.schema import QUALITY_COLUMNS, QualityConfig
 from flux_batch.records import ImageRecord
 from flux_batch.sampling_params import SAMPLING_FIELDS
 from flux_batch.storage.passthrough import as_json, passthrough_of
@@ -45,10 +46,18 @@ RECORD_SCHEMA = pa.schema(
         ("bytes", pa.int64()),
     ]
 )
+_QUALITY = tuple(
+    pa.field(name, kind) for name, kind in zip(QUALITY_COLUMNS, (pa.int32(), pa.float64(), pa.bool_()), strict=True)
+)
 # Columns that say nothing of an image that stands beside its record: it was made, and it is where it is.
 _NOT_OF_SAMPLES = {"status", "error_type", "error_message", "file_name"}
 # Ends of names by which `datasets` takes a column for files to open: packaged_modules/folder_based_builder.py.
 _NAMES_OF_FILES = ("_file_name", "_file_names")
+
+
+def with_quality(passthrough: pa.Schema, quality: QualityConfig | None) -> pa.Schema:
+    """Return the columns that follow those of every record: passthrough, and what `quality` adds."""
+    return pa.schema([*passthrough, *(_QUALITY if quality else ())])
 
 
 def pack_metadata(records: Iterable[ImageRecord], passthrough: pa.Schema) -> bytes:

@@ -36,7 +36,7 @@ from flux_batch.output.paths import (
     metadata_file,
     number_in,
 )
-from flux_batch.output.staging import StagedImage, Staging, staged_record
+from flux_batch.output.staging import StagedImage, Staging, is_judged, staged_record
 from flux_batch.storage.scratch import scratch_folder
 
 # Shards that are reverted at once, and images of each in memory.
@@ -105,7 +105,8 @@ def _good_images(run: RunFolder, output_format: OutputFormat, name: str, scratch
         for key, data in iter_images(output_format, name, files) if files else ():
             row = made.get(key)
             if row and row["sha256"] == hashlib.sha256(data).hexdigest():
-                yield StagedImage(key, staged_record(row), data)
+                score = {"score": row["score"]} if is_judged(row) else {}
+                yield StagedImage(key, staged_record(row) | score, data)
     except DECODE_ERRORS:
         return
 

@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flux_batch.config.schema import QUALITY_COLUMNS
 from flux_batch.errors import NotFound
 from flux_batch.output.metadata import RECORD_SCHEMA
 from flux_batch.output.paths import STAGING, RunFolder, number_in
@@ -30,6 +31,7 @@ _SCHEMA = pa.schema(
     metadata={"version": "1"},
 )
 _REPAIR = "repair-"
+_RETRY = "retry-"
 # The fields of a record, without those that the bytes tell (`data` is empty for a failed image) and where they lie.
 _RECORD_FIELDS = [name for name in RECORD_SCHEMA.names if name not in {"status", "file_name", "sha256", "bytes"}]
 
@@ -56,6 +58,11 @@ def staged_record(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: fields[name] for name in _RECORD_FIELDS if fields.get(name) is not None}
 
 
+def is_judged(row: Mapping[str, Any]) -> bool:
+    """Return whether a row of the metadata may be that of a run with `quality`: it has its columns."""
+    return all(name in row for name in QUALITY_COLUMNS)
+
+
 @dataclass(frozen=True)
 class Staging:
     """The staging folders of a run; those of annotations have a `folder` of their own."""
@@ -63,12 +70,13 @@ class Staging:
     run: RunFolder
     folder: str = STAGING
 
-    def put(self, shard: int, images: Sequence[StagedImage], *, is_repair: bool = False) -> str:
+    def put(self, shard: int, images: Sequence[StagedImage], *, is_repair: bool = False, retry: int = 0) -> str:
         """Store the images of a batch as one object. Returns: its name in the folder of the shard.
 
-        is_repair: the images are what is good of a damaged shard, see `is_repair`.
+        is_repair: the images are what is good of a damaged shard, see `is_repair`. retry: see `retry_of`.
         """
-        name = f"{_REPAIR if is_repair else ''}{uuid.uuid4().hex}.parquet"
+        prefix = _REPAIR if is_repair else f"{_RETRY}{retry}-" if retry else ""
+        name = f"{prefix}{uuid.uuid4().hex}.parquet"
         self.run.store.write(f"{self._folder(shard)}/{name}", _pack(images))
         return name
 
@@ -123,6 +131,11 @@ def is_repair(name: str) -> bool:
     The images that are missing beside it were made once, with those as neighbours in their batches.
     """
     return name.startswith(_REPAIR)
+
+
+def retry_of(name: str) -> int:
+    """Return which further tries of images a staged object holds; 0 for their first."""
+    return int(name.removeprefix(_RETRY).partition("-")[0]) if name.startswith(_RETRY) else 0
 
 
 def _pack(images: Sequence[StagedImage]) -> bytes:

@@ -29,6 +29,7 @@ def estimate(config: JobConfig, plan: Plan) -> dict[str, Any]:
     passes = steps * (2 if sampling.params().uses_cfg else 1)
     num_tokens = num_image_tokens(sampling.width, sampling.height)
     size = _size_of_model(config)
+    tries = config.quality.expected_tries if config.quality else 1.0
     flops = passes * step_flops(size or DEV_SIZE, num_tokens, sampling.t5_sequence_length or TEXT_TOKENS)
     return {
         "num_files": len({part.name for shard in plan.shards for part in shard.parts}),
@@ -39,7 +40,8 @@ def estimate(config: JobConfig, plan: Plan) -> dict[str, Any]:
         "steps_per_image": steps,
         "pflop_per_image": float(f"{flops / 1e15:.4g}"),
         "is_counted_for_dev": size is None,
-        "device_hours": round(num_images * flops / ASSUMED_FLOPS / 3600, 2),
+        **({"tries_per_image": round(tries, 3)} if config.quality else {}),
+        "device_hours": round(num_images * tries * flops / ASSUMED_FLOPS / 3600, 2),
         "memory": memory(config),
         "notes": list(plan.notes),
     }
@@ -55,6 +57,7 @@ def format_estimate(config: JobConfig, figures: dict[str, Any]) -> str:
             *(f"         {note}" for note in figures["notes"]),
             f"images   {figures['num_images']} of {sampling.width} x {sampling.height}, "
             f"{_steps(sampling.num_inference_steps, figures['steps_per_image'])}, unless rows say otherwise",
+            *_quality_lines(config, figures),
             f"shards   {figures['num_shards']} of up to {config.output.shard_size} prompts",
             f"output   about {_bytes_text(figures['output_bytes'])} as {config.output.image.type}, "
             f"{config.output.format}",
@@ -63,6 +66,17 @@ def format_estimate(config: JobConfig, figures: dict[str, Any]) -> str:
             *format_memory(figures["memory"]),
         ]
     )
+
+
+def _quality_lines(config: JobConfig, figures: dict[str, Any]) -> list[str]:
+    quality = config.quality
+    if quality is None:
+        return []
+    assumed = "" if quality.accept_rate else "; quality.accept_rate would say how many are accepted"
+    return [
+        f"quality  {quality.score} of at least {quality.at_least:g}: {figures['tries_per_image']:g} tries an image, "
+        f"at most {quality.max_tries}{assumed}"
+    ]
 
 
 def _size_of_model(config: JobConfig) -> TransformerSize | None:

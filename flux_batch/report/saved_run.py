@@ -16,7 +16,7 @@ from flux_batch.errors import JobError, NotFound, StoreError
 from flux_batch.output.commits import Commits
 from flux_batch.output.formats import OutputFormat, format_for, iter_images
 from flux_batch.output.lease import Lease
-from flux_batch.output.metadata import unpack_metadata
+from flux_batch.output.metadata import unpack_metadata, with_quality
 from flux_batch.output.paths import JOB, PLAN, RunFolder, metadata_file
 from flux_batch.plan.plan import Outline
 from flux_batch.storage.store import Store
@@ -42,6 +42,7 @@ class SavedRun:
             config = JobConfig.from_yaml(job.decode(), origin=store.url(JOB))
         except ValueError as error:  # JobError is one too
             raise StoreError(f"{store.uri}: {PLAN} or {JOB} is damaged: {error}") from error
+        outline = replace(outline, passthrough=with_quality(outline.passthrough, config.quality))
         return cls(RunFolder(store, len(outline.num_rows)), config, outline)
 
     @property

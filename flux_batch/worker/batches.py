@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flux_batch.errors import RowError
-from flux_batch.records import ImageRequest, InputImage
+from flux_batch.records import ImageRequest, InputImage, retry_seed
 
 # Batches whose input images are read while one is on the device: enough to hide a slow server, and a bound on memory.
 READ_AHEAD = 1
@@ -21,7 +21,7 @@ ReadImage = Callable[[InputImage, tuple[int, int]], Any]
 
 @dataclass(frozen=True, slots=True)
 class ImageTask:
-    """One image to make.
+    """One image to make; `retry` is 0 for its first try.
 
     input_image: the decoded image that it starts from, the error if that cannot be read, None if it starts from noise
     or is not read yet.
@@ -30,6 +30,12 @@ class ImageTask:
     request: ImageRequest
     image_index: int
     input_image: Any = None
+    retry: int = 0
+
+    @property
+    def seed(self) -> int:
+        """The seed of this try."""
+        return retry_seed(self.request.seeds[self.image_index], self.retry)
 
     @property
     def shape(self) -> tuple[Any, ...]:

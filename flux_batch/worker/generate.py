@@ -50,13 +50,14 @@ SMALL_TILES = Tiles(64, 32)
 class ImageOutcome:
     """The result of a task: an image (uint8, h w 3) or the error in its place, and how it was made.
 
-    truncated: whether the tokenizers of CLIP and of T5 cut the prompt or the negative prompt.
+    truncated: whether the tokenizers of CLIP and of T5 cut the prompt or the negative prompt. score: that of `quality`.
     """
 
     task: ImageTask
     result: Pixels | Exception
     tiles: Tiles | None = None
     truncated: tuple[bool, bool] | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +231,7 @@ class BatchMaker:
         else:
             options["prompt"] = [task.request.prompt for task in batch]
         return self._pipeline(
-            seed=[task.request.seeds[task.image_index] for task in batch],
+            seed=[task.seed for task in batch],
             output_type="np",
             **options,
         )

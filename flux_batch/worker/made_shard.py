@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from flux_batch.output.commits import Publisher
 from flux_batch.records import Commit, ShardResult
 from flux_batch.telemetry import Heartbeat, Metrics
+from flux_batch.worker.quality import JudgedShard
 from flux_batch.worker.shard import ShardRun
 from flux_batch.worker.staging_queue import StagingQueue
 
@@ -38,7 +39,7 @@ class MadeShard:
     threads of the shard. started: time.monotonic() when the shard was begun. device_s: seconds the pipeline took.
     """
 
-    run: ShardRun
+    run: ShardRun | JudgedShard
     staging: StagingQueue
     commit: Commit | None
     publisher: Publisher

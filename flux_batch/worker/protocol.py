@@ -26,6 +26,14 @@ class CompileCache(Protocol):
         ...
 
 
+class Scorer(Protocol):
+    """A judge of images, which gives each a score; an annotator is behind it."""
+
+    def __call__(self, images: Sequence[Pixels], records: Sequence[Mapping[str, Any]]) -> Sequence[float | None]:
+        """Return the score of each image, None for one that cannot be judged; `records` are those to be written."""
+        ...
+
+
 class ImagePipeline(Protocol):
     """A model that computes images: prompts in, uint8 (h w 3) arrays out.
 

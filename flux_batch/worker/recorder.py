@@ -54,7 +54,7 @@ class Recorder:
             "id": request.id,
             "image_index": task.image_index,
             "prompt": request.prompt,
-            "seed": request.seeds[task.image_index],
+            "seed": task.seed,
             "input_image": request.input_image.name if request.input_image else None,
             **self._lora_fields(request.loras),
             "tile_size": tile_size,

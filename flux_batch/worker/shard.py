@@ -16,7 +16,7 @@ from flux_batch.config.schema import ImageConfig
 from flux_batch.errors import DeviceFatal
 from flux_batch.images import encode
 from flux_batch.output.paths import image_key
-from flux_batch.output.staging import StagedImage, Staging, is_repair, staged_record
+from flux_batch.output.staging import StagedImage, Staging, is_repair, retry_of, staged_record
 from flux_batch.prompts.input_images import spilled
 from flux_batch.records import Attempt, FailedRow, ImageRecord, ImageRequest, Shard
 from flux_batch.worker.batches import ImageTask, batches, tasks_of
@@ -63,6 +63,8 @@ class ShardRun:
         self._own_objects: set[str] = set()  # in the staging area
         self._seen_objects: set[str] = set()
         self._losses: Counter[str] = Counter()  # by label: marks that lost workers left behind
+        self.scores: dict[tuple[int, int], float | None] = {}
+        self._retry = 0
         self._is_repair = False  # images that were adopted are made once more as neighbours of those that are missing
 
     @property
@@ -79,9 +81,29 @@ class ShardRun:
         """Return the records in input order."""
         return [self.records[position] for position in sorted(self.records)]
 
+    @property
+    def tasks(self) -> list[ImageTask]:
+        """The images that the valid rows request."""
+        return list(self._tasks.values())
+
     def key(self, task: ImageTask) -> str:
-        """Return the key of an image."""
-        return image_key(self.name, task.request.row, task.image_index)
+        """Return the key of an image; that of a further try ends with its number."""
+        key = image_key(self.name, task.request.row, task.image_index)
+        return f"{key}.{task.retry}" if task.retry else key
+
+    def again(self, tasks: Iterable[ImageTask]) -> ShardRun:
+        """Return an attempt at the next tries of some images, which is staged beside this one."""
+        run = ShardRun(
+            Shard(index=self.index, parts=()),
+            self._attempt,
+            self._recorder,
+            self._staging,
+            self._image_config,
+            self.scratch,
+        )
+        run._retry = self._retry + 1
+        run._tasks = {run.key(task): task for task in (replace(task, retry=run._retry) for task in tasks)}
+        return run
 
     def add(self, row: ImageRequest | FailedRow) -> None:
         """Add a row; the bytes of its input image are spilled to disk, as those of a shard may not fit into memory."""
@@ -97,7 +119,7 @@ class ShardRun:
         staged = self._staging.list(self.index)
         self._losses = staged.tries
         self._is_repair = any(is_repair(name) for name in staged.objects)
-        self._adopt(staged.objects)
+        self._adopt(self._of_this_try(staged.objects))
         if not self._attempt.reverse_order:  # a mark of the other worker, which is at it now, may be no loss
             self._fail_repeated_losses()
 
@@ -110,13 +132,14 @@ class ShardRun:
         whole: list[_PlannedBatch] = []
         isolated: list[_PlannedBatch] = []
         for number, tasks in enumerate(batches(self._tasks.values(), size)):
+            label = f"b{number}.{self._retry}" if self._retry else f"b{number}"
             left = [task for task in tasks if task.position not in self.records]
             alone = [_PlannedBatch(self.key(task), [task]) for task in left]
-            if self._losses[f"b{number}"] or any(self._losses[batch.label] for batch in alone):
+            if self._losses[label] or any(self._losses[batch.label] for batch in alone):
                 isolated += alone
             elif left:
                 together = [task for task in tasks if not self._has_failed(task)] if self._is_repair else left
-                whole += [_PlannedBatch(f"b{number}", together)] if len(together) > 1 else alone
+                whole += [_PlannedBatch(label, together)] if len(together) > 1 else alone
         if self._attempt.reverse_order:
             whole.reverse()
         return whole + sorted(isolated, key=lambda batch: self._losses[batch.label])
@@ -158,15 +181,17 @@ class ShardRun:
             error_type, error_message = type(outcome.result).__name__, message_of(outcome.result)
             self.records[position] = self._recorder.failed(fields, error_type, error_message)
             reason = {"error_type": error_type, "error_message": error_message}
-            return StagedImage(fields["key"], staged_record(fields | reason), b"")
+            return StagedImage(self.key(outcome.task), staged_record(fields | reason), b"")
         data = encode(outcome.result, self._image_config, provenance(fields))
-        self._write_image(fields["key"], data)
+        self._write_image(self.key(outcome.task), data)
         self.records[position] = self._recorder.made(self.name, fields, data)
-        return StagedImage(fields["key"], staged_record(fields), data)
+        self.scores[position] = outcome.score
+        score = {} if outcome.score is None else {"score": outcome.score}
+        return StagedImage(self.key(outcome.task), staged_record(fields) | score, data)
 
     def stage(self, encoded: Sequence[Future[StagedImage]]) -> None:
         """Stage a batch once its images are encoded, the last one too: the next shard is begun before the commit."""
-        name = self._staging.put(self.index, [image.result() for image in encoded])
+        name = self._staging.put(self.index, [image.result() for image in encoded], retry=self._retry)
         self._own_objects.add(name)
         self._seen_objects.add(name)
 
@@ -178,13 +203,21 @@ class ShardRun:
         own = self._own_objects.copy()
         staged = self._staging.list(self.index)
         if any(self._is_wanted(task) for task in self._tasks.values()):
-            self._adopt(staged.objects - self._seen_objects)
+            self._adopt(self._of_this_try(staged.objects) - self._seen_objects)
         return own <= staged.objects
 
     def clean(self) -> None:
         """Empty the staging folder after the commit; no request is made if nothing was ever in it."""
         if self._seen_objects or self.is_isolated or self._attempt.reverse_order:
             self._staging.remove(self.index)
+
+    def image_of(self, position: tuple[int, int]) -> Path:
+        """Return the encoded file of an image that was made."""
+        key = image_key(self.name, *position)
+        return self.images[f"{key}.{self._retry}" if self._retry else key]
+
+    def _of_this_try(self, objects: Iterable[str]) -> set[str]:
+        return {name for name in objects if retry_of(name) == self._retry}
 
     def _has_failed(self, task: ImageTask) -> bool:
         record = self.records.get(task.position)
@@ -208,12 +241,14 @@ class ShardRun:
         """Adopt an image, unless it was made for another row or with other settings."""
         record = dict(image.record)
         error = record.pop("error_type", ""), record.pop("error_message", "")
+        score = record.pop("score", None)
         truncated = record.get("clip_truncated"), record.get("t5_truncated")
         fields = self._recorder.fields(self.name, task, record.get("tile_size"), truncated)
         if staged_record(fields) != record:
             return
         if image.data:
             self._write_image(image.key, image.data)
+            self.scores[task.position] = score
             self.records[task.position] = self._recorder.made(self.name, fields, image.data)
         else:
             self.records[task.position] = self._recorder.failed(fields, *error)

@@ -25,7 +25,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from flux_batch.config.schema import JobConfig, ModelConfig
+from flux_batch.config.schema import JobConfig, ModelConfig, QualityConfig
 from flux_batch.errors import Stopped
 from flux_batch.output.commits import Commits, Publisher
 from flux_batch.output.formats import format_for
@@ -45,7 +45,8 @@ from flux_batch.worker.batches import READ_AHEAD, InputImages
 from flux_batch.worker.compile_cache import SharedCompileCache
 from flux_batch.worker.generate import BatchMaker, ImageOutcome, Tiles
 from flux_batch.worker.made_shard import CommittedShard, MadeShard
-from flux_batch.worker.protocol import ImagePipeline
+from flux_batch.worker.protocol import ImagePipeline, Scorer
+from flux_batch.worker.quality import JudgedShard
 from flux_batch.worker.recorder import Recorder, message_of
 from flux_batch.worker.settled_precision import load_settled
 from flux_batch.worker.shard import ShardRun
@@ -69,6 +70,7 @@ class WorkerFactory:
     passthrough: pa.Schema
     make_pipeline: Callable[[ModelConfig], ImagePipeline]
     rules: int = LISTING_RULES
+    make_scorer: Callable[[QualityConfig], Scorer] | None = None
 
     def open(self) -> Worker:
         """Load the model and open the output, after removing the local files of killed workers."""
@@ -104,6 +106,10 @@ class Worker:
         loras = RowLoras(config.model.loras, "").defaults
         self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling), self._beat_making)
         self._recorder = Recorder(config.model, output_format, pipeline.default_t5_sequence_length)
+        self._scorer = None
+        if config.quality:
+            assert factory.make_scorer, "a job with `quality` needs something that judges images"
+            self._scorer = factory.make_scorer(config.quality)
 
     def make(self, shard: Shard, attempt: Attempt = _FIRST_ATTEMPT) -> MadeShard | CommittedShard:
         """Make the images of a shard; a committed one is left as it is.
@@ -116,13 +122,19 @@ class Worker:
             if commit := self._commits.find(shard.index):
                 return CommittedShard(commit)
             run = self._read_rows(shard, attempt, resources.enter_context(scratch_folder()))
-            num_encoders = max(1, round(self._config.workers.num_cpus))
-            staging = StagingQueue(run, self._commits, num_encoders, self.metrics, self._heartbeat.beat)
-            resources.enter_context(staging)
+            staging = resources.enter_context(self._staging_queue(run))
             other_commit = self._make_batches(run, staging)
+            judged = JudgedShard(self._config.quality, run) if self._config.quality else None
+            while judged and other_commit is None:
+                staging.wait()
+                if (again := judged.next_round()) is None:
+                    break
+                again.adopt_staged()
+                staging = resources.enter_context(self._staging_queue(again))
+                other_commit = self._make_batches(again, staging)
             self._compile_cache.share()
             return MadeShard(
-                run=run,
+                run=judged or run,
                 staging=staging,
                 commit=other_commit,
                 publisher=self._publisher,
@@ -165,6 +177,10 @@ class Worker:
         self._beat_making()
         return run
 
+    def _staging_queue(self, run: ShardRun) -> StagingQueue:
+        num_encoders = max(1, round(self._config.workers.num_cpus))
+        return StagingQueue(run, self._commits, num_encoders, self.metrics, self._heartbeat.beat)
+
     def _make_batches(self, run: ShardRun, staging: StagingQueue) -> Commit | None:
         """Make the images of a shard that are left. Returns: the commit of another attempt that was faster.
 
@@ -191,12 +207,27 @@ class Worker:
                     with self.metrics.timed("input"):
                         ready = images.join(tasks, [one.tasks for one in following])
                     with self.metrics.timed("make"):
-                        outcomes = run.missing(self._maker.make(ready))
+                        outcomes = self._judged(run, run.missing(self._maker.make(ready)))
                 self._count(run, outcomes)
                 staging.put(outcomes)
                 with self.metrics.timed("wait"):
                     staging.wait(0 if run.is_isolated else _MAX_IN_FLIGHT)
         return None
+
+    def _judged(self, run: ShardRun, outcomes: Sequence[ImageOutcome]) -> Sequence[ImageOutcome]:
+        """Return outcomes with the scores of their images, if the job has `quality`."""
+        made = [(number, one) for number, one in enumerate(outcomes) if not isinstance(one.result, Exception)]
+        if self._scorer is None or not made:
+            return outcomes
+        with self.metrics.timed("judge"):
+            records = [self._recorder.outcome_fields(run.name, one) for _, one in made]
+            pixels = [one.result for _, one in made if not isinstance(one.result, Exception)]
+            scores = self._scorer(pixels, records)
+        self._beat_making()
+        judged = list(outcomes)
+        for (number, one), score in zip(made, scores, strict=True):
+            judged[number] = replace(one, score=score)
+        return judged
 
     def _stop_shard(self, run: ShardRun, staging: StagingQueue) -> Commit:
         """Stage the images made so far. Returns: the commit of another driver's worker, if there is one.

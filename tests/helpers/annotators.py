@@ -84,3 +84,14 @@ class Redness:
 
     def compute(self, prompt: str, image: Image.Image) -> float:
         return self.scale * float(image.getpixel((0, 0))[0])  # type: ignore[index]
+
+
+class FirstRed:
+    """The red of the first pixel, from 0 to 1."""
+
+    columns = pa.schema([("red", pa.float64())])
+
+    def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        for record in records:
+            misbehave(record["prompt"])
+        return {"red": [image.getpixel((0, 0))[0] / 255 for image in images]}  # type: ignore[index]

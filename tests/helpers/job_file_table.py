@@ -84,6 +84,8 @@ def _sections(config: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, 
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if type(None) in get_args(annotation):  # a section that may be left out
+        annotation = get_args(annotation)[0]
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 

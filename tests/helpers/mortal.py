@@ -11,6 +11,8 @@ import pytest
 
 import flux_batch.worker.worker
 from flux_batch.config.schema import JobConfig
+from flux_batch.dataset.annotators.score import load_scorer
+from flux_batch.output.metadata import with_quality
 from flux_batch.plan.plan import Plan, make_plan
 from flux_batch.records import Attempt, ShardResult
 from flux_batch.storage.store import Store
@@ -112,7 +114,9 @@ def open_worker(
     store = type("ItsStore", (MortalStore,), {"life": life})
     monkeypatch.setattr(flux_batch.worker.worker, "Store", store)
     pipeline = pipeline or MortalPipeline(life)
-    worker = Worker(WorkerFactory(config, len(plan.shards), plan.passthrough, make_fake_pipeline), pipeline)
+    columns = with_quality(plan.passthrough, config.quality)
+    factory = WorkerFactory(config, len(plan.shards), columns, make_fake_pipeline, make_scorer=load_scorer)
+    worker = Worker(factory, pipeline)
     return worker, pipeline, plan
 
 

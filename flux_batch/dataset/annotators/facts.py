@@ -16,7 +16,7 @@ class Facts:
     """The share of a prompt's facts that hold, and the others; for the demo's captions alone."""
 
     version = "1"
-    columns = pa.schema([("facts", pa.float32()), ("missing", pa.list_(pa.string()))])
+    columns = pa.schema([("facts", pa.float64()), ("missing", pa.list_(pa.string()))])
 
     def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return the columns. Raises: ValueError for a prompt that is no caption of the demo's world."""

@@ -1,0 +1,65 @@
+"""An annotator as the score of a job's `quality`: one number an image."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from flux_batch.config.schema import QualityConfig
+from flux_batch.dataset.annotators.load import BUILT_IN, AnnotatorSpec, open_annotator
+from flux_batch.errors import InvalidSetting, one_line
+from flux_batch.images import Pixels
+
+log = logging.getLogger(__name__)
+
+
+class Score:
+    """A column of an annotator, as a number for each image."""
+
+    def __init__(self, quality: QualityConfig) -> None:
+        """Open the annotator. Raises: JobError."""
+        annotator, column = _annotator_and_column(quality.score)
+        spec = AnnotatorSpec(name="quality", annotator=annotator, options=quality.options, folder=os.getcwd())
+        self._annotator = open_annotator(spec).checked
+        columns = self._annotator.columns
+        self._column = column or columns.names[0]
+        if self._column not in columns.names or not _is_number(columns.field(self._column).type):
+            numbers = [field.name for field in columns if _is_number(field.type)]
+            raise InvalidSetting(
+                f"quality.score = {quality.score}: must be a column of numbers: {', '.join(numbers) or 'it has none'}",
+                field="score",
+            )
+
+    def __call__(self, images: Sequence[Pixels], records: Sequence[Mapping[str, Any]]) -> list[float | None]:
+        """Return the scores; None for an image that cannot be judged, whose reason is logged."""
+        flat = [{**record.get("passthrough", {}), **record} for record in records]
+        rows = self._annotator.rows([Image.fromarray(image) for image in images], flat)
+        return [self._score(row, record) for row, record in zip(rows, records, strict=True)]
+
+    def _score(self, row: Mapping[str, Any] | Exception, record: Mapping[str, Any]) -> float | None:
+        if isinstance(row, Exception):
+            log.warning("%s: cannot be judged: %s", record["key"], one_line(row))
+            return None
+        score = row[self._column]
+        return None if score is None or math.isnan(score) else float(score)
+
+
+def load_scorer(quality: QualityConfig) -> Score:
+    """Open the score of a job. Raises: JobError."""
+    return Score(quality)
+
+
+def _annotator_and_column(text: str) -> tuple[str, str]:
+    """Return the annotator and the column that `quality.score` names; "" for its first column."""
+    name, _, column = text.partition(".")
+    return (name, column) if name in BUILT_IN else (text, "")
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))

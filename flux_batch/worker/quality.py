@@ -1,0 +1,126 @@
+"""The images of a shard in several tries, and the decision which one is kept: a function of their scores alone.
+
+A killed attempt is followed by one that reads the scores from the staging area, so it decides alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from flux_batch.config.schema import QualityConfig
+from flux_batch.records import ImageRecord
+from flux_batch.worker.shard import ShardRun
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One try of an image: whether it was made, and its score, None if it could not be judged."""
+
+    is_made: bool
+    score: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The try of an image that is kept, from 0, and whether its score is good enough."""
+
+    retry: int
+    is_accepted: bool
+
+
+def is_open(tries: Sequence[Try], quality: QualityConfig) -> bool:
+    """Return whether an image is tried again. One that cannot be made or judged is not: it would be the same."""
+    if len(tries) >= quality.max_tries or not tries[-1].is_made or tries[-1].score is None:
+        return False
+    return quality.keep == "best" or not _is_good(tries[-1], quality)
+
+
+def choose(tries: Sequence[Try], quality: QualityConfig) -> Choice:
+    """Return the try that is kept: of equal ones the first."""
+    good = [number for number, one in enumerate(tries) if _is_good(one, quality)]
+    best = max(range(len(tries)), key=lambda number: (_rank(tries[number]), -number))
+    retry = good[0] if good and quality.keep == "first" else best
+    return Choice(retry, bool(good))
+
+
+def _is_good(one: Try, quality: QualityConfig) -> bool:
+    return one.is_made and one.score is not None and one.score >= quality.at_least
+
+
+def _rank(one: Try) -> tuple[bool, bool, float]:
+    return one.is_made, one.score is not None, one.score or 0.0
+
+
+class JudgedShard:
+    """The attempts at a shard, one a round: each makes the next try of all images whose tries were not good enough."""
+
+    def __init__(self, quality: QualityConfig, first: ShardRun) -> None:
+        self.index, self.scratch = first.index, first.scratch
+        self._quality = quality
+        self._rounds = [first]
+
+    def next_round(self) -> ShardRun | None:
+        """Return the attempt that makes the next tries, once the last one is whole; None if there are none."""
+        last = self._rounds[-1]
+        tasks = [task for task in last.tasks if is_open(self._tries(task.position), self._quality)]
+        if not tasks:
+            return None
+        self._rounds.append(last.again(tasks))
+        return self._rounds[-1]
+
+    def ordered_records(self) -> list[ImageRecord]:
+        """Return the records of the images that are kept, in input order."""
+        return [record for record, _ in self._kept]
+
+    @property
+    def images(self) -> dict[str, Path]:
+        """The encoded files of the images that are kept, by key."""
+        return {record.key: path for record, path in self._kept if path is not None}
+
+    def clean(self) -> None:
+        """Empty the staging folder after the commit."""
+        for run in self._rounds:
+            run.clean()
+
+    @cached_property
+    def _kept(self) -> list[tuple[ImageRecord, Path | None]]:
+        first = self._rounds[0]
+        tasks = {task.position for task in first.tasks}
+        return [
+            self._kept_try(position) if position in tasks else (first.records[position], None)
+            for position in sorted(first.records)
+        ]
+
+    def _kept_try(self, position: tuple[int, int]) -> tuple[ImageRecord, Path | None]:
+        tries = self._tries(position)
+        choice = choose(tries, self._quality)
+        run, score = self._rounds[choice.retry], tries[choice.retry].score
+        judged = {"tries": len(tries), "score": score, "accepted": choice.is_accepted}
+        record = run.records[position]
+        record = replace(record, passthrough={**record.passthrough, **judged})
+        if record.status == "failed":
+            return record, None
+        if not choice.is_accepted and self._quality.otherwise == "fail":
+            return _below(record, score, len(tries), self._quality), None
+        return record, run.image_of(position)
+
+    def _tries(self, position: tuple[int, int]) -> list[Try]:
+        runs = [run for run in self._rounds if position in run.records]
+        return [Try(run.records[position].status == "success", run.scores.get(position)) for run in runs]
+
+
+def _below(record: ImageRecord, score: float | None, num_tries: int, quality: QualityConfig) -> ImageRecord:
+    """Return the record of an image that is not kept, since no try was good enough."""
+    reached = "could not be judged" if score is None else f"reached {score:g} at best in {num_tries} tries"
+    return replace(
+        record,
+        status="failed",
+        error_type="BelowQuality",
+        error_message=f"{reached}; quality.at_least is {quality.at_least:g} of {quality.score}",
+        file_name=None,
+        sha256=None,
+        bytes=None,
+    )
