@@ -25,7 +25,7 @@ class Try:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The try of an image that is kept, from 0, and whether its score is good enough."""
+    """The try of an image that is kept, from 0, and whether it is accepted."""
 
     retry: int
     is_accepted: bool
@@ -113,7 +113,7 @@ class JudgedShard:
 
 
 def _below(record: ImageRecord, score: float | None, num_tries: int, quality: QualityConfig) -> ImageRecord:
-    """Return the record of an image that is not kept, since no try was good enough."""
+    """Return the record of an image of which no try was good enough."""
     reached = "could not be judged" if score is None else f"reached {score:g} at best in {num_tries} tries"
     return replace(
         record,

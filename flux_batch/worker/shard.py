@@ -92,7 +92,7 @@ class ShardRun:
         return f"{key}.{task.retry}" if task.retry else key
 
     def again(self, tasks: Iterable[ImageTask]) -> ShardRun:
-        """Return an attempt at the next tries of some images, which is staged beside this one."""
+        """Return an attempt at the next tries of some images, staged beside this one."""
         run = ShardRun(
             Shard(index=self.index, parts=()),
             self._attempt,

@@ -18,7 +18,7 @@ from flux_batch.redaction import public_tree
 
 # Imported when they are opened: some need a model.
 _PACKAGE = "flux_batch.dataset.annotators"
-_BUILT_IN: Mapping[str, str] = {
+BUILT_IN: Mapping[str, str] = {
     "phash": f"{_PACKAGE}.pixels:PerceptualHash",
     "sharpness": f"{_PACKAGE}.pixels:Sharpness",
     "exposure": f"{_PACKAGE}.pixels:Exposure",
@@ -46,10 +46,10 @@ class AnnotatorSpec:
     folder: str = ""
 
     def __post_init__(self) -> None:
-        if self.annotator not in _BUILT_IN and not _FACTORY.fullmatch(self.annotator):
+        if self.annotator not in BUILT_IN and not _FACTORY.fullmatch(self.annotator):
             raise JobError(
-                f"{self.annotator}: is no annotator; it must be {', '.join(sorted(_BUILT_IN))}, or module:factory"
-                f"{did_you_mean(self.annotator, _BUILT_IN)}"
+                f"{self.annotator}: is no annotator; it must be {', '.join(sorted(BUILT_IN))}, or module:factory"
+                f"{did_you_mean(self.annotator, BUILT_IN)}"
             )
         if not _NAME.fullmatch(self.name):
             raise JobError(f"{self.name!r}: is no name of an annotation; use letters, digits, `_` and `-`")
@@ -85,7 +85,7 @@ def parse_specs(texts: Iterable[str], options: Mapping[str, Any]) -> list[Annota
     specs = [AnnotatorSpec.parse(text) for text in texts]
     names = [spec.name for spec in specs]
     if not specs:
-        raise JobError(f"--with: name an annotator: {', '.join(sorted(_BUILT_IN))}, or module:factory")
+        raise JobError(f"--with: name an annotator: {', '.join(sorted(BUILT_IN))}, or module:factory")
     if twice := [name for name in names if names.count(name) > 1]:
         raise JobError(f"--with {twice[0]}: is there twice; give one another name, as in --with other={twice[0]}")
     given: dict[str, dict[str, Any]] = {name: {} for name in names}
@@ -123,7 +123,7 @@ def open_annotator(spec: AnnotatorSpec) -> OpenAnnotator:
 
 
 def _imported(spec: AnnotatorSpec) -> Callable[..., Any]:
-    module, _, path = _BUILT_IN.get(spec.annotator, spec.annotator).partition(":")
+    module, _, path = BUILT_IN.get(spec.annotator, spec.annotator).partition(":")
     if spec.folder and spec.folder not in sys.path and os.path.isdir(spec.folder):
         sys.path.insert(0, spec.folder)
     try:

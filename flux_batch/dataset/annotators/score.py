@@ -19,7 +19,7 @@ from flux_batch.images import Pixels
 log = logging.getLogger(__name__)
 
 
-class Score:
+class _Score:
     """A column of an annotator, as a number for each image."""
 
     def __init__(self, quality: QualityConfig) -> None:
@@ -50,9 +50,9 @@ class Score:
         return None if score is None or math.isnan(score) else float(score)
 
 
-def load_scorer(quality: QualityConfig) -> Score:
+def load_scorer(quality: QualityConfig) -> _Score:
     """Open the score of a job. Raises: JobError."""
-    return Score(quality)
+    return _Score(quality)
 
 
 def _annotator_and_column(text: str) -> tuple[str, str]:
