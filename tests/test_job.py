@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -14,7 +16,9 @@ from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, Interrupted, JobError, PlanMismatch, SourceError, StoreRefused
 from flux_batch.job import run, with_absolute_paths
+from flux_batch.report.gallery.write import write_gallery
 from flux_batch.report.summary import RunReport
+from flux_batch.report.verify import verify
 from flux_batch.storage.store import Store
 from helpers.fakes import SLOW_S, FakePipeline, make_fake_pipeline
 from helpers.job_files import data_files, make_job, metadata, write_job, write_prompts
@@ -87,6 +91,20 @@ def test_what_samplers_drew_is_on_the_card_of_a_finished_run(tmp_path: Path) -> 
     assert "| animal | cat 100.0% |\n" in text
     low, high, mean = re.search(r"\| lens \| ([\d.]+) to ([\d.]+), mean ([\d.]+) \|", text).groups()  # type: ignore[union-attr]
     assert 24 <= float(low) < float(mean) < float(high) < 85
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_times_that_python_cannot_hold_travel_through_a_whole_run(tmp_path: Path, layout: str) -> None:
+    config = make_job(tmp_path, prompts={"passthrough": ["day", "moment"]}, output={"format": layout})
+    days = pa.array([5_000_000, None], pa.int32()).view(pa.date32())
+    columns = {"prompt": ["a", "b"], "day": days, "moment": pa.array([1, 2], pa.timestamp("ns"))}
+    pq.write_table(pa.table(columns), tmp_path / "prompts.parquet")
+    report = render(config)
+    assert (report.num_images, report.num_failed, report.errors) == (2, 0, ())
+    assert [row["day"] for row in metadata(config)] == ["15659-07-15", None]
+    store = Store(config.output.uri)
+    assert verify(store).problems == []
+    assert write_gallery(store, 9).num_images == 2
 
 
 def test_a_relative_output_in_a_folder_of_ray_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

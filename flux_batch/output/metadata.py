@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import pyarrow as pa
@@ -74,15 +74,28 @@ def pack_failures(metadata: bytes) -> bytes | None:
 
 
 def unpack_metadata(data: bytes) -> list[dict[str, Any]]:
-    """Read the rows that `pack_metadata` wrote."""
-    return pq.read_table(io.BytesIO(data)).to_pylist()  # type: ignore[no-any-return]
+    """Read the rows that `pack_metadata` wrote; a time that Python's own types cannot hold is its text."""
+    table = pq.read_table(io.BytesIO(data))
+    try:
+        return table.to_pylist()  # type: ignore[no-any-return]
+    except (ValueError, OverflowError):
+        columns = [_values(column) for column in table.columns]
+        return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except (ValueError, OverflowError):
+        return column.cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
 
 
 def record_row(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]:
     """Return a record as one row of a table, in the order of the columns."""
-    values = asdict(record)
-    values |= values.pop("sampling") or dict.fromkeys(SAMPLING_FIELDS)
-    extra = passthrough_of(values["passthrough"], passthrough)
+    # Without asdict, which copies every value: Arrow's times of the year 10000 cannot be.
+    values = {each.name: getattr(record, each.name) for each in fields(record)}
+    values |= asdict(record.sampling) if record.sampling else dict.fromkeys(SAMPLING_FIELDS)
+    extra = passthrough_of(record.passthrough, passthrough)
     row = {name: values[name] for name in RECORD_SCHEMA.names}
     return row | {passthrough_name(name): value for name, value in extra.items()}
 
