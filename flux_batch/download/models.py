@@ -30,7 +30,7 @@ from flux_batch.download.local_copy import (
     local_copy,
 )
 from flux_batch.download.transfer import Listing, RemoteFile
-from flux_batch.errors import CheckpointError, StoreError, StoreRefused, did_you_mean
+from flux_batch.errors import CheckpointError, NotFound, StoreError, StoreRefused, did_you_mean
 from flux_batch.model.checkpoint.files import (
     COMPONENT_FOLDERS,
     WEIGHT_SUFFIXES,
@@ -47,6 +47,9 @@ from flux_batch.storage.store import open_filesystem
 PathOrFolder = str | PathLike[str]
 
 _DOWNLOAD_FOLDER = Path("models")
+# The name of a file whose address has none, and the longest header of one: safetensors 0.6, src/tensor.rs.
+_UNNAMED_FILE = "download.safetensors"
+_MAX_HEADER_BYTES = 100_000_000
 # The models of DiffSynth-Studio 1.x, and their repository on each hub.
 # Source: modelscope/DiffSynth-Studio v1.1.9, diffsynth/configs/model_config.py.
 _PRESETS = {
@@ -177,7 +180,8 @@ def find_local_model(uri: str, storage_options: Mapping[str, Any] | None = None)
             hub = HubUri.parse(uri)
         snapshot, part = find_repository(hub), _model_and_part(hub)[1]
     else:
-        snapshot, part = current_snapshot(cache_dir_of(uri, storage_options or {})), part_of(uri.partition("?")[0])[1]
+        snapshot = current_snapshot(cache_dir_of(uri, storage_options or {}))
+        part = _part_in(snapshot, uri) if snapshot else ""
     return snapshot / part if snapshot else None
 
 
@@ -199,7 +203,13 @@ def source_kind(uri: str) -> str:
 def _from_storage(uri: str, storage_options: Mapping[str, Any], *, refresh: bool) -> Path:
     """Return the local copy of a folder or file that fsspec can reach."""
     list_files = partial(storage_listing, uri, storage_options)
-    return local_copy(cache_dir_of(uri, storage_options), list_files, refresh=refresh) / part_of(_address(uri))[1]
+    folder = local_copy(cache_dir_of(uri, storage_options), list_files, refresh=refresh)
+    return folder / _part_in(folder, uri)
+
+
+def _part_in(folder: Path, uri: str) -> str:
+    """Return the part of a copied model that an address names."""
+    return part_of(_address(uri))[1] or (_UNNAMED_FILE if (folder / _UNNAMED_FILE).exists() else "")
 
 
 def model_listing(uri: str, storage_options: Mapping[str, Any] | None = None) -> Listing:
@@ -214,7 +224,27 @@ def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:
     choose = partial(needed_files, part=part)
     if is_weight(part):
         return list_file(uri, part, root, storage_options, COMPONENT_FOLDERS, choose)
-    return list_folder(root, storage_options, COMPONENT_FOLDERS, choose)
+    if not _is_web(uri):
+        return list_folder(root, storage_options, COMPONENT_FOLDERS, choose)
+    if _begins_as_safetensors(uri, storage_options):
+        return list_file(uri, _UNNAMED_FILE, root, storage_options, (), partial(needed_files, part=_UNNAMED_FILE))
+    try:
+        return list_folder(root, storage_options, COMPONENT_FOLDERS, choose)
+    except NotFound as error:
+        raise NotFound(
+            f"{public_uri(uri)}: answers neither with a safetensors file nor with a list of files; one that needs a "
+            "login answers with a page"
+        ) from error
+
+
+def _begins_as_safetensors(uri: str, storage_options: Mapping[str, Any]) -> bool:
+    """Return whether a web address answers with a safetensors file, as Civitai's do, whose names say nothing."""
+    fs, path = open_filesystem(uri, storage_options, num_retries=1)  # `with_retries` tries again
+    try:
+        head = with_retries(public_uri(uri), "look up", lambda: bytes(fs.cat_file(path, start=0, end=9))[:9])
+    except NotFound:
+        return False
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER_BYTES
 
 
 def _from_hub(uri: str, *, refresh: bool) -> Path:
@@ -288,4 +318,8 @@ def source_errors() -> Iterator[None]:
 
 def _address(uri: str) -> str:
     """Return an address without the query of a web address, which names no file."""
-    return uri.partition("?")[0] if uri.startswith(("http://", "https://")) else uri
+    return uri.partition("?")[0] if _is_web(uri) else uri
+
+
+def _is_web(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))

@@ -97,7 +97,7 @@ def format_survey(found: Survey, num_prompts: int) -> str:
     of = "rows" if found.num_rows == num_prompts else f"of the first {found.num_rows} rows"
     counts = [
         (found.num_failed, "cannot be rendered, and will be recorded as failed"),
-        (found.num_repeated_ids, "have the id of another: of the same prompt, they make the same image"),
+        (found.num_repeated_ids, "have the id of another row: with its prompt too, they make the same image"),
         (found.num_repeated_prompts, "repeat a prompt word for word"),
         (found.num_near_duplicates, "repeat a prompt but for case, spaces or punctuation"),
         (found.num_special_tokens, "hold a special token, which acts as one and not as letters, as in diffusers"),
@@ -106,11 +106,14 @@ def format_survey(found: Survey, num_prompts: int) -> str:
         (found.num_t5_truncated, "are longer than T5 reads: their end is left out"),
     ]
     lines = [f"{count} {of} {text}" for count, text in counts if count]
+    if not found.num_failed:
+        every = f"all {of}" if of != "rows" else f"all {found.num_rows} rows"
+        lines.insert(0, f"{every} can be rendered")
     for reason, count in found.failures.most_common(10):
         lines.append(f"{count} failed: {reason}; e.g. {', '.join(found.examples[reason])}")
     if found.not_tokenized:
         lines.append(f"prompts that are cut were not counted: {found.not_tokenized}")
-    return "\n".join(f"{'rows' if number == 0 else '':<9}{line}" for number, line in enumerate(lines or ["all usable"]))
+    return "\n".join(f"{'rows' if number == 0 else '':<9}{line}" for number, line in enumerate(lines))
 
 
 class _Seen:
