@@ -238,7 +238,7 @@ def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:
 
 
 def _begins_as_safetensors(uri: str, storage_options: Mapping[str, Any]) -> bool:
-    """Return whether a web address answers with a safetensors file, as Civitai's do, whose names say nothing."""
+    """Return whether a web address answers with a safetensors file, as Civitai's do."""
     fs, path = open_filesystem(uri, storage_options, num_retries=1)  # `with_retries` tries again
     try:
         head = with_retries(public_uri(uri), "look up", lambda: bytes(fs.cat_file(path, start=0, end=9))[:9])
