@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from flux_batch.config.schema import JobConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import JobError, SourceError
 from flux_batch.plan.plan import Plan, make_plan
 from flux_batch.prompts.recipe import Recipe
+from flux_batch.prompts.samplers import draw, sampled
 from flux_batch.prompts.source import PromptSource
 from flux_batch.prompts.template import PromptTemplate
 from flux_batch.records import FailedRow, ImageRequest
@@ -85,15 +87,20 @@ def shares(config: PromptsConfig, name: str) -> Counter[Any]:
     return Counter(row.passthrough[name] for row in rows)
 
 
-def test_shares_are_those_of_the_weights() -> None:
-    num_rows = 3000
-    config = recipe(num_rows, samplers={name: CATS[name] for name in ("weather", "animal", "age")}, template="a")
+def test_the_shares_of_100_000_rows_are_those_of_the_weights() -> None:
+    num_rows = 100_000
+    samplers = Recipe(
+        recipe(samplers={name: CATS[name] for name in ("weather", "animal", "breed")}, template="a")
+    ).samplers
+    expected = {"rain": 0.2, "sun": 0.8, "cat": 1 / 3, "dog": 1 / 3, "heron": 1 / 3, "tabby": 1 / 6, "pug": 1 / 3}
 
-    for name, weights in (("weather", {"rain": 0.2, "sun": 0.8}), ("animal", dict.fromkeys(CATS["animal"], 1 / 3))):
-        found = shares(config, name)
-        for value, share in weights.items():
-            error = math.sqrt(share * (1 - share) / num_rows)
-            assert abs(found[value] / num_rows - share) < 4 * error
+    found: Counter[Any] = Counter()
+    for number in range(num_rows):
+        found.update(sampled(samplers, partial(draw, 0, f"rows:{number}"), {}).values())
+
+    for value, share in expected.items():
+        error = math.sqrt(share * (1 - share) / num_rows)
+        assert abs(found[value] / num_rows - share) < 4 * error
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 30, 300])

@@ -48,7 +48,8 @@ class ArrowTable:
         for rows in ranges_of(total, num_rows):
             at = bisect_right(firsts, rows.start) - 1
             num_before = rows.start - firsts[at]
-            yield replace(rows, offset=(places[at] << _ROW_BITS) + num_before if num_before >> _ROW_BITS == 0 else 0)
+            is_known = places[at] >= 0 and num_before >> _ROW_BITS == 0
+            yield replace(rows, offset=(places[at] << _ROW_BITS) + num_before if is_known else 0)
 
     def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
         """Yield the rows of a range one by one."""
@@ -100,7 +101,7 @@ def _of_stream(file: BinaryIO, reader: pa.RecordBatchStreamReader, begin: int) -
     if begin:
         file.seek(begin)
     while True:
-        at = 0 if has_dictionaries else file.tell()
+        at = -1 if has_dictionaries else file.tell()
         try:
             yield at, reader.read_next_batch()
         except StopIteration:

@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import tarfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -70,6 +72,29 @@ def test_tables_are_read_whatever_the_suffix(tmp_path: Path, what: str, num_rows
         path.write_bytes(data)
         assert read_all(path, num_rows) == ROWS
         assert sorted(open_table(str(path), {}).schema().names) == ["n", "prompt"]
+
+
+@pytest.mark.parametrize("write", [arrow_stream, arrow_file])
+def test_a_range_of_arrow_is_read_from_its_record_batch(tmp_path: Path, write: Callable[[pa.Table], bytes]) -> None:
+    path, rows = tmp_path / "a.arrow", ROWS * 20
+    kinds = {"plain": pa.string(), "dictionary": pa.dictionary(pa.int8(), pa.string())}
+    for kind in kinds.values():
+        columns = {"n": [row["n"] for row in rows], "prompt": pa.array([row["prompt"] for row in rows]).cast(kind)}
+        path.write_bytes(write(pa.table(columns)))
+        table = open_table(str(path), {})
+        for each in table.split(4):
+            expected = rows[each.start : each.start + each.num_rows]
+            assert list(table.stream(each, {"n", "prompt"})) == expected
+            assert list(table.stream(replace(each, offset=0), {"n", "prompt"})) == expected  # a plan of before
+    if write is arrow_stream:
+        path.write_bytes(write(pa.Table.from_pylist(rows)))
+        first, *_, last = open_table(str(path), {}).split(4)
+        data = bytearray(path.read_bytes())
+        data[first.offset >> 24 : (first.offset >> 24) + 8] = b"\xff" * 8
+        path.write_bytes(data)
+        assert list(open_table(str(path), {}).stream(last, {"n", "prompt"})) == rows[last.start :]
+        with pytest.raises(SourceError, match="not a readable Arrow file"):
+            list(open_table(str(path), {}).stream(first, {"prompt"}))
 
 
 def test_an_array_of_texts_is_prompts_and_other_items_fail_alone(tmp_path: Path) -> None:
