@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Tests that start no Ray, no S3 server and no compiler.
 FAST := not ray and not s3 and not compiled and not long
 
-.PHONY: help demo test test-fast test-avx2 test-long test-gpu tools chaos lint fix pages constraints clean
+.PHONY: help demo test test-fast test-avx2 test-long test-gpu tools browser chaos lint fix pages constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,9 @@ test-gpu: $(VENV)/dev.stamp ## run those that need a CUDA device, in three minut
 	timeout 180 $(BIN)/python -m pytest -q tests/gpu
 
 tools: $(BIN)/promtool ## fetch promtool, by which tests check the alerts, from Debian's packages
+
+browser: ## install Chromium, in which tests open pages, from Debian's packages; needs root
+	command -v chromium || { apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium; }
 
 chaos: $(VENV)/dev.stamp ## break everything that can break, for some 20 minutes, and print what came of it
 	$(PYTEST) -n 2 --dist loadfile -m "long or not long" tests/chaos

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _TOO_MANY_FAILED, _INTERRUPTED = 3, 75
 _MAX_PREVIEW = 200
+_SINGLE_FILE_IMAGES, _GALLERY_IMAGES = 200, 100_000
 _REMAINS = "; the bucket keeps versions, so their bytes remain until a lifecycle rule of the bucket ends them"
 
 log = logging.getLogger(__name__)
@@ -106,16 +107,32 @@ def parser() -> argparse.ArgumentParser:
     _add_storage_options(command)
     command.set_defaults(command=_status)
 
-    command = commands.add_parser("gallery", help="make an HTML page and a contact sheet of a run's images")
+    command = commands.add_parser("gallery", help="make a page to look through a run's images, and a contact sheet")
     command.add_argument("output", metavar="OUTPUT_URI")
     command.add_argument(
-        "--max-images", type=int, default=200, metavar="N", help="at most N images, evenly spread (default 200)"
+        "--max-images",
+        type=int,
+        metavar="N",
+        help="at most N images, evenly spread (default 100000, in a single file 200)",
     )
     command.add_argument(
-        "--columns", metavar="NAME,NAME", help="columns shown below each image (default: those that differ)"
+        "--columns",
+        metavar="NAME,NAME",
+        help="columns shown below each image (in a single file, by default those that differ)",
+    )
+    command.add_argument(
+        "--beside", metavar="OUTPUT_URI", help="another run, whose images of the same rows are shown beside these"
+    )
+    command.add_argument(
+        "--single-file", action="store_true", help="one HTML file with its images inside, without search"
     )
     _add_storage_options(command)
     command.set_defaults(command=_gallery)
+
+    command = commands.add_parser("report", help="make a page of a run's figures: speed, workers, failures, scores")
+    command.add_argument("output", metavar="OUTPUT_URI")
+    _add_storage_options(command)
+    command.set_defaults(command=_report)
 
     command = commands.add_parser("verify", help="read all committed data again, and report errors")
     command.add_argument("output", metavar="OUTPUT_URI")
@@ -286,7 +303,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 def _preview(arguments: argparse.Namespace) -> int:
     from flux_batch.job import preview
     from flux_batch.plan.tokenizers import Tokenizers
-    from flux_batch.report.gallery.write import format_gallery, write_gallery
+    from flux_batch.report.gallery.write import format_gallery, write_single_file
     from flux_batch.storage.store import Store
 
     if not 1 <= arguments.rows <= _MAX_PREVIEW:
@@ -294,8 +311,8 @@ def _preview(arguments: argparse.Namespace) -> int:
     config = _load_job(arguments)
     report = preview(config, arguments.rows, is_random=arguments.random)
     store = Store(report.output)
-    gallery = write_gallery(store, _MAX_PREVIEW, further=Tokenizers(config).left_out)
-    _print(format_gallery(store, gallery))
+    gallery = write_single_file(store, _MAX_PREVIEW, further=Tokenizers(config).left_out)
+    _print(format_gallery(store, gallery, len(gallery.images)))
     if num_cut := sum(
         bool(image.row.get("clip_truncated") or image.row.get("t5_truncated")) for image in gallery.images
     ):
@@ -315,12 +332,32 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _gallery(arguments: argparse.Namespace) -> int:
-    from flux_batch.report.gallery.write import format_gallery, write_gallery
+    from flux_batch.report.gallery.write import format_gallery, write_gallery, write_single_file
     from flux_batch.storage.store import Store
 
-    store = Store(arguments.output, _options(arguments.storage_option))
+    options = _options(arguments.storage_option)
+    store = Store(arguments.output, options)
     columns = None if arguments.columns is None else [name for name in arguments.columns.split(",") if name]
-    _print(format_gallery(store, write_gallery(store, arguments.max_images, columns)))
+    max_images = arguments.max_images
+    if max_images is None:
+        max_images = _SINGLE_FILE_IMAGES if arguments.single_file else _GALLERY_IMAGES
+    if arguments.single_file:
+        if arguments.beside:
+            raise JobError("--single-file shows one run; leave out --beside, or --single-file")
+        gallery = write_single_file(store, max_images, columns)
+        _print(format_gallery(store, gallery, len(gallery.images)))
+        return 0
+    beside = Store(arguments.beside, options) if arguments.beside else None
+    shown = write_gallery(store, max_images, columns, beside, _show_progress)
+    _print(format_gallery(store, shown, shown.chunks.num_images))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from flux_batch.report.charts.page import write_report_page
+    from flux_batch.storage.store import Store
+
+    _print(write_report_page(Store(arguments.output, _options(arguments.storage_option))))
     return 0
 
 

@@ -172,10 +172,23 @@ class StoredFile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShardWork:
+    """The work on a shard, as its commit tells it; see there."""
+
+    device_s: float = 0.0
+    started_unix_time: float = 0.0
+    stage_s: Mapping[str, float] = field(default_factory=dict)
+    attempt: int = 1
+    num_lost: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Commit:
     """The record that a shard is done: its counts, the hashes of its files, and the worker that made it.
 
-    `failures` counts the failed images by error type; `device_s` is the time that the worker's pipeline was computing.
+    `failures` counts the failed images by error type; `device_s` is the time that the worker's pipeline was computing,
+    `stage_s` the seconds in each stage of the work, of which some run side by side. `attempt` counts from 1, `num_lost`
+    the workers that were lost at the shard before. Times are 0 in commits that were written before they were recorded.
     """
 
     shard: int
@@ -185,6 +198,11 @@ class Commit:
     files: tuple[StoredFile, ...]
     failures: dict[str, int] = field(default_factory=dict)
     device_s: float = 0.0
+    started_unix_time: float = 0.0
+    finished_unix_time: float = 0.0
+    stage_s: dict[str, float] = field(default_factory=dict)
+    attempt: int = 1
+    num_lost: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,6 +59,28 @@ class Metrics:
             return dict(self._gauges)
 
 
+class ShardMetrics:
+    """The metrics of a worker, with the seconds of one shard by stage beside them."""
+
+    def __init__(self, of_worker: Metrics) -> None:
+        self.of_worker = of_worker
+        self._own = Metrics(of_worker.run)
+
+    def gauge_add(self, gauge: str, amount: int) -> None:
+        """Add an amount to a gauge of the worker."""
+        self.of_worker.gauge_add(gauge, amount)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds spent inside to those of the worker, and of the shard."""
+        with self.of_worker.timed(stage), self._own.timed(stage):
+            yield
+
+    def stage_s(self) -> dict[str, float]:
+        """Return the seconds of the shard by stage."""
+        return {key.label: seconds for key, seconds in self._own.counters().items()}
+
+
 class Heartbeat:
     """The last sign of progress of each activity that is under way; safe to use from several threads."""
 

@@ -112,18 +112,20 @@ def test_gallery_says_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFi
     run(make_job(tmp_path), engine=LocalEngine(), make_pipeline=make_fake_pipeline)
     capsys.readouterr()
 
-    code, said, err = flux_batch(capsys, "gallery", out, "--max-images", "4", "--columns", "model,key")
-    assert (code, err) == (0, "")
-    assert said.splitlines() == [
-        "flux-batch: 4 of 10 images, 0 failed; complete",
-        f"page          {out}/_run/gallery/index.html",
-        f"contact sheet {out}/_run/gallery/contact-sheet.jpg",
-    ]
-    page = (out / "_run/gallery/index.html").read_text()
-    assert page.count("<dt>model</dt>") == 4 + 1  # and once, in what is the same for all
-    for options, sentence in ((["--max-images", "0"], "from 1 to 2000"), (["--columns", "x"], "no such column")):
-        code, said, err = flux_batch(capsys, "gallery", out, *options)
-        assert (code, said, sentence in err) == (2, "", True)
+    for single in ([], ["--single-file"]):
+        code, said, err = flux_batch(capsys, "gallery", out, "--max-images", "4", "--columns", "model,key", *single)
+        assert (code, err) == (0, "")
+        assert said.splitlines() == [
+            "flux-batch: 4 of 10 images, 0 failed; complete",
+            f"page          {out}/_run/gallery/index.html",
+            f"contact sheet {out}/_run/gallery/contact-sheet.jpg",
+        ]
+        page = (out / "_run/gallery/index.html").read_text()
+        # In a single file under each of them, and once in what is the same for all.
+        assert page.count("<dt>model</dt>") == (4 + 1 if single else 0)
+        for options, sentence in ((["--max-images", "0"], "must be from 1 to"), (["--columns", "x"], "no such column")):
+            code, said, err = flux_batch(capsys, "gallery", out, *options, *single)
+            assert (code, said, sentence in err) == (2, "", True)
 
 
 def test_download_says_where_the_model_is(

@@ -54,8 +54,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -77,13 +78,14 @@ from flux_batch.output.paths import (
     metadata_file,
     number_in,
 )
-from flux_batch.records import Commit, ImageRecord, StoredFile
+from flux_batch.records import Commit, ImageRecord, ShardWork, StoredFile
 from flux_batch.storage.store import Store
 
 _VERSION = 1
 _READERS = 16
 # Uploads at once: single images are small, so their speed depends on the number of requests in flight.
 _WRITERS = 16
+_NO_WORK = ShardWork()
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,11 @@ def parse_commit(data: bytes) -> Commit:
             files=tuple(_file_of_run(**file) for file in fields["files"]),
             failures={str(name): int(count) for name, count in fields.get("failures", {}).items()},
             device_s=float(fields.get("device_s", 0)),
+            started_unix_time=float(fields.get("started_unix_time", 0)),
+            finished_unix_time=float(fields.get("finished_unix_time", 0)),
+            stage_s={str(name): float(seconds) for name, seconds in fields.get("stage_s", {}).items()},
+            attempt=int(fields.get("attempt", 1)),
+            num_lost=int(fields.get("num_lost", 0)),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a commit of this program ({error!r})") from error
@@ -170,14 +177,15 @@ class Publisher:
         records: Sequence[ImageRecord],
         images: dict[str, Path],
         scratch: Path,
-        device_s: float = 0.0,
+        work: ShardWork = _NO_WORK,
     ) -> Commit:
         """Write data, failures, metadata and commit of a shard.
 
         `records` are all of the shard in input order, failed ones included; `images` has the encoded file of each made
-        image by key; `scratch` is an empty local folder; `device_s` is written into the commit. Returns: the commit
-        that stands.
+        image by key; `scratch` is an empty local folder; `work` is written into the commit. Returns: the commit that
+        stands.
         """
+        started = time.monotonic()
         name = self.commits.run.shard_name(shard)
         files, records = self._put_data(name, records, images, scratch)
         metadata, data = self._put_metadata(name, records)
@@ -193,7 +201,12 @@ class Publisher:
                 num_failed=failures.total(),
                 files=(*files, metadata),
                 failures=dict(sorted(failures.items())),
-                device_s=round(device_s, 3),
+                device_s=round(work.device_s, 3),
+                started_unix_time=round(work.started_unix_time, 3),
+                finished_unix_time=round(time.time(), 3),
+                stage_s=_rounded({**work.stage_s, "publish": time.monotonic() - started}),
+                attempt=work.attempt,
+                num_lost=work.num_lost,
             )
         )
 
@@ -291,6 +304,10 @@ def _adopt(record: ImageRecord, images: dict[str, bytes], file_name: str) -> Ima
         sha256=hashlib.sha256(data).hexdigest(),
         bytes=len(data),
     )
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in sorted(seconds.items())}
 
 
 def _stored_file(key: str, path: Path) -> StoredFile:

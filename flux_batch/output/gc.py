@@ -28,6 +28,7 @@ from flux_batch.output.paths import (
     PRECISION,
     PROGRESS,
     REPORT,
+    REPORT_PAGE,
     REVERTING,
     RUN,
     SELECTIONS,
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 # Objects that are listed, or removed, at once.
 _THREADS = 16
 # The files and folders of this program in RUN.
-_OF_RUN = {ANNOTATING, BATCH_SIZE, COMPILE_CACHE, GALLERY, JOB, PLAN, PRECISION, PROGRESS, REPORT}
+_OF_RUN = {ANNOTATING, BATCH_SIZE, COMPILE_CACHE, GALLERY, JOB, PLAN, PRECISION, PROGRESS, REPORT, REPORT_PAGE}
 _OF_RUN |= {COMMITS, FAILED, LEASE, REVERTING, SELECTIONS, STAGING, STORE_TMP}
 
 # A file whose write never ended; staged images that nobody needs any more; files of a shard that is not committed,

@@ -27,6 +27,7 @@ PROGRESS = f"{RUN}/progress.json"
 # The driver of the run: one small object an epoch, the last one counts.
 LEASE = f"{RUN}/lease"
 REPORT = f"{RUN}/report.json"
+REPORT_PAGE = f"{RUN}/report.html"
 GALLERY = f"{RUN}/gallery"
 # Finished images of shards that are not committed yet, a folder a shard.
 STAGING = f"{RUN}/staging"

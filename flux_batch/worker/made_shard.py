@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from flux_batch.output.commits import Publisher
-from flux_batch.records import Commit, ShardResult
-from flux_batch.telemetry import Heartbeat, Metrics
+from flux_batch.records import Commit, ShardResult, ShardWork
+from flux_batch.telemetry import Heartbeat, ShardMetrics
 from flux_batch.worker.quality import JudgedShard
 from flux_batch.worker.shard import ShardRun
 from flux_batch.worker.staging_queue import StagingQueue
@@ -36,18 +36,18 @@ class MadeShard:
     """A shard whose images are made; `finish` may run on another thread while the next shard is made.
 
     commit: that of another attempt which was faster, None if there is none yet. resources: the local files and the
-    threads of the shard. started: time.monotonic() when the shard was begun. device_s: seconds the pipeline took.
+    threads of the shard. started: time.monotonic() when the shard was begun. work: what its commit tells of the work.
     """
 
     run: ShardRun | JudgedShard
     staging: StagingQueue
     commit: Commit | None
     publisher: Publisher
-    metrics: Metrics
+    metrics: ShardMetrics
     heartbeat: Heartbeat
     resources: ExitStack
     started: float
-    device_s: float
+    work: ShardWork
 
     def finish(self) -> ShardResult:
         """Wait until the images are staged, publish the shard and empty its staging folder."""
@@ -58,7 +58,7 @@ class MadeShard:
         if is_new:
             self._count(commit)
         wall_s = time.monotonic() - self.started
-        return replace(_result(commit), is_new=is_new, device_s=self.device_s, wall_s=wall_s)
+        return replace(_result(commit), is_new=is_new, device_s=self.work.device_s, wall_s=wall_s)
 
     def _other_commit(self) -> Commit | None:
         if self.commit is None:
@@ -70,12 +70,14 @@ class MadeShard:
         self.heartbeat.beat("finish")
         run = self.run
         with self.metrics.timed("publish"):
-            return self.publisher.publish(run.index, run.ordered_records(), run.images, run.scratch, self.device_s)
+            work = replace(self.work, stage_s=self.metrics.stage_s())
+            return self.publisher.publish(run.index, run.ordered_records(), run.images, run.scratch, work)
 
     def _count(self, commit: Commit) -> None:
-        self.metrics.add("shards")
-        self.metrics.add("bytes", _num_bytes(commit))
-        about = {"run": self.metrics.run, "shard": commit.shard}
+        metrics = self.metrics.of_worker
+        metrics.add("shards")
+        metrics.add("bytes", _num_bytes(commit))
+        about = {"run": metrics.run, "shard": commit.shard}
         log.info("shard %d: %d images, %d failed", commit.shard, commit.num_images, commit.num_failed, extra=about)
 
 

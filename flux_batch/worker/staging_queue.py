@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from flux_batch.output.commits import Commits
 from flux_batch.output.staging import StagedImage
 from flux_batch.records import Commit
-from flux_batch.telemetry import Metrics
+from flux_batch.telemetry import Metrics, ShardMetrics
 from flux_batch.worker.generate import ImageOutcome
 from flux_batch.worker.shard import ShardRun
 
@@ -25,7 +25,12 @@ class StagingQueue:
     """
 
     def __init__(
-        self, run: ShardRun, commits: Commits, num_encoders: int, metrics: Metrics, on_progress: Callable[[], None]
+        self,
+        run: ShardRun,
+        commits: Commits,
+        num_encoders: int,
+        metrics: Metrics | ShardMetrics,
+        on_progress: Callable[[], None],
     ) -> None:
         self._run = run
         self._commits = commits

@@ -35,11 +35,11 @@ from flux_batch.prompts.access import RowLoras
 from flux_batch.prompts.input_images import load_image
 from flux_batch.prompts.listing import LISTING_RULES
 from flux_batch.prompts.source import PromptSource
-from flux_batch.records import Attempt, Commit, FailedRow, InputImage, Shard
+from flux_batch.records import Attempt, Commit, FailedRow, InputImage, Shard, ShardWork
 from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.scratch import scratch_folder, sweep_scratch
 from flux_batch.storage.store import Store
-from flux_batch.telemetry import Heartbeat, Metrics
+from flux_batch.telemetry import Heartbeat, Metrics, ShardMetrics
 from flux_batch.worker.auto_batch_size import measured_batch_size, remembered_batch_size
 from flux_batch.worker.batches import READ_AHEAD, InputImages
 from flux_batch.worker.compile_cache import SharedCompileCache
@@ -117,32 +117,39 @@ class Worker:
         Returns: the shard, to be finished, which may be done on another thread while the next one is made.
         Raises: Stopped after stop(), with the images made so far in the staging area.
         """
-        started, device_s = time.monotonic(), self._maker.device_s
+        started, unix_time, device_s = time.monotonic(), time.time(), self._maker.device_s
+        metrics = ShardMetrics(self.metrics)
         with self._heartbeat.busy("make"), ExitStack() as resources:
             if commit := self._commits.find(shard.index):
                 return CommittedShard(commit)
-            run = self._read_rows(shard, attempt, resources.enter_context(scratch_folder()))
-            staging = resources.enter_context(self._staging_queue(run))
-            other_commit = self._make_batches(run, staging)
+            with metrics.timed("read"):
+                run = self._read_rows(shard, attempt, resources.enter_context(scratch_folder()))
+            staging = resources.enter_context(self._staging_queue(run, metrics))
+            other_commit = self._make_batches(run, staging, metrics)
             judged = JudgedShard(self._config.quality, run) if self._config.quality else None
             while judged and other_commit is None:
                 staging.wait()
                 if (again := judged.next_round()) is None:
                     break
                 again.adopt_staged()
-                staging = resources.enter_context(self._staging_queue(again))
-                other_commit = self._make_batches(again, staging)
+                staging = resources.enter_context(self._staging_queue(again, metrics))
+                other_commit = self._make_batches(again, staging, metrics)
             self._compile_cache.share()
             return MadeShard(
                 run=judged or run,
                 staging=staging,
                 commit=other_commit,
                 publisher=self._publisher,
-                metrics=self.metrics,
+                metrics=metrics,
                 heartbeat=self._heartbeat,
                 resources=resources.pop_all(),
                 started=started,
-                device_s=self._maker.device_s - device_s,
+                work=ShardWork(
+                    device_s=self._maker.device_s - device_s,
+                    started_unix_time=unix_time,
+                    attempt=attempt.number,
+                    num_lost=attempt.lost,
+                ),
             )
 
     def stop(self) -> None:
@@ -168,20 +175,19 @@ class Worker:
     def _read_rows(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:
         """Read the rows of a shard, and adopt the images that earlier attempts have staged."""
         run = ShardRun(shard, attempt, self._recorder, self._staging, self._config.output.image, scratch)
-        with self.metrics.timed("read"):
-            for row in self._source.read(shard, self._config.sampling, self._config.model.loras):
-                run.add(row)
-                if isinstance(row, FailedRow):
-                    self.metrics.add("failures", label=row.error_type)
-            run.adopt_staged()
+        for row in self._source.read(shard, self._config.sampling, self._config.model.loras):
+            run.add(row)
+            if isinstance(row, FailedRow):
+                self.metrics.add("failures", label=row.error_type)
+        run.adopt_staged()
         self._beat_making()
         return run
 
-    def _staging_queue(self, run: ShardRun) -> StagingQueue:
+    def _staging_queue(self, run: ShardRun, metrics: ShardMetrics) -> StagingQueue:
         num_encoders = max(1, round(self._config.workers.num_cpus))
-        return StagingQueue(run, self._commits, num_encoders, self.metrics, self._heartbeat.beat)
+        return StagingQueue(run, self._commits, num_encoders, metrics, self._heartbeat.beat)
 
-    def _make_batches(self, run: ShardRun, staging: StagingQueue) -> Commit | None:
+    def _make_batches(self, run: ShardRun, staging: StagingQueue, metrics: ShardMetrics) -> Commit | None:
         """Make the images of a shard that are left. Returns: the commit of another attempt that was faster.
 
         While one batch is made, the input images of the next are read, the last batch is encoded and staged, and
@@ -204,13 +210,13 @@ class Worker:
                 # If the process dies while it reads, the mark must name the batch that it was reading for.
                 following = [] if run.is_isolated else queue[number + 1 : number + 1 + READ_AHEAD]
                 with run.marked(batch, self._publisher.worker):
-                    with self.metrics.timed("input"):
+                    with metrics.timed("input"):
                         ready = images.join(tasks, [one.tasks for one in following])
-                    with self.metrics.timed("make"):
+                    with metrics.timed("make"):
                         outcomes = self._judged(run, run.missing(self._maker.make(ready)))
                 self._count(run, outcomes)
                 staging.put(outcomes)
-                with self.metrics.timed("wait"):
+                with metrics.timed("wait"):
                     staging.wait(0 if run.is_isolated else _MAX_IN_FLIGHT)
         return None
 

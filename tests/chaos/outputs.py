@@ -16,8 +16,8 @@ from flux_batch.storage.store import Store
 # Of one run: when and how fast it was.
 OF_REPORT = ("name", "num_shards", "num_committed", "num_images", "num_failed", "errors")
 
-# Of one commit: who made it and how long the device took.
-OF_WORKER = ("worker", "device_s")
+# Of one commit: who made it, when, and how long it took.
+OF_WORKER = ("worker", "device_s", "started_unix_time", "finished_unix_time", "stage_s", "attempt", "num_lost")
 
 
 @dataclass(frozen=True)

@@ -267,7 +267,10 @@ def test_a_shard_whose_commit_was_lost_ends_in_the_same_bytes(tmp_path: Path) ->
     render(config)
 
     assert files_of(config, "train", "metadata") == before
-    assert json.loads(path.read_text()) == commit | {"device_s": ANY}  # of another try
+    of_try = dict.fromkeys(("device_s", "started_unix_time", "finished_unix_time", "stage_s"), ANY)
+    assert json.loads(path.read_text()) == commit | of_try
+    assert commit["stage_s"].keys() == {"read", "input", "make", "encode", "stage", "wait", "publish"}
+    assert 0 < commit["started_unix_time"] <= commit["finished_unix_time"]
 
 
 def test_a_committed_shard_is_not_rendered_again(tmp_path: Path) -> None:

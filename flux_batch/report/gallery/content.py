@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,7 +21,15 @@ from flux_batch.errors import JobError, NotFound, StoreError
 from flux_batch.images import SUFFIXES, encode
 from flux_batch.output.formats import OutputFormat
 from flux_batch.output.paths import SUCCESS, TRAIN, is_within
-from flux_batch.report.gallery.rows import GalleryRow, Row, count_shards, read_failed_rows, read_rows, sample
+from flux_batch.report.gallery.rows import (
+    GalleryRow,
+    Row,
+    ShardCounts,
+    count_shards,
+    read_failed_rows,
+    read_rows,
+    sample,
+)
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.sampling_params import MAX_SIDE
 from flux_batch.storage.store import Store
@@ -55,24 +64,46 @@ class GalleryImage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gallery:
-    """The part of a run that is shown, and the size of the whole; `columns` None: those in which images differ."""
+class RunSize:
+    """The size of a run, and how far it is; `num_images` are those that were made."""
 
     name: str
-    images: Sequence[GalleryImage]
     num_images: int
-    failed: Sequence[Row]
     num_failed: int
     num_committed: int
     num_shards: int
     is_complete: bool
-    columns: Sequence[str] | None = None
 
     def summary(self, num_shown: int) -> str:
-        """Return one line of plain text: how much of the run is shown, and how far the run is."""
+        """Return one line of plain text: the name of the run, how much of it is shown, and how far it is."""
+        return f"{self.name}: {self.state(num_shown)}"
+
+    def state(self, num_shown: int) -> str:
+        """Return in words how much of the run is shown, and how far it is."""
         some = "" if num_shown == self.num_images else f"{num_shown:,} of "
         state = "complete" if self.is_complete else f"{self.num_committed:,} of {self.num_shards:,} shards committed"
-        return f"{self.name}: {some}{self.num_images:,} images, {self.num_failed:,} failed; {state}"
+        return f"{some}{self.num_images:,} images, {self.num_failed:,} failed; {state}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gallery(RunSize):
+    """The part of a run that is shown on a single page; `columns` None: those in which images differ."""
+
+    images: Sequence[GalleryImage]
+    failed: Sequence[Row]
+    columns: Sequence[str] | None = None
+
+
+def run_size(run: SavedRun, counts: Sequence[ShardCounts]) -> dict[str, Any]:
+    """Return the fields of RunSize."""
+    return {
+        "name": run.config.name,
+        "num_images": sum(each.num_images for each in counts),
+        "num_failed": sum(each.num_failed for each in counts),
+        "num_committed": len(counts),
+        "num_shards": run.num_shards,
+        "is_complete": run.store.exists(SUCCESS),
+    }
 
 
 def read_gallery(store: Store, max_images: int, columns: Sequence[str] | None = None) -> Gallery:
@@ -86,23 +117,18 @@ def read_gallery(store: Store, max_images: int, columns: Sequence[str] | None = 
     output_format = run.output_format
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         rows = chain.from_iterable(pool.map(lambda shard: read_rows(commits, shard, numbers[shard]), numbers))
-        files = pool.map(lambda rows: list(read_file(store, output_format, rows)), _by_file(rows))
+        files = pool.map(lambda rows: list(read_file(store, output_format, rows)), by_file(rows))
         images = list(chain.from_iterable(files))
-    _check_columns(columns, images)
+    check_columns(columns, {name for each in images if not each.problem for name in each.row})
     return Gallery(
-        name=run.config.name,
+        **run_size(run, counts),
         images=images,
-        num_images=sum(each.num_images for each in counts),
         failed=read_failed_rows(commits, counts, MAX_FAILED),
-        num_failed=sum(each.num_failed for each in counts),
-        num_committed=len(counts),
-        num_shards=run.num_shards,
-        is_complete=store.exists(SUCCESS),
         columns=columns,
     )
 
 
-def _by_file(rows: Iterable[GalleryRow]) -> list[list[GalleryRow]]:
+def by_file(rows: Iterable[GalleryRow]) -> list[list[GalleryRow]]:
     """Group rows by the file of their image; the order stays."""
     files: dict[str, list[GalleryRow]] = {}
     for each in rows:
@@ -167,7 +193,7 @@ def _make_thumbnail(data: bytes, row: Row) -> Thumbnail:
     return Thumbnail(encode(pixels, _THUMBNAIL, {}), width, height)
 
 
-def _check_columns(columns: Sequence[str] | None, images: Sequence[GalleryImage]) -> None:
-    known = {name for each in images if not each.problem for name in each.row}
+def check_columns(columns: Sequence[str] | None, known: Collection[str]) -> None:
+    """Raise JobError for a column that is not among those that are known; nothing is, of a run without images."""
     if unknown := [name for name in columns or () if known and name not in known]:
         raise JobError(f"--columns {unknown[0]}: no such column in the metadata; there are {', '.join(sorted(known))}")

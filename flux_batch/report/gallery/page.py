@@ -1,4 +1,4 @@
-"""The page of a gallery: one HTML file with its images inside, no script, nothing fetched from anywhere.
+"""The gallery in a single file: a page with its images inside, no script, nothing fetched from anywhere.
 
 Jinja escapes every value of a row; the filters cut it to a length and take control characters out of it.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import re
-import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -25,6 +24,8 @@ _MAX_LENGTH = 300
 _FACTS = ("seed", "width", "height", "num_inference_steps", "embedded_guidance")
 _NAMES = ("key", "id", "prompt")
 _NOT_SHOWN = {"image_index", "status", "error_type", "error_message", "file_name", "sha256", "bytes"}
+# Control characters but for tabs and ends of lines, and halves of surrogate pairs.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # An image in a file of its own can be opened from the page.
 _SINGLE_IMAGE = re.compile(rf"{TRAIN}/[^/]+/[^/]+\.({'|'.join(SUFFIXES.values())})")
 
@@ -51,7 +52,7 @@ def _template() -> Template:
         "base64": _base64,
         "facts": _facts,
         "link": _link,
-        "plain": _plain,
+        "plain": plain,
         "thousands": _thousands,
         "values_of": _values_of,
     }
@@ -79,7 +80,7 @@ def _facts(row: Row) -> list[str]:
         "{num_inference_steps}\u00a0steps": ("num_inference_steps",),
         "guidance\u00a0{embedded_guidance}": ("embedded_guidance",),
     }
-    known = {name: _plain(row[name]) for name in _FACTS if row.get(name) is not None}
+    known = {name: plain(row[name]) for name in _FACTS if row.get(name) is not None}
     return [label.format(**known) for label, names in words.items() if known.keys() >= set(names)]
 
 
@@ -89,11 +90,11 @@ def _link(row: Row) -> str:
     return quote(file_name) if _SINGLE_IMAGE.fullmatch(file_name) else ""
 
 
-def _plain(value: Any, max_length: int = _MAX_LENGTH) -> str:
+def plain(value: Any, max_length: int = _MAX_LENGTH) -> str:
     """Return any value as text of at most `max_length` characters, control characters replaced."""
     text = value if isinstance(value, str) else _to_text(value)
     cut = text if len(text) <= max_length else text[: max_length - 1] + "\u2026"
-    return "".join("\ufffd" if _is_control(character) else character for character in cut)
+    return _CONTROL.sub("\ufffd", cut)
 
 
 def _to_text(value: Any) -> str:
@@ -104,10 +105,6 @@ def _to_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "" if value is None else str(value)
-
-
-def _is_control(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
 
 
 def _base64(data: bytes) -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from flux_batch.errors import NotFound, StoreError
 from flux_batch.output.commits import Commits
 from flux_batch.output.metadata import unpack_metadata
-from flux_batch.output.paths import failed_file, metadata_file
+from flux_batch.output.paths import ANNOTATIONS, failed_file, metadata_file
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -70,7 +70,7 @@ def sample(counts: Sequence[ShardCounts], most: int) -> dict[int, list[int]]:
 def read_rows(commits: Commits, shard: int, numbers: Sequence[int]) -> list[GalleryRow]:
     """Read the metadata rows of some images of a shard, by their numbers in it."""
     name = commits.run.shard_name(shard)
-    rows, problem = _read_table(commits, metadata_file(name))
+    rows, problem = read_table(commits, metadata_file(name))
     images = [row for row in rows if row.get("status") == "success"]
     problem = problem or "the metadata has fewer images than the commit"
     unknown = GalleryRow({"key": f"shard {name}"}, problem)
@@ -85,12 +85,12 @@ def read_failed_rows(commits: Commits, counts: Sequence[ShardCounts], most: int)
             break
         if each.num_failed:
             name = commits.run.shard_name(each.shard)
-            rows, problem = _read_table(commits, failed_file(name))
+            rows, problem = read_table(commits, failed_file(name))
             failed += rows or [{"id": f"shard {name}", "error_type": "", "error_message": problem}]
     return failed[:most]
 
 
-def _read_table(commits: Commits, key: str) -> tuple[list[dict[str, Any]], str]:
+def read_table(commits: Commits, key: str) -> tuple[list[dict[str, Any]], str]:
     """Read a table of a shard. Returns: its rows, or the reason why there are none."""
     try:
         return unpack_metadata(commits.run.store.read(key)), ""
@@ -100,3 +100,19 @@ def _read_table(commits: Commits, key: str) -> tuple[list[dict[str, Any]], str]:
         raise
     except Exception as error:  # Arrow raises anything for bytes that are no table; a gallery shows the rest
         return [], f"{key} is damaged ({type(error).__name__})"
+
+
+def read_annotations(commits: Commits, names: Sequence[str], shard: int) -> dict[str, dict[str, Any]]:
+    """Read what annotators said of the images of a shard. Returns: key -> `annotator.column` -> value."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        rows, _ = read_table(commits, f"{ANNOTATIONS}/{name}/{commits.run.shard_name(shard)}.parquet")
+        for row in rows:
+            values = {f"{name}.{column}": value for column, value in row.items() if column != "key"}
+            found.setdefault(str(row.get("key")), {}).update(values)
+    return found
+
+
+def annotators(commits: Commits) -> list[str]:
+    """Return the names of the annotators that were at a run."""
+    return sorted(name for name, size in commits.run.store.children(ANNOTATIONS).items() if size is None)

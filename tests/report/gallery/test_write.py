@@ -23,7 +23,7 @@ from flux_batch.job import run
 from flux_batch.output.formats import format_for
 from flux_batch.report.gallery.content import read_file
 from flux_batch.report.gallery.rows import GalleryRow
-from flux_batch.report.gallery.write import PAGE, SHEET, write_gallery
+from flux_batch.report.gallery.write import PAGE, SHEET, write_single_file
 from flux_batch.report.status import read_status
 from flux_batch.storage.store import Store
 from helpers.fakes import make_fake_pipeline
@@ -87,7 +87,7 @@ def render(folder: Path, rows: list[dict[str, Any]] | None = None, **sections: d
 
 def gallery(config: JobConfig, most: int = 200, columns: Sequence[str] | None = None) -> Page:
     store = Store(config.output.uri, config.output.storage_options)
-    write_gallery(store, most, columns)
+    write_single_file(store, most, columns)
     return Page(store.read(PAGE).decode())
 
 
@@ -120,7 +120,7 @@ def test_every_layout_shows_its_images_with_their_rows(tmp_path: Path, layout: s
 
 def test_the_right_image_stands_beside_a_prompt(tmp_path: Path) -> None:
     config = render(tmp_path, output={"format": "webdataset"}, sampling={"width": 32, "height": 16})
-    shown = write_gallery(Store(config.output.uri), 4).images
+    shown = write_single_file(Store(config.output.uri), 4).images
 
     for each in shown:
         stored = _stored(tmp_path / "out", str(each.row["key"]))
@@ -296,7 +296,7 @@ def test_a_storage_outage_is_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_no_run_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="there is no run here"):
-        write_gallery(Store(str(tmp_path / "out")), 10)
+        write_single_file(Store(str(tmp_path / "out")), 10)
     assert not (tmp_path / "out").exists()
     config = render(tmp_path)
     (tmp_path / "out/_run/plan.parquet").write_bytes(b"no table")

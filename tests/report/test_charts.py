@@ -1,0 +1,94 @@
+"""The report page of a run."""
+
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from flux_batch.engine.local import LocalEngine
+from flux_batch.errors import JobError
+from flux_batch.job import run
+from flux_batch.output.gc import find_leftovers
+from flux_batch.output.metadata import parquet_bytes
+from flux_batch.report.charts.drawing import WIDTH, bars, histogram, lanes, throughput
+from flux_batch.report.charts.figures import ShardTime, read_figures
+from flux_batch.report.charts.page import write_report_page
+from flux_batch.report.saved_run import SavedRun
+from flux_batch.storage.store import Store
+from helpers.fakes import make_fake_pipeline
+from helpers.job_files import make_job
+
+
+def shard(
+    number: int, worker: str, started: float, finished: float, num_images: int = 10, attempt: int = 1
+) -> ShardTime:
+    return ShardTime(number, worker, num_images, 0, started, finished, attempt, attempt - 1)
+
+
+def test_a_run_has_its_figures_and_its_page(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "price": n / 4, "width": [16, 32][n % 2]} for n in range(10)]
+    rows[4]["prompt"] = "[raise] <script>alert(1)</script>"
+    config = make_job(tmp_path, rows, prompts={"passthrough": ["price"]}, failures={"max_ratio": 1.0})
+    run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+    store = Store(config.output.uri)
+    said = pa.table({"key": [f"00000{n:04d}" for n in range(4)], "score": [0.1, 0.2, 0.3, float("nan")]})
+    store.write("annotations/judge/00000.parquet", parquet_bytes(said))
+
+    figures = read_figures(store)
+    assert (figures.num_images, figures.num_rows_read, len(figures.shards)) == (9, 9, 3)
+    assert figures.sizes == {"16 x 16": 4, "32 x 16": 5}
+    assert figures.failures == {"RuntimeError": 1}
+    assert figures.measures["judge.score"] == [0.1, 0.2, 0.3]
+    assert figures.stage_s.keys() >= {"read", "make", "encode", "stage", "publish"}
+    assert all(each.started <= each.finished for each in figures.shards)
+
+    assert write_report_page(store) == f"{tmp_path}/out/_run/report.html"
+    page = (tmp_path / "out/_run/report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert {"price", "judge.score", "bytes"} <= set(re.findall(r"<h3><bdi>([^<]+)</bdi>", page))
+    assert "0 of 3 shards took more than one attempt" in " ".join(page.split())
+    assert list(find_leftovers(SavedRun.open(store).folder)) == []
+
+
+def test_no_run_has_no_page_and_an_old_one_has_no_times(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="there is no run here"):
+        write_report_page(Store(str(tmp_path / "out")))
+    config = make_job(tmp_path)
+    run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+    for path in (tmp_path / "out/_run/commits").iterdir():
+        path.write_text(re.sub(r',\s*"device_s".*\}', "}", path.read_text(), flags=re.DOTALL))
+    (tmp_path / "out/_run/report.json").unlink()
+    write_report_page(Store(str(tmp_path / "out")))
+    assert "No commit of this run has its times" in (tmp_path / "out/_run/report.html").read_text()
+
+
+def test_throughput_spreads_the_images_of_a_shard_over_its_time() -> None:
+    plot = throughput([shard(0, "a", 1000, 1060, 120), shard(1, "a", 1060, 1120, 60)])
+    assert plot.top == "2 images/s"
+    assert [round(box.height, 6) for box in plot.boxes] == [1.0] * 30 + [0.5] * 30
+    assert (plot.boxes[0].left, plot.boxes[-1].left + plot.boxes[-1].width) == (0, pytest.approx(WIDTH))
+
+
+def test_lanes_show_who_was_at_work_and_what_was_made_again() -> None:
+    shown = lanes([shard(2, "b", 50, 100, attempt=2), shard(0, "a", 0, 50), shard(1, "a", 50, 75)])
+    assert [(lane.worker, lane.words) for lane in shown] == [("a", "2 shards, 20 images"), ("b", "1 shard, 10 images")]
+    assert [(box.left, box.width, box.is_again) for box in shown[0].boxes] == [(0, 500, False), (500, 250, False)]
+    assert [(box.left, box.is_again, "attempt 2" in box.words) for box in shown[1].boxes] == [(500, True, True)]
+    # Of a thousand shards within a pixel one is drawn.
+    many = [shard(n, "a", n / 1000, n / 1000 + 1) for n in range(1000)]
+    assert len(lanes([*many, shard(1000, "a", 9999, 10000)])[0].boxes) == 2
+
+
+def test_bars_are_the_largest_and_the_rest() -> None:
+    shown = bars({f"kind {n}": n for n in range(1, 31)})
+    assert (shown[0].name, shown[0].words, shown[-1].name) == ("kind 30", "30 (6.5 %)", "10 others")
+    assert (bars({}), bars({"none": 0.0})) == ([], [])
+
+
+@pytest.mark.parametrize(("values", "heights"), [([3.0], [1.0]), ([0.0, 0.0, 1.0], [1.0, 0.5]), ([-1, -1], [1.0])])
+def test_a_histogram_counts_every_value(values: list[float], heights: list[float]) -> None:
+    plot = histogram(values)
+    assert [box.height for box in plot.boxes] == heights
+    assert all(0 <= box.left < WIDTH for box in plot.boxes)
