@@ -166,7 +166,7 @@ def _write_run(
 
 
 def _original(run: SavedRun) -> str:
-    """Return the address of an image's own file, as a template of its shard and key."""
+    """Return the address of an image's own file, a template of shard and key; empty without one."""
     if run.config.output.format != "files":
         return ""
     return f"../../{run.output_format.file_name('{shard}', '{key}')}"
