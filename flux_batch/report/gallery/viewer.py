@@ -10,7 +10,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from flux_batch.output.paths import GALLERY
 from flux_batch.report.gallery.chunks import WrittenChunks
@@ -55,7 +55,7 @@ def _described(run: ShownRun) -> dict[str, Any]:
 
 
 @cache
-def _template() -> Any:
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("flux_batch.report", "gallery"),
         autoescape=True,
