@@ -25,8 +25,8 @@ from flux_batch.storage.store import open_filesystem
 LISTING_RULES = 3
 # The first rules by which folders such as `year=2026` are columns.
 PARTITION_RULES = 2
-# The first rules by which the name of a file with one prompt is its id.
-ONE_PROMPT_RULES = 3
+# The first rules by which the name of a file with one prompt is its id, and a text may be one of blocks.
+ONE_PROMPT_RULES = BLOCK_RULES = 3
 _FORMATS_OF_RULES_1 = ("parquet", "jsonl", "csv", "txt")
 # Enough to notice an edit of a file whose store has no checksum, at the price of two small reads.
 _SAMPLED_BYTES = 64 * 1024

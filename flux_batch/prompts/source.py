@@ -26,6 +26,7 @@ from flux_batch.prompts.formats.table import BadRow, Row, RowRange, Table, range
 from flux_batch.prompts.formats.tar import TarTable
 from flux_batch.prompts.formats.text import TextTable
 from flux_batch.prompts.listing import (
+    BLOCK_RULES,
     LISTING_RULES,
     ONE_PROMPT_RULES,
     PARTITION_RULES,
@@ -230,7 +231,7 @@ class PromptSource:
         with self._lock:
             if self._whole is not None and self._whole[0] == uri:
                 return self._whole[1]
-        table = open_table(uri, self._options)
+        table = open_table(uri, self._options, has_blocks=self._rules >= BLOCK_RULES)
         if isinstance(table, JsonTable):
             with self._lock:
                 self._whole = uri, table

@@ -67,12 +67,16 @@ _BLOCKS = re.compile(rb"(\xef\xbb\xbf)?\s*positive\s*:", re.IGNORECASE)
 _LONG_LINE = 1 << 24
 
 
-def open_table(uri: str, storage_options: Mapping[str, Any]) -> Table:
-    """Open a prompts file. Raises: SourceError for a format that is not read, with the way to one that is."""
+def open_table(uri: str, storage_options: Mapping[str, Any], *, has_blocks: bool = True) -> Table:
+    """Open a prompts file.
+
+    has_blocks: whether a text may be one of blocks, which old runs read line by line.
+    Raises: SourceError for a format that is not read, with the way to one that is.
+    """
     file = PromptBytes.of(uri, storage_options)
     name = format_of_name(public_uri(uri))
     found = _format(file, name if name in (*TABLE_FORMATS, *INSTEAD) else _format_of_query(uri))
-    if found == "txt" and _BLOCKS.match(file.head):
+    if has_blocks and found == "txt" and _BLOCKS.match(file.head):
         return BlockTable(file)
     if found in TABLE_FORMATS:
         return TABLE_FORMATS[found](file)
