@@ -1,4 +1,4 @@
-"""Comma-separated values with a header; quoted fields may contain line breaks."""
+"""Comma-separated values with a header, or separated by semicolons or tabs; quoted fields may have line breaks."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from flux_batch.prompts.formats.table import BadRow, Row
 
 # Characters of one field; the csv module stops at 131,072, which notes and base64 exceed.
 _MAX_FIELD = 1 << 24
+# What separates the columns of a header, the first that does: spreadsheets of Europe write semicolons.
+_DELIMITERS = (",", ";", "\t")
 
 
 class CsvTable(LineTable):
@@ -47,8 +49,7 @@ class CsvTable(LineTable):
 
     def _records(self, text: BinaryIO, header: _Header, offset: int) -> Iterator[tuple[int, int, Row | BadRow]]:
         """Yield the byte of each record, the lines from `offset` to it, and its fields."""
-        names, is_spaced = header.names, header.is_spaced
-        if not names:
+        if not header.names:
             return
         csv.field_size_limit(_MAX_FIELD)  # the only place there is for it, and for the whole process
         begin = offset or header.end
@@ -57,28 +58,31 @@ class CsvTable(LineTable):
         while source.begin():
             number = source.num_read
             try:
-                values = next(csv.reader(source, skipinitialspace=is_spaced))
+                values = next(csv.reader(source, delimiter=header.delimiter, skipinitialspace=header.is_spaced))
             except csv.Error as error:
-                bad = _unclosed(source, names, number_of_first) or BadRow(f"not valid CSV: {error}")
+                bad = _unclosed(source, header, number_of_first) or BadRow(f"not valid CSV: {error}")
                 yield source.start, number, bad
                 continue
             if values:
-                yield source.start, number, _parsed(source, values, names, is_spaced, number_of_first)
+                yield source.start, number, _parsed(source, values, header, number_of_first)
 
     def _header(self, text: BinaryIO) -> _Header:
         """Read the first record."""
         source = _Lines(lines(text, 0))
         if not source.begin():
-            return _Header([], False, 0, 0)
+            return _Header([], ",", False, 0, 0)
         try:
-            raw = next(csv.reader(source))
-            values = next(csv.reader([decoded(line) for _, line in source.taken], skipinitialspace=True))
+            next(csv.reader(source))
+            first = [decoded(line) for _, line in source.taken]
+            delimiter = next((each for each in _DELIMITERS if len(next(csv.reader(first, delimiter=each))) > 1), ",")
+            raw = next(csv.reader(first, delimiter=delimiter))
+            values = next(csv.reader(first, delimiter=delimiter, skipinitialspace=True))
         except (csv.Error, UnicodeDecodeError) as error:
             raise SourceError(
                 f"{self.file.uri}: the first line, which must name the columns, cannot be read"
             ) from error
         is_spaced = len(raw) > 1 and all(value.startswith(" ") for value in raw[1:])
-        return _Header(header_names(values), is_spaced, source.end, source.num_read)
+        return _Header(header_names(values), delimiter, is_spaced, source.end, source.num_read)
 
     def _num_lines(self, end: int) -> int:
         """Return the number of lines before a byte."""
@@ -87,54 +91,53 @@ class CsvTable(LineTable):
 
 
 class _Header(NamedTuple):
-    """The first record: its names, whether spaces follow its commas, the byte after it and its lines."""
+    """The first record: its names, what separates them, the byte after it and its lines."""
 
     names: list[str]
+    delimiter: str
     is_spaced: bool
     end: int
     num_lines: int
 
 
-def _parsed(
-    source: _Lines, values: list[str], names: list[str], is_spaced: bool, number_of_first: Callable[[], int]
-) -> Row | BadRow:
+def _parsed(source: _Lines, values: list[str], header: _Header, number_of_first: Callable[[], int]) -> Row | BadRow:
     """Return a record's fields by column; a bad row for bytes that are no text, or a quote that is not closed."""
     if any("\ufffd" in value for value in values):
         try:
             b"".join(line for _, line in source.taken).decode("utf-8")
         except UnicodeDecodeError as error:
             return not_utf8(error)
-    row = fitted(values, names)
+    row = fitted(values, header.names)
     if len(source.taken) == 1:
         return row
     try:
         text = [line.decode("utf-8", "replace") for _, line in source.taken]
-        next(csv.reader(text, skipinitialspace=is_spaced, strict=True))
+        next(csv.reader(text, delimiter=header.delimiter, skipinitialspace=header.is_spaced, strict=True))
     except csv.Error:
-        return _unclosed(source, names, number_of_first) or row
+        return _unclosed(source, header, number_of_first) or row
     return row
 
 
-def _unclosed(source: _Lines, names: list[str], number_of_first: Callable[[], int]) -> BadRow | None:
+def _unclosed(source: _Lines, header: _Header, number_of_first: Callable[[], int]) -> BadRow | None:
     """Return the bad row of an unclosed quote, and put back lines that are rows; the last may open the next quote."""
     (_, first), *others = source.taken
     if not others:
         return None
     last = number_of_first() + source.num_read - 1
     number = last - len(others)
-    if all(_is_row(line, names) for _, line in (others[:-1] or others)):
+    if all(_is_row(line, header) for _, line in (others[:-1] or others)):
         source.put_back(others)
         shown = first.decode("utf-8", "replace").strip()[:80]
         return BadRow(f"a quote is opened and not closed: {shown}")
     return BadRow(f"lines {number} to {last}: a quote is opened on line {number}, and takes in the lines after it")
 
 
-def _is_row(line: bytes, names: list[str]) -> bool:
+def _is_row(line: bytes, header: _Header) -> bool:
     """Return whether a line is a whole row by itself."""
     if line.count(b'"') % 2:
         return False
-    values = next(csv.reader([line.decode("utf-8", "replace")]), [])
-    return not values or isinstance(fitted(values, names), dict)
+    values = next(csv.reader([line.decode("utf-8", "replace")], delimiter=header.delimiter), [])
+    return not values or isinstance(fitted(values, header.names), dict)
 
 
 class _Lines:

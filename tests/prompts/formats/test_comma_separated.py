@@ -117,6 +117,20 @@ def test_headers_of_people_and_spreadsheets(tmp_path: Path, header: str, row: st
     assert {name: found[name] for name in ("prompt", "seed")} == {"prompt": "a", "seed": "3"}
 
 
+@NUM_ROWS
+@pytest.mark.parametrize("sign", [";", "\t"])
+def test_columns_may_be_separated_by_semicolons_or_tabs(tmp_path: Path, sign: str, num_rows: int) -> None:
+    text = 'prompt;seed\r\na, b;1\r\n"say ""hi""; twice";2\r\n"a dog;3\r\nc;4\r\n'
+
+    assert read(tmp_path, text.replace(";", sign), num_rows) == [
+        {"prompt": "a, b", "seed": "1"},
+        {"prompt": f'say "hi"{sign} twice', "seed": "2"},
+        BadRow(f'a quote is opened and not closed: "a dog{sign}3'),
+        {"prompt": "c", "seed": "4"},
+    ]
+    assert names(tmp_path, "prompt,a;b\n") == ["prompt", "a;b"]
+
+
 @pytest.mark.parametrize("name", ["p.csv", "p.tsv"])
 def test_joined_files_bring_their_marks_and_headers_along(tmp_path: Path, name: str) -> None:
     comma = "," if name == "p.csv" else "\t"
