@@ -14,7 +14,7 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageChops, PngImagePlugin
 
 from flux_batch.config.schema import ImageConfig
 from flux_batch.errors import RowError, one_line
@@ -125,6 +125,31 @@ def _xml_text(text: str) -> str:
 def _ascii(text: str) -> str:
     """Return a text in ASCII, as ImageDescription of EXIF must be; UserComment and XMP hold the full prompt."""
     return text.encode("ascii", errors="replace").decode()
+
+
+def blank_image(width: int, height: int) -> Image.Image:
+    """Return a white image, to measure with; as a mask it repaints everything."""
+    return Image.new("RGB", (width, height), "white")
+
+
+def to_mask(image: Image.Image) -> Image.Image:
+    """Return a mask of any mode as 8-bit grey: white is repainted. Raises: RowError for 32-bit samples.
+
+    In a mask with transparency, what is transparent is repainted, whatever its colours: so editors paint masks.
+    """
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            return ImageChops.invert(alpha)
+    return to_rgb(image).convert("L")
+
+
+def check_proportions(mask: tuple[int, int], image: tuple[int, int]) -> None:
+    """Raise RowError unless a mask has the proportions of its image, up to a pixel. Both: (width, height)."""
+    if abs(mask[0] * image[1] - mask[1] * image[0]) > max(*mask, *image):
+        raise RowError(
+            f"is {mask[0]} x {mask[1]} pixels, its image {image[0]} x {image[1]}: must have the same proportions"
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -21,11 +21,11 @@ from flux_batch.output.formats import format_for
 from flux_batch.output.metadata import RECORD_SCHEMA, record_row
 from flux_batch.pipeline.load import load_pipeline
 from flux_batch.prompts.access import RowLoras
-from flux_batch.prompts.input_images import load_image
+from flux_batch.prompts.input_images import load_images
 from flux_batch.prompts.rows import RowParser
-from flux_batch.records import FailedRow, ImageRecord, ImageRequest, InputImage
+from flux_batch.records import FailedRow, ImageRecord, ImageRequest, RowImages
 from flux_batch.worker.batches import READ_AHEAD, ImageTask, InputImages, batches, tasks_of
-from flux_batch.worker.generate import BatchMaker, ImageOutcome, Tiles
+from flux_batch.worker.generate import BatchMaker, ImageOutcome, Tiles, image_options
 from flux_batch.worker.protocol import ImagePipeline
 from flux_batch.worker.recorder import Recorder, message_of, provenance
 
@@ -87,16 +87,20 @@ class FluxMapper:
             if getattr(config.prompts, name):
                 raise JobError(f"FluxMapper: prompts.{name} is for jobs; leave it out")
         self._prompts, self._image_config, self._batch_size = config.prompts, config.output.image, batch_size
-        self._parser = RowParser(
-            config.prompts, config.sampling, f"{config.prompts.uri[0].rstrip('/')}/rows", config.model.loras
-        )
+        self._resize_references = config.sampling.resize_references
         self._prefix, self._exit_on_device_loss = prefix, exit_on_device_loss
         pipeline = make_pipeline(config.model)
+        defaults = config.sampling.for_model(pipeline.default_guidance)
+        self._parser = RowParser(
+            config.prompts, defaults, f"{config.prompts.uri[0].rstrip('/')}/rows", config.model.loras
+        )
         settings = config.model
         if settings.quantization == "none":  # otherwise the record names the setting of the caller
             settings = settings.model_copy(update={"quantization": pipeline.precision["quantization"]})
         loras = RowLoras(config.model.loras, "").defaults
-        self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling))
+        self._maker = BatchMaker(
+            pipeline, loras, Tiles.of(config.sampling), image_options=image_options(config.sampling)
+        )
         self._recorder = Recorder(settings, format_for(config.output), pipeline.default_t5_sequence_length)
 
     def __call__(self, batch: _ColumnBatch) -> _ColumnBatch:
@@ -146,7 +150,7 @@ class FluxMapper:
             ThreadPoolExecutor(_INPUT_IMAGE_READERS, "read") as readers,
             ThreadPoolExecutor(_ENCODERS, "encode") as encoders,
         ):
-            images = InputImages(readers, self._read_image)
+            images = InputImages(readers, self._read_images)
             for number, group in enumerate(groups):
                 ready = images.join(group, groups[number + 1 : number + 1 + READ_AHEAD])
                 outcomes = self._make_group(ready)
@@ -163,9 +167,10 @@ class FluxMapper:
                 os._exit(_DEVICE_FATAL_EXIT)  # after an exception Ray Data would try the next batch on the same device
             raise
 
-    def _read_image(self, image: InputImage, size: tuple[int, int]) -> Any:
+    def _read_images(self, images: RowImages, size: tuple[int, int] | None) -> Mapping[str, Any] | Exception:
         try:
-            return load_image(image, self._prompts.storage_options, size)
+            options, resize = self._prompts.storage_options, self._resize_references
+            return load_images(images, options, size, resize_references=resize)
         except StoreError as error:  # fails the row, as in _make_group
             return error
 

@@ -6,8 +6,8 @@ Plain frozen dataclasses that pickle small. Knows no file, tensor or cluster.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from flux_batch.sampling_params import Quantization, SamplingParams
@@ -84,16 +84,58 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputImage:
-    """An input image: its location, or its bytes.
+    """An image that a row names: its location, or its bytes.
 
     `name` is its name in the metadata: the address as given, or the hash of the bytes. `allowed_roots` are local
-    folders, one of which must contain it; None for an image of the job file, which is trusted.
+    folders, one of which must contain it; None for an image of the job file, which is trusted. `column` is the field
+    that names it, for messages.
     """
 
     name: str
     uri: str = ""
     data: bytes = b""
     allowed_roots: tuple[str, ...] | None = None
+    column: str = "input_image"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowImages:
+    """The images that a row names, by column; None for none. A column that may name several has a tuple."""
+
+    input_image: InputImage | None = None
+    mask_image: InputImage | None = None
+    control_image: tuple[InputImage, ...] = ()
+    reference_image: tuple[InputImage, ...] = ()
+
+    @property
+    def by_column(self) -> dict[str, tuple[InputImage, ...]]:
+        """The images of each column that has any."""
+        values = {column: getattr(self, column) for column in IMAGE_COLUMNS}
+        several = {column: each if isinstance(each, tuple) else (each,) for column, each in values.items()}
+        return {column: images for column, images in several.items() if images not in ((), (None,))}
+
+    @property
+    def counts(self) -> tuple[tuple[str, int], ...]:
+        """The number of images in each column that has any: images of one call agree in it."""
+        return tuple((column, len(images)) for column, images in self.by_column.items())
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """The names of the images of each column as the metadata has them."""
+        found = {column: ", ".join(image.name for image in images) for column, images in self.by_column.items()}
+        return {column: found.get(column) for column in IMAGE_COLUMNS}
+
+    def map(self, change: Callable[[InputImage], InputImage]) -> RowImages:
+        """Return the results of `change` on each image."""
+        changed: dict[str, Any] = {
+            column: tuple(map(change, images)) if isinstance(getattr(self, column), tuple) else change(images[0])
+            for column, images in self.by_column.items()
+        }
+        return RowImages(**changed)
+
+
+# The columns of a row, and of the metadata, that name images.
+IMAGE_COLUMNS = tuple(field.name for field in fields(RowImages))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,14 +149,18 @@ class LoraUse:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRequest:
-    """A validated prompt row; `seeds` has one entry for each image."""
+    """A validated prompt row; `seeds` has one entry for each image.
+
+    `size_from_reference`: width and height are those of the first reference image, and not known until it is read.
+    """
 
     row: int  # within the shard
     id: str
     prompt: str
     sampling: SamplingParams
     seeds: tuple[int, ...]
-    input_image: InputImage | None = None
+    images: RowImages = RowImages()
+    size_from_reference: bool = False
     loras: tuple[LoraUse, ...] = ()
     passthrough: Mapping[str, Any] = field(default_factory=dict)
 
@@ -145,6 +191,9 @@ class ImageRecord:
     seed: int | None = None
     sampling: SamplingParams | None = None
     input_image: str | None = None
+    mask_image: str | None = None
+    control_image: str | None = None
+    reference_image: str | None = None
     lora: str | None = None
     lora_scale: float | None = None
     tile_size: int | None = None

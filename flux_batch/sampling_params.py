@@ -42,6 +42,22 @@ def num_image_tokens(width: int, height: int) -> int:
     return (width // TOKEN_SIDE_PX) * (height // TOKEN_SIDE_PX)
 
 
+# Width and height of the images that FLUX.1-Kontext was trained with, about a megapixel each.
+# Source: black-forest-labs/flux 802fb47, src/flux/util.py, PREFERED_KONTEXT_RESOLUTIONS.
+_UPRIGHT = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104))
+_KONTEXT_SIZES = (*_UPRIGHT, (1024, 1024), *((height, width) for width, height in reversed(_UPRIGHT)))
+
+
+def preferred_size(width: int, height: int) -> tuple[int, int]:
+    """Return the (width, height) of Kontext's training with the nearest proportions."""
+    return min(_KONTEXT_SIZES, key=lambda size: (abs(width / height - size[0] / size[1]), *size))
+
+
+def own_size(width: int, height: int) -> tuple[int, int]:
+    """Return the size of an image rounded down to whole tokens, at least one."""
+    return tuple(max(TOKEN_SIDE_PX, side - side % TOKEN_SIDE_PX) for side in (width, height))  # type: ignore[return-value]
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise InvalidSetting, with the nearest choice, unless `value` is one of `choices`."""
     if value not in choices:

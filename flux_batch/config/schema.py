@@ -22,7 +22,7 @@ from pydantic import (
 
 from flux_batch.config.text import explain, nearest_or_all, read_tree, to_yaml
 from flux_batch.errors import InvalidSetting, JobError
-from flux_batch.records import NO_LORA
+from flux_batch.records import IMAGE_COLUMNS, NO_LORA
 from flux_batch.redaction import public_tree, public_uri, redact
 from flux_batch.sampling_params import (
     ALIASES,
@@ -37,7 +37,7 @@ from flux_batch.sampling_params import (
 )
 
 # Keys of `model` that change pixels. `compile` is one: fused kernels round differently.
-_MODEL_IDENTITY = ("uri", "dtype", "quantization", "step_cache", "compile", "loras")
+_MODEL_IDENTITY = ("uri", "variant", "dtype", "quantization", "step_cache", "compile", "loras")
 _QUALITY_IDENTITY = ("score", "at_least", "max_tries", "keep", "otherwise", "options")
 # The columns that `quality` adds to the metadata.
 QUALITY_COLUMNS = ("tries", "score", "accepted")
@@ -45,9 +45,14 @@ _NO_PROMPTS = "must name at least one file, folder or glob"
 _PROMPTS_IDENTITY = (
     *("columns", "passthrough", "rows", "samplers", "template", "wildcards", "design", "limit", "allow_http"),
 )
+# Columns of images that no model reads yet: a row with one is refused, and not made without it.
+LATER_IMAGE_COLUMNS = ("image_prompt",)
 _STORAGE_OPTIONS = {section: {"storage_options"} for section in ("prompts", "output", "model")}
 # The columns of a data set that a job understands, by our names.
-PROMPT_FIELDS = ("prompt", "id", "seed", "num_images_per_prompt", "input_image", "lora", "lora_scale", *SAMPLING_FIELDS)
+PROMPT_FIELDS = (
+    *("prompt", "id", "seed", "num_images_per_prompt", "lora", "lora_scale"),
+    *(*IMAGE_COLUMNS, *LATER_IMAGE_COLUMNS, *SAMPLING_FIELDS),
+)
 
 
 def _with_aliases(values: Any) -> Any:
@@ -260,6 +265,8 @@ class ModelConfig(_Section):
     """Options of fsspec for the model and its LoRAs."""
     refresh: bool = False
     """Ask the remote whether the model has changed before the copy on a node is used."""
+    variant: Literal["auto", "dev", "schnell", "krea", "kontext", "fill", "canny", "depth"] = "auto"
+    """The variant of FLUX.1, where neither the weights nor the names of their file and folder tell it."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """`auto` is what the device computes natively: the run's first worker writes it down, all others keep to it."""
     quantization: Quantization = "none"
@@ -305,10 +312,19 @@ class ModelConfig(_Section):
 class SamplingConfig(_Section, SamplingParams, frozen=True):
     """Defaults of every prompt; a row may override each by a column of that name."""
 
+    embedded_guidance: float | None = None  # type: ignore[assignment]
+    """The guidance that the model was distilled with, at least 0; the model's own if null: 3.5; 30 for Fill and Canny,
+    10 for Depth, 2.5 for Kontext, 4.5 for Krea."""
     input_image: str | None = Field(default=None, min_length=1)
     """The image to start from: a path or an address."""
     tiled: bool = False
     """Run the autoencoder in tiles: less memory, and images that differ a little. For all rows."""
+    paste_back: bool = True
+    """Keep the pixels of the input image, bit for bit, where a mask does not repaint. For all rows."""
+    resize_references: bool = True
+    """Bring reference images to the nearest size that Kontext was trained with, about a megapixel. For all rows."""
+    size_from_reference: bool = True
+    """Make a row with reference images and no size of its own as large as the first of them. For all rows."""
     tile_size: int = 128
     """Side of a tile, from 16: in latents when decoding, in pixels when encoding. For all rows."""
     tile_stride: int = 64
@@ -331,7 +347,12 @@ class SamplingConfig(_Section, SamplingParams, frozen=True):
 
     def params(self) -> SamplingParams:
         """Return the defaults of an image as the rows and the pipeline take them."""
-        return SamplingParams(**{name: getattr(self, name) for name in SAMPLING_FIELDS})
+        values = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        return SamplingParams(**{name: value for name, value in values.items() if value is not None})
+
+    def for_model(self, guidance: float) -> SamplingConfig:
+        """Return the same for a model whose own guidance is this."""
+        return self if self.embedded_guidance is not None else self.model_copy(update={"embedded_guidance": guidance})
 
 
 class QualityConfig(_Section):

@@ -52,11 +52,22 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // 2, w=width // 2, ph=2, pw=2)
 
 
-def position_ids(num_txt_tokens: int, height: int, width: int) -> Tensor:
-    """Return positions of text (0, 0, 0), then of latent patches (0, row, col): (l + n, 3) fp32."""
-    rows, cols = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
-    img_ids = torch.stack((torch.zeros_like(rows), rows, cols), dim=-1).reshape(-1, 3)
-    return torch.cat((torch.zeros(num_txt_tokens, 3), img_ids.float()))
+def position_ids(
+    num_txt_tokens: int, height: int, width: int, references: Sequence[tuple[int, int, int, int]] = ()
+) -> Tensor:
+    """Return positions of text (0, 0, 0), then of latent patches (0, row, col): (l + n, 3) fp32.
+
+    references: height and width of latents that come between the two, and their first row and column, in tokens; their
+    positions are (1, row, col).
+    """
+    places = [_patch_positions(1, *reference) for reference in references]
+    return torch.cat((torch.zeros(num_txt_tokens, 3), *places, _patch_positions(0, height, width)))
+
+
+def _patch_positions(first: int, height: int, width: int, row: int = 0, col: int = 0) -> Tensor:
+    """Return the positions of latent patches: (n, 3) fp32."""
+    rows, cols = torch.meshgrid(torch.arange(height // 2) + row, torch.arange(width // 2) + col, indexing="ij")
+    return torch.stack((torch.full_like(rows, first), rows, cols), dim=-1).reshape(-1, 3).float()
 
 
 def make_sigmas(
@@ -115,12 +126,14 @@ def denoise(
     negative: Velocity | None = None,
     cfg_scale: Tensor | None = None,
     progress: Progress | None = None,
+    after_step: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return packed latents at `sigmas[-1]`, from those at `sigmas[0]`: (b, n, 4c), in the same dtype.
 
     negative, cfg_scale: a second pass with the negative prompts, and (b,) of true classifier-free guidance. An image
     whose scale is exactly 1 takes the positive pass as it is, so that neighbours in the batch do not change it.
-    progress: wraps the iteration over steps, as tqdm does. Each step rounds its change to the dtype of the velocity and
+    progress: wraps the iteration over steps, as tqdm does. after_step: changes the latents after each.
+    Each step rounds its change to the dtype of the velocity and
     sums in fp32, as in diffusers; on the CPU the width of the step is rounded as well.
     """
     # Tensors of no dimension on the CPU, as in diffusers: torch rounds them differently than numbers on some devices.
@@ -131,6 +144,8 @@ def denoise(
         if negative is not None and cfg_scale is not None:
             change = guide(change, negative(step, img), cfg_scale)
         img = (img.float() + deltas[step] * change).to(img.dtype)
+        if after_step is not None:
+            img = after_step(step, img)
     return img
 
 

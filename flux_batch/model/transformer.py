@@ -190,18 +190,19 @@ class Denoiser:
         return self.model.conditioning(timesteps, self._y.repeat(count, 1), guidance)
 
 
-def position_tables(
-    model: Flux, device: torch.device, max_tables: int = _MAX_POSITION_TABLES
-) -> Callable[[int, int, int], Tensor]:
+def position_tables(model: Flux, device: torch.device, max_tables: int = _MAX_POSITION_TABLES) -> Callable[..., Tensor]:
     """Return a function that makes the rotary table of each size once.
 
     The last tables stay on `device`. The function takes the number of text tokens, height and width of the latents, and
-    returns `position_table` of text, then of such latents: (l + n, head_dim / 2, 2) fp32.
+    a tuple of references as `position_ids` does, and returns `position_table` of text, references, then of such
+    latents: (l + n, head_dim / 2, 2) fp32.
     """
 
     @lru_cache(max_tables)
-    def table(num_txt_tokens: int, height: int, width: int) -> Tensor:
+    def table(
+        num_txt_tokens: int, height: int, width: int, references: tuple[tuple[int, int, int, int], ...] = ()
+    ) -> Tensor:
         # In float64, which not every device has.
-        return model.position_table(position_ids(num_txt_tokens, height, width)).to(device)
+        return model.position_table(position_ids(num_txt_tokens, height, width, references)).to(device)
 
     return table

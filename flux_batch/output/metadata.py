@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flux_batch.config.schema import QUALITY_COLUMNS, QualityConfig
-from flux_batch.records import ImageRecord
+from flux_batch.records import IMAGE_COLUMNS, ImageRecord
 from flux_batch.sampling_params import SAMPLING_FIELDS
 from flux_batch.storage.passthrough import as_json, passthrough_of
 
@@ -29,7 +29,7 @@ RECORD_SCHEMA = pa.schema(
         ("negative_prompt", pa.string()),
         ("seed", pa.int64()),
         *[(name, _COLUMN_TYPES[field.type]) for name, field in SAMPLING_FIELDS.items() if name != "negative_prompt"],
-        ("input_image", pa.string()),
+        *[(name, pa.string()) for name in IMAGE_COLUMNS],
         ("lora", pa.string()),
         ("lora_scale", pa.float64()),
         ("tile_size", pa.int32()),

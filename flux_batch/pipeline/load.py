@@ -50,6 +50,7 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
         offload_text_encoders=model.offload_text_encoders,
         storage_options=model.storage_options,
         refresh=model.refresh,
+        variant=model.variant,
     )
     if native := slow_dtype(pipeline.device, pipeline.torch_dtype):
         log.warning(

@@ -5,6 +5,7 @@ Knows the places of a model's parts; knows no prompt or image.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 
 from flux_batch.download.models import PathOrFolder, local_model, local_path
-from flux_batch.errors import InvalidSetting
+from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_config, read_json
 from flux_batch.model.checkpoint.detect import LOADING_ORDER, CheckpointKind, find_parts, parts_of
 from flux_batch.model.checkpoint.loading import Prepare, load_autoencoder, load_transformer
+from flux_batch.model.conditions.variant import UNTOLD, VARIANT_NAMES, Variant, VariantName, variant_of
 from flux_batch.model.optimize.dtypes import dtype_name
 from flux_batch.model.optimize.quantize import (
     apply_fp8,
@@ -33,7 +35,10 @@ from flux_batch.model.transformer import Flux
 from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.precision import to_dtype
-from flux_batch.sampling_params import Quantization, check_quantization
+from flux_batch.sampling_params import TOKEN_SIDE_PX, Quantization, check_choice, check_quantization
+
+# Parts at the end of a path that may name a model: models--owner--NAME/snapshots/hash/transformer/file.
+_NAMING_PARTS = 5
 
 # The changes to a model before it is filled.
 PREPARE_TRANSFORMER: Mapping[Quantization, Prepare | None] = {
@@ -50,13 +55,17 @@ PREPARE_T5: Mapping[Quantization, Prepare | None] = {
 }
 
 
+log = logging.getLogger(__name__)
+
+
 class ModelManager:
     """The loader of a model's parts, recognised by their keys, not by file names.
 
     torch_dtype: None is the device's native dtype, see native_dtype. quantization: `bfloat16` keeps the matrices of
     transformer and T5 in bfloat16 and multiplies in float32; `fp8` keeps them in fp8 (with the same bits, if the file
     holds fp8) and multiplies in `torch_dtype`; `fp8_matmul` multiplies the transformer's in fp8 as well, with bfloat16
-    only, on an NVIDIA GPU of Ada, Hopper or later, or, slowly and for the same images, on the CPU.
+    only, on an NVIDIA GPU of Ada, Hopper or later, or, slowly and for the same images, on the CPU. variant: that of
+    the transformer, where neither its channels nor the names of its file and folder tell it.
     Raises: CheckpointError for a file that is missing, damaged, incomplete or of a layout that is not supported;
     InvalidSetting for a device that is not there, or cannot multiply in fp8.
     """
@@ -69,7 +78,11 @@ class ModelManager:
         *,
         quantization: Quantization = "none",
         storage_options: Mapping[str, Any] | None = None,
+        variant: VariantName = "auto",
     ) -> None:
+        check_choice("variant", variant, VARIANT_NAMES)
+        self.variant_name = variant
+        self.variant: Variant | None = None
         self.storage_options = storage_options or {}
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
@@ -93,12 +106,15 @@ class ModelManager:
         self,
         file_path_list: Sequence[PathOrFolder | Sequence[PathOrFolder]],
         torch_dtype: torch.dtype | None = None,
+        *,
+        names: Sequence[str] = (),
     ) -> None:
         """Load each entry: a file, a folder that holds one part, or the list of files that make up one part.
 
         If a file holds several parts (ComfyUI's all-in-one), all are loaded. torch_dtype: the dtype of these, None for
         that of the manager; torch.float8_e4m3fn, as scripts for DiffSynth-Studio say, means `quantization` fp8. Files
-        in a bucket or on a hub are fetched once a machine, with `storage_options` (see local_model).
+        in a bucket or on a hub are fetched once a machine, with `storage_options` (see local_model). names: other names
+        of the model, such as its address, which tell its variant beside those of its files.
         """
         dtype, quantization = self.torch_dtype, self.quantization
         if torch_dtype == torch.float8_e4m3fn:
@@ -110,7 +126,7 @@ class ModelManager:
             with checkpoint_errors(), device_errors():
                 parts = parts_of(open_checkpoint(_to_path(source, self.storage_options)))
                 for kind in sorted(parts, key=lambda kind: LOADING_ORDER.index(kind.part)):
-                    self._load(kind, parts[kind], dtype, quantization)
+                    self._load(kind, parts[kind], dtype, quantization, names)
 
     def load_lora(self, file_path: PathOrFolder | Sequence[PathOrFolder], lora_alpha: float = 1.0) -> None:
         """Merge one or several LoRAs with the same scale into the loaded parts; see LoadedLoras.
@@ -121,7 +137,12 @@ class ModelManager:
             self.loras.add(path, lora_alpha)
 
     def _load(
-        self, kind: CheckpointKind, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization
+        self,
+        kind: CheckpointKind,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        quantization: Quantization,
+        names: Sequence[str],
     ) -> None:
         home = checkpoint.folder
         if kind in (CheckpointKind.TRANSFORMER, CheckpointKind.TRANSFORMER_DIFFUSERS):
@@ -130,6 +151,7 @@ class ModelManager:
             self.transformer = load_transformer(
                 checkpoint, kind, config, dtype=dtype, device=self.device, prepare=prepare
             )
+            self.variant = self._variant_of(self.transformer, checkpoint, names)
             self.loras.add_part("transformer", self.transformer)
             guidance_embed = self.transformer.params.guidance_embed
             self.schedule = schedule_params(_read_scheduler_config(home), guidance_embed=guidance_embed)
@@ -144,6 +166,28 @@ class ModelManager:
             self.t5 = load_t5(checkpoint, dtype=dtype, device=self.device, prepare=prepare)
             self.loras.add_part("t5", self.t5.model)
 
+    def _variant_of(self, transformer: Flux, checkpoint: Checkpoint, names: Sequence[str]) -> Variant:
+        """Return the variant of a transformer, by its channels and by names: of its file, folders and address."""
+        hints = [part for path in (checkpoint.source, *names) for part in reversed(path.split("/")[-_NAMING_PARTS:])]
+        hints += [str(read_json(path).get("_class_name")) for path in _model_indexes(checkpoint.folder)]
+        try:
+            variant = variant_of(transformer.params, self.variant_name, hints)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.source}: {error}") from error
+        if variant is UNTOLD:
+            log.warning(
+                "%s: neither its weights nor its name tell FLUX.1-Canny from -Depth: images that ask for no guidance "
+                "get that of Canny, %g; or set variant",
+                checkpoint.source,
+                variant.guidance,
+            )
+        return variant
+
+
+def _model_indexes(folder: Path) -> list[Path]:
+    """Return the model_index.json of diffusers, of the folder of a part or of its model."""
+    return [path for path in (folder / "model_index.json", folder.parent / "model_index.json") if path.is_file()]
+
 
 def locate_parts(
     uri: PathOrFolder, storage_options: Mapping[str, Any] | None = None, *, refresh: bool = False
@@ -155,6 +199,24 @@ def locate_parts(
     model = local_model(uri, storage_options, refresh=refresh)
     with checkpoint_errors():
         return find_parts(model)
+
+
+def check_parts_fit(transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncoder, t5: T5Encoder) -> None:
+    """Raise CheckpointError unless the parts are of one model."""
+    p, a = transformer.params, autoencoder.params
+    facts = [
+        ("channels of a latent patch (autoencoder)", 4 * a.z_channels, p.out_channels),
+        ("pixels along a token (autoencoder)", 2 * a.downscale, TOKEN_SIDE_PX),
+        ("width of the CLIP text encoder", clip.width, p.vec_in_dim),
+        ("width of the T5 text encoder", t5.width, p.context_in_dim),
+    ]
+    for what, value, wanted in facts:
+        if value != wanted:
+            raise CheckpointError(f"the parts are not of one model: {what} is {value}, the transformer takes {wanted}")
+    for what, encoder in (("CLIP", clip), ("T5", t5)):
+        count, vocab_size = len(encoder.tokenizer), encoder.model.config.vocab_size
+        if count > vocab_size:
+            raise CheckpointError(f"the tokenizer of {what} has {count} tokens, its text encoder knows {vocab_size}")
 
 
 def _to_path(

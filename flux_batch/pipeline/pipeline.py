@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +18,9 @@ from flux_batch.download.models import PathOrFolder
 from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.detect import PART_TITLES
+from flux_batch.model.conditions.channels import WithChannels
+from flux_batch.model.conditions.reference import WithReferences
+from flux_batch.model.conditions.variant import Variant, VariantName, variant_of
 from flux_batch.model.optimize.attention import AttentionKernels, choose_attention
 from flux_batch.model.optimize.compile import CompileCache, is_compiled, set_compile_options
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
@@ -25,15 +29,12 @@ from flux_batch.model.optimize.kernels import apply_cpu_kernels
 from flux_batch.model.optimize.mps import apply_mps_kernels
 from flux_batch.model.optimize.offload import apply_offload
 from flux_batch.model.optimize.step_cache import StepCache
-from flux_batch.model.optimize.tiling import Tiling, tiled_decode, tiled_encode
+from flux_batch.model.optimize.tiling import Tiling
 from flux_batch.model.params import T5_SEQUENCE_LENGTH, ScheduleParams
 from flux_batch.model.sampling import (
     Progress,
     Velocity,
-    add_noise,
     denoise,
-    make_generators,
-    make_noise,
     make_sigmas,
     pack,
     timesteps_of,
@@ -43,14 +44,17 @@ from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds, position_tables
 from flux_batch.pipeline.compiled import compile_model, kernels_of
 from flux_batch.pipeline.errors import device_errors
+from flux_batch.pipeline.images.inputs import IMAGE_ARGUMENTS, image_inputs
+from flux_batch.pipeline.images.latents import ImageLatents
 from flux_batch.pipeline.loras import LoadedLoras
-from flux_batch.pipeline.model_manager import ModelManager, locate_parts
-from flux_batch.pipeline.pixels import check_finite, to_pixels, to_uint8
+from flux_batch.pipeline.model_manager import ModelManager, check_parts_fit, locate_parts
+from flux_batch.pipeline.pixels import check_finite, to_uint8
 from flux_batch.pipeline.precision import AUTO, default_device, must_be_narrow
 from flux_batch.pipeline.request import (
     PipelineRequest,
     Texts,
     as_list,
+    check_shape,
     check_texts,
     embeds_of,
     num_texts,
@@ -62,7 +66,6 @@ from flux_batch.pipeline.text_cache import TextCache
 from flux_batch.records import Kernels
 from flux_batch.sampling_params import (
     MAX_T5_LENGTH,
-    TOKEN_SIDE_PX,
     Quantization,
     check_choice,
     check_cuda_graphs,
@@ -91,9 +94,11 @@ class FluxImagePipeline:
         compile_cache: CompileCache | None = None,
         offload_text_encoders: bool = False,
         graphs: CudaGraphs | None = None,
+        variant: Variant | None = None,
     ) -> None:
         self.transformer = transformer
         self.autoencoder = autoencoder
+        self._variant = variant or variant_of(transformer.params)
         self.clip = clip
         self.t5 = t5
         self.schedule = schedule
@@ -102,10 +107,11 @@ class FluxImagePipeline:
         self.compile_cache = compile_cache
         self.graphs = graphs
         self.loras = loras or LoadedLoras({"transformer": transformer, "clip": clip.model, "t5": t5.model})
-        _check_parts_fit(transformer, autoencoder, clip, t5)
+        check_parts_fit(transformer, autoencoder, clip, t5)
         weight = transformer.img_in.weight
         self.device = weight.device
         self.torch_dtype = weight.dtype
+        self.latents = ImageLatents(autoencoder, self.device, self.torch_dtype)
         self.attention = attention or choose_attention(self.device)
         self.position_tables = position_tables(transformer, self.device)
         self.offloads_text_encoders = offload_text_encoders and self.device.type != "cpu"
@@ -156,6 +162,7 @@ class FluxImagePipeline:
             compile_cache=cache,
             offload_text_encoders=offload_text_encoders,
             graphs=graphs,
+            variant=manager.variant,
         )
 
     @classmethod
@@ -172,6 +179,7 @@ class FluxImagePipeline:
         offload_text_encoders: bool = False,
         storage_options: Mapping[str, Any] | None = None,
         refresh: bool = False,
+        variant: VariantName = "auto",
     ) -> FluxImagePipeline:
         """Load a model: a folder of either layout (diffusers' or the original), one file with all parts, or `demo`.
 
@@ -180,15 +188,17 @@ class FluxImagePipeline:
         unless `refresh`. device: None is `cuda` or `mps` if there is one, else `cpu`. torch_dtype: a dtype or its name;
         None or `auto` is the device's native dtype, on a CPU short of memory with quantization `bfloat16`.
         quantization: see ModelManager; step_cache: the value of calls without one; compile, cuda_graphs,
-        offload_text_encoders: see from_model_manager.
+        offload_text_encoders: see from_model_manager. variant: see ModelManager.
         Raises: CheckpointError with the files that were looked for; StoreError for a remote that fails; InvalidSetting.
         """
         device = torch.device(device or default_device())
-        manager = ModelManager(torch_dtype, device, quantization=quantization, storage_options=storage_options)
+        manager = ModelManager(
+            torch_dtype, device, quantization=quantization, storage_options=storage_options, variant=variant
+        )
         paths = locate_parts(uri, storage_options, refresh=refresh)
         if torch_dtype in AUTO and quantization == "none" and must_be_narrow(device, manager.torch_dtype, paths):
             manager.quantization = "bfloat16"
-        manager.load_models(paths)
+        manager.load_models(paths, names=[str(uri)])
         return cls.from_model_manager(
             manager,
             step_cache=step_cache,
@@ -201,6 +211,24 @@ class FluxImagePipeline:
     def default_t5_sequence_length(self) -> int:
         """The T5 length the model was made for: 512 for dev, 256 for schnell, or that of its tokenizer if less."""
         return min(T5_SEQUENCE_LENGTH[self.transformer.params.guidance_embed], self.t5.max_length)
+
+    @property
+    def variant(self) -> Variant:
+        """The variant of FLUX.1, which a control LoRA changes: as its name says, Canny or Depth."""
+        width, p = self.transformer.img_in.weight.shape[1], self.transformer.params
+        if width == p.in_channels:
+            return self._variant
+        return variant_of(replace(p, in_channels=width), hints=[uri.rpartition("/")[2] for uri, _ in self.loras.fused])
+
+    @property
+    def default_guidance(self) -> float:
+        """The embedded guidance of images that ask for none: that of the variant's authors."""
+        return self.variant.guidance
+
+    @property
+    def needed_images(self) -> tuple[str, ...]:
+        """The arguments of images without which this variant of FLUX.1 makes nothing."""
+        return self.variant.needs
 
     @property
     def precision(self) -> dict[str, str]:
@@ -265,14 +293,19 @@ class FluxImagePipeline:
         self,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] = "",
-        height: int = 1024,
-        width: int = 1024,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int = 30,
-        embedded_guidance: float | Sequence[float] = 3.5,
+        embedded_guidance: float | Sequence[float] | None = None,
         cfg_scale: float | Sequence[float] = 1.0,
         seed: int | Sequence[int | None] | None = None,
         t5_sequence_length: int | None = None,
         input_image: Image.Image | Sequence[Image.Image] | None = None,
+        mask_image: Image.Image | Sequence[Image.Image] | None = None,
+        control_image: Image.Image | Sequence[Image.Image | Sequence[Image.Image]] | None = None,
+        reference_image: Image.Image | Sequence[Image.Image | Sequence[Image.Image]] | None = None,
+        paste_back: bool = True,
+        resize_references: bool = True,
         denoising_strength: float = 1.0,
         sigma_shift: float | None = None,
         output_type: _OutputType = "pil",
@@ -289,8 +322,9 @@ class FluxImagePipeline:
     ) -> Any:
         """Make an image of a prompt, or a list of images of prompts or embeddings.
 
-        negative_prompt, embedded_guidance, cfg_scale, seed and input_image are one value for all or a list as long
-        as the prompts. A second pass with the negative prompt runs if any cfg_scale is not 1; an image whose scale is
+        negative_prompt, embedded_guidance, cfg_scale, seed and images are one value for all or a list as long as the
+        prompts. embedded_guidance None is that of the model: 3.5; 30 for Fill and Canny, 10 for Depth, 2.5 for Kontext,
+        4.5 for Krea. A second pass with the negative prompt runs if any cfg_scale is not 1; an image whose scale is
         exactly 1 does not change by it. The end of a prompt that is too long for a text encoder is left out, with a
         warning. seed None draws from torch's global generator. num_inference_steps is 30 as in DiffSynth-Studio, whose
         calls this one takes; a job's default is 28, as in diffusers, and the same seed gives another image there.
@@ -310,6 +344,14 @@ class FluxImagePipeline:
         tile_stride, counted in latents when decoding and in pixels when encoding: this takes less memory and gives an
         image that differs a little; an image that fits into a tile does not differ.
 
+        mask_image is white where input_image is repainted, and has its proportions: Fill reads it; any other model has
+        what is left put back after each step, as in diffusers. paste_back gives the pixels there the bits of the
+        resized input_image. control_image is what Canny and Depth read. reference_image is what Kontext edits, one or
+        several for an image, brought to the nearest size that it was trained with unless resize_references is false.
+        height and width None are those of the first reference, or else 1024. On a Kontext, `image` means a reference,
+        as in diffusers, whose default is 1024 x 1024. Latents of conditions are the posterior's mean,
+        where diffusers samples it, so that an image depends on nothing but its own arguments.
+
         step_cache trades quality for speed: at a step where the first block changes an image by less than this share
         since the last computed step, the later blocks are not run, and their last changes are added again. 0 is off;
         about 0.1 is a start. Each image is judged alone; the first and the last step are always computed. A pipeline
@@ -325,13 +367,23 @@ class FluxImagePipeline:
         embeds = embeds_of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
         prompts = as_list("prompt", prompt) if embeds is None else embeds
         count = num_texts(prompts)
-        image = named.pop("input_image", input_image)
+        given = {
+            "input_image": input_image,
+            "mask_image": mask_image,
+            "control_image": control_image,
+            "reference_image": reference_image,
+        }
+        if "image" in aliases and "reference_image" in self.variant.reads:  # as the pipeline of diffusers calls it
+            given["reference_image"] = named.pop("input_image")
+        given |= {name: named.pop(name) for name in IMAGE_ARGUMENTS if name in named}
+        images = image_inputs(count, given, resize_references, is_single=isinstance(prompt, str))
+        width, height = images.size_of(width, height)
         sampling: dict[str, Any] = {
             "negative_prompt": negative_prompt,
             "height": height,
             "width": width,
             "num_inference_steps": num_inference_steps,
-            "embedded_guidance": embedded_guidance,
+            "embedded_guidance": self.default_guidance if embedded_guidance is None else embedded_guidance,
             "cfg_scale": cfg_scale,
             "t5_sequence_length": t5_sequence_length,
             "denoising_strength": denoising_strength,
@@ -344,7 +396,7 @@ class FluxImagePipeline:
             ),
             sampling=sampling_of_call(count, **sampling | named),
             seeds=one_each("seed", seed, count),
-            input_images=None if image is None else one_each("input_image", image, count),
+            images=images,
             tiling=Tiling(tile_size, tile_stride) if tiled else None,
             step_cache=self.step_cache if step_cache is None else step_cache,
         )
@@ -352,6 +404,7 @@ class FluxImagePipeline:
         if not count:
             return []
         self.check_embeds(request)
+        request.images.check_for(self.variant)
         self.warn_of_cut_texts(request)
         if is_compiled(self.transformer):  # perhaps in another thread
             set_compile_options(self.attention)
@@ -359,14 +412,16 @@ class FluxImagePipeline:
             latents = self.make_latents(request, progress_bar)
             if output_type == "latent":
                 return latents
-            pixels = self.decode(latents, request.tiling)
+            pixels = self.latents.decode(latents, request.tiling)
             check_finite(pixels)
+            if paste_back:
+                pixels = self.latents.paste_back(pixels, request)
             if output_type == "pt":
                 return pixels.float().clamp(-1.0, 1.0)
-            images: list[Any] = list(to_uint8(pixels))
+            made: list[Any] = list(to_uint8(pixels))
         if output_type == "pil":
-            images = [Image.fromarray(image) for image in images]
-        return images[0] if isinstance(prompt, str) else images
+            made = [Image.fromarray(pixels) for pixels in made]
+        return made[0] if isinstance(prompt, str) else made
 
     def warn_of_cut_texts(self, request: PipelineRequest) -> None:
         """Warn if the end of a text is left out; Python prints a warning once a program."""
@@ -384,9 +439,9 @@ class FluxImagePipeline:
         downscale = self.autoencoder.params.downscale
         height, width = p.height // downscale, p.width // downscale
         length = self.t5_length(request)
-        num_tokens = height // 2 * (width // 2)
+        num_tokens = height // 2 * (width // 2)  # without those of reference images, whose noise is none
         sigmas = make_sigmas(p.num_inference_steps, num_tokens, self.schedule, p.sigma_shift, p.denoising_strength)
-        pe = self.position_tables(length, height, width)
+        pe = self.position_tables(length, height, width, self.latents.places(request))
         guidance = torch.tensor(request.values("embedded_guidance"), device=self.device, dtype=self.torch_dtype)
         timesteps = timesteps_of(sigmas, guidance)
 
@@ -394,32 +449,31 @@ class FluxImagePipeline:
             embeds = texts if isinstance(texts, PromptEmbeds) else self.encode(texts, length)
             embeds = embeds.to(self.device, self.torch_dtype)
             model = Denoiser(self.transformer, embeds, pe, timesteps, guidance)
+            steps: Velocity = model
             if request.step_cache:
-                return StepCache(model, request.step_cache)
-            return self.graphs(model) if self.graphs else model
+                steps = StepCache(model, request.step_cache)
+            elif self.graphs:
+                steps = self.graphs(model)
+            steps = steps if reference_tokens is None else WithReferences(steps, reference_tokens)
+            return steps if channels is None else WithChannels(steps, channels)
 
+        start = self.latents.start(request, sigmas[0])
+        channels = self.latents.channels(request, self.variant)
+        reference_tokens = self.latents.references(request)
         positive = velocity(request.prompts)
         negative = velocity(request.negative_prompts) if request.uses_cfg else None
-        tokens = pack(self.first_latents(request, height, width, sigmas[0]))
         cfg_scale = torch.tensor(request.values("cfg_scale"), device=self.device, dtype=torch.float32)
         with self.attention.first():
-            tokens = denoise(positive, tokens, sigmas, negative=negative, cfg_scale=cfg_scale, progress=progress_bar)
+            tokens = denoise(
+                positive,
+                pack(start.latents),
+                sigmas,
+                negative=negative,
+                cfg_scale=cfg_scale,
+                progress=progress_bar,
+                after_step=self.latents.kept(request, self.variant, start, sigmas),
+            )
         return unpack(tokens, height, width)
-
-    def first_latents(self, request: PipelineRequest, height: int, width: int, sigma: Tensor) -> Tensor:
-        """Return the latents that denoising starts from: noise, or the input images at noise level `sigma`."""
-        shape = (self.autoencoder.params.z_channels, height, width)
-        generators = make_generators(request.seeds)
-        if request.input_images is None:
-            return make_noise(shape, generators).to(self.device, self.torch_dtype)
-        size = request.shared.width, request.shared.height
-        pixels = [to_pixels(image, *size) for image in request.input_images]
-        weight = self.autoencoder.encoder.conv_in.weight
-        # The posterior draws before the noise from the same generator, as in diffusers; DiffSynth takes its mean.
-        posterior = None if request.shared.sigma_shift is not None else make_noise(shape, generators).to(weight)
-        noise = make_noise(shape, generators)
-        latents = self.encode_pixels(torch.stack(pixels).to(weight), posterior, request.tiling)
-        return add_noise(latents.to(self.torch_dtype), noise.to(self.device, self.torch_dtype), sigma)
 
     def t5_length(self, request: PipelineRequest) -> int:
         """Return the number of T5 tokens of each text."""
@@ -438,8 +492,8 @@ class FluxImagePipeline:
             )
         for prefix, texts in (("", request.prompts), ("negative_", request.negative_prompts)):
             if isinstance(texts, PromptEmbeds):
-                _check_shape(f"{prefix}prompt_embeds", texts.prompt_embeds, (count, length, p.context_in_dim))
-                _check_shape(f"{prefix}pooled_prompt_embeds", texts.pooled_prompt_embeds, (count, p.vec_in_dim))
+                check_shape(f"{prefix}prompt_embeds", texts.prompt_embeds, (count, length, p.context_in_dim))
+                check_shape(f"{prefix}pooled_prompt_embeds", texts.pooled_prompt_embeds, (count, p.vec_in_dim))
 
     def encode(self, prompts: Sequence[str], t5_sequence_length: int) -> PromptEmbeds:
         """Return the embeddings of each prompt, those of the last prompts from memory."""
@@ -449,39 +503,3 @@ class FluxImagePipeline:
         """Run the text encoders on one text, b = 1. Offloaded encoders leave their embeddings in host memory."""
         embeds = PromptEmbeds(self.t5([text], t5_sequence_length), self.clip([text]))
         return embeds.to(torch.device("cpu") if self.offloads_text_encoders else self.device, self.torch_dtype)
-
-    def encode_pixels(self, pixels: Tensor, noise: Tensor | None, tiling: Tiling | None) -> Tensor:
-        """Return scaled latents, in the autoencoder's dtype: (b, 3, 8h, 8w) in [-1, 1] -> (b, c, h, w)."""
-        if tiling:
-            return tiled_encode(self.autoencoder, pixels, tiling, noise)
-        return self.autoencoder.encode(pixels, noise)
-
-    def decode(self, latents: Tensor, tiling: Tiling | None = None) -> Tensor:
-        """Return pixels, about [-1, 1], in the autoencoder's dtype: (b, c, h, w) -> (b, 3, 8h, 8w)."""
-        latents = latents.to(self.autoencoder.decoder.conv_in.weight)
-        return tiled_decode(self.autoencoder, latents, tiling) if tiling else self.autoencoder.decode(latents)
-
-
-def _check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
-    """Raise InvalidSetting unless an argument is a tensor of that shape."""
-    if not isinstance(tensor, Tensor) or tensor.shape != shape:
-        got = list(tensor.shape) if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
-        raise InvalidSetting(f"{name} is {got}: must be a tensor of shape {list(shape)}", field=name)
-
-
-def _check_parts_fit(transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncoder, t5: T5Encoder) -> None:
-    """Raise CheckpointError unless the parts are of one model."""
-    p, a = transformer.params, autoencoder.params
-    facts = [
-        ("channels of a latent patch (autoencoder)", 4 * a.z_channels, p.in_channels),
-        ("pixels along a token (autoencoder)", 2 * a.downscale, TOKEN_SIDE_PX),
-        ("width of the CLIP text encoder", clip.width, p.vec_in_dim),
-        ("width of the T5 text encoder", t5.width, p.context_in_dim),
-    ]
-    for what, value, wanted in facts:
-        if value != wanted:
-            raise CheckpointError(f"the parts are not of one model: {what} is {value}, the transformer takes {wanted}")
-    for what, encoder in (("CLIP", clip), ("T5", t5)):
-        count, vocab_size = len(encoder.tokenizer), encoder.model.config.vocab_size
-        if count > vocab_size:
-            raise CheckpointError(f"the tokenizer of {what} has {count} tokens, its text encoder knows {vocab_size}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux_batch.errors import InvalidSetting, RowError
-from flux_batch.images import to_rgb
+from flux_batch.images import to_mask, to_rgb
 
 
 def check_finite(pixels: Tensor) -> None:
@@ -19,19 +20,34 @@ def check_finite(pixels: Tensor) -> None:
         raise RowError(f"the model overflowed in {str(pixels.dtype).removeprefix('torch.')}: use bfloat16 or float32")
 
 
-def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
+def to_pixels(image: Image.Image, width: int, height: int, name: str = "input_image") -> Tensor:
     """Return the pixels of an image: fp32 (3, height, width) in [-1, 1], resized by Lanczos.
 
-    Raises: InvalidSetting for anything but a PIL image that can be shown in RGB.
+    Raises: InvalidSetting for anything but a PIL image that can be shown in RGB; `name` is its argument.
     """
-    if not isinstance(image, Image.Image):
-        raise InvalidSetting(f"input_image is a {type(image).__name__}: must be a PIL image", field="input_image")
-    try:
-        rgb = to_rgb(image)
-    except RowError as error:
-        raise InvalidSetting(f"input_image {error}", field="input_image") from error
-    array = np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
+    array = np.asarray(resized(image, width, height, name, to_rgb), dtype=np.float32)
     return torch.from_numpy(array / 255.0 * 2.0 - 1.0).permute(2, 0, 1)
+
+
+def to_mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
+    """Return a mask as pixels: fp32 (1, height, width), 1 where it repaints, else 0; resized by Lanczos.
+
+    A pixel is repainted from half grey on, as in diffusers. Raises: as `to_pixels`.
+    """
+    array = np.asarray(resized(mask, width, height, "mask_image", to_mask), dtype=np.uint8)
+    return torch.from_numpy((array > 127).astype(np.float32))[None]
+
+
+def resized(
+    image: Image.Image, width: int, height: int, name: str, convert: Callable[[Image.Image], Image.Image] = to_rgb
+) -> Image.Image:
+    """Return an image as `convert` makes it, resized by Lanczos. Raises: InvalidSetting, as `to_pixels`."""
+    if not isinstance(image, Image.Image):
+        raise InvalidSetting(f"{name} is a {type(image).__name__}: must be a PIL image", field=name)
+    try:
+        return convert(image).resize((width, height), Image.Resampling.LANCZOS)
+    except RowError as error:
+        raise InvalidSetting(f"{name} {error}", field=name) from error
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

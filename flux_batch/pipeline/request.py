@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from PIL import Image
 from torch import Tensor
 
 from flux_batch.errors import InvalidSetting, did_you_mean
 from flux_batch.model.optimize.tiling import Tiling
 from flux_batch.model.params import first_step
 from flux_batch.model.transformer import PromptEmbeds
+from flux_batch.pipeline.images.inputs import ImageInputs
 from flux_batch.sampling_params import (
     ALIASES,
     MAX_SEED,
@@ -26,8 +26,13 @@ from flux_batch.sampling_params import (
     check_tiles,
 )
 
-# The spellings of diffusers that a call accepts: those of a job, and two of image-to-image.
-_CALL_ALIASES = {**ALIASES, "strength": "denoising_strength", "image": "input_image"}
+# The spellings of diffusers that a call accepts: those of a job, and two of image-to-image; and one of DiffSynth.
+_CALL_ALIASES = {
+    **ALIASES,
+    "strength": "denoising_strength",
+    "image": "input_image",
+    "kontext_images": "reference_image",
+}
 # The arguments of diffusers that a call refuses, and what to pass instead.
 _INSTEAD = {"generator": ": pass seed, a whole number or one for each image"}
 
@@ -42,7 +47,7 @@ class PipelineRequest:
     prompts: Texts
     sampling: list[SamplingParams]
     seeds: list[int | None]
-    input_images: list[Image.Image] | None
+    images: ImageInputs
     tiling: Tiling | None
     step_cache: float = 0.0
     negative_embeds: PromptEmbeds | None = None
@@ -66,7 +71,7 @@ class PipelineRequest:
                 "to run",
                 field="denoising_strength",
             )
-        if strength < 1.0 and self.input_images is None:
+        if strength < 1.0 and self.images.input_image is None:
             raise InvalidSetting(
                 f"denoising_strength = {strength}: must be 1 without an input_image", field="denoising_strength"
             )
@@ -136,6 +141,13 @@ def embeds_of(name: str, texts: Any, embeds: Tensor | None, pooled: Tensor | Non
     if texts:
         raise InvalidSetting(f"{name} and {embeds_name} are both given: leave one of them out", field=embeds_name)
     return PromptEmbeds(embeds, pooled)
+
+
+def check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    """Raise InvalidSetting unless an argument is a tensor of that shape."""
+    if not isinstance(tensor, Tensor) or tensor.shape != shape:
+        got = list(tensor.shape) if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+        raise InvalidSetting(f"{name} is {got}: must be a tensor of shape {list(shape)}", field=name)
 
 
 def num_texts(texts: Texts) -> int:

@@ -10,7 +10,7 @@ from flux_batch.errors import FluxBatchError
 from flux_batch.model.checkpoint.detect import find_parts, read_shapes
 from flux_batch.model.footprint import DEV_SIZE, TransformerSize, step_flops, transformer_size
 from flux_batch.model.params import steps_run
-from flux_batch.plan.memory import TEXT_TOKENS, format_memory, memory
+from flux_batch.plan.memory import TEXT_TOKENS, format_memory, memory, reference_tokens
 from flux_batch.plan.plan import Plan
 from flux_batch.sampling_params import num_image_tokens
 
@@ -27,7 +27,7 @@ def estimate(config: JobConfig, plan: Plan) -> dict[str, Any]:
     pixels = sampling.width * sampling.height
     steps = steps_run(sampling.num_inference_steps, sampling.denoising_strength, sampling.sigma_shift)
     passes = steps * (2 if sampling.params().uses_cfg else 1)
-    num_tokens = num_image_tokens(sampling.width, sampling.height)
+    num_tokens = num_image_tokens(sampling.width, sampling.height) + reference_tokens(config)
     size = _size_of_model(config)
     tries = config.quality.expected_tries if config.quality else 1.0
     flops = passes * step_flops(size or DEV_SIZE, num_tokens, sampling.t5_sequence_length or TEXT_TOKENS)

@@ -11,6 +11,7 @@ from flux_batch.config.schema import JobConfig
 from flux_batch.download.models import find_local_model
 from flux_batch.errors import FluxBatchError
 from flux_batch.model.checkpoint.detect import PART_TITLES, find_parts, read_shapes
+from flux_batch.model.conditions.variant import is_kontext
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, weight_bytes
 from flux_batch.model.params import Shapes
 from flux_batch.sampling_params import num_image_tokens
@@ -28,6 +29,17 @@ CHOICES = (
 )
 # Text tokens of a job that does not say: those of FLUX.1-dev.
 TEXT_TOKENS = 512
+# Image tokens of a reference image at the sizes that Kontext was trained with: from 4042 to 4150.
+_REFERENCE_TOKENS = 4096
+
+
+def reference_tokens(config: JobConfig) -> int:
+    """Return the tokens that a reference image adds to each step of a Kontext; 0 for any other model.
+
+    A Kontext is told by its names: rows are not read.
+    """
+    model = config.model
+    return _REFERENCE_TOKENS if is_kontext(model.variant, model.uri.split("/")) else 0
 
 
 def memory(config: JobConfig) -> dict[str, Any]:
@@ -65,7 +77,8 @@ def _parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quanti
     """
     sampling, batch_size = config.sampling, _batch_size_of(config)
     width, height = sampling.width, sampling.height
-    num_tokens = num_image_tokens(width, height) + (sampling.t5_sequence_length or TEXT_TOKENS)
+    num_tokens = num_image_tokens(width, height) + reference_tokens(config)
+    num_tokens += sampling.t5_sequence_length or TEXT_TOKENS
     denoise = denoise_bytes(parts["transformer"], num_tokens, batch_size, dtype, quantization)
     if sampling.tiled:
         width, height = min(width, 8 * sampling.tile_size), min(height, 8 * sampling.tile_size)

@@ -11,6 +11,7 @@ import os
 import posixpath
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,19 +45,20 @@ class ImageAccess:
         root = local_name(config.input_image_root or "")
         self._root = os.path.abspath(root) if root and not scheme_of(root) else root
 
-    def find(self, name: str) -> InputImage:
+    def find(self, name: str, column: str = "input_image") -> InputImage:
         """Return the image that a row names. Raises: RowError saying why it may not, and what it may name."""
         if len(name) > _MAX_NAME_LENGTH or "\0" in name:
-            raise RowError(f"column 'input_image' holds {len(name)} characters that are no path and no address")
+            raise RowError(f"column {column!r} holds {len(name)} characters that are no path and no address")
         try:
-            scheme = scheme_of(name)
-            if scheme == "file" or (not scheme and name.startswith("/")):
-                return self._absolute(name)
-            if not scheme:
-                return self._beside(name)
-            return self._remote(name, name)
+            return replace(self._find(name), column=column)
         except RowError as error:
-            raise RowError(f"input_image {shortened(public_uri(name))}: {error}") from error
+            raise RowError(f"{column} {shortened(public_uri(name))}: {error}") from error
+
+    def _find(self, name: str) -> InputImage:
+        scheme = scheme_of(name)
+        if scheme == "file" or (not scheme and name.startswith("/")):
+            return self._absolute(name)
+        return self._remote(name, name) if scheme else self._beside(name)
 
     def _absolute(self, name: str) -> InputImage:
         path = os.path.normpath(local_name(name))

@@ -1,4 +1,4 @@
-"""The input images of rows: read with bounds, decoded, upright, in RGB, resized.
+"""The images that rows name: read with bounds, decoded, upright, in RGB or as a mask, resized.
 
 Knows how images are read and decoded; access.py has decided before whether a row may name one. Anything wrong with an
 image is a RowError and fails its row. Only a failure of the data set's own storage is a StoreError: its shard is tried
@@ -12,7 +12,8 @@ import hashlib
 import io
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flux_batch.errors import NotFound, RowError, SourceError, StoreError, StoreRefused, one_line
-from flux_batch.images import to_rgb
+from flux_batch.images import check_proportions, to_mask, to_rgb
 from flux_batch.prompts.access import WEB, is_inside, local_name, scheme_of, shortened
 from flux_batch.prompts.safe_http import fetch
-from flux_batch.records import InputImage
+from flux_batch.records import InputImage, RowImages
 from flux_batch.redaction import public_uri
+from flux_batch.sampling_params import MAX_SIDE, own_size, preferred_size
 from flux_batch.storage.retry import with_retries
 from flux_batch.storage.store import open_filesystem
 
@@ -36,13 +38,13 @@ _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 _HOST_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
-def image_of_bytes(data: bytes) -> InputImage:
-    """Return an input image from the bytes in a row. Raises: RowError if there are none or too many."""
+def image_of_bytes(data: bytes, column: str = "input_image") -> InputImage:
+    """Return an image from the bytes in a row. Raises: RowError if there are none or too many."""
     if not data:
-        raise RowError("column 'input_image' is empty: the bytes of an image are needed")
+        raise RowError(f"column {column!r} is empty: the bytes of an image are needed")
     if len(data) > MAX_BYTES:
-        raise RowError(f"column 'input_image' has more than the {MAX_BYTES} bytes allowed")
-    return InputImage(name=f"sha256:{hashlib.sha256(data).hexdigest()}", data=data)
+        raise RowError(f"column {column!r} has more than the {MAX_BYTES} bytes allowed")
+    return InputImage(name=f"sha256:{hashlib.sha256(data).hexdigest()}", data=data, column=column)
 
 
 def spilled(image: InputImage, folder: Path) -> InputImage:
@@ -70,11 +72,62 @@ def load_image(
     size: (width, height) to resize it to, by Lanczos and whatever its proportions, as diffusers does.
     Raises: RowError saying what is wrong with it; StoreError if the data set's storage is away.
     """
-    try:
+    with _naming(source):
         image = decode(source.data or _read_bytes(source, storage_options))
         return image.resize(size, Image.Resampling.LANCZOS) if size else image
+
+
+def load_images(
+    images: RowImages,
+    storage_options: Mapping[str, Any],
+    size: tuple[int, int] | None,
+    *,
+    resize_references: bool = True,
+) -> dict[str, Any]:
+    """Return the images of a row, resized, by the arguments of a pipeline's call.
+
+    size: (width, height) of the image to make; None is that of the first reference image. Raises: the errors of
+    `load_image`; RowError for a mask whose proportions are not those of its image.
+    """
+    found: dict[str, Any] = {}
+    if images.reference_image:
+        size_of = preferred_size if resize_references else own_size
+        found["reference_image"] = [_load_reference(each, storage_options, size_of) for each in images.reference_image]
+        size = size or found["reference_image"][0].size
+    assert size is not None  # else there is a reference image
+    start = load_image(images.input_image, storage_options) if images.input_image else None
+    if start:
+        found["input_image"] = start.resize(size, Image.Resampling.LANCZOS)
+    if images.mask_image and start:
+        with _naming(images.mask_image):
+            data = images.mask_image.data or _read_bytes(images.mask_image, storage_options)
+            mask = decode(data, to_mask)
+            check_proportions(mask.size, start.size)
+            found["mask_image"] = mask.resize(size, Image.Resampling.LANCZOS)
+    if images.control_image:
+        found["control_image"] = [load_image(image, storage_options, size) for image in images.control_image]
+    return found
+
+
+def _load_reference(
+    source: InputImage, storage_options: Mapping[str, Any], size_of: Callable[[int, int], tuple[int, int]]
+) -> Image.Image:
+    """Return a reference image at the size in which the model reads it. Raises: as `load_image`."""
+    image = load_image(source, storage_options)
+    with _naming(source):
+        size = size_of(*image.size)
+        if max(size) > MAX_SIDE:
+            raise RowError(f"{image.width} x {image.height} pixels: a side of a reference may have {MAX_SIDE}")
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+@contextmanager
+def _naming(source: InputImage) -> Iterator[None]:
+    """Run the block; what is wrong with an image is a RowError that names it."""
+    try:
+        yield
     except (RowError, NotFound, StoreRefused) as error:
-        raise RowError(f"input_image {shortened(source.name)}: {error}") from error
+        raise RowError(f"{source.column} {shortened(source.name)}: {error}") from error
 
 
 def _read_bytes(image: InputImage, storage_options: Mapping[str, Any]) -> bytes:
@@ -87,15 +140,15 @@ def _read_bytes(image: InputImage, storage_options: Mapping[str, Any]) -> bytes:
     return with_retries(image.uri, "read", lambda: read_object(image.uri, storage_options))
 
 
-def decode(data: bytes) -> Image.Image:
-    """Return the first image of a file in RGB. Raises: RowError."""
+def decode(data: bytes, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
+    """Return the first image of a file, upright, in RGB or as `convert` makes it. Raises: RowError."""
     try:
         with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise RowError(f"{width} x {height} pixels, more than the {MAX_PIXELS} allowed")
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            return convert(ImageOps.exif_transpose(image))
     except RowError:
         raise
     except UnidentifiedImageError as error:

@@ -11,12 +11,12 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any, SupportsIndex
 
-from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
+from flux_batch.config.schema import LATER_IMAGE_COLUMNS, PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import InvalidSetting, RowError
-from flux_batch.prompts.access import ImageAccess, RowLoras
+from flux_batch.prompts.access import ImageAccess, RowLoras, shortened
 from flux_batch.prompts.formats.table import BadRow, Row
 from flux_batch.prompts.input_images import image_of_bytes
-from flux_batch.records import FailedRow, ImageRequest, InputImage, LoraUse, image_seed
+from flux_batch.records import FailedRow, ImageRequest, InputImage, LoraUse, RowImages, image_seed
 from flux_batch.redaction import public_uri
 from flux_batch.sampling_params import ALIASES, MAX_SEED, SAMPLING_FIELDS, SamplingParams, check_integer
 
@@ -24,6 +24,8 @@ from flux_batch.sampling_params import ALIASES, MAX_SEED, SAMPLING_FIELDS, Sampl
 _EXACT_FLOATS = 2**53
 # Digits of the largest whole number that any field takes, and more.
 _MAX_DIGITS = 40
+# Images of one column of a row.
+_MAX_IMAGES = 16
 
 
 class RowParser:
@@ -38,6 +40,7 @@ class RowParser:
         image = sampling.input_image
         self._input_image = InputImage(name=public_uri(image), uri=image) if image else None
         self._defaults = sampling.params()
+        self._size_from_reference = sampling.size_from_reference
         self._num_images = sampling.num_images_per_prompt
         self._run_seed = sampling.seed
         spellings = {field: [field] for field in PROMPT_FIELDS}
@@ -67,8 +70,8 @@ class RowParser:
         try:
             prompt = self._prompt(values)
             params = self._sampling(values)
-            image = self._image(values)
-            if image is None and params.denoising_strength < 1:
+            images = self._row_images(values)
+            if images.input_image is None and params.denoising_strength < 1:
                 raise RowError(
                     f"denoising_strength = {params.denoising_strength}: needs an input_image, and there is none"
                 )
@@ -89,7 +92,8 @@ class RowParser:
             prompt=prompt,
             sampling=params,
             seeds=seeds,
-            input_image=image,
+            images=images,
+            size_from_reference=self._takes_size(values, images),
             loras=loras,
             passthrough=passthrough,
         )
@@ -117,19 +121,49 @@ class RowParser:
                 overrides[field] = _convert(field, value)
         return replace(self._defaults, **overrides) if overrides else self._defaults
 
-    def _image(self, values: Row) -> InputImage | None:
-        """Return the row's input image: a path, an address, bytes, or both in a struct, as Hugging Face writes it."""
-        value = self._cell(values, "input_image")
-        if isinstance(value, Mapping):
-            value = value.get("path") if value.get("bytes") is None else value["bytes"]
-        if value is None:
-            return self._input_image
+    def _row_images(self, values: Row) -> RowImages:
+        """Return the images of a row. Raises: RowError for one that cannot be used, or that lacks another."""
+        for column in LATER_IMAGE_COLUMNS:
+            if self._cell(values, column) not in (None, "", []):
+                raise RowError(f"column {self._columns[column][0]!r}: there is no support yet for models that read it")
+        start = self._image_cell(values, "input_image")
+        images = RowImages(
+            input_image=self._input_image if start is None else self._image("input_image", start),
+            mask_image=self._image("mask_image", self._image_cell(values, "mask_image")),
+            control_image=self._several_images(values, "control_image"),
+            reference_image=self._several_images(values, "reference_image"),
+        )
+        if images.mask_image and not images.input_image:
+            raise RowError(f"mask_image {shortened(images.mask_image.name)}: needs an input_image, and there is none")
+        return images
+
+    def _takes_size(self, values: Row, images: RowImages) -> bool:
+        has_own = any(self._cell(values, side) is not None for side in ("width", "height"))
+        return self._size_from_reference and bool(images.reference_image) and not has_own
+
+    def _image_cell(self, values: Row, field: str) -> Any:
+        """Return the cell of an image; of a struct its bytes, or else its path."""
+        return _image_value(self._cell(values, field))
+
+    def _several_images(self, values: Row, field: str) -> tuple[InputImage, ...]:
+        """Return the images of a cell that holds one or a list of them."""
+        value = self._cell(values, field)
+        cells = value if isinstance(value, list) else [value]
+        if len(cells) > _MAX_IMAGES:
+            raise RowError(f"column {self._columns[field][0]!r} holds {len(cells)} images, more than {_MAX_IMAGES}")
+        found = [self._image(field, _image_value(cell)) for cell in cells]
+        return tuple(image for image in found if image)
+
+    def _image(self, field: str, value: Any) -> InputImage | None:
+        """Return the image of a path, an address or bytes; None for an empty text."""
+        if value is None or value == "":
+            return None
         if isinstance(value, bytes):
-            return image_of_bytes(value)
+            return image_of_bytes(value, field)
         if isinstance(value, str):
-            return self._images.find(value) if value else None
+            return self._images.find(value, field)
         raise RowError(
-            f"column {self._columns['input_image'][0]!r} holds {type(value).__name__}: "
+            f"column {self._columns[field][0]!r} holds {type(value).__name__}: "
             "must be a path, an address, bytes, or a struct of bytes and path"
         )
 
@@ -152,6 +186,13 @@ class RowParser:
 def _place(row_id: str, line: int) -> str:
     """Return where a row stands, for a message."""
     return f"{row_id} (line {line})" if line else row_id
+
+
+def _image_value(cell: Any) -> Any:
+    """Return the value of a cell; of a struct as Hugging Face writes it, its bytes, or else its path."""
+    if isinstance(cell, Mapping):
+        return cell.get("path") if cell.get("bytes") is None else cell["bytes"]
+    return cell
 
 
 def _convert(field: str, value: Any) -> Any:

@@ -12,9 +12,11 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from flux_batch.config.schema import SamplingConfig
 from flux_batch.errors import AlreadyExists, NotFound, OutOfMemory, StoreError
+from flux_batch.images import blank_image
 from flux_batch.output.paths import BATCH_SIZE
 from flux_batch.sampling_params import call_arguments
 from flux_batch.storage.store import Store
@@ -72,11 +74,13 @@ def measured_batch_size(
 def _call_s(pipeline: ImagePipeline, sampling: SamplingConfig, size: int, clock: Callable[[], float]) -> float:
     steps = min(_MEASURED_STEPS, sampling.num_inference_steps)
     params = replace(sampling.params(), num_inference_steps=steps, denoising_strength=1.0)  # there is no input image
+    images: dict[str, Any] = dict.fromkeys(pipeline.needed_images, [blank_image(params.width, params.height)] * size)
     started = clock()
     pipeline(
         [f"image {number}" for number in range(size)],
         seed=list(range(size)),
         output_type="np",
+        **images,
         **call_arguments([params] * size),
     )
     return clock() - started

@@ -1,35 +1,38 @@
-"""The images that are made together, and their input images, read ahead of the device.
+"""The images that are made together, and those that their rows name, read ahead.
 
 Knows requests; does not know what computes images nor where they go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flux_batch.errors import RowError
-from flux_batch.records import ImageRequest, InputImage, retry_seed
+from flux_batch.records import ImageRequest, RowImages, retry_seed
 
-# Batches whose input images are read while one is on the device: enough to hide a slow server, and a bound on memory.
+# Batches whose images are read while one is on the device: enough to hide a slow server, and a bound on memory.
 READ_AHEAD = 1
 
-ReadImage = Callable[[InputImage, tuple[int, int]], Any]
+# Reads the images of a row for an image of a size: by argument of the pipeline's call, or the error in their place.
+# None for the size is that of the first reference image.
+ReadImages = Callable[[RowImages, tuple[int, int] | None], Mapping[str, Any] | Exception]
 
 
 @dataclass(frozen=True, slots=True)
 class ImageTask:
     """One image to make; `retry` is 0 for its first try.
 
-    input_image: the decoded image that it starts from, the error if that cannot be read, None if it starts from noise
-    or is not read yet.
+    images: the decoded images that its row names, by argument of the pipeline's call; none until they are read.
+    error: the error if one of them cannot be read.
     """
 
     request: ImageRequest
     image_index: int
-    input_image: Any = None
+    images: Mapping[str, Any] = field(default_factory=dict)
+    error: Exception | None = None
     retry: int = 0
 
     @property
@@ -41,7 +44,7 @@ class ImageTask:
     def shape(self) -> tuple[Any, ...]:
         """The settings that all images of one batch share."""
         params = self.request.sampling
-        return *params.shared, params.uses_cfg, self.request.input_image is None
+        return *params.shared, params.uses_cfg, self.request.images.counts
 
     @property
     def position(self) -> tuple[int, int]:
@@ -49,9 +52,28 @@ class ImageTask:
         return self.request.row, self.image_index
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels."""
-        return self.request.sampling.width, self.request.sampling.height
+    def size(self) -> tuple[int, int] | None:
+        """Width and height in pixels; None until the reference image is read that they come from."""
+        params = self.request.sampling
+        return None if self.request.size_from_reference else (params.width, params.height)
+
+    @property
+    def read_shape(self) -> tuple[Any, ...]:
+        """The settings that images of one call share, known once their rows' images are read."""
+        return *self.shape, *(image.size for image in self.images.get("reference_image", ()))
+
+    def sized(self, width: int, height: int) -> ImageTask:
+        """Return the same with the size that comes from a reference image."""
+        sampling = replace(self.request.sampling, width=width, height=height)
+        return replace(self, request=replace(self.request, sampling=sampling, size_from_reference=False))
+
+
+def grouped(tasks: Iterable[ImageTask]) -> list[list[ImageTask]]:
+    """Return the tasks of a batch, grouped by what can share a call."""
+    groups: dict[tuple[Any, ...], list[ImageTask]] = {}
+    for task in tasks:
+        groups.setdefault(task.read_shape, []).append(task)
+    return list(groups.values())
 
 
 def tasks_of(request: ImageRequest) -> list[ImageTask]:
@@ -74,33 +96,39 @@ def batches(tasks: Iterable[ImageTask], size: int) -> Iterator[list[ImageTask]]:
 
 
 class InputImages:
-    """Input images of batches, read on threads; one that batches near each other share is read once."""
+    """The images that the rows of batches name, read on threads; what batches near each other share is read once."""
 
-    def __init__(self, readers: Executor, read: ReadImage) -> None:
+    def __init__(self, readers: Executor, read: ReadImages) -> None:
         self._readers = readers
         self._read = read
-        self._reading: dict[tuple[InputImage, tuple[int, int]], Future[Any]] = {}
+        self._reading: _Reading = {}
 
     def join(self, batch: Sequence[ImageTask], following: Iterable[Sequence[ImageTask]] = ()) -> list[ImageTask]:
-        """Return a batch with its input images; begin to read those of `following` batches.
+        """Return a batch with its images; begin to read those of `following` batches.
 
-        An image that cannot be read is replaced by its RowError. Raises: any other error of `read`.
+        A task whose images cannot be read has the RowError. Raises: any other error of `read`.
         """
         window = [task for near in (batch, *following) for task in near]
-        wanted = dict.fromkeys((task.request.input_image, task.size) for task in window)
+        wanted = dict.fromkeys((task.request.images, task.size) for task in window)
         self._reading = {
-            (image, size): self._reading.get((image, size)) or self._readers.submit(self._read, image, size)
-            for image, size in wanted
-            if image is not None
+            (images, size): self._reading.get((images, size)) or self._readers.submit(self._read, images, size)
+            for images, size in wanted
+            if images.counts
         }
-        return [_with_input_image(task, self._reading) for task in batch]
+        return [_with_images(task, self._reading) for task in batch]
 
 
-def _with_input_image(task: ImageTask, reading: dict[tuple[InputImage, tuple[int, int]], Future[Any]]) -> ImageTask:
-    image = task.request.input_image
-    if image is None:
+_Reading = dict[tuple[RowImages, tuple[int, int] | None], Future[Mapping[str, Any] | Exception]]
+
+
+def _with_images(task: ImageTask, reading: _Reading) -> ImageTask:
+    if not task.request.images.counts:
         return task
     try:
-        return replace(task, input_image=reading[image, task.size].result())
+        found = reading[task.request.images, task.size].result()
     except RowError as error:
-        return replace(task, input_image=error)
+        found = error
+    if isinstance(found, Exception):
+        return replace(task, error=found)
+    sized = task.sized(*found["reference_image"][0].size) if task.request.size_from_reference else task
+    return replace(sized, images=found)

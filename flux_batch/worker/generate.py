@@ -6,7 +6,7 @@ Knows the pipeline and its memory; does not know files, records or shards.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from flux_batch.errors import (
 from flux_batch.images import Pixels
 from flux_batch.records import LoraUse
 from flux_batch.sampling_params import call_arguments
-from flux_batch.worker.batches import ImageTask
+from flux_batch.worker.batches import ImageTask, grouped
 from flux_batch.worker.protocol import ImagePipeline
 
 
@@ -38,6 +38,18 @@ class Tiles(NamedTuple):
     def of(cls, sampling: SamplingConfig) -> Tiles | None:
         """Return the tiles that a job asks for, None if it decodes whole images."""
         return cls(sampling.tile_size, sampling.tile_stride) if sampling.tiled else None
+
+
+def image_options(sampling: SamplingConfig) -> dict[str, dict[str, Any]]:
+    """Return the arguments that a job adds to a call with images, by their column.
+
+    Those that have their default are left out.
+    """
+    options = {
+        "mask_image": {"paste_back": sampling.paste_back},
+        "reference_image": {"resize_references": sampling.resize_references},
+    }
+    return {column: values for column, values in options.items() if not all(values.values())}
 
 
 # Texts whose embeddings a worker keeps in host memory: those of FLUX.1-dev take 4 MB each in bfloat16.
@@ -155,8 +167,14 @@ class BatchMaker:
         loras: Sequence[LoraUse],
         tiles: Tiles | None,
         on_progress: Callable[[], None] = lambda: None,
+        *,
+        image_options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """Set the LoRAs of the job, `loras`; `on_progress` is called after each call of the pipeline."""
+        """Set the LoRAs of the job, `loras`; `on_progress` is called after each call of the pipeline.
+
+        image_options: further arguments of a call with images of a column.
+        """
+        self._image_options = image_options or {}
         self._pipeline = pipeline
         self._loras = LoraSwitch(pipeline, loras)
         self._tiles = tiles
@@ -170,20 +188,21 @@ class BatchMaker:
         self._texts = _ShardTexts(self._pipeline, tasks) if self._pipeline.offloads_text_encoders else None
 
     def make(self, batch: Sequence[ImageTask]) -> list[ImageOutcome]:
-        """Make the images of a batch whose input images and LoRAs can be read.
+        """Make the images of a batch whose images and LoRAs can be read.
 
         Raises: DeviceFatal; StoreError if the storage of a LoRA is unavailable.
         """
         truncated = self._truncations(batch)
-        ready = [task for task in batch if not isinstance(task.input_image, Exception)]
+        ready = [task for task in batch if not task.error]
         if ready and (error := self._loras.use(ready[0].request.loras)):
             return [ImageOutcome(task, error, None, cut) for task, cut in zip(batch, truncated, strict=True)]
-        fit = self._fits.get(batch[0].shape, _MemoryFit(self._tiles))
-        results = iter(self._make_parts(ready, fit) if ready else [])
+        made: dict[tuple[int, int], tuple[Pixels | Exception, Tiles | None]] = {}
+        for group in grouped(ready):
+            fit = self._fits.get(group[0].read_shape, _MemoryFit(self._tiles))
+            results = self._make_parts(group, fit)
+            made |= {task.position: result for task, result in zip(group, results, strict=True)}
         return [
-            ImageOutcome(task, task.input_image, None, cut)
-            if isinstance(task.input_image, Exception)
-            else ImageOutcome(task, *next(results), cut)
+            ImageOutcome(task, task.error, None, cut) if task.error else ImageOutcome(task, *made[task.position], cut)
             for task, cut in zip(batch, truncated, strict=True)
         ]
 
@@ -214,16 +233,18 @@ class BatchMaker:
 
     def _remember(self, batch: Sequence[ImageTask], tiles: Tiles | None) -> None:
         """Lower the memory limit of a shape after a batch that did not fit."""
-        known = self._fits.get(batch[0].shape, _MemoryFit(tiles))
+        shape = batch[0].read_shape
+        known = self._fits.get(shape, _MemoryFit(tiles))
         if len(batch) == 1:
-            self._fits[batch[0].shape] = _MemoryFit(SMALL_TILES, 2)
+            self._fits[shape] = _MemoryFit(SMALL_TILES, 2)
         elif known.too_many is None or len(batch) < known.too_many:
-            self._fits[batch[0].shape] = _MemoryFit(known.tiles, len(batch))
+            self._fits[shape] = _MemoryFit(known.tiles, len(batch))
 
     def _call_pipeline(self, batch: Sequence[ImageTask], tiles: Tiles | None) -> Sequence[Pixels]:
         options = call_arguments([task.request.sampling for task in batch])
-        if batch[0].input_image is not None:
-            options["input_image"] = [task.input_image for task in batch]
+        options |= {name: [task.images[name] for task in batch] for name in batch[0].images}
+        for name in batch[0].images:
+            options |= self._image_options.get(name, {})
         if tiles:
             options |= {"tiled": True, "tile_size": tiles.size, "tile_stride": tiles.stride}
         if self._texts:

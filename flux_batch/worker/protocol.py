@@ -47,6 +47,16 @@ class ImagePipeline(Protocol):
         ...
 
     @property
+    def default_guidance(self) -> float:
+        """The embedded guidance of images whose job and row ask for none."""
+        ...
+
+    @property
+    def needed_images(self) -> tuple[str, ...]:
+        """The arguments of images without which the model makes nothing."""
+        ...
+
+    @property
     def compile_cache(self) -> CompileCache | None:
         """The compile cache, None for a pipeline that compiles nothing."""
         ...
@@ -78,6 +88,11 @@ class ImagePipeline(Protocol):
         seed: Sequence[int],
         output_type: Literal["np"],
         input_image: Sequence[Any] | None = None,
+        mask_image: Sequence[Any] | None = None,
+        control_image: Sequence[Any] | None = None,
+        reference_image: Sequence[Any] | None = None,
+        paste_back: bool = True,
+        resize_references: bool = True,
         tiled: bool = False,
         tile_size: int = 128,
         tile_stride: int = 64,

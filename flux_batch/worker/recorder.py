@@ -55,7 +55,7 @@ class Recorder:
             "image_index": task.image_index,
             "prompt": request.prompt,
             "seed": task.seed,
-            "input_image": request.input_image.name if request.input_image else None,
+            **request.images.names,
             **self._lora_fields(request.loras),
             "tile_size": tile_size,
             "clip_truncated": truncated[0],

@@ -106,12 +106,11 @@ class ShardRun:
         return run
 
     def add(self, row: ImageRequest | FailedRow) -> None:
-        """Add a row; the bytes of its input image are spilled to disk, as those of a shard may not fit into memory."""
+        """Add a row; the bytes of its images are spilled to disk, as those of a shard may not fit into memory."""
         if isinstance(row, FailedRow):
             self.records[row.row, 0] = self._recorder.failed_row(self.name, row)
             return
-        if row.input_image:
-            row = replace(row, input_image=spilled(row.input_image, self.scratch))
+        row = replace(row, images=row.images.map(lambda image: spilled(image, self.scratch)))
         self._tasks |= {self.key(task): task for task in tasks_of(row)}
 
     def adopt_staged(self) -> None:
@@ -240,6 +239,8 @@ class ShardRun:
     def _adopt_image(self, task: ImageTask, image: StagedImage) -> None:
         """Adopt an image, unless it was made for another row or with other settings."""
         record = dict(image.record)
+        if task.request.size_from_reference:
+            task = task.sized(record["width"], record["height"])
         error = record.pop("error_type", ""), record.pop("error_message", "")
         score = record.pop("score", None)
         truncated = record.get("clip_truncated"), record.get("t5_truncated")

@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -32,10 +32,10 @@ from flux_batch.output.formats import format_for
 from flux_batch.output.paths import RunFolder
 from flux_batch.output.staging import Staging
 from flux_batch.prompts.access import RowLoras
-from flux_batch.prompts.input_images import load_image
+from flux_batch.prompts.input_images import load_images
 from flux_batch.prompts.listing import LISTING_RULES
 from flux_batch.prompts.source import PromptSource
-from flux_batch.records import Attempt, Commit, FailedRow, InputImage, Shard, ShardWork
+from flux_batch.records import Attempt, Commit, FailedRow, RowImages, Shard, ShardWork
 from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.scratch import scratch_folder, sweep_scratch
 from flux_batch.storage.store import Store
@@ -43,7 +43,7 @@ from flux_batch.telemetry import Heartbeat, Metrics, ShardMetrics
 from flux_batch.worker.auto_batch_size import measured_batch_size, remembered_batch_size
 from flux_batch.worker.batches import READ_AHEAD, InputImages
 from flux_batch.worker.compile_cache import SharedCompileCache
-from flux_batch.worker.generate import BatchMaker, ImageOutcome, Tiles
+from flux_batch.worker.generate import BatchMaker, ImageOutcome, Tiles, image_options
 from flux_batch.worker.made_shard import CommittedShard, MadeShard
 from flux_batch.worker.protocol import ImagePipeline, Scorer
 from flux_batch.worker.quality import JudgedShard
@@ -104,7 +104,15 @@ class Worker:
         name = f"{socket.gethostname()}:{os.getpid()}"
         self._publisher = Publisher(self._commits, output_format, factory.passthrough, name)
         loras = RowLoras(config.model.loras, "").defaults
-        self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling), self._beat_making)
+        self._maker = BatchMaker(
+            pipeline,
+            loras,
+            Tiles.of(config.sampling),
+            self._beat_making,
+            image_options=image_options(config.sampling),
+        )
+        # Once the LoRAs of the job are set, which may make another variant of the model.
+        self._sampling = config.sampling.for_model(pipeline.default_guidance)
         self._recorder = Recorder(config.model, output_format, pipeline.default_t5_sequence_length)
         self._scorer = None
         if config.quality:
@@ -175,7 +183,7 @@ class Worker:
     def _read_rows(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:
         """Read the rows of a shard, and adopt the images that earlier attempts have staged."""
         run = ShardRun(shard, attempt, self._recorder, self._staging, self._config.output.image, scratch)
-        for row in self._source.read(shard, self._config.sampling, self._config.model.loras):
+        for row in self._source.read(shard, self._sampling, self._config.model.loras):
             run.add(row)
             if isinstance(row, FailedRow):
                 self.metrics.add("failures", label=row.error_type)
@@ -196,7 +204,7 @@ class Worker:
         queue = run.queue(self._batch_size)
         self._maker.start_shard([task for batch in queue for task in batch.tasks])
         with ThreadPoolExecutor(_INPUT_IMAGE_READERS, "read") as readers:
-            images = InputImages(readers, self._read_image)
+            images = InputImages(readers, self._read_images)
             for number, batch in enumerate(queue):
                 if self._stopping.is_set():
                     return self._stop_shard(run, staging)
@@ -260,10 +268,11 @@ class Worker:
         return remembered_batch_size(self._store, self._measure_batch_size) if size == "auto" else size
 
     def _measure_batch_size(self) -> int:
-        return measured_batch_size(self._pipeline, self._config.sampling, self._beat_making)
+        return measured_batch_size(self._pipeline, self._sampling, self._beat_making)
 
-    def _read_image(self, image: InputImage, size: tuple[int, int]) -> Any:
-        return load_image(image, self._config.prompts.storage_options, size)
+    def _read_images(self, images: RowImages, size: tuple[int, int] | None) -> Mapping[str, Any]:
+        options, resize = self._config.prompts.storage_options, self._sampling.resize_references
+        return load_images(images, options, size, resize_references=resize)
 
     def _beat_making(self) -> None:
         self._heartbeat.beat("make")

@@ -25,6 +25,7 @@ from flux_batch.records import Kernels
 SLOW_S = 0.2
 DEATH_EXIT = 66
 HOLD = "FAKE_PIPELINE_HOLD"
+CONDITIONS = ("mask_image", "control_image", "reference_image")
 CLIP_CHARACTERS, T5_CHARACTERS = 77, 512
 
 
@@ -50,10 +51,16 @@ def fake_image(
     return np.random.default_rng(int.from_bytes(digest)).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def _bytes_of(image: Any) -> Any:
+    return [_bytes_of(each) for each in image] if isinstance(image, list) else np.asarray(image).tobytes()
+
+
 class FakePipeline:
     """An ImagePipeline; `calls` has the prompts of each call, `options` its further arguments."""
 
     default_t5_sequence_length = 512
+    default_guidance = 3.5
+    needed_images: tuple[str, ...] = ()
     compile_cache: Any = None
     precision = {"dtype": "float32", "quantization": "none"}  # noqa: RUF012
     kernels = Kernels(device="cpu AVX2", attention="torch", compile=False, torch="2.13.0")
@@ -64,6 +71,7 @@ class FakePipeline:
         self.calls: list[list[str]] = []
         self.options: list[dict[str, Any]] = []
         self.input_images: list[Any] = []
+        self.conditions: list[dict[str, Any]] = []
         self.lora_calls: list[list[tuple[str, float]]] = []
         self.encoded: list[list[str]] = []
         self._memory = memory
@@ -102,6 +110,11 @@ class FakePipeline:
         if self.lora_calls and self.lora_calls[-1]:
             others = {**others, "loras": self.lora_calls[-1]}
         self.input_images += input_image or []
+        conditions = {
+            name: others.pop(name) for name in ("mask_image", "control_image", "reference_image") if name in others
+        }
+        self.conditions.append(conditions)
+        per_image = [{name: _bytes_of(values[at]) for name, values in conditions.items()} for at in range(len(prompt))]
         for text in prompt:
             self._misbehave(text, len(prompt), is_tiled=others.get("tiled", False))
         return [
@@ -116,14 +129,16 @@ class FakePipeline:
                 cfg_scale=cfg,
                 input_image=start,
                 **others,
+                **images,
             )
-            for text, negative, number, guidance, cfg, start in zip(
+            for text, negative, number, guidance, cfg, start, images in zip(
                 prompt,
                 negative_prompt,
                 seed,
                 embedded_guidance,
                 cfg_scale,
                 input_image or [None] * len(prompt),
+                per_image,
                 strict=True,
             )
         ]

@@ -31,7 +31,7 @@ from helpers.lora_files import random_factors, write_lora
 STEPS = 2
 FULL: dict[str, Any] = {"height": 1024, "width": 1024, "num_inference_steps": STEPS, "output_type": "latent"}
 # Whatever is made: the tables of guidance and scales of CFG, the timesteps, the noise.
-OF_A_CALL = ["pipeline.make_latents", "sampling.timesteps_of", "pipeline.first_latents", "pipeline.make_latents"]
+OF_A_CALL = ["pipeline.make_latents", "sampling.timesteps_of", "latents._as_latents", "pipeline.make_latents"]
 # Its token ids.
 OF_A_TEXT = ["text.states", "text.pool"]
 MATRICES_IN_FP8 = 2 * 8 + 2 * 2
@@ -98,7 +98,7 @@ def test_guidance_by_a_negative_prompt_and_an_input_image(dev: ModelManager, wai
     images = pipe(["a cat", "a dog"], seed=[1, 2], **options, **how)
     assert images.is_cuda
     assert images.shape == (2, 3, 1024, 1024)
-    of_images = [*2 * ["pipeline.first_latents"], "sampling.add_noise", "transformer.table", "pixels.check_finite"]
+    of_images = [*2 * ["latents.encode"], "sampling.add_noise", "transformer.table", "pixels.check_finite"]
     assert sorted(waits.places) == sorted([*OF_A_CALL, *3 * OF_A_TEXT, *of_images])
 
 

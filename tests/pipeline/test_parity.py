@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
-from torch import Tensor
 
 from flux_batch import FluxImagePipeline
 from flux_batch.model.sampling import make_generators, make_noise
 from flux_batch.prompts.input_images import decode
+from helpers.parity import as_reference_arguments, assert_same, load_reference
 from helpers.tiny_calls import CPU, PROMPTS, SEEDS, SMALL, noise_image
 from helpers.tiny_flux import TinyFlux, copy_repository, make_tiny_repository
 
@@ -46,61 +45,6 @@ def reference(repository: Path) -> FluxPipeline:
 @pytest.fixture(scope="module")
 def img2img(repository: Path) -> FluxImg2ImgPipeline:
     return load_reference(repository, FluxImg2ImgPipeline)
-
-
-def load_reference(folder: Path, kind: type = FluxPipeline, dtype: torch.dtype = torch.float32) -> Any:
-    reference = kind.from_pretrained(folder, dtype=dtype)
-    reference.set_progress_bar_config(disable=True)
-    return reference
-
-
-def as_reference_arguments(
-    prompts: Sequence[str], seeds: Sequence[int], *, output_type: str, **options: Any
-) -> dict[str, Any]:
-    return {
-        "prompt": list(prompts),
-        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        "output_type": output_type,
-        **options,
-    }
-
-
-def reference_latents(reference: Any, height: int, width: int, **arguments: Any) -> Tensor:
-    """Return what diffusers has when it stops, unpacked."""
-    with torch.inference_mode():
-        tokens = reference(height=height, width=width, **arguments).images
-    return reference._unpack_latents(tokens, height, width, reference.vae_scale_factor)
-
-
-def assert_same(
-    pipe: FluxImagePipeline,
-    reference: Any,
-    *,
-    prompts: Sequence[str] = PROMPTS,
-    seeds: Sequence[int] = SEEDS,
-    height: int = 64,
-    width: int = 96,
-    num_inference_steps: int = 3,
-    ours: dict[str, Any] | None = None,
-    theirs: dict[str, Any] | None = None,
-) -> None:
-    """Assert latents within 1e-4 and pixels within one level of those of diffusers."""
-    size = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
-    for output_type in ("latent", "pil"):
-        arguments = as_reference_arguments(prompts, seeds, output_type=output_type, **size, **(theirs or {}))
-        result = pipe(list(prompts), seed=list(seeds), output_type=output_type, **size, **(ours or {}))
-        if output_type == "latent":
-            torch.testing.assert_close(result, reference_latents(reference, **arguments), atol=1e-4, rtol=0)
-        else:
-            for image, expected in zip(result, reference(**arguments).images, strict=True):
-                assert_within_one_level(image, expected)
-
-
-def assert_within_one_level(image: Image.Image, expected: Image.Image) -> None:
-    assert image.size == expected.size
-    assert image.mode == expected.mode == "RGB"
-    difference = np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int))
-    assert difference.max() <= 1
 
 
 class TestParity:

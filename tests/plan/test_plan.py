@@ -267,7 +267,7 @@ def test_remaining_keeps_the_order(tmp_path: Path) -> None:
     ("sections", "key"),
     [
         ({"sampling": {"num_inference_steps": 4}}, "sampling.num_inference_steps: 28 -> 4"),
-        ({"sampling": {"guidance_scale": 4.0}}, "sampling.embedded_guidance: 3.5 -> 4.0"),
+        ({"sampling": {"guidance_scale": 4.0}}, "sampling.embedded_guidance: None -> 4.0"),
         ({"sampling": {"seed": 1}}, "sampling.seed: 0 -> 1"),
         ({"model": {"uri": "other"}}, "model.uri: 'demo' -> 'other'"),
         ({"model": {"dtype": "float32"}}, "model.dtype"),

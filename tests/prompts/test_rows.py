@@ -209,7 +209,7 @@ def test_no_row_whatever_is_in_it_is_an_outage(values: dict[str, Any]) -> None:
     ],
 )
 def test_a_cell_or_the_job_says_what_a_row_starts_from(value: Any, name: str | None) -> None:
-    found = request({"input_image": value, "denoising_strength": 1}, {"input_image": "/job.png"}).input_image
+    found = request({"input_image": value, "denoising_strength": 1}, {"input_image": "/job.png"}).images.input_image
 
     assert (found and found.name) == name
 
@@ -221,6 +221,11 @@ def test_a_cell_or_the_job_says_what_a_row_starts_from(value: Any, name: str | N
         ({"input_image": {"bytes": 5}}, "column 'input_image' holds int"),
         ({"input_image": ["a.png"]}, "column 'input_image' holds list"),
         ({"input_image": b""}, "column 'input_image' is empty"),
+        ({"mask_image": "a.png"}, "mask_image a.png: needs an input_image, and there is none"),
+        ({"mask_image": "../m.png", "input_image": "a.png"}, "mask_image ../m.png: leads out of"),
+        ({"control_image": ["a.png", 7]}, "column 'control_image' holds int"),
+        ({"control_image": ["a.png"] * 17}, "column 'control_image' holds 17 images, more than 16"),
+        ({"image_prompt": "a.png"}, "column 'image_prompt': there is no support yet for models that read it"),
         ({"input_image": "/etc/passwd"}, "input_image /etc/passwd: a row may name an absolute path only under"),
         ({"denoising_strength": 0.5}, "denoising_strength = 0.5: needs an input_image, and there is none"),
         ({"denoising_strength": 0}, "denoising_strength = 0.0: must be more than 0 and at most 1"),

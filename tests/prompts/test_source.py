@@ -398,5 +398,7 @@ def test_images_named_in_text_formats(tmp_path: Path, name: str) -> None:
     (row,) = read(PromptsConfig(uri=str(tmp_path / name)))
 
     assert isinstance(row, ImageRequest), row
-    assert row.input_image == InputImage(name="a.png", uri=str(tmp_path / "a.png"), allowed_roots=(str(tmp_path),))
+    assert row.images.input_image == InputImage(
+        name="a.png", uri=str(tmp_path / "a.png"), allowed_roots=(str(tmp_path),)
+    )
     assert (row.sampling.denoising_strength, row.sampling.sigma_shift) == (0.5, 3.0)

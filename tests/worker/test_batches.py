@@ -11,18 +11,24 @@ from typing import Any
 import pytest
 
 from flux_batch.errors import RowError, StoreError
-from flux_batch.records import ImageRequest, InputImage
+from flux_batch.records import ImageRequest, InputImage, RowImages
 from flux_batch.sampling_params import SamplingParams
-from flux_batch.worker.batches import READ_AHEAD, ImageTask, InputImages, ReadImage, batches
+from flux_batch.worker.batches import READ_AHEAD, ImageTask, InputImages, ReadImages, batches
 
 
-def task(row: int = 0, image: str = "", **sampling: Any) -> ImageTask:
-    start = InputImage(name=image, uri=image) if image else None
-    params = SamplingParams(**sampling)
-    return ImageTask(ImageRequest(row=row, id="x", prompt="p", sampling=params, seeds=(1,), input_image=start), 0)
+def task(row: int = 0, image: str = "", mask: str = "", **sampling: Any) -> ImageTask:
+    start, repaint = (InputImage(name=name, uri=name) if name else None for name in (image, mask))
+    images, params = RowImages(input_image=start, mask_image=repaint), SamplingParams(**sampling)
+    return ImageTask(ImageRequest(row=row, id="x", prompt="p", sampling=params, seeds=(1,), images=images), 0)
 
 
-def with_images(todo: Sequence[list[ImageTask]], readers: Executor, read: ReadImage) -> Iterator[list[ImageTask]]:
+def start_of(images: RowImages) -> str:
+    """Return the name of an input image."""
+    assert images.input_image is not None
+    return images.input_image.name
+
+
+def with_images(todo: Sequence[list[ImageTask]], readers: Executor, read: ReadImages) -> Iterator[list[ImageTask]]:
     """Go through batches as a worker does."""
     images = InputImages(readers, read)
     for number, batch in enumerate(todo):
@@ -40,6 +46,7 @@ def with_images(todo: Sequence[list[ImageTask]], readers: Executor, read: ReadIm
         {"sigma_shift": 3.0},
         {"denoising_strength": 0.5},
         {"image": "a.png"},
+        {"image": "a.png", "mask": "b.png"},
     ],
 )
 def test_images_of_other_settings_get_a_batch_of_their_own(other: dict[str, Any]) -> None:
@@ -67,9 +74,9 @@ def test_batches_are_formed_in_order_of_first_appearance() -> None:
 def test_images_come_with_their_batch() -> None:
     todo = [[task(0, "a"), task(1)], [task(2, "b"), task(3, "a")], [task(4, "a", width=64)]]
     with ThreadPoolExecutor(2) as readers:
-        found = list(with_images(todo, readers, lambda image, size: (image.name, size)))
+        found = list(with_images(todo, readers, lambda images, size: {"input_image": (start_of(images), size)}))
 
-    assert [[one.input_image for one in batch] for batch in found] == [
+    assert [[one.images.get("input_image") for one in batch] for batch in found] == [
         [("a", (1024, 1024)), None],
         [("b", (1024, 1024)), ("a", (1024, 1024))],
         [("a", (64, 1024))],
@@ -81,11 +88,11 @@ def test_only_the_next_batch_is_read_ahead() -> None:
     read: list[str] = []
     ahead = threading.Event()
 
-    def reader(image: InputImage, size: tuple[int, int]) -> str:
-        read.append(image.name)
-        if image.name == "1":
+    def reader(images: RowImages, size: tuple[int, int]) -> dict[str, str]:
+        read.append(start_of(images))
+        if read[-1] == "1":
             ahead.set()
-        return image.name
+        return {"input_image": start_of(images)}
 
     todo = [[task(number, str(number))] for number in range(5)]
     with ThreadPoolExecutor(1) as readers:
@@ -94,15 +101,15 @@ def test_only_the_next_batch_is_read_ahead() -> None:
         assert ahead.wait(5)
         readers.submit(lambda: None).result()
         assert read == ["0", "1"]
-        assert [batch[0].input_image for batch in found] == ["1", "2", "3", "4"]
+        assert [batch[0].images["input_image"] for batch in found] == ["1", "2", "3", "4"]
 
 
 def test_the_same_image_is_read_once() -> None:
     count: Counter[str] = Counter()
 
-    def reader(image: InputImage, size: tuple[int, int]) -> str:
-        count[image.name] += 1
-        return image.name
+    def reader(images: RowImages, size: tuple[int, int]) -> dict[str, str]:
+        count[start_of(images)] += 1
+        return {}
 
     todo = [[task(2 * number, "a"), task(2 * number + 1, "a")] for number in range(4)]
     with ThreadPoolExecutor(4) as readers:
@@ -111,16 +118,16 @@ def test_the_same_image_is_read_once() -> None:
 
 
 def test_a_bad_image_fails_its_rows_and_an_unavailable_storage_the_attempt() -> None:
-    def reader(image: InputImage, size: tuple[int, int]) -> str:
-        if image.name == "bad":
+    def reader(images: RowImages, size: tuple[int, int]) -> dict[str, str]:
+        if start_of(images) == "bad":
             raise RowError("no image")
-        if image.name == "away":
+        if start_of(images) == "away":
             raise StoreError("no answer")
-        return image.name
+        return {"input_image": start_of(images)}
 
     with ThreadPoolExecutor(1) as readers:
         (batch,) = with_images([[task(0, "a"), task(1, "bad"), task(2, "b"), task(3, "bad")]], readers, reader)
-        assert [str(one.input_image) for one in batch] == ["a", "no image", "b", "no image"]
-        assert isinstance(batch[1].input_image, RowError)
+        assert [one.images.get("input_image", str(one.error)) for one in batch] == ["a", "no image", "b", "no image"]
+        assert isinstance(batch[1].error, RowError)
         with pytest.raises(StoreError):
             list(with_images([[task(0, "away")]], readers, reader))

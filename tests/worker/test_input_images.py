@@ -17,7 +17,7 @@ from PIL import Image
 import flux_batch.worker.worker as worker_module
 from flux_batch.config.schema import JobConfig
 from flux_batch.images import read_provenance
-from flux_batch.prompts.input_images import load_image
+from flux_batch.prompts.input_images import load_images
 from flux_batch.storage.store import Store
 from helpers.fakes import FakePipeline, fake_image
 from helpers.worker_runs import FORMATS, files_of, images, make_job, metadata, pixels_of, render
@@ -107,6 +107,100 @@ def test_bad_input_images_are_recorded_and_cost_nobody_else(tmp_path: Path) -> N
     assert len(images(config)) == 2
 
 
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_odd_images_and_masks_cost_their_row_at_most(tmp_path: Path) -> None:
+    photo, grey = colour(3), colour(4).convert("L")
+    hole = Image.new("RGBA", (40, 30), "white")
+    hole.paste((0, 0, 0, 0), (0, 0, 20, 30))
+    frames = encoded(photo, "GIF", save_all=True, append_images=[colour(5)])
+    odd: dict[str, tuple[bytes, bytes, str]] = {
+        "1 x 1": (as_png(Image.new("RGB", (1, 1))), as_png(Image.new("L", (1, 1), 255)), ""),
+        "CMYK": (encoded(photo.convert("CMYK"), "JPEG"), as_png(grey), ""),
+        "16 bits": (as_png(Image.new("I;16", (40, 30), 40000)), as_png(Image.new("I;16", (40, 30), 40000)), ""),
+        "animated": (frames, frames, ""),
+        "wide": (as_png(Image.new("RGB", (20_000, 3))), as_png(Image.new("1", (20_000, 3), 1)), ""),
+        "half as large": (as_png(photo), as_png(Image.new("1", (20, 15), 1)), ""),
+        "of another shape": (as_png(photo), as_png(Image.new("1", (30, 30), 1)), "30 x 30 pixels, its image 40 x 30"),
+        "empty": (as_png(photo), as_png(Image.new("1", (40, 30))), ""),
+        "full": (as_png(photo), as_png(Image.new("1", (40, 30), 1)), ""),
+        "painted away": (as_png(photo), as_png(hole), ""),
+        "text": (as_png(photo), b"no image", "not an image in a format that is read"),
+    }
+    rows = [{"prompt": name, "input_image": image, "mask_image": mask} for name, (image, mask, _) in odd.items()]
+    config = make_image_job(tmp_path, rows, workers={"batch_size": 1})
+    pipeline = FakePipeline()
+
+    render(config, pipeline)
+
+    found = metadata(config)
+    for row, (name, (_, mask, reason)) in zip(found, odd.items(), strict=True):
+        assert row["status"] == ("failed" if reason else "success"), (name, row["error_message"])
+        assert reason in (row["error_message"] or "")
+        assert row["mask_image"] == f"sha256:{hashlib.sha256(mask).hexdigest()}"
+        if reason:
+            assert f"mask_image sha256:{hashlib.sha256(mask).hexdigest()}: " in row["error_message"]
+    calls = zip(pipeline.calls, pipeline.conditions, strict=True)
+    made = {prompts[0]: np.asarray(given["mask_image"][0]) for prompts, given in calls}
+    assert made["painted away"].shape == (48, 64)
+    assert (made["painted away"][:, :30] > 127).all()
+    assert (made["painted away"][:, 34:] < 128).all()
+    assert (made["16 bits"] > 127).all()
+    assert not made["empty"].any()
+
+
+def test_control_images_and_images_that_no_model_reads_yet(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(as_png(colour(1)))
+    rows = [
+        {"prompt": "plain", "control_image": None, "image_prompt": None},
+        {"prompt": "one", "control_image": ["a.png"], "image_prompt": None},
+        {"prompt": "gone", "control_image": ["a.png", "b.png"], "image_prompt": None},
+        {"prompt": "later", "control_image": None, "image_prompt": "a.png"},
+    ]
+    config = make_job(tmp_path, rows)
+    pipeline = FakePipeline()
+
+    render(config, pipeline)
+
+    plain, one, gone, later = metadata(config)
+    assert (plain["status"], plain["control_image"]) == ("success", None)
+    assert (one["status"], one["control_image"]) == ("success", "a.png")
+    assert "control_image b.png: there is no file" in gone["error_message"]
+    assert "column 'image_prompt': there is no support yet for models that read it" in later["error_message"]
+    assert [[image.size for image in each] for given in pipeline.conditions for each in given.get("control_image", [])]
+
+
+def test_rows_take_the_size_of_their_reference_images(tmp_path: Path) -> None:
+    """Images whose references differ in size are made apart."""
+    for name, size in {"wide": (100, 40), "tall": (40, 100), "huge": (9000, 20)}.items():
+        (tmp_path / f"{name}.png").write_bytes(as_png(Image.new("RGB", size)))
+    names = ["wide.png", "tall.png", "wide.png", "tall.png wide.png", "huge.png", "wide.png"]
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"p{at}", "reference_image": name.split(), "width": None} for at, name in enumerate(names)
+    ]
+    rows[5]["width"] = 32
+    config = make_job(tmp_path, rows, sampling={"resize_references": False, "num_inference_steps": 2})
+    pipeline = FakePipeline()
+
+    render(config, pipeline)
+
+    found = metadata(config)
+    sizes = [(row["width"], row["height"]) for row in found if row["status"] == "success"]
+    assert sizes == [(96, 32), (32, 96), (96, 32), (32, 96), (32, 48)]
+    assert [row["reference_image"] for row in found][2:4] == ["wide.png", "tall.png, wide.png"]
+    assert (
+        "reference_image huge.png: 9000 x 20 pixels: a side of a reference may have 8192" in found[4]["error_message"]
+    )
+    assert [calls for calls in pipeline.calls if len(calls) > 1] == [["p0", "p2"]]
+    assert all(given == {"resize_references": False} for given in pipeline.options)
+    made = images(config)
+    assert all(pixels_of(made[row["key"]]).shape[:2] == (row["height"], row["width"]) for row in found if row["sha256"])
+
+
 def test_a_cell_that_holds_no_image_fails_its_row(tmp_path: Path) -> None:
     config = make_image_job(tmp_path, [{"prompt": "p", "input_image": 5}])
 
@@ -118,9 +212,9 @@ def test_a_cell_that_holds_no_image_fails_its_row(tmp_path: Path) -> None:
 def test_a_job_of_one_image_reads_it_once_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "job.png").write_bytes(as_png(colour(7)))
     (tmp_path / "own.png").write_bytes(as_png(colour(8)))
-    read: list[str] = []
+    read: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        worker_module, "load_image", lambda image, *rest: [read.append(image.name), load_image(image, *rest)][1]
+        worker_module, "load_images", lambda images, *rest: [read.append(images.names), load_images(images, *rest)][1]
     )
     rows = [{"prompt": f"p{number}", "input_image": None} for number in range(7)]
     rows[5] |= {"input_image": "own.png"}
@@ -133,7 +227,7 @@ def test_a_job_of_one_image_reads_it_once_a_shard(tmp_path: Path, monkeypatch: p
     for row in metadata(config):
         start = colour(8 if row["prompt"] == "p5" else 7)
         assert np.array_equal(pixels_of(made[row["key"]]), started_from(start, row["prompt"], row["seed"]))
-    assert Counter(read) == {str(tmp_path / "job.png"): 2, "own.png": 1}
+    assert Counter(names["input_image"] for names in read) == {str(tmp_path / "job.png"): 2, "own.png": 1}
 
 
 def test_rows_without_an_input_image_are_made_from_noise(tmp_path: Path) -> None:

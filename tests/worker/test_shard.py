@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.errors import DeviceFatal, Stopped
@@ -52,6 +54,20 @@ def test_what_a_lost_worker_staged_is_adopted_and_removed(tmp_path: Path, monkey
     assert (result.num_images, result.is_new) == (8, True)
     assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch)
     assert staged(config) == []
+
+
+def test_images_as_large_as_their_references_are_adopted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their size is in no row: the staged record has it."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 32)).save(buffer, "PNG")
+    rows = [{"prompt": prompt, "reference_image": [buffer.getvalue()]} for prompt in PROMPTS]
+    config = make_job(tmp_path, rows, output={"shard_size": 8}, sampling={"resize_references": False})
+    assert die_after(config, monkeypatch, 2) == PROMPTS[:4]
+
+    _, pipeline = run_shard(config, monkeypatch)
+
+    assert pipeline.calls == [PROMPTS[4:6], PROMPTS[6:]]
+    assert {(row["width"], row["height"]) for row in metadata(config)} == {(64, 32)}
 
 
 def test_images_are_staged_before_the_shard_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

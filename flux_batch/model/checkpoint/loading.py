@@ -22,6 +22,7 @@ from flux_batch.model.checkpoint.diffusers_keys import (
     transformer_to_diffusers,
 )
 from flux_batch.model.checkpoint.lazy_state import Pieces, StoredState
+from flux_batch.model.conditions.variant import variant_of
 from flux_batch.model.params import Config, autoencoder_params, flux_params
 from flux_batch.model.transformer import Flux
 
@@ -50,14 +51,14 @@ def load_transformer(
     """Load the transformer of a checkpoint; `config`: its config.json of diffusers, or empty.
 
     Raises: ValueError that names the file and the keys that are missing, unknown or of another shape, or the variant
-    (Fill, Canny, Depth) that this program cannot run.
+    that this program cannot run.
     """
     what = "a FLUX.1 transformer"
     rules = transformer_rules if kind is CheckpointKind.TRANSFORMER_DIFFUSERS else None
     with naming_errors(checkpoint, what):
         shapes = original_names(checkpoint.shapes, rules) if rules else checkpoint.shapes
         params = flux_params(shapes, config)
-        _check_text_to_image(params.in_channels, params.out_channels)
+        variant_of(params)
         with torch.device("meta"):
             model = Flux(params)
     expected = transformer_to_diffusers(model.state_dict()) if rules else model.state_dict()
@@ -136,15 +137,3 @@ def naming_errors(checkpoint: Checkpoint, what: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{checkpoint.source} does not hold {what}: {error}") from error
-
-
-def _check_text_to_image(in_channels: int, out_channels: int) -> None:
-    """Raise ValueError for the variants that take more than noise as input."""
-    if in_channels == out_channels:
-        return
-    variants = {6 * out_channels: "FLUX.1-Fill", 2 * out_channels: "FLUX.1-Canny or -Depth"}
-    name = variants.get(in_channels, "an unknown variant")
-    raise ValueError(
-        f"img_in takes {in_channels} channels where text-to-image takes {out_channels}: this is {name}, "
-        "which is not supported"
-    )

@@ -5,7 +5,10 @@
     up @ down becomes kron(a1 @ b1, a2 @ b2)            LoKr, arXiv 2212.10650; alpha counts if one of them is a product
     weight + scale * (magnitude * direction - weight)   DoRA, arXiv 2402.09353, around any of the above
     weight + scale * diff                               a full difference, of norms and biases too
+    set                                                 norm scales of BFL's control LoRAs, whatever the scale
 
+A LoRA of `img_in` with fewer columns than the model's changes the first of them; one of a control LoRA for a model of
+text-to-image has twice as many, and the model's weight gets columns of zeros first.
 All is computed in fp32 from the model's own weight, without other LoRAs: the changes of several LoRAs add up.
 """
 
@@ -41,6 +44,7 @@ _ROLES_OF_KIND = {
         for second in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
     ),
     "diff": ({"diff"},),
+    "set": ({"set"},),
 }
 # Roles whose tensor has the rank as its first dimension.
 _ROLES_WITH_RANK = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
@@ -51,7 +55,7 @@ class Change:
     """The change that one module of a LoRA makes to one parameter of a layer.
 
     `parameter`: weight, scale or bias; `keys`: its tensors in the file, by role; `alpha_over_rank`: the factor of their
-    product.
+    product; `num_columns`: those of the product of a LoRA's matrices.
     """
 
     target: Target
@@ -59,13 +63,23 @@ class Change:
     keys: Mapping[str, str]
     alpha_over_rank: float
     state: StoredState
+    num_columns: int | None = None
+
+    @property
+    def replaces(self) -> bool:
+        """True if the parameter is set, and nothing added to it."""
+        return "set" in self.keys
+
+    def value(self, like: Tensor) -> Tensor:
+        """Return what a parameter is set to, in the dtype of `like`."""
+        return self.state[self.keys["set"]].to(like)
 
     def add_to(self, total: Tensor, original: Tensor, scale: float) -> None:
         """Add `scale` times the change to `total`; `original` is the parameter without LoRAs. Both in fp32 or wider."""
         if abs(scale * self.alpha_over_rank) > torch.finfo(torch.float32).max:
             raise ValueError(f"a scale of {scale} is too large for the LoRA's {next(iter(self.keys.values()))}")
         rows = slice(*self.target.rows) if self.target.rows else slice(None)
-        own = original[rows]
+        own = original[rows] if self.num_columns is None else original[rows, : self.num_columns]
         factors = {role: self.state[key].to(own) for role, key in self.keys.items()}
         magnitude = factors.pop("magnitude", None)
         change, factor = _delta(factors), self.alpha_over_rank
@@ -73,7 +87,8 @@ class Change:
             # The magnitude counts rows in the order of the module.
             own = swap_halves(own) if self.target.swaps_halves else own
             change, factor = _dora_delta(own, factor * change, magnitude), 1.0
-        total[rows].add_(swap_halves(change) if self.target.swaps_halves else change, alpha=scale * factor)
+        part = total[rows] if self.num_columns is None else total[rows, : self.num_columns]
+        part.add_(swap_halves(change) if self.target.swaps_halves else change, alpha=scale * factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +139,8 @@ def _changes_of(
         factor = scales.stated_alpha_over_rank(module.stem)
     if keys:
         parameter = "weight" if f"{target.layer}.weight" in shapes else "scale"
-        yield Change(target, parameter, keys, factor, state)
+        columns = checkpoint.tensors[keys["down"]].shape[-1] if "up" in keys and "down" in keys else None
+        yield Change(target, parameter, keys, factor, state, columns)
     if bias:
         yield Change(target, "bias", {"diff": bias}, factor, state)
     if diff_b:
@@ -147,6 +163,8 @@ def _delta(factors: Mapping[str, Tensor]) -> Tensor:
     """Return the change by a module's tensors (by role), before alpha, rank and magnitude."""
     if "diff" in factors:
         return factors["diff"]
+    if "set" in factors:
+        return factors["set"]
     if "up" in factors:
         return factors["up"] @ factors["down"]
     if "hada_w1_a" in factors:
@@ -193,6 +211,8 @@ def _check_change(checkpoint: Checkpoint, change: Change, shapes: Shapes) -> Non
         shape = tuple(_delta(factors).shape)
     except RuntimeError as error:
         raise ValueError(f"{checkpoint.source}: the shapes of {keys} do not match each other") from error
+    if target.layer == "img_in" and _fits_some_columns(shape, expected, shapes) and magnitude is None:
+        return
     if shape != expected:
         variant = "it is for a variant of FLUX.1 with more input (Fill, Canny, Depth)"
         hint = f"; {variant if target.layer == 'img_in' else 'is it for another model?'}"
@@ -201,6 +221,14 @@ def _check_change(checkpoint: Checkpoint, change: Change, shapes: Shapes) -> Non
         )
     if magnitude is not None and tuple(magnitude.shape) not in (expected[:1], (expected[0], 1), (1, expected[1])):
         raise ValueError(f"{checkpoint.source}: {change.keys['magnitude']} does not fit {name}")
+
+
+def _fits_some_columns(shape: _Shape, expected: _Shape, shapes: Shapes) -> bool:
+    """Return whether a change of `img_in` fits: the noise's columns, or also a control image's."""
+    if len(shape) != 2 or len(expected) != 2 or shape[0] != expected[0]:
+        return False
+    out_channels = shapes["final_layer.linear.weight"][0]
+    return shape[1] == out_channels or (shape[1] == 2 * out_channels and expected[1] == out_channels)
 
 
 def _check_numbers(checkpoint: Checkpoint, change: Change) -> None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flux_batch.model.checkpoint.lazy_state import StoredState
 from flux_batch.model.checkpoint.loading import SelfLoading
@@ -160,9 +161,11 @@ def fused_tensors(layer: nn.Module, changes: Sequence[tuple[Change, float]]) -> 
         quantized = layer if isinstance(layer, Fp8Linear) and name == "weight" else None
         wide = torch.float32 if quantized else torch.promote_types(own.dtype, torch.float32)
         original = quantized.dense(wide) if quantized else own.detach().to(wide)
+        own_changes = [(change, scale) for change, scale in changes if change.parameter == name]
+        original = _with_columns(_replaced(original, [change for change, _ in own_changes]), own_changes)
         total = torch.zeros_like(original)
-        for change, scale in changes:
-            if change.parameter == name:
+        for change, scale in own_changes:
+            if not change.replaces:
                 change.add_to(total, original, scale)
         total += original
         if quantized:
@@ -172,15 +175,31 @@ def fused_tensors(layer: nn.Module, changes: Sequence[tuple[Change, float]]) -> 
     return tensors
 
 
+def _replaced(original: Tensor, changes: Sequence[Change]) -> Tensor:
+    """Return what a parameter is set to; itself if no change sets it. Raises: ValueError for two that do."""
+    setting = [change for change in changes if change.replaces]
+    if len(setting) > 1:
+        raise ValueError(f"two control LoRAs both set {setting[0].target.layer}: use one at a time")
+    return setting[0].value(original) if setting else original
+
+
+def _with_columns(original: Tensor, changes: Sequence[tuple[Change, float]]) -> Tensor:
+    """Return a matrix with as many columns as the widest change has; new ones are 0."""
+    width = max((change.num_columns or 0 for change, _ in changes), default=0)
+    if original.ndim != 2 or width <= original.shape[1]:
+        return original
+    return F.pad(original, (0, width - original.shape[1]))
+
+
 def _assign_tensors(layer: nn.Module, tensors: _LayerTensors) -> None:
     """Assign tensors to a layer.
 
     On a device they are copied into the old ones, since compiled code and CUDA graphs keep addresses. On the CPU the
-    old ones may be pages of the model's file, or the unfused ones: they are replaced.
+    old ones may be pages of the model's file, or the unfused ones: they are replaced, as is a matrix that is widened.
     """
     for name, tensor in tensors.items():
         own: Tensor = getattr(layer, name)
-        if own.device.type != "cpu" and own.dtype == tensor.dtype:
+        if own.device.type != "cpu" and own.dtype == tensor.dtype and own.shape == tensor.shape:
             own.copy_(tensor)
         elif isinstance(own, nn.Parameter):
             # In the dtype of the model now, which may have changed since it was read.

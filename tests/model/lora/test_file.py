@@ -340,8 +340,8 @@ def test_an_alpha_alone_and_settings_that_are_none_change_nothing(tmp_path: Path
         ({"img_in.lora_A.weight": torch.zeros(2, 64, 1)}, "img_in.lora_A.weight is [2, 64, 1], should be a matrix"),
         ({"img_in.lora_A.weight": torch.zeros(())}, "img_in.lora_A.weight is [], should be a matrix"),
         (
-            {"img_in.lora_A.weight": torch.zeros(2, 128), "img_in.lora_B.weight": torch.zeros(32, 2)},
-            "give shape [32, 128], but img_in.weight has [32, 64] here; it is for a variant of FLUX.1 with more input",
+            {"img_in.lora_A.weight": torch.zeros(2, 384), "img_in.lora_B.weight": torch.zeros(32, 2)},
+            "give shape [32, 384], but img_in.weight has [32, 64] here; it is for a variant of FLUX.1 with more input",
         ),
         ({"img_in.lora_A.weight": torch.full((3, 64), float("nan"))}, "img_in.lora_A.weight is not finite"),
         ({"img_in.lora_A.weight": torch.zeros(3, 64, dtype=torch.int8)}, "img_in.lora_A.weight (I8)"),

@@ -1,0 +1,1 @@
+"""Conditions beside the text, as plain maths: masks and images in the channels of tokens, kept latents, variants."""

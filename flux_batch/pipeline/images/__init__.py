@@ -1,0 +1,1 @@
+"""The images that a call takes: checked, as latents, and pasted back."""

@@ -1,0 +1,127 @@
+"""The images of a call, checked: a list for each argument, with one entry an image to make; computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from PIL import Image
+
+from flux_batch.errors import InvalidSetting, RowError
+from flux_batch.images import check_proportions
+from flux_batch.model.conditions.variant import FILL, Variant
+from flux_batch.pipeline.pixels import resized
+from flux_batch.sampling_params import MAX_SIDE, own_size, preferred_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageInputs:
+    """The images that the images of a call are made from; None for an argument that is not given.
+
+    mask_image: white is repainted. control_image: each entry a list. reference_image: each entry a list, in the size
+    in which they are read. Raises: InvalidSetting for a mask without its image, or of other proportions, or for images
+    whose references have other sizes than those of the first.
+    """
+
+    input_image: list[Image.Image] | None = None
+    mask_image: list[Image.Image] | None = None
+    control_image: list[list[Image.Image]] | None = None
+    reference_image: list[list[Image.Image]] | None = None
+
+    def __post_init__(self) -> None:
+        for images in self.reference_image or ():
+            if (sizes := tuple(image.size for image in images)) != self.reference_sizes:
+                raise InvalidSetting(
+                    f"reference_image: of the sizes {sizes} and {self.reference_sizes}: the images of one call must "
+                    "have references of the same number and sizes; make them in calls of their own",
+                    field="reference_image",
+                )
+        if self.mask_image is None:
+            return
+        if self.input_image is None:
+            raise InvalidSetting("mask_image: needs an input_image to repaint", field="mask_image")
+        for mask, image in zip(self.mask_image, self.input_image, strict=True):
+            if isinstance(mask, Image.Image) and isinstance(image, Image.Image):
+                try:
+                    check_proportions(mask.size, image.size)
+                except RowError as error:
+                    raise InvalidSetting(f"mask_image {error}", field="mask_image") from error
+
+    @property
+    def reference_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The width and height of each reference image of an image; all have the same."""
+        return tuple(image.size for image in self.reference_image[0]) if self.reference_image else ()
+
+    def size_of(self, width: int | None, height: int | None) -> tuple[int, int]:
+        """Return the width and height of the images to make: as given, of the first reference, or the default."""
+        default = next(iter(self.reference_sizes), (_DEFAULT_SIDE, _DEFAULT_SIDE))
+        return default[0] if width is None else width, default[1] if height is None else height
+
+    def check_for(self, variant: Variant) -> None:
+        """Raise InvalidSetting unless a variant of the model has exactly what it reads."""
+        needs = " and ".join(variant.needs)
+        for name in variant.needs:
+            if getattr(self, name) is None:
+                raise InvalidSetting(f"{name} is missing: {variant.title} needs {needs}", field=name)
+        for name in IMAGE_ARGUMENTS:
+            if getattr(self, name) is not None and name not in {*variant.needs, *variant.reads}:
+                raise InvalidSetting(f"{name}: {variant.title} reads none; leave it out", field=name)
+        for images in self.control_image or ():  # such a variant reads one in its channels
+            if len(images) != 1:
+                raise InvalidSetting(
+                    f"control_image: {len(images)} images, where {variant.title} reads one", field="control_image"
+                )
+
+
+# Arguments of which an image may have several.
+_SEVERAL = ("control_image", "reference_image")
+# Pixels.
+_DEFAULT_SIDE = 1024
+IMAGE_ARGUMENTS = tuple(field.name for field in fields(ImageInputs))
+
+
+def keeps_latents(inputs: ImageInputs, variant: Variant) -> bool:
+    """Return whether what a mask leaves is put back after each step: Fill reads the mask itself."""
+    return inputs.mask_image is not None and variant is not FILL
+
+
+def image_inputs(
+    count: int, arguments: dict[str, Any], resize_references: bool = True, *, is_single: bool = False
+) -> ImageInputs:
+    """Return the images of a call for `count` images; is_single: a list is of one image. Raises: InvalidSetting."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    for name, value in given.items():
+        is_list = is_single and name in _SEVERAL and isinstance(value, (list, tuple))
+        given[name] = _one_each(name, [value] if is_list else value, count)
+    for name in _SEVERAL:
+        if name in given:
+            given[name] = [_as_list(each) for each in given[name]]
+    if "reference_image" in given:
+        size_of = preferred_size if resize_references else own_size
+        given["reference_image"] = [[_sized(each, size_of) for each in images] for images in given["reference_image"]]
+    return ImageInputs(**given)
+
+
+def _sized(image: Any, size_of: Callable[[int, int], tuple[int, int]]) -> Image.Image:
+    """Return a reference image in RGB at the size in which it is read. Raises: InvalidSetting."""
+    if not isinstance(image, Image.Image):
+        raise InvalidSetting(
+            f"reference_image is a {type(image).__name__}: must be a PIL image", field="reference_image"
+        )
+    size = size_of(*image.size)
+    if max(size) > MAX_SIDE:
+        raise InvalidSetting(f"reference_image is {image.size}: a side may have {MAX_SIDE}", field="reference_image")
+    return resized(image, *size, "reference_image")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _one_each(name: str, value: Any, count: int) -> list[Any]:
+    """Return one value for each image. Raises: InvalidSetting for a list of another length, or no image."""
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count
+    if len(values) != count:
+        raise InvalidSetting(f"{name}: {len(values)} values for {count} prompts; give one, or one each", field=name)
+    return values

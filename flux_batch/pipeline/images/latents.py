@@ -1,0 +1,137 @@
+"""Images of a call as latents: to start from, to keep, and as conditions; knows no transformer and no text.
+
+Letters: b batch, z latent channels, h and w of the latents, n packed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.conditions.channels import fill_channels
+from flux_batch.model.conditions.inpaint import KeptLatents, latent_mask
+from flux_batch.model.conditions.reference import Reference, placed
+from flux_batch.model.conditions.variant import FILL, Variant
+from flux_batch.model.optimize.tiling import Tiling, tiled_decode, tiled_encode
+from flux_batch.model.sampling import add_noise, make_generators, make_noise, pack
+from flux_batch.pipeline.images.inputs import ImageInputs, keeps_latents
+from flux_batch.pipeline.pixels import to_mask_pixels, to_pixels
+from flux_batch.pipeline.request import PipelineRequest
+
+
+class _Start(NamedTuple):
+    """The latents that denoising starts from, and what they are made of: each (b, z, h, w).
+
+    image: None if they are noise alone.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    image: Tensor | None
+
+
+class ImageLatents:
+    """The autoencoder between images and latents of a model, which computes in `dtype` on `device`."""
+
+    def __init__(self, autoencoder: AutoEncoder, device: torch.device, dtype: torch.dtype) -> None:
+        self.autoencoder = autoencoder
+        self._device = device
+        self._dtype = dtype
+
+    def start(self, request: PipelineRequest, sigma: Tensor) -> _Start:
+        """Return the latents that denoising starts from: noise, or the input images at noise level `sigma`."""
+        p, size = self.autoencoder.params, (request.shared.height, request.shared.width)
+        shape = (p.z_channels, *(side // p.downscale for side in size))
+        generators = make_generators(request.seeds)
+        if request.images.input_image is None:
+            noise = self._as_latents(make_noise(shape, generators))
+            return _Start(noise, noise, None)
+        # The posterior draws before the noise from the same generator, as in diffusers; DiffSynth takes its mean.
+        posterior = None if request.shared.sigma_shift is not None else make_noise(shape, generators)
+        noise = self._as_latents(make_noise(shape, generators))
+        image = self.encode(self._pixels(request.images.input_image, "input_image", request), request.tiling, posterior)
+        return _Start(add_noise(image, noise, sigma), noise, image)
+
+    def channels(self, request: PipelineRequest, variant: Variant) -> Tensor | None:
+        """Return what a variant reads in the channels of each token, beside the noise: (b, n, c); None for nothing.
+
+        Always the mean of the posterior, as in BFL's code, so that an image depends on nothing but its row.
+        """
+        inputs = request.images
+        if inputs.control_image is not None and variant.channels == 2:
+            control = self._pixels([images[0] for images in inputs.control_image], "control_image", request)
+            return pack(self.encode(control, request.tiling))
+        if variant is not FILL or inputs.input_image is None:
+            return None
+        mask = self.masks(request)
+        pixels = self._pixels(inputs.input_image, "input_image", request)
+        masked = pixels * (1 - mask)  # the hole is 0, mid-grey
+        return fill_channels(self.encode(masked, request.tiling), mask, self.autoencoder.params.downscale)
+
+    def references(self, request: PipelineRequest) -> Tensor | None:
+        """Return the tokens of the reference images, one after the other: (b, m, 4z); None for none.
+
+        Of each image alone, in one pass a place in the list; the mean of the posterior, as in diffusers.
+        """
+        images = request.images.reference_image
+        if not images or not request.images.reference_sizes:
+            return None
+        pixels = (torch.stack([to_pixels(each, *each.size) for each in column]) for column in zip(*images, strict=True))
+        return torch.cat([pack(self.encode(each, request.tiling)) for each in pixels], dim=1)
+
+    def places(self, request: PipelineRequest) -> tuple[Reference, ...]:
+        """Return the sizes and places of the reference images' latents."""
+        downscale = self.autoencoder.params.downscale
+        return placed([(h // downscale, w // downscale) for w, h in request.images.reference_sizes])
+
+    def kept(self, request: PipelineRequest, variant: Variant, start: _Start, sigmas: Tensor) -> KeptLatents | None:
+        """Return what puts latents outside a mask back after each step; None if nothing does."""
+        if start.image is None or not keeps_latents(request.images, variant):
+            return None
+        p = self.autoencoder.params
+        mask = latent_mask(self.masks(request), p.z_channels, p.downscale)
+        return KeptLatents(pack(start.image), pack(start.noise), self._as_latents(mask), sigmas)
+
+    def masks(self, request: PipelineRequest) -> Tensor:
+        """Return the masks of a call, 1 where they repaint: (b, 1, 8h, 8w) fp32 on the CPU."""
+        size = request.shared.width, request.shared.height
+        return torch.stack([to_mask_pixels(mask, *size) for mask in request.images.mask_image or ()])
+
+    def encode(self, pixels: Tensor, tiling: Tiling | None, noise: Tensor | None = None) -> Tensor:
+        """Return scaled latents in the model's dtype: (b, 3, 8h, 8w) in [-1, 1] -> (b, z, h, w).
+
+        noise: to sample the posterior; None takes its mean.
+        """
+        weight = self.autoencoder.encoder.conv_in.weight
+        pixels, noise = pixels.to(weight), None if noise is None else noise.to(weight)
+        if tiling:
+            return tiled_encode(self.autoencoder, pixels, tiling, noise).to(self._dtype)
+        return self.autoencoder.encode(pixels, noise).to(self._dtype)
+
+    def decode(self, latents: Tensor, tiling: Tiling | None = None) -> Tensor:
+        """Return pixels, about [-1, 1], in the autoencoder's dtype: (b, z, h, w) -> (b, 3, 8h, 8w)."""
+        latents = latents.to(self.autoencoder.decoder.conv_in.weight)
+        return tiled_decode(self.autoencoder, latents, tiling) if tiling else self.autoencoder.decode(latents)
+
+    def paste_back(self, pixels: Tensor, request: PipelineRequest) -> Tensor:
+        """Return pixels with those of the input images where a mask is 0.
+
+        In uint8 they have the same bits.
+        """
+        inputs: ImageInputs = request.images
+        if inputs.mask_image is None or inputs.input_image is None:
+            return pixels
+        source = self._pixels(inputs.input_image, "input_image", request).to(pixels.device)
+        return torch.where(self.masks(request).to(pixels.device) > 0, pixels.float(), source)
+
+    def _pixels(self, images: Sequence[Image.Image], name: str, request: PipelineRequest) -> Tensor:
+        size = request.shared.width, request.shared.height
+        return torch.stack([to_pixels(image, *size, name) for image in images])
+
+    def _as_latents(self, latents: Tensor) -> Tensor:
+        return latents.to(self._device, self._dtype)

@@ -1,0 +1,117 @@
+"""BFL's control LoRAs: norms that are set, an `img_in` that is widened, biases, and taking them out bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flux_batch import FluxImagePipeline
+from flux_batch.errors import CheckpointError, InvalidSetting
+from helpers.tiny_calls import CPU, SMALL, noise_image
+from helpers.tiny_flux import TinyFlux, make_tiny_repository
+
+SCALE = 0.85
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_repository(tmp_path_factory.mktemp("control") / "flux1-dev", TinyFlux(depth=1, num_heads=3))
+
+
+def control_lora(state: dict[str, Tensor], path: Path, seed: int = 0) -> dict[str, Tensor]:
+    """Write a LoRA with the keys of flux1-canny-dev-lora.safetensors for a transformer."""
+    random = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        stem, _, kind = name.rpartition(".")
+        if kind == "scale":
+            tensors[name] = torch.rand(value.shape, generator=random)
+        elif kind == "weight":
+            rows, columns = len(value), 128 if stem == "img_in" else value.shape[1]
+            tensors[f"{stem}.lora_A.weight"] = 0.1 * torch.randn(4, columns, generator=random)
+            tensors[f"{stem}.lora_B.weight"] = 0.1 * torch.randn(rows, 4, generator=random)
+            tensors[f"{stem}.lora_B.bias"] = 0.1 * torch.randn(rows, generator=random)
+    save_file(tensors, path)
+    return tensors
+
+
+def merged(state: dict[str, Tensor], lora: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return W' = pad(W) + s B A, b' = b + s bias_B, and the norms of the file, in another way than the code."""
+    found = {name: value.double() for name, value in state.items()}
+    found["img_in.weight"] = torch.cat((found["img_in.weight"], torch.zeros(len(state["img_in.weight"]), 64)), dim=1)
+    for name, value in lora.items():
+        stem, _, kind = name.partition(".lora_")
+        if kind == "A.weight":
+            found[f"{stem}.weight"] = (
+                found[f"{stem}.weight"] + SCALE * lora[f"{stem}.lora_B.weight"].double() @ value.double()
+            )
+        elif kind == "B.bias":
+            found[f"{stem}.bias"] = found[f"{stem}.bias"] + SCALE * value
+        elif not kind:
+            found[name] = value
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_control_lora_is_merged_and_taken_out_again(folder: Path, tmp_path: Path, dtype: str) -> None:
+    pipe = FluxImagePipeline.from_pretrained(folder, dtype, "cpu")
+    before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    path = tmp_path / "flux1-depth-dev-lora.safetensors"
+    expected = merged(before, control_lora(before, path))
+    assert pipe.needed_images == ()
+
+    pipe.set_loras([(path, SCALE)])
+
+    found = pipe.transformer.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        if name.endswith("norm.scale"):
+            assert torch.equal(value, expected[name].to(value.dtype)), name
+        torch.testing.assert_close(
+            value, expected[name].to(value.dtype), atol=1e-6, rtol=1e-2 if dtype != "float32" else 0
+        )
+    assert (pipe.needed_images, pipe.default_guidance) == (("control_image",), 10.0)
+    image = noise_image(96, 64)
+    with pytest.raises(InvalidSetting, match="control_image is missing: FLUX"):
+        pipe("x", **SMALL)
+    common: dict[str, Any] = {"seed": 1, "output_type": "latent", **SMALL}
+    one, other = (pipe("x", control_image=each, **common) for each in (image, image.rotate(9)))
+    assert not torch.equal(one, other)
+
+    pipe.unload_loras()
+
+    after = pipe.transformer.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert (pipe.needed_images, pipe.default_guidance) == ((), 3.5)
+
+
+def test_other_loras_of_img_in_change_the_columns_of_the_noise(folder: Path, tmp_path: Path) -> None:
+    pipe = FluxImagePipeline.from_pretrained(folder, **CPU)
+    control, style = tmp_path / "flux1-canny-dev-lora.safetensors", tmp_path / "style.safetensors"
+    control_lora(pipe.transformer.state_dict(), control)
+    down, up = torch.randn(2, 64), torch.randn(48, 2)
+    save_file({"img_in.lora_A.weight": down, "img_in.lora_B.weight": up}, style)
+    pipe.set_loras([(control, 1.0)])
+    alone = pipe.transformer.img_in.weight.clone()
+
+    pipe.load_lora(style)
+
+    change = pipe.transformer.img_in.weight - alone
+    torch.testing.assert_close(change[:, :64], up @ down, atol=1e-5, rtol=0)
+    assert not change[:, 64:].any()
+
+
+def test_two_control_loras_are_refused(folder: Path, tmp_path: Path) -> None:
+    pipe = FluxImagePipeline.from_pretrained(folder, **CPU)
+    before: Any = pipe.transformer.img_in.weight.clone()
+    paths = [tmp_path / name for name in ("canny.safetensors", "depth.safetensors")]
+    for seed, path in enumerate(paths):
+        control_lora(pipe.transformer.state_dict(), path, seed)
+    with pytest.raises(CheckpointError, match=r"two control LoRAs both set .*norm: use one at a time"):
+        pipe.set_loras([(path, 1.0) for path in paths])
+    assert torch.equal(pipe.transformer.img_in.weight, before)

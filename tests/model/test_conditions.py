@@ -1,0 +1,107 @@
+"""Conditions beside the text: golden numbers of Fill and Canny, the mask in its tokens, and which variant a file is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from flux_batch.model.conditions.channels import WithChannels, pack_mask
+from flux_batch.model.conditions.reference import WithReferences, placed
+from flux_batch.model.conditions.variant import (
+    CANNY,
+    DEPTH,
+    FILL,
+    KONTEXT,
+    KREA,
+    TEXT_TO_IMAGE,
+    UNTOLD,
+    Variant,
+    variant_of,
+)
+from flux_batch.model.sampling import position_ids
+from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds
+from helpers.golden import FLUX, check, filled, tensor
+
+# Sum, sum of magnitudes, first three and last two numbers: from diffusers 0.42.1.
+GOLDEN: dict[str, tuple[int, Any]] = {
+    "in.cond": (128, (95.330397, 1350.235608, [1.973600, -0.208372, -0.090430], [-0.725940, -2.005892])),
+    "in.fill": (384, (97.362379, 1330.521212, [1.724235, -0.354266, 1.158581], [-0.736778, -1.683537])),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_condition_channels_are_golden(name: str) -> None:
+    width, numbers = GOLDEN[name]
+    model: Flux = filled(Flux(replace(FLUX, in_channels=width)))
+    text = PromptEmbeds(tensor("in.txt", (1, 7, 24)), tensor("in.vec", (1, 32)))
+    pe = model.position_table(position_ids(7, 8, 12))
+    denoiser = Denoiser(model, text, pe, torch.tensor([0.7371]), torch.tensor([3.5]))
+    velocity = WithChannels(denoiser, tensor(name, (1, 24, width - 64)))
+    check(velocity(0, tensor("in.img", (1, 24, 64))), *numbers)
+
+
+def test_reference_tokens_are_golden() -> None:
+    model: Flux = filled(Flux(FLUX))
+    text = PromptEmbeds(tensor("in.txt", (1, 7, 24)), tensor("in.vec", (1, 32)))
+    pe = model.position_table(position_ids(7, 8, 12, placed([(6, 12)])))
+    denoiser = Denoiser(model, text, pe, torch.tensor([0.7371]), torch.tensor([3.5]))
+    velocity = WithReferences(denoiser, tensor("in.ref", (1, 18, 64)))(0, tensor("in.img", (1, 24, 64)))
+    check(velocity, 55.695704, 1350.257828, [2.160976, -1.161947, 0.618606], [-0.402722, -2.297833])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "places"),
+    [
+        ([(8, 12)], [(0, 0)]),
+        ([(8, 12), (8, 12)], [(0, 0), (4, 0)]),
+        ([(12, 8), (12, 8), (12, 16)], [(0, 0), (0, 4), (6, 0)]),
+        ([(4, 64), (4, 4), (64, 4)], [(0, 0), (2, 0), (0, 32)]),
+    ],
+)
+def test_references_lie_beside_each_other(sizes: list[tuple[int, int]], places: list[tuple[int, int]]) -> None:
+    found = placed(sizes)
+    assert [(each.row, each.col) for each in found] == places
+    ids = position_ids(2, 4, 4, found)
+    assert ids[:2].tolist() == [[0, 0, 0]] * 2
+    assert ids[-4:].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
+    references = ids[2:-4]
+    assert set(references[:, 0].tolist()) == {1}
+    assert len(references) == len(set(map(tuple, references.tolist()))) == sum(h // 2 * (w // 2) for h, w in sizes)
+
+
+def test_every_pixel_of_a_mask_is_in_its_token() -> None:
+    """The place of a pixel: black-forest-labs/flux, prepare_fill."""
+    height, width = 48, 32
+    packed = pack_mask(torch.arange(height * width).reshape(1, 1, height, width), 8)
+    assert packed.shape == (1, 6, 256)
+    for y, x in [(0, 0), (0, 1), (1, 0), (7, 9), (8, 7), (17, 31), (47, 31), (33, 18)]:
+        token, channel = y // 16 * (width // 16) + x // 16, (y % 8 * 8 + x % 8) * 4 + y // 8 % 2 * 2 + x // 8 % 2
+        assert packed[0, token, channel] == y * width + x
+
+
+@pytest.mark.parametrize(
+    ("channels", "name", "hints", "variant"),
+    [
+        (64, "auto", ["flux1-dev.safetensors"], TEXT_TO_IMAGE),
+        (64, "auto", ["flux1-dev-kontext_fp8_scaled.safetensors"], KONTEXT),
+        (64, "auto", ["part-1.gguf", "FluxKontextPipeline"], KONTEXT),
+        (64, "auto", ["kontext-tests", "FLUX.1-dev"], TEXT_TO_IMAGE),
+        (64, "auto", ["flux1-krea-dev_fp8_scaled.safetensors"], KREA),
+        (64, "kontext", ["flux1-dev.safetensors"], KONTEXT),
+        (384, "auto", ["flux1-dev.safetensors"], FILL),
+        (128, "auto", ["transformer", "FLUX.1-Depth-dev", "flux1-canny"], DEPTH),
+        (128, "auto", ["canny", "FluxControlPipeline"], UNTOLD),
+        (128, "auto", ["flux1-CANNY-dev-fp8.safetensors"], CANNY),
+        (128, "canny", ["flux1-depth-dev.safetensors"], CANNY),
+    ],
+)
+def test_channels_then_names_tell_the_variant(channels: int, name: str, hints: list[str], variant: Variant) -> None:
+    assert variant_of(replace(FLUX, in_channels=channels), name, hints) is variant
+
+
+def test_a_variant_that_the_channels_contradict_is_refused() -> None:
+    with pytest.raises(ValueError, match="said to be the variant depth, but by its channels it is fill"):
+        variant_of(replace(FLUX, in_channels=384), "depth")
