@@ -350,6 +350,11 @@ class SamplingConfig(_Section, SamplingParams, frozen=True):
         values = {name: getattr(self, name) for name in SAMPLING_FIELDS}
         return SamplingParams(**{name: value for name, value in values.items() if value is not None})
 
+    @property
+    def guidance_text(self) -> str:
+        """The embedded guidance for people to read."""
+        return "that of the model" if self.embedded_guidance is None else f"{self.embedded_guidance:g}"
+
     def for_model(self, guidance: float) -> SamplingConfig:
         """Return the same for a model whose own guidance is this."""
         return self if self.embedded_guidance is not None else self.model_copy(update={"embedded_guidance": guidance})

@@ -36,7 +36,7 @@ unless a row asked for more. Made with flux-batch.
 | model | {public_uri(config.model.uri)} ({config.model.dtype}) |
 | size | {sampling.width} x {sampling.height} |
 | steps | {sampling.num_inference_steps} |
-| embedded guidance | {_guidance(sampling.embedded_guidance)} |
+| embedded guidance | {sampling.guidance_text} |
 | true CFG scale | {sampling.cfg_scale} |
 
 A prompt row may override each of these; `{METADATA}/*.parquet` has what was used, one row for every
@@ -44,10 +44,6 @@ requested image, failed ones included. Every image carries its own settings insi
 The run is complete when `{SUCCESS}` is there. FLUX.1-dev weights have a licence of their own, which reaches the use of
 what they make.
 {_recipe(config)}{_shares(sampled or {})}"""
-
-
-def _guidance(value: float | None) -> str:
-    return "that of the model" if value is None else str(value)
 
 
 def _recipe(config: JobConfig) -> str:

@@ -54,7 +54,7 @@ from flux_batch.pipeline.request import (
     PipelineRequest,
     Texts,
     as_list,
-    check_shape,
+    check_embeds,
     check_texts,
     embeds_of,
     num_texts,
@@ -403,7 +403,7 @@ class FluxImagePipeline:
         check_cuda_graphs(self.graphs is not None, request.step_cache)
         if not count:
             return []
-        self.check_embeds(request)
+        check_embeds(request, self.t5_length(request), self.transformer.params)
         request.images.check_for(self.variant)
         self.warn_of_cut_texts(request)
         if is_compiled(self.transformer):  # perhaps in another thread
@@ -480,20 +480,6 @@ class FluxImagePipeline:
         if isinstance(request.prompts, PromptEmbeds):
             return request.prompts.prompt_embeds.shape[1]
         return request.shared.t5_sequence_length or self.default_t5_sequence_length
-
-    def check_embeds(self, request: PipelineRequest) -> None:
-        """Raise InvalidSetting unless embeddings have the sizes of this model, and one length for all."""
-        p, count, length = self.transformer.params, num_texts(request.prompts), self.t5_length(request)
-        wanted = request.shared.t5_sequence_length
-        if wanted not in (None, length):
-            raise InvalidSetting(
-                f"t5_sequence_length = {wanted}: prompt_embeds have {length} tokens; leave it out",
-                field="t5_sequence_length",
-            )
-        for prefix, texts in (("", request.prompts), ("negative_", request.negative_prompts)):
-            if isinstance(texts, PromptEmbeds):
-                check_shape(f"{prefix}prompt_embeds", texts.prompt_embeds, (count, length, p.context_in_dim))
-                check_shape(f"{prefix}pooled_prompt_embeds", texts.pooled_prompt_embeds, (count, p.vec_in_dim))
 
     def encode(self, prompts: Sequence[str], t5_sequence_length: int) -> PromptEmbeds:
         """Return the embeddings of each prompt, those of the last prompts from memory."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flux_batch.errors import InvalidSetting, did_you_mean
 from flux_batch.model.optimize.tiling import Tiling
-from flux_batch.model.params import first_step
+from flux_batch.model.params import FluxParams, first_step
 from flux_batch.model.transformer import PromptEmbeds
 from flux_batch.pipeline.images.inputs import ImageInputs
 from flux_batch.sampling_params import (
@@ -143,7 +143,21 @@ def embeds_of(name: str, texts: Any, embeds: Tensor | None, pooled: Tensor | Non
     return PromptEmbeds(embeds, pooled)
 
 
-def check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+def check_embeds(request: PipelineRequest, length: int, p: FluxParams) -> None:
+    """Raise InvalidSetting unless embeddings have the sizes of a model, and `length` tokens each."""
+    count, wanted = num_texts(request.prompts), request.shared.t5_sequence_length
+    if wanted not in (None, length):
+        raise InvalidSetting(
+            f"t5_sequence_length = {wanted}: prompt_embeds have {length} tokens; leave it out",
+            field="t5_sequence_length",
+        )
+    for prefix, texts in (("", request.prompts), ("negative_", request.negative_prompts)):
+        if isinstance(texts, PromptEmbeds):
+            _check_shape(f"{prefix}prompt_embeds", texts.prompt_embeds, (count, length, p.context_in_dim))
+            _check_shape(f"{prefix}pooled_prompt_embeds", texts.pooled_prompt_embeds, (count, p.vec_in_dim))
+
+
+def _check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
     """Raise InvalidSetting unless an argument is a tensor of that shape."""
     if not isinstance(tensor, Tensor) or tensor.shape != shape:
         got = list(tensor.shape) if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"

@@ -142,7 +142,7 @@ def _settings(packer: Packer, facts: RunFacts) -> list[tuple[str, str]]:
         ("LoRAs", ", ".join(public_uri(lora.uri) for lora in config.model.loras) or "none"),
         ("size", f"{sampling.width} x {sampling.height}"),
         ("steps", str(sampling.num_inference_steps)),
-        ("embedded guidance", f"{sampling.embedded_guidance:g}"),
+        ("embedded guidance", sampling.guidance_text),
         ("true CFG scale", f"{sampling.cfg_scale:g}"),
         ("hours of GPUs", "not known" if facts.gpu_hours is None else f"{facts.gpu_hours:.2f}"),
         ("versions", ", ".join(f"{name} {number}" for name, number in facts.versions.items()) or "not known"),
