@@ -181,6 +181,8 @@ class ModelManager:
                 checkpoint.source,
                 variant.guidance,
             )
+        elif self.variant_name == "auto" and variant is not variant_of(transformer.params):
+            log.info("%s: %s, by its name", checkpoint.source, variant.title)
         return variant
 
 
