@@ -196,13 +196,13 @@ class BatchMaker:
         ready = [task for task in batch if not task.error]
         if ready and (error := self._loras.use(ready[0].request.loras)):
             return [ImageOutcome(task, error, None, cut) for task, cut in zip(batch, truncated, strict=True)]
-        made: dict[tuple[int, int], tuple[Pixels | Exception, Tiles | None]] = {}
+        made: dict[int, tuple[Pixels | Exception, Tiles | None]] = {}
         for group in grouped(ready):
             fit = self._fits.get(group[0].read_shape, _MemoryFit(self._tiles))
             results = self._make_parts(group, fit)
-            made |= {task.position: result for task, result in zip(group, results, strict=True)}
+            made |= {id(task): result for task, result in zip(group, results, strict=True)}
         return [
-            ImageOutcome(task, task.error, None, cut) if task.error else ImageOutcome(task, *made[task.position], cut)
+            ImageOutcome(task, task.error, None, cut) if task.error else ImageOutcome(task, *made[id(task)], cut)
             for task, cut in zip(batch, truncated, strict=True)
         ]
 

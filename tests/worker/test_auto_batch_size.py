@@ -27,6 +27,7 @@ class Device:
     def __init__(self, *, room: int, memory: int = 100) -> None:
         self.room, self.memory, self.now = room, memory, 0.0
         self.calls: list[int] = []
+        self.needed_images: tuple[str, ...] = ()
 
     def __call__(self, prompt: Sequence[str], **_: Any) -> list[Any]:
         if len(prompt) > self.memory:

@@ -214,7 +214,9 @@ def test_a_job_of_one_image_reads_it_once_a_shard(tmp_path: Path, monkeypatch: p
     (tmp_path / "own.png").write_bytes(as_png(colour(8)))
     read: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        worker_module, "load_images", lambda images, *rest: [read.append(images.names), load_images(images, *rest)][1]
+        worker_module,
+        "load_images",
+        lambda images, *rest, **how: [read.append(images.names), load_images(images, *rest, **how)][1],
     )
     rows = [{"prompt": f"p{number}", "input_image": None} for number in range(7)]
     rows[5] |= {"input_image": "own.png"}
