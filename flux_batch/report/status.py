@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from flux_batch.errors import JobError, NotFound
+from flux_batch.output.annotations import AnnotationFolder, annotation_names
 from flux_batch.output.commits import Commits
 from flux_batch.output.lease import Holder, read_holder
 from flux_batch.output.paths import PLAN, PRECISION, PROGRESS, SUCCESS, RunFolder
@@ -23,7 +24,8 @@ def read_status(store: Store) -> dict[str, Any]:
         num_rows = Outline.from_parquet(store.read(PLAN)).num_rows
     except NotFound as error:
         raise JobError(f"{store.uri}: there is no run here (no {PLAN})") from error
-    commits = Commits(RunFolder(store, len(num_rows)))
+    run = RunFolder(store, len(num_rows))
+    commits = Commits(run)
     totals = Totals.of(commits.read_all(sorted(commits.done())))
     holder = read_holder(store)
     return {
@@ -33,6 +35,7 @@ def read_status(store: Store) -> dict[str, Any]:
         "num_committed": totals.num_committed,
         "num_images": totals.num_images,
         "num_failed": totals.num_failed,
+        "num_annotated": {name: len(AnnotationFolder(run, name).commits.done()) for name in annotation_names(run)},
         "is_complete": store.exists(SUCCESS),
         "progress": _read_json(store, PROGRESS),
         "precision": _read_json(store, PRECISION),
@@ -54,6 +57,9 @@ def format_status(status: dict[str, Any], now: float | None = None) -> str:
     if precision := status["precision"]:
         kernels = Kernels.of_record(precision)
         lines.append(f"computes in {precision.get('dtype')}" + (f", on {kernels}" if kernels else ""))
+    if annotated := status["num_annotated"]:
+        each = ", ".join(f"{name} {number}" for name, number in annotated.items())
+        lines.append(f"columns  {each} of {shards} shards annotated")
     if status["is_complete"]:
         lines.append("state    complete")
     elif progress := status["progress"]:

@@ -46,9 +46,6 @@ def misbehave(prompt: str) -> None:
         os._exit(66)
     while "[freeze]" in prompt:
         time.sleep(1)
-    eaten = []
-    while "[eat]" in prompt:
-        eaten.append(bytes(64 << 20))
 
 
 class Answers:
