@@ -38,12 +38,21 @@ unless a row asked for more. Made with flux-batch.
 | steps | {sampling.num_inference_steps} |
 | embedded guidance | {sampling.guidance_text} |
 | true CFG scale | {sampling.cfg_scale} |
-
+{_quality(config)}
 A prompt row may override each of these; `{METADATA}/*.parquet` has what was used, one row for every
 requested image, failed ones included. Every image carries its own settings inside and is labelled as AI generated.
 The run is complete when `{SUCCESS}` is there. FLUX.1-dev weights have a licence of their own, which reaches the use of
 what they make.
 {_recipe(config)}{_shares(sampled or {})}"""
+
+
+def _quality(config: JobConfig) -> str:
+    """Return the row on which images were kept; empty if all were."""
+    quality = config.quality
+    if quality is None:
+        return ""
+    kept = f"{quality.score} of at least {quality.at_least:g}, in at most {quality.max_tries} tries"
+    return f"| quality | {kept}; otherwise: {quality.otherwise} |\n"
 
 
 def _recipe(config: JobConfig) -> str:

@@ -60,7 +60,7 @@ def staged_record(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_judged(row: Mapping[str, Any]) -> bool:
     """Return whether a row of the metadata may be that of a run with `quality`: it has its columns."""
-    return all(name in row for name in QUALITY_COLUMNS)
+    return all(name in row for name in QUALITY_COLUMNS) and isinstance(row["score"], float | None)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,9 @@ def test_images_are_tried_again_until_they_hold_and_the_metadata_says_so(
         assert row["accepted"] == (best[1] >= 0.5)
     assert {row["tries"] for row in rows} == {1, 2, 3, 4}
     assert "tries" not in metadata(plain)[0]
+    assert (
+        f"| quality | {SCORE} of at least 0.5, in at most 4 tries" in Path(config.output.uri, "README.md").read_text()
+    )
     assert "all is well" in command(capsys, "verify", config.output.uri)[1]
     calls = [len(call) for pipeline in making.pipelines for call in pipeline.calls]
     assert sum(calls) == sum(row["tries"] for row in rows)
