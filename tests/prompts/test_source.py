@@ -161,7 +161,7 @@ def test_a_file_that_is_read_whole_is_parsed_once(tmp_path: Path, monkeypatch: p
     (tmp_path / "p.json").write_text(json.dumps([{"prompt": str(at)} for at in range(9)]))
     opened = []
     exact = source_module.open_table
-    monkeypatch.setattr(source_module, "open_table", lambda *given: opened.append(given) or exact(*given))
+    monkeypatch.setattr(source_module, "open_table", lambda *given, **others: opened.append(given) or exact(*given))
     config = PromptsConfig(uri=str(tmp_path / "p.json"))
     source = PromptSource(config)
     plan = make_plan(config, 2)
