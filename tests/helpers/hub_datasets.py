@@ -163,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except ConnectionError:  # the other side was killed
+        except (ConnectionError, ValueError):  # the other side was killed, perhaps in the middle of a body
             self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
@@ -197,10 +197,12 @@ def dataset_hub() -> Iterator[DatasetHub]:
 def publish_to(hub: DatasetHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let huggingface_hub of this process talk to `hub`, by plain LFS and without long waits."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import _http
+    from huggingface_hub.utils import _detect_agent, _http
 
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     for name, value in (("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
         monkeypatch.setattr(constants, name, value)
+    # Who asks is looked up at huggingface.co otherwise.
+    monkeypatch.setattr(_detect_agent, "_registry", {"standardEnvVars": [], "harnesses": {}})
     monkeypatch.setenv("HF_TOKEN", hub.token or "hf_loopback")
     monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))

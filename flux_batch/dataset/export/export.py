@@ -152,7 +152,8 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -
     """Raise JobError if an export that was begun is of something else."""
     changed = [name for name in ours if theirs.get(name) != ours[name]]
     if changed:
-        said = ", ".join(f"{name} is {theirs.get(name)!r} there, {ours[name]!r} here" for name in changed)
+        others = [f"{name} is {theirs.get(name)!r} there, {ours[name]!r} here" for name in changed if name != "images"]
+        said = ", ".join(["the images are others", *others] if "images" in changed else others)
         raise JobError(f"{where}: holds another export: {said}; take another address, or remove that one")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ from flux_batch.records import ImageRecord
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.sampling_params import SAMPLING_FIELDS, SamplingParams
 from flux_batch.storage.store import Store
+
+log = logging.getLogger(__name__)
 
 # The columns of a resized image beside the size that it was made in.
 _STORED_SIZE = pa.schema([("stored_width", pa.int32()), ("stored_height", pa.int32())])
@@ -112,6 +115,8 @@ class ExportSource:
     def chosen(self) -> pa.Table:
         """The chosen images: key, split, and shard of the run, in order. Raises: JobError if there is none."""
         shards = committed_shards(self.run)
+        if len(shards) < self.run.num_shards:
+            log.warning("%d of %d shards are committed; the others are not seen", len(shards), self.run.num_shards)
         keys: list[str] = []
         numbers: list[int] = []
         for shard, rows in zip(shards, read_tables(self.run, shards, None, _MADE), strict=True):

@@ -17,6 +17,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from flux_batch.dataset.export.card import export_card
@@ -111,11 +113,9 @@ def _begin(packer: Packer, hub: HubDataset, files: Mapping[str, HubFile], shard_
     elif others := [name for name in files if name not in (".gitattributes", CARD, _SAMPLES)]:
         raise JobError(f"{hub.address}: has files of another data set, as {others[0]}; take another name")
     card = export_card(packer, address=hub.address, shard_size=shard_size, licence=licence, samples=_SAMPLES)
-    wanted = {
-        CARD: card.encode(),
-        _SAMPLES: sample_sheet(packer.source),
-        _IDENTITY: body,
-    }
+    wanted = {CARD: card.encode(), _IDENTITY: body}
+    if _SAMPLES not in files or _IDENTITY not in files:  # the same images have the same samples
+        wanted[_SAMPLES] = sample_sheet(packer.source)
     if changed := {name: data for name, data in wanted.items() if name not in files or not files[name].has(data)}:
         hub.commit(changed, "Begin the data set" if _IDENTITY not in files else "Renew the card")
 
@@ -130,21 +130,18 @@ def _read_identity(hub: HubDataset) -> dict[str, Any]:
 
 
 def _upload_all(packer: Packer, hub: HubDataset, pieces: Sequence[Piece], done: Callable[[int], None]) -> None:
-    """Pack, upload and commit pieces, in order."""
-    uploaded: list[CommitOperationAdd] = []
-    most, num_done = 1, 0
+    """Pack, upload and commit pieces, a group at a time: its commit comes before the next group is begun."""
+    first, most = 0, 1
     with ThreadPoolExecutor(_SHARDS_AT_ONCE, "publish") as pool:
-        try:
-            for files in pool.map(lambda piece: _upload(packer, hub, piece), pieces):
-                uploaded += files
-                num_done += 1
-                if len(uploaded) >= most or num_done == len(pieces):
-                    hub.commit(uploaded, f"Add {len(uploaded)} shards, {num_done} of {len(pieces)}")
-                    uploaded, most = [], min(2 * most, _MOST_A_COMMIT)
-                    done(num_done)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        while group := pieces[first : first + most]:
+            try:
+                uploaded = list(chain.from_iterable(pool.map(partial(_upload, packer, hub), group)))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            first, most = first + len(group), min(2 * most, _MOST_A_COMMIT)
+            hub.commit(uploaded, f"Add {len(group)} shards, {first} of {len(pieces)}")
+            done(first)
 
 
 def _upload(packer: Packer, hub: HubDataset, piece: Piece) -> list[CommitOperationAdd]:

@@ -18,7 +18,7 @@ from flux_batch.output.paths import metadata_file
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.storage.passthrough import portable
 
-_READERS = 8
+_READERS = 16
 
 
 def committed_shards(run: SavedRun) -> list[int]:

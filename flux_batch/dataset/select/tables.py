@@ -205,5 +205,8 @@ def _sentence(error: Exception) -> str:
 
 
 def _hint(error: Exception) -> str:
-    is_aggregate = "must appear in the GROUP BY" in str(error)
-    return "; over all images it is written with OVER (), as avg(x) OVER ()" if is_aggregate else ""
+    if "must appear in the GROUP BY" in str(error):
+        return "; over all images it is written with OVER (), as avg(x) OVER ()"
+    if "not found in FROM clause" in str(error):
+        return "; columns of annotations are there after `flux-batch annotate`"
+    return ""
