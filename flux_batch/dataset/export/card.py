@@ -65,6 +65,12 @@ _MEANINGS = {
     "stored_height": "pixels, as stored here",
 }
 
+_OF_QUALITY = {
+    "tries": "how many images were made for it",
+    "score": "the score of the one that is kept",
+    "accepted": "whether it reaches the score that was asked for",
+}
+
 
 def export_card(
     packer: Packer, *, address: str, shard_size: int, licence: str | None = None, samples: str | None = None
@@ -179,13 +185,14 @@ def _columns(packer: Packer) -> Iterator[tuple[str, str, str]]:
     renamed = {passthrough_name(field.name): field.name for field in source.columns}
     if packer.format != "webdataset":
         yield ("`image`", "image", _MEANINGS["image"])
+    meanings = _MEANINGS | (_OF_QUALITY if source.run.config.quality else {})
     for field in sample_columns(source.columns):
         own = renamed.get(field.name, field.name)
         if own in names and own not in RECORD_SCHEMA.names:
             column = names[own]
             meaning = f"`{column.column}` of the annotation `{column.annotation}`"
         else:
-            meaning = _MEANINGS.get(field.name, "a column of the prompts")
+            meaning = meanings.get(field.name, "a column of the prompts")
         yield (f"`{field.name}`", _type(field.type), meaning)
 
 
