@@ -29,13 +29,14 @@ from flux_batch.prompts.samplers import (
 )
 from flux_batch.prompts.template import PromptTemplate
 from flux_batch.prompts.wildcards import Wildcards
+from flux_batch.records import IMAGE_COLUMNS
 from flux_batch.redaction import public_tree, public_uri
 
 # The file that rows without a file come from: their ids are `rows:0`, `rows:1`, ...
 ROWS = "rows"
 # The fields whose texts may hold wildcards, and those whose templates may make an empty text that means something.
 _WITH_WILDCARDS = ("prompt", "negative_prompt")
-_TEXTS = (*_WITH_WILDCARDS, "id", "input_image", "lora")
+_TEXTS = (*_WITH_WILDCARDS, "id", "lora", *IMAGE_COLUMNS)
 _MAX_LISTS_BYTES = 64 << 20
 _READER_THREADS = 16
 
