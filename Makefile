@@ -12,8 +12,6 @@ APT := apt-get -qq -o Dir::State::Lists=$(CURDIR)/$(UNPACKED)/lists -o Dir::Cach
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 # Each of the processes that share the cores computes on one: more threads than cores mostly wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-# Tests that start no Ray, no S3 server and no compiler.
-FAST := not ray and not s3 and not compiled and not long
 
 .PHONY: help demo test test-fast test-avx2 test-long test-gpu tools browser chaos lint fix pages constraints clean
 
@@ -41,11 +39,11 @@ demo: $(VENV)/run.stamp ## render the demo prompts with the demo model on two wo
 test: $(VENV)/dev.stamp ## run the tests
 	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder
 
-test-fast: $(VENV)/dev.stamp ## run the tests that start no Ray, no S3 server and no compiler
-	$(PYTEST) -n auto --dist loadfile -m "$(FAST)"
+test-fast: $(VENV)/dev.stamp ## run those that give the first answer: no processes, servers, compilers or large models
+	$(PYTEST) -n 2 --dist loadfile -m "not slow"
 
 test-avx2: $(VENV)/dev.stamp ## run those of the model and the pipeline as on a CPU without bfloat16 and AVX-512
-	$(AVX2) $(PYTEST) -n auto --dist loadfile -m "$(FAST)" tests/model tests/pipeline
+	$(AVX2) $(PYTEST) -n auto --dist loadfile -m "not compiled and not long" tests/model tests/pipeline
 
 test-long: $(VENV)/dev.stamp ## run the tests that take minutes
 	$(PYTEST) -m long --ignore tests/chaos

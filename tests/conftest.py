@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import helpers.no_sync  # noqa: F401
+from flux_batch.output import lease
 from helpers.driver import Drive, Driver
 from helpers.hub_server import Hub, hub_server, point_at
 from helpers.s3 import Bucket, S3Server, moto_server, rclone_server, tls_server
@@ -28,21 +30,31 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # A shell that starts the suite in its background lets it ignore SIGINT, and so would every process that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SLOW_FOLDERS = frozenset({"chaos", "demo", "train"})
+# Folders of whole runs, processes, servers and models; a test elsewhere that takes seconds is marked by itself.
+SLOW_FOLDERS = frozenset({"bench", "chaos", "cluster", "demo", "download", "end_to_end", "gpu", "jobs", "pipeline"})
+SLOW_MARKS = ("ray", "s3", "browser", "compiled", "gpu", "long")
+FIRST_FOLDERS = frozenset({"chaos", "demo", "train"})
+TESTS = Path(__file__).parent
 S3_FIXTURES = frozenset({"moto", "rclone", "tls", "s3_store"})
+# No second driver is about, so nobody has to wait for one where writes are not conditional.
+SETTLE_S = 0.1
 S3_SERVERS = [pytest.param(name, marks=pytest.mark.s3) for name in ("moto", "rclone")]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark a test that starts an S3 server, by the fixtures it asks for itself or through others."""
+    """Mark a test that starts an S3 server, by the fixtures it asks for itself or through others; and what is slow."""
     if not S3_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
         item.add_marker(pytest.mark.s3)
+    folder = item.path.relative_to(TESTS).parts[0]
+    is_marked = any(item.get_closest_marker(name) for name in SLOW_MARKS)
+    if folder in SLOW_FOLDERS or is_marked or "drive" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files that take minutes first: begun last, one of them would keep a single core busy at the end."""
     slow = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("compiled")}
-    items.sort(key=lambda item: not (item.path in slow or item.path.parent.name in SLOW_FOLDERS))
+    items.sort(key=lambda item: not (item.path in slow or item.path.parent.name in FIRST_FOLDERS))
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +79,10 @@ def tls(moto: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3
 
 
 @pytest.fixture(params=S3_SERVERS)
-def s3_store(request: pytest.FixtureRequest) -> Bucket:
+def s3_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """A fresh bucket, on each server in turn."""
     server: S3Server = request.getfixturevalue(request.param)
+    monkeypatch.setattr(lease, "SETTLE_S", SETTLE_S)
     return Bucket(server.make_bucket(), server.storage_options, server.name)
 
 

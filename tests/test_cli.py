@@ -1,6 +1,4 @@
 import json
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +9,9 @@ import pytest
 from flux_batch.cli import main
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
-from helpers.driver import Drive, Hold, wait_for_commits
 from helpers.fakes import make_fake_pipeline
 from helpers.hub_server import TOKEN, Hub
 from helpers.job_files import make_job, write_job
-from helpers.waiting import PATIENCE_S
 
 
 def flux_batch(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
@@ -155,32 +151,3 @@ def test_download_fills_the_cache_from_an_address(
         fs.pipe_file("/download/flux/all.safetensors", text.encode())
         code, out, _ = flux_batch(capsys, "download", "memory://download/flux", "--refresh")
         assert (code, Path(out.strip(), "all.safetensors").read_text()) == (0, text)
-
-
-@pytest.mark.ray
-def test_sigterm_ends_a_run_with_75_and_the_same_command_goes_on(tmp_path: Path, drive: Drive) -> None:
-    config = make_job(
-        tmp_path,
-        [{"prompt": f"image {number}" + {4: " [hold]", 11: 90 * " long"}.get(number, "")} for number in range(12)],
-        model={"uri": "demo"},
-        sampling={"width": 64, "height": 64, "num_inference_steps": 4, "t5_sequence_length": 32},
-        workers={"max": 1, "num_cpus": 1},
-    )
-    job, hold = write_job(config, tmp_path / "job.yaml"), Hold(tmp_path / "hold")
-    driver = drive(job, engine="ray", **hold.environment)
-    wait_for_commits(tmp_path / "out", 1)
-    driver.stop()  # in the second shard, where it is held
-    hold.release()
-    code, err = driver.end()
-    assert code == 75
-    assert re.search("stopped by SIGTERM: [12] of 3 shards are committed; run the same command again", err)
-
-    # On with the model itself, where the fake one left off, as who has set nothing would, with a long TMPDIR.
-    command = [sys.executable, "-m", "flux_batch", "run", str(job)]
-    folder = tmp_path / ("long" * 20)
-    folder.mkdir()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"HOME": str(folder), "TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment)
-    assert (finished.returncode, "12 images, 0 failed" in finished.stdout) == (0, True), finished.stderr
-    assert [line for line in finished.stderr.splitlines() if re.search(r"warning|pid=|\.py:", line, re.I)] == []

@@ -1,7 +1,5 @@
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +7,6 @@ import pytest
 from flux_batch.logs import log_lines
 from helpers.driver import Drive
 from helpers.job_files import make_job, write_job
-from helpers.waiting import PATIENCE_S
 
 log = logging.getLogger("flux_batch.somewhere")
 
@@ -41,23 +38,3 @@ def test_a_run_tells_programs_its_name_its_shards_and_its_end(tmp_path: Path, dr
     last = json.loads(err.splitlines()[-1])
     assert (code, last["exit_code"], last["levelname"]) == (2, 2, "ERROR")
     assert "sampling.seed: 0 -> 1" in last["message"]
-
-
-@pytest.mark.ray
-def test_workers_on_ray_tell_programs_the_same_and_the_driver_tells_it_once(tmp_path: Path) -> None:
-    rows = [{"prompt": f"image {number}"} for number in range(8)]
-    config = make_job(tmp_path, rows, workers={"num_gpus": 0}).model_copy(update={"name": "cats"})
-    job = write_job(config, tmp_path / "job.yaml")
-    script = (
-        "import os, sys; os.environ['RAY_LOGGING_CONFIG_ENCODING'] = 'JSON'; from helpers import drive; "
-        f"sys.argv = ['drive.py', {str(job)!r}, 'ray']; sys.exit(drive.main())"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"asctime": ')]
-    driver = [line for line in lines if line.get("name", "").startswith("flux_batch")]
-    assert sum("shards to do" in line["message"] for line in lines) == 1
-    assert {line["run"] for line in driver} == {"cats"}
-    workers = [line for line in done.stdout.splitlines() + done.stderr.splitlines() if "4 images, 0 failed" in line]
-    told = [json.loads(line[line.index("{") :]) for line in workers if "{" in line and "actor_id" in line]
-    assert {(line["run"], line["shard"]) for line in told} == {("cats", 0), ("cats", 1)}

@@ -1,4 +1,4 @@
-"""The stage for data pipelines, called as Ray Data calls it; jobs/ray_data_stage.py is run in tests/jobs."""
+"""The stage for data pipelines, called as Ray Data calls it; jobs/ray_data_stage.py is run in tests/end_to_end."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 
+import helpers.no_sync  # noqa: F401
 from chaos.paced_pipeline import make_paced_pipeline
 from flux_batch import cli, job
 from flux_batch.engine.local import LocalEngine
@@ -17,7 +18,7 @@ from flux_batch.storage import store
 
 def main() -> int:
     path, *words = sys.argv[1:]
-    local = LocalEngine() if "local" in words else None
+    local = LocalEngine(backoff_s=0.5) if "local" in words else None
     if "in-parts" in words:
         store.LOOK_LATE_BYTES = 0
     job.run = partial(job.run, engine=local, make_pipeline=make_paced_pipeline)  # type: ignore[assignment]

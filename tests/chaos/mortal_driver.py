@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import helpers.no_sync  # noqa: F401
 from chaos.paced_pipeline import PacedPipeline
 from flux_batch import cli, job
 from flux_batch.config.schema import ModelConfig

@@ -31,7 +31,6 @@ ON_DISK = [
     Point("lease", 0, "within"),
     Point("job", 0, "before"),
     Point("card", 0, "within"),
-    Point("plan", 0, "within"),
     Point("plan", 0, "after"),
     Point("precision", 0, "within"),
     Point("staging", 0, "within"),
@@ -40,8 +39,7 @@ ON_DISK = [
     Point("data", 1, "after"),
     Point("metadata", 0, "after"),
     Point("failed rows", 0, "after"),
-    Point("commit", 0, "within"),
-    Point("commit", 1, "after"),
+    Point("commit", 1, "within"),
     Point("clean-up", 1, "before"),
     Point("progress", 0, "before"),
     Point("report", 0, "before"),
@@ -50,9 +48,7 @@ ON_DISK = [
 ]
 IN_BUCKETS = [
     Point("probe", 0, "after"),
-    Point("staging", 0, "after"),
     Point("data", 1, "before"),
-    Point("commit", 0, "before"),
     Point("commit", 1, "after"),
 ]
 

@@ -22,6 +22,7 @@ from chaos.paced_pipeline import forget, held, made, make_paced_pipeline, model_
 from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
+from flux_batch.output import lease
 from helpers.counting_proxy import Proxy, counting_proxy
 from helpers.job_files import make_job, write_job
 from helpers.s3 import S3Server
@@ -37,7 +38,7 @@ OF_METHOD = {"GET": ("half",), "PUT": ("torn",)}
 # way, or, after an answer that got lost, that it has been made. Where it was not, that is a lie to be seen through.
 OF_CONDITIONS = (409, 412)
 CONDITIONAL = re.compile(r"/(train|metadata)/|/_run/(commits|lease)/|/_run/plan")
-SLOW_S = 0.7
+SLOW_S = 0.3
 
 
 class Faults:
@@ -121,7 +122,8 @@ class Scene:
 
 
 @pytest.fixture(params=["moto", "rclone"])
-def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
+def scene(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    monkeypatch.setattr(lease, "SETTLE_S", 0.1)  # of the undisturbed run, beside which there is no other
     server: S3Server = request.getfixturevalue(request.param)
     with counting_proxy(server.endpoint_url) as proxy:
         yield Scene(server, proxy, tmp_path)
@@ -174,13 +176,13 @@ def everything_but_the_job(config: JobConfig) -> dict[str, Any]:
 
 @pytest.mark.s3
 def test_a_run_finishes_on_storage_that_errs(scene: Scene, figures: Figures) -> None:
-    err(scene, figures, 7, 16, "local", timeout_s=PATIENCE_S)
+    err(scene, figures, 7, 8, "local", timeout_s=PATIENCE_S)
 
 
 @pytest.mark.s3
 @pytest.mark.parametrize("scene", ["moto"], indirect=True)
 def test_a_run_waits_for_storage_that_is_away(scene: Scene, figures: Figures) -> None:
-    leave(scene, figures, 4, 40, timeout_s=PATIENCE_S)
+    leave(scene, figures, 3, 20, timeout_s=PATIENCE_S)
 
 
 @pytest.mark.s3

@@ -113,9 +113,15 @@ def end_of(driver: subprocess.Popen[str]) -> tuple[int, str]:
     return driver.returncode, said
 
 
-@pytest.fixture(
-    params=["disk", pytest.param("moto", marks=pytest.mark.s3), pytest.param("rclone", marks=pytest.mark.s3)]
-)
+# On the disk and on one of the servers; on the other with `make chaos`.
+LONG_ON_S3 = [pytest.mark.s3, pytest.mark.long]
+ON_STORES = {
+    "moto": ["disk", pytest.param("moto", marks=pytest.mark.s3), pytest.param("rclone", marks=LONG_ON_S3)],
+    "rclone": ["disk", pytest.param("moto", marks=LONG_ON_S3), pytest.param("rclone", marks=pytest.mark.s3)],
+}
+
+
+@pytest.fixture
 def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
     """A scene; buckets are behind a proxy that passes only whole requests on.
 
@@ -130,6 +136,7 @@ def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
         yield Scene(server.name, tmp_path, replace(server, endpoint_url=proxy.endpoint_url))
 
 
+@pytest.mark.parametrize("scene", ON_STORES["rclone"], indirect=True)
 def test_of_drivers_started_at_once_one_runs_and_the_other_names_it(scene: Scene, figures: Figures) -> None:
     with held(scene.model):  # until one has met the other
         # A lease that no busy machine lets expire between two beats, of which the first come quickly.
@@ -143,6 +150,7 @@ def test_of_drivers_started_at_once_one_runs_and_the_other_names_it(scene: Scene
     scene.judge(figures, "two drivers at once")
 
 
+@pytest.mark.parametrize("scene", ON_STORES["moto"], indirect=True)
 def test_a_driver_paused_past_its_lease_wakes_and_writes_nothing(scene: Scene, figures: Figures) -> None:
     with held(scene.model, after=12):
         paused = scene.start()

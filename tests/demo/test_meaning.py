@@ -72,6 +72,7 @@ def test_guidance_1_shows_less(pipeline: FluxImagePipeline, images: list[Image.I
     assert scores.share() < score_all(SOME, images).share()
 
 
+@pytest.mark.long
 def test_a_negative_colour_goes_away(pipeline: FluxImagePipeline) -> None:
     without_colour = ["a large star in the centre", "a picture of a huge square", "a triangle left of a ring"]
     same: dict[str, Any] = SETTINGS | {"prompt": without_colour * 4, "seed": list(range(12)), "cfg_scale": 3.0}

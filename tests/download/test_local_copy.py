@@ -16,6 +16,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import s3fs
 
 from flux_batch.download import local_copy as module
 from flux_batch.download import transfer
@@ -92,8 +93,9 @@ def proxy(moto: S3Server) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def bucket(moto: S3Server, proxy: Proxy) -> Remote:
+def bucket(moto: S3Server, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Remote:
     """The same in a bucket, behind a proxy that counts."""
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     uri = f"{moto.make_bucket()}/some/model"
     Remote(uri, moto.storage_options).put(FILES | CLUTTER)
     no_patience = {"config_kwargs": {"retries": {"max_attempts": 1}}}

@@ -147,7 +147,7 @@ def test_a_storage_that_is_gone_for_good_ends_a_run_after_one_outage(moto: S3Ser
 
         config = job_through(proxy, moto, tmp_path, outage_s=3)
         with pytest.raises(Interrupted, match=r"storage has been unavailable for \d+ s") as caught:
-            run(config, engine=LocalEngine(outage_s=3), make_pipeline=lambda model: GoingPipeline(go))
+            run(config, engine=LocalEngine(outage_s=3, backoff_s=0.5), make_pipeline=lambda model: GoingPipeline(go))
     assert caught.value.exit_code == 75
 
 

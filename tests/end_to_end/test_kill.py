@@ -3,18 +3,15 @@
 import signal
 from pathlib import Path
 
-import pytest
-
 from helpers.driver import Drive, Hold, wait_for_commits
 from helpers.fakes import DEATH_EXIT
-from helpers.job_files import data_files, make_job, metadata, write_job
+from helpers.job_files import data_files, make_job, write_job
 
 # Of five shards, the third can be held in the middle.
 ROWS = [{"prompt": f"image {number}" + (" [hold]" if number == 10 else "")} for number in range(20)]
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.ray)])
-def test_a_driver_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path: Path, drive: Drive, engine: str) -> None:
+def test_a_driver_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path: Path, drive: Drive) -> None:
     whole = make_job(tmp_path / "whole", ROWS)
     assert drive(write_job(whole, tmp_path / "whole/job.yaml")).end()[0] == 0
 
@@ -22,7 +19,7 @@ def test_a_driver_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path: Path,
     job = write_job(config, tmp_path / "killed/job.yaml")
     output = tmp_path / "killed/out"
     hold = Hold(tmp_path / "hold")
-    driver = drive(job, engine=engine, **hold.environment)
+    driver = drive(job, **hold.environment)
     wait_for_commits(output, 2)
     driver.send(signal.SIGKILL)
     driver.process.wait()
@@ -31,7 +28,7 @@ def test_a_driver_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path: Path,
     assert 2 <= len(committed) < 5
     assert not (output / "_SUCCESS").exists()
 
-    assert drive(job, engine=engine).end()[0] == 0
+    assert drive(job).end()[0] == 0
     assert data_files(output) == data_files(tmp_path / "whole/out")
     assert {name: (output / "_run/commits" / name).stat().st_mtime_ns for name in committed} == committed
     assert (output / "_SUCCESS").exists()
@@ -55,13 +52,3 @@ def test_a_process_that_dies_within_a_shard_leaves_what_it_made(tmp_path: Path, 
 
     assert data_files(tmp_path / "killed/out") == data_files(tmp_path / "whole/out")
     assert not (tmp_path / "killed/out/_run/staging").exists()
-
-
-@pytest.mark.ray
-def test_a_worker_that_dies_in_the_middle_costs_nothing(tmp_path: Path, drive: Drive) -> None:
-    rows = [{"prompt": f"image {number}" + (" [die once]" if number == 5 else "")} for number in range(16)]
-    config = make_job(tmp_path, rows, model={"uri": str(tmp_path)})
-    assert drive(write_job(config, tmp_path / "job.yaml"), engine="ray").end()[0] == 0
-    assert (tmp_path / "died").exists()
-    assert [row["prompt"] for row in metadata(config)] == [row["prompt"] for row in rows]
-    assert {row["status"] for row in metadata(config)} == {"success"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 
+import helpers.no_sync  # noqa: F401
 from flux_batch import cli, job
 from flux_batch.engine.local import LocalEngine
 from helpers.fakes import make_fake_pipeline

@@ -65,10 +65,11 @@ class Raylets:
 
 
 @contextmanager
-def raylets(num_nodes: int) -> Iterator[Raylets]:
+def raylets(num_nodes: int, **head: Any) -> Iterator[Raylets]:
+    """Run a cluster of so many nodes, and a head with these resources."""
     from ray.cluster_utils import Cluster
 
-    cluster = Raylets(Cluster(initialize_head=True, head_node_args=HEAD))
+    cluster = Raylets(Cluster(initialize_head=True, head_node_args=HEAD | head))
     try:
         for _ in range(num_nodes):
             cluster.add()

@@ -90,10 +90,10 @@ def test_the_loop_neither_reads_from_the_device_nor_sends_to_it(rows: int) -> No
     model.modulation_rows = rows
     pe = model.position_table(position_ids(7, 8, 12).to("meta"))
     text = PromptEmbeds(*(part.to("meta") for part in TEXT))
-    img, timesteps, guidance = (each.to("meta") for each in (NOISE, TIMESTEPS, GUIDANCE))
+    img, timesteps, guidance = (each.to("meta") for each in (NOISE, TIMESTEPS[-3:], GUIDANCE))
     velocity, negative = (Denoiser(model, text, pe, timesteps, guidance) for _ in range(2))
     with torch.inference_mode(), Travels() as travels:
-        denoise(velocity, img, SIGMAS, negative=negative, cfg_scale=guidance)
+        denoise(velocity, img, SIGMAS[-4:], negative=negative, cfg_scale=guidance)
         assert not travels.found
         torch.ones(2).to("meta")
         assert travels.found

@@ -23,6 +23,8 @@ from flux_batch.model.optimize.quantize import Fp8Linear, apply_fp8, to_fp8
 from helpers.lora_files import Factors, added, matrices, random_factors, write_lora
 from helpers.tiny_flux import TinyFlux, make_tiny_repository
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LAYOUTS = ("diffusers", "original")
 KINDS = ("float32", "bfloat16", "float16", "fp8")
@@ -68,7 +70,8 @@ def make_lora(fusion: LoraFusion, path: Path, seed: int, share: int = 1) -> Lora
     return open_lora(write_lora(path, modules, prefix="diffusion_model."), path.name, fusion.shapes())
 
 
-@pytest.fixture(params=[(layout, kind) for layout in LAYOUTS for kind in KINDS], ids=lambda each: "-".join(each))
+# Each layout and each kind; what a kind does has nothing to do with how the file is laid out.
+@pytest.fixture(params=list(zip(2 * LAYOUTS, KINDS, strict=True)), ids=lambda each: "-".join(each))
 def fusion(request: pytest.FixtureRequest, repositories: dict[str, Path]) -> LoraFusion:
     layout, kind = request.param
     return load(repositories[layout], kind)

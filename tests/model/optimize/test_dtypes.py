@@ -53,6 +53,7 @@ def test_a_cpu_takes_bfloat16_only_if_it_multiplies_in_it(
     assert native_dtype("cpu") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", [{"ATEN_CPU_CAPABILITY": "avx2"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}])
 def test_instructions_that_are_switched_off_do_not_count(switch: dict[str, str]) -> None:
     code = "from flux_batch.model.optimize.dtypes import native_dtype; print(native_dtype('cpu'))"

@@ -259,6 +259,7 @@ class TestLoading:
         assert layer.weight_scale.is_contiguous()
         assert torch.equal(layer.bias, torch.ones(48, dtype=torch.bfloat16))
 
+    @pytest.mark.slow
     def test_the_model_is_never_in_memory_twice(self, tmp_path: Path) -> None:
         # 24 matrices of 8 MB in bf16, which are no pages of this fp16 file, and of 4 MB in fp8.
         state = {f"double_blocks.{i}.weight": torch.full((2048, 2048), 0.5).half() for i in range(24)}

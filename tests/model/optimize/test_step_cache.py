@@ -185,11 +185,15 @@ def test_it_works_in_every_dtype(dtype: torch.dtype) -> None:
     assert cache.num_reused == 3 * (STEPS - 2)
 
 
-def test_it_works_over_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "stance", ["force_eager", pytest.param("default", marks=[pytest.mark.compiled, pytest.mark.long])]
+)
+def test_it_works_over_compiled_blocks(stance: str) -> None:
     # One of each kind, without a back end's code: blocks may be replaced by what torch.compile returns.
     model = filled(Flux(FLUX))
     plain = walk(caching(model, 0.3))
     compiled: Callable[..., Any] = torch.compile(backend="eager", dynamic=True)
     for blocks in (model.double_blocks, model.single_blocks):
         blocks[0] = compiled(blocks[0])
-    torch.testing.assert_close(walk(caching(model, 0.3)), plain, rtol=0, atol=1e-5)
+    with torch.compiler.set_stance(stance):
+        torch.testing.assert_close(walk(caching(model, 0.3)), plain, rtol=0, atol=1e-5)

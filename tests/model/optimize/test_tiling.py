@@ -15,6 +15,8 @@ from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.optimize.tiling import Tiling, blend_tiles, fade, starts, tiled_decode, tiled_encode
 from helpers.golden import AUTOENCODER, filled, tensor
 
+pytestmark = pytest.mark.slow
+
 sides = st.integers(1, 70)
 tilings = st.integers(1, 40).flatmap(
     lambda size: st.builds(Tiling, st.just(size), st.integers(max(1, size // 4), size))
@@ -45,7 +47,7 @@ def test_tiles_cover_everything_and_stay_inside(length: int, tiling: Tiling) -> 
     assert all(0 < after - before <= tiling.stride for before, after in pairwise(found))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(sides, sides, tilings)
 def test_no_pixel_is_uncovered_at_any_size(height: int, width: int, tiling: Tiling) -> None:
     x = torch.arange(height * width, dtype=torch.float32).reshape(1, 1, height, width) / (height * width) - 0.5
@@ -95,23 +97,23 @@ def test_what_fits_into_a_tile_is_bit_for_bit_untiled(autoencoder: AutoEncoder, 
     assert torch.equal(tiled_encode(autoencoder, image, Tiling(135, 64)), autoencoder.encode(image))
 
 
-@pytest.mark.parametrize(("height", "width"), [(18, 10), (10, 34), (22, 22)])
+@pytest.mark.parametrize(("height", "width"), [(18, 10), (10, 18), (14, 14)])
 def test_tiled_is_near_untiled_and_has_its_shape(autoencoder: AutoEncoder, height: int, width: int) -> None:
-    z = tensor("in.latents", (2, 16, height, width))
+    z = tensor("in.latents", (1, 16, height, width))
     whole, tiled = autoencoder.decode(z), tiled_decode(autoencoder, z, Tiling(12, 6))
     assert tiled.shape == whole.shape
     assert tiled.dtype == whole.dtype
     assert 0 < (tiled - whole).norm() / whole.norm() < 0.3  # noise has no structure that tiles could agree on
-    image = tensor("in.image", (2, 3, 8 * height, 8 * width))
+    image = tensor("in.image", (1, 3, 8 * height, 8 * width))
     whole, tiled = autoencoder.encode(image), tiled_encode(autoencoder, image, Tiling(100, 50))
     assert tiled.shape == whole.shape
     assert 0 < (tiled - whole).norm() / whole.norm() < 0.3
 
 
 def test_a_tiled_image_does_not_depend_on_its_neighbours(autoencoder: AutoEncoder) -> None:
-    z = tensor("in.latents", (3, 16, 18, 10))
+    z = tensor("in.latents", (2, 16, 14, 10))
     together = tiled_decode(autoencoder, z, Tiling(12, 6))
-    for i in range(3):
+    for i in range(2):
         assert torch.equal(together[i : i + 1], tiled_decode(autoencoder, z[i : i + 1], Tiling(12, 6)))
 
 
