@@ -18,6 +18,10 @@ from flux_batch.config.text import load_yaml
 from flux_batch.errors import JobError, SourceError, did_you_mean
 
 _ADDRESS = re.compile(r"hf://datasets/[^/?@]+/[^/?@]+(@(?:refs/(?:convert|pr)/[^/?]+|[^/?]+))?/?(?:\?(?P<query>.*))?")
+# Addresses of repositories of any kind.
+_OF_HUB = re.compile(
+    r"hf://(?:(?:datasets|spaces|buckets)/)?(?!(?:datasets|spaces|buckets)/)[\w.-]+/[\w.-]+(?:[@/?].*)?"
+)
 # The branch with every public data set as Parquet, CONFIGURATION/SPLIT/0000.parquet; DuckDB's short name for it.
 _CONVERTED, _CONVERTED_SHORT = "@refs/convert/parquet", "@~parquet"
 # Words that name a split, as the first of a file or folder or between signs.
@@ -43,6 +47,8 @@ class HubDataset:
     @classmethod
     def of(cls, uri: str) -> HubDataset | None:
         """Return the data set that an address names as a whole; None for other addresses. Raises: SourceError."""
+        if uri.startswith("hf://") and not _OF_HUB.fullmatch(uri):
+            raise SourceError(f"{uri}: must be hf://datasets/owner/name, and may have ?split=NAME or a path behind it")
         found = _ADDRESS.fullmatch(uri)
         if not found:
             return None

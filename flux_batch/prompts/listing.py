@@ -7,6 +7,7 @@ import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,9 @@ def _expand(uri: str, storage_options: Mapping[str, Any], rules: int) -> _Expand
             names_hidden = re.search(r"(^|/)[._]", path[len(folder) :]) is not None
             paths = fs.glob(path) if rules == 1 else _with_tables(fs, fs.glob(path, detail=True))
             return _sifted(fs, folder, paths, _format_reason if names_hidden and rules > 1 else reason_for)
+        if uri.startswith("hf://"):  # its `exists` is false whatever is wrong, such as a hub that is away
+            with suppress(FileNotFoundError):
+                fs.info(path)
     raise SourceError(f"{uri}: no such prompts file or folder")
 
 

@@ -96,6 +96,9 @@ def test_what_cannot_be_chosen_says_what_can(query: str, words: str) -> None:
 def test_other_addresses_are_files_and_folders() -> None:
     for uri in ("hf://datasets/o/n/data", "hf://o/model", "s3://datasets/o/n", "hf://datasets/o/n@main/a.parquet"):
         assert HubDataset.of(uri) is None
+    for uri in ("hf://datasets/o", "hf://datasets", "hf://", "hf://datasets/a b/n"):
+        with pytest.raises(SourceError, match=r"must be hf://datasets/owner/name"):
+            HubDataset.of(uri)
 
 
 @pytest.fixture
@@ -151,3 +154,5 @@ def test_a_data_set_that_may_not_be_read_is_one_sentence(hub: Hub, monkeypatch: 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(StoreError, match="offline"):
         read(hub, "hf://datasets/o/n", token=False)
+    with pytest.raises(StoreError, match="offline"):
+        read(hub, "hf://datasets/o/n/a.csv", token=False)
