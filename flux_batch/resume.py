@@ -26,12 +26,11 @@ from flux_batch.plan.plan import (
     extended,
     make_plan,
     random_rows,
-    remaining,
     rules_of_plan,
 )
+from flux_batch.plan.shards import Shards
 from flux_batch.plan.shares import sampled_values
 from flux_batch.prompts.source import PromptSource
-from flux_batch.records import Shard
 from flux_batch.report.progress import Progress
 from flux_batch.report.summary import RunReport, Totals, installed_versions
 from flux_batch.storage.store import STORE_TMP, Store
@@ -141,11 +140,11 @@ def revert_failed(config: JobConfig, plan: Plan, store: Store, *, retry_failed: 
         revert(run, output_format, [commit.shard for commit in failed])
 
 
-def read_state(plan: Plan, store: Store) -> tuple[list[Shard], Progress]:
+def read_state(plan: Plan, store: Store) -> tuple[Shards, Progress]:
     """Read the shards left to do, and the totals of the others."""
     commits = Commits(RunFolder(store, len(plan.shards)))
     done = commits.done()
-    return remaining(plan, done), Progress(store, len(plan.shards), Totals.of(commits.read_all(sorted(done))))
+    return plan.shards.without(done), Progress(store, len(plan.shards), Totals.of(commits.read_all(sorted(done))))
 
 
 def _written(store: Store) -> list[str]:

@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flux_batch.engine.failure import Failure
@@ -35,6 +35,49 @@ class Task:
     began: float
 
 
+class _Waiting:
+    """The shards that no worker has, in the order in which they are given out.
+
+    Those that were never begun stay in the sequence they came in, which makes each when it is asked for.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._first: deque[Shard] = deque()
+        self._fresh = shards
+        self._num_begun = 0
+        self._last: deque[Shard] = deque()
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._fresh) - self._num_begun + len(self._last)
+
+    def first(self) -> Shard:
+        """Return the next shard, which goes on waiting."""
+        shard = self.take()
+        self.put_first(shard)
+        return shard
+
+    def take(self) -> Shard:
+        """Remove and return the next shard."""
+        if self._first:
+            return self._first.popleft()
+        if self._num_begun == len(self._fresh):
+            return self._last.popleft()
+        self._num_begun += 1
+        return self._fresh[self._num_begun - 1]
+
+    def put_first(self, shard: Shard) -> None:
+        """Put a shard before all others."""
+        self._first.appendleft(shard)
+
+    def put_last(self, shard: Shard) -> None:
+        """Put a shard behind all others."""
+        self._last.append(shard)
+
+    def remove(self, shard: Shard) -> None:
+        """Remove a shard that was put back. Raises: ValueError if it is not here."""
+        (self._first if shard in self._first else self._last).remove(shard)
+
+
 class ShardQueue:
     """The shards of a run. Each task given out comes back by exactly one of `settle`, `lose` and `requeue`.
 
@@ -46,12 +89,12 @@ class ShardQueue:
 
     def __init__(
         self,
-        shards: Iterable[Shard],
+        shards: Sequence[Shard],
         max_attempts: int = 3,
         outage_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._waiting = deque(shards)
+        self._waiting = _Waiting(shards)
         self._max_attempts = max_attempts
         self._outage_s = outage_s
         self._clock = clock
@@ -77,7 +120,7 @@ class ShardQueue:
     @property
     def is_next_isolated(self) -> bool:
         """True if workers were lost on the next shard. Its worker must have no other then, to show which one kills."""
-        return bool(self._waiting) and self._losses[self._waiting[0].index] > 0
+        return bool(self._losses) and bool(self._waiting) and self._losses[self._waiting.first().index] > 0
 
     @property
     def is_settled(self) -> bool:
@@ -97,7 +140,7 @@ class ShardQueue:
         """Return a task for the next shard, None if none waits."""
         if not self._waiting:
             return None
-        shard = self._waiting.popleft()
+        shard = self._waiting.take()
         self._requeued.discard(shard.index)
         has_leaving_worker = shard.index in self._handed_over and bool(self._in_progress.get(shard.index))
         self._handed_over.discard(shard.index)
@@ -256,9 +299,9 @@ class ShardQueue:
             return
         self._requeued.add(shard.index)
         if is_next:
-            self._waiting.appendleft(shard)
+            self._waiting.put_first(shard)
         else:
-            self._waiting.append(shard)
+            self._waiting.put_last(shard)
 
     def _mark_settled(self, shard: Shard) -> None:
         self._settled.add(shard.index)

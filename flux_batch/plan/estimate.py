@@ -32,7 +32,7 @@ def estimate(config: JobConfig, plan: Plan) -> dict[str, Any]:
     tries = config.quality.expected_tries if config.quality else 1.0
     flops = passes * step_flops(size or DEV_SIZE, num_tokens, sampling.t5_sequence_length or TEXT_TOKENS)
     return {
-        "num_files": len({part.name for shard in plan.shards for part in shard.parts}),
+        "num_files": len(plan.shards.files),
         "num_prompts": plan.num_prompts,
         "num_images": num_images,
         "num_shards": len(plan.shards),

@@ -8,14 +8,12 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, groupby
-from operator import itemgetter
 from random import SystemRandom
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,22 +21,13 @@ import pyarrow.parquet as pq
 from flux_batch.config.schema import JobConfig, PromptsConfig
 from flux_batch.errors import PlanMismatch, SourceError
 from flux_batch.output.paths import shard_name
+from flux_batch.plan.shards import Shards
 from flux_batch.prompts.formats.table import RowRange
 from flux_batch.prompts.listing import LISTING_RULES, PromptFile, skipped_notes
 from flux_batch.prompts.source import PromptSource
-from flux_batch.records import FileRange, Shard
+from flux_batch.records import FileRange
 
 _READER_THREADS = 16
-_COLUMNS = pa.schema(
-    [
-        ("shard", pa.int32()),
-        ("file", pa.string()),
-        ("start", pa.int64()),
-        ("num_rows", pa.int32()),
-        ("offset", pa.int64()),
-        ("line", pa.int64()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -49,7 +38,7 @@ class Plan:
     was left out when it was made, and why.
     """
 
-    shards: tuple[Shard, ...]
+    shards: Shards
     files: tuple[PromptFile, ...]
     passthrough: pa.Schema
     rules: int = LISTING_RULES
@@ -59,22 +48,10 @@ class Plan:
     @property
     def num_prompts(self) -> int:
         """The number of rows of all shards."""
-        return sum(shard.num_rows for shard in self.shards)
+        return self.shards.num_rows
 
     def to_parquet(self) -> bytes:
         """Return the plan as a Parquet file; the same plan gives the same bytes."""
-        rows = [
-            {
-                "shard": shard.index,
-                "file": part.name,
-                "start": part.start,
-                "num_rows": part.num_rows,
-                "offset": part.offset,
-                "line": part.line,
-            }
-            for shard in self.shards
-            for part in shard.parts
-        ]
         metadata = {
             "flux_batch": json.dumps({"version": self.rules, "num_prompts": self.num_prompts}),
             **({"lists": self.lists} if self.lists else {}),
@@ -82,7 +59,8 @@ class Plan:
             "passthrough": base64.b64encode(self.passthrough.serialize().to_pybytes()),
         }
         buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, _COLUMNS.with_metadata(metadata)), buffer, compression="zstd")
+        table = pa.Table.from_batches([self.shards.parts]).replace_schema_metadata(metadata)
+        pq.write_table(table, buffer, compression="zstd")
         return buffer.getvalue()
 
     @classmethod
@@ -96,10 +74,7 @@ class Plan:
         planned = {name: (size, version) for name, size, version in json.loads(metadata[b"files"])}
         found = {file.name: file for file in files}
         _check_same_files(planned, found, new_files)
-        shards = tuple(
-            Shard(index=index, parts=tuple(_part(row, found[row["file"]]) for row in rows))
-            for index, rows in groupby(table.to_pylist(), key=itemgetter("shard"))
-        )
+        shards = Shards.from_columns(table, {name: found[name].uri for name in planned})
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(metadata[b"passthrough"])))
         lists = metadata.get(b"lists", b"").decode()
         return cls(shards, tuple(found[name] for name in planned), schema, rules_of_plan(data), lists)
@@ -109,11 +84,6 @@ def rules_of_plan(data: bytes) -> int:
     """Return the rules by which the files of a saved plan were listed."""
     metadata = pq.read_schema(io.BytesIO(data)).metadata
     return int(json.loads(metadata[b"flux_batch"])["version"])
-
-
-def _part(row: Mapping[str, Any], file: PromptFile) -> FileRange:
-    rows = RowRange(row["start"], row["num_rows"], row["offset"], row.get("line", 0))
-    return _file_range(file, rows)
 
 
 def _file_range(file: PromptFile, rows: RowRange) -> FileRange:
@@ -140,8 +110,8 @@ class Outline:
         try:
             table = pq.read_table(io.BytesIO(data), columns=["shard", "num_rows"])
             passthrough = base64.b64decode(table.schema.metadata[b"passthrough"])
-            rows = groupby(table.to_pylist(), key=itemgetter("shard"))
-            num_rows = tuple(sum(row["num_rows"] for row in parts) for _, parts in rows)
+            per_shard = table.group_by("shard", use_threads=False).aggregate([("num_rows", "sum")])
+            num_rows = tuple(per_shard["num_rows_sum"].to_pylist())
             return cls(num_rows, pa.ipc.read_schema(pa.py_buffer(passthrough)))
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"not a plan of this program ({error})") from error
@@ -152,7 +122,7 @@ def make_plan(prompts: PromptsConfig, shard_size: int) -> Plan:
 
     Reads listings and Parquet footers (text formats are streamed once). Raises: SourceError if there is nothing to do.
     """
-    plan = extended(Plan(shards=(), files=(), passthrough=pa.schema([])), prompts, shard_size)
+    plan = extended(Plan(shards=Shards.none(), files=(), passthrough=pa.schema([])), prompts, shard_size)
     if not plan.shards:
         raise SourceError(f"{', '.join(prompts.uri)}: the data set has no rows")
     return plan
@@ -170,23 +140,21 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
     if not files:
         return plan
     with ThreadPoolExecutor(_READER_THREADS) as pool:
-        ranges = list(pool.map(lambda file: source.split(file, shard_size), files))
-    pieces = [(file, rows) for file, cuts in zip(files, ranges, strict=True) for rows in cuts]
-    limit = None if prompts.limit is None else prompts.limit - plan.num_prompts
-    shards = tuple(
-        Shard(index=index, parts=parts)
-        for index, parts in enumerate(_shared(_limited(pieces, limit), shard_size), start=len(plan.shards))
-    )
-    names = {part.name for shard in shards for part in shard.parts}
+        cuts = pool.map(lambda file: source.split(file, shard_size), files)
+        pieces = ((file, rows) for file, ranges in zip(files, cuts, strict=True) for rows in ranges)
+        limit = None if prompts.limit is None else prompts.limit - plan.num_prompts
+        shards = plan.shards.extended(_shared(_limited(pieces, limit), shard_size))
+    num_new = len(shards) - len(plan.shards)
+    names = set(shards.files)
     used = [file for file in files if file.name in names]
     passthrough = source.passthrough_schema(used)
-    if plan.shards and shards:
-        _check_fits(plan, len(shards), passthrough)
+    if plan.shards and num_new:
+        _check_fits(plan, num_new, passthrough)
         passthrough = plan.passthrough
     return Plan(
-        plan.shards + shards,
+        shards,
         plan.files + tuple(files),
-        passthrough if shards else plan.passthrough,
+        passthrough if num_new else plan.passthrough,
         plan.rules,
         plan.lists if plan.shards else source.lists,
         (*skipped_notes(listing.skipped), *source.unused_columns(used)),
@@ -196,18 +164,13 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
 def random_rows(plan: Plan, prompts: PromptsConfig, num_rows: int) -> Plan:
     """Return a plan of one shard with rows from all over another, in their order; others at each call."""
     numbers = sorted(SystemRandom().sample(range(plan.num_prompts), min(num_rows, plan.num_prompts)))
-    ends = list(accumulate(shard.num_rows for shard in plan.shards))
+    ends = plan.shards.row_ends
     source = PromptSource(prompts, plan.rules)
     parts = []
     for number in numbers:
         index = bisect_right(ends, number)
         parts.append(source.one_row(plan.shards[index], number - (ends[index - 1] if index else 0)))
-    return replace(plan, shards=(Shard(index=0, parts=tuple(parts)),))
-
-
-def remaining(plan: Plan, done: set[int]) -> list[Shard]:
-    """Return the shards that are not committed yet, in order."""
-    return [shard for shard in plan.shards if shard.index not in done]
+    return replace(plan, shards=Shards.none().extended([parts]))
 
 
 def check_same_job(saved: JobConfig, config: JobConfig) -> None:
@@ -256,13 +219,13 @@ def _holds(kind: pa.DataType, new: pa.DataType) -> bool:
         return False
 
 
-def _limited(pieces: list[tuple[PromptFile, RowRange]], limit: int | None) -> Iterator[FileRange]:
+def _limited(pieces: Iterable[tuple[PromptFile, RowRange]], limit: int | None) -> Iterator[FileRange]:
     """Yield the first `limit` rows of the pieces."""
-    left = sum(rows.num_rows for _, rows in pieces) if limit is None else limit
+    left = math.inf if limit is None else limit
     for file, rows in pieces:
         if left <= 0:
             return
-        num_rows = min(rows.num_rows, left)
+        num_rows = int(min(rows.num_rows, left))
         yield _file_range(file, replace(rows, num_rows=num_rows))
         left -= num_rows
 

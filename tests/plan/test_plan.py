@@ -19,9 +19,9 @@ from flux_batch.plan.plan import (
     extended,
     make_plan,
     random_rows,
-    remaining,
     rules_of_plan,
 )
+from flux_batch.plan.shards import Shards
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import FileRange, ImageRequest, Shard
 from helpers.yardstick import work
@@ -241,9 +241,8 @@ def test_a_plan_of_the_first_version_goes_on_as_it_was(tmp_path: Path) -> None:
     config = prompts(tmp_path)
     files = {file.name: file for file in PromptSource(config, rules=1).files()}
     old = Plan(
-        shards=tuple(
-            Shard(index=index, parts=(FileRange(uri=files[name].uri, name=name, start=0, num_rows=3),))
-            for index, name in enumerate(files)
+        shards=Shards.none().extended(
+            [FileRange(uri=file.uri, name=name, start=0, num_rows=3)] for name, file in files.items()
         ),
         files=tuple(files.values()),
         passthrough=pa.schema([]),
@@ -255,12 +254,6 @@ def test_a_plan_of_the_first_version_goes_on_as_it_was(tmp_path: Path) -> None:
     assert rules_of_plan(data) == 1
     assert Plan.from_parquet(data, PromptSource(config, rules_of_plan(data)).files()) == old
     assert extended(old, config, 4) is old
-
-
-def test_remaining_keeps_the_order(tmp_path: Path) -> None:
-    plan = make_plan(prompts(write_prompts(tmp_path / "a.parquet", 10)), 2)
-
-    assert [shard.index for shard in remaining(plan, {3, 1})] == [0, 2, 4]
 
 
 @pytest.mark.parametrize(
