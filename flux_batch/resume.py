@@ -12,6 +12,7 @@ from flux_batch.config.schema import JobConfig
 from flux_batch.download.revision import model_revision
 from flux_batch.errors import AlreadyExists, FluxBatchError, JobError, NotFound, PlanMismatch, StoreError
 from flux_batch.output.card import card
+from flux_batch.output.commit_log import CommitLog, check_all_committed
 from flux_batch.output.commits import Commits
 from flux_batch.output.formats import format_for
 from flux_batch.output.gc import unfinished_uploads
@@ -133,18 +134,17 @@ def revert_failed(config: JobConfig, plan: Plan, store: Store, *, retry_failed: 
     )
     finish_reverts(run, output_format)
     if retry_failed:
-        commits = Commits(run)
-        failed = [commit for commit in commits.read_all(sorted(commits.done())) if commit.num_failed]
-        num_rows = sum(commit.num_failed for commit in failed)
+        counts = CommitLog.read(Commits(run))
+        num_rows = sum(counts.num_failed)
+        failed = sorted(shard for shard, number in zip(counts.shards, counts.num_failed, strict=True) if number)
         log.info("%s: trying %d failed images in %d shards again", config.name, num_rows, len(failed))
-        revert(run, output_format, [commit.shard for commit in failed])
+        revert(run, output_format, failed)
 
 
 def read_state(plan: Plan, store: Store) -> tuple[Shards, Progress]:
     """Read the shards left to do, and the totals of the others."""
-    commits = Commits(RunFolder(store, len(plan.shards)))
-    done = commits.done()
-    return plan.shards.without(done), Progress(store, len(plan.shards), Totals.of(commits.read_all(sorted(done))))
+    counts = CommitLog.read(Commits(RunFolder(store, len(plan.shards))))
+    return plan.shards.without(counts.done), Progress(store, len(plan.shards), Totals.of(counts), counts)
 
 
 def _written(store: Store) -> list[str]:
@@ -157,7 +157,9 @@ def close_run(config: JobConfig, store: Store, plan: Plan, progress: Progress) -
     config = settled_job(store, config)
     report = _report_of(config, store, progress)
     if report.is_complete:
-        Staging(RunFolder(store, progress.num_shards)).clear()
+        run = RunFolder(store, progress.num_shards)
+        check_all_committed(Commits(run))
+        Staging(run).clear()
         _clear_scratch(store)
     if not store.exists(SUCCESS):
         progress.finish()

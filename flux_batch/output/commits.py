@@ -95,9 +95,10 @@ class Commits:
     run: RunFolder
     folder: str = COMMITS
 
-    def done(self) -> set[int]:
-        """Return the shards that are committed."""
-        numbers = (number_in(key.rpartition("/")[2], ".json") for key in self.run.store.list(self.folder))
+    def done(self, first: int = 0) -> set[int]:
+        """Return the shards that are committed, those before `first` left out."""
+        after = self.key(first - 1).rpartition("/")[2] if first else ""
+        numbers = (number_in(name, ".json") for name in self.run.store.names(self.folder, after))
         return {number for number in numbers if number is not None}
 
     def read(self, shard: int) -> Commit:
@@ -118,6 +119,11 @@ class Commits:
         """Read many commits, several at a time. Raises: as `read`."""
         with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(self.read, shards))
+
+    def find_all(self, shards: Iterable[int]) -> list[Commit]:
+        """Read the commits of those shards that are done, several at a time. Raises: as `find`."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            return [commit for commit in pool.map(self.find, shards) if commit]
 
     def put(self, commit: Commit) -> Commit:
         """Write a commit, which makes its shard done. Returns: the commit that stands, perhaps another worker's."""

@@ -17,6 +17,7 @@ from flux_batch.output.formats import OutputFormat
 from flux_batch.output.paths import (
     ANNOTATING,
     BATCH_SIZE,
+    COMMIT_LOG,
     COMMITS,
     COMPILE_CACHE,
     FAILED,
@@ -47,8 +48,8 @@ log = logging.getLogger(__name__)
 # Objects that are listed, or removed, at once.
 _THREADS = 16
 # The files and folders of this program in RUN.
-_OF_RUN = {ANNOTATING, BATCH_SIZE, COMPILE_CACHE, GALLERY, JOB, PLAN, PRECISION, PROGRESS, REPORT, REPORT_PAGE}
-_OF_RUN |= {COMMITS, FAILED, LEASE, REVERTING, SELECTIONS, STAGING, STORE_TMP}
+_OF_RUN = {ANNOTATING, BATCH_SIZE, COMMIT_LOG, COMPILE_CACHE, GALLERY, JOB, PLAN, PRECISION, PROGRESS, REPORT}
+_OF_RUN |= {COMMITS, FAILED, LEASE, REPORT_PAGE, REVERTING, SELECTIONS, STAGING, STORE_TMP}
 
 # A file whose write never ended; staged images that nobody needs any more; files of a shard that is not committed,
 # and still may be; a file that no run puts there.

@@ -22,6 +22,8 @@ RUN = "_run"
 JOB = f"{RUN}/job.yaml"
 PLAN = f"{RUN}/plan.parquet"
 COMMITS = f"{RUN}/commits"
+# The counts of the commits, for who would otherwise read all of them.
+COMMIT_LOG = f"{RUN}/commit_log.parquet"
 FAILED = f"{RUN}/failed"
 PROGRESS = f"{RUN}/progress.json"
 # The driver of the run: one small object an epoch, the last one counts.

@@ -3,7 +3,7 @@
     1. staging      the good images of the shard, so that they need not be made again
     2. _SUCCESS     and the report are removed: the run is not complete any more
     3. note         _run/taken-back/NNNNN says that the commit is being reverted
-    4. commit       is removed: from here on no reader follows the files of the shard
+    4. commit       is removed, the log of commits before it: from here on no reader follows the files of the shard
     5. files        metadata, failed rows and data are removed
     6. note         is removed
 
@@ -27,6 +27,7 @@ from flux_batch.output.annotations import AnnotationFolder, annotation_names
 from flux_batch.output.formats import DECODE_ERRORS, OutputFormat, iter_images
 from flux_batch.output.metadata import unpack_metadata
 from flux_batch.output.paths import (
+    COMMIT_LOG,
     REPORT,
     REVERTING,
     SUCCESS,
@@ -73,7 +74,7 @@ def remove_shard(run: RunFolder, output_format: OutputFormat, shard: int) -> Non
     run.store.write(note, b"")
     for annotation in annotation_names(run):
         AnnotationFolder(run, annotation).revert(shard)
-    for key in (commit_file(name), metadata_file(name), failed_file(name)):
+    for key in (COMMIT_LOG, commit_file(name), metadata_file(name), failed_file(name)):
         run.store.delete(key)
     if run.store.exists(data):  # a file; else it is a folder
         run.store.delete(data)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.paths import PROGRESS
 from flux_batch.records import ShardResult
 from flux_batch.report.summary import Totals
@@ -20,11 +21,15 @@ _REPORT_INTERVAL_S = 5.0
 
 @dataclass
 class Progress:
-    """The progress of one invocation; `totals` starts with the shards committed before it."""
+    """The progress of one invocation; `totals` starts with the shards committed before it.
+
+    `commit_log` is kept up to date too.
+    """
 
     store: Store
     num_shards: int
     totals: Totals
+    commit_log: CommitLog | None = None
     clock: Callable[[], float] = time.monotonic
     num_new_images: int = 0
     num_new_shards: int = 0
@@ -50,6 +55,10 @@ class Progress:
             log.error("shard %d failed for good: %s", result.shard, result.error, extra={"shard": result.shard})
             return
         self.totals.add(result)
+        if self.commit_log:
+            self.commit_log.add(result)
+            if self.commit_log.is_due:
+                self.commit_log.write()
         if result.is_new:
             self._add_new(result)
         if self.clock() - self._reported_at >= _REPORT_INTERVAL_S or self.totals.num_committed == self.num_shards:
@@ -65,6 +74,8 @@ class Progress:
 
     def finish(self) -> None:
         """Report unless the last report is complete: an earlier driver may have been killed before its own."""
+        if self.commit_log:
+            self.commit_log.write()
         if self._reported != self.totals.num_committed:
             self.report()
 

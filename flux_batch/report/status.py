@@ -8,6 +8,7 @@ from typing import Any
 
 from flux_batch.errors import JobError, NotFound
 from flux_batch.output.annotations import AnnotationFolder, annotation_names
+from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.commits import Commits
 from flux_batch.output.lease import Holder, read_holder
 from flux_batch.output.paths import PLAN, PRECISION, PROGRESS, SUCCESS, RunFolder
@@ -25,8 +26,7 @@ def read_status(store: Store) -> dict[str, Any]:
     except NotFound as error:
         raise JobError(f"{store.uri}: there is no run here (no {PLAN})") from error
     run = RunFolder(store, len(num_rows))
-    commits = Commits(run)
-    totals = Totals.of(commits.read_all(sorted(commits.done())))
+    totals = Totals.of(CommitLog.read(Commits(run)))
     holder = read_holder(store)
     return {
         "output": store.uri,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 from collections import Counter
 from collections.abc import Iterable
@@ -11,7 +12,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flux_batch.records import Commit, Kernels, ShardResult
+from flux_batch.output.commit_log import CommitLog
+from flux_batch.records import Kernels, ShardResult
 
 _RUN_PACKAGES = ("flux-batch", "torch", "transformers", "ray", "pillow")
 
@@ -87,14 +89,17 @@ class Totals:
     device_s: float = 0.0
 
     @classmethod
-    def of(cls, commits: list[Commit]) -> Totals:
+    def of(cls, commits: CommitLog) -> Totals:
         """Return the sums of commits."""
-        totals = cls()
-        for commit in commits:
-            totals.add(commit)
-        return totals
+        return cls(
+            len(commits.shards),
+            sum(commits.num_images),
+            sum(commits.num_failed),
+            commits.all_failures,
+            math.fsum(commits.device_s),
+        )
 
-    def add(self, done: Commit | ShardResult) -> None:
+    def add(self, done: ShardResult) -> None:
         """Add one committed shard."""
         self.num_committed += 1
         self.num_images += done.num_images

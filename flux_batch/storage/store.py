@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ from flux_batch.storage.multipart import (
     put_whole,
 )
 from flux_batch.storage.retry import RetryPolicy
+from flux_batch.storage.s3_listing import names_after
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +189,27 @@ class Store:
         paths = map(str, self._call(prefix, "list", find))
         # s3fs lists the folder itself if somebody puts the first object into it meanwhile.
         return sorted(path[start:] for path in paths if path.startswith(f"{folder}/"))
+
+    def names(self, folder: str, after: str = "") -> Sequence[str]:
+        """Return the names of the objects directly in a folder that sort behind `after`, in order.
+
+        An absent folder is empty. S3 lists these alone, a page a thousand.
+        """
+
+        def find() -> Iterable[str]:
+            try:
+                if is_s3(self._fs):
+                    return self._await(names_after(self._fs, self._path(folder), after))
+                if self._is_local:
+                    with os.scandir(self._path(folder)) as entries:
+                        return [entry.name for entry in entries if entry.is_file()]
+                return [name for name, size in self.children(folder).items() if size is not None]
+            except FileNotFoundError as error:
+                if code(error) == NO_BUCKET:
+                    raise
+                return []
+
+        return sorted(name for name in self._call(folder, "list", find) if name > after)
 
     def children(self, folder: str) -> dict[str, int | None]:
         """Return the names directly in a folder: the size of each object in bytes, None for a folder in it."""

@@ -157,6 +157,16 @@ def test_the_children_of_a_folder_are_its_objects_with_their_sizes_and_its_folde
     assert store.children("nothing") == {}
 
 
+def test_names_begin_behind_the_one_that_is_given(store: Store) -> None:
+    for name in ("10", "11", "2", "deeper/12"):
+        store.write(f"some/{name}", b"")
+
+    assert list(store.names("some")) == ["10", "11", "2"]
+    assert list(store.names("some", after="10")) == ["11", "2"]
+    assert list(store.names("some", after="2")) == []
+    assert list(store.names("none")) == []
+
+
 def test_a_folder_is_no_object(store: Store) -> None:
     store.write("a/b", b"x")
 

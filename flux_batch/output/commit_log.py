@@ -1,0 +1,187 @@
+"""The log of commits: the counts of a run's commits in one file, so that thousands need not be read one by one.
+
+`_run/commit_log.parquet` has a row a commit, and the `end` below which it lacks only a few shards. The driver writes it
+after every thousand commits and at the end. It is opened by reading it, the commits listed behind its end, and those
+below that it lacks: a few requests, however long the run is.
+
+It proves nothing: a shard is done by its commit alone. A log whose first or last commit is gone is not used; whoever
+removes a commit removes the log before it; and _SUCCESS is written after a listing of all commits. A log that is
+missing, damaged or of another version costs time, since the commits are read instead.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from flux_batch.errors import Interrupted, NotFound
+from flux_batch.output.commits import Commits
+from flux_batch.output.paths import COMMIT_LOG
+from flux_batch.records import Commit, ShardResult
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+_COMMITS_A_WRITE = 1000
+# Shards that the log may lack below its end: each costs a request when it is read.
+_MAX_LACKING = 64
+_COMMITS_AT_ONCE = 10_000
+_COLUMNS = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("num_images", pa.int32()),
+        ("num_failed", pa.int32()),
+        ("device_s", pa.float64()),
+        ("failures", pa.string()),  # a JSON object: error type -> number of images
+    ]
+)
+
+
+@dataclass
+class CommitLog:
+    """The counts of the committed shards of a run, a column each."""
+
+    commits: Commits
+    shards: array[int] = field(default_factory=lambda: array("i"))
+    num_images: array[int] = field(default_factory=lambda: array("i"))
+    num_failed: array[int] = field(default_factory=lambda: array("i"))
+    device_s: array[float] = field(default_factory=lambda: array("d"))
+    failures: dict[int, dict[str, int]] = field(default_factory=dict)  # of the shards that have any
+    num_written: int = 0
+
+    @classmethod
+    def read(cls, commits: Commits) -> CommitLog:
+        """Return the counts of every commit. Raises: StoreError if one that is not in the log is damaged."""
+        found, end = cls._saved(commits)
+        known = set(found.shards)
+        new = sorted(commits.done(first=end) - known)
+        for first in range(0, len(new), _COMMITS_AT_ONCE):
+            for commit in commits.read_all(new[first : first + _COMMITS_AT_ONCE]):
+                found.add(commit)
+        for commit in commits.find_all(shard for shard in range(end) if shard not in known):
+            found.add(commit)
+        return found
+
+    @property
+    def done(self) -> set[int]:
+        """The shards that are committed."""
+        return set(self.shards)
+
+    @property
+    def all_failures(self) -> Counter[str]:
+        """The number of failed images by error type."""
+        total: Counter[str] = Counter()
+        for counts in self.failures.values():
+            total.update(counts)
+        return total
+
+    def add(self, commit: Commit | ShardResult) -> None:
+        """Add the counts of a commit."""
+        self.shards.append(commit.shard)
+        self.num_images.append(commit.num_images)
+        self.num_failed.append(commit.num_failed)
+        self.device_s.append(round(commit.device_s, 3))
+        if commit.failures:
+            self.failures[commit.shard] = commit.failures
+
+    @property
+    def is_due(self) -> bool:
+        """True if many commits came since the log was written."""
+        return len(self.shards) - self.num_written >= _COMMITS_A_WRITE
+
+    def write(self) -> None:
+        """Write the log unless it has nothing new; needs the lease."""
+        if len(self.shards) > self.num_written:
+            self.commits.run.store.write(COMMIT_LOG, self._to_parquet())
+            self.num_written = len(self.shards)
+
+    def _to_parquet(self) -> bytes:
+        columns: dict[str, array[int] | array[float]] = {
+            "shard": self.shards,
+            "num_images": self.num_images,
+            "num_failed": self.num_failed,
+            "device_s": self.device_s,
+        }
+        arrays = [
+            pa.Array.from_buffers(_COLUMNS.field(name).type, len(values), [None, pa.py_buffer(values)])
+            for name, values in columns.items()
+        ]
+        arrays.append(pa.array(map(self._failures_text, self.shards), pa.string()))
+        about = {"version": _VERSION, "end": _end(self.shards)}
+        table = pa.table(arrays, _COLUMNS.with_metadata({"flux_batch": json.dumps(about)})).sort_by("shard")
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        return buffer.getvalue()
+
+    def _failures_text(self, shard: int) -> str | None:
+        return json.dumps(self.failures[shard]) if shard in self.failures else None
+
+    @classmethod
+    def _saved(cls, commits: Commits) -> tuple[CommitLog, int]:
+        """Read the saved log and its end; an empty one, from 0 on, if there is none that can be used."""
+        store = commits.run.store
+        try:
+            found, end = cls._from_parquet(commits, store.read(COMMIT_LOG))
+        except NotFound:
+            return cls(commits), 0
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s: not used, the commits are read instead (%s)", store.url(COMMIT_LOG), error)
+            return cls(commits), 0
+        if found.shards and all(store.exists(commits.key(shard)) for shard in {found.shards[0], found.shards[-1]}):
+            return found, end
+        log.warning("%s: names commits that are gone, so the commits are read instead", store.url(COMMIT_LOG))
+        return cls(commits), 0
+
+    @classmethod
+    def _from_parquet(cls, commits: Commits, data: bytes) -> tuple[CommitLog, int]:
+        table = pq.read_table(io.BytesIO(data))
+        about = json.loads(table.schema.metadata[b"flux_batch"])
+        if about["version"] != _VERSION or not table.schema.equals(_COLUMNS):
+            raise ValueError("of another version")
+        shards, num_images, num_failed = (array("i", table[name].to_pylist()) for name in _COLUMNS.names[:3])
+        failed = table.select(["shard", "failures"]).filter(pc.field("failures").is_valid()).to_pylist()
+        found = cls(
+            commits,
+            shards,
+            num_images,
+            num_failed,
+            array("d", table["device_s"].to_pylist()),
+            {row["shard"]: json.loads(row["failures"]) for row in failed},
+            len(shards),
+        )
+        end = int(about["end"])
+        if len(set(shards)) != len(shards) or not 0 <= end <= commits.run.num_shards:
+            raise ValueError("its shards do not fit together")
+        return found, end
+
+
+def check_all_committed(commits: Commits) -> None:
+    """Raise Interrupted if a shard has no commit, whatever the log says; the log is removed then. Needs the lease."""
+    missing = set(range(commits.run.num_shards)) - commits.done()
+    missing -= {commit.shard for commit in commits.find_all(sorted(missing))}  # a listing may be late
+    if missing:
+        commits.run.store.delete(COMMIT_LOG)
+        raise Interrupted(
+            f"{commits.run.store.uri}: {len(missing)} commits were removed, that of shard {min(missing)} is one; "
+            "run the same command again, which makes their shards"
+        )
+
+
+def _end(shards: Iterable[int]) -> int:
+    """Return the number of shards from the first on of which only a few are not among `shards`."""
+    end = num_lacking = 0
+    for shard in sorted(shards):
+        num_lacking += shard - end
+        if num_lacking > _MAX_LACKING:
+            break
+        end = shard + 1
+    return end
