@@ -84,6 +84,11 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     kind.add_argument("--shard-size", type=_positive, default=256, help="prompts a shard (256)")
     _add_repeats(kind)
     kind.set_defaults(measure=_plan)
+
+    kind = kinds.add_parser("resume", help="opening a run of many commits, on this disk")
+    kind.add_argument("--commits", type=_positive, default=400_000, help="committed shards (400000)")
+    _add_json(kind)
+    kind.set_defaults(measure=_resume)
     for each in kinds.choices.values():
         each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
@@ -229,3 +234,10 @@ def _plan(arguments: argparse.Namespace) -> tuple[_Figures, str]:
 
     figures = bench_plan(arguments.rows, arguments.files, arguments.shard_size, arguments.repeats)
     return figures, format_plan(figures)
+
+
+def _resume(arguments: argparse.Namespace) -> tuple[_Figures, str]:
+    from flux_batch.bench.resuming import bench_resume, format_resume
+
+    figures = bench_resume(arguments.commits)
+    return figures, format_resume(figures)

@@ -18,6 +18,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -147,14 +148,16 @@ class CommitLog:
         about = json.loads(table.schema.metadata[b"flux_batch"])
         if about["version"] != _VERSION or not table.schema.equals(_COLUMNS):
             raise ValueError("of another version")
-        shards, num_images, num_failed = (array("i", table[name].to_pylist()) for name in _COLUMNS.names[:3])
+        shards, num_images, num_failed = (_values(table[name], array("i")) for name in _COLUMNS.names[:3])
+        if any(table[name].null_count for name in _COLUMNS.names[:4]):
+            raise ValueError("it has gaps")
         failed = table.select(["shard", "failures"]).filter(pc.field("failures").is_valid()).to_pylist()
         found = cls(
             commits,
             shards,
             num_images,
             num_failed,
-            array("d", table["device_s"].to_pylist()),
+            _values(table["device_s"], array("d")),
             {row["shard"]: json.loads(row["failures"]) for row in failed},
             len(shards),
         )
@@ -164,10 +167,22 @@ class CommitLog:
         return found, end
 
 
+def _values(column: pa.ChunkedArray, values: array[Any]) -> array[Any]:
+    """Return the numbers of a column without gaps in `values`, without an object for each."""
+    for chunk in column.chunks:
+        start, end = chunk.offset * values.itemsize, (chunk.offset + len(chunk)) * values.itemsize
+        values.frombytes(memoryview(chunk.buffers()[1]).cast("B")[start:end])
+    return values
+
+
 def check_all_committed(commits: Commits) -> None:
     """Raise Interrupted if a shard has no commit, whatever the log says; the log is removed then. Needs the lease."""
-    missing = set(range(commits.run.num_shards)) - commits.done()
-    missing -= {commit.shard for commit in commits.find_all(sorted(missing))}  # a listing may be late
+    is_done = bytearray(commits.run.num_shards)
+    for shard in commits.done():
+        if shard < len(is_done):
+            is_done[shard] = 1
+    unlisted = [shard for shard, is_listed in enumerate(is_done) if not is_listed]
+    missing = set(unlisted) - {commit.shard for commit in commits.find_all(unlisted)}  # a listing may be late
     if missing:
         commits.run.store.delete(COMMIT_LOG)
         raise Interrupted(

@@ -202,7 +202,7 @@ class Store:
                     return self._await(names_after(self._fs, self._path(folder), after))
                 if self._is_local:
                     with os.scandir(self._path(folder)) as entries:
-                        return [entry.name for entry in entries if entry.is_file()]
+                        return [entry.name for entry in entries if entry.name > after and entry.is_file()]
                 return [name for name, size in self.children(folder).items() if size is not None]
             except FileNotFoundError as error:
                 if code(error) == NO_BUCKET:
