@@ -1,12 +1,13 @@
 """The log of commits: the counts of a run's commits in one file, so that thousands need not be read one by one.
 
 `_run/commit_log.parquet` has a row a commit, and the `end` below which it lacks only a few shards. The driver writes it
-after every thousand commits and at the end. It is opened by reading it, the commits listed behind its end, and those
-below that it lacks: a few requests, however long the run is.
+after every thousand commits and at the end.
 
-It proves nothing: a shard is done by its commit alone. A log whose first or last commit is gone is not used; whoever
-removes a commit removes the log before it; and _SUCCESS is written after a listing of all commits. A log that is
-missing, damaged or of another version costs time, since the commits are read instead.
+It proves nothing: a shard is done by its commit alone. Where a listing costs one request, all commits are listed and
+the log gives their counts. In a bucket with more of them, the commits are listed from the log's end on, and those below
+that it lacks are asked for: a few requests, however long the run is. Then a log whose first or last commit is gone is
+not used; whoever removes a commit removes the log before it; and _SUCCESS is written after a listing of all commits. A
+log that is missing, damaged or of another version costs time, since the commits are read instead.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import pyarrow as pa
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1
 _COMMITS_A_WRITE = 1000
+# S3 lists so many by one request.
+_NAMES_A_PAGE = 1000
 # Shards that the log may lack below its end: each costs a request when it is read.
 _MAX_LACKING = 64
 _COMMITS_AT_ONCE = 10_000
@@ -63,8 +67,13 @@ class CommitLog:
     def read(cls, commits: Commits) -> CommitLog:
         """Return the counts of every commit. Raises: StoreError if one that is not in the log is damaged."""
         found, end = cls._saved(commits)
+        if end <= _NAMES_A_PAGE or commits.run.store.is_local:
+            end, listed = 0, commits.done()
+            found._keep(listed)
+        else:
+            listed = commits.done(first=end)
         known = set(found.shards)
-        new = sorted(commits.done(first=end) - known)
+        new = sorted(listed - known)
         for first in range(0, len(new), _COMMITS_AT_ONCE):
             for commit in commits.read_all(new[first : first + _COMMITS_AT_ONCE]):
                 found.add(commit)
@@ -93,6 +102,16 @@ class CommitLog:
         self.device_s.append(round(commit.device_s, 3))
         if commit.failures:
             self.failures[commit.shard] = commit.failures
+
+    def _keep(self, shards: set[int]) -> None:
+        """Remove the counts of all but these shards; the log is written again soon then."""
+        if not shards.issuperset(self.shards):
+            is_kept = [shard in shards for shard in self.shards]
+            for whole in (self.shards, self.num_images, self.num_failed):
+                whole[:] = array("i", compress(whole, is_kept))
+            self.device_s[:] = array("d", compress(self.device_s, is_kept))
+            self.failures = {shard: counts for shard, counts in self.failures.items() if shard in shards}
+            self.num_written = 0
 
     @property
     def is_due(self) -> bool:

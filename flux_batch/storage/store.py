@@ -108,6 +108,11 @@ class Store:
         self._policy = policy or RetryPolicy()
         self._before_write: Callable[[], None] | None = None
 
+    @property
+    def is_local(self) -> bool:
+        """True for a folder of a disk of this machine, or one that it mounts."""
+        return self._is_local
+
     def with_policy(self, policy: RetryPolicy) -> Self:
         """Return a store of the same folder with another retry policy."""
         other = copy(self)

@@ -17,9 +17,17 @@ from flux_batch.storage.store import Store
 class CountingStore(Store):
     """A store that notes what is read."""
 
+    keys: list[str]
+    is_local = False  # of a bucket, a page of a listing is a request
+
     def read(self, key: str) -> bytes:
         self.keys.append(key)
         return super().read(key)
+
+
+@pytest.fixture(autouse=True)
+def short_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flux_batch.output.commit_log._NAMES_A_PAGE", 3)
 
 
 def make(folder: Path, num_shards: int = 5000) -> tuple[Commits, CountingStore]:
@@ -42,7 +50,7 @@ def put(commits: Commits, *shards: int) -> None:
 
 def counts(log: CommitLog) -> dict[int, tuple[int, int, float, dict[str, int]]]:
     rows = zip(log.shards, log.num_images, log.num_failed, log.device_s, strict=True)
-    return {shard: (*row, log.failures.get(shard, {})) for shard, *row in rows}
+    return {shard: (images, failed, took, log.failures.get(shard, {})) for shard, images, failed, took in rows}
 
 
 def test_a_written_log_spares_the_commits_that_it_counts(tmp_path: Path) -> None:
@@ -115,6 +123,27 @@ def test_a_log_of_another_version_is_not_used(tmp_path: Path, monkeypatch: pytes
 
     assert CommitLog.read(commits).done == {0, 1}
     assert len(store.keys) == 3
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_where_all_commits_are_listed_each_is_looked_for(
+    tmp_path: Path, is_local: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CountingStore, "is_local", is_local)
+    commits, store = make(tmp_path)
+    put(commits, *(range(30) if is_local else range(3)))
+    log = CommitLog.read(commits)
+    log.write()
+    store.delete(commits.key(1))
+    store.keys.clear()
+
+    again = CommitLog.read(commits)
+
+    assert again.done == log.done - {1}
+    assert again.all_failures["InvalidRow"] == log.all_failures["InvalidRow"] - 1
+    assert store.keys == [COMMIT_LOG]  # no commit was read
+    again.write()
+    assert counts(CommitLog.read(commits)) == counts(again)
 
 
 @pytest.mark.parametrize("gone", [0, 299])
