@@ -49,7 +49,21 @@ LADDER: dict[str, set[str]] = {
     "dataset/annotators": BOTTOM | {"config", "demo", "download", "images", "pipeline"},
     "dataset": BOTTOM
     | {"config", "dataset/annotators", "engine", "images", "output", "plan", "report", "storage", "telemetry"},
-    "bench": BOTTOM | {"config", "demo", "engine", "images", "job", "model", "pipeline", "plan", "report", "worker"},
+    "bench": BOTTOM
+    | {
+        "config",
+        "demo",
+        "engine",
+        "images",
+        "job",
+        "model",
+        "output",
+        "pipeline",
+        "plan",
+        "report",
+        "storage",
+        "worker",
+    },
     "cli": BOTTOM
     | {"bench", "config", "dataset", "download", "engine", "job", "logs", "output", "plan", "report", "storage"},
     "__init__": {"config", "download", "job", "mapper", "pipeline"},

@@ -33,10 +33,10 @@ from flux_batch.records import Commit, ShardResult
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+VERSION = 1
 _COMMITS_A_WRITE = 1000
 # S3 lists so many by one request.
-_NAMES_A_PAGE = 1000
+NAMES_A_PAGE = 1000
 # Shards that the log may lack below its end: each costs a request when it is read.
 _MAX_LACKING = 64
 _COMMITS_AT_ONCE = 10_000
@@ -67,7 +67,7 @@ class CommitLog:
     def read(cls, commits: Commits) -> CommitLog:
         """Return the counts of every commit. Raises: StoreError if one that is not in the log is damaged."""
         found, end = cls._saved(commits)
-        if end <= _NAMES_A_PAGE or commits.run.store.is_local:
+        if end <= NAMES_A_PAGE or commits.run.store.is_local:
             end, listed = 0, commits.done()
             found._keep(listed)
         else:
@@ -136,7 +136,7 @@ class CommitLog:
             for name, values in columns.items()
         ]
         arrays.append(pa.array(map(self._failures_text, self.shards), pa.string()))
-        about = {"version": _VERSION, "end": _end(self.shards)}
+        about = {"version": VERSION, "end": _end(self.shards)}
         table = pa.table(arrays, _COLUMNS.with_metadata({"flux_batch": json.dumps(about)})).sort_by("shard")
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
@@ -165,7 +165,7 @@ class CommitLog:
     def _from_parquet(cls, commits: Commits, data: bytes) -> tuple[CommitLog, int]:
         table = pq.read_table(io.BytesIO(data))
         about = json.loads(table.schema.metadata[b"flux_batch"])
-        if about["version"] != _VERSION or not table.schema.equals(_COLUMNS):
+        if about["version"] != VERSION or not table.schema.equals(_COLUMNS):
             raise ValueError("of another version")
         shards, num_images, num_failed = (_values(table[name], array("i")) for name in _COLUMNS.names[:3])
         if any(table[name].null_count for name in _COLUMNS.names[:4]):
@@ -211,7 +211,7 @@ def check_all_committed(commits: Commits) -> None:
 
 
 def _end(shards: Iterable[int]) -> int:
-    """Return the number of shards from the first on of which only a few are not among `shards`."""
+    """Return the shard below which `shards` lacks only a few."""
     end = num_lacking = 0
     for shard in sorted(shards):
         num_lacking += shard - end

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from flux_batch.records import FileRange, Shard
 
 # One row a part of a shard; `file` is the name of a prompts file, relative to the data set.
-COLUMNS = pa.schema(
+_COLUMNS = pa.schema(
     [
         ("shard", pa.int32()),
         ("file", pa.dictionary(pa.int32(), pa.string())),
@@ -25,7 +25,7 @@ COLUMNS = pa.schema(
         ("line", pa.int64()),
     ]
 )
-_ROWS_AT_ONCE = 10_000
+ROWS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -47,23 +47,23 @@ class Shards(Sequence[Shard]):
         """Return the shards that a table of parts describes; early ones have no `line`."""
         if "line" not in parts.column_names:
             parts = parts.append_column("line", pa.repeat(0, len(parts)))
-        batch = parts.cast(COLUMNS).combine_chunks().to_batches()
-        rows = batch[0] if batch else pa.RecordBatch.from_pylist([], COLUMNS)
+        batch = parts.cast(_COLUMNS).combine_chunks().to_batches()
+        rows = batch[0] if batch else pa.RecordBatch.from_pylist([], _COLUMNS)
         ends = pc.run_end_encode(rows["shard"]).run_ends if rows.num_rows else pa.array([], pa.int32())
         return cls(rows, ends, uris, range(len(ends)))
 
     @classmethod
     def none(cls) -> Shards:
         """Return a sequence without shards, to be extended."""
-        return cls.from_columns(COLUMNS.empty_table(), {})
+        return cls.from_columns(_COLUMNS.empty_table(), {})
 
     def extended(self, parts: Iterable[Sequence[FileRange]]) -> Shards:
         """Return these shards and new ones behind them, numbered on."""
         uris = dict(self.uris)
         tables = [pa.Table.from_batches([self.parts])]
         rows = _rows(parts, len(self.ends), uris)
-        while some := list(islice(rows, _ROWS_AT_ONCE)):
-            tables.append(pa.Table.from_pylist(some, COLUMNS))
+        while some := list(islice(rows, ROWS_AT_ONCE)):
+            tables.append(pa.Table.from_pylist(some, _COLUMNS))
         return Shards.from_columns(pa.concat_tables(tables).unify_dictionaries(), uris)
 
     def without(self, done: Collection[int]) -> Shards:

@@ -1,4 +1,4 @@
-"""Listings of S3 that begin behind a name, which s3fs has no public way to ask for."""
+"""Listings of S3 that begin behind a name; s3fs has no public way to ask for them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 async def names_after(fs: Any, folder: str, after: str) -> list[str]:
-    """Return the names of the objects directly in a folder that sort behind `after`, a thousand by each request."""
+    """Return the names in a folder that sort behind `after`, a thousand by each request."""
     bucket, prefix, _ = fs.split_path(f"{folder}/")
     about = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
     where = {"StartAfter": f"{prefix}{after}"} if after else {}

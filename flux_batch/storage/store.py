@@ -196,9 +196,9 @@ class Store:
         return sorted(path[start:] for path in paths if path.startswith(f"{folder}/"))
 
     def names(self, folder: str, after: str = "") -> Sequence[str]:
-        """Return the names of the objects directly in a folder that sort behind `after`, in order.
+        """Return the names of the objects directly in a folder, in order.
 
-        An absent folder is empty. S3 lists these alone, a page a thousand.
+        Those up to `after` are left out; S3 does not list them then. An absent folder is empty.
         """
 
         def find() -> Iterable[str]:

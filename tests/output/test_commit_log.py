@@ -27,7 +27,7 @@ class CountingStore(Store):
 
 @pytest.fixture(autouse=True)
 def short_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flux_batch.output.commit_log._NAMES_A_PAGE", 3)
+    monkeypatch.setattr("flux_batch.output.commit_log.NAMES_A_PAGE", 3)
 
 
 def make(folder: Path, num_shards: int = 5000) -> tuple[Commits, CountingStore]:
@@ -119,7 +119,7 @@ def test_a_log_of_another_version_is_not_used(tmp_path: Path, monkeypatch: pytes
     CommitLog.read(commits).write()
     store.keys.clear()
 
-    monkeypatch.setattr("flux_batch.output.commit_log._VERSION", 2)
+    monkeypatch.setattr("flux_batch.output.commit_log.VERSION", 2)
 
     assert CommitLog.read(commits).done == {0, 1}
     assert len(store.keys) == 3
