@@ -32,6 +32,7 @@ class Run {
       }
     }
     this.loaded += num;
+    this.orders.clear();
   }
 
   value(name, row) { return this.columns.get(name)?.[row] ?? null; }
@@ -150,14 +151,6 @@ const thumbnails = {
   },
 };
 
-window.gallery = {
-  rows(text) {
-    const which = document.currentScript.dataset.run === run.folder ? run : beside;
-    which.add(JSON.parse(text));
-  },
-  thumbnails(images) { thumbnails.chunks.set(document.currentScript.chunk, images); },
-};
-
 // --- marks ------------------------------------------------------------------------------------------------------
 
 const marks = {
@@ -209,7 +202,7 @@ const view = {
     const words = $("search").value.split(/\s+/).filter(Boolean).map(literal);
     const prompts = run.columns.get("prompt") ?? [];
     const tests = [...this.filters].map(([name, test]) => [run.columns.get(name), test]);
-    const show = SHOWN.get($("show").value);
+    const show = SHOWN.get($("show").value || "all");
     const rows = run.order($("sort").value, $("direction").ariaPressed === "true").filter((row) =>
       show(row) && words.every((word) => word.test(prompts[row])) &&
       tests.every(([values, test]) => test(values[row])));
@@ -220,7 +213,7 @@ const view = {
 
   count() {
     const [kept, dropped] = [marks.num("keep"), marks.num("drop")];
-    $("count").textContent = `${READS.format(this.rows.length)} of ${READS.format(run.loaded)}` +
+    $("count").textContent = `${READS.format(this.rows.length)} of ${READS.format(run.size)}` +
       (kept || dropped ? `; ${READS.format(kept)} kept, ${READS.format(dropped)} dropped` : "");
     $("keep-file").disabled = !kept;
     $("clear").disabled = !kept && !dropped;
@@ -557,8 +550,6 @@ function options(select, names, first) {
 }
 
 function start() {
-  marks.read();
-  if (innerWidth < 640) $("size").value = 160;
   const names = [...run.columns.keys()].filter((name) => run.columns.get(name).some((value) => value !== null));
   options($("show"), [...SHOWN.keys()]);
   options($("sort"), names, "prompt order");
@@ -590,6 +581,18 @@ function start() {
   if (run.loaded < run.size) $("count").textContent += `: chunks of rows are missing beside this page`;
   document.body.dataset.ready = "yes";
 }
+
+marks.read();
+if (innerWidth < 640) $("size").value = 160;
+
+window.gallery = {
+  rows(text) {
+    const which = document.currentScript.dataset.run === run.folder ? run : beside;
+    which.add(JSON.parse(text));
+    if (which === run && !view.rows.length) view.update(); // the first rows are there to be seen while others load
+  },
+  thumbnails(images) { thumbnails.chunks.set(document.currentScript.chunk, images); },
+};
 
 const keysOf = (test, rows) => [...rows].filter((row) => isMade(row) && test(marks.get(row))).map((row) => run.value("key", row));
 
