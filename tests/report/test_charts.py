@@ -16,6 +16,7 @@ from flux_batch.report.charts.figures import ShardTime, read_figures
 from flux_batch.report.charts.page import write_report_page
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.storage.store import Store
+from helpers.browser import browser, opened, violations
 from helpers.fakes import make_fake_pipeline
 from helpers.job_files import make_job
 
@@ -92,3 +93,19 @@ def test_a_histogram_counts_every_value(values: list[float], heights: list[float
     plot = histogram(values)
     assert [box.height for box in plot.boxes] == heights
     assert all(0 <= box.left < WIDTH for box in plot.boxes)
+
+
+@pytest.mark.browser
+def test_everybody_can_read_it(tmp_path: Path) -> None:
+    rows = [{"prompt": f"[raise] {n}" if n == 3 else f"p{n}", "price": float(n)} for n in range(8)]
+    config = make_job(tmp_path, rows, prompts={"passthrough": ["price"]}, failures={"max_ratio": 1.0})
+    run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+    commit = tmp_path / "out/_run/commits/00001.json"
+    commit.write_text(commit.read_text().replace('"attempt": 1', '"attempt": 2'))
+    write_report_page(Store(config.output.uri))
+    with browser() as chromium:
+        for look in ({}, {"color_scheme": "dark", "viewport": {"width": 375, "height": 700}}):
+            with opened(chromium, tmp_path / "out/_run/report.html", **look, bypass_csp=True) as page:
+                assert violations(page) == []
+                assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+                assert page.locator(".lanes rect.again").count() == 1
