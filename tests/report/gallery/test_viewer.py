@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from flux_batch.dataset.select_keys import read_keys
+from flux_batch.dataset.select.keys import read_keys
 
 from flux_batch.output.metadata import parquet_bytes
 from flux_batch.report.gallery.write import PAGE, write_gallery
