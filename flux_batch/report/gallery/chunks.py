@@ -38,6 +38,8 @@ IMAGES_AT_ONCE = 32 * IMAGES_PER_CHUNK
 _SHARDS_AT_ONCE = min(16, max(4, os.cpu_count() or 1))
 _MAX_PROMPT = 2000
 _MAX_VALUE = 300
+# Names those of the same images that are made in another way: to be raised with a change of size or quality.
+_THUMBNAILS = 1
 # What the page need not know of an image.
 _NOT_SHOWN = {"sha256", "file_name"}
 _LARGEST_EXACT = 2**53
@@ -186,7 +188,8 @@ def _flattened(shards: Iterable[list[_ShownRow]], on_shard: Callable[[], None]) 
 
 
 def _digest_of(rows: Sequence[Row]) -> str:
-    return hashlib.sha256("\n".join(str(row.get("sha256")) for row in rows).encode()).hexdigest()[:16]
+    originals = "\n".join(str(row.get("sha256")) for row in rows)
+    return hashlib.sha256(f"{_THUMBNAILS}\n{originals}".encode()).hexdigest()[:16]
 
 
 def _unreadable(row: Row, problem: str) -> Row:

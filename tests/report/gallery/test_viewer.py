@@ -6,8 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from flux_batch.dataset.select.keys import read_keys
 
+from flux_batch.dataset.select.keys import read_keys
 from flux_batch.output.metadata import parquet_bytes
 from flux_batch.report.gallery.write import PAGE, write_gallery
 from flux_batch.storage.store import Store
