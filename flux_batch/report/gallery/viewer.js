@@ -33,6 +33,7 @@ class Run {
     }
     this.loaded += num;
     this.orders.clear();
+    this.identities = undefined;
   }
 
   value(name, row) { return this.columns.get(name)?.[row] ?? null; }

@@ -23,7 +23,7 @@ from flux_batch.job import run
 from flux_batch.output.formats import format_for
 from flux_batch.report.gallery.content import read_file
 from flux_batch.report.gallery.rows import GalleryRow
-from flux_batch.report.gallery.write import PAGE, SHEET, write_gallery, write_single_file
+from flux_batch.report.gallery.write import PAGE, SHEET, write_single_file
 from flux_batch.report.status import read_status
 from flux_batch.storage.store import Store
 from helpers.fakes import make_fake_pipeline
@@ -327,11 +327,6 @@ def test_a_bucket_serves_the_page_as_a_page(tmp_path: Path, s3_store: Bucket, la
     assert fs.info(path)["ContentType"].startswith("text/html")
 
     store = Store(config.output.uri, config.output.storage_options)
-    write_gallery(store, 5)
-    for kind in ("rows", "thumbnails"):
-        (chunk, *_) = store.list(f"_run/gallery/run/{kind}")
-        path = f"{fsspec.url_to_fs(f'{s3_store.uri}/run', **s3_store.storage_options)[1]}/{chunk}"
-        assert "javascript" in fs.info(path)["ContentType"]
     for key in store.list("train"):
         store.write(key, b"")
     assert gallery(config, 5).text.count("No image: ") == 5
