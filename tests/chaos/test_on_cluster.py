@@ -1,4 +1,4 @@
-"""One run on a cluster of several raylets, and kill after kill: of its driver, its workers, its nodes."""
+"""Runs on a cluster of several raylets: kill after kill of driver, workers and nodes; rows that do harm."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from flux_batch.engine.ray_actor import WorkerActor
 from flux_batch.job import run
 from helpers.job_files import make_job, write_job
 from helpers.raylets import Raylets, kill_worker, raylets
+from helpers.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.ray
 
@@ -33,6 +34,13 @@ NODES = 3
 # An image takes so long: some kills hit within a batch, some within what comes between.
 PACE_S = 0.1
 LOOK_S = 0.05
+
+# Rows that do harm, in batches of four; the first two are in one batch, the others among good ones.
+BAD = {5: " [die]", 6: " [raise]", 13: " [oom]", 18: " [hang]"}
+HARMFUL_ROWS = [{"prompt": f"image {number}{BAD.get(number, '')}"} for number in range(24)]
+HANG_S = 3
+# Of one that ends its process: in its batch, and twice alone; the same for one that hangs.
+LOST_WORKERS = 6
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class Driver:
         return "\n".join(line for line in lines if "(raylet)" not in line and f"({WorkerActor.__name__}" not in line)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Raylets]:
     with raylets(NODES) as cluster:
         yield cluster
@@ -206,6 +214,56 @@ def judge(size: Size, tmp_path: Path, cluster: Raylets, figures: Figures) -> Non
 @pytest.mark.timeout(600)
 def test_a_run_survives_random_kills(tmp_path: Path, cluster: Raylets, figures: Figures) -> None:
     judge(SHORT, tmp_path, cluster, figures)
+
+
+def test_each_bad_row_costs_itself_alone_and_says_why(tmp_path: Path, cluster: Raylets, figures: Figures) -> None:
+    """All in one job: the others are made, and each has its own reason on record."""
+    model = model_folder(tmp_path / "model", 0.02)
+    config = make_job(
+        tmp_path,
+        HARMFUL_ROWS,
+        output={"shard_size": 8},
+        model={"uri": str(model)},
+        workers={"batch_size": BATCH},
+        failures={"hang_s": HANG_S, "max_ratio": 1.0},
+    )
+    ended = subprocess.run(
+        [sys.executable, str(DRIVE), str(write_job(config, tmp_path / "job.yaml"))],
+        env={**os.environ, "RAY_ADDRESS": cluster.address},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        start_new_session=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    good = Counter(row["prompt"] for number, row in enumerate(HARMFUL_ROWS) if BAD.get(number) in (None, " [oom]"))
+    found = read_back(config, good, tmp_path / "scratch")
+    redone = (made(model) - good).total()
+    figures.add(
+        experiment="rows that do harm",
+        store="disk",
+        images=len(HARMFUL_ROWS),
+        kills=LOST_WORKERS,
+        faults=len(BAD),
+        lost=found.lost,
+        doubled=found.doubled,
+        redone=redone,
+    )
+    assert (found.lost, found.doubled) == (0, 0)
+    assert {prompt: kind for prompt, (kind, _) in found.failed.items()} == {
+        "image 5 [die]": "WorkerLost",
+        "image 6 [raise]": "RuntimeError",
+        "image 18 [hang]": "WorkerLost",
+    }
+    reasons = {prompt: message for prompt, (_, message) in found.failed.items()}
+    assert "its worker died" in reasons["image 5 [die]"]
+    assert reasons["image 6 [raise]"].startswith("asked to fail")
+    assert "no progress for" in reasons["image 18 [hang]"]
+    # Of a batch that kills, the other images are made a second time at most.
+    assert redone <= LOST_WORKERS * BATCH
+    assert_verified(config)
 
 
 @pytest.mark.long
