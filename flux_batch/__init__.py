@@ -1,17 +1,21 @@
-"""Distributed batch image generation with FLUX.1-dev: Parquet prompts in, images and metadata out, each image once.
+"""Batch image generation with FLUX.1-dev: prompts in, images and metadata out, each image once.
 
-The folder, in the order in which data flows:
+Images in Python; `"demo"` is the small model in the package, at 128 x 128:
 
-    cli        parse, call, exception -> exit code     mapper     the pipeline as a stage of Ray Data
-    job        a whole run on one screen               pipeline/  prompts -> images, the only caller of model/
-    config/    the job file                            model/     what FLUX computes
-    prompts/   rows in                                 download/  a model onto this machine
-    plan/      data set -> shards                      output/    the data set on its way out
-    engine/    where shards run                        storage/   bytes
-    worker/    rows -> batches -> images -> commit     report/    what people read about a run
-    resume     the run that an output holds            records, images, telemetry, errors: at the bottom
+    from flux_batch import FluxImagePipeline
 
-Imports only go down, which tests/test_architecture.py checks. Importing this package loads neither torch nor ray.
+    pipe = FluxImagePipeline.from_pretrained("/models/FLUX.1-dev", device="cuda")
+    image = pipe(prompt="a cat holding a sign that says hello world", seed=6)
+
+A job, which is the same as `flux-batch run job.yaml`, or without a file:
+
+    from flux_batch import run
+
+    report = run("job.yaml")
+    report = run({"prompts": {"uri": "prompts.csv"}, "output": {"uri": "out"}, "model": {"uri": "demo"}})
+
+A stage of a Ray Data pipeline: FluxMapper. Models: download_models. Scripts of DiffSynth-Studio: ModelManager.
+Importing this package loads neither torch nor ray.
 """
 
 from __future__ import annotations

@@ -9,31 +9,26 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from flux_batch.bench.command import add_bench
-from flux_batch.dataset.annotate_command import add_annotate, run_annotate
-from flux_batch.dataset.command import (
-    add_export,
-    add_publish,
-    add_select,
-    export_command,
-    publish_command,
-    select_command,
-)
+from flux_batch.arguments import parser
+from flux_batch.dataset.annotate_command import run_annotate
+from flux_batch.dataset.command import export_command, publish_command, select_command
 from flux_batch.errors import JobError
-from flux_batch.logs import JsonLines, log_lines
+from flux_batch.logs import ENCODING, JsonLines, log_lines
 from flux_batch.redaction import plain_text
 
 if TYPE_CHECKING:
     from flux_batch.config.schema import JobConfig
     from flux_batch.report.summary import RunReport
+    from flux_batch.storage.store import Store
 
 _TOO_MANY_FAILED, _INTERRUPTED = 3, 75
 _MAX_PREVIEW = 200
@@ -45,12 +40,20 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns: its exit code."""
-    arguments = parser().parse_args(argv)
+    commands = parser()
+    arguments = commands.parse_args(argv)
+    if arguments.version:
+        return _version()
+    if "command" not in arguments:
+        commands.print_help(sys.stderr)
+        return 2
+    if getattr(arguments, "log_format", None):
+        os.environ[ENCODING] = arguments.log_format.upper()  # for the workers, too
     arguments.argv = argv
     before = signal.signal(signal.SIGTERM, _on_sigterm)
     with log_lines(logging.DEBUG if arguments.debug else logging.INFO) as arguments.lines:
         try:
-            return int(arguments.command(arguments))
+            return _COMMANDS[arguments.command](arguments)
         except (Exception, KeyboardInterrupt) as error:
             sentence, exit_code = _explained(error)
             if isinstance(arguments.lines, JsonLines):
@@ -62,158 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return exit_code
         finally:
             signal.signal(signal.SIGTERM, before)
-
-
-def parser() -> argparse.ArgumentParser:
-    """Make the parser of all commands; imports nothing heavy, so that --help is quick."""
-    top = argparse.ArgumentParser(prog="flux-batch", description="Batch image generation with FLUX.1-dev on Ray.")
-    top.add_argument("--debug", action="store_true", help="show tracebacks and more log lines")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-
-    command = commands.add_parser("run", help="run a job, or resume it")
-    _add_job(command)
-    command.add_argument(
-        "--retry-failed", action="store_true", help="render the failed images of finished shards again"
-    )
-    command.add_argument("--extend", action="store_true", help="add prompt files that are new since the run began")
-    command.set_defaults(command=_run)
-
-    command = commands.add_parser("plan", help="show what a job would do and cost, without running it")
-    _add_job(command)
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command.set_defaults(command=_plan)
-
-    command = commands.add_parser("init", help="write a job file for prompts, with comments")
-    command.add_argument("job", metavar="JOB.yaml", nargs="?", default="job.yaml", help="a new file (default job.yaml)")
-    command.add_argument(
-        "--prompts", metavar="URI", default="demo", help="the prompts it is for (default: those in the package)"
-    )
-    command.set_defaults(command=_init)
-
-    command = commands.add_parser("validate", help="check a job and every row of its prompts, without a model")
-    _add_job(command)
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command.set_defaults(command=_validate)
-
-    command = commands.add_parser("preview", help="make the images of a few rows of a job, here and on one page")
-    _add_job(command)
-    command.add_argument("--rows", type=int, default=8, metavar="N", help="the first N rows (default 8)")
-    command.add_argument("--random", action="store_true", help="rows from all over the prompts, others each time")
-    command.set_defaults(command=_preview)
-
-    command = commands.add_parser("status", help="show the progress of a run, from its output alone")
-    command.add_argument("output", metavar="OUTPUT_URI")
-    command.add_argument("--json", action="store_true", help="print JSON")
-    _add_storage_options(command)
-    command.set_defaults(command=_status)
-
-    command = commands.add_parser("gallery", help="make a page to look through a run's images, and a contact sheet")
-    command.add_argument("output", metavar="OUTPUT_URI")
-    command.add_argument(
-        "--max-images",
-        type=int,
-        metavar="N",
-        help="at most N images, evenly spread (default 100000, in a single file 200)",
-    )
-    command.add_argument(
-        "--columns",
-        metavar="NAME,NAME",
-        help="columns shown below each image (in a single file, by default those that differ)",
-    )
-    command.add_argument(
-        "--beside", metavar="OUTPUT_URI", help="another run, whose images of the same rows are shown beside these"
-    )
-    command.add_argument(
-        "--single-file", action="store_true", help="one HTML file with its images inside, without search"
-    )
-    _add_storage_options(command)
-    command.set_defaults(command=_gallery)
-
-    command = commands.add_parser("report", help="make a page of a run's figures: speed, workers, failures, scores")
-    command.add_argument("output", metavar="OUTPUT_URI")
-    _add_storage_options(command)
-    command.set_defaults(command=_report)
-
-    command = commands.add_parser("verify", help="read all committed data again, and report errors")
-    command.add_argument("output", metavar="OUTPUT_URI")
-    command.add_argument("--quick", action="store_true", help="compare sizes and tables, without reading images")
-    command.add_argument("--repair", action="store_true", help="revert broken commits, so that `run` makes them again")
-    _add_storage_options(command)
-    command.set_defaults(command=_verify)
-
-    command = commands.add_parser("select", help="choose images by what is known of them, under a name")
-    add_select(command)
-    _add_storage_options(command)
-    command.set_defaults(command=_select)
-
-    command = commands.add_parser("export", help="copy the images of a run, or of a selection, into a data set")
-    add_export(command)
-    _add_storage_options(command)
-    command.set_defaults(command=_export)
-
-    command = commands.add_parser("publish", help="publish images as a data set of the Hugging Face Hub")
-    add_publish(command)
-    _add_storage_options(command)
-    command.set_defaults(command=_publish)
-
-    command = commands.add_parser(
-        "gc", help="remove files that no commit names: half-written, no longer needed, or unknown"
-    )
-    command.add_argument("output", metavar="OUTPUT_URI")
-    command.add_argument("--dry-run", action="store_true", help="list the files, without removing any")
-    _add_storage_options(command)
-    command.set_defaults(command=_gc)
-
-    command = commands.add_parser("annotate", help="add columns about the images of a run, by models or code")
-    add_annotate(command)
-    _add_storage_options(command)
-    command.set_defaults(command=_annotate)
-
-    command = commands.add_parser("download", help="download a model to this machine")
-    command.add_argument(
-        "name",
-        metavar="NAME",
-        help="FLUX.1-dev, FLUX.1-schnell, owner/repository, or an address, which is copied to the cache",
-    )
-    command.add_argument("--from", dest="hub", choices=["huggingface", "modelscope"], default="huggingface")
-    command.add_argument("--to", metavar="DIR", help="folder (default: models/FLUX/NAME or models/OWNER/REPOSITORY)")
-    command.add_argument("--token", help="for a gated or private repository; other users can see it, unlike HF_TOKEN")
-    command.add_argument("--refresh", action="store_true", help="for an address: copy it again if it has changed")
-    _add_storage_options(command)
-    command.set_defaults(command=_download)
-
-    command = commands.add_parser("bench", help="measure the speed on this machine, beside alternatives")
-    add_bench(command)
-    command.set_defaults(command=_bench)
-    for each in commands.choices.values():
-        # Accepted after the command too; without it, a --debug before the command stays.
-        each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    return top
-
-
-def _add_job(command: argparse.ArgumentParser) -> None:
-    command.add_argument("job", metavar="JOB.yaml", help="path or address, as s3://bucket/job.yaml")
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="override a setting of the job file; repeatable",
-    )
-    command.add_argument(
-        "--logical-date", metavar="DATE", help="value of {date} and {datetime} in the job file, as 2026-11-23"
-    )
-
-
-def _add_storage_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--storage-option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="fsspec option of the storage, as endpoint_url=...; repeatable",
-    )
 
 
 def _load_job(arguments: argparse.Namespace) -> JobConfig:
@@ -239,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
         sentence, exit_code = _explained(error)
         post_to_webhook(address, plain_text(f"{arguments.job}: {sentence}"), exit_code)
         raise
-    _print(_summary(report))
+    _show(arguments, json.loads(report.to_json()), _summary(report))
     post_to_webhook(address, plain_text(report.line), report.exit_code, output=report.output)
     return report.exit_code
 
@@ -324,9 +175,8 @@ def _preview(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     from flux_batch.report.status import format_status, read_status
-    from flux_batch.storage.store import Store
 
-    status = read_status(Store(arguments.output, _options(arguments.storage_option)))
+    status = read_status(_store(arguments))
     _print(json.dumps(status) if arguments.json else format_status(status))
     return 0
 
@@ -399,11 +249,14 @@ def _gc(arguments: argparse.Namespace) -> int:
     store = Store(arguments.output, _options(arguments.storage_option))
     with opened_run(store, to_write=not arguments.dry_run) as run:
         if arguments.dry_run:
-            for leftover in find_leftovers(run.folder):
-                _print(f"{leftover.kind:<12} {leftover.key}")
+            listed = [{"kind": each.kind, "key": each.key} for each in find_leftovers(run.folder)]
+            lines = [f"{each['kind']:<12} {each['key']}" for each in listed]
+            _show(arguments, {"leftovers": listed}, "\n".join(lines) or "nothing to remove")
         else:
             num_removed = remove_leftovers(run.folder, run.output_format, list(find_leftovers(run.folder)))
-            _print(f"{num_removed} objects removed{_REMAINS if num_removed and run.store.keeps_versions else ''}")
+            remains = _REMAINS if num_removed and run.store.keeps_versions else ""
+            text = f"{num_removed} objects removed{remains}" if num_removed else "nothing to remove"
+            _show(arguments, {"num_removed": num_removed}, text)
     return 0
 
 
@@ -419,7 +272,23 @@ def _download(arguments: argparse.Namespace) -> int:
         folder = local_model(arguments.name, options, refresh=arguments.refresh)
     else:
         (folder,) = download_models([arguments.name], [arguments.hub], to=arguments.to, token=arguments.token)
-    _print(str(folder))
+    _show(arguments, {"folder": str(folder)}, str(folder))
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from flux_batch.config.schema import JobConfig
+
+    _print(json.dumps(JobConfig.model_json_schema(), indent=1))
+    return 0
+
+
+def _version() -> int:
+    from flux_batch.report.summary import installed_versions
+
+    versions = installed_versions()
+    _print(f"flux-batch {versions.pop('flux-batch')}")
+    _print(", ".join(f"{name} {version or '(missing)'}" for name, version in versions.items()))
     return 0
 
 
@@ -461,6 +330,25 @@ def _show_progress(done: int, total: int) -> None:
         sys.stderr.write(f"\r{done} of {total} shards" + ("\n" if done == total else ""))
 
 
+def _show(arguments: argparse.Namespace, data: dict[str, Any], text: str) -> None:
+    """Print a result: as JSON for programs if they asked for it, else as text."""
+    _print(json.dumps(data) if arguments.json else text)
+
+
+def _store(arguments: argparse.Namespace) -> Store:
+    """Return the store of an output. Raises: JobError that names the output, for a job file in its place."""
+    from flux_batch.config.text import load_yaml
+    from flux_batch.storage.store import Store
+
+    uri = arguments.output
+    if uri.endswith((".yaml", ".yml")) and Path(uri).is_file():
+        tree = load_yaml(Path(uri).read_text(), uri)
+        output = tree.get("output") if isinstance(tree, dict) else None
+        named = f": {output['uri']}" if isinstance(output, dict) and "uri" in output else ""
+        raise JobError(f"{uri} is a job file; this command takes the output of a run{named}")
+    return Store(uri, _options(arguments.storage_option))
+
+
 def _print(text: str) -> None:
     sys.stdout.write(plain_text(text) + "\n")
 
@@ -476,6 +364,27 @@ def _explained(error: BaseException) -> tuple[str, int]:
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "plan": _plan,
+    "init": _init,
+    "validate": _validate,
+    "preview": _preview,
+    "status": _status,
+    "gallery": _gallery,
+    "report": _report,
+    "verify": _verify,
+    "select": _select,
+    "export": _export,
+    "publish": _publish,
+    "gc": _gc,
+    "annotate": _annotate,
+    "download": _download,
+    "schema": _schema,
+    "bench": _bench,
+}
 
 
 if __name__ == "__main__":

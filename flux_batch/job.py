@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flux_batch.config.schema import JobConfig, ModelConfig
-from flux_batch.config.text import fill_in_dates, parse_moment, read_tree
+from flux_batch.config.text import fill_in_dates, overridden, parse_moment, read_tree
 from flux_batch.dataset.annotators.score import load_scorer
 from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment
 from flux_batch.engine.stop import Stop
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    config: JobConfig | str | Path,
+    config: JobConfig | Mapping[str, Any] | str | Path,
     *,
     engine: Engine | None = None,
     make_pipeline: Callable[[ModelConfig], ImagePipeline] | None = None,
@@ -64,6 +64,8 @@ def run(
     Raises: RunHeld, LeaseLost if another driver has the run; Interrupted after a stop; JobError, SourceError,
     CheckpointError, StoreError before or during the work; see errors.py.
     """
+    if isinstance(config, Mapping):
+        config = JobConfig.from_dict(config)
     config = with_absolute_paths(config if isinstance(config, JobConfig) else load_job(config))
     stop = stop or Stop()
     policy = RetryPolicy().ended_by(stop.check, partial(stop.check, config.failures.drain_s))
@@ -130,8 +132,9 @@ def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: date
         raise
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: the job file cannot be read: {error}") from error
+    overrides = tuple(overrides)
     tree = fill_in_dates(read_tree(text, str(path), overrides), moment, str(path))
-    return with_absolute_paths(JobConfig.from_dict(tree, origin=str(path)))
+    return with_absolute_paths(JobConfig.from_dict(tree, origin=str(path), set_keys=overridden(overrides)))
 
 
 def with_absolute_paths(config: JobConfig) -> JobConfig:

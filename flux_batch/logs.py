@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 from flux_batch.redaction import plain_text
 
-_ENCODING = "RAY_LOGGING_CONFIG_ENCODING"
+ENCODING = "RAY_LOGGING_CONFIG_ENCODING"
 _FIELDS = ("run", "shard", "key", "exit_code")
 
 
@@ -54,7 +54,7 @@ def log_lines(level: int) -> Iterator[logging.Formatter]:
     """Write the log lines of this program to stderr, in the encoding of the environment. Yields: the formatter."""
     ours = logging.getLogger("flux_batch")
     ours.setLevel(level)
-    formatter = JsonLines() if os.environ.get(_ENCODING) == "JSON" else _PlainLines()
+    formatter = JsonLines() if os.environ.get(ENCODING) == "JSON" else _PlainLines()
     lines = logging.StreamHandler(sys.stderr)
     lines.setFormatter(formatter)
     if isinstance(formatter, _PlainLines):

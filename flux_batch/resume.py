@@ -58,6 +58,11 @@ def draft_run(config: JobConfig, store: Store) -> Plan:
     """Plan a new run without writing, so that a wrong job leaves no trace. Raises: JobError, SourceError."""
     if foreign := _written(store):
         raise JobError(f"{store.uri}: holds {foreign[0]}, but no run; use an empty folder as output.uri")
+    if store.exists(CARD) and not store.exists(JOB):
+        raise JobError(
+            f"{store.uri}: holds a {CARD} of somebody else's, where the data set card would be written; use an empty "
+            "folder as output.uri"
+        )
     plan = make_plan(config.prompts, config.output.shard_size)
     for note in plan.notes:
         log.warning("prompts: %s", note)

@@ -23,10 +23,32 @@ def flux_batch(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tu
 
 def test_help_needs_no_heavy_import() -> None:
     code = (
-        "import sys; from flux_batch.cli import parser; parser().format_help(); "
+        "import sys; from flux_batch.arguments import parser; parser().format_help(); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'pyarrow', 'pydantic', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_command_line_helps_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["rn", "job.yaml"])
+    assert "did you mean 'run'?" in capsys.readouterr().err
+    code, out, err = flux_batch(capsys)
+    assert (code, out, "flux-batch init job.yaml" in err) == (2, "", True)
+    code, out, _ = flux_batch(capsys, "--version")
+    assert (code, out.startswith("flux-batch "), ", torch " in out) == (0, True, True)
+    schema = json.loads(flux_batch(capsys, "schema")[1])
+    assert {"prompts", "output", "model"} <= schema["properties"].keys()
+    job = write_job(make_job(tmp_path), tmp_path / "job.yaml")
+    err = flux_batch(capsys, "plan", job, "--set", "sampling.widht=512")[2]
+    assert err == "flux-batch: --set sampling.widht: unknown key; did you mean 'width'?\n"
+    code, _, err = flux_batch(capsys, "status", job)
+    sentence = f"flux-batch: {job} is a job file; this command takes the output of a run: {tmp_path}/out\n"
+    assert (code, err) == (2, sentence)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/README.md").write_text("mine")
+    code, _, err = flux_batch(capsys, "run", job)
+    assert (code, "holds a README.md of somebody else's" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel, Field
 
 import flux_batch.output.paths as run_paths
-from flux_batch.cli import parser
+from flux_batch.arguments import parser
 from flux_batch.config.schema import PROMPT_FIELDS, JobConfig
 from flux_batch.errors import JobError
 from flux_batch.output.metadata import RECORD_SCHEMA
@@ -172,7 +172,7 @@ def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
         raise SystemExit(2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "error", refuse)
+        patch.setattr(type(parser), "error", refuse)
         try:
             return parser.parse_args(arguments)
         except SystemExit:

@@ -6,7 +6,7 @@ Knows names, ranges and defaults; opens nothing but the text it is given.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from flux_batch.config.text import explain, nearest_or_all, read_tree, to_yaml
+from flux_batch.config.text import explain, nearest_or_all, overridden, read_tree, to_yaml
 from flux_batch.errors import InvalidSetting, JobError
 from flux_batch.records import IMAGE_COLUMNS, NO_LORA
 from flux_batch.redaction import public_tree, public_uri, redact
@@ -206,7 +206,7 @@ class PromptsConfig(_Section):
 class ImageConfig(_Section):
     """The encoding of images."""
 
-    type: Literal["png", "jpeg", "webp"] = "png"
+    type: Annotated[Literal["png", "jpeg", "webp"], BeforeValidator(lambda v: "jpeg" if v == "jpg" else v)] = "png"
     """The file format of each image."""
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of JPEG and WebP; PNG is lossless."""
@@ -461,15 +461,16 @@ class JobConfig(_Section):
     @classmethod
     def from_yaml(cls, text: str, origin: str = "job file", overrides: Iterable[str] = ()) -> JobConfig:
         """Return the job of a YAML text, without filling in dates; `overrides`: see read_tree."""
-        return cls.from_dict(read_tree(text, origin, overrides), origin=origin)
+        overrides = tuple(overrides)
+        return cls.from_dict(read_tree(text, origin, overrides), origin=origin, set_keys=overridden(overrides))
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Any], *, origin: str = "job") -> JobConfig:
-        """Return the job of a tree of plain values. Raises: JobError."""
+    def from_dict(cls, tree: Mapping[str, Any], *, origin: str = "job", set_keys: Collection[str] = ()) -> JobConfig:
+        """Return the job of a tree of plain values; `set_keys` are those that `--set` has set. Raises: JobError."""
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            raise JobError("\n".join(f"{origin}: {line}" for line in explain(error, JobConfig))) from error
+            raise JobError("\n".join(explain(error, JobConfig, origin, set_keys))) from error
 
     def to_yaml(self) -> str:
         """Return the whole tree as YAML, with every default spelled out and every secret redacted."""

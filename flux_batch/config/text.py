@@ -66,7 +66,10 @@ def load_yaml(text: str, origin: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise JobError(f"{origin}: {line}not valid YAML: {_unquoted(error.problem or '')}") from None
+        problem = _unquoted(error.problem or "")
+        is_layout = any(sign in problem for sign in ("<block", "mapping values", "token"))
+        hint = "; compare the indentation, colons and quotes of this line with the one before" if is_layout else ""
+        raise JobError(f"{origin}: {line}not valid YAML: {problem}{hint}") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         # PyYAML passes on errors of Python for `2026-13-01`, `!!int x` and the like.
         raise JobError(f"{origin}: not valid YAML: {_unquoted(one_line(error))}") from None
@@ -89,6 +92,11 @@ _Dumper.yaml_implicit_resolvers = {
 def to_yaml(tree: Mapping[str, Any]) -> str:
     """Return plain values as YAML, in their order."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def overridden(overrides: Iterable[str]) -> tuple[str, ...]:
+    """Return the dotted keys that overrides of the command line set."""
+    return tuple(override.partition("=")[0].strip() for override in overrides)
 
 
 def read_tree(text: str, origin: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -178,8 +186,21 @@ def nearest_or_all(name: str, known: Iterable[str]) -> str:
     return did_you_mean(name, [*known, *ALIASES]) or f"; known are {', '.join(known)}"
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Return one line for each of pydantic's errors: dotted key, wrong value, what would be right."""
+def explain(error: ValidationError, model: type[BaseModel], origin: str, set_keys: Iterable[str] = ()) -> list[str]:
+    """Return one line for each of pydantic's errors: dotted key, wrong value, what would be right.
+
+    Each begins with `origin`, or with `--set` if it is about one of `set_keys`.
+    """
+    lines = _lines_of(error, model)
+    return [f"{'--set' if _is_of(line, set_keys) else f'{origin}:'} {line}" for line in lines]
+
+
+def _is_of(line: str, keys: Iterable[str]) -> bool:
+    key = line.split(":")[0].split(" ")[0]
+    return any(key == name or key.startswith(f"{name}.") for name in keys)
+
+
+def _lines_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
     lines = []
     for finding in error.errors():
         path = ".".join(str(part) for part in finding["loc"])

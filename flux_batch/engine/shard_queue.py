@@ -236,7 +236,7 @@ class ShardQueue:
         if lasted >= self._outage_s:
             raise Interrupted(
                 f"storage has been unavailable for {lasted:.0f} s ({failure.message}); "
-                "run the same command again when it is back"
+                "run the same command again once that is mended"
             )
         level = logging.DEBUG if self._is_outage_logged else logging.WARNING
         self._is_outage_logged = True

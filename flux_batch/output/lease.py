@@ -225,7 +225,12 @@ class Lease:
         """
         if last.is_released or last.process.is_gone():
             return True
-        log.info("%s: held by %s; waiting up to %g s for a sign of life", self._store.uri, last, last.ttl_s)
+        log.info(
+            "%s: another driver (%s) has this run; checking whether it is alive (up to %g s)",
+            self._store.uri,
+            last,
+            last.ttl_s,
+        )
         until = self._clock() + last.ttl_s
         while (left := until - self._clock()) > 0:
             self._sleep(min(_POLL_S, left, last.ttl_s / BEATS_PER_LEASE))

@@ -16,7 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from flux_batch.cli import parser
+from flux_batch.arguments import parser
 from flux_batch.config.text import parse_moment
 from flux_batch.errors import JobError
 from helpers.kuberay_rules import broken_rules, cluster_of, job_of

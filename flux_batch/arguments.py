@@ -1,0 +1,248 @@
+"""The arguments of the command line, with their help and examples; imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import NoReturn
+
+from flux_batch.bench.command import add_bench
+from flux_batch.dataset.annotate_command import add_annotate
+from flux_batch.dataset.command import add_export, add_publish, add_select
+from flux_batch.errors import did_you_mean
+
+_EPILOG = """\
+to begin:
+  flux-batch init job.yaml --prompts prompts.csv
+  flux-batch plan job.yaml
+  flux-batch run job.yaml
+
+`flux-batch COMMAND --help` has examples; the pages are README.md and jobs/README.md of the project.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of all commands; imports nothing heavy, so that --help is quick."""
+    top = _Parser(
+        prog="flux-batch",
+        description="Batch image generation with FLUX.1-dev on Ray.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--debug", action="store_true", help="show tracebacks and more log lines")
+    top.add_argument("--version", action="store_true", help="show the versions of the program and what it builds on")
+    commands = top.add_subparsers(metavar="COMMAND")
+
+    command = _command(
+        commands,
+        "run",
+        "run a job, or resume it",
+        "job.yaml",
+        "job.yaml --set output.uri=out/try --set prompts.limit=8",
+    )
+    _add_job(command)
+    _add_json(command)
+    command.add_argument("--log-format", choices=["text", "json"], help="json: an object a line")
+    command.add_argument(
+        "--retry-failed", action="store_true", help="render the failed images of finished shards again"
+    )
+    command.add_argument("--extend", action="store_true", help="add prompt files that are new since the run began")
+
+    command = _command(
+        commands,
+        "plan",
+        "show what a job would do and cost, without running it",
+        "job.yaml",
+        "job.yaml --json",
+    )
+    _add_job(command)
+    _add_json(command)
+
+    command = _command(
+        commands, "init", "write a job file for prompts, with comments", "job.yaml --prompts prompts.csv"
+    )
+    command.add_argument("job", metavar="JOB.yaml", nargs="?", default="job.yaml", help="a new file (default job.yaml)")
+    command.add_argument(
+        "--prompts", metavar="URI", default="demo", help="the prompts it is for (default: those in the package)"
+    )
+
+    command = _command(commands, "validate", "check a job and every row of its prompts, without a model", "job.yaml")
+    _add_job(command)
+    _add_json(command)
+
+    command = _command(
+        commands, "preview", "make the images of a few rows of a job, here and on one page", "job.yaml --rows 8"
+    )
+    _add_job(command)
+    command.add_argument("--rows", type=int, default=8, metavar="N", help="the first N rows (default 8)")
+    command.add_argument("--random", action="store_true", help="rows from all over the prompts, others each time")
+
+    command = _command(
+        commands,
+        "status",
+        "show the progress of a run, from its output alone",
+        "out/cats",
+        "s3://bucket/runs/cats --json",
+    )
+    _add_output(command)
+    _add_json(command)
+
+    command = _command(
+        commands,
+        "gallery",
+        "make a page to look through a run's images, and a contact sheet",
+        "out/cats",
+        "out/cats --beside out/cats-28-steps",
+    )
+    _add_output(command)
+    command.add_argument(
+        "--max-images",
+        type=int,
+        metavar="N",
+        help="at most N images, evenly spread (default 100000, in a single file 200)",
+    )
+    command.add_argument(
+        "--columns",
+        metavar="NAME,NAME",
+        help="columns shown below each image (in a single file, by default those that differ)",
+    )
+    command.add_argument(
+        "--beside", metavar="OUTPUT_URI", help="another run, whose images of the same rows are shown beside these"
+    )
+    command.add_argument(
+        "--single-file", action="store_true", help="one HTML file with its images inside, without search"
+    )
+
+    command = _command(
+        commands, "report", "make a page of a run's figures: speed, workers, failures, scores", "out/cats"
+    )
+    _add_output(command)
+
+    command = _command(
+        commands, "verify", "read all committed data again, and report errors", "out/cats", "out/cats --repair"
+    )
+    _add_output(command)
+    command.add_argument("--quick", action="store_true", help="compare sizes and tables, without reading images")
+    command.add_argument("--repair", action="store_true", help="revert broken commits, so that `run` makes them again")
+
+    command = _command(
+        commands,
+        "select",
+        "choose images by what is known of them, under a name",
+        'out/cats best --where "clip.similarity > 0.27" --top 1000 --by clip.similarity',
+    )
+    add_select(command)
+    _add_storage_options(command)
+
+    command = _command(
+        commands, "export", "copy the images of a run, or of a selection, into a data set", "out/cats out/set"
+    )
+    add_export(command)
+    _add_storage_options(command)
+
+    command = _command(
+        commands,
+        "publish",
+        "publish images as a data set of the Hugging Face Hub",
+        "out/cats hf://datasets/me/cats --license cc-by-4.0",
+    )
+    add_publish(command)
+    _add_storage_options(command)
+
+    command = _command(
+        commands,
+        "gc",
+        "remove files that no commit names: half-written, no longer needed, or unknown",
+        "out/cats --dry-run",
+    )
+    _add_output(command)
+    _add_json(command)
+    command.add_argument("--dry-run", action="store_true", help="list the files, without removing any")
+
+    command = _command(
+        commands, "annotate", "add columns about the images of a run, by models or code", "out/cats --with phash"
+    )
+    add_annotate(command)
+    _add_storage_options(command)
+
+    command = _command(commands, "download", "download a model to this machine", "FLUX.1-dev --to /models/FLUX.1-dev")
+    _add_json(command)
+    command.add_argument(
+        "name",
+        metavar="NAME",
+        help="FLUX.1-dev, FLUX.1-schnell, owner/repository, or an address, which is copied to the cache",
+    )
+    command.add_argument("--from", dest="hub", choices=["huggingface", "modelscope"], default="huggingface")
+    command.add_argument("--to", metavar="DIR", help="folder (default: models/FLUX/NAME or models/OWNER/REPOSITORY)")
+    command.add_argument("--token", help="for a gated or private repository; other users can see it, unlike HF_TOKEN")
+    command.add_argument("--refresh", action="store_true", help="for an address: copy it again if it has changed")
+    _add_storage_options(command)
+
+    command = _command(commands, "schema", "show the JSON Schema of the job file, for editors and agents")
+
+    command = _command(commands, "bench", "measure the speed on this machine, beside alternatives", "pipeline")
+    add_bench(command)
+    for each in commands.choices.values():
+        # Accepted after the command too; without it, a --debug before the command stays.
+        each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return top
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that suggests the nearest command for one that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2 and one sentence."""
+        unknown = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message)
+        near = did_you_mean(unknown[1], re.findall(r"[\w-]+", unknown[2])) if unknown else ""
+        self.exit(2, f"{self.prog}: {message}{near}\n`{self.prog} --help` shows how to use it\n")
+
+
+def _command(
+    commands: argparse._SubParsersAction[_Parser], name: str, text: str, *examples: str
+) -> argparse.ArgumentParser:
+    """Add a command with its help and examples of its arguments."""
+    lines = "".join(f"\n  flux-batch {name} {example}" for example in examples)
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"examples:{lines}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=name)
+    return command
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON on stdout")
+
+
+def _add_job(command: argparse.ArgumentParser) -> None:
+    command.add_argument("job", metavar="JOB.yaml", help="path or address, as s3://bucket/job.yaml")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="override a setting of the job file; repeatable",
+    )
+    command.add_argument(
+        "--logical-date", metavar="DATE", help="value of {date} and {datetime} in the job file, as 2026-11-23"
+    )
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run, as output.uri in its job file")
+    _add_storage_options(command)
+
+
+def _add_storage_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--storage-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="fsspec option of the storage, as endpoint_url=...; repeatable",
+    )
