@@ -20,6 +20,9 @@ from flux_batch.worker.protocol import ImagePipeline
 
 log = logging.getLogger(__name__)
 
+# The guidance that a job began with which named none, before it was that of the model.
+_FORMER_GUIDANCE = 3.5
+
 
 def load_settled(
     store: Store, model: ModelConfig, make_pipeline: Callable[[ModelConfig], ImagePipeline]
@@ -83,16 +86,22 @@ def kernels_of_run(store: Store) -> Kernels | None:
 
 
 def with_model_of_run(store: Store, config: JobConfig) -> JobConfig:
-    """Return a job with the dtype and `compile` of its run's beginning for `auto`. Raises: StoreError, JobError."""
+    """Return a job with what its run began with where it leaves that open: dtype, `compile`, guidance.
+
+    Raises: StoreError, JobError.
+    """
     open_keys = [key for key in ("dtype", "compile") if getattr(config.model, key) == "auto"]
-    if not open_keys:
+    if not open_keys and config.sampling.embedded_guidance is not None:
         return config
     try:
         before = JobConfig.from_yaml(store.read(JOB).decode(), origin=store.url(JOB))
     except NotFound:
         return config
     chosen = {key: getattr(before.model, key) for key in open_keys}
-    return config.model_copy(update={"model": config.model.model_copy(update=chosen)})
+    sampling = config.sampling
+    if before.sampling.embedded_guidance == _FORMER_GUIDANCE:
+        sampling = sampling.for_model(_FORMER_GUIDANCE)
+    return config.model_copy(update={"model": config.model.model_copy(update=chosen), "sampling": sampling})
 
 
 def settled_job(store: Store, config: JobConfig) -> JobConfig:

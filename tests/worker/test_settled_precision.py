@@ -190,3 +190,14 @@ def test_a_run_keeps_the_compile_it_began_with_where_the_job_says_none(tmp_path:
 
     assert with_model_of_run(store, now).identity() == before.identity()
     assert with_model_of_run(store, other).model.compile is True
+
+
+@pytest.mark.parametrize(("before", "now", "kept"), [(3.5, None, 3.5), (3.5, 4.0, 4.0), (5.0, None, None)])
+def test_a_run_of_an_older_version_keeps_the_guidance_it_began_with(
+    tmp_path: Path, store: Store, before: float, now: float | None, kept: float | None
+) -> None:
+    store.write(JOB, make_job(tmp_path, sampling={"embedded_guidance": before}).to_yaml().encode())
+
+    config = with_model_of_run(store, make_job(tmp_path, sampling={"embedded_guidance": now}))
+
+    assert config.sampling.embedded_guidance == kept
