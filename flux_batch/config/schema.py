@@ -79,6 +79,22 @@ def _batch_size(value: Any) -> int | Literal["auto"]:
     return value
 
 
+def _template(value: Any) -> str | dict[str, str] | None:
+    if isinstance(value, Mapping) and all(isinstance(each, str) for pair in value.items() for each in pair):
+        return dict(value)
+    if value is not None and not isinstance(value, str):
+        raise ValueError("must be a text, or a mapping of fields to texts: quote numbers")
+    return value
+
+
+def _wildcards(value: Any) -> bool | str:
+    if not isinstance(value, (bool, str)):
+        raise ValueError("must be true, false or a folder")
+    return value
+
+
+_Template = Annotated[str | dict[str, str] | None, PlainValidator(_template)]
+_Wildcards = Annotated[bool | str, PlainValidator(_wildcards)]
 _BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
 _Names = Annotated[tuple[str, ...], Field(strict=False)]
 _Columns = Annotated[dict[str, str], BeforeValidator(_with_aliases)]
@@ -116,10 +132,10 @@ class PromptsConfig(_Section):
     """Rows to make without files, from `samplers` and `template`; instead of `uri`."""
     samplers: dict[str, Any] = {}
     """Columns to draw for each row, e.g. `{animal: [cat, dog]}`; they are copied into the metadata."""
-    template: str | dict[str, str] | None = None
+    template: _Template = None
     """The prompt of each row, made of its columns: `A {{ animal }}`; or a mapping, with a template for each of several
     fields of a row: `{prompt: "A {{ animal }}", width: "{{ 2 * height }}"}`."""
-    wildcards: bool | str = False
+    wildcards: _Wildcards = False
     """Whether choices such as `{red|blue}` in prompts are drawn; a folder of text files adds `__animal__`, a line of
     its `animal.txt`."""
     design: Literal["random", "grid", "balanced"] = "random"

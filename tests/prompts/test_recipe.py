@@ -165,6 +165,8 @@ def test_any_field_of_a_row_may_have_a_template(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValidationError, match=words):
             PromptsConfig(rows=1, template={"prompt": "a", **wrong}, samplers={"width": [64]})
+    with pytest.raises(ValidationError, match="must be a text, or a mapping of fields to texts"):
+        PromptsConfig(rows=1, template={"prompt": "a", "width": 64})
     with pytest.raises(JobError, match=r"prompts\.template\.width: line 1: a call is not allowed"):
         Recipe(PromptsConfig(rows=1, template={"prompt": "a", "width": "{{ a() }}"}))
 
