@@ -14,13 +14,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainValidator,
     ValidationError,
     field_validator,
     model_validator,
 )
 
 from flux_batch.config.text import explain, nearest_or_all, overridden, read_tree, to_yaml
+from flux_batch.config.values import BatchSize, Template, Wildcards
 from flux_batch.errors import InvalidSetting, JobError
 from flux_batch.records import IMAGE_COLUMNS, NO_LORA
 from flux_batch.redaction import public_tree, public_uri, redact
@@ -71,31 +71,6 @@ def _with_aliases(values: Any) -> Any:
 _Uris = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(strict=False)]
 
 
-def _batch_size(value: Any) -> int | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    if type(value) is not int or value < 1:
-        raise ValueError("must be a whole number of at least 1, or auto")
-    return value
-
-
-def _template(value: Any) -> str | dict[str, str] | None:
-    if isinstance(value, Mapping) and all(isinstance(each, str) for pair in value.items() for each in pair):
-        return dict(value)
-    if value is not None and not isinstance(value, str):
-        raise ValueError("must be a text, or a mapping of fields to texts: quote numbers")
-    return value
-
-
-def _wildcards(value: Any) -> bool | str:
-    if not isinstance(value, (bool, str)):
-        raise ValueError("must be true, false or a folder")
-    return value
-
-
-_Template = Annotated[str | dict[str, str] | None, PlainValidator(_template)]
-_Wildcards = Annotated[bool | str, PlainValidator(_wildcards)]
-_BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
 _Names = Annotated[tuple[str, ...], Field(strict=False)]
 _Columns = Annotated[dict[str, str], BeforeValidator(_with_aliases)]
 
@@ -132,10 +107,10 @@ class PromptsConfig(_Section):
     """Rows to make without files, from `samplers` and `template`; instead of `uri`."""
     samplers: dict[str, Any] = {}
     """Columns to draw for each row, e.g. `{animal: [cat, dog]}`; they are copied into the metadata."""
-    template: _Template = None
+    template: Template = None
     """The prompt of each row, made of its columns: `A {{ animal }}`; or a mapping, with a template for each of several
     fields of a row: `{prompt: "A {{ animal }}", width: "{{ 2 * height }}"}`."""
-    wildcards: _Wildcards = False
+    wildcards: Wildcards = False
     """Whether choices such as `{red|blue}` in prompts are drawn; a folder of text files adds `__animal__`, a line of
     its `animal.txt`."""
     design: Literal["random", "grid", "balanced"] = "random"
@@ -414,7 +389,7 @@ class _WorkersConfig(_Section):
     with a line that says so, and a large one is refused."""
     num_cpus: float = Field(default=1, ge=0)
     """CPUs of each worker."""
-    batch_size: _BatchSize = 4
+    batch_size: BatchSize = 4
     """Images in one forward pass; `auto` measures it when the run starts and remembers it with the run."""
 
     @model_validator(mode="after")
