@@ -190,7 +190,7 @@ def test_each_rule_names_the_key_and_what_would_be_right(override: str, words: s
     ],
 )
 def test_an_unknown_key_suggests_the_nearest(override: str, path: str, suggestion: str) -> None:
-    assert refusal(MINIMAL, override) == f"job.yaml: {path}: unknown key; did you mean '{suggestion}'?"
+    assert refusal(MINIMAL, override) == f"--set {path}: unknown key; did you mean '{suggestion}'?"
 
 
 def test_an_unknown_key_like_no_other_lists_those_there_are() -> None:
