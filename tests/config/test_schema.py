@@ -173,7 +173,7 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
 def test_each_rule_names_the_key_and_what_would_be_right(override: str, words: str) -> None:
     message = refusal(MINIMAL, override)
 
-    assert message.startswith("job.yaml: ")
+    assert message.startswith("--set ")
     assert words in message
     assert "\n" not in message
 
