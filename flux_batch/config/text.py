@@ -197,7 +197,13 @@ def explain(error: ValidationError, model: type[BaseModel], origin: str, set_key
 
 def _is_of(line: str, keys: Iterable[str]) -> bool:
     key = line.split(":")[0].split(" ")[0]
-    return any(key == name or key.startswith(f"{name}.") for name in keys)
+    is_unknown = ": unknown key" in line  # perhaps the section of what was set
+    for name in keys:
+        section, dot, last = name.rpartition(".")
+        ours = section + dot + ALIASES.get(last, last)
+        if key in (name, ours) or key.startswith(f"{name}.") or (is_unknown and name.startswith(f"{key}.")):
+            return True
+    return False
 
 
 def _lines_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
