@@ -36,15 +36,17 @@ left behind twice is recorded as failed (WorkerLost). Everything else of the sha
 
 Put-if-absent is one conditional request for an object of up to 5 GiB, whatever parts a client might send it in: some
 stores honour the condition there, and ignore it at the end of an upload in parts. On a store that ignores it there too,
-put-if-absent is a look-up and then one request; an object of 8 MiB or more is sent in parts first, and looked up when
-they are all there. So a writer that was held up in the middle of an upload, for however long, changes nothing.
+put-if-absent is a look-up and then one request. An object of 5 MiB or more is sent in parts first; when they are all
+there, its writers take turns (storage/turns.py) to look it up and to end their upload. So a writer that was held up in
+the middle of an upload, for however long, changes nothing, and of several at once one is the first.
 
-What is left on such a store, and for objects above 5 GiB on stores that honour single conditional requests alone: two
-workers that publish one shard can overwrite each other if both have looked before the request of either has arrived.
-That is harmless while they make the same bytes, as devices of one kind do. Otherwise the files of the later one stand,
-the commit may be of the earlier one, and `verify` finds it by the sha256. It takes two workers that finish the same
-shard within one request: a partitioned worker, or the duplicate of a slow shard at the end of a run. Nothing else
-depends on conditional writes.
+What is left on such a store: two workers that publish one shard can overwrite each other's objects below 5 MiB if both
+have looked before the request of either has arrived, and larger ones if one is held up for 10 s between the two; that
+goes for objects above 5 GiB on stores that honour single conditional requests alone. It is harmless while they make the
+same bytes, as devices of one kind do; metadata and commit, which are small, describe the data that stands. Otherwise
+the files of the later one stand, the commit may be of the earlier one, and `verify` finds it by the sha256. It takes
+two workers that finish the same shard within one request: a partitioned worker, or the duplicate of a slow shard at the
+end of a run. Nothing else depends on conditional writes.
 
 A kill in the middle of an upload in parts leaves these in the store, where no listing of objects shows them. They are
 aborted at the end of the run and by `gc`, and `verify` counts them.

@@ -1,12 +1,14 @@
 """Objects of S3 that are written in parts: put if absent, and what killed writers left of their uploads.
 
 A store may honour the condition of a single request and ignore it at the end of an upload (Ceph's gateway 16.2 does).
-So the key is looked up once more right before the upload is completed.
+So the key is looked up once more right before the upload is completed, by one writer at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import mimetypes
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from typing import Any
 
 from flux_batch.storage.errors import code, status
 from flux_batch.storage.retry import with_few_retries
+from flux_batch.storage.s3 import ask, ask_bucket, is_there
+from flux_batch.storage.turns import turn
 
 # The most that S3 takes in one request; a gateway may take less, and answers 413.
 MAX_PUT_BYTES = 5 << 30
@@ -24,8 +28,6 @@ PART_BYTES = 32 << 20
 _MAX_PARTS = 10_000
 # Parts on their way at once; each is in memory.
 _PARTS_AT_ONCE = 4
-# s3fs has no public way to ask S3 for these operations.
-_ASK = "_call_s3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +38,10 @@ class Upload:
     id: str
 
 
-def is_s3(fs: Any) -> bool:
-    """Return whether a file system is s3fs."""
-    return hasattr(fs, _ASK)
-
-
-async def put_whole(fs: Any, path: str, data: bytes | Path) -> None:
+async def put_whole(fs: Any, path: str, data: bytes | Path, turns: str) -> None:
     """Create an object by one request, which the store refuses for a taken key; in parts if it is too large for one.
 
+    turns: the folder in which writers of parts announce themselves.
     Raises: what s3fs raises for a condition that does not hold.
     """
     if _size(data) <= MAX_PUT_BYTES:
@@ -52,25 +50,27 @@ async def put_whole(fs: Any, path: str, data: bytes | Path) -> None:
         except Exception as error:
             if status(error) != HTTPStatus.REQUEST_ENTITY_TOO_LARGE and code(error) != "EntityTooLarge":
                 raise
-    await put_in_parts(fs, path, data, is_conditional=True)
+    await put_in_parts(fs, path, data, turns, is_conditional=True)
 
 
-async def put_in_parts(fs: Any, path: str, data: bytes | Path, *, is_conditional: bool) -> None:
+async def put_in_parts(fs: Any, path: str, data: bytes | Path, turns: str, *, is_conditional: bool) -> None:
     """Create an object in parts, unless there is one when all parts are there.
 
+    turns: the folder in which writers of parts announce themselves, so that one at a time ends its upload.
     is_conditional: whether the store knows the condition, which the last request then carries too.
     Raises: FileExistsError, with the upload aborted.
     """
-    upload = (await _ask(fs, "create_multipart_upload", path, **_content_type(path)))["UploadId"]
+    upload = (await ask(fs, "create_multipart_upload", path, **_content_type(path)))["UploadId"]
     try:
         parts = await _upload(fs, path, upload, data)
-        if await _is_there(fs, path):
-            raise FileExistsError(path)
-        condition = {"IfNoneMatch": "*"} if is_conditional else {}
-        await _complete(fs, path, upload, parts, condition)
+        async with turn(fs, path, turns):
+            if await is_there(fs, path):
+                raise FileExistsError(path)
+            condition = {"IfNoneMatch": "*"} if is_conditional else {}
+            await _complete(fs, path, upload, parts, condition)
     except BaseException:
         with suppress(Exception):  # what stays is found by `list_uploads`
-            await _ask(fs, "abort_multipart_upload", path, UploadId=upload)
+            await ask(fs, "abort_multipart_upload", path, UploadId=upload)
         raise
 
 
@@ -80,7 +80,7 @@ async def list_uploads(fs: Any, folder: str) -> list[Upload]:
     found: list[Upload] = []
     marker: dict[str, str] = {}
     while True:
-        page = await getattr(fs, _ASK)("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker)
+        page = await ask_bucket(fs, "list_multipart_uploads", bucket, Prefix=prefix, **marker)
         found += [Upload(f"{bucket}/{one['Key']}", one["UploadId"]) for one in page.get("Uploads", ())]
         marker = {name: page[f"Next{name}"] for name in ("KeyMarker", "UploadIdMarker") if page.get(f"Next{name}")}
         if not page.get("IsTruncated") or not marker:
@@ -90,21 +90,26 @@ async def list_uploads(fs: Any, folder: str) -> list[Upload]:
 async def abort(fs: Any, upload: Upload) -> None:
     """Abort an upload and remove its parts. Safe to call twice."""
     with suppress(FileNotFoundError):
-        await _ask(fs, "abort_multipart_upload", upload.path, UploadId=upload.id)
-
-
-async def keeps_versions(fs: Any, path: str) -> bool:
-    """Return whether the bucket of a path keeps what is deleted or replaced."""
-    bucket, _, _ = fs.split_path(path)
-    return bool((await getattr(fs, _ASK)("get_bucket_versioning", Bucket=bucket)).get("Status") == "Enabled")
+        await ask(fs, "abort_multipart_upload", upload.path, UploadId=upload.id)
 
 
 async def _put(fs: Any, path: str, data: bytes | Path) -> None:
+    fields = {"IfNoneMatch": "*", **await _checksum(fs, data), **_content_type(path)}
     if isinstance(data, bytes):
-        await _ask(fs, "put_object", path, Body=data, IfNoneMatch="*", **_content_type(path))
+        await ask(fs, "put_object", path, Body=data, **fields)
         return
     with data.open("rb") as body:
-        await _ask(fs, "put_object", path, Body=body, IfNoneMatch="*", **_content_type(path))
+        await ask(fs, "put_object", path, Body=body, **fields)
+
+
+async def _checksum(fs: Any, data: bytes | Path) -> dict[str, str]:
+    """Return the checksum of what is sent over TLS, without which the client would hash it on the loop of all requests.
+
+    Without TLS it is a part of the signature, so the client does it in any case.
+    """
+    if not fs._s3.meta.endpoint_url.startswith("https:"):
+        return {}
+    return {"ContentMD5": await asyncio.to_thread(_md5, data)}
 
 
 async def _upload(fs: Any, path: str, upload: str, data: bytes | Path) -> list[dict[str, Any]]:
@@ -124,7 +129,7 @@ async def _upload_parts(fs: Any, path: str, upload: str, bodies: dict[int, bytes
     async def send(number: int, body: bytes) -> dict[str, Any]:
         # Else one lost request would cost all parts of the object.
         answer = await with_few_retries(
-            lambda: _ask(fs, "upload_part", path, UploadId=upload, PartNumber=number, Body=body)
+            lambda: ask(fs, "upload_part", path, UploadId=upload, PartNumber=number, Body=body)
         )
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
@@ -141,24 +146,11 @@ async def _upload_parts(fs: Any, path: str, upload: str, bodies: dict[int, bytes
 async def _complete(fs: Any, path: str, upload: str, parts: list[dict[str, Any]], condition: dict[str, str]) -> None:
     named = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
     try:
-        await _ask(fs, "complete_multipart_upload", path, **named, **condition)
+        await ask(fs, "complete_multipart_upload", path, **named, **condition)
     except Exception as error:
         if not condition or status(error) != HTTPStatus.NOT_IMPLEMENTED:
             raise
-        await _ask(fs, "complete_multipart_upload", path, **named)
-
-
-async def _is_there(fs: Any, path: str) -> bool:
-    try:
-        await _ask(fs, "head_object", path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-async def _ask(fs: Any, operation: str, path: str, **fields: Any) -> Any:
-    bucket, key, _ = fs.split_path(path)
-    return await getattr(fs, _ASK)(operation, Bucket=bucket, Key=key, **fields)
+        await ask(fs, "complete_multipart_upload", path, **named)
 
 
 def _size(data: bytes | Path) -> int:
@@ -171,6 +163,17 @@ def _read(data: bytes | Path, start: int, num_bytes: int) -> bytes:
     with data.open("rb") as file:
         file.seek(start)
         return file.read(num_bytes)
+
+
+def _md5(data: bytes | Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    if isinstance(data, bytes):
+        digest.update(data)
+    else:
+        with data.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return base64.b64encode(digest.digest()).decode()
 
 
 def _content_type(path: str) -> dict[str, str]:

@@ -26,22 +26,17 @@ from fsspec.spec import AbstractBufferedFile
 
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused, one_line
 from flux_batch.storage.errors import FULL_ERRNOS, NO_BUCKET, code, is_transient, origin, said, status
-from flux_batch.storage.multipart import (
-    Upload,
-    abort,
-    is_s3,
-    keeps_versions,
-    list_uploads,
-    put_in_parts,
-    put_whole,
-)
+from flux_batch.storage.multipart import Upload, abort, list_uploads, put_in_parts, put_whole
 from flux_batch.storage.retry import RetryPolicy
+from flux_batch.storage.s3 import MAX_DELETES, delete_many, is_s3, is_there, keeps_versions, list_folder, read_whole
 from flux_batch.storage.s3_listing import names_after
 
 log = logging.getLogger(__name__)
 
 # The folder of half-written files; those of a killed process stay here, where no loader of the data set looks.
 STORE_TMP = "_run/tmp"
+# The folder in it in which writers of one object announce themselves.
+_TURNS = f"{STORE_TMP}/turns"
 # The answers of file systems without hard links: FUSE mounts of buckets, FAT.
 _NO_LINK_ERRNOS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # Some servers send the checksum of a whole object with a part of it, which botocore would compare; others refuse the
@@ -62,7 +57,7 @@ WRITES = {"write", "create", "delete"}
 # The least that one request for a part of an object reads.
 BLOCK_BYTES = 64 << 10
 # From this size on, a store that ignores conditions gets an object in parts, so that the look-up comes after them.
-LOOK_LATE_BYTES = 8 << 20
+LOOK_LATE_BYTES = 5 << 20
 # Attempts at the first request of all: whoever has never answered is more likely to have another address.
 _FIRST_ATTEMPTS = 3
 
@@ -138,6 +133,8 @@ class Store:
 
     def read(self, key: str) -> bytes:
         """Read a whole object. Raises: NotFound."""
+        if is_s3(self._fs):
+            return self._call(key, "read", lambda: self._await(read_whole(self._fs, self._path(key))))
         return self._call(key, "read", lambda: bytes(self._ask("cat_file", self._path(key))))
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
@@ -184,6 +181,8 @@ class Store:
 
         def find() -> list[str]:
             try:
+                if is_s3(self._fs):
+                    return self._await(list_folder(self._fs, self._path(prefix)))
                 return self._ask("find", self._path(prefix))  # type: ignore[no-any-return]
             except FileNotFoundError as error:
                 if code(error) == NO_BUCKET:
@@ -245,8 +244,9 @@ class Store:
         """Create an object unless there is one. Raises: AlreadyExists.
 
         Atomic on a local disk, and on stores that honour conditional writes for objects of up to 5 GiB. On other
-        stores, and for larger objects, it is a look-up and then one request, whatever the size: of two writers in the
-        same instant the later one stays, and neither learns of it.
+        stores, and for larger objects, it is a look-up and then one request, whatever the size. From LOOK_LATE_BYTES on
+        writers take turns at these. Of two writers of a smaller object in the same instant the later one stays, and
+        neither learns of it.
         A lost answer to a write that did succeed also ends in AlreadyExists: the caller compares the contents.
         """
         if self._is_local:
@@ -261,10 +261,20 @@ class Store:
         with suppress(NotFound):
             self._call(key, "delete", lambda: self._ask("rm_file", self._path(key)))
 
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """Remove objects, on S3 by one request for each 1,000 of them. Safe to call twice."""
+        while len(keys) > 1 and is_s3(self._fs) and self._contact.deletes_many:
+            some, keys = keys[:MAX_DELETES], keys[MAX_DELETES:]
+            paths = [self._path(key) for key in some]
+            left = self._call(some[0], "delete", lambda paths=paths: self._await(delete_many(self._fs, paths)))
+            self._contact.deletes_many = len(left) < len(some)  # some stores do not know the request
+            keys = [*(path.removeprefix(f"{self._root}/") for path in left), *keys]
+        for key in keys:
+            self.delete(key)
+
     def delete_folder(self, prefix: str) -> None:
         """Remove every object under a folder and, on a disk, the folder itself. Safe to call twice."""
-        for key in self.list(prefix):
-            self.delete(key)
+        self.delete_many(self.list(prefix))
         if self._is_local:
             for folder, _, _ in os.walk(self._path(prefix), topdown=False):
                 with suppress(OSError):  # somebody has put something there meanwhile
@@ -335,7 +345,7 @@ class Store:
         """Create an object on a store without conditional writes; a large one is looked up when its parts are there."""
         if is_s3(self._fs) and _size(data) >= LOOK_LATE_BYTES:
             self._send(key, data, mode="create in parts")
-        elif self._is_file(key):
+        elif self._await(is_there(self._fs, self._path(key))) if is_s3(self._fs) else self._is_file(key):
             raise FileExistsError(key)
         else:
             self._send(key, data, mode="overwrite")
@@ -353,9 +363,9 @@ class Store:
         path = self._path(key)
         try:
             if mode == "create in parts":
-                self._await(put_in_parts(self._fs, path, data, is_conditional=False))
+                self._await(put_in_parts(self._fs, path, data, self._path(_TURNS), is_conditional=False))
             elif mode == "create" and is_s3(self._fs):
-                self._await(put_whole(self._fs, path, data))
+                self._await(put_whole(self._fs, path, data, self._path(_TURNS)))
             elif isinstance(data, Path):
                 self._ask("put_file", str(data), path, mode=mode)
             else:
@@ -451,9 +461,10 @@ class Store:
 
 @dataclass
 class _Contact:
-    """The fact that a store has answered, shared by all copies of it."""
+    """What was learned of a store: that it has answered, and what it knows. Shared by all copies of it."""
 
     is_made: bool = False
+    deletes_many: bool = True
 
 
 class _StoredFile(AbstractBufferedFile):  # type: ignore[misc]

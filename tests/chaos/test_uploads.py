@@ -5,21 +5,39 @@ A driver in these tests sends all that is put if absent in parts; two writers se
 
 from __future__ import annotations
 
+import hashlib
+import random
 import signal
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from chaos.figures import Figures
+from chaos.outputs import assert_verified, read_back, store_of
 from chaos.test_two_drivers import BATCH, Scene, end_of
 from flux_batch import cli
+from flux_batch.config.schema import JobConfig
+from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import AlreadyExists
+from flux_batch.images import encode
+from flux_batch.job import run
+from flux_batch.output.commits import Commits, Publisher
+from flux_batch.output.formats import format_for
+from flux_batch.output.paths import RunFolder
+from flux_batch.records import Commit, ImageRecord
+from flux_batch.resume import open_run
+from flux_batch.sampling_params import SamplingParams
 from flux_batch.storage.store import Store
 from helpers.counting_proxy import HABITS, Proxy, counting_proxy
+from helpers.fakes import fake_image, make_fake_pipeline
+from helpers.job_files import make_job
 from helpers.s3 import S3Server
 from helpers.waiting import wait_until
 
@@ -105,36 +123,104 @@ def test_a_driver_paused_in_the_middle_of_an_upload_changes_nothing_when_it_wake
 def test_of_two_writers_of_one_object_the_first_stands(
     moto: S3Server, proxy: Proxy, tmp_path: Path, size: int, figures: Figures, request: pytest.FixtureRequest
 ) -> None:
-    store = Store(f"{moto.make_bucket()}/run", moto.storage_options | {"endpoint_url": proxy.endpoint_url})
-    files = [tmp_path / name for name in ("one", "two")]
-    for number, file in enumerate(files):
-        with file.open("wb") as out:
-            out.truncate(size * MEBIBYTE)
-            out.write(b"%d" % number)
+    options = moto.storage_options | {"endpoint_url": proxy.endpoint_url}
+    store = Store(f"{moto.make_bucket()}/run", options)
+    files = [large_file(tmp_path / str(number), size, number) for number in range(2)]
     store.put_if_absent("late", files[0])
     for file in files:  # the same bytes, and others
         with pytest.raises(AlreadyExists):
             store.put_if_absent("late", file)
     assert store.read_range("late", 0, 1) == b"0"
-    habit = request.node.callspec.params["proxy"]
-    if habit != "never":  # else both may look before either has written
-        won = race(store, files)
-        assert len(won) == 1
-        assert store.read_range("race", 0, 1) == b"%d" % won[0]
-    assert list(store.unfinished_uploads()) == []
+    (first,) = race(store, "race", files)
+    assert store.read_range("race", 0, 1) == b"%d" % first
+    assert len(race(store, "same", [files[0], files[0]])) == 1
+    assert (store.list("_run"), list(store.unfinished_uploads())) == ([], [])
     for key in store.list(""):
         store.delete(key)
-    figures.add(experiment="two writers of one object", store=f"conditions honoured {habit}", faults=3)
+    habit = request.node.callspec.params["proxy"]
+    figures.add(experiment="two writers of one object", store=f"conditions honoured {habit}", faults=4)
 
 
-def race(store: Store, files: list[Path]) -> list[int]:
+@pytest.mark.long
+@pytest.mark.s3
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("size", [5, 99, 101, 300])
+@pytest.mark.parametrize("proxy", HABITS, indirect=True)
+def test_of_two_workers_that_publish_at_once_the_commit_names_what_stands(
+    moto: S3Server, proxy: Proxy, tmp_path: Path, size: int, figures: Figures, request: pytest.FixtureRequest
+) -> None:
+    options = moto.storage_options | {"endpoint_url": proxy.endpoint_url}
+    output = {"uri": f"{moto.make_bucket()}/run", "storage_options": options}
+    config = make_job(tmp_path, [{"id": "a", "prompt": "a"}], output=output)
+    store = store_of(config)
+    open_run(config, store)
+    publishers = [Publishing(config, tmp_path / str(number), size, number) for number in range(2)]
+    with ThreadPoolExecutor() as pool:
+        commits = list(pool.map(Publishing.publish, publishers))
+    assert commits[0].files == commits[1].files
+    run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+    found = read_back(config, Counter(["a"]), tmp_path / "scratch")
+    habit = request.node.callspec.params["proxy"]
+    figures.add(
+        experiment="two writers at once",
+        store=f"conditions honoured {habit}",
+        images=1,
+        faults=1,
+        lost=found.lost,
+        doubled=found.doubled,
+    )
+    assert (found.lost, found.doubled, found.failed) == (0, 0, {})
+    assert list(store.unfinished_uploads()) == []
+    assert_verified(config)
+
+
+class Publishing:
+    """A worker that has made the only image of a shard, one as large as it is told, and no other like it."""
+
+    def __init__(self, config: JobConfig, scratch: Path, size: int, number: int) -> None:
+        self._scratch = scratch
+        self._image = scratch / "000000000"
+        scratch.mkdir()
+        data = encode(fake_image("a", seed=number, width=16, height=16), config.output.image, {})
+        large_file(self._image, size, number, data)  # a PNG ends before that
+        layout = format_for(config.output, pa.schema([]))
+        self._record = ImageRecord(
+            key=self._image.name,
+            id="a",
+            image_index=0,
+            prompt="a",
+            seed=number,
+            sampling=SamplingParams(width=16, height=16),
+            model=config.model.uri,
+            status="success",
+            file_name=layout.file_name("00000", self._image.name),
+            sha256=hashlib.sha256(self._image.read_bytes()).hexdigest(),
+            bytes=self._image.stat().st_size,
+        )
+        self._publisher = Publisher(Commits(RunFolder(store_of(config), 1)), layout, pa.schema([]), f"host:{number}")
+
+    def publish(self) -> Commit:
+        return self._publisher.publish(0, [self._record], {self._record.key: self._image}, self._scratch)
+
+
+def large_file(path: Path, size: int, number: int, head: bytes = b"") -> Path:
+    """Write a file of so many MiB and its head, of bytes that are its own from the first."""
+    block = b"%d" % number + random.Random(number).randbytes(MEBIBYTE - 1)
+    with path.open("wb") as file:
+        file.write(head)
+        for _ in range(size):
+            file.write(block)
+    return path
+
+
+def race(store: Store, key: str, files: list[Path]) -> list[int]:
     """Put all files at once. Returns: the numbers of those that were told that they are the first."""
     start, won = threading.Barrier(len(files)), list[int]()
 
     def put(number: int) -> None:
         start.wait()
         try:
-            store.put_if_absent("race", files[number])
+            store.put_if_absent(key, files[number])
         except AlreadyExists:
             return
         won.append(number)

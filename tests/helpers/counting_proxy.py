@@ -127,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
             connection.send(body[: len(body) // 2])
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(self.proxy.target.removeprefix("http://"), timeout=30)
+        return http.client.HTTPConnection(self.proxy.target.removeprefix("http://"), timeout=300)
 
     def refuse(self, status: int) -> None:
         """Answer as S3 does, with no more than a code."""

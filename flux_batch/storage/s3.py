@@ -1,0 +1,67 @@
+"""Requests to S3 for which s3fs has no public way, or one of several requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+from flux_batch.storage.errors import is_refusal, status
+
+# The most keys of one request to delete.
+MAX_DELETES = 1000
+_ASK = "_call_s3"
+
+
+def is_s3(fs: Any) -> bool:
+    """Return whether a file system is s3fs."""
+    return hasattr(fs, _ASK)
+
+
+async def ask(fs: Any, operation: str, path: str, **fields: Any) -> Any:
+    """Make one request about an object. Returns: the answer, by its fields."""
+    bucket, key, _ = fs.split_path(path)
+    return await getattr(fs, _ASK)(operation, Bucket=bucket, Key=key, **fields)
+
+
+async def ask_bucket(fs: Any, operation: str, path: str, **fields: Any) -> Any:
+    """Make one request about the bucket of a path. Returns: the answer, by its fields."""
+    bucket, _, _ = fs.split_path(path)
+    return await getattr(fs, _ASK)(operation, Bucket=bucket, **fields)
+
+
+async def is_there(fs: Any, path: str) -> bool:
+    """Return whether an object is there, or False in a bucket that is not."""
+    try:
+        await ask(fs, "head_object", path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+async def read_whole(fs: Any, path: str) -> bytes:
+    """Read an object by one request."""
+    return bytes(await fs._cat_file(path, max_concurrency=1))
+
+
+async def list_folder(fs: Any, folder: str) -> list[str]:
+    """Return the paths of all objects under a folder, by one request for each 1,000 and no other."""
+    return [entry["name"] for entry in await fs._lsdir(folder.rstrip("/"), delimiter="")]
+
+
+async def delete_many(fs: Any, paths: Sequence[str]) -> Sequence[str]:
+    """Remove objects of one bucket by one request, at most MAX_DELETES. Returns: those that it did not remove."""
+    objects = [{"Key": fs.split_path(path)[1]} for path in paths]
+    try:
+        answer = await ask_bucket(fs, "delete_objects", paths[0], Delete={"Objects": objects, "Quiet": True})
+    except Exception as error:
+        if not is_refusal(error) and status(error) != HTTPStatus.NOT_IMPLEMENTED:
+            raise
+        return paths
+    refused = {entry.get("Key") for entry in answer.get("Errors", ())}
+    return [path for path, one in zip(paths, objects, strict=True) if one["Key"] in refused]
+
+
+async def keeps_versions(fs: Any, path: str) -> bool:
+    """Return whether the bucket of a path keeps what is deleted or replaced."""
+    return bool((await ask_bucket(fs, "get_bucket_versioning", path)).get("Status") == "Enabled")
