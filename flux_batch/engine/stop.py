@@ -27,6 +27,7 @@ class Stop:
     def __init__(self) -> None:
         self._reason = ""
         self._requested = math.inf
+        self._has_ended_a_wait = False
 
     @property
     def reason(self) -> str:
@@ -48,8 +49,12 @@ class Stop:
         """Raise Interrupted if a stop was requested.
 
         It ends only what has waited, since the stop, for at least `after_s`; `waited_s`: the whole wait of the caller.
+        Once it has ended a wait of such a length, it ends all others: the same silence is not waited for twice.
         """
-        if self._reason and min(waited_s, time.monotonic() - self._requested) >= after_s:
+        if not self._reason:
+            return
+        if self._has_ended_a_wait or min(waited_s, time.monotonic() - self._requested) >= after_s:
+            self._has_ended_a_wait |= after_s > 0
             raise Interrupted(f"{self._reason}; run the same command again")
 
     def sleep(self, seconds: float) -> None:

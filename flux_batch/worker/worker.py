@@ -90,6 +90,7 @@ class Worker:
         self._heartbeat = Heartbeat()
         self._stopping = threading.Event()
         self._stopped = math.inf  # when `stop` was called
+        self._is_storage_silent = False  # since then, for as long as a stop may take
         self._source = PromptSource(config.prompts, factory.rules)
         self._pipeline = pipeline
         self._store = Store(
@@ -176,8 +177,13 @@ class Worker:
             raise Stopped("stopped while the storage is unavailable")
 
     def _on_storage_request(self, waited_s: float) -> None:
-        """Raise Stopped once a request has taken, after stop(), longer than a stop may: the storage may have gone."""
-        if min(waited_s, time.monotonic() - self._stopped) >= self._config.failures.drain_s:
+        """Raise Stopped once a request has taken, after stop(), longer than a stop may: the storage may have gone.
+
+        The requests that follow are not waited for: one after the other, they would take as long as that each.
+        """
+        waited_s = min(waited_s, time.monotonic() - self._stopped)
+        if self._is_storage_silent or waited_s >= self._config.failures.drain_s:
+            self._is_storage_silent = True
             raise Stopped("stopped while the storage does not answer")
 
     def _read_rows(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:

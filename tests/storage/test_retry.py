@@ -192,6 +192,10 @@ def test_a_stop_ends_requests_that_have_waited_themselves(clock: Clock, slow: Ca
     with pytest.raises(Interrupted, match="SIGTERM"):
         policy.wait_for(slow(30))
     assert clock.now - began == pytest.approx(25)
+    with pytest.raises(Interrupted):  # what follows waits no more, unless it is answered at once
+        policy.wait_for(slow(3))
+    assert policy.wait_for(slow(0)) == "back"
+    assert clock.now - began < 27
 
 
 def test_a_storage_that_comes_back_slowly_is_back(clock: Clock, slow: Callable[[float], Future[str]]) -> None:

@@ -448,3 +448,5 @@ def test_a_stop_ends_requests_that_have_waited_themselves(tmp_path: Path, monkey
     worker._on_storage_request(19)
     with pytest.raises(Stopped, match="does not answer"):
         worker._on_storage_request(20)
+    with pytest.raises(Stopped):  # what follows waits no more
+        worker._on_storage_request(0.5)
