@@ -3,7 +3,7 @@
     _run/lease/NNNNN.json    one object an epoch, created by put-if-absent; the highest epoch counts
 
 Of two drivers that see the same latest epoch, one creates the next one and has the run. It overwrites its own object
-every quarter of `ttl_s` with a higher number of heartbeats, and at its end with `is_released`. A driver that finds the
+every third of `ttl_s` with a higher number of heartbeats, and at its end with `is_released`. A driver that finds the
 run held takes it over (creates the next epoch) when
 
 - the holder released it, or
@@ -11,13 +11,16 @@ run held takes it over (creates the next epoch) when
 - the number of heartbeats stood still for the holder's `ttl_s` by the watcher's own clock: clocks are never compared.
 
 A holder that was paused, or cut off, learns of its successor from the listing: at its next heartbeat, and before every
-write of the driver, which goes through `Lease.store`. Nothing fences the moment between that check and the write. A
-write that slips through there is of an object that both drivers write alike (job.yaml, README.md, _SUCCESS) or that the
-next write of the successor mends (progress.json, report.json); the plan and the data of workers are put-if-absent.
+write of the driver, which goes through `Lease.store`. As long as its heartbeats are on time it need not look, since
+nobody can have seen them stand still for `ttl_s`: half of that after the last one it looks again, and once more before
+the heartbeat after. Every LOOK_BEATS heartbeats it looks in any case, for pauses that its clock does not show. Nothing
+fences the moment between a look and the write. A write that slips through there is of an object that both drivers write
+alike (job.yaml, README.md, _SUCCESS) or that the next write of the successor mends (progress.json, report.json); the
+plan and the data of workers are put-if-absent.
 
 On a store without conditional writes two drivers can both have written the same epoch. Each therefore waits SETTLE_S
 and reads it back: a driver that is not in there has lost. If its write took longer than that to land, it is in the
-object after all, and the other finds out at its next heartbeat or write.
+object after all, and the other finds out at its next heartbeat or write, before which each looks on such a store.
 """
 
 from __future__ import annotations
@@ -43,8 +46,12 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1
 _TTL_S = 60.0
-# Heartbeats in the time of a lease: three may be lost.
-BEATS_PER_LEASE = 4
+# Heartbeats in the time of a lease: two may be lost.
+BEATS_PER_LEASE = 3
+# The share of a lease in which its holder is sure of it.
+_SURE = 0.5
+# Heartbeats from one look at the listing to the next, where none is late.
+LOOK_BEATS = 15
 # The interval in which a waiting driver reads the lease: a listing and one small object each time.
 _POLL_S = 1.0
 # The time that an earlier write may take to land, on stores without conditional writes.
@@ -55,7 +62,7 @@ _MAX_READS = 5
 _REREAD_S = 0.1
 # The longest time of a release: a store that does not answer gets no more of it. A heartbeat that is on its way
 # then has less, and an operation has so many attempts.
-_RELEASE_S = 3.0
+_RELEASE_S = 1.5
 _LAST_BEAT_S = 1.0
 _RELEASE_ATTEMPTS = 3
 # Epochs that are kept, for people who wonder what happened.
@@ -113,6 +120,11 @@ def read_holder(store: Store) -> Holder | None:
     raise StoreError(f"{store.url(LEASE)}: lists objects that cannot be read")
 
 
+def _seconds() -> float:
+    """Return the seconds of a clock that goes on while the machine sleeps, where there is one."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 class Lease:
     """A driver's lease of a run; a context manager that acquires, keeps and releases it.
 
@@ -128,7 +140,7 @@ class Lease:
         *,
         ttl_s: float = _TTL_S,
         on_lost: Callable[[str], None] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = _seconds,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.store = store.guarded(self.check)
@@ -141,6 +153,8 @@ class Lease:
         self._writing = threading.Lock()
         self._ended = threading.Event()
         self._released = math.inf  # when `release` was called
+        self._beaten = -math.inf  # when the last heartbeat was begun
+        self._sure_until = -math.inf
 
     def __enter__(self) -> Lease:
         self.acquire()
@@ -169,7 +183,9 @@ class Lease:
             raise
 
     def check(self) -> None:
-        """Raise LeaseLost unless this driver still has the run. Costs a listing and a read."""
+        """Raise LeaseLost unless this driver still has the run. Costs a listing and a read if a heartbeat was late."""
+        if self._clock() < self._sure_until:
+            return
         latest = read_holder(self._store)
         if latest is None or latest.id != self.holder.id:
             raise LeaseLost(_lost(self._store, self.holder, latest))
@@ -178,13 +194,17 @@ class Lease:
         """Write a heartbeat. Raises: LeaseLost, StoreError."""
         with self._writing:
             if not self._ended.is_set():
+                if self.holder.beats % LOOK_BEATS == 0:
+                    self._sure_until = -math.inf
                 self.check()
+                began = self._clock()
                 self._write(replace(self.holder, beats=self.holder.beats + 1))
+                self._note_beat(began)
 
     def release(self) -> None:
         """Release the run, so that the next driver need not wait for it. Safe to call twice.
 
-        It takes a few seconds at most: without it, the next driver waits for `ttl_s`.
+        It takes two seconds at most: without it, the next driver waits for `ttl_s`.
         """
         if self._ended.is_set():
             return
@@ -196,11 +216,22 @@ class Lease:
             self._store = self._store.with_policy(RetryPolicy(attempts=_RELEASE_ATTEMPTS, on_request=self._check_hurry))
             try:
                 self.check()
+                self._sure_until = -math.inf
                 self._write(replace(self.holder, is_released=True))
             except LeaseLost:
                 return
             except (StoreError, Interrupted) as error:  # a store that waits can be interrupted
                 log.warning("the lease could not be released, the next run waits %g s: %s", self._ttl_s, error)
+
+    def _note_beat(self, began: float) -> None:
+        """Note that a heartbeat, begun at `began`, was written: on time, nobody has waited for it for a whole lease.
+
+        After a late one another driver may be about to create the next epoch, and is looked for until the next one.
+        """
+        is_on_time = self._clock() - self._beaten < self._ttl_s * _SURE
+        self._beaten = began
+        if is_on_time and self._store.has_conditional_put:
+            self._sure_until = began + self._ttl_s * _SURE
 
     def _check_kept(self, after_s: float = 0.0) -> None:
         """Raise Interrupted once the lease was released, at least `after_s` seconds ago."""
@@ -246,6 +277,7 @@ class Lease:
     def _claim(self, epoch: int) -> bool:
         """Create an epoch. Returns: whether it is ours. Raises: RunHeld if another driver was quicker."""
         now = round(time.time(), 3)
+        self._beaten = self._clock()
         self._held = Holder(
             epoch=epoch,
             id=uuid.uuid4().hex,
@@ -260,6 +292,7 @@ class Lease:
             self._sleep(SETTLE_S)
         latest = read_holder(self._store)
         if latest is not None and latest.id == self._held.id:
+            self._note_beat(self._beaten)
             self._delete_old_epochs()
             return True
         self._held = None

@@ -14,7 +14,7 @@ import io
 import json
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,8 +108,11 @@ class Staging:
 
     def remove(self, shard: int) -> None:
         """Remove everything that is staged of a shard. Safe to call twice."""
-        for key in self.run.store.list(self._folder(shard)):
-            self.run.store.delete(key)
+        self.run.store.delete_many(self.run.store.list(self._folder(shard)))
+
+    def discard(self, shard: int, names: Iterable[str]) -> None:
+        """Remove objects of a shard by their names. Safe to call twice."""
+        self.run.store.delete_many([f"{self._folder(shard)}/{name}" for name in sorted(names)])
 
     def clear(self) -> None:
         """Remove everything that is staged, once a run is complete: a kill before `remove` leaves some."""

@@ -206,9 +206,14 @@ class ShardRun:
         return own <= staged.objects
 
     def clean(self) -> None:
-        """Empty the staging folder after the commit; no request is made if nothing was ever in it."""
-        if self._seen_objects or self.is_isolated or self._attempt.reverse_order:
+        """Remove what was staged, after the commit; no request is made if nothing ever was.
+
+        A worker that works on the shard beside this one removes what it stages itself.
+        """
+        if self.is_isolated or self._attempt.reverse_order:
             self._staging.remove(self.index)
+        else:
+            self._staging.discard(self.index, self._seen_objects)
 
     def image_of(self, position: tuple[int, int]) -> Path:
         """Return the encoded file of an image that was made."""

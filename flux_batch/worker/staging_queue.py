@@ -40,6 +40,7 @@ class StagingQueue:
         self._stager = ThreadPoolExecutor(1, "stage")
         self._in_flight: deque[Future[None]] = deque()
         self._polled: Future[Commit | None] | None = None
+        self._num_put = 0
 
     def __enter__(self) -> StagingQueue:
         """Return itself."""
@@ -54,6 +55,7 @@ class StagingQueue:
         """Encode and stage a batch in the background."""
         self._metrics.gauge_add("encode_queue", len(outcomes))
         self._metrics.gauge_add("stage_queue", 1)
+        self._num_put += 1
         encoded = [self._encoders.submit(self._encode, outcome) for outcome in outcomes]
         self._in_flight.append(self._stager.submit(self._stage, encoded))
 
@@ -75,9 +77,12 @@ class StagingQueue:
         wait(self._in_flight)
 
     def settle(self) -> Commit | None:
-        """Wait until all batches are staged. Returns: the commit of another attempt, polled for once more."""
+        """Wait until all batches are staged. Returns: the commit of another attempt, if there was time for one.
+
+        The shard of a single batch is not polled for.
+        """
         self.wait()
-        return self._other_commit() if self._polled else None
+        return self._other_commit() if self._num_put > 1 else None
 
     def _encode(self, outcome: ImageOutcome) -> StagedImage:
         try:

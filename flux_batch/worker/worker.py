@@ -219,7 +219,8 @@ class Worker:
                 tasks = run.begin(batch)
                 if not tasks:
                     continue
-                if len(queue) > 1:
+                # What is staged was listed before the first batch, and is listed once more after the last one.
+                if 0 < number < len(queue) - 1:
                     staging.poll()
                 # If the process dies while it reads, the mark must name the batch that it was reading for.
                 following = [] if run.is_isolated else queue[number + 1 : number + 1 + READ_AHEAD]

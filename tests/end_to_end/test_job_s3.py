@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 import pytest
@@ -149,6 +152,20 @@ def test_a_storage_that_is_gone_for_good_ends_a_run_after_one_outage(moto: S3Ser
         with pytest.raises(Interrupted, match=r"storage has been unavailable for \d+ s") as caught:
             run(config, engine=LocalEngine(outage_s=3, backoff_s=0.5), make_pipeline=lambda model: GoingPipeline(go))
     assert caught.value.exit_code == 75
+
+
+@pytest.mark.s3
+def test_a_shard_costs_seven_requests_and_two_for_each_further_batch(moto: S3Server, tmp_path: Path) -> None:
+    with counting_proxy(moto.endpoint_url) as proxy:
+        assert render(job_through(proxy, moto, tmp_path)).exit_code == 0
+        asked = [(method, unquote(path)) for method, path, _ in proxy.requests]
+    of_shard = re.compile(r"/(?:staging|train|metadata|commits|failed)/(\d{5})[./]")
+    counts = Counter(found[1] for _, path in asked if (found := of_shard.search(path)))
+    lease = [path for _, path in asked if "/_run/lease" in path]
+    # Two batches, two, and one: staged objects are removed by one request, which does not name them in its address.
+    assert counts == {"00000": 8, "00001": 8, "00002": 7}, asked
+    assert sum(method == "POST" and "delete" in path for method, path in asked) == 2
+    assert len(lease) <= 9
 
 
 @pytest.mark.s3

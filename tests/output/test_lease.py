@@ -132,13 +132,15 @@ def test_a_holder_that_stands_still_for_its_ttl_is_followed_and_learns_of_it(sto
 def test_a_write_that_waited_for_the_storage_is_not_made_if_the_run_was_taken_over_meanwhile(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = make(store, Time())
+    passing = Time()
+    driver = make(store, passing)
     driver.acquire()
     replace_file, tries = os.replace, []
 
     def away(source: str, target: str) -> None:
         tries.append(target)
         monkeypatch.setattr(os, "replace", replace_file)
+        passing.now += TTL_S
         hold(store, epoch=2)
         raise ConnectionError("the storage is away")
 
@@ -240,7 +242,10 @@ def test_without_conditional_writes_the_one_who_was_overwritten_has_lost(
     assert passing.now - 1000 == lease_module.SETTLE_S
 
 
-def test_a_write_that_lands_late_on_such_a_store_is_noticed_at_the_next_look(store: Store) -> None:
+def test_a_write_that_lands_late_on_such_a_store_is_noticed_at_the_next_look(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "has_conditional_put", False)
     lease = make(store, Time())
     lease.acquire()
     hold(store)
@@ -264,9 +269,11 @@ def test_a_stop_while_a_claim_settles_leaves_the_run_free(store: Store, monkeypa
 
 
 def test_a_lease_that_somebody_deleted_is_lost(store: Store) -> None:
-    lease = make(store, Time())
+    passing = Time()
+    lease = make(store, passing)
     lease.acquire()
     store.delete("_run/lease/00001.json")
+    passing.now += TTL_S
     with pytest.raises(LeaseLost, match="is gone from _run/lease"):
         lease.check()
 
@@ -298,22 +305,45 @@ def test_a_lease_says_for_people_who_and_when(store: Store) -> None:
 
 
 def test_beats_come_quickly_first_and_never_stop_coming() -> None:
-    pauses = [lease_module.pause_s(60, beats) for beats in (0, 1, 2, 3, 4, 5000)]
-    assert pauses == [1, 2, 4, 8, 15, 15]
+    pauses = [lease_module.pause_s(60, beats) for beats in (0, 1, 2, 3, 4, 5, 5000)]
+    assert pauses == [1, 2, 4, 8, 16, 20, 20]
 
 
 def test_a_kept_lease_beats_by_itself_and_outlives_its_ttl(store: Store) -> None:
     with Lease(store, ttl_s=0.4) as lease:
         with pytest.raises(RunHeld):  # at the next beat, however long that takes
             Lease(store, ttl_s=0.4, clock=lambda: 0.0).acquire()
-        wait_until(lambda: lease.holder.beats >= 9)  # a quarter of the ttl lies between two
+        wait_until(lambda: lease.holder.beats >= 9)  # a third of the ttl lies between two
         lease.check()
     holder = read_holder(store)
     assert holder is not None
     assert holder.is_released
 
 
-def test_the_loss_is_told_once_without_being_asked(store: Store) -> None:
+def test_a_lease_is_looked_at_when_a_heartbeat_was_late_and_now_and_then(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can have followed otherwise."""
+    looks = []
+    read = Store.read
+    monkeypatch.setattr(Store, "read", lambda store, key: looks.append(key) or read(store, key))
+    passing = Time()
+    lease = make(store, passing)
+    lease.acquire()
+
+    def beat(after_s: float) -> int:
+        before = len(looks)
+        passing.now += after_s
+        lease.beat()
+        lease.store.write("_run/progress.json", b"")
+        return len(looks) - before
+
+    assert [beat(TTL_S / 3) for _ in range(lease_module.LOOK_BEATS + 2)] == [1, *([0] * 14), 1, 0]
+    assert [beat(seconds) for seconds in (20, 31, 20, 20)] == [0, 2, 1, 0]  # in the turn after, too, and before a write
+
+
+def test_the_loss_is_told_once_without_being_asked(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "LOOK_BEATS", 1)
     told: list[str] = []
     with Lease(store, ttl_s=0.4, on_lost=told.append):
         hold(store, epoch=2)

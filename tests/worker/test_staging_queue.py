@@ -108,13 +108,12 @@ def test_a_commit_is_looked_for_once_staged_images_are_gone(queue: StagingQueue,
     assert queue.polled_commit() == COMMIT
 
 
-def test_a_shard_without_polls_settles_without_one(queue: StagingQueue, run: Run) -> None:
+def test_the_shard_of_a_single_batch_settles_without_a_poll(queue: StagingQueue, run: Run) -> None:
     run.is_intact = False
     put(queue, "a")
     assert queue.settle() is None
     assert "poll" not in run.done
 
-    queue.poll()
     put(queue, "b")
     assert queue.settle() == COMMIT
-    assert run.done.count("poll") == 2
+    assert run.done.count("poll") == 1
