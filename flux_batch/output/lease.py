@@ -121,7 +121,7 @@ def read_holder(store: Store) -> Holder | None:
 
 
 def _seconds() -> float:
-    """Return the seconds of a clock that goes on while the machine sleeps, where there is one."""
+    """Return the seconds of a clock that counts while the machine sleeps, too."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
@@ -183,7 +183,7 @@ class Lease:
             raise
 
     def check(self) -> None:
-        """Raise LeaseLost unless this driver still has the run. Costs a listing and a read if a heartbeat was late."""
+        """Raise LeaseLost unless this driver still has the run. Costs a listing and a read after a late heartbeat."""
         if self._clock() < self._sure_until:
             return
         latest = read_holder(self._store)
@@ -224,9 +224,10 @@ class Lease:
                 log.warning("the lease could not be released, the next run waits %g s: %s", self._ttl_s, error)
 
     def _note_beat(self, began: float) -> None:
-        """Note that a heartbeat, begun at `began`, was written: on time, nobody has waited for it for a whole lease.
+        """Note that a heartbeat, begun at `began`, was written.
 
-        After a late one another driver may be about to create the next epoch, and is looked for until the next one.
+        If it was on time, nobody has waited for it for a whole lease. After a late one another driver may be about to
+        create the next epoch, and is looked for until the next one.
         """
         is_on_time = self._clock() - self._beaten < self._ttl_s * _SURE
         self._beaten = began

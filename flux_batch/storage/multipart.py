@@ -103,9 +103,9 @@ async def _put(fs: Any, path: str, data: bytes | Path) -> None:
 
 
 async def _checksum(fs: Any, data: bytes | Path) -> dict[str, str]:
-    """Return the checksum of what is sent over TLS, without which the client would hash it on the loop of all requests.
+    """Return the checksum of what is sent over TLS, nothing without TLS.
 
-    Without TLS it is a part of the signature, so the client does it in any case.
+    Without it the client would hash the body on the loop of all requests, as it must where there is no TLS.
     """
     if not fs._s3.meta.endpoint_url.startswith("https:"):
         return {}

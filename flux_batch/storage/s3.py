@@ -45,7 +45,7 @@ async def read_whole(fs: Any, path: str) -> bytes:
 
 
 async def list_folder(fs: Any, folder: str) -> list[str]:
-    """Return the paths of all objects under a folder, by one request for each 1,000 and no other."""
+    """Return the paths of all objects under a folder, by one request for each 1,000."""
     return [entry["name"] for entry in await fs._lsdir(folder.rstrip("/"), delimiter="")]
 
 

@@ -461,7 +461,7 @@ class Store:
 
 @dataclass
 class _Contact:
-    """What was learned of a store: that it has answered, and what it knows. Shared by all copies of it."""
+    """The facts that were learned of a store, shared by all copies of it."""
 
     is_made: bool = False
     deletes_many: bool = True

@@ -1,4 +1,6 @@
-"""Turns at one key of S3: where conditions are ignored, one writer at a time looks whether it is free, and takes it.
+"""Turns at one key of S3, for stores that ignore conditions.
+
+One writer at a time looks whether the key is free, and takes it.
 
     _run/tmp/turns/HASH-OF-KEY/WRITER    the announcement of a writer, there while it waits for its turn and has it
 
@@ -62,7 +64,7 @@ class _Others:
         return {other for path in paths if are_meant(other := path.rpartition("/")[2])} - self._ignored
 
     async def wait_for(self, are_meant: Callable[[str], bool]) -> None:
-        """Wait until none is left of the writers that are meant, or they have had more time than a turn takes."""
+        """Wait until the writers that are meant are gone, or have had more time than a turn takes."""
         before, since = set[str](), time.monotonic()
         while there := await self.some(are_meant):
             if there != before:

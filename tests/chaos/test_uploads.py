@@ -30,7 +30,7 @@ from flux_batch.images import encode
 from flux_batch.job import run
 from flux_batch.output.commits import Commits, Publisher
 from flux_batch.output.formats import format_for
-from flux_batch.output.paths import RunFolder
+from flux_batch.output.paths import RUN, RunFolder
 from flux_batch.records import Commit, ImageRecord
 from flux_batch.resume import open_run
 from flux_batch.sampling_params import SamplingParams
@@ -134,7 +134,7 @@ def test_of_two_writers_of_one_object_the_first_stands(
     (first,) = race(store, "race", files)
     assert store.read_range("race", 0, 1) == b"%d" % first
     assert len(race(store, "same", [files[0], files[0]])) == 1
-    assert (store.list("_run"), list(store.unfinished_uploads())) == ([], [])
+    assert (store.list(RUN), list(store.unfinished_uploads())) == ([], [])
     for key in store.list(""):
         store.delete(key)
     habit = request.node.callspec.params["proxy"]
