@@ -6,7 +6,6 @@ Knows bytes and keys; does not know what they mean.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import uuid
@@ -26,6 +25,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused, one_line
 from flux_batch.storage.errors import FULL_ERRNOS, NO_BUCKET, code, is_transient, origin, said, status
+from flux_batch.storage.hard_link import create
 from flux_batch.storage.multipart import Upload, abort, list_uploads, put_in_parts, put_whole
 from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.s3 import MAX_DELETES, delete_many, is_s3, is_there, keeps_versions, list_folder, read_whole
@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 STORE_TMP = "_run/tmp"
 # The folder in it in which writers of one object announce themselves.
 _TURNS = f"{STORE_TMP}/turns"
-# The answers of file systems without hard links: FUSE mounts of buckets, FAT.
-_NO_LINK_ERRNOS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # Some servers send the checksum of a whole object with a part of it, which botocore would compare; others refuse the
 # checksum that botocore would send behind an object over HTTPS (411, as Ceph's gateway 16.2). The environment may say
 # otherwise, and so may storage_options.
@@ -250,7 +248,7 @@ class Store:
         A lost answer to a write that did succeed also ends in AlreadyExists: the caller compares the contents.
         """
         if self._is_local:
-            self._call(key, "create", lambda: self._write_local(key, data, _create))
+            self._call(key, "create", lambda: self._write_local(key, data, create))
         elif self.has_conditional_put:
             self._call(key, "create", lambda: self._create_remote(key, data))
         else:
@@ -494,15 +492,3 @@ def _http_client() -> dict[str, Any]:
     from aiohttp import ClientTimeout
 
     return {"trust_env": True, "timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}
-
-
-def _create(temporary: str, target: str) -> None:
-    """Publish a file under a name that must be free: a hard link, or a look-up and a rename without them."""
-    try:
-        os.link(temporary, target)
-    except OSError as error:
-        if error.errno not in _NO_LINK_ERRNOS:
-            raise
-        if os.path.exists(target):
-            raise FileExistsError(target) from error
-        os.replace(temporary, target)
