@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -263,12 +263,16 @@ class Store:
         """Remove objects, on S3 by one request for each 1,000 of them. Safe to call twice."""
         while len(keys) > 1 and is_s3(self._fs) and self._contact.deletes_many:
             some, keys = keys[:MAX_DELETES], keys[MAX_DELETES:]
-            paths = [self._path(key) for key in some]
-            left = self._call(some[0], "delete", lambda paths=paths: self._await(delete_many(self._fs, paths)))
+            left = self._call(some[0], "delete", partial(self._delete_at_once, some))
             self._contact.deletes_many = len(left) < len(some)  # some stores do not know the request
-            keys = [*(path.removeprefix(f"{self._root}/") for path in left), *keys]
+            keys = [*left, *keys]
         for key in keys:
             self.delete(key)
+
+    def _delete_at_once(self, keys: Sequence[str]) -> Sequence[str]:
+        """Remove objects of S3 by one request. Returns: the keys of those that it did not remove."""
+        left = self._await(delete_many(self._fs, [self._path(key) for key in keys]))
+        return [path.removeprefix(f"{self._root}/") for path in left]
 
     def delete_folder(self, prefix: str) -> None:
         """Remove every object under a folder and, on a disk, the folder itself. Safe to call twice."""
