@@ -44,6 +44,7 @@ NAMES = [
     (r"metadata/.*", "metadata"),
     (r"_run/failed/.*", "failed rows"),
     (r"_run/commits/.*", "commit"),
+    (r"_run/commit_log\.parquet", "log of commits"),
     (r"_run/progress\.json", "progress"),
     (r"_run/report\.json", "report"),
     (r"_SUCCESS", "success"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.report.saved_run import SavedRun
@@ -54,6 +57,8 @@ def _comparable(key: str, data: bytes, config: JobConfig) -> Any:
         return {name: value for name, value in json.loads(data).items() if name not in OF_WORKER}
     if key == "_run/report.json":
         return {name: value for name, value in json.loads(data).items() if name in OF_REPORT}
+    if key == "_run/commit_log.parquet":
+        return pq.read_table(io.BytesIO(data)).drop_columns("device_s").to_pylist()
     if key == "_run/progress.json":
         return None
     if key in ("_run/job.yaml", "README.md"):

@@ -41,6 +41,7 @@ ON_DISK = [
     Point("failed rows", 0, "after"),
     Point("commit", 1, "within"),
     Point("clean-up", 1, "before"),
+    Point("log of commits", 0, "after"),
     Point("progress", 0, "before"),
     Point("report", 0, "before"),
     Point("success", 0, "within"),
