@@ -63,7 +63,7 @@ test-gpu: $(VENV)/dev.stamp ## run those that need a CUDA device, in three minut
 tools: $(BIN)/promtool ## fetch promtool, by which tests check the alerts, from Debian's packages
 
 browser: ## install Chromium, in which tests open pages, from Debian's packages; needs root
-	command -v chromium || { apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium; }
+	command -v chromium || { apt-get -qq update && apt-get -qq install -o Acquire::Retries=3 --yes --no-install-recommends chromium; }
 
 chaos: $(VENV)/dev.stamp ## break everything that can break, for some 20 minutes, and print what came of it
 	$(PYTEST) -n 2 --dist loadfile -m "long or not long" tests/chaos

@@ -85,10 +85,12 @@ def status(error: BaseException) -> int | None:
     """Return the HTTP status behind an error; None if no server answered."""
     for link in _chain(error):
         answer = _answer(link).get("ResponseMetadata", {}).get("HTTPStatusCode", getattr(link, "status", None))
-        answer = answer or getattr(link, "status_code", None) or getattr(_http(link), "status_code", None)
+        answer = answer or getattr(link, "status_code", None)
         if isinstance(answer, int) and answer >= 300:
             return answer
-    return None
+    # huggingface_hub's own error; whoever raised another from it has said more than its status.
+    answer = getattr(getattr(error, "response", None), "status_code", None)
+    return answer if isinstance(error, OSError) and isinstance(answer, int) else None
 
 
 def code(error: BaseException) -> str:
@@ -119,11 +121,6 @@ def _answer(error: BaseException) -> dict[str, Any]:
     """Return the server's answer, which botocore keeps in its errors."""
     answer = getattr(error, "response", None)
     return answer if isinstance(answer, dict) else {}
-
-
-def _http(error: BaseException) -> Any:
-    """Return the response that huggingface_hub keeps in its errors."""
-    return getattr(error, "response", None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

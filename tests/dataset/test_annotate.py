@@ -71,7 +71,7 @@ def test_every_image_is_read_once_and_has_a_row_by_its_key(
     assert len(decoded) == len(made) == 11
     assert data_files(Path(config.output.uri)) == before
     assert (report.exit_code, [one.num_images for one in report.annotations]) == (0, [11, 11])
-    assert command(capsys, "gc", config.output.uri, "--dry-run") == (0, "")
+    assert command(capsys, "gc", config.output.uri, "--dry-run") == (0, "nothing to remove\n")
     assert "all is well" in command(capsys, "verify", config.output.uri)[1]
 
 

@@ -256,7 +256,7 @@ def test_a_selection_is_written_once_and_is_no_leftover(store: Store, capsys: py
     assert (code, json.loads(said)["num_chosen"]) == (0, 13)
     made_by = json.loads(pq.read_schema(io.BytesIO(store.read("_run/selections/cats.parquet"))).metadata[b"flux_batch"])
     assert made_by["criteria"]["where"] == "animal = 'dog'"
-    assert command(capsys, "gc", store.uri, "--dry-run")[1] == ""
+    assert command(capsys, "gc", store.uri, "--dry-run")[1] == "nothing to remove\n"
     assert verify(store, quick=True).problems == []
     for name, sentence in (("a/b", "letters, digits"), ("cat", "did you mean 'cats'")):
         with pytest.raises(JobError, match=sentence):

@@ -17,7 +17,7 @@ _METHODS: tuple[tuple[str, str, str], ...] = (
     ("clip", "pool", "CLIP"),
     ("t5", "states", "T5"),
     ("", "make_latents", "denoise"),
-    ("", "decode", "VAE"),
+    ("latents", "decode", "VAE"),
 )
 # The rest of the call: the check for numbers that are not finite, rounding, the copy to the host.
 _REST = "uint8"
