@@ -119,6 +119,19 @@ def parser() -> argparse.ArgumentParser:
     _add_output(command)
 
     command = _command(
+        commands,
+        "reproduce",
+        "make one image of a run again, from its metadata alone, and compare the two",
+        "out/cats 000010003",
+        "out/cats 000010003 --save again.png",
+    )
+    _add_output(command)
+    command.add_argument("key", metavar="KEY", help="the key of an image, as in the metadata")
+    command.add_argument("--model", metavar="URI", help="the model of the run, if it lies elsewhere here")
+    command.add_argument("--save", metavar="FILE", help="write the new image there, encoded as those of the run")
+    _add_json(command)
+
+    command = _command(
         commands, "verify", "read all committed data again, and report errors", "out/cats", "out/cats --repair"
     )
     _add_output(command)

@@ -211,6 +211,21 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from flux_batch.job import reproduce
+
+    if arguments.save and not Path(arguments.save).absolute().parent.is_dir():
+        raise JobError(f"--save {arguments.save}: there is no such folder")
+    result = reproduce(_store(arguments), arguments.key, arguments.model)
+    if arguments.save:
+        try:
+            Path(arguments.save).write_bytes(result.data)
+        except OSError as error:
+            raise JobError(f"--save {arguments.save}: cannot be written: {error.strerror}") from error
+    _show(arguments, result.to_json(), result.text)
+    return 0
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from flux_batch.report.saved_run import opened_run
     from flux_batch.report.verify import format_verdict, repair, verify
@@ -375,6 +390,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "status": _status,
     "gallery": _gallery,
     "report": _report,
+    "reproduce": _reproduce,
     "verify": _verify,
     "select": _select,
     "export": _export,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
@@ -76,6 +77,38 @@ def check_image(data: bytes, image_type: _ImageType, width: int, height: int) ->
             image.load()
     except Exception as error:  # Pillow raises anything on damaged data
         raise ValueError(f"cannot be decoded: {one_line(error)}") from error
+
+
+def decode(data: bytes) -> Pixels:
+    """Return the pixels (uint8, h w 3) of an image that `encode` wrote. Raises: ValueError, OSError."""
+    with Image.open(io.BytesIO(data), formats=[name.upper() for name in SUFFIXES]) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+class Difference(NamedTuple):
+    """The distance of two images, in levels of 255; `psnr_db` is None for equal ones."""
+
+    max_levels: int
+    mean_levels: float
+    psnr_db: float | None
+
+    def __str__(self) -> str:
+        if self.psnr_db is None:
+            return "equal pixels"
+        return (
+            f"differs by at most {self.max_levels} of 255 levels, on average by {self.mean_levels:.3g} "
+            f"(PSNR {self.psnr_db:.1f} dB)"
+        )
+
+
+def difference(one: Pixels, other: Pixels) -> Difference | None:
+    """Return how far two images (uint8, h w 3) are from each other; None if their sizes differ."""
+    if one.shape != other.shape:
+        return None
+    apart = np.abs(one.astype(np.int16) - other)
+    mean_square = float(np.mean(np.square(apart, dtype=np.float32), dtype=np.float64))
+    psnr_db = 20 * math.log10(255) - 10 * math.log10(mean_square) if mean_square else None
+    return Difference(int(apart.max(initial=0)), float(apart.mean()), psnr_db)
 
 
 def _png_chunks(provenance: Mapping[str, Any]) -> PngImagePlugin.PngInfo:

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.config.text import fill_in_dates, overridden, parse_moment, read_tree
 from flux_batch.dataset.annotators.score import load_scorer
+from flux_batch.download.models import absolute_model_uri
+from flux_batch.download.revision import model_revision
 from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import Interrupted, JobError, StoreError
+from flux_batch.errors import Interrupted, JobError, RowError, StoreError
 from flux_batch.output.lease import Lease
 from flux_batch.output.metadata import with_quality
 from flux_batch.output.paths import PLAN
@@ -28,13 +30,17 @@ from flux_batch.pipeline.load import load_pipeline
 from flux_batch.pipeline.weights import check_weights
 from flux_batch.prompts.input_images import check_job_image
 from flux_batch.records import Shard
+from flux_batch.redaction import without_redacted
 from flux_batch.report.progress import Progress
+from flux_batch.report.reproduction import Original, Reproduction, surroundings
 from flux_batch.report.summary import RunReport
 from flux_batch.resume import close_run, draft_run, finished, open_random_run, open_run, read_state, revert_failed
 from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.store import Store
+from flux_batch.worker.generate import BatchMaker, image_options
 from flux_batch.worker.protocol import ImagePipeline
-from flux_batch.worker.settled_precision import with_model_of_run
+from flux_batch.worker.recorder import recorded_task, recorded_tiles
+from flux_batch.worker.settled_precision import settled_job, with_model_of_run
 from flux_batch.worker.worker import WorkerFactory
 
 if TYPE_CHECKING:
@@ -118,6 +124,52 @@ def preview(
     return run(config, engine=LocalEngine(max_attempts=1), make_pipeline=make_pipeline)
 
 
+def reproduce(
+    store: Store,
+    key: str,
+    model: str | None = None,
+    *,
+    make_pipeline: Callable[[ModelConfig], ImagePipeline] | None = None,
+) -> Reproduction:
+    """Make one image of a run again, in this process, from its metadata alone.
+
+    model: where the model lies for this machine, if not where it lay for the run. Nothing is written.
+    Returns: whether it is equal, or how far it is, and what differs in device and versions.
+    Raises: JobError, CheckpointError, StoreError, and what the pipeline raises.
+    """
+    original = Original.find(store, key)
+    config = _reproducible(store, original.run.config, model)
+    task = recorded_task(original.row, config)
+    pipeline = (make_pipeline or partial(load_pipeline, num_gpus=config.workers.num_gpus))(config.model)
+    tiles = recorded_tiles(original.row, config.sampling)
+    (outcome,) = BatchMaker(pipeline, (), tiles, image_options=image_options(config.sampling)).make([task])
+    if isinstance(outcome.result, RowError):
+        raise JobError(f"{key}: {outcome.result}") from outcome.result
+    if isinstance(outcome.result, Exception):
+        raise outcome.result
+    revision = model_revision(config.model.uri, config.model.storage_options)
+    tile_size = outcome.tiles.size if outcome.tiles else None
+    return original.compared(outcome.result, surroundings(pipeline.kernels, revision, tile_size))
+
+
+def _reproducible(store: Store, config: JobConfig, model: str | None) -> JobConfig:
+    """Return the job of a run in its settled dtype, with this machine's model.
+
+    Options that were redacted are left out: the environment may have them.
+    """
+    config = settled_job(store, config)
+    prompts = {"storage_options": without_redacted(config.prompts.storage_options)}
+    weights: dict[str, Any] = {"storage_options": without_redacted(config.model.storage_options)}
+    if model is not None:
+        weights["uri"] = absolute_model_uri(model)
+    return config.model_copy(
+        update={
+            "prompts": config.prompts.model_copy(update=prompts),
+            "model": config.model.model_copy(update=weights),
+        }
+    )
+
+
 def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: datetime | str | None = None) -> JobConfig:
     """Read a job file, by its path or address.
 
@@ -143,7 +195,6 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
     Raises: JobError for a relative output in a folder of Ray, which does not stay.
     """
     from flux_batch.demo.prompts import demo_prompts_path
-    from flux_batch.download.models import absolute_model_uri
 
     prompts, sampling, output, model = config.prompts, config.sampling, config.output, config.model
     uris = tuple(str(demo_prompts_path()) if uri == "demo" else _absolute(uri) for uri in prompts.uri)

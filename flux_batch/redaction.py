@@ -51,6 +51,12 @@ def redact(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _public_value(key, value) for key, value in options.items()}
 
 
+def without_redacted(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return redacted storage options without what was redacted, which the environment may have."""
+    kept = {key: value for key, value in options.items() if value != REDACTED}
+    return {key: without_redacted(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+
+
 def _public_value(key: str, value: Any) -> Any:
     if key not in _PUBLIC_OPTIONS:
         return REDACTED

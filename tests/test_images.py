@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flux_batch.config.schema import ImageConfig
-from flux_batch.images import AI_SOURCE_TYPE, SUFFIXES, Pixels, encode, read_provenance
+from flux_batch.images import AI_SOURCE_TYPE, SUFFIXES, Pixels, decode, difference, encode, read_provenance
 from helpers.fakes import fake_image
 
 TYPES = ["png", "jpeg", "webp"]
@@ -157,3 +157,14 @@ def test_an_image_of_another_program_has_no_provenance(image_type: str) -> None:
 
 def test_every_type_has_its_suffix() -> None:
     assert dict(SUFFIXES) == {"png": "png", "jpeg": "jpg", "webp": "webp"}
+
+
+def test_the_distance_of_two_images_is_in_levels() -> None:
+    dark, light = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    one_off = dark.copy()
+    one_off[0, 0, 0] = 12
+    assert difference(dark, light) == (255, 255.0, 0.0)
+    assert difference(one_off, dark) == difference(dark, one_off) == (12, 0.25, pytest.approx(43.36, abs=1e-2))
+    assert difference(dark, dark) == (0, 0.0, None)
+    assert difference(dark, dark[:2]) is None
+    assert difference(decode(encoded("png")), image()) == (0, 0.0, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flux_batch.errors import StoreError
-from flux_batch.redaction import REDACTED, plain_text, public_text, public_uri, redact
+from flux_batch.redaction import REDACTED, plain_text, public_text, public_uri, redact, without_redacted
 
 
 @pytest.mark.parametrize(
@@ -57,4 +57,9 @@ def test_options_are_written_by_a_list_of_those_that_are_public() -> None:
         "anon": REDACTED,
         "use_ssl": True,
         "client_kwargs": {"region_name": "eu", "headers": REDACTED, "profile": {"hush": REDACTED}},
+    }
+    assert without_redacted(redact(options)) == {
+        "endpoint_url": "https://host:9000/x",
+        "use_ssl": True,
+        "client_kwargs": {"region_name": "eu", "profile": {}},
     }

@@ -1,11 +1,12 @@
 """A run read from its output alone, without job file, prompts or secrets.
 
-It is for code that reads the result of a run: verify, gallery.
+It is for code that reads the result of a run: verify, gallery, reproduce, compare.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Any
 from flux_batch.config.schema import JobConfig
 from flux_batch.errors import JobError, NotFound, StoreError
 from flux_batch.output.commits import Commits
-from flux_batch.output.formats import OutputFormat, format_for, iter_images
+from flux_batch.output.formats import DECODE_ERRORS, OutputFormat, format_for, iter_images
 from flux_batch.output.lease import Lease
 from flux_batch.output.metadata import unpack_metadata, with_quality
-from flux_batch.output.paths import JOB, PLAN, RunFolder, metadata_file
+from flux_batch.output.paths import JOB, PLAN, TRAIN, RunFolder, is_within, metadata_file
 from flux_batch.plan.plan import Outline
 from flux_batch.storage.store import Store
 
@@ -81,6 +82,24 @@ class SavedRun:
         files = [file.path for file in self.commits.read(shard).files if file.path != metadata_file(self.name(shard))]
         local: Mapping[str, Path] = {path: self.store.local_file(path, scratch) for path in files}
         return iter_images(self.output_format, self.name(shard), local) if local else iter(())
+
+    def image(self, row: Mapping[str, Any]) -> bytes | None:
+        """Read the encoded bytes of an image by its metadata row; None if its file is missing or damaged.
+
+        Little is read of other images. Raises: StoreError.
+        """
+        key, file_name = row["key"], str(row["file_name"])
+        if not is_within(file_name, TRAIN):  # rows are data, and may say anything
+            return None
+        try:
+            data = dict(self.output_format.read_images(self.store, file_name, {key: row["bytes"]})).get(key, b"")
+        except NotFound:
+            return None
+        except StoreError:
+            raise
+        except DECODE_ERRORS:
+            return None
+        return data if hashlib.sha256(data).hexdigest() == row["sha256"] else None
 
 
 @contextmanager

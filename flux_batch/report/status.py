@@ -37,8 +37,8 @@ def read_status(store: Store) -> dict[str, Any]:
         "num_failed": totals.num_failed,
         "num_annotated": {name: len(AnnotationFolder(run, name).commits.done()) for name in annotation_names(run)},
         "is_complete": store.exists(SUCCESS),
-        "progress": _read_json(store, PROGRESS),
-        "precision": _read_json(store, PRECISION),
+        "progress": read_json(store, PROGRESS),
+        "precision": read_json(store, PRECISION),
         "driver": None if holder is None else _driver(holder),
     }
 
@@ -96,7 +96,8 @@ def _driver_line(driver: dict[str, Any], now: float) -> str:
     return line if seen_s <= driver["ttl_s"] else f"{line}: it seems to be gone; `run` takes over"
 
 
-def _read_json(store: Store, key: str) -> dict[str, Any] | None:
+def read_json(store: Store, key: str) -> dict[str, Any] | None:
+    """Read an object of JSON; None if it is not there, or damaged. Raises: StoreError."""
     try:
         return dict(json.loads(store.read(key)))
     except (NotFound, ValueError):

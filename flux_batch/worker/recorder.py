@@ -1,4 +1,4 @@
-"""The metadata record of a requested image, made or failed.
+"""The metadata record of a requested image, made or failed; and the way back, from a record to its task.
 
 Knows requests, records and the job; does not know how images are made or where they lie.
 """
@@ -11,15 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flux_batch.config.schema import ModelConfig
-from flux_batch.errors import FluxBatchError, one_line
+from flux_batch.config.schema import JobConfig, ModelConfig, SamplingConfig
+from flux_batch.errors import FluxBatchError, JobError, RowError, one_line
 from flux_batch.output.formats import OutputFormat
 from flux_batch.output.paths import image_key
-from flux_batch.records import FailedRow, ImageRecord, LoraUse
+from flux_batch.prompts.input_images import load_images
+from flux_batch.records import IMAGE_COLUMNS, FailedRow, ImageRecord, ImageRequest, InputImage, LoraUse, RowImages
 from flux_batch.redaction import public_uri
 from flux_batch.sampling_params import SAMPLING_FIELDS, SamplingParams
 from flux_batch.worker.batches import ImageTask
-from flux_batch.worker.generate import ImageOutcome
+from flux_batch.worker.generate import SMALL_TILES, ImageOutcome, Tiles
 
 # A message is a line in a table, not a log.
 _MAX_MESSAGE_LENGTH = 1000
@@ -124,3 +125,85 @@ def message_of(error: Exception) -> str:
     if isinstance(error, FluxBatchError) or not frames:
         return line
     return f"{line} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
+
+
+def recorded_task(row: Mapping[str, Any], config: JobConfig) -> ImageTask:
+    """Return the task of an image that was made, from its metadata row.
+
+    The images of its row are read. Its seed is that of the try that was kept. A setting that older metadata lacks has
+    its default.
+    Raises: JobError if the row does not say enough, or if one of its images cannot be read; StoreError.
+    """
+    sampling = {name: row.get(name, field.default) for name, field in SAMPLING_FIELDS.items()}
+    request = ImageRequest(
+        row=0,
+        id=row["id"],
+        prompt=row["prompt"],
+        sampling=SamplingParams(**sampling),
+        seeds=(row["seed"],),
+        images=_recorded_images(row),
+        loras=_recorded_loras(row, config.model),
+    )
+    if not request.images.counts:
+        return ImageTask(request, 0)
+    options, resize = config.prompts.storage_options, config.sampling.resize_references
+    try:
+        images = load_images(request.images, options, (row["width"], row["height"]), resize_references=resize)
+    except RowError as error:
+        raise JobError(f"{row['key']}: {error}") from error
+    return ImageTask(request, 0, images)
+
+
+def recorded_tiles(row: Mapping[str, Any], sampling: SamplingConfig) -> Tiles | None:
+    """Return the tiles in which an image was decoded: those of its job, or small ones to save memory."""
+    size = row.get("tile_size")
+    if size is None:
+        return None
+    of_job = Tiles.of(sampling)
+    return of_job if of_job and of_job.size == size else Tiles(size, SMALL_TILES.stride)
+
+
+def _recorded_images(row: Mapping[str, Any]) -> RowImages:
+    """Return the images that an image was made from. Raises: JobError if a name is not enough to find one."""
+    found: dict[str, Any] = {}
+    for column in IMAGE_COLUMNS:
+        if names := row.get(column):
+            is_several = isinstance(getattr(RowImages(), column), tuple)
+            images = [_recorded_image(row, name, column) for name in (names.split(", ") if is_several else [names])]
+            found[column] = tuple(images) if is_several else images[0]
+    return RowImages(**found)
+
+
+def _recorded_image(row: Mapping[str, Any], name: str, column: str) -> InputImage:
+    if name.startswith("sha256:"):
+        raise JobError(
+            f"{row['key']}: cannot be made again: its {column} was inside its row, and the metadata has only its hash"
+        )
+    _check_is_full(row, name, column)
+    return InputImage(name=name, uri=name, column=column)
+
+
+def _recorded_loras(row: Mapping[str, Any], model: ModelConfig) -> tuple[LoraUse, ...]:
+    """Return the LoRAs of an image: none, one by its name, or all of its job.
+
+    Raises: JobError if a name is not enough to find one.
+    """
+    name, scale = row.get("lora"), row.get("lora_scale")
+    if not name:
+        return ()
+    of_job = tuple(LoraUse(name=lora.name, uri=lora.uri, scale=lora.scale) for lora in model.loras)
+    if scale is None:
+        return of_job
+    uris = {lora.name: lora.uri for lora in of_job}
+    if name not in uris:
+        _check_is_full(row, name, "lora")
+    return (LoraUse(name=name, uri=uris.get(name, name), scale=scale),)
+
+
+def _check_is_full(row: Mapping[str, Any], name: str, column: str) -> None:
+    """Raise JobError for a relative name: the metadata does not say of which prompts file its row is."""
+    if not name.startswith("/") and "://" not in name:
+        raise JobError(
+            f"{row['key']}: cannot be made again: its {column} {name} is relative to its prompts file, which the "
+            "metadata does not name"
+        )
