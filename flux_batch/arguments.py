@@ -132,6 +132,20 @@ def parser() -> argparse.ArgumentParser:
     _add_json(command)
 
     command = _command(
+        commands,
+        "compare",
+        "show what differs between two runs: settings, images, scores",
+        "out/cats out/cats-28-steps",
+        "out/cats out/cats-28-steps --images 0 --json",
+    )
+    _add_output(command)
+    command.add_argument("other", metavar="OTHER_URI", help="the output of another run")
+    command.add_argument(
+        "--images", type=int, default=10, metavar="N", help="decode N of the images that differ (default 10)"
+    )
+    _add_json(command)
+
+    command = _command(
         commands, "verify", "read all committed data again, and report errors", "out/cats", "out/cats --repair"
     )
     _add_output(command)

@@ -226,6 +226,16 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from flux_batch.report.compare import compare_runs
+
+    if arguments.images < 0:
+        raise JobError(f"--images {arguments.images}: must be 0 or more")
+    found = compare_runs(_store(arguments), _store(arguments, arguments.other), arguments.images)
+    _show(arguments, found.to_json(), found.text)
+    return 0
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from flux_batch.report.saved_run import opened_run
     from flux_batch.report.verify import format_verdict, repair, verify
@@ -350,12 +360,15 @@ def _show(arguments: argparse.Namespace, data: dict[str, Any], text: str) -> Non
     _print(json.dumps(data) if arguments.json else text)
 
 
-def _store(arguments: argparse.Namespace) -> Store:
-    """Return the store of an output. Raises: JobError that names the output, for a job file in its place."""
+def _store(arguments: argparse.Namespace, uri: str | None = None) -> Store:
+    """Return the store of an output, or of another one.
+
+    Raises: JobError that names the output, for a job file in its place.
+    """
     from flux_batch.config.text import load_yaml
     from flux_batch.storage.store import Store
 
-    uri = arguments.output
+    uri = arguments.output if uri is None else uri
     if uri.endswith((".yaml", ".yml")) and Path(uri).is_file():
         tree = load_yaml(Path(uri).read_text(), uri)
         output = tree.get("output") if isinstance(tree, dict) else None
@@ -391,6 +404,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "gallery": _gallery,
     "report": _report,
     "reproduce": _reproduce,
+    "compare": _compare,
     "verify": _verify,
     "select": _select,
     "export": _export,

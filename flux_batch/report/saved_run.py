@@ -6,7 +6,7 @@ It is for code that reads the result of a run: verify, gallery, reproduce, compa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
