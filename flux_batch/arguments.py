@@ -207,6 +207,13 @@ def parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "schema", "show the JSON Schema of the job file, for editors and agents")
 
+    command = _command(
+        commands,
+        "skill",
+        "show a page for coding agents: what to run, what to read, exit codes",
+        "> .claude/skills/flux-batch/SKILL.md",
+    )
+
     command = _command(commands, "bench", "measure the speed on this machine, beside alternatives", "pipeline")
     add_bench(command)
     for each in commands.choices.values():

@@ -308,6 +308,11 @@ def _schema(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _skill(arguments: argparse.Namespace) -> int:
+    _print(Path(__file__).with_name("SKILL.md").read_text(encoding="utf-8").rstrip())
+    return 0
+
+
 def _version() -> int:
     from flux_batch.report.summary import installed_versions
 
@@ -413,6 +418,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "annotate": _annotate,
     "download": _download,
     "schema": _schema,
+    "skill": _skill,
     "bench": _bench,
 }
 

@@ -39,6 +39,7 @@ def test_the_command_line_helps_itself(tmp_path: Path, capsys: pytest.CaptureFix
     assert (code, out.startswith("flux-batch "), ", torch " in out) == (0, True, True)
     schema = json.loads(flux_batch(capsys, "schema")[1])
     assert {"prompts", "output", "model"} <= schema["properties"].keys()
+    assert flux_batch(capsys, "skill")[1].startswith("---\nname: flux-batch\n")
     job = write_job(make_job(tmp_path), tmp_path / "job.yaml")
     err = flux_batch(capsys, "plan", job, "--set", "sampling.widht=512")[2]
     assert err == "flux-batch: --set sampling.widht: unknown key; did you mean 'width'?\n"

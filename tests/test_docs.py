@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("flux_batch", "jobs", "cluster", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 MAX_README_LINES = 180
+MAX_SKILL_LINES = 80
 # What a fragment of a job file lacks.
 MINIMAL: dict[str, Any] = {"prompts": {"uri": "demo"}, "output": {"uri": "out"}, "model": {"uri": "demo"}}
 LANGUAGES = {"sh", "yaml", "json", "python", "text"}
@@ -433,4 +434,13 @@ def test_pages_and_their_images_are_not_packed() -> None:
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packed = [path for pattern in tools["package-data"]["flux_batch"] for path in (ROOT / "flux_batch").glob(pattern)]
     assert {path.suffix for path in packed} >= {".parquet", ".safetensors"}
-    assert [path for path in packed if path.suffix in (".md", ".webp")] == []
+    assert [path.name for path in packed if path.suffix in (".md", ".webp")] == ["SKILL.md"]  # which a command prints
+
+
+def test_the_page_for_agents_has_the_exit_codes_and_keys_of_a_skill() -> None:
+    page = Page((ROOT / "flux_batch/SKILL.md").read_text())
+    _, head, text = page.text.split("---\n", 2)
+    assert set(yaml.safe_load(head)) == {"name", "description"}
+    codes = [row[0] for row in rows_of(ROOT / "README.md", "## Exit codes")]
+    assert [row[0] for row in rows_of(ROOT / "flux_batch/SKILL.md", "## Exit codes")] == codes
+    assert len(text.splitlines()) <= MAX_SKILL_LINES
