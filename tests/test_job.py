@@ -59,7 +59,9 @@ def test_the_report_tells_the_next_stage_what_the_run_came_to(tmp_path: Path) ->
 
     with pytest.raises(Interrupted, match="1 of 2 shards are committed"):
         run(config, engine=LocalEngine(), make_pipeline=lambda model: Stopping(), stop=stop)
-    render(config)
+    page = render(config)._repr_html_()
+    assert "<caption>flux-batch: exit code 0</caption><tr><th>images</th><td>8, 6 of them failed</td></tr>" in page
+    assert "<tr><th>failed: RowError</th><td>2</td></tr>" in page
     report = json.loads((tmp_path / "out/_run/report.json").read_text())
     assert (report["num_images"], report["num_failed"], report["exit_code"], report["is_complete"]) == (8, 6, 0, True)
     assert report["failures"] == {"InvalidSetting": 2, "RowError": 2, "RuntimeError": 2}

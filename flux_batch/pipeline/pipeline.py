@@ -118,6 +118,10 @@ class FluxImagePipeline:
         self.encoders = apply_offload([clip.model, t5.model] if self.offloads_text_encoders else [], self.device)
         self.texts = TextCache(self.encode_text, on_device=self.encoders.on_device)
 
+    def __repr__(self) -> str:
+        precision = self.precision
+        return f"FluxImagePipeline({precision['dtype']}, quantization {precision['quantization']}, {self.kernels})"
+
     @classmethod
     def from_model_manager(
         cls,

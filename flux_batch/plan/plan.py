@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from html import escape
 from random import SystemRandom
 
 import pyarrow as pa
@@ -28,9 +29,11 @@ from flux_batch.prompts.source import PromptSource
 from flux_batch.records import FileRange
 
 _READER_THREADS = 16
+# Shards that a notebook shows of a plan.
+_SHARDS_SHOWN = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """The shards of a run in order, its files, and the types of passthrough columns.
 
@@ -44,6 +47,21 @@ class Plan:
     rules: int = LISTING_RULES
     lists: str = ""
     notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def __repr__(self) -> str:
+        return f"Plan({self.num_prompts} prompts of {len(self.files)} files in {len(self.shards)} shards)"
+
+    def _repr_html_(self) -> str:
+        """Return the first shards as a table, for a notebook."""
+        parts = [(shard.index, part) for shard in self.shards[:_SHARDS_SHOWN] for part in shard.parts]
+        rows = "".join(
+            f"<tr><td>{index}</td><td>{escape(part.name)}</td><td>{part.start}</td><td>{part.num_rows}</td></tr>"
+            for index, part in parts
+        )
+        head = "<tr><th>shard</th><th>file</th><th>first row</th><th>rows</th></tr>"
+        left = len(self.shards) - _SHARDS_SHOWN
+        more = f'<tr><td colspan="4">and {left} more shards</td></tr>' if left > 0 else ""
+        return f"<table><caption>{escape(repr(self))}</caption>{head}{rows}{more}</table>"
 
     @property
     def num_prompts(self) -> int:

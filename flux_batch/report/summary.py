@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any
 
 from flux_batch.output.commit_log import CommitLog
@@ -67,10 +68,28 @@ class RunReport:
         left = "" if self.is_complete else f"; {self.num_shards - self.num_committed} shards are missing"
         return f"{self.name}: {self.num_images - self.num_failed} images, {self.num_failed} failed; {made}{left}"
 
+    @property
+    def images_per_s(self) -> float | None:
+        """The speed of this invocation; None if it took no time."""
+        return round(self.num_new_images / self.wall_s, 4) if self.wall_s else None
+
+    def _repr_html_(self) -> str:
+        """Return the report as a table, for a notebook."""
+        rows = {
+            "images": f"{self.num_images}, {self.num_failed} of them failed",
+            **{f"failed: {error_type}": str(number) for error_type, number in self.failures.items()},
+            "shards": f"{self.num_committed} of {self.num_shards} committed",
+            "made now": f"{self.num_new_images} in {self.wall_s:.1f} s, {self.images_per_s or 0:.3g} images/s",
+            "output": self.output,
+            **{f"error {number}": error for number, error in enumerate(self.errors, start=1)},
+        }
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
+        return f"<table><caption>{escape(self.name)}: exit code {self.exit_code}</caption>{cells}</table>"
+
     def to_json(self) -> bytes:
         """Return the report as JSON, for the next stage."""
         fields = asdict(self) | {
-            "images_per_s": round(self.num_new_images / self.wall_s, 4) if self.wall_s else None,
+            "images_per_s": self.images_per_s,
             "gpu_s_of_run": round(self.device_s_of_run * self.num_gpus, 3),
             "is_complete": self.is_complete,
             "exit_code": self.exit_code,

@@ -341,6 +341,10 @@ def test_a_image_that_overflowed_is_an_error_and_not_black(repository: Path) -> 
         broken("x", seed=0, **SMALL)
 
 
+def test_a_pipeline_says_what_it_is(pipe: FluxImagePipeline) -> None:
+    assert repr(pipe).startswith("FluxImagePipeline(float32, quantization none, cpu")
+
+
 def test_numbers_of_numpy_are_numbers(pipe: FluxImagePipeline) -> None:
     size = {name: np.int64(value) for name, value in SMALL.items()}
     arrays = [pipe("x", seed=seed, output_type="np", **kind) for seed, kind in ((7, SMALL), (np.int64(7), size))]

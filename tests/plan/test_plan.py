@@ -379,3 +379,14 @@ def test_a_changed_file_is_no_new_one(tmp_path: Path) -> None:
     with pytest.raises(PlanMismatch, match=r"a\.parquet: was") as caught:
         Plan.from_parquet(plan.to_parquet(), files, new_files=True)
     assert "b.parquet" not in str(caught.value)
+
+
+def test_a_notebook_shows_the_first_shards(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "a<b>.parquet", 45)
+    plan = make_plan(prompts(tmp_path), 2)
+    assert repr(plan) == "Plan(45 prompts of 1 files in 23 shards)"
+    page = plan._repr_html_()
+    assert page.count("<td>a&lt;b&gt;.parquet</td>") == 20
+    assert "<tr><td>19</td><td>a&lt;b&gt;.parquet</td><td>38</td><td>2</td></tr>" in page
+    assert page.endswith('<tr><td colspan="4">and 3 more shards</td></tr></table>')
+    assert "more shards" not in make_plan(prompts(tmp_path), 3)._repr_html_()
