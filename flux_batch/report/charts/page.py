@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -68,10 +69,16 @@ def _facts(figures: Figures) -> list[tuple[str, Any]]:
         ("from first to last shard", duration(took_s) if times else ""),
         ("pipelines at work", duration(figures.device_s)),
         ("GPU time", duration(figures.device_s * gpus) if (gpus := figures.report.get("num_gpus")) else ""),
-        ("model", " ".join(str(value) for value in figures.report.get("model", {}).values() if value)),
+        ("model", _model(figures.report.get("model", {}))),
         ("versions", ", ".join(f"{name} {value}" for name, value in figures.report.get("versions", {}).items())),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _model(settings: Mapping[str, Any]) -> str:
+    """Return the address of the model, and those of its settings that say something."""
+    said = {name: value for name, value in settings.items() if value and value not in ("auto", "none")}
+    return ", ".join([str(said.pop("uri", "")), *(f"{name} {value}" for name, value in said.items())])
 
 
 def _bytes(number: int) -> str:
