@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from flux_batch.output.paths import REPORT_PAGE
 from flux_batch.report.charts.drawing import WIDTH, bars, histogram, lanes, throughput
 from flux_batch.report.charts.figures import Figures, read_figures
 from flux_batch.report.gallery.chunks import write_file
 from flux_batch.report.gallery.page import plain
 from flux_batch.report.progress import duration
+from flux_batch.report.template import load_template
 from flux_batch.storage.store import Store
 
 
@@ -26,18 +25,9 @@ def write_report_page(store: Store) -> str:
 
 
 def _render(figures: Figures) -> str:
-    environment = Environment(
-        loader=PackageLoader("flux_batch.report", "charts"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["plain"] = plain
     timed = [each for each in figures.shards if each.started]
     again = [each for each in figures.shards if each.attempt > 1]
-    return environment.get_template("page.html").render(
+    return load_template("charts", "page.html", plain=plain).render(
         figures=figures,
         facts=_facts(figures),
         timed=timed,

@@ -8,16 +8,14 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 from urllib.parse import quote
-
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from flux_batch.images import SUFFIXES
 from flux_batch.output.paths import TRAIN
 from flux_batch.report.gallery.content import Gallery
 from flux_batch.report.gallery.rows import Row
+from flux_batch.report.template import load_template
 
 _MAX_LENGTH = 300
 # Columns that are shown as facts of every image, by name, or not at all since they matter to the data set only.
@@ -34,29 +32,17 @@ def render_page(gallery: Gallery) -> str:
     """Return the page as HTML. It has no date: the same run gives the same bytes."""
     rows = [each.row for each in gallery.images if not each.problem]
     own, common = _split_columns(rows, gallery.columns)
-    return _template().render(gallery=gallery, own=own, common=common)
-
-
-@cache
-def _template() -> Template:
-    """Load page.html. A name in it that does not exist is an error."""
-    environment = Environment(
-        loader=PackageLoader("flux_batch.report", "gallery"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+    template = load_template(
+        "gallery",
+        "page.html",
+        base64=_base64,
+        facts=_facts,
+        link=_link,
+        plain=plain,
+        thousands=_thousands,
+        values_of=_values_of,
     )
-    environment.filters |= {
-        "base64": _base64,
-        "facts": _facts,
-        "link": _link,
-        "plain": plain,
-        "thousands": _thousands,
-        "values_of": _values_of,
-    }
-    return environment.get_template("page.html")
+    return template.render(gallery=gallery, own=own, common=common)
 
 
 def _split_columns(rows: Sequence[Row], asked: Sequence[str] | None) -> tuple[list[str], list[tuple[str, Any]]]:

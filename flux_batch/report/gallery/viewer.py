@@ -6,16 +6,14 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.resources import files
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from flux_batch.output.paths import GALLERY
 from flux_batch.report.gallery.chunks import WrittenChunks
 from flux_batch.report.gallery.content import RunSize
 from flux_batch.report.gallery.page import plain
+from flux_batch.report.template import load_template
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +28,7 @@ class ShownRun(RunSize):
 def render_viewer(runs: Sequence[ShownRun], columns: Sequence[str] | None) -> str:
     """Return the page of a run, or of two side by side, as HTML. It has no date: the same run gives the same bytes."""
     style, script = _source("viewer.css"), _source("viewer.js")
-    return _template().render(
+    return load_template("gallery", "viewer.html").render(
         runs=[_described(run) for run in runs],
         chunks=[(run.folder, key.removeprefix(f"{GALLERY}/")) for run in runs for key in run.chunks.rows],
         columns=columns,
@@ -52,19 +50,6 @@ def _described(run: ShownRun) -> dict[str, Any]:
         "num_failed": run.num_failed,
         "original": run.original,
     }
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("flux_batch.report", "gallery"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("viewer.html")
 
 
 def _source(name: str) -> str:
