@@ -20,15 +20,14 @@ from huggingface_hub import snapshot_download
 
 from flux_batch import FluxImagePipeline, ModelManager, download_models
 from flux_batch.download import hub_cache, transfer
-from flux_batch.download.models import absolute_model_uri, find_local_model, local_model, local_path, source_kind
-from flux_batch.errors import CheckpointError, NotFound, StoreError, StoreRefused
+from flux_batch.download.models import absolute_model_uri, local_model, local_path, source_kind
+from flux_batch.errors import CheckpointError, StoreError, StoreRefused
 from flux_batch.storage import retry
 from helpers.counting_proxy import counting_proxy
 from helpers.hub_server import COMMIT, TOKEN, Hub
 from helpers.s3 import S3Server
 from helpers.tiny_flux import make_tiny_repository
 from helpers.waiting import PATIENCE_S, wait_until
-from helpers.web_server import web_server
 
 HF = "black-forest-labs/FLUX.1-dev"
 MODELSCOPE = "AI-ModelScope/FLUX.1-dev"
@@ -491,22 +490,3 @@ from flux_batch.download import hub_cache, transfer
 transfer.CHUNK_BYTES = 65_536
 print(local_model(sys.argv[1], json.loads(sys.argv[2])))
 """
-
-
-def test_a_web_address_that_answers_with_weights_is_a_file_whatever_its_name() -> None:
-    """As Civitai's are: /api/download/models/1080034?type=Model&format=SafeTensor."""
-    header = json.dumps({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}).encode()
-    data = len(header).to_bytes(8, "little") + header + b"abcd"
-    with web_server() as server:
-        lora = server.at("/api/download/models/1080034?type=Model&format=SafeTensor", data)
-        page = server.at("/api/download/models/2?type=Model", b"<html>log in</html>")
-
-        assert find_local_model(lora) is None
-        path = local_path(lora)
-        num_asked = len(server.asked)
-
-        assert path.read_bytes() == data
-        assert find_local_model(lora) == local_path(lora) == path
-        assert len(server.asked) == num_asked
-        with pytest.raises(NotFound, match=r"/models/2: answers neither with a safetensors file nor with a list"):
-            local_path(page)
