@@ -111,8 +111,8 @@ class PromptsConfig(_Section):
     """The prompt of each row, made of its columns: `A {{ animal }}`; or a mapping, with a template for each of several
     fields of a row: `{prompt: "A {{ animal }}", width: "{{ 2 * height }}"}`."""
     wildcards: Wildcards = False
-    """Whether choices such as `{red|blue}` in prompts are drawn; a folder of text files adds `__animal__`, a line of
-    its `animal.txt`."""
+    """Draw choices such as `{red|blue}` in prompts; a folder of text files adds `__animal__`, a line of its
+    `animal.txt`."""
     design: Literal["random", "grid", "balanced"] = "random"
     """The way `rows` are drawn: each by itself, all combinations in turn, or with the shares of the weights."""
     limit: int | None = Field(default=None, ge=1)
@@ -355,7 +355,7 @@ class QualityConfig(_Section):
     """A score that images should reach, and further tries for those that do not."""
 
     score: str = Field(min_length=1)
-    """What judges an image: a built-in annotator, `NAME.COLUMN` if not by its first column; or `module:factory`."""
+    """The judge of an image: a built-in annotator, `NAME.COLUMN` if not by its first column; or `module:factory`."""
     at_least: float
     """The least score of an image that is accepted."""
     max_tries: int = Field(default=4, ge=1, le=100)
@@ -363,7 +363,7 @@ class QualityConfig(_Section):
     keep: Literal["first", "best"] = "first"
     """`first` keeps the first image that is accepted, or else the best; `best` makes all tries and keeps the best."""
     otherwise: Literal["keep", "fail"] = "keep"
-    """What becomes of an image that no try made good: it is kept with `accepted` false, or it is a failed row."""
+    """The end of an image that no try made good: it is kept with `accepted` false, or it is a failed row."""
     options: dict[str, Any] = {}
     """Options of the annotator."""
     accept_rate: float | None = Field(default=None, gt=0, le=1)

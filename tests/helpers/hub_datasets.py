@@ -195,7 +195,7 @@ def dataset_hub() -> Iterator[DatasetHub]:
 
 
 def publish_to(hub: DatasetHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let huggingface_hub of this process talk to `hub`, by plain LFS and without long waits."""
+    """Point huggingface_hub of this process at `hub`, by plain LFS and without long waits."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _detect_agent, _http
 

@@ -55,7 +55,7 @@ def vision_server(answer: Callable[[dict[str, Any], int], str | int]) -> Iterato
             self.wfile.write(data)
 
         def log_message(self, *_: Any) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

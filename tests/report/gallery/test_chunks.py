@@ -24,7 +24,7 @@ HOSTILE = ["</script><script>alert(1)</script>", 'it\'s \\ "quoted" \u2028 \x00 
 
 
 class Loaded:
-    """What a page has loaded of a run: rows, and thumbnails by key."""
+    """The rows, and thumbnails by key, that a page has loaded of a run."""
 
     def __init__(self, output: Path, folder: str = "run") -> None:
         self.rows: list[dict[str, Any]] = []
