@@ -49,6 +49,19 @@ async def list_folder(fs: Any, folder: str) -> list[str]:
     return [entry["name"] for entry in await fs._lsdir(folder.rstrip("/"), delimiter="")]
 
 
+async def names_after(fs: Any, folder: str, after: str) -> list[str]:
+    """Return the names in a folder that sort behind `after`, by one request for each 1,000."""
+    _, prefix, _ = fs.split_path(f"{folder}/")
+    where = {"StartAfter": f"{prefix}{after}"} if after else {}
+    names: list[str] = []
+    while True:
+        page = await ask_bucket(fs, "list_objects_v2", folder, Prefix=prefix, Delimiter="/", **where)
+        names += [one["Key"].removeprefix(prefix) for one in page.get("Contents", ())]
+        if not page.get("IsTruncated"):
+            return [name for name in names if name]
+        where = {"ContinuationToken": page["NextContinuationToken"]}
+
+
 async def delete_many(fs: Any, paths: Sequence[str]) -> Sequence[str]:
     """Remove objects of one bucket by one request, at most MAX_DELETES. Returns: those that it did not remove."""
     objects = [{"Key": fs.split_path(path)[1]} for path in paths]

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
@@ -24,12 +24,11 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused, one_line
+from flux_batch.storage import s3
 from flux_batch.storage.errors import FULL_ERRNOS, NO_BUCKET, code, is_transient, origin, said, status
 from flux_batch.storage.hard_link import create
 from flux_batch.storage.multipart import Upload, abort, list_uploads, put_in_parts, put_whole
 from flux_batch.storage.retry import RetryPolicy
-from flux_batch.storage.s3 import MAX_DELETES, delete_many, is_s3, is_there, keeps_versions, list_folder, read_whole
-from flux_batch.storage.s3_listing import names_after
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ class Store:
     ) -> None:
         self.uri = uri.rstrip("/") or uri
         self._fs, path = open_filesystem(self.uri, storage_options or {}, num_retries=0)
-        if is_s3(self._fs):
+        if s3.is_s3(self._fs):
             self._fs.retries = 1  # tries, those of s3fs
         self._root = path.rstrip("/")
         self._is_local = isinstance(self._fs, LocalFileSystem)
@@ -131,8 +130,8 @@ class Store:
 
     def read(self, key: str) -> bytes:
         """Read a whole object. Raises: NotFound."""
-        if is_s3(self._fs):
-            return self._call(key, "read", lambda: self._await(read_whole(self._fs, self._path(key))))
+        if s3.is_s3(self._fs):
+            return self._call(key, "read", lambda: self._await(s3.read_whole(self._fs, self._path(key))))
         return self._call(key, "read", lambda: bytes(self._ask("cat_file", self._path(key))))
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
@@ -177,18 +176,13 @@ class Store:
     def list(self, prefix: str) -> list[str]:
         """Return the keys under a folder, sorted; an absent folder is empty."""
 
-        def find() -> list[str]:
-            try:
-                if is_s3(self._fs):
-                    return self._await(list_folder(self._fs, self._path(prefix)))
-                return self._ask("find", self._path(prefix))  # type: ignore[no-any-return]
-            except FileNotFoundError as error:
-                if code(error) == NO_BUCKET:
-                    raise
-                return []
+        def find() -> Sequence[str]:
+            if s3.is_s3(self._fs):
+                return self._await(s3.list_folder(self._fs, self._path(prefix)))
+            return self._ask("find", self._path(prefix))  # type: ignore[no-any-return]
 
         folder, start = self._path(prefix).rstrip("/"), len(self._root) + 1
-        paths = map(str, self._call(prefix, "list", find))
+        paths = map(str, self._listed(prefix, find))
         # s3fs lists the folder itself if somebody puts the first object into it meanwhile.
         return sorted(path[start:] for path in paths if path.startswith(f"{folder}/"))
 
@@ -198,33 +192,22 @@ class Store:
         Those up to `after` are left out; S3 does not list them then. An absent folder is empty.
         """
 
-        def find() -> Iterable[str]:
-            try:
-                if is_s3(self._fs):
-                    return self._await(names_after(self._fs, self._path(folder), after))
-                if self._is_local:
-                    with os.scandir(self._path(folder)) as entries:
-                        return [entry.name for entry in entries if entry.name > after and entry.is_file()]
-                return [name for name, size in self.children(folder).items() if size is not None]
-            except FileNotFoundError as error:
-                if code(error) == NO_BUCKET:
-                    raise
-                return []
+        def find() -> Sequence[str]:
+            if s3.is_s3(self._fs):
+                return self._await(s3.names_after(self._fs, self._path(folder), after))
+            with os.scandir(self._path(folder)) as entries:
+                return [entry.name for entry in entries if entry.name > after and entry.is_file()]
 
-        return sorted(name for name in self._call(folder, "list", find) if name > after)
+        if s3.is_s3(self._fs) or self._is_local:
+            names = self._listed(folder, find)
+        else:
+            names = [name for name, size in self.children(folder).items() if size is not None]
+        return sorted(name for name in names if name > after)
 
     def children(self, folder: str) -> dict[str, int | None]:
         """Return the names directly in a folder: the size of each object in bytes, None for a folder in it."""
-
-        def ls() -> list[dict[str, Any]]:
-            try:
-                return list(self._ask("ls", self._path(folder), detail=True))
-            except FileNotFoundError as error:
-                if code(error) == NO_BUCKET:
-                    raise
-                return []
-
-        entries = ((entry["name"].rstrip("/"), entry) for entry in self._call(folder, "list", ls))
+        found = self._listed(folder, lambda: list(self._ask("ls", self._path(folder), detail=True)))
+        entries = ((entry["name"].rstrip("/"), entry) for entry in found)
         return {
             path.rpartition("/")[2]: int(entry["size"]) if entry["type"] == "file" else None
             for path, entry in entries
@@ -261,8 +244,8 @@ class Store:
 
     def delete_many(self, keys: Sequence[str]) -> None:
         """Remove objects, on S3 by one request for each 1,000 of them. Safe to call twice."""
-        while len(keys) > 1 and is_s3(self._fs) and self._contact.deletes_many:
-            some, keys = keys[:MAX_DELETES], keys[MAX_DELETES:]
+        while len(keys) > 1 and s3.is_s3(self._fs) and self._contact.deletes_many:
+            some, keys = keys[: s3.MAX_DELETES], keys[s3.MAX_DELETES :]
             left = self._call(some[0], "delete", partial(self._delete_at_once, some))
             self._contact.deletes_many = len(left) < len(some)  # some stores do not know the request
             keys = [*left, *keys]
@@ -271,7 +254,7 @@ class Store:
 
     def _delete_at_once(self, keys: Sequence[str]) -> Sequence[str]:
         """Remove objects of S3 by one request. Returns: the keys of those that it did not remove."""
-        left = self._await(delete_many(self._fs, [self._path(key) for key in keys]))
+        left = self._await(s3.delete_many(self._fs, [self._path(key) for key in keys]))
         return [path.removeprefix(f"{self._root}/") for path in left]
 
     def delete_folder(self, prefix: str) -> None:
@@ -284,7 +267,7 @@ class Store:
 
     def unfinished_uploads(self) -> Sequence[Upload]:
         """Return the uploads in parts that were not completed; none where the store does not tell."""
-        if not is_s3(self._fs):
+        if not s3.is_s3(self._fs):
             return ()
         none: Sequence[Upload] = ()
         return self._told("", lambda: self._await(list_uploads(self._fs, self._root)), none)
@@ -300,9 +283,9 @@ class Store:
     @cached_property
     def keeps_versions(self) -> bool:
         """True if what is deleted or replaced remains as an old version; False where the store does not tell."""
-        if not is_s3(self._fs):
+        if not s3.is_s3(self._fs):
             return False
-        return self._told("", lambda: self._await(keeps_versions(self._fs, self._root)), False)
+        return self._told("", lambda: self._await(s3.keeps_versions(self._fs, self._root)), False)
 
     @cached_property
     def has_conditional_put(self) -> bool:
@@ -345,12 +328,25 @@ class Store:
 
     def _look_and_create(self, key: str, data: bytes | Path) -> None:
         """Create an object on a store without conditional writes; a large one is looked up when its parts are there."""
-        if is_s3(self._fs) and _size(data) >= LOOK_LATE_BYTES:
+        if s3.is_s3(self._fs) and _size(data) >= LOOK_LATE_BYTES:
             self._send(key, data, mode="create in parts")
-        elif self._await(is_there(self._fs, self._path(key))) if is_s3(self._fs) else self._is_file(key):
+        elif self._await(s3.is_there(self._fs, self._path(key))) if s3.is_s3(self._fs) else self._is_file(key):
             raise FileExistsError(key)
         else:
             self._send(key, data, mode="overwrite")
+
+    def _listed(self, folder: str, find: Callable[[], Sequence[T]]) -> Sequence[T]:
+        """Run a listing of a folder: an absent one is empty, an absent bucket is an error."""
+
+        def found() -> Sequence[T]:
+            try:
+                return find()
+            except FileNotFoundError as error:
+                if code(error) == NO_BUCKET:
+                    raise
+                return ()
+
+        return self._call(folder, "list", found)
 
     def _create_remote(self, key: str, data: bytes | Path) -> None:
         """Create an object; a refusal counts only if one is there: it may have been deleted since."""
@@ -366,7 +362,7 @@ class Store:
         try:
             if mode == "create in parts":
                 self._await(put_in_parts(self._fs, path, data, self._path(_TURNS), is_conditional=False))
-            elif mode == "create" and is_s3(self._fs):
+            elif mode == "create" and s3.is_s3(self._fs):
                 self._await(put_whole(self._fs, path, data, self._path(_TURNS)))
             elif isinstance(data, Path):
                 self._ask("put_file", str(data), path, mode=mode)
