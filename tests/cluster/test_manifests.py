@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,6 +23,7 @@ from flux_batch.config.text import parse_moment
 from flux_batch.errors import JobError
 from helpers.kuberay_rules import broken_rules, cluster_of, job_of
 from helpers.kuberay_schemas import schema_errors
+from helpers.kuberay_submitter import SHELL, submitter_environment, submitting_line
 
 KUBERAY = Path(__file__).parents[2] / "cluster/kuberay"
 FOLDERS = ("job", "nightly", "interactive", "nightly-cronjob", "example")
@@ -95,6 +98,7 @@ SPOT = "spec/rayClusterSpec/workerGroupSpecs/0"
     [
         (set_at("metadata/name", "x" * 48), "name is too long"),
         (set_at("metadata/name", "2026-cats"), "no label of DNS"),
+        (set_at("metadata/labels", {"kueue.x-k8s.io/queue-name": "gpus"}), "cannot use autoscaling"),
         (set_at("spec/clusterSelector", {"a": "b"}), "a cluster of its own"),
         (set_at("spec/submissionMode", "InteractiveMode"), "a cluster of its own"),
         (set_at("spec/rayClusterSpec", {}), "no cluster to run on"),
@@ -154,7 +158,7 @@ def test_all_have_the_same_cluster() -> None:
 
 
 def command_lines() -> Iterator[str]:
-    """Find every command line that ends in jobs/generate.py and its arguments."""
+    """Find every command line that ends in an entry point of jobs/ and its arguments."""
     for path in FILES:
         manifest = load(path)
         if path.name == "cronjob.yaml":
@@ -167,7 +171,7 @@ def test_the_commands_are_those_of_the_program() -> None:
     lines = list(command_lines())
     assert len(lines) == 3
     for line in lines:
-        before, _, arguments = line.partition("/app/jobs/generate.py ")
+        before, _, arguments = re.split(r"/app/jobs/(generate|rayjob)\.py ", line)
         assert before.endswith("python ")
         given = parser().parse_args(["run", *shlex.split(arguments)])
         assert given.job.startswith("s3://bucket/jobs/")
@@ -175,27 +179,31 @@ def test_the_commands_are_those_of_the_program() -> None:
 
 
 def test_the_day_of_a_nightly_run_reaches_the_command_that_is_submitted(tmp_path: Path) -> None:
-    """KubeRay pastes the entrypoint into `bash -c` of the pod that submits it.
-
-    Source: kuberay 1.7, ray-operator/controllers/ray/common/job.go and rayjob_controller.go.
-    """
+    """KubeRay pastes the entrypoint into a line of bash of the pod that submits it, where its words are evaluated."""
     job = load(KUBERAY / "nightly/raycronjob.yaml")["spec"]["jobTemplate"]
-    (container,) = job["submitterPodTemplate"]["spec"]["containers"]
-    labels = {"metadata.labels['batch.kubernetes.io/job-name']": "flux-batch-nightly-29732760"}
-    env = {each["name"]: labels[each["valueFrom"]["fieldRef"]["fieldPath"]] for each in container["env"]}
+    job["entrypoint"] = job["entrypoint"].replace("/app/", f"{KUBERAY.parents[1]}/")
+    # The job is not known yet, and what is submitted is written down.
+    ray = '#!/bin/sh\ncase "$2" in status) exit 1;; submit) printf "%s\\n" "$@";; esac\n'
+    (tmp_path / "ray").write_text(ray)
+    (tmp_path / "ray").chmod(0o755)
     (tmp_path / "python").symlink_to(sys.executable)
-    line = job["entrypoint"].replace("/app/", f"{KUBERAY.parents[1]}/")
+    name = "flux-batch-nightly-29732760"
+    pod = submitter_environment(job, "http://head:8265", "nightly-x", name)
 
     def submitted(environment: dict[str, str]) -> list[str]:
-        """Return the words that `ray job submit` would get behind its --."""
-        words = ["bash", "-ce", f"printf '%s\\n' {line}"]
+        """Return the words that `ray job submit` gets."""
+        words = [*SHELL, submitting_line(job, "http://head:8265", "nightly-x")]
         path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        return subprocess.run(words, env=path | environment, capture_output=True, text=True, check=True).stdout.split(
-            "\n"
-        )
+        done = subprocess.run(words, env=path | environment, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
 
-    assert submitted(env)[-3:] == ["--logical-date", "2026-07-13T18:00:00+00:00", ""]
-    assert submitted({})[-3:] == ["--logical-date", "", ""]
+    said = submitted(pod)
+    assert said[-2:] == ["--logical-date", "2026-07-13T18:00:00+00:00"]
+    assert json.loads(said[said.index("--runtime-env-json") + 1]) == yaml.safe_load(job["runtimeEnvYAML"])
+    assert submitted({name: value for name, value in pod.items() if name != "SCHEDULED_NAME"})[-2:] == [
+        "--logical-date",
+        "",
+    ]
     with pytest.raises(JobError, match="--logical-date is empty: what should have printed the day failed"):
         parse_moment("")
 
@@ -266,3 +274,18 @@ def test_the_overlay_fits_the_other_folders(folder: str, tmp_path: Path) -> None
     assert "image: flux-batch" not in said
     assert said.count("image: registry.example.com/flux-batch:0.1.0") >= 1
     assert "namespace: rendering" in said
+
+
+def test_a_job_in_a_queue_of_kueue_has_all_its_workers_from_the_start(tmp_path: Path) -> None:
+    if not shutil.which("kubectl"):
+        pytest.skip("kubectl is not installed")
+    shutil.copytree(KUBERAY, tmp_path / "kuberay")
+    overlay = load(KUBERAY / "example/kustomization.yaml") | {"components": ["../kueue"]}
+    (tmp_path / "kuberay/example/kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    words = ["kubectl", "kustomize", str(tmp_path / "kuberay/example")]
+    manifest = yaml.safe_load(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    assert schema_errors(manifest) == []
+    assert broken_rules(manifest) == []
+    assert manifest["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpu-queue"}
+    (group,) = manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert group["minReplicas"] == group["replicas"] == 8

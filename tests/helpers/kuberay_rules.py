@@ -12,6 +12,7 @@ import yaml
 
 from flux_batch.config.schema import FailuresConfig
 
+QUEUE = "kueue.x-k8s.io/queue-name"
 LONGEST_NAME = {"RayCronJob": 36, "RayJob": 47, "RayCluster": 53}
 # What a notice of AWS leaves, and what a driver needs beyond its drain to give its lease back.
 SPOT_NOTICE_S, DRIVER_SPARE_S = 120, 5
@@ -52,6 +53,8 @@ def _broken(manifest: dict[str, Any]) -> Iterator[str]:
         yield from _broken_job(job)
     if cluster := cluster_of(manifest):
         yield from _broken_cluster(cluster)
+        if QUEUE in manifest["metadata"].get("labels", {}) and cluster.get("enableInTreeAutoscaling"):
+            yield "a job in a queue of Kueue cannot use autoscaling"
 
 
 def _broken_schedule(spec: dict[str, Any]) -> Iterator[str]:
@@ -101,7 +104,7 @@ def _broken_cluster(cluster: dict[str, Any]) -> Iterator[str]:
     for group in groups:
         yield from _broken_group(group)
     priorities = {group["groupName"]: group.get("priority", 0) for group in groups}
-    if priorities.get("spot", 1) <= priorities.get("on-demand", 0):
+    if len(groups) > 1 and priorities.get("spot", 1) <= priorities.get("on-demand", 0):
         yield "on-demand nodes come before spot ones"
 
 

@@ -5,6 +5,7 @@ Needs no GPU: the demo model makes small images.
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
+import yaml
 
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import load_job, run
@@ -22,6 +24,7 @@ from flux_batch.storage.store import Store
 from helpers.airflow_stub import AirflowFailException, load_dag
 from helpers.job_files import data_files, write_prompts
 from helpers.job_server import ROOT, JobServer, job_server
+from helpers.kuberay_submitter import SHELL, submitter_environment, submitting_line
 from helpers.s3 import KEY, SECRET, Bucket, S3Server
 from helpers.waiting import wait_until
 
@@ -151,6 +154,27 @@ def test_a_job_file_that_is_wrong_is_not_tried_again(cluster: JobServer, monkeyp
     command = ["python", "jobs/generate.py", "jobs/s3.yaml", "--set=sampling.width=17", "--logical-date"]
     with pytest.raises(AirflowFailException, match="the job file or its prompts are wrong"):
         dag.render_day("2026-11-23", cluster.url, command, runtime_env={"working_dir": str(ROOT)}, poll_s=0.5)
+
+
+def test_kuberay_sees_no_failure_where_only_rows_failed(cluster: JobServer, tmp_path: Path) -> None:
+    """Its operator starts a new cluster for a job that FAILED, and for no other."""
+    job = yaml.safe_load((ROOT / "cluster/kuberay/job/rayjob.yaml").read_text())["spec"]
+    write_prompts(tmp_path / "prompts.parquet", [{"prompt": ""}, {"prompt": ""}])
+    file = tmp_path / "cats.yaml"
+    file.write_text(
+        f"prompts: {{uri: {tmp_path}/prompts.parquet}}\noutput: {{uri: {tmp_path}/out}}\nmodel: {{uri: demo}}\n"
+    )
+    job["entrypoint"] = job["entrypoint"].replace("/app/", f"{ROOT}/").replace("s3://bucket/jobs/cats.yaml", str(file))
+    pod = submitter_environment(job, cluster.url, "cats-1", "flux-batch")
+
+    said = cluster.run(*SHELL, submitting_line(job, cluster.url, "cats-1"), environment=pod)
+
+    assert said.returncode == 0, said.stdout + said.stderr  # the submitting Job of Kubernetes is done
+    assert "rayjob.py: exit code 3: more rows failed than failures.max_ratio allows" in said.stdout
+    assert '"levelname": "' in said.stdout  # a log of JSON: the driver has the environment of the manifest
+    with urlopen(f"{cluster.url}/api/jobs/cats-1") as answer:  # as the operator asks
+        assert json.load(answer)["status"] == "STOPPED"
+    assert json.loads((tmp_path / "out/_run/report.json").read_text())["num_failed"] == 2
 
 
 @pytest.mark.long
