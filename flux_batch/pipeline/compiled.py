@@ -1,14 +1,15 @@
-"""The decision to compile a model, and the kernels in use; knows no prompt or image."""
+"""The speed-ups of a model: kernels of its device, compiled blocks, CUDA graphs; knows no prompt or image."""
 
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 import torch
 
 from flux_batch.errors import InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.optimize.attention import AttentionKernels
+from flux_batch.model.optimize.attention import AttentionKernels, choose_attention
 from flux_batch.model.optimize.compile import (
     CompileCache,
     apply_compile,
@@ -17,10 +18,41 @@ from flux_batch.model.optimize.compile import (
     device_kind,
     is_compiled,
 )
+from flux_batch.model.optimize.cuda_graphs import CudaGraphs
+from flux_batch.model.optimize.kernels import apply_cpu_kernels
+from flux_batch.model.optimize.mps import apply_mps_kernels
 from flux_batch.model.transformer import Flux
 from flux_batch.records import Kernels
 
 log = logging.getLogger(__name__)
+
+
+class SpeedUps(NamedTuple):
+    """The speed-ups of a model that its pipeline must know; None for what it does without."""
+
+    attention: AttentionKernels
+    compile_cache: CompileCache | None
+    graphs: CudaGraphs | None
+
+
+def apply_speed_ups(
+    transformer: Flux, autoencoder: AutoEncoder, compile: bool | None = None, cuda_graphs: bool = False
+) -> SpeedUps:
+    """Make a model use the kernels of its device, and what its caller asks for.
+
+    Raises: InvalidSetting if `compile` is True and torch.compile does not work here, or there is no CUDA device for
+    graphs.
+    """
+    device = transformer.img_in.weight.device
+    apply_cpu_kernels(transformer)
+    apply_mps_kernels(transformer, device)
+    attention = choose_attention(device)
+    cache = compile_model(transformer, autoencoder, attention, compile)
+    try:
+        graphs = CudaGraphs(transformer) if cuda_graphs else None
+    except ValueError as error:
+        raise InvalidSetting(f"cuda_graphs = True: {error}", field="cuda_graphs") from error
+    return SpeedUps(attention, cache, graphs)
 
 
 def compile_model(

@@ -18,15 +18,11 @@ from flux_batch.download.models import PathOrFolder
 from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.detect import PART_TITLES
-from flux_batch.model.conditions.channels import WithChannels
-from flux_batch.model.conditions.reference import WithReferences
 from flux_batch.model.conditions.variant import Variant, VariantName, variant_of
 from flux_batch.model.optimize.attention import AttentionKernels, choose_attention
 from flux_batch.model.optimize.compile import CompileCache, is_compiled, set_compile_options
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
-from flux_batch.model.optimize.kernels import apply_cpu_kernels
-from flux_batch.model.optimize.mps import apply_mps_kernels
 from flux_batch.model.optimize.offload import apply_offload
 from flux_batch.model.optimize.step_cache import StepCache
 from flux_batch.model.optimize.tiling import Tiling
@@ -42,7 +38,7 @@ from flux_batch.model.sampling import (
 )
 from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds, position_tables
-from flux_batch.pipeline.compiled import compile_model, kernels_of
+from flux_batch.pipeline.compiled import apply_speed_ups, kernels_of
 from flux_batch.pipeline.errors import device_errors
 from flux_batch.pipeline.images.inputs import IMAGE_ARGUMENTS, image_inputs
 from flux_batch.pipeline.images.latents import ImageLatents
@@ -148,25 +144,16 @@ class FluxImagePipeline:
         if missing:
             raise CheckpointError(f"not loaded: {', '.join(missing)}; add their files to load_models([...])")
         manager: Any = model_manager  # every part is there, see above
-        apply_cpu_kernels(manager.transformer)
-        apply_mps_kernels(manager.transformer, manager.device)
-        attention = choose_attention(manager.transformer.img_in.weight.device)
-        cache = compile_model(manager.transformer, manager.autoencoder, attention, compile)
-        try:
-            graphs = CudaGraphs(manager.transformer) if cuda_graphs else None
-        except ValueError as error:
-            raise InvalidSetting(f"cuda_graphs = True: {error}", field="cuda_graphs") from error
+        speed_ups = apply_speed_ups(manager.transformer, manager.autoencoder, compile, cuda_graphs)
         parts = manager.transformer, manager.autoencoder, manager.clip, manager.t5, manager.schedule
         return cls(
             *parts,
             quantization=manager.quantization,
             step_cache=step_cache,
             loras=manager.loras,
-            attention=attention,
-            compile_cache=cache,
             offload_text_encoders=offload_text_encoders,
-            graphs=graphs,
             variant=manager.variant,
+            **speed_ups._asdict(),
         )
 
     @classmethod
@@ -458,12 +445,10 @@ class FluxImagePipeline:
                 steps = StepCache(model, request.step_cache)
             elif self.graphs:
                 steps = self.graphs(model)
-            steps = steps if reference_tokens is None else WithReferences(steps, reference_tokens)
-            return steps if channels is None else WithChannels(steps, channels)
+            return conditions.around(steps)
 
         start = self.latents.start(request, sigmas[0])
-        channels = self.latents.channels(request, self.variant)
-        reference_tokens = self.latents.references(request)
+        conditions = self.latents.conditions(request, self.variant)
         positive = velocity(request.prompts)
         negative = velocity(request.negative_prompts) if request.uses_cfg else None
         cfg_scale = torch.tensor(request.values("cfg_scale"), device=self.device, dtype=torch.float32)

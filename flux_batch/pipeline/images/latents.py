@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.conditions.channels import fill_channels
+from flux_batch.model.conditions.channels import WithChannels, fill_channels
 from flux_batch.model.conditions.inpaint import KeptLatents, latent_mask
-from flux_batch.model.conditions.reference import Reference, placed
+from flux_batch.model.conditions.reference import Reference, WithReferences, placed
 from flux_batch.model.conditions.variant import FILL, Variant
 from flux_batch.model.optimize.tiling import Tiling, tiled_decode, tiled_encode
-from flux_batch.model.sampling import add_noise, make_generators, make_noise, pack
+from flux_batch.model.sampling import Velocity, add_noise, make_generators, make_noise, pack
 from flux_batch.pipeline.images.inputs import ImageInputs, keeps_latents
 from flux_batch.pipeline.pixels import to_mask_pixels, to_pixels
 from flux_batch.pipeline.request import PipelineRequest
@@ -33,6 +33,21 @@ class _Start(NamedTuple):
     latents: Tensor
     noise: Tensor
     image: Tensor | None
+
+
+class _Conditions(NamedTuple):
+    """The conditions of a call beside its texts, the same at every step; None for those it has not.
+
+    channels: (b, n, c), beside the noise of each token. references: (b, m, 4z), tokens before those of the image.
+    """
+
+    channels: Tensor | None
+    references: Tensor | None
+
+    def around(self, velocity: Velocity) -> Velocity:
+        """Return the velocity of a model that reads these conditions."""
+        velocity = velocity if self.references is None else WithReferences(velocity, self.references)
+        return velocity if self.channels is None else WithChannels(velocity, self.channels)
 
 
 class ImageLatents:
@@ -57,7 +72,11 @@ class ImageLatents:
         image = self.encode(self._pixels(request.images.input_image, "input_image", request), request.tiling, posterior)
         return _Start(add_noise(image, noise, sigma), noise, image)
 
-    def channels(self, request: PipelineRequest, variant: Variant) -> Tensor | None:
+    def conditions(self, request: PipelineRequest, variant: Variant) -> _Conditions:
+        """Return what a variant reads of the images of a call, at every step."""
+        return _Conditions(self._channels(request, variant), self._references(request))
+
+    def _channels(self, request: PipelineRequest, variant: Variant) -> Tensor | None:
         """Return what a variant reads in the channels of each token, beside the noise: (b, n, c); None for nothing.
 
         Always the mean of the posterior, as in BFL's code, so that an image depends on nothing but its row.
@@ -73,7 +92,7 @@ class ImageLatents:
         masked = pixels * (1 - mask)  # the hole is 0, mid-grey
         return fill_channels(self.encode(masked, request.tiling), mask, self.autoencoder.params.downscale)
 
-    def references(self, request: PipelineRequest) -> Tensor | None:
+    def _references(self, request: PipelineRequest) -> Tensor | None:
         """Return the tokens of the reference images, one after the other: (b, m, 4z); None for none.
 
         Of each image alone, in one pass a place in the list; the mean of the posterior, as in diffusers.
