@@ -6,10 +6,10 @@ src/flux/model.py. Letters: b batch, l text tokens, n image tokens, s steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import chain, islice
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from flux_batch.model.layers import (
     LastLayer,
     MLPEmbedder,
     SingleStreamBlock,
+    finite,
     timestep_embedding,
 )
 from flux_batch.model.params import MODULATION_ROWS, FluxParams
@@ -42,6 +43,33 @@ class PromptEmbeds(NamedTuple):
     def to(self, device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
         """Return the same on a device, in a dtype."""
         return PromptEmbeds(*(part.to(device, dtype) for part in self))
+
+
+class Residuals(NamedTuple):
+    """What side networks add to the image tokens after each block: (b, n, hidden) each, or nothing after any."""
+
+    double: Sequence[Tensor]
+    single: Sequence[Tensor]
+
+    def select(self, images: Tensor) -> Residuals:
+        """Return the residuals of some images of the batch: their indices on the device."""
+        chosen: dict[int, Tensor] = {}  # blocks share residuals
+        for each in (*self.double, *self.single):
+            if id(each) not in chosen:
+                chosen[id(each)] = each.index_select(0, images)
+        return Residuals(*([chosen[id(each)] for each in kind] for kind in self))
+
+
+class SideNetworks(Protocol):
+    """What adds residuals to a transformer's image tokens in one denoising loop."""
+
+    def __call__(self, step: int, img: Tensor) -> Residuals | None:
+        """Return the residuals at a step for its image tokens (b, n, in_channels); None for none."""
+        ...
+
+    def changes(self, step: int) -> bool:
+        """Return whether other networks count at a step than at the one before."""
+        ...
 
 
 class Modulations(NamedTuple):
@@ -99,24 +127,35 @@ class Flux(nn.Module):
         modulations = self.modulations(self.conditioning(timesteps, y, guidance))
         return self.velocity(img, self.txt_in(txt), modulations, pe)
 
-    def velocity(self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor) -> Tensor:
+    def velocity(
+        self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor, residuals: Residuals | None = None
+    ) -> Tensor:
         """Return the same as `forward`, with text and modulation computed before: txt (b, l, hidden) after `txt_in`."""
         img, txt = self.first_block(self.img_in(img), txt, modulations, pe)
-        return self.last_layer(self.later_blocks(img, txt, modulations, pe), modulations)
+        return self.last_layer(self.later_blocks(img, txt, modulations, pe, residuals), modulations)
 
     def first_block(self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor) -> tuple[Tensor, Tensor]:
         """Return image and text tokens after the first block, from those after `img_in` and `txt_in`."""
         first: tuple[Tensor, Tensor] = self.double_blocks[0](img, txt, modulations.double[0], pe)
         return first
 
-    def later_blocks(self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor) -> Tensor:
-        """Return the image tokens after all blocks, from both kinds of tokens after the first: (b, n, hidden)."""
-        for block, both in islice(zip(self.double_blocks, modulations.double, strict=True), 1, None):
-            img, txt = block(img, txt, both, pe)
-        x, last = torch.cat((txt, img), dim=1), len(self.single_blocks) - 1
+    def later_blocks(
+        self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor, residuals: Residuals | None = None
+    ) -> Tensor:
+        """Return the image tokens after all blocks, from both kinds of tokens after the first: (b, n, hidden).
+
+        residuals: what is added to the image tokens after each block, the first one too.
+        """
+        double, single = residuals or ((), ())
+        img = finite(img + double[0]) if double else img
+        for index in range(1, len(self.double_blocks)):
+            img, txt = self.double_blocks[index](img, txt, modulations.double[index], pe)
+            img = finite(img + double[index]) if double else img
+        (x, n), last = (torch.cat((txt, img), dim=1), img.shape[1]), len(self.single_blocks) - 1
         for index, (block, modulation) in enumerate(zip(self.single_blocks, modulations.single, strict=True)):
-            x = block(x, modulation, pe, num_read=img.shape[1] if index == last else x.shape[1])
-        return x[:, -img.shape[1] :]
+            x = block(x, modulation, pe, num_read=n if index == last else x.shape[1])
+            x = torch.cat((x[:, :-n], finite(x[:, -n:] + single[index])), dim=1) if single else x
+        return x[:, -n:]
 
     def last_layer(self, img: Tensor, modulations: Modulations) -> Tensor:
         """Return the velocity from the image tokens after all blocks."""
@@ -152,11 +191,18 @@ class Denoiser:
 
     It computes once what does not change with the image.
     pe: `position_table` of text then image; timesteps: (s,) in [0, 1]; guidance: (b,), unused by a model without its
-    embedder. It gives the velocities of `Flux.forward`, but for the order of sums in modulation.
+    embedder; side_networks: what they add to the image tokens. It gives the velocities of `Flux.forward`, but for the
+    order of sums in modulation.
     """
 
     def __init__(
-        self, model: Flux, text: PromptEmbeds, pe: Tensor, timesteps: Tensor, guidance: Tensor | None = None
+        self,
+        model: Flux,
+        text: PromptEmbeds,
+        pe: Tensor,
+        timesteps: Tensor,
+        guidance: Tensor | None = None,
+        side_networks: SideNetworks | None = None,
     ) -> None:
         self.model = model
         self.pe = pe
@@ -165,12 +211,17 @@ class Denoiser:
         self._y = text.pooled_prompt_embeds
         self._timesteps = timesteps
         self._guidance = guidance
+        self.side_networks = side_networks
         self._steps = range(0)
         self._modulations: Modulations | None = None
 
     def __call__(self, step: int, img: Tensor) -> Tensor:
         """Return the velocity (noise - data) of image tokens (b, n, in_channels): (b, n, out_channels)."""
-        return self.model.velocity(img, self.txt, self.modulations(step), self.pe)
+        return self.model.velocity(img, self.txt, self.modulations(step), self.pe, self.residuals(step, img))
+
+    def residuals(self, step: int, img: Tensor) -> Residuals | None:
+        """Return what side networks add at a step; None for nothing."""
+        return None if self.side_networks is None else self.side_networks(step, img)
 
     def modulations(self, step: int) -> Modulations:
         """Return the modulation of all blocks at a step, b rows; computed for some steps at once."""

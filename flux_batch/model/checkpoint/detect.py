@@ -19,7 +19,10 @@ from flux_batch.model.params import Shapes
 
 
 class CheckpointKind(Enum):
-    """The kinds of checkpoints; each value is the start of a key that no other kind has."""
+    """The kinds of checkpoints; each value is the start of a key that no other kind has.
+
+    But for a ControlNet: it has those of a transformer, too.
+    """
 
     TRANSFORMER = "double_blocks."
     TRANSFORMER_DIFFUSERS = "transformer_blocks."
@@ -27,10 +30,11 @@ class CheckpointKind(Enum):
     AUTOENCODER_DIFFUSERS = "decoder.up_blocks."
     CLIP = "embeddings.token_embedding."
     T5 = "encoder.block."
+    CONTROLNET = "controlnet_blocks."
 
     @property
     def part(self) -> str:
-        """The part of a model: transformer, autoencoder, clip or t5."""
+        """The part of a model: transformer, autoencoder, clip or t5; or what is put beside it, controlnet."""
         return self.name.removesuffix("_DIFFUSERS").lower()
 
 
@@ -82,7 +86,11 @@ _UNSUPPORTED = (
     (r"\.(wscales|wzeros|wtscale|wcscales)$", f"it is quantised by Nunchaku (SVDQuant): {_USE_INSTEAD}"),
     (r"\.qweight$|\.weight\._data$|\.encoded_exponent$", f"it is quantised in an unknown way: {_USE_INSTEAD}"),
     (r"(^|\.)lora_(up|down|A|B)\b|^lora_(unet|te\d?)_|\.lora\.|_lora\d?\.|\.(lokr|hada)_", "it is a LoRA, not a model"),
-    (r"(^|\.)(controlnet_|control_model\.|input_hint_block\.)", "it is a ControlNet"),
+    (r"^single_controlnet_blocks\.|^controlnet_blocks\.\d+\.linear\.", "it is MistoLine's kind of ControlNet"),
+    (
+        r"(^|\.)(control_model|controlnet_cond_embedding|controlnet_(down|mid)_blocks?)\.",
+        "it is a ControlNet of Stable Diffusion or SDXL",
+    ),
     (r"^redux_(up|down)\.", "it is FLUX.1-Redux"),
     (r"ip_adapter|^image_proj\.", "it is an IP-Adapter"),
     (r"(double|single)_stream_modulation|^(vae\.|first_stage_model\.)?bn\.running_mean$", "it is FLUX.2"),
@@ -98,8 +106,8 @@ PART_TITLES = {
     "clip": "CLIP text encoder",
     "t5": "T5 text encoder",
 }
-# Text encoders come first: where their tokenizers are missing, nothing large is read.
-LOADING_ORDER = ("clip", "t5", "autoencoder", "transformer")
+# Text encoders come first: where their tokenizers are missing, nothing large is read. What is no part of a model is last.
+LOADING_ORDER = ("clip", "t5", "autoencoder", "transformer", "controlnet")
 
 
 def detect(checkpoint: Checkpoint) -> tuple[CheckpointKind, Checkpoint]:
@@ -164,6 +172,8 @@ def _detect_kind(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointKind
     """Return the kind that has these normalized keys. Raises: ValueError for no kind, or several."""
     names = sorted(names)
     found = [kind for kind in CheckpointKind if any(name.startswith(kind.value) for name in names)]
+    if CheckpointKind.CONTROLNET in found:
+        return CheckpointKind.CONTROLNET
     if len(found) > 1:
         raise ValueError(f"{checkpoint.source} holds several models under the same prefix: use one file for each")
     if not found:
@@ -230,6 +240,9 @@ def find_parts(source: Path) -> list[Path]:
             others.append(str(error))
             continue
         parts = [kind.part for kind in kinds]
+        if CheckpointKind.CONTROLNET in kinds:
+            others.append(f"{path} is a ControlNet")
+            continue
         # The single files of the official repositories double what lies in the sub folders.
         if not all(source / _PART_FOLDERS[part] in found.get(part, ()) for part in parts):
             for part in parts:
@@ -244,7 +257,7 @@ def find_parts(source: Path) -> list[Path]:
                 f"looked for {source / _PART_FOLDERS[part]}/*.safetensors or *.gguf and for such a file in {source}"
             )
             raise ValueError("; ".join([f"no {title}: {looked}", *others]))
-    return list(dict.fromkeys(found[part][0] for part in LOADING_ORDER))
+    return list(dict.fromkeys(found[part][0] for part in LOADING_ORDER if part in PART_TITLES))
 
 
 def _check_all_in_one(path: Path) -> None:

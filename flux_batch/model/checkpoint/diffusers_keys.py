@@ -59,6 +59,16 @@ def transformer_to_diffusers(state: State) -> dict[str, Tensor]:
     return _to_diffusers(state, transformer_rules(state), hidden_size=state["img_in.weight"].shape[0])
 
 
+def controlnet_from_diffusers(state: State) -> dict[str, Tensor]:
+    """Return the original layout of a diffusers ControlNet. Raises: ValueError for missing or unknown keys."""
+    return _to_original(state, controlnet_rules(state))
+
+
+def controlnet_to_diffusers(state: State) -> dict[str, Tensor]:
+    """Return the diffusers layout of an original ControlNet. Raises: ValueError for unknown keys."""
+    return _to_diffusers(state, controlnet_rules(state), hidden_size=state["img_in.weight"].shape[0])
+
+
 def autoencoder_from_diffusers(state: State) -> dict[str, Tensor]:
     """Return the original layout of a diffusers autoencoder. Raises: ValueError for missing or unknown keys."""
     return _to_original(state, autoencoder_rules(state))
@@ -173,6 +183,26 @@ def transformer_rules(names: Mapping[str, object]) -> Iterator[_Rule]:
         yield from _single_block_rules(f"single_blocks.{i}", f"single_transformer_blocks.{i}")
     yield from _linear("final_layer.linear", "proj_out")
     yield from _linear("final_layer.adaLN_modulation.1", "norm_out.linear", swaps_halves=True)
+
+
+def controlnet_rules(names: Mapping[str, object]) -> Iterator[_Rule]:
+    """Yield the rules of a ControlNet with the depth of `names`, of either layout.
+
+    The original one is that of XLabs; nets of InstantX's kind have the keys of diffusers. Source: diffusers 0.42.1,
+    models/controlnets/controlnet_flux.py; XLabs-AI/x-flux 4749542, src/flux/controlnet.py.
+    """
+    shapes = dict.fromkeys(names, ())
+    yield from transformer_rules(names)
+    for blocks in ("controlnet_blocks", "controlnet_single_blocks"):
+        for i in range(count_of(shapes, f"{blocks}.")):
+            yield from _linear(f"{blocks}.{i}", f"{blocks}.{i}")
+    yield _Rule("controlnet_mode_embedder.weight", ("controlnet_mode_embedder.weight",))
+    if not any(name.startswith("input_hint_block.") for name in names):
+        yield from _linear("controlnet_x_embedder", "controlnet_x_embedder")
+        return
+    yield from _linear("pos_embed_input", "controlnet_x_embedder")
+    for place, name in enumerate(("conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out")):
+        yield from _linear(f"input_hint_block.{2 * place}", f"input_hint_block.{name}")
 
 
 def _double_block_rules(ours: str, theirs: str) -> Iterator[_Rule]:

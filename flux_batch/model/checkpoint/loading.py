@@ -17,11 +17,14 @@ from flux_batch.model.checkpoint.diffusers_keys import (
     State,
     autoencoder_rules,
     autoencoder_to_diffusers,
+    controlnet_rules,
+    controlnet_to_diffusers,
     original_names,
     transformer_rules,
     transformer_to_diffusers,
 )
 from flux_batch.model.checkpoint.lazy_state import Pieces, StoredState
+from flux_batch.model.conditions.controlnet import ControlNet, controlnet_params
 from flux_batch.model.conditions.variant import variant_of
 from flux_batch.model.params import Config, autoencoder_params, flux_params
 from flux_batch.model.transformer import Flux
@@ -62,6 +65,30 @@ def load_transformer(
         with torch.device("meta"):
             model = Flux(params)
     expected = transformer_to_diffusers(model.state_dict()) if rules else model.state_dict()
+    return load_weights(model, _checked_state(checkpoint, what, expected, rules, dtype, device), prepare)
+
+
+def load_controlnet(
+    checkpoint: Checkpoint,
+    config: Config,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    prepare: Prepare | None = None,
+) -> ControlNet:
+    """Load a ControlNet of either layout, told by its keys; `config`: its config.json of diffusers, or empty.
+
+    Raises: ValueError that names the file and the keys that are missing, unknown or of another shape.
+    """
+    what = "a ControlNet of FLUX.1"
+    is_diffusers = any(name.startswith(CheckpointKind.TRANSFORMER_DIFFUSERS.value) for name in checkpoint.tensors)
+    rules = controlnet_rules if is_diffusers else None
+    with naming_errors(checkpoint, what):
+        shapes = original_names(checkpoint.shapes, rules) if rules else checkpoint.shapes
+        params = controlnet_params(shapes, config)
+        with torch.device("meta"):
+            model = ControlNet(params)
+    expected = controlnet_to_diffusers(model.state_dict()) if rules else model.state_dict()
     return load_weights(model, _checked_state(checkpoint, what, expected, rules, dtype, device), prepare)
 
 

@@ -35,7 +35,7 @@ class StepCache:
 
     threshold: the largest change, as a share of the mean magnitude, at which a step is reused, 0..1; at 0 no step is
     reused, and the result is that of the model. Every image of the batch is judged alone, so that it does not depend on
-    its neighbours. The first and the last step are always computed.
+    its neighbours. The first and the last step are always computed, and those at which a side network begins or ends.
     `num_reused` counts the steps, of all images, whose later blocks were not run; `num_passes` counts all steps.
     """
 
@@ -48,15 +48,16 @@ class StepCache:
 
     def __call__(self, step: int, img: Tensor) -> Tensor:
         """Return the velocity, for the arguments of `Denoiser`."""
-        model, pe, modulations = self.model.model, self.model.pe, self.model.modulations(step)
+        model, pe, modulations, noisy = self.model.model, self.model.pe, self.model.modulations(step), img
         tokens = model.img_in(img)
         img, txt = model.first_block(tokens, self.model.txt, modulations, pe)
         first_block = img - tokens
         images = self._to_compute(step, first_block)
         self.num_passes += len(img)
         self.num_reused += len(img) - len(images)
+        residuals = self.model.residuals(step, noisy) if images else None
         if self._last is None or len(images) == len(img):
-            done = model.later_blocks(img, txt, modulations, pe)
+            done = model.later_blocks(img, txt, modulations, pe, residuals)
             self._last = _Additions(first_block, finite(done - img))
             return model.last_layer(done, modulations)
         reused = finite(img + self._last.later_blocks)
@@ -64,14 +65,16 @@ class StepCache:
             # One tensor of indices: a list would be copied to the device for each tensor that it indexes.
             chosen = torch.tensor(images, device=img.device)
             some = img.index_select(0, chosen)
-            done = model.later_blocks(some, txt.index_select(0, chosen), modulations.select(chosen), pe)
+            added = residuals.select(chosen) if residuals else None
+            done = model.later_blocks(some, txt.index_select(0, chosen), modulations.select(chosen), pe, added)
             self._last.update(chosen, _Additions(first_block.index_select(0, chosen), finite(done - some)))
             reused.index_copy_(0, chosen, done)
         return model.last_layer(reused, modulations)
 
     def _to_compute(self, step: int, first_block: Tensor) -> list[int]:
         """Return the indices of the images whose later blocks must run. Waits for the device."""
-        if self._last is None or step >= self.model.num_steps - 1:
+        nets = self.model.side_networks
+        if self._last is None or step >= self.model.num_steps - 1 or (nets and nets.changes(step)):
             return list(range(len(first_block)))
         change = relative_change(first_block, self._last.first_block).tolist()
         # An image with NaN is computed, so that the end of the pipeline sees it.

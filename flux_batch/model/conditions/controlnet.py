@@ -1,0 +1,254 @@
+"""ControlNets: side networks whose results are added to the image tokens after the blocks of FLUX; no image file here.
+
+Two kinds: that of InstantX (union, Pro-2.0, Upscaler, alimama's inpainting) reads the latents of a control image, that
+of XLabs its pixels. Sources: diffusers 0.42.1, models/controlnets/controlnet_flux.py and
+models/transformers/transformer_flux.py; XLabs-AI/x-flux 4749542, src/flux/controlnet.py.
+Letters: b batch, n image tokens, l text tokens, h and w of the packed latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import ceil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flux_batch.model.params import Config, FluxParams, Shapes, flux_params, shape_of
+from flux_batch.model.sampling import pack
+from flux_batch.model.transformer import Denoiser, Flux, Modulations, PromptEmbeds, Residuals
+
+_HINT_CHANNELS = 16
+# A mask at the size of latents, 2 x 2 of it in a token.
+_MASK_CHANNELS = 4
+_HINT_STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlNetParams:
+    """A ControlNet: `flux` are its own blocks and embedders; it has no last layer.
+
+    condition_channels: those of a packed token of the control image. num_modes: of a union net, 0 for any other.
+    reads_pixels: XLabs' kind.
+    """
+
+    flux: FluxParams
+    condition_channels: int
+    num_modes: int = 0
+    reads_pixels: bool = False
+
+    def __post_init__(self) -> None:
+        extra = self.condition_channels - self.flux.in_channels
+        if extra not in ((0,) if self.reads_pixels else (0, _MASK_CHANNELS)):
+            raise ValueError(
+                f"its control image has {self.condition_channels} channels: {self.flux.in_channels} are known, and "
+                f"{_MASK_CHANNELS} more for a mask"
+            )
+
+    @property
+    def reads_mask(self) -> bool:
+        """True for alimama's kind, which repaints what a mask says."""
+        return self.condition_channels > self.flux.in_channels
+
+
+def controlnet_params(shapes: Shapes, config: Config) -> ControlNetParams:
+    """Read a ControlNet's parameters from shapes by original key.
+
+    `config`: its config.json of diffusers, or empty; read only for the rotary axes. Raises: ValueError if a key is
+    missing, or the axes are not known.
+    """
+    rows, columns = shape_of(shapes, "img_in.weight")
+    reads_pixels = "pos_embed_input.weight" in shapes
+    condition = shape_of(shapes, "pos_embed_input.weight" if reads_pixels else "controlnet_x_embedder.weight")
+    modes = "controlnet_mode_embedder.weight"
+    return ControlNetParams(
+        # Of the last layer, which it lacks, only the channels are read.
+        flux=flux_params({**shapes, "final_layer.linear.weight": (columns, rows)}, config),
+        condition_channels=condition[1],
+        num_modes=shape_of(shapes, modes)[0] if modes in shapes else 0,
+        reads_pixels=reads_pixels,
+    )
+
+
+def check_controlnet_fits(net: FluxParams, base: FluxParams) -> None:
+    """Raise ValueError unless the tokens, texts and positions of a net are those of its base."""
+    for title, name, wanted in (
+        ("numbers in a token", "hidden_size", base.hidden_size),
+        ("channels of a latent patch", "in_channels", base.out_channels),
+        ("width of the T5 text encoder", "context_in_dim", base.context_in_dim),
+        ("width of the CLIP text encoder", "vec_in_dim", base.vec_in_dim),
+        ("rotary axes", "axes_dim", base.axes_dim),
+    ):
+        if (found := getattr(net, name)) != wanted:
+            raise ValueError(f"it is of another model: {title} is {found}, and {wanted} in the transformer")
+
+
+class ControlNet(Flux):
+    """The side network: blocks of FLUX, and a projection of the image tokens after each."""
+
+    def __init__(self, params: ControlNetParams) -> None:
+        super().__init__(params.flux)
+        del self.final_layer
+        p, self.controlnet_params = params.flux, params
+        h = p.hidden_size
+        self.controlnet_blocks = nn.ModuleList(nn.Linear(h, h) for _ in range(p.depth))
+        self.controlnet_single_blocks = nn.ModuleList(nn.Linear(h, h) for _ in range(p.depth_single_blocks))
+        if params.reads_pixels:
+            self.pos_embed_input = nn.Linear(params.condition_channels, h)
+            self.input_hint_block = _hint_block()
+        else:
+            self.controlnet_x_embedder = nn.Linear(params.condition_channels, h)
+        self.controlnet_mode_embedder = nn.Embedding(params.num_modes, h) if params.num_modes else None
+
+    def modulations(self, vec: Tensor) -> Modulations:
+        """Return the modulation of all blocks; there is no last layer."""
+        double, single = ([block.modulation(vec) for block in blocks] for blocks in self.blocks)
+        return Modulations(double, single, vec[:, None, :0])
+
+    def embed_condition(self, condition: Tensor) -> Tensor:
+        """Return what a control image adds to the image tokens, the same at every step: (b, n, hidden).
+
+        condition: packed latents (b, n, c); of XLabs' kind pixels in [-1, 1], (b, 3, 16h, 16w).
+        """
+        if not self.controlnet_params.reads_pixels:
+            embedded: Tensor = self.controlnet_x_embedder(condition)
+            return embedded
+        embedded = self.pos_embed_input(pack(self.input_hint_block(condition)))
+        return embedded
+
+    def residuals(
+        self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor, condition: Tensor, num_double: int
+    ) -> Residuals:
+        """Return the projections after each block, as many as the net has; of double blocks at most `num_double`.
+
+        img: (b, n, in_channels) as the base reads them, but for its conditions; condition: of `embed_condition`.
+        """
+        img = self.img_in(img) + condition
+        double, single = [], []
+        # A last block that feeds none of the base's is not run, unless single blocks come after it.
+        count = len(self.double_blocks) if len(self.single_blocks) else num_double
+        for index, (block, project) in enumerate(zip(self.double_blocks, self.controlnet_blocks, strict=True)):
+            if index < count:
+                img, txt = block(img, txt, modulations.double[index], pe)
+                double.append(project(img))
+        x = torch.cat((txt, img), dim=1)
+        for block, project, rows in zip(
+            self.single_blocks, self.controlnet_single_blocks, modulations.single, strict=True
+        ):
+            x = block(x, rows, pe, num_read=x.shape[1])
+            single.append(project(x[:, -img.shape[1] :]))
+        return Residuals(double[:num_double], single)
+
+
+class ControlUse(NamedTuple):
+    """A net with a control image of each image: its strength, and the share of the steps at which it counts.
+
+    condition: of `ControlNet.embed_condition`, (b, n, hidden). mode: of a union net, else None.
+    """
+
+    net: ControlNet
+    condition: Tensor
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mode: int | None = None
+
+    def is_active(self, step: int, num_steps: int) -> bool:
+        """Return whether the net counts at a step, as in diffusers."""
+        return not (step / num_steps < self.start or (step + 1) / num_steps > self.end)
+
+
+class Controls:
+    """The sum of some nets' residuals, for one denoising loop: call it with each step in turn.
+
+    A second call for a step, of a pass with negative prompts, has the residuals of the first, as in diffusers.
+    pe: takes the number of text tokens, of which a union net has one more. base: the model that they are added to.
+    """
+
+    def __init__(
+        self,
+        uses: Sequence[ControlUse],
+        base: Flux,
+        text: PromptEmbeds,
+        pe: Callable[[int], Tensor],
+        timesteps: Tensor,
+        guidance: Tensor,
+    ) -> None:
+        self._base = base
+        self._num_steps = len(timesteps)
+        self._nets = []
+        for use in uses:
+            num_texts = text.prompt_embeds.shape[1] + (use.mode is not None)
+            denoiser = Denoiser(use.net, text, pe(num_texts), timesteps, guidance)
+            if use.mode is not None and use.net.controlnet_mode_embedder is not None:
+                row = use.net.controlnet_mode_embedder.weight[use.mode]
+                denoiser.txt = torch.cat((row.expand(len(denoiser.txt), 1, -1), denoiser.txt), dim=1)
+            self._nets.append((use, denoiser))
+        self._last: tuple[int, Residuals | None] = (-1, None)
+
+    def __call__(self, step: int, img: Tensor) -> Residuals | None:
+        """Return what is added after each block of the base; None if no net counts at a step."""
+        if self._last[0] != step:
+            parts = [self._residuals(use, each, step, img) for use, each in self._nets if self._counts(use, step)]
+            self._last = step, _sum(parts) if parts else None
+        return self._last[1]
+
+    def changes(self, step: int) -> bool:
+        """Return whether other nets count at a step than at the one before."""
+        return any(self._counts(use, step) != self._counts(use, step - 1) for use, _ in self._nets)
+
+    def _counts(self, use: ControlUse, step: int) -> bool:
+        return bool(use.scale) and use.is_active(step, self._num_steps)
+
+    def _residuals(self, use: ControlUse, denoiser: Denoiser, step: int, img: Tensor) -> Residuals:
+        p, net, repeats = self._base.params, use.net, use.net.controlnet_params.reads_pixels
+        noisy = img[..., : net.params.in_channels]
+        total = len(net.double_blocks)
+        num_double = used_residuals(total, p.depth, repeats)
+        found = net.residuals(noisy, denoiser.txt, denoiser.modulations(step), denoiser.pe, use.condition, num_double)
+        return Residuals(
+            spread([use.scale * each for each in found.double], p.depth, total, repeats),
+            spread([use.scale * each for each in found.single], p.depth_single_blocks, len(found.single)),
+        )
+
+
+def used_residuals(count: int, num_blocks: int, repeats: bool = False) -> int:
+    """Return how many of a net's residuals feed a block of the base: of 6 for 19 blocks the last feeds none."""
+    return min(count, num_blocks) if repeats or not count else ceil(num_blocks / ceil(num_blocks / count))
+
+
+def spread(residuals: Sequence[Tensor], num_blocks: int, count: int, repeats: bool = False) -> list[Tensor]:
+    """Return the residual of each block of the base: each for several in a row, or all in turn if it `repeats`.
+
+    count: the residuals of the net, those included that feed no block.
+    """
+    if not residuals:
+        return []
+    interval = ceil(num_blocks / count)
+    return [residuals[block % count if repeats else block // interval] for block in range(num_blocks)]
+
+
+def _sum(parts: Sequence[Residuals]) -> Residuals:
+    """Return the sum of residuals, each already those of the base's blocks: nets may have other numbers of them."""
+    return Residuals(*(_sum_lists([getattr(part, kind) for part in parts]) for kind in ("double", "single")))
+
+
+def _sum_lists(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return the sums of tensors at the same places; those of the same tensors are one tensor."""
+    sums: dict[tuple[int, ...], Tensor] = {}
+    places = list(zip(*(each for each in lists if each), strict=True))
+    for place in places:
+        if (key := tuple(map(id, place))) not in sums:
+            sums[key] = reduce(torch.add, place)
+    return [sums[tuple(map(id, place))] for place in places]
+
+
+def _hint_block() -> nn.Sequential:
+    """Return XLabs' convolutions: eight, from the pixels to what a latent's worth of them says."""
+    layers: list[nn.Module] = []
+    for index, stride in enumerate(_HINT_STRIDES):
+        layers += [nn.Conv2d(_HINT_CHANNELS if index else 3, _HINT_CHANNELS, 3, stride, padding=1), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])

@@ -1,0 +1,103 @@
+"""ControlNets beside golden numbers of diffusers, and which block gets which residual."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flux_batch.model.checkpoint.diffusers_keys import controlnet_from_diffusers, controlnet_to_diffusers
+from flux_batch.model.conditions.controlnet import (
+    ControlNet,
+    ControlNetParams,
+    Controls,
+    ControlUse,
+    spread,
+    used_residuals,
+)
+from flux_batch.model.sampling import position_ids
+from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds
+from helpers.golden import FLUX, check, filled, tensor, weight
+
+TEXT = PromptEmbeds(tensor("in.txt", (1, 7, 24)), tensor("in.vec", (1, 32)))
+T, G = torch.tensor([0.7371]), torch.tensor([3.5])
+IMG, COND = tensor("in.img", (1, 24, 64)), tensor("in.cond", (1, 24, 64))
+
+
+def filled_by_diffusers_names(net: ControlNet) -> ControlNet:
+    """Fill a net with the numbers that its file in the layout of diffusers would have by the golden recipe."""
+    theirs = controlnet_to_diffusers(net.state_dict())
+    theirs = {name: weight(name, value.shape) for name, value in theirs.items()}
+    net.load_state_dict(controlnet_from_diffusers(theirs), strict=True)
+    for name, value in controlnet_to_diffusers(net.state_dict()).items():
+        assert torch.equal(value, theirs[name]), name
+    return net.eval().requires_grad_(False)
+
+
+def controls_of(net: ControlNet, base: Flux, mode: int | None, scale: float, condition: Tensor) -> Controls:
+    use = ControlUse(net, net.embed_condition(condition), scale, mode=mode)
+    return Controls([use], base, TEXT, lambda length: base.position_table(position_ids(length, 8, 12)), T, G)
+
+
+GOLDEN: dict[str, Any] = {
+    "2+1": (
+        (2, 1, 0, None),
+        (-24.120145, 700.103770, [0.269101, 0.012050, 0.313923], [-0.303538, -0.542199]),
+        (-56.064568, 828.260535, [-1.475881, -0.358324, -1.329433], [1.067098, -0.375159]),
+        (-143.578940, 1407.815513, [-0.617178, 0.803473, 1.015157], [0.089203, -1.213070]),
+    ),
+    "1+2 mode 4 of 10": (
+        (1, 2, 10, 4),
+        (-20.738378, 699.091393, [0.286894, 0.004320, 0.293430], [-0.300302, -0.541491]),
+        (9.969408, 754.397096, [-1.478523, 0.158012, -0.967274], [0.985837, -0.463858]),
+        (-42.243537, 1379.328946, [1.267408, 0.309167, -0.298343], [-0.440441, -1.236812]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_residuals_and_the_controlled_model_are_golden(name: str) -> None:
+    (depth, depth_single, num_modes, mode), double, single, output = GOLDEN[name]
+    base: Flux = filled(Flux(FLUX))
+    params = replace(FLUX, depth=depth, depth_single_blocks=depth_single)
+    net = filled_by_diffusers_names(
+        ControlNet(ControlNetParams(flux=params, condition_channels=64, num_modes=num_modes))
+    )
+    controls = controls_of(net, base, mode, 0.6, COND)
+
+    found = controls(0, IMG)
+
+    assert found is not None
+    check(found.double[0], *double)
+    check(found.single[0], *single)
+    pe = base.position_table(position_ids(7, 8, 12))
+    check(Denoiser(base, TEXT, pe, T, G, controls)(0, IMG), *output)
+
+
+def test_xlabs_is_golden_and_repeats() -> None:
+    base: Flux = filled(Flux(FLUX))
+    params = replace(FLUX, depth=1, depth_single_blocks=0)
+    net = filled(ControlNet(ControlNetParams(flux=params, condition_channels=64, reads_pixels=True)))
+    pixels = tensor("in.image", (1, 3, 64, 96))
+    check(net.input_hint_block(pixels), 17.206985, 83.989503, [0.061019, 0.065790, 0.070982], [0.003612, 0.011023])
+    controls = controls_of(net, base, None, 1.0, pixels)
+    found = controls(0, IMG)
+    assert found is not None
+    check(found.double[0], 3.999847, 850.220021, [-0.689094, -0.898844, -0.659404], [0.173141, -0.354207])
+    pe = base.position_table(position_ids(7, 8, 12))
+    velocity = Denoiser(base, TEXT, pe, T, G, controls)(0, IMG)
+    check(velocity, -59.963585, 1336.537042, [2.322296, -0.512387, -0.382911], [0.666009, -0.881430])
+
+
+@pytest.mark.parametrize(
+    ("count", "blocks", "repeats", "used", "last"),
+    [(5, 19, False, 5, 3), (6, 19, False, 5, 3), (4, 19, False, 4, 4), (10, 38, False, 10, 2), (2, 19, True, 2, 9)],
+)
+def test_each_residual_feeds_its_blocks(count: int, blocks: int, repeats: bool, used: int, last: int) -> None:
+    assert used_residuals(count, blocks, repeats) == used
+    found = spread([torch.tensor(float(each)) for each in range(used)], blocks, count, repeats)
+    assert len(found) == blocks
+    assert [float(each) for each in found].count(used - 1) == last
