@@ -19,7 +19,8 @@ from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_config, read_json
 from flux_batch.model.checkpoint.detect import LOADING_ORDER, CheckpointKind, find_parts, parts_of
-from flux_batch.model.checkpoint.loading import Prepare, load_autoencoder, load_transformer
+from flux_batch.model.checkpoint.loading import Prepare, load_autoencoder, load_controlnet, load_transformer
+from flux_batch.model.conditions.controlnet import ControlNet, check_controlnet_fits
 from flux_batch.model.conditions.variant import UNTOLD, VARIANT_NAMES, Variant, VariantName, variant_of
 from flux_batch.model.optimize.dtypes import dtype_name
 from flux_batch.model.optimize.quantize import (
@@ -99,6 +100,7 @@ class ModelManager:
         self.autoencoder: AutoEncoder | None = None
         self.clip: ClipEncoder | None = None
         self.t5: T5Encoder | None = None
+        self.controlnets: list[ControlNet] = []
         self.loras = LoadedLoras(storage_options=self.storage_options)
         self.load_models(file_path_list)
 
@@ -111,7 +113,8 @@ class ModelManager:
     ) -> None:
         """Load each entry: a file, a folder that holds one part, or the list of files that make up one part.
 
-        If a file holds several parts (ComfyUI's all-in-one), all are loaded. torch_dtype: the dtype of these, None for
+        If a file holds several parts (ComfyUI's all-in-one), all are loaded. ControlNets are added to those that are
+        there, in the order of their entries, after all parts of the model. torch_dtype: the dtype of these, None for
         that of the manager; torch.float8_e4m3fn, as scripts for DiffSynth-Studio say, means `quantization` fp8. Files
         in a bucket or on a hub are fetched once a machine, with `storage_options` (see local_model). names: other names
         of the model, such as its address, which tell its variant beside those of its files.
@@ -122,11 +125,16 @@ class ModelManager:
         elif torch_dtype is not None:
             dtype = to_dtype(torch_dtype, self.device)
         check_quantization(quantization, dtype_name(dtype))
+        nets = []
         for source in file_path_list:
             with checkpoint_errors(), device_errors():
                 parts = parts_of(open_checkpoint(_to_path(source, self.storage_options)))
+                nets += [parts.pop(CheckpointKind.CONTROLNET)] if CheckpointKind.CONTROLNET in parts else []
                 for kind in sorted(parts, key=lambda kind: LOADING_ORDER.index(kind.part)):
                     self._load(kind, parts[kind], dtype, quantization, names)
+        for net in nets:
+            with checkpoint_errors(), device_errors():
+                self.controlnets.append(self._load_controlnet(net, dtype, quantization))
 
     def load_lora(self, file_path: PathOrFolder | Sequence[PathOrFolder], lora_alpha: float = 1.0) -> None:
         """Merge one or several LoRAs with the same scale into the loaded parts; see LoadedLoras.
@@ -165,6 +173,19 @@ class ModelManager:
             prepare = PREPARE_T5[quantization]
             self.t5 = load_t5(checkpoint, dtype=dtype, device=self.device, prepare=prepare)
             self.loras.add_part("t5", self.t5.model)
+
+    def _load_controlnet(self, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization) -> ControlNet:
+        """Load a ControlNet; what neither its weights nor its config.json tell is that of the transformer."""
+        of_base = {"axes_dims_rope": self.transformer.params.axes_dim} if self.transformer else {}
+        config = of_base | read_config(checkpoint.folder, "controlnet")
+        prepare = PREPARE_TRANSFORMER[quantization]
+        net = load_controlnet(checkpoint, config, dtype=dtype, device=self.device, prepare=prepare)
+        if self.transformer:
+            try:
+                check_controlnet_fits(net.params, self.transformer.params)
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.source}: {error}") from error
+        return net
 
     def _variant_of(self, transformer: Flux, checkpoint: Checkpoint, names: Sequence[str]) -> Variant:
         """Return the variant of a transformer, by its channels and by names: of its file, folders and address."""

@@ -106,8 +106,8 @@ PART_TITLES = {
     "clip": "CLIP text encoder",
     "t5": "T5 text encoder",
 }
-# Text encoders come first: where their tokenizers are missing, nothing large is read. What is no part of a model is last.
-LOADING_ORDER = ("clip", "t5", "autoencoder", "transformer", "controlnet")
+# Text encoders come first: where their tokenizers are missing, nothing large is read.
+LOADING_ORDER = ("clip", "t5", "autoencoder", "transformer")
 
 
 def detect(checkpoint: Checkpoint) -> tuple[CheckpointKind, Checkpoint]:
@@ -257,7 +257,7 @@ def find_parts(source: Path) -> list[Path]:
                 f"looked for {source / _PART_FOLDERS[part]}/*.safetensors or *.gguf and for such a file in {source}"
             )
             raise ValueError("; ".join([f"no {title}: {looked}", *others]))
-    return list(dict.fromkeys(found[part][0] for part in LOADING_ORDER if part in PART_TITLES))
+    return list(dict.fromkeys(found[part][0] for part in LOADING_ORDER))
 
 
 def _check_all_in_one(path: Path) -> None:
