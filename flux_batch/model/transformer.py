@@ -46,7 +46,10 @@ class PromptEmbeds(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What side networks add to the image tokens after each block: (b, n, hidden) each, or nothing after any."""
+    """The numbers that side networks add to the image tokens after each block.
+
+    (b, n, hidden) each, or nothing after any.
+    """
 
     double: Sequence[Tensor]
     single: Sequence[Tensor]
@@ -60,8 +63,8 @@ class Residuals(NamedTuple):
         return Residuals(*([chosen[id(each)] for each in kind] for kind in self))
 
 
-class SideNetworks(Protocol):
-    """What adds residuals to a transformer's image tokens in one denoising loop."""
+class _SideNetworks(Protocol):
+    """The networks that add residuals to a transformer's image tokens in one denoising loop."""
 
     def __call__(self, step: int, img: Tensor) -> Residuals | None:
         """Return the residuals at a step for its image tokens (b, n, in_channels); None for none."""
@@ -202,7 +205,7 @@ class Denoiser:
         pe: Tensor,
         timesteps: Tensor,
         guidance: Tensor | None = None,
-        side_networks: SideNetworks | None = None,
+        side_networks: _SideNetworks | None = None,
     ) -> None:
         self.model = model
         self.pe = pe

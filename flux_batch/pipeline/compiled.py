@@ -27,7 +27,7 @@ from flux_batch.records import Kernels
 log = logging.getLogger(__name__)
 
 
-class SpeedUps(NamedTuple):
+class _SpeedUps(NamedTuple):
     """The speed-ups of a model that its pipeline must know; None for what it does without."""
 
     attention: AttentionKernels
@@ -37,7 +37,7 @@ class SpeedUps(NamedTuple):
 
 def apply_speed_ups(
     transformer: Flux, autoencoder: AutoEncoder, compile: bool | None = None, cuda_graphs: bool = False
-) -> SpeedUps:
+) -> _SpeedUps:
     """Make a model use the kernels of its device, and what its caller asks for.
 
     Raises: InvalidSetting if `compile` is True and torch.compile does not work here, or there is no CUDA device for
@@ -47,15 +47,15 @@ def apply_speed_ups(
     apply_cpu_kernels(transformer)
     apply_mps_kernels(transformer, device)
     attention = choose_attention(device)
-    cache = compile_model(transformer, autoencoder, attention, compile)
+    cache = _compile_model(transformer, autoencoder, attention, compile)
     try:
         graphs = CudaGraphs(transformer) if cuda_graphs else None
     except ValueError as error:
         raise InvalidSetting(f"cuda_graphs = True: {error}", field="cuda_graphs") from error
-    return SpeedUps(attention, cache, graphs)
+    return _SpeedUps(attention, cache, graphs)
 
 
-def compile_model(
+def _compile_model(
     transformer: Flux, autoencoder: AutoEncoder, attention: AttentionKernels, compile: bool | None
 ) -> CompileCache | None:
     """Compile a model if that is wanted; None: on a GPU. Returns: the cache of what is compiled, if `compile` is True.

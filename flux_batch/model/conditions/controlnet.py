@@ -74,7 +74,7 @@ def controlnet_params(shapes: Shapes, config: Config) -> ControlNetParams:
 
 
 def check_controlnet_fits(net: FluxParams, base: FluxParams) -> None:
-    """Raise ValueError unless the tokens, texts and positions of a net are those of its base."""
+    """Raise ValueError unless a net reads the tokens, texts and positions of its base."""
     for title, name, wanted in (
         ("numbers in a token", "hidden_size", base.hidden_size),
         ("channels of a latent patch", "in_channels", base.out_channels),
