@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flux_batch.config.schema import FailuresConfig, JobConfig
@@ -131,7 +130,7 @@ def annotate(
     after a stop; JobError, StoreError.
     """
     stop, settings, options = stop or Stop(), settings or AnnotateSettings(), dict(storage_options or {})
-    policy = RetryPolicy().ended_by(stop.check, partial(stop.check, FailuresConfig().drain_s))
+    policy = RetryPolicy().ended_by(stop.check, lambda waited_s: stop.check(FailuresConfig().drain_s))
     store = Store(output, options, policy)
     run = SavedRun.open(store)
     changed = [f"failures.{setting}" for setting in settings.failures]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import socket
 import threading
@@ -27,7 +26,7 @@ from flux_batch.errors import AlreadyExists, PlanMismatch, Stopped
 from flux_batch.output.annotations import AnnotationFolder
 from flux_batch.records import Attempt, Commit, Shard, ShardResult
 from flux_batch.report.saved_run import SavedRun
-from flux_batch.storage.retry import RetryPolicy
+from flux_batch.storage.retry import Drain, RetryPolicy
 from flux_batch.storage.scratch import scratch_folder, sweep_scratch
 from flux_batch.storage.store import Store
 from flux_batch.telemetry import Heartbeat, Metrics
@@ -87,7 +86,7 @@ class AnnotateWorker:
         self._annotators = annotators
         self._heartbeat = Heartbeat()
         self._stopping = threading.Event()
-        self._stopped = math.inf  # when `stop` was called
+        self._drain = Drain(factory.failures.drain_s)
         policy = RetryPolicy(factory.failures.outage_s, self._on_storage_wait, on_request=self._on_storage_request)
         self._run = SavedRun.open(Store(factory.output, factory.storage_options, policy))
         self._name = f"{socket.gethostname()}:{os.getpid()}"
@@ -111,7 +110,7 @@ class AnnotateWorker:
 
     def stop(self) -> None:
         """Stop after the batch in hand, and annotate no other shard."""
-        self._stopped = time.monotonic()
+        self._drain.begin()
         self._stopping.set()
 
     def idle_s(self) -> float:
@@ -193,8 +192,8 @@ class AnnotateWorker:
             raise Stopped("stopped while the storage is unavailable")
 
     def _on_storage_request(self, waited_s: float) -> None:
-        """Raise Stopped once a request has taken, after stop(), longer than a stop may: the storage may have gone."""
-        if min(waited_s, time.monotonic() - self._stopped) >= self._factory.failures.drain_s:
+        """Raise Stopped once the time of a stop is over: the storage may have gone."""
+        if self._drain.is_over(waited_s):
             raise Stopped("stopped while the storage does not answer")
 
 

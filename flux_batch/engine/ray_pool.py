@@ -114,9 +114,8 @@ class _Pool:
                 worker.stop()
             else:
                 self._remove(worker)
-        deadline = time.monotonic() + self.options.drain_s
-        while any(worker.tasks for worker in self.workers) and time.monotonic() < deadline:
-            yield from self._step()
+        while any(worker.tasks for worker in self.workers) and (left := self.options.drain_s - self.stop.since_s) > 0:
+            yield from self._step(min(_POLL_S, left))
 
     def end(self) -> None:
         """End every worker."""
@@ -153,14 +152,14 @@ class _Pool:
                     return
                 worker.make(task, time.monotonic())
 
-    def _step(self) -> Iterator[ShardResult]:
+    def _step(self, wait_s: float = _POLL_S) -> Iterator[ShardResult]:
         """Wait a little for answers and handle them; check on all workers now and then."""
-        answered = wait_for_answers(self.workers, _POLL_S)
+        answered = wait_for_answers(self.workers, wait_s)
         for worker, call in answered:
             if worker in self.workers:  # or it was lost with another call
                 yield from self._on_answer(worker, call)
         if not answered and not any(worker.call or worker.finishing for worker in self.workers):
-            time.sleep(_POLL_S)  # every worker pauses
+            time.sleep(wait_s)  # every worker pauses
         yield from self._check()
 
     def _on_answer(self, worker: WorkerHandle, call: Any) -> Iterator[ShardResult]:

@@ -27,7 +27,6 @@ class Stop:
     def __init__(self) -> None:
         self._reason = ""
         self._requested = math.inf
-        self._has_ended_a_wait = False
 
     @property
     def reason(self) -> str:
@@ -39,22 +38,20 @@ class Stop:
         """True if a stop is requested."""
         return bool(self._reason)
 
+    @property
+    def since_s(self) -> float:
+        """The seconds since a stop was requested; 0 without one."""
+        return max(0.0, time.monotonic() - self._requested)
+
     def request(self, reason: str) -> None:
         """Request a stop. Safe to call twice: the first reason stays."""
         if not self._reason:
             self._requested = time.monotonic()
             self._reason = reason
 
-    def check(self, after_s: float = 0.0, waited_s: float = math.inf) -> None:
-        """Raise Interrupted if a stop was requested.
-
-        It ends only what has waited, since the stop, for at least `after_s`; `waited_s`: the whole wait of the caller.
-        Once it has ended a wait of such a length, it ends all others: the same silence is not waited for twice.
-        """
-        if not self._reason:
-            return
-        if self._has_ended_a_wait or min(waited_s, time.monotonic() - self._requested) >= after_s:
-            self._has_ended_a_wait |= after_s > 0
+    def check(self, after_s: float = 0.0) -> None:
+        """Raise Interrupted if a stop was requested, at least `after_s` seconds ago."""
+        if self._reason and self.since_s >= after_s:
             raise Interrupted(f"{self._reason}; run the same command again")
 
     def sleep(self, seconds: float) -> None:

@@ -39,7 +39,6 @@ from types import TracebackType
 from flux_batch.errors import AlreadyExists, Interrupted, LeaseLost, NotFound, RunHeld, StoreError
 from flux_batch.output.paths import LEASE, number_in
 from flux_batch.output.process_id import ProcessId
-from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -61,10 +60,9 @@ _MAX_READS = 5
 # Seconds before an empty object is read again.
 _REREAD_S = 0.1
 # The longest time of a release: a store that does not answer gets no more of it. A heartbeat that is on its way
-# then has less, and an operation has so many attempts.
+# then has less.
 _RELEASE_S = 1.5
 _LAST_BEAT_S = 1.0
-_RELEASE_ATTEMPTS = 3
 # Epochs that are kept, for people who wonder what happened.
 _EPOCHS_KEPT = 3
 
@@ -144,6 +142,7 @@ class Lease:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.store = store.guarded(self.check)
+        self._unkept_store = store
         self._store = store.ended_by(self._check_kept, lambda waited_s: self._check_kept(_LAST_BEAT_S))
         self._ttl_s = ttl_s
         self._on_lost = on_lost
@@ -204,7 +203,8 @@ class Lease:
     def release(self) -> None:
         """Release the run, so that the next driver need not wait for it. Safe to call twice.
 
-        It takes two seconds at most: without it, the next driver waits for `ttl_s`.
+        It takes two seconds at most, and after a stop no more than that has: without it, the next driver waits for
+        `ttl_s`.
         """
         if self._ended.is_set():
             return
@@ -213,7 +213,7 @@ class Lease:
         with self._writing:
             if self._held is None:
                 return
-            self._store = self._store.with_policy(RetryPolicy(attempts=_RELEASE_ATTEMPTS, on_request=self._check_hurry))
+            self._store = self._unkept_store.ended_by(self._check_hurry, lambda waited_s: self._check_hurry())
             try:
                 self.check()
                 self._sure_until = -math.inf
@@ -239,8 +239,8 @@ class Lease:
         if time.monotonic() - self._released >= after_s:
             raise Interrupted("the lease is being released")
 
-    def _check_hurry(self, waited_s: float) -> None:
-        """Raise StoreError once the release has taken its time, whatever the share of this request."""
+    def _check_hurry(self) -> None:
+        """Raise StoreError once the release has taken its time."""
         if time.monotonic() - self._released >= _RELEASE_S:
             raise StoreError(f"{self._store.uri}: no answer")
 

@@ -36,6 +36,8 @@ _OUTAGE_AFTER_S = 2.0
 _WARN_AFTER_S = 5.0
 # A request may take so long even when an outage should end: a storage that comes back is slow at first.
 _LEAST_REQUEST_S = 60.0
+# Seconds of a request that is made when the time of a stop is over: what has just been made may still be put aside.
+_LATE_S = 3.0
 # The interval of calls of `on_wait` and `on_request`: a stop must not wait for a storage that is unavailable.
 _POLL_S = 0.5
 
@@ -222,6 +224,28 @@ class RetryPolicy:
         if not self.outage_s or error is None:
             return False
         return self._outage.log_once(uri, error, self.outage_s, state.seconds_since_start or 0.0)
+
+
+class Drain:
+    """The end of all waiting for storage after a stop: `drain_s` after it, whenever a request was begun.
+
+    A later request has a few seconds, until one has had no answer: the same silence is not waited for twice.
+    """
+
+    def __init__(self, drain_s: float) -> None:
+        self._drain_s = drain_s
+        self._began = math.inf
+        self._is_silent = False
+
+    def begin(self) -> None:
+        """Record that a stop is requested."""
+        self._began = time.monotonic()
+
+    def is_over(self, waited_s: float) -> bool:
+        """Return whether a request that has waited for so many seconds ends."""
+        is_over = time.monotonic() - self._began >= self._drain_s and (self._is_silent or waited_s >= _LATE_S)
+        self._is_silent |= is_over
+        return is_over
 
 
 async def with_few_retries(request: Callable[[], Awaitable[T]]) -> T:

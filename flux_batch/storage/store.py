@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass
 from functools import cached_property, partial
 from http import HTTPStatus
 from pathlib import Path
@@ -25,6 +24,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused, one_line
 from flux_batch.storage import s3
+from flux_batch.storage.contact import FIRST_ATTEMPTS, Contact
 from flux_batch.storage.errors import FULL_ERRNOS, NO_BUCKET, code, is_transient, origin, said, status
 from flux_batch.storage.hard_link import create
 from flux_batch.storage.multipart import Upload, abort, list_uploads, put_in_parts, put_whole
@@ -55,8 +55,6 @@ WRITES = {"write", "create", "delete"}
 BLOCK_BYTES = 64 << 10
 # From this size on, a store that ignores conditions gets an object in parts, so that the look-up comes after them.
 LOOK_LATE_BYTES = 5 << 20
-# Attempts at the first request of all: whoever has never answered is more likely to have another address.
-_FIRST_ATTEMPTS = 3
 
 T = TypeVar("T")
 
@@ -96,7 +94,7 @@ class Store:
             self._fs.retries = 1  # tries, those of s3fs
         self._root = path.rstrip("/")
         self._is_local = isinstance(self._fs, LocalFileSystem)
-        self._contact = _Contact()
+        self._contact = Contact()
         self._policy = policy or RetryPolicy()
         self._before_write: Callable[[], None] | None = None
 
@@ -413,7 +411,16 @@ class Store:
         return self._await(getattr(self._fs, f"_{operation}")(*arguments, **options))
 
     def _await(self, request: Coroutine[Any, Any, T]) -> T:
-        return self._policy.wait_for(asyncio.run_coroutine_threadsafe(request, self._fs.loop))
+        policy = self._policy if self._is_known else self._policy.ended_by(_go_on, self._check_contact)
+        return policy.wait_for(asyncio.run_coroutine_threadsafe(request, self._fs.loop))
+
+    @property
+    def _is_known(self) -> bool:
+        """True if the storage has answered, or is waited for in any case."""
+        return self._is_local or bool(self._policy.outage_s) or self._contact.is_made
+
+    def _check_contact(self, waited_s: float) -> None:
+        self._contact.check(lambda: asyncio.run_coroutine_threadsafe(self._fs._info(self._root), self._fs.loop))
 
     def _told(self, key: str, function: Callable[[], T], otherwise: T) -> T:
         """Return an answer that some stores do not have, or do not give to everybody."""
@@ -434,14 +441,15 @@ class Store:
                 before_write()  # at every attempt: a storage that was unavailable for long comes back to another driver
             return function()
 
-        if self._is_local or self._policy.outage_s or self._contact.is_made:
+        if self._is_known:
             return self._policy.with_retries(self.url(key), operation, guarded)
         return self._call_first(key, operation, guarded)
 
     def _call_first(self, key: str, operation: str, function: Callable[[], T]) -> T:
         """Run an operation on a store that has not answered yet. It has fewer attempts and other advice."""
+        self._contact.begin()
         try:
-            result = self._policy.with_attempts(_FIRST_ATTEMPTS).with_retries(self.url(key), operation, function)
+            result = self._policy.with_attempts(FIRST_ATTEMPTS).with_retries(self.url(key), operation, function)
         except StoreError as error:
             cause = error.__cause__
             if cause is not None and is_transient(cause) and status(cause) is None:
@@ -455,14 +463,6 @@ class Store:
     def _address(self) -> str:
         client = getattr(self._fs, "_s3", None)
         return f"endpoint_url {origin(client.meta.endpoint_url)}" if client else "the storage"
-
-
-@dataclass
-class _Contact:
-    """The facts that were learned of a store, shared by all copies of it."""
-
-    is_made: bool = False
-    deletes_many: bool = True
 
 
 class _StoredFile(AbstractBufferedFile):  # type: ignore[misc]
@@ -481,6 +481,10 @@ def _s3_client(num_retries: int) -> dict[str, Any]:
     """Return the settings of S3 clients that suit every store."""
     checksums = {option: "when_required" for name, option in _CHECKSUMS.items() if name not in os.environ}
     return {**checksums, "connect_timeout": _CONNECT_S, "retries": {"max_attempts": num_retries}}
+
+
+def _go_on() -> None:
+    """Wait for the next attempt."""
 
 
 def _size(data: bytes | Path) -> int:

@@ -10,7 +10,6 @@ nor on which machine it runs.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import threading
@@ -36,7 +35,7 @@ from flux_batch.prompts.input_images import load_images
 from flux_batch.prompts.listing import LISTING_RULES
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import Attempt, Commit, FailedRow, RowImages, Shard, ShardWork
-from flux_batch.storage.retry import RetryPolicy
+from flux_batch.storage.retry import Drain, RetryPolicy
 from flux_batch.storage.scratch import scratch_folder, sweep_scratch
 from flux_batch.storage.store import Store
 from flux_batch.telemetry import Heartbeat, Metrics, ShardMetrics
@@ -89,8 +88,7 @@ class Worker:
         self.metrics = Metrics(config.name)
         self._heartbeat = Heartbeat()
         self._stopping = threading.Event()
-        self._stopped = math.inf  # when `stop` was called
-        self._is_storage_silent = False  # since then, for as long as a stop may take
+        self._drain = Drain(config.failures.drain_s)
         self._source = PromptSource(config.prompts, factory.rules)
         self._pipeline = pipeline
         self._store = Store(
@@ -163,7 +161,7 @@ class Worker:
 
     def stop(self) -> None:
         """Stop the current shard after its batch in hand, and make no other."""
-        self._stopped = time.monotonic()
+        self._drain.begin()
         self._stopping.set()
 
     def idle_s(self) -> float:
@@ -177,13 +175,8 @@ class Worker:
             raise Stopped("stopped while the storage is unavailable")
 
     def _on_storage_request(self, waited_s: float) -> None:
-        """Raise Stopped once a request has taken, after stop(), longer than a stop may: the storage may have gone.
-
-        The requests that follow are not waited for: one after the other, they would take as long as that each.
-        """
-        waited_s = min(waited_s, time.monotonic() - self._stopped)
-        if self._is_storage_silent or waited_s >= self._config.failures.drain_s:
-            self._is_storage_silent = True
+        """Raise Stopped once the time of a stop is over: the storage may have gone."""
+        if self._drain.is_over(waited_s):
             raise Stopped("stopped while the storage does not answer")
 
     def _read_rows(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -75,18 +76,19 @@ class Scene:
     def rows(self, count: int) -> list[dict[str, Any]]:
         return [{"prompt": f"image {number}"} for number in range(count)]
 
-    def job(self, name: str, count: int, options: dict[str, Any]) -> JobConfig:
+    def job(self, name: str, count: int, options: dict[str, Any], **failures: float) -> JobConfig:
         return make_job(
             self.folder,
             self.rows(count),
             output={"uri": f"{self._bucket}/{name}", "storage_options": options, "shard_size": 4},
             model={"uri": str(self.model)},
             workers={"batch_size": BATCH},
+            failures=failures,
         )
 
-    def start(self, name: str, count: int, *engine: str) -> subprocess.Popen[str]:
+    def start(self, name: str, count: int, *engine: str, **failures: float) -> subprocess.Popen[str]:
         options = self.server.storage_options
-        job = self.job(name, count, {"endpoint_url": self.proxy.endpoint_url})
+        job = self.job(name, count, {"endpoint_url": self.proxy.endpoint_url}, **failures)
         keys = {"AWS_ACCESS_KEY_ID": options["key"], "AWS_SECRET_ACCESS_KEY": options["secret"]}
         return subprocess.Popen(
             [sys.executable, str(DRIVE), str(write_job(job, self.folder / f"{name}.yaml")), *engine],
@@ -169,6 +171,25 @@ def leave(scene: Scene, figures: Figures, away_s: float, count: int, *, timeout_
     scene.judge(figures, f"storage that is away for {away_s:g} s", "away", count, refused)
 
 
+def stop(scene: Scene, figures: Figures, fault: str, count: int, *engine: str) -> None:
+    """Stop a run whose storage is away, which is waited for much longer, and let it go on when that is back."""
+    with held(scene.model, after=count // 2):
+        driver = scene.start("stopped", count, *engine, drain_s=5)
+        store = store_of(scene.job("stopped", count, scene.server.storage_options))
+        wait_until(lambda: len(store.list("_run/commits")) >= 2)
+        scene.proxy.fault = lambda method, path: fault
+        before = len(scene.proxy.requests)
+    wait_until(lambda: len(scene.proxy.requests) > before)
+    driver.send_signal(signal.SIGTERM)
+    _, said = driver.communicate(timeout=PATIENCE_S)
+    assert (driver.returncode, "stopped by SIGTERM" in said, "Traceback" in said) == (75, True, False), said
+    refused = len(scene.proxy.requests) - before
+    scene.proxy.fault = lambda method, path: None
+    end(scene.start("stopped", count, *engine), PATIENCE_S)
+    experiment = f"stopped while storage is {'away' if fault == 'cut' else 'silent'}"
+    scene.judge(figures, experiment, "stopped", count, refused)
+
+
 def everything_but_the_job(config: JobConfig) -> dict[str, Any]:
     """Read a run's objects; its job file names the address of the proxy."""
     return {key: value for key, value in contents(config).items() if key != "_run/job.yaml"}
@@ -206,3 +227,13 @@ def test_a_run_on_a_cluster_finishes_on_storage_that_errs(scene: Scene, figures:
 @pytest.mark.timeout(600)
 def test_a_run_waits_a_minute_for_storage_that_is_away(scene: Scene, figures: Figures) -> None:
     leave(scene, figures, 60, 200, timeout_s=300)
+
+
+@pytest.mark.s3
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("scene", ["moto"], indirect=True)
+@pytest.mark.parametrize("fault", ["cut", "hold"])
+@pytest.mark.parametrize("engine", [["local"], pytest.param([], marks=pytest.mark.ray, id="ray")])
+def test_a_stop_ends_a_run_whose_storage_is_away(scene: Scene, figures: Figures, fault: str, engine: list[str]) -> None:
+    stop(scene, figures, fault, 40, *engine)

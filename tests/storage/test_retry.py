@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ from flux_batch.engine.stop import Stop
 from flux_batch.errors import AlreadyExists, DiskFull, FluxBatchError, Interrupted, StoreError, StoreRefused
 from flux_batch.storage import multipart
 from flux_batch.storage import retry as retry_module
-from flux_batch.storage.retry import RetryPolicy, with_retries
+from flux_batch.storage.retry import Drain, RetryPolicy, with_retries
 from flux_batch.storage.store import Store, open_filesystem
 from helpers.counting_proxy import Proxy, counting_proxy
 from helpers.s3 import S3Server
@@ -182,20 +181,31 @@ def slow(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Fut
     return begin
 
 
-def test_a_stop_ends_requests_that_have_waited_themselves(clock: Clock, slow: Callable[[float], Future[str]]) -> None:
+def test_a_stop_ends_all_requests_at_one_time(clock: Clock, slow: Callable[[float], Future[str]]) -> None:
     stop = Stop()
-    policy = RetryPolicy(on_request=partial(stop.check, 25))
+    policy = RetryPolicy(on_request=lambda waited_s: stop.check(25))
+    assert policy.wait_for(slow(60)) == "back"
     stop.request("stopped by SIGTERM")
-    clock.sleep(60)
-    assert [policy.wait_for(slow(20)) for _ in range(3)] == ["back"] * 3
     began = clock.now
+    assert [policy.wait_for(slow(10)) for _ in range(2)] == ["back"] * 2
     with pytest.raises(Interrupted, match="SIGTERM"):
-        policy.wait_for(slow(30))
+        policy.wait_for(slow(10))
     assert clock.now - began == pytest.approx(25)
     with pytest.raises(Interrupted):  # what follows waits no more, unless it is answered at once
         policy.wait_for(slow(3))
     assert policy.wait_for(slow(0)) == "back"
     assert clock.now - began < 27
+
+
+def test_a_late_request_has_seconds_until_one_has_no_answer(clock: Clock) -> None:
+    drain = Drain(25)
+    clock.sleep(60)
+    assert not drain.is_over(60)
+    drain.begin()
+    clock.sleep(24)
+    assert not drain.is_over(24)
+    clock.sleep(1)
+    assert [drain.is_over(waited_s) for waited_s in (2, 25, 2, 0.5)] == [False, True, True, True]
 
 
 def test_a_storage_that_comes_back_slowly_is_back(clock: Clock, slow: Callable[[float], Future[str]]) -> None:

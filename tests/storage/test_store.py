@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused
+from flux_batch.storage import contact
 from flux_batch.storage.retry import ATTEMPTS
 from flux_batch.storage.store import STORE_TMP, Store
 from helpers.counting_proxy import counting_proxy
@@ -364,6 +365,32 @@ def test_a_store_that_has_answered_is_tried_more_often_than_one_that_never_has(m
             numbers.append(len(proxy.requests))
             proxy.is_down = False
     assert numbers[0] * ATTEMPTS == numbers[1] * 3  # aiohttp asks twice where a connection was cut
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_a_first_request_without_an_answer_goes_on_only_if_a_small_one_has_one(
+    moto: S3Server, monkeypatch: pytest.MonkeyPatch, is_silent: bool
+) -> None:
+    monkeypatch.setattr(contact, "_SILENCE_S", 0.1)
+    bucket = moto.make_bucket()
+    Store(bucket, moto.storage_options).write("large", b"bytes")
+    with counting_proxy(moto.endpoint_url) as proxy:
+
+        def fault(method: str, path: str) -> str | None:
+            is_other_asked = any("large" not in path for _, path, _ in proxy.requests)
+            return "hold" if is_silent or ("large" in path and not is_other_asked) else None
+
+        proxy.fault = fault
+        store = Store(bucket, moto.storage_options | {"endpoint_url": proxy.endpoint_url})
+        if is_silent:
+            words = f"endpoint_url {proxy.endpoint_url} does not answer: no answer for . s; check it and"
+            with pytest.raises(StoreError, match=words):
+                store.read("large")
+            assert sum("large" in path for _, path, _ in proxy.requests) == 1
+        else:
+            assert store.read("large") == b"bytes"
+        proxy.fault = lambda method, path: None
 
 
 @pytest.mark.s3

@@ -1,0 +1,55 @@
+"""The first contact with a store: whoever has never answered is more likely to have another address."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from flux_batch.errors import StoreError
+from flux_batch.storage.errors import status
+
+# Attempts at the first request of all.
+FIRST_ATTEMPTS = 3
+# Seconds of silence after which a store is asked something small, and seconds that it then has for that.
+_SILENCE_S = 6.0
+
+
+@dataclass
+class Contact:
+    """The facts that were learned of a store, shared by all copies of it."""
+
+    is_made: bool = False
+    deletes_many: bool = True
+    _began: float = math.inf
+    _question: Future[Any] | None = None
+
+    def begin(self) -> None:
+        """Record that a store that has never answered is asked for the first time."""
+        self._began, self._question = time.monotonic(), None
+
+    def check(self, ask: Callable[[], Future[Any]]) -> None:
+        """Wait for a store that has not answered yet only as long as it answers a small question.
+
+        ask: begins that question. A long first request of a store that answers goes on.
+        Raises: StoreError after some seconds without any answer.
+        """
+        silent_s = time.monotonic() - self._began
+        if self.is_made or silent_s < _SILENCE_S:
+            return
+        if self._question is None:
+            self._question = ask()
+        elif self._question.done() and _is_answer(self._question):
+            self.is_made = True
+        elif silent_s >= 2 * _SILENCE_S:
+            self._question.cancel()
+            raise StoreError("no answer") from TimeoutError(f"no answer for {silent_s:.0f} s")
+
+
+def _is_answer(question: Future[Any]) -> bool:
+    """Return whether a store has answered, be it with an error."""
+    error = None if question.cancelled() else question.exception()
+    return error is None or isinstance(error, FileNotFoundError) or status(error) is not None
