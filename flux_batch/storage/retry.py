@@ -39,7 +39,7 @@ _LEAST_REQUEST_S = 60.0
 # Seconds of a request that is made when the time of a stop is over: what has just been made may still be put aside.
 _LATE_S = 3.0
 # The interval of calls of `on_wait` and `on_request`: a stop must not wait for a storage that is unavailable.
-_POLL_S = 0.5
+_POLL_S = 0.25
 
 T = TypeVar("T")
 
