@@ -74,7 +74,8 @@ def run(
         config = JobConfig.from_dict(config)
     config = with_absolute_paths(config if isinstance(config, JobConfig) else load_job(config))
     stop = stop or Stop()
-    policy = RetryPolicy().ended_by(stop.check, lambda waited_s: stop.check(config.failures.drain_s))
+    drain_s = config.failures.drain_s
+    policy = RetryPolicy().ended_by(stop.check, lambda waited_s: stop.check(drain_s))
     store = Store(config.output.uri, config.output.storage_options, policy)
     config = with_model_of_run(store, config)
     report = finished(config, store, extend=extend)
