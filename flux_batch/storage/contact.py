@@ -15,7 +15,7 @@ from flux_batch.storage.errors import status
 # Attempts at the first request of all.
 FIRST_ATTEMPTS = 3
 # Seconds of silence after which a store is asked something small, and seconds that it then has for that.
-_SILENCE_S = 6.0
+SILENCE_S = 6.0
 
 
 @dataclass
@@ -32,19 +32,18 @@ class Contact:
         self._began, self._question = time.monotonic(), None
 
     def check(self, ask: Callable[[], Future[Any]]) -> None:
-        """Wait for a store that has not answered yet only as long as it answers a small question.
+        """Raise StoreError if a store has not answered anything for some seconds.
 
-        ask: begins that question. A long first request of a store that answers goes on.
-        Raises: StoreError after some seconds without any answer.
+        ask: begins a small question, so that a long first request of a store that answers goes on.
         """
         silent_s = time.monotonic() - self._began
-        if self.is_made or silent_s < _SILENCE_S:
+        if self.is_made or silent_s < SILENCE_S:
             return
         if self._question is None:
             self._question = ask()
         elif self._question.done() and _is_answer(self._question):
             self.is_made = True
-        elif silent_s >= 2 * _SILENCE_S:
+        elif silent_s >= 2 * SILENCE_S:
             self._question.cancel()
             raise StoreError("no answer") from TimeoutError(f"no answer for {silent_s:.0f} s")
 

@@ -372,7 +372,7 @@ def test_a_store_that_has_answered_is_tried_more_often_than_one_that_never_has(m
 def test_a_first_request_without_an_answer_goes_on_only_if_a_small_one_has_one(
     moto: S3Server, monkeypatch: pytest.MonkeyPatch, is_silent: bool
 ) -> None:
-    monkeypatch.setattr(contact, "_SILENCE_S", 0.1)
+    monkeypatch.setattr(contact, "SILENCE_S", 0.1)
     bucket = moto.make_bucket()
     Store(bucket, moto.storage_options).write("large", b"bytes")
     with counting_proxy(moto.endpoint_url) as proxy:
