@@ -31,8 +31,11 @@ TOKEN_SIDE_PX = 16
 MAX_SIDE = 8192
 _MAX_STEPS = 1000
 MAX_T5_LENGTH = 4096
-# The first number that is no seed: torch.Generator takes 64 bits, the signed columns that data sets are read into 63.
-MAX_SEED = 2**63
+# The first number that is no seed: torch.Generator takes 64 bits.
+MAX_SEED = 2**64
+# Seeds are written down below this, as data sets are read into signed columns. The noise stays that of the whole seed:
+# torch's generator on the CPU draws from its lowest 32 bits (pytorch, aten/src/ATen/core/MT19937RNGEngine.h).
+WRITTEN_SEEDS = 2**63
 # Latents along a side of a tile: smaller ones would know too little of the image to be worth the name.
 _MIN_TILE = 16
 

@@ -36,6 +36,8 @@ _WILDCARDS = re.compile(r"__[\w./*-]*?[\w*]__|\{[^{}|]*\|[^{}]*\}")
 # Texts that the tokenizers of CLIP and T5 take for one token with a meaning, as in diffusers, and not for letters.
 _SPECIAL = re.compile(r"<\|(?:startoftext|endoftext)\|>|</s>|<pad>|<unk>|<extra_id_\d{1,2}>")
 
+_OF_ONE = {"have": "has", "repeat": "repeats", "hold": "holds", "are": "is"}
+
 
 @dataclass
 class Survey:
@@ -97,15 +99,15 @@ def format_survey(found: Survey, num_prompts: int) -> str:
     of = "rows" if found.num_rows == num_prompts else f"of the first {found.num_rows} rows"
     counts = [
         (found.num_failed, "cannot be rendered, and will be recorded as failed"),
-        (found.num_repeated_ids, "have the id of another row: with its prompt too, they make the same image"),
+        (found.num_repeated_ids, "have the id of another row: with its prompt too, the image is the same"),
         (found.num_repeated_prompts, "repeat a prompt word for word"),
         (found.num_near_duplicates, "repeat a prompt but for case, spaces or punctuation"),
         (found.num_special_tokens, "hold a special token, which acts as one and not as letters, as in diffusers"),
-        (found.num_wildcards, "hold __name__ or {a|b}, which stay as they are: prompts.wildcards draws from them"),
+        (found.num_wildcards, "hold __name__ or {a|b}, written out as it is: prompts.wildcards draws from it"),
         (found.num_clip_truncated, "are longer than CLIP reads; T5 reads on"),
-        (found.num_t5_truncated, "are longer than T5 reads: their end is left out"),
+        (found.num_t5_truncated, "are longer than T5 reads: the end is left out"),
     ]
-    lines = [f"{count} {of} {text}" for count, text in counts if count]
+    lines = [_sentence(count, of, text) for count, text in counts if count]
     if not found.num_failed:
         every = f"all {of}" if of != "rows" else f"all {found.num_rows} rows"
         lines.insert(0, f"{every} can be rendered")
@@ -114,6 +116,14 @@ def format_survey(found: Survey, num_prompts: int) -> str:
     if found.not_tokenized:
         lines.append(f"prompts that are cut were not counted: {found.not_tokenized}")
     return "\n".join(f"{'rows' if number == 0 else '':<9}{line}" for number, line in enumerate(lines))
+
+
+def _sentence(count: int, of: str, text: str) -> str:
+    """Return a count of rows and what they do, whose verb comes first; one row does it in the singular."""
+    if count > 1:
+        return f"{count} {of} {text}"
+    verb, _, rest = text.partition(" ")
+    return f"1 {'row' if of == 'rows' else of} {_OF_ONE.get(verb, verb)} {rest}"
 
 
 class _Seen:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import fsspec
@@ -60,9 +61,17 @@ class Listing:
     skipped: Mapping[str, Sequence[str]]
 
 
-def list_prompts(uris: Sequence[str], storage_options: Mapping[str, Any], rules: int = LISTING_RULES) -> Listing:
-    """Return the prompts that files, folders and globs name. Raises: SourceError if one is missing or none is found."""
-    expanded = [_expand(uri, storage_options, rules) for uri in uris]
+def list_prompts(
+    uris: Sequence[str],
+    storage_options: Mapping[str, Any],
+    rules: int = LISTING_RULES,
+    formats: Collection[str] = TABLE_FORMATS,
+) -> Listing:
+    """Return the prompts that files, folders and globs name. Raises: SourceError if one is missing or none is found.
+
+    formats: the names of those that are taken out of folders.
+    """
+    expanded = [_expand(uri, storage_options, rules, formats) for uri in uris]
     found = {path: each.fs for each in expanded for path in each.paths}
     skipped: dict[str, list[str]] = {}
     for each in expanded:
@@ -70,7 +79,7 @@ def list_prompts(uris: Sequence[str], storage_options: Mapping[str, Any], rules:
             if path not in found:
                 skipped.setdefault(reason, []).append(posixpath.relpath(path, each.folder or "/"))
     if not found:
-        known = ", ".join(f".{suffix}" for suffix in TABLE_FORMATS)
+        known = ", ".join(f".{suffix}" for suffix in formats)
         raise SourceError(
             f"{', '.join(uris)}: no prompts found; expected files ending in {known}"
             + "".join(f"; {note}" for note in skipped_notes(skipped))
@@ -99,12 +108,12 @@ class _Expanded:
     skipped: Mapping[str, str]
 
 
-def _expand(uri: str, storage_options: Mapping[str, Any], rules: int) -> _Expanded:
+def _expand(uri: str, storage_options: Mapping[str, Any], rules: int, formats: Collection[str]) -> _Expanded:
     """Return the prompt files of a file, folder, glob or data set of Hugging Face."""
     if dataset := HubDataset.of(uri):
         return _expand_dataset(uri, dataset, storage_options)
     fs, path = open_filesystem(uri, storage_options)
-    reason_for: Callable[[str], str] = _reason if rules > 1 else _reason_by_rules_1
+    reason_for: Callable[[str], str] = partial(_reason, formats=formats) if rules > 1 else _reason_by_rules_1
     with translated(uri, "list prompts"):
         # Of a web address, fsspec would read the whole file for links to what may lie below it.
         if (not uri.startswith(("http://", "https://")) or uri.endswith("/")) and fs.isdir(path):
@@ -115,7 +124,8 @@ def _expand(uri: str, storage_options: Mapping[str, Any], rules: int) -> _Expand
             folder = posixpath.dirname(path[: magic.start()])
             names_hidden = re.search(r"(^|/)[._]", path[len(folder) :]) is not None
             paths = fs.glob(path) if rules == 1 else _with_tables(fs, fs.glob(path, detail=True))
-            return _sifted(fs, folder, paths, _format_reason if names_hidden and rules > 1 else reason_for)
+            by_format = partial(_format_reason, formats=formats)
+            return _sifted(fs, folder, paths, by_format if names_hidden and rules > 1 else reason_for)
         if uri.startswith("hf://"):  # its `exists` is false whatever is wrong, such as a hub that is away
             with suppress(FileNotFoundError):
                 fs.info(path)
@@ -158,7 +168,7 @@ def _sifted(
     return _Expanded(fs, folder, kept, {path: reason for path, reason in reasons.items() if reason})
 
 
-def _reason(name: str) -> str:
+def _reason(name: str, formats: Collection[str] = TABLE_FORMATS) -> str:
     """Return why a file below a named folder is left out; empty if it holds prompts.
 
     Hidden and marker files lie anywhere: `.ipynb_checkpoints`, `..data` of a ConfigMap, `_delta_log`, `_temporary`.
@@ -168,13 +178,13 @@ def _reason(name: str) -> str:
     is_marker = [folder.startswith(".") or (folder.startswith("_") and "=" not in folder) for folder in folders]
     if any(is_marker) or last.startswith((".", "_")):
         return "hidden by a name that begins with . or _"
-    return _format_reason(name)
+    return _format_reason(name, formats)
 
 
-def _format_reason(name: str) -> str:
+def _format_reason(name: str, formats: Collection[str]) -> str:
     name = posixpath.basename(name)
     kind = format_of_name(name)
-    if kind in TABLE_FORMATS:
+    if kind in formats:
         is_document = kind in ("txt", "json") and _DOCUMENTS.fullmatch(_stem(name))
         return "named as documents are, and not as prompts" if is_document else ""
     return f".{kind} is not read: {INSTEAD[kind]}" if kind in INSTEAD else "of no format that is read"

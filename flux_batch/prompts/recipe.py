@@ -12,11 +12,13 @@ from itertools import islice
 import pyarrow as pa
 
 from flux_batch.config.schema import PromptsConfig
-from flux_batch.errors import JobError, SourceError
+from flux_batch.config.text import load_yaml
+from flux_batch.errors import JobError, SourceError, one_line
+from flux_batch.prompts.formats.file import PromptBytes
 from flux_batch.prompts.formats.lines import LineTable
 from flux_batch.prompts.formats.open import format_of_name, open_table
 from flux_batch.prompts.formats.table import BadRow, Row, Table
-from flux_batch.prompts.listing import list_prompts
+from flux_batch.prompts.listing import PromptFile, list_prompts
 from flux_batch.prompts.samplers import (
     Dependent,
     Sampler,
@@ -28,7 +30,7 @@ from flux_batch.prompts.samplers import (
     samplers_of,
 )
 from flux_batch.prompts.template import PromptTemplate
-from flux_batch.prompts.wildcards import Wildcards
+from flux_batch.prompts.wildcards import Wildcards, joined_lists, lists_of_yaml
 from flux_batch.records import IMAGE_COLUMNS
 from flux_batch.redaction import public_tree, public_uri
 
@@ -37,6 +39,7 @@ ROWS = "rows"
 # The fields whose texts may hold wildcards, and those whose templates may make an empty text that means something.
 _WITH_WILDCARDS = ("prompt", "negative_prompt")
 _TEXTS = (*_WITH_WILDCARDS, "id", "lora", *IMAGE_COLUMNS)
+_FORMATS_OF_LISTS = ("txt", "yaml", "yml")
 _MAX_LISTS_BYTES = 64 << 20
 _READER_THREADS = 16
 
@@ -176,20 +179,33 @@ class Recipe:
 
     def _lists_of(self, folder: str) -> dict[str, list[str]]:
         try:
-            files = list_prompts([folder], self._config.storage_options).files
+            files = list_prompts([folder], self._config.storage_options, formats=_FORMATS_OF_LISTS).files
         except SourceError as error:
             raise JobError(f"prompts.wildcards: {error}") from error
-        texts = [file for file in files if format_of_name(file.name) == "txt"]
-        if not texts:
-            raise JobError(f"prompts.wildcards: {public_uri(folder)}: has no list; a list is a text file (.txt)")
-        if (size := sum(file.size for file in texts)) > _MAX_LISTS_BYTES:
+        if (size := sum(file.size for file in files)) > _MAX_LISTS_BYTES:
             raise JobError(
                 f"prompts.wildcards: {public_uri(folder)}: its lists have {size} bytes; must be at most "
                 f"{_MAX_LISTS_BYTES}"
             )
         with ThreadPoolExecutor(_READER_THREADS) as pool:
-            found = pool.map(lambda file: self._read_lines(file.uri), texts)
-        return {file.name[: file.name.lower().rindex(".txt")]: lines for file, lines in zip(texts, found, strict=True)}
+            found = pool.map(self._read_lists, files)
+        return joined_lists(each.items() for each in found)
+
+    def _read_lists(self, file: PromptFile) -> Mapping[str, list[str]]:
+        """Return the lists of a file by name: that of a text file is its own, those of a YAML file are its keys."""
+        kind = format_of_name(file.name)
+        if kind == "txt":
+            return {file.name[: file.name.lower().rindex(".txt")]: self._read_lines(file.uri)}
+        with PromptBytes.of(file.uri, self._config.storage_options).open_text() as stored:
+            data = stored.read()
+        try:
+            lists = lists_of_yaml(load_yaml(data.decode(), public_uri(file.uri)))
+        except JobError:
+            raise
+        except ValueError as error:
+            raise JobError(f"prompts.wildcards: {public_uri(file.uri)}: {one_line(error)}") from error
+        self._lines[file.uri] = [f"{name}: {line}" for name, lines in lists.items() for line in lines]
+        return lists
 
     def _read_lines(self, uri: str) -> list[str]:
         """Return the values of a file with one a line."""

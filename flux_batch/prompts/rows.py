@@ -18,7 +18,14 @@ from flux_batch.prompts.formats.table import BadRow, Row
 from flux_batch.prompts.input_images import image_of_bytes
 from flux_batch.records import FailedRow, ImageRequest, InputImage, LoraUse, RowImages, image_seed
 from flux_batch.redaction import public_uri
-from flux_batch.sampling_params import ALIASES, MAX_SEED, SAMPLING_FIELDS, SamplingParams, check_integer
+from flux_batch.sampling_params import (
+    ALIASES,
+    MAX_SEED,
+    SAMPLING_FIELDS,
+    WRITTEN_SEEDS,
+    SamplingParams,
+    check_integer,
+)
 
 # Whole floats below are exact; from here on several whole numbers become the same float.
 _EXACT_FLOATS = 2**53
@@ -180,7 +187,7 @@ class RowParser:
             return tuple(image_seed(self._run_seed, row_id, index) for index in range(count))
         seed = _integer("seed", seed)
         check_integer("seed", seed, 0, MAX_SEED - count)  # that of the row's last image is one, too
-        return tuple(seed + index for index in range(count))
+        return tuple((seed + index) % WRITTEN_SEEDS for index in range(count))
 
 
 def _place(row_id: str, line: int) -> str:

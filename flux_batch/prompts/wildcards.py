@@ -96,6 +96,26 @@ class Wildcards:
         raise ValueError(f"__{name}__: no such list in {self._folder}{hint}")
 
 
+def joined_lists(lists: Iterable[Iterable[tuple[str, Sequence[str]]]]) -> dict[str, list[str]]:
+    """Return the lists of several files as one mapping; lists of one name are joined."""
+    found: dict[str, list[str]] = {}
+    for each in lists:
+        for name, lines in each:
+            found[name] = found.get(name, []) + list(lines)
+    return found
+
+
+def lists_of_yaml(tree: object, name: str = "") -> dict[str, list[str]]:
+    """Return the lists of a YAML file: their names are its keys, joined by slashes. Raises: ValueError."""
+    if isinstance(tree, Mapping):
+        below = ((f"{name}/{key}" if name else str(key), value) for key, value in tree.items())
+        return joined_lists(lists_of_yaml(value, each).items() for each, value in below)
+    values = tree if isinstance(tree, list) else [tree]
+    if not name or any(isinstance(value, (Mapping, list)) for value in values):
+        raise ValueError(f"{name or 'it'}: must be texts or sections of them; quote a text with a colon")
+    return {name: [str(value) for value in values if value is not None]}
+
+
 @dataclass
 class _Filling:
     """The state of filling one text: its draws so far, and how deep lists name each other."""

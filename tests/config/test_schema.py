@@ -108,7 +108,7 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("model.uri=s3://me:pass@h/flux", "model.uri holds a user name or password, which would be written down"),
         ("sampling.num_images_per_prompt=0", "sampling.num_images_per_prompt = 0"),
         ("sampling.seed=-1", "sampling.seed = -1"),
-        (f"sampling.seed={2**63}", f"sampling.seed = {2**63}"),
+        (f"sampling.seed={2**64}", f"sampling.seed = {2**64}"),
         ("sampling.negative_prompt=5", "sampling.negative_prompt = 5: input should be a valid string"),
         (r'sampling.negative_prompt="\ud800"', "must be valid Unicode"),
         ("sampling=5", "sampling: must be a section"),

@@ -76,7 +76,7 @@ def test_only_the_first_rows_are_counted_and_a_missing_model_is_said(tmp_path: P
     assert (found.num_rows, found.num_failed, found.num_special_tokens) == (4, 0, 1)
     assert found.num_clip_truncated is None
     assert "all of the first 4 rows can be rendered" in format_survey(found, 10)
-    assert "1 of the first 4 rows repeat a prompt word for word" in format_survey(found, 10)
+    assert "1 of the first 4 rows repeats a prompt word for word" in format_survey(found, 10)
     assert "prompts that are cut were not counted: " in format_survey(found, 10)
 
 

@@ -71,6 +71,9 @@ def test_large_seeds_are_exact() -> None:
     assert {request({"seed": value}).seeds for value in spellings} == {(exact,)}
     for value in (2**63 - 1, np.uint64(2**63 - 1), str(2**63 - 1)):
         assert request({"seed": value}).seeds == (2**63 - 1,)
+    for value in (2**64 - 1, np.uint64(2**64 - 1), str(2**64 - 1)):  # the lower 63 bits, which make the same noise
+        assert request({"seed": value}).seeds == (2**63 - 1,)
+    assert request({"seed": 2**63 - 1, "num_images_per_prompt": 2}).seeds == (2**63 - 1, 0)
     assert request({"seed": 2.0**53 - 1}).seeds == (2**53 - 1,)
 
 
@@ -92,8 +95,8 @@ def test_large_seeds_are_exact() -> None:
         ({"cfg_scale": False}, "cfg_scale = False"),
         ({"seed": True}, "seed = True"),
         ({"seed": -1}, "seed = -1"),
-        ({"seed": 2**63}, f"seed = {2**63}: must be a whole number from 0 to {2**63 - 1}"),
-        ({"seed": 2**63 - 1, "num_images_per_prompt": 2}, f"must be a whole number from 0 to {2**63 - 2}"),
+        ({"seed": 2**64}, f"seed = {2**64}: must be a whole number from 0 to {2**64 - 1}"),
+        ({"seed": 2**64 - 1, "num_images_per_prompt": 2}, f"must be a whole number from 0 to {2**64 - 2}"),
         ({"seed": 2.0**53}, "seed = 9007199254740992.0: is a float, and no longer exact from 2^53 on"),
         ({"seed": "1.5"}, "seed = '1.5': must be a whole number"),
         ({"seed": Decimal("1e1000000")}, "must be a whole number"),

@@ -137,6 +137,26 @@ def test_prompts_of_a_file_are_drawn_and_a_bad_one_costs_itself(tmp_path: Path) 
     assert PromptSource(config).lists != before
 
 
+def test_yaml_files_hold_lists_by_their_keys(tmp_path: Path) -> None:
+    lists = write_lists(tmp_path / "lists", cat="tabby")
+    (tmp_path / "lists" / "animals.yaml").write_text("pets:\n  cat: [siamese, 3::manx]\n  dog: [pug]\none: lion\n")
+    (tmp_path / "lists" / "more.yml").write_bytes('cat:\n- "a {red|blue} one"\n'.encode("utf-16"))
+    config: dict[str, Any] = {"rows": 60, "wildcards": lists}
+
+    def prompts(template: str) -> set[Any]:
+        return {row.prompt for row in rows_of(PromptsConfig(template=template, **config))}
+
+    assert prompts("__pets/*__") == {"siamese", "manx", "pug"}
+    assert prompts("__one__ __cat__") == {"lion tabby", "lion a red one", "lion a blue one"}
+    before = PromptSource(PromptsConfig(template="a", **config)).lists
+    (tmp_path / "lists" / "animals.yaml").write_text("pets:\n  cat: [siamese, 3::manx]\n  dog: [poodle]\none: lion\n")
+    assert PromptSource(PromptsConfig(template="a", **config)).lists != before
+    for text, words in (("- a\n", "it: must be texts"), ("a: [b: c]\n", "a: must be texts"), ("a: [", "line 1: not")):
+        (tmp_path / "lists" / "animals.yaml").write_text(text)
+        with pytest.raises(JobError, match=f"lists/animals.yaml: {words}"):
+            PromptSource(PromptsConfig(template="a", **config))
+
+
 def test_a_template_may_hold_wildcards_and_a_name_without_a_list_ends_the_job(tmp_path: Path) -> None:
     lists = write_lists(tmp_path / "lists", animal="cat\ndog\n")
     config: dict[str, Any] = {"rows": 9, "samplers": {"n": [1, 2]}, "wildcards": lists}
