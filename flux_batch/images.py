@@ -44,14 +44,24 @@ def encode(pixels: Pixels, config: ImageConfig, provenance: Mapping[str, Any]) -
     PNG carries the settings in text chunks, JPEG and WebP in an EXIF block, which cuts texts that are too long for it;
     all carry XMP.
     """
-    image = Image.fromarray(pixels)
+    if config.type == "png":
+        return _encoded(Image.fromarray(pixels), config, pnginfo=_png_chunks(provenance))
+    return _encoded(Image.fromarray(pixels), config, exif=_exif(provenance), xmp=_xmp(provenance))
+
+
+def encode_source(image: Image.Image, config: ImageConfig) -> bytes:
+    """Return a source image encoded as images are, without settings and AI label."""
+    return _encoded(image.convert("RGB"), config)
+
+
+def _encoded(image: Image.Image, config: ImageConfig, **inside: Any) -> bytes:
     buffer = io.BytesIO()
     if config.type == "png":
-        image.save(buffer, "PNG", compress_level=_PNG_LEVEL, pnginfo=_png_chunks(provenance))
+        image.save(buffer, "PNG", compress_level=_PNG_LEVEL, **inside)
     elif config.type == "jpeg":
-        image.save(buffer, "JPEG", quality=config.quality, subsampling=0, exif=_exif(provenance), xmp=_xmp(provenance))
+        image.save(buffer, "JPEG", quality=config.quality, subsampling=0, **inside)
     else:
-        image.save(buffer, "WEBP", quality=config.quality, exif=_exif(provenance), xmp=_xmp(provenance))
+        image.save(buffer, "WEBP", quality=config.quality, **inside)
     return buffer.getvalue()
 
 

@@ -24,7 +24,7 @@ from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted, JobError, RowError, StoreError
 from flux_batch.output.lease import Lease
-from flux_batch.output.metadata import with_quality
+from flux_batch.output.metadata import columns_of_job
 from flux_batch.output.paths import PLAN
 from flux_batch.pipeline.load import load_pipeline
 from flux_batch.pipeline.weights import check_weights
@@ -93,7 +93,7 @@ def run(
         if todo:
             log.info("%s: %d of %d shards to do, output: %s", config.name, len(todo), len(plan.shards), store.uri)
             make_pipeline = make_pipeline or partial(load_pipeline, num_gpus=here.workers.num_gpus)
-            columns = with_quality(plan.passthrough, config.quality)
+            columns = columns_of_job(plan.passthrough, config)
             factory = WorkerFactory(here, len(plan.shards), columns, make_pipeline, plan.rules, load_scorer)
             _render(engine or ray_pool(here), factory, todo, stop, progress)
         return close_run(here, store, plan, progress)

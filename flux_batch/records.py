@@ -120,6 +120,11 @@ class RowImages:
         return tuple((column, len(images)) for column, images in self.by_column.items())
 
     @property
+    def sources(self) -> tuple[InputImage, ...]:
+        """The images before an edit: the reference images, or else the input image."""
+        return self.reference_image or ((self.input_image,) if self.input_image else ())
+
+    @property
     def names(self) -> dict[str, str | None]:
         """The names of the images of each column as the metadata has them."""
         found = {column: ", ".join(image.name for image in images) for column, images in self.by_column.items()}

@@ -16,7 +16,7 @@ from flux_batch.output.commit_log import CommitLog, check_all_committed
 from flux_batch.output.commits import Commits
 from flux_batch.output.formats import format_for
 from flux_batch.output.gc import unfinished_uploads
-from flux_batch.output.metadata import with_quality
+from flux_batch.output.metadata import columns_of_job
 from flux_batch.output.paths import CARD, JOB, METADATA, PLAN, PRECISION, REPORT, STAGING, SUCCESS, TRAIN, RunFolder
 from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.output.staging import Staging
@@ -135,7 +135,7 @@ def revert_failed(config: JobConfig, plan: Plan, store: Store, *, retry_failed: 
     """Finish interrupted reverts; with `retry_failed`, revert the commits that have failed rows. Needs the lease."""
     run, output_format = (
         RunFolder(store, len(plan.shards)),
-        format_for(config.output, with_quality(plan.passthrough, config.quality)),
+        format_for(config.output, columns_of_job(plan.passthrough, config)),
     )
     finish_reverts(run, output_format)
     if retry_failed:

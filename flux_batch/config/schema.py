@@ -10,17 +10,17 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from flux_batch.config.running import FailuresConfig, QualityConfig, WorkersConfig
+from flux_batch.config.section import Section
 from flux_batch.config.text import explain, nearest_or_all, overridden, read_tree, to_yaml
-from flux_batch.config.values import BatchSize, Template, Wildcards
+from flux_batch.config.values import Template, Wildcards
 from flux_batch.errors import InvalidSetting, JobError
 from flux_batch.records import IMAGE_COLUMNS, NO_LORA
 from flux_batch.redaction import public_tree, public_uri, redact
@@ -41,6 +41,8 @@ _MODEL_IDENTITY = ("uri", "variant", "dtype", "quantization", "step_cache", "com
 _QUALITY_IDENTITY = ("score", "at_least", "max_tries", "keep", "otherwise", "options")
 # The columns that `quality` adds to the metadata.
 QUALITY_COLUMNS = ("tries", "score", "accepted")
+# The column that `output.sources` adds to it.
+SOURCE_COLUMNS = ("source_sha256",)
 _NO_PROMPTS = "must name at least one file, folder or glob"
 _PROMPTS_IDENTITY = (
     *("columns", "passthrough", "rows", "samplers", "template", "wildcards", "design", "limit", "allow_http"),
@@ -84,28 +86,19 @@ def _check_no_secret(uri: str, field: str, section: str) -> None:
         )
 
 
-class _Section(BaseModel):
-    """A section of the job file: frozen, exact types, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
-        return [(name, public_tree(value, name or "")) for name, value in super().__repr_args__()]
-
-
-class PromptsConfig(_Section):
+class PromptsConfig(Section):
     """The prompts: their files and the meaning of their columns."""
 
     uri: _Uris = ()
     """A file, folder, glob or list of them, in any format that the page of job files lists; or `demo`, the packaged
     prompts."""
-    columns: _Columns = {}
+    columns: _Columns = Field(default={})
     """Our field: your column, e.g. `{prompt: caption, id: uid}`."""
     passthrough: _Names = ()
     """Columns to copy into the metadata."""
     rows: int | None = Field(default=None, ge=1)
     """Rows to make without files, from `samplers` and `template`; instead of `uri`."""
-    samplers: dict[str, Any] = {}
+    samplers: dict[str, Any] = Field(default={})
     """Columns to draw for each row, e.g. `{animal: [cat, dog]}`; they are copied into the metadata."""
     template: Template = None
     """The prompt of each row, made of its columns: `A {{ animal }}`; or a mapping, with a template for each of several
@@ -194,7 +187,12 @@ class PromptsConfig(_Section):
         return columns
 
 
-class ImageConfig(_Section):
+def source_name(number: int) -> str:
+    """Return the name of a source image of an image: source, source_1 and so on."""
+    return f"source_{number}" if number else "source"
+
+
+class ImageConfig(Section):
     """The encoding of images."""
 
     type: Annotated[Literal["png", "jpeg", "webp"], BeforeValidator(lambda v: "jpeg" if v == "jpg" else v)] = "png"
@@ -203,7 +201,7 @@ class ImageConfig(_Section):
     """Quality of JPEG and WebP; PNG is lossless."""
 
 
-class OutputConfig(_Section):
+class OutputConfig(Section):
     """The output: its folder, its format, its encoding."""
 
     uri: str = Field(min_length=1)
@@ -213,8 +211,16 @@ class OutputConfig(_Section):
     image: ImageConfig = ImageConfig()
     shard_size: int = Field(default=256, ge=1, le=9999)
     """Prompts in a shard, which is the unit of work, retry and commit."""
+    sources: int = Field(default=0, ge=0, le=16)
+    """Images to write beside each image as `source`, for pairs of an edit: so many reference images, or 1 for the input
+    image, as the model reads them. A row with another number fails."""
     storage_options: dict[str, Any] = Field(default={}, repr=False)
     """Options of fsspec for the output."""
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The names of the source images of an image."""
+        return tuple(map(source_name, range(self.sources)))
 
     @model_validator(mode="after")
     def _no_secret(self) -> OutputConfig:
@@ -222,7 +228,7 @@ class OutputConfig(_Section):
         return self
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """A LoRA to merge into the weights."""
 
     uri: str = Field(min_length=1)
@@ -247,7 +253,7 @@ class LoraConfig(_Section):
         return self
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The model's weights and its arithmetic."""
 
     uri: str = Field(min_length=1)
@@ -300,7 +306,7 @@ class ModelConfig(_Section):
         return self
 
 
-class SamplingConfig(_Section, SamplingParams, frozen=True):
+class SamplingConfig(Section, SamplingParams, frozen=True):
     """Defaults of every prompt; a row may override each by a column of that name."""
 
     embedded_guidance: float | None = None  # type: ignore[assignment]
@@ -351,72 +357,7 @@ class SamplingConfig(_Section, SamplingParams, frozen=True):
         return self if self.embedded_guidance is not None else self.model_copy(update={"embedded_guidance": guidance})
 
 
-class QualityConfig(_Section):
-    """A score that images should reach, and further tries for those that do not."""
-
-    score: str = Field(min_length=1)
-    """The judge of an image: a built-in annotator, `NAME.COLUMN` if not by its first column; or `module:factory`."""
-    at_least: float
-    """The least score of an image that is accepted."""
-    max_tries: int = Field(default=4, ge=1, le=100)
-    """Tries of an image at most; each further one has a seed derived from that of the first."""
-    keep: Literal["first", "best"] = "first"
-    """`first` keeps the first image that is accepted, or else the best; `best` makes all tries and keeps the best."""
-    otherwise: Literal["keep", "fail"] = "keep"
-    """The end of an image that no try made good: it is kept with `accepted` false, or it is a failed row."""
-    options: dict[str, Any] = {}
-    """Options of the annotator."""
-    accept_rate: float | None = Field(default=None, gt=0, le=1)
-    """Share of images that one try makes good, for the figures of `flux-batch plan`; null counts `max_tries`."""
-
-    @property
-    def expected_tries(self) -> float:
-        """The tries of an image on average, if a try is good by `accept_rate`."""
-        if self.keep == "best" or self.accept_rate is None:
-            return float(self.max_tries)
-        return (1 - (1 - self.accept_rate) ** self.max_tries) / self.accept_rate
-
-
-class _WorkersConfig(_Section):
-    """The number of workers, and the devices and batch size of each."""
-
-    min: int = Field(default=1, ge=1)
-    """The run counts as stuck, and says so, while fewer workers than this are up."""
-    max: int = Field(default=8, ge=1)
-    """The most workers at a time."""
-    num_gpus: float = Field(default=1, ge=0)
-    """GPUs of each worker; 0 computes on the CPU. Where there should be one and is none, a small model runs on the CPU
-    with a line that says so, and a large one is refused."""
-    num_cpus: float = Field(default=1, ge=0)
-    """CPUs of each worker."""
-    batch_size: BatchSize = 4
-    """Images in one forward pass; `auto` measures it when the run starts and remembers it with the run."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> _WorkersConfig:
-        if self.min > self.max:
-            raise InvalidSetting(f"min = {self.min}: must not exceed max = {self.max}", field="min")
-        return self
-
-
-class FailuresConfig(_Section):
-    """Limits of failures, retries and waiting."""
-
-    max_ratio: float = Field(default=0.01, ge=0, le=1)
-    """Share of images that may fail before the finished run exits with 3."""
-    max_attempts: int = Field(default=3, ge=1)
-    """Tries of a shard that ends in an error; the loss of a worker does not count."""
-    hang_s: float = Field(default=900, gt=0)
-    """Seconds without a sign of life after which a worker is killed and replaced."""
-    drain_s: float = Field(default=25, ge=0)
-    """Seconds that a stopped run has to finish or put aside what is being made."""
-    outage_s: float = Field(default=1800, ge=0)
-    """Seconds that a run waits for a failing storage before it gives up for now."""
-    lease_ttl_s: float = Field(default=60, ge=1)
-    """Seconds that the driver may be out of touch before another one may go on with the run."""
-
-
-class JobConfig(_Section):
+class JobConfig(Section):
     """A whole job file. Raises: JobError that names each wrong key and what would be right."""
 
     name: str = Field(default="flux-batch", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
@@ -426,7 +367,7 @@ class JobConfig(_Section):
     model: ModelConfig
     sampling: SamplingConfig = SamplingConfig()
     quality: QualityConfig | None = None
-    workers: _WorkersConfig = _WorkersConfig()
+    workers: WorkersConfig = WorkersConfig()
     failures: FailuresConfig = FailuresConfig()
 
     @model_validator(mode="after")
@@ -446,6 +387,13 @@ class JobConfig(_Section):
                 f"quality: adds the column {taken[0]!r} to the metadata, which is a column of the prompts too; rename "
                 "that one",
                 field="quality",
+            )
+        written = {*self.output.source_names, *(SOURCE_COLUMNS if self.output.sources else ())}
+        if taken := [name for name in self.prompts.metadata_columns if name in written]:
+            raise InvalidSetting(
+                f"output.sources: writes the column {taken[0]!r}, which is a column of the prompts too; rename that "
+                "one",
+                field="output",
             )
         return self
 
@@ -478,7 +426,7 @@ class JobConfig(_Section):
         tree = public_tree(self.model_dump(mode="json", exclude=_STORAGE_OPTIONS))
         parts = {
             "prompts": {key: tree["prompts"][key] for key in _PROMPTS_IDENTITY},
-            "output": {key: tree["output"][key] for key in ("format", "shard_size")},
+            "output": {key: tree["output"][key] for key in ("format", "shard_size", "sources")},
             "output.image": tree["output"]["image"],
             "model": {key: tree["model"][key] for key in _MODEL_IDENTITY},
             "sampling": tree["sampling"],

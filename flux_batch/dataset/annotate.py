@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flux_batch.config.schema import FailuresConfig, JobConfig
+from flux_batch.config.running import FailuresConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.dataset.annotate_worker import AnnotateFactory, check_identity
 from flux_batch.dataset.annotators.load import AnnotatorSpec
 from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any
 
-from flux_batch.config.schema import FailuresConfig
+from flux_batch.config.running import FailuresConfig
 from flux_batch.dataset.annotate_shard import ImageBatch, ShardAnnotation, read_batches
 from flux_batch.dataset.annotators.load import AnnotatorSpec, OpenAnnotator, open_annotator
 from flux_batch.errors import AlreadyExists, PlanMismatch, Stopped

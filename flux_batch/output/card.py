@@ -38,7 +38,7 @@ unless a row asked for more. Made with flux-batch.
 | steps | {sampling.num_inference_steps} |
 | embedded guidance | {sampling.guidance_text} |
 | true CFG scale | {sampling.cfg_scale} |
-{_quality(config)}
+{_quality(config)}{_sources(config)}
 A prompt row may override each of these; `{METADATA}/*.parquet` has what was used, one row for every
 requested image, failed ones included. Every image carries its own settings inside and is labelled as AI generated.
 The run is complete when `{SUCCESS}` is there. FLUX.1-dev weights have a licence of their own, which reaches the use of
@@ -53,6 +53,16 @@ def _quality(config: JobConfig) -> str:
         return ""
     kept = f"{quality.score} of at least {quality.at_least:g}, in at most {quality.max_tries} tries"
     return f"| quality | {kept}; otherwise: {quality.otherwise} |\n"
+
+
+def _sources(config: JobConfig) -> str:
+    """Return the row on source images; empty if none are written."""
+    names = ", ".join(f"`{name}`" for name in config.output.source_names)
+    return (
+        f"| images before the edit | {names} beside each image, as the model read them, not labelled |\n"
+        if names
+        else ""
+    )
 
 
 def _recipe(config: JobConfig) -> str:

@@ -67,8 +67,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from flux_batch.errors import AlreadyExists, NotFound, StoreError
-from flux_batch.output.formats import OutputFormat, Sample, iter_images
-from flux_batch.output.metadata import pack_failures, pack_metadata, unpack_metadata
+from flux_batch.output.formats import OutputFormat, Sample, StoredSample, iter_samples
+from flux_batch.output.metadata import pack_failures, pack_metadata, source_fields, unpack_metadata
 from flux_batch.output.paths import (
     ANNOTATIONS,
     COMMITS,
@@ -227,10 +227,10 @@ class Publisher:
             put.create(self.output_format.pack(name, samples, scratch))
         # Another attempt may have made the images that failed here.
         failed = [record.key for record in records if record.status == "failed"]
-        for file in sorted({self.output_format.file_name(name, key) for key in failed}):
-            put.adopt(file)
+        for files in sorted({self.output_format.image_files(name, key) for key in failed}):
+            put.adopt(files)
         if put.is_adopted:
-            adopted = dict(iter_images(self.output_format, name, put.paths))
+            adopted = {sample.key: sample for sample in iter_samples(self.output_format, name, put.paths)}
             records = [_adopt(record, adopted, self.output_format.file_name(name, record.key)) for record in records]
         put.create(self.output_format.list_images(name, records, scratch))
         return put.stored, records
@@ -261,10 +261,12 @@ class _Files:
             for file, path, is_adopted in pool.map(self._create, files):
                 self._add(file, path, is_adopted)
 
-    def adopt(self, key: str) -> None:
-        """Add a file that another worker stored, if there is one."""
-        if key not in self.paths and self._store.exists(key):
-            self._add(*self._fetch(key), True)
+    def adopt(self, keys: Sequence[str]) -> None:
+        """Add files that another worker stored, if all are there."""
+        missing = [key for key in keys if key not in self.paths]
+        if all(self._store.exists(key) for key in missing):
+            for key in missing:
+                self._add(*self._fetch(key), True)
 
     def _create(self, file: tuple[str, Path]) -> tuple[StoredFile, Path, bool]:
         """Write one file unless another worker has. Returns: the file, a local copy, whether another wrote it."""
@@ -288,9 +290,9 @@ class _Files:
         self.is_adopted |= is_adopted
 
 
-def _adopt(record: ImageRecord, images: dict[str, bytes], file_name: str) -> ImageRecord:
+def _adopt(record: ImageRecord, samples: dict[str, StoredSample], file_name: str) -> ImageRecord:
     """Return a record of the image that is stored, whoever made it."""
-    if record.key not in images:
+    if record.key not in samples:
         if record.status == "failed":
             return record
         return replace(
@@ -302,15 +304,16 @@ def _adopt(record: ImageRecord, images: dict[str, bytes], file_name: str) -> Ima
             sha256=None,
             bytes=None,
         )
-    data = images[record.key]
+    sample = samples[record.key]
     return replace(
         record,
         status="success",
         error_type=None,
         error_message=None,
         file_name=file_name,
-        sha256=hashlib.sha256(data).hexdigest(),
-        bytes=len(data),
+        sha256=hashlib.sha256(sample.image).hexdigest(),
+        bytes=len(sample.image),
+        passthrough={**record.passthrough, **source_fields(sample.sources.values())},
     )
 
 

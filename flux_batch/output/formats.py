@@ -11,6 +11,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -28,6 +29,8 @@ from flux_batch.storage.store import BLOCK_BYTES, Store
 # Row groups of at most 100 images: what dataset viewers can still page through.
 IMAGES_PER_ROW_GROUP = 100
 _IMAGES_IN_MEMORY = 16
+# A bound on the bytes of a source image, of which the metadata has the hash alone: more than the largest takes.
+MAX_SOURCE_BYTES = 256 * 2**20
 # The errors that readers of tars and Parquet raise for damaged bytes.
 DECODE_ERRORS = (
     *(tarfile.TarError, pa.ArrowException, OSError, EOFError),
@@ -38,10 +41,31 @@ _NO_PASSTHROUGH = pa.schema([])
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An image that was made: its record and its encoded bytes on local disk."""
+    """An image that was made: its record and its encoded bytes on local disk.
+
+    Its source images, where a job writes them, lie beside it: see `source_path`.
+    """
 
     record: ImageRecord
     path: Path
+
+    def read(self, source: str = "") -> bytes:
+        """Return the encoded bytes of the image, or of one of its source images."""
+        return (source_path(self.path, source) if source else self.path).read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSample:
+    """The bytes of a stored image, and of its source images by name."""
+
+    key: str
+    image: bytes
+    sources: Mapping[str, bytes]
+
+
+def source_path(path: Path, source: str) -> Path:
+    """Return the local file of a source image, which lies beside that of its image."""
+    return path.with_name(f"{path.name}.{source}")
 
 
 class OutputFormat(Protocol):
@@ -50,6 +74,11 @@ class OutputFormat(Protocol):
     @property
     def suffix(self) -> str:
         """The suffix of an image's name, without the dot."""
+        ...
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the source images that are written beside each image."""
         ...
 
     @property
@@ -65,6 +94,10 @@ class OutputFormat(Protocol):
         """Return the name of the file that holds an image, relative to the output."""
         ...
 
+    def image_files(self, shard: str, key: str) -> tuple[str, ...]:
+        """Return the names of the files that hold an image and its source images."""
+        ...
+
     def files(self, shard: str, keys: Iterable[str]) -> set[str]:
         """Return the names of all files of a shard with these images."""
         ...
@@ -78,9 +111,9 @@ class OutputFormat(Protocol):
         ...
 
     def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
-        """Yield the contents of the data files, one by one: each image as KEY.suffix, and what lies beside it.
+        """Yield the contents of the data files, one by one: each image as KEY.suffix, and then what lies beside it.
 
-        Raises: one of DECODE_ERRORS if the files are not what they should be.
+        A source image is KEY.source.suffix. Raises: one of DECODE_ERRORS if the files are not what they should be.
         """
         ...
 
@@ -91,9 +124,9 @@ class OutputFormat(Protocol):
     def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
         """Yield key and encoded bytes of some images of a stored file, in its order.
 
-        Little is read of the others. `sizes` has the recorded bytes by key, of which at most one more is read from a
-        tar or an image; of Parquet, a row group is in memory. Raises: StoreError; one of DECODE_ERRORS at a file that
-        is damaged.
+        KEY.source stands for a source image of the image KEY, which the file holds. Little is read of the others.
+        `sizes` has the recorded bytes by key, of which at most one more is read from a tar or an image; of Parquet, a
+        row group is in memory. Raises: StoreError; one of DECODE_ERRORS at a file that is damaged.
         """
         ...
 
@@ -102,17 +135,28 @@ def format_for(output: OutputConfig, passthrough: pa.Schema = _NO_PASSTHROUGH) -
     """Return the format that the section `output` of a job file asks for."""
     suffix = SUFFIXES[output.image.type]
     if output.format == "webdataset":
-        return _WebDataset(suffix, passthrough)
+        return _WebDataset(suffix, passthrough, output.source_names)
     if output.format == "files":
-        return _Files(suffix, passthrough)
-    return _Parquet(suffix, passthrough)
+        return _Files(suffix, passthrough, output.source_names)
+    return _Parquet(suffix, passthrough, output.source_names)
 
 
 def iter_images(output_format: OutputFormat, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
     """Yield key and bytes of each image in local data files. Raises: as `entries`."""
     for name, data in output_format.entries(shard, files):
-        if name.endswith(f".{output_format.suffix}"):
-            yield name.removesuffix(f".{output_format.suffix}"), data
+        key, _, rest = name.partition(".")
+        if rest == output_format.suffix:
+            yield key, data
+
+
+def iter_samples(output_format: OutputFormat, shard: str, files: Mapping[str, Path]) -> Iterator[StoredSample]:
+    """Yield each image in local data files with its source images. Raises: as `entries`."""
+    names = {f"{source}.{output_format.suffix}": source for source in output_format.sources}
+    for key, entries in groupby(output_format.entries(shard, files), lambda entry: entry[0].partition(".")[0]):
+        parts = {name.partition(".")[2]: data for name, data in entries}
+        if output_format.suffix in parts:
+            sources = {source: parts[name] for name, source in names.items() if name in parts}
+            yield StoredSample(key, parts[output_format.suffix], sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +165,7 @@ class _OneFile:
 
     suffix: str
     passthrough: pa.Schema
+    sources: tuple[str, ...]
     file_suffix: ClassVar[str]
 
     @property
@@ -136,6 +181,10 @@ class _OneFile:
         """Return the name of the file."""
         return self.location(shard)
 
+    def image_files(self, shard: str, key: str) -> tuple[str, ...]:
+        """Return the name of the file."""
+        return (self.location(shard),)
+
     def files(self, shard: str, keys: Iterable[str]) -> set[str]:
         """Return the name of the file; there is none without an image."""
         return {self.file_name(shard, key) for key in keys}
@@ -146,7 +195,10 @@ class _OneFile:
 
 
 class _WebDataset(_OneFile):
-    """One tar a shard: KEY.png, KEY.txt, KEY.json a sample; loads with webdataset and datasets."""
+    """One tar a shard: KEY.png, KEY.txt, KEY.json a sample; loads with webdataset and datasets.
+
+    Source images are KEY.source.png, KEY.source_1.png and so on, which loaders call source.png.
+    """
 
     file_suffix = "tar"
 
@@ -157,7 +209,9 @@ class _WebDataset(_OneFile):
             for sample in samples:
                 key = sample.record.key
                 # A failed row must never be a member: one sample without its image makes the whole set unreadable.
-                _add(tar, f"{key}.{self.suffix}", sample.path.read_bytes())
+                _add(tar, f"{key}.{self.suffix}", sample.read())
+                for source in self.sources:
+                    _add(tar, f"{key}.{source}.{self.suffix}", sample.read(source))
                 _add(tar, f"{key}.txt", sample.record.prompt.encode())
                 _add(tar, f"{key}.json", _json(sample_fields(sample.record, self.passthrough)))
         yield self.location(shard), path
@@ -171,7 +225,8 @@ class _WebDataset(_OneFile):
 
     def entry_names(self, keys: Iterable[str]) -> Iterator[str]:
         """Yield the names of the members."""
-        return (f"{key}.{kind}" for key in keys for kind in (self.suffix, "txt", "json"))
+        sources = [f"{source}.{self.suffix}" for source in self.sources]
+        return (f"{key}.{kind}" for key in keys for kind in (self.suffix, *sources, "txt", "json"))
 
     def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
         """Walk from header to header and stop at the last image that is wanted."""
@@ -190,11 +245,13 @@ class _WebDataset(_OneFile):
 class _Files:
     """One folder a shard: a file an image, and a metadata.parquet that makes it a Hugging Face imagefolder.
 
-    Parquet and not JSON lines, since types must be those of all shards and not what a loader guesses from one.
+    Source images are files too: KEY.source.png, in the column `source_file_name`, which loaders call `source`. Parquet
+    and not JSON lines, since types must be those of all shards and not what a loader guesses from one.
     """
 
     suffix: str
     passthrough: pa.Schema
+    sources: tuple[str, ...]
     loader_pattern = f"{TRAIN}/*/*"
 
     def location(self, shard: str) -> str:
@@ -205,6 +262,10 @@ class _Files:
         """Return the name of the image."""
         return f"{self.location(shard)}/{key}.{self.suffix}"
 
+    def image_files(self, shard: str, key: str) -> tuple[str, ...]:
+        """Return the names of the image and of its source images."""
+        return tuple(f"{self.location(shard)}/{name}" for name in self._names(key))
+
     def files(self, shard: str, keys: Iterable[str]) -> set[str]:
         """Return the names of the images and of their list; none without an image."""
         return {f"{self.location(shard)}/{name}" for name in self.entry_names(keys)}
@@ -212,17 +273,19 @@ class _Files:
     def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
         """Yield each image as it is."""
         for sample in samples:
-            yield self.file_name(shard, sample.record.key), sample.path
+            paths = (sample.path, *(source_path(sample.path, source) for source in self.sources))
+            yield from zip(self.image_files(shard, sample.record.key), paths, strict=True)
 
     def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
         """Write metadata.parquet."""
+        columns = ["file_name", *(f"{source}_file_name" for source in self.sources)]
         rows = [
-            record_row(record, self.passthrough) | {"file_name": f"{record.key}.{self.suffix}"}
+            record_row(record, self.passthrough) | dict(zip(columns, self._names(record.key), strict=True))
             for record in records
             if record.status == "success"
         ]
         if rows:
-            schema = pa.schema([("file_name", pa.string()), *sample_columns(self.passthrough)])
+            schema = pa.schema([*((name, pa.string()) for name in columns), *sample_columns(self.passthrough)])
             path = scratch / "metadata.parquet"
             path.write_bytes(parquet_bytes(pa.Table.from_pylist(rows, schema)))
             yield f"{self.location(shard)}/metadata.parquet", path
@@ -231,36 +294,51 @@ class _Files:
         """Yield the files of the folder."""
         folder = f"{self.location(shard)}/"
         return (
-            (name.removeprefix(folder), path.read_bytes()) for name, path in files.items() if name.startswith(folder)
+            (name.removeprefix(folder), path.read_bytes())
+            for name, path in sorted(files.items())
+            if name.startswith(folder)
         )
 
     def entry_names(self, keys: Iterable[str]) -> Iterator[str]:
         """Yield the names of the files."""
-        names = [f"{key}.{self.suffix}" for key in keys]
+        names = [name for key in keys for name in self._names(key)]
         return iter([*names, "metadata.parquet"] if names else [])
 
     def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
-        """Read the one image of a file."""
-        for key, size in sizes.items():
-            with store.open(file_name) as file:
-                yield key, file.read(size + 1)
+        """Read the one image of a file; its source images are in files beside it."""
+        for name, size in sizes.items():
+            _, source = _key_and_source(name, self.sources)
+            beside = f"{file_name.removesuffix(self.suffix)}{source}.{self.suffix}"
+            with store.open(beside if source else file_name) as file:
+                yield name, file.read(size + 1)
+
+    def _names(self, key: str) -> list[str]:
+        return [f"{key}.{self.suffix}", *(f"{key}.{source}.{self.suffix}" for source in self.sources)]
 
 
 class _Parquet(_OneFile):
-    """One Parquet file a shard: the image inside, as Hugging Face's Image feature, beside its record."""
+    """One Parquet file a shard: the image inside, as Hugging Face's Image feature, beside its record.
+
+    Source images are columns like it: source, source_1 and so on.
+    """
 
     file_suffix = "parquet"
 
     def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
         """Write the Parquet file, one row group of images in memory at a time."""
-        image = pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-        schema = pa.schema([image, *sample_columns(self.passthrough)])
-        schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": _features(schema)}})})
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        images = {"image": "", **{source: source for source in self.sources}}
+        schema = pa.schema([*((name, kind) for name in images), *sample_columns(self.passthrough)])
+        features = {"info": {"features": _features(schema, images)}}
+        schema = schema.with_metadata({"huggingface": json.dumps(features)})
         path = scratch / f"{shard}.parquet"
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for first in range(0, len(samples), IMAGES_PER_ROW_GROUP):
                 rows = [
-                    {"image": {"bytes": sample.path.read_bytes(), "path": f"{sample.record.key}.{self.suffix}"}}
+                    {
+                        name: {"bytes": sample.read(source), "path": self._name(sample.record.key, source)}
+                        for name, source in images.items()
+                    }
                     | record_row(sample.record, self.passthrough)
                     for sample in samples[first : first + IMAGES_PER_ROW_GROUP]
                 ]
@@ -270,13 +348,15 @@ class _Parquet(_OneFile):
     def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
         """Yield the images of the Parquet file."""
         with pq.ParquetFile(files[self.location(shard)]) as file:
-            for batch in file.iter_batches(_IMAGES_IN_MEMORY, columns=["key", "image"]):
+            for batch in file.iter_batches(_IMAGES_IN_MEMORY, columns=["key", "image", *self.sources]):
                 for row in batch.to_pylist():
-                    yield f"{row['key']}.{self.suffix}", row["image"]["bytes"]
+                    yield self._name(row["key"]), row["image"]["bytes"]
+                    for source in self.sources:
+                        yield self._name(row["key"], source), row[source]["bytes"]
 
     def entry_names(self, keys: Iterable[str]) -> Iterator[str]:
         """Yield the names of the images."""
-        return (f"{key}.{self.suffix}" for key in keys)
+        return (self._name(key, source) for key in keys for source in ("", *self.sources))
 
     def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
         """Read the keys, then the images of each row group that has some of them: they lie in one page."""
@@ -284,13 +364,28 @@ class _Parquet(_OneFile):
             store.open(file_name) as file,
             pq.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False) as table,
         ):
+            columns: dict[str, set[str]] = {}
+            for name in sizes:
+                key, source = _key_and_source(name, self.sources)
+                columns.setdefault(source, set()).add(key)
             for group in range(table.num_row_groups):
                 keys = table.read_row_group(group, columns=["key"])["key"].to_pylist()
-                wanted = [number for number, key in enumerate(keys) if key in sizes]
-                if wanted:
-                    images = table.read_row_group(group, columns=["image.bytes"])["image"]
-                    for number in wanted:
-                        yield keys[number], images[number].as_py()["bytes"]
+                for source, some in columns.items():
+                    wanted = [number for number, key in enumerate(keys) if key in some]
+                    if wanted:
+                        column = source or "image"
+                        images = table.read_row_group(group, columns=[f"{column}.bytes"])[column]
+                        for number in wanted:
+                            yield f"{keys[number]}.{source}".removesuffix("."), images[number].as_py()["bytes"]
+
+    def _name(self, key: str, source: str = "") -> str:
+        return f"{key}.{source}.{self.suffix}" if source else f"{key}.{self.suffix}"
+
+
+def _key_and_source(name: str, sources: Sequence[str]) -> tuple[str, str]:
+    """Return the parts of KEY.source; of anything else itself and ""."""
+    key, _, source = name.partition(".")
+    return (key, source) if source in sources else (name, "")
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -305,6 +400,6 @@ def _json(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, ensure_ascii=False).encode()
 
 
-def _features(schema: pa.Schema) -> dict[str, Any]:
-    """Return the columns as Hugging Face features, so that `image` loads as images."""
-    return {field.name: feature(field.type) for field in schema} | {"image": {"_type": "Image"}}
+def _features(schema: pa.Schema, images: Iterable[str]) -> dict[str, Any]:
+    """Return the columns as Hugging Face features, so that those of images load as images."""
+    return {field.name: feature(field.type) for field in schema} | {name: {"_type": "Image"} for name in images}

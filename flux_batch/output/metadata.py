@@ -5,8 +5,9 @@ Knows records and Arrow types; does not know in which format the images are stor
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flux_batch.config.schema import QUALITY_COLUMNS, QualityConfig
+from flux_batch.config.schema import QUALITY_COLUMNS, SOURCE_COLUMNS, JobConfig, source_name
 from flux_batch.records import IMAGE_COLUMNS, ImageRecord
 from flux_batch.sampling_params import SAMPLING_FIELDS
 from flux_batch.storage.passthrough import as_json, passthrough_of
@@ -49,15 +50,21 @@ RECORD_SCHEMA = pa.schema(
 _QUALITY = tuple(
     pa.field(name, kind) for name, kind in zip(QUALITY_COLUMNS, (pa.int32(), pa.float64(), pa.bool_()), strict=True)
 )
+_SOURCES = tuple(pa.field(name, pa.string()) for name in SOURCE_COLUMNS)
 # Columns that say nothing of an image that stands beside its record: it was made, and it is where it is.
 _NOT_OF_SAMPLES = {"status", "error_type", "error_message", "file_name"}
 # Ends of names by which `datasets` takes a column for files to open: packaged_modules/folder_based_builder.py.
 _NAMES_OF_FILES = ("_file_name", "_file_names")
 
 
-def with_quality(passthrough: pa.Schema, quality: QualityConfig | None) -> pa.Schema:
-    """Return the columns that follow those of every record: passthrough, and what `quality` adds."""
-    return pa.schema([*passthrough, *(_QUALITY if quality else ())])
+def columns_of_job(passthrough: pa.Schema, config: JobConfig) -> pa.Schema:
+    """Return the columns that follow those of every record: passthrough, and what a job adds.
+
+    These are those of `quality`, and the hashes of the source images.
+    """
+    return pa.schema(
+        [*passthrough, *(_QUALITY if config.quality else ()), *(_SOURCES if config.output.sources else ())]
+    )
 
 
 def pack_metadata(records: Iterable[ImageRecord], passthrough: pa.Schema) -> bytes:
@@ -125,6 +132,19 @@ def passthrough_name(name: str) -> str:
     plain = name.rstrip("_")
     is_taken = plain in {*RECORD_SCHEMA.names, "image"} or f"_{plain}".endswith(_NAMES_OF_FILES)
     return f"{name}_" if is_taken else name
+
+
+def source_fields(sources: Iterable[bytes]) -> dict[str, str]:
+    """Return the column of the source images of an image; none if there are none."""
+    digests = [hashlib.sha256(source).hexdigest() for source in sources]
+    return dict.fromkeys(SOURCE_COLUMNS, ", ".join(digests)) if digests else {}
+
+
+def source_digests(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the recorded hashes of the source images of an image by their names; none if a run writes none."""
+    digests = row.get(SOURCE_COLUMNS[0])
+    several = digests.split(", ") if isinstance(digests, str) and digests else []
+    return {source_name(number): digest for number, digest in enumerate(several)}
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

@@ -22,10 +22,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from flux_batch.config.schema import SOURCE_COLUMNS
 from flux_batch.errors import NotFound
 from flux_batch.output.annotations import AnnotationFolder, annotation_names
-from flux_batch.output.formats import DECODE_ERRORS, OutputFormat, iter_images
-from flux_batch.output.metadata import unpack_metadata
+from flux_batch.output.formats import DECODE_ERRORS, OutputFormat, StoredSample, iter_samples
+from flux_batch.output.metadata import source_fields, unpack_metadata
 from flux_batch.output.paths import (
     COMMIT_LOG,
     REPORT,
@@ -99,17 +100,25 @@ def _good_images(run: RunFolder, output_format: OutputFormat, name: str, scratch
     """Yield the images with the recorded bytes, up to the first unreadable byte."""
     made = _made_rows(run, name)
     files: dict[str, Path] = {}
-    for file in sorted({output_format.file_name(name, key) for key in made}):
+    for file in sorted({file for key in made for file in output_format.image_files(name, key)}):
         with suppress(NotFound):
             files[file] = run.store.local_file(file, scratch)
     try:
-        for key, data in iter_images(output_format, name, files) if files else ():
-            row = made.get(key)
-            if row and row["sha256"] == hashlib.sha256(data).hexdigest():
+        for sample in iter_samples(output_format, name, files) if files else ():
+            row = made.get(sample.key)
+            if row and _is_recorded(sample, row, output_format.sources):
                 score = {"score": row["score"]} if is_judged(row) else {}
-                yield StagedImage(key, staged_record(row) | score, data)
+                sources = tuple(sample.sources.values())
+                yield StagedImage(sample.key, staged_record(row) | score, sample.image, sources)
     except DECODE_ERRORS:
         return
+
+
+def _is_recorded(sample: StoredSample, row: Mapping[str, Any], sources: Sequence[str]) -> bool:
+    """Return whether a stored image and its source images have the recorded bytes."""
+    recorded = {name: row.get(name) for name in SOURCE_COLUMNS} if sources else {}
+    is_same = row["sha256"] == hashlib.sha256(sample.image).hexdigest()
+    return is_same and recorded == source_fields(sample.sources.values())
 
 
 def _made_rows(run: RunFolder, name: str) -> Mapping[str, Mapping[str, Any]]:

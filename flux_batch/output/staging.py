@@ -30,6 +30,7 @@ _SCHEMA = pa.schema(
     [("key", pa.string()), ("record", pa.string()), ("data", pa.binary()), ("digest", pa.binary(32))],
     metadata={"version": "1"},
 )
+_SOURCES = pa.field("sources", pa.list_(pa.binary()))
 _REPAIR = "repair-"
 _RETRY = "retry-"
 # The fields of a record, without those that the bytes tell (`data` is empty for a failed image) and where they lie.
@@ -38,11 +39,15 @@ _RECORD_FIELDS = [name for name in RECORD_SCHEMA.names if name not in {"status",
 
 @dataclass(frozen=True, slots=True)
 class StagedImage:
-    """One requested image: its encoded bytes, empty if it failed, and the fields of its record."""
+    """One requested image: its encoded bytes, empty if it failed, and the fields of its record.
+
+    sources: the encoded bytes of its source images, where a job writes them.
+    """
 
     key: str
     record: Mapping[str, Any]
     data: bytes
+    sources: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,27 +148,38 @@ def retry_of(name: str) -> int:
 
 def _pack(images: Sequence[StagedImage]) -> bytes:
     rows = [
-        {"key": one.key, "record": record, "data": one.data, "digest": _digest(one.key, record, one.data)}
+        {
+            **{"key": one.key, "record": record, "data": one.data, "sources": one.sources},
+            "digest": _digest(one.key, record, one.data, *one.sources),
+        }
         for one in images
         for record in [json.dumps(one.record, ensure_ascii=False)]
     ]
+    schema = _SCHEMA.append(_SOURCES) if any(one.sources for one in images) else _SCHEMA
     buffer = io.BytesIO()
     # Images are compressed already.
-    pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), buffer, compression="none")
+    pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="none")
     return buffer.getvalue()
 
 
 def _unpack(data: bytes) -> list[StagedImage]:
     try:
         rows = pq.read_table(io.BytesIO(data)).to_pylist()
-        if any(row["digest"] != _digest(row["key"], row["record"], row["data"]) for row in rows):
-            return []
-        return [StagedImage(row["key"], json.loads(row["record"]), row["data"]) for row in rows]
+        sources = [tuple(row.get("sources") or ()) for row in rows]
+        for row, some in zip(rows, sources, strict=True):
+            if row["digest"] != _digest(row["key"], row["record"], row["data"], *some):
+                return []
+        return [
+            StagedImage(row["key"], json.loads(row["record"]), row["data"], some)
+            for row, some in zip(rows, sources, strict=True)
+        ]
     except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError):  # damaged Parquet may raise any of these
         return []
 
 
-def _digest(key: str, record: str, data: bytes) -> bytes:
+def _digest(key: str, record: str, data: bytes, *sources: bytes) -> bytes:
     digest = hashlib.sha256(data)
     digest.update(f"\0{key}\0{record}".encode())
+    for source in sources:
+        digest.update(hashlib.sha256(source).digest())
     return digest.digest()

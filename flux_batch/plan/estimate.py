@@ -36,7 +36,9 @@ def estimate(config: JobConfig, plan: Plan) -> dict[str, Any]:
         "num_prompts": plan.num_prompts,
         "num_images": num_images,
         "num_shards": len(plan.shards),
-        "output_bytes": round(num_images * pixels * _BYTES_PER_PIXEL[config.output.image.type]),
+        "output_bytes": round(
+            num_images * (1 + config.output.sources) * pixels * _BYTES_PER_PIXEL[config.output.image.type]
+        ),
         "steps_per_image": steps,
         "pflop_per_image": float(f"{flops / 1e15:.4g}"),
         "is_counted_for_dev": size is None,

@@ -17,7 +17,7 @@ from flux_batch.errors import JobError, NotFound, StoreError
 from flux_batch.output.commits import Commits
 from flux_batch.output.formats import DECODE_ERRORS, OutputFormat, format_for, iter_images
 from flux_batch.output.lease import Lease
-from flux_batch.output.metadata import unpack_metadata, with_quality
+from flux_batch.output.metadata import columns_of_job, unpack_metadata
 from flux_batch.output.paths import JOB, PLAN, TRAIN, RunFolder, is_within, metadata_file
 from flux_batch.plan.plan import Outline
 from flux_batch.storage.store import Store
@@ -43,7 +43,7 @@ class SavedRun:
             config = JobConfig.from_yaml(job.decode(), origin=store.url(JOB))
         except ValueError as error:  # JobError is one too
             raise StoreError(f"{store.uri}: {PLAN} or {JOB} is damaged: {error}") from error
-        outline = replace(outline, passthrough=with_quality(outline.passthrough, config.quality))
+        outline = replace(outline, passthrough=columns_of_job(outline.passthrough, config))
         return cls(RunFolder(store, len(outline.num_rows)), config, outline)
 
     @property

@@ -17,7 +17,7 @@ from flux_batch.errors import NotFound, one_line
 from flux_batch.images import check_image
 from flux_batch.output.commits import parse_commit
 from flux_batch.output.formats import DECODE_ERRORS
-from flux_batch.output.metadata import pack_failures, unpack_metadata
+from flux_batch.output.metadata import pack_failures, source_digests, unpack_metadata
 from flux_batch.output.paths import TRAIN, failed_file, image_key, metadata_file
 from flux_batch.records import Commit, StoredFile
 from flux_batch.report.saved_run import SavedRun
@@ -186,7 +186,11 @@ class _ShardCheck:
         file_name = self._run.output_format.file_name(self._name, row["key"])
         if row.get("status") == "success":
             is_whole = row.get("sha256") and row.get("bytes") and row.get("file_name") == file_name
-            return "" if is_whole else f"is a success, but the row lacks file_name {file_name}, bytes or sha256"
+            if not is_whole:
+                return f"is a success, but the row lacks file_name {file_name}, bytes or sha256"
+            sources = self._run.output_format.sources
+            has_sources = not sources or tuple(source_digests(row)) == sources
+            return "" if has_sources else "is a success, but the row lacks the hashes of its source images"
         if row.get("status") == "failed":
             return "" if row.get("error_type") and not row.get("sha256") else "failed, but the row has no error_type"
         return f"has status {row.get('status')!r}, which must be success or failed"
@@ -217,7 +221,14 @@ class _ShardCheck:
     def _check_images(self, rows: Sequence[Mapping[str, Any]], local: Mapping[str, Path]) -> None:
         """Check that each image is there once, is as recorded and can be decoded; and that nothing else is there."""
         output_format = self._run.output_format
-        made = {f"{row['key']}.{output_format.suffix}": row for row in rows if row["status"] == "success"}
+        suffix = output_format.suffix
+        made = {f"{row['key']}.{suffix}": row for row in rows if row["status"] == "success"}
+        sources = {
+            f"{row['key']}.{source}.{suffix}": digest
+            for row in made.values()
+            for source, digest in source_digests(row).items()
+            if source in output_format.sources
+        }
         due = Counter(output_format.entry_names(str(row["key"]) for row in made.values()))
         data_files = {path: copy for path, copy in local.items() if path != metadata_file(self._name)}
         found: Counter[str] = Counter()
@@ -226,6 +237,8 @@ class _ShardCheck:
                 found[name] += 1
                 if (row := made.get(name)) and (problem := self._image_problem(row, data)):
                     self._add("images", f"{name}: {problem}")
+                if name in sources and sources[name] != hashlib.sha256(data).hexdigest():
+                    self._add("images", f"{name}: its bytes differ from the metadata (source_sha256)")
         except DECODE_ERRORS as error:
             self._add("images", f"the data cannot be read: {one_line(error)}")
             return

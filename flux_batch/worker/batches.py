@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flux_batch.errors import RowError
-from flux_batch.records import ImageRequest, RowImages, retry_seed
+from flux_batch.records import FailedRow, ImageRequest, RowImages, retry_seed
 
 # Batches whose images are read while one is on the device: enough to hide a slow server, and a bound on memory.
 READ_AHEAD = 1
@@ -58,6 +58,12 @@ class ImageTask:
         return None if self.request.size_from_reference else (params.width, params.height)
 
     @property
+    def sources(self) -> Sequence[Any]:
+        """The images before an edit, once they are read: the reference images, or else the input image."""
+        references: Sequence[Any] = self.images.get("reference_image", ())
+        return references or [self.images[name] for name in ("input_image",) if name in self.images]
+
+    @property
     def read_shape(self) -> tuple[Any, ...]:
         """The settings that images of one call share, known once their rows' images are read."""
         return *self.shape, *(image.size for image in self.images.get("reference_image", ()))
@@ -66,6 +72,24 @@ class ImageTask:
         """Return the same with the size that comes from a reference image."""
         sampling = replace(self.request.sampling, width=width, height=height)
         return replace(self, request=replace(self.request, sampling=sampling, size_from_reference=False))
+
+
+def with_sources(row: ImageRequest | FailedRow, count: int) -> ImageRequest | FailedRow:
+    """Return a row; a failed one if it has another number of source images than the output writes."""
+    if isinstance(row, FailedRow) or not count or len(row.images.sources) == count:
+        return row
+    reason = (
+        f"{row.id}: has {len(row.images.sources)} images before the edit, where output.sources = {count}: name as many "
+        "in reference_image, or one in input_image"
+    )
+    return FailedRow(
+        row=row.row,
+        id=row.id,
+        prompt=row.prompt,
+        error_type="RowError",
+        error_message=reason,
+        passthrough=row.passthrough,
+    )
 
 
 def grouped(tasks: Iterable[ImageTask]) -> list[list[ImageTask]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from flux_batch.config.schema import QualityConfig
+from flux_batch.config.running import QualityConfig
 from flux_batch.records import ImageRecord
 from flux_batch.worker.shard import ShardRun
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flux_batch.config.schema import JobConfig, ModelConfig, SamplingConfig
 from flux_batch.errors import FluxBatchError, JobError, RowError, one_line
 from flux_batch.output.formats import OutputFormat
+from flux_batch.output.metadata import source_fields
 from flux_batch.output.paths import image_key
 from flux_batch.prompts.input_images import load_images
 from flux_batch.records import IMAGE_COLUMNS, FailedRow, ImageRecord, ImageRequest, InputImage, LoraUse, RowImages
@@ -65,10 +66,10 @@ class Recorder:
             "passthrough": request.passthrough,
         }
 
-    def made(self, shard: str, fields: Mapping[str, Any], data: bytes) -> ImageRecord:
-        """Return the record of an image, by its encoded bytes."""
+    def made(self, shard: str, fields: Mapping[str, Any], data: bytes, sources: Sequence[bytes] = ()) -> ImageRecord:
+        """Return the record of an image, by the bytes of it and its source images."""
         return _record(
-            fields,
+            {**fields, "passthrough": {**fields["passthrough"], **source_fields(sources)}},
             status="success",
             file_name=self._format.file_name(shard, fields["key"]),
             sha256=hashlib.sha256(data).hexdigest(),

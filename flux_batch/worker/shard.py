@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flux_batch.config.schema import ImageConfig
+from flux_batch.config.schema import OutputConfig
 from flux_batch.errors import DeviceFatal
-from flux_batch.images import encode
+from flux_batch.images import encode, encode_source
+from flux_batch.output.formats import source_path
 from flux_batch.output.paths import image_key
 from flux_batch.output.staging import StagedImage, Staging, is_repair, retry_of, staged_record
 from flux_batch.prompts.input_images import spilled
 from flux_batch.records import Attempt, FailedRow, ImageRecord, ImageRequest, Shard
-from flux_batch.worker.batches import ImageTask, batches, tasks_of
+from flux_batch.worker.batches import ImageTask, batches, tasks_of, with_sources
 from flux_batch.worker.generate import ImageOutcome
 from flux_batch.worker.recorder import Recorder, message_of, provenance
 
@@ -46,7 +47,7 @@ class ShardRun:
     """
 
     def __init__(
-        self, shard: Shard, attempt: Attempt, recorder: Recorder, staging: Staging, image: ImageConfig, scratch: Path
+        self, shard: Shard, attempt: Attempt, recorder: Recorder, staging: Staging, output: OutputConfig, scratch: Path
     ) -> None:
         """Begin with nothing; `scratch` is an empty local folder, which the caller removes."""
         self.index = shard.index
@@ -57,7 +58,7 @@ class ShardRun:
         self._attempt = attempt
         self._recorder = recorder
         self._staging = staging
-        self._image_config = image
+        self._output = output
         self._tasks: dict[str, ImageTask] = {}  # by key
         self._begun: set[tuple[int, int]] = set()  # positions that this attempt makes itself
         self._own_objects: set[str] = set()  # in the staging area
@@ -98,7 +99,7 @@ class ShardRun:
             self._attempt,
             self._recorder,
             self._staging,
-            self._image_config,
+            self._output,
             self.scratch,
         )
         run._retry = self._retry + 1
@@ -107,6 +108,7 @@ class ShardRun:
 
     def add(self, row: ImageRequest | FailedRow) -> None:
         """Add a row; the bytes of its images are spilled to disk, as those of a shard may not fit into memory."""
+        row = with_sources(row, self._output.sources)
         if isinstance(row, FailedRow):
             self.records[row.row, 0] = self._recorder.failed_row(self.name, row)
             return
@@ -181,12 +183,14 @@ class ShardRun:
             self.records[position] = self._recorder.failed(fields, error_type, error_message)
             reason = {"error_type": error_type, "error_message": error_message}
             return StagedImage(self.key(outcome.task), staged_record(fields | reason), b"")
-        data = encode(outcome.result, self._image_config, provenance(fields))
-        self._write_image(self.key(outcome.task), data)
-        self.records[position] = self._recorder.made(self.name, fields, data)
+        data = encode(outcome.result, self._output.image, provenance(fields))
+        images = outcome.task.sources if self._output.sources else ()
+        sources = tuple(encode_source(image, self._output.image) for image in images)
+        self._write_image(self.key(outcome.task), data, sources)
+        self.records[position] = self._recorder.made(self.name, fields, data, sources)
         self.scores[position] = outcome.score
         score = {} if outcome.score is None else {"score": outcome.score}
-        return StagedImage(self.key(outcome.task), staged_record(fields) | score, data)
+        return StagedImage(self.key(outcome.task), staged_record(fields) | score, data, sources)
 
     def stage(self, encoded: Sequence[Future[StagedImage]]) -> None:
         """Stage a batch once its images are encoded, the last one too: the next shard is begun before the commit."""
@@ -250,12 +254,12 @@ class ShardRun:
         score = record.pop("score", None)
         truncated = record.get("clip_truncated"), record.get("t5_truncated")
         fields = self._recorder.fields(self.name, task, record.get("tile_size"), truncated)
-        if staged_record(fields) != record:
+        if staged_record(fields) != record or (image.data and len(image.sources) != self._output.sources):
             return
         if image.data:
-            self._write_image(image.key, image.data)
+            self._write_image(image.key, image.data, image.sources)
             self.scores[task.position] = score
-            self.records[task.position] = self._recorder.made(self.name, fields, image.data)
+            self.records[task.position] = self._recorder.made(self.name, fields, image.data, image.sources)
         else:
             self.records[task.position] = self._recorder.failed(fields, *error)
 
@@ -269,7 +273,9 @@ class ShardRun:
                 fields = self._recorder.fields(self.name, task)
                 self.records[task.position] = self._recorder.failed(fields, "WorkerLost", reason)
 
-    def _write_image(self, key: str, data: bytes) -> None:
+    def _write_image(self, key: str, data: bytes, sources: Sequence[bytes]) -> None:
         path = self.scratch / key
         path.write_bytes(data)
+        for name, source in zip(self._output.source_names, sources, strict=True):
+            source_path(path, name).write_bytes(source)
         self.images[key] = path

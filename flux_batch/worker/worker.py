@@ -24,7 +24,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from flux_batch.config.schema import JobConfig, ModelConfig, QualityConfig
+from flux_batch.config.running import QualityConfig
+from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.errors import Stopped
 from flux_batch.output.commits import Commits, Publisher
 from flux_batch.output.formats import format_for
@@ -181,7 +182,7 @@ class Worker:
 
     def _read_rows(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:
         """Read the rows of a shard, and adopt the images that earlier attempts have staged."""
-        run = ShardRun(shard, attempt, self._recorder, self._staging, self._config.output.image, scratch)
+        run = ShardRun(shard, attempt, self._recorder, self._staging, self._config.output, scratch)
         for row in self._source.read(shard, self._sampling, self._config.model.loras):
             run.add(row)
             if isinstance(row, FailedRow):

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from flux_batch.config.schema import FailuresConfig
+from flux_batch.config.running import FailuresConfig
 
 QUEUE = "kueue.x-k8s.io/queue-name"
 LONGEST_NAME = {"RayCronJob": 36, "RayJob": 47, "RayCluster": 53}

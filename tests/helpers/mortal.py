@@ -12,7 +12,7 @@ import pytest
 import flux_batch.worker.worker
 from flux_batch.config.schema import JobConfig
 from flux_batch.dataset.annotators.score import load_scorer
-from flux_batch.output.metadata import with_quality
+from flux_batch.output.metadata import columns_of_job
 from flux_batch.plan.plan import Plan, make_plan
 from flux_batch.records import Attempt, ShardResult
 from flux_batch.storage.store import Store
@@ -114,7 +114,7 @@ def open_worker(
     store = type("ItsStore", (MortalStore,), {"life": life})
     monkeypatch.setattr(flux_batch.worker.worker, "Store", store)
     pipeline = pipeline or MortalPipeline(life)
-    columns = with_quality(plan.passthrough, config.quality)
+    columns = columns_of_job(plan.passthrough, config)
     factory = WorkerFactory(config, len(plan.shards), columns, make_fake_pipeline, make_scorer=load_scorer)
     worker = Worker(factory, pipeline)
     return worker, pipeline, plan

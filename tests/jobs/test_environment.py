@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flux_batch.config.schema import FailuresConfig
+from flux_batch.config.running import FailuresConfig
 from helpers.airflow_stub import load_dag
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from flux_batch.cli import main
-from flux_batch.config.schema import JobConfig, QualityConfig
+from flux_batch.config.running import QualityConfig
+from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import JobError
 from flux_batch.images import read_provenance

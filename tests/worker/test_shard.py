@@ -56,18 +56,26 @@ def test_what_a_lost_worker_staged_is_adopted_and_removed(tmp_path: Path, monkey
     assert staged(config) == []
 
 
-def test_images_as_large_as_their_references_are_adopted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their size is in no row: the staged record has it."""
+@pytest.mark.parametrize("sources", [0, 1])
+def test_images_as_large_as_their_references_are_adopted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: int
+) -> None:
+    """Their size is in no row: the staged record has it. Their source images are staged beside them."""
     buffer = io.BytesIO()
     Image.new("RGB", (64, 32)).save(buffer, "PNG")
     rows = [{"prompt": prompt, "reference_image": [buffer.getvalue()]} for prompt in PROMPTS]
-    config = make_job(tmp_path, rows, output={"shard_size": 8}, sampling={"resize_references": False})
+    output = {"shard_size": 8, "sources": sources}
+    config = make_job(tmp_path, rows, output=output, sampling={"resize_references": False})
     assert die_after(config, monkeypatch, 2) == PROMPTS[:4]
 
     _, pipeline = run_shard(config, monkeypatch)
 
     assert pipeline.calls == [PROMPTS[4:6], PROMPTS[6:]]
     assert {(row["width"], row["height"]) for row in metadata(config)} == {(64, 32)}
+    resumed = data_files(Path(config.output.uri))
+    whole = config.model_copy(update={"output": config.output.model_copy(update={"uri": str(tmp_path / "whole")})})
+    run_shard(whole, monkeypatch)
+    assert data_files(tmp_path / "whole") == resumed
 
 
 def test_images_are_staged_before_the_shard_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from flux_batch.config.schema import QualityConfig
+from flux_batch.config.running import QualityConfig
 from flux_batch.dataset.annotators.load import BUILT_IN, AnnotatorSpec, open_annotator
 from flux_batch.errors import InvalidSetting, one_line
 from flux_batch.images import Pixels

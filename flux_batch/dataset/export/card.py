@@ -61,6 +61,7 @@ _MEANINGS = {
     "sha256": "of the bytes of the image",
     "bytes": "the size of the image",
     "image": "the image",
+    "source_sha256": "of the bytes of the source images, which the image was made from",
     "stored_width": "pixels, as stored here",
     "stored_height": "pixels, as stored here",
 }
@@ -185,6 +186,8 @@ def _columns(packer: Packer) -> Iterator[tuple[str, str, str]]:
     renamed = {passthrough_name(field.name): field.name for field in source.columns}
     if packer.format != "webdataset":
         yield ("`image`", "image", _MEANINGS["image"])
+        for name in packer.output_format.sources:
+            yield (f"`{name}`", "image", "an image that it was made from, as the model read it, without a label")
     meanings = _MEANINGS | (_OF_QUALITY if source.run.config.quality else {})
     for field in sample_columns(source.columns):
         own = renamed.get(field.name, field.name)
@@ -231,9 +234,10 @@ def _loaders(packer: Packer, address: str, shard_size: int) -> Iterator[str]:
     yield _python(f"from datasets import load_dataset\n\nfor row in {streamed}:\n    ...")
     if packer.format == "webdataset":
         suffix = packer.output_format.suffix
+        members = [f"{name}.{suffix}" for name in packer.output_format.sources] + [suffix, "txt", "json"]
         yield _python(
             f'import webdataset\n\nimages = webdataset.WebDataset("{web}/{shards}.tar", shardshuffle=False)'
-            f'.decode("pil").to_tuple("{suffix}", "txt", "json")'
+            f'.decode("pil").to_tuple({", ".join(json.dumps(name) for name in members)})'
         )
         yield _python(
             f'import io, json, tarfile\n\nimport fsspec\n\nwith fsspec.open("{web}/{pieces[0]}.tar") as file:\n'

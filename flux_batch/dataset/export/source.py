@@ -22,13 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from flux_batch.config.schema import ImageConfig
+from flux_batch.config.schema import SOURCE_COLUMNS, ImageConfig
 from flux_batch.dataset.select.files import annotated_shards, committed_shards, read_schema, read_tables
 from flux_batch.dataset.select.selection import read_selection
 from flux_batch.errors import JobError, StoreError, one_line
-from flux_batch.images import AI_SOURCE_TYPE, encode, read_provenance, to_rgb
-from flux_batch.output.formats import DECODE_ERRORS, Sample, iter_images
-from flux_batch.output.metadata import RECORD_SCHEMA, passthrough_name, record_row
+from flux_batch.images import AI_SOURCE_TYPE, encode, encode_source, read_provenance, to_rgb
+from flux_batch.output.formats import DECODE_ERRORS, MAX_SOURCE_BYTES, Sample, source_path
+from flux_batch.output.metadata import RECORD_SCHEMA, passthrough_name, record_row, source_digests
 from flux_batch.output.paths import TRAIN, is_within, shard_name
 from flux_batch.records import ImageRecord
 from flux_batch.report.saved_run import SavedRun
@@ -177,7 +177,7 @@ class ExportSource:
     @cached_property
     def annotation_columns(self) -> list[_AnnotationColumn]:
         """The columns of all annotations, as an export names them: `score` of `clip` is `clip_score`."""
-        taken = {*self.run.outline.passthrough.names}
+        taken = {*self.run.outline.passthrough.names, *self.run.output_format.sources}
         columns = []
         for name, shards in self.annotated.items():
             for field in read_schema(self.run, name, min(shards)) if shards else ():
@@ -205,13 +205,15 @@ class ExportSource:
         samples = []
         for shard, keys in piece.keys.items():
             records = self._records(shard, keys)
-            paths = {}
-            for key, data in self._read(shard, records, scratch):
-                paths[key] = scratch / f"{key}.image"
-                records[key], data = self._stored(records[key], data)
-                paths[key].write_bytes(data)
-            if missing := [key for key in keys if key not in paths]:
-                raise StoreError(f"{self.run.store.uri}: image {missing[0]} is missing; `flux-batch verify` says more")
+            paths = {key: scratch / f"{key}.image" for key in keys}
+            missing = dict.fromkeys(name for key in keys for name in (key, *self._source_names(key)))
+            for name, data in self._read(shard, records, scratch):
+                key, source = self._key_and_source(name)
+                records[key], data = self._stored(records[key], data, source)
+                (source_path(paths[key], source) if source else paths[key]).write_bytes(data)
+                missing.pop(name, None)
+            if name := next(iter(missing), ""):
+                raise StoreError(f"{self.run.store.uri}: image {name} is missing; `flux-batch verify` says more")
             samples += [Sample(records[key], paths[key]) for key in keys]
         return samples
 
@@ -247,18 +249,21 @@ class ExportSource:
         return annotated_shards(self.run)
 
     def _read(self, shard: int, records: Mapping[str, ImageRecord], scratch: Path) -> Iterator[tuple[str, bytes]]:
-        """Yield the images of some records; their bytes are those of the metadata."""
+        """Yield the images of some records, and their source images; their bytes are those of the metadata."""
         files: dict[str, dict[str, int]] = {}
         for record in records.values():
-            files.setdefault(str(record.file_name), {})[record.key] = int(record.bytes or 0)
+            sizes = files.setdefault(str(record.file_name), {})
+            sizes[record.key] = int(record.bytes or 0)
+            sizes |= dict.fromkeys(self._source_names(record.key), MAX_SOURCE_BYTES)
         for file_name, sizes in files.items():
             if not is_within(file_name, TRAIN):
                 raise StoreError(f"{self.run.store.uri}: {file_name} does not lie in {TRAIN}")
             try:
-                for key, data in self._read_file(shard, file_name, sizes, scratch):
-                    if key in sizes:
-                        self._check(records[key], data)
-                        yield key, data
+                for name, data in self._read_file(shard, file_name, sizes, scratch):
+                    if name in sizes:
+                        key, source = self._key_and_source(name)
+                        self._check(records[key], data, source)
+                        yield name, data
             except StoreError:
                 raise
             except DECODE_ERRORS as error:
@@ -270,23 +275,38 @@ class ExportSource:
         """Yield images of a file: of a whole copy if most are wanted, else by their ranges."""
         output_format = self.run.output_format
         is_shard = output_format.location(self.run.name(shard)) == file_name
-        if not is_shard or len(sizes) < _WHOLE_FROM * self.run.outline.num_rows[shard]:
+        num_images = len(sizes) / (1 + len(output_format.sources))
+        if not is_shard or num_images < _WHOLE_FROM * self.run.outline.num_rows[shard]:
             yield from output_format.read_images(self.run.store, file_name, sizes)
             return
         copy = self.run.store.local_file(file_name, scratch)
-        yield from iter_images(output_format, self.run.name(shard), {file_name: copy})
+        for name, data in output_format.entries(self.run.name(shard), {file_name: copy}):
+            yield name.removesuffix(f".{output_format.suffix}"), data
         if copy.is_relative_to(scratch):
             copy.unlink()
 
-    def _check(self, record: ImageRecord, data: bytes) -> None:
-        if hashlib.sha256(data).hexdigest() != record.sha256:
+    def _source_names(self, key: str) -> list[str]:
+        return [f"{key}.{source}" for source in self.run.output_format.sources]
+
+    def _key_and_source(self, name: str) -> tuple[str, str]:
+        key, _, source = name.partition(".")
+        return (key, source) if source in self.run.output_format.sources else (name, "")
+
+    def _check(self, record: ImageRecord, data: bytes, source: str) -> None:
+        recorded = source_digests(record.passthrough).get(source) if source else record.sha256
+        if hashlib.sha256(data).hexdigest() != recorded:
             raise StoreError(
                 f"{self.run.store.uri}: the bytes of image {record.key} differ from its metadata (sha256); "
                 "`flux-batch verify --repair` and a run make it again"
             )
 
-    def _stored(self, record: ImageRecord, data: bytes) -> tuple[ImageRecord, bytes]:
-        """Return an image as it is stored: as it is, or smaller, or finished, where that is asked for."""
+    def _stored(self, record: ImageRecord, data: bytes, source: str) -> tuple[ImageRecord, bytes]:
+        """Return an image as it is stored: as it is, or smaller, or finished, where that is asked for.
+
+        A source image is not finished, since that is for what was made.
+        """
+        if source:
+            return self._stored_source(record, data, source)
         size: dict[str, int] = {}
         if self.max_side is not None:
             data, *sides = _shrunk(data, self.max_side, self.run.config.output.image)
@@ -295,6 +315,14 @@ class ExportSource:
             data = self._finished(record, data)
         digest = hashlib.sha256(data).hexdigest()
         return replace(record, sha256=digest, bytes=len(data), passthrough={**record.passthrough, **size}), data
+
+    def _stored_source(self, record: ImageRecord, data: bytes, source: str) -> tuple[ImageRecord, bytes]:
+        if self.max_side is None:
+            return record, data
+        data = _shrunk(data, self.max_side, self.run.config.output.image, is_source=True)[0]
+        digests = source_digests(record.passthrough) | {source: hashlib.sha256(data).hexdigest()}
+        passthrough = {**record.passthrough, SOURCE_COLUMNS[0]: ", ".join(digests.values())}
+        return replace(record, passthrough=passthrough), data
 
     def _finished(self, record: ImageRecord, data: bytes) -> bytes:
         """Return what `finish` makes of an image. Raises: JobError if it is no such image, or has lost its label."""
@@ -315,13 +343,15 @@ class ExportSource:
         return data
 
 
-def _shrunk(data: bytes, max_side: int, config: ImageConfig) -> tuple[bytes, int, int]:
-    """Return an image of at most `max_side` pixels a side, and its size. Its label stays inside."""
+def _shrunk(data: bytes, max_side: int, config: ImageConfig, *, is_source: bool = False) -> tuple[bytes, int, int]:
+    """Return an image of at most `max_side` pixels a side, and its size. Its label stays inside, if it has one."""
     with Image.open(io.BytesIO(data)) as image:
         if max(image.size) <= max_side:
             return data, image.width, image.height
         small = to_rgb(image)
         small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        if is_source:
+            return encode_source(small, config), *small.size
         pixels = np.asarray(small)
     height, width, _ = pixels.shape
     return encode(pixels, config, read_provenance(data)), width, height

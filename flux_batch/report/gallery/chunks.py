@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from flux_batch.config.schema import SOURCE_COLUMNS
 from flux_batch.output.paths import metadata_file
 from flux_batch.report.gallery.content import by_file, read_file
 from flux_batch.report.gallery.page import plain
@@ -41,7 +42,7 @@ _MAX_VALUE = 300
 # Names those of the same images that are made in another way: to be raised with a change of size or quality.
 _THUMBNAILS = 1
 # What the page need not know of an image.
-_NOT_SHOWN = {"sha256", "file_name"}
+_NOT_SHOWN = {"sha256", "file_name", *SOURCE_COLUMNS}
 _LARGEST_EXACT = 2**53
 
 # The rows of a shard that are shown: its number and its metadata -> some of it, in order.
@@ -188,7 +189,8 @@ def _flattened(shards: Iterable[list[_ShownRow]], on_shard: Callable[[], None]) 
 
 
 def _digest_of(rows: Sequence[Row]) -> str:
-    originals = "\n".join(str(row.get("sha256")) for row in rows)
+    digests = [[str(row.get("sha256")), *filter(None, [row.get(name) for name in SOURCE_COLUMNS])] for row in rows]
+    originals = "\n".join(" ".join(map(str, each)) for each in digests)
     return hashlib.sha256(f"{_THUMBNAILS}\n{originals}".encode()).hexdigest()[:16]
 
 

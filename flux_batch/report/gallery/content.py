@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flux_batch.config.schema import ImageConfig
+from flux_batch.config.schema import SOURCE_COLUMNS, ImageConfig
 from flux_batch.errors import JobError, NotFound, StoreError
 from flux_batch.images import SUFFIXES, encode
-from flux_batch.output.formats import OutputFormat
+from flux_batch.output.formats import MAX_SOURCE_BYTES, OutputFormat
 from flux_batch.output.paths import SUCCESS, TRAIN, is_within
 from flux_batch.report.gallery.rows import (
     GalleryRow,
@@ -141,13 +141,19 @@ def read_file(store: Store, output_format: OutputFormat, rows: Sequence[GalleryR
     file_name = str(rows[0].row.get("file_name") or "")
     readable = {str(each.row["key"]): each.row for each in rows if not each.problem}
     thumbnails: dict[str, Thumbnail | str] = {}
+    parts: dict[str, list[bytes]] = {}
     problem = ""
     try:
         if readable:
             _check_file_name(file_name)
+            sources = output_format.sources
             sizes = {key: int(row["bytes"]) for key, row in readable.items()}
-            for key, data in output_format.read_images(store, file_name, sizes):
-                thumbnails[key] = _thumbnail_or_problem(data, readable[key])
+            sizes |= {f"{key}.{source}": MAX_SOURCE_BYTES for key in readable for source in sources}
+            for name, data in output_format.read_images(store, file_name, sizes):
+                key = name.partition(".")[0] if sources else name
+                parts.setdefault(key, []).append(data)
+                if len(parts[key]) > len(sources):
+                    thumbnails[key] = _thumbnail_or_problem(parts.pop(key), readable[key])
     except NotFound:
         problem = f"{file_name} is missing"
     except StoreError:
@@ -165,32 +171,45 @@ def _check_file_name(file_name: str) -> None:
         raise ValueError(f"{file_name} does not lie in {TRAIN}")
 
 
-def _thumbnail_or_problem(data: bytes, row: Row) -> Thumbnail | str:
+def _thumbnail_or_problem(images: Sequence[bytes], row: Row) -> Thumbnail | str:
     try:
-        return _make_thumbnail(data, row)
+        return _make_thumbnail(images, row)
     except ValueError as error:
         return str(error)
 
 
-def _make_thumbnail(data: bytes, row: Row) -> Thumbnail:
+def _make_thumbnail(images: Sequence[bytes], row: Row) -> Thumbnail:
     """Shrink a stored image to at most 384 pixels a side; a smaller one keeps its size.
 
-    Raises: ValueError with the reason why it cannot be shown: other bytes than recorded, not an image, or too large.
+    images: its bytes, then those of its source images, which come to its left. Raises: ValueError with the reason why
+    it cannot be shown: other bytes than recorded, not an image, or too large.
     """
-    if hashlib.sha256(data).hexdigest() != row.get("sha256"):
+    digests = [hashlib.sha256(data).hexdigest() for data in images]
+    recorded = [row.get("sha256")] + ([row.get(SOURCE_COLUMNS[0])] if len(images) > 1 else [])
+    if [digests[0], *([", ".join(digests[1:])] if len(images) > 1 else [])] != recorded:
         raise ValueError("its bytes differ from those in the metadata")
+    small = [_shrunk(data) for data in (*images[1:], images[0])]
+    height = max(each.height for each in small)
+    pixels = np.full((height, sum(each.width for each in small), 3), 255, np.uint8)
+    left = 0
+    for each in small:
+        pixels[: each.height, left : left + each.width] = np.asarray(each)
+        left += each.width
+    return Thumbnail(encode(pixels, _THUMBNAIL, {}), left, height)
+
+
+def _shrunk(data: bytes) -> Image.Image:
+    """Return a stored image in RGB, of at most 384 pixels a side. Raises: ValueError."""
     try:
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             if max(image.size) > MAX_SIDE:
                 raise ValueError(f"it is larger than {MAX_SIDE} pixels a side")
             image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-            pixels = np.asarray(image.convert("RGB"))
+            return image.convert("RGB")
     except ValueError:
         raise
     except Exception as error:  # decoders raise anything for damaged bytes; one image less is shown
         raise ValueError(f"it cannot be decoded ({type(error).__name__})") from error
-    height, width, _ = pixels.shape
-    return Thumbnail(encode(pixels, _THUMBNAIL, {}), width, height)
 
 
 def check_columns(columns: Sequence[str] | None, known: Collection[str]) -> None:
