@@ -174,7 +174,7 @@ def _preview(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from flux_batch.report.status import format_status, read_status
+    from flux_batch.report.progress.status import format_status, read_status
 
     status = read_status(_store(arguments))
     _print(json.dumps(status) if arguments.json else format_status(status))

@@ -31,12 +31,13 @@ from flux_batch.pipeline.weights import check_weights
 from flux_batch.prompts.input_images import check_job_image
 from flux_batch.records import Shard
 from flux_batch.redaction import without_redacted
-from flux_batch.report.progress import Progress
+from flux_batch.report.progress.progress import Progress
 from flux_batch.report.reproduction import Original, Reproduction, surroundings
 from flux_batch.report.summary import RunReport
 from flux_batch.resume import close_run, draft_run, finished, open_random_run, open_run, read_state, revert_failed
 from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.store import Store
+from flux_batch.telemetry import EngineState
 from flux_batch.worker.generate import BatchMaker, image_options
 from flux_batch.worker.protocol import ImagePipeline
 from flux_batch.worker.recorder import recorded_task, recorded_tiles
@@ -89,13 +90,14 @@ def run(
         store = lease.store
         plan = open_run(config, store, draft, extend=extend)
         revert_failed(config, plan, store, retry_failed=retry_failed)
-        todo, progress = read_state(plan, store)
+        todo, progress = read_state(here, plan, store)
         if todo:
             log.info("%s: %d of %d shards to do, output: %s", config.name, len(todo), len(plan.shards), store.uri)
             make_pipeline = make_pipeline or partial(load_pipeline, num_gpus=here.workers.num_gpus)
             columns = columns_of_job(plan.passthrough, config)
             factory = WorkerFactory(here, len(plan.shards), columns, make_pipeline, plan.rules, load_scorer)
-            _render(engine or ray_pool(here), factory, todo, stop, progress)
+            with progress.shown() as state:
+                _render(engine or ray_pool(here), factory, todo, stop, progress, state)
         return close_run(here, store, plan, progress)
 
 
@@ -242,10 +244,12 @@ def _on_this_machine(
     return config.model_copy(update={"workers": workers.model_copy(update={"num_gpus": 0})})
 
 
-def _render(engine: Engine, factory: WorkerFactory, todo: Sequence[Shard], stop: Stop, progress: Progress) -> None:
+def _render(
+    engine: Engine, factory: WorkerFactory, todo: Sequence[Shard], stop: Stop, progress: Progress, state: EngineState
+) -> None:
     """Run every shard. Raises: Interrupted if a stop left some of them, and errors of the engine."""
     num_settled = 0
-    for result in engine.run(factory, todo, stop):
+    for result in engine.run(factory, todo, stop, state):
         progress.add(result)
         num_settled += 1
     if stop.is_requested and num_settled < len(todo):

@@ -17,7 +17,19 @@ from flux_batch.output.commits import Commits
 from flux_batch.output.formats import format_for
 from flux_batch.output.gc import unfinished_uploads
 from flux_batch.output.metadata import columns_of_job
-from flux_batch.output.paths import CARD, JOB, METADATA, PLAN, PRECISION, REPORT, STAGING, SUCCESS, TRAIN, RunFolder
+from flux_batch.output.paths import (
+    CARD,
+    JOB,
+    METADATA,
+    PLAN,
+    PRECISION,
+    PROGRESS,
+    REPORT,
+    STAGING,
+    SUCCESS,
+    TRAIN,
+    RunFolder,
+)
 from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.output.staging import Staging
 from flux_batch.plan.plan import (
@@ -32,7 +44,8 @@ from flux_batch.plan.plan import (
 from flux_batch.plan.shards import Shards
 from flux_batch.plan.shares import sampled_values
 from flux_batch.prompts.source import PromptSource
-from flux_batch.report.progress import Progress
+from flux_batch.report.progress.progress import Progress
+from flux_batch.report.saved_run import read_json
 from flux_batch.report.summary import RunReport, Totals, installed_versions
 from flux_batch.storage.store import STORE_TMP, Store
 from flux_batch.worker.settled_precision import kernels_of_run, settled_job
@@ -45,7 +58,7 @@ def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunRep
     plan = _saved_plan(config, store, extend=extend) if store.exists(SUCCESS) else None
     if plan is None or (extend and extended(plan, config.prompts, config.output.shard_size) is not plan):
         return None
-    todo, progress = read_state(plan, store)
+    todo, progress = read_state(config, plan, store)
     if todo or store.list(STORE_TMP) or unfinished_uploads(store):  # the last writer was killed during a write
         return None
     if extend:
@@ -146,10 +159,23 @@ def revert_failed(config: JobConfig, plan: Plan, store: Store, *, retry_failed: 
         revert(run, output_format, failed)
 
 
-def read_state(plan: Plan, store: Store) -> tuple[Shards, Progress]:
+def read_state(config: JobConfig, plan: Plan, store: Store) -> tuple[Shards, Progress]:
     """Read the shards left to do, and the totals of the others."""
     counts = CommitLog.read(Commits(RunFolder(store, len(plan.shards))))
-    return plan.shards.without(counts.done), Progress(store, len(plan.shards), Totals.of(counts), counts)
+    todo, num_images = plan.shards.without(counts.done), config.sampling.num_images_per_prompt
+    progress = Progress(
+        store,
+        len(plan.shards),
+        Totals.of(counts),
+        counts,
+        num_left=todo.num_rows * num_images,
+        expected=lambda shard: plan.shards[shard].num_rows * num_images,
+        past_worker_s=float((read_json(store, PROGRESS) or {}).get("worker_s", 0.0)),
+        num_gpus=config.workers.num_gpus,
+    )
+    if config.model.compile is True or (config.model.compile == "auto" and config.workers.num_gpus):
+        progress.first_images = "the first images, for which the model is compiled"
+    return todo, progress
 
 
 def _written(store: Store) -> list[str]:
@@ -160,14 +186,16 @@ def _written(store: Store) -> list[str]:
 def close_run(config: JobConfig, store: Store, plan: Plan, progress: Progress) -> RunReport:
     """Write the report and, if every shard is committed, _SUCCESS as the last object. Needs the lease."""
     config = settled_job(store, config)
+    is_open = not store.exists(SUCCESS)
+    if is_open:
+        progress.finish()
     report = _report_of(config, store, progress)
     if report.is_complete:
         run = RunFolder(store, progress.num_shards)
         check_all_committed(Commits(run))
         Staging(run).clear()
         _clear_scratch(store)
-    if not store.exists(SUCCESS):
-        progress.finish()
+    if is_open:
         revision = model_revision(config.model.uri, config.model.storage_options)
         report = replace(report, model={**report.model, "revision": revision})
         store.write(REPORT, report.to_json())
@@ -199,7 +227,8 @@ def _clear_scratch(store: Store) -> None:
 
 
 def _report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport:
-    """Make the report of a run and of this invocation."""
+    """Make the report of a run and of this invocation, with the last figures of the log."""
+    figures = progress.last or progress.snapshot()
     return RunReport(
         name=config.name,
         output=store.uri,
@@ -211,6 +240,8 @@ def _report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport
         num_workers=len(progress.workers),
         wall_s=round(progress.wall_s, 3),
         device_s=round(progress.device_s, 3),
+        images_per_s=round(figures.images_per_s, 4),
+        device_hours=round(figures.device_hours, 5),
         max_failed_ratio=config.failures.max_ratio,
         failures=dict(sorted(progress.totals.failures.items())),
         device_s_of_run=round(progress.totals.device_s, 3),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -15,6 +16,26 @@ class CounterKey(NamedTuple):
 
     name: str
     label: str = ""
+
+
+class ShardCount(NamedTuple):
+    """The images of a shard that is not committed.
+
+    num_images: all that its rows request, as far as they are read. num_done: those that are made or failed, of which an
+    earlier attempt has made num_adopted. failures: the failed ones by error type.
+    """
+
+    num_images: int = 0
+    num_done: int = 0
+    num_adopted: int = 0
+    failures: Mapping[str, int] = {}  # never changed
+
+
+class WorkerFigures(NamedTuple):
+    """The figures of a worker: the count of each shard in its hands, and the seconds that it made images."""
+
+    in_hand: Mapping[int, ShardCount]
+    busy_s: float = 0.0
 
 
 class Metrics:
@@ -28,6 +49,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._counters: Counter[CounterKey] = Counter()
         self._gauges: Counter[str] = Counter()
+        self._in_hand: dict[int, ShardCount] = {}
 
     def add(self, counter: str, amount: float = 1, label: str = "") -> None:
         """Add an amount to a counter."""
@@ -38,6 +60,21 @@ class Metrics:
         """Add an amount, which may be negative, to a gauge."""
         with self._lock:
             self._gauges[gauge] += amount
+
+    def count_shard(self, shard: int, count: ShardCount) -> None:
+        """Replace the count of a shard that is in hand."""
+        with self._lock:
+            self._in_hand[shard] = count
+
+    def put_down(self, shard: int) -> None:
+        """Forget a shard, which is finished or put aside."""
+        with self._lock:
+            self._in_hand.pop(shard, None)
+
+    def figures(self) -> WorkerFigures:
+        """Return the figures of this moment."""
+        with self._lock:
+            return WorkerFigures(dict(self._in_hand), self._counters[CounterKey("stage_seconds", "make")])
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -110,3 +147,82 @@ class Heartbeat:
         """Return the seconds since the last sign of the activity that is silent longest; 0 if none is under way."""
         with self._lock:
             return max((time.monotonic() - last for last in self._last.values()), default=0.0)
+
+
+@dataclass(eq=False)
+class WorkerState:
+    """A worker as its engine sees it; times are of time.monotonic().
+
+    placed_at: when its process had its device. up_at: when its model was loaded. in_hand: the last known count of each
+    shard that it makes or finishes; began_at: when it began them.
+    """
+
+    number: int
+    name: str = ""
+    placed_at: float | None = None
+    up_at: float | None = None
+    busy_s: float = 0.0
+    in_hand: dict[int, ShardCount] = field(default_factory=dict)
+    began_at: dict[int, float] = field(default_factory=dict)
+
+    def begin(self, shard: int) -> None:
+        """Add a shard, which it makes now."""
+        self.began_at[shard] = time.monotonic()
+        self.in_hand[shard] = ShardCount()
+
+    def end(self, shard: int) -> None:
+        """Remove a shard, which it has finished or put aside."""
+        self.began_at.pop(shard, None)
+        self.in_hand.pop(shard, None)
+
+    def update(self, figures: WorkerFigures) -> None:
+        """Replace its figures. A shard keeps its last count until the engine knows how it ended."""
+        self.busy_s = figures.busy_s
+        self.in_hand = {shard: figures.in_hand.get(shard, count) for shard, count in list(self.in_hand.items())}
+
+
+class EngineState:
+    """The state of an engine, which its thread changes and whoever watches may read at any time.
+
+    `waiting_for` names what all workers wait for, as in "the model to load"; empty while one is at work.
+    """
+
+    def __init__(self) -> None:
+        self.waiting_for = ""
+        self.workers: tuple[WorkerState, ...] = ()
+        self.first_began_at: float | None = None  # the first shard of all, by time.monotonic()
+        self._num_started = 0
+        self._ended_s = 0.0
+
+    def start(self) -> WorkerState:
+        """Add a worker that starts."""
+        self._num_started += 1
+        worker = WorkerState(self._num_started)
+        self.workers = (*self.workers, worker)
+        return worker
+
+    def begin(self, worker: WorkerState, shard: int) -> None:
+        """Record that a worker begins a shard."""
+        worker.begin(shard)
+        if self.first_began_at is None:
+            self.first_began_at = worker.began_at[shard]
+
+    def settle(self, shard: int) -> None:
+        """Remove a shard from all workers: its result is known, whoever else is at it."""
+        for worker in self.workers:
+            worker.end(shard)
+
+    def end(self, worker: WorkerState) -> None:
+        """Remove a worker."""
+        if worker in self.workers:
+            self._ended_s += _since(worker.placed_at)
+            self.workers = tuple(each for each in self.workers if each is not worker)
+
+    @property
+    def worker_s(self) -> float:
+        """The seconds that workers had their devices so far, all together."""
+        return self._ended_s + sum(_since(worker.placed_at) for worker in self.workers)
+
+
+def _since(moment: float | None) -> float:
+    return 0.0 if moment is None else time.monotonic() - moment

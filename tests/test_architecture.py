@@ -37,14 +37,14 @@ LADDER: dict[str, set[str]] = {
     "plan": BOTTOM | {"config", "download", "model", "output", "prompts"},
     "engine": BOTTOM | {"telemetry"},
     "worker": BOTTOM | {"config", "images", "output", "prompts", "storage", "telemetry"},
-    "report": BOTTOM | {"config", "images", "output", "plan", "storage"},
+    "report": BOTTOM | {"config", "images", "output", "plan", "storage", "telemetry"},
     # A worker without shards: the same parts, in somebody's data pipeline.
     "mapper": BOTTOM | {"config", "images", "output", "pipeline", "prompts", "worker"},
     # The run that is in an output; `worker` for what the first worker settled.
     "resume": BOTTOM | {"config", "download", "output", "plan", "prompts", "report", "storage", "worker"},
     "job": BOTTOM
     | {"config", "dataset/annotators", "demo", "download", "engine", "output", "pipeline", "prompts", "report"}
-    | {"resume", "storage", "worker"},
+    | {"resume", "storage", "telemetry", "worker"},
     # The annotators in the package, which a job may use as scores too.
     "dataset/annotators": BOTTOM | {"config", "demo", "download", "images", "pipeline"},
     "dataset": BOTTOM
@@ -62,6 +62,7 @@ LADDER: dict[str, set[str]] = {
         "plan",
         "report",
         "storage",
+        "telemetry",
         "worker",
     },
     "arguments": {"bench", "dataset", "errors"},

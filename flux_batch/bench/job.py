@@ -30,6 +30,7 @@ from flux_batch.errors import JobError
 from flux_batch.job import ray_pool, run
 from flux_batch.pipeline.load import prepare_process
 from flux_batch.records import Shard, ShardResult
+from flux_batch.telemetry import EngineState
 from flux_batch.worker.protocol import ImagePipeline
 
 # Seconds that the first bare loop waits for the last one to load its model.
@@ -59,9 +60,11 @@ class _StampedEngine:
     ended: float = 0.0
     device_s: float = field(default=0.0)
 
-    def run(self, factory: WorkerFactory, shards: Sequence[Shard], stop: Stop) -> Iterator[ShardResult]:
+    def run(
+        self, factory: WorkerFactory, shards: Sequence[Shard], stop: Stop, state: EngineState | None = None
+    ) -> Iterator[ShardResult]:
         """Run every shard on the inner engine."""
-        for result in self.inner.run(factory, shards, stop):
+        for result in self.inner.run(factory, shards, stop, state):
             self.ended = time.time()
             self.device_s += result.device_s
             yield result

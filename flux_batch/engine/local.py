@@ -6,6 +6,7 @@ A shard is finished on its own thread while the next one is made; a third is not
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -19,6 +20,7 @@ from flux_batch.engine.shard_queue import ShardQueue, Task
 from flux_batch.engine.stop import POLL_S, Stop
 from flux_batch.errors import Interrupted
 from flux_batch.records import Shard, ShardResult
+from flux_batch.telemetry import EngineState, WorkerState
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,29 @@ class LocalEngine:
     outage_s: float = 1800
     backoff_s: float = FIRST_PAUSE_S
 
-    def run(self, factory: WorkerFactory, shards: Sequence[Shard], stop: Stop | None = None) -> Iterator[ShardResult]:
+    def run(
+        self,
+        factory: WorkerFactory,
+        shards: Sequence[Shard],
+        stop: Stop | None = None,
+        state: EngineState | None = None,
+    ) -> Iterator[ShardResult]:
         """Run every shard in order until a stop is requested. Failed ones are tried again at the end."""
-        stop = stop or Stop()
+        stop, state = stop or Stop(), state or EngineState()
         if stop.is_requested:
             return
-        worker = _opened(factory, stop)
-        if worker is None:
-            return
-        queue = ShardQueue(shards, self.max_attempts, self.outage_s)
-        with _passing_on(stop, worker), ThreadPoolExecutor(1, "finish") as finisher:
-            yield from _Loop(worker, finisher, queue, Backoff(self.backoff_s), stop).results()
+        seen = state.start()
+        seen.placed_at, state.waiting_for = time.monotonic(), "the model to load"
+        try:
+            worker = _opened(factory, stop)
+            if worker is None:
+                return
+            seen.up_at, state.waiting_for = time.monotonic(), ""
+            queue = ShardQueue(shards, self.max_attempts, self.outage_s)
+            with _watching(stop, worker, seen), ThreadPoolExecutor(1, "finish") as finisher:
+                yield from _Loop(worker, finisher, queue, Backoff(self.backoff_s), stop, state, seen).results()
+        finally:
+            state.end(seen)
 
 
 @dataclass
@@ -55,6 +69,8 @@ class _Loop:
     queue: ShardQueue
     backoff: Backoff
     stop: Stop
+    state: EngineState
+    seen: WorkerState
     in_flight: deque[tuple[Task, Future[ShardResult]]] = field(default_factory=deque)
     is_worker_stopped: bool = False
 
@@ -71,6 +87,7 @@ class _Loop:
 
     def _make(self, task: Task) -> ShardResult | None:
         """Make a shard and begin to finish it. Returns: its result if it failed for the last time."""
+        self.state.begin(self.seen, task.shard.index)
         try:
             made = self.worker.make(task.shard, task.attempt)
         except Exception as error:
@@ -88,6 +105,7 @@ class _Loop:
         return self._settle(task, outcome)
 
     def _settle(self, task: Task, outcome: ShardResult | Failure) -> ShardResult | None:
+        self.state.settle(task.shard.index)
         result = self.queue.settle(task, outcome)
         if isinstance(outcome, ShardResult):
             self.backoff.reset()
@@ -125,17 +143,19 @@ def _failure(error: Exception) -> Failure:
 
 
 @contextmanager
-def _passing_on(stop: Stop, worker: Worker) -> Iterator[None]:
-    """Run the block, and forward a request to stop to the worker on this thread."""
+def _watching(stop: Stop, worker: Worker, seen: WorkerState) -> Iterator[None]:
+    """Run the block; meanwhile read the worker's figures, and forward a request to stop to it."""
     is_over = threading.Event()
 
     def watch() -> None:
+        is_told = False
         while not is_over.wait(POLL_S):
-            if stop.is_requested:
+            seen.update(worker.metrics.figures())
+            if stop.is_requested and not is_told:
+                is_told = True
                 worker.stop()
-                return
 
-    watcher = threading.Thread(target=watch, name="stop", daemon=True)
+    watcher = threading.Thread(target=watch, name="watch", daemon=True)
     watcher.start()
     try:
         yield

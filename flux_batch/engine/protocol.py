@@ -10,7 +10,7 @@ from typing import Protocol
 
 from flux_batch.engine.stop import Stop
 from flux_batch.records import Attempt, Shard, ShardResult
-from flux_batch.telemetry import Metrics
+from flux_batch.telemetry import EngineState, Metrics
 
 
 class MadeShard(Protocol):
@@ -59,8 +59,12 @@ class WorkerFactory(Protocol):
 class Engine(Protocol):
     """A place where shards run."""
 
-    def run(self, factory: WorkerFactory, shards: Sequence[Shard], stop: Stop) -> Iterator[ShardResult]:
+    def run(
+        self, factory: WorkerFactory, shards: Sequence[Shard], stop: Stop, state: EngineState | None = None
+    ) -> Iterator[ShardResult]:
         """Run every shard and yield a result for each, in any order; `error` is set if it was given up.
+
+        `state` is kept up to date meanwhile, for whoever watches.
 
         Once `stop` is requested no shard is begun, and the iterator ends when the running ones are finished or put
         aside: shards without a result are left for the next run.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -17,6 +18,7 @@ from flux_batch.engine.failure import Failure
 from flux_batch.engine.protocol import MadeShard, Worker, WorkerFactory
 from flux_batch.engine.ray_metrics import WorkerMetrics
 from flux_batch.records import Attempt, Shard, ShardResult
+from flux_batch.telemetry import WorkerFigures
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,12 @@ class WorkerActor:
     def idle_s(self) -> float:
         """Return the seconds since the last progress; any answer at all shows that the process lives."""
         return self._worker.idle_s() if self._worker else 0.0
+
+    @_watching
+    def figures(self) -> tuple[str, WorkerFigures]:
+        """Return the name of this process, and the figures of its worker."""
+        figures = self._worker.metrics.figures() if self._worker else WorkerFigures({})
+        return f"{socket.gethostname()}:{os.getpid()}", figures
 
     @_watching
     def stop(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from ray.exceptions import RayError
 from flux_batch.engine.backoff import Backoff
 from flux_batch.engine.ray_actor import FINISH, WATCH, WorkerActor
 from flux_batch.engine.shard_queue import Task
+from flux_batch.telemetry import WorkerState
 
 # Shards that a worker may be finishing when it begins another: this bounds its disk usage.
 _MAX_FINISHING = 1
@@ -29,6 +31,7 @@ class WorkerHandle:
     actor: Any
     call: Any | None
     backoff: Backoff
+    seen: WorkerState
     task: Task | None = None
     finishing: dict[Any, Task] = field(default_factory=dict)
     is_up: bool = False
@@ -37,6 +40,7 @@ class WorkerHandle:
     _node_call: Any | None = None
     _ping: Any | None = None
     _pinged: float = field(default=0.0)
+    _figures: Any | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -93,6 +97,18 @@ class WorkerHandle:
         if self._node_call is not None:
             node, self._node_call = _answer(self._node_call)
             self.node = node or ""
+            if self.node:
+                self.seen.placed_at = time.monotonic()
+
+    def update_figures(self) -> None:
+        """Read its figures if it has answered with them, and ask again."""
+        if self._figures is not None:
+            answer, self._figures = _answer(self._figures)
+            if answer is not None:
+                self.seen.name, figures = answer
+                self.seen.update(figures)
+        if self._figures is None and self.is_up:
+            self._figures = self.actor.figures.remote()
 
     def kill(self) -> None:
         """End its process at once."""
@@ -113,10 +129,10 @@ def make_actor_class(num_gpus: float, num_cpus: float, runtime_env: Mapping[str,
     )(WorkerActor)
 
 
-def start_worker(actor_class: Any, factory: Any, backoff: Backoff) -> WorkerHandle:
+def start_worker(actor_class: Any, factory: Any, backoff: Backoff, seen: WorkerState) -> WorkerHandle:
     """Start one more worker. If the cluster has no room for it, this makes the autoscaler add a node."""
     actor = actor_class.remote(factory)
-    return WorkerHandle(actor, actor.open.remote(), backoff, _node_call=actor.node_id.remote())
+    return WorkerHandle(actor, actor.open.remote(), backoff, seen, _node_call=actor.node_id.remote())
 
 
 def wait_for_answers(workers: Iterable[WorkerHandle], timeout_s: float) -> list[tuple[WorkerHandle, Any]]:

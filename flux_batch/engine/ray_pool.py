@@ -20,11 +20,13 @@ from flux_batch.engine.failure import Failure
 from flux_batch.engine.protocol import WorkerFactory
 from flux_batch.engine.ray_cluster import Nodes, await_cluster, connect, gcs_address, why_unreachable
 from flux_batch.engine.ray_handle import WorkerHandle, make_actor_class, start_worker, wait_for_answers
+from flux_batch.engine.ray_local import joins_cluster
 from flux_batch.engine.ray_metrics import PoolMetrics
 from flux_batch.engine.shard_queue import ShardQueue, Task
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import RunIncomplete
 from flux_batch.records import Shard, ShardResult
+from flux_batch.telemetry import EngineState
 
 log = logging.getLogger(__name__)
 
@@ -62,14 +64,21 @@ class RayPool:
     name: str = ""
     runtime_env: Mapping[str, Any] | None = None
 
-    def run(self, factory: WorkerFactory, shards: Sequence[Shard], stop: Stop | None = None) -> Iterator[ShardResult]:
+    def run(
+        self,
+        factory: WorkerFactory,
+        shards: Sequence[Shard],
+        stop: Stop | None = None,
+        state: EngineState | None = None,
+    ) -> Iterator[ShardResult]:
         """Join the cluster of RAY_ADDRESS, or start one on this machine, and run every shard."""
-        stop = stop or Stop()
+        stop, state = stop or Stop(), state or EngineState()
         if stop.is_requested:
             return
+        state.waiting_for = "the Ray cluster to answer" if joins_cluster() else "a local Ray cluster to start"
         connect(self.max_workers, self.num_gpus)
         queue = ShardQueue(shards, self.max_attempts, self.outage_s)
-        pool = _Pool(self, ray.put(factory), queue, stop, gcs_address(), Nodes())
+        pool = _Pool(self, ray.put(factory), queue, stop, state, gcs_address(), Nodes())
         try:
             yield from pool.results()
         finally:
@@ -85,6 +94,7 @@ class _Pool:
     factory: Any  # ObjectRef of the factory, stored once for all actors
     queue: ShardQueue
     stop: Stop
+    state: EngineState
     gcs_address: str
     nodes: Nodes
     workers: list[WorkerHandle] = field(default_factory=list)
@@ -119,9 +129,8 @@ class _Pool:
 
     def end(self) -> None:
         """End every worker."""
-        for worker in self.workers:
-            worker.kill()
-        self.workers = []
+        for worker in list(self.workers):
+            self._remove(worker)
         self._export_metrics()  # gauges keep their last values
 
     def _start_workers(self) -> None:
@@ -131,7 +140,8 @@ class _Pool:
         num_wanted = min(self.options.max_workers, self.queue.num_waiting + num_busy)
         if self.start_backoff.is_over:
             for _ in range(num_wanted - len(staying)):
-                self.workers.append(start_worker(self.actor_class, self.factory, Backoff(self.options.backoff_s)))
+                backoff, seen = Backoff(self.options.backoff_s), self.state.start()
+                self.workers.append(start_worker(self.actor_class, self.factory, backoff, seen))
 
     def _scale_down(self) -> None:
         """End workers without work, except a few that may help the others. Their nodes can leave."""
@@ -151,9 +161,11 @@ class _Pool:
                 if task is None:
                     return
                 worker.make(task, time.monotonic())
+                self.state.begin(worker.seen, task.shard.index)
 
     def _step(self, wait_s: float = _POLL_S) -> Iterator[ShardResult]:
         """Wait a little for answers and handle them; check on all workers now and then."""
+        self.state.waiting_for = self._waits_for()
         answered = wait_for_answers(self.workers, wait_s)
         for worker, call in answered:
             if worker in self.workers:  # or it was lost with another call
@@ -186,9 +198,10 @@ class _Pool:
         """Add a started worker to the pool. Raises: an error that no worker could start without."""
         if failure is None:
             worker.is_up = self.has_started = True
+            worker.seen.up_at = time.monotonic()
             self.failed_starts = 0
             self.last_start = time.monotonic()
-            log.info("%d worker(s) up", sum(worker.is_up for worker in self.workers))
+            log.info("%d of %d workers up", sum(worker.is_up for worker in self.workers), len(self.workers))
             return
         self._remove(worker)
         if failure.kind == "storage_unavailable":
@@ -202,6 +215,9 @@ class _Pool:
     def _settle(self, worker: WorkerHandle, task: Task, outcome: ShardResult | Failure) -> Iterator[ShardResult]:
         """Settle a task, yield its shard's result if any, and act on its worker."""
         result = self.queue.settle(task, outcome)
+        worker.seen.end(task.shard.index)
+        if result:
+            self.state.settle(task.shard.index)
         if isinstance(outcome, ShardResult):
             self.start_backoff.reset()
             worker.backoff.reset()
@@ -250,6 +266,7 @@ class _Pool:
 
     def _remove(self, worker: WorkerHandle) -> None:
         worker.kill()
+        self.state.end(worker.seen)
         self.workers.remove(worker)
 
     def _check(self) -> Iterator[ShardResult]:
@@ -266,6 +283,7 @@ class _Pool:
             self.stop.request("the node of the driver is about to leave")
         for worker in list(self.workers):
             worker.update_node()
+            worker.update_figures()
             if worker.node in self.nodes.leaving:
                 self._drain(worker)
             if not worker.tasks:
@@ -293,6 +311,17 @@ class _Pool:
                 self.queue.hand_over(worker.task)
             worker.stop()
 
+    def _waits_for(self) -> str:
+        """Return what the run waits for while no worker is up; empty once one is."""
+        if not self.workers or any(worker.is_up for worker in self.workers):
+            return ""
+        num_placed = sum(bool(worker.node) for worker in self.workers)
+        if not num_placed:
+            return f"{_workers(len(self.workers))} to start"
+        return f"the model to load in {_workers(num_placed)}" + (
+            f", and {_workers(len(self.workers) - num_placed)} to start" if num_placed < len(self.workers) else ""
+        )
+
     def _report_missing_workers(self) -> None:
         """Log what the run waits for if workers do not start."""
         num_up = sum(worker.is_up for worker in self.workers)
@@ -300,16 +329,24 @@ class _Pool:
             return
         if time.monotonic() - self.last_start > _WARN_AFTER_S:
             self.last_start = time.monotonic()
-            log.warning(
-                "%d of %d workers are up; waiting for %d, each with %g GPU and %g CPU (the cluster has %g GPU, %g CPU)",
-                num_up,
-                self.options.min_workers,
-                len(self.workers) - num_up,
-                self.options.num_gpus,
-                self.options.num_cpus,
-                ray.cluster_resources().get("GPU", 0),
-                ray.cluster_resources().get("CPU", 0),
-            )
+            num_without = sum(not worker.node for worker in self.workers)
+            if num_without:
+                resources = ray.cluster_resources()
+                log.warning(
+                    "%d of %d workers have no place yet: each needs %g GPU, %g CPU; the cluster has %g GPU, %g CPU",
+                    num_without,
+                    len(self.workers),
+                    self.options.num_gpus,
+                    self.options.num_cpus,
+                    resources.get("GPU", 0),
+                    resources.get("CPU", 0),
+                )
+            if num_loading := len(self.workers) - num_without - num_up:
+                log.info("%d of %d workers load the model", num_loading, len(self.workers))
+
+
+def _workers(number: int) -> str:
+    return f"{number} worker{'' if number == 1 else 's'}"
 
 
 def _first_line(error: BaseException) -> str:

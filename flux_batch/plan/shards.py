@@ -72,8 +72,11 @@ class Shards(Sequence[Shard]):
 
     @property
     def num_rows(self) -> int:
-        """The number of rows of the whole plan."""
-        return int(pc.sum(self.parts["num_rows"]).as_py() or 0)
+        """The number of rows of these shards."""
+        if len(self.numbers) == len(self.ends):
+            return int(pc.sum(self.parts["num_rows"]).as_py() or 0)
+        ends = self.row_ends
+        return sum(ends[number] - (ends[number - 1] if number else 0) for number in self.numbers)
 
     @property
     def row_ends(self) -> list[int]:

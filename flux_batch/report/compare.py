@@ -16,8 +16,7 @@ from flux_batch.output.paths import PRECISION, metadata_file
 from flux_batch.records import IMAGE_COLUMNS
 from flux_batch.report.gallery.rows import annotators, read_annotations, read_table
 from flux_batch.report.reproduction import surroundings_of_run
-from flux_batch.report.saved_run import SavedRun
-from flux_batch.report.status import read_json
+from flux_batch.report.saved_run import SavedRun, read_json
 from flux_batch.sampling_params import SAMPLING_FIELDS
 from flux_batch.storage.store import Store
 

@@ -11,8 +11,7 @@ from flux_batch.images import Difference, Pixels, decode, difference, encode, re
 from flux_batch.output.paths import PRECISION, REPORT, metadata_file
 from flux_batch.records import Kernels
 from flux_batch.report.gallery.rows import read_table
-from flux_batch.report.saved_run import SavedRun
-from flux_batch.report.status import read_json
+from flux_batch.report.saved_run import SavedRun, read_json
 from flux_batch.report.summary import installed_versions
 from flux_batch.storage.store import Store
 

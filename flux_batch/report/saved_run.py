@@ -6,6 +6,7 @@ It is for code that reads the result of a run: verify, gallery, reproduce, compa
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -114,3 +115,11 @@ def opened_run(store: Store, *, to_write: bool) -> Iterator[SavedRun]:
         return
     with Lease(store) as lease:
         yield replace(run, folder=RunFolder(lease.store, run.num_shards))
+
+
+def read_json(store: Store, key: str) -> dict[str, Any] | None:
+    """Read an object of JSON; None if it is not there, or damaged. Raises: StoreError."""
+    try:
+        return dict(json.loads(store.read(key)))
+    except (NotFound, ValueError):
+        return None

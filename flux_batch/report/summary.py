@@ -15,6 +15,7 @@ from typing import Any
 
 from flux_batch.output.commit_log import CommitLog
 from flux_batch.records import Kernels, ShardResult
+from flux_batch.report.progress.snapshot import count_of
 
 _RUN_PACKAGES = ("flux-batch", "torch", "transformers", "ray", "pillow")
 
@@ -35,6 +36,8 @@ class RunReport:
     device_s: float
     max_failed_ratio: float
     failures: dict[str, int] = field(default_factory=dict)  # of all failed images, by error type
+    images_per_s: float = 0.0  # of this invocation, from its first shard on
+    device_hours: float = 0.0  # hours that workers had their GPUs, or were there without one, over all invocations
     device_s_of_run: float = 0.0  # busy time of all pipelines, over all invocations
     num_gpus: float = 0.0  # of a worker
     model: dict[str, Any] = field(default_factory=dict)
@@ -64,14 +67,11 @@ class RunReport:
         """The result of the run in one line."""
         made = "none of them now"
         if self.num_new_images:
-            made = f"{self.num_new_images} of them now, by {self.num_workers} worker(s) in {self.wall_s:.1f} s"
+            made = (
+                f"{self.num_new_images} of them now, by {count_of(self.num_workers, 'worker')} in {self.wall_s:.1f} s"
+            )
         left = "" if self.is_complete else f"; {self.num_shards - self.num_committed} shards are missing"
         return f"{self.name}: {self.num_images - self.num_failed} images, {self.num_failed} failed; {made}{left}"
-
-    @property
-    def images_per_s(self) -> float | None:
-        """The speed of this invocation; None if it took no time."""
-        return round(self.num_new_images / self.wall_s, 4) if self.wall_s else None
 
     def _repr_html_(self) -> str:
         """Return the report as a table, for a notebook."""
@@ -79,7 +79,7 @@ class RunReport:
             "images": f"{self.num_images}, {self.num_failed} of them failed",
             **{f"failed: {error_type}": str(number) for error_type, number in self.failures.items()},
             "shards": f"{self.num_committed} of {self.num_shards} committed",
-            "made now": f"{self.num_new_images} in {self.wall_s:.1f} s, {self.images_per_s or 0:.3g} images/s",
+            "made now": f"{self.num_new_images} in {self.wall_s:.1f} s, {self.images_per_s:.3g} images/s",
             "output": self.output,
             **{f"error {number}": error for number, error in enumerate(self.errors, start=1)},
         }
@@ -89,7 +89,6 @@ class RunReport:
     def to_json(self) -> bytes:
         """Return the report as JSON, for the next stage."""
         fields = asdict(self) | {
-            "images_per_s": self.images_per_s,
             "gpu_s_of_run": round(self.device_s_of_run * self.num_gpus, 3),
             "is_complete": self.is_complete,
             "exit_code": self.exit_code,

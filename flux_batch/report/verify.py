@@ -17,7 +17,7 @@ from typing import get_args
 from flux_batch.output.gc import find_leftovers
 from flux_batch.output.paths import REPORT, SUCCESS, TRAIN, failed_file
 from flux_batch.output.revert import finish_reverts, revert
-from flux_batch.report.progress import duration
+from flux_batch.report.progress.snapshot import duration
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify_shard import Check, Problem, ShardFindings, check_shard, rebuild_failures
 from flux_batch.storage.scratch import scratch_folder

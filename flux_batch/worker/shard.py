@@ -20,6 +20,7 @@ from flux_batch.output.paths import image_key
 from flux_batch.output.staging import StagedImage, Staging, is_repair, retry_of, staged_record
 from flux_batch.prompts.input_images import spilled
 from flux_batch.records import Attempt, FailedRow, ImageRecord, ImageRequest, Shard
+from flux_batch.telemetry import ShardCount
 from flux_batch.worker.batches import ImageTask, batches, tasks_of, with_sources
 from flux_batch.worker.generate import ImageOutcome
 from flux_batch.worker.recorder import Recorder, message_of, provenance
@@ -72,6 +73,20 @@ class ShardRun:
     def num_tasks(self) -> int:
         """The number of images that the valid rows request."""
         return len(self._tasks)
+
+    @property
+    def is_retry(self) -> bool:
+        """True if it makes images again that were not good enough."""
+        return self._retry > 0
+
+    @property
+    def count(self) -> ShardCount:
+        """The number of images requested, and of those done so far."""
+        records = self.records.copy()
+        requested = {task.position for task in self._tasks.values()}
+        errors = Counter(record.error_type or "" for record in records.values() if record.status == "failed")
+        adopted = requested & records.keys() - self._begun
+        return ShardCount(len(requested | records.keys()), len(records), len(adopted), dict(errors))
 
     @property
     def is_isolated(self) -> bool:

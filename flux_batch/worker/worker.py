@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,7 @@ class Worker:
         with self._heartbeat.busy("make"), ExitStack() as resources:
             if commit := self._commits.find(shard.index):
                 return CommittedShard(commit)
+            resources.callback(self.metrics.put_down, shard.index)
             with metrics.timed("read"):
                 run = self._read_rows(shard, attempt, resources.enter_context(scratch_folder()))
             staging = resources.enter_context(self._staging_queue(run, metrics))
@@ -188,12 +189,19 @@ class Worker:
             if isinstance(row, FailedRow):
                 self.metrics.add("failures", label=row.error_type)
         run.adopt_staged()
+        self.metrics.count_shard(run.index, run.count)
         self._beat_making()
         return run
 
     def _staging_queue(self, run: ShardRun, metrics: ShardMetrics) -> StagingQueue:
         num_encoders = max(1, round(self._config.workers.num_cpus))
-        return StagingQueue(run, self._commits, num_encoders, metrics, self._heartbeat.beat)
+        return StagingQueue(run, self._commits, num_encoders, metrics, partial(self._on_staged, run))
+
+    def _on_staged(self, run: ShardRun) -> None:
+        """Count the images of a shard, and show that the worker lives. Further tries of images do not count."""
+        if not run.is_retry:
+            self.metrics.count_shard(run.index, run.count)
+        self._heartbeat.beat()
 
     def _make_batches(self, run: ShardRun, staging: StagingQueue, metrics: ShardMetrics) -> Commit | None:
         """Make the images of a shard that are left. Returns: the commit of another attempt that was faster.

@@ -18,7 +18,7 @@ from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted, JobError, NotFound, StoreError, StoreRefused
 from flux_batch.job import load_job, run
-from flux_batch.report.status import read_status
+from flux_batch.report.progress.status import read_status
 from flux_batch.report.summary import RunReport
 from flux_batch.storage import retry
 from flux_batch.storage.store import Store

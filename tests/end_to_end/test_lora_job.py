@@ -18,7 +18,7 @@ from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import CheckpointError, Interrupted, PlanMismatch
 from flux_batch.images import read_provenance
 from flux_batch.job import run, with_absolute_paths
-from flux_batch.report.status import read_status
+from flux_batch.report.progress.status import read_status
 from flux_batch.report.summary import RunReport
 from flux_batch.storage.store import Store
 from helpers.fakes import FakePipeline, fake_image

@@ -18,7 +18,7 @@ import yaml
 
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import load_job, run
-from flux_batch.report.status import read_status
+from flux_batch.report.progress.status import read_status
 from flux_batch.report.verify import format_verdict, verify
 from flux_batch.storage.store import Store
 from helpers.airflow_stub import AirflowFailException, load_dag

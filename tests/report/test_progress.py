@@ -5,9 +5,12 @@ import pytest
 
 from flux_batch.output.paths import PROGRESS
 from flux_batch.records import ShardResult
-from flux_batch.report.progress import Progress, duration
+from flux_batch.report.progress.progress import Progress
+from flux_batch.report.progress.snapshot import Snapshot, duration
 from flux_batch.report.summary import Totals
 from flux_batch.storage.store import Store
+from flux_batch.telemetry import ShardCount, WorkerFigures
+from helpers.waiting import wait_until
 
 
 class Clock:
@@ -20,7 +23,8 @@ class Clock:
 def test_rate_and_time_left_do_not_count_the_start_of_the_workers(tmp_path: Path) -> None:
     clock = Clock()
     store = Store(str(tmp_path))
-    progress = Progress(store, num_shards=10, totals=Totals(num_committed=4, num_images=16), clock=clock)
+    totals = Totals(num_committed=4, num_images=16)
+    progress = Progress(store, num_shards=10, totals=totals, clock=clock, num_left=24, expected=lambda shard: 4)
     clock.now += 60  # workers start
     for shard in (4, 5):
         clock.now += 10
@@ -28,6 +32,64 @@ def test_rate_and_time_left_do_not_count_the_start_of_the_workers(tmp_path: Path
     written = json.loads(store.read(PROGRESS))
     assert (written["num_committed"], written["num_images"]) == (6, 24)
     assert (written["images_per_s"], written["eta_s"]) == (0.4, 40)
+
+
+def test_images_count_as_they_are_made_and_never_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "flux_batch")
+    clock = Clock()
+    progress = Progress(
+        Store(str(tmp_path)), 3, Totals(), clock=clock, num_left=102, expected=[60, 40, 2].__getitem__, num_gpus=1
+    )
+    state = progress.state
+    first, second = state.start(), state.start()
+    state.waiting_for = "the model to load in 2 workers"
+    assert progress.snapshot().line == "0 of 102 images; waiting for the model to load in 2 workers, 0 s so far"
+    state.waiting_for, first.up_at, second.up_at = "", 0.0, 0.0
+    state.begin(first, 0)
+    state.begin(second, 1)
+    state.first_began_at = clock.now
+    assert progress.snapshot().waiting_for == "the first images"
+    clock.now += 10
+    first.update(WorkerFigures({0: ShardCount(61, 24, 4, {"RowError": 2})}, 1.0))  # a row asks for one more
+    second.update(WorkerFigures({1: ShardCount(40, 10)}, 1.0))
+    state.begin(second, 0)  # which helps with the shard of the first
+    second.update(WorkerFigures({1: ShardCount(40, 10), 0: ShardCount(61, 4)}, 1.0))
+    now = progress.snapshot()
+    assert (now.num_done, now.num_total, now.failures, now.workers_up) == (34, 103, {"RowError": 2}, 2)
+    assert (now.images_per_s, now.eta_s, now.waiting_for) == (3.0, 23.0, "")  # 4 were there before
+    assert now.slowest
+    first.update(WorkerFigures({}, 2.0))  # it is finished, and its result is not here yet
+    assert progress.snapshot().num_done == 34
+    state.settle(0)
+    progress.add(ShardResult(shard=0, num_images=61, num_failed=2, failures={"RowError": 2}, is_new=True, wall_s=1))
+    now = progress.snapshot()
+    assert (now.num_done, now.num_total, now.last_shard, now.failures) == (71, 103, 0, {"RowError": 2})
+    second.update(WorkerFigures({1: ShardCount(40, 10), 0: ShardCount(61, 60)}, 1.0))  # its count came late
+    assert progress.snapshot().num_done == 71
+    state.end(second)
+    progress.report()
+    assert Snapshot.from_json(json.loads(progress.store.read(PROGRESS))).images_text == "61 of 103 images (2 failed)"
+    assert caplog.messages[-1].startswith("61 of 103 images (2 failed); 5.70 images/s, 7 s left; 1 of 3 shards commit")
+
+
+def test_a_report_is_written_while_no_shard_ends_and_what_is_waited_for_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "flux_batch")
+    monkeypatch.setattr("flux_batch.report.progress.progress.TICK_S", 0.001)
+    clock = Clock()
+    progress = Progress(Store(str(tmp_path)), 1, Totals(), clock=clock, num_left=4)
+    shown: list[Snapshot] = []
+    with progress.shown(shown.append) as state:
+        state.waiting_for = "a local Ray cluster to start"
+        wait_until(lambda: bool(caplog.messages))
+        clock.now += 10
+        wait_until(lambda: progress.store.exists(PROGRESS))
+    assert caplog.messages == [
+        "0 of 4 images; waiting for a local Ray cluster to start, 0 s so far",
+        "0 of 4 images; waiting for a local Ray cluster to start, 10 s so far",
+    ]
+    assert shown[-1].num_total == 4
 
 
 def test_a_shard_that_another_attempt_committed_counts_but_not_as_work_of_now(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
 from flux_batch.output.lease import Holder
 from flux_batch.output.process_id import ProcessId
-from flux_batch.report.status import format_status, read_status
+from flux_batch.report.progress.status import format_status, read_status
 from flux_batch.storage.store import Store
 from helpers.fakes import make_fake_pipeline
 from helpers.job_files import make_job

@@ -18,7 +18,7 @@ from flux_batch.errors import Interrupted, PlanMismatch, StoreError
 from flux_batch.job import run
 from flux_batch.output.gc import find_leftovers
 from flux_batch.output.paths import JOB, PRECISION, RunFolder
-from flux_batch.report.status import format_status, read_status
+from flux_batch.report.progress.status import format_status, read_status
 from flux_batch.storage.store import Store
 from flux_batch.worker.settled_precision import load_settled, settled_model, with_model_of_run
 from helpers.fakes import FakePipeline

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from flux_batch.report.charts.figures import ShardTime
-from flux_batch.report.progress import duration
+from flux_batch.report.progress.snapshot import duration
 
 WIDTH = 1000.0
 _MAX_BARS, _MAX_LANES = 20, 40

@@ -10,7 +10,7 @@ from flux_batch.report.charts.drawing import WIDTH, bars, histogram, lanes, thro
 from flux_batch.report.charts.figures import Figures, read_figures
 from flux_batch.report.gallery.chunks import write_file
 from flux_batch.report.gallery.page import plain
-from flux_batch.report.progress import duration
+from flux_batch.report.progress.snapshot import duration
 from flux_batch.report.template import load_template
 from flux_batch.storage.store import Store
 

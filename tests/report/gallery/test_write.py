@@ -24,7 +24,7 @@ from flux_batch.output.formats import format_for
 from flux_batch.report.gallery.content import read_file
 from flux_batch.report.gallery.rows import GalleryRow
 from flux_batch.report.gallery.write import PAGE, SHEET, write_single_file
-from flux_batch.report.status import read_status
+from flux_batch.report.progress.status import read_status
 from flux_batch.storage.store import Store
 from helpers.fakes import make_fake_pipeline
 from helpers.job_files import data_files, make_job

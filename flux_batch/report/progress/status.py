@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -14,7 +13,8 @@ from flux_batch.output.lease import Holder, read_holder
 from flux_batch.output.paths import PLAN, PRECISION, PROGRESS, SUCCESS, RunFolder
 from flux_batch.plan.plan import Outline
 from flux_batch.records import Kernels
-from flux_batch.report.progress import duration
+from flux_batch.report.progress.snapshot import duration
+from flux_batch.report.saved_run import read_json
 from flux_batch.report.summary import Totals
 from flux_batch.storage.store import Store
 
@@ -94,11 +94,3 @@ def _driver_line(driver: dict[str, Any], now: float) -> str:
         f"last sign of life {duration(seen_s)} ago"
     )
     return line if seen_s <= driver["ttl_s"] else f"{line}: it seems to be gone; `run` takes over"
-
-
-def read_json(store: Store, key: str) -> dict[str, Any] | None:
-    """Read an object of JSON; None if it is not there, or damaged. Raises: StoreError."""
-    try:
-        return dict(json.loads(store.read(key)))
-    except (NotFound, ValueError):
-        return None

@@ -1,0 +1,130 @@
+"""The figures of a run at one moment, one object for the log, progress.json, report.json and `status`.
+
+So a number is the same wherever it is shown.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# Reasons of failures that are listed.
+_MAX_REASONS = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlowestWorker:
+    """The worker that is longest at its shard: its process, the shard, and for how many seconds."""
+
+    name: str
+    shard: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """The figures of a run at one moment, over all invocations unless it says otherwise.
+
+    num_images: requested images of committed shards, of which num_failed failed. num_staged: images of other shards
+    that are made or failed. num_expected: images of the whole run, as far as is known. failures: by error type, of
+    staged images too. images_per_s, elapsed_s, workers_...: of this invocation. device_hours: hours that workers had
+    their GPUs, or that workers without one were there. waiting_for: what the run waits for, empty while it works.
+    """
+
+    num_shards: int
+    num_committed: int
+    num_images: int
+    num_failed: int
+    num_staged: int = 0
+    num_expected: int | None = None
+    failures: Mapping[str, int] = field(default_factory=dict)
+    images_per_s: float = 0.0
+    eta_s: float | None = None
+    elapsed_s: float = 0.0
+    device_hours: float = 0.0
+    device: str = "GPU"
+    workers_up: int = 0
+    workers_starting: int = 0
+    busy_share: float | None = None
+    last_shard: int | None = None
+    slowest: SlowestWorker | None = None
+    waiting_for: str = ""
+    unix_time: float = 0.0
+
+    @property
+    def num_done(self) -> int:
+        """The images that are made or failed, committed or not."""
+        return self.num_images + self.num_staged
+
+    @property
+    def num_total(self) -> int:
+        """The images of the whole run; those that are done if nothing else is known."""
+        return max(self.num_done, self.num_expected or 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as plain values, rounded."""
+        values = asdict(self)
+        for name, digits in (("images_per_s", 4), ("elapsed_s", 1), ("device_hours", 5), ("busy_share", 3)):
+            if values[name] is not None:
+                values[name] = round(values[name], digits)
+        values["eta_s"] = None if self.eta_s is None else round(self.eta_s)
+        values["unix_time"] = round(self.unix_time)
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Snapshot:
+        """Return the figures that `to_json` wrote, perhaps in another version of this program."""
+        known = {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
+        slowest = known.get("slowest")
+        return cls(**{**known, "slowest": SlowestWorker(**slowest) if slowest else None})
+
+    @property
+    def line(self) -> str:
+        """The figures as a line of the log."""
+        shards = f"{self.num_committed} of {count_of(self.num_shards, 'shard')} committed"
+        if self.waiting_for:
+            waiting = f"waiting for {self.waiting_for}, {duration(self.elapsed_s)} so far"
+            return "; ".join([self.images_text, waiting])
+        return "; ".join([self.images_text, self.speed_text, shards, self.workers_text])
+
+    @property
+    def images_text(self) -> str:
+        """The images done of all, as text."""
+        num_failed = max(self.num_failed, sum(self.failures.values()))
+        return f"{self.num_done} of {self.num_total} images" + (f" ({num_failed} failed)" if num_failed else "")
+
+    @property
+    def speed_text(self) -> str:
+        """The speed of this invocation and the time left, as text."""
+        left = f", {duration(self.eta_s)} left" if self.eta_s and self.images_per_s else ""
+        return f"{self.images_per_s:.2f} images/s{left}"
+
+    @property
+    def workers_text(self) -> str:
+        """The workers and how busy they are, as text."""
+        starting = f", {self.workers_starting} starting" if self.workers_starting else ""
+        busy = f", {100 * self.busy_share:.0f} % busy" if self.busy_share is not None else ""
+        return f"{count_of(self.workers_up, 'worker')} up{starting}{busy}"
+
+    @property
+    def failures_text(self) -> str:
+        """The failures by reason as text, the commonest first."""
+        return ", ".join(f"{number} {kind}" for kind, number in Counter(self.failures).most_common(_MAX_REASONS))
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in its two largest units."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    units = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    while len(units) > 1 and not units[0][0]:
+        units.pop(0)
+    return " ".join(f"{value} {unit}" for value, unit in units[:2])
