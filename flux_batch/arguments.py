@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "--retry-failed", action="store_true", help="render the failed images of finished shards again"
     )
     command.add_argument("--extend", action="store_true", help="add prompt files that are new since the run began")
+    _add_price(command)
 
     command = _command(
         commands,
@@ -265,6 +266,19 @@ def _add_job(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--logical-date", metavar="DATE", help="value of {date} and {datetime} in the job file, as 2026-11-23"
     )
+
+
+def _add_price(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--price", type=_positive, metavar="AMOUNT", help="cost of an hour of a GPU, or of a worker without one"
+    )
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
+    return number
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from flux_batch.redaction import plain_text
 
 if TYPE_CHECKING:
     from flux_batch.config.schema import JobConfig
+    from flux_batch.report.progress.live import LiveDisplay
     from flux_batch.report.summary import RunReport
     from flux_batch.storage.store import Store
 
@@ -81,11 +83,18 @@ def _run(arguments: argparse.Namespace) -> int:
     address = webhook_address()
     stop = Stop()
     try:
-        with stopped_by_signals(stop):
+        with stopped_by_signals(stop), _display(arguments, f"{arguments.job}: reading the job and its prompts") as live:
             config = _load_job(arguments)
             if isinstance(arguments.lines, JsonLines):
                 arguments.lines.run = config.name
-            report = run(config, stop=stop, retry_failed=arguments.retry_failed, extend=arguments.extend)
+            report = run(
+                config,
+                stop=stop,
+                retry_failed=arguments.retry_failed,
+                extend=arguments.extend,
+                price=arguments.price,
+                show=live.show if live else None,
+            )
     except (Exception, KeyboardInterrupt) as error:
         sentence, exit_code = _explained(error)
         post_to_webhook(address, plain_text(f"{arguments.job}: {sentence}"), exit_code)
@@ -353,6 +362,15 @@ def _summary(report: RunReport) -> str:
             f"the reasons are in {report.output}/{FAILED}"
         )
     return "\n".join(lines)
+
+
+def _display(arguments: argparse.Namespace, doing: str) -> AbstractContextManager[LiveDisplay | None]:
+    """Return a live display, None where stderr is no terminal that can draw, or is read by a program."""
+    from flux_batch.report.progress.live import can_draw, live_display
+
+    if isinstance(arguments.lines, JsonLines) or not can_draw():
+        return nullcontext()
+    return live_display(doing, arguments.price)
 
 
 def _show_progress(done: int, total: int) -> None:

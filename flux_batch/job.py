@@ -32,6 +32,7 @@ from flux_batch.prompts.input_images import check_job_image
 from flux_batch.records import Shard
 from flux_batch.redaction import without_redacted
 from flux_batch.report.progress.progress import Progress
+from flux_batch.report.progress.snapshot import Snapshot
 from flux_batch.report.reproduction import Original, Reproduction, surroundings
 from flux_batch.report.summary import RunReport
 from flux_batch.resume import close_run, draft_run, finished, open_random_run, open_run, read_state, revert_failed
@@ -61,12 +62,15 @@ def run(
     stop: Stop | None = None,
     retry_failed: bool = False,
     extend: bool = False,
+    price: float | None = None,
+    show: Callable[[Snapshot], None] | None = None,
 ) -> RunReport:
     """Run a job to its end, or resume one that was interrupted.
 
     config: a job, or the path or address of a job file. engine: a pool of Ray actors by default. make_pipeline: FLUX
     by default. stop: may request an early end, from a signal handler or another thread. retry_failed: render the failed
-    images of committed shards again. extend: add prompt files that are new since the run was planned.
+    images of committed shards again. extend: add prompt files that are new since the run was planned. price: that of
+    an hour of a GPU, for the figures. show: called every second with the figures, which the log then leaves out.
     Safe to call again: committed shards stay as they are.
     Raises: RunHeld, LeaseLost if another driver has the run; Interrupted after a stop; JobError, SourceError,
     CheckpointError, StoreError before or during the work; see errors.py.
@@ -96,7 +100,8 @@ def run(
             make_pipeline = make_pipeline or partial(load_pipeline, num_gpus=here.workers.num_gpus)
             columns = columns_of_job(plan.passthrough, config)
             factory = WorkerFactory(here, len(plan.shards), columns, make_pipeline, plan.rules, load_scorer)
-            with progress.shown() as state:
+            progress.price, progress.stop_reason = price, lambda: stop.reason
+            with progress.shown(show) as state:
                 _render(engine or ray_pool(here), factory, todo, stop, progress, state)
         return close_run(here, store, plan, progress)
 

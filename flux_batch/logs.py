@@ -13,11 +13,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import TextIO
 
 from flux_batch.redaction import plain_text
 
 ENCODING = "RAY_LOGGING_CONFIG_ENCODING"
-_FIELDS = ("run", "shard", "key", "exit_code")
+_FIELDS = ("run", "shard", "key", "exit_code", "progress")
 
 
 class _PlainLines(logging.Formatter):
@@ -49,13 +50,25 @@ class JsonLines(logging.Formatter):
         return json.dumps(body)
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """The handler that writes to what stderr is at the moment: a live display stands in for it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """The present stderr."""
+        return sys.stderr
+
+
 @contextmanager
 def log_lines(level: int) -> Iterator[logging.Formatter]:
     """Write the log lines of this program to stderr, in the encoding of the environment. Yields: the formatter."""
     ours = logging.getLogger("flux_batch")
     ours.setLevel(level)
     formatter = JsonLines() if os.environ.get(ENCODING) == "JSON" else _PlainLines()
-    lines = logging.StreamHandler(sys.stderr)
+    lines = _Stderr()
     lines.setFormatter(formatter)
     if isinstance(formatter, _PlainLines):
         logging.basicConfig(level=logging.WARNING, handlers=[lines])

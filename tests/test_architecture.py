@@ -110,6 +110,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "tenacity": ("storage/retry.py", "engine/backoff.py"),
     "pyarrow": ("storage/", "dataset/", "prompts/", "plan/", "worker/", "output/", "mapper.py", "demo/", "bench/"),
     "duckdb": ("dataset/",),
+    "rich": ("report/progress/live.py",),
     "jinja2": ("report/template.py", "prompts/template.py"),
     "PIL": ("images.py", "prompts/", "pipeline/", "dataset/", "report/gallery/", "demo/", "bench/"),
     "numpy": ("images.py", "dataset/", "mapper.py", "report/gallery/", *TENSORS),

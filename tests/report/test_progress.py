@@ -43,7 +43,7 @@ def test_images_count_as_they_are_made_and_never_twice(tmp_path: Path, caplog: p
     state = progress.state
     first, second = state.start(), state.start()
     state.waiting_for = "the model to load in 2 workers"
-    assert progress.snapshot().line == "0 of 102 images; waiting for the model to load in 2 workers, 0 s so far"
+    assert progress.snapshot().line() == "0 of 102 images; waiting for the model to load in 2 workers, 0 s so far"
     state.waiting_for, first.up_at, second.up_at = "", 0.0, 0.0
     state.begin(first, 0)
     state.begin(second, 1)
@@ -79,8 +79,7 @@ def test_a_report_is_written_while_no_shard_ends_and_what_is_waited_for_is_said(
     monkeypatch.setattr("flux_batch.report.progress.progress.TICK_S", 0.001)
     clock = Clock()
     progress = Progress(Store(str(tmp_path)), 1, Totals(), clock=clock, num_left=4)
-    shown: list[Snapshot] = []
-    with progress.shown(shown.append) as state:
+    with progress.shown() as state:
         state.waiting_for = "a local Ray cluster to start"
         wait_until(lambda: bool(caplog.messages))
         clock.now += 10
@@ -89,7 +88,14 @@ def test_a_report_is_written_while_no_shard_ends_and_what_is_waited_for_is_said(
         "0 of 4 images; waiting for a local Ray cluster to start, 0 s so far",
         "0 of 4 images; waiting for a local Ray cluster to start, 10 s so far",
     ]
-    assert shown[-1].num_total == 4
+    caplog.clear()
+    shown: list[Snapshot] = []
+    progress.stop_reason = lambda: "enough"
+    with progress.shown(shown.append):  # the display has them, the log has none
+        wait_until(lambda: bool(shown))
+        progress.report()
+    assert (shown[-1].num_total, caplog.messages) == (4, [])
+    assert ("waiting", "for the shards in hand to be finished or put aside (enough)") in shown[-1].rows()
 
 
 def test_a_shard_that_another_attempt_committed_counts_but_not_as_work_of_now(tmp_path: Path) -> None:

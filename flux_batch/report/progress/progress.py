@@ -35,7 +35,8 @@ class Progress:
 
     `commit_log` is kept up to date too. num_left: the images of the shards that are left, as far as is known, and
     expected: those of one of them. past_worker_s: the seconds that workers of earlier invocations had their devices.
-    num_gpus: those of a worker. first_images: what is waited for from the first worker on, until there is an image.
+    num_gpus: those of a worker. price: that of an hour of a GPU, or of a worker without one. stop_reason: why the run
+    is ending, empty while it goes on. first_images: what is waited for once a worker is up, until there is an image.
     """
 
     store: Store
@@ -47,6 +48,8 @@ class Progress:
     expected: Callable[[int], int] = field(default=lambda shard: 0)
     past_worker_s: float = 0.0
     num_gpus: float = 0.0
+    price: float | None = None
+    stop_reason: Callable[[], str] = str
     first_images: str = "the first images"
     state: EngineState = field(default_factory=EngineState)
     num_new_images: int = 0
@@ -63,6 +66,7 @@ class Progress:
         self._first_shard_at: float | None = None  # rates do not count the start of workers
         self._last_shard: int | None = None
         self._adopted: dict[int, int] = {}  # images that earlier invocations made, by shard
+        self._level = logging.INFO
         self._lock = threading.RLock()  # of the thread that takes results and the one that shows figures
 
     @property
@@ -79,9 +83,11 @@ class Progress:
     def shown(self, show: Callable[[Snapshot], None] | None = None) -> Iterator[EngineState]:
         """Report at an interval while the block runs, and once more whenever something else is waited for.
 
-        show: called every second. Yields: the state that the engine keeps up to date.
+        show: called every second with the figures, which the log then leaves out. Yields: the state that the engine
+        keeps up to date.
         """
         is_over = threading.Event()
+        self._level = logging.INFO if show is None else logging.DEBUG
         said = self.snapshot().waiting_for
 
         def watch() -> None:
@@ -93,7 +99,7 @@ class Progress:
                 if self.clock() - self._reported_at >= _REPORT_INTERVAL_S:
                     self._report_on_the_side()
                 elif now.waiting_for not in ("", said):
-                    log.info("%s", now.line)
+                    log.log(self._level, "%s", now.line(self.price))
                 said = now.waiting_for
 
         watcher = threading.Thread(target=watch, name="progress", daemon=True)
@@ -155,7 +161,7 @@ class Progress:
             self._reported_at = self.clock()
             self._reported = self.totals.num_committed
             now = self.last = self.snapshot()
-            log.info("%s", now.line)
+            log.log(self._level, "%s", now.line(self.price), extra={"progress": now.to_json()})
             body = now.to_json() | {"worker_s": round(self.worker_s, 3)}
         store.write(PROGRESS, json.dumps(body, indent=1).encode())
 
@@ -207,6 +213,8 @@ class Progress:
 
     def _waiting_for(self, up: list[WorkerState], num_made: int) -> str:
         """Return what the run waits for: what its engine says, or the first images, which take longest."""
+        if reason := self.stop_reason():
+            return f"the shards in hand to be finished or put aside ({reason})"
         is_first = bool(up) and num_made <= 0 and not self.num_new_shards
         return self.state.waiting_for or (self.first_images if is_first else "")
 

@@ -80,14 +80,29 @@ class Snapshot:
         slowest = known.get("slowest")
         return cls(**{**known, "slowest": SlowestWorker(**slowest) if slowest else None})
 
-    @property
-    def line(self) -> str:
-        """The figures as a line of the log."""
-        shards = f"{self.num_committed} of {count_of(self.num_shards, 'shard')} committed"
+    def line(self, price: float | None = None) -> str:
+        """Return the figures as a line of the log; `price` is that of a device, an hour."""
         if self.waiting_for:
-            waiting = f"waiting for {self.waiting_for}, {duration(self.elapsed_s)} so far"
-            return "; ".join([self.images_text, waiting])
-        return "; ".join([self.images_text, self.speed_text, shards, self.workers_text])
+            return f"{self.images_text}; waiting for {self.waiting_for}, {duration(self.elapsed_s)} so far"
+        shards = f"{self.num_committed} of {count_of(self.num_shards, 'shard')} committed"
+        parts = [self.images_text, self.speed_text, shards, self.workers_text]
+        return "; ".join([*parts, self.compute_text(price)] if self.device_hours else parts)
+
+    def rows(self, price: float | None = None) -> list[tuple[str, str]]:
+        """Return the figures as a table of two columns, without those that are nothing."""
+        last = "" if self.last_shard is None else f", the last: {self.last_shard}"
+        slowest = self.slowest
+        rows = [
+            ("images", self.images_text),
+            ("speed", f"{self.speed_text}, {duration(self.elapsed_s)} so far"),
+            ("shards", f"{self.num_committed} of {self.num_shards} committed{last}"),
+            ("workers", self.workers_text),
+            ("compute", self.compute_text(price)),
+            ("failed", self.failures_text),
+            ("slowest", slowest and f"{slowest.name}: shard {slowest.shard} for {duration(slowest.seconds)}"),
+            ("waiting", self.waiting_for and f"for {self.waiting_for}"),
+        ]
+        return [(name, text) for name, text in rows if text]
 
     @property
     def images_text(self) -> str:
@@ -107,6 +122,11 @@ class Snapshot:
         starting = f", {self.workers_starting} starting" if self.workers_starting else ""
         busy = f", {100 * self.busy_share:.0f} % busy" if self.busy_share is not None else ""
         return f"{count_of(self.workers_up, 'worker')} up{starting}{busy}"
+
+    def compute_text(self, price: float | None = None) -> str:
+        """Return the hours of devices, and their cost, as text."""
+        cost = f", {self.device_hours * price:.2f} at {price:g} an hour" if price else ""
+        return f"{self.device_hours:.3g} {self.device}-hours{cost}"
 
     @property
     def failures_text(self) -> str:

@@ -1,0 +1,60 @@
+import io
+import sys
+
+import pytest
+from rich.console import Console
+
+from flux_batch.report.progress.live import LiveDisplay, can_draw
+from flux_batch.report.progress.snapshot import SlowestWorker, Snapshot
+
+NOW = Snapshot(
+    num_shards=40,
+    num_committed=12,
+    num_images=1200,
+    num_failed=3,
+    num_staged=34,
+    num_expected=4000,
+    failures={"RowError": 3},
+    images_per_s=0.84,
+    eta_s=3300,
+    elapsed_s=1500,
+    device_hours=3.2,
+    workers_up=7,
+    workers_starting=1,
+    busy_share=0.94,
+    last_shard=11,
+    slowest=SlowestWorker(name="a-node-with-a-long-name:4242", shard=17, seconds=182),
+    waiting_for="\x1b[31mnothing",
+)
+
+
+def drawn(width: int, display: LiveDisplay) -> list[str]:
+    file = io.StringIO()
+    Console(file=file, width=width, force_terminal=False).print(display)
+    return file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", [20, 60, 200])
+def test_every_figure_is_there_in_a_window_of_any_width(width: int) -> None:
+    display = LiveDisplay("cats: reading", price=2.5)
+    assert "cats:" in drawn(width, display)[0]
+    display.show(NOW)
+    lines = drawn(width, display)
+    text = " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= width
+    assert "\x1b" not in text
+    if width >= 60:
+        for words in ("30.9 %", "1234 of 4000 images (3 failed)", "0.84 images/s, 55 min 0 s left", "3 RowError"):
+            assert words in text
+        assert "3.2 GPU-hours, 8.00 at 2.5 an hour" in text
+        assert "a-node-with-a-long-name:4242: shard 17 for 3 min 2 s" in text
+
+
+def test_there_is_a_display_only_where_something_can_draw_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    assert not can_draw()  # a pipe
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert can_draw()
+    for terminal in ("dumb", "unknown", ""):
+        monkeypatch.setenv("TERM", terminal)
+        assert not can_draw()
