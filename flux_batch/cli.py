@@ -365,7 +365,7 @@ def _summary(report: RunReport) -> str:
 
 
 def _display(arguments: argparse.Namespace, doing: str) -> AbstractContextManager[LiveDisplay | None]:
-    """Return a live display, None where stderr is no terminal that can draw, or is read by a program."""
+    """Return a live display; None where stderr is no terminal, or has lines of JSON."""
     from flux_batch.report.progress.live import can_draw, live_display
 
     if isinstance(arguments.lines, JsonLines) or not can_draw():

@@ -227,7 +227,7 @@ def _clear_scratch(store: Store) -> None:
 
 
 def _report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport:
-    """Make the report of a run and of this invocation, with the last figures of the log."""
+    """Make the report of a run and of this invocation; its speed is the last of the log."""
     figures = progress.last or progress.snapshot()
     return RunReport(
         name=config.name,

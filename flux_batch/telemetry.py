@@ -182,7 +182,7 @@ class WorkerState:
 
 
 class EngineState:
-    """The state of an engine, which its thread changes and whoever watches may read at any time.
+    """The state of an engine, which whoever watches may read at any time.
 
     `waiting_for` names what all workers wait for, as in "the model to load"; empty while one is at work.
     """

@@ -81,7 +81,7 @@ class Progress:
 
     @contextmanager
     def shown(self, show: Callable[[Snapshot], None] | None = None) -> Iterator[EngineState]:
-        """Report at an interval while the block runs, and once more whenever something else is waited for.
+        """Report at an interval while the block runs. The log also has what is waited for, as soon as it changes.
 
         show: called every second with the figures, which the log then leaves out. Yields: the state that the engine
         keeps up to date.

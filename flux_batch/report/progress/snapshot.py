@@ -1,6 +1,6 @@
-"""The figures of a run at one moment, one object for the log, progress.json, report.json and `status`.
+"""The figures of a run at one moment.
 
-So a number is the same wherever it is shown.
+They are one object for the log, progress.json, report.json and `status`: a number is the same wherever it is shown.
 """
 
 from __future__ import annotations
