@@ -84,6 +84,12 @@ def live_display(doing: str, price: float | None = None) -> Iterator[LiveDisplay
     from rich.live import Live
 
     display = LiveDisplay(doing, price)
-    options = {"refresh_per_second": _REFRESHES_PER_S, "transient": True, "redirect_stdout": sys.stdout.isatty()}
-    with Live(display, console=Console(stderr=True), **options):
+    live = Live(
+        display,
+        console=Console(stderr=True),
+        refresh_per_second=_REFRESHES_PER_S,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
+    )
+    with live:
         yield display
