@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.5
 # Seconds between two checks of workers, nodes and cluster; the notice of a spot node is at least 30 s.
 _CHECK_INTERVAL_S = 2.0
+# Workers that are asked for their figures at each check.
+_ASKED_AT_ONCE = 64
 # Seconds after which missing workers are logged, and again.
 _WARN_AFTER_S = 30.0
 # One idle worker of so many stays at the end of a run, for shards that are slow elsewhere.
@@ -100,6 +102,7 @@ class _Pool:
     workers: list[WorkerHandle] = field(default_factory=list)
     has_started: bool = False
     failed_starts: int = 0
+    num_asked: int = 0  # for their figures, in this turn
     last_start: float = field(default_factory=time.monotonic)
     last_check: float = field(default_factory=time.monotonic)
 
@@ -281,9 +284,9 @@ class _Pool:
         self.nodes.refresh()
         if self.nodes.here in self.nodes.leaving:
             self.stop.request("the node of the driver is about to leave")
+        self._update_figures()
         for worker in list(self.workers):
             worker.update_node()
-            worker.update_figures()
             if worker.node in self.nodes.leaving:
                 self._drain(worker)
             if not worker.tasks:
@@ -292,6 +295,13 @@ class _Pool:
                 worker.reset_timeout(now)
             elif reason := worker.why_hung(now, self.options.hang_s):
                 yield from self._on_worker_lost(worker, reason, None)
+
+    def _update_figures(self) -> None:
+        """Ask some workers for their figures, in turn: asking a thousand at once would keep the driver busy."""
+        asked = self.workers[self.num_asked : self.num_asked + _ASKED_AT_ONCE]
+        for worker in asked:
+            worker.update_figures()
+        self.num_asked = self.num_asked + len(asked) if len(asked) == _ASKED_AT_ONCE else 0
 
     def _export_metrics(self) -> None:
         self.metrics.export(
