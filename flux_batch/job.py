@@ -22,12 +22,14 @@ from flux_batch.download.models import absolute_model_uri
 from flux_batch.download.revision import model_revision
 from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import Interrupted, JobError, RowError, StoreError
+from flux_batch.errors import FluxBatchError, Interrupted, JobError, RowError, StoreError
 from flux_batch.output.lease import Lease
 from flux_batch.output.metadata import columns_of_job
 from flux_batch.output.paths import PLAN
 from flux_batch.pipeline.load import load_pipeline
 from flux_batch.pipeline.weights import check_weights
+from flux_batch.plan.shards import Shards
+from flux_batch.plan.work import largest_first
 from flux_batch.prompts.input_images import check_job_image
 from flux_batch.records import Shard
 from flux_batch.redaction import without_redacted
@@ -101,6 +103,7 @@ def run(
             columns = columns_of_job(plan.passthrough, config)
             factory = WorkerFactory(here, len(plan.shards), columns, make_pipeline, plan.rules, load_scorer)
             progress.price, progress.stop_reason = price, lambda: stop.reason
+            todo = todo if engine else _ordered(todo, here)
             with progress.shown(show) as state:
                 _render(engine or ray_pool(here), factory, todo, stop, progress, state)
         return close_run(here, store, plan, progress)
@@ -247,6 +250,15 @@ def _on_this_machine(
         return config
     log.warning("%s: the workers run on its CPU", no_gpu)
     return config.model_copy(update={"workers": workers.model_copy(update={"num_gpus": 0})})
+
+
+def _ordered(todo: Shards, config: JobConfig) -> Shards:
+    """Return shards in the order in which several workers make them; that of the plan if rows cannot be weighed."""
+    try:
+        return largest_first(todo, config)
+    except FluxBatchError as error:  # the workers meet it too, and say which rows it costs
+        log.warning("the shards are made in the order of the plan: %s", error)
+        return todo
 
 
 def _render(

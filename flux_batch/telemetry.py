@@ -192,6 +192,7 @@ class EngineState:
         self.workers: tuple[WorkerState, ...] = ()
         self.first_began_at: float | None = None  # the first shard of all, by time.monotonic()
         self._num_started = 0
+        self._makers: dict[int, list[WorkerState]] = {}  # of each shard in hand
         self._ended_s = 0.0
 
     def start(self) -> WorkerState:
@@ -204,12 +205,13 @@ class EngineState:
     def begin(self, worker: WorkerState, shard: int) -> None:
         """Record that a worker begins a shard."""
         worker.begin(shard)
+        self._makers.setdefault(shard, []).append(worker)
         if self.first_began_at is None:
             self.first_began_at = worker.began_at[shard]
 
     def settle(self, shard: int) -> None:
         """Remove a shard from all workers: its result is known, whoever else is at it."""
-        for worker in self.workers:
+        for worker in self._makers.pop(shard, ()):
             worker.end(shard)
 
     def end(self, worker: WorkerState) -> None:

@@ -43,8 +43,8 @@ LADDER: dict[str, set[str]] = {
     # The run that is in an output; `worker` for what the first worker settled.
     "resume": BOTTOM | {"config", "download", "output", "plan", "prompts", "report", "storage", "worker"},
     "job": BOTTOM
-    | {"config", "dataset/annotators", "demo", "download", "engine", "output", "pipeline", "prompts", "report"}
-    | {"resume", "storage", "telemetry", "worker"},
+    | {"config", "dataset/annotators", "demo", "download", "engine", "output", "pipeline", "plan", "prompts"}
+    | {"report", "resume", "storage", "telemetry", "worker"},
     # The annotators in the package, which a job may use as scores too.
     "dataset/annotators": BOTTOM | {"config", "demo", "download", "images", "pipeline"},
     "dataset": BOTTOM

@@ -89,6 +89,28 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     kind.add_argument("--commits", type=_positive, default=400_000, help="committed shards (400000)")
     _add_json(kind)
     kind.set_defaults(measure=_resume)
+
+    kind = kinds.add_parser("driver", help="the driver's loop, on simulated workers; a row for each number of them")
+    kind.add_argument("--workers", type=_positive, nargs="+", default=[10, 1000], help="workers (10 1000)")
+    kind.add_argument("--shards", type=_positive, default=400_000, help="shards (400000)")
+    kind.add_argument("--speedup", type=float, default=100, help="how much faster than real ones they work (100)")
+    kind.add_argument("--spread", type=float, default=10, help="the longest shard over the shortest (10)")
+    kind.add_argument("--slow-share", type=float, default=0.03, help="the share of slow workers (0.03)")
+    kind.add_argument("--slow-factor", type=float, default=3, help="how much slower these are (3)")
+    kind.add_argument("--in-order", action="store_true", help="the order of the plan, not the largest shards first")
+    _add_json(kind)
+    kind.set_defaults(measure=_driver)
+
+    kind = kinds.add_parser(
+        "store", help="requests of a shard, a further batch and the lease, on a store of the S3 kind"
+    )
+    kind.add_argument("--output", required=True, metavar="URI", help="a folder of a bucket, for runs that are deleted")
+    kind.add_argument(
+        "--storage-option", action="append", default=[], metavar="KEY=VALUE", help="e.g. endpoint_url=URL"
+    )
+    kind.add_argument("--shards", type=_positive, default=20, help="shards (20)")
+    _add_json(kind)
+    kind.set_defaults(measure=_store)
     for each in kinds.choices.values():
         each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
@@ -230,14 +252,38 @@ def _encode(arguments: argparse.Namespace) -> tuple[_Figures, str]:
 
 
 def _plan(arguments: argparse.Namespace) -> tuple[_Figures, str]:
-    from flux_batch.bench.planning import bench_plan, format_plan
+    from flux_batch.bench.scale.planning import bench_plan, format_plan
 
     figures = bench_plan(arguments.rows, arguments.files, arguments.shard_size, arguments.repeats)
     return figures, format_plan(figures)
 
 
 def _resume(arguments: argparse.Namespace) -> tuple[_Figures, str]:
-    from flux_batch.bench.resuming import bench_resume, format_resume
+    from flux_batch.bench.scale.resuming import bench_resume, format_resume
 
     figures = bench_resume(arguments.commits)
     return figures, format_resume(figures)
+
+
+def _driver(arguments: argparse.Namespace) -> tuple[_Figures, str]:
+    from flux_batch.bench.scale.driver import bench_driver, format_driver
+
+    figures = bench_driver(
+        arguments.workers,
+        arguments.shards,
+        speedup=arguments.speedup,
+        spread=arguments.spread,
+        slow_share=arguments.slow_share,
+        slow_factor=arguments.slow_factor,
+        in_order=arguments.in_order,
+    )
+    return figures, format_driver(figures)
+
+
+def _store(arguments: argparse.Namespace) -> tuple[_Figures, str]:
+    from flux_batch.bench.scale.store import bench_store, format_store
+    from flux_batch.config.text import read_pairs
+
+    options = read_pairs(arguments.storage_option, "--storage-option")
+    figures = bench_store(arguments.output, options, arguments.shards)
+    return figures, format_store(figures)

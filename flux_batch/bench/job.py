@@ -20,7 +20,7 @@ from typing import Any
 
 from flux_batch.bench.figures import Figures, table
 from flux_batch.bench.job_task import GUIDANCE, JobSize, Task, prompt_row, stamp
-from flux_batch.bench.planning import write_prompts
+from flux_batch.bench.scale.planning import write_prompts
 from flux_batch.bench.source import Source
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine

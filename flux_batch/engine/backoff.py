@@ -25,6 +25,11 @@ class Backoff:
         self._until = 0.0
 
     @property
+    def until(self) -> float:
+        """The end of the pause, by the clock."""
+        return self._until
+
+    @property
     def is_over(self) -> bool:
         """True if the pause has passed."""
         return self._clock() >= self._until

@@ -5,8 +5,9 @@ Any program with picklable units of work can use an engine; nothing here knows t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
 
 from flux_batch.engine.stop import Stop
 from flux_batch.records import Attempt, Shard, ShardResult
@@ -71,4 +72,53 @@ class Engine(Protocol):
         Raises: the error of a worker that could not start, or an error that every other worker would meet too;
         Interrupted if storage has been unavailable for too long.
         """
+        ...
+
+
+class Cluster(Protocol):
+    """A cluster as a pool uses it. The clock counts seconds from anywhere."""
+
+    def clock(self) -> float:
+        """Return the time, in seconds."""
+        ...
+
+    def start_actor(self) -> Any:
+        """Start one more process of a worker, where there is room for it. Returns: its handle."""
+        ...
+
+    def call(self, method: Any, *arguments: Any) -> Future[Any]:
+        """Call a method of an actor. `wait` returns the call once it is answered."""
+        ...
+
+    def ask(self, method: Any, *arguments: Any) -> Future[Any]:
+        """Call a method of an actor without waiting for its answer."""
+        ...
+
+    def wait(self, timeout_s: float) -> list[Future[Any]]:
+        """Wait until a call is answered. Returns: those that are since the last wait, none after `timeout_s`."""
+        ...
+
+    def kill(self, actor: Any) -> None:
+        """End the process of an actor at once."""
+        ...
+
+    def check(self) -> None:
+        """Wait while the cluster does not answer. Raises: Interrupted if it stays away."""
+        ...
+
+    def caused_loss(self, node: str, error: BaseException | None) -> bool:
+        """Return whether a process was lost because its node was; `node` is empty if it never had one."""
+        ...
+
+    def leaving_nodes(self) -> set[str]:
+        """Return the nodes that were or are being drained."""
+        ...
+
+    @property
+    def node(self) -> str:
+        """The node of this process."""
+        ...
+
+    def resources(self) -> Mapping[str, float]:
+        """Return how much of each resource the cluster has."""
         ...

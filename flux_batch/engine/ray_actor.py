@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import ray
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 # The concurrency groups whose methods run while a shard is made, each on its own thread.
-WATCH = "watch"
-FINISH = "finish"
+_WATCH = "watch"
+_FINISH = "finish"
 # sysexits.h EX_SOFTWARE; any code will do, since os._exit is what makes Ray report a lost process.
 _DEVICE_LOST_EXIT = 70
 # A process whose device is lost answers, and the driver kills it; after this long it exits by itself.
@@ -35,12 +35,12 @@ _EXIT_DELAY_S = 5.0
 
 def _watching(method: _Method) -> _Method:
     """Run a method of the actor whatever else it does."""
-    return cast(_Method, ray.method(concurrency_group=WATCH)(method))
+    return cast(_Method, ray.method(concurrency_group=_WATCH)(method))
 
 
 def _finishing(method: _Method) -> _Method:
     """Run a method of the actor while the next shard is made."""
-    return cast(_Method, ray.method(concurrency_group=FINISH)(method))
+    return cast(_Method, ray.method(concurrency_group=_FINISH)(method))
 
 
 class WorkerActor:
@@ -112,3 +112,17 @@ def _failure(error: Exception) -> Failure:
         timer.daemon = True
         timer.start()
     return failure
+
+
+def make_actor_class(num_gpus: float, num_cpus: float, runtime_env: Mapping[str, Any] | None = None) -> Any:
+    """Return the Ray class of the actors of a pool. Ray stores it in the cluster, so it is made once."""
+    return ray.remote(
+        num_gpus=num_gpus,
+        num_cpus=num_cpus,
+        max_restarts=0,
+        max_task_retries=0,
+        concurrency_groups={_WATCH: 1, _FINISH: 1},
+        # Task events of a long run would fill the memory of the head node.
+        enable_task_events=False,
+        runtime_env=dict(runtime_env) if runtime_env else None,
+    )(WorkerActor)

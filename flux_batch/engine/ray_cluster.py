@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import signal
 import socket
 import threading
 import time
+from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -44,11 +47,6 @@ def connect(max_workers: int, num_gpus: float) -> None:
         signal.signal(signal.SIGTERM, handler)  # ray.init replaces the handler of the program
 
 
-def gcs_address() -> str:
-    """Return the address of the cluster's control service, without which there is no cluster."""
-    return str(ray.get_runtime_context().gcs_address)
-
-
 def check_reachable(address: str) -> None:
     """Raise Interrupted unless a HOST:PORT address accepts connections; Ray itself would try for many minutes."""
     if reason := why_unreachable(address):
@@ -82,7 +80,74 @@ def await_cluster(address: str) -> None:
         time.sleep(1)
 
 
-class Nodes:
+class RayCluster:
+    """The cluster that this process is connected to, whose actors are of one class.
+
+    A call is a future from its begin: Ray itself hands over its answer, so that no turn of the driver asks for all.
+    """
+
+    def __init__(self, actor_class: Any, factory: Any) -> None:
+        self.clock = time.monotonic
+        self.address = str(ray.get_runtime_context().gcs_address)
+        self._actor_class = actor_class
+        self._factory = ray.put(factory)  # once for all actors
+        self._answered: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        self._nodes = _Nodes()
+
+    @property
+    def node(self) -> str:
+        """The node of this process."""
+        return self._nodes.here
+
+    def start_actor(self) -> Any:
+        """Start one more process of a worker. If there is no room for it, this makes the autoscaler add a node."""
+        return self._actor_class.remote(self._factory)
+
+    def call(self, method: Any, *arguments: Any) -> Future[Any]:
+        """Call a method of an actor. `wait` returns the call once it is answered."""
+        call = self.ask(method, *arguments)
+        call.add_done_callback(self._answered.put)
+        return call
+
+    def ask(self, method: Any, *arguments: Any) -> Future[Any]:
+        """Call a method of an actor without waiting for its answer."""
+        call: Future[Any] = method.remote(*arguments).future()
+        return call
+
+    def wait(self, timeout_s: float) -> list[Future[Any]]:
+        """Wait until a call is answered. Returns: those that are since the last wait, none after `timeout_s`."""
+        answered: list[Future[Any]] = []
+        try:
+            answered.append(self._answered.get(timeout=timeout_s))
+            while True:
+                answered.append(self._answered.get_nowait())
+        except queue.Empty:
+            return answered
+
+    def kill(self, actor: Any) -> None:
+        """End the process of an actor at once."""
+        ray.kill(actor)
+
+    def check(self) -> None:
+        """Wait while the cluster does not answer. Raises: Interrupted if it stays away."""
+        await_cluster(self.address)
+
+    def caused_loss(self, node: str, error: BaseException | None) -> bool:
+        """Return whether a process was lost because its node was; `node` is empty if it never had one."""
+        return self._nodes.caused_loss(node, error)
+
+    def leaving_nodes(self) -> set[str]:
+        """Return the nodes that were or are being drained."""
+        self._nodes.refresh()
+        return self._nodes.leaving
+
+    def resources(self) -> Mapping[str, float]:
+        """Return how much of each resource the cluster has."""
+        found: Mapping[str, float] = ray.cluster_resources()
+        return found
+
+
+class _Nodes:
     """The nodes of the cluster: `here` is that of this process, `leaving` are all that were or are being drained."""
 
     def __init__(self) -> None:

@@ -1,17 +1,17 @@
-"""One worker of the pool as the driver sees it: an actor, its unanswered calls, and whether it still responds."""
+"""The workers of the pool as the driver sees them: actors, their unanswered calls, and whether they still respond."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Any
 
-import ray
-from ray.exceptions import RayError
-
 from flux_batch.engine.backoff import Backoff
-from flux_batch.engine.ray_actor import FINISH, WATCH, WorkerActor
+from flux_batch.engine.protocol import Cluster
 from flux_batch.engine.shard_queue import Task
 from flux_batch.telemetry import WorkerState
 
@@ -19,6 +19,8 @@ from flux_batch.telemetry import WorkerState
 _MAX_FINISHING = 1
 # Seconds that a process may take to answer how long it has been idle.
 PING_TIMEOUT_S = 60.0
+
+Call = Future[Any]
 
 
 @dataclass(eq=False)
@@ -28,44 +30,56 @@ class WorkerHandle:
     `call` is the unanswered call that starts the worker or makes `task`; `finishing` has those that finish tasks.
     """
 
+    cluster: Cluster
     actor: Any
-    call: Any | None
     backoff: Backoff
     seen: WorkerState
+    call: Call | None = None
     task: Task | None = None
-    finishing: dict[Any, Task] = field(default_factory=dict)
+    finishing: dict[Call, Task] = field(default_factory=dict)
     is_up: bool = False
     is_stopping: bool = False  # stays so: a stopped worker takes no other shard
     node: str = ""  # known soon after its process has started
-    _node_call: Any | None = None
-    _ping: Any | None = None
+    _node_call: Call | None = None
+    _ping: Call | None = None
     _pinged: float = field(default=0.0)
-    _figures: Any | None = None
+    _figures: Call | None = None
+
+    @classmethod
+    def start(cls, cluster: Cluster, backoff: Backoff, seen: WorkerState) -> WorkerHandle:
+        """Start one more worker. If the cluster has no room for it, this makes the autoscaler add a node."""
+        actor = cluster.start_actor()
+        return cls(cluster, actor, backoff, seen, cluster.call(actor.open), _node_call=cluster.ask(actor.node_id))
 
     @property
-    def is_idle(self) -> bool:
-        """True if it can take a shard."""
+    def is_free(self) -> bool:
+        """True if it can take a shard, unless it pauses."""
         is_free = self.task is None and len(self.finishing) <= _MAX_FINISHING
         is_free &= not any(task.attempt.lost for task in self.finishing.values())
-        return self.is_up and is_free and not self.is_stopping and self.backoff.is_over
+        return self.is_up and is_free and not self.is_stopping
 
     @property
     def tasks(self) -> list[Task]:
         """The tasks that would be lost with the worker."""
         return [*self.finishing.values(), *([self.task] if self.task else [])]
 
+    @property
+    def calls(self) -> list[Call]:
+        """The unanswered calls that do its work."""
+        return [*self.finishing, *([self.call] if self.call else [])]
+
     def make(self, task: Task, now: float) -> None:
         """Begin to make a shard."""
         self.task, self._ping, self._pinged = task, None, now
-        self.call = self.actor.make.remote(task.shard, task.attempt)
+        self.call = self.cluster.call(self.actor.make, task.shard, task.attempt)
 
     def finish(self, task: Task) -> None:
         """Begin to finish a shard that was made; another one can be made meanwhile."""
-        self.finishing[self.actor.finish.remote(task.shard.index)] = task
+        self.finishing[self.cluster.call(self.actor.finish, task.shard.index)] = task
 
-    def on_answer(self, call: Any) -> Task | None:
+    def on_answer(self, call: Call) -> Task | None:
         """Record that a call is answered. Returns: its task, None if the call started the worker."""
-        if call != self.call:
+        if call is not self.call:
             return self.finishing.pop(call)
         task, self.task, self.call = self.task, None, None
         return task
@@ -74,7 +88,7 @@ class WorkerHandle:
         """Request that it puts its current shard aside, and give it no other."""
         if not self.is_stopping:
             self.is_stopping = True
-            self.actor.stop.remote()
+            self.cluster.ask(self.actor.stop)
 
     def reset_timeout(self, now: float) -> None:
         """Restart its time to answer, since the driver itself was suspended."""
@@ -84,7 +98,7 @@ class WorkerHandle:
         """Ping the actor now and then. Returns: the reason to count it as hung, None while there is none."""
         if self._ping is None:
             if now - self._pinged >= min(hang_s / 4, PING_TIMEOUT_S / 4):
-                self._ping, self._pinged = self.actor.idle_s.remote(), now
+                self._ping, self._pinged = self.cluster.ask(self.actor.idle_s), now
             return None
         idle_s, self._ping = _answer(self._ping)
         if self._ping is not None:
@@ -108,45 +122,115 @@ class WorkerHandle:
                 self.seen.name, figures = answer
                 self.seen.update(figures)
         if self._figures is None and self.is_up:
-            self._figures = self.actor.figures.remote()
+            self._figures = self.cluster.ask(self.actor.figures)
 
     def kill(self) -> None:
         """End its process at once."""
-        ray.kill(self.actor)
+        self.cluster.kill(self.actor)
 
 
-def make_actor_class(num_gpus: float, num_cpus: float, runtime_env: Mapping[str, Any] | None = None) -> Any:
-    """Return the Ray class of the actors of a pool. Ray stores it in the cluster, so it is made once."""
-    return ray.remote(
-        num_gpus=num_gpus,
-        num_cpus=num_cpus,
-        max_restarts=0,
-        max_task_retries=0,
-        concurrency_groups={WATCH: 1, FINISH: 1},
-        # Task events of a long run would fill the memory of the head node.
-        enable_task_events=False,
-        runtime_env=dict(runtime_env) if runtime_env else None,
-    )(WorkerActor)
+class Workers:
+    """The workers of a pool, sorted by what they do: no turn of the driver looks at all of them.
+
+    `update` must follow every change of a worker. Each group is in the order in which workers came into it.
+    """
+
+    def __init__(self) -> None:
+        self._all: OrderedDict[WorkerHandle, None] = OrderedDict()
+        self._of_call: dict[Call, WorkerHandle] = {}
+        self._of_task: dict[Task, WorkerHandle] = {}  # while it is made
+        self._known: dict[WorkerHandle, tuple[list[Call], Task | None]] = {}
+        self.up: OrderedDict[WorkerHandle, None] = OrderedDict()
+        self.stopping: OrderedDict[WorkerHandle, None] = OrderedDict()
+        # With a shard to make, and not about to put it aside.
+        self.busy: OrderedDict[WorkerHandle, None] = OrderedDict()
+        # Without any shard, to make or to finish.
+        self.empty: OrderedDict[WorkerHandle, None] = OrderedDict()
+        # Ready for a shard. Those that pause come to it later.
+        self.free: OrderedDict[WorkerHandle, None] = OrderedDict()
+        self._pausing: list[tuple[float, int, WorkerHandle]] = []
+        self._number = 0
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[WorkerHandle]:
+        return iter(list(self._all))
+
+    def __contains__(self, worker: object) -> bool:
+        return worker in self._all
+
+    @property
+    def num_staying(self) -> int:
+        """The number of workers that are not stopping."""
+        return len(self._all) - len(self.stopping)
+
+    @property
+    def num_with_tasks(self) -> int:
+        """The number of workers with a shard to make or to finish."""
+        return len(self._all) - len(self.empty)
+
+    def with_call(self, call: Call) -> WorkerHandle | None:
+        """Return the worker that a call is of; None if that was removed."""
+        return self._of_call.get(call)
+
+    def with_task(self, task: Task) -> WorkerHandle | None:
+        """Return the worker that makes a task; None if nobody does."""
+        return self._of_task.get(task)
+
+    def add(self, worker: WorkerHandle) -> None:
+        """Add a worker."""
+        self._all[worker] = None
+        self.update(worker)
+
+    def remove(self, worker: WorkerHandle) -> None:
+        """Remove a worker."""
+        del self._all[worker]
+        self._forget(worker)
+        for group in (self.up, self.stopping, self.busy, self.empty, self.free):
+            group.pop(worker, None)
+
+    def update(self, worker: WorkerHandle) -> None:
+        """Sort a worker by its present state."""
+        if worker not in self._all:
+            return
+        self._forget(worker)
+        calls, task = self._known[worker] = (worker.calls, worker.task)
+        self._of_call.update(dict.fromkeys(calls, worker))
+        if task:
+            self._of_task[task] = worker
+        is_pausing = worker.is_free and not worker.backoff.is_over
+        if is_pausing:
+            self._number += 1
+            heappush(self._pausing, (worker.backoff.until, self._number, worker))
+        for group, is_in in (
+            (self.up, worker.is_up),
+            (self.stopping, worker.is_stopping),
+            (self.busy, task is not None and not worker.is_stopping),
+            (self.empty, task is None and not worker.finishing),
+            (self.free, worker.is_free and not is_pausing),
+        ):
+            if is_in:
+                group.setdefault(worker)
+            else:
+                group.pop(worker, None)
+
+    def end_pauses(self, now: float) -> None:
+        """Sort again the workers whose pauses are over."""
+        while self._pausing and self._pausing[0][0] <= now:
+            self.update(heappop(self._pausing)[2])
+
+    def _forget(self, worker: WorkerHandle) -> None:
+        calls, task = self._known.pop(worker, ([], None))
+        for call in calls:
+            del self._of_call[call]
+        if task:
+            del self._of_task[task]
 
 
-def start_worker(actor_class: Any, factory: Any, backoff: Backoff, seen: WorkerState) -> WorkerHandle:
-    """Start one more worker. If the cluster has no room for it, this makes the autoscaler add a node."""
-    actor = actor_class.remote(factory)
-    return WorkerHandle(actor, actor.open.remote(), backoff, seen, _node_call=actor.node_id.remote())
-
-
-def wait_for_answers(workers: Iterable[WorkerHandle], timeout_s: float) -> list[tuple[WorkerHandle, Any]]:
-    """Wait until a worker has answered a call. Returns: the workers that have, with the calls."""
-    calls = {call: worker for worker in workers for call in (worker.call, *worker.finishing) if call is not None}
-    answered, _ = ray.wait(list(calls), timeout=timeout_s) if calls else ([], [])
-    return [(calls[call], call) for call in answered]
-
-
-def _answer(call: Any) -> tuple[Any, Any | None]:
+def _answer(call: Call) -> tuple[Any, Call | None]:
     """Return the answer to a call, and the call itself if it has none yet."""
-    if not ray.wait([call], timeout=0)[0]:
+    if not call.done():
         return None, call
-    try:
-        return ray.get(call), None
-    except RayError:  # the actor is gone, which its main call reports with the reason
-        return None, None
+    # An actor that is gone is reported by its main call, with the reason.
+    return (None if call.exception() else call.result()), None

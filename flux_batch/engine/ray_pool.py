@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError, RayError
 
 from flux_batch.engine.backoff import FIRST_PAUSE_S, Backoff
 from flux_batch.engine.failure import Failure
-from flux_batch.engine.protocol import WorkerFactory
-from flux_batch.engine.ray_cluster import Nodes, await_cluster, connect, gcs_address, why_unreachable
-from flux_batch.engine.ray_handle import WorkerHandle, make_actor_class, start_worker, wait_for_answers
+from flux_batch.engine.protocol import Cluster, WorkerFactory
+from flux_batch.engine.ray_actor import make_actor_class
+from flux_batch.engine.ray_cluster import RayCluster, connect, why_unreachable
+from flux_batch.engine.ray_handle import Call, WorkerHandle, Workers
 from flux_batch.engine.ray_local import joins_cluster
 from flux_batch.engine.ray_metrics import PoolMetrics
 from flux_batch.engine.shard_queue import ShardQueue, Task
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.5
 # Seconds between two checks of workers, nodes and cluster; the notice of a spot node is at least 30 s.
 _CHECK_INTERVAL_S = 2.0
-# Workers that are asked for their figures at each check.
-_ASKED_AT_ONCE = 64
 # Seconds after which missing workers are logged, and again.
 _WARN_AFTER_S = 30.0
+# Workers that are asked for their figures at each check.
+_ASKED_AT_ONCE = 64
 # One idle worker of so many stays at the end of a run, for shards that are slow elsewhere.
 _WORKERS_PER_SPARE = 20
 
@@ -79,37 +79,37 @@ class RayPool:
             return
         state.waiting_for = "the Ray cluster to answer" if joins_cluster() else "a local Ray cluster to start"
         connect(self.max_workers, self.num_gpus)
-        queue = ShardQueue(shards, self.max_attempts, self.outage_s)
-        pool = _Pool(self, ray.put(factory), queue, stop, state, gcs_address(), Nodes())
+        cluster = RayCluster(make_actor_class(self.num_gpus, self.num_cpus, self.runtime_env), factory)
+        pool = Pool(self, cluster, shards, stop, state, PoolMetrics(self.name).export)
         try:
             yield from pool.results()
         finally:
-            if why_unreachable(pool.gcs_address) is None:
+            if why_unreachable(cluster.address) is None:
                 pool.end()
 
 
 @dataclass
-class _Pool:
-    """The state of one run: the workers and their tasks."""
+class Pool:
+    """The state of one run: the workers and their tasks. `export` gets the gauges now and then.
+
+    A turn costs as much with a thousand workers as with ten: it looks only at those that have answered.
+    """
 
     options: RayPool
-    factory: Any  # ObjectRef of the factory, stored once for all actors
-    queue: ShardQueue
+    cluster: Cluster
+    shards: Sequence[Shard]
     stop: Stop
     state: EngineState
-    gcs_address: str
-    nodes: Nodes
-    workers: list[WorkerHandle] = field(default_factory=list)
+    export: Callable[..., None]
+    workers: Workers = field(default_factory=Workers)
     has_started: bool = False
     failed_starts: int = 0
     num_asked: int = 0  # for their figures, in this turn
-    last_start: float = field(default_factory=time.monotonic)
-    last_check: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.actor_class = make_actor_class(self.options.num_gpus, self.options.num_cpus, self.options.runtime_env)
-        self.start_backoff = Backoff(self.options.backoff_s)
-        self.metrics = PoolMetrics(self.options.name)
+        self.queue = ShardQueue(self.shards, self.options.max_attempts, self.options.outage_s, self.cluster.clock)
+        self.start_backoff = self._backoff()
+        self.last_start = self.last_check = self.cluster.clock()
 
     def results(self) -> Iterator[ShardResult]:
         """Run the pool until every shard has its result, or until a stop is requested.
@@ -122,65 +122,66 @@ class _Pool:
             self._dispatch()
             yield from self._step()
             self._report_missing_workers()
-        for worker in list(self.workers):
+        for worker in self.workers:
             if worker.tasks:
-                worker.stop()
+                self._stop(worker)
             else:
                 self._remove(worker)
-        while any(worker.tasks for worker in self.workers) and (left := self.options.drain_s - self.stop.since_s) > 0:
+        while self.workers.num_with_tasks and (left := self.options.drain_s - self.stop.since_s) > 0:
             yield from self._step(min(_POLL_S, left))
 
     def end(self) -> None:
         """End every worker."""
-        for worker in list(self.workers):
+        for worker in self.workers:
             self._remove(worker)
         self._export_metrics()  # gauges keep their last values
 
     def _start_workers(self) -> None:
         """Start as many workers as there is work for."""
-        staying = [worker for worker in self.workers if not worker.is_stopping]
-        num_busy = sum(worker.task is not None for worker in staying)
-        num_wanted = min(self.options.max_workers, self.queue.num_waiting + num_busy)
+        num_wanted = min(self.options.max_workers, self.queue.num_waiting + len(self.workers.busy))
         if self.start_backoff.is_over:
-            for _ in range(num_wanted - len(staying)):
-                backoff, seen = Backoff(self.options.backoff_s), self.state.start()
-                self.workers.append(start_worker(self.actor_class, self.factory, backoff, seen))
+            for _ in range(num_wanted - self.workers.num_staying):
+                self.workers.add(WorkerHandle.start(self.cluster, self._backoff(), self.state.start()))
 
     def _scale_down(self) -> None:
         """End workers without work, except a few that may help the others. Their nodes can leave."""
         if self.queue.num_waiting:
             return
-        idle = [worker for worker in self.workers if not worker.tasks]
-        idle.sort(key=lambda worker: worker.is_up, reverse=True)
         num_spare = min(-(-self.options.max_workers // _WORKERS_PER_SPARE), self.queue.num_alone)
-        for worker in idle[num_spare:]:
-            self._remove(worker)
+        if len(self.workers.empty) > num_spare:
+            for worker in sorted(self.workers.empty, key=lambda worker: not worker.is_up)[num_spare:]:
+                self._remove(worker)
 
     def _dispatch(self) -> None:
         """Assign shards to idle workers."""
-        for worker in self.workers:
-            if worker.is_idle and not (worker.finishing and self.queue.is_next_isolated):
-                task = self.queue.next() or self.queue.speculate(self.options.slow_factor, self.options.slow_s)
-                if task is None:
-                    return
-                worker.make(task, time.monotonic())
-                self.state.begin(worker.seen, task.shard.index)
+        now = self.cluster.clock()
+        self.workers.end_pauses(now)
+        while worker := self._next_free():
+            task = self.queue.next() or self.queue.speculate(self.options.slow_factor, self.options.slow_s)
+            if task is None:
+                return
+            worker.make(task, now)
+            self.state.begin(worker.seen, task.shard.index)
+            self.workers.update(worker)
+
+    def _next_free(self) -> WorkerHandle | None:
+        """Return the worker that has been free for longest; for a shard that is isolated, one that has no other."""
+        is_isolated = self.queue.is_next_isolated
+        return next((worker for worker in self.workers.free if not (is_isolated and worker.finishing)), None)
 
     def _step(self, wait_s: float = _POLL_S) -> Iterator[ShardResult]:
         """Wait a little for answers and handle them; check on all workers now and then."""
         self.state.waiting_for = self._waits_for()
-        answered = wait_for_answers(self.workers, wait_s)
-        for worker, call in answered:
-            if worker in self.workers:  # or it was lost with another call
+        for call in self.cluster.wait(wait_s):
+            if worker := self.workers.with_call(call):  # or it was lost with another call
                 yield from self._on_answer(worker, call)
-        if not answered and not any(worker.call or worker.finishing for worker in self.workers):
-            time.sleep(wait_s)  # every worker pauses
+                self.workers.update(worker)
         yield from self._check()
 
-    def _on_answer(self, worker: WorkerHandle, call: Any) -> Iterator[ShardResult]:
+    def _on_answer(self, worker: WorkerHandle, call: Call) -> Iterator[ShardResult]:
         """Handle the answer of a worker, or its loss."""
         try:
-            outcome: ShardResult | Failure | None = ray.get(call)
+            outcome: ShardResult | Failure | None = call.result()
         except RayError as error:
             reason = "its worker died" if isinstance(error, RayActorError) else _first_line(error)
             yield from self._on_worker_lost(worker, reason, error)
@@ -203,8 +204,9 @@ class _Pool:
             worker.is_up = self.has_started = True
             worker.seen.up_at = time.monotonic()
             self.failed_starts = 0
-            self.last_start = time.monotonic()
-            log.info("%d of %d workers up", sum(worker.is_up for worker in self.workers), len(self.workers))
+            self.last_start = self.cluster.clock()
+            self.workers.update(worker)
+            log.info("%d of %d workers up", len(self.workers.up), len(self.workers))
             return
         self._remove(worker)
         if failure.kind == "storage_unavailable":
@@ -233,23 +235,23 @@ class _Pool:
             for made in worker.tasks:  # the device was lost on another shard
                 self.queue.requeue(made)
         if result:
-            self._stop_duplicates()
+            self._stop_duplicates(task)
             yield result
         if worker.is_stopping and not worker.tasks and worker in self.workers:
             self._remove(worker)
 
-    def _stop_duplicates(self) -> None:
-        """Stop the workers whose shard has its result from another one."""
-        for worker in self.workers:
-            if worker.task and self.queue.has_result(worker.task):
-                worker.stop()
+    def _stop_duplicates(self, task: Task) -> None:
+        """Stop the workers that make a shard which has its result from another one."""
+        for other in self.queue.pointless(task.shard.index):
+            if worker := self.workers.with_task(other):
+                self._stop(worker)
 
     def _on_worker_lost(self, worker: WorkerHandle, reason: str, error: BaseException | None) -> Iterator[ShardResult]:
         """Remove a worker that died or hangs; the loss counts against its shards unless its node left."""
-        await_cluster(self.gcs_address)
+        self.cluster.check()
         worker.update_node()
         self._remove(worker)  # it may still run, cut off from the driver
-        left_with_node = self.nodes.caused_loss(worker.node, error)
+        left_with_node = self.cluster.caused_loss(worker.node, error)
         if left_with_node:
             log.warning("a worker left with its node%s", f" {worker.node[:8]}" if worker.node else "")
         elif not worker.tasks:
@@ -272,22 +274,29 @@ class _Pool:
         self.state.end(worker.seen)
         self.workers.remove(worker)
 
+    def _stop(self, worker: WorkerHandle) -> None:
+        worker.stop()
+        self.workers.update(worker)
+
+    def _backoff(self) -> Backoff:
+        return Backoff(self.options.backoff_s, self.cluster.clock)
+
     def _check(self) -> Iterator[ShardResult]:
         """Check the cluster, drain workers whose nodes leave, and replace those that hang."""
-        now = time.monotonic()
+        now = self.cluster.clock()
         since_last_s, interval_s = now - self.last_check, min(_CHECK_INTERVAL_S, self.options.hang_s / 4)
         if since_last_s < interval_s:
             return
-        await_cluster(self.gcs_address)
+        self.cluster.check()
         self.last_check = now
         self._export_metrics()
-        self.nodes.refresh()
-        if self.nodes.here in self.nodes.leaving:
+        leaving = self.cluster.leaving_nodes()
+        if self.cluster.node in leaving:
             self.stop.request("the node of the driver is about to leave")
         self._update_figures()
-        for worker in list(self.workers):
+        for worker in self.workers:
             worker.update_node()
-            if worker.node in self.nodes.leaving:
+            if worker.node in leaving:
                 self._drain(worker)
             if not worker.tasks:
                 continue
@@ -298,16 +307,16 @@ class _Pool:
 
     def _update_figures(self) -> None:
         """Ask some workers for their figures, in turn: asking a thousand at once would keep the driver busy."""
-        asked = self.workers[self.num_asked : self.num_asked + _ASKED_AT_ONCE]
+        asked = list(self.workers)[self.num_asked : self.num_asked + _ASKED_AT_ONCE]
         for worker in asked:
             worker.update_figures()
         self.num_asked = self.num_asked + len(asked) if len(asked) == _ASKED_AT_ONCE else 0
 
     def _export_metrics(self) -> None:
-        self.metrics.export(
+        self.export(
             shards_waiting=self.queue.num_waiting,
             shards_in_hand=sum(len(worker.tasks) for worker in self.workers),
-            workers_up=sum(worker.is_up for worker in self.workers),
+            workers_up=len(self.workers.up),
             workers_wanted=len(self.workers),
         )
 
@@ -319,11 +328,11 @@ class _Pool:
             if worker.task:
                 log.warning("shard %d: the node of its worker is about to leave", worker.task.shard.index)
                 self.queue.hand_over(worker.task)
-            worker.stop()
+            self._stop(worker)
 
     def _waits_for(self) -> str:
         """Return what the run waits for while no worker is up; empty once one is."""
-        if not self.workers or any(worker.is_up for worker in self.workers):
+        if not self.workers or self.workers.up:
             return ""
         num_placed = sum(bool(worker.node) for worker in self.workers)
         if not num_placed:
@@ -334,14 +343,14 @@ class _Pool:
 
     def _report_missing_workers(self) -> None:
         """Log what the run waits for if workers do not start."""
-        num_up = sum(worker.is_up for worker in self.workers)
+        num_up = len(self.workers.up)
         if num_up >= self.options.min_workers or num_up == len(self.workers):
             return
-        if time.monotonic() - self.last_start > _WARN_AFTER_S:
-            self.last_start = time.monotonic()
+        if self.cluster.clock() - self.last_start > _WARN_AFTER_S:
+            self.last_start = self.cluster.clock()
             num_without = sum(not worker.node for worker in self.workers)
             if num_without:
-                resources = ray.cluster_resources()
+                resources = self.cluster.resources()
                 log.warning(
                     "%d of %d workers have no place yet: each needs %g GPU, %g CPU; the cluster has %g GPU, %g CPU",
                     num_without,

@@ -6,13 +6,15 @@ contents of a shard.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-import statistics
 import time
+from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 from flux_batch.engine.failure import Failure
 from flux_batch.errors import Interrupted, RunIncomplete
@@ -78,6 +80,86 @@ class _Waiting:
         (self._first if shard in self._first else self._last).remove(shard)
 
 
+class _Settled:
+    """The numbers of the shards that have their results: one byte each."""
+
+    def __init__(self) -> None:
+        self._marks = bytearray()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, index: int) -> bool:
+        return index < len(self._marks) and bool(self._marks[index])
+
+    def add(self, index: int) -> None:
+        """Add a number. Safe to call twice."""
+        if index >= len(self._marks):
+            self._marks.extend(bytes(max(index + 1, 2 * len(self._marks)) - len(self._marks)))
+        self._count += not self._marks[index]
+        self._marks[index] = 1
+
+
+class _Durations:
+    """The durations of the shards that were finished last; their median costs no sorting."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._recent)
+
+    def add(self, seconds: float) -> None:
+        """Add a duration, and forget the oldest of too many."""
+        if len(self._recent) == _RECENT_SHARDS:
+            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+        self._recent.append(seconds)
+        insort(self._sorted, seconds)
+
+    @property
+    def median(self) -> float:
+        """The usual duration, in seconds."""
+        middle = len(self._sorted) // 2
+        return (self._sorted[middle] + self._sorted[~middle]) / 2
+
+
+class _Alone:
+    """The tasks whose shard has no other worker, the oldest first."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[int, Task] = {}
+        self._by_age: list[tuple[float, int, Task]] = []  # also of tasks that are no longer alone
+        self._numbers = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def add(self, task: Task) -> None:
+        """Add a task. Safe to call twice."""
+        if not self._has(task):
+            self._tasks[task.shard.index] = task
+            heappush(self._by_age, (task.began, next(self._numbers), task))
+
+    def discard(self, index: int) -> None:
+        """Remove the task of a shard, if it is here."""
+        self._tasks.pop(index, None)
+        if len(self._by_age) > 2 * len(self._tasks) + 64:
+            self._by_age = [entry for entry in self._by_age if self._has(entry[2])]
+            heapify(self._by_age)
+
+    @property
+    def oldest(self) -> Task | None:
+        """The task that began first."""
+        while self._by_age and not self._has(self._by_age[0][2]):
+            heappop(self._by_age)
+        return self._by_age[0][2] if self._by_age else None
+
+    def _has(self, task: Task) -> bool:
+        return self._tasks.get(task.shard.index) is task
+
+
 class ShardQueue:
     """The shards of a run. Each task given out comes back by exactly one of `settle`, `lose` and `requeue`.
 
@@ -95,19 +177,21 @@ class ShardQueue:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._waiting = _Waiting(shards)
+        self._num_shards = len(shards)
         self._max_attempts = max_attempts
         self._outage_s = outage_s
         self._clock = clock
         self._in_progress: dict[int, list[Task]] = {}
         self._leaving: set[Task] = set()  # tasks whose worker was told to stop
         self._made: set[Task] = set()  # tasks that only have to be finished
-        self._settled: set[int] = set()
+        self._settled = _Settled()
+        self._alone = _Alone()
         self._requeued: set[int] = set()  # shards that wait again
         self._failures: Counter[int] = Counter()
         self._losses: Counter[int] = Counter()
         self._loss_reasons: dict[int, str] = {}  # of the last loss
         self._handed_over: set[int] = set()  # shards whose first images a leaving worker still makes
-        self._durations: deque[float] = deque(maxlen=_RECENT_SHARDS)
+        self._durations = _Durations()
         self._last_success = -math.inf
         self._outage_began = math.inf
         self._is_outage_logged = False
@@ -125,16 +209,16 @@ class ShardQueue:
     @property
     def is_settled(self) -> bool:
         """True if every shard has its result."""
-        return not self._waiting and all(index in self._settled for index in self._in_progress)
+        return len(self._settled) == self._num_shards
 
     @property
     def num_alone(self) -> int:
         """The number of shards of a single worker, which a second one might speed up."""
-        return len(self._alone())
+        return len(self._alone)
 
-    def has_result(self, task: Task) -> bool:
-        """Return whether a task is pointless because its shard has its result."""
-        return task.shard.index in self._settled
+    def pointless(self, index: int) -> Sequence[Task]:
+        """Return the tasks of a shard that has its result from another."""
+        return tuple(self._in_progress.get(index, ())) if index in self._settled else ()
 
     def next(self) -> Task | None:
         """Return a task for the next shard, None if none waits."""
@@ -153,12 +237,10 @@ class ShardQueue:
         `min_age_s`. Returns None while shards wait, before the first one is finished, and for a shard that has two
         workers.
         """
-        alone = self._alone()
-        if self._waiting or not self._durations or not alone:
+        if self._waiting or not self._durations or not (oldest := self._alone.oldest):
             return None
-        oldest = min(alone, key=lambda task: task.began)
         age = self._clock() - oldest.began
-        if age <= max(min_age_s, factor * statistics.median(self._durations)):
+        if age <= max(min_age_s, factor * self._durations.median):
             return None
         log.warning("shard %d: slow, %.0f s so far; a second worker starts from its end", oldest.shard.index, age)
         return self._begin(oldest.shard, reverse_order=True)
@@ -166,6 +248,7 @@ class ShardQueue:
     def mark_made(self, task: Task) -> None:
         """Record that a task only has to be finished. No second worker starts for it."""
         self._made.add(task)
+        self._note_alone(task.shard.index)
 
     def settle(self, task: Task, outcome: ShardResult | Failure) -> ShardResult | None:
         """Record how a task ended. The one rule for what each outcome means for its shard.
@@ -247,9 +330,9 @@ class ShardQueue:
         if self._is_outage_logged:
             log.warning("shard %d: done, so the storage is back", task.shard.index)
         self._last_success, self._outage_began, self._is_outage_logged = self._clock(), math.inf, False
-        if self.has_result(task):
+        if task.shard.index in self._settled:
             return None
-        self._durations.append(self._clock() - task.began)
+        self._durations.add(self._clock() - task.began)
         self._mark_settled(task.shard)
         return result
 
@@ -282,6 +365,7 @@ class ShardQueue:
         )
         task = Task(shard, attempt, self._clock())
         self._in_progress.setdefault(index, []).append(task)
+        self._note_alone(index)
         return task
 
     def _return(self, task: Task) -> None:
@@ -291,6 +375,7 @@ class ShardQueue:
             del self._in_progress[task.shard.index]
         self._leaving.discard(task)
         self._made.discard(task)
+        self._note_alone(task.shard.index)
 
     def _wait(self, shard: Shard, *, is_next: bool = False) -> None:
         """Queue a shard unless it is settled, queued, or with a worker that stays."""
@@ -305,6 +390,7 @@ class ShardQueue:
 
     def _mark_settled(self, shard: Shard) -> None:
         self._settled.add(shard.index)
+        self._note_alone(shard.index)
         if shard.index in self._requeued:
             self._requeued.remove(shard.index)
             self._waiting.remove(shard)
@@ -315,6 +401,10 @@ class ShardQueue:
         self._mark_settled(shard)
         return ShardResult(shard=shard.index, error=error)
 
-    def _alone(self) -> list[Task]:
-        alone = (tasks[0] for tasks in self._in_progress.values() if len(tasks) == 1)
-        return [task for task in alone if task not in self._made and task.shard.index not in self._settled]
+    def _note_alone(self, index: int) -> None:
+        """Note whether a second worker might speed a shard up; called after each change of its tasks."""
+        tasks = self._in_progress.get(index, ())
+        if len(tasks) == 1 and tasks[0] not in self._made and index not in self._settled:
+            self._alone.add(tasks[0])
+        else:
+            self._alone.discard(index)

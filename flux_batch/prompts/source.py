@@ -22,6 +22,7 @@ from flux_batch.errors import SourceError, did_you_mean
 from flux_batch.prompts.formats.json_table import JsonTable
 from flux_batch.prompts.formats.lines import LineTable
 from flux_batch.prompts.formats.open import open_table
+from flux_batch.prompts.formats.parquet import ParquetTable
 from flux_batch.prompts.formats.table import BadRow, Row, RowRange, Table, ranges_of
 from flux_batch.prompts.formats.tar import TarTable
 from flux_batch.prompts.formats.text import TextTable
@@ -149,6 +150,18 @@ class PromptSource:
                     f"{piece.uri}: {found} rows from row {piece.start} where the plan has {piece.num_rows}; "
                     "the file changed since the run was planned"
                 )
+
+    def numbers_of(self, uri: str, fields: Sequence[str]) -> Iterator[pa.RecordBatch] | None:
+        """Return the columns of some fields of a Parquet file, by field and in order; None where there are none."""
+        table = self._table(uri) if self._config.uri else None
+        if not isinstance(table, ParquetTable):
+            return None
+        columns = {self._config.columns.get(field, field): field for field in fields}
+        found = [name for name in table.schema().names if name in columns]
+        if not found or len(set(found)) < len(found):
+            return None
+        names = [columns[name] for name in found]
+        return (pa.RecordBatch.from_arrays(each.columns, names) for each in table.columns(found))
 
     def one_row(self, shard: Shard, number: int) -> FileRange:
         """Return one row of a shard by itself."""

@@ -15,7 +15,7 @@ from flux_batch.storage.errors import status
 # Attempts at the first request of all.
 FIRST_ATTEMPTS = 3
 # Seconds of silence after which a store is asked something small, and seconds that it then has for that.
-SILENCE_S = 6.0
+SILENCE_S = 5.0
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import pyarrow as pa
@@ -50,6 +50,11 @@ class ParquetTable:
                     start = max(rows.start - first, 0)
                     yield from _rows_of_group(parquet, group, names, start, min(end - first, size))
                 first += size
+
+    def columns(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield some columns of all rows."""
+        with self._parquet() as parquet:
+            yield from parquet.iter_batches(columns=list(names))
 
     @contextmanager
     def _parquet(self) -> Iterator[pq.ParquetFile]:

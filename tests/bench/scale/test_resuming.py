@@ -1,4 +1,4 @@
-from flux_batch.bench.resuming import bench_resume, format_resume
+from flux_batch.bench.scale.resuming import bench_resume, format_resume
 
 
 def test_every_commit_is_counted_with_and_without_a_log() -> None:

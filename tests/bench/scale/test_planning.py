@@ -3,7 +3,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from flux_batch.bench.planning import bench_plan, format_plan, planned_row, write_prompts
+from flux_batch.bench.scale.planning import bench_plan, format_plan, planned_row, write_prompts
 
 
 @pytest.mark.parametrize(("rows", "files", "shards"), [(1000, 3, 12), (2, 8, 1)])

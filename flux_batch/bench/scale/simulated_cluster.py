@@ -1,0 +1,180 @@
+"""A cluster of workers that only take time, of its own: the driver's work counts, its waiting does not.
+
+The clock shows the processor time of this process, and jumps to the next answer when the driver waits for one. A driver
+that is too slow for its workers thus leaves them idle, as it would on a real cluster.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import Any
+
+from flux_batch.engine.failure import Failure
+from flux_batch.records import Attempt, Shard, ShardResult
+from flux_batch.telemetry import WorkerFigures
+
+_STOPPED = Failure("stopped", "put aside")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The seconds that things take on a simulated cluster.
+
+    Shards take `shard_s` on average, the longest `spread` times as long as the shortest; a `slow_share` of the workers
+    takes `slow_factor` times as long for each.
+    """
+
+    shard_s: float
+    finish_s: float
+    open_s: float
+    spread: float = 1.0
+    slow_share: float = 0.0
+    slow_factor: float = 1.0
+
+    def seconds(self, shard: int) -> float:
+        """Return the seconds that a shard takes, drawn from its number: the logarithms are spread evenly."""
+        if self.spread == 1:
+            return self.shard_s
+        mean = (self.spread - 1) / math.log(self.spread)
+        return float(self.shard_s * self.spread ** random.Random(shard).random() / mean)
+
+
+class SimulatedCluster:
+    """A cluster of simulated workers, as a pool uses it."""
+
+    def __init__(self, timing: Timing) -> None:
+        self.timing = timing
+        self.node = "head"
+        self.workers: list[_Worker] = []
+        self.num_answers = 0
+        self._skipped_s = -time.process_time()
+        self._waited_s = 0.0
+        self._numbers = itertools.count()
+        self._coming: list[tuple[float, int, Future[Any], Any]] = []
+
+    @property
+    def driver_s(self) -> float:
+        """The processor time of the driver, in seconds since the start."""
+        return self.clock() - self._waited_s
+
+    def clock(self) -> float:
+        """Return the time, in seconds since the start."""
+        return time.process_time() + self._skipped_s
+
+    def answer(self, call: Future[Any], after_s: float, answer: Any) -> None:
+        """Answer a call after some seconds, unless it is answered before."""
+        heappush(self._coming, (self.clock() + after_s, next(self._numbers), call, answer))
+
+    def start_actor(self) -> _Worker:
+        """Start one more worker."""
+        self.workers.append(_Worker(self, len(self.workers)))
+        return self.workers[-1]
+
+    def call(self, method: Any, *arguments: Any) -> Future[Any]:
+        """Call a method of a worker, whose answer comes when it is time."""
+        call = Future[Any]()
+        method(call, *arguments)
+        return call
+
+    ask = call
+
+    def wait(self, timeout_s: float) -> list[Future[Any]]:
+        """Wait until a call is answered: jump there, or over the whole time."""
+        until = self.clock() + timeout_s
+        skipped_s = max(0.0, min(until, self._coming[0][0] if self._coming else until) - self.clock())
+        self._skipped_s += skipped_s
+        self._waited_s += skipped_s
+        answered = []
+        while self._coming and self._coming[0][0] <= self.clock():
+            _, _, call, answer = heappop(self._coming)
+            if not call.done():
+                call.set_result(answer)
+                answered.append(call)
+        self.num_answers += len(answered)
+        return answered
+
+    def kill(self, actor: _Worker) -> None:
+        """End a worker."""
+        actor.end()
+
+    def check(self) -> None:
+        """Return at once: this cluster answers."""
+
+    def caused_loss(self, node: str, error: BaseException | None) -> bool:
+        """Return False: no node leaves."""
+        return False
+
+    def leaving_nodes(self) -> set[str]:
+        """Return nothing: no node leaves."""
+        return set()
+
+    def resources(self) -> Mapping[str, float]:
+        """Return how much of each resource there is."""
+        return {"GPU": len(self.workers), "CPU": len(self.workers)}
+
+
+class _Worker:
+    """An actor that makes one shard and finishes others, in no more than time; `busy_s` is that of making."""
+
+    def __init__(self, cluster: SimulatedCluster, number: int) -> None:
+        timing = cluster.timing
+        is_slow = random.Random(-1 - number).random() < timing.slow_share
+        self.busy_s = 0.0
+        self._cluster = cluster
+        self._number = number
+        self._pace = timing.slow_factor if is_slow else 1.0
+        self._making = Future[Any]()
+        self._made_at = 0.0
+        self._finished_at = 0.0
+
+    def open(self, call: Future[Any]) -> None:
+        """Load the model."""
+        self._cluster.answer(call, self._cluster.timing.open_s, None)
+
+    def make(self, call: Future[Any], shard: Shard, attempt: Attempt) -> None:
+        """Make a shard."""
+        seconds = self._cluster.timing.seconds(shard.index) * self._pace
+        self.busy_s += seconds
+        self._making, self._made_at = call, self._cluster.clock() + seconds
+        self._cluster.answer(call, seconds, None)
+
+    def finish(self, call: Future[Any], index: int) -> None:
+        """Finish a shard, after those before."""
+        now = self._cluster.clock()
+        self._finished_at = max(now, self._finished_at) + self._cluster.timing.finish_s
+        result = ShardResult(shard=index, worker=str(self._number), num_images=1, is_new=True)
+        self._cluster.answer(call, self._finished_at - now, result)
+
+    def stop(self, call: Future[Any]) -> None:
+        """Put the shard in hand aside."""
+        self._cluster.answer(self._making, 0.0, _STOPPED)
+        self._cluster.answer(call, 0.0, None)
+        self.end()
+
+    def end(self) -> None:
+        """Be busy no more."""
+        self.busy_s = self.busy_until(self._cluster.clock())
+        self._made_at = 0.0
+
+    def busy_until(self, now: float) -> float:
+        """Return the seconds of making, up to now."""
+        return self.busy_s - max(0.0, self._made_at - now)
+
+    def node_id(self, call: Future[Any]) -> None:
+        """Return the id of its node: eight workers share one."""
+        self._cluster.answer(call, 0.0, f"node-{self._number // 8}")
+
+    def figures(self, call: Future[Any]) -> None:
+        """Return its name, and no figures."""
+        self._cluster.answer(call, 0.0, (str(self._number), WorkerFigures({})))
+
+    def idle_s(self, call: Future[Any]) -> None:
+        """Return the seconds without progress."""
+        self._cluster.answer(call, 0.0, 0.0)

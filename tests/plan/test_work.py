@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flux_batch.plan.plan import make_plan
+from flux_batch.plan.work import largest_first
+from helpers.job_files import make_job
+
+
+def order(folder: Path, cells: dict[str, list[object]], row_group_size: int = 100, **prompts: object) -> list[int]:
+    count = len(next(iter(cells.values())))
+    config = make_job(folder, [{"prompt": "p"}], prompts=prompts, sampling={"width": 512, "height": 512})
+    table = pa.table({"prompt": ["p"] * count, **cells})
+    pq.write_table(table, folder / "prompts.parquet", row_group_size=row_group_size)
+    shards = make_plan(config.prompts, 2).shards
+    found = largest_first(shards.without({1}), config)
+    assert all(shard == shards[shard.index] for shard in found)
+    return [shard.index for shard in found]
+
+
+@pytest.mark.parametrize("row_group_size", [1, 3, 100])
+def test_shards_with_more_pixels_steps_or_images_come_first(tmp_path: Path, row_group_size: int) -> None:
+    cells: dict[str, list[object]] = {
+        "width": [64, 64, 0, 0, 1024, 1024, None, None, 512],
+        "num_inference_steps": [20, 20, 0, 0, 20, 20, 20, 20, 20],
+        "num_images_per_prompt": [1, 1, 0, 0, 1, 1, 1, 9, 1],
+    }
+    assert order(tmp_path, cells, row_group_size) == [3, 2, 4, 0]
+
+
+def test_without_a_column_of_sizes_the_plan_is_the_order(tmp_path: Path) -> None:
+    assert order(tmp_path, {"words": list(range(8))}) == [0, 2, 3]
+    assert order(tmp_path, {"width": list("abcdefgh")}) == [0, 2, 3]
+
+
+def test_a_column_has_the_name_that_the_job_gives_it(tmp_path: Path) -> None:
+    cells: dict[str, list[object]] = {"w": [64, 64, 64, 64, 128, 128, 256, 256], "width": [9] * 8}
+    assert order(tmp_path, cells, columns={"width": "w"}) == [3, 2, 0]
