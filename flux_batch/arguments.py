@@ -264,7 +264,7 @@ def _add_job(command: argparse.ArgumentParser) -> None:
         help="override a setting of the job file; repeatable",
     )
     command.add_argument(
-        "--logical-date", metavar="DATE", help="value of {date} and {datetime} in the job file, as 2026-11-23"
+        "--logical-date", metavar="DATE", help="value of {date}, {day}, {datetime} in the job file, as 2026-11-23"
     )
 
 

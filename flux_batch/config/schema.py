@@ -20,7 +20,7 @@ from pydantic import (
 from flux_batch.config.running import FailuresConfig, QualityConfig, WorkersConfig
 from flux_batch.config.section import Section
 from flux_batch.config.text import explain, nearest_or_all, overridden, read_tree, to_yaml
-from flux_batch.config.values import Template, Wildcards
+from flux_batch.config.values import Seed, Template, Wildcards
 from flux_batch.errors import InvalidSetting, JobError
 from flux_batch.records import IMAGE_COLUMNS, NO_LORA
 from flux_batch.redaction import public_tree, public_uri, redact
@@ -328,7 +328,7 @@ class SamplingConfig(Section, SamplingParams, frozen=True):
     """Distance of two tiles, at most `tile_size`. For all rows."""
     num_images_per_prompt: int = Field(default=1, ge=1, le=1000)
     """Images of each prompt."""
-    seed: int = Field(default=0, ge=0, lt=MAX_SEED)
+    seed: Seed = Field(default=0, ge=0, lt=MAX_SEED)
     """Seed of the run; an image derives its own from it if its row has none."""
 
     @model_validator(mode="before")

@@ -18,7 +18,7 @@ from flux_batch.sampling_params import ALIASES
 # Merges of merges double with every line: a few lines of a form or an agent would fill the driver's memory.
 _MAX_MERGES, _MAX_KEYS = 100, 10_000
 # No colons: they mean something in addresses, and in the file names of some systems.
-_DATE_FORMATS = {"{date}": "%Y-%m-%d", "{datetime}": "%Y-%m-%dT%H-%M-%S"}
+_DATE_FORMATS = {"{day}": "%Y%m%d", "{date}": "%Y-%m-%d", "{datetime}": "%Y-%m-%dT%H-%M-%S"}
 _DATE = re.compile("|".join(map(re.escape, _DATE_FORMATS)))
 _MERGE = "tag:yaml.org,2002:merge"
 # The numbers of YAML 1.2's core schema, but that hexadecimal and octal ones are texts.
@@ -150,7 +150,7 @@ def parse_moment(text: str) -> datetime:
 
 
 def fill_in_dates(tree: dict[str, Any], moment: datetime | None, origin: str) -> dict[str, Any]:
-    """Replace `{date}` and `{datetime}` in the texts of a tree by the run's logical date.
+    """Replace `{date}`, `{day}` and `{datetime}` in the texts of a tree by the run's logical date.
 
     It is never today's date: a retry after midnight must continue the run that it retries.
     Raises: JobError if a text has `{date}` and there is no logical date.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import PlainValidator
+from pydantic import BeforeValidator, PlainValidator
 
 
 def _batch_size(value: Any) -> int | Literal["auto"]:
@@ -30,6 +30,12 @@ def _wildcards(value: Any) -> bool | str:
     return value
 
 
+def _seed(value: Any) -> Any:
+    """Return the number that a text of digits spells, as `{day}` leaves one."""
+    return int(value) if isinstance(value, str) and value.isdecimal() and len(value) <= 20 else value
+
+
+Seed = Annotated[int, BeforeValidator(_seed)]
 Template = Annotated[str | dict[str, str] | None, PlainValidator(_template)]
 Wildcards = Annotated[bool | str, PlainValidator(_wildcards)]
 BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]

@@ -123,6 +123,7 @@ def test_dates_are_those_of_the_run_wherever_a_text_asks_for_one() -> None:
         "n": 3,
         "model": {"uri": "2026-11-23T02-30-00"},
     }
+    assert fill_in_dates({"seed": "{day}"}, parse_moment("2026-11-23"), "") == {"seed": "20261123"}
     assert fill_in_dates({"a": "{datetime} {other} {"}, parse_moment("2026-11-23"), "") == {
         "a": "2026-11-23T00-00-00 {other} {"
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,17 @@ def render(config: JobConfig, pipeline: FakePipeline) -> RunReport:
     return run(config, engine=LocalEngine(), make_pipeline=lambda model: pipeline)
 
 
-@pytest.mark.parametrize("path", sorted(JOBS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted([*JOBS.glob("*.yaml"), *JOBS.glob("recipes/*.yaml")]), ids=lambda path: path.stem
+)
 def test_every_job_file_is_valid_and_says_how_to_run_it(path: Path) -> None:
-    load(path.name)
+    name = path.relative_to(JOBS).as_posix()
+    load(name)
 
     lines = path.read_text().splitlines()
     comment = lines[: next(at for at, line in enumerate(lines) if not line.startswith("#"))]
     assert len(comment) >= 3
-    assert any(f"jobs/{path.name}" in line and ("flux-batch run" in line or "submit" in line) for line in comment)
+    assert any(f"jobs/{name}" in line and ("flux-batch run" in line or "submit" in line) for line in comment)
 
 
 @pytest.mark.parametrize("path", [*JOBS.glob("*.py"), *JOBS.glob("*.sh")], ids=lambda path: path.name)
@@ -121,6 +125,30 @@ def test_the_output_of_a_run_can_be_started_from(tmp_path: Path) -> None:
 
     assert render(again, pipeline).num_failed == 0
     assert len(pipeline.input_images) == 4
+
+
+def test_recipes_make_the_sets_that_they_name(tmp_path: Path) -> None:
+    def rows(name: str, out: str, *settings: str, day: int = 23) -> list[dict[str, Any]]:
+        values = [f"output.uri={tmp_path / out}", *settings, *SMALL[2:]]
+        config = load_job(JOBS / "recipes" / name, values, datetime(2026, 11, day))
+        render(config, FakePipeline())
+        return metadata(config)
+
+    classes = rows("classification.yaml", "classes", *SMALL)
+    assert set(Counter(row["label"] for row in classes).values()) == {6}
+    assert set(Counter(row["place"] for row in classes).values()) == {12}
+    pairs = rows("edit_pairs.yaml", "pairs", *SMALL, f"prompts.uri={tmp_path / 'classes' / 'train'}")
+    by_key = {row["key"]: row for row in classes}
+    assert len(pairs) == 16
+    assert all(row["label"] == by_key[row["id"]]["label"] for row in pairs)
+    assert all(row["instruction"] == f"make it {row['recoloured']}" for row in pairs)
+    assert all(row["recoloured"] != row["colour"] for row in pairs)
+    sizes = Counter((row["width"], row["height"]) for row in rows("aspect_ratios.yaml", "ratios"))
+    assert sizes == {(128, 128): 12, (192, 128): 6, (128, 192): 6}
+    grid = rows("lora_grid.yaml", "grid", *SMALL)
+    assert len({(row["prompt"], row["lora_scale"]) for row in grid}) == len(grid) == 16
+    nights = [[row["prompt"] for row in rows("nightly.yaml", f"night{day}", *SMALL, day=day)] for day in (23, 24)]
+    assert len(nights[0]) == len(nights[1]) == 12 != sum(map(str.__eq__, *nights))
 
 
 def test_from_bucket_to_bucket_with_what_the_environment_says(
