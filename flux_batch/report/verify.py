@@ -6,16 +6,21 @@ lease of the run; `run` then makes the missing shards again.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import get_args
+from typing import TypeVar, get_args
 
+from flux_batch.errors import NotFound, StoreError, one_line
+from flux_batch.output.annotations import AnnotationFolder, annotation_names, unpack_annotations
+from flux_batch.output.commits import parse_commit
+from flux_batch.output.formats import DECODE_ERRORS
 from flux_batch.output.gc import find_leftovers
-from flux_batch.output.paths import REPORT, SUCCESS, TRAIN, failed_file
+from flux_batch.output.paths import REPORT, SUCCESS, TRAIN, failed_file, metadata_file
 from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.report.progress.snapshot import duration
 from flux_batch.report.saved_run import SavedRun
@@ -26,6 +31,9 @@ from flux_batch.storage.store import Store
 _SHARDS_AT_ONCE = 8
 # The first of thousands of problems tell what happened.
 _MAX_LISTED = 50
+
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
 
 
 @dataclass(slots=True)
@@ -42,9 +50,11 @@ class _Verdict:
     num_images: int = 0
     num_failed: int = 0
     num_bytes: int = 0
+    num_annotations: int = 0  # files of them
     wall_s: float = 0.0
     leftovers: Counter[str] = field(default_factory=Counter)  # by kind
     problems: list[Problem] = field(default_factory=list)
+    broken_annotations: list[tuple[str, int]] = field(default_factory=list)  # names and shards
 
     @property
     def broken(self) -> list[int]:
@@ -94,6 +104,7 @@ def verify(
         if found is not None:
             verdict.add(found)
         on_progress(number, len(shards))
+    _check_annotations(run, verdict, set(shards))
     _check_whole(run, verdict, done)
     verdict.wall_s = time.monotonic() - started
     return verdict
@@ -102,12 +113,15 @@ def verify(
 def repair(store: Store, verdict: _Verdict) -> list[int]:
     """Revert the broken commits, and rebuild the failed rows beside the others; needs the lease.
 
+    Broken annotations are reverted too: `annotate` makes them again.
     Returns: the shards that `run` has to make again; their good images are kept.
     """
     run = SavedRun.open(store)
     broken = verdict.broken
     finish_reverts(run.folder, run.output_format)
     revert(run.folder, run.output_format, broken, is_repair=True)
+    for name, shard in verdict.broken_annotations:
+        AnnotationFolder(run.folder, name).revert(shard)
     for shard in {p.shard for p in verdict.problems if p.check == "failed rows" and p.shard is not None} - {*broken}:
         if failures := rebuild_failures(run, shard):
             store.write(failed_file(run.name(shard)), failures)
@@ -128,6 +142,7 @@ def format_verdict(verdict: _Verdict) -> str:
         "rows": f"{verdict.num_rows} images, {verdict.num_failed} failed",
         "images": "not read (--quick)" if verdict.quick else f"{verdict.num_images} images",
         "failed rows": f"{verdict.num_failed} rows",
+        "annotations": f"{verdict.num_annotations} files",
         "leftovers": ", ".join(f"{number} {kind}" for kind, number in sorted(verdict.leftovers.items())) or "none",
     }
     lines = [f"{verdict.output}: read in {duration(verdict.wall_s)}", f"{'check':<12} {'read':<36} problems"]
@@ -137,7 +152,10 @@ def format_verdict(verdict: _Verdict) -> str:
         lines.append(f"... and {len(verdict.problems) - _MAX_LISTED} more")
     if verdict.broken:
         lines.append(f"BROKEN: {len(verdict.broken)} shards; --repair reverts their commits, then run the job again")
-    elif not verdict.problems:
+    if verdict.broken_annotations:
+        names = ", ".join(sorted({name for name, _ in verdict.broken_annotations}))
+        lines.append(f"BROKEN: annotations of {names}; --repair reverts their commits, then run `annotate` again")
+    if not verdict.problems:
         missing = verdict.num_shards - verdict.num_committed
         lines.append("all is well" + (f"; {missing} shards are not committed yet" if missing else ""))
     return "\n".join(lines)
@@ -145,6 +163,44 @@ def format_verdict(verdict: _Verdict) -> str:
 
 def _line(problem: Problem) -> str:
     return f"{'run' if problem.shard is None else f'shard {problem.shard}'}: {problem.check}: {problem.text}"
+
+
+def _check_annotations(run: SavedRun, verdict: _Verdict, shards: set[int]) -> None:
+    """Compare the annotations of committed shards with their commits, and their keys with the images'."""
+    for name in annotation_names(run.folder):
+        folder = AnnotationFolder(run.folder, name)
+
+        def check(shard: int, folder: AnnotationFolder = folder) -> tuple[int, str]:
+            return shard, _annotation_problem(run, folder, shard)
+
+        for shard, problem in _in_parallel(check, sorted(folder.commits.done() & shards)):
+            verdict.num_annotations += 1
+            if problem:
+                verdict.problems.append(Problem("annotations", problem, shard))
+                verdict.broken_annotations.append((name, shard))
+
+
+def _annotation_problem(run: SavedRun, folder: AnnotationFolder, shard: int) -> str:
+    """Return what is wrong with one file of annotations; empty if nothing is. Raises: StoreError for an outage."""
+    path = folder.file(shard)
+    try:
+        commit = parse_commit(run.store.read(folder.commits.key(shard)))
+        data = run.store.read(path)
+        keys = [row["key"] for row in unpack_annotations(data)]
+        images = parse_commit(run.store.read(run.commits.key(shard)))
+    except StoreError as error:
+        if not isinstance(error, NotFound):
+            raise
+        return f"{path}: is missing"
+    except DECODE_ERRORS as error:
+        return f"{path}: cannot be read: {one_line(error)}"
+    files = {file.path: file.sha256 for file in commit.files}
+    if files.get(path) != hashlib.sha256(data).hexdigest():
+        return f"{path}: the bytes differ from those that were committed (sha256)"
+    metadata = metadata_file(run.name(shard))
+    if files.get(metadata) != {file.path: file.sha256 for file in images.files}.get(metadata):
+        return f"{path}: is about other images than those of the shard"
+    return "" if len(keys) == commit.num_images else f"{path}: has {len(keys)} rows; {commit.num_images} were committed"
 
 
 def _check_whole(run: SavedRun, verdict: _Verdict, done: set[int]) -> None:
@@ -169,15 +225,11 @@ def _check_whole(run: SavedRun, verdict: _Verdict, done: set[int]) -> None:
             )
 
 
-def _in_parallel(
-    function: Callable[[int], ShardFindings | None], shards: Iterable[int]
-) -> Iterator[ShardFindings | None]:
+def _in_parallel(function: Callable[[_Item], _Found], shards: Iterable[_Item]) -> Iterator[_Found]:
     """Yield the results in order, with few shards in the queue: a run may have hundreds of thousands."""
     waiting = iter(shards)
     with ThreadPoolExecutor(_SHARDS_AT_ONCE, "verify") as pool:
-        queue: list[Future[ShardFindings | None]] = [
-            pool.submit(function, one) for one in islice(waiting, 2 * _SHARDS_AT_ONCE)
-        ]
+        queue: list[Future[_Found]] = [pool.submit(function, one) for one in islice(waiting, 2 * _SHARDS_AT_ONCE)]
         while queue:
             yield queue.pop(0).result()
             queue += [pool.submit(function, one) for one in islice(waiting, 1)]

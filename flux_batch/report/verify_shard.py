@@ -26,7 +26,7 @@ from flux_batch.report.saved_run import SavedRun
 _FILES_AT_ONCE = 8
 
 # The checks, in the order in which they are made.
-Check = Literal["commit", "files", "rows", "images", "failed rows", "leftovers"]
+Check = Literal["commit", "files", "rows", "images", "failed rows", "annotations", "leftovers"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -263,6 +263,37 @@ def test_images_that_stay_keep_their_rows_when_their_shard_is_made_again(tmp_pat
     assert len(rows(config, "prompts")) == 4
 
 
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "commit"])
+def test_damaged_annotations_are_found_and_made_again_to_the_same_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    config = make_run(tmp_path, LAYOUTS[0])
+    annotated(config, *BOTH)
+    before = files(config)
+    code, text = command(capsys, "verify", config.output.uri)
+    assert (code, f"{len(before)} files" in text) == (0, True)
+    broken = Path(config.output.uri, "annotations", "prompts", "00001.parquet")
+    data = broken.read_bytes()
+    if damage == "flip":
+        broken.write_bytes(data[:40] + bytes([data[40] ^ 1]) + data[41:])
+    elif damage == "cut":
+        broken.write_bytes(data[:-9])
+    elif damage == "remove":
+        broken.unlink()
+    else:
+        Path(config.output.uri, "_run/annotations/prompts/commits/00001.json").write_bytes(b"{")
+
+    code, text = command(capsys, "verify", config.output.uri, "--repair")
+    assert code == 3
+    assert "shard 1: annotations: annotations/prompts/00001.parquet: " in text
+    assert "BROKEN: annotations of prompts" in text
+    assert len(files(config)) == len(before) - 1
+    annotated(config, *BOTH)
+
+    assert files(config) == before
+    assert command(capsys, "verify", config.output.uri)[0] == 0
+
+
 def _forgiving(model: Any) -> Any:
     pipeline = Making()(model)
     pipeline._misbehave = lambda *args, **others: None  # type: ignore[method-assign]
