@@ -150,7 +150,7 @@ def parse_moment(text: str) -> datetime:
 
 
 def fill_in_dates(tree: dict[str, Any], moment: datetime | None, origin: str) -> dict[str, Any]:
-    """Replace `{date}`, `{day}` and `{datetime}` in the texts of a tree by the run's logical date.
+    """Replace `{date}`, `{day}` and `{datetime}` in a tree by the logical date.
 
     It is never today's date: a retry after midnight must continue the run that it retries.
     Raises: JobError if a text has `{date}` and there is no logical date.
