@@ -153,7 +153,7 @@ def reproduce(
     task = recorded_task(original.row, config)
     pipeline = (make_pipeline or partial(load_pipeline, num_gpus=config.workers.num_gpus))(config.model)
     tiles = recorded_tiles(original.row, config.sampling)
-    (outcome,) = BatchMaker(pipeline, (), tiles, image_options=image_options(config.sampling)).make([task])
+    (outcome,) = BatchMaker(pipeline, (), tiles, image_options=image_options(config)).make([task])
     if isinstance(outcome.result, RowError):
         raise JobError(f"{key}: {outcome.result}") from outcome.result
     if isinstance(outcome.result, Exception):
@@ -211,6 +211,8 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
     uris = tuple(str(demo_prompts_path()) if uri == "demo" else _absolute(uri) for uri in prompts.uri)
     root, image = prompts.input_image_root, sampling.input_image
     loras = tuple(lora.model_copy(update={"uri": absolute_model_uri(lora.uri)}) for lora in model.loras)
+    nets = tuple(net.model_copy(update={"uri": absolute_model_uri(net.uri)}) for net in model.controlnets)
+    addresses = {"uri": absolute_model_uri(model.uri), "loras": loras, "controlnets": nets}
     return config.model_copy(
         update={
             "prompts": prompts.model_copy(
@@ -223,7 +225,7 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
             ),
             "sampling": sampling.model_copy(update={"input_image": image and _absolute(image)}),
             "output": output.model_copy(update={"uri": _output_folder(output.uri)}),
-            "model": model.model_copy(update={"uri": absolute_model_uri(model.uri), "loras": loras}),
+            "model": model.model_copy(update=addresses),
         }
     )
 

@@ -98,9 +98,7 @@ class FluxMapper:
         if settings.quantization == "none":  # otherwise the record names the setting of the caller
             settings = settings.model_copy(update={"quantization": pipeline.precision["quantization"]})
         loras = RowLoras(config.model.loras, "").defaults
-        self._maker = BatchMaker(
-            pipeline, loras, Tiles.of(config.sampling), image_options=image_options(config.sampling)
-        )
+        self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling), image_options=image_options(config))
         self._recorder = Recorder(settings, format_for(config.output), pipeline.default_t5_sequence_length)
 
     def __call__(self, batch: _ColumnBatch) -> _ColumnBatch:

@@ -148,15 +148,20 @@ def check_step_cache(value: float) -> None:
         raise InvalidSetting(f"step_cache = {value}: must be from 0, which is off, to 1", field="step_cache")
 
 
-def check_cuda_graphs(value: bool, step_cache: float) -> None:
-    """Raise InvalidSetting for CUDA graphs beside a step cache.
+def check_cuda_graphs(value: bool, step_cache: float, num_controlnets: int = 0) -> None:
+    """Raise InvalidSetting for CUDA graphs beside a step cache, which decides at each step what is launched.
 
-    A step cache decides at each step what is launched.
+    Or beside ControlNets, whose residuals no graph has among its inputs.
     """
     if value and step_cache:
         raise InvalidSetting(
             f"cuda_graphs = {value}: a step cache decides at each step what is launched, which no graph can; "
             f"leave it out, or set step_cache = {step_cache} to 0",
+            field="cuda_graphs",
+        )
+    if value and num_controlnets:
+        raise InvalidSetting(
+            f"cuda_graphs = {value}: a graph does not take the residuals of ControlNets; leave one of them out",
             field="cuda_graphs",
         )
 

@@ -17,8 +17,9 @@ from pydantic import (
     model_validator,
 )
 
+from flux_batch.config.conditions import ControlNetConfig
 from flux_batch.config.running import FailuresConfig, QualityConfig, WorkersConfig
-from flux_batch.config.section import Section
+from flux_batch.config.section import Section, check_no_secret
 from flux_batch.config.text import explain, nearest_or_all, overridden, read_tree, to_yaml
 from flux_batch.config.values import Seed, Template, Wildcards
 from flux_batch.errors import InvalidSetting, JobError
@@ -37,7 +38,7 @@ from flux_batch.sampling_params import (
 )
 
 # Keys of `model` that change pixels. `compile` is one: fused kernels round differently.
-_MODEL_IDENTITY = ("uri", "variant", "dtype", "quantization", "step_cache", "compile", "loras")
+_MODEL_IDENTITY = ("uri", "variant", "dtype", "quantization", "step_cache", "compile", "loras", "controlnets")
 _QUALITY_IDENTITY = ("score", "at_least", "max_tries", "keep", "otherwise", "options")
 # The columns that `quality` adds to the metadata.
 QUALITY_COLUMNS = ("tries", "score", "accepted")
@@ -75,15 +76,6 @@ _Uris = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(
 
 _Names = Annotated[tuple[str, ...], Field(strict=False)]
 _Columns = Annotated[dict[str, str], BeforeValidator(_with_aliases)]
-
-
-def _check_no_secret(uri: str, field: str, section: str) -> None:
-    """Raise InvalidSetting for a URI with a user name or password."""
-    if re.match("[^/]*://[^/]*@", uri):
-        raise InvalidSetting(
-            f"{field} holds a user name or password, which would be written down: use {section}.storage_options",
-            field=field,
-        )
 
 
 class PromptsConfig(Section):
@@ -165,9 +157,9 @@ class PromptsConfig(Section):
     @model_validator(mode="after")
     def _no_secret(self) -> PromptsConfig:
         for uri in self.uri:
-            _check_no_secret(uri, "uri", "prompts")
-        _check_no_secret(self.input_image_root or "", "input_image_root", "prompts")
-        _check_no_secret(str(self.wildcards), "wildcards", "prompts")
+            check_no_secret(uri, "uri", "prompts")
+        check_no_secret(self.input_image_root or "", "input_image_root", "prompts")
+        check_no_secret(str(self.wildcards), "wildcards", "prompts")
         return self
 
     @field_validator("passthrough")
@@ -224,7 +216,7 @@ class OutputConfig(Section):
 
     @model_validator(mode="after")
     def _no_secret(self) -> OutputConfig:
-        _check_no_secret(self.uri, "uri", "output")
+        check_no_secret(self.uri, "uri", "output")
         return self
 
 
@@ -247,7 +239,7 @@ class LoraConfig(Section):
 
     @model_validator(mode="after")
     def _in_range(self) -> LoraConfig:
-        _check_no_secret(self.uri, "uri", "model")
+        check_no_secret(self.uri, "uri", "model")
         if self.name.strip() in NO_LORA:
             raise InvalidSetting(f"name = {self.name!r}: means no LoRA in a row; choose another", field="name")
         return self
@@ -259,7 +251,7 @@ class ModelConfig(Section):
     uri: str = Field(min_length=1)
     """A FLUX.1 model: a folder, a file, an address of fsspec, a repository of Hugging Face, or `demo`."""
     storage_options: dict[str, Any] = Field(default={}, repr=False)
-    """Options of fsspec for the model and its LoRAs."""
+    """Options of fsspec for the model, its LoRAs and ControlNets."""
     refresh: bool = False
     """Ask the remote whether the model has changed before the copy on a node is used."""
     variant: Literal["auto", "dev", "schnell", "krea", "kontext", "fill", "canny", "depth"] = "auto"
@@ -279,6 +271,8 @@ class ModelConfig(Section):
     """Keep the text encoders in host memory while no texts are encoded; the images stay the same."""
     loras: Annotated[tuple[LoraConfig, ...], Field(strict=False)] = ()
     """LoRAs for every row that names none; several add up."""
+    controlnets: Annotated[tuple[ControlNetConfig, ...], Field(strict=False)] = ()
+    """ControlNets, whose residuals add up; each reads one image of a row's `control_image`, in this order."""
 
     @field_validator("quantization", mode="before")
     @classmethod
@@ -298,8 +292,8 @@ class ModelConfig(Section):
     def _in_range(self) -> ModelConfig:
         check_quantization(self.quantization, self.dtype)
         check_step_cache(self.step_cache)
-        check_cuda_graphs(self.cuda_graphs, self.step_cache)
-        _check_no_secret(self.uri, "uri", "model")
+        check_cuda_graphs(self.cuda_graphs, self.step_cache, len(self.controlnets))
+        check_no_secret(self.uri, "uri", "model")
         for lora in self.loras:
             if sum(lora.name == other.name for other in self.loras) > 1:
                 raise InvalidSetting(f"loras name {lora.name!r} twice: give each a name of its own", field="loras")

@@ -1,12 +1,14 @@
-"""A section of the job file: frozen, exact, without unknown keys."""
+"""A section of the job file: frozen, exact, without unknown keys or secrets in addresses."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from flux_batch.errors import InvalidSetting
 from flux_batch.redaction import public_tree
 
 
@@ -17,3 +19,12 @@ class Section(BaseModel):
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         return [(name, public_tree(value, name or "")) for name, value in super().__repr_args__()]
+
+
+def check_no_secret(uri: str, field: str, section: str) -> None:
+    """Raise InvalidSetting for a URI with a user name or password."""
+    if re.match("[^/]*://[^/]*@", uri):
+        raise InvalidSetting(
+            f"{field} holds a user name or password, which would be written down: use {section}.storage_options",
+            field=field,
+        )

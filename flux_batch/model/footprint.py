@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from flux_batch.model.params import MODULATION_ROWS, Shapes, count_of
+from flux_batch.model.params import MODULATION_ROWS, Shapes, count_of, used_residuals
 
 _DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SCALE_BYTES = 4
@@ -134,6 +134,29 @@ def step_flops(size: TransformerSize, num_image_tokens: int, num_text_tokens: in
     conditioning = sum(2 * (width * h + h * h) for width in size.embedded_widths)
     ends = 2 * h * (size.in_channels * n + size.context_in_dim * l + size.out_channels * n)
     return (size.depth + size.depth_single_blocks) * block + modulation + conditioning + ends
+
+
+def controlnet_flops(shapes: Shapes, base: TransformerSize, num_image_tokens: int, num_text_tokens: int) -> int:
+    """Return the operations of one pass of a ControlNet over one image; a last block that feeds none is not run."""
+    hidden_size = _first_shape(shapes, "img_in.weight", "x_embedder.weight")[0]
+    size = transformer_size({**shapes, "final_layer.linear.weight": (0, hidden_size)})
+    double, single = _num_residuals(shapes, base)
+    size = size._replace(depth=size.depth if single else double)
+    projections = 2 * hidden_size**2 * num_image_tokens * (double + single)
+    return step_flops(size, num_image_tokens, num_text_tokens) + projections
+
+
+def residual_bytes(shapes: Shapes, base: TransformerSize, num_image_tokens: int, batch_size: int, dtype: str) -> int:
+    """Return the bytes of a ControlNet's residuals, which stay until the base is through, and of its condition."""
+    numbers = batch_size * num_image_tokens * base.hidden_size
+    return (1 + sum(_num_residuals(shapes, base))) * numbers * _DTYPE_BYTES[dtype]
+
+
+def _num_residuals(shapes: Shapes, base: TransformerSize) -> tuple[int, int]:
+    """Return the residuals of double and of single blocks of a ControlNet that feed its base."""
+    repeats = any(name.startswith("input_hint_block.") for name in shapes)
+    double, single = _num_blocks(shapes)
+    return used_residuals(double, base.depth, repeats), single
 
 
 def _num_modulations(shapes: Shapes) -> int:

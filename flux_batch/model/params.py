@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import ceil, inf
 from typing import Any
 
 Shapes = Mapping[str, Sequence[int]]
@@ -254,3 +254,16 @@ def first_step(num_steps: int, strength: float) -> int:
 def steps_run(num_steps: int, strength: float, sigma_shift: float | None) -> int:
     """Return the number of steps that run: all with DiffSynth-Studio's static schedule, whatever the strength."""
     return num_steps if sigma_shift is not None else num_steps - first_step(num_steps, strength)
+
+
+def used_residuals(count: int, num_blocks: int, repeats: bool = False) -> int:
+    """Return how many of a ControlNet's residuals feed a block of its base: of 6 for 19 blocks the last feeds none.
+
+    repeats: they take turns, as XLabs' do; else each feeds several blocks in a row.
+    """
+    return min(count, num_blocks) if repeats or not count else ceil(num_blocks / ceil(num_blocks / count))
+
+
+def counts_at(step: int, num_steps: int, start: float, end: float) -> bool:
+    """Return whether a ControlNet counts at a step. Source: diffusers 0.42.1, FluxControlNetPipeline."""
+    return not (step / num_steps < start or (step + 1) / num_steps > end)

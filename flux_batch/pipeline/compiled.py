@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,11 @@ class _SpeedUps(NamedTuple):
 
 
 def apply_speed_ups(
-    transformer: Flux, autoencoder: AutoEncoder, compile: bool | None = None, cuda_graphs: bool = False
+    transformer: Flux,
+    autoencoder: AutoEncoder,
+    compile: bool | None = None,
+    cuda_graphs: bool = False,
+    controlnets: Sequence[Flux] = (),
 ) -> _SpeedUps:
     """Make a model use the kernels of its device, and what its caller asks for.
 
@@ -44,10 +49,11 @@ def apply_speed_ups(
     graphs.
     """
     device = transformer.img_in.weight.device
-    apply_cpu_kernels(transformer)
-    apply_mps_kernels(transformer, device)
+    for model in {id(each): each for each in (transformer, *controlnets)}.values():
+        apply_cpu_kernels(model)
+        apply_mps_kernels(model, device)
     attention = choose_attention(device)
-    cache = _compile_model(transformer, autoencoder, attention, compile)
+    cache = _compile_model(transformer, autoencoder, attention, compile, controlnets)
     try:
         graphs = CudaGraphs(transformer) if cuda_graphs else None
     except ValueError as error:
@@ -56,7 +62,11 @@ def apply_speed_ups(
 
 
 def _compile_model(
-    transformer: Flux, autoencoder: AutoEncoder, attention: AttentionKernels, compile: bool | None
+    transformer: Flux,
+    autoencoder: AutoEncoder,
+    attention: AttentionKernels,
+    compile: bool | None,
+    controlnets: Sequence[Flux] = (),
 ) -> CompileCache | None:
     """Compile a model if that is wanted; None: on a GPU. Returns: the cache of what is compiled, if `compile` is True.
 
@@ -67,7 +77,8 @@ def _compile_model(
     if not (device.type == "cuda" if compile is None else compile):
         return None
     try:
-        apply_compile(transformer, attention)
+        for model in {id(each): each for each in (transformer, *controlnets)}.values():
+            apply_compile(model, attention)
     except ValueError as error:
         if compile:
             raise InvalidSetting(f"compile = True: {error}", field="compile") from error

@@ -51,7 +51,11 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
         storage_options=model.storage_options,
         refresh=model.refresh,
         variant=model.variant,
+        controlnets=[net.uri for net in model.controlnets],
     )
+    nets = model.controlnets
+    settings = ([getattr(net, name) for net in nets] for name in ("scale", "start", "end", "mode"))
+    pipeline.controlnets.settings(len(nets), *settings)
     if native := slow_dtype(pipeline.device, pipeline.torch_dtype):
         log.warning(
             "%s has no instructions for %s: images take several times as long as in %s, which dtype auto uses",

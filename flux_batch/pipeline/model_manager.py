@@ -136,6 +136,24 @@ class ModelManager:
             with checkpoint_errors(), device_errors():
                 self.controlnets.append(self._load_controlnet(net, dtype, quantization))
 
+    def load_controlnets(self, uris: Sequence[PathOrFolder]) -> None:
+        """Load ControlNets from files, folders or addresses; one that is named again is the same net again.
+
+        Raises: CheckpointError for a file that is none, or for another model; StoreError.
+        """
+        loaded: dict[str, ControlNet] = {}
+        for uri in map(str, uris):
+            if uri not in loaded:
+                with checkpoint_errors(), device_errors():
+                    checkpoint = open_checkpoint(local_path(uri, self.storage_options))
+                    parts = parts_of(checkpoint)
+                    if list(parts) != [CheckpointKind.CONTROLNET]:
+                        held = " and ".join(kind.part for kind in parts)
+                        raise ValueError(f"{checkpoint.source} is no ControlNet: it holds the {held} of a model")
+                    net = parts[CheckpointKind.CONTROLNET]
+                    loaded[uri] = self._load_controlnet(net, self.torch_dtype, self.quantization)
+            self.controlnets.append(loaded[uri])
+
     def load_lora(self, file_path: PathOrFolder | Sequence[PathOrFolder], lora_alpha: float = 1.0) -> None:
         """Merge one or several LoRAs with the same scale into the loaded parts; see LoadedLoras.
 
@@ -224,8 +242,19 @@ def locate_parts(
         return find_parts(model)
 
 
-def check_parts_fit(transformer: Flux, autoencoder: AutoEncoder, clip: ClipEncoder, t5: T5Encoder) -> None:
+def check_parts_fit(
+    transformer: Flux,
+    autoencoder: AutoEncoder,
+    clip: ClipEncoder,
+    t5: T5Encoder,
+    controlnets: Sequence[ControlNet] = (),
+) -> None:
     """Raise CheckpointError unless the parts are of one model."""
+    for number, net in enumerate(controlnets, start=1):
+        try:
+            check_controlnet_fits(net.params, transformer.params)
+        except ValueError as error:
+            raise CheckpointError(f"ControlNet {number}: {error}") from error
     p, a = transformer.params, autoencoder.params
     facts = [
         ("channels of a latent patch (autoencoder)", 4 * a.z_channels, p.out_channels),

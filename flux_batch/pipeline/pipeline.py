@@ -8,7 +8,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from flux_batch.download.models import PathOrFolder
 from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.detect import PART_TITLES
+from flux_batch.model.conditions.controlnet import ControlNet, Controls
 from flux_batch.model.conditions.variant import Variant, VariantName, variant_of
 from flux_batch.model.optimize.attention import AttentionKernels, choose_attention
 from flux_batch.model.optimize.compile import CompileCache, is_compiled, set_compile_options
@@ -40,11 +42,12 @@ from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds, position_tables
 from flux_batch.pipeline.compiled import apply_speed_ups, kernels_of
 from flux_batch.pipeline.errors import device_errors
+from flux_batch.pipeline.images.controls import ControlNets
 from flux_batch.pipeline.images.inputs import IMAGE_ARGUMENTS, image_inputs
 from flux_batch.pipeline.images.latents import ImageLatents
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, check_parts_fit, locate_parts
-from flux_batch.pipeline.pixels import check_finite, to_uint8
+from flux_batch.pipeline.pixels import OutputType, as_output, check_finite
 from flux_batch.pipeline.precision import AUTO, default_device, must_be_narrow
 from flux_batch.pipeline.request import (
     PipelineRequest,
@@ -69,8 +72,6 @@ from flux_batch.sampling_params import (
     check_step_cache,
 )
 
-_OutputType = Literal["pil", "np", "pt", "latent"]
-
 
 class FluxImagePipeline:
     """Text (and optionally an image) to images. Call it; see `__call__`."""
@@ -91,6 +92,7 @@ class FluxImagePipeline:
         offload_text_encoders: bool = False,
         graphs: CudaGraphs | None = None,
         variant: Variant | None = None,
+        controlnets: Sequence[ControlNet] = (),
     ) -> None:
         self.transformer = transformer
         self.autoencoder = autoencoder
@@ -98,12 +100,13 @@ class FluxImagePipeline:
         self.clip = clip
         self.t5 = t5
         self.schedule = schedule
+        self.controlnets = ControlNets(controlnets)
         self.quantization = quantization
         self.step_cache = step_cache
         self.compile_cache = compile_cache
         self.graphs = graphs
         self.loras = loras or LoadedLoras({"transformer": transformer, "clip": clip.model, "t5": t5.model})
-        check_parts_fit(transformer, autoencoder, clip, t5)
+        check_parts_fit(transformer, autoencoder, clip, t5, controlnets)
         weight = transformer.img_in.weight
         self.device = weight.device
         self.torch_dtype = weight.dtype
@@ -139,12 +142,13 @@ class FluxImagePipeline:
         torch.compile does not work here, or there is no CUDA device for graphs.
         """
         check_step_cache(step_cache)
-        check_cuda_graphs(cuda_graphs, step_cache)
+        check_cuda_graphs(cuda_graphs, step_cache, len(model_manager.controlnets))
         missing = [title for part, title in PART_TITLES.items() if getattr(model_manager, part) is None]
         if missing:
             raise CheckpointError(f"not loaded: {', '.join(missing)}; add their files to load_models([...])")
         manager: Any = model_manager  # every part is there, see above
-        speed_ups = apply_speed_ups(manager.transformer, manager.autoencoder, compile, cuda_graphs)
+        nets = manager.controlnets
+        speed_ups = apply_speed_ups(manager.transformer, manager.autoencoder, compile, cuda_graphs, nets)
         parts = manager.transformer, manager.autoencoder, manager.clip, manager.t5, manager.schedule
         return cls(
             *parts,
@@ -153,6 +157,7 @@ class FluxImagePipeline:
             loras=manager.loras,
             offload_text_encoders=offload_text_encoders,
             variant=manager.variant,
+            controlnets=nets,
             **speed_ups._asdict(),
         )
 
@@ -171,6 +176,7 @@ class FluxImagePipeline:
         storage_options: Mapping[str, Any] | None = None,
         refresh: bool = False,
         variant: VariantName = "auto",
+        controlnets: Sequence[PathOrFolder] = (),
     ) -> FluxImagePipeline:
         """Load a model: a folder of either layout (diffusers' or the original), one file with all parts, or `demo`.
 
@@ -179,7 +185,8 @@ class FluxImagePipeline:
         unless `refresh`. device: None is `cuda` or `mps` if there is one, else `cpu`. torch_dtype: a dtype or its name;
         None or `auto` is the device's native dtype, on a CPU short of memory with quantization `bfloat16`.
         quantization: see ModelManager; step_cache: the value of calls without one; compile, cuda_graphs,
-        offload_text_encoders: see from_model_manager. variant: see ModelManager.
+        offload_text_encoders: see from_model_manager. variant: see ModelManager. controlnets: files, folders or
+        addresses of ControlNets, in the order of a call's control images.
         Raises: CheckpointError with the files that were looked for; StoreError for a remote that fails; InvalidSetting.
         """
         device = torch.device(device or default_device())
@@ -190,6 +197,7 @@ class FluxImagePipeline:
         if torch_dtype in AUTO and quantization == "none" and must_be_narrow(device, manager.torch_dtype, paths):
             manager.quantization = "bfloat16"
         manager.load_models(paths, names=[str(uri)])
+        manager.load_controlnets(controlnets)
         return cls.from_model_manager(
             manager,
             step_cache=step_cache,
@@ -218,8 +226,8 @@ class FluxImagePipeline:
 
     @property
     def needed_images(self) -> tuple[str, ...]:
-        """The arguments of images without which this variant of FLUX.1 makes nothing."""
-        return self.variant.needs
+        """The arguments of images without which this model makes nothing; one that needs several comes as often."""
+        return (*self.variant.needs, *("control_image" for _ in self.controlnets.nets))
 
     @property
     def precision(self) -> dict[str, str]:
@@ -295,11 +303,15 @@ class FluxImagePipeline:
         mask_image: Image.Image | Sequence[Image.Image] | None = None,
         control_image: Image.Image | Sequence[Image.Image | Sequence[Image.Image]] | None = None,
         reference_image: Image.Image | Sequence[Image.Image | Sequence[Image.Image]] | None = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
+        control_mode: int | Sequence[int | None] | None = None,
         paste_back: bool = True,
         resize_references: bool = True,
         denoising_strength: float = 1.0,
         sigma_shift: float | None = None,
-        output_type: _OutputType = "pil",
+        output_type: OutputType = "pil",
         progress_bar: Progress | None = None,
         tiled: bool = False,
         tile_size: int = 128,
@@ -337,11 +349,14 @@ class FluxImagePipeline:
 
         mask_image is white where input_image is repainted, and has its proportions: Fill reads it; any other model has
         what is left put back after each step, as in diffusers. paste_back gives the pixels there the bits of the
-        resized input_image. control_image is what Canny and Depth read. reference_image is what Kontext edits, one or
-        several for an image, brought to the nearest size that it was trained with unless resize_references is false.
-        height and width None are those of the first reference, or else 1024. On a Kontext, `image` means a reference,
-        as in diffusers, whose default is 1024 x 1024. Latents of conditions are the posterior's mean,
-        where diffusers samples it, so that an image depends on nothing but its own arguments.
+        resized input_image. control_image is what Canny, Depth and ControlNets read; for several nets a list, with one
+        for each; a single net reads each of a list. ControlSetting tells controlnet_conditioning_scale,
+        control_guidance_start, control_guidance_end and control_mode, each one value for all or one for each control
+        image. Guidance stays that of the model, where FluxControlNetPipeline has 7. reference_image is what Kontext
+        edits, one or several for an image, brought to the nearest size that it was trained with unless
+        resize_references is false. height and width None are those of the first reference, or else 1024. On a Kontext,
+        `image` means a reference, as in diffusers, whose default is 1024 x 1024. Latents of conditions are the
+        posterior's mean, where diffusers samples it, so that an image depends on nothing but its own arguments.
 
         step_cache trades quality for speed: at a step where the first block changes an image by less than this share
         since the last computed step, the later blocks are not run, and their last changes are added again. 0 is off;
@@ -354,7 +369,7 @@ class FluxImagePipeline:
         are not finite; OutOfMemory; DeviceFatal.
         """
         named = resolve_aliases(aliases, FluxImagePipeline.__call__.__annotations__)
-        check_choice("output_type", output_type, get_args(_OutputType))
+        check_choice("output_type", output_type, get_args(OutputType))
         embeds = embeds_of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
         prompts = as_list("prompt", prompt) if embeds is None else embeds
         count = num_texts(prompts)
@@ -369,6 +384,7 @@ class FluxImagePipeline:
         given |= {name: named.pop(name) for name in IMAGE_ARGUMENTS if name in named}
         images = image_inputs(count, given, resize_references, is_single=isinstance(prompt, str))
         width, height = images.size_of(width, height)
+        settings = controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode
         sampling: dict[str, Any] = {
             "negative_prompt": negative_prompt,
             "height": height,
@@ -390,12 +406,13 @@ class FluxImagePipeline:
             images=images,
             tiling=Tiling(tile_size, tile_stride) if tiled else None,
             step_cache=self.step_cache if step_cache is None else step_cache,
+            controls=self.controlnets.settings(images.num_controls, *settings),
         )
         check_cuda_graphs(self.graphs is not None, request.step_cache)
         if not count:
             return []
-        check_embeds(request, self.t5_length(request), self.transformer.params)
-        request.images.check_for(self.variant)
+        check_embeds(request, request.t5_length(self.default_t5_sequence_length), self.transformer.params)
+        self.controlnets.check(request, self.variant)
         self.warn_of_cut_texts(request)
         if is_compiled(self.transformer):  # perhaps in another thread
             set_compile_options(self.attention)
@@ -407,18 +424,14 @@ class FluxImagePipeline:
             check_finite(pixels)
             if paste_back:
                 pixels = self.latents.paste_back(pixels, request)
-            if output_type == "pt":
-                return pixels.float().clamp(-1.0, 1.0)
-            made: list[Any] = list(to_uint8(pixels))
-        if output_type == "pil":
-            made = [Image.fromarray(pixels) for pixels in made]
-        return made[0] if isinstance(prompt, str) else made
+            made = as_output(pixels, output_type)
+        return made[0] if isinstance(prompt, str) and output_type != "pt" else made
 
     def warn_of_cut_texts(self, request: PipelineRequest) -> None:
         """Warn if the end of a text is left out; Python prints a warning once a program."""
         both = request.prompts, request.negative_prompts if request.uses_cfg else []
         texts = dict.fromkeys(text for each in both if isinstance(each, list) for text in each)
-        truncations = self.truncations(list(texts), self.t5_length(request))
+        truncations = self.truncations(list(texts), request.t5_length(self.default_t5_sequence_length))
         for encoder, title in enumerate(("CLIP", "T5")):
             if any(each[encoder] for each in truncations):
                 message = f"a prompt is longer than {title} reads, its end is left out: `truncations` tells which"
@@ -429,17 +442,19 @@ class FluxImagePipeline:
         p = request.shared
         downscale = self.autoencoder.params.downscale
         height, width = p.height // downscale, p.width // downscale
-        length = self.t5_length(request)
+        length = request.t5_length(self.default_t5_sequence_length)
         num_tokens = height // 2 * (width // 2)  # without those of reference images, whose noise is none
         sigmas = make_sigmas(p.num_inference_steps, num_tokens, self.schedule, p.sigma_shift, p.denoising_strength)
         pe = self.position_tables(length, height, width, self.latents.places(request))
         guidance = torch.tensor(request.values("embedded_guidance"), device=self.device, dtype=self.torch_dtype)
         timesteps = timesteps_of(sigmas, guidance)
 
-        def velocity(texts: Texts) -> Velocity:
+        def embedded(texts: Texts) -> PromptEmbeds:
             embeds = texts if isinstance(texts, PromptEmbeds) else self.encode(texts, length)
-            embeds = embeds.to(self.device, self.torch_dtype)
-            model = Denoiser(self.transformer, embeds, pe, timesteps, guidance)
+            return embeds.to(self.device, self.torch_dtype)
+
+        def velocity(embeds: PromptEmbeds) -> Velocity:
+            model = Denoiser(self.transformer, embeds, pe, timesteps, guidance, nets)
             steps: Velocity = model
             if request.step_cache:
                 steps = StepCache(model, request.step_cache)
@@ -449,8 +464,13 @@ class FluxImagePipeline:
 
         start = self.latents.start(request, sigmas[0])
         conditions = self.latents.conditions(request, self.variant)
-        positive = velocity(request.prompts)
-        negative = velocity(request.negative_prompts) if request.uses_cfg else None
+        embeds = embedded(request.prompts)
+        # The pass with the negative prompts has the residuals of the other, as in diffusers.
+        tables = partial(self.position_tables, height=height, width=width)
+        uses = self.controlnets.uses(request, self.latents)
+        nets = Controls(uses, self.transformer, embeds, tables, timesteps, guidance) if uses else None
+        positive = velocity(embeds)
+        negative = velocity(embedded(request.negative_prompts)) if request.uses_cfg else None
         cfg_scale = torch.tensor(request.values("cfg_scale"), device=self.device, dtype=torch.float32)
         with self.attention.first():
             tokens = denoise(
@@ -463,12 +483,6 @@ class FluxImagePipeline:
                 after_step=self.latents.kept(request, self.variant, start, sigmas),
             )
         return unpack(tokens, height, width)
-
-    def t5_length(self, request: PipelineRequest) -> int:
-        """Return the number of T5 tokens of each text."""
-        if isinstance(request.prompts, PromptEmbeds):
-            return request.prompts.prompt_embeds.shape[1]
-        return request.shared.t5_sequence_length or self.default_t5_sequence_length
 
     def encode(self, prompts: Sequence[str], t5_sequence_length: int) -> PromptEmbeds:
         """Return the embeddings of each prompt, those of the last prompts from memory."""

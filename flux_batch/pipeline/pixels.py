@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from flux_batch.errors import InvalidSetting, RowError
 from flux_batch.images import to_mask, to_rgb
+
+OutputType = Literal["pil", "np", "pt", "latent"]
 
 
 def check_finite(pixels: Tensor) -> None:
@@ -48,6 +50,14 @@ def resized(
         return convert(image).resize((width, height), Image.Resampling.LANCZOS)
     except RowError as error:
         raise InvalidSetting(f"{name} {error}", field=name) from error
+
+
+def as_output(pixels: Tensor, output_type: OutputType) -> Any:
+    """Return decoded pixels as a call asks for them: a tensor for `pt`, else a list of arrays or PIL images."""
+    if output_type == "pt":
+        return pixels.float().clamp(-1.0, 1.0)
+    arrays = list(to_uint8(pixels))
+    return [Image.fromarray(array) for array in arrays] if output_type == "pil" else arrays
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -15,6 +15,7 @@ from flux_batch.errors import InvalidSetting, did_you_mean
 from flux_batch.model.optimize.tiling import Tiling
 from flux_batch.model.params import FluxParams, first_step
 from flux_batch.model.transformer import PromptEmbeds
+from flux_batch.pipeline.images.controls import ControlSetting
 from flux_batch.pipeline.images.inputs import ImageInputs
 from flux_batch.sampling_params import (
     ALIASES,
@@ -32,6 +33,7 @@ _CALL_ALIASES = {
     "strength": "denoising_strength",
     "image": "input_image",
     "kontext_images": "reference_image",
+    "control_mask": "mask_image",
 }
 # The arguments of diffusers that a call refuses, and what to pass instead.
 _INSTEAD = {"generator": ": pass seed, a whole number or one for each image"}
@@ -51,6 +53,7 @@ class PipelineRequest:
     tiling: Tiling | None
     step_cache: float = 0.0
     negative_embeds: PromptEmbeds | None = None
+    controls: tuple[ControlSetting, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompts, PromptEmbeds):
@@ -96,6 +99,12 @@ class PipelineRequest:
         """The number of steps without those that an input image skips."""
         num_steps = self.shared.num_inference_steps
         return num_steps - first_step(num_steps, self.shared.denoising_strength)
+
+    def t5_length(self, default: int) -> int:
+        """Return the number of T5 tokens of each text."""
+        if isinstance(self.prompts, PromptEmbeds):
+            return self.prompts.prompt_embeds.shape[1]
+        return self.shared.t5_sequence_length or default
 
     def values(self, name: str) -> list[Any]:
         """Return the value of one sampling field for each image."""

@@ -21,16 +21,17 @@ log = logging.getLogger(__name__)
 
 
 def check_weights(model: ModelConfig, no_gpu: str = "") -> None:
-    """Check that the model and the LoRAs of a job are there; nothing is fetched.
+    """Check that the model, the LoRAs and the ControlNets of a job are there; nothing is fetched.
 
     no_gpu: the reason why the model would run on a CPU that was not asked for; a large one is then refused. A remote
     that cannot be asked now counts as having the model.
     Raises: CheckpointError, NotFound or StoreRefused for what is missing or incomplete; JobError.
     """
     size = _size_of(model)
-    for lora in model.loras:
-        if source_kind(lora.uri) in ("local", "file") and not local_path(lora.uri).exists():
-            raise CheckpointError(f"LoRA {lora.uri} is not there")
+    uris = [("LoRA", lora.uri) for lora in model.loras] + [("ControlNet", net.uri) for net in model.controlnets]
+    for title, uri in uris:
+        if source_kind(uri) in ("local", "file") and not local_path(uri).exists():
+            raise CheckpointError(f"{title} {uri} is not there")
     if no_gpu and size > MAX_BYTES_ON_CPU:
         raise JobError(
             f"workers.num_gpus: {no_gpu}, and the weights of {model.uri} have {size / 1e9:.0f} GB, which would take "

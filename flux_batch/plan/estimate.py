@@ -8,9 +8,9 @@ from flux_batch.config.schema import JobConfig
 from flux_batch.download.models import find_local_model
 from flux_batch.errors import FluxBatchError
 from flux_batch.model.checkpoint.detect import find_parts, read_shapes
-from flux_batch.model.footprint import DEV_SIZE, TransformerSize, step_flops, transformer_size
-from flux_batch.model.params import steps_run
-from flux_batch.plan.memory import TEXT_TOKENS, format_memory, memory, reference_tokens
+from flux_batch.model.footprint import DEV_SIZE, TransformerSize, controlnet_flops, step_flops, transformer_size
+from flux_batch.model.params import counts_at, steps_run
+from flux_batch.plan.memory import TEXT_TOKENS, controlnet_shapes, format_memory, memory, reference_tokens
 from flux_batch.plan.plan import Plan
 from flux_batch.sampling_params import num_image_tokens
 
@@ -31,6 +31,7 @@ def estimate(config: JobConfig, plan: Plan) -> dict[str, Any]:
     size = _size_of_model(config)
     tries = config.quality.expected_tries if config.quality else 1.0
     flops = passes * step_flops(size or DEV_SIZE, num_tokens, sampling.t5_sequence_length or TEXT_TOKENS)
+    flops += _controlnets_flops(config, size or DEV_SIZE, steps)
     return {
         "num_files": len(plan.shards.files),
         "num_prompts": plan.num_prompts,
@@ -89,6 +90,20 @@ def _size_of_model(config: JobConfig) -> TransformerSize | None:
         return transformer_size(read_shapes(find_parts(source))["transformer"]) if source else None
     except (FluxBatchError, ValueError, KeyError, OSError):
         return None
+
+
+def _controlnets_flops(config: JobConfig, base: TransformerSize, steps: int) -> int:
+    """Return the operations of an image's ControlNets, once a step at which they count; 0 for those not here."""
+    sampling = config.sampling
+    tokens = num_image_tokens(sampling.width, sampling.height), sampling.t5_sequence_length or TEXT_TOKENS
+    try:
+        shapes, total = controlnet_shapes(config), 0
+        for net in config.model.controlnets:
+            num_steps = sum(counts_at(step, steps, net.start, net.end) for step in range(steps)) if net.scale else 0
+            total += num_steps * controlnet_flops(shapes[net.uri], base, *tokens)
+        return total
+    except (FluxBatchError, ValueError, KeyError, OSError):
+        return 0
 
 
 def _steps(requested: int, run: int) -> str:

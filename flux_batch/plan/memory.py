@@ -12,7 +12,7 @@ from flux_batch.download.models import find_local_model
 from flux_batch.errors import FluxBatchError
 from flux_batch.model.checkpoint.detect import PART_TITLES, find_parts, read_shapes
 from flux_batch.model.conditions.variant import is_kontext
-from flux_batch.model.footprint import decode_bytes, denoise_bytes, weight_bytes
+from flux_batch.model.footprint import decode_bytes, denoise_bytes, residual_bytes, transformer_size, weight_bytes
 from flux_batch.model.params import Shapes
 from flux_batch.sampling_params import num_image_tokens
 
@@ -42,6 +42,17 @@ def reference_tokens(config: JobConfig) -> int:
     return _REFERENCE_TOKENS if is_kontext(model.variant, model.uri.split("/")) else 0
 
 
+def controlnet_shapes(config: JobConfig) -> dict[str, Shapes]:
+    """Return the shapes of each ControlNet of a job, by address. Raises: ValueError for one not on this machine."""
+    model, found = config.model, {}
+    for uri in dict.fromkeys(net.uri for net in model.controlnets):
+        source = find_local_model(uri, model.storage_options)
+        if source is None:
+            raise ValueError(f"{uri} is not on this machine")
+        found[uri] = read_shapes([source])["controlnet"]
+    return found
+
+
 def memory(config: JobConfig) -> dict[str, Any]:
     """Return a worker's bytes by part, for the job and for other dtypes and quantizations.
 
@@ -53,9 +64,10 @@ def memory(config: JobConfig) -> dict[str, Any]:
         if source is None:
             return {"error": f"{model.uri} is not on this machine"}
         parts = read_shapes(find_parts(source))
-        needed = _parts_bytes(config, parts, _expected_dtype(config), model.quantization)
-        others = {choice: _parts_bytes(config, parts, *choice) for choice in CHOICES}
-    except (FluxBatchError, ValueError, OSError) as error:
+        nets = controlnet_shapes(config)
+        needed = _parts_bytes(config, parts, nets, _expected_dtype(config), model.quantization)
+        others = {choice: _parts_bytes(config, parts, nets, *choice) for choice in CHOICES}
+    except (FluxBatchError, ValueError, KeyError, OSError) as error:
         return {"error": str(error)}
     return {
         "batch_size": _batch_size_of(config),
@@ -68,22 +80,30 @@ def memory(config: JobConfig) -> dict[str, Any]:
     }
 
 
-def _parts_bytes(config: JobConfig, parts: dict[str, Shapes], dtype: str, quantization: str) -> dict[str, int]:
+def _parts_bytes(
+    config: JobConfig, parts: dict[str, Shapes], nets: dict[str, Shapes], dtype: str, quantization: str
+) -> dict[str, int]:
     """Return the bytes of each part's weights and of the activations: the larger of denoising and decoding.
 
     The text encoders' activations are smaller than either, but for images that are themselves small. Encoders that
     are offloaded take none of their own, but what the activations take while there are none. With CUDA graphs, what
-    denoising takes is taken throughout.
+    denoising takes is taken throughout. The residuals of ControlNets are there while the transformer runs, and their
+    sum beside them if there are several.
     """
     sampling, batch_size = config.sampling, _batch_size_of(config)
     width, height = sampling.width, sampling.height
     num_tokens = num_image_tokens(width, height) + reference_tokens(config)
     num_tokens += sampling.t5_sequence_length or TEXT_TOKENS
     denoise = denoise_bytes(parts["transformer"], num_tokens, batch_size, dtype, quantization)
+    base, of_image = transformer_size(parts["transformer"]), num_image_tokens(width, height)
+    added = [residual_bytes(nets[net.uri], base, of_image, batch_size, dtype) for net in config.model.controlnets]
+    denoise += sum(added) * (2 if len(added) > 1 else 1)
     if sampling.tiled:
         width, height = min(width, 8 * sampling.tile_size), min(height, 8 * sampling.tile_size)
     decode = decode_bytes(parts["autoencoder"], width, height, batch_size, dtype)
     weights = {part: weight_bytes(part, parts[part], dtype, quantization) for part in PART_TITLES}
+    if nets:
+        weights["controlnets"] = sum(weight_bytes("transformer", each, dtype, quantization) for each in nets.values())
     visiting = 0
     if config.model.offload_text_encoders:
         visiting = weights["clip"] + weights["t5"]

@@ -98,14 +98,15 @@ def load_images(
     start = load_image(images.input_image, storage_options) if images.input_image else None
     if start:
         found["input_image"] = start.resize(size, Image.Resampling.LANCZOS)
-    if images.mask_image and start:
+    controls = [load_image(image, storage_options) for image in images.control_image]
+    if images.mask_image and (repainted := start or next(iter(controls), None)):
         with _naming(images.mask_image):
             data = images.mask_image.data or _read_bytes(images.mask_image, storage_options)
             mask = decode(data, to_mask)
-            check_proportions(mask.size, start.size)
+            check_proportions(mask.size, repainted.size)
             found["mask_image"] = mask.resize(size, Image.Resampling.LANCZOS)
-    if images.control_image:
-        found["control_image"] = [load_image(image, storage_options, size) for image in images.control_image]
+    if controls:
+        found["control_image"] = [image.resize(size, Image.Resampling.LANCZOS) for image in controls]
     return found
 
 

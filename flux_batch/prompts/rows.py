@@ -140,7 +140,7 @@ class RowParser:
             control_image=self._several_images(values, "control_image"),
             reference_image=self._several_images(values, "reference_image"),
         )
-        if images.mask_image and not images.input_image:
+        if images.mask_image and not images.input_image and not images.control_image:
             raise RowError(f"mask_image {shortened(images.mask_image.name)}: needs an input_image, and there is none")
         return images
 

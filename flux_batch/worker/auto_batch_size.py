@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -50,17 +51,18 @@ def measured_batch_size(
     sampling: SamplingConfig,
     on_progress: Callable[[], None],
     clock: Callable[[], float] = time.monotonic,
+    image_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> int:
     """Measure the smallest batch size that the next larger one hardly beats.
 
     Sizes are 1, 2, 4, 8, 16, up to the first that does not fit into memory. on_progress: called after each size.
-    clock: returns seconds.
+    clock: returns seconds. image_options: further arguments of a call with images of a column.
     """
     best, best_s = 1, float("inf")
     for size in _BATCH_SIZES:
         try:
             # The first call of two warms up.
-            image_s = min(_call_s(pipeline, sampling, size, clock) for _ in range(2)) / size
+            image_s = min(_call_s(pipeline, sampling, size, clock, image_options or {}) for _ in range(2)) / size
         except OutOfMemory:
             break
         finally:
@@ -71,16 +73,28 @@ def measured_batch_size(
     return best
 
 
-def _call_s(pipeline: ImagePipeline, sampling: SamplingConfig, size: int, clock: Callable[[], float]) -> float:
+def _call_s(
+    pipeline: ImagePipeline,
+    sampling: SamplingConfig,
+    size: int,
+    clock: Callable[[], float],
+    image_options: Mapping[str, Mapping[str, Any]],
+) -> float:
     steps = min(_MEASURED_STEPS, sampling.num_inference_steps)
     params = replace(sampling.params(), num_inference_steps=steps, denoising_strength=1.0)  # there is no input image
-    images: dict[str, Any] = dict.fromkeys(pipeline.needed_images, [blank_image(params.width, params.height)] * size)
+    blank = blank_image(params.width, params.height)
+    images: dict[str, Any] = {
+        name: [blank if count == 1 else [blank] * count] * size
+        for name, count in Counter(pipeline.needed_images).items()
+    }
+    options = {key: value for name in images for key, value in image_options.get(name, {}).items()}
     started = clock()
     pipeline(
         [f"image {number}" for number in range(size)],
         seed=list(range(size)),
         output_type="np",
         **images,
+        **options,
         **call_arguments([params] * size),
     )
     return clock() - started

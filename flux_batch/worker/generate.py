@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from flux_batch.config.schema import SamplingConfig
+from flux_batch.config.schema import JobConfig, SamplingConfig
 from flux_batch.errors import (
     CheckpointError,
     DeviceFatal,
@@ -40,16 +40,27 @@ class Tiles(NamedTuple):
         return cls(sampling.tile_size, sampling.tile_stride) if sampling.tiled else None
 
 
-def image_options(sampling: SamplingConfig) -> dict[str, dict[str, Any]]:
+def image_options(config: JobConfig) -> dict[str, dict[str, Any]]:
     """Return the arguments that a job adds to a call with images, by their column.
 
     Those that have their default are left out.
     """
+    sampling, nets = config.sampling, config.model.controlnets
     options = {
-        "mask_image": {"paste_back": sampling.paste_back},
-        "reference_image": {"resize_references": sampling.resize_references},
+        "mask_image": {"paste_back": (sampling.paste_back, True)},
+        "reference_image": {"resize_references": (sampling.resize_references, True)},
+        "control_image": {
+            "controlnet_conditioning_scale": ([net.scale for net in nets], [1.0] * len(nets)),
+            "control_guidance_start": ([net.start for net in nets], [0.0] * len(nets)),
+            "control_guidance_end": ([net.end for net in nets], [1.0] * len(nets)),
+            "control_mode": ([net.mode for net in nets], [None] * len(nets)),
+        },
     }
-    return {column: values for column, values in options.items() if not all(values.values())}
+    changed = {
+        column: {name: value for name, (value, default) in values.items() if value != default}
+        for column, values in options.items()
+    }
+    return {column: values for column, values in changed.items() if values}
 
 
 # Texts whose embeddings a worker keeps in host memory: those of FLUX.1-dev take 4 MB each in bfloat16.

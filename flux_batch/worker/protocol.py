@@ -53,7 +53,7 @@ class ImagePipeline(Protocol):
 
     @property
     def needed_images(self) -> tuple[str, ...]:
-        """The arguments of images without which the model makes nothing."""
+        """The arguments of images without which the model makes nothing; one that needs several comes as often."""
         ...
 
     @property
@@ -91,6 +91,10 @@ class ImagePipeline(Protocol):
         mask_image: Sequence[Any] | None = None,
         control_image: Sequence[Any] | None = None,
         reference_image: Sequence[Any] | None = None,
+        controlnet_conditioning_scale: Sequence[float] = (),
+        control_guidance_start: Sequence[float] = (),
+        control_guidance_end: Sequence[float] = (),
+        control_mode: Sequence[int | None] = (),
         paste_back: bool = True,
         resize_references: bool = True,
         tiled: bool = False,

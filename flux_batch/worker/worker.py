@@ -104,12 +104,13 @@ class Worker:
         name = f"{socket.gethostname()}:{os.getpid()}"
         self._publisher = Publisher(self._commits, output_format, factory.passthrough, name)
         loras = RowLoras(config.model.loras, "").defaults
+        self._image_options = image_options(config)
         self._maker = BatchMaker(
             pipeline,
             loras,
             Tiles.of(config.sampling),
             self._beat_making,
-            image_options=image_options(config.sampling),
+            image_options=self._image_options,
         )
         # Once the LoRAs of the job are set, which may make another variant of the model.
         self._sampling = config.sampling.for_model(pipeline.default_guidance)
@@ -277,7 +278,7 @@ class Worker:
         return remembered_batch_size(self._store, self._measure_batch_size) if size == "auto" else size
 
     def _measure_batch_size(self) -> int:
-        return measured_batch_size(self._pipeline, self._sampling, self._beat_making)
+        return measured_batch_size(self._pipeline, self._sampling, self._beat_making, image_options=self._image_options)
 
     def _read_images(self, images: RowImages, size: tuple[int, int] | None) -> Mapping[str, Any]:
         options, resize = self._config.prompts.storage_options, self._sampling.resize_references

@@ -9,15 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_batch.model.checkpoint.diffusers_keys import controlnet_from_diffusers, controlnet_to_diffusers
+from flux_batch.model.checkpoint.diffusers_keys import (
+    controlnet_from_diffusers,
+    controlnet_rules,
+    controlnet_to_diffusers,
+    original_names,
+)
 from flux_batch.model.conditions.controlnet import (
     ControlNet,
     ControlNetParams,
     Controls,
     ControlUse,
     spread,
-    used_residuals,
 )
+from flux_batch.model.footprint import DEV_SIZE, controlnet_flops, residual_bytes, step_flops
+from flux_batch.model.params import DEV, used_residuals
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds
 from helpers.golden import FLUX, check, filled, tensor, weight
@@ -101,3 +107,33 @@ def test_each_residual_feeds_its_blocks(count: int, blocks: int, repeats: bool, 
     found = spread([torch.tensor(float(each)) for each in range(used)], blocks, count, repeats)
     assert len(found) == blocks
     assert [float(each) for each in found].count(used - 1) == last
+
+
+# Of published nets: double and single blocks, modes, pixels, condition channels, numbers; share of the base's work.
+PUBLISHED: dict[str, tuple[int, int, int, bool, int, int, float]] = {
+    "InstantX Union": (5, 10, 10, False, 64, 3_301_956_608, 0.26),
+    "Shakker Union-Pro-2.0": (6, 0, 0, False, 64, 2_140_876_800, 0.09),
+    "jasper Upscaler": (5, 0, 0, False, 64, 1_791_605_248, 0.09),
+    "alimama": (6, 0, 0, False, 68, 2_140_889_088, 0.09),
+    "XLabs": (2, 0, 0, True, 64, 743_807_280, 0.04),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_nets_have_their_numbers(name: str) -> None:
+    depth, depth_single, num_modes, reads_pixels, channels, count, share = PUBLISHED[name]
+    with torch.device("meta"):
+        net = ControlNet(
+            ControlNetParams(
+                flux=replace(DEV, depth=depth, depth_single_blocks=depth_single),
+                condition_channels=channels,
+                num_modes=num_modes,
+                reads_pixels=reads_pixels,
+            )
+        )
+    assert sum(parameter.numel() for parameter in net.parameters()) == count
+    shapes = {key: tuple(value.shape) for key, value in controlnet_to_diffusers(net.state_dict()).items()}
+    assert original_names(shapes, controlnet_rules).keys() == net.state_dict().keys()
+    assert round(controlnet_flops(shapes, DEV_SIZE, 4096, 512) / step_flops(DEV_SIZE, 4096, 512), 2) == share
+    residuals = min(depth, 5) + depth_single
+    assert residual_bytes(shapes, DEV_SIZE, 4096, 2, "bfloat16") == (residuals + 1) * 2 * 4096 * 3072 * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.checkpoint.diffusers_keys import transformer_to_diffusers
+from flux_batch.model.checkpoint.diffusers_keys import controlnet_to_diffusers, transformer_to_diffusers
+from flux_batch.model.conditions.controlnet import ControlNet, ControlNetParams
 from flux_batch.model.params import AUTOENCODER, DEV
 from flux_batch.model.transformer import Flux
 from flux_batch.plan.memory import CHOICES, format_memory, memory
@@ -130,6 +132,28 @@ def test_offloaded_text_encoders_leave_their_room_to_activations(
     assert figures[1]["bytes"]["t5"] == 0
     # As they come back for texts, it is never less than what they take.
     assert figures[1]["bytes"]["activations"] >= figures[0]["bytes"]["t5"] + figures[0]["bytes"]["clip"]
+
+
+def test_controlnets_are_counted_once_each_and_their_residuals_for_each_image(dev: Path, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        union = ControlNet(
+            ControlNetParams(flux=replace(DEV, depth=5, depth_single_blocks=10), condition_channels=64, num_modes=10)
+        )
+    state = controlnet_to_diffusers(union.state_dict())
+    path = tmp_path / "union.safetensors"
+    write(path, {name: tuple(value.shape) for name, value in state.items()}, "BF16")
+    plain = memory(job(dev, tmp_path))["bytes"]
+    nets = [{"uri": str(path), "mode": mode} for mode in (0, 2)]
+    config = job(dev, tmp_path)
+    with_nets = config.model_copy(
+        update={"model": config.model.model_validate(config.model.model_dump() | {"controlnets": nets})}
+    )
+    counted = memory(with_nets)["bytes"]
+    assert counted["controlnets"] == 2 * 3_301_956_608
+    assert plain["activations"] < counted["activations"] < plain["activations"] + 64 * 4096 * 3072 * 2
+    gone = {"controlnets": [{"uri": str(tmp_path / "gone.safetensors")}]}
+    config = config.model_copy(update={"model": config.model.model_validate(config.model.model_dump() | gone)})
+    assert "gone.safetensors is not on this machine" in memory(config)["error"]
 
 
 def test_with_cuda_graphs_nobody_else_gets_what_denoising_takes(dev: Path, tmp_path: Path) -> None:

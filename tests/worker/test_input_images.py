@@ -161,7 +161,8 @@ def test_control_images_and_images_that_no_model_reads_yet(tmp_path: Path) -> No
         {"prompt": "gone", "control_image": ["a.png", "b.png"], "image_prompt": None},
         {"prompt": "later", "control_image": None, "image_prompt": "a.png"},
     ]
-    config = make_job(tmp_path, rows)
+    nets = [{"uri": "net", "scale": 0.7, "end": 0.8}, {"uri": "union", "mode": 2}]
+    config = make_job(tmp_path, rows, model={"uri": "fake", "controlnets": nets})
     pipeline = FakePipeline()
 
     render(config, pipeline)
@@ -171,7 +172,12 @@ def test_control_images_and_images_that_no_model_reads_yet(tmp_path: Path) -> No
     assert (one["status"], one["control_image"]) == ("success", "a.png")
     assert "control_image b.png: there is no file" in gone["error_message"]
     assert "column 'image_prompt': there is no support yet for models that read it" in later["error_message"]
-    assert [[image.size for image in each] for given in pipeline.conditions for each in given.get("control_image", [])]
+    (sizes,) = (
+        [image.size for image in each] for given in pipeline.conditions for each in given.get("control_image", [])
+    )
+    assert sizes == [(64, 48)]
+    settings = {"controlnet_conditioning_scale": [0.7, 1.0], "control_guidance_end": [0.8, 1.0]}
+    assert [options for options in pipeline.options if options] == [settings | {"control_mode": [None, 2]}]
 
 
 def test_rows_take_the_size_of_their_reference_images(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flux_batch.model.params import Config, FluxParams, Shapes, flux_params, shape_of
+from flux_batch.model.params import Config, FluxParams, Shapes, counts_at, flux_params, shape_of, used_residuals
 from flux_batch.model.sampling import pack
 from flux_batch.model.transformer import Denoiser, Flux, Modulations, PromptEmbeds, Residuals
 
@@ -158,7 +158,7 @@ class ControlUse(NamedTuple):
 
     def is_active(self, step: int, num_steps: int) -> bool:
         """Return whether the net counts at a step, as in diffusers."""
-        return not (step / num_steps < self.start or (step + 1) / num_steps > self.end)
+        return counts_at(step, num_steps, self.start, self.end)
 
 
 class Controls:
@@ -213,11 +213,6 @@ class Controls:
             spread([use.scale * each for each in found.double], p.depth, total, repeats),
             spread([use.scale * each for each in found.single], p.depth_single_blocks, len(found.single)),
         )
-
-
-def used_residuals(count: int, num_blocks: int, repeats: bool = False) -> int:
-    """Return how many of a net's residuals feed a block of the base: of 6 for 19 blocks the last feeds none."""
-    return min(count, num_blocks) if repeats or not count else ceil(num_blocks / ceil(num_blocks / count))
 
 
 def spread(residuals: Sequence[Tensor], num_blocks: int, count: int, repeats: bool = False) -> list[Tensor]:

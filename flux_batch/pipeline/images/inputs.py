@@ -39,14 +39,23 @@ class ImageInputs:
                 )
         if self.mask_image is None:
             return
-        if self.input_image is None:
-            raise InvalidSetting("mask_image: needs an input_image to repaint", field="mask_image")
-        for mask, image in zip(self.mask_image, self.input_image, strict=True):
+        controls = (
+            None if self.control_image is None else [images[0] if images else None for images in self.control_image]
+        )
+        repainted = self.input_image or controls
+        if repainted is None:
+            raise InvalidSetting(_NO_IMAGE_FOR_MASK, field="mask_image")
+        for mask, image in zip(self.mask_image, repainted, strict=True):
             if isinstance(mask, Image.Image) and isinstance(image, Image.Image):
                 try:
                     check_proportions(mask.size, image.size)
                 except RowError as error:
                     raise InvalidSetting(f"mask_image {error}", field="mask_image") from error
+
+    @property
+    def num_controls(self) -> int:
+        """The number of control images of the first image; 0 for none."""
+        return len(self.control_image[0]) if self.control_image else 0
 
     @property
     def reference_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -58,8 +67,11 @@ class ImageInputs:
         default = next(iter(self.reference_sizes), (_DEFAULT_SIDE, _DEFAULT_SIDE))
         return default[0] if width is None else width, default[1] if height is None else height
 
-    def check_for(self, variant: Variant) -> None:
-        """Raise InvalidSetting unless a variant of the model has exactly what it reads."""
+    def check_for(self, variant: Variant, *, nets_read_mask: bool = False) -> None:
+        """Raise InvalidSetting unless a variant of the model has exactly what it reads.
+
+        nets_read_mask: a ControlNet reads the mask, with or without an input_image.
+        """
         needs = " and ".join(variant.needs)
         for name in variant.needs:
             if getattr(self, name) is None:
@@ -67,13 +79,16 @@ class ImageInputs:
         for name in IMAGE_ARGUMENTS:
             if getattr(self, name) is not None and name not in {*variant.needs, *variant.reads}:
                 raise InvalidSetting(f"{name}: {variant.title} reads none; leave it out", field=name)
-        for images in self.control_image or ():  # such a variant reads one in its channels
+        if self.mask_image is not None and self.input_image is None and not nets_read_mask:
+            raise InvalidSetting(_NO_IMAGE_FOR_MASK, field="mask_image")
+        for images in (self.control_image or ()) if variant.channels == 2 else ():
             if len(images) != 1:
                 raise InvalidSetting(
                     f"control_image: {len(images)} images, where {variant.title} reads one", field="control_image"
                 )
 
 
+_NO_IMAGE_FOR_MASK = "mask_image: needs an input_image to repaint"
 # Arguments of which an image may have several.
 _SEVERAL = ("control_image", "reference_image")
 # Pixels.

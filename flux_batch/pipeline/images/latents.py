@@ -76,6 +76,22 @@ class ImageLatents:
         """Return what a variant reads of the images of a call, at every step."""
         return _Conditions(self._channels(request, variant), self._references(request))
 
+    def control(self, request: PipelineRequest, place: int, *, as_pixels: bool, with_mask: bool) -> Tensor:
+        """Return the control images at a place of each image's list, as a ControlNet reads them.
+
+        as_pixels: (b, 3, 8h, 8w) in [-1, 1]; else packed latents (b, n, c), of the posterior's mean. with_mask: where
+        the mask repaints the image is black, and what it keeps is a further latent channel.
+        """
+        images = [each[place] for each in request.images.control_image or ()]
+        pixels = self._pixels(images, "control_image", request)
+        if as_pixels:
+            return self._as_latents(pixels)
+        if not with_mask:
+            return pack(self.encode(pixels, request.tiling))
+        mask, p = self.masks(request), self.autoencoder.params
+        latents = pack(self.encode(torch.where(mask > 0, -1.0, pixels), request.tiling))
+        return torch.cat((latents, self._as_latents(1 - latent_mask(mask, 1, p.downscale))), dim=-1)
+
     def _channels(self, request: PipelineRequest, variant: Variant) -> Tensor | None:
         """Return what a variant reads in the channels of each token, beside the noise: (b, n, c); None for nothing.
 

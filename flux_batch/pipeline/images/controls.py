@@ -1,0 +1,170 @@
+"""The ControlNets of a pipeline: the settings of a call for each, and what each reads of the call's images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from flux_batch.errors import InvalidSetting
+from flux_batch.model.conditions.controlnet import ControlNet, ControlUse
+from flux_batch.model.conditions.variant import Variant
+from flux_batch.sampling_params import check_integer, check_number
+
+if TYPE_CHECKING:
+    from flux_batch.pipeline.images.latents import ImageLatents
+    from flux_batch.pipeline.request import PipelineRequest
+
+
+class ControlSetting(NamedTuple):
+    """The settings of one control image, in the words of diffusers.
+
+    scale: the strength of its net, 0 is none. start, end: it counts at step i of n if i / n >= start and
+    (i + 1) / n <= end. mode: the kind of image, of a union net alone: 0 canny, 1 tile, 2 depth, 3 blur, 4 pose, 5 grey,
+    6 low quality. Each net is mapped to the blocks of the model before nets are added, which diffusers does after.
+    """
+
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mode: int | None = None
+
+
+# The arguments of a call, by the names of diffusers, in the order of ControlSetting.
+_ARGUMENTS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode")
+
+
+class ControlNets:
+    """The ControlNets of a pipeline, none of them or several.
+
+    Each reads one control image of an image; a single net reads all of them, one after the other.
+    """
+
+    def __init__(self, nets: Sequence[ControlNet] = ()) -> None:
+        self.nets = tuple(nets)
+
+    def settings(self, num_images: int, *arguments: Any) -> tuple[ControlSetting, ...]:
+        """Return the setting of each of `num_images` control images of an image; 0: as many as nets.
+
+        arguments: those of a call, each one value for all or a list. Raises: InvalidSetting for a value out of range,
+        another number of values than images, a net without its mode, or a mode of a net without modes.
+        """
+        if not self.nets:
+            return ()
+        count = num_images or len(self.nets)
+        lists = [_one_each(name, value, count) for name, value in zip(_ARGUMENTS, arguments, strict=True)]
+        found = tuple(ControlSetting(*values) for values in zip(*lists, strict=True))
+        for number, setting in enumerate(found, start=1):
+            _check_range(number, setting)
+        for number, (net, setting) in enumerate(zip(self._net_of_each(count), found, strict=False), start=1):
+            _check_mode(number, net.controlnet_params.num_modes, setting.mode)
+        return found
+
+    def check(self, request: PipelineRequest, variant: Variant) -> None:
+        """Raise InvalidSetting unless the images of a call are what a variant of the model and the nets read."""
+        images, settings = request.images, request.controls
+        counts_any = any(each.scale for each in settings)
+        if not self.nets:
+            images.check_for(variant)
+            return
+        if "control_image" in variant.needs:
+            raise InvalidSetting(
+                f"control_image: {variant.title} reads it in its channels, and ControlNets read one as well; use one "
+                "of the two",
+                field="control_image",
+            )
+        with_nets = replace(
+            variant,
+            title=f"{variant.title} with ControlNets",
+            needs=(*variant.needs, *(["control_image"] if counts_any else [])),
+            reads=(*variant.reads, "control_image"),
+        )
+        images.check_for(with_nets, nets_read_mask=any(net.controlnet_params.reads_mask for net in self.nets))
+        if not counts_any or images.control_image is None:
+            return
+        if images.reference_image is not None:
+            raise InvalidSetting(
+                "reference_image: ControlNets do not go with reference images; leave one of them out",
+                field="reference_image",
+            )
+        counts = {len(each) for each in images.control_image}
+        wanted = len(self.nets)
+        if len(counts) != 1 or (wanted > 1 and counts != {wanted}) or counts == {0}:
+            raise InvalidSetting(
+                f"control_image: {' and '.join(map(str, sorted(counts)))} images, where the model has {wanted} "
+                f"ControlNet{'s' if wanted > 1 else ''}: give one for each"
+                + ("" if wanted > 1 else ", or several of the same number for each image of a call"),
+                field="control_image",
+            )
+        readers = [net.controlnet_params.reads_mask for net in self._net_of_each(len(settings))]
+        if images.mask_image is None and any(
+            reads and setting.scale for reads, setting in zip(readers, settings, strict=True)
+        ):
+            raise InvalidSetting(
+                "mask_image is missing: a ControlNet for inpainting needs it, white where it repaints",
+                field="mask_image",
+            )
+
+    def uses(self, request: PipelineRequest, latents: ImageLatents) -> list[ControlUse]:
+        """Return the nets that count in a call, each with its control images encoded."""
+        return [
+            ControlUse(net, self._condition(net, request, place, latents), *setting)
+            for place, (net, setting) in enumerate(
+                zip(self._net_of_each(len(request.controls)), request.controls, strict=True)
+            )
+            if setting.scale
+        ]
+
+    def _condition(self, net: ControlNet, request: PipelineRequest, place: int, latents: ImageLatents) -> Tensor:
+        p = net.controlnet_params
+        control = latents.control(request, place, as_pixels=p.reads_pixels, with_mask=p.reads_mask)
+        return net.embed_condition(control)
+
+    def _net_of_each(self, count: int) -> tuple[ControlNet, ...]:
+        """Return the net of each control image of an image."""
+        return self.nets * count if len(self.nets) == 1 else self.nets
+
+
+def _check_range(number: int, setting: ControlSetting) -> None:
+    """Raise InvalidSetting for a setting out of range."""
+    scale, start, end, mode = setting
+    check_number("controlnet_conditioning_scale", scale)
+    check_number("control_guidance_start", start)
+    check_number("control_guidance_end", end)
+    if not 0 <= start < end <= 1:
+        raise InvalidSetting(
+            f"control_guidance_start = {start} and control_guidance_end = {end} of control image {number}: must be "
+            "shares of the steps, from 0 to 1, the start before the end",
+            field="control_guidance_start",
+        )
+    if mode is not None:
+        check_integer("control_mode", mode, 0, 2**31)
+
+
+def _check_mode(number: int, num_modes: int, mode: int | None) -> None:
+    """Raise InvalidSetting unless a union net has its mode, and any other has none."""
+    if num_modes and (mode is None or mode >= num_modes):
+        raise InvalidSetting(
+            f"control_mode = {mode} of control image {number}: its union ControlNet needs one from 0 to "
+            f"{num_modes - 1}: 0 canny, 1 tile, 2 depth, 3 blur, 4 pose, 5 grey, 6 low quality",
+            field="control_mode",
+        )
+    if mode is not None and not num_modes:
+        raise InvalidSetting(
+            f"control_mode = {mode} of control image {number}: its ControlNet is no union net and has no modes; leave "
+            "it out",
+            field="control_mode",
+        )
+
+
+def _one_each(name: str, value: Any, count: int) -> list[Any]:
+    """Return a value for each control image. Raises: InvalidSetting for a list of another length."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidSetting(
+            f"{name}: {len(value)} values for {count} control images; give one, or one each", field=name
+        )
+    return list(value)

@@ -1,0 +1,279 @@
+"""ControlNets beside diffusers on the same weights: kinds, numbers of nets and blocks; and what a call refuses."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxControlNetModel, FluxControlNetPipeline
+from diffusers.models.controlnets.controlnet_flux import FluxMultiControlNetModel
+from PIL import Image
+from safetensors.torch import save_file
+
+from flux_batch import FluxImagePipeline, ModelManager
+from flux_batch.config.schema import ModelConfig
+from flux_batch.errors import CheckpointError, InvalidSetting
+from flux_batch.model.checkpoint.diffusers_keys import controlnet_from_diffusers
+from flux_batch.model.sampling import pack
+from flux_batch.pipeline.images.controls import ControlNets
+from flux_batch.pipeline.load import load_pipeline
+from flux_batch.pipeline.pixels import to_pixels
+from flux_batch.pipeline.weights import check_weights
+from helpers.parity import assert_same, load_reference
+from helpers.tiny_calls import CPU, PROMPTS, SEEDS, SMALL, noise_image
+from helpers.tiny_flux import CLIP_WIDTH, T5_WIDTH, TinyFlux, make_tiny_repository, read_folder, shake_vectors
+
+# A deprecation inside diffusers, of its own class.
+pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
+IMAGES = [noise_image(96, 64), noise_image(96, 64).rotate(180), noise_image(48, 32)]
+BASE = TinyFlux(depth=3, depth_single_blocks=5)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_repository(tmp_path_factory.mktemp("models") / "dev", BASE)
+
+
+def make_net(folder: Path, depth: int, depth_single: int, modes: int | None = None, *, xlabs: bool = False) -> Path:
+    """Write a net of random weights as diffusers does; those that it starts at zero are random too."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7 * depth + depth_single)
+        net = FluxControlNetModel(
+            in_channels=64,
+            num_layers=depth,
+            num_single_layers=depth_single,
+            attention_head_dim=sum(BASE.axes_dim),
+            num_attention_heads=BASE.num_heads,
+            joint_attention_dim=T5_WIDTH,
+            pooled_projection_dim=CLIP_WIDTH,
+            guidance_embeds=True,
+            axes_dims_rope=BASE.axes_dim,
+            num_mode=modes,
+            conditioning_embedding_channels=16 if xlabs else None,
+            patch_size=2 if xlabs else 1,
+        )
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                if name.startswith(("controlnet_", "input_hint_block.")) and parameter.ndim > 1:
+                    parameter.normal_(std=0.2)
+        shake_vectors(net)
+    net.save_pretrained(folder)
+    return folder
+
+
+class Mapped(FluxMultiControlNetModel):
+    """Several nets, each mapped to the blocks of the base before they are added, which diffusers does after."""
+
+    def forward(self, *, controlnet_cond: Any, controlnet_mode: Any, conditioning_scale: Any, **inputs: Any) -> Any:
+        inputs.pop("return_dict")
+        double, single = [0.0] * BASE.depth, [0.0] * BASE.depth_single_blocks
+        for net, image, mode, scale in zip(
+            self.nets, controlnet_cond, controlnet_mode, conditioning_scale, strict=True
+        ):
+            found = net(
+                controlnet_cond=image,
+                controlnet_mode=mode[:, None],
+                conditioning_scale=scale,
+                return_dict=False,
+                **inputs,
+            )
+            for sums, residuals in zip((double, single), found, strict=True):
+                for block in range(len(sums) if residuals else 0):
+                    sums[block] = sums[block] + residuals[block // math.ceil(len(sums) / len(residuals))]
+        return double, single
+
+
+def reference_of(base: Path, *nets: Path) -> Any:
+    """Return diffusers' pipeline, whose posterior of control images has no width, so that its sample is its mean."""
+    found = [FluxControlNetModel.from_pretrained(net).eval() for net in nets]
+    reference = load_reference(base)
+    reference = FluxControlNetPipeline(
+        **reference.components, controlnet=found[0] if len(found) == 1 else Mapped(found)
+    )
+    reference.set_progress_bar_config(disable=True)
+    conv = reference.vae.encoder.conv_out
+    with torch.no_grad():
+        conv.weight[16:], conv.bias[16:] = 0, -60.0
+    return reference
+
+
+def with_latents(reference: Any, height: int, width: int, **arguments: Any) -> dict[str, Any]:
+    """Return diffusers' arguments with our noise: it draws that of the posterior first."""
+    noise = [
+        torch.randn((1, 16, height // 8, width // 8), generator=torch.Generator().manual_seed(seed)) for seed in SEEDS
+    ]
+    latents = reference._pack_latents(torch.cat(noise), len(SEEDS), 16, height // 8, width // 8)
+    return {"guidance_scale": 3.5, "latents": latents, **arguments}
+
+
+@pytest.mark.parametrize(
+    ("depth", "depth_single", "mode", "height", "width"),
+    [(2, 2, None, 64, 96), (1, 0, None, 32, 48), (2, 1, 4, 48, 32), (3, 5, None, 64, 96)],
+)
+def test_a_net_and_its_settings(
+    base: Path, tmp_path: Path, depth: int, depth_single: int, mode: int | None, height: int, width: int
+) -> None:
+    net = make_net(tmp_path / "net", depth, depth_single, 10 if mode else None)
+    reference = reference_of(base, net)
+    settings = {"controlnet_conditioning_scale": 0.6, "control_guidance_start": 0.2, "control_guidance_end": 0.8}
+    assert_same(
+        FluxImagePipeline.from_pretrained(base, controlnets=[net], **CPU),
+        reference,
+        height=height,
+        width=width,
+        num_inference_steps=5,
+        ours={"control_image": IMAGES, "control_mode": mode, **settings},
+        theirs=with_latents(reference, height, width, control_image=IMAGES, **settings) | {"control_mode": mode},
+    )
+
+
+def test_nets_of_other_numbers_of_blocks_add_up_whatever_their_order(base: Path, tmp_path: Path) -> None:
+    sizes = {"1/0": (1, 0, None), "1/2": (1, 2, 10), "3/5": (3, 5, None)}
+    nets = [make_net(tmp_path / name[0] / name[2], *size) for name, size in sizes.items()]
+    settings: dict[str, Any] = {
+        "controlnet_conditioning_scale": [0.6, 1.1, 0.4],
+        "control_guidance_start": [0.0, 0.4, 0.0],
+        "control_guidance_end": [0.8, 1.0, 1.0],
+        "control_mode": [None, 7, None],
+    }
+    pipe = FluxImagePipeline.from_pretrained(base, controlnets=nets, **CPU)
+    reference = reference_of(base, *nets)
+    by_net = [IMAGES, IMAGES[::-1], [IMAGES[1]] * 3]
+    by_image = [list(images) for images in zip(*by_net, strict=True)]
+    assert_same(
+        pipe,
+        reference,
+        num_inference_steps=5,
+        ours={"control_image": by_image, **settings},
+        theirs=with_latents(reference, 64, 96, control_image=by_net, **settings),
+    )
+    common = {"seed": 3, "output_type": "latent", **SMALL}
+    expected = pipe(PROMPTS[0], control_image=by_image[0], **settings, **common)
+    pipe.controlnets = ControlNets(pipe.controlnets.nets[::-1])
+    turned = {name: values[::-1] for name, values in settings.items()}
+    torch.testing.assert_close(
+        pipe(PROMPTS[0], control_image=by_image[0][::-1], **turned, **common), expected, atol=1e-5, rtol=0
+    )
+
+
+def test_original_keys_of_xlabs_and_true_cfg(base: Path, tmp_path: Path) -> None:
+    net = make_net(tmp_path / "net", 2, 0, xlabs=True)
+    original = tmp_path / "flux-canny-controlnet.safetensors"
+    save_file(controlnet_from_diffusers(read_folder(net)), original)
+    manager = ModelManager(torch.float32, "cpu")
+    manager.load_models([original, *(base / part for part in ("text_encoder", "text_encoder_2", "vae", "transformer"))])
+    reference = reference_of(base, net)
+    cfg = {"negative_prompt": ["blurry"] * 3}
+    assert_same(
+        FluxImagePipeline.from_model_manager(manager),
+        reference,
+        ours={"control_image": IMAGES, "cfg_scale": 2.0, **cfg},
+        theirs=with_latents(reference, 64, 96, control_image=IMAGES, true_cfg_scale=2.0, **cfg),
+    )
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_net(tmp_path_factory.mktemp("nets") / "net", 2, 1)
+
+
+@pytest.mark.parametrize("speed_up", ["step cache", "fp8", "bfloat16", "tiled", "twice"])
+def test_speed_ups_hold(base: Path, net: Path, speed_up: str) -> None:
+    common: dict[str, Any] = {"seed": 1, "output_type": "latent", "control_image": IMAGES[0], **SMALL}
+    common["control_guidance_end"] = 0.5
+    expected = FluxImagePipeline.from_pretrained(base, controlnets=[net], **CPU)("x", **common)
+    narrow: Any = {"quantization": speed_up} if speed_up in ("fp8", "bfloat16") else {}
+    options: dict[str, Any] = {
+        "step cache": {"step_cache": 1e-9},
+        "tiled": {"tiled": True, "tile_size": 128},
+        "twice": {"control_image": IMAGES[:1] * 2, "controlnet_conditioning_scale": [0.7, 0.3]},
+    }.get(speed_up, {})
+    found = FluxImagePipeline.from_pretrained(base, controlnets=[net], **narrow, **CPU)("x", **common | options)
+    torch.testing.assert_close(found, expected, atol=0.3 if narrow else 1e-5, rtol=0)
+    assert (found - expected).abs().max() > 0 or not narrow
+
+
+def test_a_step_cache_computes_where_a_net_begins_or_ends(base: Path, net: Path) -> None:
+    pipe = FluxImagePipeline.from_pretrained(base, controlnets=[net], **CPU)
+    common: dict[str, Any] = {"seed": 1, "output_type": "latent", "control_image": IMAGES[0], **SMALL}
+    common |= {"num_inference_steps": 6, "control_guidance_start": 0.5}
+    runs: list[int] = []
+    residuals = pipe.controlnets.nets[0].residuals
+    pipe.controlnets.nets[0].residuals = lambda *inputs: runs.append(1) or residuals(*inputs)  # type: ignore
+    pipe("x", step_cache=1.0, **common)
+    assert len(runs) == 2  # where the net begins, and at the last step
+    pipe("x", **common)
+    assert len(runs) == 5
+
+
+def test_an_inpainting_net_reads_what_is_kept(base: Path, tmp_path: Path) -> None:
+    """As in alimama's code, which diffusers lacks: the hole is black, and a channel says what is kept."""
+    folder = make_net(tmp_path / "net", 2, 0)
+    state = read_folder(folder)
+    state["controlnet_x_embedder.weight"] = torch.randn(len(state["controlnet_x_embedder.bias"]), 68)
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    pipe = FluxImagePipeline.from_pretrained(base, controlnets=[folder], **CPU)
+    mask = Image.new("L", (96, 64))
+    mask.paste(255, (10, 5, 60, 41))
+    black = Image.composite(Image.new("RGB", (96, 64)), IMAGES[0], mask)
+    kept = 1 - torch.from_numpy(np.asarray(mask)[::8, ::8] > 127).float()
+    with torch.inference_mode():
+        latents = pipe.latents.encode(to_pixels(black, 96, 64)[None], None)
+    condition = torch.cat((pack(latents), pack(kept[None, None])), dim=-1)
+    seen: list[Any] = []
+    embed = pipe.controlnets.nets[0].embed_condition
+    pipe.controlnets.nets[0].embed_condition = lambda given: seen.append(given) or embed(given)  # type: ignore
+    made = pipe("x", control_image=IMAGES[0], mask_image=mask, seed=1, output_type="latent", **SMALL)
+    torch.testing.assert_close(seen[0], condition, atol=1e-5, rtol=0)
+    assert made.isfinite().all()
+    with pytest.raises(InvalidSetting, match="mask_image is missing: a ControlNet for inpainting needs it"):
+        pipe("x", control_image=IMAGES[0], **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "control_image is missing: FLUX.1 with ControlNets needs control_image"),
+        ({"control_image": [IMAGES[0]], "controlnet_conditioning_scale": [1.0, 2.0]}, "2 values for 1 control images"),
+        ({"control_image": IMAGES[0], "control_mode": 3}, "its ControlNet is no union net and has no modes"),
+        ({"control_image": IMAGES[0], "control_guidance_start": 0.9, "control_guidance_end": 0.2}, "the start before"),
+        ({"control_image": IMAGES[0], "mask_image": IMAGES[0]}, "mask_image: needs an input_image to repaint"),
+        ({"control_image": "edges.png"}, "control_image is a str: must be a PIL image"),
+    ],
+)
+def test_a_call_that_lacks_or_has_too_much_is_refused(
+    base: Path, net: Path, arguments: dict[str, Any], message: str
+) -> None:
+    pipe = FluxImagePipeline.from_pretrained(base, controlnets=[net], **CPU)
+    with pytest.raises(InvalidSetting, match=message):
+        pipe("x", **arguments, **SMALL)
+    plain = FluxImagePipeline.from_pretrained(base, **CPU)("x", seed=1, output_type="latent", **SMALL)
+    without = pipe("x", controlnet_conditioning_scale=0, seed=1, output_type="latent", **SMALL)
+    assert torch.equal(without, plain)
+
+
+def test_a_net_of_another_model_is_refused(base: Path, net: Path, repository: Path) -> None:
+    other = make_tiny_repository(net.parent / "other", TinyFlux(num_heads=4))
+    with pytest.raises(CheckpointError, match="it is of another model: numbers in a token is 32, and 64"):
+        FluxImagePipeline.from_pretrained(other, controlnets=[net], **CPU)
+    with pytest.raises(CheckpointError, match="is no ControlNet: it holds the transformer of a model"):
+        FluxImagePipeline.from_pretrained(base, controlnets=[base / "transformer"], **CPU)
+    with pytest.raises(InvalidSetting, match="cuda_graphs = True: a graph does not take the residuals"):
+        FluxImagePipeline.from_pretrained(base, controlnets=[net], cuda_graphs=True, **CPU)
+
+
+def test_a_job_has_its_nets_checked_when_the_model_is_loaded(base: Path, net: Path, tmp_path: Path) -> None:
+    union = make_net(tmp_path / "union", 1, 0, 10)
+    nets = [{"uri": str(net), "scale": 0.7}, {"uri": str(union), "mode": 2}, {"uri": str(union), "mode": 4}]
+    config: Any = {"uri": str(base), "dtype": "float32"}
+    pipe = load_pipeline(ModelConfig(controlnets=nets, **config), 0)
+    assert pipe.needed_images == ("control_image",) * 3
+    assert pipe.controlnets.nets[1] is pipe.controlnets.nets[2]
+    with pytest.raises(InvalidSetting, match="control_mode = None of control image 2: its union ControlNet needs one"):
+        load_pipeline(ModelConfig(controlnets=[*nets[:1], {"uri": str(union)}], **config), 0)
+    with pytest.raises(CheckpointError, match=r"ControlNet .*gone is not there"):
+        check_weights(ModelConfig(controlnets=[{"uri": str(tmp_path / "gone")}], **config))
