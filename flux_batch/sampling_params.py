@@ -149,9 +149,9 @@ def check_step_cache(value: float) -> None:
 
 
 def check_cuda_graphs(value: bool, step_cache: float, num_controlnets: int = 0) -> None:
-    """Raise InvalidSetting for CUDA graphs beside a step cache, which decides at each step what is launched.
+    """Raise InvalidSetting for CUDA graphs beside a step cache or ControlNets.
 
-    Or beside ControlNets, whose residuals no graph has among its inputs.
+    The one decides at each step what is launched; the residuals of the others are no input of a graph.
     """
     if value and step_cache:
         raise InvalidSetting(

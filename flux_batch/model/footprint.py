@@ -147,13 +147,16 @@ def controlnet_flops(shapes: Shapes, base: TransformerSize, num_image_tokens: in
 
 
 def residual_bytes(shapes: Shapes, base: TransformerSize, num_image_tokens: int, batch_size: int, dtype: str) -> int:
-    """Return the bytes of a ControlNet's residuals, which stay until the base is through, and of its condition."""
+    """Return the bytes of a ControlNet's residuals and of its condition.
+
+    They stay until the base is through.
+    """
     numbers = batch_size * num_image_tokens * base.hidden_size
     return (1 + sum(_num_residuals(shapes, base))) * numbers * _DTYPE_BYTES[dtype]
 
 
 def _num_residuals(shapes: Shapes, base: TransformerSize) -> tuple[int, int]:
-    """Return the residuals of double and of single blocks of a ControlNet that feed its base."""
+    """Return the numbers of double and single blocks' residuals that feed the base."""
     repeats = any(name.startswith("input_hint_block.") for name in shapes)
     double, single = _num_blocks(shapes)
     return used_residuals(double, base.depth, repeats), single

@@ -111,7 +111,7 @@ def test_each_residual_feeds_its_blocks(count: int, blocks: int, repeats: bool, 
 
 # Of published nets: double and single blocks, modes, pixels, condition channels, numbers; share of the base's work.
 PUBLISHED: dict[str, tuple[int, int, int, bool, int, int, float]] = {
-    "InstantX Union": (5, 10, 10, False, 64, 3_301_956_608, 0.26),
+    "InstantX Union": (5, 10, 10, False, 64, 3_301_956_608, 0.28),
     "Shakker Union-Pro-2.0": (6, 0, 0, False, 64, 2_140_876_800, 0.09),
     "jasper Upscaler": (5, 0, 0, False, 64, 1_791_605_248, 0.09),
     "alimama": (6, 0, 0, False, 68, 2_140_889_088, 0.09),

@@ -63,7 +63,7 @@ class ControlNets:
         return found
 
     def check(self, request: PipelineRequest, variant: Variant) -> None:
-        """Raise InvalidSetting unless the images of a call are what a variant of the model and the nets read."""
+        """Raise InvalidSetting unless a call has the images that the model and the nets read."""
         images, settings = request.images, request.controls
         counts_any = any(each.scale for each in settings)
         if not self.nets:

@@ -77,7 +77,7 @@ class ImageLatents:
         return _Conditions(self._channels(request, variant), self._references(request))
 
     def control(self, request: PipelineRequest, place: int, *, as_pixels: bool, with_mask: bool) -> Tensor:
-        """Return the control images at a place of each image's list, as a ControlNet reads them.
+        """Return control images as a ControlNet reads them: those at a place of each image's list.
 
         as_pixels: (b, 3, 8h, 8w) in [-1, 1]; else packed latents (b, n, c), of the posterior's mean. with_mask: where
         the mask repaints the image is black, and what it keeps is a further latent channel.
