@@ -46,7 +46,7 @@ def image_options(config: JobConfig) -> dict[str, dict[str, Any]]:
     Those that have their default are left out.
     """
     sampling, nets = config.sampling, config.model.controlnets
-    options = {
+    options: dict[str, dict[str, tuple[Any, Any]]] = {
         "mask_image": {"paste_back": (sampling.paste_back, True)},
         "reference_image": {"resize_references": (sampling.resize_references, True)},
         "control_image": {
