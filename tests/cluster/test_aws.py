@@ -19,6 +19,7 @@ from helpers.waiting import PATIENCE_S, wait_until
 from helpers.web_server import WebServer, web_server
 
 AWS = Path(__file__).parents[2] / "cluster/aws"
+WATCHER = AWS.parent / "spot_watcher.py"
 NOTICE = "/latest/meta-data/spot/instance-action"
 
 
@@ -40,8 +41,9 @@ def test_workers_are_spot_nodes_that_are_watched_and_nobody_carries_a_key() -> N
     assert tree["available_node_types"]["head"]["resources"] == {"CPU": 0}
     assert all("IamInstanceProfile" in kind["node_config"] for kind in tree["available_node_types"].values())
     assert "AWS_SECRET" not in (AWS / "cluster.yaml").read_text()
-    (folder,) = tree["file_mounts"]
-    assert f"{folder}/spot_watcher.py" in tree["worker_start_ray_commands"][-1]
+    ((there, here),) = tree["file_mounts"].items()
+    assert AWS.parents[1] / here == WATCHER
+    assert f"python {there}" in tree["worker_start_ray_commands"][-1]
 
 
 def test_the_image_has_what_the_launcher_needs_in_it() -> None:
@@ -49,19 +51,21 @@ def test_the_image_has_what_the_launcher_needs_in_it() -> None:
     text = (AWS.parent / "Dockerfile").read_text()
     (packages,) = re.findall(r"apt-get install (.*) \\", text)
     assert "rsync" in packages.split()
-    assert "constraints.txt . boto3\n" in text
+    assert "constraints.txt /wheel/*.whl boto3\n" in text
     assert re.search(r"^boto3==", (AWS.parent / "constraints.txt").read_text(), flags=re.MULTILINE)
 
 
 @contextmanager
-def watcher(server: WebServer, folder: Path, exit_codes: str = "0") -> Iterator[subprocess.Popen[str]]:
+def watcher(
+    server: WebServer, folder: Path, exit_codes: str = "0", cloud: str = "aws"
+) -> Iterator[subprocess.Popen[str]]:
     """Start a watcher whose `ray` writes down how it is called, and ends with one code after the other."""
     lines = ["#!/bin/sh", f'echo "$@" >> {folder}/calls', f"set -- {exit_codes}"]
     lines += [f"shift $(($(wc -l < {folder}/calls) - 1))", "exit $1"]
     ray = folder / "ray"
     ray.write_text("\n".join(lines) + "\n")
     ray.chmod(0o755)
-    words = [sys.executable, str(AWS / "spot_watcher.py"), "--metadata", server.url, "--interval", "0.05"]
+    words = [sys.executable, str(WATCHER), "--cloud", cloud, "--metadata", server.url, "--interval", "0.05"]
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
@@ -101,6 +105,58 @@ def test_a_notice_drains_the_node_in_the_time_that_is_left(tmp_path: Path) -> No
     assert words[:3] == ["drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     # Ten seconds less than was said to be left, and those that the test took.
     assert 12_000 - 10 - PATIENCE_S <= int(words[-1]) <= 12_000 - 10
+
+
+def with_header(name: str, value: str, answer: bytes) -> Any:
+    """Answer only those who ask as the documentation says."""
+
+    def answering(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200 if request.headers[name] == value else 403)
+        request.end_headers()
+        request.wfile.write(answer)
+
+    return answering
+
+
+def azure_events(*events: dict[str, Any]) -> Any:
+    body = json.dumps({"DocumentIncarnation": 1, "Events": events}).encode()
+    return with_header("Metadata", "true", body)
+
+
+PREEMPTED = "/computeMetadata/v1/instance/preempted"
+EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
+NAME = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
+
+
+def test_google_says_that_a_node_goes_and_leaves_half_a_minute(tmp_path: Path) -> None:
+    with web_server() as server:
+        server.at(PREEMPTED, with_header("Metadata-Flavor", "Google", b"FALSE"))
+        with watcher(server, tmp_path, cloud="google") as process:
+            wait_until(lambda: server.asked.count(PREEMPTED) >= 3)
+            assert process.poll() is None
+            server.at(PREEMPTED, with_header("Metadata-Flavor", "Google", b"TRUE"))
+            process.communicate(timeout=PATIENCE_S)
+            assert process.returncode == 0
+    (call,) = (tmp_path / "calls").read_text().splitlines()
+    assert 1 <= int(call.split()[-1]) <= 20
+
+
+def test_azure_names_the_machines_that_go(tmp_path: Path) -> None:
+    event = {"EventId": "1", "EventType": "Preempt", "ResourceType": "VirtualMachine", "EventStatus": "Scheduled"}
+    end = datetime.now(UTC) + timedelta(seconds=12_000)
+    event |= {"NotBefore": f"{end:%a, %d %b %Y %H:%M:%S} GMT"}
+    with web_server() as server:
+        server.at(NAME, with_header("Metadata", "true", b"gpu_7"))
+        others = [event | {"Resources": ["gpu_8"]}, event | {"EventType": "Reboot", "Resources": ["gpu_7"]}]
+        server.at(EVENTS, azure_events(*others))
+        with watcher(server, tmp_path, cloud="azure") as process:
+            wait_until(lambda: server.asked.count(EVENTS) >= 3)
+            assert process.poll() is None
+            server.at(EVENTS, azure_events(*others, event | {"Resources": ["gpu_8", "gpu_7"]}))
+            process.communicate(timeout=PATIENCE_S)
+            assert process.returncode == 0
+    (call,) = (tmp_path / "calls").read_text().splitlines()
+    assert 12_000 - 10 - PATIENCE_S <= int(call.split()[-1]) <= 12_000 - 10
 
 
 @pytest.mark.parametrize(
@@ -154,7 +210,7 @@ def test_ray_drains_the_node_that_it_is_told_of() -> None:
         with web_server() as server:
             server.at("/latest/api/token", b"token")
             server.at(NOTICE, only_with_token(in_s(6_000)))
-            words = [sys.executable, str(AWS / "spot_watcher.py"), "--metadata", server.url, "--interval", "0.1"]
+            words = [sys.executable, str(WATCHER), "--metadata", server.url, "--interval", "0.1"]
             done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=PATIENCE_S)
         assert done.returncode == 0, done.stdout + done.stderr
         assert draining_nodes() == {context.get_node_id()}
