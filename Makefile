@@ -13,7 +13,7 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS
 # Each of the processes that share the cores computes on one: more threads than cores mostly wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test test-fast test-avx2 test-long test-gpu tools browser chaos lint fix pages constraints clean
+.PHONY: help demo test test-fast test-avx2 test-long test-gpu tools browser chaos lint fix pages constraints release-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -83,6 +83,9 @@ pages: $(VENV)/dev.stamp ## write the tables of keys into jobs/README.md
 constraints: $(VENV)/dev.stamp ## write down the versions that are installed
 	@{ head -2 $(CONSTRAINTS); $(BIN)/pip freeze --exclude-editable | grep -v '^torch=='; } > $(CONSTRAINTS).new
 	@mv $(CONSTRAINTS).new $(CONSTRAINTS)
+
+release-check: $(VENV)/dev.stamp ## build what is published, and try it with the lowest and the newest dependencies
+	$(BIN)/python tests/helpers/release_check.py
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
