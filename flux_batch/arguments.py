@@ -83,10 +83,12 @@ def parser() -> argparse.ArgumentParser:
         "status",
         "show the progress of a run, from its output alone",
         "out/cats",
-        "s3://bucket/runs/cats --json",
+        "s3://bucket/runs/cats --watch",
     )
     _add_output(command)
     _add_json(command)
+    command.add_argument("--watch", action="store_true", help="go on until the run is complete; Ctrl-C ends it")
+    _add_price(command)
 
     command = _command(
         commands,

@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -185,9 +185,26 @@ def _preview(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     from flux_batch.report.progress.status import format_status, read_status
 
-    status = read_status(_store(arguments))
-    _print(json.dumps(status) if arguments.json else format_status(status))
+    store = _store(arguments)
+    if arguments.watch:
+        with suppress(KeyboardInterrupt):
+            _watch(arguments, store)
+        return 0
+    status = read_status(store)
+    _print(json.dumps(status) if arguments.json else format_status(status, price=arguments.price))
     return 0
+
+
+def _watch(arguments: argparse.Namespace, store: Store) -> None:
+    """Show a status until its run is complete."""
+    from flux_batch.report.progress.status import statuses, watch_status
+
+    if arguments.json:
+        for status in statuses(store):
+            _print(json.dumps(status))
+        return
+    with _display(arguments, f"reading {store.uri}") as live:
+        watch_status(store, arguments.price, _print, live.show if live else None)
 
 
 def _gallery(arguments: argparse.Namespace) -> int:
@@ -348,18 +365,21 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
 def _summary(report: RunReport) -> str:
     """Return the lines that a finished run prints."""
     from flux_batch.output.paths import FAILED, METADATA, TRAIN
+    from flux_batch.report.summary import failure_lines
 
     lines = [
         report.line,
         f"images   {report.output}/{TRAIN}",
         f"metadata {report.output}/{METADATA}",
     ]
+    reasons = failure_lines({"failures": report.failures, "examples": report.examples})
+    lines += [f"{'' if number else 'failed':<9}{line}" for number, line in enumerate(reasons)]
     if not report.is_complete:
         lines.append("NOT COMPLETE: run it again")
     elif report.exit_code:
         lines.append(
             f"{100 * report.failed_ratio:.1f} % failed, failures.max_ratio = {report.max_failed_ratio:g} allows less; "
-            f"the reasons are in {report.output}/{FAILED}"
+            f"all reasons are in {report.output}/{FAILED}"
         )
     return "\n".join(lines)
 
@@ -402,6 +422,7 @@ def _store(arguments: argparse.Namespace, uri: str | None = None) -> Store:
 
 def _print(text: str) -> None:
     sys.stdout.write(plain_text(text) + "\n")
+    sys.stdout.flush()  # whoever reads a pipe sees the line now
 
 
 def _explained(error: BaseException) -> tuple[str, int]:

@@ -46,7 +46,7 @@ from flux_batch.plan.shares import sampled_values
 from flux_batch.prompts.source import PromptSource
 from flux_batch.report.progress.progress import Progress
 from flux_batch.report.saved_run import read_json
-from flux_batch.report.summary import RunReport, Totals, installed_versions
+from flux_batch.report.summary import RunReport, Totals, first_failures, installed_versions
 from flux_batch.storage.store import STORE_TMP, Store
 from flux_batch.worker.settled_precision import kernels_of_run, settled_job
 
@@ -249,5 +249,6 @@ def _report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport
         model={key.removeprefix("model."): value for key, value in config.identity().items() if key[:6] == "model."},
         kernels=kernels_of_run(store),
         versions=installed_versions(),
+        examples=first_failures(progress.commit_log) if progress.commit_log else {},
         errors=tuple(progress.errors),
     )

@@ -67,19 +67,28 @@ class CommitLog:
     def read(cls, commits: Commits) -> CommitLog:
         """Return the counts of every commit. Raises: StoreError if one that is not in the log is damaged."""
         found, end = cls._saved(commits)
+        found._read_new(end)
+        return found
+
+    def update(self) -> None:
+        """Read the commits that came since. Raises: StoreError if one is damaged."""
+        self._read_new(_end(self.shards))
+
+    def _read_new(self, end: int) -> None:
+        """Read the commits that are not here; below `end` only a few are missing."""
+        commits = self.commits
         if end <= NAMES_A_PAGE or commits.run.store.is_local:
             end, listed = 0, commits.done()
-            found._keep(listed)
+            self._keep(listed)
         else:
             listed = commits.done(first=end)
-        known = set(found.shards)
+        known = set(self.shards)
         new = sorted(listed - known)
         for first in range(0, len(new), _COMMITS_AT_ONCE):
             for commit in commits.read_all(new[first : first + _COMMITS_AT_ONCE]):
-                found.add(commit)
+                self.add(commit)
         for commit in commits.find_all(shard for shard in range(end) if shard not in known):
-            found.add(commit)
-        return found
+            self.add(commit)
 
     @property
     def done(self) -> set[int]:

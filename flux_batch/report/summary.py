@@ -7,16 +7,21 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
+from flux_batch.errors import NotFound
 from flux_batch.output.commit_log import CommitLog
+from flux_batch.output.metadata import unpack_metadata
+from flux_batch.output.paths import failed_file
 from flux_batch.records import Kernels, ShardResult
 from flux_batch.report.progress.snapshot import count_of
 
+# Reasons of failures that are listed, and the length of an example in characters.
+_MAX_REASONS, _MAX_EXAMPLE = 5, 300
 _RUN_PACKAGES = ("flux-batch", "torch", "transformers", "ray", "pillow")
 
 
@@ -43,6 +48,7 @@ class RunReport:
     model: dict[str, Any] = field(default_factory=dict)
     kernels: Kernels | None = None  # of the first worker
     versions: dict[str, str | None] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)  # the first image of each error type, and its reason
     errors: tuple[str, ...] = ()  # of shards that failed for good
 
     @property
@@ -124,6 +130,39 @@ class Totals:
         self.num_failed += done.num_failed
         self.failures.update(done.failures)
         self.device_s += done.device_s
+
+
+def first_failures(counts: CommitLog, known: Collection[str] = ()) -> dict[str, str]:
+    """Return the key and message of the first failed image of the commonest error types.
+
+    Those in `known` are left out. Raises: StoreError.
+    """
+    run = counts.commits.run
+    first: dict[str, int] = {}
+    for shard, failures in counts.failures.items():
+        for error_type in failures:
+            first[error_type] = min(shard, first.get(error_type, shard))
+    examples: dict[str, str] = {}
+    for error_type, _ in counts.all_failures.most_common(_MAX_REASONS):
+        if error_type in known:
+            continue
+        try:
+            rows = unpack_metadata(run.store.read(failed_file(run.shard_name(first[error_type]))))
+        except NotFound:
+            continue
+        row = next((each for each in rows if each["error_type"] == error_type), None)
+        if row is not None:
+            examples[error_type] = f"{row['key']}: {row['error_message']}"
+    return examples
+
+
+def failure_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Return the commonest of `failures` as lines, each with its first image, from `examples`."""
+    lines = []
+    for error_type, number in Counter(figures["failures"]).most_common(_MAX_REASONS):
+        example = figures["examples"].get(error_type, "")[:_MAX_EXAMPLE]
+        lines.append(f"{number} {error_type}" + (f", first {example}" if example else ""))
+    return lines
 
 
 def installed_versions(packages: Iterable[str] = _RUN_PACKAGES) -> dict[str, str | None]:

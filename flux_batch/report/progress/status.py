@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flux_batch.errors import JobError, NotFound
@@ -13,64 +15,182 @@ from flux_batch.output.lease import Holder, read_holder
 from flux_batch.output.paths import PLAN, PRECISION, PROGRESS, SUCCESS, RunFolder
 from flux_batch.plan.plan import Outline
 from flux_batch.records import Kernels
-from flux_batch.report.progress.snapshot import duration
+from flux_batch.report.progress.snapshot import Snapshot, duration
 from flux_batch.report.saved_run import read_json
-from flux_batch.report.summary import Totals
+from flux_batch.report.summary import Totals, failure_lines, first_failures
 from flux_batch.storage.store import Store
 
-
-def read_status(store: Store) -> dict[str, Any]:
-    """Read the counts and the driver of a run. Raises: JobError if there is no run in the output."""
-    try:
-        num_rows = Outline.from_parquet(store.read(PLAN)).num_rows
-    except NotFound as error:
-        raise JobError(f"{store.uri}: there is no run here (no {PLAN})") from error
-    run = RunFolder(store, len(num_rows))
-    totals = Totals.of(CommitLog.read(Commits(run)))
-    holder = read_holder(store)
-    return {
-        "output": store.uri,
-        "num_prompts": sum(num_rows),
-        "num_shards": len(num_rows),
-        "num_committed": totals.num_committed,
-        "num_images": totals.num_images,
-        "num_failed": totals.num_failed,
-        "num_annotated": {name: len(AnnotationFolder(run, name).commits.done()) for name in annotation_names(run)},
-        "is_complete": store.exists(SUCCESS),
-        "progress": read_json(store, PROGRESS),
-        "precision": read_json(store, PRECISION),
-        "driver": None if holder is None else _driver(holder),
-    }
+# Seconds between two looks of a watcher.
+_WATCH_S = 5.0
+_STATES = {
+    "complete": "complete",
+    "running": "running",
+    "starting": "starting: a driver has the run, and has reported nothing yet",
+    "dead": "dead: its driver gives no sign of life; run the same command, it takes over and goes on",
+    "stopped": "stopped: run the same command to go on",
+}
+_COUNTS = ("num_shards", "num_committed", "num_images", "num_failed")
 
 
-def format_status(status: dict[str, Any], now: float | None = None) -> str:
-    """Return a status as lines for people."""
-    now = now if now is not None else time.time()
+def read_status(store: Store, now: float | None = None) -> dict[str, Any]:
+    """Read the counts, the failures and the driver of a run. Raises: JobError if there is no run in the output."""
+    return _Reader.open(store).read(now)
+
+
+def statuses(store: Store) -> Iterator[dict[str, Any]]:
+    """Yield the status of a run again and again until it is complete; a commit is read once."""
+    reader = _Reader.open(store)
+    while True:
+        status = reader.read()
+        yield status
+        if status["is_complete"]:
+            return
+        time.sleep(_WATCH_S)
+
+
+@dataclass
+class _Reader:
+    """The parts of a run that are read; the next look reads only what is new."""
+
+    run: RunFolder
+    outline: Outline
+    commit_log: CommitLog | None = None
+    examples: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, store: Store) -> _Reader:
+        """Read the plan of a run. Raises: JobError if there is none."""
+        try:
+            outline = Outline.from_parquet(store.read(PLAN))
+        except NotFound as error:
+            raise JobError(f"{store.uri}: there is no run here (no {PLAN})") from error
+        return cls(RunFolder(store, len(outline.num_rows)), outline)
+
+    def read(self, now: float | None = None) -> dict[str, Any]:
+        """Read the rest, as it is at this moment. `now` is in seconds since 1970."""
+        store, run = self.run.store, self.run
+        is_complete = store.exists(SUCCESS)  # first: it says that everything else is there
+        holder = read_holder(store)
+        if self.commit_log is None:
+            self.commit_log = CommitLog.read(Commits(run))
+        else:
+            self.commit_log.update()
+        totals = Totals.of(self.commit_log)
+        self.examples |= first_failures(self.commit_log, set(self.examples))
+        progress = read_json(store, PROGRESS)
+        return {
+            "output": store.uri,
+            "state": "complete" if is_complete else _state_of(holder, progress, time.time() if now is None else now),
+            "num_prompts": sum(self.outline.num_rows),
+            "num_shards": run.num_shards,
+            "num_committed": totals.num_committed,
+            "num_images": totals.num_images,
+            "num_failed": totals.num_failed,
+            "num_annotated": {name: len(AnnotationFolder(run, name).commits.done()) for name in annotation_names(run)},
+            "is_complete": is_complete,
+            "failures": dict(totals.failures.most_common()),
+            "examples": {kind: self.examples[kind] for kind in totals.failures if kind in self.examples},
+            "progress": progress,
+            "precision": read_json(store, PRECISION),
+            "driver": None if holder is None else _driver(holder),
+        }
+
+
+def format_status(status: Mapping[str, Any], now: float | None = None, price: float | None = None) -> str:
+    """Return a status as lines for people; `price` is that of an hour of a GPU."""
+    return "\n".join(f"{name:<8} {text}" for name, text in _rows(status, now, price))
+
+
+def watch_status(
+    store: Store, price: float | None, write: Callable[[str], None], draw: Callable[..., None] | None = None
+) -> None:
+    """Watch a run until it is complete: `write` has a line whenever something changed, and the whole status at the end.
+
+    draw: takes figures and their rows, in place of the lines.
+    """
+    said = ""
+    for status in statuses(store):
+        now = _figures(status)
+        if draw is not None:
+            draw(now, _rows(status, None, price))
+        elif (line := f"{status['state']}: {replace(now, elapsed_s=0.0).line(price)}") != said:
+            said = line
+            write(line)
+    write(format_status(status, price=price))
+
+
+def _rows(status: Mapping[str, Any], now: float | None, price: float | None) -> list[tuple[str, str]]:
+    """Return a status as rows of two columns."""
+    now = time.time() if now is None else now
     committed, shards = status["num_committed"], status["num_shards"]
-    share = 100 * committed / shards if shards else 100.0
-    lines = [
-        f"output   {status['output']}",
-        f"prompts  {status['num_prompts']}",
-        f"shards   {committed} of {shards} committed ({share:.0f} %)",
-        f"images   {status['num_images']} committed, {status['num_failed']} of them failed",
+    rows = [
+        ("output", status["output"]),
+        ("prompts", str(status["num_prompts"])),
+        ("shards", f"{committed} of {shards} committed ({100 * committed / shards if shards else 100:.0f} %)"),
+        ("images", f"{status['num_images']} committed, {status['num_failed']} of them failed"),
+        *(("" if number else "failed", line) for number, line in enumerate(failure_lines(status))),
+        *_progress_rows(status, now, price),
     ]
     if precision := status["precision"]:
         kernels = Kernels.of_record(precision)
-        lines.append(f"computes in {precision.get('dtype')}" + (f", on {kernels}" if kernels else ""))
+        rows.append(("computes", f"in {precision.get('dtype')}" + (f", on {kernels}" if kernels else "")))
     if annotated := status["num_annotated"]:
         each = ", ".join(f"{name} {number}" for name, number in annotated.items())
-        lines.append(f"columns  {each} of {shards} shards annotated")
-    if status["is_complete"]:
-        lines.append("state    complete")
-    elif progress := status["progress"]:
-        age_s = now - progress["unix_time"]
-        eta = f", {duration(progress['eta_s'])} left at that time" if progress["eta_s"] else ""
-        lines.append(f"state    last report {duration(age_s)} ago: {progress['images_per_s']:.2f} images/s{eta}")
-    else:
-        lines.append("state    no progress reported yet")
+        rows.append(("columns", f"{each} of {shards} shards annotated"))
+    rows.append(("state", _STATES[status["state"]]))
     if status["driver"] and not status["is_complete"]:
-        lines.append(f"driver   {_driver_line(status['driver'], now)}")
-    return "\n".join(lines)
+        rows.append(("driver", _driver_line(status["driver"], now)))
+    return rows
+
+
+def _progress_rows(status: Mapping[str, Any], now: float, price: float | None) -> list[tuple[str, str]]:
+    """Return what the driver has reported last, and when."""
+    if not status["progress"]:
+        return [] if status["is_complete"] else [("report", "none yet")]
+    last = _figures(status)
+    compute = [("compute", last.compute_text(price))] if last.device_hours else []
+    if status["is_complete"]:
+        return [*([("speed", last.speed_text)] if last.images_per_s else []), *compute]
+    age = duration(max(0.0, now - last.unix_time))
+    parts = [last.images_text, last.speed_text, last.workers_text] if not last.waiting_for else [last.images_text]
+    rows = [("report", f"last report {age} ago: {', '.join(parts)}")]
+    if last.waiting_for:
+        rows.append(("waiting", f"for {last.waiting_for}"))
+    return rows + compute
+
+
+def _figures(status: Mapping[str, Any]) -> Snapshot:
+    """Return the figures of a status: what is committed, and the last report of the driver on the rest."""
+    last = Snapshot.from_json({**dict.fromkeys(_COUNTS, 0), **(status["progress"] or {})})
+    is_live = status["state"] == "running"
+    # What was not committed when a driver ended may be staged; only a live one knows of it.
+    num_staged = max(0, last.num_images + last.num_staged - status["num_images"]) if is_live else 0
+    expected = last.num_expected if last.num_expected is not None else status["num_prompts"]
+    return replace(
+        last,
+        **{name: status[name] for name in _COUNTS},
+        num_staged=num_staged,
+        num_expected=None if status["is_complete"] else expected,
+        failures={**status["failures"], **last.failures} if is_live else status["failures"],
+        waiting_for=last.waiting_for if is_live else "",
+        eta_s=None if status["is_complete"] else last.eta_s,
+        workers_up=last.workers_up if is_live else 0,
+        workers_starting=last.workers_starting if is_live else 0,
+        busy_share=last.busy_share if is_live else None,
+    )
+
+
+def _state_of(holder: Holder | None, progress: Mapping[str, Any] | None, now: float) -> str:
+    """Return the state of a run that is not complete, by its lease.
+
+    The age of the last sign compares the clocks of two machines; of a driver on this one, its process is asked for.
+    """
+    if holder is None or holder.is_released:
+        return "stopped"
+    if holder.process.is_gone() or now - holder.seen_unix_time > holder.ttl_s:
+        return "dead"
+    has_reported = progress is not None and progress.get("unix_time", 0) >= int(holder.since_unix_time)
+    return "running" if has_reported else "starting"
 
 
 def _driver(holder: Holder) -> dict[str, Any]:
@@ -84,7 +204,7 @@ def _driver(holder: Holder) -> dict[str, Any]:
     }
 
 
-def _driver_line(driver: dict[str, Any], now: float) -> str:
+def _driver_line(driver: Mapping[str, Any], now: float) -> str:
     """Return a line on the driver; its ages compare the clocks of two machines, so they are for people only."""
     if not driver["is_at_work"]:
         return f"none; the last was {driver['name']}"
