@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--extend", action="store_true", help="add prompt files that are new since the run began")
     _add_price(command)
+    command.add_argument(
+        "--max-cost", type=_positive, metavar="AMOUNT", help="stop in order, with 75, once the run has cost so much"
+    )
 
     command = _command(
         commands,

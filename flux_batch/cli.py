@@ -80,6 +80,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from flux_batch.job import run
     from flux_batch.report.webhook import post_to_webhook, webhook_address
 
+    if arguments.max_cost and not arguments.price:
+        raise JobError("--max-cost: needs --price, the cost of an hour of a GPU")
     address = webhook_address()
     stop = Stop()
     try:
@@ -93,6 +95,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 retry_failed=arguments.retry_failed,
                 extend=arguments.extend,
                 price=arguments.price,
+                max_cost=arguments.max_cost,
                 show=live.show if live else None,
             )
     except (Exception, KeyboardInterrupt) as error:

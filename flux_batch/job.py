@@ -65,6 +65,7 @@ def run(
     retry_failed: bool = False,
     extend: bool = False,
     price: float | None = None,
+    max_cost: float | None = None,
     show: Callable[[Snapshot], None] | None = None,
 ) -> RunReport:
     """Run a job to its end, or resume one that was interrupted.
@@ -72,7 +73,8 @@ def run(
     config: a job, or the path or address of a job file. engine: a pool of Ray actors by default. make_pipeline: FLUX
     by default. stop: may request an early end, from a signal handler or another thread. retry_failed: render the failed
     images of committed shards again. extend: add prompt files that are new since the run was planned. price: that of
-    an hour of a GPU, for the figures. show: called every second with the figures, which the log then leaves out.
+    an hour of a GPU, for the figures; with it, a run that has cost `max_cost` is stopped in order. show: called every
+    second with the figures, which the log then leaves out.
     Safe to call again: committed shards stay as they are.
     Raises: RunHeld, LeaseLost if another driver has the run; Interrupted after a stop; JobError, SourceError,
     CheckpointError, StoreError before or during the work; see errors.py.
@@ -104,6 +106,7 @@ def run(
             factory = WorkerFactory(here, len(plan.shards), columns, make_pipeline, plan.rules, load_scorer)
             progress.price, progress.stop_reason = price, lambda: stop.reason
             todo = todo if engine else _ordered(todo, here)
+            progress.check = partial(_check_limits, here, price, max_cost, stop)
             with progress.shown(show) as state:
                 _render(engine or ray_pool(here), factory, todo, stop, progress, state)
         return close_run(here, store, plan, progress)
@@ -261,6 +264,15 @@ def _ordered(todo: Shards, config: JobConfig) -> Shards:
     except FluxBatchError as error:  # the workers meet it too, and say which rows it costs
         log.warning("the shards are made in the order of the plan: %s", error)
         return todo
+
+
+def _check_limits(config: JobConfig, price: float | None, max_cost: float | None, stop: Stop, now: Snapshot) -> None:
+    """Request a stop once a run has had its hours, or has cost enough."""
+    limit = config.workers.max_gpu_hours
+    if limit is not None and now.device_hours >= limit:
+        stop.request(f"workers.max_gpu_hours = {limit:g} is reached, a higher one goes on")
+    if price is not None and max_cost is not None and now.device_hours * price >= max_cost:
+        stop.request(f"--max-cost {max_cost:g} is reached, a higher one goes on")
 
 
 def _render(

@@ -22,6 +22,7 @@ from flux_batch.report.verify import verify
 from flux_batch.storage.store import Store
 from helpers.fakes import SLOW_S, FakePipeline, make_fake_pipeline
 from helpers.job_files import data_files, make_job, metadata, write_job, write_prompts
+from helpers.waiting import wait_until
 
 
 def render(config: JobConfig) -> RunReport:
@@ -73,6 +74,29 @@ def test_the_report_tells_the_next_stage_what_the_run_came_to(tmp_path: Path) ->
     assert (report["model"]["uri"], report["model"]["dtype"]) == ("demo", "float32")
     assert report["model"]["revision"] == model_revision("demo")
     assert all(report["versions"][name] for name in ("python", "flux-batch", "torch", "ray"))
+
+
+@pytest.mark.parametrize("limit", [{"workers": {"max_gpu_hours": 1e-9}}, {}])
+def test_a_run_stops_in_order_when_it_has_had_its_hours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("flux_batch.report.progress.progress.TICK_S", 0.01)
+    config, stop = make_job(tmp_path, **limit), Stop()
+    cost: dict[str, Any] = {} if limit else {"price": 1e9, "max_cost": 1}
+
+    def load(model: ModelConfig) -> FakePipeline:
+        wait_until(lambda: stop.is_requested)
+        return FakePipeline()
+
+    with pytest.raises(Interrupted, match=r"(max_gpu_hours = 1e-09|--max-cost 1) is reached, a higher") as stopped:
+        run(config, engine=LocalEngine(), make_pipeline=load, stop=stop, **cost)
+    assert stopped.value.exit_code == 75
+    hours = json.loads((tmp_path / "out/_run/progress.json").read_text())["device_hours"]
+    with pytest.raises(Interrupted, match="is reached"):
+        run(config, engine=LocalEngine(), make_pipeline=no_pipeline, **cost)  # nothing is begun again
+    more = config.model_copy(update={"workers": config.workers.model_copy(update={"max_gpu_hours": None})})
+    report = render(more)
+    assert (report.is_complete, report.device_hours >= hours) == (True, True)
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:

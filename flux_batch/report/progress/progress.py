@@ -36,7 +36,8 @@ class Progress:
     `commit_log` is kept up to date too. num_left: the images of the shards that are left, as far as is known, and
     expected: those of one of them. past_worker_s: the seconds that workers of earlier invocations had their devices.
     num_gpus: those of a worker. price: that of an hour of a GPU, or of a worker without one. stop_reason: why the run
-    is ending, empty while it goes on. first_images: what is waited for once a worker is up, until there is an image.
+    is ending, empty while it goes on. check: called every second with the figures. first_images: what is
+    waited for once a worker is up, until there is an image.
     """
 
     store: Store
@@ -50,6 +51,7 @@ class Progress:
     num_gpus: float = 0.0
     price: float | None = None
     stop_reason: Callable[[], str] = str
+    check: Callable[[Snapshot], None] = field(default=lambda now: None)
     first_images: str = "the first images"
     state: EngineState = field(default_factory=EngineState)
     num_new_images: int = 0
@@ -88,12 +90,15 @@ class Progress:
         """
         is_over = threading.Event()
         self._level = logging.INFO if show is None else logging.DEBUG
-        said = self.snapshot().waiting_for
+        first = self.snapshot()
+        self.check(first)
+        said = first.waiting_for
 
         def watch() -> None:
             nonlocal said
             while not is_over.wait(TICK_S):
                 now = self.snapshot()
+                self.check(now)
                 if show is not None:
                     show(now)
                 if self.clock() - self._reported_at >= _REPORT_INTERVAL_S:
