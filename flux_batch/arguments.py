@@ -57,10 +57,13 @@ def parser() -> argparse.ArgumentParser:
         "plan",
         "show what a job would do and cost, without running it",
         "job.yaml",
-        "job.yaml --json",
+        "job.yaml --measure --price 2.5",
     )
     _add_job(command)
     _add_json(command)
+    command.add_argument("--speed", type=_positive, metavar="NUMBER", help="images a second of one worker")
+    command.add_argument("--measure", action="store_true", help="measure the speed here: renders two batches")
+    _add_price(command)
 
     command = _command(
         commands, "init", "write a job file for prompts, with comments", "job.yaml --prompts prompts.csv"

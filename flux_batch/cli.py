@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -108,18 +109,34 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from flux_batch.job import foresee, measure
+    from flux_batch.plan.costs import Speed, costs, format_costs, remembered_speed
     from flux_batch.plan.estimate import estimate, format_estimate
     from flux_batch.plan.plan import make_plan
     from flux_batch.plan.survey import PLAN_ROWS, format_survey, survey
 
     config = _load_job(arguments)
     plan = make_plan(config.prompts, config.output.shard_size)
-    figures, rows = estimate(config, plan), survey(config, plan, PLAN_ROWS)
-    if arguments.json:
-        _print(json.dumps(figures | {"rows": rows.to_json()}))
-    else:
-        _print(f"{format_estimate(config, figures)}\n{format_survey(rows, plan.num_prompts)}")
-    return 0
+    here, there, problems = foresee(config)
+    figures = estimate(here, plan, there.bytes_per_image if there else None)
+    rows = survey(here, plan, PLAN_ROWS)
+    speed = remembered_speed(here, figures["pflop_per_image"])
+    if arguments.measure and not problems:
+        speed = Speed(measure(config), "measured")
+    elif arguments.speed:
+        speed = Speed(arguments.speed, "given")
+    num_left = max(0, figures["num_images"] - (there.num_images if there else 0))
+    costing = costs(here, figures, num_left, speed, arguments.price)
+    lines = [
+        format_estimate(here, figures, has_speed=speed is not None),
+        *format_costs(costing),
+        format_survey(rows, plan.num_prompts),
+        f"there    {there.text if there else 'nothing yet: a run would begin'}",
+        *(f"REFUSED  {problem}" for problem in problems),
+    ]
+    data = figures | costing | {"rows": rows.to_json(), "there": there and asdict(there), "problems": problems}
+    _show(arguments, data, "\n".join(lines))
+    return JobError.exit_code if problems else 0
 
 
 def _init(arguments: argparse.Namespace) -> int:

@@ -28,6 +28,8 @@ from flux_batch.output.metadata import columns_of_job
 from flux_batch.output.paths import PLAN
 from flux_batch.pipeline.load import load_pipeline
 from flux_batch.pipeline.weights import check_weights
+from flux_batch.plan.costs import remember_speed
+from flux_batch.plan.estimate import pflop_per_image
 from flux_batch.plan.shards import Shards
 from flux_batch.plan.work import largest_first
 from flux_batch.prompts.input_images import check_job_image
@@ -37,10 +39,21 @@ from flux_batch.report.progress.progress import Progress
 from flux_batch.report.progress.snapshot import Snapshot
 from flux_batch.report.reproduction import Original, Reproduction, surroundings
 from flux_batch.report.summary import RunReport
-from flux_batch.resume import close_run, draft_run, finished, open_random_run, open_run, read_state, revert_failed
+from flux_batch.resume import (
+    RunThere,
+    close_run,
+    draft_run,
+    finished,
+    open_random_run,
+    open_run,
+    read_state,
+    revert_failed,
+    run_there,
+)
 from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.store import Store
 from flux_batch.telemetry import EngineState
+from flux_batch.worker.auto_batch_size import measured_images_per_s
 from flux_batch.worker.generate import BatchMaker, image_options
 from flux_batch.worker.protocol import ImagePipeline
 from flux_batch.worker.recorder import recorded_task, recorded_tiles
@@ -92,6 +105,7 @@ def run(
         return report
     draft = None if store.exists(PLAN) else draft_run(config, store)
     here = _on_this_machine(config, engine, make_pipeline)
+    is_local = engine is None and make_pipeline is None and not joins_cluster()
     # From here on there is work to lose: wait while the storage is unavailable.
     store = store.with_policy(policy.waiting(config.failures.outage_s))
     with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
@@ -109,7 +123,39 @@ def run(
             progress.check = partial(_check_limits, here, price, max_cost, stop)
             with progress.shown(show) as state:
                 _render(engine or ray_pool(here), factory, todo, stop, progress, state)
+            if is_local and progress.device_s:
+                remember_speed(here, progress.num_new_images / progress.device_s, pflop_per_image(here))
         return close_run(here, store, plan, progress)
+
+
+def foresee(config: JobConfig) -> tuple[JobConfig, RunThere | None, list[str]]:
+    """Look at what a run of a job would meet; nothing is written.
+
+    Returns: the job as it can run here, the run that its output holds already, and why a run would be refused.
+    Raises: StoreError if the output cannot be read.
+    """
+    there, problems = None, []
+    store = Store(config.output.uri, config.output.storage_options)
+    try:
+        there = run_there(with_model_of_run(store, config), store)
+    except StoreError:
+        raise
+    except FluxBatchError as error:
+        problems.append(str(error))
+    try:
+        config = _on_this_machine(config, None, None)
+    except FluxBatchError as error:
+        problems.append(str(error))
+    return config, there, problems
+
+
+def measure(config: JobConfig) -> float:
+    """Return the images a second of one worker, measured here with the job's settings."""
+    here = _on_this_machine(config, None, None)
+    pipeline = load_pipeline(here.model, num_gpus=here.workers.num_gpus)
+    size = here.workers.batch_size
+    size = 1 if size == "auto" else size
+    return measured_images_per_s(pipeline, here.sampling, size, image_options=image_options(here))
 
 
 def preview(

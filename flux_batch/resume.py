@@ -6,7 +6,7 @@ Knows the plan, the output and the report; knows no worker and no engine. Functi
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.revision import model_revision
@@ -52,6 +52,9 @@ from flux_batch.worker.settled_precision import kernels_of_run, settled_job
 
 log = logging.getLogger(__name__)
 
+# Commits that are read for the size of their images.
+_SAMPLED_COMMITS = 20
+
 
 def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunReport | None:
     """Return the report of a finished run, None if there is work. Needs no lease and writes nothing."""
@@ -67,8 +70,53 @@ def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunRep
     return _report_of(settled_job(store, config), store, progress)
 
 
-def draft_run(config: JobConfig, store: Store) -> Plan:
-    """Plan a new run without writing, so that a wrong job leaves no trace. Raises: JobError, SourceError."""
+@dataclass(frozen=True)
+class RunThere:
+    """The run that an output holds already; `bytes_per_image` is the mean of some of its files, None without any."""
+
+    num_shards: int
+    num_committed: int
+    num_images: int
+    num_failed: int
+    bytes_per_image: float | None
+
+    @property
+    def text(self) -> str:
+        """The rest of the run, as a line."""
+        if self.num_committed == self.num_shards:
+            return f"all {self.num_shards} shards are committed: nothing to do"
+        return (
+            f"{self.num_committed} of {self.num_shards} shards, {self.num_images} images ({self.num_failed} failed): "
+            "a run would go on with the rest"
+        )
+
+
+def run_there(config: JobConfig, store: Store) -> RunThere | None:
+    """Return the run in the output that the job would go on with; None if it would begin one.
+
+    Raises: PlanMismatch, JobError if it could do neither.
+    """
+    plan = _saved_plan(config, store)
+    if plan is None:
+        _check_empty(store)
+        return None
+    commits = Commits(RunFolder(store, len(plan.shards)))
+    counts = CommitLog.read(commits)
+    totals = Totals.of(counts)
+    samples = commits.read_all(list(counts.shards[:_SAMPLED_COMMITS]))
+    num_made = sum(commit.num_images - commit.num_failed for commit in samples)
+    num_bytes = sum(file.bytes for commit in samples for file in commit.files if file.path.startswith(f"{TRAIN}/"))
+    return RunThere(
+        len(plan.shards),
+        totals.num_committed,
+        totals.num_images,
+        totals.num_failed,
+        num_bytes / num_made if num_made else None,
+    )
+
+
+def _check_empty(store: Store) -> None:
+    """Raise JobError for an output where a new run would write over files of others."""
     if foreign := _written(store):
         raise JobError(f"{store.uri}: holds {foreign[0]}, but no run; use an empty folder as output.uri")
     if store.exists(CARD) and not store.exists(JOB):
@@ -76,6 +124,11 @@ def draft_run(config: JobConfig, store: Store) -> Plan:
             f"{store.uri}: holds a {CARD} of somebody else's, where the data set card would be written; use an empty "
             "folder as output.uri"
         )
+
+
+def draft_run(config: JobConfig, store: Store) -> Plan:
+    """Plan a new run without writing, so that a wrong job leaves no trace. Raises: JobError, SourceError."""
+    _check_empty(store)
     plan = make_plan(config.prompts, config.output.shard_size)
     for note in plan.notes:
         log.warning("prompts: %s", note)

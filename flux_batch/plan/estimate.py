@@ -16,31 +16,32 @@ from flux_batch.sampling_params import num_image_tokens
 
 # A round figure between what eager and compiled bf16 pipelines are published to reach on an H100; not measured here.
 ASSUMED_FLOPS = 450e12
+# Fewer hours than this at an assumed speed say nothing.
+_LEAST_HOURS = 0.05
 # Bytes a pixel, from photographs: PNG is lossless, JPEG and WebP at quality 95.
 _BYTES_PER_PIXEL = {"png": 1.5, "jpeg": 0.5, "webp": 0.35}
 
 
-def estimate(config: JobConfig, plan: Plan) -> dict[str, Any]:
-    """Return an estimate of a run from its defaults; values of rows are not read."""
+def estimate(config: JobConfig, plan: Plan, bytes_per_image: float | None = None) -> dict[str, Any]:
+    """Return an estimate of a run from its defaults; values of rows are not read.
+
+    bytes_per_image: of images of the run that are there; otherwise a guess by their size.
+    """
     sampling = config.sampling
     num_images = plan.num_prompts * sampling.num_images_per_prompt
     pixels = sampling.width * sampling.height
-    steps = steps_run(sampling.num_inference_steps, sampling.denoising_strength, sampling.sigma_shift)
-    passes = steps * (2 if sampling.params().uses_cfg else 1)
-    num_tokens = num_image_tokens(sampling.width, sampling.height) + reference_tokens(config)
     size = _size_of_model(config)
+    each = bytes_per_image or (1 + config.output.sources) * pixels * _BYTES_PER_PIXEL[config.output.image.type]
     tries = config.quality.expected_tries if config.quality else 1.0
-    flops = passes * step_flops(size or DEV_SIZE, num_tokens, sampling.t5_sequence_length or TEXT_TOKENS)
-    flops += _controlnets_flops(config, size or DEV_SIZE, steps)
+    flops = _image_flops(config, size)
     return {
         "num_files": len(plan.shards.files),
         "num_prompts": plan.num_prompts,
         "num_images": num_images,
         "num_shards": len(plan.shards),
-        "output_bytes": round(
-            num_images * (1 + config.output.sources) * pixels * _BYTES_PER_PIXEL[config.output.image.type]
-        ),
-        "steps_per_image": steps,
+        "output_bytes": round(num_images * each),
+        "is_of_samples": bytes_per_image is not None,
+        "steps_per_image": _steps_of(config),
         "pflop_per_image": float(f"{flops / 1e15:.4g}"),
         "is_counted_for_dev": size is None,
         **({"tries_per_image": round(tries, 3)} if config.quality else {}),
@@ -50,22 +51,45 @@ def estimate(config: JobConfig, plan: Plan) -> dict[str, Any]:
     }
 
 
-def format_estimate(config: JobConfig, figures: dict[str, Any]) -> str:
-    """Return an estimate as text."""
+def pflop_per_image(config: JobConfig) -> float:
+    """Return the work of an image with the job's defaults, in 10^15 floating point operations."""
+    return _image_flops(config, _size_of_model(config)) / 1e15
+
+
+def _image_flops(config: JobConfig, size: TransformerSize | None) -> float:
     sampling = config.sampling
+    passes = _steps_of(config) * (2 if sampling.params().uses_cfg else 1)
+    num_tokens = num_image_tokens(sampling.width, sampling.height) + reference_tokens(config)
+    flops = passes * step_flops(size or DEV_SIZE, num_tokens, sampling.t5_sequence_length or TEXT_TOKENS)
+    return flops + _controlnets_flops(config, size or DEV_SIZE, _steps_of(config))
+
+
+def _steps_of(config: JobConfig) -> int:
+    sampling = config.sampling
+    return steps_run(sampling.num_inference_steps, sampling.denoising_strength, sampling.sigma_shift)
+
+
+def format_estimate(config: JobConfig, figures: dict[str, Any], *, has_speed: bool = False) -> str:
+    """Return an estimate as text; with a speed known, hours at an assumed one are left out."""
+    sampling = config.sampling
+    hours = f": about {figures['device_hours']:g} GPU-hours at an assumed {ASSUMED_FLOPS / 1e12:g} TFLOP/s"
+    if has_speed or not config.workers.num_gpus or figures["device_hours"] < _LEAST_HOURS:
+        hours = ""
     for_dev = " for FLUX.1-dev" if figures["is_counted_for_dev"] else ""
     return "\n".join(
         [
+            f"model    {config.model.uri}, {config.model.dtype}",
             f"prompts  {figures['num_prompts']} in {figures['num_files']} file(s)",
             *(f"         {note}" for note in figures["notes"]),
             f"images   {figures['num_images']} of {sampling.width} x {sampling.height}, "
             f"{_steps(sampling.num_inference_steps, figures['steps_per_image'])}, unless rows say otherwise",
             *_quality_lines(config, figures),
             f"shards   {figures['num_shards']} of up to {config.output.shard_size} prompts",
-            f"output   about {_bytes_text(figures['output_bytes'])} as {config.output.image.type}, "
-            f"{config.output.format}",
-            f"compute  {figures['pflop_per_image']:g} PFLOP an image{for_dev}: about "
-            f"{figures['device_hours']:g} GPU-hours at an assumed {ASSUMED_FLOPS / 1e12:g} TFLOP/s",
+            f"output   {config.output.uri}: about {_bytes_text(figures['output_bytes'])} as "
+            f"{config.output.image.type}, {config.output.format}",
+            f"workers  up to {config.workers.max}, each with {config.workers.num_gpus:g} GPU and "
+            f"{config.workers.num_cpus:g} CPU, in batches of {config.workers.batch_size}",
+            f"compute  {figures['pflop_per_image']:g} PFLOP an image{for_dev}{hours}",
             *format_memory(figures["memory"]),
         ]
     )

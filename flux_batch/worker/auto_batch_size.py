@@ -73,14 +73,27 @@ def measured_batch_size(
     return best
 
 
+def measured_images_per_s(
+    pipeline: ImagePipeline,
+    sampling: SamplingConfig,
+    size: int,
+    clock: Callable[[], float] = time.monotonic,
+    image_options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> float:
+    """Measure the images a second of whole calls with `size` images; the first of two warms up."""
+    steps = sampling.num_inference_steps
+    return size / [_call_s(pipeline, sampling, size, clock, image_options or {}, steps) for _ in range(2)][-1]
+
+
 def _call_s(
     pipeline: ImagePipeline,
     sampling: SamplingConfig,
     size: int,
     clock: Callable[[], float],
     image_options: Mapping[str, Mapping[str, Any]],
+    max_steps: int = _MEASURED_STEPS,
 ) -> float:
-    steps = min(_MEASURED_STEPS, sampling.num_inference_steps)
+    steps = min(max_steps, sampling.num_inference_steps)
     params = replace(sampling.params(), num_inference_steps=steps, denoising_strength=1.0)  # there is no input image
     blank = blank_image(params.width, params.height)
     images: dict[str, Any] = {

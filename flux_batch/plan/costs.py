@@ -1,0 +1,133 @@
+"""The hours and the money of a plan, by a measured, given or remembered speed; what will not pay."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flux_batch.config.schema import JobConfig
+from flux_batch.download.local_copy import cache_folder
+
+# The speeds of earlier runs on this machine, by model and device.
+_SPEEDS = "speeds.json"
+_LONG_SHARD_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The images a second of one worker, and their origin; `when` is in seconds since 1970, of a remembered one."""
+
+    images_per_s: float
+    origin: Literal["given", "measured", "remembered"]
+    when: float | None = None
+
+
+def remember_speed(config: JobConfig, images_per_s: float, pflop_per_image: float) -> None:
+    """Write down the speed of a run for later plans; a cache that cannot be written costs nothing but that."""
+    path = cache_folder() / _SPEEDS
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = _read_speeds(path)
+        known[_key(config)] = {"pflop_per_s": images_per_s * pflop_per_image, "unix_time": round(time.time())}
+        half = path.with_suffix(f".{os.getpid()}")
+        half.write_text(json.dumps(known, indent=1))
+        half.replace(path)
+
+
+def remembered_speed(config: JobConfig, pflop_per_image: float) -> Speed | None:
+    """Return the speed of an earlier run here, for images of so much work."""
+    try:
+        found = _read_speeds(cache_folder() / _SPEEDS)[_key(config)]
+        return Speed(found["pflop_per_s"] / pflop_per_image, "remembered", found["unix_time"])
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def costs(
+    config: JobConfig, figures: Mapping[str, Any], num_left: int, speed: Speed | None, price: float | None
+) -> dict[str, Any]:
+    """Return hours, money and what will not pay; `price` is that of an hour of a GPU, or of a worker without one."""
+    workers = config.workers
+    found: dict[str, Any] = {"num_images_left": num_left, "speed": None, "warnings": _not_worth(config, figures, speed)}
+    if speed is None:
+        return found
+    worker_hours = num_left / speed.images_per_s / 3600
+    device_hours = worker_hours * (workers.num_gpus or 1)
+    at_once = max(1, min(workers.max, figures["num_shards"]))
+    found |= {
+        "speed": {"images_per_s": speed.images_per_s, "origin": speed.origin, "unix_time": speed.when},
+        "device_hours": device_hours,
+        "device": "GPU" if workers.num_gpus else "worker",
+        "hours": worker_hours / at_once,
+        "num_workers": at_once,
+        "cost": None if price is None else device_hours * price,
+        "price": price,
+    }
+    if workers.max_gpu_hours is not None and device_hours > workers.max_gpu_hours:
+        found["warnings"].append(f"workers.max_gpu_hours = {workers.max_gpu_hours:g} ends the run before that")
+    return found
+
+
+def format_costs(found: Mapping[str, Any]) -> list[str]:
+    """Return hours, money and what will not pay as lines."""
+    lines: list[str] = []
+    if speed := found["speed"]:
+        when = f" on {time.strftime('%Y-%m-%d', time.gmtime(speed['unix_time']))}" if speed["unix_time"] else ""
+        lines.append(
+            f"hours    {found['device_hours']:.3g} {found['device']}-hours at {speed['images_per_s']:.3g} images/s a "
+            f"worker ({speed['origin']}{when}), {found['hours']:.3g} h with {found['num_workers']} at work"
+        )
+        if found["cost"] is not None:
+            lines.append(f"cost     {found['cost']:.2f} at {found['price']:g} an hour")
+    else:
+        lines.append("hours    not known: --measure renders a few images, --speed takes images/s of a worker")
+    return lines + [f"{'' if number else 'mind':<9}{text}" for number, text in enumerate(found["warnings"])]
+
+
+def _not_worth(config: JobConfig, figures: Mapping[str, Any], speed: Speed | None) -> list[str]:
+    """Return what will not pay: a batch that fits on no card, a shard of more than an hour, idle workers."""
+    found = []
+    memory, workers = figures["memory"], config.workers
+    if "fits_gb" in memory and not memory["fits_gb"] and workers.num_gpus:
+        found.append(f"a batch of {memory['batch_size']} fits on no card: set workers.batch_size lower")
+    images_per_shard = config.output.shard_size * config.sampling.num_images_per_prompt
+    if speed is not None and images_per_shard / speed.images_per_s > _LONG_SHARD_S:
+        hours = images_per_shard / speed.images_per_s / 3600
+        fitting = max(1, int(_LONG_SHARD_S * speed.images_per_s / config.sampling.num_images_per_prompt))
+        found.append(f"a shard takes {hours:.2g} h: output.shard_size = {fitting} makes it an hour")
+    if figures["num_shards"] < workers.max and figures["num_prompts"] > figures["num_shards"]:
+        fitting = max(1, figures["num_prompts"] // workers.max)
+        found.append(
+            f"{figures['num_shards']} of {workers.max} workers have work: output.shard_size = {fitting} gives it to all"
+        )
+    return found
+
+
+def _key(config: JobConfig) -> str:
+    model = config.model
+    return " ".join([model.uri, model.dtype, model.quantization, _device(config.workers.num_gpus)])
+
+
+def _device(num_gpus: float) -> str:
+    """Return the name of this machine's GPU, or of its processor's kind."""
+    if not num_gpus:
+        return f"CPU x{os.cpu_count()}"
+    for path in sorted(glob.glob("/proc/driver/nvidia/gpus/*/information")):
+        if found := re.search(r"Model:\s*(.+)", Path(path).read_text()):
+            return found[1].strip()
+    return "GPU"
+
+
+def _read_speeds(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}

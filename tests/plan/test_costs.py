@@ -1,0 +1,85 @@
+"""Hours and money of a plan, what will not pay, and what a plan sees of the run that is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flux_batch.cli import main
+from flux_batch.config.schema import JobConfig
+from flux_batch.engine.local import LocalEngine
+from flux_batch.job import run
+from flux_batch.plan.costs import Speed, costs, format_costs, remember_speed, remembered_speed
+from helpers.fakes import make_fake_pipeline
+from helpers.job_files import make_job, write_job
+
+FIGURES = {"num_prompts": 10_000, "num_shards": 40, "memory": {"batch_size": 4, "fits_gb": []}}
+
+
+def job(folder: Path, **workers: float) -> JobConfig:
+    return make_job(folder, workers={"max": 8, "num_gpus": 1, **workers}, output={"shard_size": 250})
+
+
+def test_hours_and_money_are_those_of_what_is_left(tmp_path: Path) -> None:
+    found = costs(job(tmp_path), FIGURES, 3600, Speed(0.5, "given"), 2.5)
+    assert (found["device_hours"], found["hours"], found["cost"]) == (2.0, 0.25, 5.0)
+    lines = format_costs(found)
+    assert lines[0] == "hours    2 GPU-hours at 0.5 images/s a worker (given), 0.25 h with 8 at work"
+    assert lines[1] == "cost     5.00 at 2.5 an hour"
+    assert "not known: --measure" in format_costs(costs(job(tmp_path), FIGURES, 3600, None, None))[0]
+
+
+def test_what_will_not_pay_is_said(tmp_path: Path) -> None:
+    config = job(tmp_path, max=64, max_gpu_hours=1)
+    warnings = costs(config, FIGURES, 10_000, Speed(0.01, "given"), None)["warnings"]
+    assert [text.split(":")[0] for text in warnings] == [
+        "a batch of 4 fits on no card",
+        "a shard takes 6.9 h",
+        "40 of 64 workers have work",
+        "workers.max_gpu_hours = 1 ends the run before that",
+    ]
+    assert "output.shard_size = 36 makes it an hour" in warnings[1]
+
+
+def test_a_speed_is_remembered_for_the_model_and_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path / "cache"))
+    config = job(tmp_path)
+    assert remembered_speed(config, 2.0) is None
+    remember_speed(config, 3.0, 2.0)
+    found = remembered_speed(config, 4.0)
+    assert found is not None
+    assert (found.images_per_s, found.origin) == (1.5, "remembered")
+    assert remembered_speed(job(tmp_path, num_gpus=0), 4.0) is None
+    (tmp_path / "cache/speeds.json").write_text("[")
+    assert remembered_speed(config, 4.0) is None
+
+
+def test_a_plan_sees_what_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path / "cache"))
+    config = make_job(tmp_path, workers={"num_gpus": 0})
+    file = str(write_job(config, tmp_path / "job.yaml"))
+    assert main(["plan", file]) == 0
+    assert "there    nothing yet: a run would begin" in capsys.readouterr().out
+    run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+    assert main(["plan", file, "--speed", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "there    all 3 shards are committed: nothing to do" in out
+    assert "hours    0 worker-hours" in out
+    for name in ("_SUCCESS", "_run/commits/00001.json"):
+        (tmp_path / "out" / name).unlink()
+    assert main(["plan", file, "--json", "--speed", "0.5"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["num_images_left"], figures["there"]["num_committed"], figures["is_of_samples"]) == (4, 2, True)
+    assert main(["plan", file, "--set", "sampling.num_inference_steps=3"]) == 2
+    assert "REFUSED  " in (out := capsys.readouterr().out)
+    assert "sampling.num_inference_steps: 2 -> 3" in out
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/README.md").write_text("mine")
+    assert main(["plan", file, "--set", f"output.uri={tmp_path}/elsewhere"]) == 2
+    assert "holds a README.md of somebody else's" in capsys.readouterr().out
+    assert main(["plan", file, "--set", f"model.uri={tmp_path}/Demo"]) == 2
+    assert "REFUSED  " in capsys.readouterr().out
