@@ -135,7 +135,7 @@ class Totals:
 def first_failures(counts: CommitLog, known: Collection[str] = ()) -> dict[str, str]:
     """Return the key and message of the first failed image of the commonest error types.
 
-    Those in `known` are left out. Raises: StoreError.
+    Those in `known` are left out, and those whose rows cannot be read.
     """
     run = counts.commits.run
     first: dict[str, int] = {}
@@ -148,7 +148,7 @@ def first_failures(counts: CommitLog, known: Collection[str] = ()) -> dict[str, 
             continue
         try:
             rows = unpack_metadata(run.store.read(failed_file(run.shard_name(first[error_type]))))
-        except NotFound:
+        except (NotFound, ValueError, OSError):  # damaged, which `verify` finds: an example is not worth a run
             continue
         row = next((each for each in rows if each["error_type"] == error_type), None)
         if row is not None:
