@@ -44,7 +44,7 @@ from flux_batch.pipeline.compiled import apply_speed_ups, kernels_of
 from flux_batch.pipeline.errors import device_errors
 from flux_batch.pipeline.images.controls import ControlNets
 from flux_batch.pipeline.images.inputs import IMAGE_ARGUMENTS, image_inputs
-from flux_batch.pipeline.images.latents import ImageLatents
+from flux_batch.pipeline.images.latents import ImageLatents, StepCallback, after_each_step
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, check_parts_fit, locate_parts
 from flux_batch.pipeline.pixels import OutputType, as_output, check_finite
@@ -313,6 +313,7 @@ class FluxImagePipeline:
         sigma_shift: float | None = None,
         output_type: OutputType = "pil",
         progress_bar: Progress | None = None,
+        callback_on_step_end: StepCallback | None = None,
         tiled: bool = False,
         tile_size: int = 128,
         tile_stride: int = 64,
@@ -331,8 +332,9 @@ class FluxImagePipeline:
         exactly 1 does not change by it. The end of a prompt that is too long for a text encoder is left out, with a
         warning. seed None draws from torch's global generator. num_inference_steps is 30 as in DiffSynth-Studio, whose
         calls this one takes; a job's default is 28, as in diffusers, and the same seed gives another image there.
-        progress_bar wraps the steps, e.g. tqdm. diffusers' names guidance_scale, true_cfg_scale, max_sequence_length,
-        image and strength are accepted.
+        progress_bar wraps the steps, e.g. tqdm. callback_on_step_end is called after each as by diffusers: with the
+        pipeline, the step, its timestep in [0, 1000] and {"latents": (b, n, 4c)}; what it returns under that name goes
+        on. diffusers' names guidance_scale, true_cfg_scale, max_sequence_length, image and strength are accepted.
 
         prompt_embeds (b, l, context) and pooled_prompt_embeds (b, vec) stand in for the prompt, and those that begin
         with negative_ for the negative prompt: they are what `encode_prompt` returns for b texts of T5 length l.
@@ -417,7 +419,7 @@ class FluxImagePipeline:
         if is_compiled(self.transformer):  # perhaps in another thread
             set_compile_options(self.attention)
         with torch.inference_mode(), device_errors():
-            latents = self.make_latents(request, progress_bar)
+            latents = self.make_latents(request, progress_bar, callback_on_step_end)
             if output_type == "latent":
                 return latents
             pixels = self.latents.decode(latents, request.tiling)
@@ -437,7 +439,12 @@ class FluxImagePipeline:
                 message = f"a prompt is longer than {title} reads, its end is left out: `truncations` tells which"
                 warnings.warn(message, stacklevel=3)
 
-    def make_latents(self, request: PipelineRequest, progress_bar: Progress | None = None) -> Tensor:
+    def make_latents(
+        self,
+        request: PipelineRequest,
+        progress_bar: Progress | None = None,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Tensor:
         """Return the scaled latents of a call, after encoding and denoising: (b, c, height/8, width/8)."""
         p = request.shared
         downscale = self.autoencoder.params.downscale
@@ -472,6 +479,7 @@ class FluxImagePipeline:
         positive = velocity(embeds)
         negative = velocity(embedded(request.negative_prompts)) if request.uses_cfg else None
         cfg_scale = torch.tensor(request.values("cfg_scale"), device=self.device, dtype=torch.float32)
+        kept = self.latents.kept(request, self.variant, start, sigmas)
         with self.attention.first():
             tokens = denoise(
                 positive,
@@ -480,7 +488,7 @@ class FluxImagePipeline:
                 negative=negative,
                 cfg_scale=cfg_scale,
                 progress=progress_bar,
-                after_step=self.latents.kept(request, self.variant, start, sigmas),
+                after_step=after_each_step(kept, callback_on_step_end, self, sigmas),
             )
         return unpack(tokens, height, width)
 

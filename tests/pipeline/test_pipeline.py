@@ -164,6 +164,19 @@ class TestOutput:
         pipe("x", seed=1, progress_bar=bar, output_type="latent", **SMALL)
         assert seen == [0, 1, 2]
 
+    def test_a_callback_of_diffusers_is_called_after_each_step(self, pipe: FluxImagePipeline) -> None:
+        seen = []
+
+        def note(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any] | None:
+            seen.append((pipeline, step, timestep.item()))
+            return {"latents": values["latents"] * 0} if step == 2 else None
+
+        latents = pipe("x", seed=1, callback_on_step_end=note, output_type="latent", **SMALL)
+        assert [step for _, step, _ in seen] == [0, 1, 2]
+        assert seen[0][0] is pipe
+        assert seen[0][2] == 1000.0 > seen[1][2] > seen[2][2] > 0
+        assert not latents.any()
+
 
 class TestTexts:
     def test_truncations_say_which_encoder_misses_the_end(self, pipe: FluxImagePipeline) -> None:

@@ -5,8 +5,8 @@ Letters: b batch, z latent channels, h and w of the latents, n packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -22,6 +22,10 @@ from flux_batch.model.sampling import Velocity, add_noise, make_generators, make
 from flux_batch.pipeline.images.inputs import ImageInputs, keeps_latents
 from flux_batch.pipeline.pixels import to_mask_pixels, to_pixels
 from flux_batch.pipeline.request import PipelineRequest
+
+# In diffusers' form: the pipeline, the step, its timestep, and {"latents": (b, n, 4z)}, which it may replace.
+StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
+_AfterStep = Callable[[int, Tensor], Tensor]
 
 
 class _Start(NamedTuple):
@@ -170,3 +174,21 @@ class ImageLatents:
 
     def _as_latents(self, latents: Tensor) -> Tensor:
         return latents.to(self._device, self._dtype)
+
+
+def after_each_step(
+    kept: KeptLatents | None, callback: StepCallback | None, pipeline: Any, sigmas: Tensor
+) -> _AfterStep | None:
+    """Return what changes latents after each step: what a mask keeps, then the callback; None if nothing does.
+
+    Both are in the order of diffusers (pipelines/flux/pipeline_flux_inpaint.py).
+    """
+    if callback is None:
+        return kept
+
+    def after_step(step: int, img: Tensor) -> Tensor:
+        img = img if kept is None else kept(step, img)
+        returned = callback(pipeline, step, 1000.0 * sigmas[step], {"latents": img}) or {}
+        return torch.as_tensor(returned.get("latents", img))
+
+    return after_step
