@@ -440,10 +440,7 @@ class FluxImagePipeline:
                 warnings.warn(message, stacklevel=3)
 
     def make_latents(
-        self,
-        request: PipelineRequest,
-        progress_bar: Progress | None = None,
-        callback_on_step_end: StepCallback | None = None,
+        self, request: PipelineRequest, progress_bar: Progress | None = None, callback: StepCallback | None = None
     ) -> Tensor:
         """Return the scaled latents of a call, after encoding and denoising: (b, c, height/8, width/8)."""
         p = request.shared
@@ -488,7 +485,7 @@ class FluxImagePipeline:
                 negative=negative,
                 cfg_scale=cfg_scale,
                 progress=progress_bar,
-                after_step=after_each_step(kept, callback_on_step_end, self, sigmas),
+                after_step=after_each_step(kept, callback, self, sigmas),
             )
         return unpack(tokens, height, width)
 

@@ -43,7 +43,7 @@ def test_images_count_as_they_are_made_and_never_twice(tmp_path: Path, caplog: p
     state = progress.state
     first, second = state.start(), state.start()
     state.waiting_for = "the model to load in 2 workers"
-    assert progress.snapshot().line() == "0 of 102 images; waiting for the model to load in 2 workers, 0 s so far"
+    assert progress.snapshot().line() == "0 of 102 images; waiting for the model to load in 2 workers"
     state.waiting_for, first.up_at, second.up_at = "", 0.0, 0.0
     state.begin(first, 0)
     state.begin(second, 1)
@@ -85,7 +85,7 @@ def test_a_report_is_written_while_no_shard_ends_and_what_is_waited_for_is_said(
         clock.now += 10
         wait_until(lambda: progress.store.exists(PROGRESS))
     assert caplog.messages == [
-        "0 of 4 images; waiting for a local Ray cluster to start, 0 s so far",
+        "0 of 4 images; waiting for a local Ray cluster to start",
         "0 of 4 images; waiting for a local Ray cluster to start, 10 s so far",
     ]
     caplog.clear()

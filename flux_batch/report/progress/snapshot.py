@@ -83,7 +83,8 @@ class Snapshot:
     def line(self, price: float | None = None) -> str:
         """Return the figures as a line of the log; `price` is that of a device, an hour."""
         if self.waiting_for:
-            return f"{self.images_text}; waiting for {self.waiting_for}, {duration(self.elapsed_s)} so far"
+            so_far = f", {duration(self.elapsed_s)} so far" if self.elapsed_s >= 1 else ""
+            return f"{self.images_text}; waiting for {self.waiting_for}{so_far}"
         shards = f"{self.num_committed} of {count_of(self.num_shards, 'shard')} committed"
         parts = [self.images_text, self.speed_text, shards, self.workers_text]
         return "; ".join([*parts, self.compute_text(price)] if self.device_hours else parts)
