@@ -131,7 +131,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         format_estimate(here, figures, has_speed=speed is not None),
         *format_costs(costing),
         format_survey(rows, plan.num_prompts),
-        f"there    {there.text if there else 'nothing yet: a run would begin'}",
+        *([] if problems else [f"there    {there.text if there else 'nothing yet: a run would begin'}"]),
         *(f"REFUSED  {problem}" for problem in problems),
     ]
     data = figures | costing | {"rows": rows.to_json(), "there": there and asdict(there), "problems": problems}

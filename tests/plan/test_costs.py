@@ -76,6 +76,7 @@ def test_a_plan_sees_what_is_there(
     assert (figures["num_images_left"], figures["there"]["num_committed"], figures["is_of_samples"]) == (4, 2, True)
     assert main(["plan", file, "--set", "sampling.num_inference_steps=3"]) == 2
     assert "REFUSED  " in (out := capsys.readouterr().out)
+    assert "nothing yet" not in out
     assert "sampling.num_inference_steps: 2 -> 3" in out
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/README.md").write_text("mine")
