@@ -19,7 +19,8 @@ SCRIPT = Path(__file__).parents[2] / "cluster/slurm/run.sbatch"
 PROGRAMS = {
     "scontrol": 'echo "scontrol $*" >> $CALLS; [ "$1" != show ] || printf "gpu07\\ngpu08\\n"',
     "squeue": "echo $STATE",
-    "srun": 'exec "$@"',
+    # The code of a step whose other nodes were ended by a signal, not that of the driver.
+    "srun": 'while [[ $1 == --* ]]; do shift; done; "$@"; exit 143',
     "ray": 'echo "ray $*" >> $CALLS; while [ "$1" != -- ]; do shift; done; shift; "$@"',
     # A driver: an end at once, or a wait for the signal which has it end as interrupted.
     "flux-batch": (
@@ -66,7 +67,7 @@ def test_a_job_ends_as_its_driver_does(tmp_path: Path, code: int, state: str, is
     assert "--address gpu07:23456 --min-nodes 2 --num-cpus 96 --num-gpus 8 -- " in started
     assert "flux-batch gpu07:23456 run jobs/demo.yaml --set=output.uri=a folder" in said
     assert ("scontrol requeue 123456" in said) == is_requeued
-    assert not list(tmp_path.glob("*.pid"))
+    assert not [*tmp_path.glob("*.pid"), *tmp_path.glob("*.code")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
