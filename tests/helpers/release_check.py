@@ -20,7 +20,7 @@ CHANGELOG = ROOT / "flux_batch/CHANGELOG.md"
 MAX_MB = 20
 # What runs without the packages that only tests need.
 QUICK_TESTS = ("tests/test_records.py", "tests/test_sampling_params.py", "tests/config", "tests/prompts/formats")
-FOR_TESTS = ("pytest>=8.3", "pytest-timeout>=2.3", "cryptography>=45")
+FOR_TESTS = ("pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.115", "cryptography>=45")
 SMALL = ("sampling.width=64", "sampling.height=64", "sampling.num_inference_steps=4")
 # For a project, `lowest-direct` is the lower bound of each dependency that it names itself.
 RESOLUTIONS = ("lowest-direct", "highest")
