@@ -55,7 +55,7 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
     )
     nets = model.controlnets
     settings = ([getattr(net, name) for net in nets] for name in ("scale", "start", "end", "mode"))
-    pipeline.controlnets.settings(len(nets), *settings)
+    pipeline.controlnets.check_modes(pipeline.controlnets.settings(len(nets), *settings))
     if native := slow_dtype(pipeline.device, pipeline.torch_dtype):
         log.warning(
             "%s has no instructions for %s: images take several times as long as in %s, which dtype auto uses",

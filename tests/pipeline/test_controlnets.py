@@ -273,6 +273,10 @@ def test_a_job_has_its_nets_checked_when_the_model_is_loaded(base: Path, net: Pa
     pipe = load_pipeline(ModelConfig(controlnets=nets, **config), 0)
     assert pipe.needed_images == ("control_image",) * 3
     assert pipe.controlnets.nets[1] is pipe.controlnets.nets[2]
+    with pytest.raises(InvalidSetting, match="control_image is missing: FLUX"):
+        pipe(["x"], **SMALL)
+    with pytest.raises(InvalidSetting, match="control_image: 1 images, where the model has 3 ControlNets"):
+        pipe(["x"], control_image=IMAGES[0], control_mode=[None, 2, 4], **SMALL)
     with pytest.raises(InvalidSetting, match="control_mode = None of control image 2: its union ControlNet needs one"):
         load_pipeline(ModelConfig(controlnets=[*nets[:1], {"uri": str(union)}], **config), 0)
     with pytest.raises(CheckpointError, match=r"ControlNet .*gone is not there"):

@@ -49,18 +49,26 @@ class ControlNets:
         """Return the setting of each of `num_images` control images of an image; 0: as many as nets.
 
         arguments: those of a call, each one value for all or a list. Raises: InvalidSetting for a value out of range,
-        another number of values than images, a net without its mode, or a mode of a net without modes.
+        another number of values than images, or of images than nets.
         """
         if not self.nets:
             return ()
         count = num_images or len(self.nets)
+        if len(self.nets) not in (1, count):
+            raise InvalidSetting(
+                f"control_image: {count} images, where the model has {len(self.nets)} ControlNets; give one for each",
+                field="control_image",
+            )
         lists = [_one_each(name, value, count) for name, value in zip(_ARGUMENTS, arguments, strict=True)]
         found = tuple(ControlSetting(*values) for values in zip(*lists, strict=True))
         for number, setting in enumerate(found, start=1):
             _check_range(number, setting)
-        for number, (net, setting) in enumerate(zip(self._net_of_each(count), found, strict=False), start=1):
-            _check_mode(number, net.controlnet_params.num_modes, setting.mode)
         return found
+
+    def check_modes(self, settings: Sequence[ControlSetting]) -> None:
+        """Raise InvalidSetting unless each union net has its mode, and no other net has one."""
+        for number, (net, setting) in enumerate(zip(self._net_of_each(len(settings)), settings, strict=True), start=1):
+            _check_mode(number, net.controlnet_params.num_modes, setting.mode)
 
     def check(self, request: PipelineRequest, variant: Variant) -> None:
         """Raise InvalidSetting unless a call has the images that the model and the nets read."""
@@ -89,15 +97,13 @@ class ControlNets:
                 "reference_image: ControlNets do not go with reference images; leave one of them out",
                 field="reference_image",
             )
-        counts = {len(each) for each in images.control_image}
-        wanted = len(self.nets)
-        if len(counts) != 1 or (wanted > 1 and counts != {wanted}) or counts == {0}:
+        if any(len(each) != len(settings) for each in images.control_image):
+            counts = sorted({len(each) for each in images.control_image})
             raise InvalidSetting(
-                f"control_image: {' and '.join(map(str, sorted(counts)))} images, where the model has {wanted} "
-                f"ControlNet{'s' if wanted > 1 else ''}: give one for each"
-                + ("" if wanted > 1 else ", or several of the same number for each image of a call"),
+                f"control_image: {' and '.join(map(str, counts))} images; all images of a call have as many",
                 field="control_image",
             )
+        self.check_modes(settings)
         readers = [net.controlnet_params.reads_mask for net in self._net_of_each(len(settings))]
         if images.mask_image is None and any(
             reads and setting.scale for reads, setting in zip(readers, settings, strict=True)
