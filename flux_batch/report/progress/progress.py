@@ -27,6 +27,8 @@ TICK_S = 1.0
 _REPORT_INTERVAL_S = 10.0
 # Seconds that the thread of the figures may take to end, when the storage does not answer it.
 _JOIN_S = 5.0
+# Seconds of a report that is on its way when the run is over.
+_LAST_REPORT_S = 1.0
 
 
 @dataclass
@@ -102,7 +104,7 @@ class Progress:
                 if show is not None:
                     show(now)
                 if self.clock() - self._reported_at >= _REPORT_INTERVAL_S:
-                    self._report_on_the_side()
+                    self._report_on_the_side(is_over)
                 elif now.waiting_for not in ("", said):
                     log.log(self._level, "%s", now.line(self.price))
                 said = now.waiting_for
@@ -154,10 +156,18 @@ class Progress:
         """Write a line to the log, and the progress object."""
         self._write(self.store)
 
-    def _report_on_the_side(self) -> None:
-        """Report from another thread; a storage that fails costs the report, not the run."""
+    def _report_on_the_side(self, is_over: threading.Event) -> None:
+        """Report from another thread; a storage that fails costs the report, not the run.
+
+        The end of the run does not wait for a storage that is silent.
+        """
+
+        def check(waited_s: float) -> None:
+            if is_over.is_set() and waited_s >= _LAST_REPORT_S:
+                raise Interrupted("the run is over")
+
         try:
-            self._write(self.store.with_policy(RetryPolicy(attempts=1)))
+            self._write(self.store.with_policy(RetryPolicy(attempts=1, on_request=check)))
         except (StoreError, Interrupted) as error:
             log.debug("the progress could not be written: %s", error)
 
