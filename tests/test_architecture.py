@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -132,9 +133,19 @@ def sources() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(parsed(path)))
+
+
 def imports(path: Path) -> Iterator[tuple[str, int]]:
     """Yield the full name and the line of everything a file imports, at whatever depth."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, node.lineno
@@ -217,7 +228,7 @@ def test_nothing_prints_but_the_command_line() -> None:
         f"{path.relative_to(PACKAGE)}:{node.lineno}"
         for path in sources()
         if unit_of(path.relative_to(PACKAGE).as_posix()) not in PROGRAMS
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes_of(path)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "pprint")
     ]
     assert calls == []
@@ -226,7 +237,7 @@ def test_nothing_prints_but_the_command_line() -> None:
 def test_every_file_says_what_it_is_and_fits_into_the_head() -> None:
     for path in sources():
         text = path.read_text()
-        assert ast.get_docstring(ast.parse(text)), f"{path.name} has no docstring"
+        assert ast.get_docstring(parsed(path)), f"{path.name} has no docstring"
         assert len(text.splitlines()) <= MAX_LINES, f"{path.name} is too long"
 
 
@@ -266,11 +277,11 @@ def dotted(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def uses(tree: ast.Module, modules: set[str]) -> set[tuple[str, str]]:
+def uses(path: Path, modules: set[str]) -> set[tuple[str, str]]:
     """Return the (module, name) pairs of the package that a file imports, reads from a module, or names in a string."""
     found: set[tuple[str, str]] = set()
     imported: dict[str, str] = {}  # what a module is called here
-    nodes = list(ast.walk(tree))
+    nodes = nodes_of(path)
     strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     for node in nodes:
         if isinstance(node, ast.ImportFrom):
@@ -297,15 +308,16 @@ def uses(tree: ast.Module, modules: set[str]) -> set[tuple[str, str]]:
 def misnamed(root: Path = ROOT) -> list[str]:
     """List the names of the package that have an underscore and are used elsewhere, or have none and are not."""
     folders = ("flux_batch", "tests", "jobs", "cluster")
-    trees = {path: ast.parse(path.read_text()) for folder in folders for path in sorted((root / folder).rglob("*.py"))}
-    modules = {module_of(path, root): path for path in trees if path.is_relative_to(root / "flux_batch")}
+    paths = [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
+    modules = {module_of(path, root): path for path in paths if path.is_relative_to(root / "flux_batch")}
     users: dict[tuple[str, str], set[Path]] = {}
-    for path, tree in trees.items():
-        for use in uses(tree, set(modules)):
+    names = set(modules)
+    for path in paths:
+        for use in uses(path, names):
             users.setdefault(use, set()).add(path)
     found = []
     for module, path in modules.items():
-        for name, line in top_level_names(trees[path]):
+        for name, line in top_level_names(parsed(path)):
             if name.startswith("__") or name in CONVENTIONAL:
                 continue
             others = sorted(users.get((module, name), set()) - {path})
@@ -350,7 +362,7 @@ MAX_FIRST_SENTENCE_WORDS = 15
 def riddles(root: Path = PACKAGE) -> Iterator[str]:
     """Yield the docstrings that begin with a riddle, or whose first sentence is long."""
     for path in sorted(root.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) or not ast.get_docstring(node):
                 continue
             first = re.split(r"(?<=[.!?:;])\s|\n\n", str(ast.get_docstring(node)))[0]

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from html import escape
 from typing import Any
 
@@ -168,8 +169,11 @@ def failure_lines(figures: Mapping[str, Any]) -> list[str]:
 def installed_versions(packages: Iterable[str] = _RUN_PACKAGES) -> dict[str, str | None]:
     """Return the versions of Python and of `packages`, which are not imported; None for a package that is missing."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in packages:
-        versions[name] = None
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+    return versions | {name: _installed_version(name) for name in packages}
+
+
+@cache  # 10 ms each, and a process keeps what it has imported
+def _installed_version(package: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None

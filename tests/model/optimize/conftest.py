@@ -1,0 +1,16 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from flux_batch.model.optimize import kernels
+
+
+@pytest.fixture
+def amd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CPU on which oneDNN is asked, whatever this machine has; the file in which it says who made it."""
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n")
+    monkeypatch.setattr(kernels, "CPU_INFO", info)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    return info
