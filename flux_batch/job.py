@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flux_batch.config.factory import imported
+from flux_batch.config.known_settings import check_settings, declared_settings
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.config.text import fill_in_dates, overridden, parse_moment, read_tree
 from flux_batch.dataset.annotators.score import load_scorer
@@ -26,8 +28,7 @@ from flux_batch.errors import FluxBatchError, Interrupted, JobError, RowError, S
 from flux_batch.output.lease import Lease
 from flux_batch.output.metadata import columns_of_job
 from flux_batch.output.paths import PLAN
-from flux_batch.pipeline.load import load_pipeline
-from flux_batch.pipeline.weights import check_weights
+from flux_batch.pipeline.load import check_weights, load_pipeline
 from flux_batch.plan.costs import remember_speed
 from flux_batch.plan.estimate import pflop_per_image
 from flux_batch.plan.shards import Shards
@@ -289,6 +290,9 @@ def _on_this_machine(
     """
     if config.sampling.input_image:
         check_job_image(config.sampling.input_image, config.prompts.storage_options)
+    if make_pipeline is None and config.model.pipeline and not joins_cluster():
+        factory = imported(config.model.pipeline, os.getcwd(), "a pipeline")
+        check_settings(config, declared_settings(factory))
     if engine is not None:
         return config
     if joins_cluster():

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
+from flux_batch.config.known_settings import check_settings
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.errors import DeviceFatal, JobError, SourceError, StoreError
 from flux_batch.images import encode
@@ -90,9 +91,11 @@ class FluxMapper:
         self._resize_references = config.sampling.resize_references
         self._prefix, self._exit_on_device_loss = prefix, exit_on_device_loss
         pipeline = make_pipeline(config.model)
+        known = getattr(pipeline, "settings", None)
+        check_settings(config, known)
         defaults = config.sampling.for_model(pipeline.default_guidance)
         self._parser = RowParser(
-            config.prompts, defaults, f"{config.prompts.uri[0].rstrip('/')}/rows", config.model.loras
+            config.prompts, defaults, f"{config.prompts.uri[0].rstrip('/')}/rows", config.model.loras, known
         )
         settings = config.model
         if settings.quantization == "none":  # otherwise the record names the setting of the caller

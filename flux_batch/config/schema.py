@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from flux_batch.config.conditions import ControlNetConfig
+from flux_batch.config.factory import FACTORY
 from flux_batch.config.running import FailuresConfig, QualityConfig, WorkersConfig
 from flux_batch.config.section import Section, check_no_secret
 from flux_batch.config.text import explain, nearest_or_all, overridden, read_tree, to_yaml
@@ -38,7 +39,10 @@ from flux_batch.sampling_params import (
 )
 
 # Keys of `model` that change pixels. `compile` is one: fused kernels round differently.
-_MODEL_IDENTITY = ("uri", "variant", "dtype", "quantization", "step_cache", "compile", "loras", "controlnets")
+_MODEL_IDENTITY = (
+    *("uri", "pipeline", "pipeline_options", "variant", "dtype", "quantization", "step_cache", "compile"),
+    *("loras", "controlnets"),
+)
 _QUALITY_IDENTITY = ("score", "at_least", "max_tries", "keep", "otherwise", "options")
 # The columns that `quality` adds to the metadata.
 QUALITY_COLUMNS = ("tries", "score", "accepted")
@@ -254,6 +258,10 @@ class ModelConfig(Section):
     """Options of fsspec for the model, its LoRAs and ControlNets."""
     refresh: bool = False
     """Ask the remote whether the model has changed before the copy on a node is used."""
+    pipeline: str | None = Field(default=None, pattern=FACTORY.pattern)
+    """`module:factory` of a pipeline for another model, which makes the images; FLUX.1 if null."""
+    pipeline_options: dict[str, Any] = Field(default={})
+    """Options of that factory."""
     variant: Literal["auto", "dev", "schnell", "krea", "kontext", "fill", "canny", "depth"] = "auto"
     """The variant of FLUX.1, where neither the weights nor the names of their file and folder tell it."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -294,6 +302,8 @@ class ModelConfig(Section):
         check_step_cache(self.step_cache)
         check_cuda_graphs(self.cuda_graphs, self.step_cache, len(self.controlnets))
         check_no_secret(self.uri, "uri", "model")
+        if self.pipeline_options and self.pipeline is None:
+            raise InvalidSetting("pipeline_options: are for a pipeline, and there is none", field="pipeline_options")
         for lora in self.loras:
             if sum(lora.name == other.name for other in self.loras) > 1:
                 raise InvalidSetting(f"loras name {lora.name!r} twice: give each a name of its own", field="loras")

@@ -1,4 +1,7 @@
-"""The way from a job's `model` section to a pipeline, in its process."""
+"""The way from a job's `model` section to a pipeline, in its process; before it, a look at its weights.
+
+Imports no torch before a pipeline is loaded, so that the driver of a run can look, too.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,14 @@ import warnings
 from typing import TYPE_CHECKING
 
 from flux_batch.config.schema import ModelConfig
-from flux_batch.pipeline.weights import check_weights
+from flux_batch.download.models import find_local_model, local_model, local_path, model_listing, source_kind
+from flux_batch.errors import CheckpointError, JobError, NotFound, StoreError, StoreRefused
+from flux_batch.model.checkpoint.checkpoint import model_files
+from flux_batch.model.checkpoint.detect import find_parts
+from flux_batch.pipeline.errors import checkpoint_errors
 
 if TYPE_CHECKING:
+    from flux_batch.pipeline.checked import CheckedPipeline
     from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 # Names and values of mallopt(3), glibc's malloc.h; 32 MB is the most it takes for a block. A thread's heap is 64 MB:
@@ -20,17 +28,20 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _LARGEST_KEPT_BLOCK = 32 << 20
 _LARGEST_KEPT_HEAP = 2**31 - 1
+# The demo model has 0.02 GB, FLUX.1 in its narrowest encodings 7 GB with its text encoders.
+MAX_BYTES_ON_CPU = 2 * 10**9
 
 log = logging.getLogger(__name__)
 
 
-def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImagePipeline:
-    """Load FLUX onto the GPU of this process, if there is one.
+def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImagePipeline | CheckedPipeline:
+    """Load FLUX, or the pipeline that the section names, onto this process's GPU, if any.
 
     num_gpus: the GPUs that this process should have; with 0 it computes on the CPU, and where it should have some and
     has none it says so, or refuses a model too large for a CPU. None leaves it open.
     Raises: JobError, and the errors of FluxImagePipeline.from_pretrained.
     """
+    from flux_batch.pipeline.checked import open_pipeline
     from flux_batch.pipeline.pipeline import FluxImagePipeline
     from flux_batch.pipeline.precision import default_device, slow_dtype
 
@@ -39,6 +50,8 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
         no_gpu = "torch finds no GPU on this node"
         check_weights(model, no_gpu)
         log.warning("%s: the model runs on the CPU", no_gpu)
+    if model.pipeline is not None:
+        return open_pipeline(model, device)
     pipeline = FluxImagePipeline.from_pretrained(
         model.uri,
         torch_dtype=model.dtype,
@@ -90,3 +103,38 @@ def keep_freed_memory() -> bool:
         return False
     kept = (_M_MMAP_THRESHOLD, _LARGEST_KEPT_BLOCK), (_M_TRIM_THRESHOLD, _LARGEST_KEPT_HEAP)
     return all(mallopt(name, value) for name, value in kept)
+
+
+def check_weights(model: ModelConfig, no_gpu: str = "") -> None:
+    """Check that the model, the LoRAs and the ControlNets of a job are there; nothing is fetched.
+
+    no_gpu: the reason why the model would run on a CPU that was not asked for; a large one is then refused. A remote
+    that cannot be asked now counts as having the model.
+    Raises: CheckpointError, NotFound or StoreRefused for what is missing or incomplete; JobError.
+    """
+    size = 0 if model.pipeline else _size_of(model)
+    uris = [("LoRA", lora.uri) for lora in model.loras] + [("ControlNet", net.uri) for net in model.controlnets]
+    for title, uri in uris:
+        if source_kind(uri) in ("local", "file") and not local_path(uri).exists():
+            raise CheckpointError(f"{title} {uri} is not there")
+    if no_gpu and size > MAX_BYTES_ON_CPU:
+        raise JobError(
+            f"workers.num_gpus: {no_gpu}, and the weights of {model.uri} have {size / 1e9:.0f} GB, which would take "
+            "hours on a CPU; run the job where there is one, or set workers.num_gpus to 0 to use the CPU all the same"
+        )
+
+
+def _size_of(model: ModelConfig) -> int:
+    """Return the bytes of a model's weights; 0 if its remote cannot be asked now."""
+    try:
+        source = find_local_model(model.uri, model.storage_options)
+        if source is None and source_kind(model.uri) not in ("local", "file"):
+            return sum(file.size or 0 for file in model_listing(model.uri, model.storage_options).files)
+        source = source or local_model(model.uri)
+        with checkpoint_errors():
+            return sum(file.stat().st_size for part in find_parts(source) for file in model_files(part))
+    except (NotFound, StoreRefused):
+        raise
+    except StoreError as error:
+        log.debug("%s: cannot be read: %s", model.uri, error)
+        return 0

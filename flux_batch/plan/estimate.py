@@ -109,6 +109,8 @@ def _quality_lines(config: JobConfig, figures: dict[str, Any]) -> list[str]:
 def _size_of_model(config: JobConfig) -> TransformerSize | None:
     """Return the size of the job's transformer; None if the model is not on this machine, or not whole."""
     model = config.model
+    if model.pipeline:
+        return None
     try:
         source = find_local_model(model.uri, model.storage_options)
         return transformer_size(read_shapes(find_parts(source))["transformer"]) if source else None

@@ -59,6 +59,8 @@ def memory(config: JobConfig) -> dict[str, Any]:
     Sizes of rows are not read. `error` says why the model cannot be counted, such as one not on this machine.
     """
     model = config.model
+    if model.pipeline:
+        return {"error": f"the pipeline {model.pipeline} does not say what it needs"}
     try:
         source = find_local_model(model.uri, model.storage_options)
         if source is None:

@@ -20,6 +20,9 @@ class Tokenizers:
 
     def __init__(self, config: JobConfig) -> None:
         self.missing = ""
+        if config.model.pipeline:
+            self.missing = f"the tokenizers of {config.model.pipeline} are its own"
+            return
         try:
             home = find_local_model(config.model.uri, config.model.storage_options)
             if home is None:

@@ -6,11 +6,12 @@ Knows the sections `prompts` and `sampling` of the job file; does not know files
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any, SupportsIndex
 
+from flux_batch.config.known_settings import known_words
 from flux_batch.config.schema import LATER_IMAGE_COLUMNS, PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import InvalidSetting, RowError
 from flux_batch.prompts.access import ImageAccess, RowLoras, shortened
@@ -39,8 +40,15 @@ class RowParser:
     """The reader of one row: values by column -> a validated ImageRequest, or a FailedRow with the reason."""
 
     def __init__(
-        self, config: PromptsConfig, sampling: SamplingConfig, uri: str = "", loras: Sequence[LoraConfig] = ()
+        self,
+        config: PromptsConfig,
+        sampling: SamplingConfig,
+        uri: str = "",
+        loras: Sequence[LoraConfig] = (),
+        known: Collection[str] | None = None,
     ) -> None:
+        """Read rows of the prompts file `uri`; known: the settings that the pipeline knows, None for all."""
+        self._known = known
         self._passthrough = config.metadata_columns
         self._images = ImageAccess(config, uri)
         self._loras = RowLoras(loras, uri)
@@ -83,6 +91,7 @@ class RowParser:
                     f"denoising_strength = {params.denoising_strength}: needs an input_image, and there is none"
                 )
             loras = self._loras_of(values)
+            self._check_known(params, images, loras)
             seeds = self._seeds(values, row_id)
         except (RowError, InvalidSetting) as error:
             return FailedRow(
@@ -143,6 +152,16 @@ class RowParser:
         if images.mask_image and not images.input_image and not images.control_image:
             raise RowError(f"mask_image {shortened(images.mask_image.name)}: needs an input_image, and there is none")
         return images
+
+    def _check_known(self, params: SamplingParams, images: RowImages, loras: tuple[LoraUse, ...]) -> None:
+        """Raise RowError for a setting of the row that the pipeline does not know."""
+        if self._known is None:
+            return
+        changed = [name for name in SAMPLING_FIELDS if getattr(params, name) != getattr(self._defaults, name)]
+        given = [name for name in (*changed, *images.by_column) if name not in ("width", "height")]
+        for name in (*given, *(["loras"] if loras else [])):
+            if name not in self._known:
+                raise RowError(f"{name}: the pipeline of the job does not know it{known_words(self._known)}")
 
     def _takes_size(self, values: Row, images: RowImages) -> bool:
         has_own = any(self._cell(values, side) is not None for side in ("width", "height"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
@@ -128,12 +128,19 @@ class PromptSource:
             raise SourceError(f"prompts.passthrough: the files disagree on a column's type: {error}") from error
 
     def read(
-        self, shard: Shard, sampling: SamplingConfig, loras: Sequence[LoraConfig] = ()
+        self,
+        shard: Shard,
+        sampling: SamplingConfig,
+        loras: Sequence[LoraConfig] = (),
+        known: Collection[str] | None = None,
     ) -> Iterator[ImageRequest | FailedRow]:
-        """Yield the validated rows of a shard, in order; an invalid row is a FailedRow."""
+        """Yield the validated rows of a shard, in order; an invalid row is a FailedRow.
+
+        known: the settings that the pipeline knows; None for all.
+        """
         row = 0
         for piece, table, values in self._rows_of(shard):
-            parser = RowParser(self._config, sampling, piece.uri, loras)
+            parser = RowParser(self._config, sampling, piece.uri, loras, known)
             partitions = self._partitions(piece.name)
             lines = cache(partial(_lines_of, table, piece))
             is_one = self._is_one_prompt(piece, table)

@@ -79,7 +79,7 @@ class ImageOutcome:
     task: ImageTask
     result: Pixels | Exception
     tiles: Tiles | None = None
-    truncated: tuple[bool, bool] | None = None
+    truncated: tuple[bool | None, bool | None] | None = None
     score: float | None = None
 
 
@@ -251,7 +251,7 @@ class BatchMaker:
         elif known.too_many is None or len(batch) < known.too_many:
             self._fits[shape] = _MemoryFit(known.tiles, len(batch))
 
-    def _call_pipeline(self, batch: Sequence[ImageTask], tiles: Tiles | None) -> Sequence[Pixels]:
+    def _call_pipeline(self, batch: Sequence[ImageTask], tiles: Tiles | None) -> Sequence[Pixels | Exception]:
         options = call_arguments([task.request.sampling for task in batch])
         options |= {name: [task.images[name] for task in batch] for name in batch[0].images}
         for name in batch[0].images:
@@ -268,7 +268,7 @@ class BatchMaker:
             **options,
         )
 
-    def _truncations(self, batch: Sequence[ImageTask]) -> list[tuple[bool, bool]]:
+    def _truncations(self, batch: Sequence[ImageTask]) -> Sequence[tuple[bool | None, bool | None]]:
         """Return for each image whether CLIP and whether T5 cut one of its prompts."""
         params = batch[0].request.sampling
         cut = self._pipeline.truncations([task.request.prompt for task in batch], params.t5_sequence_length)

@@ -1,4 +1,7 @@
-"""The protocol between a worker and what computes images; FluxImagePipeline is one, tests bring their own."""
+"""The protocol between a worker and what computes images: FluxImagePipeline is one.
+
+A job may bring its own by `model.pipeline`, which is an `OwnPipeline`: it says less of itself.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,8 @@ class ImagePipeline(Protocol):
     """
 
     @property
-    def default_t5_sequence_length(self) -> int:
-        """The T5 sequence length of images that ask for none, in tokens."""
+    def default_t5_sequence_length(self) -> int | None:
+        """The T5 sequence length of images that ask for none, in tokens; None for a model without T5."""
         ...
 
     @property
@@ -105,8 +108,8 @@ class ImagePipeline(Protocol):
         negative_prompt_embeds: Any = None,
         negative_pooled_prompt_embeds: Any = None,
         **sampling: Any,
-    ) -> Sequence[Pixels]:
-        """Make one image for each prompt, or for each row of embeddings.
+    ) -> Sequence[Pixels | Exception]:
+        """Make one image for each prompt, or for each row of embeddings; an exception in place of one fails its row.
 
         `sampling` has the fields of SamplingParams, as `call_arguments` spells them.
         """
@@ -123,6 +126,75 @@ class ImagePipeline(Protocol):
         """
         ...
 
-    def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
-        """Return for each prompt whether the tokenizers of CLIP and of T5 cut it."""
+    def truncations(
+        self, prompts: Sequence[str], t5_sequence_length: int | None = None
+    ) -> Sequence[tuple[bool | None, bool | None]]:
+        """Return for each prompt whether the tokenizers of CLIP and of T5 cut it; None where there is none."""
+        ...
+
+
+class OwnPipeline(Protocol):
+    """A pipeline of another model, which a job names: a class, or a function that returns one.
+
+        import numpy as np
+
+        class Noise:
+            settings = frozenset({"num_inference_steps"})
+
+            def __init__(self, model, *, device, grain=255):
+                self.grain = grain
+
+            def __call__(self, prompt, *, seed, width, height, num_inference_steps):
+                draws = [np.random.default_rng(each) for each in seed]
+                return [draw.integers(0, self.grain, (height, width, 3), dtype=np.uint8) for draw in draws]
+
+    With `model.pipeline: my_module:Noise` and `model.pipeline_options: {grain: 100}` each worker opens
+    `Noise(model, device="cuda", grain=100)` once. `model` is the section of the job, of which `uri` is the pipeline's
+    own to read; `device` is `cpu` or `cuda`. An image must depend on its own prompt, seed and settings alone, not on
+    the others of the call: then a resumed run makes the same.
+
+    If a call raises, it is tried again with half of the images, down to single ones: an image that fails alone is a
+    failed row, with the error as its reason. torch's own error for a lack of memory counts as one. An exception in the
+    place of an image fails that row alone.
+    """
+
+    settings: frozenset[str]
+    """The settings that it knows, of those of `sampling` (`num_inference_steps`, `embedded_guidance`, `cfg_scale`,
+    `negative_prompt`, ...), the columns of images (`input_image`, ...), `tiled`, and of `model` (`loras`, `compile`,
+    ...). It is given no other. A job that sets another ends before a row is rendered; a row that does fails. An
+    attribute of the class is read before the model is loaded."""
+
+    def __call__(
+        self, prompt: Sequence[str], *, seed: Sequence[int], width: int, height: int, **settings: Any
+    ) -> Sequence[Any]:
+        """Return an image for each prompt: uint8 (height, width, 3), a PIL image, or an exception.
+
+        settings: those that it declares; `embedded_guidance`, `cfg_scale`, `negative_prompt` and images are lists with
+        a value for each image, all others are one value. Those that have their default may be left out.
+        """
+        ...
+
+
+class _DetailedPipeline(OwnPipeline, Protocol):
+    """A pipeline that says more of itself; each of these attributes may be left out."""
+
+    default_guidance: float
+    """The `embedded_guidance` of images that ask for none; 0 if left out."""
+    default_t5_sequence_length: int | None
+    """The `t5_sequence_length` of images that ask for none."""
+    needed_images: tuple[str, ...]
+    """The columns of images without which it makes nothing."""
+    precision: Mapping[str, str]
+    """`dtype` and `quantization`, as the section `model` spells them. The run keeps to those of its first worker."""
+    is_compiled: bool
+    """Whether it compiles, which rounds otherwise."""
+
+    def set_loras(self, loras: Sequence[tuple[str, float]]) -> None:
+        """Use only these LoRAs from now on, as (uri, scale); called only if it declares `loras`."""
+        ...
+
+    def truncations(
+        self, prompts: Sequence[str], t5_sequence_length: int | None
+    ) -> Sequence[tuple[bool | None, bool | None]]:
+        """Return for each prompt whether its tokenizers of CLIP and of T5 cut it."""
         ...

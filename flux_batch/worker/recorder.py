@@ -28,9 +28,12 @@ _MAX_MESSAGE_LENGTH = 1000
 
 
 class Recorder:
-    """Builds the records of a job; `text_length` is the T5 sequence length of images that ask for none, in tokens."""
+    """Builds the records of a job; `text_length` is the T5 sequence length of images that ask for none, in tokens.
 
-    def __init__(self, model: ModelConfig, output_format: OutputFormat, text_length: int) -> None:
+    None for a model without T5.
+    """
+
+    def __init__(self, model: ModelConfig, output_format: OutputFormat, text_length: int | None) -> None:
         self._model = model
         self._format = output_format
         self._text_length = text_length

@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from flux_batch.config.known_settings import check_settings
 from flux_batch.config.running import QualityConfig
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.errors import Stopped
@@ -86,6 +87,9 @@ class Worker:
 
     def __init__(self, factory: WorkerFactory, pipeline: ImagePipeline) -> None:
         config = self._config = factory.config
+        # FLUX.1 knows all settings, and refuses what its variant does not read.
+        self._known: Collection[str] | None = getattr(pipeline, "settings", None)
+        check_settings(config, self._known)
         self.metrics = Metrics(config.name)
         self._heartbeat = Heartbeat()
         self._stopping = threading.Event()
@@ -185,7 +189,7 @@ class Worker:
     def _read_rows(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:
         """Read the rows of a shard, and adopt the images that earlier attempts have staged."""
         run = ShardRun(shard, attempt, self._recorder, self._staging, self._config.output, scratch)
-        for row in self._source.read(shard, self._sampling, self._config.model.loras):
+        for row in self._source.read(shard, self._sampling, self._config.model.loras, self._known):
             run.add(row)
             if isinstance(row, FailedRow):
                 self.metrics.add("failures", label=row.error_type)

@@ -9,8 +9,8 @@ import pytest
 
 from flux_batch.config.schema import ModelConfig
 from flux_batch.errors import CheckpointError, JobError, NotFound, StoreError
-from flux_batch.pipeline import weights
-from flux_batch.pipeline.weights import MAX_BYTES_ON_CPU, check_weights
+from flux_batch.pipeline import load
+from flux_batch.pipeline.load import MAX_BYTES_ON_CPU, check_weights
 from helpers.sparse_files import sparse_safetensors
 
 FOLDERS = ("vae", "text_encoder", "text_encoder_2", "transformer")
@@ -54,7 +54,7 @@ def test_a_remote_model_is_listed_and_not_fetched(monkeypatch: pytest.MonkeyPatc
         memory.pipe(f"/check-weights/{name}/model.safetensors", b"12345678")
     model = ModelConfig(uri="memory://check-weights")
     check_weights(model, NO_GPU)
-    monkeypatch.setattr(weights, "MAX_BYTES_ON_CPU", 31)
+    monkeypatch.setattr(load, "MAX_BYTES_ON_CPU", 31)
     with pytest.raises(JobError, match=NO_GPU):
         check_weights(model, NO_GPU)
     with pytest.raises(NotFound):
@@ -66,5 +66,5 @@ def test_a_remote_that_is_away_for_now_is_left_to_the_workers(monkeypatch: pytes
     def away(uri: str, options: object) -> None:
         raise StoreError("away")
 
-    monkeypatch.setattr(weights, "model_listing", away)
+    monkeypatch.setattr(load, "model_listing", away)
     check_weights(ModelConfig(uri="s3://bucket/flux"), NO_GPU)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flux_batch.config.factory import FACTORY, check_options, imported
 from flux_batch.dataset.annotators.checked import CheckedAnnotator
 from flux_batch.errors import FluxBatchError, JobError, did_you_mean, one_line
 from flux_batch.redaction import public_tree
@@ -30,7 +28,6 @@ BUILT_IN: Mapping[str, str] = {
     "ask": f"{_PACKAGE}.vision:Ask",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +43,7 @@ class AnnotatorSpec:
     folder: str = ""
 
     def __post_init__(self) -> None:
-        if self.annotator not in BUILT_IN and not _FACTORY.fullmatch(self.annotator):
+        if self.annotator not in BUILT_IN and not FACTORY.fullmatch(self.annotator):
             raise JobError(
                 f"{self.annotator}: is no annotator; it must be {', '.join(sorted(BUILT_IN))}, or module:factory"
                 f"{did_you_mean(self.annotator, BUILT_IN)}"
@@ -100,8 +97,8 @@ def parse_specs(texts: Iterable[str], options: Mapping[str, Any]) -> list[Annota
 
 def open_annotator(spec: AnnotatorSpec) -> OpenAnnotator:
     """Import and open an annotator. Raises: JobError if that is not possible; its own errors of this package."""
-    factory = _imported(spec)
-    _check_options(factory, spec)
+    factory = imported(BUILT_IN.get(spec.annotator, spec.annotator), spec.folder, "an annotator")
+    check_options(factory, spec.options, spec.name, "--set key=value")
     try:
         annotator = factory(**spec.options)
     except FluxBatchError:
@@ -120,35 +117,3 @@ def open_annotator(spec: AnnotatorSpec) -> OpenAnnotator:
     }
     identity["options"] = {key: value for key, value in identity["options"].items() if key not in execution}
     return OpenAnnotator(spec, checked, identity)
-
-
-def _imported(spec: AnnotatorSpec) -> Callable[..., Any]:
-    module, _, path = BUILT_IN.get(spec.annotator, spec.annotator).partition(":")
-    if spec.folder and spec.folder not in sys.path and os.path.isdir(spec.folder):
-        sys.path.insert(0, spec.folder)
-    try:
-        found: Any = importlib.import_module(module)
-        for name in path.split("."):
-            found = getattr(found, name)
-    except (ImportError, AttributeError) as error:
-        raise JobError(f"{spec.annotator}: cannot be imported: {one_line(error)}") from error
-    except Exception as error:  # whatever somebody's module raises
-        raise JobError(f"{spec.annotator}: cannot be imported: {type(error).__name__}: {one_line(error)}") from error
-    if not callable(found):
-        raise JobError(f"{spec.annotator}: must be a class or a function that returns an annotator")
-    return found  # type: ignore[no-any-return]
-
-
-def _check_options(factory: Callable[..., Any], spec: AnnotatorSpec) -> None:
-    """Raise JobError unless a factory takes these options."""
-    try:
-        signature = inspect.signature(factory)
-    except (TypeError, ValueError):  # of C code
-        return
-    try:
-        signature.bind(**spec.options)
-    except TypeError as error:
-        names = [name for name in signature.parameters if name not in ("args", "kwargs")]
-        raise JobError(
-            f"{spec.name}: {one_line(error)}; its options are {', '.join(names) or 'none'} (--set key=value)"
-        ) from error
