@@ -92,7 +92,7 @@ def try_with(resolution: str, wheel: Path, uv: Path, place: Path) -> None:
     run(programs / "flux-batch", "run", ROOT / "jobs/demo.yaml", *settings, at=place)
     run(programs / "flux-batch", "verify", place / f"out-{resolution}", at=place)
     # Not `python -m pytest`, which would import the package from this folder. Others' warnings are not ours.
-    run(programs / "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", *QUICK_TESTS)
+    run(programs / "pytest", "-q", "-m", "not slow", "-W", "default", "-p", "no:cacheprovider", *QUICK_TESTS)
     say(f"{resolution}: demo and quick tests pass")
     shutil.rmtree(environment)
 
