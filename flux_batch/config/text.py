@@ -15,8 +15,7 @@ from yaml.constructor import ConstructorError
 from flux_batch.errors import InvalidSetting, JobError, did_you_mean, one_line
 from flux_batch.sampling_params import ALIASES
 
-# Merges of merges double with every line: a few lines of a form or an agent would fill the driver's memory.
-_MAX_MERGES, _MAX_KEYS = 100, 10_000
+_MAX_MERGES = 100
 # No colons: they mean something in addresses, and in the file names of some systems.
 _DATE_FORMATS = {"{day}": "%Y%m%d", "{date}": "%Y-%m-%d", "{datetime}": "%Y-%m-%dT%H-%M-%S"}
 _DATE = re.compile("|".join(map(re.escape, _DATE_FORMATS)))
@@ -51,13 +50,34 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Resolve the merge keys of a mapping. Raises: ConstructorError if there are too many."""
-        merged = [value for key, value in node.value if key.tag == _MERGE]
-        num_merged = sum(len(value.value) if isinstance(value, yaml.SequenceNode) else 1 for value in merged)
-        if num_merged <= _MAX_MERGES:
-            super().flatten_mapping(node)
-        if num_merged > _MAX_MERGES or (merged and len(node.value) > _MAX_KEYS):
+        """Resolve the merge keys of a mapping. Raises: ConstructorError if there are too many, or one names no mapping.
+
+        Each key is kept once, so that merges of merges do not grow. PyYAML 6.0.4 keeps another one of two than 6.0.3.
+        """
+        merges = [value for key, value in node.value if key.tag == _MERGE]
+        node.value = [(key, value) for key, value in node.value if key.tag != _MERGE]
+        # The first of a sequence is the strongest, and the mapping's own keys are stronger.
+        sources = [each for value in merges for each in _merged(value)]
+        if len(sources) > _MAX_MERGES:
             raise ConstructorError(None, None, "too many `<<` merges", node.start_mark)
+        pairs = {}
+        for source in sources:
+            if not isinstance(source, yaml.MappingNode):
+                raise ConstructorError(None, None, "`<<` must name a mapping or several", source.start_mark)
+            self.flatten_mapping(source)
+            pairs |= {_identity(key): (key, value) for key, value in source.value}
+        super().flatten_mapping(node)
+        node.value = [*pairs.values(), *node.value]
+
+
+def _merged(value: yaml.Node) -> list[yaml.Node]:
+    """Return the nodes that a merge key names, the strongest last."""
+    return list(reversed(value.value)) if isinstance(value, yaml.SequenceNode) else [value]
+
+
+def _identity(key: yaml.Node) -> object:
+    """Return what is the same for two keys that are equal."""
+    return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 def load_yaml(text: str, origin: str) -> Any:

@@ -38,8 +38,11 @@ def test_the_signs_of_yaml_are_still_named() -> None:
 
 
 def test_merge_keys_merge() -> None:
-    tree = load_yaml("a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: [*b, *a], z: 4}\n", "job.yaml")
-    assert (tree["b"], tree["c"]) == ({"x": 1, "y": 3}, {"x": 1, "y": 3, "z": 4})
+    text = "a: &a {NAME: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: [*b, *a], z: 4}\nd: {<<: [*a, *b], NAME: 5}\n"
+    for name in ("x", "a_longer_name"):  # PyYAML 6.0.4 tells keys apart by the identity of their texts
+        tree = load_yaml(text.replace("NAME", name), "job.yaml")
+        assert (tree["b"], tree["c"]) == ({name: 1, "y": 3}, {name: 1, "y": 3, "z": 4})
+        assert tree["d"] == {name: 5, "y": 2}
 
 
 @pytest.mark.parametrize(
@@ -94,8 +97,17 @@ def doubled(levels: int) -> str:
     return "\n".join(lines)
 
 
+def test_merges_of_merges_stay_small_and_a_circle_ends() -> None:
+    found: list[dict[str, object]] = []
+    assert work(lambda: found.append(load_yaml(doubled(60), "job.yaml"))) < 20
+    assert found[0]["a59"] == {"x": 1}
+    assert load_yaml("a: &a {<<: *a, first: 1}\nb: {<<: [*a], second: 2}", "")["b"] == {"first": 1, "second": 2}
+    with pytest.raises(JobError, match=r"line 2: .*`<<` must name a mapping"):
+        load_yaml("a: 1\nb: {<<: [5]}\n", "job.yaml")
+
+
 @pytest.mark.parametrize(
-    "text", [doubled(40), "a: &a {x: 1}\nb: {<<: [" + "*a, " * 1000 + "]}", "a: &a {x: 1}\nb:\n" + "  <<: *a\n" * 1000]
+    "text", ["a: &a {x: 1}\nb: {<<: [" + "*a, " * 1000 + "]}", "a: &a {x: 1}\nb:\n" + "  <<: *a\n" * 1000]
 )
 def test_a_bomb_of_merges_is_refused_before_it_goes_off(text: str) -> None:
     def read() -> None:
@@ -134,7 +146,7 @@ def test_a_date_is_asked_for_and_never_guessed() -> None:
         JobError, match=r"job\.yaml: prompts\.uri\.1 asks for the date of the run: say .*--logical-date"
     ):
         fill_in_dates({"prompts": {"uri": ["x", "s3://b/{date}/"]}}, None, "job.yaml")
-    assert fill_in_dates({"prompts": {"uri": "{day}"}}, None, "job.yaml") == {"prompts": {"uri": "{day}"}}
+    assert fill_in_dates({"prompts": {"uri": "{month}"}}, None, "job.yaml") == {"prompts": {"uri": "{month}"}}
 
 
 @pytest.mark.parametrize("text", ["yesterday", "23.11.2026", "2026-13-01"])
