@@ -190,7 +190,8 @@ def test_weights_are_cast_to_the_dtype_asked_for(original: Path) -> None:
     assert torch.equal(model.img_in.weight, expected)
 
 
-@pytest.mark.parametrize("kind", list(CheckpointKind))
+# ControlNets are no part of a repository: tests/pipeline/test_controlnets.py loads them.
+@pytest.mark.parametrize("kind", [kind for kind in CheckpointKind if kind is not CheckpointKind.CONTROLNET])
 def test_parts_are_detected_by_their_keys(repository: Path, original_repository: Path, kind: CheckpointKind) -> None:
     home = {
         CheckpointKind.TRANSFORMER: original_repository / FILE,
