@@ -54,7 +54,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "no such name": ({"guidence_scale": 1}, "guidence_scale", r"did you mean 'guidance_scale'\?"),
     "nearest name": ({"hight": 64}, "hight", r"did you mean 'height'\?"),
-    "nothing near": ({"zzz": 64}, "zzz", "is not an argument of the pipeline; there are cfg_scale, "),
+    "nothing near": ({"zzz": 64}, "zzz", "is not an argument of the pipeline; there are callback_on_step_end, "),
     "output type": ({"output_type": "jpeg"}, "output_type", "must be one of pil, np, pt, latent"),
     "strength 0": (
         {"input_image": Image.new("RGB", (8, 8)), "denoising_strength": 0.0},
