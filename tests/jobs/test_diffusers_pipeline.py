@@ -1,9 +1,10 @@
-"""A tiny random model of another family under the same job, by `jobs/diffusers_pipeline.py`."""
+"""Tiny random models of two other families under the same job, by `jobs/diffusers_pipeline.py`."""
 
 from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,30 @@ def stable_diffusion() -> Any:
     )
 
 
+def pixart() -> Any:
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_folder() / "tokenizer_2")
+    text = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=32,  # one of those that the pipeline knows sizes for
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+    )
+    return diffusers.PixArtSigmaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=T5EncoderModel(text),
+        vae=autoencoder(),
+        transformer=transformer,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+    )
+
+
 def job(folder: Path, rows: list[dict[str, Any]] = ROWS, *, uri: Path, **sections: Any) -> JobConfig:
     return make_job(
         folder,
@@ -99,10 +124,13 @@ def image_of(config: JobConfig, key: str) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-def test_each_row_is_made_once_as_diffusers_makes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "guidance"), [(stable_diffusion, 7.5), (pixart, 4.5)])
+def test_each_row_is_made_once_as_diffusers_makes_it(
+    tmp_path: Path, family: Callable[[], Any], guidance: float
+) -> None:
     torch.manual_seed(0)
-    pipe = stable_diffusion()
-    pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
+    family().save_pretrained(tmp_path / "model", safe_serialization=True)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")  # loaded, it drops nothing out
     pipe.set_progress_bar_config(disable=True)
     config = job(tmp_path, [*ROWS, *ROWS], uri=tmp_path / "model")
 
@@ -116,7 +144,7 @@ def test_each_row_is_made_once_as_diffusers_makes_it(tmp_path: Path) -> None:
     assert 0 < report.num_new_images < 8
     assert report.model["pipeline"] == PIPELINE
     assert verify(Store(config.output.uri)).problems == []
-    assert [row["embedded_guidance"] for row in rows[:2]] == [3.0, 7.5]
+    assert [row["embedded_guidance"] for row in rows[:2]] == [3.0, guidance]
     theirs = pipe(
         prompt="a lake",
         generator=[torch.Generator("cpu").manual_seed(9)],
@@ -134,6 +162,9 @@ def test_each_row_is_made_once_as_diffusers_makes_it(tmp_path: Path) -> None:
     run(whole, engine=LocalEngine())
     assert data_files(tmp_path / "whole") == data_files(tmp_path / "out")
 
+
+def test_a_setting_that_the_pipeline_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
+    stable_diffusion().save_pretrained(tmp_path / "model", safe_serialization=True)
     strange = [{"prompt": "a", "sigma_shift": 3.0, "input_image": "x.png"}, {"prompt": "b"}]
     rows = [*strange, *[{"prompt": "c", "denoising_strength": None}]]
     refused = job(tmp_path / "rows", rows, uri=tmp_path / "model")
@@ -143,9 +174,7 @@ def test_each_row_is_made_once_as_diffusers_makes_it(tmp_path: Path) -> None:
 
     for section, values in {"sampling": {"tiled": True}, "model": {"step_cache": 0.1}}.items():
         (name,) = values
-        wrong = refused.model_copy(
-            update={section: getattr(refused, section).model_copy(update=values), "output": whole.output}
-        )
+        wrong = refused.model_copy(update={section: getattr(refused, section).model_copy(update=values)})
         with pytest.raises(JobError, match=rf"{section}\.{name}: the pipeline .* does not know it.*num_inf"):
             run(wrong.model_copy(update={"output": _elsewhere(wrong, tmp_path / name)}), engine=LocalEngine())
 
