@@ -60,7 +60,7 @@ class _Loader(yaml.SafeLoader):
         sources = [each for value in merges for each in _merged(value)]
         if len(sources) > _MAX_MERGES:
             raise ConstructorError(None, None, "too many `<<` merges", node.start_mark)
-        pairs = {}
+        pairs: dict[object, tuple[yaml.Node, yaml.Node]] = {}
         for source in sources:
             if not isinstance(source, yaml.MappingNode):
                 raise ConstructorError(None, None, "`<<` must name a mapping or several", source.start_mark)
