@@ -240,9 +240,9 @@ class Lease:
             raise Interrupted("the lease is being released")
 
     def _check_hurry(self) -> None:
-        """Raise StoreError once the release has taken its time."""
+        """Raise Interrupted once the release has taken its time. A StoreError would count as an answer."""
         if time.monotonic() - self._released >= _RELEASE_S:
-            raise StoreError(f"{self._store.uri}: no answer")
+            raise Interrupted(f"{self._store.uri}: no answer")
 
     def _try_to_acquire(self) -> bool:
         last = read_holder(self._store)

@@ -34,8 +34,8 @@ _MAX_WAIT_S = 30.0
 _OUTAGE_AFTER_S = 2.0
 # The one line on an outage follows after this time; short waits are not logged.
 _WARN_AFTER_S = 5.0
-# A request may take so long even when an outage should end: a storage that comes back is slow at first.
-_LEAST_REQUEST_S = 60.0
+# A request may take so long even when an outage should end. Its end comes at most so much later than it should.
+_LEAST_REQUEST_S = 5.0
 # Seconds of a request that is made when the time of a stop is over: what has just been made may still be put aside.
 _LATE_S = 3.0
 # The interval of calls of `on_wait` and `on_request`: a stop must not wait for a storage that is unavailable.

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 _REPORT_INTERVAL_S = 10.0
-# Seconds that the thread of the figures may take to end, when the storage does not answer it.
-_JOIN_S = 5.0
+# Seconds that the thread of the figures may take to end: a report whose lease is being looked up ends by itself.
+_JOIN_S = 1.0
 # Seconds of a report that is on its way when the run is over.
 _LAST_REPORT_S = 1.0
 
