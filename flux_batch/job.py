@@ -66,6 +66,8 @@ if TYPE_CHECKING:
 
 # The folder in which Ray keeps what was submitted with a job, under its hash: ray/_private/runtime_env/working_dir.py.
 _RAY_WORKING_DIR = "working_dir_files"
+# How a run goes on that a limit has stopped.
+_HIGHER_LIMIT = "the same command with a higher limit goes on"
 
 log = logging.getLogger(__name__)
 
@@ -320,9 +322,9 @@ def _check_limits(config: JobConfig, price: float | None, max_cost: float | None
     """Request a stop once a run has had its hours, or has cost enough."""
     limit = config.workers.max_gpu_hours
     if limit is not None and now.device_hours >= limit:
-        stop.request(f"workers.max_gpu_hours = {limit:g} is reached, a higher one goes on")
+        stop.request(f"workers.max_gpu_hours = {limit:g} is reached", _HIGHER_LIMIT)
     if price is not None and max_cost is not None and now.device_hours * price >= max_cost:
-        stop.request(f"--max-cost {max_cost:g} is reached, a higher one goes on")
+        stop.request(f"--max-cost {max_cost:g} is reached", _HIGHER_LIMIT)
 
 
 def _render(
@@ -337,7 +339,7 @@ def _render(
         progress.report()
         raise Interrupted(
             f"{stop.reason}: {progress.totals.num_committed} of {progress.num_shards} shards are committed; "
-            "run the same command again"
+            f"{stop.advice}"
         )
 
 

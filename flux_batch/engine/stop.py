@@ -26,6 +26,7 @@ class Stop:
 
     def __init__(self) -> None:
         self._reason = ""
+        self._advice = ""
         self._requested = math.inf
 
     @property
@@ -39,20 +40,26 @@ class Stop:
         return bool(self._reason)
 
     @property
+    def advice(self) -> str:
+        """How to go on, as the end of a sentence."""
+        return self._advice
+
+    @property
     def since_s(self) -> float:
         """The seconds since a stop was requested; 0 without one."""
         return max(0.0, time.monotonic() - self._requested)
 
-    def request(self, reason: str) -> None:
+    def request(self, reason: str, advice: str = "run the same command again") -> None:
         """Request a stop. Safe to call twice: the first reason stays."""
         if not self._reason:
             self._requested = time.monotonic()
+            self._advice = advice
             self._reason = reason
 
     def check(self, after_s: float = 0.0) -> None:
         """Raise Interrupted if a stop was requested, at least `after_s` seconds ago."""
         if self._reason and self.since_s >= after_s:
-            raise Interrupted(f"{self._reason}; run the same command again")
+            raise Interrupted(f"{self._reason}; {self._advice}")
 
     def sleep(self, seconds: float) -> None:
         """Sleep. Raises: Interrupted as soon as a stop is requested."""
