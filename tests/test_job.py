@@ -88,7 +88,9 @@ def test_a_run_stops_in_order_when_it_has_had_its_hours(
         wait_until(lambda: stop.is_requested)
         return FakePipeline()
 
-    words = r"^(workers\.max_gpu_hours = 1e-09|--max-cost 1) is reached.*; the same command with a higher limit goes on$"
+    words = (
+        r"^(workers\.max_gpu_hours = 1e-09|--max-cost 1) is reached.*; the same command with a higher limit goes on$"
+    )
     with pytest.raises(Interrupted, match=words) as stopped:
         run(config, engine=LocalEngine(), make_pipeline=load, stop=stop, **cost)
     assert stopped.value.exit_code == 75

@@ -189,9 +189,7 @@ class _Progress:
             num_settled += 1
             self._add(result, num_settled, num_todo)
         if stop.is_requested and num_settled < num_todo:
-            raise Interrupted(
-                f"{stop.reason}: {num_settled} of {num_todo} shards were annotated now; {stop.advice}"
-            )
+            raise Interrupted(f"{stop.reason}: {num_settled} of {num_todo} shards were annotated now; {stop.advice}")
 
     def report(self, specs: Sequence[AnnotatorSpec], max_failed_ratio: float) -> AnnotateReport:
         """Return the state of all annotations, read from their commits."""

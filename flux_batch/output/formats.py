@@ -307,7 +307,7 @@ class _Files:
     def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
         """Read the one image of a file; its source images are in files beside it."""
         for name, size in sizes.items():
-            _, source = _key_and_source(name, self.sources)
+            _, source = key_and_source(name, self.sources)
             beside = f"{file_name.removesuffix(self.suffix)}{source}.{self.suffix}"
             with store.open(beside if source else file_name) as file:
                 yield name, file.read(size + 1)
@@ -366,7 +366,7 @@ class _Parquet(_OneFile):
         ):
             columns: dict[str, set[str]] = {}
             for name in sizes:
-                key, source = _key_and_source(name, self.sources)
+                key, source = key_and_source(name, self.sources)
                 columns.setdefault(source, set()).add(key)
             for group in range(table.num_row_groups):
                 keys = table.read_row_group(group, columns=["key"])["key"].to_pylist()
@@ -382,7 +382,7 @@ class _Parquet(_OneFile):
         return f"{key}.{source}.{self.suffix}" if source else f"{key}.{self.suffix}"
 
 
-def _key_and_source(name: str, sources: Sequence[str]) -> tuple[str, str]:
+def key_and_source(name: str, sources: Sequence[str]) -> tuple[str, str]:
     """Return the parts of KEY.source; of anything else itself and ""."""
     key, _, source = name.partition(".")
     return (key, source) if source in sources else (name, "")

@@ -27,7 +27,7 @@ from flux_batch.dataset.select.files import annotated_shards, committed_shards, 
 from flux_batch.dataset.select.selection import read_selection
 from flux_batch.errors import JobError, StoreError, one_line
 from flux_batch.images import AI_SOURCE_TYPE, encode, encode_source, read_provenance, to_rgb
-from flux_batch.output.formats import DECODE_ERRORS, MAX_SOURCE_BYTES, Sample, source_path
+from flux_batch.output.formats import DECODE_ERRORS, MAX_SOURCE_BYTES, Sample, key_and_source, source_path
 from flux_batch.output.metadata import RECORD_SCHEMA, passthrough_name, record_row, source_digests
 from flux_batch.output.paths import TRAIN, is_within, shard_name
 from flux_batch.records import ImageRecord
@@ -208,7 +208,7 @@ class ExportSource:
             paths = {key: scratch / f"{key}.image" for key in keys}
             missing = dict.fromkeys(name for key in keys for name in (key, *self._source_names(key)))
             for name, data in self._read(shard, records, scratch):
-                key, source = self._key_and_source(name)
+                key, source = key_and_source(name, self.run.output_format.sources)
                 records[key], data = self._stored(records[key], data, source)
                 (source_path(paths[key], source) if source else paths[key]).write_bytes(data)
                 missing.pop(name, None)
@@ -261,7 +261,7 @@ class ExportSource:
             try:
                 for name, data in self._read_file(shard, file_name, sizes, scratch):
                     if name in sizes:
-                        key, source = self._key_and_source(name)
+                        key, source = key_and_source(name, self.run.output_format.sources)
                         self._check(records[key], data, source)
                         yield name, data
             except StoreError:
@@ -287,10 +287,6 @@ class ExportSource:
 
     def _source_names(self, key: str) -> list[str]:
         return [f"{key}.{source}" for source in self.run.output_format.sources]
-
-    def _key_and_source(self, name: str) -> tuple[str, str]:
-        key, _, source = name.partition(".")
-        return (key, source) if source in self.run.output_format.sources else (name, "")
 
     def _check(self, record: ImageRecord, data: bytes, source: str) -> None:
         recorded = source_digests(record.passthrough).get(source) if source else record.sha256
