@@ -383,7 +383,7 @@ class _Parquet(_OneFile):
 
 
 def key_and_source(name: str, sources: Sequence[str]) -> tuple[str, str]:
-    """Return the parts of KEY.source; of anything else itself and ""."""
+    """Return key and source of a name KEY.source; any other name is all key."""
     key, _, source = name.partition(".")
     return (key, source) if source in sources else (name, "")
 
