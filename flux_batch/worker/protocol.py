@@ -187,7 +187,7 @@ class _DetailedPipeline(OwnPipeline, Protocol):
     precision: Mapping[str, str]
     """`dtype` and `quantization`, as the section `model` spells them. The run keeps to those of its first worker."""
     is_compiled: bool
-    """Whether it compiles, which rounds otherwise."""
+    """True if it compiles, which rounds otherwise."""
 
     def set_loras(self, loras: Sequence[tuple[str, float]]) -> None:
         """Use only these LoRAs from now on, as (uri, scale); called only if it declares `loras`."""

@@ -1,4 +1,4 @@
-"""What a release must pass, for `make release-check`: the files that are published, and where they can be installed."""
+"""The checks of a release, for `make release-check`: of the files that are published, and of their installation."""
 
 from __future__ import annotations
 
