@@ -41,7 +41,7 @@ class Stop:
 
     @property
     def advice(self) -> str:
-        """How to go on, as the end of a sentence."""
+        """The way to go on, as the end of a sentence."""
         return self._advice
 
     @property

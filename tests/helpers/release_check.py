@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CHANGELOG = ROOT / "flux_batch/CHANGELOG.md"
+CHANGELOG = ROOT / "CHANGELOG.md"
 # The demo's model is most of the wheel. PyPI takes 100 MB.
 MAX_MB = 20
 # What runs without the packages that only tests need.
