@@ -22,10 +22,10 @@ from flux_batch.config.schema import JobConfig, SamplingConfig
 from flux_batch.plan.memory import TEXT_TOKENS
 from flux_batch.plan.shards import Shards
 from flux_batch.prompts.source import PromptSource
-from flux_batch.sampling_params import num_image_tokens
+from flux_batch.sampling_params import TOKEN_SIDE_PX
 
 _FIELDS = ("width", "height", "num_inference_steps", "num_images_per_prompt")
-_PIXELS_A_TOKEN = 1024 * 1024 / num_image_tokens(1024, 1024)
+_PIXELS_A_TOKEN = TOKEN_SIDE_PX**2
 _READER_THREADS = 4
 
 
@@ -43,11 +43,13 @@ def largest_first(shards: Shards, config: JobConfig) -> Shards:
 
 
 def _work_of_shards(shards: Shards, source: PromptSource, sampling: SamplingConfig) -> array[float]:
-    """Return the work of every shard of the plan, in steps times tokens."""
+    """Return the work of each shard, in steps times tokens. Files without one of them are not read."""
     parts: dict[str, list[tuple[int, int, int]]] = {}
     columns = (shards.parts[name].to_pylist() for name in ("file", "shard", "start", "num_rows"))
     for file, shard, start, num_rows in zip(*columns, strict=True):
         parts.setdefault(file, []).append((shard, start, num_rows))
+    wanted = set(shards.numbers)
+    parts = {file: each for file, each in parts.items() if any(shard in wanted for shard, _, _ in each)}
     work = array("d", bytes(8 * len(shards.ends)))
 
     def weigh(file: str) -> list[float]:

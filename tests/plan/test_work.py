@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -6,6 +7,7 @@ import pytest
 
 from flux_batch.plan.plan import make_plan
 from flux_batch.plan.work import largest_first
+from flux_batch.prompts.source import PromptSource
 from helpers.job_files import make_job
 
 
@@ -33,6 +35,25 @@ def test_shards_with_more_pixels_steps_or_images_come_first(tmp_path: Path, row_
 def test_without_a_column_of_sizes_the_plan_is_the_order(tmp_path: Path) -> None:
     assert order(tmp_path, {"words": list(range(8))}) == [0, 2, 3]
     assert order(tmp_path, {"width": list("abcdefgh")}) == [0, 2, 3]
+
+
+def test_files_whose_shards_are_done_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        rows = pa.table({"prompt": ["p"] * 150, "num_inference_steps": [1] * 100 + [50] * 50})
+        pq.write_table(rows, tmp_path / f"{name}.parquet")
+    config = make_job(tmp_path / "job", [{"prompt": "p"}], prompts={"uri": str(tmp_path / "*.parquet")})
+    shards = make_plan(config.prompts, 100).shards
+    read, numbers_of = [], PromptSource.numbers_of
+
+    def noted(source: PromptSource, uri: str, fields: Sequence[str]) -> object:
+        read.append(Path(uri).name)
+        return numbers_of(source, uri, fields)
+
+    monkeypatch.setattr(PromptSource, "numbers_of", noted)
+    left = largest_first(shards.without(set(range(4))), config)
+
+    assert [shard.index for shard in left] == [5, 4]
+    assert set(read) == {"a.parquet", "c.parquet"}  # the columns of the first are asked for
 
 
 def test_a_column_has_the_name_that_the_job_gives_it(tmp_path: Path) -> None:
