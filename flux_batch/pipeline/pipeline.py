@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -19,39 +18,30 @@ from flux_batch.download.models import PathOrFolder
 from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.detect import PART_TITLES
-from flux_batch.model.conditions.controlnet import ControlNet, Controls
+from flux_batch.model.conditions.controlnet import ControlNet
 from flux_batch.model.conditions.variant import Variant, VariantName, variant_of
 from flux_batch.model.optimize.attention import AttentionKernels, choose_attention
 from flux_batch.model.optimize.compile import CompileCache, is_compiled, set_compile_options
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.model.optimize.offload import apply_offload
-from flux_batch.model.optimize.step_cache import StepCache
 from flux_batch.model.optimize.tiling import Tiling
 from flux_batch.model.params import T5_SEQUENCE_LENGTH, ScheduleParams
-from flux_batch.model.sampling import (
-    Progress,
-    Velocity,
-    denoise,
-    make_sigmas,
-    pack,
-    timesteps_of,
-    unpack,
-)
+from flux_batch.model.sampling import Progress
 from flux_batch.model.text import ClipEncoder, T5Encoder
-from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds, position_tables
+from flux_batch.model.transformer import Flux, PromptEmbeds, position_tables
 from flux_batch.pipeline.compiled import apply_speed_ups, kernels_of
+from flux_batch.pipeline.denoising import denoised
 from flux_batch.pipeline.errors import device_errors
 from flux_batch.pipeline.images.controls import ControlNets
 from flux_batch.pipeline.images.inputs import IMAGE_ARGUMENTS, image_inputs
-from flux_batch.pipeline.images.latents import ImageLatents, StepCallback, after_each_step
+from flux_batch.pipeline.images.latents import ImageLatents, StepCallback
+from flux_batch.pipeline.images.pixels import OutputType, as_output, check_finite
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, check_parts_fit, locate_parts
-from flux_batch.pipeline.pixels import OutputType, as_output, check_finite
 from flux_batch.pipeline.precision import AUTO, default_device, must_be_narrow
 from flux_batch.pipeline.request import (
     PipelineRequest,
-    Texts,
     as_list,
     check_embeds,
     check_texts,
@@ -443,51 +433,7 @@ class FluxImagePipeline:
         self, request: PipelineRequest, progress_bar: Progress | None = None, callback: StepCallback | None = None
     ) -> Tensor:
         """Return the scaled latents of a call, after encoding and denoising: (b, c, height/8, width/8)."""
-        p = request.shared
-        downscale = self.autoencoder.params.downscale
-        height, width = p.height // downscale, p.width // downscale
-        length = request.t5_length(self.default_t5_sequence_length)
-        num_tokens = height // 2 * (width // 2)  # without those of reference images, whose noise is none
-        sigmas = make_sigmas(p.num_inference_steps, num_tokens, self.schedule, p.sigma_shift, p.denoising_strength)
-        pe = self.position_tables(length, height, width, self.latents.places(request))
-        guidance = torch.tensor(request.values("embedded_guidance"), device=self.device, dtype=self.torch_dtype)
-        timesteps = timesteps_of(sigmas, guidance)
-
-        def embedded(texts: Texts) -> PromptEmbeds:
-            embeds = texts if isinstance(texts, PromptEmbeds) else self.encode(texts, length)
-            return embeds.to(self.device, self.torch_dtype)
-
-        def velocity(embeds: PromptEmbeds) -> Velocity:
-            model = Denoiser(self.transformer, embeds, pe, timesteps, guidance, nets)
-            steps: Velocity = model
-            if request.step_cache:
-                steps = StepCache(model, request.step_cache)
-            elif self.graphs:
-                steps = self.graphs(model)
-            return conditions.around(steps)
-
-        start = self.latents.start(request, sigmas[0])
-        conditions = self.latents.conditions(request, self.variant)
-        embeds = embedded(request.prompts)
-        # The pass with the negative prompts has the residuals of the other, as in diffusers.
-        tables = partial(self.position_tables, height=height, width=width)
-        uses = self.controlnets.uses(request, self.latents)
-        nets = Controls(uses, self.transformer, embeds, tables, timesteps, guidance) if uses else None
-        positive = velocity(embeds)
-        negative = velocity(embedded(request.negative_prompts)) if request.uses_cfg else None
-        cfg_scale = torch.tensor(request.values("cfg_scale"), device=self.device, dtype=torch.float32)
-        kept = self.latents.kept(request, self.variant, start, sigmas)
-        with self.attention.first():
-            tokens = denoise(
-                positive,
-                pack(start.latents),
-                sigmas,
-                negative=negative,
-                cfg_scale=cfg_scale,
-                progress=progress_bar,
-                after_step=after_each_step(kept, callback, self, sigmas),
-            )
-        return unpack(tokens, height, width)
+        return denoised(self, request, progress_bar, callback)
 
     def encode(self, prompts: Sequence[str], t5_sequence_length: int) -> PromptEmbeds:
         """Return the embeddings of each prompt, those of the last prompts from memory."""

@@ -9,7 +9,7 @@ from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.params import DEV_SCHEDULE
 from flux_batch.model.sampling import denoise, make_sigmas, pack, position_ids, timesteps_of, unpack
 from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds
-from flux_batch.pipeline.pixels import to_uint8
+from flux_batch.pipeline.images.pixels import to_uint8
 from helpers.golden import AUTOENCODER, FLUX, check, filled, tensor
 
 IMAGE = tensor("in.image", (1, 3, 64, 96))

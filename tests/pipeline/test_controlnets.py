@@ -20,8 +20,8 @@ from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.checkpoint.diffusers_keys import controlnet_from_diffusers
 from flux_batch.model.sampling import pack
 from flux_batch.pipeline.images.controls import ControlNets
+from flux_batch.pipeline.images.pixels import to_pixels
 from flux_batch.pipeline.load import check_weights, load_pipeline
-from flux_batch.pipeline.pixels import to_pixels
 from helpers.parity import assert_same, load_reference
 from helpers.tiny_calls import CPU, PROMPTS, SEEDS, SMALL, noise_image
 from helpers.tiny_flux import CLIP_WIDTH, T5_WIDTH, TinyFlux, make_tiny_repository, read_folder, shake_vectors

@@ -31,7 +31,7 @@ from helpers.lora_files import random_factors, write_lora
 STEPS = 2
 FULL: dict[str, Any] = {"height": 1024, "width": 1024, "num_inference_steps": STEPS, "output_type": "latent"}
 # Whatever is made: the tables of guidance and scales of CFG, the timesteps, the noise.
-OF_A_CALL = ["pipeline.make_latents", "sampling.timesteps_of", "latents._as_latents", "pipeline.make_latents"]
+OF_A_CALL = ["denoising.denoised", "sampling.timesteps_of", "latents._as_latents", "denoising.denoised"]
 # Its token ids.
 OF_A_TEXT = ["text.states", "text.pool"]
 MATRICES_IN_FP8 = 2 * 8 + 2 * 2

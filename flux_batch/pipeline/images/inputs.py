@@ -11,7 +11,7 @@ from PIL import Image
 from flux_batch.errors import InvalidSetting, RowError
 from flux_batch.images import check_proportions
 from flux_batch.model.conditions.variant import FILL, Variant
-from flux_batch.pipeline.pixels import resized
+from flux_batch.pipeline.images.pixels import resized
 from flux_batch.sampling_params import MAX_SIDE, own_size, preferred_size
 
 

@@ -20,7 +20,7 @@ from flux_batch.model.conditions.variant import FILL, Variant
 from flux_batch.model.optimize.tiling import Tiling, tiled_decode, tiled_encode
 from flux_batch.model.sampling import Velocity, add_noise, make_generators, make_noise, pack
 from flux_batch.pipeline.images.inputs import ImageInputs, keeps_latents
-from flux_batch.pipeline.pixels import to_mask_pixels, to_pixels
+from flux_batch.pipeline.images.pixels import to_mask_pixels, to_pixels
 from flux_batch.pipeline.request import PipelineRequest
 
 # In diffusers' form: the pipeline, the step, its timestep, and {"latents": (b, n, 4z)}, which it may replace.

@@ -1,0 +1,76 @@
+"""The texts and conditions of a call to latents: what the model reads at each step, and the steps themselves.
+
+A further kind of condition is one line here: what it adds to the texts, to the tokens or to the model's blocks.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flux_batch.model.conditions.controlnet import Controls
+from flux_batch.model.optimize.step_cache import StepCache
+from flux_batch.model.sampling import Progress, Velocity, denoise, make_sigmas, pack, timesteps_of, unpack
+from flux_batch.model.transformer import Denoiser, PromptEmbeds
+from flux_batch.pipeline.images.latents import StepCallback, after_each_step
+from flux_batch.pipeline.request import PipelineRequest, Texts
+
+if TYPE_CHECKING:
+    from flux_batch.pipeline.pipeline import FluxImagePipeline
+
+
+def denoised(
+    pipe: FluxImagePipeline,
+    request: PipelineRequest,
+    progress_bar: Progress | None = None,
+    callback: StepCallback | None = None,
+) -> Tensor:
+    """Return the scaled latents of a call, after encoding and denoising: (b, c, height/8, width/8)."""
+    p = request.shared
+    downscale = pipe.autoencoder.params.downscale
+    height, width = p.height // downscale, p.width // downscale
+    length = request.t5_length(pipe.default_t5_sequence_length)
+    num_tokens = height // 2 * (width // 2)  # without those of reference images, whose noise is none
+    sigmas = make_sigmas(p.num_inference_steps, num_tokens, pipe.schedule, p.sigma_shift, p.denoising_strength)
+    pe = pipe.position_tables(length, height, width, pipe.latents.places(request))
+    guidance = torch.tensor(request.values("embedded_guidance"), device=pipe.device, dtype=pipe.torch_dtype)
+    timesteps = timesteps_of(sigmas, guidance)
+
+    def embedded(texts: Texts) -> PromptEmbeds:
+        embeds = texts if isinstance(texts, PromptEmbeds) else pipe.encode(texts, length)
+        return embeds.to(pipe.device, pipe.torch_dtype)
+
+    def velocity(embeds: PromptEmbeds) -> Velocity:
+        model = Denoiser(pipe.transformer, embeds, pe, timesteps, guidance, nets)
+        steps: Velocity = model
+        if request.step_cache:
+            steps = StepCache(model, request.step_cache)
+        elif pipe.graphs:
+            steps = pipe.graphs(model)
+        return conditions.around(steps)
+
+    start = pipe.latents.start(request, sigmas[0])
+    conditions = pipe.latents.conditions(request, pipe.variant)
+    embeds = embedded(request.prompts)
+    # The pass with the negative prompts has the residuals of the other, as in diffusers.
+    tables = partial(pipe.position_tables, height=height, width=width)
+    uses = pipe.controlnets.uses(request, pipe.latents)
+    nets = Controls(uses, pipe.transformer, embeds, tables, timesteps, guidance) if uses else None
+    positive = velocity(embeds)
+    negative = velocity(embedded(request.negative_prompts)) if request.uses_cfg else None
+    cfg_scale = torch.tensor(request.values("cfg_scale"), device=pipe.device, dtype=torch.float32)
+    kept = pipe.latents.kept(request, pipe.variant, start, sigmas)
+    with pipe.attention.first():
+        tokens = denoise(
+            positive,
+            pack(start.latents),
+            sigmas,
+            negative=negative,
+            cfg_scale=cfg_scale,
+            progress=progress_bar,
+            after_step=after_each_step(kept, callback, pipe, sigmas),
+        )
+    return unpack(tokens, height, width)
