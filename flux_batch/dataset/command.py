@@ -40,7 +40,7 @@ def add_export(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
     command.add_argument("output", metavar="OUTPUT_URI")
     command.add_argument("dest", metavar="DEST", help="a folder or an address, for this export alone")
-    _add_images(command, ["webdataset", "files", "parquet"])
+    _add_images(command, ["webdataset", "files", "parquet", "lance"])
     command.add_argument(
         "--dest-option", action="append", default=[], metavar="KEY=VALUE", help="fsspec option of DEST; repeatable"
     )

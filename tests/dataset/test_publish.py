@@ -77,6 +77,20 @@ def test_a_publication_is_the_export_with_a_card(store: Store, hub: DatasetHub, 
 
 
 def test_kills_and_refusals_cost_no_file_and_no_second_upload(store: Store, hub: DatasetHub) -> None:
+    assert publish_through_kills(store, hub, num_shards=12) >= 3
+
+
+@pytest.mark.long
+def test_two_hundred_shards_arrive_once_each_through_a_kill_at_every_tenth_request(
+    tmp_path: Path, hub: DatasetHub
+) -> None:
+    config = make_job(tmp_path, [{"prompt": f"image {number}"} for number in range(400)])
+    finish(config)
+    assert publish_through_kills(Store(config.output.uri), hub, num_shards=200) >= 50
+
+
+def publish_through_kills(store: Store, hub: DatasetHub, num_shards: int) -> int:
+    """Publish with a kill at every tenth request and errors at every seventh. Returns: the number of kills."""
     dice = random.Random(6)
     kills = 0
 
@@ -99,7 +113,7 @@ def test_kills_and_refusals_cost_no_file_and_no_second_upload(store: Store, hub:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client, "send", mortal)
-        for _ in range(60):
+        for _ in range(5 * num_shards):
             try:
                 done = published(store, format="webdataset")
             except Killed:
@@ -108,18 +122,20 @@ def test_kills_and_refusals_cost_no_file_and_no_second_upload(store: Store, hub:
             break
         else:
             raise AssertionError(f"not done after {kills} kills: {hub.commits}")
-    assert kills >= 3
-    assert done.num_shards == 12
+    assert done.num_shards == num_shards
     committed = [name for commit in hub.commits for name in commit]
     assert sorted(committed) == sorted(hub.files)  # each in one commit
-    assert sorted(name for name in hub.files if name.startswith("train/")) == [f"train/{n:05d}.tar" for n in range(12)]
+    assert sorted(name for name in hub.files if name.startswith("train/")) == [
+        f"train/{number:05d}.tar" for number in range(num_shards)
+    ]
     assert set(hub.uploads.values()) == {1}
-    assert len(hub.uploads) == 13  # and the samples
+    assert len(hub.uploads) == num_shards + 1  # and the samples
     undisturbed = {**hub.files}
     hub.on_request, hub.failing, hub.lost = lambda number: None, {}, set()
     hub.files, hub.commits, hub.objects = {}, [], {}
     published(store, format="webdataset")
     assert hub.files == undisturbed
+    return kills
 
 
 def test_another_data_set_is_left_alone(store: Store, hub: DatasetHub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,47 @@ class Prompts:
             misbehave(record["prompt"])
         lengths = [self.scale * len(record["prompt"]) for record in records]
         return {"length": lengths, "red": np.array([image.getpixel((0, 0))[0] for image in images], dtype=np.uint8)}
+
+
+class Paced(Prompts):
+    """The same, which takes its time over each image."""
+
+    execution_options = frozenset({"pace_s"})
+
+    def __init__(self, pace_s: float = 0.0) -> None:
+        super().__init__()
+        self._pace_s = pace_s
+
+    def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        time.sleep(self._pace_s * len(images))
+        return super().__call__(images, records)
+
+
+class Harm:
+    """Does to the marks of a prompt what must not cost more than their image."""
+
+    columns = pa.schema([("length", pa.int32())])
+
+    def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Any:
+        for record in records:
+            misbehave(record["prompt"])
+        if any("[eat]" in record["prompt"] for record in records):
+            _eat_memory()
+        return {"length": ["long" if "[lie]" in record["prompt"] else len(record["prompt"]) for record in records]}
+
+
+def _eat_memory() -> None:
+    """Take memory until there is none, of an allowance that leaves the machine alone."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), before[1]))
+    eaten = []
+    try:
+        while True:
+            eaten.append(bytearray(16 << 20))
+    finally:
+        eaten.clear()
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 class Reds(Prompts):

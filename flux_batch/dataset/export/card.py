@@ -232,7 +232,11 @@ def _loaders(packer: Packer, address: str, shard_size: int) -> Iterator[str]:
     yield _python(f'from datasets import load_dataset\n\nimages = load_dataset("{name}", split="{split}")')
     streamed = f'load_dataset("{name}", split="{split}", streaming=True)'
     yield _python(f"from datasets import load_dataset\n\nfor row in {streamed}:\n    ...")
-    if packer.format == "webdataset":
+    if packer.format == "lance":
+        lance = f'import lance\n\nimages = lance.dataset("{address}/{split}.lance")\n'
+        yield _python(f'{lance}rows = images.to_table(columns=["prompt", "seed"], limit=5)')
+        yield _python(f'{lance}some = images.take([0], columns=["image", "prompt"])')
+    elif packer.format == "webdataset":
         suffix = packer.output_format.suffix
         members = [f"{name}.{suffix}" for name in packer.output_format.sources] + [suffix, "txt", "json"]
         yield _python(

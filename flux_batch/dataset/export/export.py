@@ -1,6 +1,7 @@
 """The export of a run: its images, or those of a selection, as a data set of its own somewhere else.
 
     SPLIT/NNNNN.tar                        as a run has them (output/formats.py); also .parquet, or a folder of files
+    SPLIT.lance                            or a data set of Lance (lance.py)
     README.md                              a card, so that `datasets.load_dataset(DEST)` works
     _SUCCESS                               written last
     _export/export.json                    what is exported: an export of something else is refused
@@ -24,15 +25,17 @@ from typing import Any, Literal, TypeAlias
 
 from flux_batch.config.schema import OutputConfig
 from flux_batch.dataset.export.card import export_card
+from flux_batch.dataset.export.lance import LanceFormat, check_lance, write_version
 from flux_batch.dataset.export.source import ExportSource, Piece
 from flux_batch.errors import AlreadyExists, JobError, StoreError
+from flux_batch.images import SUFFIXES
 from flux_batch.output.formats import OutputFormat, format_for
 from flux_batch.output.paths import CARD, PLAN, SUCCESS, TRAIN
 from flux_batch.records import StoredFile
 from flux_batch.storage.scratch import scratch_folder
 from flux_batch.storage.store import Store
 
-_Format: TypeAlias = Literal["webdataset", "files", "parquet"]
+_Format: TypeAlias = Literal["webdataset", "files", "parquet", "lance"]
 
 _IDENTITY = "_export/export.json"
 _COMMITS = "_export/commits"
@@ -61,9 +64,11 @@ class Packer:
     format: _Format
 
     @property
-    def output_format(self) -> OutputFormat:
-        """The writer of a run in this format, with all columns of the export."""
+    def output_format(self) -> OutputFormat | LanceFormat:
+        """The writer of this format, with all columns of the export."""
         output = self.source.run.config.output
+        if self.format == "lance":
+            return LanceFormat(SUFFIXES[output.image.type], self.source.columns, output.source_names)
         config = OutputConfig.model_validate({**output.model_dump(), "format": self.format})
         return format_for(config, self.source.columns)
 
@@ -118,6 +123,8 @@ def export(
     """
     if shard_size < 1:
         raise JobError(f"--shard-size {shard_size}: must be 1 or more")
+    if format == "lance":
+        check_lance()
     packer = Packer(ExportSource.open(store, selection, max_side, finish), format)
     if dest.exists(PLAN):
         raise JobError(f"{dest.uri}: is the output of a run; an export needs a folder of its own")
@@ -135,6 +142,8 @@ def export(
             pool.shutdown(cancel_futures=True)
             raise
     num_bytes = _check(dest, pieces)
+    if isinstance(packer.output_format, LanceFormat):
+        _write_versions(packer.output_format, dest, pieces)
     dest.write(SUCCESS, b"")
     return _Exported(dest.uri, format, packer.source.splits, len(pieces), len(missing), num_bytes)
 
@@ -212,10 +221,20 @@ def _check(dest: Store, pieces: Iterable[Piece]) -> int:
     return num_bytes
 
 
+def _write_versions(lance_format: LanceFormat, dest: Store, pieces: Iterable[Piece]) -> None:
+    """Write which shards the data set of each split has."""
+    num_rows: dict[str, dict[str, int]] = {}
+    for piece in pieces:
+        folder, _, name = _of_split(lance_format.location(piece.name), piece.split).partition("/data/")
+        num_rows.setdefault(folder, {})[name] = piece.num_images
+    for folder, files in num_rows.items():
+        write_version(dest, folder, lance_format.schema, files)
+
+
 def _label(piece: Piece) -> str:
     return f"{piece.split}-{piece.name}"
 
 
 def _of_split(name: str, split: str) -> str:
     """Return the name of a file of a run in the folder of a split."""
-    return f"{split}/{name.removeprefix(f'{TRAIN}/')}"
+    return split + name.removeprefix(TRAIN)
