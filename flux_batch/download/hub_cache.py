@@ -57,7 +57,7 @@ def fetch_repository(hub: HubUri, listing: Listing, folder: str) -> Path:
     """Fetch the listed files of a repository's `folder`, and return it in Hugging Face's cache.
 
     Files that are there are not fetched again; each is checked by size and hash once.
-    Raises: StoreRefused if the disk is too small, StoreError for a file that arrives damaged or not at all.
+    Raises: DiskFull if the disk is too small, StoreError for a file that arrives damaged or not at all.
     """
     names = {file: f"{folder}/{file.name}".lstrip("/") for file in listing.files}
     cache = huggingface_cache()

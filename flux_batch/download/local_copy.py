@@ -4,6 +4,7 @@ Each remote folder has a folder of its own in the cache:
 
     manifest.json           names the snapshot and its files with size and sha256; written last, replaced whole
     3f2a91c04b7de815/           the snapshot, named after its listing; never changed
+    failed.json             why the last transfer ended early, for those who waited for it
     3f2a91c04b7de815.partial/   a transfer that is not finished; the next process continues it
 
 A copy is used without a request to the remote, however old it is: a warm cache needs no network. `refresh` compares it
@@ -20,6 +21,7 @@ import logging
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_batch.download.transfer import Listing, RemoteFile, download_files, sha256_if_same
-from flux_batch.errors import NotFound, StoreError, StoreRefused
+from flux_batch.errors import DiskFull, NotFound, StoreError, StoreRefused
 from flux_batch.redaction import public_uri
 from flux_batch.storage.errors import translated
 from flux_batch.storage.retry import with_retries
@@ -39,6 +41,7 @@ MANIFEST = "manifest.json"
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "Last-Modified", "created")
 # Our files in a folder that belongs to the user.
 LOCK = ".lock"
+_FAILED = "failed.json"
 FOLDER_MANIFEST, FOLDER_LOCK, _FOLDER_PARTIAL = ".flux-batch.json", ".flux-batch.lock", ".flux-batch-partial"
 
 # Longer than two processes that start together wait for each other.
@@ -100,18 +103,60 @@ def local_copy(
 
     `fetch_files`: fetches a listing, writes the manifest and returns the folder; without it, a snapshot is made here.
     Many processes may call this at once: one fetches, and if it is killed, the next continues.
-    Raises: StoreError for a remote that cannot be reached, StoreRefused for one that refuses, or a full disk.
+    Those who waited for one that fails fail with it: the remote is asked by one process of a machine, and not by each.
+    Raises: StoreError for a remote that cannot be reached, StoreRefused for one that refuses, DiskFull.
     """
     found = current_snapshot(cache_dir)
     if found and not refresh:
         return found
     with translated(str(cache_dir), "keep a copy (FLUX_BATCH_CACHE sets another folder)"):
         cache_dir.mkdir(parents=True, exist_ok=True)
+        failed_before = _failure(cache_dir)
         with locked(cache_dir / LOCK, f"fetches {cache_dir.name}"):
             current = current_snapshot(cache_dir)
             if current and (current != found or not refresh):  # brought by another process, while this one waited
                 return current
-            return _new_copy(cache_dir, list_files, current, fetch_files)
+            if (failed := _failure(cache_dir)) and failed != failed_before:
+                raise failed.as_error()
+            with _noting_failure(cache_dir):
+                return _new_copy(cache_dir, list_files, current, fetch_files)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """The failure of the process that has fetched last; `id` is another for each."""
+
+    kind: str
+    message: str
+    id: str
+
+    def as_error(self) -> StoreError:
+        """Return the error for a process that has waited for the one that failed."""
+        return (DiskFull if self.kind == DiskFull.__name__ else StoreError)(self.message)
+
+
+def _failure(cache_dir: Path) -> _Failure | None:
+    """Read how the last fetch failed; None if it did not."""
+    try:
+        return _Failure(**json.loads((cache_dir / _FAILED).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@contextmanager
+def _noting_failure(cache_dir: Path) -> Iterator[None]:
+    """Run the block, and note in the cache why storage or disk failed."""
+    path = cache_dir / _FAILED
+    try:
+        yield
+    except (StoreRefused, NotFound):
+        raise  # an answer, which every process may have for itself
+    except StoreError as error:
+        failure = _Failure(type(error).__name__, str(error), uuid.uuid4().hex)
+        with suppress(OSError):  # a full disk
+            path.write_text(json.dumps(asdict(failure)))
+        raise
+    path.unlink(missing_ok=True)
 
 
 def _new_copy(

@@ -30,7 +30,7 @@ from flux_batch.download.local_copy import (
     local_copy,
 )
 from flux_batch.download.transfer import Listing, RemoteFile
-from flux_batch.errors import CheckpointError, NotFound, StoreError, StoreRefused, did_you_mean
+from flux_batch.errors import CheckpointError, DiskFull, NotFound, StoreError, StoreRefused, did_you_mean
 from flux_batch.model.checkpoint.files import (
     COMPONENT_FOLDERS,
     WEIGHT_SUFFIXES,
@@ -74,8 +74,8 @@ def download_models(
     scripts of DiffSynth-Studio expect; any `owner/repository` to models/<owner>/<repository>. `to` is another folder
     for a single model. The hubs are asked in order, the next one if one cannot be reached. A complete model needs no
     network. Every file is checked by size and hash; the next call continues a killed download.
-    Raises: CheckpointError for a repository that is not there, gated, or an unknown name; StoreRefused for a full disk
-    or a file in the way; StoreError if no hub can be reached.
+    Raises: CheckpointError for a repository that is not there, gated, or an unknown name; DiskFull; StoreRefused for
+    a file in the way; StoreError if no hub can be reached.
     """
     hubs = [hub.lower() for hub in downloading_priority]
     if unknown := [hub for hub in hubs if hub not in _LIST_OF_HUB]:
@@ -100,7 +100,7 @@ def _download_model(name: str, hubs: Sequence[str], folder: Path, token: str | N
             with source_errors():
                 fill_folder(folder, partial(_hub_listing, list_files, name, single_files=name in _PRESETS))
             return folder
-        except StoreRefused:
+        except (StoreRefused, DiskFull):
             raise
         except StoreError as error:
             unreachable.append(str(error))
@@ -132,7 +132,7 @@ def local_model(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = N
     @revision if it is not `main`, or just owner/repository if no such folder is here. What is remote is fetched once a
     machine, only the files a model needs, into the cache of Hugging Face or (FLUX_BATCH_CACHE) of this package; from
     then on it is used without asking the remote, until `refresh` asks whether it has changed.
-    Raises: CheckpointError if it is not there; StoreRefused, StoreError as storage answers.
+    Raises: CheckpointError if it is not there; DiskFull, StoreRefused, StoreError as storage answers.
     """
     if str(uri) == "demo":
         from flux_batch.demo.paths import demo_model_folder

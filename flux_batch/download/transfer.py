@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
 
-from flux_batch.errors import StoreError, StoreRefused
+from flux_batch.errors import DiskFull, StoreError
 from flux_batch.storage.errors import translated
 from flux_batch.storage.retry import with_retries
 
@@ -104,7 +104,7 @@ def download_files(
     """Download all files of a listing into `folder`, and continue partial ones. Shows a progress bar.
 
     `folder` must hold nothing but prefixes of the same files. Returns: sha256 by name.
-    Raises: StoreRefused if the disk is too small, StoreError for a file that arrives damaged or not at all.
+    Raises: DiskFull if the disk is too small, StoreError for a file that arrives damaged or not at all.
     """
     from tqdm import tqdm
 
@@ -164,10 +164,10 @@ def sha256_if_same(path: Path, file: RemoteFile) -> str:
 
 
 def check_room(folder: Path, num_bytes: int, uri: str, *, variable: str = "FLUX_BATCH_CACHE") -> None:
-    """Raise StoreRefused unless the disk of `folder` has room for that many bytes more."""
+    """Raise DiskFull unless the disk of `folder` has room for that many bytes more."""
     free = shutil.disk_usage(folder).free
     if num_bytes > 0 and num_bytes + SPARE_BYTES > free:
-        raise StoreRefused(
+        raise DiskFull(
             f"{folder}: {uri} needs {num_bytes / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free on this disk; "
             f"make room, or choose a folder on a larger one ({variable} sets that of the cache)"
         )

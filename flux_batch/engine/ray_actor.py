@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -51,8 +52,9 @@ class WorkerActor:
         self._worker: Worker | None = None
         self._made: dict[int, MadeShard] = {}
 
-    def open(self) -> Failure | None:
-        """Load the worker; separate from the constructor, so that the reason of a failure can be returned."""
+    def open(self, after_s: float) -> Failure | None:
+        """Load the worker after some seconds; not in the constructor, so that the reason of a failure is returned."""
+        time.sleep(after_s)
         try:
             self._worker = self._factory.open()
             self._metrics = WorkerMetrics(self._worker.metrics)

@@ -11,6 +11,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 from flux_batch.engine.backoff import Backoff
+from flux_batch.engine.failure import Failure
 from flux_batch.engine.protocol import Cluster
 from flux_batch.engine.shard_queue import Task
 from flux_batch.telemetry import WorkerState
@@ -38,6 +39,7 @@ class WorkerHandle:
     task: Task | None = None
     finishing: dict[Call, Task] = field(default_factory=dict)
     is_up: bool = False
+    failure: Failure | None = None  # of its last start, which is tried again after a pause
     is_stopping: bool = False  # stays so: a stopped worker takes no other shard
     node: str = ""  # known soon after its process has started
     _node_call: Call | None = None
@@ -46,10 +48,23 @@ class WorkerHandle:
     _figures: Call | None = None
 
     @classmethod
-    def start(cls, cluster: Cluster, backoff: Backoff, seen: WorkerState) -> WorkerHandle:
-        """Start one more worker. If the cluster has no room for it, this makes the autoscaler add a node."""
+    def start(cls, cluster: Cluster, backoff: Backoff, seen: WorkerState, after_s: float) -> WorkerHandle:
+        """Start one more worker, which loads its model `after_s` seconds after its process has begun.
+
+        If the cluster has no room for it, this makes the autoscaler add a node.
+        """
         actor = cluster.start_actor()
-        return cls(cluster, actor, backoff, seen, cluster.call(actor.open), _node_call=cluster.ask(actor.node_id))
+        call = cluster.call(actor.open, after_s)
+        return cls(cluster, actor, backoff, seen, call, _node_call=cluster.ask(actor.node_id))
+
+    def start_again(self) -> None:
+        """Load the model once more, in the same process: the place of a worker that could not is not another's."""
+        self.call = self.cluster.call(self.actor.open, 0.0)
+
+    @property
+    def is_closed(self) -> bool:
+        """True if it could not load its model, and does not try to."""
+        return self.failure is not None and self.call is None
 
     @property
     def is_free(self) -> bool:
@@ -148,6 +163,8 @@ class Workers:
         self.empty: OrderedDict[WorkerHandle, None] = OrderedDict()
         # Ready for a shard. Those that pause come to it later.
         self.free: OrderedDict[WorkerHandle, None] = OrderedDict()
+        # To be started again. Those that pause come to it later, too.
+        self.closed: OrderedDict[WorkerHandle, None] = OrderedDict()
         self._pausing: list[tuple[float, int, WorkerHandle]] = []
         self._number = 0
 
@@ -187,7 +204,7 @@ class Workers:
         """Remove a worker."""
         del self._all[worker]
         self._forget(worker)
-        for group in (self.up, self.stopping, self.busy, self.empty, self.free):
+        for group in (self.up, self.stopping, self.busy, self.empty, self.free, self.closed):
             group.pop(worker, None)
 
     def update(self, worker: WorkerHandle) -> None:
@@ -199,7 +216,7 @@ class Workers:
         self._of_call.update(dict.fromkeys(calls, worker))
         if task:
             self._of_task[task] = worker
-        is_pausing = worker.is_free and not worker.backoff.is_over
+        is_pausing = (worker.is_free or worker.is_closed) and not worker.backoff.is_over
         if is_pausing:
             self._number += 1
             heappush(self._pausing, (worker.backoff.until, self._number, worker))
@@ -209,6 +226,7 @@ class Workers:
             (self.busy, task is not None and not worker.is_stopping),
             (self.empty, task is None and not worker.finishing),
             (self.free, worker.is_free and not is_pausing),
+            (self.closed, worker.is_closed and not is_pausing),
         ):
             if is_in:
                 group.setdefault(worker)

@@ -7,6 +7,7 @@ replaces the process. Ray's own retries are off, since they would tie a shard to
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from flux_batch.engine.ray_local import joins_cluster
 from flux_batch.engine.ray_metrics import PoolMetrics
 from flux_batch.engine.shard_queue import ShardQueue, Task
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import RunIncomplete
+from flux_batch.errors import DiskFull, RunIncomplete
 from flux_batch.records import Shard, ShardResult
 from flux_batch.telemetry import EngineState
 
@@ -38,6 +39,8 @@ _CHECK_INTERVAL_S = 2.0
 _WARN_AFTER_S = 30.0
 # Workers that are asked for their figures at each check.
 _ASKED_AT_ONCE = 64
+# Workers that begin to load their model in a second: a thousand at once would all ask for its weights at once.
+_STARTS_PER_S = 100
 # One idle worker of so many stays at the end of a run, for shards that are slow elsewhere.
 _WORKERS_PER_SPARE = 20
 
@@ -138,10 +141,15 @@ class Pool:
 
     def _start_workers(self) -> None:
         """Start as many workers as there is work for."""
+        for worker in list(self.workers.closed):
+            worker.start_again()
+            self.workers.update(worker)
         num_wanted = min(self.options.max_workers, self.queue.num_waiting + len(self.workers.busy))
         if self.start_backoff.is_over:
-            for _ in range(num_wanted - self.workers.num_staying):
-                self.workers.add(WorkerHandle.start(self.cluster, self._backoff(), self.state.start()))
+            num_new = num_wanted - self.workers.num_staying
+            for _ in range(num_new):
+                after_s = random.uniform(0, (num_new - 1) / _STARTS_PER_S)
+                self.workers.add(WorkerHandle.start(self.cluster, self._backoff(), self.state.start(), after_s))
 
     def _scale_down(self) -> None:
         """End workers without work, except a few that may help the others. Their nodes can leave."""
@@ -202,18 +210,24 @@ class Pool:
         """Add a started worker to the pool. Raises: an error that no worker could start without."""
         if failure is None:
             worker.is_up = self.has_started = True
+            worker.failure = None
+            worker.backoff.reset()
             worker.seen.up_at = time.monotonic()
             self.failed_starts = 0
             self.last_start = self.cluster.clock()
             self.workers.update(worker)
             log.info("%d of %d workers up", len(self.workers.up), len(self.workers))
             return
-        self._remove(worker)
         if failure.kind == "storage_unavailable":
+            worker.failure = failure
+            worker.backoff.begin()
+            if isinstance(failure.error, DiskFull) and all(each.failure for each in self.workers):
+                raise failure.error  # on every node
             self.queue.check_outage("a worker could not start", failure)
-            self.start_backoff.begin()
-        elif failure.kind == "device_lost" or (self.has_started and failure.kind != "run_failed"):
-            self._count_failed_start(failure.message)  # this node may be to blame
+            return
+        self._remove(worker)
+        if failure.kind == "device_lost" or (self.has_started and failure.kind != "run_failed"):
+            self._count_failed_start(worker, failure.message)  # this node may be to blame
         else:
             raise failure.error or RunIncomplete(f"a worker could not start: {failure.message}")
 
@@ -255,18 +269,25 @@ class Pool:
         if left_with_node:
             log.warning("a worker left with its node%s", f" {worker.node[:8]}" if worker.node else "")
         elif not worker.tasks:
-            self._count_failed_start(_first_line(error) if error else reason)
+            self._count_failed_start(worker, _first_line(error) if error else reason)
         for task in worker.tasks:  # each is tried alone next, which shows the one that killed the worker
             if left_with_node:
                 self.queue.requeue(task)
             elif result := self.queue.lose(task, reason):
                 yield result
 
-    def _count_failed_start(self, reason: str) -> None:
-        """Count a worker that was lost while it started. Raises: RunIncomplete if there are too many in a row."""
+    def _count_failed_start(self, lost: WorkerHandle, reason: str) -> None:
+        """Count a worker that was lost while it started, and pause before another is started.
+
+        Raises: RunIncomplete if too many were in a row, and no other worker is up or starts on another node.
+        """
         self.failed_starts += 1
+        self.start_backoff.begin()
         log.warning("a worker was lost while it started: %s", reason)
-        if self.failed_starts > self.options.max_attempts:
+        for worker in (lost, *self.workers):
+            worker.update_node()
+        is_elsewhere = lost.node and any(worker.node not in ("", lost.node) for worker in self.workers)
+        if self.failed_starts > self.options.max_attempts and not (self.workers.up or is_elsewhere):
             raise RunIncomplete(f"{self.failed_starts} workers in a row died while they started; the last: {reason}")
 
     def _remove(self, worker: WorkerHandle) -> None:

@@ -23,7 +23,7 @@ from flux_batch.records import Attempt, Shard, ShardResult
 log = logging.getLogger(__name__)
 
 # Finished shards whose median duration is the usual one: the last ones, since the pace of a run may change.
-_RECENT_SHARDS = 1000
+_RECENT_SHARDS = 100
 # Losses that each row of a shard may cost: a worker makes an image that kills it twice, alone, and then gives it up.
 _LOSSES_PER_ROW = 2
 

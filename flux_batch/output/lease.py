@@ -3,8 +3,8 @@
     _run/lease/NNNNN.json    one object an epoch, created by put-if-absent; the highest epoch counts
 
 Of two drivers that see the same latest epoch, one creates the next one and has the run. It overwrites its own object
-every third of `ttl_s` with a higher number of heartbeats, and at its end with `is_released`. A driver that finds the
-run held takes it over (creates the next epoch) when
+every two fifths of `ttl_s` with a higher number of heartbeats, and at its end with `is_released`. A driver that finds
+the run held takes it over (creates the next epoch) when
 
 - the holder released it, or
 - the holder was a process of this very machine that has ended, or
@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1
 _TTL_S = 60.0
-# Heartbeats in the time of a lease: two may be lost.
-BEATS_PER_LEASE = 3
+# Heartbeats in the time of a lease: one may be lost. With the looks they are less than three requests a minute.
+BEATS_PER_LEASE = 2.5
 # The share of a lease in which its holder is sure of it.
 _SURE = 0.5
 # Heartbeats from one look at the listing to the next, where none is late.

@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from flux_batch import FluxImagePipeline, ModelManager, download_models
 from flux_batch.download import hub_cache, transfer
 from flux_batch.download.models import absolute_model_uri, local_model, local_path, source_kind
-from flux_batch.errors import CheckpointError, StoreError, StoreRefused
+from flux_batch.errors import CheckpointError, DiskFull, StoreError, StoreRefused
 from flux_batch.storage import retry
 from helpers.counting_proxy import counting_proxy
 from helpers.hub_server import COMMIT, TOKEN, Hub
@@ -356,7 +356,7 @@ class TestLocalModel:
 
     def test_a_disk_that_is_too_small_for_the_hub(self, hubs: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=transfer.SPARE_BYTES))
-        with pytest.raises(StoreRefused, match=r"GB are free on this disk; .*HF_HUB_CACHE"):
+        with pytest.raises(DiskFull, match=r"GB are free on this disk; .*HF_HUB_CACHE"):
             local_model(HF)
         assert hubs.gets() == []
 

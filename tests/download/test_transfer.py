@@ -14,7 +14,7 @@ import pytest
 
 from flux_batch.download import transfer
 from flux_batch.download.transfer import Listing, RemoteFile, download_files, sha256_if_same
-from flux_batch.errors import StoreError, StoreRefused
+from flux_batch.errors import DiskFull, StoreError, StoreRefused
 from flux_batch.storage.store import open_filesystem
 from helpers.hub_server import Hub
 
@@ -166,7 +166,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_read(
     listing = served(hub)
     need = sum(SIZES.values()) + transfer.SPARE_BYTES
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, need - 1))
-    with pytest.raises(StoreRefused, match=r"needs 0\.0 GB more, and 0\.3 GB are free .*FLUX_BATCH_CACHE"):
+    with pytest.raises(DiskFull, match=r"needs 0\.0 GB more, and 0\.3 GB are free .*FLUX_BATCH_CACHE"):
         download_files(listing, tmp_path)
     assert hub.requests == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, need))

@@ -52,8 +52,9 @@ class SimulatedCluster:
     def __init__(self, timing: Timing) -> None:
         self.timing = timing
         self.node = "head"
-        self.workers: list[_Worker] = []
+        self.workers: list[SimulatedWorker] = []
         self.num_answers = 0
+        self.making: dict[int, SimulatedWorker] = {}  # the worker that began a shard last, by its number
         self._skipped_s = -time.process_time()
         self._waited_s = 0.0
         self._numbers = itertools.count()
@@ -72,9 +73,9 @@ class SimulatedCluster:
         """Answer a call after some seconds, unless it is answered before."""
         heappush(self._coming, (self.clock() + after_s, next(self._numbers), call, answer))
 
-    def start_actor(self) -> _Worker:
+    def start_actor(self) -> SimulatedWorker:
         """Start one more worker."""
-        self.workers.append(_Worker(self, len(self.workers)))
+        self.workers.append(SimulatedWorker(self, len(self.workers)))
         return self.workers[-1]
 
     def call(self, method: Any, *arguments: Any) -> Future[Any]:
@@ -100,7 +101,7 @@ class SimulatedCluster:
         self.num_answers += len(answered)
         return answered
 
-    def kill(self, actor: _Worker) -> None:
+    def kill(self, actor: SimulatedWorker) -> None:
         """End a worker."""
         actor.end()
 
@@ -120,47 +121,63 @@ class SimulatedCluster:
         return {"GPU": len(self.workers), "CPU": len(self.workers)}
 
 
-class _Worker:
+class SimulatedWorker:
     """An actor that makes one shard and finishes others, in no more than time; `busy_s` is that of making."""
 
     def __init__(self, cluster: SimulatedCluster, number: int) -> None:
         timing = cluster.timing
         is_slow = random.Random(-1 - number).random() < timing.slow_share
         self.busy_s = 0.0
-        self._cluster = cluster
-        self._number = number
+        self.cluster = cluster
+        self.number = number
         self._pace = timing.slow_factor if is_slow else 1.0
         self._making = Future[Any]()
         self._made_at = 0.0
         self._finished_at = 0.0
 
-    def open(self, call: Future[Any]) -> None:
-        """Load the model."""
-        self._cluster.answer(call, self._cluster.timing.open_s, None)
+    def open(self, call: Future[Any], after_s: float) -> None:
+        """Load the model; processes that begin in turn are not simulated."""
+        self.cluster.answer(call, self.cluster.timing.open_s, None)
 
     def make(self, call: Future[Any], shard: Shard, attempt: Attempt) -> None:
-        """Make a shard."""
-        seconds = self._cluster.timing.seconds(shard.index) * self._pace
-        self.busy_s += seconds
-        self._making, self._made_at = call, self._cluster.clock() + seconds
-        self._cluster.answer(call, seconds, None)
+        """Make a shard; what another has not made of it yet, if that began it: the two meet, and end together."""
+        other = self.cluster.making.get(shard.index)
+        self.cluster.making[shard.index] = self
+        seconds = self.cluster.timing.seconds(shard.index) * self._pace
+        if other is not None and attempt.reverse_order and (left_s := other.left_s) > 0:
+            seconds = left_s / (1 + other._pace / self._pace)
+            other._make_until(seconds)
+        self._making = call
+        self._make_until(seconds)
+
+    @property
+    def left_s(self) -> float:
+        """The seconds until its shard is made."""
+        return max(0.0, self._made_at - self.cluster.clock())
+
+    def _make_until(self, after_s: float) -> None:
+        """Set the end of the shard in hand, in seconds from now."""
+        self.busy_s += after_s - self.left_s
+        self._made_at = self.cluster.clock() + after_s
+        self.cluster.answer(self._making, after_s, None)
 
     def finish(self, call: Future[Any], index: int) -> None:
         """Finish a shard, after those before."""
-        now = self._cluster.clock()
-        self._finished_at = max(now, self._finished_at) + self._cluster.timing.finish_s
-        result = ShardResult(shard=index, worker=str(self._number), num_images=1, is_new=True)
-        self._cluster.answer(call, self._finished_at - now, result)
+        self.cluster.making.pop(index, None)
+        now = self.cluster.clock()
+        self._finished_at = max(now, self._finished_at) + self.cluster.timing.finish_s
+        result = ShardResult(shard=index, worker=str(self.number), num_images=1, is_new=True)
+        self.cluster.answer(call, self._finished_at - now, result)
 
     def stop(self, call: Future[Any]) -> None:
         """Put the shard in hand aside."""
-        self._cluster.answer(self._making, 0.0, _STOPPED)
-        self._cluster.answer(call, 0.0, None)
+        self.cluster.answer(self._making, 0.0, _STOPPED)
+        self.cluster.answer(call, 0.0, None)
         self.end()
 
     def end(self) -> None:
         """Be busy no more."""
-        self.busy_s = self.busy_until(self._cluster.clock())
+        self.busy_s = self.busy_until(self.cluster.clock())
         self._made_at = 0.0
 
     def busy_until(self, now: float) -> float:
@@ -169,12 +186,12 @@ class _Worker:
 
     def node_id(self, call: Future[Any]) -> None:
         """Return the id of its node: eight workers share one."""
-        self._cluster.answer(call, 0.0, f"node-{self._number // 8}")
+        self.cluster.answer(call, 0.0, f"node-{self.number // 8}")
 
     def figures(self, call: Future[Any]) -> None:
         """Return its name, and no figures."""
-        self._cluster.answer(call, 0.0, (str(self._number), WorkerFigures({})))
+        self.cluster.answer(call, 0.0, (str(self.number), WorkerFigures({})))
 
     def idle_s(self, call: Future[Any]) -> None:
         """Return the seconds without progress."""
-        self._cluster.answer(call, 0.0, 0.0)
+        self.cluster.answer(call, 0.0, 0.0)
