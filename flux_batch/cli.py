@@ -30,6 +30,7 @@ from flux_batch.redaction import plain_text
 if TYPE_CHECKING:
     from flux_batch.config.schema import JobConfig
     from flux_batch.report.progress.live import LiveDisplay
+    from flux_batch.report.progress.table import Rows
     from flux_batch.report.summary import RunReport
     from flux_batch.storage.store import Store
 
@@ -110,10 +111,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from flux_batch.job import foresee, measure
-    from flux_batch.plan.costs import Speed, costs, format_costs, remembered_speed
-    from flux_batch.plan.estimate import estimate, format_estimate
+    from flux_batch.plan.costs import Speed, cost_rows, costs, remembered_speed
+    from flux_batch.plan.estimate import estimate, estimate_rows, job_rows, prompt_rows
     from flux_batch.plan.plan import make_plan
-    from flux_batch.plan.survey import PLAN_ROWS, format_survey, survey
+    from flux_batch.plan.survey import PLAN_ROWS, survey, survey_rows
 
     config = _load_job(arguments)
     plan = make_plan(config.prompts, config.output.shard_size)
@@ -127,15 +128,15 @@ def _plan(arguments: argparse.Namespace) -> int:
         speed = Speed(arguments.speed, "given")
     num_left = max(0, figures["num_images"] - (there.num_images if there else 0))
     costing = costs(here, figures, num_left, speed, arguments.price)
-    lines = [
-        format_estimate(here, figures, has_speed=speed is not None),
-        *format_costs(costing),
-        format_survey(rows, plan.num_prompts),
-        *([] if problems else [f"there    {there.text if there else 'nothing yet: a run would begin'}"]),
-        *(f"REFUSED  {problem}" for problem in problems),
-    ]
+    there_rows = [] if problems else [("there", there.text if there else "nothing yet: a run would begin")]
     data = figures | costing | {"rows": rows.to_json(), "there": there and asdict(there), "problems": problems}
-    _show(arguments, data, "\n".join(lines))
+    sections = [
+        job_rows(here),
+        prompt_rows(here, plan) + survey_rows(rows, plan.num_prompts),
+        estimate_rows(here, figures, has_speed=speed is not None),
+        there_rows + cost_rows(costing) + [("REFUSED", problem) for problem in problems],
+    ]
+    _show_table(arguments, data, sections)
     return JobError.exit_code if problems else 0
 
 
@@ -163,8 +164,9 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
+    from flux_batch.plan.estimate import prompt_rows
     from flux_batch.plan.plan import make_plan
-    from flux_batch.plan.survey import format_survey, survey
+    from flux_batch.plan.survey import survey, survey_rows
     from flux_batch.storage.store import Store
 
     config = _load_job(arguments)
@@ -172,11 +174,8 @@ def _validate(arguments: argparse.Namespace) -> int:
         Store(config.output.uri, config.output.storage_options).check_writable()
     plan = make_plan(config.prompts, config.output.shard_size)
     rows = survey(config, plan)
-    if arguments.json:
-        _print(json.dumps({"num_prompts": plan.num_prompts, "notes": list(plan.notes), "rows": rows.to_json()}))
-    else:
-        _print("\n".join([f"prompts  {plan.num_prompts}", *(f"         {note}" for note in plan.notes)]))
-        _print(format_survey(rows, plan.num_prompts))
+    data = {"num_prompts": plan.num_prompts, "notes": list(plan.notes), "rows": rows.to_json()}
+    _show_table(arguments, data, [prompt_rows(config, plan) + survey_rows(rows, plan.num_prompts)])
     return _TOO_MANY_FAILED if rows.failed_ratio > config.failures.max_ratio else 0
 
 
@@ -406,9 +405,10 @@ def _summary(report: RunReport) -> str:
 
 def _display(arguments: argparse.Namespace, doing: str) -> AbstractContextManager[LiveDisplay | None]:
     """Return a live display; None where stderr is no terminal, or has lines of JSON."""
-    from flux_batch.report.progress.live import can_draw, live_display
+    from flux_batch.report.progress.live import live_display
+    from flux_batch.report.progress.table import can_draw
 
-    if isinstance(arguments.lines, JsonLines) or not can_draw():
+    if isinstance(arguments.lines, JsonLines) or not can_draw(sys.stderr):
         return nullcontext()
     return live_display(doing, arguments.price)
 
@@ -421,6 +421,16 @@ def _show_progress(done: int, total: int) -> None:
 def _show(arguments: argparse.Namespace, data: dict[str, Any], text: str) -> None:
     """Print a result: as JSON for programs if they asked for it, else as text."""
     _print(json.dumps(data) if arguments.json else text)
+
+
+def _show_table(arguments: argparse.Namespace, data: dict[str, Any], sections: Sequence[Rows]) -> None:
+    """Print a result: as JSON for programs if they asked for it, else as a table."""
+    from flux_batch.report.progress.table import write_table
+
+    if arguments.json:
+        _print(json.dumps(data))
+    else:
+        write_table(sections)
 
 
 def _store(arguments: argparse.Namespace, uri: str | None = None) -> Store:

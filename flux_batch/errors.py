@@ -138,6 +138,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(public_text(str(error)).split()) or type(error).__name__
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun, in the singular or the plural."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence that suggests the nearest of `known`; empty if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1)

@@ -114,7 +114,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "lance": ("dataset/export/lance.py",),
     "c2pa": ("dataset/export/signature.py",),
     "cryptography": ("dataset/export/signature.py",),
-    "rich": ("report/progress/live.py",),
+    "rich": ("report/progress/",),
     "jinja2": ("report/template.py", "prompts/template.py"),
     "PIL": ("images.py", "prompts/", "pipeline/", "dataset/", "report/gallery/", "demo/", "bench/"),
     "numpy": ("images.py", "dataset/", "mapper.py", "report/gallery/", *TENSORS),

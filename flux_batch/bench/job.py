@@ -26,7 +26,7 @@ from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.protocol import Engine, WorkerFactory
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import JobError
+from flux_batch.errors import JobError, count_of
 from flux_batch.job import ray_pool, run
 from flux_batch.pipeline.load import prepare_process
 from flux_batch.records import Shard, ShardResult
@@ -229,7 +229,7 @@ def format_job(figures: dict[str, Any]) -> str:
         [
             f"{figures['model']}, {figures['dtype']}, engine {figures['engine']}: {size['images']} images of "
             f"{size['width']} x {size['height']}, {size['steps']} steps, batches of {size['batch_size']}, "
-            f"{size['workers']} worker(s); without start-up; runs: {figures['repeats']}",
+            f"{count_of(size['workers'], 'worker')}; without start-up; runs: {figures['repeats']}",
             table(rows),
             *compared,
         ]

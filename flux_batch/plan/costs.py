@@ -76,20 +76,29 @@ def costs(
     return found
 
 
-def format_costs(found: Mapping[str, Any]) -> list[str]:
-    """Return hours, money and what will not pay as lines."""
-    lines: list[str] = []
+def cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return hours, money and what will not pay as rows of a table."""
+    rows: list[tuple[str, str]] = []
     if speed := found["speed"]:
         when = f" on {time.strftime('%Y-%m-%d', time.gmtime(speed['unix_time']))}" if speed["unix_time"] else ""
-        lines.append(
-            f"hours    {found['device_hours']:.3g} {found['device']}-hours at {speed['images_per_s']:.3g} images/s a "
-            f"worker ({speed['origin']}{when}), {found['hours']:.3g} h with {found['num_workers']} at work"
+        hours = (
+            f"{found['device_hours']:.3g} {found['device']}-hours at {speed['images_per_s']:.3g} images/s a "
+            f"worker ({speed['origin']}{when}); {_time_text(found['hours'])} with {found['num_workers']} at work"
         )
+        rows.append(("hours", hours))
         if found["cost"] is not None:
-            lines.append(f"cost     {found['cost']:.2f} at {found['price']:g} an hour")
+            rows.append(("cost", f"{found['cost']:.2f} at {found['price']:g} an hour"))
     else:
-        lines.append("hours    not known: --measure renders a few images, --speed takes images/s of a worker")
-    return lines + [f"{'' if number else 'mind':<9}{text}" for number, text in enumerate(found["warnings"])]
+        rows.append(("hours", "not known: --measure renders a few images, --speed takes images/s of a worker"))
+    return rows + [("" if number else "mind", text) for number, text in enumerate(found["warnings"])]
+
+
+def _time_text(hours: float) -> str:
+    """Return hours in a unit that suits them."""
+    for unit, number in (("h", hours), ("min", 60 * hours)):
+        if number >= 1:
+            return f"{number:.3g} {unit}"
+    return f"{3600 * hours:.3g} s"
 
 
 def _not_worth(config: JobConfig, figures: Mapping[str, Any], speed: Speed | None) -> list[str]:

@@ -6,11 +6,11 @@ from typing import Any
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.models import find_local_model
-from flux_batch.errors import FluxBatchError
+from flux_batch.errors import FluxBatchError, count_of
 from flux_batch.model.checkpoint.detect import find_parts, read_shapes
 from flux_batch.model.footprint import DEV_SIZE, TransformerSize, controlnet_flops, step_flops, transformer_size
 from flux_batch.model.params import counts_at, steps_run
-from flux_batch.plan.memory import TEXT_TOKENS, controlnet_shapes, format_memory, memory, reference_tokens
+from flux_batch.plan.memory import TEXT_TOKENS, controlnet_shapes, memory, memory_rows, reference_tokens
 from flux_batch.plan.plan import Plan
 from flux_batch.sampling_params import num_image_tokens
 
@@ -69,40 +69,67 @@ def _steps_of(config: JobConfig) -> int:
     return steps_run(sampling.num_inference_steps, sampling.denoising_strength, sampling.sigma_shift)
 
 
-def format_estimate(config: JobConfig, figures: dict[str, Any], *, has_speed: bool = False) -> str:
-    """Return an estimate as text; with a speed known, hours at an assumed one are left out."""
+def estimate_rows(config: JobConfig, figures: dict[str, Any], *, has_speed: bool = False) -> list[tuple[str, str]]:
+    """Return an estimate as rows of a table; with a speed known, hours at an assumed one are left out."""
     sampling = config.sampling
     hours = f": about {figures['device_hours']:g} GPU-hours at an assumed {ASSUMED_FLOPS / 1e12:g} TFLOP/s"
     if has_speed or not config.workers.num_gpus or figures["device_hours"] < _LEAST_HOURS:
         hours = ""
     for_dev = " for FLUX.1-dev" if figures["is_counted_for_dev"] else ""
-    return "\n".join(
-        [
-            f"model    {config.model.uri}, {config.model.dtype}",
-            f"prompts  {figures['num_prompts']} in {figures['num_files']} file(s)",
-            *(f"         {note}" for note in figures["notes"]),
-            f"images   {figures['num_images']} of {sampling.width} x {sampling.height}, "
+    of_samples = " as the images that are there" if figures["is_of_samples"] else ""
+    return [
+        (
+            "images",
+            f"{figures['num_images']} of {sampling.width} x {sampling.height}, "
             f"{_steps(sampling.num_inference_steps, figures['steps_per_image'])}, unless rows say otherwise",
-            *_quality_lines(config, figures),
-            f"shards   {figures['num_shards']} of up to {config.output.shard_size} prompts",
-            f"output   {config.output.uri}: about {_bytes_text(figures['output_bytes'])} as "
-            f"{config.output.image.type}, {config.output.format}",
-            f"workers  up to {config.workers.max}, each with {config.workers.num_gpus:g} GPU and "
-            f"{config.workers.num_cpus:g} CPU, in batches of {config.workers.batch_size}",
-            f"compute  {figures['pflop_per_image']:g} PFLOP an image{for_dev}{hours}",
-            *format_memory(figures["memory"]),
-        ]
-    )
+        ),
+        *_quality_rows(config, figures),
+        ("shards", f"{figures['num_shards']}, each of up to {count_of(config.output.shard_size, 'prompt')}"),
+        (
+            "bytes",
+            f"about {_bytes_text(figures['output_bytes'])} of {config.output.image.type} in {config.output.format}"
+            f"{of_samples}",
+        ),
+        ("compute", f"{figures['pflop_per_image']:g} PFLOP an image{for_dev}{hours}"),
+        *memory_rows(figures["memory"], has_cards=config.workers.num_gpus > 0),
+    ]
 
 
-def _quality_lines(config: JobConfig, figures: dict[str, Any]) -> list[str]:
+def job_rows(config: JobConfig) -> list[tuple[str, str]]:
+    """Return the model, the output and the workers of a job as rows of a table."""
+    workers = config.workers
+    return [
+        ("job", config.name),
+        ("model", f"{config.model.uri}, dtype {config.model.dtype}"),
+        ("output", config.output.uri),
+        (
+            "workers",
+            f"up to {workers.max}, each with {workers.num_gpus:g} GPU and {workers.num_cpus:g} CPU, in batches of "
+            f"{workers.batch_size}",
+        ),
+    ]
+
+
+def prompt_rows(config: JobConfig, plan: Plan) -> list[tuple[str, str]]:
+    """Return the prompts of a plan, and the meaning of their columns, as rows of a table."""
+    files = f" in {count_of(len(plan.shards.files), 'file')}" if config.prompts.uri else ""
+    rows = [("prompts", f"{plan.num_prompts}{files}"), *(("", note) for note in plan.notes)]
+    if columns := config.prompts.columns:
+        rows.append(("columns", ", ".join(f"{field} is {column!r}" for field, column in columns.items())))
+    return rows
+
+
+def _quality_rows(config: JobConfig, figures: dict[str, Any]) -> list[tuple[str, str]]:
     quality = config.quality
     if quality is None:
         return []
     assumed = "" if quality.accept_rate else "; quality.accept_rate would say how many are accepted"
     return [
-        f"quality  {quality.score} of at least {quality.at_least:g}: {figures['tries_per_image']:g} tries an image, "
-        f"at most {quality.max_tries}{assumed}"
+        (
+            "quality",
+            f"{quality.score} of at least {quality.at_least:g}: {figures['tries_per_image']:g} tries an image, "
+            f"at most {quality.max_tries}{assumed}",
+        )
     ]
 
 

@@ -136,24 +136,34 @@ def _fit(num_bytes: int) -> dict[str, Any]:
     return {"total_bytes": num_bytes, "fits_gb": [card for card in _CARDS_GB if num_bytes <= card * 10**9]}
 
 
-def format_memory(figures: dict[str, Any]) -> list[str]:
-    """Return the figures as lines of text."""
+def memory_rows(figures: dict[str, Any], *, has_cards: bool = True) -> list[tuple[str, str]]:
+    """Return the figures as rows of a table; other dtypes are there where not all of them fit on the same cards.
+
+    has_cards: whether workers have a GPU.
+    """
     if "error" in figures:
-        return [f"memory   not known: {figures['error']}"]
+        return [("memory", f"not known: {figures['error']}")]
     parts = ", ".join(f"{part} {_gigabytes(size)}" for part, size in figures["bytes"].items())
-    return [
-        f"memory   about {_shown(figures)}; in batches of {figures['batch_size']}: {parts}",
-        *(
-            f"         with {choice['dtype']}, quantization {choice['quantization']}: about {_shown(choice)}"
-            for choice in figures["choices"]
-        ),
+    fits = f", {_cards(figures)}" if has_cards else ""
+    rows = [
+        ("memory", f"about {_gigabytes(figures['total_bytes'])} GB a worker{fits}"),
+        ("", f"in batches of {figures['batch_size']}: {parts}"),
     ]
+    choices = figures["choices"] if has_cards else []
+    if len({tuple(choice["fits_gb"]) for choice in choices}) > 1:
+        rows += [("" if number else "or with", _choice_text(choice)) for number, choice in enumerate(choices)]
+    return rows
 
 
-def _shown(figures: dict[str, Any]) -> str:
-    """Return a sum and the cards it fits on as text."""
-    cards = ", ".join(str(card) for card in figures["fits_gb"])
-    return f"{_gigabytes(figures['total_bytes'])} GB, {f'for cards of {cards} GB' if cards else 'more than a card has'}"
+def _choice_text(choice: dict[str, Any]) -> str:
+    quantization = "" if choice["quantization"] == "none" else f", {choice['quantization']}"
+    return f"{choice['dtype']}{quantization}: {_gigabytes(choice['total_bytes'])} GB, {_cards(choice)}"
+
+
+def _cards(figures: dict[str, Any]) -> str:
+    """Return the cards that are large enough as text."""
+    cards = figures["fits_gb"]
+    return f"fits a card of {cards[0]} GB" if cards else "more than a card has"
 
 
 def _gigabytes(num_bytes: int) -> str:

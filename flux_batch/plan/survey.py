@@ -14,16 +14,20 @@ from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
-from flux_batch.config.schema import JobConfig
+from flux_batch.config.schema import JobConfig, SamplingConfig
+from flux_batch.errors import count_of
 from flux_batch.plan.plan import Plan
 from flux_batch.plan.tokenizers import Tokenizers
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import FailedRow, ImageRequest
+from flux_batch.sampling_params import SAMPLING_FIELDS
 
 # Rows that `plan` looks at, and those that are compared with each other, which takes some 200 bytes a row.
 PLAN_ROWS, _COMPARED_ROWS = 10_000, 5_000_000
 _TOKENIZED_AT_ONCE = 512
 _EXAMPLES = 3
+# Reasons and sizes that are shown, prompts, and the characters of a prompt.
+_SHOWN, _FIRST_PROMPTS, _SHOWN_LENGTH = 10, 2, 100
 # Values in the reason of a row, by which it differs from the same reason of another.
 _VALUES = re.compile(
     r"(?<== )('.*?'|[-+.\w]+)|(?<=byte )0x\w+|(?<=lines )\d+ to \d+|(?<=nearest are )\d+ and \d+|\b\d+(?= fields )"
@@ -41,7 +45,10 @@ _OF_ONE = {"have": "has", "repeat": "repeats", "hold": "holds", "are": "is"}
 
 @dataclass
 class Survey:
-    """The counts of a data set's first `num_rows` rows; `failures` and `examples` are by reason."""
+    """The counts of a data set's first `num_rows` rows; `failures` and `examples` are by reason.
+
+    overrides: the rows whose value differs from the job's, by field. sizes: the images by width and height.
+    """
 
     num_rows: int = 0
     num_failed: int = 0
@@ -55,10 +62,15 @@ class Survey:
     not_tokenized: str = ""
     failures: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    num_images: int = 0
+    overrides: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+    first_prompts: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts as plain values."""
-        return {**vars(self), "failures": dict(self.failures.most_common()), "examples": dict(self.examples)}
+        counts = {name: dict(getattr(self, name).most_common()) for name in ("failures", "overrides", "sizes")}
+        return {**vars(self), **counts}
 
     @property
     def failed_ratio(self) -> float:
@@ -82,6 +94,7 @@ def survey(config: JobConfig, plan: Plan, max_rows: int | None = None) -> Survey
             if isinstance(row, FailedRow):
                 _count_failure(found, row)
         for request in requests:
+            _count_settings(found, request, config.sampling)
             is_repeated = prompts.again(request.prompt)
             found.num_repeated_prompts += is_repeated
             found.num_near_duplicates += near.again(_plain(request.prompt)) and not is_repeated
@@ -94,8 +107,8 @@ def survey(config: JobConfig, plan: Plan, max_rows: int | None = None) -> Survey
     return found
 
 
-def format_survey(found: Survey, num_prompts: int) -> str:
-    """Return the counts as lines of text, without those that are nothing."""
+def survey_rows(found: Survey, num_prompts: int) -> list[tuple[str, str]]:
+    """Return the counts as rows of a table, without those that are nothing."""
     of = "rows" if found.num_rows == num_prompts else f"of the first {found.num_rows} rows"
     counts = [
         (found.num_failed, "cannot be rendered, and will be recorded as failed"),
@@ -111,11 +124,22 @@ def format_survey(found: Survey, num_prompts: int) -> str:
     if not found.num_failed:
         every = f"all {of}" if of != "rows" else f"all {found.num_rows} rows"
         lines.insert(0, f"{every} can be rendered")
-    for reason, count in found.failures.most_common(10):
-        lines.append(f"{count} failed: {reason}; e.g. {', '.join(found.examples[reason])}")
     if found.not_tokenized:
         lines.append(f"prompts that are cut were not counted: {found.not_tokenized}")
-    return "\n".join(f"{'rows' if number == 0 else '':<9}{line}" for number, line in enumerate(lines))
+    failed = [
+        f"{count}: {reason}; e.g. {', '.join(found.examples[reason])}"
+        for reason, count in found.failures.most_common(_SHOWN)
+    ]
+    overrides = [f"{name} in {count_of(count, 'row')}" for name, count in found.overrides.most_common()]
+    sizes = [f"{size}: {count}" for size, count in found.sizes.most_common(_SHOWN)]
+    more = [f"{len(found.sizes) - _SHOWN} further sizes"] if len(found.sizes) > _SHOWN else []
+    return [
+        *(("" if number else "rows", line) for number, line in enumerate(lines)),
+        *(("" if number else "failed", line) for number, line in enumerate(failed)),
+        *([("overrides", ", ".join(overrides))] if overrides else []),
+        *([("sizes", ", ".join(sizes + more))] if len(sizes) > 1 else []),
+        *(("" if number else "first", _shortened(prompt)) for number, prompt in enumerate(found.first_prompts)),
+    ]
 
 
 def _sentence(count: int, of: str, text: str) -> str:
@@ -148,6 +172,26 @@ def _rows(config: JobConfig, plan: Plan) -> Iterator[ImageRequest | FailedRow]:
         yield from source.read(shard, config.sampling, config.model.loras)
 
 
+def _count_settings(found: Survey, request: ImageRequest, job: SamplingConfig) -> None:
+    """Count the images of a row by their size, and the settings that are not the job's."""
+    sampling, num_images = request.sampling, len(request.seeds)
+    found.num_images += num_images
+    is_known = not request.size_from_reference
+    found.sizes[f"{sampling.width} x {sampling.height}" if is_known else "as the reference"] += num_images
+    found.overrides.update(
+        name
+        for name, each in SAMPLING_FIELDS.items()
+        if getattr(sampling, name) not in (getattr(job, name), each.default if getattr(job, name) is None else None)
+        and (is_known or name not in ("width", "height"))
+    )
+    if num_images != job.num_images_per_prompt:
+        found.overrides["num_images_per_prompt"] += 1
+    if not job.input_image:
+        found.overrides.update(request.images.by_column)
+    if len(found.first_prompts) < _FIRST_PROMPTS:
+        found.first_prompts.append(request.prompt)
+
+
 def _count_failure(found: Survey, row: FailedRow) -> None:
     """Count a row by its reason, without the values in it."""
     where, _, reason = row.error_message.partition(": ")
@@ -159,6 +203,11 @@ def _count_failure(found: Survey, row: FailedRow) -> None:
     examples = found.examples.setdefault(kind, [])
     if len(examples) < _EXAMPLES:
         examples.append(where)
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_LENGTH else f"{line[: _SHOWN_LENGTH - 3]}..."
 
 
 def _plain(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from flux_batch.errors import SourceError
+from flux_batch.errors import SourceError, count_of
 from flux_batch.prompts.formats.open import INSTEAD, TABLE_FORMATS, format_of_name
 from flux_batch.prompts.hub_dataset import HubDataset
 from flux_batch.redaction import public_uri
@@ -93,7 +93,8 @@ def list_prompts(
 def skipped_notes(skipped: Mapping[str, Sequence[str]]) -> list[str]:
     """Return a sentence for each reason for which files are left out."""
     return [
-        f"{len(names)} file(s) left out, {reason}: {', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
+        f"{count_of(len(names), 'file')} left out, {reason}: {', '.join(sorted(names)[:3])}"
+        f"{', ...' if len(names) > 3 else ''}"
         for reason, names in sorted(skipped.items())
     ]
 

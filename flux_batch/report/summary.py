@@ -14,12 +14,11 @@ from functools import cache
 from html import escape
 from typing import Any
 
-from flux_batch.errors import NotFound
+from flux_batch.errors import NotFound, count_of
 from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.metadata import unpack_metadata
 from flux_batch.output.paths import failed_file
 from flux_batch.records import Kernels, ShardResult
-from flux_batch.report.progress.snapshot import count_of
 
 # Reasons of failures that are listed, and the length of an example in characters.
 _MAX_REASONS, _MAX_EXAMPLE = 5, 300

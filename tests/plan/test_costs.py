@@ -11,7 +11,7 @@ from flux_batch.cli import main
 from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
-from flux_batch.plan.costs import Speed, costs, format_costs, remember_speed, remembered_speed
+from flux_batch.plan.costs import Speed, cost_rows, costs, remember_speed, remembered_speed
 from helpers.fakes import make_fake_pipeline
 from helpers.job_files import make_job, write_job
 
@@ -25,10 +25,10 @@ def job(folder: Path, **workers: float) -> JobConfig:
 def test_hours_and_money_are_those_of_what_is_left(tmp_path: Path) -> None:
     found = costs(job(tmp_path), FIGURES, 3600, Speed(0.5, "given"), 2.5)
     assert (found["device_hours"], found["hours"], found["cost"]) == (2.0, 0.25, 5.0)
-    lines = format_costs(found)
-    assert lines[0] == "hours    2 GPU-hours at 0.5 images/s a worker (given), 0.25 h with 8 at work"
-    assert lines[1] == "cost     5.00 at 2.5 an hour"
-    assert "not known: --measure" in format_costs(costs(job(tmp_path), FIGURES, 3600, None, None))[0]
+    rows = dict(cost_rows(found))
+    assert rows["hours"] == "2 GPU-hours at 0.5 images/s a worker (given); 15 min with 8 at work"
+    assert rows["cost"] == "5.00 at 2.5 an hour"
+    assert "not known: --measure" in dict(cost_rows(costs(job(tmp_path), FIGURES, 3600, None, None)))["hours"]
 
 
 def test_what_will_not_pay_is_said(tmp_path: Path) -> None:
@@ -63,19 +63,19 @@ def test_a_plan_sees_what_is_there(
     config = make_job(tmp_path, workers={"num_gpus": 0})
     file = str(write_job(config, tmp_path / "job.yaml"))
     assert main(["plan", file]) == 0
-    assert "there    nothing yet: a run would begin" in capsys.readouterr().out
+    assert "there     nothing yet: a run would begin" in capsys.readouterr().out
     run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
     assert main(["plan", file, "--speed", "0.5"]) == 0
     out = capsys.readouterr().out
-    assert "there    all 3 shards are committed: nothing to do" in out
-    assert "hours    0 worker-hours" in out
+    assert "there     all 3 shards are committed: nothing to do" in out
+    assert "hours     0 worker-hours" in out
     for name in ("_SUCCESS", "_run/commits/00001.json"):
         (tmp_path / "out" / name).unlink()
     assert main(["plan", file, "--json", "--speed", "0.5"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert (figures["num_images_left"], figures["there"]["num_committed"], figures["is_of_samples"]) == (4, 2, True)
     assert main(["plan", file, "--set", "sampling.num_inference_steps=3"]) == 2
-    assert "REFUSED  " in (out := capsys.readouterr().out)
+    assert "REFUSED   " in (out := capsys.readouterr().out)
     assert "nothing yet" not in out
     assert "sampling.num_inference_steps: 2 -> 3" in out
     (tmp_path / "elsewhere").mkdir()
@@ -83,4 +83,4 @@ def test_a_plan_sees_what_is_there(
     assert main(["plan", file, "--set", f"output.uri={tmp_path}/elsewhere"]) == 2
     assert "holds a README.md of somebody else's" in capsys.readouterr().out
     assert main(["plan", file, "--set", f"model.uri={tmp_path}/Demo"]) == 2
-    assert "REFUSED  " in capsys.readouterr().out
+    assert "REFUSED   " in capsys.readouterr().out

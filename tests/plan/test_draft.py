@@ -52,7 +52,7 @@ def test_init_writes_a_job_that_validates_and_never_over_another(
 
     assert main(["init", path]) == 0
     assert main(["validate", path]) == 0
-    assert "prompts  72" in capsys.readouterr().out
+    assert "prompts   72 in 1 file" in capsys.readouterr().out
     small = ["--set", "sampling.width=32", "--set", "sampling.height=32", "--set", "sampling.num_inference_steps=1"]
     assert main(["preview", path, "--rows", "2", *small]) == 0
     page = Path(capsys.readouterr().out.partition("page ")[2].split()[0])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flux_batch.config.schema import JobConfig
-from flux_batch.plan.estimate import ASSUMED_FLOPS, estimate, format_estimate
+from flux_batch.plan.estimate import ASSUMED_FLOPS, estimate, estimate_rows
 from flux_batch.plan.plan import make_plan
 from helpers.job_files import make_job
 
@@ -46,7 +46,7 @@ def test_passes_are_counted_as_they_are_run(tmp_path: Path, sampling: dict[str, 
     whole, config = figures_of(job(tmp_path / "a")), job(tmp_path / "b", **sampling)
     figures = figures_of(config)
     assert figures["pflop_per_image"] == pytest.approx(whole["pflop_per_image"] * share, abs=1e-3)
-    assert f"of 1024 x 1024, {words}, unless" in format_estimate(config, figures)
+    assert f"of 1024 x 1024, {words}, unless" in dict(estimate_rows(config, figures))["images"]
 
 
 def test_several_images_of_a_prompt_all_count(tmp_path: Path) -> None:
@@ -57,4 +57,4 @@ def test_several_images_of_a_prompt_all_count(tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_here_costs_the_memory_lines_alone(tmp_path: Path) -> None:
     config = job(tmp_path)
-    assert "memory   not known: " in format_estimate(config, figures_of(config))
+    assert dict(estimate_rows(config, figures_of(config)))["memory"].startswith("not known: ")

@@ -18,7 +18,7 @@ from flux_batch.model.checkpoint.diffusers_keys import controlnet_to_diffusers, 
 from flux_batch.model.conditions.controlnet import ControlNet, ControlNetParams
 from flux_batch.model.params import AUTOENCODER, DEV
 from flux_batch.model.transformer import Flux
-from flux_batch.plan.memory import CHOICES, format_memory, memory
+from flux_batch.plan.memory import CHOICES, memory, memory_rows
 from helpers.job_files import make_job
 from helpers.sparse_files import sparse_safetensors
 
@@ -171,20 +171,24 @@ def test_what_a_file_is_stored_as_does_not_count(dev: Path, diffusers: Path, tmp
 def test_the_choice_of_the_job_comes_first(dev: Path, tmp_path: Path) -> None:
     config = make_job(tmp_path, model={"uri": str(dev), "quantization": "fp8"}, sampling={"width": 64, "height": 64})
     figures = memory(config)
-    lines = format_memory(figures)
-    assert lines[0].startswith("memory   about 17.")
-    assert ", for cards of 24, 40, 48, 80, 141 GB; in batches of 2: transformer 12.0" in lines[0]
-    assert len(lines) == 1 + len(CHOICES)
+    rows = memory_rows(figures)
+    assert rows[0][1].startswith("about 17.")
+    assert rows[0][1].endswith(" GB a worker, fits a card of 24 GB")
+    assert "in batches of 2: transformer 12.0" in rows[1][1]
+    assert len(rows) == 2 + len(CHOICES)
+    assert rows[2] == ("or with", "bfloat16: 34.0 GB, fits a card of 40 GB")
+    assert len(memory_rows(figures, has_cards=False)) == 2
     assert figures["bytes"]["transformer"] == pytest.approx(11.97 * GB, rel=0.01)
 
 
 def test_what_no_card_has_is_said(dev: Path, tmp_path: Path) -> None:
-    lines = format_memory(memory(job(dev, tmp_path, batch_size=100, width=2048, height=2048)))
-    assert "more than a card has; in batches of 100" in lines[0]
+    rows = memory_rows(memory(job(dev, tmp_path, batch_size=100, width=2048, height=2048)))
+    assert rows[0][1].endswith("more than a card has")
+    assert rows[1][1].startswith("in batches of 100: ")
 
 
 def test_a_model_that_is_not_whole_is_said(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     figures = memory(job(tmp_path / "model", tmp_path))
     assert "no transformer: looked for" in figures["error"]
-    assert format_memory(figures) == [f"memory   not known: {figures['error']}"]
+    assert memory_rows(figures) == [("memory", f"not known: {figures['error']}")]

@@ -11,7 +11,7 @@ import pytest
 from flux_batch.cli import main
 from flux_batch.config.schema import JobConfig
 from flux_batch.plan.plan import make_plan
-from flux_batch.plan.survey import MAX_REASONS, Survey, format_survey, survey
+from flux_batch.plan.survey import MAX_REASONS, Survey, survey, survey_rows
 
 ROWS = [
     {"prompt": "a cat", "id": "1"},
@@ -51,9 +51,10 @@ def test_rows_are_counted_by_what_is_odd_about_them(tmp_path: Path) -> None:
     assert found.failures["width = ...: must be a multiple of 16; the nearest are ..."] == 2
     assert found.examples["column 'prompt' is empty: a prompt is needed"] == ["p.jsonl:7 (line 8)"]
     json.dumps(found.to_json())
-    text = format_survey(found, 11)
+    text = "\n".join(text for _, text in survey_rows(found, 11))
     assert "3 rows cannot be rendered" in text
     assert "2 rows hold a special token" in text
+    assert "2: width = ...: must be a multiple of 16; the nearest are ..." in text
 
 
 def test_reasons_that_differ_by_their_place_are_one_and_others_are_bounded(tmp_path: Path) -> None:
@@ -75,9 +76,25 @@ def test_only_the_first_rows_are_counted_and_a_missing_model_is_said(tmp_path: P
 
     assert (found.num_rows, found.num_failed, found.num_special_tokens) == (4, 0, 1)
     assert found.num_clip_truncated is None
-    assert "all of the first 4 rows can be rendered" in format_survey(found, 10)
-    assert "1 of the first 4 rows repeats a prompt word for word" in format_survey(found, 10)
-    assert "prompts that are cut were not counted: " in format_survey(found, 10)
+    text = "\n".join(text for _, text in survey_rows(found, 10))
+    assert "all of the first 4 rows can be rendered" in text
+    assert "1 of the first 4 rows repeats a prompt word for word" in text
+    assert "prompts that are cut were not counted: " in text
+
+
+def test_settings_that_differ_from_the_job_are_counted(tmp_path: Path) -> None:
+    config = job(tmp_path)
+    rows = [{"prompt": f"{'long ' * 30}{at}", "width": 64 + 16 * (at % 3), "seed": 7} for at in range(6)]
+    rows += [{"prompt": "several", "num_images_per_prompt": 3, "cfg_scale": 2}]
+    Path(config.prompts.uri[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = counted(config)
+    assert found.overrides == {"width": 6, "num_images_per_prompt": 1, "cfg_scale": 1}
+    assert found.sizes == {"1024 x 1024": 3, "64 x 1024": 2, "80 x 1024": 2, "96 x 1024": 2}
+    assert found.num_images == 9
+    shown = dict(survey_rows(found, 7))
+    assert shown["overrides"].startswith("width in 6 rows, ")
+    assert shown["sizes"].startswith("1024 x 1024: 3, ")
+    assert shown["first"].endswith("long long ...")
 
 
 def test_validate_reads_every_row_and_ends_as_the_run_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

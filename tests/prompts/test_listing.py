@@ -96,11 +96,11 @@ def test_every_file_that_is_left_out_is_said_with_the_reason(tmp_path: Path) -> 
 
     assert [file.name for file in listing.files] == ["a.jsonl", "license_plates.csv", "requirement.txt"]
     assert skipped_notes(listing.skipped) == [
-        "1 file(s) left out, .md is not read: save it as text, a prompt a line (.txt): c.md",
-        "1 file(s) left out, .xlsx is not read: save the sheet as CSV: b.xlsx",
-        "4 file(s) left out, named as documents are, and not as prompts: LICENSE.txt, dataset_info.json, "
+        "1 file left out, .md is not read: save it as text, a prompt a line (.txt): c.md",
+        "1 file left out, .xlsx is not read: save the sheet as CSV: b.xlsx",
+        "4 files left out, named as documents are, and not as prompts: LICENSE.txt, dataset_info.json, "
         "readme-first.txt, ...",
-        "2 file(s) left out, of no format that is read: LICENSE, d.png",
+        "2 files left out, of no format that is read: LICENSE, d.png",
     ]
 
 
@@ -128,7 +128,7 @@ def test_notes_reach_the_plan(tmp_path: Path) -> None:
     notes = make_plan(PromptsConfig(uri=str(tmp_path), columns={"cfg_scale": "cfg"}), 4).notes
 
     assert notes == (
-        "1 file(s) left out, .xlsx is not read: save the sheet as CSV: p.xlsx",
+        "1 file left out, .xlsx is not read: save the sheet as CSV: p.xlsx",
         "column 'Seed' is not used: prompts.columns: {seed: Seed} would use it",
         "column 'steps' is not used: prompts.columns: {num_inference_steps: steps} would use it",
     )

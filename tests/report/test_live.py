@@ -1,11 +1,13 @@
 import io
+import re
 import sys
 
 import pytest
 from rich.console import Console
 
-from flux_batch.report.progress.live import LiveDisplay, can_draw
+from flux_batch.report.progress.live import LiveDisplay
 from flux_batch.report.progress.snapshot import SlowestWorker, Snapshot
+from flux_batch.report.progress.table import can_draw, write_table
 
 NOW = Snapshot(
     num_shards=40,
@@ -52,9 +54,47 @@ def test_every_figure_is_there_in_a_window_of_any_width(width: int) -> None:
 
 def test_there_is_a_display_only_where_something_can_draw_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    assert not can_draw()  # a pipe
+    assert not can_draw(sys.stderr)  # a pipe
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert can_draw()
+    assert can_draw(sys.stderr)
     for terminal in ("dumb", "unknown", ""):
         monkeypatch.setenv("TERM", terminal)
-        assert not can_draw()
+        assert not can_draw(sys.stderr)
+
+
+SECTIONS = [
+    [("job", "cats"), ("output", "a-long-address/" * 9)],
+    [],
+    [("failed", "2: too \x1b[31mred"), ("", "1: a sentence that goes on " * 5), ("REFUSED", "two\nlines")],
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("terminal", "frame"), [("xterm", "│"), ("dumb", "")])
+@pytest.mark.parametrize("width", [60, 200])
+def test_a_table_fits_into_its_window(monkeypatch: pytest.MonkeyPatch, terminal: str, frame: str, width: int) -> None:
+    monkeypatch.setenv("TERM", terminal)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    file = Terminal()
+    write_table(SECTIONS, file)
+    text = re.sub("\x1b\\[[0-9;]*m", "", file.getvalue())  # bold: NO_COLOR is about colours
+    assert max(map(len, text.splitlines())) <= min(width, 120 if frame else width)
+    assert ("│" in text) == bool(frame)
+    assert "too \\x1b[31mred" in text
+    words = re.sub(r"[\s│]+", " ", text)
+    assert "goes on 1:" not in words
+    assert "sentence that goes on a sentence" in words
+    assert "REFUSED two lines" in words
+
+
+def test_a_table_in_a_pipe_is_lines() -> None:
+    file = io.StringIO()
+    write_table(SECTIONS, file)
+    lines = file.getvalue().splitlines()
+    assert lines[:3] == ["job       cats", f"output    {'a-long-address/' * 9}", ""]
+    assert lines[-2:] == ["REFUSED   two", "          lines"]

@@ -5,7 +5,6 @@ Imports rich where it is needed, so that a command without a display starts as q
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -70,11 +69,6 @@ def _table(rows: Sequence[tuple[str, str]]) -> RenderableType:
         style = {"failed": "red", "waiting": "yellow"}.get(name, "")
         table.add_row(Text(name, "bold"), Text(plain_text(text), style))
     return table
-
-
-def can_draw() -> bool:
-    """Return whether stderr is a terminal that can redraw lines."""
-    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
 
 
 @contextmanager

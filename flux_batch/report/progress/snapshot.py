@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from flux_batch.errors import count_of
+
 # Reasons of failures that are listed.
 _MAX_REASONS = 3
 
@@ -133,11 +135,6 @@ class Snapshot:
     def failures_text(self) -> str:
         """The failures by reason as text, the commonest first."""
         return ", ".join(f"{number} {kind}" for kind, number in Counter(self.failures).most_common(_MAX_REASONS))
-
-
-def count_of(number: int, noun: str) -> str:
-    """Return a number with its noun."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def duration(seconds: float) -> str:
