@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterator
 from typing import NoReturn
 
 from flux_batch.bench.command import add_bench
@@ -19,6 +20,10 @@ to begin:
 
 `flux-batch COMMAND --help` has examples; the pages are README.md and jobs/README.md of the project.
 """
+
+# What stands for a file or a folder of this machine, perhaps; a shell completes names of such.
+_FILES = ("JOB.yaml", "FILE", "URI")
+_FOLDERS = ("OUTPUT_URI", "OTHER_URI", "DEST", "DIR", "FOLDER")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,6 +78,8 @@ def parser() -> argparse.ArgumentParser:
         "--prompts", metavar="URI", default="demo", help="the prompts it is for (default: those in the package)"
     )
 
+    _add_json(command)
+
     command = _command(commands, "validate", "check a job and every row of its prompts, without a model", "job.yaml")
     _add_job(command)
     _add_json(command)
@@ -83,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     _add_job(command)
     command.add_argument("--rows", type=int, default=8, metavar="N", help="the first N rows (default 8)")
     command.add_argument("--random", action="store_true", help="rows from all over the prompts, others each time")
+    _add_json(command)
 
     command = _command(
         commands,
@@ -121,11 +129,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--single-file", action="store_true", help="one HTML file with its images inside, without search"
     )
+    _add_json(command)
 
     command = _command(
         commands, "report", "make a page of a run's figures: speed, workers, failures, scores", "out/cats"
     )
     _add_output(command)
+    _add_json(command)
 
     command = _command(
         commands,
@@ -160,6 +170,7 @@ def parser() -> argparse.ArgumentParser:
     _add_output(command)
     command.add_argument("--quick", action="store_true", help="compare sizes and tables, without reading images")
     command.add_argument("--repair", action="store_true", help="revert broken commits, so that `run` makes them again")
+    _add_json(command)
 
     command = _command(
         commands,
@@ -215,6 +226,7 @@ def parser() -> argparse.ArgumentParser:
     _add_storage_options(command)
 
     command = _command(commands, "schema", "show the JSON Schema of the job file, for editors and agents")
+    command.add_argument("--json", action="store_true", help="it is JSON in any case")
 
     command = _command(
         commands,
@@ -222,6 +234,27 @@ def parser() -> argparse.ArgumentParser:
         "show a page for coding agents: what to run, what to read, exit codes",
         "> .claude/skills/flux-batch/SKILL.md",
     )
+    _add_json(command)
+
+    command = _command(
+        commands,
+        "completion",
+        "show a script by which a shell completes commands and options",
+        "bash > ~/.local/share/bash-completion/completions/flux-batch",
+        "zsh > ~/.zfunc/_flux-batch",
+        "fish > ~/.config/fish/completions/flux-batch.fish",
+    )
+    command.add_argument("shell", choices=["bash", "zsh", "fish"])
+
+    command = _command(
+        commands, "demo", "render the prompts in the package with its small model, and make their gallery", "out/demo"
+    )
+    command.add_argument(
+        "output", metavar="FOLDER", nargs="?", default="out/demo", help="the output (default out/demo)"
+    )
+    command.add_argument("--rows", type=int, metavar="N", help="only the first N prompts (default: all 72)")
+    command.add_argument("--log-format", choices=["text", "json"], help="json: an object a line")
+    _add_json(command)
 
     command = _command(commands, "bench", "measure the speed on this machine, beside alternatives", "pipeline")
     add_bench(command)
@@ -229,6 +262,29 @@ def parser() -> argparse.ArgumentParser:
         # Accepted after the command too; without it, a --debug before the command stays.
         each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return top
+
+
+def completion(shell: str) -> str:
+    """Return the script by which a shell completes commands, options and names of files."""
+    import shtab
+
+    top = parser()
+    for each in _all_parsers(top):
+        for action in each._actions:
+            if action.metavar in _FILES:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+            elif action.metavar in _FOLDERS:
+                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+    return shtab.complete(top, shell)
+
+
+def _all_parsers(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yield a parser and those of its commands."""
+    yield top
+    for action in top._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                yield from _all_parsers(each)
 
 
 class _Parser(argparse.ArgumentParser):

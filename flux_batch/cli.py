@@ -20,12 +20,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from flux_batch.arguments import parser
+from flux_batch.arguments import completion, parser
 from flux_batch.dataset.annotate_command import run_annotate
 from flux_batch.dataset.command import export_command, publish_command, select_command
 from flux_batch.errors import JobError
 from flux_batch.logs import ENCODING, JsonLines, log_lines
 from flux_batch.redaction import plain_text
+from flux_batch.report.command import gallery_command, gc_command, said_of_gallery, verify_command
 
 if TYPE_CHECKING:
     from flux_batch.config.schema import JobConfig
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 _TOO_MANY_FAILED, _INTERRUPTED = 3, 75
 _MAX_PREVIEW = 200
-_SINGLE_FILE_IMAGES, _GALLERY_IMAGES = 200, 100_000
-_REMAINS = "; the bucket keeps versions, so their bytes remain until a lifecycle rule of the bucket ends them"
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +77,15 @@ def _load_job(arguments: argparse.Namespace) -> JobConfig:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from flux_batch.report.summary import format_report
+
+    report = _finished_run(arguments)
+    _show(arguments, json.loads(report.to_json()), format_report(report))
+    return report.exit_code
+
+
+def _finished_run(arguments: argparse.Namespace) -> RunReport:
+    """Run a job to its end, and post its result to a webhook if there is one."""
     from flux_batch.engine.stop import Stop, stopped_by_signals
     from flux_batch.job import run
     from flux_batch.report.webhook import post_to_webhook, webhook_address
@@ -104,9 +112,8 @@ def _run(arguments: argparse.Namespace) -> int:
         sentence, exit_code = _explained(error)
         post_to_webhook(address, plain_text(f"{arguments.job}: {sentence}"), exit_code)
         raise
-    _show(arguments, json.loads(report.to_json()), _summary(report))
     post_to_webhook(address, plain_text(report.line), report.exit_code, output=report.output)
-    return report.exit_code
+    return report
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -159,7 +166,8 @@ def _init(arguments: argparse.Namespace) -> int:
         raise JobError(f"{arguments.job}: is there already, and is not overwritten{hint}") from error
     except OSError as error:
         raise JobError(f"{arguments.job}: cannot be written: {error.strerror}") from error
-    _print(f"{arguments.job}: written; next: flux-batch validate {arguments.job}")
+    data = {"job": arguments.job, "prompts": arguments.prompts}
+    _show(arguments, data, f"{arguments.job}: written; next: flux-batch validate {arguments.job}")
     return 0
 
 
@@ -182,7 +190,8 @@ def _validate(arguments: argparse.Namespace) -> int:
 def _preview(arguments: argparse.Namespace) -> int:
     from flux_batch.job import preview
     from flux_batch.plan.tokenizers import Tokenizers
-    from flux_batch.report.gallery.write import format_gallery, write_single_file
+    from flux_batch.report.gallery.write import write_single_file
+    from flux_batch.report.summary import format_report
     from flux_batch.storage.store import Store
 
     if not 1 <= arguments.rows <= _MAX_PREVIEW:
@@ -191,13 +200,16 @@ def _preview(arguments: argparse.Namespace) -> int:
     report = preview(config, arguments.rows, is_random=arguments.random)
     store = Store(report.output)
     gallery = write_single_file(store, _MAX_PREVIEW, further=Tokenizers(config).left_out)
-    _print(format_gallery(store, gallery, len(gallery.images)))
-    if num_cut := sum(
-        bool(image.row.get("clip_truncated") or image.row.get("t5_truncated")) for image in gallery.images
-    ):
-        _print(f"{num_cut} prompts are longer than CLIP or T5 reads; the page shows what is left out")
+    data, text = said_of_gallery(store, gallery, len(gallery.images))
+    rows = [image.row for image in gallery.images]
+    num_cut = sum(bool(row.get("clip_truncated") or row.get("t5_truncated")) for row in rows)
+    if num_cut:
+        are = "prompt is" if num_cut == 1 else "prompts are"
+        text += f"\n{num_cut} {are} longer than CLIP or T5 reads; the page shows what is left out"
     if report.exit_code:
-        _print(_summary(report))
+        text += f"\n{format_report(report)}"
+    data |= {"output": report.output, "num_truncated": num_cut, "report": json.loads(report.to_json())}
+    _show(arguments, data, text)
     return report.exit_code
 
 
@@ -227,24 +239,7 @@ def _watch(arguments: argparse.Namespace, store: Store) -> None:
 
 
 def _gallery(arguments: argparse.Namespace) -> int:
-    from flux_batch.report.gallery.write import format_gallery, write_gallery, write_single_file
-    from flux_batch.storage.store import Store
-
-    options = _options(arguments.storage_option)
-    store = Store(arguments.output, options)
-    columns = None if arguments.columns is None else [name for name in arguments.columns.split(",") if name]
-    max_images = arguments.max_images
-    if max_images is None:
-        max_images = _SINGLE_FILE_IMAGES if arguments.single_file else _GALLERY_IMAGES
-    if arguments.single_file:
-        if arguments.beside:
-            raise JobError("--single-file shows one run; leave out --beside, or --single-file")
-        gallery = write_single_file(store, max_images, columns)
-        _print(format_gallery(store, gallery, len(gallery.images)))
-        return 0
-    beside = Store(arguments.beside, options) if arguments.beside else None
-    shown = write_gallery(store, max_images, columns, beside, _show_progress)
-    _print(format_gallery(store, shown, shown.chunks.num_images))
+    _show(arguments, *gallery_command(arguments, _options(arguments.storage_option), _show_progress))
     return 0
 
 
@@ -252,7 +247,8 @@ def _report(arguments: argparse.Namespace) -> int:
     from flux_batch.report.charts.page import write_report_page
     from flux_batch.storage.store import Store
 
-    _print(write_report_page(Store(arguments.output, _options(arguments.storage_option))))
+    page = write_report_page(Store(arguments.output, _options(arguments.storage_option)))
+    _show(arguments, {"page": page}, page)
     return 0
 
 
@@ -282,18 +278,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from flux_batch.report.saved_run import opened_run
-    from flux_batch.report.verify import format_verdict, repair, verify
-    from flux_batch.storage.store import Store
-
-    store = Store(arguments.output, _options(arguments.storage_option))
-    with opened_run(store, to_write=arguments.repair) as run:
-        verdict = verify(run.store, quick=arguments.quick, on_progress=_show_progress)
-        _print(format_verdict(verdict))
-        if arguments.repair and verdict.problems:
-            broken = repair(run.store, verdict)
-            _print(f"repaired; {len(broken)} shards are missing now: run the job to make them again")
-    return verdict.exit_code
+    said, exit_code = verify_command(arguments, _options(arguments.storage_option), _show_progress)
+    _show(arguments, *said)
+    return exit_code
 
 
 def _select(arguments: argparse.Namespace) -> int:
@@ -312,21 +299,7 @@ def _publish(arguments: argparse.Namespace) -> int:
 
 
 def _gc(arguments: argparse.Namespace) -> int:
-    from flux_batch.output.gc import find_leftovers, remove_leftovers
-    from flux_batch.report.saved_run import opened_run
-    from flux_batch.storage.store import Store
-
-    store = Store(arguments.output, _options(arguments.storage_option))
-    with opened_run(store, to_write=not arguments.dry_run) as run:
-        if arguments.dry_run:
-            listed = [{"kind": each.kind, "key": each.key} for each in find_leftovers(run.folder)]
-            lines = [f"{each['kind']:<12} {each['key']}" for each in listed]
-            _show(arguments, {"leftovers": listed}, "\n".join(lines) or "nothing to remove")
-        else:
-            num_removed = remove_leftovers(run.folder, run.output_format, list(find_leftovers(run.folder)))
-            remains = _REMAINS if num_removed and run.store.keeps_versions else ""
-            text = f"{num_removed} objects removed{remains}" if num_removed else "nothing to remove"
-            _show(arguments, {"num_removed": num_removed}, text)
+    _show(arguments, *gc_command(arguments, _options(arguments.storage_option)))
     return 0
 
 
@@ -354,8 +327,39 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def _skill(arguments: argparse.Namespace) -> int:
-    _print(Path(__file__).with_name("SKILL.md").read_text(encoding="utf-8").rstrip())
+    text = Path(__file__).with_name("SKILL.md").read_text(encoding="utf-8").rstrip()
+    _show(arguments, {"skill": text}, text)
     return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    _print(completion(arguments.shell))
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from flux_batch.demo.paths import demo_job_path
+    from flux_batch.report.summary import format_report
+
+    settings = [f"output.uri={arguments.output}"]
+    if arguments.rows:
+        settings.append(f"prompts.limit={arguments.rows}")
+    report = _finished_run(
+        argparse.Namespace(
+            **vars(arguments),
+            job=str(demo_job_path()),
+            overrides=settings,
+            logical_date=None,
+            price=None,
+            max_cost=None,
+            retry_failed=False,
+            extend=False,
+        )
+    )
+    wanted = argparse.Namespace(output=report.output, columns=None, max_images=None, single_file=False, beside=None)
+    page, where = gallery_command(wanted, {}, _show_progress)
+    _show(arguments, {"report": json.loads(report.to_json()), "gallery": page}, f"{format_report(report)}\n{where}")
+    return report.exit_code
 
 
 def _version() -> int:
@@ -379,28 +383,6 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
     from flux_batch.config.text import read_pairs
 
     return read_pairs(pairs, "--storage-option")
-
-
-def _summary(report: RunReport) -> str:
-    """Return the lines that a finished run prints."""
-    from flux_batch.output.paths import FAILED, METADATA, TRAIN
-    from flux_batch.report.summary import failure_lines
-
-    lines = [
-        report.line,
-        f"images   {report.output}/{TRAIN}",
-        f"metadata {report.output}/{METADATA}",
-    ]
-    reasons = failure_lines({"failures": report.failures, "examples": report.examples})
-    lines += [f"{'' if number else 'failed':<9}{line}" for number, line in enumerate(reasons)]
-    if not report.is_complete:
-        lines.append("NOT COMPLETE: run it again")
-    elif report.exit_code:
-        lines.append(
-            f"{100 * report.failed_ratio:.1f} % failed, failures.max_ratio = {report.max_failed_ratio:g} allows less; "
-            f"all reasons are in {report.output}/{FAILED}"
-        )
-    return "\n".join(lines)
 
 
 def _display(arguments: argparse.Namespace, doing: str) -> AbstractContextManager[LiveDisplay | None]:
@@ -488,6 +470,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "download": _download,
     "schema": _schema,
     "skill": _skill,
+    "completion": _completion,
+    "demo": _demo,
     "bench": _bench,
 }
 

@@ -121,7 +121,8 @@ def run(
             make_pipeline = make_pipeline or partial(load_pipeline, num_gpus=here.workers.num_gpus)
             columns = columns_of_job(plan.passthrough, config)
             factory = WorkerFactory(here, len(plan.shards), columns, make_pipeline, plan.rules, load_scorer)
-            progress.price, progress.stop_reason = price, lambda: stop.reason
+            progress.price = price
+            progress.stop_reason, progress.stop_advice = lambda: stop.reason, lambda: stop.advice
             todo = todo if engine else _ordered(todo, here)
             progress.check = partial(_check_limits, here, price, max_cost, stop)
             with progress.shown(show) as state:

@@ -1,4 +1,6 @@
+import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from flux_batch.arguments import parser
 from flux_batch.cli import main
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
@@ -50,6 +53,60 @@ def test_the_command_line_helps_itself(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "out/README.md").write_text("mine")
     code, _, err = flux_batch(capsys, "run", job)
     assert (code, "holds a README.md of somebody else's" in err) == (2, True)
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (found,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return found.choices
+
+
+def test_every_command_that_prints_can_print_json() -> None:
+    bench = commands().pop("bench")
+    kinds = [each for action in bench._actions if isinstance(action.choices, dict) for each in action.choices.values()]
+    others = {name: each for name, each in commands().items() if name not in ("bench", "completion")}
+    for each in (*kinds, *others.values()):
+        assert "--json" in each._option_string_actions, each.prog
+
+
+def test_what_is_for_programs_is_one_object_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    code, said, _ = flux_batch(capsys, "init", tmp_path / "new.yaml", "--json")
+    assert (code, json.loads(said)) == (0, {"job": f"{tmp_path}/new.yaml", "prompts": "demo"})
+    run(make_job(tmp_path), engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+    (out / "train/stray").write_text("")
+    capsys.readouterr()
+    said = flux_batch(capsys, "gallery", out, "--max-images", "4", "--json")[1]
+    figures = json.loads(said)
+    assert Path(figures["page"]).is_file()
+    assert (figures["num_shown"], figures["num_images"], figures["is_complete"]) == (4, 10, True)
+    assert Path(json.loads(flux_batch(capsys, "report", out, "--json")[1])["page"]).is_file()
+    code, said, _ = flux_batch(capsys, "verify", out, "--json")
+    figures = json.loads(said)
+    assert (code, figures["exit_code"], figures["num_images"], figures["leftovers"]) == (3, 3, 10, {"stray": 1})
+    assert figures["problems"][0]["check"] == "leftovers"
+    assert json.loads(flux_batch(capsys, "gc", out, "--json")[1]) == {"num_removed": 1}
+    assert json.loads(flux_batch(capsys, "skill", "--json")[1])["skill"].startswith("---\nname: flux-batch\n")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes_commands_options_and_choices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "flux-batch.bash"
+    script.write_text(flux_batch(capsys, "completion", "bash")[1])
+    (tmp_path / "cats.yaml").write_text("")
+
+    def completed(*words: str) -> set[str]:
+        code = (
+            f"source {script}; cd {tmp_path}; COMP_WORDS=({' '.join(map(repr, words))}); "
+            f"COMP_CWORD={len(words) - 1}; _shtab_flux_batch; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        )
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    assert completed("flux-batch", "re") == {"report", "reproduce"}
+    assert completed("flux-batch", "plan", "--pr") == {"--price"}
+    assert completed("flux-batch", "completion", "") == {"bash", "zsh", "fish"}
+    assert completed("flux-batch", "plan", "ca") == {"cats.yaml"}
+    assert "--peak-tflops" in completed("flux-batch", "bench", "pipeline", "--p")
 
 
 @pytest.mark.parametrize(

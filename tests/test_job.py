@@ -17,6 +17,7 @@ from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, Interrupted, JobError, PlanMismatch, SourceError, StoreRefused
 from flux_batch.job import run, with_absolute_paths
 from flux_batch.report.gallery.write import write_gallery
+from flux_batch.report.progress.status import format_status, read_status
 from flux_batch.report.summary import RunReport
 from flux_batch.report.verify import verify
 from flux_batch.storage.store import Store
@@ -95,11 +96,15 @@ def test_a_run_stops_in_order_when_it_has_had_its_hours(
         run(config, engine=LocalEngine(), make_pipeline=load, stop=stop, **cost)
     assert stopped.value.exit_code == 75
     hours = json.loads((tmp_path / "out/_run/progress.json").read_text())["device_hours"]
+    status = read_status(Store(str(tmp_path / "out")))
+    assert "is reached; the same command with a higher limit goes on" in status["stopped_by"]
+    assert f"state    stopped: {status['stopped_by']}" in format_status(status)
     with pytest.raises(Interrupted, match="is reached"):
         run(config, engine=LocalEngine(), make_pipeline=no_pipeline, **cost)  # nothing is begun again
     more = config.model_copy(update={"workers": config.workers.model_copy(update={"max_gpu_hours": None})})
     report = render(more)
     assert (report.is_complete, report.device_hours >= hours) == (True, True)
+    assert read_status(Store(str(tmp_path / "out")))["stopped_by"] == ""
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from flux_batch.bench.pipeline.pipeline import Call
 
 _Figures = dict[str, Any]
+# The value of --json without a file.
+_STDOUT = "-"
 
 
 def add_bench(command: argparse.ArgumentParser) -> None:
@@ -116,8 +118,9 @@ def add_bench(command: argparse.ArgumentParser) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> str:
-    """Run a benchmark and write --json. Returns: its table."""
-    if arguments.json and not Path(arguments.json).resolve().parent.is_dir():
+    """Run a benchmark and write --json. Returns: its table, or its figures if they go to stdout."""
+    is_file = arguments.json not in (None, _STDOUT)
+    if is_file and not Path(arguments.json).resolve().parent.is_dir():
         raise JobError(f"--json {arguments.json}: there is no such folder")  # before minutes are spent
     measure: Callable[[argparse.Namespace], tuple[_Figures, str]] = arguments.measure
     figures, text = measure(arguments)
@@ -125,9 +128,9 @@ def bench(arguments: argparse.Namespace) -> str:
     from flux_batch.bench.machine import describe_machine
 
     figures = {**describe_machine(arguments.argv), **figures}
-    if arguments.json:
+    if is_file:
         Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n")
-    return text
+    return json.dumps(figures) if arguments.json == _STDOUT else text
 
 
 def _positive(text: str) -> int:
@@ -168,7 +171,13 @@ def _add_repeats(kind: argparse.ArgumentParser, default: int = 5) -> None:
 
 
 def _add_json(kind: argparse.ArgumentParser) -> None:
-    kind.add_argument("--json", metavar="FILE", help="write all figures, with hardware, versions, commit and command")
+    kind.add_argument(
+        "--json",
+        nargs="?",
+        const=_STDOUT,
+        metavar="FILE",
+        help="write all figures, with hardware, versions, commit and command; without FILE to stdout, not the table",
+    )
 
 
 def _source(arguments: argparse.Namespace) -> Source:

@@ -1,4 +1,4 @@
-"""The paths of the demo model and its LoRA in the package; knows nothing of their content."""
+"""The paths of the demo job, its model and its LoRA in the package; knows nothing of their content."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ def demo_model_folder() -> Path:
     `python -m flux_batch.demo.train` made it.
     """
     return Path(__file__).with_name("flux-demo")
+
+
+def demo_job_path() -> Path:
+    """Return the path of the job file of `flux-batch demo`."""
+    return Path(__file__).with_name("job.yaml")
 
 
 def demo_lora_path() -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 from flux_batch.errors import NotFound, count_of
 from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.metadata import unpack_metadata
-from flux_batch.output.paths import failed_file
+from flux_batch.output.paths import FAILED, METADATA, TRAIN, failed_file
 from flux_batch.records import Kernels, ShardResult
 
 # Reasons of failures that are listed, and the length of an example in characters.
@@ -76,8 +76,10 @@ class RunReport:
             made = (
                 f"{self.num_new_images} of them now, by {count_of(self.num_workers, 'worker')} in {self.wall_s:.1f} s"
             )
-        left = "" if self.is_complete else f"; {self.num_shards - self.num_committed} shards are missing"
-        return f"{self.name}: {self.num_images - self.num_failed} images, {self.num_failed} failed; {made}{left}"
+        num_missing = self.num_shards - self.num_committed
+        left = "" if self.is_complete else f"; {count_of(num_missing, 'shard')} missing"
+        good = count_of(self.num_images - self.num_failed, "image")
+        return f"{self.name}: {good}, {self.num_failed} failed; {made}{left}"
 
     def _repr_html_(self) -> str:
         """Return the report as a table, for a notebook."""
@@ -100,6 +102,21 @@ class RunReport:
             "exit_code": self.exit_code,
         }
         return json.dumps(fields, indent=1).encode()
+
+
+def format_report(report: RunReport) -> str:
+    """Return the lines that a finished run prints."""
+    lines = [report.line, f"images   {report.output}/{TRAIN}", f"metadata {report.output}/{METADATA}"]
+    reasons = failure_lines({"failures": report.failures, "examples": report.examples})
+    lines += [f"{'' if number else 'failed':<9}{line}" for number, line in enumerate(reasons)]
+    if not report.is_complete:
+        lines.append("NOT COMPLETE: run it again")
+    elif report.exit_code:
+        lines.append(
+            f"{100 * report.failed_ratio:.1f} % failed, failures.max_ratio = {report.max_failed_ratio:g} allows less; "
+            f"all reasons are in {report.output}/{FAILED}"
+        )
+    return "\n".join(lines)
 
 
 @dataclass(slots=True)

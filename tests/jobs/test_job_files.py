@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from flux_batch.config.schema import JobConfig
+from flux_batch.demo.paths import demo_job_path
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import load_job, run
 from flux_batch.report.summary import RunReport
@@ -54,6 +55,10 @@ def test_every_job_file_is_valid_and_says_how_to_run_it(path: Path) -> None:
     comment = lines[: next(at for at, line in enumerate(lines) if not line.startswith("#"))]
     assert len(comment) >= 3
     assert any(f"jobs/{name}" in line and ("flux-batch run" in line or "submit" in line) for line in comment)
+
+
+def test_the_job_in_the_package_is_that_of_the_quick_start() -> None:
+    assert load_job(demo_job_path()) == load("demo.yaml")
 
 
 @pytest.mark.parametrize("path", [*JOBS.glob("*.py"), *JOBS.glob("*.sh")], ids=lambda path: path.name)

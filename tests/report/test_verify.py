@@ -387,7 +387,7 @@ def test_the_exit_code_of_verify_tells_good_from_broken(
     assert "BROKEN: 1 shards" in text
     code, text = command(capsys, "verify", store.uri, "--repair")
     assert code == 3
-    assert "1 shards are missing now" in text
+    assert "1 shard is missing now" in text
     finish(config)
     assert command(capsys, "verify", store.uri, "--repair")[0] == 0
 

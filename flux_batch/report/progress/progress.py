@@ -38,7 +38,7 @@ class Progress:
     `commit_log` is kept up to date too. num_left: the images of the shards that are left, as far as is known, and
     expected: those of one of them. past_worker_s: the seconds that workers of earlier invocations had their devices.
     num_gpus: those of a worker. price: that of an hour of a GPU, or of a worker without one. stop_reason: why the run
-    is ending, empty while it goes on. check: called every second with the figures. first_images: what is
+    is ending, empty while it goes on, and stop_advice: how it goes on then. check: called every second with the figures. first_images: what is
     waited for once a worker is up, until there is an image.
     """
 
@@ -53,6 +53,7 @@ class Progress:
     num_gpus: float = 0.0
     price: float | None = None
     stop_reason: Callable[[], str] = str
+    stop_advice: Callable[[], str] = str
     check: Callable[[Snapshot], None] = field(default=lambda now: None)
     first_images: str = "the first images"
     state: EngineState = field(default_factory=EngineState)
@@ -216,6 +217,7 @@ class Progress:
                 last_shard=self._last_shard,
                 slowest=_slowest(up),
                 waiting_for=self._waiting_for(up, num_made),
+                stopped_by=f"{reason}; {self.stop_advice()}" if (reason := self.stop_reason()) else "",
                 unix_time=time.time(),
             )
 

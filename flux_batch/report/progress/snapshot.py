@@ -33,6 +33,7 @@ class Snapshot:
     that are made or failed. num_expected: images of the whole run, as far as is known. failures: by error type, of
     staged images too. images_per_s, elapsed_s, workers_...: of this invocation. device_hours: hours that workers had
     their GPUs, or that workers without one were there. waiting_for: what the run waits for, empty while it works.
+    stopped_by: why the run is ending and how it goes on, as a sentence; empty while nothing ends it.
     """
 
     num_shards: int
@@ -53,6 +54,7 @@ class Snapshot:
     last_shard: int | None = None
     slowest: SlowestWorker | None = None
     waiting_for: str = ""
+    stopped_by: str = ""
     unix_time: float = 0.0
 
     @property

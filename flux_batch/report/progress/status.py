@@ -78,9 +78,11 @@ class _Reader:
         totals = Totals.of(self.commit_log)
         self.examples |= first_failures(self.commit_log, set(self.examples))
         progress = read_json(store, PROGRESS)
+        state = "complete" if is_complete else _state_of(holder, progress, time.time() if now is None else now)
         return {
             "output": store.uri,
-            "state": "complete" if is_complete else _state_of(holder, progress, time.time() if now is None else now),
+            "state": state,
+            "stopped_by": _stopped_by(holder, progress) if state == "stopped" else "",
             "num_prompts": sum(self.outline.num_rows),
             "num_shards": run.num_shards,
             "num_committed": totals.num_committed,
@@ -113,10 +115,14 @@ def watch_status(
         now = _figures(status)
         if draw is not None:
             draw(now, _rows(status, None, price))
-        elif (line := f"{status['state']}: {replace(now, elapsed_s=0.0).line(price)}") != said:
+        elif (line := f"{status['state']}: {replace(now, elapsed_s=0.0).line(price)}{_after(status)}") != said:
             said = line
             write(line)
     write(format_status(status, price=price))
+
+
+def _after(status: Mapping[str, Any]) -> str:
+    return f"; {status['stopped_by']}" if status["stopped_by"] else ""
 
 
 def _rows(status: Mapping[str, Any], now: float | None, price: float | None) -> list[tuple[str, str]]:
@@ -137,7 +143,8 @@ def _rows(status: Mapping[str, Any], now: float | None, price: float | None) -> 
     if annotated := status["num_annotated"]:
         each = ", ".join(f"{name} {number}" for name, number in annotated.items())
         rows.append(("columns", f"{each} of {shards} shards annotated"))
-    rows.append(("state", _STATES[status["state"]]))
+    by = status["stopped_by"]
+    rows.append(("state", f"stopped: {by}" if by else _STATES[status["state"]]))
     if status["driver"] and not status["is_complete"]:
         rows.append(("driver", _driver_line(status["driver"], now)))
     return rows
@@ -189,8 +196,19 @@ def _state_of(holder: Holder | None, progress: Mapping[str, Any] | None, now: fl
         return "stopped"
     if holder.process.is_gone() or now - holder.seen_unix_time > holder.ttl_s:
         return "dead"
-    has_reported = progress is not None and progress.get("unix_time", 0) >= int(holder.since_unix_time)
-    return "running" if has_reported else "starting"
+    return "running" if _has_reported(holder, progress) else "starting"
+
+
+def _stopped_by(holder: Holder | None, progress: Mapping[str, Any] | None) -> str:
+    """Return why the last driver ended before the run, and how the run goes on; empty if it did not say."""
+    if holder is None or progress is None or not _has_reported(holder, progress):
+        return ""
+    return str(progress.get("stopped_by", ""))
+
+
+def _has_reported(holder: Holder, progress: Mapping[str, Any] | None) -> bool:
+    """Return whether the last report is that of this driver."""
+    return progress is not None and progress.get("unix_time", 0) >= int(holder.since_unix_time)
 
 
 def _driver(holder: Holder) -> dict[str, Any]:
