@@ -304,7 +304,11 @@ def _gc(arguments: argparse.Namespace) -> int:
 
 
 def _annotate(arguments: argparse.Namespace) -> int:
-    return run_annotate(arguments, _options(arguments.storage_option), _print)
+    options = _options(arguments.storage_option)
+    with _display(arguments, f"{arguments.output}: reading the run") as live:
+        report = run_annotate(arguments, options, live.show if live else None)
+    _print(report.to_json() if arguments.json else str(report))
+    return report.exit_code
 
 
 def _download(arguments: argparse.Namespace) -> int:
@@ -392,7 +396,7 @@ def _display(arguments: argparse.Namespace, doing: str) -> AbstractContextManage
 
     if isinstance(arguments.lines, JsonLines) or not can_draw(sys.stderr):
         return nullcontext()
-    return live_display(doing, arguments.price)
+    return live_display(doing, getattr(arguments, "price", None))
 
 
 def _show_progress(done: int, total: int) -> None:

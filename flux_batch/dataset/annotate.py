@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,11 @@ from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted, JobError, NotFound
 from flux_batch.output.annotations import AnnotationFolder
 from flux_batch.output.lease import Lease
-from flux_batch.records import Commit, FileRange, Shard, ShardResult
+from flux_batch.records import Commit, FileRange, Shard
+from flux_batch.report.progress.progress import Progress
+from flux_batch.report.progress.snapshot import Snapshot
 from flux_batch.report.saved_run import SavedRun
+from flux_batch.report.summary import Totals
 from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.store import Store
 
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_REPORT_INTERVAL_S = 5.0
 _TOO_MANY_FAILED = 3
 
 
@@ -122,11 +124,13 @@ def annotate(
     stop: Stop | None = None,
     retry_failed: bool = False,
     anew: bool = False,
+    show: Callable[[Snapshot], None] | None = None,
 ) -> AnnotateReport:
     """Annotate the committed shards of a run, or go on with it. The images are read once for all annotators.
 
     engine: a pool of Ray actors by default. stop: may request an early end. retry_failed: annotate images without
-    values again. anew: remove what is there of these names first.
+    values again. anew: remove what is there of these names first. show: called every second with the figures, which the
+    log then leaves out.
     Raises: PlanMismatch if another annotator began one of them; RunHeld, LeaseLost if a driver has the run; Interrupted
     after a stop; JobError, StoreError.
     """
@@ -144,7 +148,7 @@ def annotate(
         folders = [AnnotationFolder(run.folder, spec.name) for spec in specs]
         for folder in folders:
             _prepare(folder, retry_failed=retry_failed, anew=anew)
-        progress = _Progress(run, folders)
+        progress = _Pass(run, folders, settings.num_gpus)
         todo = progress.todo()
         if todo:
             log.info("%s: %d of %d shards to annotate", store.uri, len(todo), run.num_shards)
@@ -155,9 +159,7 @@ def annotate(
                 batch_size=settings.batch_size,
                 failures=failures,
             )
-            progress.follow(
-                (engine or annotate_pool(run, settings, failures)).run(factory, todo, stop), stop, len(todo)
-            )
+            progress.follow(engine or annotate_pool(run, settings, failures), factory, todo, stop, show)
         if not progress.errors:
             for folder in folders:
                 folder.staging.clear()
@@ -165,15 +167,15 @@ def annotate(
 
 
 @dataclass
-class _Progress:
-    """The progress of one call, and the way to its report."""
+class _Pass:
+    """One call: the shards that it annotates, and the way to its report."""
 
     run: SavedRun
     folders: Sequence[AnnotationFolder]
+    num_gpus: float = 0.0
     num_new: int = 0
     errors: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
-    reported: float = -math.inf
 
     def todo(self) -> list[Shard]:
         """Return the committed shards that an annotation lacks."""
@@ -182,14 +184,40 @@ class _Progress:
         rows = self.run.outline.num_rows
         return [_shard(index, rows[index]) for index in sorted(missing) if index < self.run.num_shards]
 
-    def follow(self, results: Any, stop: Stop, num_todo: int) -> None:
-        """Wait for the results of shards. Raises: Interrupted if a stop left some of them."""
+    def follow(
+        self,
+        engine: Engine,
+        factory: AnnotateFactory,
+        todo: Sequence[Shard],
+        stop: Stop,
+        show: Callable[[Snapshot], None] | None,
+    ) -> None:
+        """Run shards and report on them. Raises: Interrupted if a stop left some of them."""
+        num_images = {shard.index: self._expected(shard) for shard in todo}
+        progress = Progress(
+            self.run.store,
+            len(todo),
+            Totals(),
+            num_left=sum(num_images.values()),
+            expected=num_images.__getitem__,
+            num_gpus=self.num_gpus,
+            stop_reason=lambda: stop.reason,
+            first_images="the annotators to open, and the first values",
+            has_file=False,
+        )
         num_settled = 0
-        for result in results:
-            num_settled += 1
-            self._add(result, num_settled, num_todo)
-        if stop.is_requested and num_settled < num_todo:
-            raise Interrupted(f"{stop.reason}: {num_settled} of {num_todo} shards were annotated now; {stop.advice}")
+        with progress.shown(show) as state:
+            for result in engine.run(factory, todo, stop, state):
+                num_settled += 1
+                progress.add(result)
+                self.num_new += result.is_new
+        self.errors += progress.errors
+        if stop.is_requested and num_settled < len(todo):
+            raise Interrupted(f"{stop.reason}: {num_settled} of {len(todo)} shards were annotated now; {stop.advice}")
+
+    def _expected(self, shard: Shard) -> int:
+        """Return the images of a shard, as far as its rows do not say otherwise."""
+        return self.run.outline.num_rows[shard.index] * self.run.config.sampling.num_images_per_prompt
 
     def report(self, specs: Sequence[AnnotatorSpec], max_failed_ratio: float) -> AnnotateReport:
         """Return the state of all annotations, read from their commits."""
@@ -205,16 +233,6 @@ class _Progress:
             ),
             errors=tuple(self.errors),
         )
-
-    def _add(self, result: ShardResult, num_settled: int, num_todo: int) -> None:
-        if result.error is not None:
-            self.errors.append(f"shard {result.shard}: {result.error}")
-            log.error("shard %d failed for good: %s", result.shard, result.error, extra={"shard": result.shard})
-        else:
-            self.num_new += result.is_new
-        if time.monotonic() - self.reported >= _REPORT_INTERVAL_S or num_settled == num_todo:
-            self.reported = time.monotonic()
-            log.info("%d of %d shards annotated", num_settled, num_todo)
 
 
 def _check_begun(folders: Sequence[AnnotationFolder], specs: Sequence[AnnotatorSpec], *, anew: bool) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flux_batch.dataset.annotate import AnnotateSettings
+    from flux_batch.dataset.annotate import AnnotateReport, AnnotateSettings
+    from flux_batch.report.progress.snapshot import Snapshot
 
 
 def add_annotate(command: argparse.ArgumentParser) -> None:
@@ -48,8 +49,10 @@ def add_annotate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
-def run_annotate(arguments: argparse.Namespace, storage_options: dict[str, Any], show: Callable[[str], None]) -> int:
-    """Annotate as the arguments say, and show the report. Returns: the exit code."""
+def run_annotate(
+    arguments: argparse.Namespace, storage_options: dict[str, Any], show: Callable[[Snapshot], None] | None
+) -> AnnotateReport:
+    """Annotate as the arguments say. `show` is called every second with the figures."""
     from flux_batch.config.text import read_pairs
     from flux_batch.dataset.annotate import annotate
     from flux_batch.dataset.annotators.load import parse_specs
@@ -58,7 +61,7 @@ def run_annotate(arguments: argparse.Namespace, storage_options: dict[str, Any],
     stop = Stop()
     specs = parse_specs(arguments.annotators, read_pairs(arguments.options, "--set"))
     with stopped_by_signals(stop):
-        report = annotate(
+        return annotate(
             arguments.output,
             specs,
             storage_options=storage_options,
@@ -66,9 +69,8 @@ def run_annotate(arguments: argparse.Namespace, storage_options: dict[str, Any],
             stop=stop,
             retry_failed=arguments.retry_failed,
             anew=arguments.anew,
+            show=show,
         )
-    show(report.to_json() if arguments.json else str(report))
-    return report.exit_code
 
 
 def _settings(arguments: argparse.Namespace) -> AnnotateSettings:

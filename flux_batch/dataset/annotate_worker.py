@@ -29,7 +29,7 @@ from flux_batch.report.saved_run import SavedRun
 from flux_batch.storage.retry import Drain, RetryPolicy
 from flux_batch.storage.scratch import scratch_folder, sweep_scratch
 from flux_batch.storage.store import Store
-from flux_batch.telemetry import Heartbeat, Metrics
+from flux_batch.telemetry import Heartbeat, Metrics, ShardCount
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,11 @@ class AnnotateWorker:
                 for folder, annotator in zip(folders, self._annotators, strict=True)
                 if folder.commits.find(shard.index) is None
             ]
-            self._annotate(shard.index, records, todo, attempt)
+            try:
+                self._annotate(shard.index, records, todo, attempt)
+            except BaseException:
+                self.metrics.put_down(shard.index)
+                raise
             return _MadeAnnotations(self, shard.index, todo, started)
 
     def stop(self) -> None:
@@ -137,11 +141,15 @@ class AnnotateWorker:
         """Make the rows that are left: first those of whole batches, then those that may have killed a worker."""
         for one in todo:
             one.adopt_staged()
+        num_adopted = min((len(one.rows) for one in todo), default=0)
+        self.metrics.count_shard(shard, ShardCount(len(records), num_adopted, num_adopted))
         is_isolated = attempt.lost > 0 or any(one.has_losses for one in todo)
         for alone in (False, True) if any(one.has_suspects for one in todo) else (False,):
             with closing(self._batches(shard, records, todo, alone=alone)) as batches:
                 for batch in batches:
                     self._annotate_batch(batch, todo, alone=alone, is_isolated=is_isolated)
+                    num_done = min(len(one.rows) for one in todo)
+                    self.metrics.count_shard(shard, ShardCount(len(records), num_done, num_adopted))
         for one in todo:
             one.stage()
 
@@ -210,6 +218,7 @@ class _MadeAnnotations:
         """Publish and commit the rows of every annotator."""
         with self.worker.finishing():
             commits = self.worker.publish(self.shard, self.todo)
+        self.worker.metrics.put_down(self.shard)
         metrics, num_bytes = self.worker.metrics, sum(commit.files[0].bytes for commit in commits)
         metrics.add("shards")
         metrics.add("bytes", num_bytes)

@@ -22,10 +22,12 @@ from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted, JobError, PlanMismatch, Stopped
 from flux_batch.job import run
 from flux_batch.records import Attempt, FileRange, Shard
+from flux_batch.report.progress.snapshot import Snapshot
 from helpers import annotators
 from helpers.finished_runs import LAYOUTS, Making, command, finish, make_run
 from helpers.job_files import data_files, make_job, write_prompts
 from helpers.mortal import Death, Life, MortalStore
+from helpers.waiting import wait_until
 
 PROMPTS = "helpers.annotators:Prompts"
 BOTH = (f"prompts={PROMPTS}", "phash")
@@ -73,6 +75,28 @@ def test_every_image_is_read_once_and_has_a_row_by_its_key(
     assert (report.exit_code, [one.num_images for one in report.annotations]) == (0, [11, 11])
     assert command(capsys, "gc", config.output.uri, "--dry-run") == (0, "nothing to remove\n")
     assert "all is well" in command(capsys, "verify", config.output.uri)[1]
+
+
+def test_its_figures_are_live_and_those_of_the_run_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flux_batch.report.progress.progress.TICK_S", 0.001)
+    config = make_job(tmp_path, [{"prompt": f"image {number}"} for number in range(8)], output={"shard_size": 8})
+    finish(config)
+    before = Path(config.output.uri, "_run/progress.json").read_bytes()
+    shown: list[Snapshot] = []
+    make = annotators.Prompts.__call__
+
+    def when_shown(self: annotators.Prompts, images: Any, records: Any) -> Any:
+        at = len(annotators.CALLS)
+        wait_until(lambda: any(now.num_done == 2 * at for now in shown))
+        return make(self, images, records)
+
+    annotators.CALLS.clear()
+    monkeypatch.setattr(annotators.Prompts, "__call__", when_shown)
+    annotated(config, BOTH[0], show=shown.append)
+
+    assert {2, 4, 6} <= {now.num_done for now in shown}
+    assert {now.num_total for now in shown} == {8}
+    assert Path(config.output.uri, "_run/progress.json").read_bytes() == before
 
 
 def _metadata(config: JobConfig) -> list[dict[str, Any]]:

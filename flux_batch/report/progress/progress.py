@@ -36,10 +36,11 @@ class Progress:
     """The progress of one invocation; `totals` starts with the shards committed before it.
 
     `commit_log` is kept up to date too. num_left: the images of the shards that are left, as far as is known, and
-    expected: those of one of them. past_worker_s: the seconds that workers of earlier invocations had their devices.
-    num_gpus: those of a worker. price: that of an hour of a GPU, or of a worker without one. stop_reason: why the run
-    is ending, empty while it goes on, and stop_advice: how it goes on then. check: called every second with the figures. first_images: what is
-    waited for once a worker is up, until there is an image.
+    expected: those of one of them. past_worker_s: the seconds that workers of earlier invocations had their
+    devices. num_gpus: those of a worker. price: that of an hour of a GPU, or of a worker without one. stop_reason:
+    why the run is ending, empty while it goes on, and stop_advice: how it goes on then. has_file: whether reports
+    are written beside the commits, too. check: called every second with the figures. first_images: what is waited
+    for once a worker is up, until there is an image.
     """
 
     store: Store
@@ -56,6 +57,7 @@ class Progress:
     stop_advice: Callable[[], str] = str
     check: Callable[[Snapshot], None] = field(default=lambda now: None)
     first_images: str = "the first images"
+    has_file: bool = True
     state: EngineState = field(default_factory=EngineState)
     num_new_images: int = 0
     num_new_shards: int = 0
@@ -179,7 +181,8 @@ class Progress:
             now = self.last = self.snapshot()
             log.log(self._level, "%s", now.line(self.price), extra={"progress": now.to_json()})
             body = now.to_json() | {"worker_s": round(self.worker_s, 3)}
-        store.write(PROGRESS, json.dumps(body, indent=1).encode())
+        if self.has_file:
+            store.write(PROGRESS, json.dumps(body, indent=1).encode())
 
     def snapshot(self) -> Snapshot:
         """Return the figures of this moment."""
