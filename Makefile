@@ -13,7 +13,7 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS
 # Each of the processes that share the cores computes on one: more threads than cores mostly wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test test-fast test-avx2 test-long test-gpu tools browser chaos lint fix pages constraints release-check clean
+.PHONY: help demo test test-fast test-avx2 test-long test-gpu tools browser chaos lint fix pages docs constraints release-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -79,6 +79,9 @@ fix: $(VENV)/dev.stamp ## format, and mend what can be mended
 
 pages: $(VENV)/dev.stamp ## write the tables of keys into jobs/README.md
 	$(BIN)/python tests/helpers/job_file_table.py
+
+docs: $(VENV)/dev.stamp ## write the reference of all modules into out/docs, from their docstrings
+	$(BIN)/python tests/helpers/reference.py out/docs
 
 constraints: $(VENV)/dev.stamp ## write down the versions that are installed
 	@{ head -2 $(CONSTRAINTS); $(BIN)/pip freeze --exclude-editable | grep -v '^torch=='; } > $(CONSTRAINTS).new

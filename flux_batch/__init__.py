@@ -1,18 +1,21 @@
 """Batch image generation with FLUX.1-dev: prompts in, images and metadata out, each image once.
 
-Images in Python; `"demo"` is the small model in the package, at 128 x 128:
+Images in Python; `demo` is the small model in the package, made for 128 x 128, and `/models/FLUX.1-dev` a folder:
 
-    from flux_batch import FluxImagePipeline
+>>> from flux_batch import FluxImagePipeline
+>>> pipe = FluxImagePipeline.from_pretrained("demo", device="cpu")
+>>> image = pipe(prompt="a red star", height=64, width=64, num_inference_steps=2, seed=6)
+>>> image.size
+(64, 64)
 
-    pipe = FluxImagePipeline.from_pretrained("/models/FLUX.1-dev", device="cuda")
-    image = pipe(prompt="a cat holding a sign that says hello world", seed=6)
+A job, as `flux-batch run` does it, from a file (`run("job.yaml")`) or without one, on Ray or in this process:
 
-A job, which is the same as `flux-batch run job.yaml`, or without a file:
-
-    from flux_batch import run
-
-    report = run("job.yaml")
-    report = run({"prompts": {"uri": "prompts.csv"}, "output": {"uri": "out"}, "model": {"uri": "demo"}})
+>>> from flux_batch import run
+>>> from flux_batch.engine.local import LocalEngine
+>>> job = {"prompts": {"uri": "prompts.csv"}, "output": {"uri": "out/cats"}, "model": {"uri": "demo"}}
+>>> report = run({**job, "sampling": {"width": 64, "height": 64, "num_inference_steps": 2}}, engine=LocalEngine())
+>>> report.num_images, report.num_failed, report.exit_code
+(2, 0, 0)
 
 A stage of a Ray Data pipeline: FluxMapper. Models: download_models. Scripts of DiffSynth-Studio: ModelManager.
 Importing this package loads neither torch nor ray.

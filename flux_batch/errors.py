@@ -139,11 +139,19 @@ def one_line(error: BaseException) -> str:
 
 
 def count_of(number: int, noun: str) -> str:
-    """Return a number with its noun, in the singular or the plural."""
+    """Return a number with its noun, in the singular or the plural.
+
+    >>> count_of(1, "image"), count_of(12, "image")
+    ('1 image', '12 images')
+    """
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence that suggests the nearest of `known`; empty if none is near."""
+    """Return the end of a sentence that suggests the nearest of `known`; empty if none is near.
+
+    >>> did_you_mean("widht", ["width", "height"])
+    "; did you mean 'width'?"
+    """
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

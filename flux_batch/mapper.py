@@ -56,6 +56,12 @@ class FluxMapper:
     and images made as in a job, so that the same ids and seeds give the same images. `prompts.uri` only is the folder
     that relative paths in rows start from, by default the working directory. `batch_size` is the number of images in
     one forward pass, however many rows a call brings.
+
+    >>> import numpy as np
+    >>> mapper = FluxMapper({"uri": "demo"}, {"width": 64, "height": 64, "num_inference_steps": 2})
+    >>> made = mapper({"id": np.array(["7"]), "prompt": np.array(["a red star"])})
+    >>> made["image"][0][:4], made["width"], made["status"]
+    (b'\\x89PNG', array([64]), array(['success'], dtype=object))
     """
 
     def __init__(

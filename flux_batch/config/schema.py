@@ -409,7 +409,15 @@ class JobConfig(Section):
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], *, origin: str = "job", set_keys: Collection[str] = ()) -> JobConfig:
-        """Return the job of a tree of plain values; `set_keys` are those that `--set` has set. Raises: JobError."""
+        """Return the job of a tree of plain values; `set_keys` are those that `--set` has set. Raises: JobError.
+
+        >>> job = {"prompts": {"uri": "prompts.csv"}, "output": {"uri": "out"}, "model": {"uri": "demo"}}
+        >>> JobConfig.from_dict(job).sampling.num_inference_steps
+        28
+        >>> JobConfig.from_dict({**job, "sampling": {"widht": 512}})
+        Traceback (most recent call last):
+        flux_batch.errors.JobError: job: sampling.widht: unknown key; did you mean 'width'?
+        """
         try:
             return cls.model_validate(tree)
         except ValidationError as error:

@@ -133,6 +133,12 @@ def annotate(
     log then leaves out.
     Raises: PlanMismatch if another annotator began one of them; RunHeld, LeaseLost if a driver has the run; Interrupted
     after a stop; JobError, StoreError.
+
+    >>> from flux_batch.dataset.annotators.load import parse_specs
+    >>> from flux_batch.engine.local import LocalEngine
+    >>> report = annotate("out/done", parse_specs(["phash"], {}), engine=LocalEngine())
+    >>> report.annotations[0].num_images, report.exit_code
+    (10, 0)
     """
     stop, settings, options = stop or Stop(), settings or AnnotateSettings(), dict(storage_options or {})
     policy = RetryPolicy().ended_by(stop.check, lambda waited_s: stop.check(FailuresConfig().drain_s))

@@ -88,6 +88,10 @@ def verify(
 
     `quick` compares sizes and tables, and reads no image; `on_progress` gets the number of shards read, and of all.
     Raises: JobError if there is no run, StoreError.
+
+    >>> verdict = verify(Store("out/done"))
+    >>> verdict.num_images, verdict.problems
+    (10, [])
     """
     started = time.monotonic()
     run = SavedRun.open(store)

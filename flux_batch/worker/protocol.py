@@ -148,6 +148,9 @@ class OwnPipeline(Protocol):
                 draws = [np.random.default_rng(each) for each in seed]
                 return [draw.integers(0, self.grain, (height, width, 3), dtype=np.uint8) for draw in draws]
 
+    >>> Noise(None, device="cpu")(["a cat"], seed=[7], width=32, height=16, num_inference_steps=1)[0].shape
+    (16, 32, 3)
+
     With `model.pipeline: my_module:Noise` and `model.pipeline_options: {grain: 100}` each worker opens
     `Noise(model, device="cuda", grain=100)` once. `model` is the section of the job, of which `uri` is the pipeline's
     own to read; `device` is `cpu` or `cuda`. An image must depend on its own prompt, seed and settings alone, not on

@@ -120,6 +120,10 @@ def export(
     """Write images of a run as a data set at `dest`. What a killed export left is gone on with.
 
     Raises: JobError if `dest` has another data set, or there is nothing to export; StoreError.
+
+    >>> exported = export(Store("out/done"), Store("out/set"), format="parquet")
+    >>> exported.num_images
+    10
     """
     if shard_size < 1:
         raise JobError(f"--shard-size {shard_size}: must be 1 or more")

@@ -76,6 +76,10 @@ def select(store: Store, name: str, criteria: Criteria, *, replace: bool = False
     """Choose images of a run and write them as a selection.
 
     Raises: JobError for criteria that cannot be met, or another selection of that name; StoreError.
+
+    >>> chosen = select(Store("out/done"), "half", Criteria(take=5, split={"train": 0.8, "test": 0.2}))
+    >>> dict(chosen.splits)
+    {'train': 4, 'test': 1}
     """
     check_name(name)
     _check(criteria)

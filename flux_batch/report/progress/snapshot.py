@@ -140,7 +140,11 @@ class Snapshot:
 
 
 def duration(seconds: float) -> str:
-    """Return a time span in its two largest units."""
+    """Return a time span in its two largest units.
+
+    >>> duration(59.6), duration(5025)
+    ('1 min 0 s', '1 h 23 min')
+    """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -33,7 +33,12 @@ _COUNTS = ("num_shards", "num_committed", "num_images", "num_failed")
 
 
 def read_status(store: Store, now: float | None = None) -> dict[str, Any]:
-    """Read the counts, the failures and the driver of a run. Raises: JobError if there is no run in the output."""
+    """Read the counts, the failures and the driver of a run. Raises: JobError if there is no run in the output.
+
+    >>> status = read_status(Store("out/done"))
+    >>> status["state"], status["num_images"], status["failures"]
+    ('complete', 10, {})
+    """
     return _Reader.open(store).read(now)
 
 
