@@ -71,10 +71,10 @@ class RunReport:
     @property
     def line(self) -> str:
         """The result of the run in one line."""
-        made = "none of them now"
+        made = "nothing done now"
         if self.num_new_images:
             made = (
-                f"{self.num_new_images} of them now, by {count_of(self.num_workers, 'worker')} in {self.wall_s:.1f} s"
+                f"{self.num_new_images} done now, by {count_of(self.num_workers, 'worker')} in {self.wall_s:.1f} s"
             )
         num_missing = self.num_shards - self.num_committed
         left = "" if self.is_complete else f"; {count_of(num_missing, 'shard')} missing"

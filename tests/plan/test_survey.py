@@ -94,7 +94,7 @@ def test_settings_that_differ_from_the_job_are_counted(tmp_path: Path) -> None:
     shown = dict(survey_rows(found, 7))
     assert shown["overrides"].startswith("width in 6 rows, ")
     assert shown["sizes"].startswith("1024 x 1024: 3, ")
-    assert shown["first"].endswith("long long ...")
+    assert shown["first"].endswith("long lo...")
 
 
 def test_validate_reads_every_row_and_ends_as_the_run_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
