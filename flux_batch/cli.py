@@ -214,7 +214,7 @@ def _preview(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from flux_batch.report.progress.status import format_status, read_status
+    from flux_batch.report.progress.status import read_status, status_rows
 
     store = _store(arguments)
     if arguments.watch:
@@ -222,7 +222,7 @@ def _status(arguments: argparse.Namespace) -> int:
             _watch(arguments, store)
         return 0
     status = read_status(store)
-    _print(json.dumps(status) if arguments.json else format_status(status, price=arguments.price))
+    _show_table(arguments, status, [status_rows(status, price=arguments.price)])
     return 0
 
 

@@ -73,9 +73,7 @@ class RunReport:
         """The result of the run in one line."""
         made = "nothing done now"
         if self.num_new_images:
-            made = (
-                f"{self.num_new_images} done now, by {count_of(self.num_workers, 'worker')} in {self.wall_s:.1f} s"
-            )
+            made = f"{self.num_new_images} done now, by {count_of(self.num_workers, 'worker')} in {self.wall_s:.1f} s"
         num_missing = self.num_shards - self.num_committed
         left = "" if self.is_complete else f"; {count_of(num_missing, 'shard')} missing"
         good = count_of(self.num_images - self.num_failed, "image")

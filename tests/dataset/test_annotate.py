@@ -362,7 +362,7 @@ def test_the_command_prints_a_report(
     assert [one["name"] for one in json.loads(capsys.readouterr().out)["annotations"]] == ["exposure", "noise"]
     assert main(words) == 0
     assert "noise     3 of 3 shards, 11 images, 0 without values" in capsys.readouterr().out
-    assert "columns  exposure 3, noise 3 of 3 shards annotated" in command(capsys, "status", config.output.uri)[1]
+    assert "columns   exposure 3, noise 3 of 3 shards annotated" in command(capsys, "status", config.output.uri)[1]
     with pytest.raises(JobError, match="there is no run here"):
         annotate(str(tmp_path), [AnnotatorSpec.parse("phash")], engine=LocalEngine())
 

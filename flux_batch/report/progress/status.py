@@ -105,7 +105,7 @@ class _Reader:
 
 def format_status(status: Mapping[str, Any], now: float | None = None, price: float | None = None) -> str:
     """Return a status as lines for people; `price` is that of an hour of a GPU."""
-    return "\n".join(f"{name:<8} {text}" for name, text in _rows(status, now, price))
+    return "\n".join(f"{name:<8} {text}" for name, text in status_rows(status, now, price))
 
 
 def watch_status(
@@ -119,7 +119,7 @@ def watch_status(
     for status in statuses(store):
         now = _figures(status)
         if draw is not None:
-            draw(now, _rows(status, None, price))
+            draw(now, status_rows(status, None, price))
         elif (line := f"{status['state']}: {replace(now, elapsed_s=0.0).line(price)}{_after(status)}") != said:
             said = line
             write(line)
@@ -130,8 +130,10 @@ def _after(status: Mapping[str, Any]) -> str:
     return f"; {status['stopped_by']}" if status["stopped_by"] else ""
 
 
-def _rows(status: Mapping[str, Any], now: float | None, price: float | None) -> list[tuple[str, str]]:
-    """Return a status as rows of two columns."""
+def status_rows(
+    status: Mapping[str, Any], now: float | None = None, price: float | None = None
+) -> list[tuple[str, str]]:
+    """Return a status as rows of a table; `price` is that of an hour of a GPU."""
     now = time.time() if now is None else now
     committed, shards = status["num_committed"], status["num_shards"]
     rows = [
