@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flux_batch.config.schema import JobConfig
+from flux_batch.errors import count_of
 from flux_batch.output.formats import format_for
 from flux_batch.output.paths import METADATA, SUCCESS, TRAIN
 from flux_batch.redaction import public_tree, public_uri
@@ -28,8 +29,9 @@ def card(config: JobConfig, num_prompts: int, sampled: Mapping[str, str] | None 
 
 # {config.name}
 
-Synthetic images, made by a model from text: {num_prompts} prompts, {sampling.num_images_per_prompt} image(s) each
-unless a row asked for more. Made with flux-batch.
+Synthetic images, made by a model from text: {count_of(num_prompts, "prompt")}, \
+{count_of(sampling.num_images_per_prompt, "image")} each unless a row asked for more.
+Made with flux-batch. `datasets.load_dataset` reads this folder as it is.
 
 | setting | value |
 |---|---|
@@ -41,9 +43,15 @@ unless a row asked for more. Made with flux-batch.
 {_quality(config)}{_sources(config)}
 A prompt row may override each of these; `{METADATA}/*.parquet` has what was used, one row for every
 requested image, failed ones included. Every image carries its own settings inside and is labelled as AI generated.
-The run is complete when `{SUCCESS}` is there. FLUX.1-dev weights have a licence of their own, which reaches the use of
-what they make.
+The run is complete when `{SUCCESS}` is there.{_licence(config)}
 {_recipe(config)}{_shares(sampled or {})}"""
+
+
+def _licence(config: JobConfig) -> str:
+    """Return a word of warning on the weights; empty for those in the package."""
+    if config.model.uri == "demo":
+        return ""
+    return " FLUX.1-dev weights have a licence of their own, which reaches the use of\nwhat they make."
 
 
 def _quality(config: JobConfig) -> str:

@@ -426,8 +426,8 @@ class FluxImagePipeline:
         truncations = self.truncations(list(texts), request.t5_length(self.default_t5_sequence_length))
         for encoder, title in enumerate(("CLIP", "T5")):
             if any(each[encoder] for each in truncations):
-                message = f"a prompt is longer than {title} reads, its end is left out: `truncations` tells which"
-                warnings.warn(message, stacklevel=3)
+                where = f"`truncations` tells which, in a job the column {title.lower()}_truncated"
+                warnings.warn(f"a prompt is longer than {title} reads, its end is left out: {where}", stacklevel=3)
 
     def make_latents(
         self, request: PipelineRequest, progress_bar: Progress | None = None, callback: StepCallback | None = None
