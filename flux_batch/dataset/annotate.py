@@ -20,7 +20,7 @@ from flux_batch.dataset.annotate_worker import AnnotateFactory, check_identity
 from flux_batch.dataset.annotators.load import AnnotatorSpec
 from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import Interrupted, JobError, NotFound
+from flux_batch.errors import Interrupted, JobError, NotFound, count_of
 from flux_batch.output.annotations import AnnotationFolder
 from flux_batch.output.lease import Lease
 from flux_batch.records import Commit, FileRange, Shard
@@ -103,7 +103,7 @@ class AnnotateReport:
 
     def __str__(self) -> str:
         width = max(len(one.name) for one in self.annotations)
-        lines = [f"{self.output}: {self.num_new_shards} shards annotated in {self.wall_s:.1f} s"]
+        lines = [f"{self.output}: {count_of(self.num_new_shards, 'shard')} annotated in {self.wall_s:.1f} s"]
         for one in self.annotations:
             failed = ", ".join(f"{number} {name}" for name, number in one.failures.items())
             lines.append(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeVar, get_args
 
-from flux_batch.errors import NotFound, StoreError, one_line
+from flux_batch.errors import NotFound, StoreError, count_of, one_line
 from flux_batch.output.annotations import AnnotationFolder, annotation_names, unpack_annotations
 from flux_batch.output.commits import parse_commit
 from flux_batch.output.formats import DECODE_ERRORS
@@ -149,19 +149,22 @@ def format_verdict(verdict: _Verdict) -> str:
         "annotations": f"{verdict.num_annotations} files",
         "leftovers": ", ".join(f"{number} {kind}" for kind, number in sorted(verdict.leftovers.items())) or "none",
     }
-    lines = [f"{verdict.output}: read in {duration(verdict.wall_s)}", f"{'check':<12} {'read':<36} problems"]
+    took = duration(verdict.wall_s) if verdict.wall_s >= 1 else "under 1 s"
+    lines = [f"{verdict.output}: read in {took}", f"{'check':<12} {'read':<36} problems"]
     lines += [f"{check:<12} {read[check]:<36} {counts[check] or '-'}" for check in get_args(Check)]
     lines += [_line(problem) for problem in verdict.problems[:_MAX_LISTED]]
     if len(verdict.problems) > _MAX_LISTED:
         lines.append(f"... and {len(verdict.problems) - _MAX_LISTED} more")
     if verdict.broken:
-        lines.append(f"BROKEN: {len(verdict.broken)} shards; --repair reverts their commits, then run the job again")
+        lines.append(
+            f"BROKEN: {count_of(len(verdict.broken), 'shard')}; --repair reverts their commits, then run the job again"
+        )
     if verdict.broken_annotations:
         names = ", ".join(sorted({name for name, _ in verdict.broken_annotations}))
         lines.append(f"BROKEN: annotations of {names}; --repair reverts their commits, then run `annotate` again")
     if not verdict.problems:
         missing = verdict.num_shards - verdict.num_committed
-        lines.append("all is well" + (f"; {missing} shards are not committed yet" if missing else ""))
+        lines.append("all is well" + (f"; not committed yet: {count_of(missing, 'shard')}" if missing else ""))
     return "\n".join(lines)
 
 

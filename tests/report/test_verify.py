@@ -384,7 +384,7 @@ def test_the_exit_code_of_verify_tells_good_from_broken(
 
     code, text = command(capsys, "verify", store.uri)
     assert code == 3
-    assert "BROKEN: 1 shards" in text
+    assert "BROKEN: 1 shard;" in text
     code, text = command(capsys, "verify", store.uri, "--repair")
     assert code == 3
     assert "1 shard is missing now" in text
