@@ -27,6 +27,10 @@ def write_reference(folder: Path) -> None:
     """Write the pages into a folder."""
     import pdoc
 
+    import flux_batch
+
+    for name in flux_batch.__all__:  # which are loaded on their first use
+        setattr(flux_batch, name, getattr(flux_batch, name))
     top = sorted(name for name in public_modules() if name.count(".") == 1)
     with tempfile.TemporaryDirectory() as templates:
         Path(templates, "index.html.jinja2").write_text(_INDEX)

@@ -70,7 +70,7 @@ def test_an_unfinished_run_is_good(store: Store) -> None:
 
     assert verdict.problems == []
     assert verdict.leftovers["uncommitted"] >= 2
-    assert "1 shards are not committed yet" in format_verdict(verdict)
+    assert "not committed yet: 1 shard" in format_verdict(verdict)
 
 
 def test_a_run_in_a_bucket_is_read_too(tmp_path: Path, s3_store: Bucket) -> None:
