@@ -87,7 +87,7 @@ def test_a_table_fits_into_its_window(monkeypatch: pytest.MonkeyPatch, terminal:
     assert ("│" in text) == bool(frame)
     assert "too \\x1b[31mred" in text
     words = re.sub(r"[\s│]+", " ", text)
-    assert "sentence that goes on a sentence" in words
+    assert "1: a sentence that goes on 1: a sentence that" in words
     assert "REFUSED two lines" in words
 
 

@@ -63,7 +63,7 @@ def _lines(rows: Rows, width: int | None) -> Iterator[str]:
     for name, text in rows:
         start = f"{name:<{indent}}"
         for line in plain_text(text).splitlines():
-            wrapped = textwrap.wrap(line, max(20, width - indent - 1)) if width else [line]
+            wrapped = textwrap.wrap(line, max(20, width - indent - 1), break_on_hyphens=False) if width else [line]
             for part in wrapped:
                 yield start + part
                 start = " " * indent
