@@ -60,8 +60,8 @@ class FluxMapper:
     >>> import numpy as np
     >>> mapper = FluxMapper({"uri": "demo"}, {"width": 64, "height": 64, "num_inference_steps": 2})
     >>> made = mapper({"id": np.array(["7"]), "prompt": np.array(["a red star"])})
-    >>> made["image"][0][:4], made["width"], made["status"]
-    (b'\\x89PNG', array([64]), array(['success'], dtype=object))
+    >>> made["image"][0][:4], made["width"][0], made["status"][0]
+    (b'\\x89PNG', 64, 'success')
     """
 
     def __init__(

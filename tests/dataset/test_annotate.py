@@ -200,7 +200,7 @@ def test_a_pass_that_is_killed_at_any_write_ends_in_the_same_bytes(
 class _Nothing:
     """An engine without workers."""
 
-    def run(self, factory: Any, shards: Any, stop: Any) -> Any:
+    def run(self, factory: Any, shards: Any, stop: Any, state: Any = None) -> Any:
         return iter(())
 
 

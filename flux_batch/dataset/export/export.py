@@ -122,8 +122,8 @@ def export(
     Raises: JobError if `dest` has another data set, or there is nothing to export; StoreError.
 
     >>> exported = export(Store("out/done"), Store("out/set"), format="parquet")
-    >>> exported.num_images
-    10
+    >>> dict(exported.splits)
+    {'train': 10}
     """
     if shard_size < 1:
         raise JobError(f"--shard-size {shard_size}: must be 1 or more")

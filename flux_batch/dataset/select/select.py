@@ -77,9 +77,9 @@ def select(store: Store, name: str, criteria: Criteria, *, replace: bool = False
 
     Raises: JobError for criteria that cannot be met, or another selection of that name; StoreError.
 
-    >>> chosen = select(Store("out/done"), "half", Criteria(take=5, split={"train": 0.8, "test": 0.2}))
-    >>> dict(chosen.splits)
-    {'train': 4, 'test': 1}
+    >>> chosen = select(Store("out/done"), "half", Criteria(where="width = 16", take=5))
+    >>> chosen.num_rows, dict(chosen.splits)
+    (10, {'train': 5})
     """
     check_name(name)
     _check(criteria)
