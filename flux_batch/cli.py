@@ -85,7 +85,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _finished_run(arguments: argparse.Namespace) -> RunReport:
-    """Run a job to its end, and post its result to a webhook if there is one."""
+    """Run a job, and post its result to a webhook if there is one."""
     from flux_batch.engine.stop import Stop, stopped_by_signals
     from flux_batch.job import run
     from flux_batch.report.webhook import post_to_webhook, webhook_address

@@ -96,7 +96,7 @@ def estimate_rows(config: JobConfig, figures: dict[str, Any], *, has_speed: bool
 
 
 def job_rows(config: JobConfig) -> list[tuple[str, str]]:
-    """Return the model, the output and the workers of a job as rows of a table."""
+    """Return model, output and workers of a job as rows of a table."""
     workers = config.workers
     return [
         ("job", config.name),
@@ -111,7 +111,7 @@ def job_rows(config: JobConfig) -> list[tuple[str, str]]:
 
 
 def prompt_rows(config: JobConfig, plan: Plan) -> list[tuple[str, str]]:
-    """Return the prompts of a plan, and the meaning of their columns, as rows of a table."""
+    """Return prompts and columns of a plan as rows of a table."""
     files = f" in {count_of(len(plan.shards.files), 'file')}" if config.prompts.uri else ""
     rows = [("prompts", f"{plan.num_prompts}{files}"), *(("", note) for note in plan.notes)]
     if columns := config.prompts.columns:

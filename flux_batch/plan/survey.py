@@ -173,7 +173,7 @@ def _rows(config: JobConfig, plan: Plan) -> Iterator[ImageRequest | FailedRow]:
 
 
 def _count_settings(found: Survey, request: ImageRequest, job: SamplingConfig) -> None:
-    """Count the images of a row by their size, and the settings that are not the job's."""
+    """Count the images of a row by size, and settings that differ from the job's."""
     sampling, num_images = request.sampling, len(request.seeds)
     found.num_images += num_images
     is_known = not request.size_from_reference

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from flux_batch.storage.store import Store
 
 _Progress: TypeAlias = Callable[[int, int], None]
-Said: TypeAlias = tuple[dict[str, Any], str]
+_Said: TypeAlias = tuple[dict[str, Any], str]
 """The result of a command for programs, and the same for people."""
 
 _SINGLE_FILE_IMAGES, _GALLERY_IMAGES = 200, 100_000
 _REMAINS = "; the bucket keeps versions, so their bytes remain until a lifecycle rule of the bucket ends them"
 
 
-def gallery_command(arguments: argparse.Namespace, options: dict[str, Any], progress: _Progress) -> Said:
+def gallery_command(arguments: argparse.Namespace, options: dict[str, Any], progress: _Progress) -> _Said:
     """Write a gallery. Raises: JobError, StoreError."""
     from flux_batch.report.gallery.write import write_gallery, write_single_file
     from flux_batch.storage.store import Store
@@ -41,7 +41,7 @@ def gallery_command(arguments: argparse.Namespace, options: dict[str, Any], prog
     return said_of_gallery(store, gallery, len(gallery.images))
 
 
-def said_of_gallery(store: Store, size: RunSize, num_shown: int) -> Said:
+def said_of_gallery(store: Store, size: RunSize, num_shown: int) -> _Said:
     """Return what there is to say of a gallery of `store`."""
     from flux_batch.report.gallery.write import PAGE, SHEET, format_gallery
 
@@ -50,7 +50,7 @@ def said_of_gallery(store: Store, size: RunSize, num_shown: int) -> Said:
     return data | {name: getattr(size, name) for name in counts}, format_gallery(store, size, num_shown)
 
 
-def verify_command(arguments: argparse.Namespace, options: dict[str, Any], progress: _Progress) -> tuple[Said, int]:
+def verify_command(arguments: argparse.Namespace, options: dict[str, Any], progress: _Progress) -> tuple[_Said, int]:
     """Verify a run, and repair it if asked to. Returns: also the exit code."""
     from flux_batch.report.saved_run import opened_run
     from flux_batch.report.verify import format_verdict, repair, verify
@@ -70,7 +70,7 @@ def verify_command(arguments: argparse.Namespace, options: dict[str, Any], progr
     return (data, text), verdict.exit_code
 
 
-def gc_command(arguments: argparse.Namespace, options: dict[str, Any]) -> Said:
+def gc_command(arguments: argparse.Namespace, options: dict[str, Any]) -> _Said:
     """Remove what no commit names, or list it. Raises: JobError, RunHeld, StoreError."""
     from flux_batch.output.gc import find_leftovers, remove_leftovers
     from flux_batch.report.saved_run import opened_run
