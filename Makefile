@@ -11,7 +11,8 @@ APT := apt-get -qq -o Dir::State::Lists=$(CURDIR)/$(UNPACKED)/lists -o Dir::Cach
 # Instructions that ordinary CPUs have not, switched off.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 # Each of the processes that share the cores computes on one: more threads than cores mostly wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# They keep the code that one of them compiled for the others, also where containers are told to keep none.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help demo test test-fast test-avx2 test-long test-gpu tools browser chaos lint fix pages docs constraints release-check clean
 

@@ -51,6 +51,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.slow)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the folders alone of which no test would be run: to import them takes longer than many tests."""
+    is_left_out = collection_path.parent == TESTS and collection_path.name in SLOW_FOLDERS
+    return True if is_left_out and config.option.markexpr == "not slow" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files that take minutes first: begun last, one of them would keep a single core busy at the end."""
     slow = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("compiled")}

@@ -11,6 +11,7 @@ from typing import Any
 from flux_batch.bench.figures import Figures
 from flux_batch.bench.machine import PeakMemory
 from flux_batch.bench.source import Source
+from flux_batch.download.models import local_model
 
 
 def bench_load(source: Source, repeats: int) -> dict[str, Any]:
@@ -18,6 +19,8 @@ def bench_load(source: Source, repeats: int) -> dict[str, Any]:
 
     Raises: CheckpointError, InvalidSetting, StoreError.
     """
+    if not source.random_weights:
+        local_model(source.uri)  # fetched or found missing here: no process is started in vain, nor waits for a network
     loads = [_load_in_process(source) for _ in range(repeats)]
     return {
         "benchmark": "load",
