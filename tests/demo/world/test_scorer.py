@@ -29,6 +29,12 @@ from flux_batch.demo.world.scorer import Fact, Kind, score, score_all
 CAPTIONS = [*say(36, seed=11), *say(36, seed=12, held_out=True)]
 
 
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    """The images of CAPTIONS."""
+    return list(drawn(CAPTIONS))
+
+
 @pytest.mark.parametrize("size", [(128, 128), (192, 128), (128, 192), (160, 160), (96, 96), (256, 256), (100, 160)])
 def test_a_drawn_scene_is_read_back(size: tuple[int, int]) -> None:
     scores = score_all(CAPTIONS, drawn(CAPTIONS, size))
@@ -38,17 +44,17 @@ def test_a_drawn_scene_is_read_back(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["blurred", "noisy", "jpeg"])
-def test_a_slightly_damaged_image_is_read_too(kind: str) -> None:
-    scores = score_all(CAPTIONS, (spoil(image, kind) for image in drawn(CAPTIONS)))
+def test_a_slightly_damaged_image_is_read_too(images: list[Image.Image], kind: str) -> None:
+    scores = score_all(CAPTIONS, (spoil(image, kind) for image in images))
 
     assert scores.share() >= 0.97, str(scores)
 
 
 @pytest.mark.parametrize("kind", ["shape", "colour", "size", "position", "relation", "texture", "background colour"])
-def test_one_wrong_word_is_one_fact_that_does_not_hold(kind: Kind) -> None:
+def test_one_wrong_word_is_one_fact_that_does_not_hold(images: list[Image.Image], kind: Kind) -> None:
     rng = random.Random(5)
     found = []
-    for caption, image in zip(CAPTIONS, drawn(CAPTIONS), strict=True):
+    for caption, image in zip(CAPTIONS, images, strict=True):
         if wrong := with_one_wrong(caption, kind, rng):
             found.append([fact.kind for fact in score(wrong, image) if not fact.holds] == [kind])
 
