@@ -75,6 +75,10 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     _add_repeats(kind, 10)
     kind.set_defaults(measure=_kernels)
 
+    kind = kinds.add_parser("lowering", help="the kernels that blocks compile to for an H100, counted without one")
+    _add_json(kind)
+    kind.set_defaults(measure=_lowering)
+
     kind = kinds.add_parser("encode", help="PNG, JPEG and WebP: milliseconds, bytes, MB/s")
     kind.add_argument("--side", type=_positive, default=1024, help="pixels (1024)")
     _add_repeats(kind)
@@ -251,6 +255,13 @@ def _kernels(arguments: argparse.Namespace) -> tuple[_Figures, str]:
         compiled=not arguments.eager,
     )
     return figures, format_kernels(figures)
+
+
+def _lowering(arguments: argparse.Namespace) -> tuple[_Figures, str]:
+    from flux_batch.bench.pipeline.lowering import bench_lowering, format_lowering
+
+    figures = bench_lowering()
+    return figures, format_lowering(figures)
 
 
 def _encode(arguments: argparse.Namespace) -> tuple[_Figures, str]:

@@ -1,8 +1,10 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from flux_batch.bench.pipeline.lowering import format_lowering
 from flux_batch.cli import main
 
 
@@ -59,6 +61,20 @@ def test_a_bad_argument_is_one_sentence_and_exit_code_2(
 
     assert main(["bench", *arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_lowering_without_triton_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert main(["bench", "lowering"]) == 2
+    assert "bench lowering: triton is not installed; pip install triton" in capsys.readouterr().err
+
+
+def test_kernels_are_counted_by_their_kinds() -> None:
+    kernels = ["triton_red_fused_native_layer_norm_0", "triton_poi_fused_cat_gelu_1", "triton_poi_fused_add_mul_2"]
+    said = format_lowering({"blocks": {"single block, fp8": {"triton": kernels, "calls": ["mm", "mm"]}}})
+    assert said.splitlines()[-1].split() == ["single", "block,", "fp8", "3", "2", "1", "0", "2"]
 
 
 @pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--rows", "-3"]])

@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import flux_batch
+from flux_batch.bench.pipeline.no_device import NoDevice, register_guard
 from flux_batch.model.checkpoint.lazy_state import StoredState
-from helpers.no_device import NoDevice, register_guard
 
 CUDA = torch.device("cuda")
 _READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}

@@ -48,7 +48,7 @@ def apply_compile(model: Flux, attention: AttentionKernels = TORCH_ATTENTION, *,
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
     for blocks in model.blocks:
         for block in blocks:
-            _use_compilable_functions(block, device)
+            use_compilable_functions(block, device)
             block.compile(dynamic=dynamic)
 
 
@@ -154,7 +154,7 @@ def _check_compiler(device: torch.device) -> None:
         raise ValueError(f"torch.compile does not work here: {error}") from error
 
 
-def _use_compilable_functions(block: nn.Module, device: torch.device) -> None:
+def use_compilable_functions(block: nn.Module, device: torch.device) -> None:
     """Replace a block's functions for which the compiler makes slow code on this device."""
     for name, module in list(block.named_modules()):
         if isinstance(module, nn.GELU):
