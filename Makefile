@@ -12,6 +12,8 @@ APT := apt-get -qq -o Dir::State::Lists=$(CURDIR)/$(UNPACKED)/lists -o Dir::Cach
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 # Each of the processes that share the cores computes on one: more threads than cores mostly wait for each other.
 # They keep the code that one of them compiled for the others, also where containers are told to keep none.
+# How many of them run the tests: more than an ordinary machine has cores, since much of a test is waiting.
+PROCESSES ?= 3
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help demo test test-fast test-avx2 test-long test-gpu tools browser chaos lint fix pages docs constraints release-check clean
@@ -38,7 +40,7 @@ demo: $(VENV)/run.stamp ## render the demo prompts with the demo model on two wo
 	$(BIN)/flux-batch gallery out/demo
 
 test: $(VENV)/dev.stamp ## run the tests
-	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/dev.stamp ## run those that give the first answer: no processes, servers, compilers or large models
 	$(PYTEST) -n 2 --dist loadfile -m "not slow"
