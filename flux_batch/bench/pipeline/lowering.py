@@ -93,10 +93,10 @@ def _block(kind: str, fp8: bool) -> nn.Module:
     with torch.device("meta"):
         sizes = params.hidden_size, params.num_heads, params.mlp_hidden_dim
         block = DoubleStreamBlock(*sizes, params.qkv_bias) if kind == "double" else SingleStreamBlock(*sizes)
-    model = nn.ModuleDict({f"{kind}_blocks": nn.ModuleList([block.bfloat16().requires_grad_(False)])})
+    blocks = nn.ModuleList([block.bfloat16().requires_grad_(False)])
     if fp8:
-        apply_fp8(model, matmul=True)
-    return model[f"{kind}_blocks"][0]  # type: ignore[index]
+        apply_fp8(nn.ModuleDict({f"{kind}_blocks": blocks}), matmul=True)
+    return blocks[0]
 
 
 def _move(block: nn.Module) -> None:
@@ -105,8 +105,8 @@ def _move(block: nn.Module) -> None:
         for name, value in module.named_parameters(recurse=False):
             on_device = torch.empty(value.shape, dtype=value.dtype, device=_CUDA)
             module._parameters[name] = nn.Parameter(on_device, requires_grad=False)
-        for name, value in module.named_buffers(recurse=False):
-            module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=_CUDA)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=_CUDA)
     use_compilable_functions(block, _CUDA)
 
 
@@ -137,7 +137,7 @@ def _lowered(function: Callable[..., Any], inputs: tuple[Tensor, ...], mode: NoD
 
     with torch.no_grad():
         traced = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
-    view_to_reshape(traced)
+    view_to_reshape(traced)  # type: ignore[no-untyped-call]
     graph = GraphLowering(traced, example_inputs=inputs, shape_env=None, is_inference=True)
     with V.set_debug_handler(DebugContext()), V.set_fake_mode(mode), V.set_graph_handler(graph):
         post_grad_passes(traced, True)
