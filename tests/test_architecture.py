@@ -54,6 +54,7 @@ LADDER: dict[str, set[str]] = {
     | {
         "config",
         "demo",
+        "download",
         "engine",
         "images",
         "job",
