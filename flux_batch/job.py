@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flux_batch.config.conditions import ImagePromptConfig
 from flux_batch.config.factory import imported
 from flux_batch.config.known_settings import check_settings, declared_settings
 from flux_batch.config.schema import JobConfig, ModelConfig
@@ -266,6 +267,7 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
     loras = tuple(lora.model_copy(update={"uri": absolute_model_uri(lora.uri)}) for lora in model.loras)
     nets = tuple(net.model_copy(update={"uri": absolute_model_uri(net.uri)}) for net in model.controlnets)
     addresses = {"uri": absolute_model_uri(model.uri), "loras": loras, "controlnets": nets}
+    addresses["redux"] = _with_absolute_uris(model.redux)
     return config.model_copy(
         update={
             "prompts": prompts.model_copy(
@@ -281,6 +283,13 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
             "model": model.model_copy(update=addresses),
         }
     )
+
+
+def _with_absolute_uris(config: ImagePromptConfig | None) -> ImagePromptConfig | None:
+    if config is None:
+        return None
+    encoder = config.image_encoder and absolute_model_uri(config.image_encoder)
+    return config.model_copy(update={"uri": absolute_model_uri(config.uri), "image_encoder": encoder})
 
 
 def _on_this_machine(

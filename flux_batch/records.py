@@ -86,7 +86,8 @@ class Attempt:
 class InputImage:
     """An image that a row names: its location, or its bytes.
 
-    `name` is its name in the metadata: the address as given, or the hash of the bytes. `allowed_roots` are local
+    `name` is its name in the metadata: the address as given, or the hash of the bytes. `scale` is the weight of an
+    image prompt, 1 for any other image. `allowed_roots` are local
     folders, one of which must contain it; None for an image of the job file, which is trusted. `column` is the field
     that names it, for messages.
     """
@@ -96,6 +97,7 @@ class InputImage:
     data: bytes = b""
     allowed_roots: tuple[str, ...] | None = None
     column: str = "input_image"
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +108,12 @@ class RowImages:
     mask_image: InputImage | None = None
     control_image: tuple[InputImage, ...] = ()
     reference_image: tuple[InputImage, ...] = ()
+    image_prompt: tuple[InputImage, ...] = ()
+
+    @property
+    def scales(self) -> str | None:
+        """The weights of the image prompts as the metadata has them; None without such images."""
+        return ", ".join(f"{image.scale:g}" for image in self.image_prompt) or None
 
     @property
     def by_column(self) -> dict[str, tuple[InputImage, ...]]:
@@ -199,6 +207,8 @@ class ImageRecord:
     mask_image: str | None = None
     control_image: str | None = None
     reference_image: str | None = None
+    image_prompt: str | None = None
+    image_prompt_scale: str | None = None
     lora: str | None = None
     lora_scale: float | None = None
     tile_size: int | None = None

@@ -12,7 +12,7 @@ _PUBLIC_OPTIONS = frozenset(
     {"anon", "client_kwargs", "endpoint_url", "profile", "region_name", "requester_pays", "use_ssl"}
 )
 # Settings that hold addresses.
-_ADDRESSES = frozenset({"uri", "file", "input_image", "input_image_root", "wildcards"})
+_ADDRESSES = frozenset({"uri", "file", "input_image", "input_image_root", "image_encoder", "wildcards"})
 _USER = re.compile(r"://[^/\s'\"]*@")
 # A web address is signed in its query. Elsewhere a question mark belongs to a name or a pattern.
 _QUERY = re.compile(r"(\bhttps?://[^\s'\"?]*)(\?[^\s'\"]*)", re.IGNORECASE)

@@ -8,6 +8,23 @@ from flux_batch.config.section import Section, check_no_secret
 from flux_batch.errors import InvalidSetting
 
 
+class ImagePromptConfig(Section):
+    """What reads the image prompts of each row, with its vision tower."""
+
+    uri: str = Field(min_length=1)
+    """Its safetensors file, or the folder or repository that holds it: a path, or an address like that of a model."""
+    image_encoder: str | None = Field(default=None, min_length=1)
+    """The file or folder of its vision tower; the folder `image_encoder` beside it if null."""
+    scale: float = 1.0
+    """The weight of every image, beside the row's own."""
+
+    @model_validator(mode="after")
+    def _without_secrets(self) -> ImagePromptConfig:
+        check_no_secret(self.uri, "uri", "model")
+        check_no_secret(self.image_encoder or "", "image_encoder", "model")
+        return self
+
+
 class ControlNetConfig(Section):
     """A ControlNet, which reads a control image of each row."""
 

@@ -20,7 +20,7 @@ _OF_EVERY_PIPELINE = frozenset(
     }
 )
 # Those of the call beside fields of an image, and those that are read from the section `model`.
-_OF_CALL = ("tiled", "tile_size", "tile_stride", "paste_back", "resize_references")
+_OF_CALL = ("tiled", "tile_size", "tile_stride", "paste_back", "resize_references", "image_prompt_scale")
 _OF_MODEL = (
     "variant",
     "quantization",
@@ -30,6 +30,7 @@ _OF_MODEL = (
     "offload_text_encoders",
     "loras",
     "controlnets",
+    "redux",
 )
 # What a pipeline may declare.
 _SETTINGS = (

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from flux_batch.config.conditions import ControlNetConfig
+from flux_batch.config.conditions import ControlNetConfig, ImagePromptConfig
 from flux_batch.config.factory import FACTORY
 from flux_batch.config.running import FailuresConfig, QualityConfig, WorkersConfig
 from flux_batch.config.section import Section, check_no_secret
@@ -41,7 +41,7 @@ from flux_batch.sampling_params import (
 # Keys of `model` that change pixels. `compile` is one: fused kernels round differently.
 _MODEL_IDENTITY = (
     *("uri", "pipeline", "pipeline_options", "variant", "dtype", "quantization", "step_cache", "compile"),
-    *("loras", "controlnets"),
+    *("loras", "controlnets", "redux"),
 )
 _QUALITY_IDENTITY = ("score", "at_least", "max_tries", "keep", "otherwise", "options")
 # The columns that `quality` adds to the metadata.
@@ -52,13 +52,11 @@ _NO_PROMPTS = "must name at least one file, folder or glob"
 _PROMPTS_IDENTITY = (
     *("columns", "passthrough", "rows", "samplers", "template", "wildcards", "design", "limit", "allow_http"),
 )
-# Columns of images that no model reads yet: a row with one is refused, and not made without it.
-LATER_IMAGE_COLUMNS = ("image_prompt",)
 _STORAGE_OPTIONS = {section: {"storage_options"} for section in ("prompts", "output", "model")}
 # The columns of a data set that a job understands, by our names.
 PROMPT_FIELDS = (
     *("prompt", "id", "seed", "num_images_per_prompt", "lora", "lora_scale"),
-    *(*IMAGE_COLUMNS, *LATER_IMAGE_COLUMNS, *SAMPLING_FIELDS),
+    *(*IMAGE_COLUMNS, "image_prompt_scale", *SAMPLING_FIELDS),
 )
 
 
@@ -281,6 +279,8 @@ class ModelConfig(Section):
     """LoRAs for every row that names none; several add up."""
     controlnets: Annotated[tuple[ControlNetConfig, ...], Field(strict=False)] = ()
     """ControlNets, whose residuals add up; each reads one image of a row's `control_image`, in this order."""
+    redux: ImagePromptConfig | None = None
+    """FLUX.1-Redux, which turns the `image_prompt` of a row into tokens behind those of its text."""
 
     @field_validator("quantization", mode="before")
     @classmethod

@@ -32,7 +32,7 @@ from flux_batch.download.local_copy import (
 from flux_batch.download.transfer import Listing, RemoteFile
 from flux_batch.errors import CheckpointError, DiskFull, NotFound, StoreError, StoreRefused, did_you_mean
 from flux_batch.model.checkpoint.files import (
-    COMPONENT_FOLDERS,
+    LISTED_FOLDERS,
     WEIGHT_SUFFIXES,
     is_pickle,
     is_weight,
@@ -223,13 +223,13 @@ def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:
     root, part = part_of(_address(uri))
     choose = partial(needed_files, part=part)
     if is_weight(part):
-        return list_file(uri, part, root, storage_options, COMPONENT_FOLDERS, choose)
+        return list_file(uri, part, root, storage_options, LISTED_FOLDERS, choose)
     if not _is_web(uri):
-        return list_folder(root, storage_options, COMPONENT_FOLDERS, choose)
+        return list_folder(root, storage_options, LISTED_FOLDERS, choose)
     if _begins_as_safetensors(uri, storage_options):
         return list_file(uri, _UNNAMED_FILE, root, storage_options, (), partial(needed_files, part=_UNNAMED_FILE))
     try:
-        return list_folder(root, storage_options, COMPONENT_FOLDERS, choose)
+        return list_folder(root, storage_options, LISTED_FOLDERS, choose)
     except NotFound as error:
         raise NotFound(
             f"{public_uri(uri)}: answers neither with a safetensors file nor with a list of files; one that needs a "

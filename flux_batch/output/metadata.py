@@ -31,6 +31,7 @@ RECORD_SCHEMA = pa.schema(
         ("seed", pa.int64()),
         *[(name, _COLUMN_TYPES[field.type]) for name, field in SAMPLING_FIELDS.items() if name != "negative_prompt"],
         *[(name, pa.string()) for name in IMAGE_COLUMNS],
+        ("image_prompt_scale", pa.string()),
         ("lora", pa.string()),
         ("lora_scale", pa.float64()),
         ("tile_size", pa.int32()),

@@ -16,6 +16,7 @@ from flux_batch.model.optimize.step_cache import StepCache
 from flux_batch.model.sampling import Progress, Velocity, denoise, make_sigmas, pack, timesteps_of, unpack
 from flux_batch.model.transformer import Denoiser, PromptEmbeds
 from flux_batch.pipeline.images.latents import StepCallback, after_each_step
+from flux_batch.pipeline.images.prompts import with_prompts
 from flux_batch.pipeline.request import PipelineRequest, Texts
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ def denoised(
     length = request.t5_length(pipe.default_t5_sequence_length)
     num_tokens = height // 2 * (width // 2)  # without those of reference images, whose noise is none
     sigmas = make_sigmas(p.num_inference_steps, num_tokens, pipe.schedule, p.sigma_shift, p.denoising_strength)
-    pe = pipe.position_tables(length, height, width, pipe.latents.places(request))
     guidance = torch.tensor(request.values("embedded_guidance"), device=pipe.device, dtype=pipe.torch_dtype)
     timesteps = timesteps_of(sigmas, guidance)
 
@@ -44,6 +44,7 @@ def denoised(
         return embeds.to(pipe.device, pipe.torch_dtype)
 
     def velocity(embeds: PromptEmbeds) -> Velocity:
+        pe = pipe.position_tables(embeds.prompt_embeds.shape[1], height, width, pipe.latents.places(request))
         model = Denoiser(pipe.transformer, embeds, pe, timesteps, guidance, nets)
         steps: Velocity = model
         if request.step_cache:
@@ -54,7 +55,7 @@ def denoised(
 
     start = pipe.latents.start(request, sigmas[0])
     conditions = pipe.latents.conditions(request, pipe.variant)
-    embeds = embedded(request.prompts)
+    embeds = with_prompts(embedded(request.prompts), request.images, pipe.image_prompts)
     # The pass with the negative prompts has the residuals of the other, as in diffusers.
     tables = partial(pipe.position_tables, height=height, width=width)
     uses = pipe.controlnets.uses(request, pipe.latents)

@@ -69,6 +69,8 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
     nets = model.controlnets
     settings = ([getattr(net, name) for net in nets] for name in ("scale", "start", "end", "mode"))
     pipeline.controlnets.check_modes(pipeline.controlnets.settings(len(nets), *settings))
+    if model.redux:
+        pipeline.load_redux(model.redux.uri, model.redux.image_encoder, model.redux.scale)
     if native := slow_dtype(pipeline.device, pipeline.torch_dtype):
         log.warning(
             "%s has no instructions for %s: images take several times as long as in %s, which dtype auto uses",
@@ -106,7 +108,7 @@ def keep_freed_memory() -> bool:
 
 
 def check_weights(model: ModelConfig, no_gpu: str = "") -> None:
-    """Check that the model, the LoRAs and the ControlNets of a job are there; nothing is fetched.
+    """Check that the model of a job and what it names beside it are there; nothing is fetched.
 
     no_gpu: the reason why the model would run on a CPU that was not asked for; a large one is then refused. A remote
     that cannot be asked now counts as having the model.
@@ -114,6 +116,8 @@ def check_weights(model: ModelConfig, no_gpu: str = "") -> None:
     """
     size = 0 if model.pipeline else _size_of(model)
     uris = [("LoRA", lora.uri) for lora in model.loras] + [("ControlNet", net.uri) for net in model.controlnets]
+    if model.redux:
+        uris += [("redux", model.redux.uri), ("image_encoder", model.redux.image_encoder or model.redux.uri)]
     for title, uri in uris:
         if source_kind(uri) in ("local", "file") and not local_path(uri).exists():
             raise CheckpointError(f"{title} {uri} is not there")

@@ -30,7 +30,7 @@ class LoadedLoras:
     def __init__(
         self, parts: Mapping[str, nn.Module] | None = None, storage_options: Mapping[str, Any] | None = None
     ) -> None:
-        self._storage_options = storage_options or {}
+        self.storage_options = storage_options or {}
         self._fusion = LoraFusion()
         for part, module in (parts or {}).items():
             self.add_part(part, module)
@@ -67,8 +67,8 @@ class LoadedLoras:
         """Return the file on this machine; with PEFT's weights comes the folder that has their settings."""
         folder, _, name = uri.rpartition("/")
         if name == PEFT_WEIGHTS and "://" in uri and not uri.startswith(("http://", "https://")):
-            return local_path(folder, self._storage_options) / name
-        return local_path(uri, self._storage_options)
+            return local_path(folder, self.storage_options) / name
+        return local_path(uri, self.storage_options)
 
     def _fuse(self, loras: Sequence[tuple[Lora, float]]) -> None:
         with checkpoint_errors(), device_errors():

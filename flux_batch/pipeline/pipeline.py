@@ -19,7 +19,7 @@ from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.detect import PART_TITLES
 from flux_batch.model.conditions.controlnet import ControlNet
-from flux_batch.model.conditions.variant import Variant, VariantName, variant_of
+from flux_batch.model.conditions.variant import TEXT_TO_IMAGE, Variant, VariantName, variant_of
 from flux_batch.model.optimize.attention import AttentionKernels, choose_attention
 from flux_batch.model.optimize.compile import CompileCache, is_compiled, set_compile_options
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
@@ -37,6 +37,7 @@ from flux_batch.pipeline.images.controls import ControlNets
 from flux_batch.pipeline.images.inputs import IMAGE_ARGUMENTS, image_inputs
 from flux_batch.pipeline.images.latents import ImageLatents, StepCallback
 from flux_batch.pipeline.images.pixels import OutputType, as_output, check_finite
+from flux_batch.pipeline.images.prompts import REDUX_GUIDANCE, ImagePrompts, check_prompts, load_image_prompts
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, check_parts_fit, locate_parts
 from flux_batch.pipeline.precision import AUTO, default_device, must_be_narrow
@@ -91,6 +92,7 @@ class FluxImagePipeline:
         self.t5 = t5
         self.schedule = schedule
         self.controlnets = ControlNets(controlnets)
+        self.image_prompts: ImagePrompts | None = None
         self.quantization = quantization
         self.step_cache = step_cache
         self.compile_cache = compile_cache
@@ -211,8 +213,8 @@ class FluxImagePipeline:
 
     @property
     def default_guidance(self) -> float:
-        """The embedded guidance of images that ask for none: that of the variant's authors."""
-        return self.variant.guidance
+        """The embedded guidance of images that ask for none: that of the authors of its variant, or of Redux."""
+        return REDUX_GUIDANCE if self.image_prompts and self.variant is TEXT_TO_IMAGE else self.variant.guidance
 
     @property
     def needed_images(self) -> tuple[str, ...]:
@@ -254,6 +256,17 @@ class FluxImagePipeline:
         """Take all LoRAs out: the weights have their old bits."""
         self.set_loras([])
 
+    def load_redux(self, uri: PathOrFolder, image_encoder: PathOrFolder | None = None, scale: float = 1.0) -> None:
+        """Load a FLUX.1-Redux with its vision tower, SigLIP, for calls with image prompts.
+
+        uri: its file, or the folder or repository that holds it, flux1-redux-dev.safetensors or `image_embedder`.
+        image_encoder: the file or folder of the tower; None is the folder `image_encoder` beside it. scale: the weight
+        of every image, beside its own. Raises: CheckpointError; StoreError; InvalidSetting.
+        """
+        width = self.transformer.params.context_in_dim
+        options = {"dtype": self.torch_dtype, "device": self.device, "storage_options": self.loras.storage_options}
+        self.image_prompts = load_image_prompts(uri, image_encoder, scale, context_in_dim=width, **options)
+
     def encode_prompt(self, prompt: str | Sequence[str], t5_sequence_length: int | None = None) -> PromptEmbeds:
         """Return the embeddings of prompts, for calls with `prompt_embeds` and `pooled_prompt_embeds`.
 
@@ -293,6 +306,8 @@ class FluxImagePipeline:
         mask_image: Image.Image | Sequence[Image.Image] | None = None,
         control_image: Image.Image | Sequence[Image.Image | Sequence[Image.Image]] | None = None,
         reference_image: Image.Image | Sequence[Image.Image | Sequence[Image.Image]] | None = None,
+        image_prompt: Image.Image | Sequence[Image.Image | Sequence[Image.Image]] | None = None,
+        image_prompt_scale: float | Sequence[float | Sequence[float]] = 1.0,
         controlnet_conditioning_scale: float | Sequence[float] = 1.0,
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
@@ -346,7 +361,10 @@ class FluxImagePipeline:
         control_guidance_start, control_guidance_end and control_mode, each one value for all or one for each control
         image. Guidance stays that of the model, where FluxControlNetPipeline has 7. reference_image is what Kontext
         edits, one or several for an image, brought to the nearest size that it was trained with unless
-        resize_references is false. height and width None are those of the first reference, or else 1024. On a Kontext,
+        resize_references is false. image_prompt are images, one or several for each, that a Redux turns into tokens
+        behind those of the text, each with its weight in image_prompt_scale; the guidance is 2.5 then. Where
+        FluxPriorReduxPipeline adds the tokens of several images up, they follow one another here; a negative prompt has
+        none. height and width None are those of the first reference, or else 1024. On a Kontext,
         `image` means a reference, as in diffusers, whose default is 1024 x 1024. Latents of conditions are the
         posterior's mean, where diffusers samples it, so that an image depends on nothing but its own arguments.
 
@@ -370,6 +388,8 @@ class FluxImagePipeline:
             "mask_image": mask_image,
             "control_image": control_image,
             "reference_image": reference_image,
+            "image_prompt": image_prompt,
+            "image_prompt_scale": image_prompt_scale,
         }
         if "image" in aliases and "reference_image" in self.variant.reads:  # as the pipeline of diffusers calls it
             given["reference_image"] = named.pop("input_image")
@@ -405,6 +425,7 @@ class FluxImagePipeline:
             return []
         check_embeds(request, request.t5_length(self.default_t5_sequence_length), self.transformer.params)
         self.controlnets.check(request, self.variant)
+        check_prompts(request.images, self.image_prompts)
         self.warn_of_cut_texts(request)
         if is_compiled(self.transformer):  # perhaps in another thread
             set_compile_options(self.attention)

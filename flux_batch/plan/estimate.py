@@ -10,7 +10,14 @@ from flux_batch.errors import FluxBatchError, count_of
 from flux_batch.model.checkpoint.detect import find_parts, read_shapes
 from flux_batch.model.footprint import DEV_SIZE, TransformerSize, controlnet_flops, step_flops, transformer_size
 from flux_batch.model.params import counts_at, steps_run
-from flux_batch.plan.memory import TEXT_TOKENS, controlnet_shapes, memory, memory_rows, reference_tokens
+from flux_batch.plan.memory import (
+    TEXT_TOKENS,
+    controlnet_shapes,
+    memory,
+    memory_rows,
+    prompt_tokens,
+    reference_tokens,
+)
 from flux_batch.plan.plan import Plan
 from flux_batch.sampling_params import num_image_tokens
 
@@ -60,7 +67,8 @@ def _image_flops(config: JobConfig, size: TransformerSize | None) -> float:
     sampling = config.sampling
     passes = _steps_of(config) * (2 if sampling.params().uses_cfg else 1)
     num_tokens = num_image_tokens(sampling.width, sampling.height) + reference_tokens(config)
-    flops = passes * step_flops(size or DEV_SIZE, num_tokens, sampling.t5_sequence_length or TEXT_TOKENS)
+    num_texts = (sampling.t5_sequence_length or TEXT_TOKENS) + prompt_tokens(config)
+    flops = passes * step_flops(size or DEV_SIZE, num_tokens, num_texts)
     return flops + _controlnets_flops(config, size or DEV_SIZE, _steps_of(config))
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.models import find_local_model
 from flux_batch.errors import FluxBatchError
-from flux_batch.model.checkpoint.detect import PART_TITLES, find_parts, read_shapes
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.detect import PART_TITLES, find_parts, read_shapes, redux_files
 from flux_batch.model.conditions.variant import is_kontext
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, residual_bytes, transformer_size, weight_bytes
 from flux_batch.model.params import Shapes
@@ -31,6 +32,8 @@ CHOICES = (
 TEXT_TOKENS = 512
 # Image tokens of a reference image at the sizes that Kontext was trained with: from 4042 to 4150.
 _REFERENCE_TOKENS = 4096
+# Tokens of an image prompt: the patches of SigLIP so400m.
+_PROMPT_TOKENS = 729
 
 
 def reference_tokens(config: JobConfig) -> int:
@@ -53,6 +56,27 @@ def controlnet_shapes(config: JobConfig) -> dict[str, Shapes]:
     return found
 
 
+def prompt_tokens(config: JobConfig) -> int:
+    """Return the tokens that an image prompt adds to a job's texts; 0 without Redux.
+
+    Counted for one image a row: rows are not read.
+    """
+    return _PROMPT_TOKENS if config.model.redux else 0
+
+
+def _redux_shapes(config: JobConfig) -> dict[str, Shapes]:
+    """Return the shapes of a job's Redux and of its vision tower. Raises: ValueError if they are not here."""
+    redux, options = config.model.redux, config.model.storage_options
+    if redux is None:
+        return {}
+    source = find_local_model(redux.uri, options)
+    tower = find_local_model(redux.image_encoder, options) if redux.image_encoder else None
+    if source is None or (redux.image_encoder and tower is None):
+        raise ValueError(f"{redux.image_encoder if source else redux.uri} is not on this machine")
+    paths = dict(zip(("redux", "image_encoder"), redux_files(source, tower), strict=True))
+    return {part: open_checkpoint(path).shapes for part, path in paths.items()}
+
+
 def memory(config: JobConfig) -> dict[str, Any]:
     """Return a worker's bytes by part, for the job and for other dtypes and quantizations.
 
@@ -65,7 +89,7 @@ def memory(config: JobConfig) -> dict[str, Any]:
         source = find_local_model(model.uri, model.storage_options)
         if source is None:
             return {"error": f"{model.uri} is not on this machine"}
-        parts = read_shapes(find_parts(source))
+        parts = read_shapes(find_parts(source)) | _redux_shapes(config)
         nets = controlnet_shapes(config)
         needed = _parts_bytes(config, parts, nets, _expected_dtype(config), model.quantization)
         others = {choice: _parts_bytes(config, parts, nets, *choice) for choice in CHOICES}
@@ -95,7 +119,7 @@ def _parts_bytes(
     sampling, batch_size = config.sampling, _batch_size_of(config)
     width, height = sampling.width, sampling.height
     num_tokens = num_image_tokens(width, height) + reference_tokens(config)
-    num_tokens += sampling.t5_sequence_length or TEXT_TOKENS
+    num_tokens += (sampling.t5_sequence_length or TEXT_TOKENS) + prompt_tokens(config)
     denoise = denoise_bytes(parts["transformer"], num_tokens, batch_size, dtype, quantization)
     base, of_image = transformer_size(parts["transformer"]), num_image_tokens(width, height)
     added = [residual_bytes(nets[net.uri], base, of_image, batch_size, dtype) for net in config.model.controlnets]
@@ -104,6 +128,7 @@ def _parts_bytes(
         width, height = min(width, 8 * sampling.tile_size), min(height, 8 * sampling.tile_size)
     decode = decode_bytes(parts["autoencoder"], width, height, batch_size, dtype)
     weights = {part: weight_bytes(part, parts[part], dtype, quantization) for part in PART_TITLES}
+    weights |= {part: weight_bytes(part, parts[part], dtype) for part in ("redux", "image_encoder") if part in parts}
     if nets:
         weights["controlnets"] = sum(weight_bytes("transformer", each, dtype, quantization) for each in nets.values())
     visiting = 0

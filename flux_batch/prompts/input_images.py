@@ -32,6 +32,8 @@ from flux_batch.storage.store import open_filesystem
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000
+# Those of an image prompt: several of the largest images, of which little is read, would not fit into memory.
+_MAX_PROMPT_SIDE = 2048
 # Formats of pixels alone: no scripts, no fonts, no files that refer to other files.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 # Errors of reading a file that are the machine's fault and not the row's.
@@ -107,7 +109,15 @@ def load_images(
             found["mask_image"] = mask.resize(size, Image.Resampling.LANCZOS)
     if controls:
         found["control_image"] = [image.resize(size, Image.Resampling.LANCZOS) for image in controls]
+    if images.image_prompt:
+        found["image_prompt"] = [_made_small(load_image(image, storage_options)) for image in images.image_prompt]
     return found
+
+
+def _made_small(image: Image.Image) -> Image.Image:
+    """Return an image prompt, of which a vision tower sees some hundred pixels a side."""
+    image.thumbnail((_MAX_PROMPT_SIDE, _MAX_PROMPT_SIDE), Image.Resampling.LANCZOS)
+    return image
 
 
 def _load_reference(

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, SupportsIndex
 
 from flux_batch.config.known_settings import known_words
-from flux_batch.config.schema import LATER_IMAGE_COLUMNS, PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
+from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import InvalidSetting, RowError
 from flux_batch.prompts.access import ImageAccess, RowLoras, shortened
 from flux_batch.prompts.formats.table import BadRow, Row
@@ -120,6 +120,8 @@ class RowParser:
     def _prompt(self, values: Row) -> str:
         prompt = self._cell(values, "prompt")
         column = self._columns["prompt"][0]
+        if prompt in (None, "") and self._cell(values, "image_prompt") not in (None, "", []):
+            return ""  # as Redux was made for
         if prompt is None:
             raise RowError(f"column {column!r} is null: a prompt is needed")
         if not isinstance(prompt, str):
@@ -139,15 +141,13 @@ class RowParser:
 
     def _row_images(self, values: Row) -> RowImages:
         """Return the images of a row. Raises: RowError for one that cannot be used, or that lacks another."""
-        for column in LATER_IMAGE_COLUMNS:
-            if self._cell(values, column) not in (None, "", []):
-                raise RowError(f"column {self._columns[column][0]!r}: there is no support yet for models that read it")
         start = self._image_cell(values, "input_image")
         images = RowImages(
             input_image=self._input_image if start is None else self._image("input_image", start),
             mask_image=self._image("mask_image", self._image_cell(values, "mask_image")),
             control_image=self._several_images(values, "control_image"),
             reference_image=self._several_images(values, "reference_image"),
+            image_prompt=self._image_prompts(values),
         )
         if images.mask_image and not images.input_image and not images.control_image:
             raise RowError(f"mask_image {shortened(images.mask_image.name)}: needs an input_image, and there is none")
@@ -179,6 +179,17 @@ class RowParser:
             raise RowError(f"column {self._columns[field][0]!r} holds {len(cells)} images, more than {_MAX_IMAGES}")
         found = [self._image(field, _image_value(cell)) for cell in cells]
         return tuple(image for image in found if image)
+
+    def _image_prompts(self, values: Row) -> tuple[InputImage, ...]:
+        """Return the image prompts of a row with their weights: one for all, or one each."""
+        images, cell = self._several_images(values, "image_prompt"), self._cell(values, "image_prompt_scale")
+        if cell is None:
+            return images
+        scales = [_number("image_prompt_scale", each) for each in (cell if isinstance(cell, list) else [cell])]
+        scales = scales * len(images) if len(scales) == 1 else scales
+        if len(scales) != len(images):
+            raise RowError(f"image_prompt_scale: {len(scales)} weights for {len(images)} images in image_prompt")
+        return tuple(replace(image, scale=scale) for image, scale in zip(images, scales, strict=True))
 
     def _image(self, field: str, value: Any) -> InputImage | None:
         """Return the image of a path, an address or bytes; None for an empty text."""

@@ -254,6 +254,9 @@ class BatchMaker:
     def _call_pipeline(self, batch: Sequence[ImageTask], tiles: Tiles | None) -> Sequence[Pixels | Exception]:
         options = call_arguments([task.request.sampling for task in batch])
         options |= {name: [task.images[name] for task in batch] for name in batch[0].images}
+        scales = [[image.scale for image in task.request.images.image_prompt] for task in batch]
+        if any(scale != 1 for each in scales for scale in each):
+            options["image_prompt_scale"] = scales
         for name in batch[0].images:
             options |= self._image_options.get(name, {})
         if tiles:

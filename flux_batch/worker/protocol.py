@@ -94,6 +94,8 @@ class ImagePipeline(Protocol):
         mask_image: Sequence[Any] | None = None,
         control_image: Sequence[Any] | None = None,
         reference_image: Sequence[Any] | None = None,
+        image_prompt: Sequence[Any] | None = None,
+        image_prompt_scale: Sequence[Sequence[float]] | None = None,
         controlnet_conditioning_scale: Sequence[float] = (),
         control_guidance_start: Sequence[float] = (),
         control_guidance_end: Sequence[float] = (),

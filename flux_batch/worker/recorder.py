@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Recorder:
             "prompt": request.prompt,
             "seed": task.seed,
             **request.images.names,
+            "image_prompt_scale": request.images.scales,
             **self._lora_fields(request.loras),
             "tile_size": tile_size,
             "clip_truncated": truncated[0],
@@ -174,6 +176,9 @@ def _recorded_images(row: Mapping[str, Any]) -> RowImages:
         if names := row.get(column):
             is_several = isinstance(getattr(RowImages(), column), tuple)
             images = [_recorded_image(row, name, column) for name in (names.split(", ") if is_several else [names])]
+            if column == "image_prompt":
+                scales = str(row.get("image_prompt_scale") or "").split(", ")
+                images = [replace(one, scale=float(each or 1)) for one, each in zip(images, scales, strict=True)]
             found[column] = tuple(images) if is_several else images[0]
     return RowImages(**found)
 

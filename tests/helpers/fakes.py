@@ -25,7 +25,7 @@ from flux_batch.records import Kernels
 SLOW_S = 0.2
 DEATH_EXIT = 66
 HOLD = "FAKE_PIPELINE_HOLD"
-CONDITIONS = ("mask_image", "control_image", "reference_image")
+CONDITIONS = ("mask_image", "control_image", "reference_image", "image_prompt")
 CLIP_CHARACTERS, T5_CHARACTERS = 77, 512
 
 
@@ -110,9 +110,7 @@ class FakePipeline:
         if self.lora_calls and self.lora_calls[-1]:
             others = {**others, "loras": self.lora_calls[-1]}
         self.input_images += input_image or []
-        conditions = {
-            name: others.pop(name) for name in ("mask_image", "control_image", "reference_image") if name in others
-        }
+        conditions = {name: others.pop(name) for name in CONDITIONS if name in others}
         self.conditions.append(conditions)
         per_image = [{name: _bytes_of(values[at]) for name, values in conditions.items()} for at in range(len(prompt))]
         for text in prompt:

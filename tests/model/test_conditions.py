@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint
 from flux_batch.model.conditions.channels import WithChannels, pack_mask
+from flux_batch.model.conditions.redux import Redux, load_siglip
 from flux_batch.model.conditions.reference import WithReferences, placed
 from flux_batch.model.conditions.variant import (
     CANNY,
@@ -23,7 +28,7 @@ from flux_batch.model.conditions.variant import (
 )
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds
-from helpers.golden import FLUX, check, filled, tensor
+from helpers.golden import FLUX, check, filled, tensor, weight
 
 # Sum, sum of magnitudes, first three and last two numbers: from diffusers 0.42.1.
 GOLDEN: dict[str, tuple[int, Any]] = {
@@ -50,6 +55,28 @@ def test_reference_tokens_are_golden() -> None:
     denoiser = Denoiser(model, text, pe, torch.tensor([0.7371]), torch.tensor([3.5]))
     velocity = WithReferences(denoiser, tensor("in.ref", (1, 18, 64)))(0, tensor("in.img", (1, 24, 64)))
     check(velocity, 55.695704, 1350.257828, [2.160976, -1.161947, 0.618606], [-0.402722, -2.297833])
+
+
+def test_redux_and_its_tower_are_golden(tmp_path: Path) -> None:
+    redux: Redux = filled(Redux(32, 72, 24))
+    tokens = redux(tensor("in.siglip", (1, 9, 32)))
+    check(tokens, -9.786572, 52.142723, [0.422762, 0.226820, 0.044598], [0.923679, -0.399331])
+    model: Flux = filled(Flux(FLUX))
+    text = PromptEmbeds(torch.cat((tensor("in.txt", (1, 7, 24)), tokens), dim=1), tensor("in.vec", (1, 32)))
+    pe = model.position_table(position_ids(16, 8, 12))
+    velocity = Denoiser(model, text, pe, torch.tensor([0.7371]), torch.tensor([3.5]))(0, tensor("in.img", (1, 24, 64)))
+    check(velocity, 58.791220, 1354.060949, [2.029942, -0.622646, 0.311702], [-0.449164, -2.042084])
+
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=44, patch_size=14
+    )
+    names = {f"vision_model.{name}": value.shape for name, value in SiglipVisionModel(config).state_dict().items()}
+    save_file({name: weight(name, shape) for name, shape in names.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    tower = load_siglip(open_checkpoint(tmp_path), dtype=torch.float32, device=torch.device("cpu"))
+    with torch.inference_mode():
+        states = tower(tensor("in.pixels", (1, 3, 44, 44)))
+    check(states, 3.974620, 227.955475, [1.020633, -0.505703, -0.844206], [0.959002, -0.300316])
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_guidance_by_a_negative_prompt_and_an_input_image(dev: ModelManager, wai
     images = pipe(["a cat", "a dog"], seed=[1, 2], **options, **how)
     assert images.is_cuda
     assert images.shape == (2, 3, 1024, 1024)
-    of_images = [*2 * ["latents.encode"], "sampling.add_noise", "transformer.table", "pixels.check_finite"]
+    of_images = ["latents.moments", "latents.encode", "sampling.add_noise", "transformer.table", "pixels.check_finite"]
     assert sorted(waits.places) == sorted([*OF_A_CALL, *3 * OF_A_TEXT, *of_images])
 
 

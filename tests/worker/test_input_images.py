@@ -153,13 +153,13 @@ def test_odd_images_and_masks_cost_their_row_at_most(tmp_path: Path) -> None:
     assert not made["empty"].any()
 
 
-def test_control_images_and_images_that_no_model_reads_yet(tmp_path: Path) -> None:
+def test_control_images_and_image_prompts(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(as_png(colour(1)))
     rows = [
         {"prompt": "plain", "control_image": None, "image_prompt": None},
         {"prompt": "one", "control_image": ["a.png"], "image_prompt": None},
         {"prompt": "gone", "control_image": ["a.png", "b.png"], "image_prompt": None},
-        {"prompt": "later", "control_image": None, "image_prompt": "a.png"},
+        {"prompt": "seen", "control_image": None, "image_prompt": "a.png"},
     ]
     nets = [{"uri": "net", "scale": 0.7, "end": 0.8}, {"uri": "union", "mode": 2}]
     config = make_job(tmp_path, rows, model={"uri": "fake", "controlnets": nets})
@@ -167,11 +167,11 @@ def test_control_images_and_images_that_no_model_reads_yet(tmp_path: Path) -> No
 
     render(config, pipeline)
 
-    plain, one, gone, later = metadata(config)
+    plain, one, gone, seen = metadata(config)
     assert (plain["status"], plain["control_image"]) == ("success", None)
     assert (one["status"], one["control_image"]) == ("success", "a.png")
     assert "control_image b.png: there is no file" in gone["error_message"]
-    assert "column 'image_prompt': there is no support yet for models that read it" in later["error_message"]
+    assert (seen["image_prompt"], seen["image_prompt_scale"]) == ("a.png", "1")
     (sizes,) = (
         [image.size for image in each] for given in pipeline.conditions for each in given.get("control_image", [])
     )

@@ -50,6 +50,8 @@ _MEANINGS = {
     "mask_image": "the name of its mask, white where it was repainted",
     "control_image": "the name of the control image, or the names of several",
     "reference_image": "the name of the reference image, or the names of several",
+    "image_prompt": "the name of the image prompt, or the names of several",
+    "image_prompt_scale": "the weight of each image prompt",
     "lora": "the LoRA, or all of them with their scales",
     "lora_scale": "the scale of a single LoRA",
     "tile_size": "the tiles of the autoencoder; null unless it worked in tiles",

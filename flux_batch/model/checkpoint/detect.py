@@ -100,6 +100,8 @@ _UNSUPPORTED = (
 )
 # Component folders of diffusers by part.
 _PART_FOLDERS = {"transformer": "transformer", "autoencoder": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
+# Folders of a Redux and of its vision tower in the repository of diffusers.
+_EMBEDDER, _TOWER = "image_embedder", "image_encoder"
 PART_TITLES = {
     "transformer": "transformer",
     "autoencoder": "autoencoder",
@@ -274,3 +276,27 @@ def _has_weights(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     return bool(weight_files(folder)) or any(is_pickle(path.name) for path in folder.iterdir())
+
+
+def redux_files(source: Path, tower: Path | None = None) -> tuple[Path, Path]:
+    """Return the file or folder of a Redux, and that of its vision tower.
+
+    source: the file, or a folder that holds it by itself or in `image_embedder`. tower: None is the folder
+    `image_encoder` beside it. Raises: ValueError saying what is missing.
+    """
+    home = source if source.is_dir() else source.parent
+    home = home.parent if home.name == _EMBEDDER else home
+    found = source
+    if source.is_dir():
+        folder = source / _EMBEDDER
+        files = [path for path in weight_files(source) if "redux_up.weight" in open_checkpoint(path).tensors]
+        if not folder.is_dir() and len(files) != 1:
+            raise ValueError(f"{source} holds {len(files)} files of FLUX.1-Redux: name the file, flux1-redux-dev")
+        found = folder if folder.is_dir() else files[0]
+    tower = tower or home / _TOWER
+    if not tower.exists():
+        raise ValueError(
+            f"no vision tower for FLUX.1-Redux: {tower} is not there; image_encoder names its file or folder, that of "
+            "SigLIP so400m"
+        )
+    return found, tower

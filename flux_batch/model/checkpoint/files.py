@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 
 _WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 COMPONENT_FOLDERS = (*_WEIGHT_FOLDERS, "scheduler", "tokenizer", "tokenizer_2")
+# Those of what is put beside a model, in repositories of their own: FLUX.1-Redux and its vision tower.
+_SIDE_FOLDERS = ("image_embedder", "image_encoder")
+LISTED_FOLDERS = (*COMPONENT_FOLDERS, *_SIDE_FOLDERS)
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 _PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 # Settings and vocabularies; pickles, weights of other frameworks and images are left out.
@@ -97,7 +100,7 @@ def _one_variant(weights: Sequence[str], settings: Sequence[str]) -> list[str]:
 def _is_known(name: str) -> bool:
     """Return whether a file has the folder and the suffix of a model's file."""
     folder, slash, file = name.rpartition("/")
-    is_in_place = folder in COMPONENT_FOLDERS if slash else True
+    is_in_place = folder in LISTED_FOLDERS if slash else True
     return is_in_place and "\\" not in file and file.endswith((*WEIGHT_SUFFIXES, *_SETTINGS_SUFFIXES))
 
 

@@ -30,14 +30,14 @@ def tiled_decode(autoencoder: AutoEncoder, z: Tensor, tiling: Tiling) -> Tensor:
     return blend_tiles(autoencoder.decode, z, tiling)
 
 
-def tiled_encode(autoencoder: AutoEncoder, image: Tensor, tiling: Tiling, noise: Tensor | None = None) -> Tensor:
-    """Return scaled latents: (b, 3, h, w) in [-1, 1] -> (b, z, h/8, w/8). noise: as in `AutoEncoder.encode`.
+def tiled_moments(autoencoder: AutoEncoder, image: Tensor, tiling: Tiling) -> Tensor:
+    """Return the means and logvars of latents, for `AutoEncoder.sample`: (b, 3, h, w) -> (b, 2z, h/8, w/8).
 
     Sizes and strides are rounded down to whole latents.
     """
     step = autoencoder.params.downscale
     whole = Tiling(max(step, tiling.size // step * step), max(step, tiling.stride // step * step))
-    return autoencoder.sample(blend_tiles(autoencoder.encoder, image, whole), noise)
+    return blend_tiles(autoencoder.encoder, image, whole)
 
 
 def blend_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling) -> Tensor:

@@ -12,7 +12,7 @@ from flux_batch.errors import InvalidSetting, RowError
 from flux_batch.images import check_proportions
 from flux_batch.model.conditions.variant import FILL, Variant
 from flux_batch.pipeline.images.pixels import resized
-from flux_batch.sampling_params import MAX_SIDE, own_size, preferred_size
+from flux_batch.sampling_params import MAX_SIDE, check_number, own_size, preferred_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +20,8 @@ class ImageInputs:
     """The images that the images of a call are made from; None for an argument that is not given.
 
     mask_image: white is repainted. control_image: each entry a list. reference_image: each entry a list, in the size
-    in which they are read. Raises: InvalidSetting for a mask without its image, or of other proportions, or for images
+    in which they are read. image_prompt: each entry a list, each as long; image_prompt_scale: the weight of each of
+    these. Raises: InvalidSetting for a mask without its image, or of other proportions, or for images
     whose references have other sizes than those of the first.
     """
 
@@ -28,8 +29,15 @@ class ImageInputs:
     mask_image: list[Image.Image] | None = None
     control_image: list[list[Image.Image]] | None = None
     reference_image: list[list[Image.Image]] | None = None
+    image_prompt: list[list[Image.Image]] | None = None
+    image_prompt_scale: list[list[float]] | None = None
 
     def __post_init__(self) -> None:
+        if len({len(images) for images in self.image_prompt or ()}) > 1:
+            raise InvalidSetting(
+                "image_prompt: the images of one call must have the same number; make others in calls of their own",
+                field="image_prompt",
+            )
         for images in self.reference_image or ():
             if (sizes := tuple(image.size for image in images)) != self.reference_sizes:
                 raise InvalidSetting(
@@ -67,6 +75,11 @@ class ImageInputs:
         default = next(iter(self.reference_sizes), (_DEFAULT_SIDE, _DEFAULT_SIDE))
         return default[0] if width is None else width, default[1] if height is None else height
 
+    @property
+    def prompt_scales(self) -> list[list[float]]:
+        """The weight of each image prompt of each image."""
+        return self.image_prompt_scale or [[1.0] * len(images) for images in self.image_prompt or ()]
+
     def check_for(self, variant: Variant, *, nets_read_mask: bool = False) -> None:
         """Raise InvalidSetting unless a variant of the model has exactly what it reads.
 
@@ -77,7 +90,7 @@ class ImageInputs:
             if getattr(self, name) is None:
                 raise InvalidSetting(f"{name} is missing: {variant.title} needs {needs}", field=name)
         for name in IMAGE_ARGUMENTS:
-            if getattr(self, name) is not None and name not in {*variant.needs, *variant.reads}:
+            if getattr(self, name) is not None and name not in {*variant.needs, *variant.reads, "image_prompt"}:
                 raise InvalidSetting(f"{name}: {variant.title} reads none; leave it out", field=name)
         if self.mask_image is not None and self.input_image is None and not nets_read_mask:
             raise InvalidSetting(_NO_IMAGE_FOR_MASK, field="mask_image")
@@ -90,10 +103,10 @@ class ImageInputs:
 
 _NO_IMAGE_FOR_MASK = "mask_image: needs an input_image to repaint"
 # Arguments of which an image may have several.
-_SEVERAL = ("control_image", "reference_image")
+_SEVERAL = ("control_image", "reference_image", "image_prompt")
 # Pixels.
 _DEFAULT_SIDE = 1024
-IMAGE_ARGUMENTS = tuple(field.name for field in fields(ImageInputs))
+IMAGE_ARGUMENTS = tuple(field.name for field in fields(ImageInputs) if field.name != "image_prompt_scale")
 
 
 def keeps_latents(inputs: ImageInputs, variant: Variant) -> bool:
@@ -106,6 +119,7 @@ def image_inputs(
 ) -> ImageInputs:
     """Return the images of a call for `count` images; is_single: a list is of one image. Raises: InvalidSetting."""
     given = {name: value for name, value in arguments.items() if value is not None}
+    scale = given.pop("image_prompt_scale", 1.0)
     for name, value in given.items():
         is_list = is_single and name in _SEVERAL and isinstance(value, (list, tuple))
         given[name] = _one_each(name, [value] if is_list else value, count)
@@ -115,7 +129,24 @@ def image_inputs(
     if "reference_image" in given:
         size_of = preferred_size if resize_references else own_size
         given["reference_image"] = [[_sized(each, size_of) for each in images] for images in given["reference_image"]]
+    prompts = given.pop("image_prompt", None)
+    if prompts and any(prompts):
+        given |= {"image_prompt": prompts, "image_prompt_scale": _scales(scale, prompts, is_single=is_single)}
     return ImageInputs(**given)
+
+
+def _scales(value: Any, images: Sequence[Sequence[Any]], *, is_single: bool) -> list[list[float]]:
+    """Return a weight for each image prompt of each image. Raises: InvalidSetting."""
+    name = "image_prompt_scale"
+    found = []
+    for own, prompts in zip(_one_each(name, [value] if is_single else value, len(images)), images, strict=True):
+        scales = list(own) if isinstance(own, (list, tuple)) else [own] * len(prompts)
+        for scale in scales:
+            check_number(name, scale)
+        if len(scales) != len(prompts):
+            raise InvalidSetting(f"{name}: {len(scales)} weights for {len(prompts)} images in image_prompt", field=name)
+        found.append(scales)
+    return found
 
 
 def _sized(image: Any, size_of: Callable[[int, int], tuple[int, int]]) -> Image.Image:

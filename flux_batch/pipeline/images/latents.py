@@ -17,9 +17,10 @@ from flux_batch.model.conditions.channels import WithChannels, fill_channels
 from flux_batch.model.conditions.inpaint import KeptLatents, latent_mask
 from flux_batch.model.conditions.reference import Reference, WithReferences, placed
 from flux_batch.model.conditions.variant import FILL, Variant
-from flux_batch.model.optimize.tiling import Tiling, tiled_decode, tiled_encode
+from flux_batch.model.optimize.tiling import Tiling, tiled_decode, tiled_moments
 from flux_batch.model.sampling import Velocity, add_noise, make_generators, make_noise, pack
 from flux_batch.pipeline.images.inputs import ImageInputs, keeps_latents
+from flux_batch.pipeline.images.memory import ImageMemory
 from flux_batch.pipeline.images.pixels import to_mask_pixels, to_pixels
 from flux_batch.pipeline.request import PipelineRequest
 
@@ -61,6 +62,7 @@ class ImageLatents:
         self.autoencoder = autoencoder
         self._device = device
         self._dtype = dtype
+        self._memory = ImageMemory()
 
     def start(self, request: PipelineRequest, sigma: Tensor) -> _Start:
         """Return the latents that denoising starts from: noise, or the input images at noise level `sigma`."""
@@ -142,15 +144,18 @@ class ImageLatents:
         return torch.stack([to_mask_pixels(mask, *size) for mask in request.images.mask_image or ()])
 
     def encode(self, pixels: Tensor, tiling: Tiling | None, noise: Tensor | None = None) -> Tensor:
-        """Return scaled latents in the model's dtype: (b, 3, 8h, 8w) in [-1, 1] -> (b, z, h, w).
+        """Return scaled latents in the model's dtype: (b, 3, 8h, 8w) in [-1, 1] on the CPU -> (b, z, h, w).
 
-        noise: to sample the posterior; None takes its mean.
+        Each image is encoded alone, the last ones once. noise: to sample the posterior; None takes its mean.
         """
         weight = self.autoencoder.encoder.conv_in.weight
-        pixels, noise = pixels.to(weight), None if noise is None else noise.to(weight)
-        if tiling:
-            return tiled_encode(self.autoencoder, pixels, tiling, noise).to(self._dtype)
-        return self.autoencoder.encode(pixels, noise).to(self._dtype)
+
+        def moments(image: Tensor) -> Tensor:
+            image = image.to(weight)
+            return tiled_moments(self.autoencoder, image, tiling) if tiling else self.autoencoder.encoder(image)
+
+        found = self._memory.encoded(pixels, moments, tiling)
+        return self.autoencoder.sample(found, None if noise is None else noise.to(weight)).to(self._dtype)
 
     def decode(self, latents: Tensor, tiling: Tiling | None = None) -> Tensor:
         """Return pixels, about [-1, 1], in the autoencoder's dtype: (b, z, h, w) -> (b, 3, 8h, 8w)."""

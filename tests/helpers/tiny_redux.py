@@ -1,0 +1,50 @@
+"""A tiny FLUX.1-Redux with its vision tower, in the layout of diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from helpers.tiny_flux import T5_WIDTH
+
+SIDE = 44
+TOKENS = 9
+
+
+def make_tiny_redux(folder: Path) -> Path:
+    """Write `image_embedder` and `image_encoder` of random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        config = SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=SIDE,
+            patch_size=14,
+        )
+        SiglipVisionModel(config).save_pretrained(folder / "image_encoder")
+        ReduxImageEncoder(redux_dim=32, txt_in_features=T5_WIDTH).save_pretrained(folder / "image_embedder")
+    return folder
+
+
+def load_prior(folder: Path, reference: Any) -> Any:
+    """Load diffusers' prior, with the text encoders of one of its pipelines."""
+    from diffusers import FluxPriorReduxPipeline
+    from transformers import SiglipImageProcessorPil
+
+    prior = FluxPriorReduxPipeline(
+        image_encoder=SiglipVisionModel.from_pretrained(folder / "image_encoder"),
+        feature_extractor=SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}),
+        image_embedder=ReduxImageEncoder.from_pretrained(folder / "image_embedder"),
+        text_encoder=reference.text_encoder,
+        tokenizer=reference.tokenizer,
+        text_encoder_2=reference.text_encoder_2,
+        tokenizer_2=reference.tokenizer_2,
+    )
+    prior.set_progress_bar_config(disable=True)
+    return prior
