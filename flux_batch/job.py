@@ -266,7 +266,7 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
     root, image = prompts.input_image_root, sampling.input_image
     loras = tuple(lora.model_copy(update={"uri": absolute_model_uri(lora.uri)}) for lora in model.loras)
     nets = tuple(net.model_copy(update={"uri": absolute_model_uri(net.uri)}) for net in model.controlnets)
-    addresses = {"uri": absolute_model_uri(model.uri), "loras": loras, "controlnets": nets}
+    addresses: dict[str, Any] = {"uri": absolute_model_uri(model.uri), "loras": loras, "controlnets": nets}
     addresses["redux"] = _with_absolute_uris(model.redux)
     return config.model_copy(
         update={

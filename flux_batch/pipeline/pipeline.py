@@ -264,7 +264,8 @@ class FluxImagePipeline:
         of every image, beside its own. Raises: CheckpointError; StoreError; InvalidSetting.
         """
         width = self.transformer.params.context_in_dim
-        options = {"dtype": self.torch_dtype, "device": self.device, "storage_options": self.loras.storage_options}
+        options: dict[str, Any] = {"dtype": self.torch_dtype, "device": self.device}
+        options |= {"storage_options": self.loras.storage_options}
         self.image_prompts = load_image_prompts(uri, image_encoder, scale, context_in_dim=width, **options)
 
     def encode_prompt(self, prompt: str | Sequence[str], t5_sequence_length: int | None = None) -> PromptEmbeds:

@@ -95,7 +95,7 @@ class ImagePipeline(Protocol):
         control_image: Sequence[Any] | None = None,
         reference_image: Sequence[Any] | None = None,
         image_prompt: Sequence[Any] | None = None,
-        image_prompt_scale: Sequence[Sequence[float]] | None = None,
+        image_prompt_scale: Sequence[Sequence[float]] = (),
         controlnet_conditioning_scale: Sequence[float] = (),
         control_guidance_start: Sequence[float] = (),
         control_guidance_end: Sequence[float] = (),

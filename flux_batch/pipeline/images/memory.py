@@ -32,7 +32,7 @@ class ImageMemory:
         return torch.cat([self._one(each, encode, settings) for each in pixels.split(1)])
 
     def _one(self, pixels: Tensor, encode: Callable[[Tensor], Tensor], settings: tuple[Hashable, ...]) -> Tensor:
-        digest = hashlib.blake2b(pixels.contiguous().numpy(), digest_size=16).digest()
+        digest = hashlib.blake2b(pixels.contiguous().numpy().data, digest_size=16).digest()
         key = digest, tuple(pixels.shape), settings
         if key not in self._known:
             self._known[key] = encode(pixels)
