@@ -9,7 +9,7 @@ from flux_batch.errors import InvalidSetting
 
 
 class ImagePromptConfig(Section):
-    """What reads the image prompts of each row, with its vision tower."""
+    """A reader of the image prompts of each row, with its vision tower."""
 
     uri: str = Field(min_length=1)
     """Its safetensors file, or the folder or repository that holds it: a path, or an address like that of a model."""

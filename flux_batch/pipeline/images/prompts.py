@@ -66,7 +66,7 @@ def load_image_prompts(
     device: torch.device,
     storage_options: Mapping[str, Any] | None = None,
 ) -> ImagePrompts:
-    """Load a Redux with its vision tower, for a transformer that reads texts of that width.
+    """Load a Redux with its vision tower, for texts of that width.
 
     Raises: CheckpointError for files that are missing or do not fit; StoreError; InvalidSetting for the scale.
     """
