@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
 from flux_batch.config.known_settings import check_settings
-from flux_batch.config.schema import JobConfig, ModelConfig
+from flux_batch.config.running import QualityConfig
+from flux_batch.config.schema import QUALITY_COLUMNS, JobConfig, ModelConfig
+from flux_batch.dataset.annotators.score import load_scorer
 from flux_batch.errors import DeviceFatal, JobError, SourceError, StoreError
 from flux_batch.images import encode
 from flux_batch.output.formats import format_for
-from flux_batch.output.metadata import RECORD_SCHEMA, record_row
+from flux_batch.output.metadata import QUALITY_FIELDS, RECORD_SCHEMA, record_row
 from flux_batch.pipeline.load import load_pipeline
 from flux_batch.prompts.access import RowLoras
 from flux_batch.prompts.input_images import load_images
@@ -27,7 +31,8 @@ from flux_batch.prompts.rows import RowParser
 from flux_batch.records import FailedRow, ImageRecord, ImageRequest, RowImages
 from flux_batch.worker.batches import READ_AHEAD, ImageTask, InputImages, batches, tasks_of
 from flux_batch.worker.generate import BatchMaker, ImageOutcome, Tiles, image_options
-from flux_batch.worker.protocol import ImagePipeline
+from flux_batch.worker.protocol import ImagePipeline, Scorer
+from flux_batch.worker.quality import Try, below_quality, choose, is_open, judged
 from flux_batch.worker.recorder import Recorder, message_of, provenance
 
 # Columns that each image adds to its row, out of those in the metadata of a job.
@@ -35,6 +40,7 @@ _ADDED_FIELDS = (
     *("image_index", "seed", "width", "height", "clip_truncated", "t5_truncated", "sha256"),
     *("status", "error_type", "error_message"),
 )
+_QUALITY_SCHEMA = pa.schema(QUALITY_FIELDS)
 _ADDED_SCHEMA = pa.schema([("image", pa.binary()), *((name, RECORD_SCHEMA.field(name).type) for name in _ADDED_FIELDS)])
 # Settings that a row may request in a column of the same name, which the values of the image replace.
 _REPLACED_COLUMNS = {"seed", "width", "height"}
@@ -72,14 +78,17 @@ class FluxMapper:
         prompts: Mapping[str, Any] | None = None,
         image: Mapping[str, Any] | None = None,
         batch_size: int = 4,
+        quality: Mapping[str, Any] | None = None,
         prefix: str = "",
         exit_on_device_loss: bool = False,
         make_pipeline: Callable[[ModelConfig], ImagePipeline] = load_pipeline,
+        make_scorer: Callable[[QualityConfig], Scorer] = load_scorer,
     ) -> None:
         """Load the model.
 
-        prefix: put before the names of the added columns. exit_on_device_loss: end this process when its GPU is lost
-        for good, so that Ray Data starts another; otherwise DeviceFatal is raised.
+        quality: that section of a job; it adds the columns `tries`, `score` and `accepted`. prefix: put before the
+        names of the added columns. exit_on_device_loss: end this process when its GPU is lost for good, so that Ray
+        Data starts another; otherwise DeviceFatal is raised.
         Raises: JobError for wrong settings; CheckpointError, StoreError for a model that cannot be loaded.
         """
         tree = {
@@ -88,6 +97,7 @@ class FluxMapper:
             "model": dict(model),
             "sampling": dict(sampling or {}),
             "workers": {"batch_size": batch_size},
+            "quality": None if quality is None else dict(quality),
         }
         config = JobConfig.from_dict(tree, origin="FluxMapper")
         for name in ("limit", "passthrough", "samplers", "template", "wildcards"):
@@ -109,6 +119,9 @@ class FluxMapper:
         loras = RowLoras(config.model.loras, "").defaults
         self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling), image_options=image_options(config))
         self._recorder = Recorder(settings, format_for(config.output), pipeline.default_t5_sequence_length)
+        self._quality = config.quality
+        self._scorer = make_scorer(config.quality) if config.quality else None
+        self._added = pa.schema([*_ADDED_SCHEMA, *(_QUALITY_SCHEMA if config.quality else ())])
 
     def __call__(self, batch: _ColumnBatch) -> _ColumnBatch:
         """Make the images of a batch, a dict of NumPy columns or an Arrow table; return one of the same kind.
@@ -126,17 +139,18 @@ class FluxMapper:
         encoded |= self._make([row for row in rows if isinstance(row, ImageRequest)])
         positions = sorted(encoded)
         columns: dict[str, list[Any]] = {"image": [encoded[position][0] for position in positions]}
-        records = [record_row(encoded[position][1], pa.schema([])) for position in positions]
-        columns |= {name: [record[name] for record in records] for name in _ADDED_FIELDS}
+        of_quality = _QUALITY_SCHEMA if self._quality else pa.schema([])
+        records = [record_row(encoded[position][1], of_quality) for position in positions]
+        columns |= {name: [record[name] for record in records] for name in self._added.names if name != "image"}
         named = {self._prefix + name: values for name, values in columns.items()}
-        schema = pa.schema([field.with_name(self._prefix + field.name) for field in _ADDED_SCHEMA])
+        schema = pa.schema([field.with_name(self._prefix + field.name) for field in self._added])
         return with_columns(batch, [row for row, _ in positions], named, schema)
 
     def _check_columns(self, names: Sequence[str]) -> None:
         for field, column in {"prompt": "prompt", **self._prompts.columns}.items():
             if column not in names:
                 raise SourceError(f"the batch has no column {column!r}; prompts.columns.{field} names the column")
-        for name in _ADDED_SCHEMA.names:
+        for name in self._added.names:
             if self._prefix + name in names and not (name in _REPLACED_COLUMNS and not self._prefix):
                 raise SourceError(f"the batch has a column {self._prefix + name!r} already; choose another `prefix`")
 
@@ -149,10 +163,25 @@ class FluxMapper:
         ]
 
     def _make(self, requests: Sequence[ImageRequest]) -> dict[tuple[int, int], _EncodedImage]:
-        """Make the images of rows, by (row, image index); encode each batch behind the next."""
+        """Make the images of rows, by (row, image index), in as many rounds as `quality` asks for."""
         tasks = [task for request in requests for task in tasks_of(request)]
+        if self._quality is None:
+            return {position: encoded for position, encoded, _ in self._make_tries(tasks)}
+        tries: dict[tuple[int, int], list[tuple[_EncodedImage, Try]]] = {task.position: [] for task in tasks}
+        while tasks:
+            for position, encoded, score in self._make_tries(tasks):
+                tries[position].append((encoded, Try(encoded[1].status == "success", score)))
+            tasks = [
+                replace(task, retry=task.retry + 1)
+                for task in tasks
+                if is_open([one for _, one in tries[task.position]], self._quality)
+            ]
+        return {position: _chosen(made, self._quality) for position, made in tries.items()}
+
+    def _make_tries(self, tasks: Sequence[ImageTask]) -> Iterator[tuple[tuple[int, int], _EncodedImage, float | None]]:
+        """Make one try of each image and yield it with its score; encode each batch behind the next."""
         groups = list(batches(tasks, self._batch_size))
-        encoded: dict[tuple[int, int], Future[_EncodedImage]] = {}
+        made: list[tuple[ImageTask, Future[_EncodedImage], float | None]] = []
         with (
             ThreadPoolExecutor(_INPUT_IMAGE_READERS, "read") as readers,
             ThreadPoolExecutor(_ENCODERS, "encode") as encoders,
@@ -161,8 +190,11 @@ class FluxMapper:
             for number, group in enumerate(groups):
                 ready = images.join(group, groups[number + 1 : number + 1 + READ_AHEAD])
                 outcomes = self._make_group(ready)
-                encoded |= {one.task.position: encoders.submit(self._encode, one) for one in outcomes}
-            return {position: future.result() for position, future in encoded.items()}
+                if self._scorer:
+                    outcomes = judged(outcomes, self._scorer, partial(self._recorder.outcome_fields, ""))
+                made += [(one.task, encoders.submit(self._encode, one), one.score) for one in outcomes]
+            for task, future, score in made:
+                yield task.position, future.result(), score
 
     def _make_group(self, group: Sequence[ImageTask]) -> list[ImageOutcome]:
         try:
@@ -189,6 +221,18 @@ class FluxMapper:
         inside = {name: value for name, value in provenance(fields).items() if name != "key"}
         data = encode(outcome.result, self._image_config, inside)
         return data, self._recorder.made("", fields, data)
+
+
+def _chosen(made: Sequence[tuple[_EncodedImage, Try]], quality: QualityConfig) -> _EncodedImage:
+    """Return the try of an image that is kept, with the columns of `quality`."""
+    tries = [one for _, one in made]
+    choice = choose(tries, quality)
+    (data, record), score = made[choice.retry][0], tries[choice.retry].score
+    values = (len(tries), score, choice.is_accepted)
+    record = replace(record, passthrough=dict(zip(QUALITY_COLUMNS, values, strict=True)))
+    if record.status == "success" and not choice.is_accepted and quality.otherwise == "fail":
+        return None, below_quality(record, score, len(tries), quality)
+    return data, record
 
 
 def _default_id(prompt: Any) -> str:

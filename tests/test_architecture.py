@@ -40,7 +40,7 @@ LADDER: dict[str, set[str]] = {
     "worker": BOTTOM | {"config", "images", "output", "prompts", "storage", "telemetry"},
     "report": BOTTOM | {"config", "images", "output", "plan", "storage", "telemetry"},
     # A worker without shards: the same parts, in somebody's data pipeline.
-    "mapper": BOTTOM | {"config", "images", "output", "pipeline", "prompts", "worker"},
+    "mapper": BOTTOM | {"config", "dataset/annotators", "images", "output", "pipeline", "prompts", "worker"},
     # The run that is in an output; `worker` for what the first worker settled.
     "resume": BOTTOM | {"config", "download", "output", "plan", "prompts", "report", "storage", "worker"},
     "job": BOTTOM

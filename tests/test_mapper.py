@@ -67,6 +67,27 @@ def test_the_same_rows_give_the_images_of_a_job(tmp_path: Path, kind: str) -> No
         assert read_provenance(row["image"]) == inside
 
 
+@pytest.mark.parametrize("otherwise", ["keep", "fail"])
+def test_quality_keeps_the_tries_that_a_job_keeps(tmp_path: Path, otherwise: str) -> None:
+    rows = [{"id": f"row-{at}", "prompt": f"image {at}" + " [raise]" * (at == 3)} for at in range(9)]
+    quality = {"score": "helpers.annotators:FirstRed", "at_least": 0.7, "max_tries": 2, "otherwise": otherwise}
+    config = make_job(
+        tmp_path, rows, output={"format": "files"}, sampling={"seed": 5}, quality=quality, failures={"max_ratio": 1.0}
+    )
+    run(config, engine=LocalEngine(), make_pipeline=lambda model: FakePipeline())
+    of_job = metadata(config)
+
+    found = mapper(sampling=SAMPLING | {"seed": 5}, quality=quality)(pa.Table.from_pylist(rows)).to_pylist()
+
+    for name in ("id", "seed", "status", "error_type", "error_message", "tries", "score", "accepted"):
+        assert [row[name] for row in found] == [row[name] for row in of_job], name
+    assert {row["tries"] for row in found if row["status"] == "success"} == {1, 2}
+    for row, record in zip(found, of_job, strict=True):
+        if record["status"] == "success":
+            assert pixels(row["image"]) == pixels((tmp_path / "out" / record["file_name"]).read_bytes())
+    assert any(row["error_type"] == "BelowQuality" for row in found) == (otherwise == "fail")
+
+
 def test_a_bad_row_comes_back_as_a_failed_row() -> None:
     prompts = ["good", None, "[raise] it", "also good", "wide", "[oom whole]", "x" * 100]
     widths = [None, None, None, None, 17, None, None]

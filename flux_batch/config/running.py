@@ -10,6 +10,11 @@ from flux_batch.config.section import Section
 from flux_batch.config.values import BatchSize
 from flux_batch.errors import InvalidSetting
 
+# The models that annotators load unless an option `model` names another.
+CLIP_MODEL = "openai/clip-vit-large-patch14"
+SAFETY_MODEL = "Falconsai/nsfw_image_detection"
+_SCORER_MODELS = {"clip": CLIP_MODEL, "aesthetic": CLIP_MODEL, "safety": SAFETY_MODEL}
+
 
 class QualityConfig(Section):
     """A score that images should reach, and further tries for those that do not."""
@@ -28,6 +33,12 @@ class QualityConfig(Section):
     """Options of the annotator."""
     accept_rate: float | None = Field(default=None, gt=0, le=1)
     """Share of images that one try makes good, for the figures of `flux-batch plan`; null counts `max_tries`."""
+
+    @property
+    def model_uri(self) -> str | None:
+        """The address of the model that a built-in annotator judges with; None if it has none."""
+        default = _SCORER_MODELS.get(self.score.partition(".")[0])
+        return str(self.options.get("model", default)) if default else None
 
     @property
     def expected_tries(self) -> float:

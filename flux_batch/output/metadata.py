@@ -48,7 +48,7 @@ RECORD_SCHEMA = pa.schema(
         ("bytes", pa.int64()),
     ]
 )
-_QUALITY = tuple(
+QUALITY_FIELDS = tuple(
     pa.field(name, kind) for name, kind in zip(QUALITY_COLUMNS, (pa.int32(), pa.float64(), pa.bool_()), strict=True)
 )
 _SOURCES = tuple(pa.field(name, pa.string()) for name in SOURCE_COLUMNS)
@@ -64,7 +64,7 @@ def columns_of_job(passthrough: pa.Schema, config: JobConfig) -> pa.Schema:
     These are those of `quality`, and the hashes of the source images.
     """
     return pa.schema(
-        [*passthrough, *(_QUALITY if config.quality else ()), *(_SOURCES if config.output.sources else ())]
+        [*passthrough, *(QUALITY_FIELDS if config.quality else ()), *(_SOURCES if config.output.sources else ())]
     )
 
 

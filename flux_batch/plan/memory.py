@@ -91,8 +91,9 @@ def memory(config: JobConfig) -> dict[str, Any]:
             return {"error": f"{model.uri} is not on this machine"}
         parts = read_shapes(find_parts(source)) | _redux_shapes(config)
         nets = controlnet_shapes(config)
-        needed = _parts_bytes(config, parts, nets, _expected_dtype(config), model.quantization)
-        others = {choice: _parts_bytes(config, parts, nets, *choice) for choice in CHOICES}
+        scorer = _scorer_bytes(config)
+        needed = _parts_bytes(config, parts, nets, _expected_dtype(config), model.quantization) | scorer
+        others = {choice: _parts_bytes(config, parts, nets, *choice) | scorer for choice in CHOICES}
     except (FluxBatchError, ValueError, KeyError, OSError) as error:
         return {"error": str(error)}
     return {
@@ -137,6 +138,23 @@ def _parts_bytes(
         weights |= {"clip": 0, "t5": 0}
     rest = max(decode, visiting)
     return weights | {"activations": denoise + rest if config.model.cuda_graphs else max(denoise, rest)}
+
+
+def _scorer_bytes(config: JobConfig) -> dict[str, int]:
+    """Return the bytes of the model that judges images beside the pipeline; empty for a judge without one.
+
+    They are those of its files, as it is loaded in their dtype. One of somebody's own does not say what it needs.
+    Raises: ValueError for a model that is not on this machine.
+    """
+    quality = config.quality
+    if quality is None or (uri := quality.model_uri) is None:
+        return {}
+    if config.workers.num_gpus and quality.options.get("device") == "cpu":
+        return {}
+    if (source := find_local_model(uri)) is None:
+        raise ValueError(f"{uri}, by which quality.score judges, is not on this machine")
+    files = [path for suffix in ("safetensors", "bin") for path in source.glob(f"*.{suffix}")]
+    return {"scorer": sum(path.stat().st_size for path in files if path.suffix == files[0].suffix)}
 
 
 def _expected_dtype(config: JobConfig) -> str:

@@ -5,13 +5,16 @@ A killed attempt is followed by one that reads the scores from the staging area,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from flux_batch.config.running import QualityConfig
 from flux_batch.records import ImageRecord
+from flux_batch.worker.generate import ImageOutcome
+from flux_batch.worker.protocol import Scorer
 from flux_batch.worker.shard import ShardRun
 
 
@@ -52,6 +55,18 @@ def _is_good(one: Try, quality: QualityConfig) -> bool:
 
 def _rank(one: Try) -> tuple[bool, bool, float]:
     return one.is_made, one.score is not None, one.score or 0.0
+
+
+def judged(
+    outcomes: Sequence[ImageOutcome], scorer: Scorer, record_of: Callable[[ImageOutcome], Mapping[str, Any]]
+) -> list[ImageOutcome]:
+    """Return outcomes with the scores of their images; `record_of` is what is to be written of one."""
+    made = [one for one in outcomes if not isinstance(one.result, Exception)]
+    if not made:
+        return [*outcomes]
+    pixels = [one.result for one in made if not isinstance(one.result, Exception)]
+    scores = iter(scorer(pixels, [record_of(one) for one in made]))
+    return [one if isinstance(one.result, Exception) else replace(one, score=next(scores)) for one in outcomes]
 
 
 class JudgedShard:
@@ -104,7 +119,7 @@ class JudgedShard:
         if record.status == "failed":
             return record, None
         if not choice.is_accepted and self._quality.otherwise == "fail":
-            return _below(record, score, len(tries), self._quality), None
+            return below_quality(record, score, len(tries), self._quality), None
         return record, run.image_of(position)
 
     def _tries(self, position: tuple[int, int]) -> list[Try]:
@@ -112,7 +127,7 @@ class JudgedShard:
         return [Try(run.records[position].status == "success", run.scores.get(position)) for run in runs]
 
 
-def _below(record: ImageRecord, score: float | None, num_tries: int, quality: QualityConfig) -> ImageRecord:
+def below_quality(record: ImageRecord, score: float | None, num_tries: int, quality: QualityConfig) -> ImageRecord:
     """Return the record of an image of which no try was good enough."""
     reached = "could not be judged" if score is None else f"reached {score:g} at best in {num_tries} tries"
     return replace(

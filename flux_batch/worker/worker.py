@@ -47,7 +47,7 @@ from flux_batch.worker.compile_cache import SharedCompileCache
 from flux_batch.worker.generate import BatchMaker, ImageOutcome, Tiles, image_options
 from flux_batch.worker.made_shard import CommittedShard, MadeShard
 from flux_batch.worker.protocol import ImagePipeline, Scorer
-from flux_batch.worker.quality import JudgedShard
+from flux_batch.worker.quality import JudgedShard, judged
 from flux_batch.worker.recorder import Recorder, message_of
 from flux_batch.worker.settled_precision import load_settled
 from flux_batch.worker.shard import ShardRun
@@ -244,18 +244,12 @@ class Worker:
 
     def _judged(self, run: ShardRun, outcomes: Sequence[ImageOutcome]) -> Sequence[ImageOutcome]:
         """Return outcomes with the scores of their images, if the job has `quality`."""
-        made = [(number, one) for number, one in enumerate(outcomes) if not isinstance(one.result, Exception)]
-        if self._scorer is None or not made:
+        if self._scorer is None:
             return outcomes
         with self.metrics.timed("judge"):
-            records = [self._recorder.outcome_fields(run.name, one) for _, one in made]
-            pixels = [one.result for _, one in made if not isinstance(one.result, Exception)]
-            scores = self._scorer(pixels, records)
+            scored = judged(outcomes, self._scorer, partial(self._recorder.outcome_fields, run.name))
         self._beat_making()
-        judged = list(outcomes)
-        for (number, one), score in zip(made, scores, strict=True):
-            judged[number] = replace(one, score=score)
-        return judged
+        return scored
 
     def _stop_shard(self, run: ShardRun, staging: StagingQueue) -> Commit:
         """Stage the images made so far. Returns: the commit of another driver's worker, if there is one.

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from flux_batch.config.running import QualityConfig
 from flux_batch.config.schema import JobConfig
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.diffusers_keys import controlnet_to_diffusers, transformer_to_diffusers
@@ -154,6 +155,25 @@ def test_controlnets_are_counted_once_each_and_their_residuals_for_each_image(de
     gone = {"controlnets": [{"uri": str(tmp_path / "gone.safetensors")}]}
     config = config.model_copy(update={"model": config.model.model_validate(config.model.model_dump() | gone)})
     assert "gone.safetensors is not on this machine" in memory(config)["error"]
+
+
+def test_a_scorer_on_the_device_of_the_pipeline_is_counted(dev: Path, tmp_path: Path) -> None:
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    sparse_safetensors(clip / "model.safetensors", {"weight": ("F32", (427_616_513,))})
+    plain = job(dev, tmp_path)
+
+    def bytes_with(score: str, **options: Any) -> dict[str, Any]:
+        quality = QualityConfig(score=score, at_least=0.3, options=options)
+        return memory(plain.model_copy(update={"quality": quality}))
+
+    counted = bytes_with("clip", model=str(clip))
+    assert counted["bytes"]["scorer"] == pytest.approx(4 * 427_616_513, rel=1e-6)
+    assert counted["total_bytes"] == memory(plain)["total_bytes"] + counted["bytes"]["scorer"]
+    for without in (bytes_with("clip", model=str(clip), device="cpu"), bytes_with("sharpness"), bytes_with("my:Judge")):
+        assert without == memory(plain)
+    missing = bytes_with("aesthetic", model=str(tmp_path / "gone"), head="head.pth")
+    assert "gone, by which quality.score judges, is not on this machine" in missing["error"]
 
 
 def test_with_cuda_graphs_nobody_else_gets_what_denoising_takes(dev: Path, tmp_path: Path) -> None:

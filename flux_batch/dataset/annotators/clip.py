@@ -9,11 +9,10 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from flux_batch.config.running import CLIP_MODEL
 from flux_batch.dataset.annotators.weights import ImageModel, load_tensors
 from flux_batch.errors import CheckpointError
 from flux_batch.pipeline.errors import checkpoint_errors, device_errors
-
-_MODEL = "openai/clip-vit-large-patch14"
 
 
 class Clip:
@@ -22,7 +21,7 @@ class Clip:
     version = "1"
     execution_options = frozenset({"device"})
 
-    def __init__(self, model: str = _MODEL, embedding: bool = True, device: str = "auto") -> None:
+    def __init__(self, model: str = CLIP_MODEL, embedding: bool = True, device: str = "auto") -> None:
         """Load a CLIP: a folder or address. embedding: whether to keep the image's embedding, of length 1."""
         import transformers
 
@@ -62,7 +61,7 @@ class Aesthetic:
     columns = pa.schema([("aesthetic", pa.float32())])
     execution_options = frozenset({"device"})
 
-    def __init__(self, head: str, model: str = _MODEL, device: str = "auto") -> None:
+    def __init__(self, head: str, model: str = CLIP_MODEL, device: str = "auto") -> None:
         """Load the head, a file of tensors, and the CLIP that it was trained with.
 
         The layers are applied in the order of their numbers with nothing between, as in

@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from flux_batch.config.running import SAFETY_MODEL
 from flux_batch.dataset.annotators.weights import ImageModel
 from flux_batch.errors import InvalidSetting
 from flux_batch.pipeline.errors import device_errors
@@ -26,7 +27,7 @@ class Safety:
 
     def __init__(
         self,
-        model: str = "Falconsai/nsfw_image_detection",
+        model: str = SAFETY_MODEL,
         unsafe_labels: Sequence[str] | None = None,
         device: str = "auto",
     ) -> None:
