@@ -163,7 +163,7 @@ class FluxMapper:
         ]
 
     def _make(self, requests: Sequence[ImageRequest]) -> dict[tuple[int, int], _EncodedImage]:
-        """Make the images of rows, by (row, image index), in the tries that `quality` asks for."""
+        """Make the images of rows, in the tries of `quality`, by (row, image index)."""
         tasks = [task for request in requests for task in tasks_of(request)]
         if self._quality is None:
             return {position: encoded for position, encoded, _ in self._make_tries(tasks)}
