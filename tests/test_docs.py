@@ -37,7 +37,7 @@ MAX_SKILL_LINES = 80
 MINIMAL: dict[str, Any] = {"prompts": {"uri": "demo"}, "output": {"uri": "out"}, "model": {"uri": "demo"}}
 LANGUAGES = {"sh", "yaml", "json", "python", "text"}
 # Programs of others, whose command lines are theirs to check.
-FOREIGN_PROGRAMS = {"pip"}
+FOREIGN_PROGRAMS = {"export", "pip", "source"}
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PATH = re.compile(rf"(?<![\w/.:-])(?:{'|'.join(FOLDERS)})/[\w./-]*")
 SETTING = re.compile(rf"({'|'.join(JobConfig.model_fields)})((?:\.\w+)+)(?:: .*)?")
