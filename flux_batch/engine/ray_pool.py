@@ -373,13 +373,14 @@ class Pool:
             if num_without:
                 resources = self.cluster.resources()
                 log.warning(
-                    "%d of %d workers have no place yet: each needs %g GPU, %g CPU; the cluster has %g GPU, %g CPU",
+                    "%d of %d workers have no place yet: each needs %g GPU, %g CPU; the cluster has %g GPU, %g CPU%s",
                     num_without,
                     len(self.workers),
                     self.options.num_gpus,
                     self.options.num_cpus,
                     resources.get("GPU", 0),
                     resources.get("CPU", 0),
+                    "; Ray may still be installing their runtime_env" if self.options.runtime_env else "",
                 )
             if num_loading := len(self.workers) - num_without - num_up:
                 log.info("%d of %d workers load the model", num_loading, len(self.workers))

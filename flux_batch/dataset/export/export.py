@@ -157,7 +157,8 @@ def format_exported(exported: _Exported) -> str:
     lines = [f"{split:<12} {number:>10,} images" for split, number in exported.splits.items()]
     before = exported.num_shards - exported.num_new_shards
     found = f", {before} of them found written already" if before else ""
-    lines.append(f"{exported.num_shards} {exported.format} shards, {exported.num_bytes / 1e6:.1f} MB{found}")
+    shards, size = f"{'shards':<12} {exported.num_shards:>10,}", f"{exported.num_bytes / 1e6:.1f} MB"
+    lines.append(f"{shards} of {exported.format}, {size}{found}")
     return "\n".join([*lines, f"in {exported.dest}"])
 
 

@@ -99,7 +99,7 @@ def format_published(published: Published) -> str:
     lines = [f"{split:<12} {number:>10,} images" for split, number in published.splits.items()]
     before = published.num_shards - published.num_new_shards
     found = f", {before} of them found there already" if before else ""
-    lines.append(f"{published.num_shards} shards, {published.num_bytes / 1e6:.1f} MB{found}")
+    lines.append(f"{'shards':<12} {published.num_shards:>10,}, {published.num_bytes / 1e6:.1f} MB{found}")
     return "\n".join([*lines, f"in {published.address}"])
 
 
