@@ -43,6 +43,7 @@ SETTINGS = {
     "workers.batch_size": "2",
     "failures.drain_s": "20",
 }
+ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 KEYS = ("train/{}.tar", "metadata/{}.parquet", "_run/commits/{}.json")
 
 
@@ -82,11 +83,11 @@ class Submission:
 
     def stop(self, name: str) -> None:
         """Stop the job in the middle, and see that it ended in order."""
-        # At once: a slow machine may render all before the command has begun, which then waits for the end.
+        # As `ray job stop` does, which takes so long to begin that a run may be through by then.
         urlopen(Request(f"{self._cluster.url}/api/jobs/{name}/stop", method="POST")).close()
-        said = self._cluster.run("ray", "job", "stop", name)
-        assert "was stopped" in said.stdout + said.stderr
+        wait_until(lambda: self.state(name) in ENDED, lambda: self.log(name))
         log = self.log(name)
+        assert self.state(name) == "STOPPED", log
         assert "SIGTERM: finishing or putting aside the current shards" in log
         assert f"of {self.num_shards} shards are committed; run the same command again" in log
         status = read_status(self.store)
@@ -98,8 +99,12 @@ class Submission:
         said = self._cluster.run("jobs/submit.sh", *self.arguments)
         assert said.returncode == 0, said.stdout + said.stderr
 
+    def state(self, name: str) -> str:
+        with urlopen(f"{self._cluster.url}/api/jobs/{name}") as answer:
+            return str(json.load(answer)["status"])
+
     def log(self, name: str) -> str:
-        return self._cluster.run("ray", "job", "logs", name).stdout
+        return self._cluster.log_of(name)
 
     def versions(self) -> dict[str, tuple[Any, ...]]:
         """Tell of every object of the committed shards which version of it is there."""
