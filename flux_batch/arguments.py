@@ -168,7 +168,9 @@ def parser() -> argparse.ArgumentParser:
         commands, "verify", "read all committed data again, and report errors", "out/cats", "out/cats --repair"
     )
     _add_output(command)
-    command.add_argument("--quick", action="store_true", help="compare sizes and tables, without reading images")
+    command.add_argument(
+        "--quick", action="store_true", help="compare listed sizes with the log of commits, without reading images"
+    )
     command.add_argument("--repair", action="store_true", help="revert broken commits, so that `run` makes them again")
     _add_json(command)
 

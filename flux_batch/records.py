@@ -268,6 +268,11 @@ class Commit:
     attempt: int = 1
     num_lost: int = 0
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all its files."""
+        return sum(file.bytes for file in self.files)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernels:

@@ -33,7 +33,7 @@ from flux_batch.records import Commit, ShardResult
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 _COMMITS_A_WRITE = 1000
 # S3 lists so many by one request.
 NAMES_A_PAGE = 1000
@@ -45,6 +45,7 @@ _COLUMNS = pa.schema(
         ("shard", pa.int32()),
         ("num_images", pa.int32()),
         ("num_failed", pa.int32()),
+        ("num_bytes", pa.int64()),  # of all files that the commit names
         ("device_s", pa.float64()),
         ("failures", pa.string()),  # a JSON object: error type -> number of images
     ]
@@ -59,6 +60,7 @@ class CommitLog:
     shards: array[int] = field(default_factory=lambda: array("i"))
     num_images: array[int] = field(default_factory=lambda: array("i"))
     num_failed: array[int] = field(default_factory=lambda: array("i"))
+    num_bytes: array[int] = field(default_factory=lambda: array("q"))
     device_s: array[float] = field(default_factory=lambda: array("d"))
     failures: dict[int, dict[str, int]] = field(default_factory=dict)  # of the shards that have any
     num_written: int = 0
@@ -66,7 +68,7 @@ class CommitLog:
     @classmethod
     def read(cls, commits: Commits) -> CommitLog:
         """Return the counts of every commit. Raises: StoreError if one that is not in the log is damaged."""
-        found, end = cls._saved(commits)
+        found, end = cls.saved(commits)
         found._read_new(end)
         return found
 
@@ -108,6 +110,7 @@ class CommitLog:
         self.shards.append(commit.shard)
         self.num_images.append(commit.num_images)
         self.num_failed.append(commit.num_failed)
+        self.num_bytes.append(commit.num_bytes)
         self.device_s.append(round(commit.device_s, 3))
         if commit.failures:
             self.failures[commit.shard] = commit.failures
@@ -118,6 +121,7 @@ class CommitLog:
             is_kept = [shard in shards for shard in self.shards]
             for whole in (self.shards, self.num_images, self.num_failed):
                 whole[:] = array("i", compress(whole, is_kept))
+            self.num_bytes[:] = array("q", compress(self.num_bytes, is_kept))
             self.device_s[:] = array("d", compress(self.device_s, is_kept))
             self.failures = {shard: counts for shard, counts in self.failures.items() if shard in shards}
             self.num_written = 0
@@ -138,6 +142,7 @@ class CommitLog:
             "shard": self.shards,
             "num_images": self.num_images,
             "num_failed": self.num_failed,
+            "num_bytes": self.num_bytes,
             "device_s": self.device_s,
         }
         arrays = [
@@ -155,8 +160,8 @@ class CommitLog:
         return json.dumps(self.failures[shard]) if shard in self.failures else None
 
     @classmethod
-    def _saved(cls, commits: Commits) -> tuple[CommitLog, int]:
-        """Read the saved log and its end; an empty one, from 0 on, if there is none that can be used."""
+    def saved(cls, commits: Commits) -> tuple[CommitLog, int]:
+        """Read the saved log alone, and its end; an empty one, from 0 on, if there is none that can be used."""
         store = commits.run.store
         try:
             found, end = cls._from_parquet(commits, store.read(COMMIT_LOG))
@@ -177,7 +182,7 @@ class CommitLog:
         if about["version"] != VERSION or not table.schema.equals(_COLUMNS):
             raise ValueError("of another version")
         shards, num_images, num_failed = (_values(table[name], array("i")) for name in _COLUMNS.names[:3])
-        if any(table[name].null_count for name in _COLUMNS.names[:4]):
+        if any(table[name].null_count for name in _COLUMNS.names[:5]):
             raise ValueError("it has gaps")
         failed = table.select(["shard", "failures"]).filter(pc.field("failures").is_valid()).to_pylist()
         found = cls(
@@ -185,6 +190,7 @@ class CommitLog:
             shards,
             num_images,
             num_failed,
+            _values(table["num_bytes"], array("q")),
             _values(table["device_s"], array("d")),
             {row["shard"]: json.loads(row["failures"]) for row in failed},
             len(shards),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,10 +17,11 @@ from typing import TypeVar, get_args
 
 from flux_batch.errors import NotFound, StoreError, count_of, one_line
 from flux_batch.output.annotations import AnnotationFolder, annotation_names, unpack_annotations
+from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.commits import parse_commit
-from flux_batch.output.formats import DECODE_ERRORS
+from flux_batch.output.formats import DECODE_ERRORS, OutputFormat
 from flux_batch.output.gc import find_leftovers
-from flux_batch.output.paths import REPORT, SUCCESS, TRAIN, failed_file, metadata_file
+from flux_batch.output.paths import FAILED, METADATA, REPORT, SUCCESS, TRAIN, failed_file, metadata_file
 from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.report.progress.snapshot import duration
 from flux_batch.report.saved_run import SavedRun
@@ -76,6 +77,16 @@ class _Verdict:
         self.num_bytes += found.num_bytes
         self.problems += found.problems
 
+    def add_logged(self, log: CommitLog, place: int) -> None:
+        """Add the counts of a shard that was not read."""
+        num_images, num_failed = log.num_images[place], log.num_failed[place]
+        self.num_committed += 1
+        self.num_files += 1 + (num_images > num_failed)
+        self.num_rows += num_images
+        self.num_images += num_images - num_failed
+        self.num_failed += num_failed
+        self.num_bytes += log.num_bytes[place]
+
 
 # Problems for which a commit is reverted; the others are mended beside it.
 _BREAKING: tuple[Check, ...] = ("commit", "files", "rows", "images")
@@ -86,7 +97,8 @@ def verify(
 ) -> _Verdict:
     """Read every committed shard again and return what is wrong; changes nothing, and may run beside a run.
 
-    `quick` compares sizes and tables, and reads no image; `on_progress` gets the number of shards read, and of all.
+    `quick` compares the listed sizes with the log of commits, and reads commit and table of a shard that differs, or is
+    not in the log, or has a folder of images; no image. `on_progress` gets the number of shards read, and of all.
     Raises: JobError if there is no run, StoreError.
 
     >>> verdict = verify(Store("out/done"))
@@ -99,19 +111,56 @@ def verify(
     done = run.commits.done()
     sizes = store.children(TRAIN)
     shards = sorted(shard for shard in done if shard < run.num_shards)
+    to_read = _add_logged(run, verdict, shards, sizes) if quick else shards
 
     def check(shard: int) -> ShardFindings | None:
         with scratch_folder() as scratch:
             return check_shard(run, shard, scratch, sizes, quick=quick)
 
-    for number, found in enumerate(_in_parallel(check, shards), 1):
+    for number, found in enumerate(_in_parallel(check, to_read), 1):
         if found is not None:
             verdict.add(found)
-        on_progress(number, len(shards))
+        on_progress(number, len(to_read))
     _check_annotations(run, verdict, set(shards))
     _check_whole(run, verdict, done)
     verdict.wall_s = time.monotonic() - started
     return verdict
+
+
+def _add_logged(run: SavedRun, verdict: _Verdict, shards: Sequence[int], data: Mapping[str, int | None]) -> list[int]:
+    """Add the counts of shards whose files are listed with the bytes of the log. Returns: the other shards.
+
+    data: the size of everything directly in `train`, by name.
+    """
+    log, _ = CommitLog.saved(run.commits)
+    places = {shard: place for place, shard in enumerate(log.shards)}
+    listed = _Listed(run.output_format, data, run.store.children(METADATA), run.store.children(FAILED))
+    others = []
+    for shard in shards:
+        place = places.get(shard)
+        if place is not None and listed.is_as_logged(run.name(shard), log, place):
+            verdict.add_logged(log, place)
+        else:
+            others.append(shard)
+    return others
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """The sizes of the files of all shards, by name; None is a folder."""
+
+    output_format: OutputFormat
+    data: Mapping[str, int | None]
+    tables: Mapping[str, int | None]
+    failures: Mapping[str, int | None]
+
+    def is_as_logged(self, shard: str, log: CommitLog, place: int) -> bool:
+        """Return whether a shard of one file has the bytes of the log, and a table of failures if it needs one."""
+        data = self.data.get(self.output_format.location(shard).rpartition("/")[2], 0)
+        table = self.tables.get(f"{shard}.parquet")
+        if data is None or table is None or data + table != log.num_bytes[place]:
+            return False
+        return (f"{shard}.parquet" in self.failures) == (log.num_failed[place] > 0)
 
 
 def repair(store: Store, verdict: _Verdict) -> list[int]:

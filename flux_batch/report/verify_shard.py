@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,10 +114,10 @@ class _ShardCheck:
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             fetched = dict(zip((file.path for file in wanted), pool.map(self._fetch, wanted), strict=True))
         if self._quick:
-            sizes = self._listed_sizes()
+            size_of = self._listed_sizes()
             for file in files.values():
                 if file not in wanted:
-                    self._check_size(file, sizes.get(file.path))
+                    self._check_size(file, size_of(file.path))
         return {path: copy for path, copy in fetched.items() if copy is not None}
 
     def _fetch(self, file: StoredFile) -> Path | None:
@@ -142,11 +142,13 @@ class _ShardCheck:
             self._add("files", f"{file.path}: has {size} bytes; {file.bytes} were committed")
         return size == file.bytes
 
-    def _listed_sizes(self) -> Mapping[str, int | None]:
+    def _listed_sizes(self) -> Callable[[str], int | None]:
+        """Return a function that returns the listed size of a file, None if it is not there."""
         if self._name in self._sizes:  # a folder of single files
             folder = f"{TRAIN}/{self._name}"
-            return {f"{folder}/{name}": size for name, size in self._run.store.children(folder).items()}
-        return {f"{TRAIN}/{name}": size for name, size in self._sizes.items()}
+            inside = self._run.store.children(folder)
+            return lambda path: inside.get(path.removeprefix(f"{folder}/"))
+        return lambda path: self._sizes.get(path.removeprefix(f"{TRAIN}/"))
 
     def _rows(self, metadata: bytes) -> list[dict[str, Any]] | None:
         try:

@@ -76,7 +76,7 @@ class MadeShard:
     def _count(self, commit: Commit) -> None:
         metrics = self.metrics.of_worker
         metrics.add("shards")
-        metrics.add("bytes", _num_bytes(commit))
+        metrics.add("bytes", commit.num_bytes)
         about = {"run": metrics.run, "shard": commit.shard}
         log.info("shard %d: %d images, %d failed", commit.shard, commit.num_images, commit.num_failed, extra=about)
 
@@ -87,10 +87,6 @@ def _result(commit: Commit) -> ShardResult:
         worker=commit.worker,
         num_images=commit.num_images,
         num_failed=commit.num_failed,
-        num_bytes=_num_bytes(commit),
+        num_bytes=commit.num_bytes,
         failures=commit.failures,
     )
-
-
-def _num_bytes(commit: Commit) -> int:
-    return sum(file.bytes for file in commit.files)

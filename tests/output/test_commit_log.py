@@ -119,7 +119,7 @@ def test_a_log_of_another_version_is_not_used(tmp_path: Path, monkeypatch: pytes
     CommitLog.read(commits).write()
     store.keys.clear()
 
-    monkeypatch.setattr("flux_batch.output.commit_log.VERSION", 2)
+    monkeypatch.setattr("flux_batch.output.commit_log.VERSION", 3)
 
     assert CommitLog.read(commits).done == {0, 1}
     assert len(store.keys) == 3

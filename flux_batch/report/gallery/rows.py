@@ -1,6 +1,6 @@
 """The rows of a run that a gallery shows: a sample spread evenly over all commits, and the first failures.
 
-Of a large run only the commits are read, and the metadata of the shards that have a row in the sample.
+Of a large run only the log of commits is read, and the metadata of the shards that have a row in the sample.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from flux_batch.errors import NotFound, StoreError
+from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.commits import Commits
 from flux_batch.output.metadata import unpack_metadata
 from flux_batch.output.paths import ANNOTATIONS, failed_file, metadata_file
 
 Row: TypeAlias = Mapping[str, Any]
-
-# Commits in memory at once: that of a shard in single files names hundreds of files.
-_COMMITS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +37,9 @@ class GalleryRow:
 
 def count_shards(commits: Commits) -> list[ShardCounts]:
     """Count the images and failures of each committed shard, in order. Raises: StoreError for a damaged commit."""
-    done = sorted(commits.done())
-    return [
-        ShardCounts(commit.shard, commit.num_images - commit.num_failed, commit.num_failed)
-        for first in range(0, len(done), _COMMITS_AT_ONCE)
-        for commit in commits.read_all(done[first : first + _COMMITS_AT_ONCE])
-    ]
+    log = CommitLog.read(commits)
+    counts = zip(log.shards, log.num_images, log.num_failed, strict=True)
+    return [ShardCounts(shard, num_all - num_failed, num_failed) for shard, num_all, num_failed in sorted(counts)]
 
 
 def spread(total: int, most: int) -> list[int]:

@@ -56,11 +56,12 @@ def write_gallery(
     counts = count_shards(run.commits)
     check_columns(columns, _known_columns(run, counts) if counts and columns else ())
     other_counts = count_shards(other.commits) if other else []
-    progress = _Progress(len(counts) + len(other_counts), on_progress)
     chosen = _Chosen(counts, max_images)
-    shown = [_write_run(store, run, counts, _RUN, chosen.of_shard, progress.add)]
+    shards, others = chosen.shards, [each.shard for each in other_counts]
+    progress = _Progress(len(shards) + len(others), on_progress)
+    shown = [_write_run(store, run, counts, shards, _RUN, chosen.of_shard, progress.add)]
     if other:
-        shown.append(_write_run(store, other, other_counts, _BESIDE, chosen.beside, progress.add))
+        shown.append(_write_run(store, other, other_counts, others, _BESIDE, chosen.beside, progress.add))
     write_file(store, SHEET, draw_sheet(read_gallery(store, min(max_images, SHEET_IMAGES))))
     write_file(store, PAGE, render_viewer(shown, columns).encode())
     _remove_others(store, {PAGE, SHEET, *(key for each in shown for key in each.chunks.keys)})
@@ -106,6 +107,11 @@ class _Chosen:
             self._num_failed[each.shard] = min(left, each.num_failed)
             left -= self._num_failed[each.shard]
         self._identities: set[tuple[str, int]] = set()
+
+    @property
+    def shards(self) -> list[int]:
+        """The shards that have a row to show, in order."""
+        return [shard for shard, num_failed in self._num_failed.items() if num_failed or shard in self._numbers]
 
     def of_shard(self, shard: int, rows: Sequence[Row]) -> Iterable[Row]:
         numbers = set(self._numbers.get(shard, ()))
@@ -156,12 +162,13 @@ def _write_run(
     store: Store,
     run: SavedRun,
     counts: Sequence[ShardCounts],
+    shards: Sequence[int],
     folder: str,
     choose: Choose,
     on_shard: Callable[[], None],
 ) -> ShownRun:
     writer = ChunkWriter(run, store, f"{GALLERY}/{folder}", choose)
-    written = writer.write([each.shard for each in counts], on_shard)
+    written = writer.write(shards, on_shard)
     return ShownRun(**run_size(run, counts), folder=folder, chunks=written, original=_original(run))
 
 
