@@ -212,7 +212,7 @@ def _values(column: pa.ChunkedArray, values: array[Any]) -> array[Any]:
 def check_all_committed(commits: Commits) -> None:
     """Raise Interrupted if a shard has no commit, whatever the log says; the log is removed then. Needs the lease."""
     is_done = bytearray(commits.run.num_shards)
-    for shard in commits.done():
+    for shard in commits.numbers():
         if shard < len(is_done):
             is_done[shard] = 1
     unlisted = [shard for shard, is_listed in enumerate(is_done) if not is_listed]

@@ -58,7 +58,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -99,9 +99,14 @@ class Commits:
 
     def done(self, first: int = 0) -> set[int]:
         """Return the shards that are committed, those before `first` left out."""
+        return set(self.numbers(first))
+
+    def numbers(self, first: int = 0) -> Iterator[int]:
+        """Yield what `done` returns, in order, without a set of all."""
         after = self.key(first - 1).rpartition("/")[2] if first else ""
-        numbers = (number_in(name, ".json") for name in self.run.store.names(self.folder, after))
-        return {number for number in numbers if number is not None}
+        for name in self.run.store.names(self.folder, after):
+            if (number := number_in(name, ".json")) is not None:
+                yield number
 
     def read(self, shard: int) -> Commit:
         """Read the commit of a shard. Raises: NotFound if it is not done, StoreError if it is damaged."""

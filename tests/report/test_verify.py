@@ -19,7 +19,7 @@ import pytest
 from flux_batch.config.schema import JobConfig
 from flux_batch.errors import JobError, StoreError
 from flux_batch.output.lease import Lease
-from flux_batch.output.paths import metadata_file
+from flux_batch.output.paths import COMMIT_LOG, metadata_file
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify import format_verdict, repair, verify
 from flux_batch.storage.store import Store
@@ -71,6 +71,30 @@ def test_an_unfinished_run_is_good(store: Store) -> None:
     assert verdict.problems == []
     assert verdict.leftovers["uncommitted"] >= 2
     assert "not committed yet: 1 shard" in format_verdict(verdict)
+
+
+def test_a_quick_look_reads_only_shards_that_are_listed_otherwise_than_logged(
+    webdataset: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[str] = []
+    for name in ("read", "local_file"):
+        read = getattr(Store, name)
+        monkeypatch.setattr(Store, name, lambda store, key, *to, read=read: keys.append(key) or read(store, key, *to))
+
+    def looked_at() -> list[str]:
+        keys.clear()
+        verdict = verify(webdataset, quick=True)
+        assert (verdict.num_rows, verdict.num_images, verdict.num_failed, verdict.num_files) == (12, 11, 1, 6)
+        return sorted({Path(key).stem for key in keys if key.startswith(("metadata/", "_run/commits/00001"))})
+
+    assert looked_at() == []
+    (failed,) = webdataset.list("_run/failed")
+    saved = webdataset.read(failed)
+    webdataset.delete(failed)
+    assert looked_at() == [Path(failed).stem]
+    webdataset.write(failed, saved)
+    webdataset.delete(COMMIT_LOG)
+    assert looked_at() == ["00000", "00001", "00002"]
 
 
 def test_a_run_in_a_bucket_is_read_too(tmp_path: Path, s3_store: Bucket) -> None:
@@ -153,14 +177,14 @@ def test_a_repair_keeps_good_images_and_makes_the_others_with_their_neighbours(t
     assert verify(store).problems == []
 
 
-@pytest.mark.parametrize("damage", [cut, flip, remove])
+@pytest.mark.parametrize(("damage", "quick"), [(cut, True), (flip, False), (remove, True)])
 def test_damaged_metadata_is_found_and_repaired(
-    config: JobConfig, store: Store, damage: Callable[[Path], None]
+    config: JobConfig, store: Store, damage: Callable[[Path], None], quick: bool
 ) -> None:
     before = data_files(Path(store.uri))
     damage(Path(store.uri, "metadata/00002.parquet"))
 
-    verdict = verify(store, quick=True)
+    verdict = verify(store, quick=quick)
     assert [(problem.check, problem.shard) for problem in verdict.problems] == [("files", 2)]
     repair(store, verdict)
     finish(config)
@@ -239,7 +263,7 @@ def test_rows_that_differ_from_the_plan_are_found(
 ) -> None:
     rewrite_rows(webdataset, change)
 
-    found = texts(webdataset, quick=True)
+    found = texts(webdataset)
     assert [(check, shard) for check, shard, _ in found] == [("rows", 1)]
     assert words in found[0][2]
 

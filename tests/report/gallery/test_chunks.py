@@ -116,6 +116,20 @@ def test_only_what_is_missing_is_made_again(tmp_path: Path, monkeypatch: pytest.
     assert store.list("_run/gallery") == ["_run/gallery/contact-sheet.jpg", "_run/gallery/index.html"]
 
 
+def test_no_shard_is_read_that_has_nothing_to_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": "[raise]" if n == 9 else f"p{n}"} for n in range(16)]
+    store = rendered(tmp_path, rows, output={"shard_size": 4})
+    keys = set[str]()
+    read = Store.read
+    monkeypatch.setattr(Store, "read", lambda store, key: (keys.add(key), read(store, key))[1])
+
+    write_gallery(store, 1)
+
+    assert len(Loaded(tmp_path / "out").rows) == 2  # the image in the middle, and the failed one
+    assert {key for key in keys if key.startswith("metadata/")} == {"metadata/00001.parquet", "metadata/00002.parquet"}
+    assert not [key for key in keys if key.startswith("_run/commits/")]
+
+
 def test_hostile_rows_are_data(tmp_path: Path) -> None:
     rows = [{"prompt": text, "id": f"{text[:9]}{n}", "odd": [text]} for n, text in enumerate(HOSTILE * 2)]
     rows[0]["prompt"] = "x" * 5000
