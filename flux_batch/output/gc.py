@@ -6,7 +6,7 @@ Looks at the folders of a run alone, `train`, `metadata` and `_run`: whatever el
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -69,8 +69,11 @@ class _Leftover:
     upload: Upload | None = None
 
 
-def find_leftovers(run: RunFolder) -> Iterator[_Leftover]:
-    """Yield every leftover. Those that are `uncommitted` may be committed by a worker meanwhile."""
+def find_leftovers(run: RunFolder, named: Container[str] = ()) -> Iterator[_Leftover]:
+    """Yield every leftover. Those that are `uncommitted` may be committed by a worker meanwhile.
+
+    named: the files directly in `train` that commits are known to name, which are not read for them.
+    """
     done = Commits(run).done()
     yield from _unknown_files(run)
     yield from (_Leftover(key, "half-written") for key in run.store.list(STORE_TMP))
@@ -79,7 +82,7 @@ def find_leftovers(run: RunFolder) -> Iterator[_Leftover]:
     yield from _staged(run, done)
     for folder in (METADATA, FAILED):
         yield from _tables(run, folder, done)
-    yield from _data_files(run, done)
+    yield from _data_files(run, done, named)
 
 
 def unfinished_uploads(store: Store) -> list[Upload]:
@@ -141,10 +144,10 @@ def _tables(run: RunFolder, folder: str, done: set[int]) -> Iterator[_Leftover]:
             yield _Leftover(key, "uncommitted", shard)
 
 
-def _data_files(run: RunFolder, done: set[int]) -> Iterator[_Leftover]:
+def _data_files(run: RunFolder, done: set[int], named: Container[str]) -> Iterator[_Leftover]:
     """Yield files of images that no commit names; a shard has one file, or a folder."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        entries = run.store.children(TRAIN).items()
+        entries = [entry for entry in run.store.children(TRAIN).items() if entry[0] not in named]
         for leftovers in pool.map(lambda entry: _data_of_shard(run, entry[0], entry[1], done), entries):
             yield from leftovers
 

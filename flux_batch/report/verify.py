@@ -54,6 +54,7 @@ class _Verdict:
     num_annotations: int = 0  # files of them
     wall_s: float = 0.0
     leftovers: Counter[str] = field(default_factory=Counter)  # by kind
+    logged: set[str] = field(default_factory=set)  # files in `train` that the log of commits speaks of
     problems: list[Problem] = field(default_factory=list)
     broken_annotations: list[tuple[str, int]] = field(default_factory=list)  # names and shards
 
@@ -140,6 +141,7 @@ def _add_logged(run: SavedRun, verdict: _Verdict, shards: Sequence[int], data: M
         place = places.get(shard)
         if place is not None and listed.is_as_logged(run.name(shard), log, place):
             verdict.add_logged(log, place)
+            verdict.logged.add(listed.data_name(run.name(shard)))
         else:
             others.append(shard)
     return others
@@ -156,11 +158,15 @@ class _Listed:
 
     def is_as_logged(self, shard: str, log: CommitLog, place: int) -> bool:
         """Return whether a shard of one file has the bytes of the log, and a table of failures if it needs one."""
-        data = self.data.get(self.output_format.location(shard).rpartition("/")[2], 0)
+        data = self.data.get(self.data_name(shard), 0)
         table = self.tables.get(f"{shard}.parquet")
         if data is None or table is None or data + table != log.num_bytes[place]:
             return False
         return (f"{shard}.parquet" in self.failures) == (log.num_failed[place] > 0)
+
+    def data_name(self, shard: str) -> str:
+        """Return the name in `train` of the file or folder of a shard."""
+        return self.output_format.location(shard).rpartition("/")[2]
 
 
 def repair(store: Store, verdict: _Verdict) -> list[int]:
@@ -265,7 +271,7 @@ def _check_whole(run: SavedRun, verdict: _Verdict, done: set[int]) -> None:
         verdict.problems.append(
             Problem("commit", f"shard {shard} is committed, but the plan has {run.num_shards} shards")
         )
-    leftovers = list(find_leftovers(run.folder))
+    leftovers = list(find_leftovers(run.folder, verdict.logged))
     late = run.commits.done() - done  # committed in the meantime
     if verdict.is_complete and len(done | late) < run.num_shards:
         missing = run.num_shards - len(done | late)
