@@ -157,7 +157,10 @@ class _Listed:
     failures: Mapping[str, int | None]
 
     def is_as_logged(self, shard: str, log: CommitLog, place: int) -> bool:
-        """Return whether a shard of one file has the bytes of the log, and a table of failures if it needs one."""
+        """Return whether a shard of one file has the bytes of the log.
+
+        A shard with failures has a table of them, too.
+        """
         data = self.data.get(self.data_name(shard), 0)
         table = self.tables.get(f"{shard}.parquet")
         if data is None or table is None or data + table != log.num_bytes[place]:

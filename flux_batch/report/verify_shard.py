@@ -143,7 +143,7 @@ class _ShardCheck:
         return size == file.bytes
 
     def _listed_sizes(self) -> Callable[[str], int | None]:
-        """Return a function that returns the listed size of a file, None if it is not there."""
+        """Return a function from a path to its listed size; None if it is not there."""
         if self._name in self._sizes:  # a folder of single files
             folder = f"{TRAIN}/{self._name}"
             inside = self._run.store.children(folder)
