@@ -25,7 +25,7 @@ from flux_batch.demo.world.background import (
     nearest_colour,
     residual,
 )
-from flux_batch.demo.world.captions import COLOURS, PALETTE, SHAPES, Background, Colour, Shape, Size
+from flux_batch.demo.world.captions import COLOURS, MIN_CONTRAST, PALETTE, SHAPES, Background, Colour, Shape, Size
 from flux_batch.demo.world.drawing import EXTENTS, Mask, Pixels, Placement, draw_shape
 from flux_batch.demo.world.regions import Region, components, grown, opened, shrunk
 
@@ -38,6 +38,9 @@ _MIN_AREA = 140.0
 _MAX_COLOURS = 8
 # The least overlap of a thing with its shape.
 _MIN_OVERLAP = 0.6
+# The least distance of a thing from the background in RGB. The world's are MIN_CONTRAST or more from it; what is nearer
+# than this is a glow around a thing, or a flaw of the pattern.
+_LEAST_CONTRAST = MIN_CONTRAST * 2 / 3
 # The geometric means of the extents that are drawn.
 _SMALL_BELOW = (EXTENTS["small"] * EXTENTS["medium"]) ** 0.5
 _LARGE_ABOVE = (EXTENTS["medium"] * EXTENTS["large"]) ** 0.5
@@ -111,9 +114,15 @@ def _find_things(pixels: Pixels, fit: BackgroundFit) -> list[ReadThing]:
         is_other = is_thing & (nearest != number)
         for region in components(opened(~is_other & (off < off_rest)), _MIN_AREA / 2):
             cover_here = np.where(grown(region, 5) & ~is_other, cover, 0).astype(np.float32)
-            if cover_here.sum() >= _MIN_AREA:
+            if cover_here.sum() >= _MIN_AREA and np.median(off_rest[region]) >= _LEAST_CONTRAST:
                 found.append((float(cover_here.sum()), _describe(cover_here, colour)))
-    return [thing for _, thing in sorted(found, key=lambda pair: -pair[0])]
+    things = [thing for _, thing in sorted(found, key=lambda pair: -pair[0])]
+    return [thing for number, thing in enumerate(things) if not any(_is_hole(thing, ring) for ring in things[:number])]
+
+
+def _is_hole(thing: ReadThing, ring: ReadThing) -> bool:
+    """Return whether a thing is the hole of a ring that is larger: no two things of the world have one centre."""
+    return ring.shape == "ring" and max(abs(thing.x - ring.x), abs(thing.y - ring.y)) < ring.extent / 8
 
 
 def _find_colours(pixels: Pixels, region: Region) -> list[Pixels]:
