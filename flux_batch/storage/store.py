@@ -27,6 +27,7 @@ from flux_batch.storage import s3
 from flux_batch.storage.contact import FIRST_ATTEMPTS, Contact
 from flux_batch.storage.errors import FULL_ERRNOS, NO_BUCKET, code, is_transient, origin, said, status
 from flux_batch.storage.hard_link import create
+from flux_batch.storage.local_folder import entry_sizes
 from flux_batch.storage.multipart import Upload, abort, list_uploads, put_in_parts, put_whole
 from flux_batch.storage.retry import RetryPolicy
 
@@ -204,13 +205,12 @@ class Store:
 
     def children(self, folder: str) -> dict[str, int | None]:
         """Return the names directly in a folder: the size of each object in bytes, None for a folder in it."""
+        if self._is_local:
+            return dict(self._listed(folder, lambda: entry_sizes(self._path(folder))))
         found = self._listed(folder, lambda: list(self._ask("ls", self._path(folder), detail=True)))
-        entries = ((entry["name"].rstrip("/"), entry) for entry in found)
-        return {
-            path.rpartition("/")[2]: int(entry["size"]) if entry["type"] == "file" else None
-            for path, entry in entries
-            if path.rpartition("/")[0] == self._path(folder).rstrip("/")
-        }
+        sizes = {each["name"].rstrip("/"): int(each["size"]) if each["type"] == "file" else None for each in found}
+        parent = self._path(folder).rstrip("/")
+        return {path.rpartition("/")[2]: size for path, size in sizes.items() if path.rpartition("/")[0] == parent}
 
     def write(self, key: str, data: bytes | Path) -> None:
         """Write an object, replacing one that is there; a reader sees the old or the new one, never a half."""

@@ -158,6 +158,12 @@ def test_the_children_of_a_folder_are_its_objects_with_their_sizes_and_its_folde
     assert store.children("nothing") == {}
 
 
+def test_what_is_removed_while_a_folder_is_listed_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "file").write_bytes(b"one")
+    assert Store(str(tmp_path)).children("") == {"file": 3}
+
+
 def test_names_begin_behind_the_one_that_is_given(store: Store) -> None:
     for name in ("10", "11", "2", "deeper/12"):
         store.write(f"some/{name}", b"")
