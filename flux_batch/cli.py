@@ -77,10 +77,10 @@ def _load_job(arguments: argparse.Namespace) -> JobConfig:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from flux_batch.report.summary import format_report
+    from flux_batch.report.summary import report_rows
 
     report = _finished_run(arguments)
-    _show(arguments, json.loads(report.to_json()), format_report(report))
+    _show_table(arguments, json.loads(report.to_json()), [report_rows(report)])
     return report.exit_code
 
 
@@ -191,7 +191,8 @@ def _preview(arguments: argparse.Namespace) -> int:
     from flux_batch.job import preview
     from flux_batch.plan.tokenizers import Tokenizers
     from flux_batch.report.gallery.write import write_single_file
-    from flux_batch.report.summary import format_report
+    from flux_batch.report.progress.table import write_table
+    from flux_batch.report.summary import report_rows
     from flux_batch.storage.store import Store
 
     if not 1 <= arguments.rows <= _MAX_PREVIEW:
@@ -206,10 +207,10 @@ def _preview(arguments: argparse.Namespace) -> int:
     if num_cut:
         are = "prompt is" if num_cut == 1 else "prompts are"
         text += f"\n{num_cut} {are} longer than CLIP or T5 reads; the page shows what is left out"
-    if report.exit_code:
-        text += f"\n{format_report(report)}"
     data |= {"output": report.output, "num_truncated": num_cut, "report": json.loads(report.to_json())}
     _show(arguments, data, text)
+    if report.exit_code and not arguments.json:
+        write_table([report_rows(report)])
     return report.exit_code
 
 
@@ -343,7 +344,7 @@ def _completion(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from flux_batch.demo.paths import demo_job_path
-    from flux_batch.report.summary import format_report
+    from flux_batch.report.summary import report_rows
 
     settings = [f"output.uri={arguments.output}"]
     if arguments.rows:
@@ -362,7 +363,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     )
     wanted = argparse.Namespace(output=report.output, columns=None, max_images=None, single_file=False, beside=None)
     page, where = gallery_command(wanted, {}, _show_progress)
-    _show(arguments, {"report": json.loads(report.to_json()), "gallery": page}, f"{format_report(report)}\n{where}")
+    _show_table(arguments, {"report": json.loads(report.to_json()), "gallery": page}, [report_rows(report)])
+    if not arguments.json:
+        _print(where)
     return report.exit_code
 
 

@@ -25,7 +25,7 @@ from flux_batch.download.models import absolute_model_uri
 from flux_batch.download.revision import model_revision
 from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import FluxBatchError, Interrupted, JobError, RowError, StoreError
+from flux_batch.errors import FluxBatchError, Interrupted, JobError, RowError, StoreError, count_of
 from flux_batch.output.lease import Lease
 from flux_batch.output.metadata import columns_of_job
 from flux_batch.output.paths import PLAN
@@ -118,7 +118,8 @@ def run(
         revert_failed(config, plan, store, retry_failed=retry_failed)
         todo, progress = read_state(here, plan, store)
         if todo:
-            log.info("%s: %d of %d shards to do, output: %s", config.name, len(todo), len(plan.shards), store.uri)
+            shards = count_of(len(plan.shards), "shard")
+            log.info("%s: %d of %s to do, output: %s", config.name, len(todo), shards, store.uri)
             make_pipeline = make_pipeline or partial(load_pipeline, num_gpus=here.workers.num_gpus)
             columns = columns_of_job(plan.passthrough, config)
             factory = WorkerFactory(here, len(plan.shards), columns, make_pipeline, plan.rules, load_scorer)

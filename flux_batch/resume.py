@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.revision import model_revision
-from flux_batch.errors import AlreadyExists, FluxBatchError, JobError, NotFound, PlanMismatch, StoreError
+from flux_batch.errors import AlreadyExists, FluxBatchError, JobError, NotFound, PlanMismatch, StoreError, count_of
 from flux_batch.output.card import card
 from flux_batch.output.commit_log import CommitLog, check_all_committed
 from flux_batch.output.commits import Commits
@@ -66,7 +66,7 @@ def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunRep
         return None
     if extend:
         log.info("%s: no prompt file is new", config.name)
-    log.info("%s: nothing to do, all %d shards are committed in %s", config.name, len(plan.shards), store.uri)
+    log.info("%s: nothing to do, %s committed in %s", config.name, count_of(len(plan.shards), "shard"), store.uri)
     return _report_of(settled_job(store, config), store, progress)
 
 
@@ -83,12 +83,10 @@ class RunThere:
     @property
     def text(self) -> str:
         """The rest of the run, as a line."""
+        shards = f"{self.num_committed} of {count_of(self.num_shards, 'shard')}"
         if self.num_committed == self.num_shards:
-            return f"all {self.num_shards} shards are committed: nothing to do"
-        return (
-            f"{self.num_committed} of {self.num_shards} shards, {self.num_images} images ({self.num_failed} failed): "
-            "a run would go on with the rest"
-        )
+            return f"{shards} committed: nothing to do"
+        return f"{shards}, {self.num_images} images ({self.num_failed} failed): a run would go on with the rest"
 
 
 def run_there(config: JobConfig, store: Store) -> RunThere | None:

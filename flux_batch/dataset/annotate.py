@@ -157,7 +157,7 @@ def annotate(
         progress = _Pass(run, folders, settings.num_gpus)
         todo = progress.todo()
         if todo:
-            log.info("%s: %d of %d shards to annotate", store.uri, len(todo), run.num_shards)
+            log.info("%s: %d of %s to annotate", store.uri, len(todo), count_of(run.num_shards, "shard"))
             factory = AnnotateFactory(
                 output=output,
                 storage_options=options,

@@ -102,19 +102,24 @@ class RunReport:
         return json.dumps(fields, indent=1).encode()
 
 
-def format_report(report: RunReport) -> str:
-    """Return the lines that a finished run prints."""
-    lines = [report.line, f"images   {report.output}/{TRAIN}", f"metadata {report.output}/{METADATA}"]
+def report_rows(report: RunReport) -> list[tuple[str, str]]:
+    """Return what a finished run prints as rows of a table."""
     reasons = failure_lines({"failures": report.failures, "examples": report.examples})
-    lines += [f"{'' if number else 'failed':<9}{line}" for number, line in enumerate(reasons)]
+    rows = [
+        ("run", report.line),
+        ("images", f"{report.output}/{TRAIN}"),
+        ("metadata", f"{report.output}/{METADATA}"),
+        *(("" if number else "failed", line) for number, line in enumerate(reasons)),
+    ]
     if not report.is_complete:
-        lines.append("NOT COMPLETE: run it again")
+        rows.append(("MISSING", "the run is not complete: run it again"))
     elif report.exit_code:
-        lines.append(
+        allowed = (
             f"{100 * report.failed_ratio:.1f} % failed, failures.max_ratio = {report.max_failed_ratio:g} allows less; "
             f"all reasons are in {report.output}/{FAILED}"
         )
-    return "\n".join(lines)
+        rows.append(("TOO MANY", allowed))
+    return rows
 
 
 @dataclass(slots=True)

@@ -67,7 +67,7 @@ def test_a_plan_sees_what_is_there(
     run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
     assert main(["plan", file, "--speed", "0.5"]) == 0
     out = capsys.readouterr().out
-    assert "there     all 3 shards are committed: nothing to do" in out
+    assert "there     3 of 3 shards committed: nothing to do" in out
     assert "hours     0 worker-hours" in out
     for name in ("_SUCCESS", "_run/commits/00001.json"):
         (tmp_path / "out" / name).unlink()

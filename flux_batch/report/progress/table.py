@@ -16,7 +16,8 @@ Rows: TypeAlias = Sequence[tuple[str, str]]
 
 # Longer lines are hard to read.
 _MAX_WIDTH = 120
-_STYLES = {"failed": "red", "mind": "yellow", "waiting": "yellow", "REFUSED": "bold red"}
+_STYLES = {"failed": "red", "mind": "yellow", "waiting": "yellow"}
+_STYLES |= dict.fromkeys(("REFUSED", "MISSING", "TOO MANY"), "bold red")
 
 
 def can_draw(file: TextIO) -> bool:
