@@ -22,6 +22,8 @@ _MAX_LENGTH = 300
 _FACTS = ("seed", "width", "height", "num_inference_steps", "embedded_guidance")
 _NAMES = ("key", "id", "prompt")
 _NOT_SHOWN = {"image_index", "status", "error_type", "error_message", "file_name", "sha256", "bytes"}
+# Columns that say something of an image if they are true.
+_TRUNCATED = {"clip_truncated", "t5_truncated"}
 # Control characters but for tabs and ends of lines, and halves of surrogate pairs.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # An image in a file of its own can be opened from the page.
@@ -54,14 +56,15 @@ def _split_columns(rows: Sequence[Row], asked: Sequence[str] | None) -> tuple[li
 
 
 def _values_of(row: Row, names: Sequence[str]) -> list[tuple[str, Any]]:
-    """Return the names and values of some columns, without those that are empty."""
-    return [(name, row[name]) for name in names if row.get(name) not in (None, "")]
+    """Return the names and values of some columns, without those that are empty, or false and no news."""
+    empty = {name: (None, "", False) if name in _TRUNCATED else (None, "") for name in names}
+    return [(name, row[name]) for name in names if row.get(name) not in empty[name]]
 
 
 def _facts(row: Row) -> list[str]:
     """Return seed, size, steps and guidance in words, as far as a row has them."""
-    words = {  # no line breaks within one of them
-        "seed\u00a0{seed}": ("seed",),
+    words = {  # no line breaks within one of them, but before a seed, which may be as wide as a card
+        "seed {seed}": ("seed",),
         "{width}\u00a0x\u00a0{height}": ("width", "height"),
         "{num_inference_steps}\u00a0steps": ("num_inference_steps",),
         "guidance\u00a0{embedded_guidance}": ("embedded_guidance",),

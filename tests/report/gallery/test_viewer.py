@@ -9,7 +9,7 @@ import pytest
 
 from flux_batch.dataset.select.keys import read_keys
 from flux_batch.output.metadata import parquet_bytes
-from flux_batch.report.gallery.write import PAGE, write_gallery
+from flux_batch.report.gallery.write import PAGE, write_gallery, write_single_file
 from flux_batch.storage.store import Store
 from helpers.browser import browser, opened, violations
 from helpers.finished_runs import finish
@@ -190,6 +190,18 @@ def test_two_runs_stand_side_by_side(chromium: Any, tmp_path: Path) -> None:
         differing = page.locator("#large tr.differs").all_text_contents()
         assert "num_inference_steps23" in differing
         assert not [line for line in differing if line.startswith("prompt")]
+
+
+def test_everybody_can_use_the_single_file(chromium: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "a long prompt " * 60}, {"prompt": "short"}, {"prompt": "[raise]"}]
+    finish(make_job(tmp_path, rows, failures={"max_ratio": 1.0}))
+    write_single_file(Store(str(tmp_path / "out")), 10)
+    for width in (375, 1200):
+        with opened(
+            chromium, tmp_path / "out" / PAGE, viewport={"width": width, "height": 700}, bypass_csp=True
+        ) as page:
+            assert violations(page) == []
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 @pytest.mark.parametrize("look", [{}, {"color_scheme": "dark", "viewport": {"width": 375, "height": 700}}])
