@@ -44,7 +44,24 @@ HOSTILE = [
 
 OTHER_BYTES = "its bytes differ from those in the metadata"
 
-TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "a", "details", "summary", "dl", "dt", "dd"}
+TAGS = {
+    "html",
+    "head",
+    "main",
+    "meta",
+    "title",
+    "style",
+    "body",
+    "h1",
+    "h2",
+    "p",
+    "a",
+    "details",
+    "summary",
+    "dl",
+    "dt",
+    "dd",
+}
 TAGS |= {"bdi", "div", "figure", "img", "figcaption", "table", "tr", "th", "td"}
 
 
