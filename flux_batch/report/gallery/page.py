@@ -56,7 +56,7 @@ def _split_columns(rows: Sequence[Row], asked: Sequence[str] | None) -> tuple[li
 
 
 def _values_of(row: Row, names: Sequence[str]) -> list[tuple[str, Any]]:
-    """Return the names and values of some columns, without those that are empty, or false and no news."""
+    """Return names and values of some columns, without those that say nothing."""
     empty = {name: (None, "", False) if name in _TRUNCATED else (None, "") for name in names}
     return [(name, row[name]) for name in names if row.get(name) not in empty[name]]
 
