@@ -84,7 +84,7 @@ class TestParity:
     @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.5, 10.0])
     def test_embedded_guidance(self, pipe: FluxImagePipeline, reference: FluxPipeline, guidance: float) -> None:
         ours, theirs = {"embedded_guidance": guidance}, {"guidance_scale": guidance}
-        assert_same(pipe, reference, ours=ours, theirs=theirs, num_inference_steps=2)
+        assert_same(pipe, reference, ours=ours, theirs=theirs, num_inference_steps=2, decoded=False)
 
     def test_embedded_guidance_changes_the_image(self, pipe: FluxImagePipeline) -> None:
         low, high = pipe(["x", "x"], seed=1, embedded_guidance=[1.0, 10.0], output_type="latent", **SMALL)
@@ -94,7 +94,8 @@ class TestParity:
     def test_true_cfg(self, pipe: FluxImagePipeline, reference: FluxPipeline, scale: float) -> None:
         negative = ["blurry", "", "a cat"]
         ours = {"negative_prompt": negative, "cfg_scale": scale}
-        assert_same(pipe, reference, ours=ours, theirs={"negative_prompt": negative, "true_cfg_scale": scale})
+        theirs = {"negative_prompt": negative, "true_cfg_scale": scale}
+        assert_same(pipe, reference, ours=ours, theirs=theirs, decoded=False)
 
     @pytest.mark.parametrize("num_steps", [1, 2, 28])
     @pytest.mark.parametrize("name", ["dev", "schnell"])
@@ -110,13 +111,14 @@ class TestParity:
             num_inference_steps=num_steps,
             ours={"t5_sequence_length": 64},
             theirs={"max_sequence_length": 64},
+            decoded=False,
         )
 
     @pytest.mark.filterwarnings("ignore:a prompt is longer than T5 reads")
     @pytest.mark.parametrize("length", [1, 256, 512])
     def test_t5_lengths(self, pipe: FluxImagePipeline, reference: FluxPipeline, length: int) -> None:
         ours, theirs = {"t5_sequence_length": length}, {"max_sequence_length": length}
-        assert_same(pipe, reference, ours=ours, theirs=theirs, num_inference_steps=2)
+        assert_same(pipe, reference, ours=ours, theirs=theirs, num_inference_steps=2, decoded=False)
 
     def test_prompts_longer_than_the_text_encoders_read(self, pipe: FluxImagePipeline, reference: FluxPipeline) -> None:
         prompts = ["a long prompt " * 60, "b " * 300]
@@ -127,7 +129,7 @@ class TestParity:
     def test_spellings_of_diffusers(self, pipe: FluxImagePipeline, reference: FluxPipeline) -> None:
         same = {"guidance_scale": 2.0, "true_cfg_scale": 3.0, "max_sequence_length": 40, "negative_prompt": "no"}
         theirs = {**same, "negative_prompt": ["no"] * 3}
-        assert_same(pipe, reference, ours=same, theirs=theirs, num_inference_steps=2)
+        assert_same(pipe, reference, ours=same, theirs=theirs, num_inference_steps=2, decoded=False)
 
     @pytest.mark.parametrize(
         "change",
@@ -142,7 +144,8 @@ class TestParity:
         folder = copy_repository(repository, tmp_path / "model")
         path = folder / "scheduler" / "scheduler_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-        assert_same(FluxImagePipeline.from_pretrained(folder, **CPU), load_reference(folder), num_inference_steps=4)
+        pipe = FluxImagePipeline.from_pretrained(folder, **CPU)
+        assert_same(pipe, load_reference(folder), num_inference_steps=4, decoded=False)
 
     @pytest.mark.parametrize(
         ("strength", "size"), [(1.0, (96, 64)), (0.6, (96, 64)), (0.3, (50, 70)), (0.01, (9, 999))]
@@ -179,6 +182,7 @@ class TestParity:
                 "guidance_scale": 3.5,
                 "max_sequence_length": 64,
             },
+            decoded=False,
         )
 
     @pytest.mark.parametrize(("height", "width"), [(16, 16), (128, 96), (48, 208)])
