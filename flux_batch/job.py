@@ -268,7 +268,7 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
     loras = tuple(lora.model_copy(update={"uri": absolute_model_uri(lora.uri)}) for lora in model.loras)
     nets = tuple(net.model_copy(update={"uri": absolute_model_uri(net.uri)}) for net in model.controlnets)
     addresses: dict[str, Any] = {"uri": absolute_model_uri(model.uri), "loras": loras, "controlnets": nets}
-    addresses["redux"] = _with_absolute_uris(model.redux)
+    addresses |= {"redux": _with_absolute_uris(model.redux), "ip_adapter": _with_absolute_uris(model.ip_adapter)}
     return config.model_copy(
         update={
             "prompts": prompts.model_copy(

@@ -148,15 +148,22 @@ def check_step_cache(value: float) -> None:
         raise InvalidSetting(f"step_cache = {value}: must be from 0, which is off, to 1", field="step_cache")
 
 
-def check_cuda_graphs(value: bool, step_cache: float, num_controlnets: int = 0) -> None:
-    """Raise InvalidSetting for CUDA graphs beside a step cache or ControlNets.
+def check_cuda_graphs(
+    value: bool, step_cache: float, num_controlnets: int = 0, *, has_ip_adapter: bool = False
+) -> None:
+    """Raise InvalidSetting for CUDA graphs beside a step cache, ControlNets or an IP-Adapter.
 
-    The one decides at each step what is launched; the residuals of the others are no input of a graph.
+    The one decides at each step what is launched; what the others add is no input of a graph.
     """
     if value and step_cache:
         raise InvalidSetting(
             f"cuda_graphs = {value}: a step cache decides at each step what is launched, which no graph can; "
             f"leave it out, or set step_cache = {step_cache} to 0",
+            field="cuda_graphs",
+        )
+    if value and has_ip_adapter:
+        raise InvalidSetting(
+            f"cuda_graphs = {value}: a graph does not take the keys and values of an IP-Adapter; leave one of them out",
             field="cuda_graphs",
         )
     if value and num_controlnets:

@@ -31,6 +31,7 @@ _OF_MODEL = (
     "loras",
     "controlnets",
     "redux",
+    "ip_adapter",
 )
 # What a pipeline may declare.
 _SETTINGS = (

@@ -41,7 +41,7 @@ from flux_batch.sampling_params import (
 # Keys of `model` that change pixels. `compile` is one: fused kernels round differently.
 _MODEL_IDENTITY = (
     *("uri", "pipeline", "pipeline_options", "variant", "dtype", "quantization", "step_cache", "compile"),
-    *("loras", "controlnets", "redux"),
+    *("loras", "controlnets", "redux", "ip_adapter"),
 )
 _QUALITY_IDENTITY = ("score", "at_least", "max_tries", "keep", "otherwise", "options")
 # The columns that `quality` adds to the metadata.
@@ -281,6 +281,8 @@ class ModelConfig(Section):
     """ControlNets, whose residuals add up; each reads one image of a row's `control_image`, in this order."""
     redux: ImagePromptConfig | None = None
     """FLUX.1-Redux, which turns the `image_prompt` of a row into tokens behind those of its text."""
+    ip_adapter: ImagePromptConfig | None = None
+    """An IP-Adapter of XLabs, which lets the image attend to the `image_prompt` of a row."""
 
     @field_validator("quantization", mode="before")
     @classmethod
@@ -300,7 +302,13 @@ class ModelConfig(Section):
     def _in_range(self) -> ModelConfig:
         check_quantization(self.quantization, self.dtype)
         check_step_cache(self.step_cache)
-        check_cuda_graphs(self.cuda_graphs, self.step_cache, len(self.controlnets))
+        check_cuda_graphs(
+            self.cuda_graphs, self.step_cache, len(self.controlnets), has_ip_adapter=self.ip_adapter is not None
+        )
+        if self.redux and self.ip_adapter:
+            raise InvalidSetting(
+                "ip_adapter: redux reads the image prompts of rows, too; leave one of the two out", field="ip_adapter"
+            )
         check_no_secret(self.uri, "uri", "model")
         if self.pipeline_options and self.pipeline is None:
             raise InvalidSetting("pipeline_options: are for a pipeline, and there is none", field="pipeline_options")

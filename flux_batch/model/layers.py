@@ -140,7 +140,19 @@ class DoubleStreamBlock(nn.Module):
         """Return the modulation of the image and of the text: each (B, 1, 6 hidden)."""
         return self.img_mod(vec), self.txt_mod(vec)
 
-    def forward(self, img: Tensor, txt: Tensor, modulation: tuple[Tensor, Tensor], pe: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        modulation: tuple[Tensor, Tensor],
+        pe: Tensor,
+        image_prompt: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return both streams after the block.
+
+        image_prompt: keys and values (B, M, H, D) of an IP-Adapter, which the queries of the image attend to, without
+        positions.
+        """
         (img_1, img_2), (txt_1, txt_2) = (_branches(part, 2) for part in modulation)
 
         img_q, img_k, img_v = self.img_attn(img_1.modulate(img))
@@ -152,6 +164,7 @@ class DoubleStreamBlock(nn.Module):
 
         img = img + img_1.gate * self.img_attn.proj(img_attn)
         img = img + img_2.gate * self.img_mlp(img_2.modulate(img))
+        img = img if image_prompt is None else img + _attend(img_q, *image_prompt)
         txt = txt + txt_1.gate * self.txt_attn.proj(txt_attn)
         txt = txt + txt_2.gate * self.txt_mlp(txt_2.modulate(txt))
         return finite(img), finite(txt)
@@ -224,6 +237,12 @@ class JointAttention(nn.Module):
         q, k, v = (rearrange(part, "B L H D -> B H L D") for part in parts)
         x = F.scaled_dot_product_attention(q, k, v)
         return rearrange(x, "B H L D -> B L (H D)")
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return what queries find, without positions: q (B, L, H, D); k, v (B, M, H, D) -> (B, L, H D)."""
+    q, k, v = (rearrange(part, "B L H D -> B H L D") for part in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "B H L D -> B L (H D)")
 
 
 def _mlp(dim: int, hidden_dim: int) -> nn.Sequential:

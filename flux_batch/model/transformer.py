@@ -63,6 +63,16 @@ class Residuals(NamedTuple):
         return Residuals(*([chosen[id(each)] for each in kind] for kind in self))
 
 
+class ImagePrompt(NamedTuple):
+    """The keys and values of an image prompt for each double block: (b, m, heads, head_dim) each."""
+
+    blocks: Sequence[tuple[Tensor, Tensor]]
+
+    def select(self, images: Tensor) -> ImagePrompt:
+        """Return the keys and values of some images of the batch: their indices on the device."""
+        return ImagePrompt([(k.index_select(0, images), v.index_select(0, images)) for k, v in self.blocks])
+
+
 class _SideNetworks(Protocol):
     """The networks that add residuals to a transformer's image tokens in one denoising loop."""
 
@@ -131,19 +141,34 @@ class Flux(nn.Module):
         return self.velocity(img, self.txt_in(txt), modulations, pe)
 
     def velocity(
-        self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor, residuals: Residuals | None = None
+        self,
+        img: Tensor,
+        txt: Tensor,
+        modulations: Modulations,
+        pe: Tensor,
+        residuals: Residuals | None = None,
+        prompt: ImagePrompt | None = None,
     ) -> Tensor:
         """Return the same as `forward`, with text and modulation computed before: txt (b, l, hidden) after `txt_in`."""
-        img, txt = self.first_block(self.img_in(img), txt, modulations, pe)
-        return self.last_layer(self.later_blocks(img, txt, modulations, pe, residuals), modulations)
+        img, txt = self.first_block(self.img_in(img), txt, modulations, pe, prompt)
+        return self.last_layer(self.later_blocks(img, txt, modulations, pe, residuals, prompt), modulations)
 
-    def first_block(self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor) -> tuple[Tensor, Tensor]:
+    def first_block(
+        self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor, prompt: ImagePrompt | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return image and text tokens after the first block, from those after `img_in` and `txt_in`."""
-        first: tuple[Tensor, Tensor] = self.double_blocks[0](img, txt, modulations.double[0], pe)
+        prompted = {"image_prompt": prompt.blocks[0]} if prompt else {}
+        first: tuple[Tensor, Tensor] = self.double_blocks[0](img, txt, modulations.double[0], pe, **prompted)
         return first
 
     def later_blocks(
-        self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor, residuals: Residuals | None = None
+        self,
+        img: Tensor,
+        txt: Tensor,
+        modulations: Modulations,
+        pe: Tensor,
+        residuals: Residuals | None = None,
+        prompt: ImagePrompt | None = None,
     ) -> Tensor:
         """Return the image tokens after all blocks, from both kinds of tokens after the first: (b, n, hidden).
 
@@ -152,7 +177,8 @@ class Flux(nn.Module):
         double, single = residuals or ((), ())
         img = finite(img + double[0]) if double else img
         for index in range(1, len(self.double_blocks)):
-            img, txt = self.double_blocks[index](img, txt, modulations.double[index], pe)
+            prompted = {"image_prompt": prompt.blocks[index]} if prompt else {}
+            img, txt = self.double_blocks[index](img, txt, modulations.double[index], pe, **prompted)
             img = finite(img + double[index]) if double else img
         (x, n), last = (torch.cat((txt, img), dim=1), img.shape[1]), len(self.single_blocks) - 1
         for index, (block, modulation) in enumerate(zip(self.single_blocks, modulations.single, strict=True)):
@@ -194,8 +220,8 @@ class Denoiser:
 
     It computes once what does not change with the image.
     pe: `position_table` of text then image; timesteps: (s,) in [0, 1]; guidance: (b,), unused by a model without its
-    embedder; side_networks: what they add to the image tokens. It gives the velocities of `Flux.forward`, but for the
-    order of sums in modulation.
+    embedder; side_networks: what they add to the image tokens; prompt: of an IP-Adapter. It gives the velocities of
+    `Flux.forward`, but for the order of sums in modulation.
     """
 
     def __init__(
@@ -206,6 +232,7 @@ class Denoiser:
         timesteps: Tensor,
         guidance: Tensor | None = None,
         side_networks: _SideNetworks | None = None,
+        prompt: ImagePrompt | None = None,
     ) -> None:
         self.model = model
         self.pe = pe
@@ -215,12 +242,14 @@ class Denoiser:
         self._timesteps = timesteps
         self._guidance = guidance
         self.side_networks = side_networks
+        self.prompt = prompt
         self._steps = range(0)
         self._modulations: Modulations | None = None
 
     def __call__(self, step: int, img: Tensor) -> Tensor:
         """Return the velocity (noise - data) of image tokens (b, n, in_channels): (b, n, out_channels)."""
-        return self.model.velocity(img, self.txt, self.modulations(step), self.pe, self.residuals(step, img))
+        residuals = self.residuals(step, img)
+        return self.model.velocity(img, self.txt, self.modulations(step), self.pe, residuals, self.prompt)
 
     def residuals(self, step: int, img: Tensor) -> Residuals | None:
         """Return what side networks add at a step; None for nothing."""

@@ -71,6 +71,8 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
     pipeline.controlnets.check_modes(pipeline.controlnets.settings(len(nets), *settings))
     if model.redux:
         pipeline.load_redux(model.redux.uri, model.redux.image_encoder, model.redux.scale)
+    if adapter := model.ip_adapter:
+        pipeline.load_ip_adapter(adapter.uri, image_encoder=adapter.image_encoder, scale=adapter.scale)
     if native := slow_dtype(pipeline.device, pipeline.torch_dtype):
         log.warning(
             "%s has no instructions for %s: images take several times as long as in %s, which dtype auto uses",
@@ -116,8 +118,9 @@ def check_weights(model: ModelConfig, no_gpu: str = "") -> None:
     """
     size = 0 if model.pipeline else _size_of(model)
     uris = [("LoRA", lora.uri) for lora in model.loras] + [("ControlNet", net.uri) for net in model.controlnets]
-    if model.redux:
-        uris += [("redux", model.redux.uri), ("image_encoder", model.redux.image_encoder or model.redux.uri)]
+    for title, adapter in (("redux", model.redux), ("ip_adapter", model.ip_adapter)):
+        if adapter:
+            uris += [(title, adapter.uri), ("image_encoder", adapter.image_encoder or adapter.uri)]
     for title, uri in uris:
         if source_kind(uri) in ("local", "file") and not local_path(uri).exists():
             raise CheckpointError(f"{title} {uri} is not there")

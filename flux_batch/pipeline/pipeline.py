@@ -37,7 +37,7 @@ from flux_batch.pipeline.images.controls import ControlNets
 from flux_batch.pipeline.images.inputs import IMAGE_ARGUMENTS, image_inputs
 from flux_batch.pipeline.images.latents import ImageLatents, StepCallback
 from flux_batch.pipeline.images.pixels import OutputType, as_output, check_finite
-from flux_batch.pipeline.images.prompts import REDUX_GUIDANCE, ImagePrompts, check_prompts, load_image_prompts
+from flux_batch.pipeline.images.prompts import REDUX_GUIDANCE, ImagePrompts
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, check_parts_fit, locate_parts
 from flux_batch.pipeline.precision import AUTO, default_device, must_be_narrow
@@ -92,7 +92,6 @@ class FluxImagePipeline:
         self.t5 = t5
         self.schedule = schedule
         self.controlnets = ControlNets(controlnets)
-        self.image_prompts: ImagePrompts | None = None
         self.quantization = quantization
         self.step_cache = step_cache
         self.compile_cache = compile_cache
@@ -103,6 +102,8 @@ class FluxImagePipeline:
         self.device = weight.device
         self.torch_dtype = weight.dtype
         self.latents = ImageLatents(autoencoder, self.device, self.torch_dtype)
+        options = self.torch_dtype, self.device, self.loras.storage_options
+        self.image_prompts = ImagePrompts(transformer.params, *options)
         self.attention = attention or choose_attention(self.device)
         self.position_tables = position_tables(transformer, self.device)
         self.offloads_text_encoders = offload_text_encoders and self.device.type != "cpu"
@@ -214,7 +215,7 @@ class FluxImagePipeline:
     @property
     def default_guidance(self) -> float:
         """The embedded guidance of images that ask for none: that of the authors of its variant, or of Redux."""
-        return REDUX_GUIDANCE if self.image_prompts and self.variant is TEXT_TO_IMAGE else self.variant.guidance
+        return REDUX_GUIDANCE if self.image_prompts.redux and self.variant is TEXT_TO_IMAGE else self.variant.guidance
 
     @property
     def needed_images(self) -> tuple[str, ...]:
@@ -263,10 +264,36 @@ class FluxImagePipeline:
         image_encoder: the file or folder of the tower; None is the folder `image_encoder` beside it. scale: the weight
         of every image, beside its own. Raises: CheckpointError; StoreError; InvalidSetting.
         """
-        width = self.transformer.params.context_in_dim
-        options: dict[str, Any] = {"dtype": self.torch_dtype, "device": self.device}
-        options |= {"storage_options": self.loras.storage_options}
-        self.image_prompts = load_image_prompts(uri, image_encoder, scale, context_in_dim=width, **options)
+        self.image_prompts.load_redux(uri, image_encoder, scale)
+
+    def load_ip_adapter(
+        self,
+        uri: PathOrFolder,
+        weight_name: str | None = None,
+        *,
+        image_encoder: PathOrFolder | None = None,
+        image_encoder_pretrained_model_name_or_path: PathOrFolder | None = None,
+        scale: float | Sequence[float] = 1.0,
+    ) -> None:
+        """Load an IP-Adapter of XLabs with its vision tower, CLIP-L, for calls with image prompts.
+
+        uri, weight_name: its file, or its folder or repository and the file in there. image_encoder, with diffusers'
+        long name for it: the file, folder or repository of the tower, openai/clip-vit-large-patch14; None is the folder
+        `image_encoder` beside the adapter. scale: see `set_ip_adapter_scale`.
+        Raises: CheckpointError, for a pickle as InstantX's too; StoreError; InvalidSetting.
+        """
+        check_cuda_graphs(self.graphs is not None, 0, has_ip_adapter=True)
+        file = f"{str(uri).rstrip('/')}/{weight_name}" if weight_name else uri
+        encoder = image_encoder or image_encoder_pretrained_model_name_or_path
+        self.image_prompts.load_ip_adapter(file, encoder, scale)
+
+    def set_ip_adapter_scale(self, scale: float | Sequence[float]) -> None:
+        """Set the strength of the IP-Adapter: one number, or one for each double block. Raises: InvalidSetting."""
+        self.image_prompts.set_scale(scale)
+
+    def unload_ip_adapter(self) -> None:
+        """Drop the IP-Adapter and its vision tower."""
+        self.image_prompts.ip_adapter = None
 
     def encode_prompt(self, prompt: str | Sequence[str], t5_sequence_length: int | None = None) -> PromptEmbeds:
         """Return the embeddings of prompts, for calls with `prompt_embeds` and `pooled_prompt_embeds`.
@@ -362,12 +389,13 @@ class FluxImagePipeline:
         control_guidance_start, control_guidance_end and control_mode, each one value for all or one for each control
         image. Guidance stays that of the model, where FluxControlNetPipeline has 7. reference_image is what Kontext
         edits, one or several for an image, brought to the nearest size that it was trained with unless
-        resize_references is false. image_prompt are images, one or several for each, that a Redux turns into tokens
-        behind those of the text, each with its weight in image_prompt_scale; the guidance is 2.5 then. Where
-        FluxPriorReduxPipeline adds the tokens of several images up, they follow one another here; a negative prompt has
-        none. height and width None are those of the first reference, or else 1024. On a Kontext,
-        `image` means a reference, as in diffusers, whose default is 1024 x 1024. Latents of conditions are the
-        posterior's mean, where diffusers samples it, so that an image depends on nothing but its own arguments.
+        resize_references is false. image_prompt, or as diffusers calls it ip_adapter_image, are images, one or several
+        for each, with weights in image_prompt_scale. A Redux turns them into tokens behind those of the text, with
+        guidance 2.5; where FluxPriorReduxPipeline adds the tokens of several images up, they follow one another here; a
+        negative prompt has none. An IP-Adapter lets the image attend to them; a negative prompt has black ones.
+        height and width None are those of the first reference, or else 1024. On a Kontext, `image` means a reference,
+        as in diffusers, whose default is 1024 x 1024. Latents of conditions are the posterior's mean, where diffusers
+        samples it, so that an image depends on nothing but its own arguments.
 
         step_cache trades quality for speed: at a step where the first block changes an image by less than this share
         since the last computed step, the later blocks are not run, and their last changes are added again. 0 is off;
@@ -426,7 +454,7 @@ class FluxImagePipeline:
             return []
         check_embeds(request, request.t5_length(self.default_t5_sequence_length), self.transformer.params)
         self.controlnets.check(request, self.variant)
-        check_prompts(request.images, self.image_prompts)
+        self.image_prompts.check(request.images)
         self.warn_of_cut_texts(request)
         if is_compiled(self.transformer):  # perhaps in another thread
             set_compile_options(self.attention)

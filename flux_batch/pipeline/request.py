@@ -33,6 +33,7 @@ _CALL_ALIASES = {
     "strength": "denoising_strength",
     "image": "input_image",
     "kontext_images": "reference_image",
+    "ip_adapter_image": "image_prompt",
     "control_mask": "mask_image",
 }
 # The arguments of diffusers that a call refuses, and what to pass instead.

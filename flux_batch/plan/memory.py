@@ -11,7 +11,14 @@ from flux_batch.config.schema import JobConfig
 from flux_batch.download.models import find_local_model
 from flux_batch.errors import FluxBatchError
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
-from flux_batch.model.checkpoint.detect import PART_TITLES, find_parts, read_shapes, redux_files
+from flux_batch.model.checkpoint.detect import (
+    PART_TITLES,
+    find_parts,
+    ip_adapter_files,
+    read_shapes,
+    redux_files,
+    tower_of,
+)
 from flux_batch.model.conditions.variant import is_kontext
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, residual_bytes, transformer_size, weight_bytes
 from flux_batch.model.params import Shapes
@@ -34,6 +41,8 @@ TEXT_TOKENS = 512
 _REFERENCE_TOKENS = 4096
 # Tokens of an image prompt: the patches of SigLIP so400m.
 _PROMPT_TOKENS = 729
+# What reads image prompts, and its vision tower.
+_PROMPT_PARTS = ("redux", "ip_adapter", "image_encoder")
 
 
 def reference_tokens(config: JobConfig) -> int:
@@ -64,17 +73,19 @@ def prompt_tokens(config: JobConfig) -> int:
     return _PROMPT_TOKENS if config.model.redux else 0
 
 
-def _redux_shapes(config: JobConfig) -> dict[str, Shapes]:
-    """Return the shapes of a job's Redux and of its vision tower. Raises: ValueError if they are not here."""
-    redux, options = config.model.redux, config.model.storage_options
-    if redux is None:
+def _prompt_shapes(config: JobConfig) -> dict[str, Shapes]:
+    """Return the shapes of what reads image prompts, and of its vision tower. Raises: ValueError if not here."""
+    model, find = config.model, (ip_adapter_files if config.model.ip_adapter else redux_files)
+    reader = model.redux or model.ip_adapter
+    if reader is None:
         return {}
-    source = find_local_model(redux.uri, options)
-    tower = find_local_model(redux.image_encoder, options) if redux.image_encoder else None
-    if source is None or (redux.image_encoder and tower is None):
-        raise ValueError(f"{redux.image_encoder if source else redux.uri} is not on this machine")
-    paths = dict(zip(("redux", "image_encoder"), redux_files(source, tower), strict=True))
-    return {part: open_checkpoint(path).shapes for part, path in paths.items()}
+    source = find_local_model(reader.uri, model.storage_options)
+    tower = find_local_model(reader.image_encoder, model.storage_options) if reader.image_encoder else None
+    if source is None or (reader.image_encoder and tower is None):
+        raise ValueError(f"{reader.image_encoder if source else reader.uri} is not on this machine")
+    file, encoder = find(source, tower)
+    part = "redux" if model.redux else "ip_adapter"
+    return {part: open_checkpoint(file).shapes, "image_encoder": tower_of(open_checkpoint(encoder)).shapes}
 
 
 def memory(config: JobConfig) -> dict[str, Any]:
@@ -89,7 +100,7 @@ def memory(config: JobConfig) -> dict[str, Any]:
         source = find_local_model(model.uri, model.storage_options)
         if source is None:
             return {"error": f"{model.uri} is not on this machine"}
-        parts = read_shapes(find_parts(source)) | _redux_shapes(config)
+        parts = read_shapes(find_parts(source)) | _prompt_shapes(config)
         nets = controlnet_shapes(config)
         scorer = _scorer_bytes(config)
         needed = _parts_bytes(config, parts, nets, _expected_dtype(config), model.quantization) | scorer
@@ -129,7 +140,7 @@ def _parts_bytes(
         width, height = min(width, 8 * sampling.tile_size), min(height, 8 * sampling.tile_size)
     decode = decode_bytes(parts["autoencoder"], width, height, batch_size, dtype)
     weights = {part: weight_bytes(part, parts[part], dtype, quantization) for part in PART_TITLES}
-    weights |= {part: weight_bytes(part, parts[part], dtype) for part in ("redux", "image_encoder") if part in parts}
+    weights |= {part: weight_bytes(part, parts[part], dtype) for part in _PROMPT_PARTS if part in parts}
     if nets:
         weights["controlnets"] = sum(weight_bytes("transformer", each, dtype, quantization) for each in nets.values())
     visiting = 0

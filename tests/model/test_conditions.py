@@ -13,7 +13,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
 from flux_batch.model.conditions.channels import WithChannels, pack_mask
-from flux_batch.model.conditions.redux import Redux, load_siglip
+from flux_batch.model.conditions.redux import Redux
 from flux_batch.model.conditions.reference import WithReferences, placed
 from flux_batch.model.conditions.variant import (
     CANNY,
@@ -26,6 +26,7 @@ from flux_batch.model.conditions.variant import (
     Variant,
     variant_of,
 )
+from flux_batch.model.conditions.vision import load_siglip
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds
 from helpers.golden import FLUX, check, filled, tensor, weight

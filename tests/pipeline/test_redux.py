@@ -71,8 +71,9 @@ def test_several_images_follow_one_another_by_their_weights(reading: FluxImagePi
     both = reading("x", image_prompt=[one, two], image_prompt_scale=[1.0, 0.5], **common)
     with torch.inference_mode():
         embeds = reading.encode_prompt("x")
-        assert reading.image_prompts is not None
-        tokens = [reading.image_prompts.beside(embeds, [[each]], [[1.0]]).prompt_embeds[:, 512:] for each in (one, two)]
+        redux = reading.image_prompts.redux
+        assert redux is not None
+        tokens = [redux.beside(embeds, [[each]], [[1.0]]).prompt_embeds[:, 512:] for each in (one, two)]
     joined = torch.cat((embeds.prompt_embeds, tokens[0], 0.5 * tokens[1]), dim=1)
     stands_in = {"prompt_embeds": joined, "pooled_prompt_embeds": embeds.pooled_prompt_embeds}
     torch.testing.assert_close(reading(None, **stands_in, **common), both, atol=1e-5, rtol=0)
@@ -83,13 +84,13 @@ def test_several_images_follow_one_another_by_their_weights(reading: FluxImagePi
 
 def test_an_image_is_encoded_once(reading: FluxImagePipeline) -> None:
     calls = 0
-    assert reading.image_prompts is not None
+    assert reading.image_prompts.redux is not None
 
     def count(*_: object) -> None:
         nonlocal calls
         calls += 1
 
-    hook = reading.image_prompts.redux.register_forward_hook(count)
+    hook = reading.image_prompts.redux.redux.register_forward_hook(count)
     try:
         image = noise_image(31, 17)
         for _ in range(2):

@@ -50,14 +50,14 @@ class StepCache:
         """Return the velocity, for the arguments of `Denoiser`."""
         model, pe, modulations, noisy = self.model.model, self.model.pe, self.model.modulations(step), img
         tokens = model.img_in(img)
-        img, txt = model.first_block(tokens, self.model.txt, modulations, pe)
+        img, txt = model.first_block(tokens, self.model.txt, modulations, pe, self.model.prompt)
         first_block = img - tokens
         images = self._to_compute(step, first_block)
         self.num_passes += len(img)
         self.num_reused += len(img) - len(images)
         residuals = self.model.residuals(step, noisy) if images else None
         if self._last is None or len(images) == len(img):
-            done = model.later_blocks(img, txt, modulations, pe, residuals)
+            done = model.later_blocks(img, txt, modulations, pe, residuals, self.model.prompt)
             self._last = _Additions(first_block, finite(done - img))
             return model.last_layer(done, modulations)
         reused = finite(img + self._last.later_blocks)
@@ -65,8 +65,8 @@ class StepCache:
             # One tensor of indices: a list would be copied to the device for each tensor that it indexes.
             chosen = torch.tensor(images, device=img.device)
             some = img.index_select(0, chosen)
-            added = residuals.select(chosen) if residuals else None
-            done = model.later_blocks(some, txt.index_select(0, chosen), modulations.select(chosen), pe, added)
+            added = (each and each.select(chosen) for each in (residuals, self.model.prompt))
+            done = model.later_blocks(some, txt.index_select(0, chosen), modulations.select(chosen), pe, *added)
             self._last.update(chosen, _Additions(first_block.index_select(0, chosen), finite(done - some)))
             reused.index_copy_(0, chosen, done)
         return model.last_layer(reused, modulations)

@@ -1,113 +1,85 @@
-"""Images as prompts: each becomes tokens behind those of the text, by FLUX.1-Redux.
-
-Letters: b batch, p images of one call's image, n patches of an image, c width of the text tokens.
-"""
+"""The reader of the image prompts of a call: a FLUX.1-Redux or an IP-Adapter, or neither."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-from flux_batch.download.models import PathOrFolder, local_path
+from flux_batch.download.models import PathOrFolder
 from flux_batch.errors import InvalidSetting
-from flux_batch.images import to_rgb
-from flux_batch.model.checkpoint.checkpoint import open_checkpoint
-from flux_batch.model.checkpoint.detect import redux_files
-from flux_batch.model.conditions.redux import Redux, SiglipEncoder, load_redux, load_siglip
-from flux_batch.model.transformer import PromptEmbeds
-from flux_batch.pipeline.errors import checkpoint_errors, device_errors
+from flux_batch.model.params import FluxParams
+from flux_batch.model.transformer import ImagePrompt, PromptEmbeds
 from flux_batch.pipeline.images.inputs import ImageInputs
-from flux_batch.pipeline.images.memory import ImageMemory
-from flux_batch.sampling_params import check_number
+from flux_batch.pipeline.images.ip_adapter import IPAdapterPrompts, load_ip_adapter_prompts
+from flux_batch.pipeline.images.redux import ReduxPrompts, load_redux_prompts
 
 # The guidance of BFL's own program: black-forest-labs/flux 802fb47, src/flux/cli_redux.py.
 REDUX_GUIDANCE = 2.5
 
 
 class ImagePrompts:
-    """The Redux of a pipeline with its vision tower; remembers the tokens of the last images."""
+    """The reader of a pipeline's image prompts, loaded for a transformer of these parameters.
 
-    def __init__(self, encoder: SiglipEncoder, redux: Redux, scale: float = 1.0) -> None:
-        """Take both parts; scale: the weight of every image, beside its own."""
-        self.encoder = encoder
-        self.redux = redux
-        self._scale = scale
-        self._memory = ImageMemory()
-
-    def beside(
-        self, texts: PromptEmbeds, images: Sequence[Sequence[Image.Image]], scales: Sequence[Sequence[float]]
-    ) -> PromptEmbeds:
-        """Return the embeddings of texts with the tokens of their images behind them: (b, l + p n, c).
-
-        images: as many for each text; their tokens follow one another, each multiplied by its scale, as in ComfyUI,
-        where diffusers adds the tokens of several images up.
-        """
-        tokens = []
-        for place in range(len(images[0])):
-            pixels = torch.stack([_pixels(each[place], self.encoder.side) for each in images])
-            found = self._memory.encoded(pixels, lambda image: self.redux(self.encoder(image)))
-            scale = torch.tensor([self._scale * each[place] for each in scales]).to(found)
-            tokens.append(found * scale[:, None, None])
-        return PromptEmbeds(torch.cat((texts.prompt_embeds, *tokens), dim=1), texts.pooled_prompt_embeds)
-
-
-def load_image_prompts(
-    uri: PathOrFolder,
-    image_encoder: PathOrFolder | None,
-    scale: float,
-    *,
-    context_in_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    storage_options: Mapping[str, Any] | None = None,
-) -> ImagePrompts:
-    """Load a Redux with its vision tower, for texts of that width.
-
-    Raises: CheckpointError for files that are missing or do not fit; StoreError; InvalidSetting for the scale.
+    dtype, device: of the transformer; storage_options: of the addresses to load from.
     """
-    check_number("scale", scale)
-    with checkpoint_errors(), device_errors():
-        given = None if image_encoder is None else local_path(image_encoder, storage_options)
-        redux_file, tower = redux_files(local_path(uri, storage_options), given)
-        redux = load_redux(open_checkpoint(redux_file), dtype=dtype, device=device)
-        encoder = load_siglip(open_checkpoint(tower), dtype=dtype, device=device)
-        for what, value, wanted in (
-            ("makes tokens of", redux.context_in_dim, context_in_dim),
-            ("reads states of", redux.redux_up.in_features, encoder.width),
-        ):
-            if value != wanted:
-                raise ValueError(f"{redux_file}: {what} width {value}, where the others have {wanted}")
-    return ImagePrompts(encoder, redux, scale)
+
+    def __init__(
+        self, base: FluxParams, dtype: torch.dtype, device: torch.device, storage_options: Mapping[str, Any]
+    ) -> None:
+        self._options: dict[str, Any] = {
+            "base": base,
+            "dtype": dtype,
+            "device": device,
+            "storage_options": storage_options,
+        }
+        self.redux: ReduxPrompts | None = None
+        self.ip_adapter: IPAdapterPrompts | None = None
+
+    def load_redux(self, uri: PathOrFolder, image_encoder: PathOrFolder | None, scale: float) -> None:
+        """Load a FLUX.1-Redux. Raises: the errors of `load_redux_prompts`; InvalidSetting beside an IP-Adapter."""
+        _check_one_reader(self.ip_adapter)
+        self.redux = load_redux_prompts(uri, image_encoder, scale, **self._options)
+
+    def load_ip_adapter(
+        self, uri: PathOrFolder, image_encoder: PathOrFolder | None, scale: float | Sequence[float]
+    ) -> None:
+        """Load an IP-Adapter. Raises: the errors of `load_ip_adapter_prompts`; InvalidSetting beside a Redux."""
+        _check_one_reader(self.redux)
+        self.ip_adapter = load_ip_adapter_prompts(uri, image_encoder, scale, **self._options)
+
+    def set_scale(self, scale: float | Sequence[float]) -> None:
+        """Set the strength of the IP-Adapter. Raises: InvalidSetting, also if there is none."""
+        if self.ip_adapter is None:
+            raise InvalidSetting("scale: there is no IP-Adapter; load_ip_adapter loads one", field="scale")
+        self.ip_adapter.set_scale(scale)
+
+    def check(self, images: ImageInputs) -> None:
+        """Raise InvalidSetting for image prompts that nothing reads."""
+        if images.image_prompt and not (self.redux or self.ip_adapter):
+            raise InvalidSetting(
+                "image_prompt: FLUX.1 reads none by itself: load a FLUX.1-Redux or an IP-Adapter beside it, "
+                "model.redux or model.ip_adapter in a job",
+                field="image_prompt",
+            )
+
+    def beside(self, texts: PromptEmbeds, images: ImageInputs) -> PromptEmbeds:
+        """Return the embeddings of a call's texts, with the tokens of a Redux behind them."""
+        if self.redux is None or not images.image_prompt:
+            return texts
+        return self.redux.beside(texts, images.image_prompt, images.prompt_scales)
+
+    def attended(self, images: ImageInputs) -> tuple[ImagePrompt | None, ImagePrompt | None]:
+        """Return what an IP-Adapter makes of image prompts, beside prompts and beside negative prompts."""
+        if self.ip_adapter is None or not images.image_prompt:
+            return None, None
+        return self.ip_adapter.of_call(images.image_prompt, images.prompt_scales)
 
 
-def check_prompts(images: ImageInputs, prompts: ImagePrompts | None) -> None:
-    """Raise InvalidSetting for image prompts that nothing reads."""
-    if images.image_prompt and prompts is None:
+def _check_one_reader(other: object | None) -> None:
+    if other is not None:
         raise InvalidSetting(
-            "image_prompt: FLUX.1 reads none by itself: load a FLUX.1-Redux beside it, model.redux in a job",
+            "image_prompt: a FLUX.1-Redux and an IP-Adapter would both read it; load one of the two",
             field="image_prompt",
         )
-
-
-def with_prompts(texts: PromptEmbeds, images: ImageInputs, prompts: ImagePrompts | None) -> PromptEmbeds:
-    """Return the embeddings of a call's texts, with its image prompts behind them."""
-    if prompts is None or not images.image_prompt:
-        return texts
-    return prompts.beside(texts, images.image_prompt, images.prompt_scales)
-
-
-def _pixels(image: Image.Image, side: int) -> Tensor:
-    """Return an image as the vision tower reads it: fp32 (3, side, side) in [-1, 1], whatever its proportions.
-
-    Resized by Pillow's bicubic filter, as SigLIP's own preprocessing. Raises: InvalidSetting.
-    """
-    if not isinstance(image, Image.Image):
-        raise InvalidSetting(f"image_prompt is a {type(image).__name__}: must be a PIL image", field="image_prompt")
-    square = to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)
-    array = np.asarray(square, dtype=np.float32) / 255.0
-    return torch.from_numpy((array - 0.5) / 0.5).permute(2, 0, 1)

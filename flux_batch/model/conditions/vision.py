@@ -1,0 +1,148 @@
+"""The vision towers of transformers that image prompts are read by: SigLIP's for Redux, CLIP's for an IP-Adapter.
+
+Letters: b batch, n patches, d width of the tower, e width of an image's embedding, s side in pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flux_batch.model.checkpoint.checkpoint import Checkpoint, read_config
+from flux_batch.model.checkpoint.detect import TOWER_PREFIX, tower_of
+from flux_batch.model.checkpoint.lazy_state import StoredState
+from flux_batch.model.checkpoint.loading import load_weights, naming_errors
+from flux_batch.model.params import Config, Shapes, count_of, shape_of
+from flux_batch.model.text import build
+
+# Settings that shapes do not tell.
+_SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size")
+# Widths of a head, and the side of siglip-so400m in pixels, of which 27 patches of 14 leave 6 unused.
+_SIGLIP_HEAD_DIM, _CLIP_HEAD_DIM = 72, 64
+_SIGLIP_SIDE, _SIGLIP_POSITIONS = 384, 729
+
+
+class _VisionTower:
+    """A vision tower of transformers, which reads squares of pixels."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    def side(self) -> int:
+        """The side in pixels of the square that it reads."""
+        side: int = self.model.config.image_size
+        return side
+
+    def _read(self, pixels: Tensor) -> Any:
+        weight = next(iter(self.model.parameters()))
+        return self.model(pixel_values=pixels.to(weight))
+
+
+class SiglipEncoder(_VisionTower):
+    """SigLIP's vision tower: the states of all patches after the last norm."""
+
+    @property
+    def width(self) -> int:
+        """The width of a patch's state."""
+        width: int = self.model.config.hidden_size
+        return width
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the states of the patches of images: (b, 3, s, s) in [-1, 1] -> (b, n, d)."""
+        states: Tensor = self._read(pixels).last_hidden_state
+        return states
+
+
+class ClipVisionEncoder(_VisionTower):
+    """CLIP's vision tower with its projection: an embedding of each image."""
+
+    @property
+    def width(self) -> int:
+        """The width of an image's embedding."""
+        width: int = self.model.config.projection_dim
+        return width
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the embedding of images: (b, 3, s, s), normalized as CLIP's are -> (b, e)."""
+        embeds: Tensor = self._read(pixels).image_embeds
+        return embeds
+
+
+def load_siglip(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> SiglipEncoder:
+    """Load the vision tower of a SigLIP, with its config.json if there is one. Raises: ValueError."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    checkpoint, what = tower_of(checkpoint), "the vision tower of a SigLIP"
+    with naming_errors(checkpoint, what):
+        config = _vision_config(checkpoint)
+        model = build(SiglipVisionConfig, SiglipVisionModel, _siglip_settings(checkpoint.shapes, config))
+    return SiglipEncoder(_filled(model, checkpoint, what, dtype, device))
+
+
+def load_clip_vision(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> ClipVisionEncoder:
+    """Load the vision tower of a CLIP, with its config.json if there is one. Raises: ValueError."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    checkpoint, what = tower_of(checkpoint), "the vision tower of a CLIP with its projection"
+    with naming_errors(checkpoint, what):
+        config = _vision_config(checkpoint)
+        model = build(CLIPVisionConfig, CLIPVisionModelWithProjection, _clip_settings(checkpoint.shapes, config))
+    return ClipVisionEncoder(_filled(model, checkpoint, what, dtype, device))
+
+
+def _filled(model: Any, checkpoint: Checkpoint, what: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return a tower of transformers with the weights of a checkpoint. Raises: ValueError for another's keys."""
+    own_names = {name.removeprefix(TOWER_PREFIX): name for name in model.state_dict()}
+    checkpoint.check(what, {name: model.state_dict()[own].shape for name, own in own_names.items()})
+    load_weights(model, StoredState(checkpoint.rename(own_names), dtype, device))
+    for name, positions in list(model.named_buffers()):
+        filled = torch.arange(positions.shape[-1], device=device)[None]
+        model.get_submodule(name.rpartition(".")[0]).register_buffer("position_ids", filled, persistent=False)
+    return model
+
+
+def _vision_config(checkpoint: Checkpoint) -> Config:
+    config = read_config(checkpoint.folder, "image_encoder")
+    found: Config = config.get("vision_config", config)
+    return found
+
+
+def _siglip_settings(shapes: Shapes, config: Config) -> Config:
+    """Return the settings of a SigLIP tower: sizes from its shapes, the rest from its config.json, else so400m's."""
+    hidden, channels, patch, _ = shape_of(shapes, "embeddings.patch_embedding.weight", 4)
+    positions = shape_of(shapes, "embeddings.position_embedding.weight")[0]
+    side = _SIGLIP_SIDE if positions == _SIGLIP_POSITIONS else round(positions**0.5) * patch
+    return {
+        "num_attention_heads": max(1, hidden // _SIGLIP_HEAD_DIM),
+        "image_size": side,
+        **{name: config[name] for name in _SETTINGS if name in config},
+        **_sizes(shapes, hidden, channels, patch),
+        "vision_use_head": False,
+    }
+
+
+def _clip_settings(shapes: Shapes, config: Config) -> Config:
+    """Return the settings of a CLIP tower: sizes from its shapes, the rest from its config.json, else those of L."""
+    hidden, channels, patch, _ = shape_of(shapes, "embeddings.patch_embedding.weight", 4)
+    positions = shape_of(shapes, "embeddings.position_embedding.weight")[0] - 1  # one is of the class token
+    return {
+        "num_attention_heads": max(1, hidden // _CLIP_HEAD_DIM),
+        "image_size": round(positions**0.5) * patch,
+        "hidden_act": "quick_gelu",
+        **{name: config[name] for name in _SETTINGS if name in config},
+        **_sizes(shapes, hidden, channels, patch),
+        "projection_dim": shape_of(shapes, "visual_projection.weight")[0],
+    }
+
+
+def _sizes(shapes: Shapes, hidden: int, channels: int, patch: int) -> Config:
+    return {
+        "hidden_size": hidden,
+        "num_channels": channels,
+        "patch_size": patch,
+        "intermediate_size": shape_of(shapes, "encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": count_of(shapes, "encoder.layers."),
+    }

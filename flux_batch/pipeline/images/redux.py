@@ -1,0 +1,95 @@
+"""Images as prompts of FLUX.1-Redux: each becomes tokens behind those of the text.
+
+Letters: b batch, p images of one call's image, n patches of an image, c width of the text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flux_batch.download.models import PathOrFolder, local_path
+from flux_batch.errors import InvalidSetting
+from flux_batch.images import to_rgb
+from flux_batch.model.checkpoint.checkpoint import open_checkpoint
+from flux_batch.model.checkpoint.detect import redux_files
+from flux_batch.model.conditions.redux import Redux, load_redux
+from flux_batch.model.conditions.vision import SiglipEncoder, load_siglip
+from flux_batch.model.params import FluxParams
+from flux_batch.model.transformer import PromptEmbeds
+from flux_batch.pipeline.errors import checkpoint_errors, device_errors
+from flux_batch.pipeline.images.memory import ImageMemory
+from flux_batch.sampling_params import check_number
+
+
+class ReduxPrompts:
+    """The Redux of a pipeline with its vision tower; remembers the tokens of the last images."""
+
+    def __init__(self, encoder: SiglipEncoder, redux: Redux, scale: float = 1.0) -> None:
+        """Take both parts; scale: the weight of every image, beside its own."""
+        self.encoder = encoder
+        self.redux = redux
+        self._scale = scale
+        self._memory = ImageMemory()
+
+    def beside(
+        self, texts: PromptEmbeds, images: Sequence[Sequence[Image.Image]], scales: Sequence[Sequence[float]]
+    ) -> PromptEmbeds:
+        """Return the embeddings of texts with the tokens of their images behind them: (b, l + p n, c).
+
+        images: as many for each text; their tokens follow one another, each multiplied by its scale, as in ComfyUI,
+        where diffusers adds the tokens of several images up.
+        """
+        tokens = []
+        for place in range(len(images[0])):
+            pixels = torch.stack([_pixels(each[place], self.encoder.side) for each in images])
+            found = self._memory.encoded(pixels, lambda image: self.redux(self.encoder(image)))
+            scale = torch.tensor([self._scale * each[place] for each in scales]).to(found)
+            tokens.append(found * scale[:, None, None])
+        return PromptEmbeds(torch.cat((texts.prompt_embeds, *tokens), dim=1), texts.pooled_prompt_embeds)
+
+
+def load_redux_prompts(
+    uri: PathOrFolder,
+    image_encoder: PathOrFolder | None,
+    scale: float,
+    *,
+    base: FluxParams,
+    dtype: torch.dtype,
+    device: torch.device,
+    storage_options: Mapping[str, Any] | None = None,
+) -> ReduxPrompts:
+    """Load a Redux with its vision tower, for a transformer of these parameters.
+
+    Raises: CheckpointError for files that are missing or do not fit; StoreError; InvalidSetting for the scale.
+    """
+    check_number("scale", scale)
+    with checkpoint_errors(), device_errors():
+        given = None if image_encoder is None else local_path(image_encoder, storage_options)
+        redux_file, tower = redux_files(local_path(uri, storage_options), given)
+        redux = load_redux(open_checkpoint(redux_file), dtype=dtype, device=device)
+        encoder = load_siglip(open_checkpoint(tower), dtype=dtype, device=device)
+        for what, value, wanted in (
+            ("makes tokens of", redux.context_in_dim, base.context_in_dim),
+            ("reads states of", redux.redux_up.in_features, encoder.width),
+        ):
+            if value != wanted:
+                raise ValueError(f"{redux_file}: {what} width {value}, where the others have {wanted}")
+    return ReduxPrompts(encoder, redux, scale)
+
+
+def _pixels(image: Image.Image, side: int) -> Tensor:
+    """Return an image as the vision tower reads it: fp32 (3, side, side) in [-1, 1], whatever its proportions.
+
+    Resized by Pillow's bicubic filter, as SigLIP's own preprocessing. Raises: InvalidSetting.
+    """
+    if not isinstance(image, Image.Image):
+        raise InvalidSetting(f"image_prompt is a {type(image).__name__}: must be a PIL image", field="image_prompt")
+    square = to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)
+    array = np.asarray(square, dtype=np.float32) / 255.0
+    return torch.from_numpy((array - 0.5) / 0.5).permute(2, 0, 1)
