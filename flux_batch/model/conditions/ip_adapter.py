@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -90,8 +91,8 @@ class IPAdapter(nn.Module):
         tokens = self.tokens(embeds)
         of_tokens = 1.0 if weights is None else weights.repeat_interleave(self.params.num_tokens, dim=1)[..., None]
         scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(self.double_blocks)
-        found = []
-        for block, strength in zip(self.double_blocks, scales, strict=True):
+        found, blocks = [], cast("Sequence[Any]", self.double_blocks)
+        for block, strength in zip(blocks, scales, strict=True):
             key, value = (block["processor"][name](tokens) for name in (_KEY, _VALUE))
             value = of_tokens * strength * value
             key, value = (rearrange(each, "b m (H D) -> b m H D", H=num_heads) for each in (key, value))

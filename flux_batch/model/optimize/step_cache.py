@@ -65,8 +65,11 @@ class StepCache:
             # One tensor of indices: a list would be copied to the device for each tensor that it indexes.
             chosen = torch.tensor(images, device=img.device)
             some = img.index_select(0, chosen)
-            added = (each and each.select(chosen) for each in (residuals, self.model.prompt))
-            done = model.later_blocks(some, txt.index_select(0, chosen), modulations.select(chosen), pe, *added)
+            added, prompt = (
+                residuals and residuals.select(chosen),
+                self.model.prompt and self.model.prompt.select(chosen),
+            )
+            done = model.later_blocks(some, txt.index_select(0, chosen), modulations.select(chosen), pe, added, prompt)
             self._last.update(chosen, _Additions(first_block.index_select(0, chosen), finite(done - some)))
             reused.index_copy_(0, chosen, done)
         return model.last_layer(reused, modulations)

@@ -113,4 +113,4 @@ def _pixels(image: Image.Image, side: int) -> Tensor:
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     box = left, top, left + side, top + side
     array = np.asarray(to_rgb(image).resize(size, Image.Resampling.BICUBIC).crop(box), dtype=np.float32) / 255.0
-    return torch.from_numpy((array - np.float32(_MEAN)) / np.float32(_STD)).permute(2, 0, 1)
+    return torch.from_numpy((array - np.array(_MEAN, np.float32)) / np.array(_STD, np.float32)).permute(2, 0, 1)
