@@ -86,8 +86,8 @@ class Attempt:
 class InputImage:
     """An image that a row names: its location, or its bytes.
 
-    `name` is its name in the metadata: the address as given, or the hash of the bytes. `scale` is the weight of an
-    image prompt, 1 for any other image. `allowed_roots` are local
+    `name` is its name in the metadata: the address as given, or the hash of the bytes. `scale` is the weight of a
+    control image or an image prompt, 1 for any other image. `allowed_roots` are local
     folders, one of which must contain it; None for an image of the job file, which is trusted. `column` is the field
     that names it, for messages.
     """
@@ -111,9 +111,12 @@ class RowImages:
     image_prompt: tuple[InputImage, ...] = ()
 
     @property
-    def scales(self) -> str | None:
-        """The weights of the image prompts as the metadata has them; None without such images."""
-        return ", ".join(f"{image.scale:g}" for image in self.image_prompt) or None
+    def scales(self) -> dict[str, str | None]:
+        """The weights of control images and image prompts as the metadata has them; None without such images."""
+        return {
+            f"{column}_scale": ", ".join(f"{image.scale:g}" for image in getattr(self, column)) or None
+            for column in WEIGHTED_COLUMNS
+        }
 
     @property
     def by_column(self) -> dict[str, tuple[InputImage, ...]]:
@@ -149,6 +152,8 @@ class RowImages:
 
 # The columns of a row, and of the metadata, that name images.
 IMAGE_COLUMNS = tuple(field.name for field in fields(RowImages))
+# Those whose images have weights, in a column of that name with `_scale`.
+WEIGHTED_COLUMNS = ("control_image", "image_prompt")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,6 +213,7 @@ class ImageRecord:
     control_image: str | None = None
     reference_image: str | None = None
     image_prompt: str | None = None
+    control_image_scale: str | None = None
     image_prompt_scale: str | None = None
     lora: str | None = None
     lora_scale: float | None = None

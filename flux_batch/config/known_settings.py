@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.errors import InvalidSetting, JobError, did_you_mean
-from flux_batch.records import IMAGE_COLUMNS
+from flux_batch.records import IMAGE_COLUMNS, WEIGHTED_COLUMNS
 from flux_batch.sampling_params import SAMPLING_FIELDS
 
 # Keys of `sampling` and `model` that are no business of a pipeline, or that every pipeline must know.
@@ -20,7 +20,14 @@ _OF_EVERY_PIPELINE = frozenset(
     }
 )
 # Those of the call beside fields of an image, and those that are read from the section `model`.
-_OF_CALL = ("tiled", "tile_size", "tile_stride", "paste_back", "resize_references", "image_prompt_scale")
+_OF_CALL = (
+    "tiled",
+    "tile_size",
+    "tile_stride",
+    "paste_back",
+    "resize_references",
+    *(f"{name}_scale" for name in WEIGHTED_COLUMNS),
+)
 _OF_MODEL = (
     "variant",
     "quantization",

@@ -24,7 +24,7 @@ from flux_batch.config.section import Section, check_no_secret
 from flux_batch.config.text import explain, nearest_or_all, overridden, read_tree, to_yaml
 from flux_batch.config.values import Seed, Template, Wildcards
 from flux_batch.errors import InvalidSetting, JobError
-from flux_batch.records import IMAGE_COLUMNS, NO_LORA
+from flux_batch.records import IMAGE_COLUMNS, NO_LORA, WEIGHTED_COLUMNS
 from flux_batch.redaction import public_tree, public_uri, redact
 from flux_batch.sampling_params import (
     ALIASES,
@@ -56,7 +56,7 @@ _STORAGE_OPTIONS = {section: {"storage_options"} for section in ("prompts", "out
 # The columns of a data set that a job understands, by our names.
 PROMPT_FIELDS = (
     *("prompt", "id", "seed", "num_images_per_prompt", "lora", "lora_scale"),
-    *(*IMAGE_COLUMNS, "image_prompt_scale", *SAMPLING_FIELDS),
+    *(*IMAGE_COLUMNS, *(f"{name}_scale" for name in WEIGHTED_COLUMNS), *SAMPLING_FIELDS),
 )
 
 

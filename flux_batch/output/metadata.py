@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flux_batch.config.schema import QUALITY_COLUMNS, SOURCE_COLUMNS, JobConfig, source_name
-from flux_batch.records import IMAGE_COLUMNS, ImageRecord
+from flux_batch.records import IMAGE_COLUMNS, WEIGHTED_COLUMNS, ImageRecord
 from flux_batch.sampling_params import SAMPLING_FIELDS
 from flux_batch.storage.passthrough import as_json, passthrough_of
 
@@ -31,7 +31,7 @@ RECORD_SCHEMA = pa.schema(
         ("seed", pa.int64()),
         *[(name, _COLUMN_TYPES[field.type]) for name, field in SAMPLING_FIELDS.items() if name != "negative_prompt"],
         *[(name, pa.string()) for name in IMAGE_COLUMNS],
-        ("image_prompt_scale", pa.string()),
+        *[(f"{name}_scale", pa.string()) for name in WEIGHTED_COLUMNS],
         ("lora", pa.string()),
         ("lora_scale", pa.float64()),
         ("tile_size", pa.int32()),

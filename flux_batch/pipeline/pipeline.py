@@ -335,6 +335,7 @@ class FluxImagePipeline:
         control_image: Image.Image | Sequence[Image.Image | Sequence[Image.Image]] | None = None,
         reference_image: Image.Image | Sequence[Image.Image | Sequence[Image.Image]] | None = None,
         image_prompt: Image.Image | Sequence[Image.Image | Sequence[Image.Image]] | None = None,
+        control_image_scale: float | Sequence[float | Sequence[float]] = 1.0,
         image_prompt_scale: float | Sequence[float | Sequence[float]] = 1.0,
         controlnet_conditioning_scale: float | Sequence[float] = 1.0,
         control_guidance_start: float | Sequence[float] = 0.0,
@@ -387,8 +388,9 @@ class FluxImagePipeline:
         resized input_image. control_image is what Canny, Depth and ControlNets read; for several nets a list, with one
         for each; a single net reads each of a list. ControlSetting tells controlnet_conditioning_scale,
         control_guidance_start, control_guidance_end and control_mode, each one value for all or one for each control
-        image. Guidance stays that of the model, where FluxControlNetPipeline has 7. reference_image is what Kontext
-        edits, one or several for an image, brought to the nearest size that it was trained with unless
+        image; control_image_scale is a weight beside them for those of each prompt. Guidance stays that of the model,
+        where FluxControlNetPipeline has 7. reference_image is what Kontext edits, one or several for an image, brought
+        to the nearest size that it was trained with unless
         resize_references is false. image_prompt, or as diffusers calls it ip_adapter_image, are images, one or several
         for each, with weights in image_prompt_scale. A Redux turns them into tokens behind those of the text, with
         guidance 2.5; where FluxPriorReduxPipeline adds the tokens of several images up, they follow one another here; a
@@ -418,6 +420,7 @@ class FluxImagePipeline:
             "control_image": control_image,
             "reference_image": reference_image,
             "image_prompt": image_prompt,
+            "control_image_scale": control_image_scale,
             "image_prompt_scale": image_prompt_scale,
         }
         if "image" in aliases and "reference_image" in self.variant.reads:  # as the pipeline of diffusers calls it

@@ -145,9 +145,9 @@ class RowParser:
         images = RowImages(
             input_image=self._input_image if start is None else self._image("input_image", start),
             mask_image=self._image("mask_image", self._image_cell(values, "mask_image")),
-            control_image=self._several_images(values, "control_image"),
+            control_image=self._weighted_images(values, "control_image"),
             reference_image=self._several_images(values, "reference_image"),
-            image_prompt=self._image_prompts(values),
+            image_prompt=self._weighted_images(values, "image_prompt"),
         )
         if images.mask_image and not images.input_image and not images.control_image:
             raise RowError(f"mask_image {shortened(images.mask_image.name)}: needs an input_image, and there is none")
@@ -180,15 +180,16 @@ class RowParser:
         found = [self._image(field, _image_value(cell)) for cell in cells]
         return tuple(image for image in found if image)
 
-    def _image_prompts(self, values: Row) -> tuple[InputImage, ...]:
-        """Return the image prompts of a row with their weights: one for all, or one each."""
-        images, cell = self._several_images(values, "image_prompt"), self._cell(values, "image_prompt_scale")
+    def _weighted_images(self, values: Row, field: str) -> tuple[InputImage, ...]:
+        """Return the images of a cell with their weights: one for all, or one each."""
+        name = f"{field}_scale"
+        images, cell = self._several_images(values, field), self._cell(values, name)
         if cell is None:
             return images
-        scales = [_number("image_prompt_scale", each) for each in (cell if isinstance(cell, list) else [cell])]
+        scales = [_number(name, each) for each in (cell if isinstance(cell, list) else [cell])]
         scales = scales * len(images) if len(scales) == 1 else scales
         if len(scales) != len(images):
-            raise RowError(f"image_prompt_scale: {len(scales)} weights for {len(images)} images in image_prompt")
+            raise RowError(f"{name}: {len(scales)} weights for {len(images)} images in {field}")
         return tuple(replace(image, scale=scale) for image, scale in zip(images, scales, strict=True))
 
     def _image(self, field: str, value: Any) -> InputImage | None:

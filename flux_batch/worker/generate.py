@@ -22,7 +22,7 @@ from flux_batch.errors import (
     StoreRefused,
 )
 from flux_batch.images import Pixels
-from flux_batch.records import LoraUse
+from flux_batch.records import WEIGHTED_COLUMNS, LoraUse
 from flux_batch.sampling_params import call_arguments
 from flux_batch.worker.batches import ImageTask, grouped
 from flux_batch.worker.protocol import ImagePipeline
@@ -254,9 +254,10 @@ class BatchMaker:
     def _call_pipeline(self, batch: Sequence[ImageTask], tiles: Tiles | None) -> Sequence[Pixels | Exception]:
         options = call_arguments([task.request.sampling for task in batch])
         options |= {name: [task.images[name] for task in batch] for name in batch[0].images}
-        scales = [[image.scale for image in task.request.images.image_prompt] for task in batch]
-        if any(scale != 1 for each in scales for scale in each):
-            options["image_prompt_scale"] = scales
+        for column in WEIGHTED_COLUMNS:
+            scales = [[image.scale for image in getattr(task.request.images, column)] for task in batch]
+            if any(scale != 1 for each in scales for scale in each):
+                options[f"{column}_scale"] = scales
         for name in batch[0].images:
             options |= self._image_options.get(name, {})
         if tiles:

@@ -95,6 +95,7 @@ class ImagePipeline(Protocol):
         control_image: Sequence[Any] | None = None,
         reference_image: Sequence[Any] | None = None,
         image_prompt: Sequence[Any] | None = None,
+        control_image_scale: Sequence[Sequence[float]] = (),
         image_prompt_scale: Sequence[Sequence[float]] = (),
         controlnet_conditioning_scale: Sequence[float] = (),
         control_guidance_start: Sequence[float] = (),

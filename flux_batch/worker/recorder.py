@@ -62,7 +62,7 @@ class Recorder:
             "prompt": request.prompt,
             "seed": task.seed,
             **request.images.names,
-            "image_prompt_scale": request.images.scales,
+            **request.images.scales,
             **self._lora_fields(request.loras),
             "tile_size": tile_size,
             "clip_truncated": truncated[0],
@@ -176,9 +176,8 @@ def _recorded_images(row: Mapping[str, Any]) -> RowImages:
         if names := row.get(column):
             is_several = isinstance(getattr(RowImages(), column), tuple)
             images = [_recorded_image(row, name, column) for name in (names.split(", ") if is_several else [names])]
-            if column == "image_prompt":
-                scales = str(row.get("image_prompt_scale") or "").split(", ")
-                images = [replace(one, scale=float(each or 1)) for one, each in zip(images, scales, strict=True)]
+            if scales := row.get(f"{column}_scale"):
+                images = [replace(one, scale=float(each)) for one, each in zip(images, scales.split(", "), strict=True)]
             found[column] = tuple(images) if is_several else images[0]
     return RowImages(**found)
 

@@ -159,6 +159,15 @@ def test_nets_of_other_numbers_of_blocks_add_up_whatever_their_order(base: Path,
     )
 
 
+def test_each_prompt_has_a_weight_of_its_own(base: Path, net: Path) -> None:
+    pipe = FluxImagePipeline.from_pretrained(base, controlnets=[net], **CPU)
+    common = {"controlnet_conditioning_scale": 0.8, "output_type": "latent", **SMALL}
+    both = pipe(PROMPTS[:2], control_image=IMAGES[:2], control_image_scale=[0.5, 1.0], seed=[3, 4], **common)
+    for at, scale in enumerate((0.4, 0.8)):
+        alone = common | {"controlnet_conditioning_scale": scale, "seed": 3 + at, "control_image": IMAGES[at]}
+        torch.testing.assert_close(pipe(PROMPTS[at], **alone)[0], both[at], atol=1e-4, rtol=0)
+
+
 def test_original_keys_of_xlabs_and_true_cfg(base: Path, tmp_path: Path) -> None:
     net = make_net(tmp_path / "net", 2, 0, xlabs=True)
     original = tmp_path / "flux-canny-controlnet.safetensors"

@@ -229,6 +229,7 @@ def test_a_cell_or_the_job_says_what_a_row_starts_from(value: Any, name: str | N
         ({"control_image": ["a.png", 7]}, "column 'control_image' holds int"),
         ({"control_image": ["a.png"] * 17}, "column 'control_image' holds 17 images, more than 16"),
         ({"image_prompt": "a.png", "image_prompt_scale": [1, 2]}, "image_prompt_scale: 2 weights for 1 images"),
+        ({"control_image": ["a.png"], "control_image_scale": [1, 2]}, "control_image_scale: 2 weights for 1 images"),
         ({"image_prompt": "a.png", "image_prompt_scale": "much"}, "image_prompt_scale = 'much': must be a number"),
         ({"input_image": "/etc/passwd"}, "input_image /etc/passwd: a row may name an absolute path only under"),
         ({"denoising_strength": 0.5}, "denoising_strength = 0.5: needs an input_image, and there is none"),

@@ -156,8 +156,8 @@ def test_odd_images_and_masks_cost_their_row_at_most(tmp_path: Path) -> None:
 def test_control_images_and_image_prompts(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(as_png(colour(1)))
     rows = [
-        {"prompt": "plain", "control_image": None, "image_prompt": None},
-        {"prompt": "one", "control_image": ["a.png"], "image_prompt": None},
+        {"prompt": "plain", "control_image": None, "control_image_scale": None, "image_prompt": None},
+        {"prompt": "one", "control_image": ["a.png"], "control_image_scale": 0.5, "image_prompt": None},
         {"prompt": "gone", "control_image": ["a.png", "b.png"], "image_prompt": None},
         {"prompt": "seen", "control_image": None, "image_prompt": "a.png"},
     ]
@@ -169,7 +169,7 @@ def test_control_images_and_image_prompts(tmp_path: Path) -> None:
 
     plain, one, gone, seen = metadata(config)
     assert (plain["status"], plain["control_image"]) == ("success", None)
-    assert (one["status"], one["control_image"]) == ("success", "a.png")
+    assert (one["status"], one["control_image"], one["control_image_scale"]) == ("success", "a.png", "0.5")
     assert "control_image b.png: there is no file" in gone["error_message"]
     assert (seen["image_prompt"], seen["image_prompt_scale"]) == ("a.png", "1")
     (sizes,) = (
@@ -177,7 +177,8 @@ def test_control_images_and_image_prompts(tmp_path: Path) -> None:
     )
     assert sizes == [(64, 48)]
     settings = {"controlnet_conditioning_scale": [0.7, 1.0], "control_guidance_end": [0.8, 1.0]}
-    assert [options for options in pipeline.options if options] == [settings | {"control_mode": [None, 2]}]
+    settings |= {"control_mode": [None, 2], "control_image_scale": [[0.5]]}
+    assert [options for options in pipeline.options if options] == [settings]
 
 
 def test_rows_take_the_size_of_their_reference_images(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ _MEANINGS = {
     "control_image": "the name of the control image, or the names of several",
     "reference_image": "the name of the reference image, or the names of several",
     "image_prompt": "the name of the image prompt, or the names of several",
+    "control_image_scale": "the weight of each control image",
     "image_prompt_scale": "the weight of each image prompt",
     "lora": "the LoRA, or all of them with their scales",
     "lora_scale": "the scale of a single LoRA",

@@ -146,7 +146,8 @@ class ControlNet(Flux):
 class ControlUse(NamedTuple):
     """A net with a control image of each image: its strength, and the share of the steps at which it counts.
 
-    condition: of `ControlNet.embed_condition`, (b, n, hidden). mode: of a union net, else None.
+    condition: of `ControlNet.embed_condition`, (b, n, hidden). mode: of a union net, else None. weights: of each
+    image, beside the scale, (b, 1, 1); None is 1 for all.
     """
 
     net: ControlNet
@@ -155,6 +156,12 @@ class ControlUse(NamedTuple):
     start: float = 0.0
     end: float = 1.0
     mode: int | None = None
+    weights: Tensor | None = None
+
+    @property
+    def strength(self) -> Tensor | float:
+        """What the residuals are multiplied with: (b, 1, 1), or one number for all images."""
+        return self.scale if self.weights is None else self.scale * self.weights
 
     def is_active(self, step: int, num_steps: int) -> bool:
         """Return whether the net counts at a step, as in diffusers."""
@@ -209,9 +216,10 @@ class Controls:
         total = len(net.double_blocks)
         num_double = used_residuals(total, p.depth, repeats)
         found = net.residuals(noisy, denoiser.txt, denoiser.modulations(step), denoiser.pe, use.condition, num_double)
+        strength = use.strength
         return Residuals(
-            spread([use.scale * each for each in found.double], p.depth, total, repeats),
-            spread([use.scale * each for each in found.single], p.depth_single_blocks, len(found.single)),
+            spread([strength * each for each in found.double], p.depth, total, repeats),
+            spread([strength * each for each in found.single], p.depth_single_blocks, len(found.single)),
         )
 
 

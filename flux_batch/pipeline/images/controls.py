@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from flux_batch.errors import InvalidSetting
@@ -115,13 +116,20 @@ class ControlNets:
 
     def uses(self, request: PipelineRequest, latents: ImageLatents) -> list[ControlUse]:
         """Return the nets that count in a call, each with its control images encoded."""
+        nets = self._net_of_each(len(request.controls))
         return [
-            ControlUse(net, self._condition(net, request, place, latents), *setting)
-            for place, (net, setting) in enumerate(
-                zip(self._net_of_each(len(request.controls)), request.controls, strict=True)
-            )
+            self._use(net, setting, request, place, latents)
+            for place, (net, setting) in enumerate(zip(nets, request.controls, strict=True))
             if setting.scale
         ]
+
+    def _use(
+        self, net: ControlNet, setting: ControlSetting, request: PipelineRequest, place: int, latents: ImageLatents
+    ) -> ControlUse:
+        condition, weights = self._condition(net, request, place, latents), request.images.control_weights(place)
+        if all(weight == 1 for weight in weights):
+            return ControlUse(net, condition, *setting)
+        return ControlUse(net, condition, *setting, torch.tensor(weights)[:, None, None].to(condition))
 
     def _condition(self, net: ControlNet, request: PipelineRequest, place: int, latents: ImageLatents) -> Tensor:
         p = net.controlnet_params

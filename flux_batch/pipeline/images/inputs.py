@@ -20,9 +20,9 @@ class ImageInputs:
     """The images that the images of a call are made from; None for an argument that is not given.
 
     mask_image: white is repainted. control_image: each entry a list. reference_image: each entry a list, in the size
-    in which they are read. image_prompt: each entry a list, each as long; image_prompt_scale: the weight of each of
-    these. Raises: InvalidSetting for a mask without its image, or of other proportions, or for images
-    whose references have other sizes than those of the first.
+    in which they are read. image_prompt: each entry a list, each as long. control_image_scale, image_prompt_scale:
+    the weight of each of these. Raises: InvalidSetting for a mask without its image, or of other proportions, or for
+    images whose references have other sizes than those of the first.
     """
 
     input_image: list[Image.Image] | None = None
@@ -30,6 +30,7 @@ class ImageInputs:
     control_image: list[list[Image.Image]] | None = None
     reference_image: list[list[Image.Image]] | None = None
     image_prompt: list[list[Image.Image]] | None = None
+    control_image_scale: list[list[float]] | None = None
     image_prompt_scale: list[list[float]] | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +81,10 @@ class ImageInputs:
         """The weight of each image prompt of each image."""
         return self.image_prompt_scale or [[1.0] * len(images) for images in self.image_prompt or ()]
 
+    def control_weights(self, place: int) -> list[float]:
+        """Return the weight of the control image at a place of each image's list."""
+        return [each[place] for each in self.control_image_scale or ()]
+
     def check_for(self, variant: Variant, *, nets_read_mask: bool = False) -> None:
         """Raise InvalidSetting unless a variant of the model has exactly what it reads.
 
@@ -99,14 +104,21 @@ class ImageInputs:
                 raise InvalidSetting(
                     f"control_image: {len(images)} images, where {variant.title} reads one", field="control_image"
                 )
+        if variant.channels == 2 and any(weight != 1 for weight in self.control_weights(0)):
+            raise InvalidSetting(
+                f"control_image_scale: {variant.title} reads a control image as it is; leave the weight out",
+                field="control_image_scale",
+            )
 
 
 _NO_IMAGE_FOR_MASK = "mask_image: needs an input_image to repaint"
 # Arguments of which an image may have several.
 _SEVERAL = ("control_image", "reference_image", "image_prompt")
+# Those whose images have weights.
+_WEIGHTED = ("control_image", "image_prompt")
 # Pixels.
 _DEFAULT_SIDE = 1024
-IMAGE_ARGUMENTS = tuple(field.name for field in fields(ImageInputs) if field.name != "image_prompt_scale")
+IMAGE_ARGUMENTS = tuple(field.name for field in fields(ImageInputs) if not field.name.endswith("_scale"))
 
 
 def keeps_latents(inputs: ImageInputs, variant: Variant) -> bool:
@@ -119,7 +131,7 @@ def image_inputs(
 ) -> ImageInputs:
     """Return the images of a call for `count` images; is_single: a list is of one image. Raises: InvalidSetting."""
     given = {name: value for name, value in arguments.items() if value is not None}
-    scale = given.pop("image_prompt_scale", 1.0)
+    scales = {name: given.pop(f"{name}_scale", 1.0) for name in _WEIGHTED}
     for name, value in given.items():
         is_list = is_single and name in _SEVERAL and isinstance(value, (list, tuple))
         given[name] = _one_each(name, [value] if is_list else value, count)
@@ -129,22 +141,23 @@ def image_inputs(
     if "reference_image" in given:
         size_of = preferred_size if resize_references else own_size
         given["reference_image"] = [[_sized(each, size_of) for each in images] for images in given["reference_image"]]
-    prompts = given.pop("image_prompt", None)
-    if prompts and any(prompts):
-        given |= {"image_prompt": prompts, "image_prompt_scale": _scales(scale, prompts, is_single=is_single)}
+    if not any(given.get("image_prompt", ())):
+        given.pop("image_prompt", None)
+    for name in _WEIGHTED:
+        if name in given:
+            given[f"{name}_scale"] = _scales(name, scales[name], given[name], is_single=is_single)
     return ImageInputs(**given)
 
 
-def _scales(value: Any, images: Sequence[Sequence[Any]], *, is_single: bool) -> list[list[float]]:
-    """Return a weight for each image prompt of each image. Raises: InvalidSetting."""
-    name = "image_prompt_scale"
-    found = []
+def _scales(field: str, value: Any, images: Sequence[Sequence[Any]], *, is_single: bool) -> list[list[float]]:
+    """Return a weight for each image in an argument, by image to make. Raises: InvalidSetting."""
+    name, found = f"{field}_scale", []
     for own, prompts in zip(_one_each(name, [value] if is_single else value, len(images)), images, strict=True):
         scales = list(own) if isinstance(own, (list, tuple)) else [own] * len(prompts)
         for scale in scales:
             check_number(name, scale)
         if len(scales) != len(prompts):
-            raise InvalidSetting(f"{name}: {len(scales)} weights for {len(prompts)} images in image_prompt", field=name)
+            raise InvalidSetting(f"{name}: {len(scales)} weights for {len(prompts)} images in {field}", field=name)
         found.append(scales)
     return found
 
