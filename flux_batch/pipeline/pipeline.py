@@ -428,7 +428,8 @@ class FluxImagePipeline:
         given |= {name: named.pop(name) for name in IMAGE_ARGUMENTS if name in named}
         images = image_inputs(count, given, resize_references, is_single=isinstance(prompt, str))
         width, height = images.size_of(width, height)
-        settings = controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode
+        of_nets = controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode
+        settings = named.pop("controls", of_nets)
         sampling: dict[str, Any] = {
             "negative_prompt": negative_prompt,
             "height": height,

@@ -15,7 +15,7 @@ from flux_batch.errors import InvalidSetting, did_you_mean
 from flux_batch.model.optimize.tiling import Tiling
 from flux_batch.model.params import FluxParams, first_step
 from flux_batch.model.transformer import PromptEmbeds
-from flux_batch.pipeline.images.controls import ControlSetting
+from flux_batch.pipeline.images.controls import ControlSetting, controls_of_diffsynth
 from flux_batch.pipeline.images.inputs import ImageInputs
 from flux_batch.sampling_params import (
     ALIASES,
@@ -36,6 +36,8 @@ _CALL_ALIASES = {
     "ip_adapter_image": "image_prompt",
     "control_mask": "mask_image",
 }
+# DiffSynth-Studio's argument for the images of ControlNets with their settings, each a ControlNetInput.
+_DIFFSYNTH_CONTROLS = "controlnet_inputs"
 # The arguments of diffusers that a call refuses, and what to pass instead.
 _INSTEAD = {"generator": ": pass seed, a whole number or one for each image"}
 
@@ -194,8 +196,11 @@ def resolve_aliases(aliases: Mapping[str, Any], arguments: Iterable[str]) -> dic
     Raises: InvalidSetting for an argument that is unknown, with the nearest of the `arguments` or what to pass instead.
     """
     for name in aliases:
-        if name not in _CALL_ALIASES:
+        if name not in (*_CALL_ALIASES, _DIFFSYNTH_CONTROLS):
             names = [name for name in arguments if name not in ("aliases", "return")] + list(_CALL_ALIASES)
             hint = _INSTEAD.get(name) or did_you_mean(name, names) or f"; there are {', '.join(sorted(names))}"
             raise InvalidSetting(f"{name} is not an argument of the pipeline{hint}", field=name)
-    return {_CALL_ALIASES[name]: value for name, value in aliases.items()}
+    found = {_CALL_ALIASES[name]: value for name, value in aliases.items() if name != _DIFFSYNTH_CONTROLS}
+    if inputs := aliases.get(_DIFFSYNTH_CONTROLS):
+        found |= controls_of_diffsynth(inputs)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,25 @@ def test_each_prompt_has_a_weight_of_its_own(base: Path, net: Path) -> None:
     for at, scale in enumerate((0.4, 0.8)):
         alone = common | {"controlnet_conditioning_scale": scale, "seed": 3 + at, "control_image": IMAGES[at]}
         torch.testing.assert_close(pipe(PROMPTS[at], **alone)[0], both[at], atol=1e-4, rtol=0)
+
+
+def test_the_words_of_diffsynth(base: Path, tmp_path: Path) -> None:
+    nets = [make_net(tmp_path / "plain", 1, 0), make_net(tmp_path / "union", 1, 1, 10)]
+    pipe = FluxImagePipeline.from_pretrained(base, controlnets=nets, **CPU)
+    common = {"seed": 3, "output_type": "latent", **SMALL}
+    expected = pipe(
+        "x",
+        control_image=IMAGES[:2],
+        controlnet_conditioning_scale=[0.6, 1.0],
+        control_guidance_start=[0.0, 0.5],
+        control_mode=[None, 4],
+        **common,
+    )
+    union = {"image": IMAGES[1], "controlnet_id": 1, "processor_id": "pose", "start": 0.5}
+    plain = SimpleNamespace(image=IMAGES[0], controlnet_id=0, scale=0.6, processor_id=None)
+    torch.testing.assert_close(pipe("x", controlnet_inputs=[union, plain], **common), expected, atol=0, rtol=0)
+    with pytest.raises(InvalidSetting, match=r"controlnet_inputs: of the nets \[1, 1\]; give one for each net"):
+        pipe("x", controlnet_inputs=[union, union], **common)
 
 
 def test_original_keys_of_xlabs_and_true_cfg(base: Path, tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -35,6 +36,46 @@ class ControlSetting(NamedTuple):
 
 # The arguments of a call, by the names of diffusers, in the order of ControlSetting.
 _ARGUMENTS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode")
+
+
+# The modes of a union net by the names of DiffSynth-Studio: modelscope/DiffSynth-Studio, models/flux_controlnet.py.
+_DIFFSYNTH_MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq": 6}
+
+
+def controls_of_diffsynth(inputs: Sequence[Any]) -> dict[str, Any]:
+    """Return arguments of a call for DiffSynth-Studio's `controlnet_inputs`, for one prompt.
+
+    inputs: objects or mappings with its fields image, inpaint_mask, controlnet_id, scale, processor_id, start and end,
+    the share of the steps that are left when the net begins and ends: 1 and 0. Raises: InvalidSetting.
+    """
+    given = [_Fields(each) for each in inputs]
+    nets = [each.get("controlnet_id", 0) for each in given]
+    if sorted(nets) != list(range(len(nets))) and set(nets) != {0}:
+        raise InvalidSetting(
+            f"controlnet_inputs: of the nets {nets}; give one for each net, or several for the only one",
+            field="controlnet_inputs",
+        )
+    given = [each for _, each in sorted(zip(nets, given, strict=True), key=itemgetter(0))]
+    found: dict[str, Any] = {"control_image": [each.get("image") for each in given]}
+    found["controls"] = (
+        [each.get("scale", 1.0) for each in given],
+        [1.0 - each.get("start", 1.0) for each in given],
+        [1.0 - each.get("end", 0.0) for each in given],
+        [_DIFFSYNTH_MODES.get(each.get("processor_id", None)) for each in given],
+    )
+    masks = [mask for each in given if (mask := each.get("inpaint_mask", None)) is not None]
+    return found | ({"mask_image": masks[0]} if masks else {})
+
+
+class _Fields:
+    """The fields of an object or of a mapping, without those that are None."""
+
+    def __init__(self, source: Any) -> None:
+        self._values = source if isinstance(source, Mapping) else vars(source)
+
+    def get(self, name: str, default: Any) -> Any:
+        value = self._values.get(name)
+        return default if value is None else value
 
 
 class ControlNets:
