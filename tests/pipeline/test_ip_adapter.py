@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from PIL import Image
@@ -90,7 +92,9 @@ def test_weights_of_images(reading: FluxImagePipeline, pipe: FluxImagePipeline) 
     assert (expected - plain).abs().max() > 1e-2
 
 
-def test_files_in_the_layouts_that_exist(reading: FluxImagePipeline, adapter: Path, tmp_path: Path) -> None:
+def test_files_in_the_layouts_and_places_that_exist(
+    reading: FluxImagePipeline, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = reading("x", image_prompt=IMAGES[1], seed=1, **LATENTS)
     state = load_file(adapter / "ip_adapter.safetensors")
     renamed = {
@@ -108,8 +112,11 @@ def test_files_in_the_layouts_that_exist(reading: FluxImagePipeline, adapter: Pa
     (tmp_path / "clip").mkdir()
     save_file(whole, tmp_path / "clip/model.safetensors")
     (tmp_path / "clip/config.json").write_text('{"vision_config": {"num_attention_heads": 4}}')
+    monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path / "cache"))
+    there = f"memory://{uuid.uuid4().hex}"
+    fsspec.filesystem("memory").put(f"{tmp_path}/", there, recursive=True)
     reading.load_ip_adapter(
-        tmp_path / "of_diffusers.safetensors", image_encoder_pretrained_model_name_or_path=tmp_path / "clip"
+        f"{there}/of_diffusers.safetensors", image_encoder_pretrained_model_name_or_path=f"{there}/clip"
     )
     torch.testing.assert_close(reading("x", image_prompt=IMAGES[1], seed=1, **LATENTS), expected, atol=1e-5, rtol=0)
 

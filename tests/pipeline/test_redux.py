@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from PIL import Image
@@ -100,7 +102,7 @@ def test_an_image_is_encoded_once(reading: FluxImagePipeline) -> None:
     assert calls == 1
 
 
-def test_files_in_either_layout(repository: Path, redux: Path, tmp_path: Path) -> None:
+def test_files_in_either_layout(repository: Path, redux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One file of Redux beside the tower; and the tower of a whole SigLIP, with its head and text model."""
     (tmp_path / "image_encoder").symlink_to(redux / "image_encoder")
     state = load_file(redux / "image_embedder/diffusion_pytorch_model.safetensors")
@@ -116,6 +118,12 @@ def test_files_in_either_layout(repository: Path, redux: Path, tmp_path: Path) -
     for uri, encoder in ((tmp_path, None), (files[0], None), (files[0], files[1])):
         pipe.load_redux(uri, encoder)
         torch.testing.assert_close(pipe("", image_prompt=IMAGES[1], **common), expected, atol=0, rtol=0)
+
+    monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path / "cache"))
+    there = f"memory://{uuid.uuid4().hex}"
+    fsspec.filesystem("memory").put(f"{redux}/", there, recursive=True)
+    pipe.load_redux(there)
+    torch.testing.assert_close(pipe("", image_prompt=IMAGES[1], **common), expected, atol=0, rtol=0)
 
     alone = tmp_path / "alone"
     alone.mkdir()
