@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxControlNetModel, FluxControlNetPipeline
+from diffusers import FluxControlNetModel, FluxControlNetPipeline, FluxTransformer2DModel
 from diffusers.models.controlnets.controlnet_flux import FluxMultiControlNetModel
 from PIL import Image
 from safetensors.torch import save_file
@@ -167,6 +168,37 @@ def test_each_prompt_has_a_weight_of_its_own(base: Path, net: Path) -> None:
     for at, scale in enumerate((0.4, 0.8)):
         alone = common | {"controlnet_conditioning_scale": scale, "seed": 3 + at, "control_image": IMAGES[at]}
         torch.testing.assert_close(pipe(PROMPTS[at], **alone)[0], both[at], atol=1e-4, rtol=0)
+
+
+def test_fill_goes_with_a_net(tmp_path: Path) -> None:
+    base = make_tiny_repository(tmp_path / "fill", replace(BASE, in_channels=384))
+    net = make_net(tmp_path / "net", 2, 1)
+    pipe = FluxImagePipeline.from_pretrained(base, controlnets=[net], **CPU)
+    mask = Image.new("L", (96, 64))
+    mask.paste(255, (20, 10, 60, 50))
+    read: list[Any] = []
+    hook = pipe.transformer.img_in.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    options = {"input_image": IMAGES[0], "mask_image": mask, "seed": 3, "output_type": "latent"}
+    found = pipe("x", control_image=IMAGES[1], **options, **SMALL | {"num_inference_steps": 1})
+    hook.remove()
+
+    noisy, embeds = read[0][..., :64], pipe.encode_prompt("x")
+    with torch.inference_mode():
+        control = pack(pipe.autoencoder.encode(to_pixels(IMAGES[1], 96, 64)[None]))
+    inputs = {
+        "encoder_hidden_states": embeds.prompt_embeds,
+        "pooled_projections": embeds.pooled_prompt_embeds,
+        "timestep": torch.tensor([1.0]),
+        "guidance": torch.tensor([30.0]),
+        "img_ids": FluxControlNetPipeline._prepare_latent_image_ids(1, 4, 6, "cpu", torch.float32),
+        "txt_ids": torch.zeros(embeds.prompt_embeds.shape[1], 3),
+        "return_dict": False,
+    }
+    with torch.inference_mode():
+        double, single = FluxControlNetModel.from_pretrained(net)(noisy, controlnet_cond=control, **inputs)
+        model = FluxTransformer2DModel.from_pretrained(base / "transformer")
+        (velocity,) = model(read[0], controlnet_block_samples=double, controlnet_single_block_samples=single, **inputs)
+    torch.testing.assert_close(pack(found), noisy - velocity, atol=1e-4, rtol=0)
 
 
 def test_the_words_of_diffsynth(base: Path, tmp_path: Path) -> None:
