@@ -160,7 +160,7 @@ class ControlUse(NamedTuple):
 
     @property
     def strength(self) -> Tensor | float:
-        """What the residuals are multiplied with: (b, 1, 1), or one number for all images."""
+        """The factor of the residuals: (b, 1, 1), or one number for all images."""
         return self.scale if self.weights is None else self.scale * self.weights
 
     def is_active(self, step: int, num_steps: int) -> bool:

@@ -61,9 +61,9 @@ def controls_of_diffsynth(inputs: Sequence[Any]) -> dict[str, Any]:
         [each.get("scale", 1.0) for each in given],
         [1.0 - each.get("start", 1.0) for each in given],
         [1.0 - each.get("end", 0.0) for each in given],
-        [_DIFFSYNTH_MODES.get(each.get("processor_id", None)) for each in given],
+        [_DIFFSYNTH_MODES.get(each.get("processor_id")) for each in given],
     )
-    masks = [mask for each in given if (mask := each.get("inpaint_mask", None)) is not None]
+    masks = [mask for each in given if (mask := each.get("inpaint_mask")) is not None]
     return found | ({"mask_image": masks[0]} if masks else {})
 
 
@@ -73,7 +73,7 @@ class _Fields:
     def __init__(self, source: Any) -> None:
         self._values = source if isinstance(source, Mapping) else vars(source)
 
-    def get(self, name: str, default: Any) -> Any:
+    def get(self, name: str, default: Any = None) -> Any:
         value = self._values.get(name)
         return default if value is None else value
 
