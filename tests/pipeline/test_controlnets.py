@@ -216,6 +216,8 @@ def test_the_words_of_diffsynth(base: Path, tmp_path: Path) -> None:
     union = {"image": IMAGES[1], "controlnet_id": 1, "processor_id": "pose", "start": 0.5}
     plain = SimpleNamespace(image=IMAGES[0], controlnet_id=0, scale=0.6, processor_id=None)
     torch.testing.assert_close(pipe("x", controlnet_inputs=[union, plain], **common), expected, atol=0, rtol=0)
+    both = pipe(["x", "y"], controlnet_inputs=[union, plain], **common | {"seed": [3, 4]})
+    torch.testing.assert_close(both[:1], expected, atol=1e-4, rtol=0)
     with pytest.raises(InvalidSetting, match=r"controlnet_inputs: of the nets \[1, 1\]; give one for each net"):
         pipe("x", controlnet_inputs=[union, union], **common)
 

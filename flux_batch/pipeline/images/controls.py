@@ -13,6 +13,7 @@ from torch import Tensor
 from flux_batch.errors import InvalidSetting
 from flux_batch.model.conditions.controlnet import ControlNet, ControlUse
 from flux_batch.model.conditions.variant import Variant
+from flux_batch.pipeline.images.inputs import SharedImages
 from flux_batch.sampling_params import check_integer, check_number
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _DIFFSYNTH_MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gr
 
 
 def controls_of_diffsynth(inputs: Sequence[Any]) -> dict[str, Any]:
-    """Return arguments of a call for DiffSynth-Studio's `controlnet_inputs`, for one prompt.
+    """Return arguments of a call for DiffSynth-Studio's `controlnet_inputs`.
 
     inputs: objects or mappings with its fields image, inpaint_mask, controlnet_id, scale, processor_id, start and end,
     the share of the steps that are left when the net begins and ends: 1 and 0. Raises: InvalidSetting.
@@ -56,7 +57,7 @@ def controls_of_diffsynth(inputs: Sequence[Any]) -> dict[str, Any]:
             field="controlnet_inputs",
         )
     given = [each for _, each in sorted(zip(nets, given, strict=True), key=itemgetter(0))]
-    found: dict[str, Any] = {"control_image": [each.get("image") for each in given]}
+    found: dict[str, Any] = {"control_image": SharedImages(each.get("image") for each in given)}
     found["controls"] = (
         [each.get("scale", 1.0) for each in given],
         [1.0 - each.get("start", 1.0) for each in given],

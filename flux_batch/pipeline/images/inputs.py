@@ -111,6 +111,10 @@ class ImageInputs:
             )
 
 
+class SharedImages(list[Any]):
+    """Images that each image of a call is made from, whatever their number."""
+
+
 _NO_IMAGE_FOR_MASK = "mask_image: needs an input_image to repaint"
 # Arguments of which an image may have several.
 _SEVERAL = ("control_image", "reference_image", "image_prompt")
@@ -180,6 +184,8 @@ def _as_list(value: Any) -> list[Any]:
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:
     """Return one value for each image. Raises: InvalidSetting for a list of another length, or no image."""
+    if isinstance(value, SharedImages):
+        return [value] * count
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count
     if len(values) != count:
         raise InvalidSetting(f"{name}: {len(values)} values for {count} prompts; give one, or one each", field=name)
