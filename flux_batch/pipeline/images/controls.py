@@ -47,7 +47,8 @@ def controls_of_diffsynth(inputs: Sequence[Any]) -> dict[str, Any]:
     """Return arguments of a call for DiffSynth-Studio's `controlnet_inputs`.
 
     inputs: objects or mappings with its fields image, inpaint_mask, controlnet_id, scale, processor_id, start and end,
-    the share of the steps that are left when the net begins and ends: 1 and 0. Raises: InvalidSetting.
+    the share of the steps that are left when the net begins and ends, 1 and 0, rounded as diffusers' words are.
+    Raises: InvalidSetting.
     """
     given = [_Fields(each) for each in inputs]
     nets = [each.get("controlnet_id", 0) for each in given]
