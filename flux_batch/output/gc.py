@@ -6,10 +6,10 @@ Looks at the folders of a run alone, `train`, `metadata` and `_run`: whatever el
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from flux_batch.errors import NotFound
 from flux_batch.output.commits import Commits, parse_commit
@@ -45,6 +45,9 @@ from flux_batch.storage.store import STORE_TMP, Store
 
 log = logging.getLogger(__name__)
 
+# Lists a folder: names, with the size of a file and None for a folder.
+Children: TypeAlias = Callable[[str], Mapping[str, int | None]]
+
 # Objects that are listed, or removed, at once.
 _THREADS = 16
 # The files and folders of this program in RUN.
@@ -69,20 +72,22 @@ class _Leftover:
     upload: Upload | None = None
 
 
-def find_leftovers(run: RunFolder, named: Container[str] = ()) -> Iterator[_Leftover]:
+def find_leftovers(run: RunFolder, named: Container[str] = (), children: Children | None = None) -> Iterator[_Leftover]:
     """Yield every leftover. Those that are `uncommitted` may be committed by a worker meanwhile.
 
-    named: the files directly in `train` that commits are known to name, which are not read for them.
+    named: the files directly in `train` that commits are known to name, which are not read for them. children: lists a
+    folder, as Store.children does; for a caller that has listed some of them already.
     """
+    children = children or run.store.children
     done = Commits(run).done()
-    yield from _unknown_files(run)
+    yield from _unknown_files(run, children)
     yield from (_Leftover(key, "half-written") for key in run.store.list(STORE_TMP))
     for upload in unfinished_uploads(run.store):
         yield _Leftover(run.store.key_of(upload), "half-written", upload=upload)
     yield from _staged(run, done)
     for folder in (METADATA, FAILED):
-        yield from _tables(run, folder, done)
-    yield from _data_files(run, done, named)
+        yield from _tables(run, folder, done, children)
+    yield from _data_files(run, done, named, children)
 
 
 def unfinished_uploads(store: Store) -> list[Upload]:
@@ -112,12 +117,12 @@ def _remove(run: RunFolder, leftover: _Leftover) -> None:
         run.store.delete(leftover.key)
 
 
-def _unknown_files(run: RunFolder) -> Iterator[_Leftover]:
+def _unknown_files(run: RunFolder, children: Children) -> Iterator[_Leftover]:
     """Yield what is not of this program among its own files."""
-    for name, size in run.store.children(RUN).items():
+    for name, size in children(RUN).items():
         if (key := f"{RUN}/{name}") not in _OF_RUN:
             yield from (_Leftover(each, "stray") for each in (run.store.list(key) if size is None else [key]))
-    for name in run.store.children(COMMITS):
+    for name in children(COMMITS):
         if run.shard_of(name, ".json") is None:
             yield _Leftover(f"{COMMITS}/{name}", "stray")
 
@@ -132,9 +137,9 @@ def _staged(run: RunFolder, done: set[int]) -> Iterator[_Leftover]:
             yield from (_Leftover(key, "staged") for key in run.store.list(folder))
 
 
-def _tables(run: RunFolder, folder: str, done: set[int]) -> Iterator[_Leftover]:
+def _tables(run: RunFolder, folder: str, done: set[int], children: Children) -> Iterator[_Leftover]:
     """Yield the tables, one a shard, of shards that are not done."""
-    for name, size in run.store.children(folder).items():
+    for name, size in children(folder).items():
         key, shard = f"{folder}/{name}", run.shard_of(name, ".parquet")
         if size is None:
             yield from (_Leftover(each, "stray") for each in run.store.list(key))
@@ -144,10 +149,10 @@ def _tables(run: RunFolder, folder: str, done: set[int]) -> Iterator[_Leftover]:
             yield _Leftover(key, "uncommitted", shard)
 
 
-def _data_files(run: RunFolder, done: set[int], named: Container[str]) -> Iterator[_Leftover]:
+def _data_files(run: RunFolder, done: set[int], named: Container[str], children: Children) -> Iterator[_Leftover]:
     """Yield files of images that no commit names; a shard has one file, or a folder."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        entries = [entry for entry in run.store.children(TRAIN).items() if entry[0] not in named]
+        entries = [entry for entry in children(TRAIN).items() if entry[0] not in named]
         for leftovers in pool.map(lambda entry: _data_of_shard(run, entry[0], entry[1], done), entries):
             yield from leftovers
 

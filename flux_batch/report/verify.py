@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from typing import TypeVar, get_args
 
@@ -20,7 +21,7 @@ from flux_batch.output.annotations import AnnotationFolder, annotation_names, un
 from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.commits import parse_commit
 from flux_batch.output.formats import DECODE_ERRORS, OutputFormat
-from flux_batch.output.gc import find_leftovers
+from flux_batch.output.gc import Children, find_leftovers
 from flux_batch.output.paths import FAILED, METADATA, REPORT, SUCCESS, TRAIN, failed_file, metadata_file
 from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.report.progress.snapshot import duration
@@ -54,7 +55,6 @@ class _Verdict:
     num_annotations: int = 0  # files of them
     wall_s: float = 0.0
     leftovers: Counter[str] = field(default_factory=Counter)  # by kind
-    logged: set[str] = field(default_factory=set)  # files in `train` that the log of commits speaks of
     problems: list[Problem] = field(default_factory=list)
     broken_annotations: list[tuple[str, int]] = field(default_factory=list)  # names and shards
 
@@ -110,9 +110,11 @@ def verify(
     run = SavedRun.open(store)
     verdict = _Verdict(store.uri, run.num_shards, quick, is_complete=store.exists(SUCCESS))
     done = run.commits.done()
-    sizes = store.children(TRAIN)
+    # A quick look lists a folder of many shards once; while all of them are read, other files may come and go.
+    children = cache(store.children) if quick else store.children
+    sizes = children(TRAIN)
     shards = sorted(shard for shard in done if shard < run.num_shards)
-    to_read = _add_logged(run, verdict, shards, sizes) if quick else shards
+    to_read, logged = _add_logged(run, verdict, shards, children) if quick else (shards, set())
 
     def check(shard: int) -> ShardFindings | None:
         with scratch_folder() as scratch:
@@ -123,28 +125,30 @@ def verify(
             verdict.add(found)
         on_progress(number, len(to_read))
     _check_annotations(run, verdict, set(shards))
-    _check_whole(run, verdict, done)
+    _check_whole(run, verdict, done, logged, children)
     verdict.wall_s = time.monotonic() - started
     return verdict
 
 
-def _add_logged(run: SavedRun, verdict: _Verdict, shards: Sequence[int], data: Mapping[str, int | None]) -> list[int]:
-    """Add the counts of shards whose files are listed with the bytes of the log. Returns: the other shards.
+def _add_logged(
+    run: SavedRun, verdict: _Verdict, shards: Sequence[int], children: Children
+) -> tuple[list[int], set[str]]:
+    """Add the counts of shards whose files are listed with the bytes of the log.
 
-    data: the size of everything directly in `train`, by name.
+    Returns: the other shards, and the names in `train` of those files.
     """
     log, _ = CommitLog.saved(run.commits)
     places = {shard: place for place, shard in enumerate(log.shards)}
-    listed = _Listed(run.output_format, data, run.store.children(METADATA), run.store.children(FAILED))
-    others = []
+    listed = _Listed(run.output_format, children(TRAIN), children(METADATA), children(FAILED))
+    others, logged = [], set()
     for shard in shards:
         place = places.get(shard)
         if place is not None and listed.is_as_logged(run.name(shard), log, place):
             verdict.add_logged(log, place)
-            verdict.logged.add(listed.data_name(run.name(shard)))
+            logged.add(listed.data_name(run.name(shard)))
         else:
             others.append(shard)
-    return others
+    return others, logged
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,13 +272,16 @@ def _annotation_problem(run: SavedRun, folder: AnnotationFolder, shard: int) -> 
     return "" if len(keys) == commit.num_images else f"{path}: has {len(keys)} rows; {commit.num_images} were committed"
 
 
-def _check_whole(run: SavedRun, verdict: _Verdict, done: set[int]) -> None:
-    """Check what is not about one committed shard: missing shards, unknown ones, and files that no commit names."""
+def _check_whole(run: SavedRun, verdict: _Verdict, done: set[int], logged: set[str], children: Children) -> None:
+    """Check what is not about one committed shard: missing shards, unknown ones, and files that no commit names.
+
+    logged: the names in `train` that the log of commits speaks of.
+    """
     for shard in sorted(shard for shard in done if shard >= run.num_shards):
         verdict.problems.append(
             Problem("commit", f"shard {shard} is committed, but the plan has {run.num_shards} shards")
         )
-    leftovers = list(find_leftovers(run.folder, verdict.logged))
+    leftovers = list(find_leftovers(run.folder, logged, children))
     late = run.commits.done() - done  # committed in the meantime
     if verdict.is_complete and len(done | late) < run.num_shards:
         missing = run.num_shards - len(done | late)

@@ -62,7 +62,7 @@ class Bucket:
 def moto_server() -> Iterator[S3Server]:
     """Run moto."""
     port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, str(Path(__file__).with_name("moto_server.py")), "-H", "127.0.0.1", "-p", str(port)]
     with _running("moto", command, port) as server:
         yield server
 
