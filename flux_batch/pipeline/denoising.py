@@ -14,7 +14,7 @@ from torch import Tensor
 from flux_batch.model.conditions.controlnet import Controls
 from flux_batch.model.optimize.step_cache import StepCache
 from flux_batch.model.sampling import Progress, Velocity, denoise, make_sigmas, pack, timesteps_of, unpack
-from flux_batch.model.transformer import Denoiser, ImagePrompt, PromptEmbeds
+from flux_batch.model.transformer import Denoiser, PromptEmbeds
 from flux_batch.pipeline.images.latents import StepCallback, after_each_step
 from flux_batch.pipeline.request import PipelineRequest, Texts
 
@@ -42,7 +42,8 @@ def denoised(
         embeds = texts if isinstance(texts, PromptEmbeds) else pipe.encode(texts, length)
         return embeds.to(pipe.device, pipe.torch_dtype)
 
-    def velocity(embeds: PromptEmbeds, prompt: ImagePrompt | None) -> Velocity:
+    def velocity(embeds: PromptEmbeds, *, is_negative: bool = False) -> Velocity:
+        prompt = pipe.image_prompts.attended(request.images, is_negative=is_negative)
         pe = pipe.position_tables(embeds.prompt_embeds.shape[1], height, width, pipe.latents.places(request))
         model = Denoiser(pipe.transformer, embeds, pe, timesteps, guidance, nets, prompt)
         steps: Velocity = model
@@ -59,9 +60,8 @@ def denoised(
     tables = partial(pipe.position_tables, height=height, width=width)
     uses = pipe.controlnets.uses(request, pipe.latents)
     nets = Controls(uses, pipe.transformer, embeds, tables, timesteps, guidance) if uses else None
-    prompt, negative_prompt = pipe.image_prompts.attended(request.images)
-    positive = velocity(embeds, prompt)
-    negative = velocity(embedded(request.negative_prompts), negative_prompt) if request.uses_cfg else None
+    positive = velocity(embeds)
+    negative = velocity(embedded(request.negative_prompts), is_negative=True) if request.uses_cfg else None
     cfg_scale = torch.tensor(request.values("cfg_scale"), device=pipe.device, dtype=torch.float32)
     kept = pipe.latents.kept(request, pipe.variant, start, sigmas)
     with pipe.attention.first():

@@ -54,21 +54,17 @@ class IPAdapterPrompts:
             raise InvalidSetting(f"scale: {len(scales)} values for {depth} double blocks", field="scale")
         self._scale = scales
 
-    def of_call(
-        self, images: Sequence[Sequence[Image.Image]], scales: Sequence[Sequence[float]]
-    ) -> tuple[ImagePrompt, ImagePrompt]:
-        """Return what is read beside the prompts of a call, and beside its negative prompts.
-
-        images: as many for each prompt; beside a negative prompt each is black, as in diffusers.
-        """
-        black = [[Image.new("RGB", (1, 1))] * len(each) for each in images]
-        return self._prompt(images, scales), self._prompt(black, scales)
-
-    def _prompt(self, images: Sequence[Sequence[Image.Image]], scales: Sequence[Sequence[float]]) -> ImagePrompt:
+    def prompt(self, images: Sequence[Sequence[Image.Image]], scales: Sequence[Sequence[float]]) -> ImagePrompt:
+        """Return what is read beside the prompts of a call: as many images, with their scales, for each."""
         pixels = torch.stack([_pixels(image, self.encoder.side) for each in images for image in each])
         embeds = self._memory.encoded(pixels, self.encoder)
         weights = torch.tensor(scales).to(embeds)
         return self.adapter.prompt(embeds.view(*weights.shape, -1), self._num_heads, self._scale, weights)
+
+    def negative_prompt(self, scales: Sequence[Sequence[float]]) -> ImagePrompt:
+        """Return what is read beside the negative prompts: as many images, each of them black, as in diffusers."""
+        black = Image.new("RGB", (1, 1))
+        return self.prompt([[black] * len(each) for each in scales], scales)
 
 
 def load_ip_adapter_prompts(

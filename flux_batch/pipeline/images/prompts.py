@@ -70,11 +70,13 @@ class ImagePrompts:
             return texts
         return self.redux.beside(texts, images.image_prompt, images.prompt_scales)
 
-    def attended(self, images: ImageInputs) -> tuple[ImagePrompt | None, ImagePrompt | None]:
-        """Return what an IP-Adapter makes of image prompts, beside prompts and beside negative prompts."""
+    def attended(self, images: ImageInputs, *, is_negative: bool = False) -> ImagePrompt | None:
+        """Return what an IP-Adapter makes of a call's image prompts, beside its prompts or its negative prompts."""
         if self.ip_adapter is None or not images.image_prompt:
-            return None, None
-        return self.ip_adapter.of_call(images.image_prompt, images.prompt_scales)
+            return None
+        if is_negative:
+            return self.ip_adapter.negative_prompt(images.prompt_scales)
+        return self.ip_adapter.prompt(images.image_prompt, images.prompt_scales)
 
 
 def _check_one_reader(other: object | None) -> None:
