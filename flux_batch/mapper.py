@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from flux_batch.config.known_settings import check_settings
 from flux_batch.config.running import QualityConfig
-from flux_batch.config.schema import QUALITY_COLUMNS, JobConfig, ModelConfig
+from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.dataset.annotators.score import load_scorer
 from flux_batch.errors import DeviceFatal, JobError, SourceError, StoreError
 from flux_batch.images import encode
@@ -32,7 +32,7 @@ from flux_batch.records import FailedRow, ImageRecord, ImageRequest, RowImages
 from flux_batch.worker.batches import READ_AHEAD, ImageTask, InputImages, batches, tasks_of
 from flux_batch.worker.generate import BatchMaker, ImageOutcome, Tiles, image_options
 from flux_batch.worker.protocol import ImagePipeline, Scorer
-from flux_batch.worker.quality import Try, below_quality, choose, is_open, judged
+from flux_batch.worker.quality import Try, choose, is_open, judged, kept_record
 from flux_batch.worker.recorder import Recorder, message_of, provenance
 
 # Columns that each image adds to its row, out of those in the metadata of a job.
@@ -227,12 +227,9 @@ def _chosen(made: Sequence[tuple[_EncodedImage, Try]], quality: QualityConfig) -
     """Return the try of an image that is kept, with the columns of `quality`."""
     tries = [one for _, one in made]
     choice = choose(tries, quality)
-    (data, record), score = made[choice.retry][0], tries[choice.retry].score
-    values = (len(tries), score, choice.is_accepted)
-    record = replace(record, passthrough=dict(zip(QUALITY_COLUMNS, values, strict=True)))
-    if record.status == "success" and not choice.is_accepted and quality.otherwise == "fail":
-        return None, below_quality(record, score, len(tries), quality)
-    return data, record
+    data, record = made[choice.retry][0]
+    record = kept_record(record, tries, choice, quality)
+    return data if record.status == "success" else None, record
 
 
 def _default_id(prompt: Any) -> str:

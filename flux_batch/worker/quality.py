@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_batch.config.running import QualityConfig
+from flux_batch.config.schema import QUALITY_COLUMNS
 from flux_batch.records import ImageRecord
 from flux_batch.worker.generate import ImageOutcome
 from flux_batch.worker.protocol import Scorer
@@ -55,6 +56,16 @@ def _is_good(one: Try, quality: QualityConfig) -> bool:
 
 def _rank(one: Try) -> tuple[bool, bool, float]:
     return one.is_made, one.score is not None, one.score or 0.0
+
+
+def kept_record(record: ImageRecord, tries: Sequence[Try], choice: Choice, quality: QualityConfig) -> ImageRecord:
+    """Return the record of the kept try with the columns of `quality`; a failed one if it must not stay."""
+    score = tries[choice.retry].score
+    columns = zip(QUALITY_COLUMNS, (len(tries), score, choice.is_accepted), strict=True)
+    record = replace(record, passthrough={**record.passthrough, **dict(columns)})
+    if record.status == "success" and not choice.is_accepted and quality.otherwise == "fail":
+        return _below(record, score, len(tries), quality)
+    return record
 
 
 def judged(
@@ -112,22 +123,16 @@ class JudgedShard:
     def _kept_try(self, position: tuple[int, int]) -> tuple[ImageRecord, Path | None]:
         tries = self._tries(position)
         choice = choose(tries, self._quality)
-        run, score = self._rounds[choice.retry], tries[choice.retry].score
-        judged = {"tries": len(tries), "score": score, "accepted": choice.is_accepted}
-        record = run.records[position]
-        record = replace(record, passthrough={**record.passthrough, **judged})
-        if record.status == "failed":
-            return record, None
-        if not choice.is_accepted and self._quality.otherwise == "fail":
-            return below_quality(record, score, len(tries), self._quality), None
-        return record, run.image_of(position)
+        run = self._rounds[choice.retry]
+        record = kept_record(run.records[position], tries, choice, self._quality)
+        return record, run.image_of(position) if record.status == "success" else None
 
     def _tries(self, position: tuple[int, int]) -> list[Try]:
         runs = [run for run in self._rounds if position in run.records]
         return [Try(run.records[position].status == "success", run.scores.get(position)) for run in runs]
 
 
-def below_quality(record: ImageRecord, score: float | None, num_tries: int, quality: QualityConfig) -> ImageRecord:
+def _below(record: ImageRecord, score: float | None, num_tries: int, quality: QualityConfig) -> ImageRecord:
     """Return the record of an image of which no try was good enough."""
     reached = "could not be judged" if score is None else f"reached {score:g} at best in {num_tries} tries"
     return replace(
