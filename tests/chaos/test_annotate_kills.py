@@ -41,7 +41,7 @@ HANG_S = 3
 
 @dataclass(frozen=True)
 class Size:
-    """How large an experiment is."""
+    """The size of an experiment."""
 
     num_images: int
     shard_size: int

@@ -45,7 +45,7 @@ LOST_WORKERS = 6
 
 @dataclass(frozen=True)
 class Size:
-    """How large an experiment is."""
+    """The size of an experiment."""
 
     num_images: int
     shard_size: int

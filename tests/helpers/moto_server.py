@@ -11,7 +11,7 @@ from moto.server import main
 
 
 def make_writes_one_step() -> None:
-    """Let writes follow one another; their bodies have been read by then."""
+    """Make writes follow one another; their bodies have been read by then."""
     lock, put_object = threading.Lock(), S3Response.put_object
 
     def put(self: Any) -> Any:

@@ -25,6 +25,14 @@ torch.set_num_threads(1)
 
 CLIP_WIDTH = 32
 T5_WIDTH = 24
+# A vision tower of Redux and of an IP-Adapter.
+TINY_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "patch_size": 14,
+}
 # Both may be rendered as one token in tiny vocabularies; letters and digits are tokens of their own.
 T5_PIECES = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'-"
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from helpers.tiny_flux import T5_WIDTH, TinyFlux
+from helpers.tiny_flux import T5_WIDTH, TINY_TOWER, TinyFlux
 
 SIDE, WIDTH, TOKENS = 28, 24, 4
 
@@ -37,12 +37,8 @@ def make_tiny_ip_adapter(folder: Path, config: TinyFlux | None = None) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(6)
         tower = CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
+            **TINY_TOWER,
             image_size=SIDE,
-            patch_size=14,
             projection_dim=WIDTH,
         )
         CLIPVisionModelWithProjection(tower).save_pretrained(folder / "image_encoder")

@@ -9,7 +9,7 @@ import torch
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from helpers.tiny_flux import T5_WIDTH
+from helpers.tiny_flux import T5_WIDTH, TINY_TOWER
 
 SIDE = 44
 TOKENS = 9
@@ -20,12 +20,8 @@ def make_tiny_redux(folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(5)
         config = SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
+            **TINY_TOWER,
             image_size=SIDE,
-            patch_size=14,
         )
         SiglipVisionModel(config).save_pretrained(folder / "image_encoder")
         ReduxImageEncoder(redux_dim=32, txt_in_features=T5_WIDTH).save_pretrained(folder / "image_embedder")

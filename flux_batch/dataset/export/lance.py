@@ -3,8 +3,8 @@
     SPLIT.lance/data/NNNNN.lance    the images and records of a shard
     SPLIT.lance/_versions/...       which fragments there are; written once all are there
 
-The layout is that of https://lance.org/format/table. The library packs a shard on the local disk, and this program
-stores it like any other file, so an export reaches every store and goes on after a kill.
+The layout is that of https://lancedb.github.io/lance/format/table. The library packs a shard on the local disk,
+and this program stores it like any other file, so an export reaches every store and goes on after a kill.
 """
 
 from __future__ import annotations

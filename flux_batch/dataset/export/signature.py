@@ -1,8 +1,8 @@
 """The C2PA signature of images, for `--finish flux_batch.dataset.export.signature:sign`; the extra `c2pa` installs it.
 
 The environment names files in PEM: C2PA_SIGN_CERT, the certificate and its chain, and C2PA_PRIVATE_KEY. With
-C2PA_TIMESTAMP_URL an authority says when it was signed. The manifest follows C2PA 2.2: one action, `c2pa.created`, with
-the digital source type that the image carries in IPTC's words too.
+C2PA_TIMESTAMP_URL an authority says when it was signed. The manifest has one action of `c2pa.actions.v2`,
+`c2pa.created`, with the digital source type that the image carries in IPTC's words too.
 """
 
 from __future__ import annotations
