@@ -71,7 +71,7 @@ class ImagePrompts:
         return self.redux.beside(texts, images.image_prompt, images.prompt_scales)
 
     def attended(self, images: ImageInputs, *, is_negative: bool = False) -> ImagePrompt | None:
-        """Return what an IP-Adapter makes of a call's image prompts, beside its prompts or its negative prompts."""
+        """Return what an IP-Adapter makes of image prompts, beside prompts or negative prompts."""
         if self.ip_adapter is None or not images.image_prompt:
             return None
         if is_negative:
