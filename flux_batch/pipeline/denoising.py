@@ -39,7 +39,7 @@ def denoised(
     timesteps = timesteps_of(sigmas, guidance)
 
     def embedded(texts: Texts) -> PromptEmbeds:
-        embeds = texts if isinstance(texts, PromptEmbeds) else pipe.encode(texts, length)
+        embeds = texts if isinstance(texts, PromptEmbeds) else pipe.texts.encode(texts, length)
         return embeds.to(pipe.device, pipe.torch_dtype)
 
     def velocity(embeds: PromptEmbeds, *, is_negative: bool = False) -> Velocity:

@@ -5,7 +5,6 @@ The one translator between public words (those of DiffSynth-Studio and diffusers
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux_batch.download.models import PathOrFolder
-from flux_batch.errors import CheckpointError, InvalidSetting
+from flux_batch.errors import CheckpointError
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.detect import PART_TITLES
 from flux_batch.model.conditions.controlnet import ControlNet
@@ -24,7 +23,6 @@ from flux_batch.model.optimize.attention import AttentionKernels, choose_attenti
 from flux_batch.model.optimize.compile import CompileCache, is_compiled, set_compile_options
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
-from flux_batch.model.optimize.offload import apply_offload
 from flux_batch.model.optimize.tiling import Tiling
 from flux_batch.model.params import T5_SEQUENCE_LENGTH, ScheduleParams
 from flux_batch.model.sampling import Progress
@@ -45,21 +43,18 @@ from flux_batch.pipeline.request import (
     PipelineRequest,
     as_list,
     check_embeds,
-    check_texts,
     embeds_of,
     num_texts,
     one_each,
     resolve_aliases,
     sampling_of_call,
 )
-from flux_batch.pipeline.text_cache import TextCache
+from flux_batch.pipeline.texts import TextEncoders
 from flux_batch.records import Kernels
 from flux_batch.sampling_params import (
-    MAX_T5_LENGTH,
     Quantization,
     check_choice,
     check_cuda_graphs,
-    check_integer,
     check_step_cache,
 )
 
@@ -106,9 +101,16 @@ class FluxImagePipeline:
         self.image_prompts = ImagePrompts(transformer.params, *options)
         self.attention = attention or choose_attention(self.device)
         self.position_tables = position_tables(transformer, self.device)
-        self.offloads_text_encoders = offload_text_encoders and self.device.type != "cpu"
-        self.encoders = apply_offload([clip.model, t5.model] if self.offloads_text_encoders else [], self.device)
-        self.texts = TextCache(self.encode_text, on_device=self.encoders.on_device)
+        self.texts = TextEncoders(
+            clip,
+            t5,
+            self.loras,
+            self.default_t5_sequence_length,
+            self.device,
+            self.torch_dtype,
+            offload=offload_text_encoders,
+        )
+        self.offloads_text_encoders = self.texts.is_offloaded
 
     def __repr__(self) -> str:
         precision = self.precision
@@ -239,7 +241,7 @@ class FluxImagePipeline:
 
     def load_lora(self, uri: PathOrFolder, scale: float = 1.0) -> None:
         """Merge one more LoRA into the weights. Raises: the errors of `set_loras`."""
-        with device_errors(), self.encoders.on_device(may_change=True):
+        with device_errors(), self.texts.on_device(may_change=True):
             self.loras.add(uri, scale)
 
     def set_loras(self, loras: Sequence[tuple[PathOrFolder, float]]) -> None:
@@ -250,7 +252,7 @@ class FluxImagePipeline:
         and T5. LoRAs fused before leave no trace: without LoRAs, the weights have their old bits.
         Raises: CheckpointError for a file that is no LoRA, or has keys that match nothing; StoreError.
         """
-        with device_errors(), self.encoders.on_device(may_change=True):
+        with device_errors(), self.texts.on_device(may_change=True):
             self.loras.set(loras)
 
     def unload_loras(self) -> None:
@@ -303,21 +305,11 @@ class FluxImagePipeline:
         embeddings are in host memory then, else on the device. Negative prompts are encoded in the same way.
         Raises: InvalidSetting; OutOfMemory; DeviceFatal.
         """
-        prompts = as_list("prompt", prompt)
-        check_texts("prompt", prompts)
-        if t5_sequence_length is not None:
-            check_integer("t5_sequence_length", t5_sequence_length, 1, MAX_T5_LENGTH)
-        if not prompts:
-            raise InvalidSetting("prompt = []: must be at least one text", field="prompt")
-        with torch.inference_mode(), device_errors():
-            return self.encode(prompts, t5_sequence_length or self.default_t5_sequence_length)
+        return self.texts.encode_prompt(prompt, t5_sequence_length)
 
     def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
         """Return whether CLIP and whether T5 leaves out the end of each prompt."""
-        if not prompts:
-            return []
-        length = t5_sequence_length or self.default_t5_sequence_length
-        return list(zip(self.clip.truncated(prompts), self.t5.truncated(prompts, length), strict=True))
+        return self.texts.truncations(prompts, t5_sequence_length)
 
     def __call__(
         self,
@@ -459,7 +451,7 @@ class FluxImagePipeline:
         check_embeds(request, request.t5_length(self.default_t5_sequence_length), self.transformer.params)
         self.controlnets.check(request, self.variant)
         self.image_prompts.check(request.images)
-        self.warn_of_cut_texts(request)
+        self.texts.warn_of_cut(request)
         if is_compiled(self.transformer):  # perhaps in another thread
             set_compile_options(self.attention)
         with torch.inference_mode(), device_errors():
@@ -473,27 +465,8 @@ class FluxImagePipeline:
             made = as_output(pixels, output_type)
         return made[0] if isinstance(prompt, str) and output_type != "pt" else made
 
-    def warn_of_cut_texts(self, request: PipelineRequest) -> None:
-        """Warn if the end of a text is left out; Python prints a warning once a program."""
-        both = request.prompts, request.negative_prompts if request.uses_cfg else []
-        texts = dict.fromkeys(text for each in both if isinstance(each, list) for text in each)
-        truncations = self.truncations(list(texts), request.t5_length(self.default_t5_sequence_length))
-        for encoder, title in enumerate(("CLIP", "T5")):
-            if any(each[encoder] for each in truncations):
-                where = f"`truncations` tells which, in a job the column {title.lower()}_truncated"
-                warnings.warn(f"a prompt is longer than {title} reads, its end is left out: {where}", stacklevel=3)
-
     def make_latents(
         self, request: PipelineRequest, progress_bar: Progress | None = None, callback: StepCallback | None = None
     ) -> Tensor:
         """Return the scaled latents of a call, after encoding and denoising: (b, c, height/8, width/8)."""
         return denoised(self, request, progress_bar, callback)
-
-    def encode(self, prompts: Sequence[str], t5_sequence_length: int) -> PromptEmbeds:
-        """Return the embeddings of each prompt, those of the last prompts from memory."""
-        return self.texts(prompts, t5_sequence_length, tuple(self.loras.fused))
-
-    def encode_text(self, text: str, t5_sequence_length: int) -> PromptEmbeds:
-        """Run the text encoders on one text, b = 1. Offloaded encoders leave their embeddings in host memory."""
-        embeds = PromptEmbeds(self.t5([text], t5_sequence_length), self.clip([text]))
-        return embeds.to(torch.device("cpu") if self.offloads_text_encoders else self.device, self.torch_dtype)

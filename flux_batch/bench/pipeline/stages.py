@@ -12,8 +12,8 @@ from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 # The part and the name of each timed method, and its stage; the time of timed methods in it counts to theirs.
 _METHODS: tuple[tuple[str, str, str], ...] = (
-    ("", "warn_of_cut_texts", "tokenise"),
-    ("", "encode", "tokenise"),
+    ("texts", "warn_of_cut", "tokenise"),
+    ("texts", "encode", "tokenise"),
     ("clip", "pool", "CLIP"),
     ("t5", "states", "T5"),
     ("", "make_latents", "denoise"),

@@ -14,6 +14,7 @@ from flux_batch.bench.pipeline.stages import StageClock
 from flux_batch.bench.source import Source
 from flux_batch.errors import JobError
 from flux_batch.pipeline.pipeline import FluxImagePipeline
+from flux_batch.pipeline.texts import TextEncoders
 
 SMALL = Call(width=64, height=64, steps=3, batch_size=2, t5_sequence_length=32)
 
@@ -34,7 +35,7 @@ def test_images_equal_those_of_diffusers(figures: dict[str, Any]) -> None:
 
 def test_stages_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     now = SimpleNamespace(s=0.0)
-    encode, denoise = FluxImagePipeline.encode, FluxImagePipeline.make_latents
+    encode, denoise = TextEncoders.encode, FluxImagePipeline.make_latents
 
     def slow_encode(*args: Any, **others: Any) -> Any:
         now.s += 1.0
@@ -44,7 +45,7 @@ def test_stages_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         now.s += 6.0
         return denoise(*args, **others)
 
-    monkeypatch.setattr(FluxImagePipeline, "encode", slow_encode)
+    monkeypatch.setattr(TextEncoders, "encode", slow_encode)
     monkeypatch.setattr(FluxImagePipeline, "make_latents", slow_denoise)
     monkeypatch.setattr(stages_module, "StageClock", partial(StageClock, clock=lambda: now.s))
     monkeypatch.setattr(module, "alternated", partial(alternated, clock=lambda: now.s))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from flux_batch.model.transformer import PromptEmbeds
-from flux_batch.pipeline.text_cache import TextCache
+from flux_batch.pipeline.texts import TextCache
 
 
 class Encoder:

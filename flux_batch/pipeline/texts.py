@@ -1,0 +1,138 @@
+"""The texts of a pipeline: CLIP and T5 turn them into embeddings, the last of which are remembered; knows no image.
+
+Letters: b texts, l tokens, d width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from flux_batch.errors import InvalidSetting
+from flux_batch.model.optimize.offload import apply_offload
+from flux_batch.model.text import ClipEncoder, T5Encoder
+from flux_batch.model.transformer import PromptEmbeds
+from flux_batch.pipeline.errors import device_errors
+from flux_batch.pipeline.loras import LoadedLoras
+from flux_batch.pipeline.request import PipelineRequest, as_list, check_texts
+from flux_batch.sampling_params import MAX_T5_LENGTH, check_integer
+
+# About 64 prompts of FLUX.1-dev in bfloat16: those of the batches near each other, and the empty one.
+_MAX_BYTES = 256 * 2**20
+
+_Encode = Callable[[str, int], PromptEmbeds]
+_OnDevice = Callable[[], AbstractContextManager[None]]
+
+
+class TextEncoders:
+    """CLIP and T5 of a pipeline, with the LoRAs that are fused into them.
+
+    default_length: T5 tokens of a text that asks for none. device, dtype: of the embeddings. offload: keep the weights
+    in host memory, and the embeddings too, except while texts are encoded; nothing changes on the CPU.
+    """
+
+    def __init__(
+        self,
+        clip: ClipEncoder,
+        t5: T5Encoder,
+        loras: LoadedLoras,
+        default_length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        offload: bool = False,
+    ) -> None:
+        self._clip = clip
+        self._t5 = t5
+        self._loras = loras
+        self._default_length = default_length
+        self._dtype = dtype
+        self.is_offloaded = offload and device.type != "cpu"
+        self._device = torch.device("cpu") if self.is_offloaded else device
+        offloaded = apply_offload([clip.model, t5.model] if self.is_offloaded else [], device)
+        self.on_device = offloaded.on_device
+        self._cache = TextCache(self._encode_one, on_device=offloaded.on_device)
+
+    def encode(self, prompts: Sequence[str], length: int) -> PromptEmbeds:
+        """Return the embeddings of each prompt, those of the last prompts from memory."""
+        return self._cache(prompts, length, tuple(self._loras.fused))
+
+    def encode_prompt(self, prompt: str | Sequence[str], length: int | None) -> PromptEmbeds:
+        """Return the embeddings of one prompt or several of a caller. Raises: InvalidSetting."""
+        prompts = as_list("prompt", prompt)
+        check_texts("prompt", prompts)
+        if length is not None:
+            check_integer("t5_sequence_length", length, 1, MAX_T5_LENGTH)
+        if not prompts:
+            raise InvalidSetting("prompt = []: must be at least one text", field="prompt")
+        with torch.inference_mode(), device_errors():
+            return self.encode(prompts, length or self._default_length)
+
+    def truncations(self, prompts: Sequence[str], length: int | None = None) -> list[tuple[bool, bool]]:
+        """Return whether CLIP and whether T5 leaves out the end of each prompt."""
+        if not prompts:
+            return []
+        of_t5 = self._t5.truncated(prompts, length or self._default_length)
+        return list(zip(self._clip.truncated(prompts), of_t5, strict=True))
+
+    def warn_of_cut(self, request: PipelineRequest) -> None:
+        """Warn if the end of a text is left out; Python prints a warning once a program."""
+        both = request.prompts, request.negative_prompts if request.uses_cfg else []
+        texts = dict.fromkeys(text for each in both if isinstance(each, list) for text in each)
+        truncations = self.truncations(list(texts), request.t5_length(self._default_length))
+        for encoder, title in enumerate(("CLIP", "T5")):
+            if any(each[encoder] for each in truncations):
+                where = f"`truncations` tells which, in a job the column {title.lower()}_truncated"
+                warnings.warn(f"a prompt is longer than {title} reads, its end is left out: {where}", stacklevel=3)
+
+    def _encode_one(self, text: str, length: int) -> PromptEmbeds:
+        """Run the text encoders on one text, b = 1."""
+        return PromptEmbeds(self._t5([text], length), self._clip([text])).to(self._device, self._dtype)
+
+
+class TextCache:
+    """Encodes each text alone, and remembers the last ones, up to `max_bytes`.
+
+    Neither the other texts of a batch nor what is remembered can thus change a bit of an image: a sum over more rows
+    may be rounded in another order. A text of 512 tokens keeps a GPU busy alone.
+
+    encode: runs the encoders on a text, for a T5 length; on_device: a context within which they can be run.
+    """
+
+    def __init__(self, encode: _Encode, max_bytes: int = _MAX_BYTES, on_device: _OnDevice = nullcontext) -> None:
+        self._encode = encode
+        self._max_bytes = max_bytes
+        self._on_device = on_device
+        self._bytes = 0
+        self._known: OrderedDict[Hashable, PromptEmbeds] = OrderedDict()
+
+    def __call__(self, texts: Sequence[str], length: int, version: Hashable = None) -> PromptEmbeds:
+        """Return the embeddings of texts: (b, l, d) and (b, d).
+
+        length: T5 tokens; version: of the encoders' weights, since other weights give other embeddings.
+        """
+        distinct = list(dict.fromkeys(texts))
+        is_known = all((text, length, version) in self._known for text in distinct)
+        with nullcontext() if is_known else self._on_device():
+            encoded = {text: self._one(text, length, version) for text in distinct}
+        return PromptEmbeds(*(torch.cat(parts) for parts in zip(*(encoded[text] for text in texts), strict=True)))
+
+    def _one(self, text: str, length: int, version: Hashable) -> PromptEmbeds:
+        key = text, length, version
+        if key not in self._known:
+            self._known[key] = self._encode(text, length)
+            self._bytes += _num_bytes(self._known[key])
+        self._known.move_to_end(key)
+        encoded = self._known[key]
+        while self._bytes > self._max_bytes:
+            _, dropped = self._known.popitem(last=False)
+            self._bytes -= _num_bytes(dropped)
+        return encoded
+
+
+def _num_bytes(encoded: PromptEmbeds) -> int:
+    return sum(part.nbytes for part in encoded)
