@@ -19,6 +19,7 @@ from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_config, read_json
 from flux_batch.model.checkpoint.detect import LOADING_ORDER, CheckpointKind, find_parts, parts_of
+from flux_batch.model.checkpoint.image_prompts import PromptPart, embedder_in, prompt_part
 from flux_batch.model.checkpoint.loading import Prepare, load_autoencoder, load_controlnet, load_transformer
 from flux_batch.model.conditions.controlnet import ControlNet, check_controlnet_fits
 from flux_batch.model.conditions.variant import UNTOLD, VARIANT_NAMES, Variant, VariantName, variant_of
@@ -101,6 +102,7 @@ class ModelManager:
         self.clip: ClipEncoder | None = None
         self.t5: T5Encoder | None = None
         self.controlnets: list[ControlNet] = []
+        self.image_prompts: dict[PromptPart, Checkpoint] = {}
         self.loras = LoadedLoras(storage_options=self.storage_options)
         self.load_models(file_path_list)
 
@@ -114,10 +116,12 @@ class ModelManager:
         """Load each entry: a file, a folder that holds one part, or the list of files that make up one part.
 
         If a file holds several parts (ComfyUI's all-in-one), all are loaded. ControlNets are added to those that are
-        there, in the order of their entries, after all parts of the model. torch_dtype: the dtype of these, None for
-        that of the manager; torch.float8_e4m3fn, as scripts for DiffSynth-Studio say, means `quantization` fp8. Files
-        in a bucket or on a hub are fetched once a machine, with `storage_options` (see local_model). names: other names
-        of the model, such as its address, which tell its variant beside those of its files.
+        there, in the order of their entries, after all parts of the model. A FLUX.1-Redux or an IP-Adapter is loaded
+        with the pipeline, in the dtype of the transformer, and its vision tower, of another entry or of the folder
+        `image_encoder` beside it. torch_dtype: the dtype of the others, None for that of the manager;
+        torch.float8_e4m3fn, as scripts for DiffSynth-Studio say, means `quantization` fp8. Files in a bucket or on a
+        hub are fetched once a machine, with `storage_options` (see local_model). names: other names of the model, such
+        as its address, which tell its variant beside those of its files.
         """
         dtype, quantization = self.torch_dtype, self.quantization
         if torch_dtype == torch.float8_e4m3fn:
@@ -128,7 +132,11 @@ class ModelManager:
         nets = []
         for source in file_path_list:
             with checkpoint_errors(), device_errors():
-                parts = parts_of(open_checkpoint(_to_path(source, self.storage_options)))
+                checkpoint = open_checkpoint(_to_path(source, self.storage_options))
+                if part := prompt_part(checkpoint):
+                    self.image_prompts[part] = checkpoint
+                    continue
+                parts = parts_of(checkpoint)
                 nets += [parts.pop(CheckpointKind.CONTROLNET)] if CheckpointKind.CONTROLNET in parts else []
                 for kind in sorted(parts, key=lambda kind: LOADING_ORDER.index(kind.part)):
                     self._load(kind, parts[kind], dtype, quantization, names)
@@ -276,7 +284,7 @@ def _to_path(
 ) -> Path | list[Path]:
     """Return the path or the paths of one part on this machine."""
     if isinstance(source, (str, PathLike)):
-        return local_path(source, storage_options)
+        return embedder_in(local_path(source, storage_options))
     return [local_path(path, storage_options) for path in source]
 
 

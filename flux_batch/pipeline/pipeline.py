@@ -133,11 +133,12 @@ class FluxImagePipeline:
         torch.compile does not work there. cuda_graphs: launch each step of the transformer in one piece, except the
         first of each size; not with a step_cache. offload_text_encoders: keep CLIP and T5 in host memory, except while
         they encode texts; nothing changes on the CPU.
-        Raises: CheckpointError naming the parts that are not loaded; InvalidSetting if compile is True and
-        torch.compile does not work here, or there is no CUDA device for graphs.
+        Raises: CheckpointError naming the parts that are not loaded, or for readers of image prompts that do not fit;
+        InvalidSetting if compile is True and torch.compile does not work here, or there is no CUDA device for graphs.
         """
         check_step_cache(step_cache)
-        check_cuda_graphs(cuda_graphs, step_cache, len(model_manager.controlnets))
+        has_ip_adapter = "ip_adapter" in model_manager.image_prompts
+        check_cuda_graphs(cuda_graphs, step_cache, len(model_manager.controlnets), has_ip_adapter=has_ip_adapter)
         missing = [title for part, title in PART_TITLES.items() if getattr(model_manager, part) is None]
         if missing:
             raise CheckpointError(f"not loaded: {', '.join(missing)}; add their files to load_models([...])")
@@ -145,7 +146,7 @@ class FluxImagePipeline:
         nets = manager.controlnets
         speed_ups = apply_speed_ups(manager.transformer, manager.autoencoder, compile, cuda_graphs, nets)
         parts = manager.transformer, manager.autoencoder, manager.clip, manager.t5, manager.schedule
-        return cls(
+        pipeline = cls(
             *parts,
             quantization=manager.quantization,
             step_cache=step_cache,
@@ -155,6 +156,8 @@ class FluxImagePipeline:
             controlnets=nets,
             **speed_ups._asdict(),
         )
+        pipeline.image_prompts.load_found(manager.image_prompts)
+        return pipeline
 
     @classmethod
     def from_pretrained(

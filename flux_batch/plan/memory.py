@@ -11,14 +11,8 @@ from flux_batch.config.schema import JobConfig
 from flux_batch.download.models import find_local_model
 from flux_batch.errors import FluxBatchError
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
-from flux_batch.model.checkpoint.detect import (
-    PART_TITLES,
-    find_parts,
-    ip_adapter_files,
-    read_shapes,
-    redux_files,
-    tower_of,
-)
+from flux_batch.model.checkpoint.detect import PART_TITLES, find_parts, read_shapes
+from flux_batch.model.checkpoint.image_prompts import ip_adapter_files, redux_files, tower_of
 from flux_batch.model.conditions.variant import is_kontext
 from flux_batch.model.footprint import decode_bytes, denoise_bytes, residual_bytes, transformer_size, weight_bytes
 from flux_batch.model.params import Shapes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxControlNetModel, FluxControlNetPipeline, FluxTransformer2DModel
-from diffusers.models.controlnets.controlnet_flux import FluxMultiControlNetModel
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -24,82 +22,19 @@ from flux_batch.model.sampling import pack
 from flux_batch.pipeline.images.controls import ControlNets
 from flux_batch.pipeline.images.pixels import to_pixels
 from flux_batch.pipeline.load import check_weights, load_pipeline
-from helpers.parity import assert_same, load_reference
+from helpers.parity import assert_same
 from helpers.tiny_calls import CPU, PROMPTS, SEEDS, SMALL, noise_image
-from helpers.tiny_flux import CLIP_WIDTH, T5_WIDTH, TinyFlux, make_tiny_repository, read_folder, shake_vectors
+from helpers.tiny_controlnet import BASE, make_net, reference_of
+from helpers.tiny_flux import TinyFlux, make_tiny_repository, read_folder
 
 # A deprecation inside diffusers, of its own class.
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
 IMAGES = [noise_image(96, 64), noise_image(96, 64).rotate(180), noise_image(48, 32)]
-BASE = TinyFlux(depth=3, depth_single_blocks=5)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_repository(tmp_path_factory.mktemp("models") / "dev", BASE)
-
-
-def make_net(folder: Path, depth: int, depth_single: int, modes: int | None = None, *, xlabs: bool = False) -> Path:
-    """Write a net of random weights as diffusers does; those that it starts at zero are random too."""
-    with torch.random.fork_rng():
-        torch.manual_seed(7 * depth + depth_single)
-        net = FluxControlNetModel(
-            in_channels=64,
-            num_layers=depth,
-            num_single_layers=depth_single,
-            attention_head_dim=sum(BASE.axes_dim),
-            num_attention_heads=BASE.num_heads,
-            joint_attention_dim=T5_WIDTH,
-            pooled_projection_dim=CLIP_WIDTH,
-            guidance_embeds=True,
-            axes_dims_rope=BASE.axes_dim,
-            num_mode=modes,
-            conditioning_embedding_channels=16 if xlabs else None,
-            patch_size=2 if xlabs else 1,
-        )
-        with torch.no_grad():
-            for name, parameter in net.named_parameters():
-                if name.startswith(("controlnet_", "input_hint_block.")) and parameter.ndim > 1:
-                    parameter.normal_(std=0.2)
-        shake_vectors(net)
-    net.save_pretrained(folder)
-    return folder
-
-
-class Mapped(FluxMultiControlNetModel):
-    """Several nets, each mapped to the blocks of the base before they are added, which diffusers does after."""
-
-    def forward(self, *, controlnet_cond: Any, controlnet_mode: Any, conditioning_scale: Any, **inputs: Any) -> Any:
-        inputs.pop("return_dict")
-        double, single = [0.0] * BASE.depth, [0.0] * BASE.depth_single_blocks
-        for net, image, mode, scale in zip(
-            self.nets, controlnet_cond, controlnet_mode, conditioning_scale, strict=True
-        ):
-            found = net(
-                controlnet_cond=image,
-                controlnet_mode=mode[:, None],
-                conditioning_scale=scale,
-                return_dict=False,
-                **inputs,
-            )
-            for sums, residuals in zip((double, single), found, strict=True):
-                for block in range(len(sums) if residuals else 0):
-                    sums[block] = sums[block] + residuals[block // math.ceil(len(sums) / len(residuals))]
-        return double, single
-
-
-def reference_of(base: Path, *nets: Path) -> Any:
-    """Return diffusers' pipeline, whose posterior of control images has no width, so that its sample is its mean."""
-    found = [FluxControlNetModel.from_pretrained(net).eval() for net in nets]
-    reference = load_reference(base)
-    reference = FluxControlNetPipeline(
-        **reference.components, controlnet=found[0] if len(found) == 1 else Mapped(found)
-    )
-    reference.set_progress_bar_config(disable=True)
-    conv = reference.vae.encoder.conv_out
-    with torch.no_grad():
-        conv.weight[16:], conv.bias[16:] = 0, -60.0
-    return reference
 
 
 def with_latents(reference: Any, height: int, width: int, **arguments: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flux_batch.model.checkpoint.checkpoint import Checkpoint, read_config
-from flux_batch.model.checkpoint.detect import TOWER_PREFIX, tower_of
+from flux_batch.model.checkpoint.image_prompts import TOWER_PREFIX, tower_of
 from flux_batch.model.checkpoint.lazy_state import StoredState
 from flux_batch.model.checkpoint.loading import load_weights, naming_errors
 from flux_batch.model.params import Config, Shapes, count_of, shape_of

@@ -16,8 +16,8 @@ from torch import Tensor
 from flux_batch.download.models import PathOrFolder, local_path
 from flux_batch.errors import InvalidSetting
 from flux_batch.images import to_rgb
-from flux_batch.model.checkpoint.checkpoint import open_checkpoint
-from flux_batch.model.checkpoint.detect import ip_adapter_files
+from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from flux_batch.model.checkpoint.image_prompts import ip_adapter_files
 from flux_batch.model.conditions.ip_adapter import IPAdapter, load_ip_adapter
 from flux_batch.model.conditions.vision import ClipVisionEncoder, load_clip_vision
 from flux_batch.model.params import FluxParams
@@ -81,18 +81,32 @@ def load_ip_adapter_prompts(
 
     Raises: CheckpointError for files that are missing or do not fit; StoreError; InvalidSetting for the scale.
     """
-    with checkpoint_errors(), device_errors():
+    with checkpoint_errors():
         given = None if image_encoder is None else local_path(image_encoder, storage_options)
-        file, tower = ip_adapter_files(local_path(uri, storage_options), given)
-        adapter = load_ip_adapter(open_checkpoint(file), dtype=dtype, device=device)
-        encoder = load_clip_vision(open_checkpoint(tower), dtype=dtype, device=device)
+        adapter, tower = map(open_checkpoint, ip_adapter_files(local_path(uri, storage_options), given))
+    return ip_adapter_prompts(adapter, tower, scale, base=base, dtype=dtype, device=device)
+
+
+def ip_adapter_prompts(
+    checkpoint: Checkpoint,
+    tower: Checkpoint,
+    scale: float | Sequence[float] = 1.0,
+    *,
+    base: FluxParams,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> IPAdapterPrompts:
+    """Build an IP-Adapter with its vision tower of their files. Raises: the errors of `load_ip_adapter_prompts`."""
+    with checkpoint_errors(), device_errors():
+        adapter = load_ip_adapter(checkpoint, dtype=dtype, device=device)
+        encoder = load_clip_vision(tower, dtype=dtype, device=device)
         for what, value, wanted in (
             ("double blocks", adapter.params.depth, base.depth),
             ("keys of width", adapter.params.hidden_size, base.hidden_size),
             ("embeddings of width", adapter.params.embed_dim, encoder.width),
         ):
             if value != wanted:
-                raise ValueError(f"{file}: it has {what} {value}, where the others have {wanted}")
+                raise ValueError(f"{checkpoint.source}: it has {what} {value}, where the others have {wanted}")
     return IPAdapterPrompts(encoder, adapter, base.num_heads, scale)
 
 

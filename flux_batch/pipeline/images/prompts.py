@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from flux_batch.download.models import PathOrFolder
-from flux_batch.errors import InvalidSetting
+from flux_batch.errors import CheckpointError, InvalidSetting
+from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from flux_batch.model.checkpoint.image_prompts import PROMPT_PART_TITLES, PromptPart, ip_adapter_files, redux_files
 from flux_batch.model.params import FluxParams
 from flux_batch.model.transformer import ImagePrompt, PromptEmbeds
+from flux_batch.pipeline.errors import checkpoint_errors
 from flux_batch.pipeline.images.inputs import ImageInputs
-from flux_batch.pipeline.images.ip_adapter import IPAdapterPrompts, load_ip_adapter_prompts
-from flux_batch.pipeline.images.redux import ReduxPrompts, load_redux_prompts
+from flux_batch.pipeline.images.ip_adapter import IPAdapterPrompts, ip_adapter_prompts, load_ip_adapter_prompts
+from flux_batch.pipeline.images.redux import ReduxPrompts, load_redux_prompts, redux_prompts
 
 # The guidance of BFL's own program: black-forest-labs/flux 802fb47, src/flux/cli_redux.py.
 REDUX_GUIDANCE = 2.5
+# The vision tower of each reader.
+_TOWERS: dict[PromptPart, PromptPart] = {"redux": "siglip", "ip_adapter": "clip_vision"}
 
 
 class ImagePrompts:
@@ -28,12 +34,8 @@ class ImagePrompts:
     def __init__(
         self, base: FluxParams, dtype: torch.dtype, device: torch.device, storage_options: Mapping[str, Any]
     ) -> None:
-        self._options: dict[str, Any] = {
-            "base": base,
-            "dtype": dtype,
-            "device": device,
-            "storage_options": storage_options,
-        }
+        self._base: dict[str, Any] = {"base": base, "dtype": dtype, "device": device}
+        self._options = self._base | {"storage_options": storage_options}
         self.redux: ReduxPrompts | None = None
         self.ip_adapter: IPAdapterPrompts | None = None
 
@@ -48,6 +50,24 @@ class ImagePrompts:
         """Load an IP-Adapter. Raises: the errors of `load_ip_adapter_prompts`; InvalidSetting beside a Redux."""
         _check_one_reader(self.redux)
         self.ip_adapter = load_ip_adapter_prompts(uri, image_encoder, scale, **self._options)
+
+    def load_found(self, found: Mapping[PromptPart, Checkpoint]) -> None:
+        """Load the readers among the files of a ModelManager, with the towers there or in the folder beside them.
+
+        Raises: CheckpointError, for a tower that nothing reads too; InvalidSetting for two readers.
+        """
+        for part, tower in _TOWERS.items():
+            if tower in found and part not in found:
+                raise CheckpointError(
+                    f"{found[tower].source} is {PROMPT_PART_TITLES[tower]}, which is read for "
+                    f"{PROMPT_PART_TITLES[part]}: add the file of that to load_models([...])"
+                )
+        if redux := found.get("redux"):
+            self.redux = redux_prompts(redux, _tower(found.get("siglip"), redux, redux_files), **self._base)
+        if adapter := found.get("ip_adapter"):
+            _check_one_reader(self.redux)
+            tower = _tower(found.get("clip_vision"), adapter, ip_adapter_files)
+            self.ip_adapter = ip_adapter_prompts(adapter, tower, **self._base)
 
     def set_scale(self, scale: float | Sequence[float]) -> None:
         """Set the strength of the IP-Adapter. Raises: InvalidSetting, also if there is none."""
@@ -77,6 +97,12 @@ class ImagePrompts:
         if is_negative:
             return self.ip_adapter.negative_prompt(images.prompt_scales)
         return self.ip_adapter.prompt(images.image_prompt, images.prompt_scales)
+
+
+def _tower(found: Checkpoint | None, reader: Checkpoint, files: Callable[[Path], tuple[Path, Path]]) -> Checkpoint:
+    """Return the vision tower of a reader: the one that was found, or that in the folder beside it."""
+    with checkpoint_errors():
+        return found or open_checkpoint(files(Path(reader.source))[1])
 
 
 def _check_one_reader(other: object | None) -> None:

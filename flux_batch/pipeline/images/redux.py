@@ -16,8 +16,8 @@ from torch import Tensor
 from flux_batch.download.models import PathOrFolder, local_path
 from flux_batch.errors import InvalidSetting
 from flux_batch.images import to_rgb
-from flux_batch.model.checkpoint.checkpoint import open_checkpoint
-from flux_batch.model.checkpoint.detect import redux_files
+from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from flux_batch.model.checkpoint.image_prompts import redux_files
 from flux_batch.model.conditions.redux import Redux, load_redux
 from flux_batch.model.conditions.vision import SiglipEncoder, load_siglip
 from flux_batch.model.params import FluxParams
@@ -68,18 +68,34 @@ def load_redux_prompts(
 
     Raises: CheckpointError for files that are missing or do not fit; StoreError; InvalidSetting for the scale.
     """
+    with checkpoint_errors():
+        given = None if image_encoder is None else local_path(image_encoder, storage_options)
+        file, tower = redux_files(local_path(uri, storage_options), given)
+        return redux_prompts(
+            open_checkpoint(file), open_checkpoint(tower), scale, base=base, dtype=dtype, device=device
+        )
+
+
+def redux_prompts(
+    checkpoint: Checkpoint,
+    tower: Checkpoint,
+    scale: float = 1.0,
+    *,
+    base: FluxParams,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ReduxPrompts:
+    """Build a Redux with its vision tower of their files. Raises: the errors of `load_redux_prompts`."""
     check_number("scale", scale)
     with checkpoint_errors(), device_errors():
-        given = None if image_encoder is None else local_path(image_encoder, storage_options)
-        redux_file, tower = redux_files(local_path(uri, storage_options), given)
-        redux = load_redux(open_checkpoint(redux_file), dtype=dtype, device=device)
-        encoder = load_siglip(open_checkpoint(tower), dtype=dtype, device=device)
+        redux = load_redux(checkpoint, dtype=dtype, device=device)
+        encoder = load_siglip(tower, dtype=dtype, device=device)
         for what, value, wanted in (
             ("makes tokens of", redux.context_in_dim, base.context_in_dim),
             ("reads states of", redux.redux_up.in_features, encoder.width),
         ):
             if value != wanted:
-                raise ValueError(f"{redux_file}: {what} width {value}, where the others have {wanted}")
+                raise ValueError(f"{checkpoint.source}: {what} width {value}, where the others have {wanted}")
     return ReduxPrompts(encoder, redux, scale)
 
 

@@ -1,0 +1,165 @@
+"""Image prompts beside all else: ControlNets, the files of a ModelManager, speed-ups, and a job with both."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flux_batch import FluxImagePipeline, ModelManager
+from flux_batch.engine.local import LocalEngine
+from flux_batch.errors import CheckpointError, InvalidSetting
+from flux_batch.job import run
+from helpers.job_files import make_job, metadata
+from helpers.parity import reference_latents
+from helpers.tiny_calls import CPU, SMALL, noise_image
+from helpers.tiny_controlnet import BASE, make_net, reference_of
+from helpers.tiny_flux import make_tiny_repository
+from helpers.tiny_ip_adapter import load_into, make_tiny_ip_adapter
+from helpers.tiny_redux import load_prior, make_tiny_redux
+
+# A deprecation inside diffusers, of its own class.
+pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
+READERS = ("redux", "ip_adapter")
+CONTROL, PROMPT = noise_image(96, 64), noise_image(60, 40)
+LATENTS = {"output_type": "latent", **SMALL}
+CFG = {"cfg_scale": 2.0, "negative_prompt": "blurry"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a ControlNet, a Redux and an IP-Adapter."""
+    folder = tmp_path_factory.mktemp("files")
+    make_tiny_repository(folder / "dev", BASE)
+    make_net(folder / "net", 2, 1)
+    make_tiny_redux(folder / "redux")
+    make_tiny_ip_adapter(folder / "ip_adapter", BASE)
+    return folder
+
+
+def reading(files: Path, reader: str, *, with_net: bool = False, **options: Any) -> FluxImagePipeline:
+    """Load the model with what reads image prompts."""
+    nets = [files / "net"] if with_net else []
+    pipe = FluxImagePipeline.from_pretrained(files / "dev", controlnets=nets, **CPU, **options)
+    getattr(pipe, f"load_{reader}")(files / reader)
+    return pipe
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_reader_goes_with_a_net(files: Path, reader: str) -> None:
+    """The net reads the tokens of a Redux behind those of the text; an IP-Adapter is none of its business.
+
+    With a Redux and a negative prompt, diffusers fails: it takes the positions of the longer text for both.
+    """
+    reference = reference_of(files / "dev", files / "net")
+    theirs: dict[str, Any] = {"prompt": "a cat"}
+    if reader == "redux":
+        embeds = load_prior(files / "redux", reference)(PROMPT, prompt="a cat")
+        theirs = {"prompt_embeds": embeds.prompt_embeds, "pooled_prompt_embeds": embeds.pooled_prompt_embeds}
+        theirs |= {"guidance_scale": 2.5}
+    else:
+        load_into(reference, files / "ip_adapter")
+        theirs |= {"ip_adapter_image": PROMPT, "guidance_scale": 3.5}
+        theirs |= {"true_cfg_scale": 2.0, "negative_prompt": "blurry"}
+    noise = torch.randn((1, 16, 8, 12), generator=torch.Generator().manual_seed(5))
+    expected = reference_latents(
+        reference,
+        64,
+        96,
+        **theirs,
+        latents=reference._pack_latents(noise, 1, 16, 8, 12),
+        control_image=CONTROL,
+        controlnet_conditioning_scale=0.6,
+        control_guidance_end=0.7,
+        num_inference_steps=3,
+        output_type="latent",
+    )
+    settings: dict[str, Any] = {"controlnet_conditioning_scale": 0.6, "control_guidance_end": 0.7, **LATENTS}
+    settings |= CFG if reader == "ip_adapter" else {}
+    pipe = reading(files, reader, with_net=True)
+    inputs = {"image_prompt": [[PROMPT], [CONTROL]], "control_image": [CONTROL, PROMPT]}
+    found = pipe(["a cat", "x"], **inputs, seed=[5, 6], step_cache=1e-9, **settings)
+    torch.testing.assert_close(found[:1], expected, atol=1e-4, rtol=0)
+
+
+def test_rows_with_both(files: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "both", "control_image": "control.png", "image_prompt": "prompt.png"},
+        {"prompt": "net", "control_image": "control.png", "image_prompt": None},
+        {"prompt": "neither", "control_image": None, "image_prompt": "prompt.png"},
+    ]
+    sampling = {"width": 96, "height": 64, "num_inference_steps": 2, "t5_sequence_length": 16}
+    for reader in READERS:
+        model = {"uri": str(files / "dev"), "dtype": "float32", reader: {"uri": str(files / reader)}}
+        model["controlnets"] = [{"uri": str(files / "net"), "scale": 0.8}]
+        config = make_job(tmp_path / reader, rows, model=model, sampling=sampling, failures={"max_ratio": 1.0})
+        PROMPT.save(tmp_path / reader / "prompt.png")
+        CONTROL.save(tmp_path / reader / "control.png")
+        run(config, engine=LocalEngine())
+        found = metadata(config)
+        assert [row["status"] for row in found] == ["success", "success", "failed"], [
+            row["error_message"] for row in found
+        ]
+        assert [row["image_prompt"] for row in found[:2]] == ["prompt.png", None]
+        assert "control_image is missing" in found[2]["error_message"]
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("quantization", ["fp8", "bfloat16"])
+def test_narrow_weights_of_the_base_are_no_matter(files: Path, reader: str, quantization: Any) -> None:
+    expected = reading(files, reader)("x", image_prompt=PROMPT, seed=1, **LATENTS)
+    pipe = reading(files, reader, quantization=quantization)
+    found = pipe("x", image_prompt=PROMPT, seed=1, tiled=True, **LATENTS)
+    prompts = pipe.image_prompts
+    parts = (prompts.redux.redux, prompts.redux.encoder.model) if prompts.redux else ()
+    parts = (prompts.ip_adapter.adapter, prompts.ip_adapter.encoder.model) if prompts.ip_adapter else parts
+    assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.float32}
+    assert 0 < (found - expected).abs().max() < 0.3
+    torch.testing.assert_close(pipe("x", image_prompt=PROMPT, seed=1, step_cache=1e-9, **LATENTS), found)
+
+
+def manager_of(files: Path, *others: Any) -> ModelManager:
+    manager = ModelManager(torch.float32, "cpu")
+    parts = ("text_encoder", "text_encoder_2", "vae", "transformer")
+    manager.load_models([*others, *(files / "dev" / part for part in parts)])
+    return manager
+
+
+@pytest.mark.parametrize(
+    ("reader", "entries"),
+    [
+        ("redux", ["redux"]),
+        ("redux", ["redux/image_encoder/model.safetensors", "redux/image_embedder"]),
+        ("ip_adapter", ["ip_adapter"]),
+        ("ip_adapter", ["ip_adapter/ip_adapter.safetensors", "tower/image_encoder"]),
+    ],
+)
+def test_a_manager_takes_the_files_of_readers(files: Path, reader: str, entries: list[str]) -> None:
+    if not (files / "tower").exists():
+        shutil.copytree(files / "ip_adapter/image_encoder", files / "tower/image_encoder")
+    manager = manager_of(files, files / "net", *(files / entry for entry in entries))
+    pipe = FluxImagePipeline.from_model_manager(manager)
+    inputs: dict[str, Any] = {"ip_adapter_image": PROMPT, "control_image": CONTROL, "seed": 3, **LATENTS}
+    expected = reading(files, reader, with_net=True)("x", **inputs)
+    torch.testing.assert_close(pipe("x", **inputs), expected, atol=0, rtol=0)
+
+
+def test_files_of_readers_that_do_not_fit_are_refused(files: Path, tmp_path: Path) -> None:
+    manager = manager_of(files, files / "ip_adapter/image_encoder")
+    with pytest.raises(CheckpointError, match=r"image_encoder is the vision tower of a CLIP, which is read for an IP-"):
+        FluxImagePipeline.from_model_manager(manager)
+    manager.load_models([files / "ip_adapter"])
+    with pytest.raises(InvalidSetting, match="cuda_graphs = True: a graph does not take the keys and values of an IP-"):
+        FluxImagePipeline.from_model_manager(manager, cuda_graphs=True)
+    manager.load_models([files / "redux"])
+    with pytest.raises(InvalidSetting, match=r"a FLUX.1-Redux and an IP-Adapter would both read it"):
+        FluxImagePipeline.from_model_manager(manager)
+    alone = shutil.copy(files / "redux/image_embedder/diffusion_pytorch_model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match=r"no vision tower for FLUX.1-Redux"):
+        FluxImagePipeline.from_model_manager(manager_of(files, alone))
+    (tmp_path / "ip-adapter.bin").write_bytes(b"\x80\x02.")
+    with pytest.raises(CheckpointError, match=r"ip-adapter.bin is a pickle"):
+        manager.load_models([tmp_path / "ip-adapter.bin"])
