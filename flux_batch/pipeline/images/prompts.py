@@ -56,10 +56,10 @@ class ImagePrompts:
 
         Raises: CheckpointError, for a tower that nothing reads too; InvalidSetting for two readers.
         """
-        for part, tower in _TOWERS.items():
-            if tower in found and part not in found:
+        for part, own in _TOWERS.items():
+            if own in found and part not in found:
                 raise CheckpointError(
-                    f"{found[tower].source} is {PROMPT_PART_TITLES[tower]}, which is read for "
+                    f"{found[own].source} is {PROMPT_PART_TITLES[own]}, which is read for "
                     f"{PROMPT_PART_TITLES[part]}: add the file of that to load_models([...])"
                 )
         if redux := found.get("redux"):
