@@ -45,7 +45,7 @@ def prompt_part(checkpoint: Checkpoint) -> PromptPart | None:
 
 
 def embedder_in(source: Path) -> Path:
-    """Return the folder of a Redux in a repository of diffusers, any other file or folder as it is."""
+    """Return the folder of a Redux in a repository of diffusers; anything else as it is."""
     return source / _EMBEDDER if (source / _EMBEDDER).is_dir() else source
 
 

@@ -52,9 +52,10 @@ class ImagePrompts:
         self.ip_adapter = load_ip_adapter_prompts(uri, image_encoder, scale, **self._options)
 
     def load_found(self, found: Mapping[PromptPart, Checkpoint]) -> None:
-        """Load the readers among the files of a ModelManager, with the towers there or in the folder beside them.
+        """Load the readers among the files of a ModelManager, with their vision towers.
 
-        Raises: CheckpointError, for a tower that nothing reads too; InvalidSetting for two readers.
+        A tower that is not among them is in the folder beside its reader. Raises: CheckpointError, for a tower that
+        nothing reads too; InvalidSetting for two readers.
         """
         for part, own in _TOWERS.items():
             if own in found and part not in found:
