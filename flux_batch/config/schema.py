@@ -253,7 +253,7 @@ class ModelConfig(Section):
     uri: str = Field(min_length=1)
     """A FLUX.1 model: a folder, a file, an address of fsspec, a repository of Hugging Face, or `demo`."""
     storage_options: dict[str, Any] = Field(default={}, repr=False)
-    """Options of fsspec for the model, its LoRAs and ControlNets."""
+    """Options of fsspec for the model and what is loaded beside it; web addresses have none of a bucket's."""
     refresh: bool = False
     """Ask the remote whether the model has changed before the copy on a node is used."""
     pipeline: str | None = Field(default=None, pattern=FACTORY.pattern)

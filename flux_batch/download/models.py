@@ -56,6 +56,8 @@ _PRESETS = {
     "FLUX.1-dev": {"huggingface": "black-forest-labs/FLUX.1-dev", "modelscope": "AI-ModelScope/FLUX.1-dev"},
     "FLUX.1-schnell": {"huggingface": "black-forest-labs/FLUX.1-schnell", "modelscope": "AI-ModelScope/FLUX.1-schnell"},
 }
+# Options that fsspec has for web addresses: its HTTPFileSystem's, and those of a request of aiohttp.
+_WEB_OPTIONS = frozenset({"auth", "block_size", "client_kwargs", "cookies", "headers", "proxy", "ssl", "timeout"})
 _LIST_OF_HUB = {"huggingface": list_huggingface, "modelscope": list_modelscope}
 
 log = logging.getLogger(__name__)
@@ -166,7 +168,7 @@ def local_path(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = No
     with source_errors():
         if kind == "hub":
             return _from_hub(text, refresh=refresh)
-        return _from_storage(text, storage_options or {}, refresh=refresh)
+        return _from_storage(text, _options_for(text, storage_options), refresh=refresh)
 
 
 def find_local_model(uri: str, storage_options: Mapping[str, Any] | None = None) -> Path | None:
@@ -180,7 +182,7 @@ def find_local_model(uri: str, storage_options: Mapping[str, Any] | None = None)
             hub = HubUri.parse(uri)
         snapshot, part = find_repository(hub), _model_and_part(hub)[1]
     else:
-        snapshot = current_snapshot(cache_dir_of(uri, storage_options or {}))
+        snapshot = current_snapshot(cache_dir_of(uri, _options_for(uri, storage_options)))
         part = _part_in(snapshot, uri) if snapshot else ""
     return snapshot / part if snapshot else None
 
@@ -215,7 +217,9 @@ def _part_in(folder: Path, uri: str) -> str:
 def model_listing(uri: str, storage_options: Mapping[str, Any] | None = None) -> Listing:
     """Return the files of a remote model as its hub or its storage lists them. Raises: the errors of local_model."""
     with source_errors():
-        return repository_listing(uri) if source_kind(uri) == "hub" else storage_listing(uri, storage_options or {})
+        if source_kind(uri) == "hub":
+            return repository_listing(uri)
+        return storage_listing(uri, _options_for(uri, storage_options))
 
 
 def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:
@@ -319,6 +323,12 @@ def source_errors() -> Iterator[None]:
 def _address(uri: str) -> str:
     """Return an address without the query of a web address, which names no file."""
     return uri.partition("?")[0] if _is_web(uri) else uri
+
+
+def _options_for(uri: str, storage_options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return the options for an address: those of a bucket are not for the web, which knows none of them."""
+    options = storage_options or {}
+    return {} if _is_web(uri) and not _WEB_OPTIONS.issuperset(options) else options
 
 
 def _is_web(uri: str) -> bool:

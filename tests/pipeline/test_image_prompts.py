@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
+from PIL import Image
 
 from flux_batch import FluxImagePipeline, ModelManager
+from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.job import run
-from helpers.job_files import make_job, metadata
+from helpers.hub_server import Hub
+from helpers.job_files import data_files, make_job, metadata
 from helpers.parity import reference_latents
+from helpers.s3 import S3Server
 from helpers.tiny_calls import CPU, SMALL, noise_image
 from helpers.tiny_controlnet import BASE, make_net, reference_of
 from helpers.tiny_flux import make_tiny_repository
 from helpers.tiny_ip_adapter import load_into, make_tiny_ip_adapter
 from helpers.tiny_redux import load_prior, make_tiny_redux
+from helpers.web_server import web_server
 
 # A deprecation inside diffusers, of its own class.
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
@@ -107,6 +115,56 @@ def test_rows_with_both(files: Path, tmp_path: Path) -> None:
         assert "control_image is missing" in found[2]["error_message"]
 
 
+def test_a_job_has_its_parts_from_a_bucket_a_hub_and_the_web(
+    files: Path, tmp_path: Path, moto: S3Server, hub: Hub
+) -> None:
+    bucket = moto.make_bucket()
+    fs, root = fsspec.url_to_fs(bucket, **moto.storage_options)
+    for source in ("net", "ip_adapter/image_encoder"):
+        fs.put(str(files / source), f"{root}/{source}", recursive=True)
+    redux = {path.relative_to(files / "redux").as_posix(): path.read_bytes() for path in (files / "redux").rglob("*.*")}
+    hub.repositories = {"owner/redux": redux, "owner/net": {"net.safetensors": weights(files / "net")}}
+    row = {"prompt": "x", "control_image": "a.png", "image_prompt": "a.png", "seed": 1}
+    sampling = {"width": 32, "height": 32, "num_inference_steps": 1, "t5_sequence_length": 16}
+    with web_server() as web:
+        adapter = web.at("/ip_adapter.safetensors", (files / "ip_adapter/ip_adapter.safetensors").read_bytes())
+        tower = f"{bucket}/ip_adapter/image_encoder"
+        for net, parts in (
+            (f"{bucket}/net", {"redux": {"uri": "hf://owner/redux"}}),
+            ("hf://owner/net", {"ip_adapter": {"uri": adapter, "image_encoder": tower}}),
+        ):
+            reader = next(iter(parts))
+            model: dict[str, Any] = {"uri": str(files / "dev"), "dtype": "float32"}
+            here = make_job(
+                tmp_path / f"{reader} here",
+                [row],
+                model=model | {"controlnets": [{"uri": str(files / "net")}], reader: {"uri": str(files / reader)}},
+                sampling=sampling,
+            )
+            away = make_job(
+                tmp_path / f"{reader} away",
+                [row],
+                model=model | {"controlnets": [{"uri": net}], "storage_options": moto.storage_options, **parts},
+                sampling=sampling,
+            )
+            for config in (here, away):
+                CONTROL.save(Path(config.prompts.uri[0]).with_name("a.png"))
+                run(config, engine=LocalEngine())
+            assert image_of(away).tobytes() == image_of(here).tobytes()
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def image_of(config: JobConfig) -> Image.Image:
+    """Return the image of a run of one row."""
+    shard = next(data for name, data in data_files(Path(config.output.uri)).items() if name.endswith(".tar"))
+    with tarfile.open(fileobj=io.BytesIO(shard)) as tar:
+        image = next(member for member in tar if member.name.endswith(".png"))
+        return Image.open(tar.extractfile(image)).convert("RGB")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("quantization", ["fp8", "bfloat16"])
 def test_narrow_weights_of_the_base_are_no_matter(files: Path, reader: str, quantization: Any) -> None:
@@ -115,7 +173,8 @@ def test_narrow_weights_of_the_base_are_no_matter(files: Path, reader: str, quan
     found = pipe("x", image_prompt=PROMPT, seed=1, tiled=True, **LATENTS)
     prompts = pipe.image_prompts
     parts = (prompts.redux.redux, prompts.redux.encoder.model) if prompts.redux else ()
-    parts = (prompts.ip_adapter.adapter, prompts.ip_adapter.encoder.model) if prompts.ip_adapter else parts
+    for each in prompts.ip_adapters:
+        parts = each.adapter, each.encoder.model
     assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.float32}
     assert 0 < (found - expected).abs().max() < 0.3
     torch.testing.assert_close(pipe("x", image_prompt=PROMPT, seed=1, step_cache=1e-9, **LATENTS), found)
