@@ -146,11 +146,11 @@ class DoubleStreamBlock(nn.Module):
         txt: Tensor,
         modulation: tuple[Tensor, Tensor],
         pe: Tensor,
-        image_prompt: tuple[Tensor, Tensor] | None = None,
+        image_prompt: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> tuple[Tensor, Tensor]:
         """Return both streams after the block.
 
-        image_prompt: keys and values (B, M, H, D) of an IP-Adapter, which the queries of the image attend to, without
+        image_prompt: keys and values (B, M, H, D) of each IP-Adapter, which the queries of the image attend to, without
         positions.
         """
         (img_1, img_2), (txt_1, txt_2) = (_branches(part, 2) for part in modulation)
@@ -164,7 +164,8 @@ class DoubleStreamBlock(nn.Module):
 
         img = img + img_1.gate * self.img_attn.proj(img_attn)
         img = img + img_2.gate * self.img_mlp(img_2.modulate(img))
-        img = img if image_prompt is None else img + _attend(img_q, *image_prompt)
+        for key, value in image_prompt:
+            img = img + _attend(img_q, key, value)
         txt = txt + txt_1.gate * self.txt_attn.proj(txt_attn)
         txt = txt + txt_2.gate * self.txt_mlp(txt_2.modulate(txt))
         return finite(img), finite(txt)

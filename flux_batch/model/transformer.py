@@ -64,13 +64,24 @@ class Residuals(NamedTuple):
 
 
 class ImagePrompt(NamedTuple):
-    """The keys and values of an image prompt for each double block: (b, m, heads, head_dim) each."""
+    """The keys and values of image prompts for each double block.
 
-    blocks: Sequence[tuple[Tensor, Tensor]]
+    Each block has one pair (b, m, heads, head_dim) for each IP-Adapter.
+    """
+
+    blocks: Sequence[Sequence[tuple[Tensor, Tensor]]]
+
+    @classmethod
+    def joined(cls, prompts: Sequence[ImagePrompt]) -> ImagePrompt:
+        """Return those of several IP-Adapters as one: what is found in each is added up."""
+        blocks = zip(*(prompt.blocks for prompt in prompts), strict=True)
+        return cls([[pair for of_one in of_block for pair in of_one] for of_block in blocks])
 
     def select(self, images: Tensor) -> ImagePrompt:
         """Return the keys and values of some images of the batch: their indices on the device."""
-        return ImagePrompt([(k.index_select(0, images), v.index_select(0, images)) for k, v in self.blocks])
+        return ImagePrompt(
+            [[(k.index_select(0, images), v.index_select(0, images)) for k, v in block] for block in self.blocks]
+        )
 
 
 class _SideNetworks(Protocol):
@@ -220,7 +231,7 @@ class Denoiser:
 
     It computes once what does not change with the image.
     pe: `position_table` of text then image; timesteps: (s,) in [0, 1]; guidance: (b,), unused by a model without its
-    embedder; side_networks: what they add to the image tokens; prompt: of an IP-Adapter. It gives the velocities of
+    embedder; side_networks: what they add to the image tokens; prompt: of IP-Adapters. It gives the velocities of
     `Flux.forward`, but for the order of sums in modulation.
     """
 

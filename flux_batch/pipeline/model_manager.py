@@ -102,7 +102,7 @@ class ModelManager:
         self.clip: ClipEncoder | None = None
         self.t5: T5Encoder | None = None
         self.controlnets: list[ControlNet] = []
-        self.image_prompts: dict[PromptPart, Checkpoint] = {}
+        self.image_prompts: dict[PromptPart, list[Checkpoint]] = {}
         self.loras = LoadedLoras(storage_options=self.storage_options)
         self.load_models(file_path_list)
 
@@ -134,7 +134,7 @@ class ModelManager:
             with checkpoint_errors(), device_errors():
                 checkpoint = open_checkpoint(_to_path(source, self.storage_options))
                 if part := prompt_part(checkpoint):
-                    self.image_prompts[part] = checkpoint
+                    self.image_prompts.setdefault(part, []).append(checkpoint)
                     continue
                 parts = parts_of(checkpoint)
                 nets += [parts.pop(CheckpointKind.CONTROLNET)] if CheckpointKind.CONTROLNET in parts else []

@@ -35,7 +35,7 @@ from flux_batch.pipeline.images.controls import ControlNets
 from flux_batch.pipeline.images.inputs import IMAGE_ARGUMENTS, image_inputs
 from flux_batch.pipeline.images.latents import ImageLatents, StepCallback
 from flux_batch.pipeline.images.pixels import OutputType, as_output, check_finite
-from flux_batch.pipeline.images.prompts import REDUX_GUIDANCE, ImagePrompts
+from flux_batch.pipeline.images.prompts import REDUX_GUIDANCE, AdapterScale, ImagePrompts, adapter_files
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, check_parts_fit, locate_parts
 from flux_batch.pipeline.precision import AUTO, default_device, must_be_narrow
@@ -273,32 +273,43 @@ class FluxImagePipeline:
 
     def load_ip_adapter(
         self,
-        uri: PathOrFolder,
-        weight_name: str | None = None,
+        uri: PathOrFolder | Sequence[PathOrFolder],
+        weight_name: str | Sequence[str] | None = None,
         *,
         image_encoder: PathOrFolder | None = None,
         image_encoder_pretrained_model_name_or_path: PathOrFolder | None = None,
-        scale: float | Sequence[float] = 1.0,
+        scale: AdapterScale = 1.0,
     ) -> None:
-        """Load an IP-Adapter of XLabs with its vision tower, CLIP-L, for calls with image prompts.
+        """Load an IP-Adapter of XLabs with its vision tower, CLIP-L, for calls with image prompts; or several.
 
-        uri, weight_name: its file, or its folder or repository and the file in there. image_encoder, with diffusers'
-        long name for it: the file, folder or repository of the tower, openai/clip-vit-large-patch14; None is the folder
-        `image_encoder` beside the adapter. scale: see `set_ip_adapter_scale`.
+        uri, weight_name: its file, or its folder or repository and the file in there; a list for several, whose changes
+        add up, in place of those that were loaded before. image_encoder, with diffusers' long name for it: the file,
+        folder or repository of the tower, openai/clip-vit-large-patch14; None is the folder `image_encoder` beside the
+        adapter. scale: see `set_ip_adapter_scale`.
         Raises: CheckpointError, for a pickle as InstantX's too; StoreError; InvalidSetting.
         """
         check_cuda_graphs(self.graphs is not None, 0, has_ip_adapter=True)
-        file = f"{str(uri).rstrip('/')}/{weight_name}" if weight_name else uri
         encoder = image_encoder or image_encoder_pretrained_model_name_or_path
-        self.image_prompts.load_ip_adapter(file, encoder, scale)
+        self.image_prompts.load_ip_adapters(adapter_files(uri, weight_name), encoder, scale)
 
-    def set_ip_adapter_scale(self, scale: float | Sequence[float]) -> None:
-        """Set the strength of the IP-Adapter: one number, or one for each double block. Raises: InvalidSetting."""
+    def set_ip_adapter_scale(self, scale: AdapterScale) -> None:
+        """Set the strength of the IP-Adapter: one number, or one for each double block; of several, one of these each.
+
+        Raises: InvalidSetting.
+        """
         self.image_prompts.set_scale(scale)
 
     def unload_ip_adapter(self) -> None:
-        """Drop the IP-Adapter and its vision tower."""
-        self.image_prompts.ip_adapter = None
+        """Drop the IP-Adapters and their vision tower."""
+        self.image_prompts.ip_adapters = []
+
+    def prepare_ip_adapter_image_embeds(self, ip_adapter_image: Any) -> list[Tensor]:
+        """Return the embeddings of images, for calls with `ip_adapter_image_embeds`: (1, k, e) for each IP-Adapter.
+
+        ip_adapter_image: that of one prompt. Raises: InvalidSetting; OutOfMemory; DeviceFatal.
+        """
+        with torch.inference_mode(), device_errors():
+            return self.image_prompts.embeds(ip_adapter_image)
 
     def encode_prompt(self, prompt: str | Sequence[str], t5_sequence_length: int | None = None) -> PromptEmbeds:
         """Return the embeddings of prompts, for calls with `prompt_embeds` and `pooled_prompt_embeds`.
@@ -385,11 +396,15 @@ class FluxImagePipeline:
         control_guidance_start, control_guidance_end and control_mode, each one value for all or one for each control
         image; control_image_scale is a weight beside them for those of each prompt. Guidance stays that of the model,
         where FluxControlNetPipeline has 7. reference_image is what Kontext edits, one or several for an image, brought
-        to the nearest size that it was trained with unless
-        resize_references is false. image_prompt, or as diffusers calls it ip_adapter_image, are images, one or several
-        for each, with weights in image_prompt_scale. A Redux turns them into tokens behind those of the text, with
-        guidance 2.5; where FluxPriorReduxPipeline adds the tokens of several images up, they follow one another here; a
-        negative prompt has none. An IP-Adapter lets the image attend to them; a negative prompt has black ones.
+        to the nearest size that it was trained with unless resize_references is false.
+
+        image_prompt, or as diffusers calls it ip_adapter_image, are images, one or several for each, with weights in
+        image_prompt_scale. A Redux turns them into tokens behind those of the text, with guidance 2.5; where
+        FluxPriorReduxPipeline adds the tokens of several images up, they follow one another here; a negative prompt has
+        none. An IP-Adapter lets the image attend to them; a negative prompt has black ones. Of several IP-Adapters each
+        has its own image, or list of images, in their order. ip_adapter_image_embeds, (1, k, e) or (b, k, e) for each,
+        are what prepare_ip_adapter_image_embeds returns of k images.
+
         height and width None are those of the first reference, or else 1024. On a Kontext, `image` means a reference,
         as in diffusers, whose default is 1024 x 1024. Latents of conditions are the posterior's mean, where diffusers
         samples it, so that an image depends on nothing but its own arguments.

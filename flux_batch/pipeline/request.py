@@ -34,12 +34,17 @@ _CALL_ALIASES = {
     "image": "input_image",
     "kontext_images": "reference_image",
     "ip_adapter_image": "image_prompt",
+    "ip_adapter_image_embeds": "image_prompt_embeds",
     "control_mask": "mask_image",
 }
 # DiffSynth-Studio's argument for the images of ControlNets with their settings, each a ControlNetInput.
 _DIFFSYNTH_CONTROLS = "controlnet_inputs"
 # The arguments of diffusers that a call refuses, and what to pass instead.
-_INSTEAD = {"generator": ": pass seed, a whole number or one for each image"}
+_INSTEAD = {
+    "generator": ": pass seed, a whole number or one for each image",
+    "negative_ip_adapter_image": ": a negative prompt has black images, leave it out",
+    "negative_ip_adapter_image_embeds": ": a negative prompt has black images, leave it out",
+}
 
 # The prompts of a call, or the embeddings that stand in for them.
 Texts: TypeAlias = list[str] | PromptEmbeds

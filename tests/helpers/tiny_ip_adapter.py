@@ -15,10 +15,10 @@ from helpers.tiny_flux import T5_WIDTH, TINY_TOWER, TinyFlux
 SIDE, WIDTH, TOKENS = 28, 24, 4
 
 
-def adapter_state(config: TinyFlux) -> dict[str, Tensor]:
+def adapter_state(config: TinyFlux, seed: int = 3) -> dict[str, Tensor]:
     """Return random weights under the keys of XLabs, for a tiny model."""
     hidden = config.num_heads * sum(config.axes_dim)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = {
         "ip_adapter_proj_model.proj.weight": (TOKENS * T5_WIDTH, WIDTH),
         "ip_adapter_proj_model.proj.bias": (TOKENS * T5_WIDTH,),
@@ -46,13 +46,13 @@ def make_tiny_ip_adapter(folder: Path, config: TinyFlux | None = None) -> Path:
     return folder
 
 
-def load_into(reference: Any, folder: Path) -> Any:
-    """Load it into a pipeline of diffusers."""
+def load_into(reference: Any, folder: Path, weight_name: str | list[str] = "ip_adapter.safetensors") -> Any:
+    """Load it into a pipeline of diffusers, or several of its files."""
     from transformers import CLIPImageProcessorPil
 
     reference.register_modules(
         image_encoder=CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder"),
         feature_extractor=CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE),
     )
-    reference.load_ip_adapter(folder, weight_name="ip_adapter.safetensors", low_cpu_mem_usage=False)
+    reference.load_ip_adapter(folder, weight_name=weight_name, low_cpu_mem_usage=False)
     return reference

@@ -92,6 +92,59 @@ def test_weights_of_images(reading: FluxImagePipeline, pipe: FluxImagePipeline) 
     assert (expected - plain).abs().max() > 1e-2
 
 
+def test_several_adapters_and_embeddings_of_images(repository: Path, tmp_path: Path) -> None:
+    adapter = make_tiny_ip_adapter(tmp_path)
+    names = ["ip_adapter.safetensors", "other.safetensors"]
+    save_file(adapter_state(TinyFlux(), seed=4), adapter / names[1])
+    reference = load_into(load_reference(repository), adapter, names)
+    pipe = FluxImagePipeline.from_pretrained(repository, **CPU)
+    pipe.load_ip_adapter(adapter, names, scale=[0.7, [0.2, 1.5]])
+    assert len({id(each.encoder) for each in pipe.image_prompts.ip_adapters}) == 1
+    reference.set_ip_adapter_scale([0.7, [0.2, 1.5]])
+    common: dict[str, Any] = {"prompt": "a cat", "negative_prompt": "blurry"}
+    each = [IMAGES[0], [IMAGES[1], IMAGES[0]]]
+    expected = reference_latents(
+        reference,
+        64,
+        96,
+        **common,
+        ip_adapter_image=each,
+        generator=torch.Generator("cpu").manual_seed(5),
+        num_inference_steps=3,
+        true_cfg_scale=2.0,
+        output_type="latent",
+    )
+    options: dict[str, Any] = {"seed": 5, "cfg_scale": 2.0, **common, **LATENTS}
+    torch.testing.assert_close(pipe(ip_adapter_image=each, **options), expected, atol=1e-4, rtol=0)
+    embeds = pipe.prepare_ip_adapter_image_embeds(each)
+    theirs = reference.prepare_ip_adapter_image_embeds(each, None, "cpu", 1)
+    torch.testing.assert_close(embeds, theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pipe(ip_adapter_image_embeds=embeds, **options), expected, atol=1e-4, rtol=0)
+    two: dict[str, Any] = options | {"prompt": ["a cat", "x"], "seed": [5, 6], "step_cache": 1e-6}
+    rows = [each, [IMAGES[2], IMAGES[:2]]]
+    torch.testing.assert_close(pipe(image_prompt=rows, **two)[:1], expected, atol=1e-4, rtol=0)
+    wide = [torch.zeros(1, 1, 7)] * 2
+    for arguments, message in (
+        ({"image_prompt": IMAGES[0]}, "image_prompt: 1 images for 2 IP-Adapters; give one for each in their order"),
+        ({"prompt": ["a", "b"], "image_prompt": [each, IMAGES[:2]]}, "must have the same number for each IP-Adapter"),
+        ({"ip_adapter_image_embeds": embeds[:1]}, "ip_adapter_image_embeds: 1 tensors for 2 IP-Adapters"),
+        ({"ip_adapter_image_embeds": wide}, r"\[1, 1, 7\]: must have the width of CLIP's embedding, 24"),
+        ({"ip_adapter_image_embeds": [3, 4]}, "ip_adapter_image_embeds is a int: must be a tensor for each"),
+        ({"ip_adapter_image_embeds": embeds, "image_prompt": each}, "are both given: leave one of them out"),
+        ({"ip_adapter_image_embeds": embeds, "image_prompt_scale": 0.5}, "image_prompt_scale: is a weight of images"),
+        ({"negative_ip_adapter_image": IMAGES[0]}, "a negative prompt has black images, leave it out"),
+    ):
+        with pytest.raises(InvalidSetting, match=message):
+            pipe(**{"prompt": "x"} | arguments | SMALL)
+    with pytest.raises(InvalidSetting, match="scale: 1 values for 2 IP-Adapters; give one for each"):
+        pipe.set_ip_adapter_scale([0.5])
+    with pytest.raises(InvalidSetting, match="weight_name: 3 names for 2 folders"):
+        pipe.load_ip_adapter([adapter, adapter], [*names, "x"])
+    pipe.unload_ip_adapter()
+    with pytest.raises(InvalidSetting, match="an IP-Adapter reads them, and there is none"):
+        pipe("x", ip_adapter_image_embeds=embeds, **SMALL)
+
+
 def test_files_in_the_layouts_and_places_that_exist(
     reading: FluxImagePipeline, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,7 +96,7 @@ class IPAdapter(nn.Module):
             key, value = (block["processor"][name](tokens) for name in (_KEY, _VALUE))
             value = of_tokens * strength * value
             key, value = (rearrange(each, "b m (H D) -> b m H D", H=num_heads) for each in (key, value))
-            found.append((key, value))
+            found.append([(key, value)])
         return ImagePrompt(found)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from flux_batch.errors import InvalidSetting, RowError
 from flux_batch.images import check_proportions
@@ -20,9 +21,10 @@ class ImageInputs:
     """The images that the images of a call are made from; None for an argument that is not given.
 
     mask_image: white is repainted. control_image: each entry a list. reference_image: each entry a list, in the size
-    in which they are read. image_prompt: each entry a list, each as long. control_image_scale, image_prompt_scale:
-    the weight of each of these. Raises: InvalidSetting for a mask without its image, or of other proportions, or for
-    images whose references have other sizes than those of the first.
+    in which they are read. image_prompt: each entry a list, each as long. image_prompt_embeds: in its place, one tensor
+    (b, k, e) for each IP-Adapter. control_image_scale, image_prompt_scale: the weight of each of these. Raises:
+    InvalidSetting for a mask without its image, or of other proportions, or for images whose references have other
+    sizes than those of the first.
     """
 
     input_image: list[Image.Image] | None = None
@@ -30,6 +32,7 @@ class ImageInputs:
     control_image: list[list[Image.Image]] | None = None
     reference_image: list[list[Image.Image]] | None = None
     image_prompt: list[list[Image.Image]] | None = None
+    image_prompt_embeds: list[Tensor] | None = None
     control_image_scale: list[list[float]] | None = None
     image_prompt_scale: list[list[float]] | None = None
 
@@ -95,7 +98,7 @@ class ImageInputs:
             if getattr(self, name) is None:
                 raise InvalidSetting(f"{name} is missing: {variant.title} needs {needs}", field=name)
         for name in IMAGE_ARGUMENTS:
-            if getattr(self, name) is not None and name not in {*variant.needs, *variant.reads, "image_prompt"}:
+            if getattr(self, name) is not None and name not in {*variant.needs, *variant.reads, *_PROMPTS}:
                 raise InvalidSetting(f"{name}: {variant.title} reads none; leave it out", field=name)
         if self.mask_image is not None and self.input_image is None and not nets_read_mask:
             raise InvalidSetting(_NO_IMAGE_FOR_MASK, field="mask_image")
@@ -118,6 +121,8 @@ class SharedImages(list[Any]):
 _NO_IMAGE_FOR_MASK = "mask_image: needs an input_image to repaint"
 # Arguments of which an image may have several.
 _SEVERAL = ("control_image", "reference_image", "image_prompt")
+# Those of image prompts, which no variant of the model reads by itself.
+_PROMPTS = ("image_prompt", "image_prompt_embeds")
 # Those whose images have weights.
 _WEIGHTED = ("control_image", "image_prompt")
 # Pixels.
@@ -136,12 +141,13 @@ def image_inputs(
     """Return the images of a call for `count` images; is_single: a list is of one image. Raises: InvalidSetting."""
     given = {name: value for name, value in arguments.items() if value is not None}
     scales = {name: given.pop(f"{name}_scale", 1.0) for name in _WEIGHTED}
+    embeds = given.pop("image_prompt_embeds", None)
     for name, value in given.items():
         is_list = is_single and name in _SEVERAL and isinstance(value, (list, tuple))
         given[name] = _one_each(name, [value] if is_list else value, count)
     for name in _SEVERAL:
         if name in given:
-            given[name] = [_as_list(each) for each in given[name]]
+            given[name] = [_flat(as_images(each)) for each in given[name]]
     if "reference_image" in given:
         size_of = preferred_size if resize_references else own_size
         given["reference_image"] = [[_sized(each, size_of) for each in images] for images in given["reference_image"]]
@@ -150,7 +156,27 @@ def image_inputs(
     for name in _WEIGHTED:
         if name in given:
             given[f"{name}_scale"] = _scales(name, scales[name], given[name], is_single=is_single)
+    if embeds is not None:
+        given["image_prompt_embeds"] = _prompt_embeds(embeds, count, scales["image_prompt"])
     return ImageInputs(**given)
+
+
+def _prompt_embeds(value: Any, count: int, scale: Any) -> list[Tensor]:
+    """Return embeddings of image prompts, for each IP-Adapter, with one entry an image. Raises: InvalidSetting."""
+    name = "ip_adapter_image_embeds"
+    if scale != 1.0:
+        raise InvalidSetting(f"image_prompt_scale: is a weight of images, and {name} are none", field=name)
+    found = []
+    for each in as_images(value):
+        if not isinstance(each, Tensor) or each.ndim != 3 or each.shape[0] not in (1, count):
+            got = list(each.shape) if isinstance(each, Tensor) else f"a {type(each).__name__}"
+            raise InvalidSetting(
+                f"{name} is {got}: must be a tensor for each IP-Adapter, (1, k, e) or ({count}, k, e), of k images and "
+                "the width e of CLIP's embedding",
+                field=name,
+            )
+        found.append(each.expand(count, -1, -1))
+    return found
 
 
 def _scales(field: str, value: Any, images: Sequence[Sequence[Any]], *, is_single: bool) -> list[list[float]]:
@@ -178,7 +204,13 @@ def _sized(image: Any, size_of: Callable[[int, int], tuple[int, int]]) -> Image.
     return resized(image, *size, "reference_image")
 
 
-def _as_list(value: Any) -> list[Any]:
+def _flat(images: list[Any]) -> list[Any]:
+    """Return a list in a list as one: diffusers has one for each IP-Adapter."""
+    return as_images(images[0]) if len(images) == 1 else images
+
+
+def as_images(value: Any) -> list[Any]:
+    """Return one image or several as a list."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 

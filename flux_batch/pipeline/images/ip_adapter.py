@@ -34,18 +34,18 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 class IPAdapterPrompts:
     """The IP-Adapter of a pipeline with its vision tower; remembers the embeddings of the last images."""
 
-    def __init__(
-        self, encoder: ClipVisionEncoder, adapter: IPAdapter, num_heads: int, scale: float | Sequence[float] = 1.0
-    ) -> None:
-        """Take both parts; scale: of every image, beside its own weight, or one for each double block."""
+    def __init__(self, encoder: ClipVisionEncoder, adapter: IPAdapter, num_heads: int) -> None:
         self.encoder = encoder
         self.adapter = adapter
         self._num_heads = num_heads
         self._memory = ImageMemory()
-        self.set_scale(scale)
+        self.set_scale(1.0)
 
     def set_scale(self, scale: float | Sequence[float]) -> None:
-        """Set the strength of the adapter. Raises: InvalidSetting for no number, or not one for each block."""
+        """Set the strength of every image, beside its own weight: one number, or one for each double block.
+
+        Raises: InvalidSetting for no number, or not one for each block.
+        """
         depth = self.adapter.params.depth
         scales = list(scale) if isinstance(scale, Sequence) else [scale] * depth
         for each in scales:
@@ -54,60 +54,64 @@ class IPAdapterPrompts:
             raise InvalidSetting(f"scale: {len(scales)} values for {depth} double blocks", field="scale")
         self._scale = scales
 
-    def prompt(self, images: Sequence[Sequence[Image.Image]], scales: Sequence[Sequence[float]]) -> ImagePrompt:
-        """Return what is read beside the prompts of a call: as many images, with their scales, for each."""
+    def embeds(self, images: Sequence[Sequence[Image.Image]]) -> Tensor:
+        """Return the embeddings of images, as many for each of b: (b, k, e). Raises: InvalidSetting."""
         pixels = torch.stack([_pixels(image, self.encoder.side) for each in images for image in each])
-        embeds = self._memory.encoded(pixels, self.encoder)
-        weights = torch.tensor(scales).to(embeds)
-        return self.adapter.prompt(embeds.view(*weights.shape, -1), self._num_heads, self._scale, weights)
+        return self._memory.encoded(pixels, self.encoder).unflatten(0, (len(images), -1))
 
-    def negative_prompt(self, scales: Sequence[Sequence[float]]) -> ImagePrompt:
-        """Return what is read beside the negative prompts: as many images, each of them black, as in diffusers."""
-        black = Image.new("RGB", (1, 1))
-        return self.prompt([[black] * len(each) for each in scales], scales)
+    def negative_embeds(self, embeds: Tensor) -> Tensor:
+        """Return the embeddings of as many black images, which negative prompts have, as in diffusers."""
+        return self.embeds([[Image.new("RGB", (1, 1))]]).to(embeds).expand_as(embeds)
+
+    def prompt(self, embeds: Tensor, scales: Sequence[Sequence[float]]) -> ImagePrompt:
+        """Return what is read beside texts: embeddings (b, k, e), each with its scale."""
+        return self.adapter.prompt(embeds, self._num_heads, self._scale, torch.tensor(scales).to(embeds))
 
 
 def load_ip_adapter_prompts(
-    uri: PathOrFolder,
+    uris: Sequence[PathOrFolder],
     image_encoder: PathOrFolder | None,
-    scale: float | Sequence[float],
     *,
     base: FluxParams,
     dtype: torch.dtype,
     device: torch.device,
     storage_options: Mapping[str, Any] | None = None,
-) -> IPAdapterPrompts:
-    """Load an IP-Adapter with its vision tower, for a transformer of these parameters.
+) -> list[IPAdapterPrompts]:
+    """Load IP-Adapters with their vision tower, for a transformer of these parameters.
 
-    Raises: CheckpointError for files that are missing or do not fit; StoreError; InvalidSetting for the scale.
+    Raises: CheckpointError for files that are missing or do not fit; StoreError.
     """
     with checkpoint_errors():
         given = None if image_encoder is None else local_path(image_encoder, storage_options)
-        adapter, tower = map(open_checkpoint, ip_adapter_files(local_path(uri, storage_options), given))
-    return ip_adapter_prompts(adapter, tower, scale, base=base, dtype=dtype, device=device)
+        files = [ip_adapter_files(local_path(uri, storage_options), given) for uri in uris]
+        found = [(open_checkpoint(file), open_checkpoint(tower)) for file, tower in files]
+    return ip_adapter_prompts(found, base=base, dtype=dtype, device=device)
 
 
 def ip_adapter_prompts(
-    checkpoint: Checkpoint,
-    tower: Checkpoint,
-    scale: float | Sequence[float] = 1.0,
-    *,
-    base: FluxParams,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> IPAdapterPrompts:
-    """Build an IP-Adapter with its vision tower of their files. Raises: the errors of `load_ip_adapter_prompts`."""
-    with checkpoint_errors(), device_errors():
-        adapter = load_ip_adapter(checkpoint, dtype=dtype, device=device)
-        encoder = load_clip_vision(tower, dtype=dtype, device=device)
-        for what, value, wanted in (
-            ("double blocks", adapter.params.depth, base.depth),
-            ("keys of width", adapter.params.hidden_size, base.hidden_size),
-            ("embeddings of width", adapter.params.embed_dim, encoder.width),
-        ):
-            if value != wanted:
-                raise ValueError(f"{checkpoint.source}: it has {what} {value}, where the others have {wanted}")
-    return IPAdapterPrompts(encoder, adapter, base.num_heads, scale)
+    found: Sequence[tuple[Checkpoint, Checkpoint]], *, base: FluxParams, dtype: torch.dtype, device: torch.device
+) -> list[IPAdapterPrompts]:
+    """Build IP-Adapters of their files, each with its vision tower; one tower of several is loaded once.
+
+    Raises: CheckpointError.
+    """
+    encoders: dict[str, ClipVisionEncoder] = {}
+    adapters = []
+    for checkpoint, tower in found:
+        with checkpoint_errors(), device_errors():
+            adapter = load_ip_adapter(checkpoint, dtype=dtype, device=device)
+            if tower.source not in encoders:
+                encoders[tower.source] = load_clip_vision(tower, dtype=dtype, device=device)
+            encoder = encoders[tower.source]
+            for what, value, wanted in (
+                ("double blocks", adapter.params.depth, base.depth),
+                ("keys of width", adapter.params.hidden_size, base.hidden_size),
+                ("embeddings of width", adapter.params.embed_dim, encoder.width),
+            ):
+                if value != wanted:
+                    raise ValueError(f"{checkpoint.source}: it has {what} {value}, where the others have {wanted}")
+        adapters.append(IPAdapterPrompts(encoder, adapter, base.num_heads))
+    return adapters
 
 
 def _pixels(image: Image.Image, side: int) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from flux_batch.download.models import PathOrFolder
 from flux_batch.errors import CheckpointError, InvalidSetting
@@ -15,7 +17,7 @@ from flux_batch.model.checkpoint.image_prompts import PROMPT_PART_TITLES, Prompt
 from flux_batch.model.params import FluxParams
 from flux_batch.model.transformer import ImagePrompt, PromptEmbeds
 from flux_batch.pipeline.errors import checkpoint_errors
-from flux_batch.pipeline.images.inputs import ImageInputs
+from flux_batch.pipeline.images.inputs import ImageInputs, as_images, image_inputs
 from flux_batch.pipeline.images.ip_adapter import IPAdapterPrompts, ip_adapter_prompts, load_ip_adapter_prompts
 from flux_batch.pipeline.images.redux import ReduxPrompts, load_redux_prompts, redux_prompts
 
@@ -23,6 +25,10 @@ from flux_batch.pipeline.images.redux import ReduxPrompts, load_redux_prompts, r
 REDUX_GUIDANCE = 2.5
 # The vision tower of each reader.
 _TOWERS: dict[PromptPart, PromptPart] = {"redux": "siglip", "ip_adapter": "clip_vision"}
+
+
+# The strength of IP-Adapters: of all, of each double block of the only one, or an entry of either kind for each.
+AdapterScale: TypeAlias = float | Sequence[float | Sequence[float]]
 
 
 class ImagePrompts:
@@ -37,21 +43,23 @@ class ImagePrompts:
         self._base: dict[str, Any] = {"base": base, "dtype": dtype, "device": device}
         self._options = self._base | {"storage_options": storage_options}
         self.redux: ReduxPrompts | None = None
-        self.ip_adapter: IPAdapterPrompts | None = None
+        self.ip_adapters: list[IPAdapterPrompts] = []
 
     def load_redux(self, uri: PathOrFolder, image_encoder: PathOrFolder | None, scale: float) -> None:
         """Load a FLUX.1-Redux. Raises: the errors of `load_redux_prompts`; InvalidSetting beside an IP-Adapter."""
-        _check_one_reader(self.ip_adapter)
+        _check_one_reader(self.ip_adapters)
         self.redux = load_redux_prompts(uri, image_encoder, scale, **self._options)
 
-    def load_ip_adapter(
-        self, uri: PathOrFolder, image_encoder: PathOrFolder | None, scale: float | Sequence[float]
+    def load_ip_adapters(
+        self, uris: Sequence[PathOrFolder], image_encoder: PathOrFolder | None, scale: AdapterScale
     ) -> None:
-        """Load an IP-Adapter. Raises: the errors of `load_ip_adapter_prompts`; InvalidSetting beside a Redux."""
+        """Load IP-Adapters. Raises: the errors of `load_ip_adapter_prompts`; InvalidSetting beside a Redux."""
         _check_one_reader(self.redux)
-        self.ip_adapter = load_ip_adapter_prompts(uri, image_encoder, scale, **self._options)
+        adapters = load_ip_adapter_prompts(uris, image_encoder, **self._options)
+        _set_scales(adapters, scale)
+        self.ip_adapters = adapters
 
-    def load_found(self, found: Mapping[PromptPart, Checkpoint]) -> None:
+    def load_found(self, found: Mapping[PromptPart, Sequence[Checkpoint]]) -> None:
         """Load the readers among the files of a ModelManager, with their vision towers.
 
         A tower that is not among them is in the folder beside its reader. Raises: CheckpointError, for a tower that
@@ -60,30 +68,52 @@ class ImagePrompts:
         for part, own in _TOWERS.items():
             if own in found and part not in found:
                 raise CheckpointError(
-                    f"{found[own].source} is {PROMPT_PART_TITLES[own]}, which is read for "
+                    f"{found[own][-1].source} is {PROMPT_PART_TITLES[own]}, which is read for "
                     f"{PROMPT_PART_TITLES[part]}: add the file of that to load_models([...])"
                 )
-        if redux := found.get("redux"):
+        if reduxes := found.get("redux"):
+            redux = reduxes[-1]
             self.redux = redux_prompts(redux, _tower(found.get("siglip"), redux, redux_files), **self._base)
-        if adapter := found.get("ip_adapter"):
+        if adapters := found.get("ip_adapter"):
             _check_one_reader(self.redux)
-            tower = _tower(found.get("clip_vision"), adapter, ip_adapter_files)
-            self.ip_adapter = ip_adapter_prompts(adapter, tower, **self._base)
+            towers = [_tower(found.get("clip_vision"), each, ip_adapter_files) for each in adapters]
+            self.ip_adapters = ip_adapter_prompts(list(zip(adapters, towers, strict=True)), **self._base)
 
-    def set_scale(self, scale: float | Sequence[float]) -> None:
-        """Set the strength of the IP-Adapter. Raises: InvalidSetting, also if there is none."""
-        if self.ip_adapter is None:
+    def set_scale(self, scale: AdapterScale) -> None:
+        """Set the strength of the IP-Adapters. Raises: InvalidSetting, also if there is none."""
+        if not self.ip_adapters:
             raise InvalidSetting("scale: there is no IP-Adapter; load_ip_adapter loads one", field="scale")
-        self.ip_adapter.set_scale(scale)
+        _set_scales(self.ip_adapters, scale)
 
     def check(self, images: ImageInputs) -> None:
-        """Raise InvalidSetting for image prompts that nothing reads."""
-        if images.image_prompt and not (self.redux or self.ip_adapter):
+        """Raise InvalidSetting for image prompts, or embeddings of them, that are not what is read."""
+        if images.image_prompt and not (self.redux or self.ip_adapters):
             raise InvalidSetting(
                 "image_prompt: FLUX.1 reads none by itself: load a FLUX.1-Redux or an IP-Adapter beside it, "
                 "model.redux or model.ip_adapter in a job",
                 field="image_prompt",
             )
+        if images.image_prompt and len(self.ip_adapters) > 1:
+            _check_images_of_several(images.image_prompt, len(self.ip_adapters))
+        if images.image_prompt_embeds is not None:
+            self._check_embeds(images.image_prompt_embeds, images)
+
+    def _check_embeds(self, embeds: Sequence[Tensor], images: ImageInputs) -> None:
+        name = "ip_adapter_image_embeds"
+        if images.image_prompt:
+            raise InvalidSetting(f"{name} and image_prompt are both given: leave one of them out", field=name)
+        if not self.ip_adapters:
+            raise InvalidSetting(f"{name}: an IP-Adapter reads them, and there is none; load one", field=name)
+        if len(embeds) != len(self.ip_adapters):
+            raise InvalidSetting(
+                f"{name}: {len(embeds)} tensors for {len(self.ip_adapters)} IP-Adapters; give one for each", field=name
+            )
+        for each, adapter in zip(embeds, self.ip_adapters, strict=True):
+            if each.shape[2] != adapter.encoder.width:
+                raise InvalidSetting(
+                    f"{name} is {list(each.shape)}: must have the width of CLIP's embedding, {adapter.encoder.width}",
+                    field=name,
+                )
 
     def beside(self, texts: PromptEmbeds, images: ImageInputs) -> PromptEmbeds:
         """Return the embeddings of a call's texts, with the tokens of a Redux behind them."""
@@ -92,22 +122,97 @@ class ImagePrompts:
         return self.redux.beside(texts, images.image_prompt, images.prompt_scales)
 
     def attended(self, images: ImageInputs, *, is_negative: bool = False) -> ImagePrompt | None:
-        """Return what an IP-Adapter makes of image prompts, beside prompts or negative prompts."""
-        if self.ip_adapter is None or not images.image_prompt:
+        """Return what IP-Adapters make of image prompts, beside prompts or negative prompts."""
+        if not self.ip_adapters or (images.image_prompt is None and images.image_prompt_embeds is None):
             return None
-        if is_negative:
-            return self.ip_adapter.negative_prompt(images.prompt_scales)
-        return self.ip_adapter.prompt(images.image_prompt, images.prompt_scales)
+        found = []
+        for place, adapter in enumerate(self.ip_adapters):
+            embeds, scales = self._embeds(images, place, adapter)
+            found.append(adapter.prompt(adapter.negative_embeds(embeds) if is_negative else embeds, scales))
+        return ImagePrompt.joined(found)
+
+    def embeds(self, prompt: Any) -> list[Tensor]:
+        """Return the embeddings of one prompt's images for each IP-Adapter: (1, k, e)."""
+        if not self.ip_adapters:
+            raise InvalidSetting(
+                "ip_adapter_image: there is no IP-Adapter; load_ip_adapter loads one", field="ip_adapter_image"
+            )
+        images = image_inputs(1, {"image_prompt": prompt}, is_single=True)
+        if images.image_prompt is None:
+            raise InvalidSetting("ip_adapter_image: must be at least one image", field="ip_adapter_image")
+        self.check(images)
+        return [self._embeds(images, place, adapter)[0] for place, adapter in enumerate(self.ip_adapters)]
+
+    def _embeds(
+        self, images: ImageInputs, place: int, adapter: IPAdapterPrompts
+    ) -> tuple[Tensor, Sequence[Sequence[float]]]:
+        """Return the embeddings that an IP-Adapter reads, (b, k, e), and their scales."""
+        if images.image_prompt_embeds is not None:
+            embeds = images.image_prompt_embeds[place].to(self._base["device"], self._base["dtype"])
+            return embeds, [[1.0] * embeds.shape[1]] * len(embeds)
+        prompts, scales = images.image_prompt or [], images.prompt_scales
+        if len(self.ip_adapters) > 1:
+            prompts = [as_images(each[place]) for each in prompts]
+            scales = [[each[place]] * len(own) for own, each in zip(prompts, scales, strict=True)]
+        return adapter.embeds(prompts), scales
 
 
-def _tower(found: Checkpoint | None, reader: Checkpoint, files: Callable[[Path], tuple[Path, Path]]) -> Checkpoint:
+def adapter_files(
+    uri: PathOrFolder | Sequence[PathOrFolder], weight_name: str | Sequence[str] | None
+) -> list[PathOrFolder]:
+    """Return the files of IP-Adapters, named as diffusers does. Raises: InvalidSetting for other numbers of names."""
+    names = list(weight_name) if isinstance(weight_name, (list, tuple)) else [weight_name]
+    uris = [uri] if isinstance(uri, (str, PathLike)) else list(uri)
+    count = max(len(uris), len(names))
+    names = names * count if len(names) == 1 else names
+    uris = uris * count if len(uris) == 1 else uris
+    if len(uris) != len(names):
+        raise InvalidSetting(
+            f"weight_name: {len(names)} names for {len(uris)} folders; give one for each", field="weight_name"
+        )
+    return [f"{str(uri).rstrip('/')}/{name}" if name else uri for uri, name in zip(uris, names, strict=True)]
+
+
+def _set_scales(adapters: Sequence[IPAdapterPrompts], scale: AdapterScale) -> None:
+    """Set the strength of IP-Adapters: one number, or an entry for each. Raises: InvalidSetting."""
+    entries: Any = [scale] * len(adapters)
+    if isinstance(scale, Sequence) and (len(adapters) > 1 or any(isinstance(each, Sequence) for each in scale)):
+        entries = scale
+    if len(entries) != len(adapters):
+        raise InvalidSetting(
+            f"scale: {len(entries)} values for {len(adapters)} IP-Adapters; give one for each", field="scale"
+        )
+    for adapter, own in zip(adapters, entries, strict=True):
+        adapter.set_scale(own)
+
+
+def _check_images_of_several(prompts: Sequence[Sequence[Any]], count: int) -> None:
+    """Raise InvalidSetting unless each of several IP-Adapters has its images."""
+    for images in prompts:
+        if len(images) != count:
+            raise InvalidSetting(
+                f"image_prompt: {len(images)} images for {count} IP-Adapters; give one for each in their order, or a "
+                "list for each",
+                field="image_prompt",
+            )
+        if [len(as_images(each)) for each in images] != [len(as_images(each)) for each in prompts[0]]:
+            raise InvalidSetting(
+                "image_prompt: the images of one call must have the same number for each IP-Adapter; make others in "
+                "calls of their own",
+                field="image_prompt",
+            )
+
+
+def _tower(
+    found: Sequence[Checkpoint] | None, reader: Checkpoint, files: Callable[[Path], tuple[Path, Path]]
+) -> Checkpoint:
     """Return the vision tower of a reader: the one that was found, or that in the folder beside it."""
     with checkpoint_errors():
-        return found or open_checkpoint(files(Path(reader.source))[1])
+        return found[-1] if found else open_checkpoint(files(Path(reader.source))[1])
 
 
 def _check_one_reader(other: object | None) -> None:
-    if other is not None:
+    if other:
         raise InvalidSetting(
             "image_prompt: a FLUX.1-Redux and an IP-Adapter would both read it; load one of the two",
             field="image_prompt",
