@@ -1,4 +1,4 @@
-"""Rows of every kind through one job of a tiny Kontext with a Redux: each once, and the same in whatever batch."""
+"""Rows of every kind through one job of a tiny model: each once, and the same in whatever batch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ from flux_batch.report.verify import verify
 from flux_batch.storage.store import Store
 from helpers.job_files import make_job, metadata
 from helpers.tiny_calls import noise_image
+from helpers.tiny_controlnet import make_net
 from helpers.tiny_flux import TinyFlux, make_tiny_repository
+from helpers.tiny_ip_adapter import make_tiny_ip_adapter
 from helpers.tiny_redux import make_tiny_redux
 
+# A deprecation inside diffusers, of its own class.
+IN_DIFFUSERS = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
 SMALLEST = TinyFlux(depth=1, depth_single_blocks=1)
 
 
@@ -48,7 +52,7 @@ ODD: dict[str, tuple[bytes, str]] = {
     "cut": (as_png(A)[:200], "cannot be decoded"),
     "huge": (as_png(Image.new("1", (9_000, 9_000))), "more than the 64000000 allowed"),
 }
-KINDS: list[dict[str, Any]] = [
+OF_KONTEXT: list[dict[str, Any]] = [
     {},
     {"input_image": A, "denoising_strength": 0.5},
     {"input_image": A, "mask_image": MASK},
@@ -59,23 +63,38 @@ KINDS: list[dict[str, Any]] = [
     {"image_prompt": [A, B], "image_prompt_scale": [1.0, 0.5]},
     {"reference_image": [A], "image_prompt": [B], "cfg_scale": 2.0},
 ]
+CONTROLS = {"control_image": [A, B]}
+OF_NETS: list[dict[str, Any]] = [
+    CONTROLS,
+    CONTROLS | {"control_image_scale": [0.5, 1.0]},
+    CONTROLS | {"input_image": A, "denoising_strength": 0.5},
+    CONTROLS | {"input_image": A, "mask_image": MASK},
+    CONTROLS | {"image_prompt": [A]},
+    CONTROLS | {"image_prompt": [A, B], "image_prompt_scale": [1.0, 0.5], "cfg_scale": 2.0},
+]
 MASKS = {"empty": Image.new("L", (48, 32)), "full": Image.new("L", (48, 32), 255), "other": Image.new("L", (40, 40))}
 NAMES = ("input_image", "mask_image", "reference_image", "image_prompt", "image_prompt_scale", "cfg_scale")
+NAMES_OF_NETS = (*(name for name in NAMES if name != "reference_image"), "control_image", "control_image_scale")
 
 
-def make_rows(count: int) -> list[tuple[dict[str, Any], str]]:
+def make_rows(count: int, kinds: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
     """Return so many rows, and what the message of a failed one says."""
+    plain = kinds[0]
+    several = "control_image" if plain else "reference_image"
     rows: list[tuple[dict[str, Any], str]] = []
     for name, (data, reason) in ODD.items():
-        for column in ("input_image", "reference_image", "image_prompt"):
+        for column in ("input_image", several, "image_prompt"):
             is_long = name == "wide" and column == "reference_image"
-            value = data if column == "input_image" else [data]
-            rows.append(({column: value}, "a side of a reference may have 8192" if is_long else reason))
+            value = data if column == "input_image" else [data, A] if column == "control_image" else [data]
+            rows.append((plain | {column: value}, "a side of a reference may have 8192" if is_long else reason))
     for name, mask in MASKS.items():
         rows.append(
-            ({"input_image": A, "mask_image": mask}, "must have the same proportions" if name == "other" else "")
+            (
+                plain | {"input_image": A, "mask_image": mask},
+                "must have the same proportions" if name == "other" else "",
+            )
         )
-    rows += [(KINDS[number % len(KINDS)], "") for number in range(count - len(rows))]
+    rows += [(kinds[number % len(kinds)], "") for number in range(count - len(rows))]
     return [({"prompt": f"p{number % 7}", "seed": number, **row}, reason) for number, (row, reason) in enumerate(rows)]
 
 
@@ -87,7 +106,8 @@ def stored(row: dict[str, Any]) -> dict[str, Any]:
             return [cell(each) for each in value]
         return as_png(value) if isinstance(value, Image.Image) else value
 
-    return dict.fromkeys((*NAMES, "denoising_strength")) | {name: cell(value) for name, value in row.items()}
+    names = NAMES_OF_NETS if "control_image" in row else NAMES
+    return dict.fromkeys((*names, "denoising_strength")) | {name: cell(value) for name, value in row.items()}
 
 
 def images_of(config: JobConfig) -> dict[int, np.ndarray[Any, Any]]:
@@ -113,17 +133,39 @@ class Stopping(LocalEngine):
                 stop.request("a test")
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.long)])
-def test_rows_of_mixed_kinds(tmp_path: Path, count: int) -> None:
-    model = make_tiny_repository(tmp_path / "flux-kontext", SMALLEST)
-    redux = make_tiny_redux(tmp_path / "redux")
-    rows = make_rows(count)
+def kontext_with_redux(folder: Path) -> dict[str, Any]:
+    model = make_tiny_repository(folder / "flux-kontext", SMALLEST)
+    return {"uri": str(model), "redux": {"uri": str(make_tiny_redux(folder / "redux"))}}
+
+
+def dev_with_nets(folder: Path) -> dict[str, Any]:
+    model = make_tiny_repository(folder / "dev", SMALLEST)
+    nets = [make_net(folder / "plain", 1, 0), make_net(folder / "union", 1, 1, 4)]
+    adapter = make_tiny_ip_adapter(folder / "ip_adapter", SMALLEST)
+    return {
+        "uri": str(model),
+        "controlnets": [{"uri": str(nets[0]), "scale": 0.7}, {"uri": str(nets[1]), "mode": 2, "end": 0.5}],
+        "ip_adapter": {"uri": str(adapter)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("model_of", "kinds", "count"),
+    [
+        (kontext_with_redux, OF_KONTEXT, 60),
+        pytest.param(kontext_with_redux, OF_KONTEXT, 300, marks=pytest.mark.long),
+        pytest.param(dev_with_nets, OF_NETS, 300, marks=[pytest.mark.long, IN_DIFFUSERS]),
+    ],
+)
+def test_rows_of_mixed_kinds(tmp_path: Path, model_of: Any, kinds: list[dict[str, Any]], count: int) -> None:
+    model = model_of(tmp_path)
+    rows = make_rows(count, kinds)
 
     def job(folder: Path, some: list[tuple[dict[str, Any], str]], batch_size: int) -> JobConfig:
         return make_job(
             folder,
             [stored(row) for row, _ in some],
-            model={"uri": str(model), "dtype": "float32", "redux": {"uri": str(redux)}},
+            model={"dtype": "float32", **model},
             output={"shard_size": count // 5},
             sampling={
                 **{"width": 48, "height": 32, "num_inference_steps": 2, "t5_sequence_length": 8},
