@@ -32,7 +32,7 @@ from flux_batch.pipeline.compiled import apply_speed_ups, kernels_of
 from flux_batch.pipeline.denoising import denoised
 from flux_batch.pipeline.errors import device_errors
 from flux_batch.pipeline.images.controls import ControlNets
-from flux_batch.pipeline.images.inputs import IMAGE_ARGUMENTS, image_inputs
+from flux_batch.pipeline.images.inputs import image_inputs
 from flux_batch.pipeline.images.latents import ImageLatents, StepCallback
 from flux_batch.pipeline.images.pixels import OutputType, as_output, check_finite
 from flux_batch.pipeline.images.prompts import REDUX_GUIDANCE, AdapterScale, ImagePrompts, adapter_files
@@ -374,7 +374,9 @@ class FluxImagePipeline:
         calls this one takes; a job's default is 28, as in diffusers, and the same seed gives another image there.
         progress_bar wraps the steps, e.g. tqdm. callback_on_step_end is called after each as by diffusers: with the
         pipeline, the step, its timestep in [0, 1000] and {"latents": (b, n, 4c)}; what it returns under that name goes
-        on. diffusers' names guidance_scale, true_cfg_scale, max_sequence_length, image and strength are accepted.
+        on. diffusers' names guidance_scale, true_cfg_scale, max_sequence_length, image and strength are accepted, and
+        DiffSynth-Studio's kontext_images, flux_fill_image, flux_fill_mask, flux_redux_image, ipadapter_images and
+        ipadapter_scale.
 
         prompt_embeds (b, l, context) and pooled_prompt_embeds (b, vec) stand in for the prompt, and those that begin
         with negative_ for the negative prompt: they are what `encode_prompt` returns for b texts of T5 length l.
@@ -430,12 +432,13 @@ class FluxImagePipeline:
             "control_image": control_image,
             "reference_image": reference_image,
             "image_prompt": image_prompt,
+            "image_prompt_embeds": None,
             "control_image_scale": control_image_scale,
             "image_prompt_scale": image_prompt_scale,
         }
         if "image" in aliases and "reference_image" in self.variant.reads:  # as the pipeline of diffusers calls it
             given["reference_image"] = named.pop("input_image")
-        given |= {name: named.pop(name) for name in IMAGE_ARGUMENTS if name in named}
+        given |= {name: named.pop(name) for name in given if name in named}
         images = image_inputs(count, given, resize_references, is_single=isinstance(prompt, str))
         width, height = images.size_of(width, height)
         of_nets = controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode

@@ -27,7 +27,7 @@ from flux_batch.sampling_params import (
     check_tiles,
 )
 
-# The spellings of diffusers that a call accepts: those of a job, and two of image-to-image; and one of DiffSynth.
+# The spellings of diffusers and DiffSynth-Studio that a call accepts beside those of a job.
 _CALL_ALIASES = {
     **ALIASES,
     "strength": "denoising_strength",
@@ -36,6 +36,11 @@ _CALL_ALIASES = {
     "ip_adapter_image": "image_prompt",
     "ip_adapter_image_embeds": "image_prompt_embeds",
     "control_mask": "mask_image",
+    "flux_fill_image": "input_image",
+    "flux_fill_mask": "mask_image",
+    "flux_redux_image": "image_prompt",
+    "ipadapter_images": "image_prompt",
+    "ipadapter_scale": "image_prompt_scale",
 }
 # DiffSynth-Studio's argument for the images of ControlNets with their settings, each a ControlNetInput.
 _DIFFSYNTH_CONTROLS = "controlnet_inputs"

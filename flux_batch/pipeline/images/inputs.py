@@ -97,7 +97,7 @@ class ImageInputs:
         for name in variant.needs:
             if getattr(self, name) is None:
                 raise InvalidSetting(f"{name} is missing: {variant.title} needs {needs}", field=name)
-        for name in IMAGE_ARGUMENTS:
+        for name in _IMAGES:
             if getattr(self, name) is not None and name not in {*variant.needs, *variant.reads, *_PROMPTS}:
                 raise InvalidSetting(f"{name}: {variant.title} reads none; leave it out", field=name)
         if self.mask_image is not None and self.input_image is None and not nets_read_mask:
@@ -127,7 +127,7 @@ _PROMPTS = ("image_prompt", "image_prompt_embeds")
 _WEIGHTED = ("control_image", "image_prompt")
 # Pixels.
 _DEFAULT_SIDE = 1024
-IMAGE_ARGUMENTS = tuple(field.name for field in fields(ImageInputs) if not field.name.endswith("_scale"))
+_IMAGES = tuple(field.name for field in fields(ImageInputs) if not field.name.endswith("_scale"))
 
 
 def keeps_latents(inputs: ImageInputs, variant: Variant) -> bool:
