@@ -27,6 +27,7 @@ def test_xlabs_is_golden() -> None:
 
 
 @pytest.mark.compiled
+@pytest.mark.long
 def test_compiled_blocks_take_none_one_and_several() -> None:
     base: Flux = filled(Flux(FLUX))
     adapter: IPAdapter = filled(IPAdapter(PARAMS))

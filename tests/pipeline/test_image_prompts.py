@@ -168,10 +168,9 @@ def image_of(config: JobConfig) -> Image.Image:
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("quantization", ["fp8", "bfloat16"])
-def test_speed_ups_hold(files: Path, reader: str, quantization: Any) -> None:
+def test_speed_ups_hold(files: Path, reader: str) -> None:
     expected = reading(files, reader)("x", image_prompt=PROMPT, seed=1, **LATENTS)
-    pipe = reading(files, reader, quantization=quantization)
+    pipe = reading(files, reader, quantization="fp8")
     found = pipe("x", image_prompt=PROMPT, seed=1, tiled=True, **LATENTS)
     prompts = pipe.image_prompts
     parts = (prompts.redux.redux, prompts.redux.encoder.model) if prompts.redux else ()
@@ -196,8 +195,6 @@ def manager_of(files: Path, *others: Any) -> ModelManager:
     ("reader", "entries"),
     [
         ("redux", ["redux"]),
-        ("redux", ["redux/image_encoder/model.safetensors", "redux/image_embedder"]),
-        ("ip_adapter", ["ip_adapter"]),
         ("ip_adapter", ["ip_adapter/ip_adapter.safetensors", "tower/image_encoder"]),
     ],
 )
