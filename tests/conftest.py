@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import helpers.no_sync  # noqa: F401
 from flux_batch.output import lease
@@ -27,13 +30,45 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # As many shares of a core as everybody has: workers of Ray would stand still wherever something else is busy.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+# No machine is too slow for an example.
+settings.register_profile("any machine")
+settings.load_profile("any machine")
+
 # A shell that starts the suite in its background lets it ignore SIGINT, and so would every process that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Folders of whole runs, processes, servers and models; a test elsewhere that takes seconds is marked by itself.
-SLOW_FOLDERS = frozenset({"bench", "chaos", "cluster", "demo", "download", "end_to_end", "gpu", "jobs", "pipeline"})
+SLOW_FOLDERS = frozenset(
+    {"bench", "chaos", "cluster", "dataset", "demo", "download", "end_to_end", "gpu", "jobs", "pipeline"}
+)
 SLOW_MARKS = ("ray", "s3", "browser", "compiled", "gpu", "long")
-FIRST_FOLDERS = frozenset({"chaos", "demo", "train"})
+# The files that take longest, in the order in which they are begun: what waits for Ray or for other processes beside
+# what computes, so that neither keeps the other from the cores, and no core is idle at the end.
+LONGEST = [
+    "end_to_end/test_on_ray.py",
+    "model/optimize/test_compile.py",
+    "chaos/test_driver_kills.py",
+    "jobs/test_submit.py",
+    "demo/test_demo_model.py",
+    "chaos/test_fuzz_jobs.py",
+    "chaos/test_on_cluster.py",
+    "demo/train/test_training.py",
+    "chaos/test_two_drivers.py",
+    "engine/test_ray_pool.py",
+    "demo/test_meaning.py",
+    "pipeline/test_parity.py",
+    "engine/test_ray_cluster_nodes.py",
+    "chaos/test_fuzz_checkpoints.py",
+    "chaos/test_storage_faults.py",
+    "end_to_end/test_job_s3.py",
+    "model/checkpoint/test_loading.py",
+    "cluster/test_aws.py",
+    "end_to_end/test_retry.py",
+    "pipeline/test_cuda_without_a_device.py",
+    "engine/test_ray_metrics.py",
+    "chaos/test_fuzz_weights.py",
+    "demo/world/test_scorer.py",
+]
 TESTS = Path(__file__).parent
 S3_FIXTURES = frozenset({"moto", "rclone", "tls", "s3_store"})
 # No second driver is about, so nobody has to wait for one where writes are not conditional.
@@ -58,9 +93,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the files that take minutes first: begun last, one of them would keep a single core busy at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("compiled")}
-    items.sort(key=lambda item: not (item.path in slow or item.path.parent.name in FIRST_FOLDERS))
+    """Run the longest files first: begun last, one of them would keep a single core busy at the end."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Take what is imported for the tests out of the garbage collection: looked through again and again, it costs
+    more than many tests."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,7 @@ def test_provenance_survives_encoding(image_type: str, prompt: str) -> None:
 
 
 @pytest.mark.parametrize("image_type", TYPES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(prompt=st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_prompt_can_be_embedded(image_type: str, prompt: str) -> None:
     data = encoded(image_type, prompt)

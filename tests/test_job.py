@@ -418,6 +418,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
     return lambda: count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
 def test_a_run_killed_before_any_write_ends_in_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str

@@ -20,7 +20,7 @@ from chaos.figures import Figures
 from chaos.sandbox import Sandbox, fuzz
 from helpers.tiny_flux import make_tiny_repository
 
-SHORT, LONG = 12, 150
+SHORT, LONG = 6, 150
 ODD = st.sampled_from(
     [None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 1e300, float("nan"), "", "x", "F8_E4M3", [], {}, [0]]
 )

@@ -17,7 +17,7 @@ from chaos.sandbox import Sandbox, fuzz
 from helpers.layout_files import write_gguf
 from helpers.tiny_flux import make_tiny_repository
 
-SHORT, LONG = 15, 600
+SHORT, LONG = 8, 600
 
 TRANSFORMER = "flux1-tiny.safetensors"
 GGUF = "flux1-tiny.gguf"

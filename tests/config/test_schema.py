@@ -396,14 +396,14 @@ def check_only_job_errors(text: str) -> None:
         assert JobConfig.from_yaml(job.to_yaml()).identity() == job.identity()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=40) | st.text("{}[]:,-&*!?|>%@`'\"# \n0x~.ab", max_size=40))
 def test_no_text_whatever_gives_another_error(text: str) -> None:
     check_only_job_errors(text)
     check_only_job_errors(MINIMAL + text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100)
 @given(st.dictionaries(sections, plain | st.dictionaries(keys, plain, max_size=3), max_size=3))
 def test_no_tree_whatever_gives_another_error(tree: dict[str, Any]) -> None:
     base = {"prompts": {"uri": "p"}, "output": {"uri": "o"}, "model": {"uri": "demo"}}

@@ -122,6 +122,7 @@ def test_a_token_is_made_only_where_ray_can_keep_none(
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("address", "expected"), [("", "False"), ("head:6379", "True")])
 def test_uv_run_builds_no_environment_again_on_this_machine(address: str, expected: str) -> None:
     """Ray reads its setting when it is imported; for workers elsewhere it stays as it is."""

@@ -58,7 +58,7 @@ def test_published_models_need_no_config(params: FluxParams) -> None:
     assert flux_params(shapes_of(Flux, params), {}) == params
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_transformer_parameters_are_read_back_from_shapes(data: st.DataObject) -> None:
     axes = data.draw(st.sampled_from(AXES))
@@ -82,7 +82,7 @@ def test_transformer_parameters_are_read_back_from_shapes(data: st.DataObject) -
     assert flux_params(shapes_of(Flux, params), {"axes_dims_rope": list(axes)}) == params
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.lists(st.sampled_from([4, 8, 12]), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 20), st.booleans()
 )

@@ -45,6 +45,7 @@ def test_prompts_without_a_column_of_prompts_are_refused_with_those_there_are(tm
         draft_job("p.csv", PromptsConfig(uri=str(tmp_path / "p.csv")))
 
 
+@pytest.mark.slow
 def test_init_writes_a_job_that_validates_and_never_over_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,6 +87,7 @@ def shares(config: PromptsConfig, name: str) -> Counter[Any]:
     return Counter(row.passthrough[name] for row in rows)
 
 
+@pytest.mark.slow
 def test_the_shares_of_100_000_rows_are_those_of_the_weights() -> None:
     num_rows = 100_000
     samplers = Recipe(

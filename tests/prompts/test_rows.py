@@ -188,7 +188,7 @@ cells = st.one_of(
 names = (*PROMPT_FIELDS, *ALIASES)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(names), cells))
 def test_no_row_whatever_is_in_it_is_an_outage(values: dict[str, Any]) -> None:
     parsed = parse(values)

@@ -417,13 +417,13 @@ def test_the_exit_code_of_verify_tells_good_from_broken(
 
 
 def test_verify_and_gc_leave_a_run_of_another_driver_alone(
-    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    webdataset: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path(store.uri, DATA[SavedRun.open(store).config.output.format]).unlink()
-    before = set(store.list(""))
-    with Lease(Store(store.uri), ttl_s=4):
-        for arguments in (["gc", store.uri], ["verify", store.uri, "--repair"]):
+    Path(webdataset.uri, DATA["webdataset"]).unlink()
+    before = set(webdataset.list(""))
+    with Lease(Store(webdataset.uri), ttl_s=4):
+        for arguments in (["gc", webdataset.uri], ["verify", webdataset.uri, "--repair"]):
             code, text = command(capsys, *arguments)
             assert code == 75
             assert f":{os.getpid()} is at work on this run" in text
-    assert before <= set(store.list(""))
+    assert before <= set(webdataset.list(""))

@@ -115,6 +115,7 @@ def test_what_no_try_made_good_fails_if_the_job_says_so(tmp_path: Path) -> None:
     assert (rows[-1]["tries"], rows[-1]["score"], rows[-1]["accepted"]) == (1, None, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "step"), [("first", 2), ("best", 5)])
 def test_a_run_that_is_killed_at_any_write_keeps_the_same_tries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str, step: int

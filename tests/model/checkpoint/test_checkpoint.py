@@ -54,7 +54,7 @@ def test_a_file_cut_short_is_said_to_be_so(whole: dict[str, Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_file_cut_anywhere_is_said_to_be_so(
     whole: dict[str, Path], tmp_path: Path, encoding: str, share: float
@@ -64,7 +64,7 @@ def test_a_file_cut_anywhere_is_said_to_be_so(
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True), noise=st.binary(min_size=1, max_size=64))
 def test_noise_in_a_header_never_does_worse_than_an_error(
     whole: dict[str, Path], tmp_path: Path, encoding: str, share: float, noise: bytes
@@ -80,7 +80,7 @@ def test_noise_in_a_header_never_does_worse_than_an_error(
         assert str(path) in str(error)  # noqa: PT017 (noise may also be harmless)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     encoding=st.sampled_from([name for name in ENCODINGS if name != "all in one"]),
     key=st.sampled_from(sorted(coarse_state())),

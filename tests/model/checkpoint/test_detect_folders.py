@@ -73,6 +73,7 @@ def move_configs(model: Path, home: Path) -> None:
             path.unlink()
 
 
+@pytest.mark.slow
 def test_one_file_with_everything_draws_the_same_image(model: Path, image: np.ndarray, tmp_path: Path) -> None:
     home = tmp_path / "comfy"
     move_configs(model, home)

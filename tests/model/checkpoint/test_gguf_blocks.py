@@ -29,7 +29,7 @@ def random_rows(dtype: str, rows: int, blocks: int, seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", DECODERS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.integers(1, 20), blocks=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
 def test_common_formats_are_those_of_the_package(dtype: str, rows: int, blocks: int, seed: int) -> None:
     packed = random_rows(dtype, rows, blocks, seed)

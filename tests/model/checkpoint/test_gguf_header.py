@@ -127,7 +127,7 @@ def test_another_alignment_is_followed(tmp_path: Path) -> None:
     assert [tensor.offset for tensor in read_gguf(path)[0]] == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_cut_anywhere_is_an_error(model: Path, share: float) -> None:
     data = model.read_bytes()
@@ -137,7 +137,7 @@ def test_cut_anywhere_is_an_error(model: Path, share: float) -> None:
         read_gguf(cut)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(place=st.integers(4, 3000), byte=st.integers(0, 255))
 def test_a_changed_byte_never_does_worse_than_an_error(model: Path, place: int, byte: int) -> None:
     data = bytearray(model.read_bytes())

@@ -18,7 +18,7 @@ from flux_batch.prompts.formats.table import BadRow, Row, RowRange
 from flux_batch.storage.store import Store
 from helpers.prompt_tables import read_all
 
-per_example = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+per_example = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Everything that a file of text can hold: no half surrogate pairs.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 # Python's text readers take these as line breaks, the formats do not.
