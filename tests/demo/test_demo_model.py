@@ -80,7 +80,7 @@ def test_latents_have_no_mean_and_unit_variance(pipeline: FluxImagePipeline) -> 
     import random
 
     rng = random.Random(0)
-    images = [np.asarray(draw(caption.scene, 128, 128, rng)) for caption in captions(48, seed=1)]
+    images = [np.asarray(draw(caption.scene, 128, 128, rng)) for caption in captions(24, seed=1)]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.inference_mode():
         latents = pipeline.autoencoder.encode(pixels)
@@ -92,12 +92,13 @@ def test_latents_have_no_mean_and_unit_variance(pipeline: FluxImagePipeline) -> 
     assert (back - pixels).abs().mean() * 127.5 < 6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_images_are_neither_flat_nor_broken(dtype: torch.dtype) -> None:
+# A CPU without bfloat16 takes 58 times as long for a convolution in it.
+@pytest.mark.parametrize(("dtype", "side"), [(torch.float32, 128), (torch.bfloat16, 64)])
+def test_images_are_neither_flat_nor_broken(dtype: torch.dtype, side: int) -> None:
     pipe = FluxImagePipeline.from_pretrained("demo", torch_dtype=dtype, device="cpu")
 
     pixels = pipe(
-        prompt=PROMPT, height=128, width=128, num_inference_steps=8, seed=0, t5_sequence_length=64, output_type="pt"
+        prompt=PROMPT, height=side, width=side, num_inference_steps=8, seed=0, t5_sequence_length=64, output_type="pt"
     )
 
     assert pixels.isfinite().all()
@@ -116,8 +117,7 @@ def test_images_depend_on_prompt_and_seed(pipeline: FluxImagePipeline) -> None:
     assert np.abs(first - image(PROMPT, 1)).mean() > 0
 
 
-@pytest.mark.parametrize(("width", "height"), [(128, 128), (192, 128)])
-@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
+@pytest.mark.parametrize(("width", "height", "cfg_scale"), [(128, 128, 2.5), (192, 128, 1.0)])
 def test_diffusers_makes_the_same_image(
     pipeline: FluxImagePipeline, peer: Any, width: int, height: int, cfg_scale: float
 ) -> None:

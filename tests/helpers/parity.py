@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -58,14 +59,23 @@ def assert_same(
     To decode tells what models and sizes do to the decoder; what a call does to its latents is told by them alone.
     """
     size = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
-    for output_type in ("latent", "pil") if decoded else ("latent",):
-        arguments = as_reference_arguments(prompts, seeds, output_type=output_type, **size, **(theirs or {}))
+    output_type = "pil" if decoded else "latent"
+    arguments = as_reference_arguments(prompts, seeds, output_type=output_type, **size, **(theirs or {}))
+    # What is decoded is kept on the way, so that one call gives both.
+    unpack, decode = reference._unpack_latents, pipe.latents.decode
+    with (
+        patch.object(reference, "_unpack_latents", wraps=unpack) as unpacking,
+        patch.object(pipe.latents, "decode", wraps=decode) as decoding,
+    ):
         result = pipe(list(prompts), seed=list(seeds), output_type=output_type, **size, **(ours or {}))
-        if output_type == "latent":
+        if not decoded:
             torch.testing.assert_close(result, reference_latents(reference, **arguments), atol=1e-4, rtol=0)
-        else:
-            for image, expected in zip(result, reference(**arguments).images, strict=True):
-                assert_within_one_level(image, expected)
+            return
+        expected = reference(**arguments).images
+    latents = decoding.call_args.args[0]
+    torch.testing.assert_close(latents, unpack(*unpacking.call_args.args), atol=1e-4, rtol=0)
+    for image, theirs_of_it in zip(result, expected, strict=True):
+        assert_within_one_level(image, theirs_of_it)
 
 
 def assert_within_one_level(image: Image.Image, expected: Image.Image) -> None:

@@ -39,7 +39,6 @@ SETTINGS = {
     "sampling.t5_sequence_length": "32",
     "output.shard_size": "2",
     "workers.num_cpus": "0",
-    "workers.max": "2",
     "workers.batch_size": "2",
     "failures.drain_s": "20",
 }
@@ -54,9 +53,9 @@ def cluster() -> Iterator[JobServer]:
 
 
 class Submission:
-    """A run of jobs/s3.yaml from a bucket into it, on two workers, one a node."""
+    """A run of jobs/s3.yaml from a bucket into it, on two workers, one a node, or on one."""
 
-    def __init__(self, cluster: JobServer, bucket: Bucket, folder: Path, num_shards: int) -> None:
+    def __init__(self, cluster: JobServer, bucket: Bucket, folder: Path, num_shards: int, num_workers: int = 2) -> None:
         self._cluster = cluster
         self._folder = folder
         self.num_shards = num_shards
@@ -65,6 +64,7 @@ class Submission:
         Store(bucket.uri, bucket.storage_options).write("prompts/prompts.parquet", self._prompts)
         self.store = Store(f"{bucket.uri}/runs/one", bucket.storage_options)
         settings = SETTINGS | {
+            "workers.max": str(num_workers),
             "prompts.uri": f"{bucket.uri}/prompts/",
             "output.uri": self.store.uri,
             "prompts.storage_options.endpoint_url": bucket.storage_options["endpoint_url"],
@@ -133,7 +133,8 @@ class Submission:
 def test_what_was_stopped_goes_on_by_the_hand_of_airflow(
     cluster: JobServer, moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submission = Submission(cluster, Bucket(moto.make_bucket(), moto.storage_options, moto.name), tmp_path, 8)
+    bucket = Bucket(moto.make_bucket(), moto.storage_options, moto.name)
+    submission = Submission(cluster, bucket, tmp_path, num_shards=8, num_workers=1)
     submission.stop(submission.begin())
     before = submission.versions()
     fs = submission.store._fs

@@ -37,7 +37,8 @@ def images() -> list[Image.Image]:
 
 @pytest.mark.parametrize("size", [(128, 128), (192, 128), (128, 192), (160, 160), (96, 96), (256, 256), (100, 160)])
 def test_a_drawn_scene_is_read_back(size: tuple[int, int]) -> None:
-    scores = score_all(CAPTIONS, drawn(CAPTIONS, size))
+    captions = CAPTIONS if size == (128, 128) else CAPTIONS[::3]
+    scores = score_all(captions, drawn(captions, size))
 
     assert scores.share() >= 0.99, str(scores)
     assert min(scores.share(kind) for kind in scores.to_dict()["by_kind"]) >= 0.98

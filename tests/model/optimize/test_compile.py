@@ -7,13 +7,15 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend
 
@@ -21,6 +23,7 @@ from flux_batch.model.optimize.attention import AttentionKernels
 from flux_batch.model.optimize.compile import CompileCache, apply_compile, rotate_in_parts
 from flux_batch.model.optimize.kernels import apply_cpu_kernels
 from flux_batch.model.optimize.quantize import apply_fp8
+from flux_batch.model.params import FluxParams
 from flux_batch.model.rope import rotary_table, rotate
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
@@ -55,6 +58,9 @@ print(counters["aot_autograd"]["autograd_cache_miss"], counters["inductor"]["fxg
 print(cache.name)
 """
 
+# A block of each kind, which are two graphs: code for the others would be made for minutes.
+SMALL = replace(FLUX, depth=1, depth_single_blocks=1)
+
 # torch's own, when its compiler is imported.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 
@@ -80,10 +86,15 @@ def num_graphs() -> int:
 
 
 @pytest.mark.compiled
-def test_a_kind_of_block_and_the_last_one_are_compiled_once_for_a_size_and_once_more_for_all_others(amd: Path) -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_a_kind_of_block_and_the_last_one_are_compiled_once_for_a_size_and_once_more_for_all_others(
+    amd: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """A graph is the same, whatever makes code of it."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
     plain, model = filled(Flux(FLUX)), filled(Flux(FLUX))
     names = list(model.state_dict())
-    apply_cpu_kernels(model)  # as a pipeline does; here with products by oneDNN, which others do without
+    apply_cpu_kernels(model)
     apply_compile(model)
     num_before = num_graphs()
     torch.testing.assert_close(velocity(model), velocity(plain), rtol=0, atol=2e-5)
@@ -93,6 +104,16 @@ def test_a_kind_of_block_and_the_last_one_are_compiled_once_for_a_size_and_once_
     assert num_graphs() - num_before == 6
     assert not counters["graph_break"]
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("params", "dynamic"), [(SMALL, True), pytest.param(FLUX, None, marks=pytest.mark.long)])
+def test_compiled_blocks_are_exact_at_every_size(amd: Path, params: FluxParams, dynamic: bool | None) -> None:
+    plain, model = filled(Flux(params)), filled(Flux(params))
+    apply_cpu_kernels(model)  # as a pipeline does; here with products by oneDNN, which others do without
+    apply_compile(model, dynamic=dynamic)
+    for size in ((4, 6), (4, 8), (8, 6)):
+        torch.testing.assert_close(velocity(model, 2, *size), velocity(plain, 2, *size), rtol=0, atol=2e-5)
 
     # Weights that change are seen, as those of a LoRA, which is merged in place.
     before = velocity(model)
@@ -108,12 +129,13 @@ def test_a_kind_of_block_and_the_last_one_are_compiled_once_for_a_size_and_once_
     "matmul", [False, pytest.param(True, marks=pytest.mark.long)], ids=["bfloat16", "products in fp8"]
 )
 def test_narrow_blocks_are_as_exact_compiled(matmul: bool) -> None:
-    plain, model = (filled(Flux(FLUX)).bfloat16().requires_grad_(False) for _ in range(2))
+    params = FLUX if matmul else SMALL
+    plain, model = (filled(Flux(params)).bfloat16().requires_grad_(False) for _ in range(2))
     if matmul:
         for one in (plain, model):
             apply_fp8(one, matmul=True)
     apply_compile(model)
-    exact = velocity(filled(Flux(FLUX)))
+    exact = velocity(filled(Flux(params)))
     made = [velocity(one, dtype=torch.bfloat16).float() for one in (plain, model)]
     errors = [float((one - exact).norm() / exact.norm()) for one in made]
     assert errors[0] > (0.01 if matmul else 0.001)
