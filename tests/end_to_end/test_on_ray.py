@@ -50,7 +50,7 @@ def on_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
     folder = tmp_path_factory.mktemp("hold")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(HOLD, str(folder))
-        with raylets(0, num_cpus=2, num_gpus=2) as cluster:
+        with raylets(0, num_cpus=2, num_gpus=2, include_log_monitor=True) as cluster:
             yield Ray({"RAY_ADDRESS": cluster.address}, folder)
 
 

@@ -14,7 +14,10 @@ from helpers.job_server import HEALTH, WORKER
 HEAD = {
     "num_cpus": 1,
     "num_gpus": 0,
+    # Processes that no test needs, and each takes seconds to start: what workers print is passed on by the last.
     "include_dashboard": False,
+    "no_monitor": True,
+    "include_log_monitor": False,
     # Without this Ray insists on 8265, which another cluster may have, and leaves a socket open.
     "dashboard_port": None,
     "_system_config": HEALTH,
