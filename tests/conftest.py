@@ -31,7 +31,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 # No machine is too slow for an example.
-settings.register_profile("any machine")
+settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 # A shell that starts the suite in its background lets it ignore SIGINT, and so would every process that it starts.

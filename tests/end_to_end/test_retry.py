@@ -123,12 +123,14 @@ def at_of(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.long)])
 def test_a_kill_at_any_write_of_it_loses_no_image(
-    failed: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failed: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     whole = job(tmp_path / "whole", failed.output.format)
     healed(whole)
-    for last in range(LAYOUTS.index(failed.output.format), 1000, len(LAYOUTS)):  # each layout has its share of them
+    share = every * len(LAYOUTS)  # each layout has its share of them
+    for last in range(every * LAYOUTS.index(failed.output.format), 1000, share):
         config = job(tmp_path / str(last), failed.output.format)
         run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
         making, life = Making(), Life(last)
