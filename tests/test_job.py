@@ -421,7 +421,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
-@pytest.mark.parametrize(("first", "layout"), enumerate(["webdataset", "files", "parquet"]))
+@pytest.mark.parametrize(("first", "layout"), [(0, "webdataset"), (1, "files"), (2, "parquet")])
 def test_a_run_killed_before_any_write_ends_in_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, layout: str, every: int
 ) -> None:

@@ -50,9 +50,9 @@ def hold(tmp_path: Path) -> Hold:
     return Hold(tmp_path / "hold")
 
 
-def start_held(drive: Drive, job: Path, hold: Hold) -> Driver:
+def start_held(drive: Drive, job: Path, hold: Hold, *, is_child: bool = False) -> Driver:
     """Start a driver. Returns: it, in the middle of the sixth shard."""
-    driver = drive(job, **hold.environment)
+    driver = drive(job, is_child=is_child, **hold.environment)
     hold.wait_for(driver.pid)
     wait_for_commits(job.parent / "out", NUM_BEFORE)
     return driver
@@ -143,7 +143,7 @@ def test_after_a_kill_the_same_machine_goes_on_at_once(
 ) -> None:
     _, job = job_of(tmp_path, lease_ttl_s=600)
     output = tmp_path / "out"
-    killed = start_held(drive, job, hold)
+    killed = start_held(drive, job, hold, is_child=True)
     killed.send(signal.SIGKILL)  # and nobody reaps it: it stays in the table of processes
     done = {name: (output / "_run/commits" / name).stat().st_mtime_ns for name in commits(output)}
     code, err = drive(job).end()

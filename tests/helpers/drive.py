@@ -5,7 +5,9 @@ python drive.py JOB.yaml ENGINE [SECTION.KEY=VALUE | --OPTION[=VALUE] ...], wher
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import helpers.no_sync  # noqa: F401
@@ -14,8 +16,19 @@ from flux_batch.engine.local import LocalEngine
 from helpers.fakes import make_fake_pipeline
 
 
-def main() -> int:
-    path, engine, *settings = sys.argv[1:]
+def be_driver(words: Sequence[str], environment: Mapping[str, str], folder: str, said: str) -> None:
+    """Be the driver of these words; in a process that was forked."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), 2)
+    sys.exit(main(words))
+
+
+def main(words: Sequence[str]) -> int:
+    path, engine, *settings = words
     local = LocalEngine() if engine == "local" else None
     job.run = partial(job.run, engine=local, make_pipeline=make_fake_pipeline)  # type: ignore[assignment]
     options = [word if word.startswith("--") else f"--set={word}" for word in settings]
@@ -23,4 +36,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

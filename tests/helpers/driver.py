@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,25 +13,71 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
 
+from helpers.drive import be_driver
 from helpers.fakes import HOLD
 from helpers.waiting import PATIENCE_S, wait_until
 
 DRIVE = Path(__file__).with_name("drive.py")
+# What a driver imports, some of it only when it runs.
+PRELOADED = ["helpers.drive", "flux_batch.job", "flux_batch.worker.worker", "s3fs"]
 STOPPING = "finishing or putting aside the current shards"
 
 
-class Driver:
-    """A driver with the fake pipeline, in a session of its own; killed where its `with` ends."""
+class Fork:
+    """A driver that is forked from a process with everything imported: what subprocess.Popen has of it."""
 
-    def __init__(self, job: Path, *options: str, engine: str = "local", **environment: str) -> None:
+    def __init__(self, words: Sequence[str], environment: dict[str, str], said: str) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self._process = context.Process(target=be_driver, args=(words, environment, os.getcwd(), said))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        code = self._process.exitcode
+        if code is None:
+            raise subprocess.TimeoutExpired("a driver", timeout or 0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Driver:
+    """A driver with the fake pipeline, in a session of its own; killed where its `with` ends.
+
+    A fork of a process with everything imported; with `is_child`, or on Ray, one that this process has started itself
+    and reaps only when asked to.
+    """
+
+    def __init__(
+        self, job: Path, *options: str, engine: str = "local", is_child: bool = False, **environment: str
+    ) -> None:
         file, self._said = tempfile.mkstemp(".stderr", dir=job.parent)
+        words, variables = [str(job), engine, *options], {**os.environ, **environment}
+        self.process: Fork | subprocess.Popen[bytes]
         with open(file, "ab") as stderr:
+            if engine == "local" and not is_child:
+                self.process = Fork(words, variables, self._said)
+                return
             self.process = subprocess.Popen(
-                [sys.executable, str(DRIVE), str(job), engine, *options],
+                [sys.executable, str(DRIVE), *words],
                 start_new_session=True,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                env={**os.environ, **environment},
+                env=variables,
             )
 
     def __enter__(self) -> Driver:
