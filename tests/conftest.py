@@ -23,6 +23,8 @@ from helpers.s3 import Bucket, S3Server, moto_server, rclone_server, tls_server
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 # Tiny models are quicker on one thread, and processes side by side do not fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A process of torch's that compiles for this one would first import it all again.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Nothing here may look for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
