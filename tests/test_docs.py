@@ -373,6 +373,7 @@ class Mute(BaseModel):
     key: int = 1
 
 
+@pytest.mark.slow
 def test_a_table_has_text_value_and_default_of_each_key() -> None:
     assert job_file_table.table(Lens, "camera.").splitlines()[2:] == [
         "| `camera.kind` | text | `wide` | What it is &#124; was. |",

@@ -80,7 +80,7 @@ def test_noise_in_a_header_never_does_worse_than_an_error(
         assert str(path) in str(error)  # noqa: PT017 (noise may also be harmless)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     encoding=st.sampled_from([name for name in ENCODINGS if name != "all in one"]),
     key=st.sampled_from(sorted(coarse_state())),

@@ -52,6 +52,7 @@ def read_from(tmp_path_factory: pytest.TempPathFactory) -> dict[str, State]:
     return read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", LAYOUTS)
 def test_going_from_any_layout_to_any_other_is_exact(read_from: dict[str, State], second: str, tmp_path: Path) -> None:
     # The fixture has asserted that what is read of all exact ones is the same.

@@ -203,6 +203,7 @@ def test_columns_that_differ_stand_under_each_image_and_the_others_once(tmp_path
         gallery(config, columns=["kind", "colour"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
 def test_a_sample_of_many_images_is_spread_over_the_run(tmp_path: Path, layout: str) -> None:
     rows = [{"prompt": f"[raise] {number}" if number % 10 == 3 else f"p{number}"} for number in range(40)]
