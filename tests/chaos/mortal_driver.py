@@ -173,6 +173,7 @@ def _drive(
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     faulthandler.enable()
+    os.environ.clear()
     os.environ.update(environment)
     reaper = Reaper(target, Path(log))
     reaper.install()
@@ -211,7 +212,7 @@ class Nursery:
         """Run the driver to its end, or to its kill."""
         self._num_drives += 1  # a log of its own: a driver that outlives its drive must not write into the next one's
         said = self._folder / f"said-{self._num_drives}.txt"
-        arguments = (str(job_file), list(options), dict(environment or {}), target, str(self.log), str(said))
+        arguments = (str(job_file), list(options), {**os.environ, **(environment or {})}, target, str(self.log), str(said))
         process = self._context.Process(target=_drive, args=arguments)
         process.start()
         process.join(timeout_s)
