@@ -212,7 +212,8 @@ class Nursery:
         """Run the driver to its end, or to its kill."""
         self._num_drives += 1  # a log of its own: a driver that outlives its drive must not write into the next one's
         said = self._folder / f"said-{self._num_drives}.txt"
-        arguments = (str(job_file), list(options), {**os.environ, **(environment or {})}, target, str(self.log), str(said))
+        variables = {**os.environ, **(environment or {})}
+        arguments = (str(job_file), list(options), variables, target, str(self.log), str(said))
         process = self._context.Process(target=_drive, args=arguments)
         process.start()
         process.join(timeout_s)
