@@ -96,6 +96,12 @@ class PeakMemory:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def memory_bytes() -> int:
+    """Return the bytes of this process in memory, as the system counts them."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
 def synchronize(device: Any) -> None:
     """Wait until a device has finished its work."""
     if device.type == "cuda":

@@ -58,7 +58,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -81,6 +81,7 @@ from flux_batch.output.paths import (
     number_in,
 )
 from flux_batch.records import Commit, ImageRecord, ShardWork, StoredFile
+from flux_batch.storage.entries import Entry
 from flux_batch.storage.store import Store
 
 _VERSION = 1
@@ -99,14 +100,8 @@ class Commits:
 
     def done(self, first: int = 0) -> set[int]:
         """Return the shards that are committed, those before `first` left out."""
-        return set(self.numbers(first))
-
-    def numbers(self, first: int = 0) -> Iterator[int]:
-        """Yield what `done` returns, in order, without a set of all."""
         after = self.key(first - 1).rpartition("/")[2] if first else ""
-        for name in self.run.store.names(self.folder, after):
-            if (number := number_in(name, ".json")) is not None:
-                yield number
+        return self.run.store.scan(self.folder, _numbers_in, after=after, with_sizes=False)
 
     def read(self, shard: int) -> Commit:
         """Read the commit of a shard. Raises: NotFound if it is not done, StoreError if it is damaged."""
@@ -144,6 +139,12 @@ class Commits:
     def key(self, shard: int) -> str:
         """Return the name of a shard's commit."""
         return f"{self.folder}/{self.run.shard_name(shard)}.json"
+
+
+def _numbers_in(entries: Iterable[Entry]) -> set[int]:
+    """Return the numbers of the commits in a folder."""
+    names = (name for name, size in entries if size is not None)
+    return {number for name in names if (number := number_in(name, ".json")) is not None}
 
 
 def parse_commit(data: bytes) -> Commit:

@@ -6,14 +6,17 @@ Looks at the folders of a run alone, `train`, `metadata` and `_run`: whatever el
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import partial
+from itertools import chain
+from typing import Literal
 
 from flux_batch.errors import NotFound
 from flux_batch.output.commits import Commits, parse_commit
 from flux_batch.output.formats import OutputFormat
+from flux_batch.output.listing import Listing, ShardFiles
 from flux_batch.output.paths import (
     ANNOTATING,
     BATCH_SIZE,
@@ -24,7 +27,6 @@ from flux_batch.output.paths import (
     GALLERY,
     JOB,
     LEASE,
-    METADATA,
     PLAN,
     PRECISION,
     PROGRESS,
@@ -44,9 +46,6 @@ from flux_batch.storage.multipart import Upload
 from flux_batch.storage.store import STORE_TMP, Store
 
 log = logging.getLogger(__name__)
-
-# Lists a folder: names, with the size of a file and None for a folder.
-Children: TypeAlias = Callable[[str], Mapping[str, int | None]]
 
 # Objects that are listed, or removed, at once.
 _THREADS = 16
@@ -72,22 +71,19 @@ class _Leftover:
     upload: Upload | None = None
 
 
-def find_leftovers(run: RunFolder, named: Container[str] = (), children: Children | None = None) -> Iterator[_Leftover]:
+def find_leftovers(run: RunFolder, listing: Listing, is_named: bytearray | None = None) -> Iterator[_Leftover]:
     """Yield every leftover. Those that are `uncommitted` may be committed by a worker meanwhile.
 
-    named: the files directly in `train` that commits are known to name, which are not read for them. children: lists a
-    folder, as Store.children does; for a caller that has listed some of them already.
+    is_named: 1 for each shard whose commit is known to name its one file in `train`, and is not read for it.
     """
-    children = children or run.store.children
-    done = Commits(run).done()
-    yield from _unknown_files(run, children)
+    yield from _unknown_files(run, listing.commits)
     yield from (_Leftover(key, "half-written") for key in run.store.list(STORE_TMP))
     for upload in unfinished_uploads(run.store):
         yield _Leftover(run.store.key_of(upload), "half-written", upload=upload)
-    yield from _staged(run, done)
-    for folder in (METADATA, FAILED):
-        yield from _tables(run, folder, done, children)
-    yield from _data_files(run, done, named, children)
+    yield from _staged(run, listing.commits)
+    for tables in (listing.tables, listing.failures):
+        yield from _tables(run, tables, listing.commits)
+    yield from _data_files(run, listing.data, listing.commits, is_named)
 
 
 def unfinished_uploads(store: Store) -> list[Upload]:
@@ -117,17 +113,21 @@ def _remove(run: RunFolder, leftover: _Leftover) -> None:
         run.store.delete(leftover.key)
 
 
-def _unknown_files(run: RunFolder, children: Children) -> Iterator[_Leftover]:
+def _unknown_files(run: RunFolder, commits: ShardFiles) -> Iterator[_Leftover]:
     """Yield what is not of this program among its own files."""
-    for name, size in children(RUN).items():
-        if (key := f"{RUN}/{name}") not in _OF_RUN:
-            yield from (_Leftover(each, "stray") for each in (run.store.list(key) if size is None else [key]))
-    for name in children(COMMITS):
-        if run.shard_of(name, ".json") is None:
-            yield _Leftover(f"{COMMITS}/{name}", "stray")
+    for name, size in run.store.children(RUN).items():
+        if f"{RUN}/{name}" not in _OF_RUN:
+            yield from _strays(run, f"{RUN}/{name}", size)
+    for name, size in commits.others.items():
+        yield from _strays(run, f"{COMMITS}/{name}", size)
 
 
-def _staged(run: RunFolder, done: set[int]) -> Iterator[_Leftover]:
+def _strays(run: RunFolder, key: str, size: int | None) -> Iterator[_Leftover]:
+    """Yield a file, or those of a folder."""
+    return (_Leftover(each, "stray") for each in (run.store.list(key) if size is None else [key]))
+
+
+def _staged(run: RunFolder, done: Container[int]) -> Iterator[_Leftover]:
     """Yield staged images of shards that are done, or that the plan does not have."""
     for name, size in run.store.children(STAGING).items():
         folder, shard = f"{STAGING}/{name}", run.shard_of(name)
@@ -137,27 +137,28 @@ def _staged(run: RunFolder, done: set[int]) -> Iterator[_Leftover]:
             yield from (_Leftover(key, "staged") for key in run.store.list(folder))
 
 
-def _tables(run: RunFolder, folder: str, done: set[int], children: Children) -> Iterator[_Leftover]:
-    """Yield the tables, one a shard, of shards that are not done."""
-    for name, size in children(folder).items():
-        key, shard = f"{folder}/{name}", run.shard_of(name, ".parquet")
-        if size is None:
-            yield from (_Leftover(each, "stray") for each in run.store.list(key))
-        elif shard is None:
-            yield _Leftover(key, "stray")
-        elif shard not in done:
-            yield _Leftover(key, "uncommitted", shard)
+def _tables(run: RunFolder, tables: ShardFiles, done: Container[int]) -> Iterator[_Leftover]:
+    """Yield the tables of shards that are not done, and what is no table."""
+    for shard in tables:
+        if shard not in done:
+            yield _Leftover(f"{tables.folder}/{tables.name(shard)}", "uncommitted", shard)
+    for name, size in tables.others.items():
+        yield from _strays(run, f"{tables.folder}/{name}", size)
 
 
-def _data_files(run: RunFolder, done: set[int], named: Container[str], children: Children) -> Iterator[_Leftover]:
+def _data_files(
+    run: RunFolder, data: ShardFiles, done: Container[int], is_named: bytearray | None
+) -> Iterator[_Leftover]:
     """Yield files of images that no commit names; a shard has one file, or a folder."""
+    entries = [(data.name(shard), data.sizes[shard]) for shard in data if not (is_named and is_named[shard])]
     with ThreadPoolExecutor(_THREADS) as pool:
-        entries = [entry for entry in children(TRAIN).items() if entry[0] not in named]
-        for leftovers in pool.map(lambda entry: _data_of_shard(run, entry[0], entry[1], done), entries):
+        look = partial(_data_of_shard, run, done)
+        for leftovers in pool.map(look, chain(entries, data.others.items())):
             yield from leftovers
 
 
-def _data_of_shard(run: RunFolder, name: str, size: int | None, done: set[int]) -> list[_Leftover]:
+def _data_of_shard(run: RunFolder, done: Container[int], entry: tuple[str, int | None]) -> list[_Leftover]:
+    name, size = entry
     keys = run.store.list(f"{TRAIN}/{name}") if size is None else [f"{TRAIN}/{name}"]
     shard = run.shard_of(name if size is None else name.partition(".")[0])
     if shard is None:

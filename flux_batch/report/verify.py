@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import time
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import islice
 from typing import TypeVar, get_args
 
@@ -20,9 +20,10 @@ from flux_batch.errors import NotFound, StoreError, count_of, one_line
 from flux_batch.output.annotations import AnnotationFolder, annotation_names, unpack_annotations
 from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.commits import parse_commit
-from flux_batch.output.formats import DECODE_ERRORS, OutputFormat
-from flux_batch.output.gc import Children, find_leftovers
-from flux_batch.output.paths import FAILED, METADATA, REPORT, SUCCESS, TRAIN, failed_file, metadata_file
+from flux_batch.output.formats import DECODE_ERRORS
+from flux_batch.output.gc import find_leftovers
+from flux_batch.output.listing import Listing, list_commits
+from flux_batch.output.paths import REPORT, SUCCESS, failed_file, metadata_file, number_in
 from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.report.progress.snapshot import duration
 from flux_batch.report.saved_run import SavedRun
@@ -78,16 +79,6 @@ class _Verdict:
         self.num_bytes += found.num_bytes
         self.problems += found.problems
 
-    def add_logged(self, log: CommitLog, place: int) -> None:
-        """Add the counts of a shard that was not read."""
-        num_images, num_failed = log.num_images[place], log.num_failed[place]
-        self.num_committed += 1
-        self.num_files += 1 + (num_images > num_failed)
-        self.num_rows += num_images
-        self.num_images += num_images - num_failed
-        self.num_failed += num_failed
-        self.num_bytes += log.num_bytes[place]
-
 
 # Problems for which a commit is reverted; the others are mended beside it.
 _BREAKING: tuple[Check, ...] = ("commit", "files", "rows", "images")
@@ -109,71 +100,48 @@ def verify(
     started = time.monotonic()
     run = SavedRun.open(store)
     verdict = _Verdict(store.uri, run.num_shards, quick, is_complete=store.exists(SUCCESS))
-    done = run.commits.done()
-    # A quick look lists a folder of many shards once; while all of them are read, other files may come and go.
-    children = cache(store.children) if quick else store.children
-    sizes = children(TRAIN)
-    shards = sorted(shard for shard in done if shard < run.num_shards)
-    to_read, logged = _add_logged(run, verdict, shards, children) if quick else (shards, set())
+    commits = list_commits(run.folder)
+    listing = Listing.of(run.folder, run.output_format, commits) if quick else None
+    is_logged = _add_logged(run, verdict, listing) if listing else bytearray(run.num_shards)
+    to_read = array("i", (shard for shard in commits if not is_logged[shard]))
 
     def check(shard: int) -> ShardFindings | None:
         with scratch_folder() as scratch:
-            return check_shard(run, shard, scratch, sizes, quick=quick)
+            return check_shard(run, shard, scratch, listing.data if listing else None)
 
     for number, found in enumerate(_in_parallel(check, to_read), 1):
         if found is not None:
             verdict.add(found)
         on_progress(number, len(to_read))
-    _check_annotations(run, verdict, set(shards))
-    _check_whole(run, verdict, done, logged, children)
+    _check_annotations(run, verdict, commits)
+    # While all of the shards are read, other files may come and go.
+    _check_whole(run, verdict, listing or Listing.of(run.folder, run.output_format, commits), is_logged)
     verdict.wall_s = time.monotonic() - started
     return verdict
 
 
-def _add_logged(
-    run: SavedRun, verdict: _Verdict, shards: Sequence[int], children: Children
-) -> tuple[list[int], set[str]]:
+def _add_logged(run: SavedRun, verdict: _Verdict, listing: Listing) -> bytearray:
     """Add the counts of shards whose files are listed with the bytes of the log.
 
-    Returns: the other shards, and the names in `train` of those files.
+    A shard with failures has a table of them, too. Returns: 1 for each shard that is so, and need not be read.
     """
     log, _ = CommitLog.saved(run.commits)
-    places = {shard: place for place, shard in enumerate(log.shards)}
-    listed = _Listed(run.output_format, children(TRAIN), children(METADATA), children(FAILED))
-    others, logged = [], set()
-    for shard in shards:
-        place = places.get(shard)
-        if place is not None and listed.is_as_logged(run.name(shard), log, place):
-            verdict.add_logged(log, place)
-            logged.add(listed.data_name(run.name(shard)))
-        else:
-            others.append(shard)
-    return others, logged
-
-
-@dataclass(frozen=True, slots=True)
-class _Listed:
-    """The sizes of the files of all shards, by name; None is a folder."""
-
-    output_format: OutputFormat
-    data: Mapping[str, int | None]
-    tables: Mapping[str, int | None]
-    failures: Mapping[str, int | None]
-
-    def is_as_logged(self, shard: str, log: CommitLog, place: int) -> bool:
-        """Return whether a shard of one file has the bytes of the log.
-
-        A shard with failures has a table of them, too.
-        """
-        data = self.data.get(self.data_name(shard), 0)
-        table = self.tables.get(f"{shard}.parquet")
-        if data is None or table is None or data + table != log.num_bytes[place]:
-            return False
-        return (f"{shard}.parquet" in self.failures) == (log.num_failed[place] > 0)
-
-    def data_name(self, shard: str) -> str:
-        """Return the name in `train` of the file or folder of a shard."""
-        return self.output_format.location(shard).rpartition("/")[2]
+    is_logged = bytearray(run.num_shards)
+    tables, failures = listing.tables.sizes, listing.failures.sizes
+    for shard, num_bytes, num_images, num_failed in zip(
+        log.shards, log.num_bytes, log.num_images, log.num_failed, strict=True
+    ):
+        data = max(0, listing.data.sizes[shard])  # no file if all images failed
+        is_listed = shard in listing.commits and tables[shard] >= 0 and data + tables[shard] == num_bytes
+        if is_listed and (failures[shard] >= 0) == (num_failed > 0):
+            is_logged[shard] = 1
+            verdict.num_files += 1 + (num_images > num_failed)
+            verdict.num_rows += num_images
+            verdict.num_failed += num_failed
+            verdict.num_bytes += num_bytes
+    verdict.num_committed += sum(is_logged)
+    verdict.num_images += verdict.num_rows - verdict.num_failed
+    return is_logged
 
 
 def repair(store: Store, verdict: _Verdict) -> list[int]:
@@ -234,7 +202,7 @@ def _line(problem: Problem) -> str:
     return f"{'run' if problem.shard is None else f'shard {problem.shard}'}: {problem.check}: {problem.text}"
 
 
-def _check_annotations(run: SavedRun, verdict: _Verdict, shards: set[int]) -> None:
+def _check_annotations(run: SavedRun, verdict: _Verdict, shards: Container[int]) -> None:
     """Compare the annotations of committed shards with their commits, and their keys with the images'."""
     for name in annotation_names(run.folder):
         folder = AnnotationFolder(run.folder, name)
@@ -242,7 +210,7 @@ def _check_annotations(run: SavedRun, verdict: _Verdict, shards: set[int]) -> No
         def check(shard: int, folder: AnnotationFolder = folder) -> tuple[int, str]:
             return shard, _annotation_problem(run, folder, shard)
 
-        for shard, problem in _in_parallel(check, sorted(folder.commits.done() & shards)):
+        for shard, problem in _in_parallel(check, sorted(shard for shard in folder.commits.done() if shard in shards)):
             verdict.num_annotations += 1
             if problem:
                 verdict.problems.append(Problem("annotations", problem, shard))
@@ -272,22 +240,24 @@ def _annotation_problem(run: SavedRun, folder: AnnotationFolder, shard: int) -> 
     return "" if len(keys) == commit.num_images else f"{path}: has {len(keys)} rows; {commit.num_images} were committed"
 
 
-def _check_whole(run: SavedRun, verdict: _Verdict, done: set[int], logged: set[str], children: Children) -> None:
+def _check_whole(run: SavedRun, verdict: _Verdict, listing: Listing, is_logged: bytearray) -> None:
     """Check what is not about one committed shard: missing shards, unknown ones, and files that no commit names.
 
-    logged: the names in `train` that the log of commits speaks of.
+    is_logged: 1 for each shard whose files are those of the log of commits.
     """
-    for shard in sorted(shard for shard in done if shard >= run.num_shards):
+    numbers = (number_in(name, ".json") for name, size in listing.commits.others.items() if size is not None)
+    for shard in sorted(number for number in numbers if number is not None and number >= run.num_shards):
         verdict.problems.append(
             Problem("commit", f"shard {shard} is committed, but the plan has {run.num_shards} shards")
         )
-    leftovers = list(find_leftovers(run.folder, logged, children))
-    late = run.commits.done() - done  # committed in the meantime
-    if verdict.is_complete and len(done | late) < run.num_shards:
-        missing = run.num_shards - len(done | late)
-        verdict.problems.append(Problem("commit", f"{missing} shards are not committed, though {SUCCESS} is there"))
+    leftovers = list(find_leftovers(run.folder, listing, is_logged))
+    missing = list(listing.commits.missing) if verdict.is_complete else []
+    # Those that were committed in the meantime.
+    late = list_commits(run.folder) if missing or any(each.kind == "uncommitted" for each in leftovers) else ()
+    if num_missing := sum(shard not in late for shard in missing):
+        verdict.problems.append(Problem("commit", f"{num_missing} shards are not committed, though {SUCCESS} is there"))
     for leftover in leftovers:
-        if leftover.kind == "uncommitted" and leftover.shard in late:
+        if leftover.kind == "uncommitted" and leftover.shard is not None and leftover.shard in late:
             continue
         verdict.leftovers[leftover.kind] += 1
         # A run that is under way needs all of them but a stray one, or soon removes them itself.

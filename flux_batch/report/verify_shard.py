@@ -17,6 +17,7 @@ from flux_batch.errors import NotFound, one_line
 from flux_batch.images import check_image
 from flux_batch.output.commits import parse_commit
 from flux_batch.output.formats import DECODE_ERRORS
+from flux_batch.output.listing import ShardFiles
 from flux_batch.output.metadata import pack_failures, source_digests, unpack_metadata
 from flux_batch.output.paths import TRAIN, failed_file, image_key, metadata_file
 from flux_batch.records import Commit, StoredFile
@@ -51,19 +52,17 @@ class ShardFindings:
     problems: list[Problem] = field(default_factory=list)
 
 
-def check_shard(
-    run: SavedRun, shard: int, scratch: Path, sizes: Mapping[str, int | None], *, quick: bool = False
-) -> ShardFindings | None:
+def check_shard(run: SavedRun, shard: int, scratch: Path, listed: ShardFiles | None = None) -> ShardFindings | None:
     """Check one shard; None if it is not committed, or no longer.
 
-    `scratch` is a folder for copies of its files; `sizes` has the bytes of everything directly in `train`, by name,
-    None for folders; `quick` compares sizes and tables, and reads no image. Raises: StoreError.
+    `scratch` is a folder for copies of its files. With `listed`, the files in `train`, their sizes are compared, and no
+    image is read. Raises: StoreError.
     """
     try:
         data = run.store.read(run.commits.key(shard))
     except NotFound:
         return None
-    check = _ShardCheck(run, shard, scratch, sizes, quick)
+    check = _ShardCheck(run, shard, scratch, listed)
     check.check_commit(data)
     return check.findings
 
@@ -71,12 +70,11 @@ def check_shard(
 class _ShardCheck:
     """The state of one check, shared by its steps."""
 
-    def __init__(self, run: SavedRun, shard: int, scratch: Path, sizes: Mapping[str, int | None], quick: bool) -> None:
+    def __init__(self, run: SavedRun, shard: int, scratch: Path, listed: ShardFiles | None) -> None:
         self._run = run
         self._name = run.name(shard)
         self._scratch = scratch
-        self._sizes = sizes
-        self._quick = quick
+        self._listed = listed
         self.findings = ShardFindings(shard)
 
     def check_commit(self, data: bytes) -> None:
@@ -105,16 +103,16 @@ class _ShardCheck:
             return  # the other checks would only repeat it
         self._check_named(rows, files)
         self._check_failed(rows, metadata.read_bytes())
-        if not self._quick and not any(problem.check == "files" for problem in self.findings.problems):
+        if self._listed is None and not any(problem.check == "files" for problem in self.findings.problems):
             self._check_images(rows, local)
 
     def _check_files(self, files: Mapping[str, StoredFile]) -> dict[str, Path]:
         """Compare each file with its size and hash in the commit. Returns: local copies of the intact ones."""
-        wanted = [file for file in files.values() if not self._quick or file.path == metadata_file(self._name)]
+        wanted = [file for file in files.values() if self._listed is None or file.path == metadata_file(self._name)]
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             fetched = dict(zip((file.path for file in wanted), pool.map(self._fetch, wanted), strict=True))
-        if self._quick:
-            size_of = self._listed_sizes()
+        if self._listed is not None:
+            size_of = self._size_by_path(self._listed)
             for file in files.values():
                 if file not in wanted:
                     self._check_size(file, size_of(file.path))
@@ -142,13 +140,13 @@ class _ShardCheck:
             self._add("files", f"{file.path}: has {size} bytes; {file.bytes} were committed")
         return size == file.bytes
 
-    def _listed_sizes(self) -> Callable[[str], int | None]:
+    def _size_by_path(self, listed: ShardFiles) -> Callable[[str], int | None]:
         """Return a function from a path to its listed size; None if it is not there."""
-        if self._name in self._sizes:  # a folder of single files
+        if self._name in listed.others:  # a folder of single files
             folder = f"{TRAIN}/{self._name}"
             inside = self._run.store.children(folder)
             return lambda path: inside.get(path.removeprefix(f"{folder}/"))
-        return lambda path: self._sizes.get(path.removeprefix(f"{TRAIN}/"))
+        return lambda path: listed.size(path.removeprefix(f"{TRAIN}/"))
 
     def _rows(self, metadata: bytes) -> list[dict[str, Any]] | None:
         try:

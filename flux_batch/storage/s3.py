@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from http import HTTPStatus
 from typing import Any
 
+from flux_batch.storage.entries import Entry
 from flux_batch.storage.errors import is_refusal, status
 
 # The most keys of one request to delete.
@@ -49,16 +50,24 @@ async def list_folder(fs: Any, folder: str) -> list[str]:
     return [entry["name"] for entry in await fs._lsdir(folder.rstrip("/"), delimiter="")]
 
 
-async def names_after(fs: Any, folder: str, after: str) -> list[str]:
-    """Return the names in a folder that sort behind `after`, by one request for each 1,000."""
+def entries_of(
+    fs: Any, folder: str, after: str, wait_for: Callable[[Coroutine[Any, Any, Any]], Any]
+) -> Iterator[Entry]:
+    """Yield the entries of a folder that sort behind `after`, by one request for each 1,000.
+
+    wait_for: runs a request.
+    """
     _, prefix, _ = fs.split_path(f"{folder}/")
     where = {"StartAfter": f"{prefix}{after}"} if after else {}
-    names: list[str] = []
     while True:
-        page = await ask_bucket(fs, "list_objects_v2", folder, Prefix=prefix, Delimiter="/", **where)
-        names += [one["Key"].removeprefix(prefix) for one in page.get("Contents", ())]
+        page = wait_for(ask_bucket(fs, "list_objects_v2", folder, Prefix=prefix, Delimiter="/", **where))
+        for one in page.get("Contents", ()):
+            if name := one["Key"].removeprefix(prefix):
+                yield name, int(one["Size"])
+        for one in page.get("CommonPrefixes", ()):
+            yield one["Prefix"].removeprefix(prefix).rstrip("/"), None
         if not page.get("IsTruncated"):
-            return [name for name in names if name]
+            return
         where = {"ContinuationToken": page["NextContinuationToken"]}
 
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from functools import cached_property, partial
@@ -25,9 +25,9 @@ from fsspec.spec import AbstractBufferedFile
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused, one_line
 from flux_batch.storage import s3
 from flux_batch.storage.contact import FIRST_ATTEMPTS, Contact
+from flux_batch.storage.entries import Entry, listed_entries, local_entries
 from flux_batch.storage.errors import FULL_ERRNOS, NO_BUCKET, code, is_transient, origin, said, status
 from flux_batch.storage.hard_link import create
-from flux_batch.storage.local_folder import entry_sizes
 from flux_batch.storage.multipart import Upload, abort, list_uploads, put_in_parts, put_whole
 from flux_batch.storage.retry import RetryPolicy
 
@@ -181,36 +181,32 @@ class Store:
             return self._ask("find", self._path(prefix))  # type: ignore[no-any-return]
 
         folder, start = self._path(prefix).rstrip("/"), len(self._root) + 1
-        paths = map(str, self._listed(prefix, find))
+        paths = map(str, self._listed(prefix, find, tuple))
         # s3fs lists the folder itself if somebody puts the first object into it meanwhile.
         return sorted(path[start:] for path in paths if path.startswith(f"{folder}/"))
 
-    def names(self, folder: str, after: str = "") -> Sequence[str]:
-        """Return the names of the objects directly in a folder, in order.
+    def scan(self, folder: str, take: Callable[[Iterable[Entry]], T], *, after: str = "", with_sizes: bool = True) -> T:
+        """Return what `take` makes of the entries directly in a folder, one by one, in any order.
 
-        Those up to `after` are left out; S3 does not list them then. An absent folder is empty.
+        Those up to `after` are left out; S3 does not list them then. An absent folder has none. After a transient error
+        `take` is called again, with all of them. with_sizes: False may say 0 bytes for every object, and is faster.
         """
-
-        def find() -> Sequence[str]:
-            if s3.is_s3(self._fs):
-                return self._await(s3.names_after(self._fs, self._path(folder), after))
-            with os.scandir(self._path(folder)) as entries:
-                return [entry.name for entry in entries if entry.name > after and entry.is_file()]
-
-        if s3.is_s3(self._fs) or self._is_local:
-            names = self._listed(folder, find)
-        else:
-            names = [name for name, size in self.children(folder).items() if size is not None]
-        return sorted(name for name in names if name > after)
+        entries = partial(self._entries, folder, after, with_sizes)
+        return self._listed(folder, lambda: take(entries()), lambda: take(()))
 
     def children(self, folder: str) -> dict[str, int | None]:
         """Return the names directly in a folder: the size of each object in bytes, None for a folder in it."""
-        if self._is_local:
-            return dict(self._listed(folder, lambda: entry_sizes(self._path(folder))))
-        found = self._listed(folder, lambda: list(self._ask("ls", self._path(folder), detail=True)))
-        sizes = {each["name"].rstrip("/"): int(each["size"]) if each["type"] == "file" else None for each in found}
-        parent = self._path(folder).rstrip("/")
-        return {path.rpartition("/")[2]: size for path, size in sizes.items() if path.rpartition("/")[0] == parent}
+        return self.scan(folder, dict)
+
+    def _entries(self, folder: str, after: str, with_sizes: bool) -> Iterable[Entry]:
+        path = self._path(folder).rstrip("/")
+        if s3.is_s3(self._fs):
+            found = s3.entries_of(self._fs, path, after, self._await)
+        elif self._is_local:
+            found = local_entries(path, with_sizes=with_sizes)
+        else:
+            found = listed_entries(path, self._ask("ls", path, detail=True))
+        return filter(lambda entry: entry[0] > after, found) if after else found
 
     def write(self, key: str, data: bytes | Path) -> None:
         """Write an object, replacing one that is there; a reader sees the old or the new one, never a half."""
@@ -333,16 +329,16 @@ class Store:
         else:
             self._send(key, data, mode="overwrite")
 
-    def _listed(self, folder: str, find: Callable[[], Sequence[T]]) -> Sequence[T]:
-        """Run a listing of a folder: an absent one is empty, an absent bucket is an error."""
+    def _listed(self, folder: str, find: Callable[[], T], none: Callable[[], T]) -> T:
+        """Run a listing of a folder: an absent one has nothing, an absent bucket is an error."""
 
-        def found() -> Sequence[T]:
+        def found() -> T:
             try:
                 return find()
             except FileNotFoundError as error:
                 if code(error) == NO_BUCKET:
                     raise
-                return ()
+                return none()
 
         return self._call(folder, "list", found)
 

@@ -164,14 +164,15 @@ def test_what_is_removed_while_a_folder_is_listed_is_left_out(tmp_path: Path) ->
     assert Store(str(tmp_path)).children("") == {"file": 3}
 
 
-def test_names_begin_behind_the_one_that_is_given(store: Store) -> None:
-    for name in ("10", "11", "2", "deeper/12"):
-        store.write(f"some/{name}", b"")
+def test_a_scan_begins_behind_the_name_that_is_given(store: Store) -> None:
+    for name in ("10", "11", "2", "20/12"):
+        store.write(f"some/{name}", b"xyz")
 
-    assert list(store.names("some")) == ["10", "11", "2"]
-    assert list(store.names("some", after="10")) == ["11", "2"]
-    assert list(store.names("some", after="2")) == []
-    assert list(store.names("none")) == []
+    assert store.scan("some", sorted) == [("10", 3), ("11", 3), ("2", 3), ("20", None)]
+    assert store.scan("some", dict, after="10") == {"11": 3, "2": 3, "20": None}
+    assert store.scan("some", dict, after="20") == {}
+    assert store.scan("some", dict, with_sizes=False).keys() == {"10", "11", "2", "20"}
+    assert store.scan("none", list) == []
 
 
 def test_a_folder_is_no_object(store: Store) -> None:

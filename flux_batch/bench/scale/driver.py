@@ -7,11 +7,11 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from flux_batch.bench.machine import memory_bytes
 from flux_batch.bench.scale.simulated_cluster import SimulatedCluster, Timing
 from flux_batch.engine.ray_pool import Pool, RayPool
 from flux_batch.engine.stop import Stop
@@ -49,7 +49,7 @@ def bench_driver(
         slow_share=slow_share,
         slow_factor=slow_factor,
     )
-    shards = _shards(num_shards)
+    shards = one_file(num_shards, _ROWS_A_SHARD)
     if not in_order:
         shards = replace(shards, numbers=array("i", sorted(shards.numbers, key=timing.seconds, reverse=True)))
     return {
@@ -87,7 +87,7 @@ def _run(num_workers: int, shards: Sequence[Any], timing: Timing, slow_s: float)
     """Run all shards. Workers count as busy from the first answer of one to the moment when no shard waits."""
     cluster = SimulatedCluster(timing)
     pool = Pool(RayPool(num_workers, slow_s=slow_s), cluster, shards, Stop(), EngineState(), lambda **gauges: None)
-    before = _memory()
+    before = memory_bytes()
     most, num_done, busy = before, 0, list[float]()
     before_last_s = dry_s = 0.0
     with _quiet():
@@ -99,7 +99,7 @@ def _run(num_workers: int, shards: Sequence[Any], timing: Timing, slow_s: float)
             if num_done == int(len(shards) * (1 - _LAST)):
                 before_last_s = cluster.clock()
             if num_done % 1000 == 0:
-                most = max(most, _memory())
+                most = max(most, memory_bytes())
         run_s = cluster.clock()
         pool.end()
     return {
@@ -109,30 +109,24 @@ def _run(num_workers: int, shards: Sequence[Any], timing: Timing, slow_s: float)
         "driver_s": cluster.driver_s,
         "driver_us_a_shard": cluster.driver_s / len(shards) * 1e6,
         "answers": cluster.num_answers,
-        "memory_bytes": max(most, _memory()) - before,
+        "memory_bytes": max(most, memory_bytes()) - before,
         "run_s": run_s,
         "last_s": run_s - before_last_s,
     }
 
 
-def _shards(number: int) -> Shards:
-    """Make the shards of a plan of one file."""
+def one_file(number: int, rows_a_shard: int) -> Shards:
+    """Return the shards of a plan of one file."""
     numbers = pa.array(range(number), pa.int32())
     columns = {
         "shard": numbers,
         "file": pa.array(["prompts.parquet"] * number),
-        "start": pa.array(range(0, number * _ROWS_A_SHARD, _ROWS_A_SHARD), pa.int64()),
-        "num_rows": pa.repeat(_ROWS_A_SHARD, number),
+        "start": pa.array(range(0, number * rows_a_shard, rows_a_shard), pa.int64()),
+        "num_rows": pa.repeat(rows_a_shard, number),
         "offset": pa.repeat(0, number),
         "line": pa.repeat(0, number),
     }
     return Shards.from_columns(pa.table(columns), {"prompts.parquet": "/prompts.parquet"})
-
-
-def _memory() -> int:
-    """Return the bytes of this process in memory, as the system counts them."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
 
 
 @contextmanager

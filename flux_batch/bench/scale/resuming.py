@@ -1,68 +1,132 @@
-"""The benchmark of opening a run of many commits, with and without their log."""
+"""The benchmark of a run of many commits: opening it with and without their log, looking at it, closing it."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
+import os
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import torch
+
+from flux_batch.bench.figures import number, table
+from flux_batch.bench.machine import PeakMemory, memory_bytes
+from flux_batch.bench.scale.driver import one_file
+from flux_batch.config.schema import JobConfig
 from flux_batch.output.commit_log import CommitLog, check_all_committed
 from flux_batch.output.commits import Commits
-from flux_batch.output.paths import COMMIT_LOG, COMMITS, RunFolder
+from flux_batch.output.paths import (
+    COMMIT_LOG,
+    COMMITS,
+    FAILED,
+    JOB,
+    METADATA,
+    PLAN,
+    SUCCESS,
+    TRAIN,
+    RunFolder,
+    commit_file,
+    failed_file,
+    metadata_file,
+)
+from flux_batch.plan.plan import Plan
 from flux_batch.records import Commit, StoredFile
+from flux_batch.report.progress.status import read_status
+from flux_batch.report.verify import verify
 from flux_batch.storage.store import Store
 
 _IMAGES_A_SHARD = 256
+_FAILED_EVERY = 100
 
 
 def bench_resume(num_commits: int) -> dict[str, Any]:
-    """Measure reading the state of a run on this disk: from every commit, from the log, and the check at its end."""
+    """Measure a run on this disk that is whole but for the contents of its images and tables."""
     with tempfile.TemporaryDirectory(prefix="flux-batch-bench-") as folder:
-        _write_commits(Path(folder), num_commits)
-        commits = Commits(RunFolder(Store(folder), num_commits))
-        seconds = {}
-        for name in ("commits", "log"):
-            started = time.perf_counter()
-            found = CommitLog.read(commits)
-            seconds[name] = time.perf_counter() - started
-            found.write()
-            assert len(found.shards) == num_commits
-        started = time.perf_counter()
-        check_all_committed(commits)
-        seconds["check"] = time.perf_counter() - started
+        store = Store(folder)
+        commits = Commits(RunFolder(store, num_commits))
+        _write_run(Path(folder), commits.run)
+        looks: dict[str, Callable[[], object]] = {
+            "every commit read": lambda: _read_log(commits),
+            "the log read": lambda: _read_log(commits),
+            "status": lambda: read_status(store),
+            "verify --quick": lambda: _verify(store),
+            "closed: all listed": lambda: check_all_committed(commits),
+        }
+        figures = {name: _measured(look) for name, look in looks.items()}
         return {
             "benchmark": "resume",
             "commits": num_commits,
-            "log_bytes": commits.run.store.size(COMMIT_LOG),
-            "seconds": seconds,
+            "log_bytes": store.size(COMMIT_LOG),
+            **{
+                what: {name: each[what] for name, each in figures.items()}
+                for what in ("seconds", "cpu_seconds", "memory_bytes")
+            },
         }
 
 
 def format_resume(figures: dict[str, Any]) -> str:
     """Return the figures as text for people."""
-    seconds = figures["seconds"]
-    return (
-        f"{figures['commits']} commits, a log of {figures['log_bytes']} bytes\n"
-        f"every commit read  {seconds['commits']:.4g} s\n"
-        f"the log read       {seconds['log']:.4g} s\n"
-        f"all listed         {seconds['check']:.4g} s"
+    head = ("", "seconds", "CPU seconds", "memory, MB")
+    rows = [
+        (name, number(seconds), number(figures["cpu_seconds"][name]), f"{figures['memory_bytes'][name] / 1e6:.0f}")
+        for name, seconds in figures["seconds"].items()
+    ]
+    return f"{figures['commits']} commits, a log of {figures['log_bytes']} bytes\n{table([head, *rows])}"
+
+
+def _read_log(commits: Commits) -> None:
+    """Read all commits, or their log, and write the log as the driver does."""
+    found = CommitLog.read(commits)
+    found.write()
+    assert len(found.shards) == commits.run.num_shards
+
+
+def _verify(store: Store) -> None:
+    verdict = verify(store, quick=True)
+    assert not verdict.problems, verdict.problems[:3]
+
+
+def _measured(look: Callable[[], object]) -> dict[str, float]:
+    """Return the seconds of a function, of them at work, and the most memory that it took over what was there."""
+    gc.collect()
+    pa.default_memory_pool().release_unused()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what a former look freed is no memory of this one
+    memory, base = PeakMemory(torch.device("cpu")), memory_bytes()
+    started, started_cpu = time.perf_counter(), time.process_time()
+    look()
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - started_cpu,
+        "memory_bytes": memory.bytes() - base,
+    }
+
+
+def _write_run(folder: Path, run: RunFolder) -> None:
+    """Write a run as it is left, without waiting for the disk; tables and images are holes."""
+    for name in (COMMITS, FAILED, METADATA, TRAIN):
+        (folder / name).mkdir(parents=True)
+    config = JobConfig.from_dict(
+        {"prompts": {"uri": str(folder / "prompts.parquet")}, "output": {"uri": str(folder)}, "model": {"uri": "demo"}}
     )
-
-
-def _write_commits(folder: Path, num_commits: int) -> None:
-    """Write commits as a run leaves them, without waiting for the disk."""
-    run = RunFolder(Store(str(folder)), num_commits)
-    (folder / COMMITS).mkdir(parents=True)
-    for shard in range(num_commits):
+    plan = Plan(shards=one_file(run.num_shards, _IMAGES_A_SHARD), files=(), passthrough=pa.schema([]))
+    run.store.write(JOB, config.to_yaml().encode())
+    run.store.write(PLAN, plan.to_parquet())
+    for shard in range(run.num_shards):
         name = run.shard_name(shard)
         files = tuple(
-            StoredFile(path=path, bytes=10**8 + shard, sha256=f"{shard * 7919:064x}")
-            for path in (f"train/{name}.tar", f"metadata/{name}.parquet")
+            StoredFile(path=path, bytes=10**6 + shard, sha256=f"{shard * 7919:064x}")
+            for path in (f"{TRAIN}/{name}.tar", metadata_file(name))
         )
-        failures = {"InvalidRow": 1} if shard % 100 == 0 else {}
+        failures = {"InvalidRow": 1} if shard % _FAILED_EVERY == 0 else {}
         commit = Commit(
             shard=shard,
             worker="node-1234",
@@ -73,4 +137,16 @@ def _write_commits(folder: Path, num_commits: int) -> None:
             device_s=round(300 + shard % 977 / 7, 3),
         )
         body = json.dumps({"version": 1, **asdict(commit)}, indent=1)
-        (folder / COMMITS / f"{name}.json").write_text(body)
+        (folder / commit_file(name)).write_text(body)
+        for file in files:
+            _write_hole(folder / file.path, file.bytes)
+        if failures:
+            _write_hole(folder / failed_file(name), 1)
+    run.store.write(SUCCESS, b"")
+
+
+def _write_hole(path: Path, num_bytes: int) -> None:
+    """Write a file of a size that takes no room."""
+    file = os.open(path, os.O_CREAT | os.O_WRONLY)
+    os.ftruncate(file, num_bytes)
+    os.close(file)
