@@ -88,6 +88,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     kind.add_argument("--rows", type=_positive, default=1_000_000, help="prompts (1000000)")
     kind.add_argument("--files", type=_positive, default=8, help="Parquet files (8)")
     kind.add_argument("--shard-size", type=_positive, default=256, help="prompts a shard (256)")
+    kind.add_argument("--rows-per-group", type=_positive, default=65_536, help="rows of a row group (65536)")
     _add_repeats(kind)
     kind.set_defaults(measure=_plan)
 
@@ -106,6 +107,14 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     kind.add_argument("--in-order", action="store_true", help="the order of the plan, not the largest shards first")
     _add_json(kind)
     kind.set_defaults(measure=_driver)
+
+    kind = kinds.add_parser("weights", help="requests for a model when many workers start at once, simulated")
+    kind.add_argument("--workers", type=_positive, default=1000, help="workers (1000)")
+    kind.add_argument("--nodes", type=_positive, default=125, help="nodes, of which one is refused (125)")
+    kind.add_argument("--files", type=_positive, default=24, help="files of the model, a request each (24)")
+    kind.add_argument("--request-s", type=float, default=0.05, help="seconds that a request takes (0.05)")
+    _add_json(kind)
+    kind.set_defaults(measure=_weights)
 
     kind = kinds.add_parser(
         "store", help="requests of a shard, a further batch and the lease, on a store of the S3 kind"
@@ -274,7 +283,8 @@ def _encode(arguments: argparse.Namespace) -> tuple[_Figures, str]:
 def _plan(arguments: argparse.Namespace) -> tuple[_Figures, str]:
     from flux_batch.bench.scale.planning import bench_plan, format_plan
 
-    figures = bench_plan(arguments.rows, arguments.files, arguments.shard_size, arguments.repeats)
+    sizes = (arguments.rows, arguments.files, arguments.shard_size, arguments.repeats, arguments.rows_per_group)
+    figures = bench_plan(*sizes)
     return figures, format_plan(figures)
 
 
@@ -298,6 +308,15 @@ def _driver(arguments: argparse.Namespace) -> tuple[_Figures, str]:
         in_order=arguments.in_order,
     )
     return figures, format_driver(figures)
+
+
+def _weights(arguments: argparse.Namespace) -> tuple[_Figures, str]:
+    from flux_batch.bench.scale.weights import bench_weights, format_weights
+
+    figures = bench_weights(
+        arguments.workers, arguments.nodes, num_files=arguments.files, request_s=arguments.request_s
+    )
+    return figures, format_weights(figures)
 
 
 def _store(arguments: argparse.Namespace) -> tuple[_Figures, str]:

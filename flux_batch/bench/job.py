@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from flux_batch.bench.figures import Figures, table
-from flux_batch.bench.job_task import GUIDANCE, JobSize, Task, prompt_row, stamp
-from flux_batch.bench.scale.planning import write_prompts
+from flux_batch.bench.job_task import GUIDANCE, JobSize, Task, stamp
 from flux_batch.bench.source import Source
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
@@ -159,7 +161,8 @@ def job_config(task: Task) -> JobConfig:
 
 def _write_task_prompts(task: Task) -> Path:
     """Write the prompts of a task to one Parquet file and return its path."""
-    (path,) = write_prompts(task.folder, prompt_row, task.size.images, 1)
+    path = task.folder / "prompts.parquet"
+    pq.write_table(pa.Table.from_pylist(task.size.rows()), path)
     return path
 
 

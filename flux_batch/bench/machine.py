@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import resource
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,6 +104,25 @@ def memory_bytes() -> int:
     """Return the bytes of this process in memory, as the system counts them."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
+
+
+def measured(look: Callable[[], object]) -> dict[str, float]:
+    """Return the seconds of a function, of them at work, and the most memory that it took over what was there."""
+    import pyarrow as pa
+    import torch
+
+    gc.collect()
+    pa.default_memory_pool().release_unused()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what a former look freed is no memory of this one
+    memory, base = PeakMemory(torch.device("cpu")), memory_bytes()
+    started, started_cpu = time.perf_counter(), time.process_time()
+    look()
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - started_cpu,
+        "memory_bytes": memory.bytes() - base,
+    }
 
 
 def synchronize(device: Any) -> None:

@@ -40,7 +40,7 @@ _WARN_AFTER_S = 30.0
 # Workers that are asked for their figures at each check.
 _ASKED_AT_ONCE = 64
 # Workers that begin to load their model in a second: a thousand at once would all ask for its weights at once.
-_STARTS_PER_S = 100
+STARTS_PER_S = 100
 # One idle worker of so many stays at the end of a run, for shards that are slow elsewhere.
 _WORKERS_PER_SPARE = 20
 
@@ -148,7 +148,7 @@ class Pool:
         if self.start_backoff.is_over:
             num_new = num_wanted - self.workers.num_staying
             for _ in range(num_new):
-                after_s = random.uniform(0, (num_new - 1) / _STARTS_PER_S)
+                after_s = random.uniform(0, (num_new - 1) / STARTS_PER_S)
                 self.workers.add(WorkerHandle.start(self.cluster, self._backoff(), self.state.start(), after_s))
 
     def _scale_down(self) -> None:

@@ -29,6 +29,7 @@ from flux_batch.prompts.source import PromptSource
 from flux_batch.records import FileRange
 
 _READER_THREADS = 16
+_FILES_AT_ONCE = 1000
 # Shards that a notebook shows of a plan.
 _SHARDS_SHOWN = 20
 
@@ -158,7 +159,7 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
     if not files:
         return plan
     with ThreadPoolExecutor(_READER_THREADS) as pool:
-        cuts = pool.map(lambda file: source.split(file, shard_size), files)
+        cuts = _cut(source, files, shard_size, pool)
         pieces = ((file, rows) for file, ranges in zip(files, cuts, strict=True) for rows in ranges)
         limit = None if prompts.limit is None else prompts.limit - plan.num_prompts
         shards = plan.shards.extended(_shared(_limited(pieces, limit), shard_size))
@@ -235,6 +236,15 @@ def _holds(kind: pa.DataType, new: pa.DataType) -> bool:
         return bool(pa.unify_schemas(fields, promote_options="permissive").field(0).type == kind)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         return False
+
+
+def _cut(
+    source: PromptSource, files: Sequence[PromptFile], shard_size: int, pool: ThreadPoolExecutor
+) -> Iterator[list[RowRange]]:
+    """Yield the row ranges of each file, read a thousand files ahead: there may be very many."""
+    for first in range(0, len(files), _FILES_AT_ONCE):
+        some = files[first : first + _FILES_AT_ONCE]
+        yield from pool.map(lambda file: source.split(file, shard_size), some)
 
 
 def _limited(pieces: Iterable[tuple[PromptFile, RowRange]], limit: int | None) -> Iterator[FileRange]:

@@ -33,6 +33,7 @@ _FORMATS_OF_RULES_1 = ("parquet", "jsonl", "csv", "txt")
 # Enough to notice an edit of a file whose store has no checksum, at the price of two small reads.
 _SAMPLED_BYTES = 64 * 1024
 _READER_THREADS = 16
+_FILES_AT_ONCE = 1000
 # Files of every repository of Hugging Face.
 _FILES_OF_HUB = (".gitattributes", "README.md")
 # Files that lie beside data and hold none, by their names without suffix.
@@ -85,9 +86,12 @@ def list_prompts(
             + "".join(f"; {note}" for note in skipped_notes(skipped))
         )
     base = _common_folder([each.folder for each in expanded])
+    paths, files = sorted(found), list[PromptFile]()
     with ThreadPoolExecutor(_READER_THREADS) as pool:
-        files = tuple(pool.map(lambda path: _describe(found[path], path, base), sorted(found)))
-    return Listing(files, skipped)
+        for first in range(0, len(paths), _FILES_AT_ONCE):
+            some = paths[first : first + _FILES_AT_ONCE]
+            files += pool.map(lambda path: _describe(found[path], path, base), some)
+    return Listing(tuple(files), skipped)
 
 
 def skipped_notes(skipped: Mapping[str, Sequence[str]]) -> list[str]:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import islice
 from threading import Lock
 from urllib.parse import unquote
@@ -43,7 +43,6 @@ from flux_batch.storage.passthrough import is_text, portable
 
 # Small files of one shard that are opened ahead of the row at hand.
 _READ_AHEAD = 8
-_READER_THREADS = 16
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 # Names that columns of prompts have in public data sets, the likeliest first.
 PROMPT_NAMES = ("prompt", "prompts", "caption", "captions", "text", "description", "synthetic_prompt", "meta_prompt")
@@ -73,6 +72,8 @@ class PromptSource:
         self._options = config.storage_options
         self._recipe = Recipe(config)
         self._schemas: dict[str, pa.Schema] = {}
+        self._last: pa.Schema | None = None  # of the file that was looked at last
+        self._checked: pa.Schema | None = None
         self._whole: tuple[str, JsonTable] | None = None
         self._lock = Lock()
 
@@ -97,15 +98,19 @@ class PromptSource:
         if not self._config.uri:
             self._check_fields(self._recipe.made, "prompts.samplers")
             return ranges_of(self._recipe.num_rows, num_rows)
-        ranges = list(self._table(file.uri).split(num_rows))
+        table = self._table(file.uri)
+        ranges = list(table.split(num_rows))
         if ranges:  # a text file without rows has no columns either
-            self._check_columns(file)
+            schema = self._schema_of(file, table)
+            if schema is not self._checked:
+                self._check_columns(schema, file.uri)
+                self._checked = schema
         return ranges
 
     def unused_columns(self, files: Sequence[PromptFile]) -> list[str]:
         """Return a sentence for each unused column with a name near a used one."""
-        used = RowParser(self._config, SamplingConfig()).columns
-        names = {name for file in files for name in self.schema(file).names if name not in used}
+        schemas = {id(schema): schema for schema in map(self.schema, files)}
+        names = {name for schema in schemas.values() for name in schema.names} - self._columns
         notes = []
         for name in sorted(names):
             plain = re.sub(r"[\s-]+", "_", name.strip().lower())
@@ -119,8 +124,8 @@ class PromptSource:
         sampled = self._recipe.schema
         if not self._config.passthrough:
             return sampled
-        with ThreadPoolExecutor(_READER_THREADS) as pool:
-            schemas = list(pool.map(self._passthrough_of, files))
+        different = {id(self.schema(file)): file for file in reversed(files)}
+        schemas = [self._passthrough_of(file) for file in reversed(different.values())]
         try:
             own = pa.unify_schemas(schemas, promote_options="permissive")
             return pa.schema([*own, *(each for each in sampled if each.name not in own.names)])
@@ -185,7 +190,7 @@ class PromptSource:
 
     def _rows_of(self, shard: Shard) -> Iterator[tuple[FileRange, Table | None, Iterator[Row | BadRow]]]:
         """Yield the parts of a shard with their rows; of several small files, some are opened ahead."""
-        columns = RowParser(self._config, SamplingConfig()).columns | self._recipe.columns
+        columns = self._columns | self._recipe.columns
 
         def opened(piece: FileRange) -> tuple[Table | None, Iterator[Row | BadRow]]:
             if not self._config.uri:
@@ -224,18 +229,28 @@ class PromptSource:
 
     def schema(self, file: PromptFile) -> pa.Schema:
         """Return the columns of a file, those that its path names among them."""
-        with self._lock:
-            known = self._schemas.get(file.uri)
         if not self._config.uri:
             return self._recipe.schema
-        if known is None:
-            known = self._table(file.uri).schema()
-            for name in self._partitions(file.name):
-                if name not in known.names:
-                    known = known.append(pa.field(name, pa.string()))
-            with self._lock:
-                self._schemas[file.uri] = known
-        return known
+        with self._lock:
+            known = self._schemas.get(file.uri)
+        return self._schema_of(file, self._table(file.uri)) if known is None else known
+
+    def _schema_of(self, file: PromptFile, table: Table) -> pa.Schema:
+        """Return the columns of an open file; files with the same ones mostly share one schema."""
+        found = table.schema()
+        for name in self._partitions(file.name):
+            if name not in found.names:
+                found = found.append(pa.field(name, pa.string()))
+        with self._lock:
+            if self._last is None or not found.equals(self._last):
+                self._last = found
+            self._schemas[file.uri] = self._last
+            return self._last
+
+    @cached_property
+    def _columns(self) -> set[str]:
+        """The columns that rows are read of, but for those of the recipe."""
+        return RowParser(self._config, SamplingConfig()).columns
 
     def _partitions(self, name: str) -> dict[str, str | None]:
         """Return the columns that the folders of a file name, as Hive does: `year=2026/part-0.parquet`."""
@@ -257,13 +272,12 @@ class PromptSource:
                 self._whole = uri, table
         return table
 
-    def _check_columns(self, file: PromptFile) -> None:
-        schema = self.schema(file)
-        self._recipe.check_columns(schema.names, file.uri)
-        self._check_fields(pa.schema([*schema, *self._recipe.made]), file.uri)
-        for name in RowParser(self._config, SamplingConfig()).columns:
+    def _check_columns(self, schema: pa.Schema, uri: str) -> None:
+        self._recipe.check_columns(schema.names, uri)
+        self._check_fields(pa.schema([*schema, *self._recipe.made]), uri)
+        for name in self._columns:
             if schema.names.count(name) > 1:
-                raise SourceError(f"{file.uri}: column {name!r} stands twice in the header")
+                raise SourceError(f"{uri}: column {name!r} stands twice in the header")
 
     def _check_fields(self, schema: pa.Schema, where: str) -> None:
         """Raise SourceError for a missing column, or prompts that are not text."""

@@ -1,28 +1,87 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flux_batch.bench.pipeline.lowering import format_lowering
 from flux_batch.cli import main
+from helpers.s3 import S3Server
+
+# A hundredth of each scale: of 100 million rows in a thousand files, 400,000 commits, a thousand workers on 125 nodes.
+PLAN = ["plan", "--rows", "1000000", "--files", "10", "--repeats", "1"]
+RESUME = ["resume", "--commits", "4000"]
+DRIVER = ["driver", "--workers", "10", "--shards", "4000"]
+WEIGHTS = ["weights", "--workers", "10", "--nodes", "2", "--request-s", "0.002"]
 
 
-def test_json_has_the_figures_and_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def measured(arguments: list[str], path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    """Run a benchmark. Returns: its figures and what it prints."""
+    assert main(["bench", *arguments, "--json", str(path)]) == 0
+    return json.loads(path.read_text()), capsys.readouterr().out
+
+
+def test_planning_is_measured_and_json_has_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.json"
+    figures, said = measured(PLAN, path, capsys)
 
-    assert main(["bench", "plan", "--rows", "300", "--files", "2", "--repeats", "2", "--json", str(path)]) == 0
-
-    figures = json.loads(path.read_text())
     assert figures["benchmark"] == "plan"
-    assert figures["rows"] == 300
-    assert figures["command"] == f"flux-batch bench plan --rows 300 --files 2 --repeats 2 --json {path}"
+    assert (figures["rows"], figures["shards"]) == (1_000_000, 3910)
+    assert figures["rows_per_second"] == pytest.approx(1_000_000 / figures["seconds"]["median"])
+    assert "1000000 rows in 10 files -> 3910 shards" in said
+    assert figures["command"] == f"flux-batch bench {' '.join(PLAN)} --json {path}"
     assert figures["hardware"]["cpu"]
     assert figures["hardware"]["cores"] >= 1
     assert figures["versions"]["python"].startswith("3.")
     assert figures["versions"]["torch"]
     assert figures["date"].startswith("20")
-    assert "300 rows in 2 files" in capsys.readouterr().out
+
+
+def test_a_whole_run_is_opened_looked_at_and_closed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, said = measured(RESUME, tmp_path / "resume.json", capsys)
+
+    looks = ["every commit read", "the log read", "status", "verify --quick", "closed: all listed"]
+    for what in ("seconds", "cpu_seconds", "memory_bytes"):
+        assert list(figures[what]) == looks
+        assert all(value >= 0 for value in figures[what].values())
+    lines = said.splitlines()
+    assert lines[0].startswith("4000 commits, a log of ")
+    assert [line[:20].strip() for line in lines[2:]] == looks
+
+
+def test_the_drivers_loop_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, said = measured(DRIVER, tmp_path / "driver.json", capsys)
+
+    (run,) = figures["runs"]
+    assert run["least_busy"] >= 0.98
+    assert run["answers"] >= 8000
+    assert "4000 shards on simulated workers" in said
+
+
+def test_a_node_asks_for_the_weights_once_and_a_refused_one_costs_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures, said = measured(WEIGHTS, tmp_path / "weights.json", capsys)
+
+    # Each file, and the listing before and after them.
+    assert figures["most_requests_of_a_node"] == 24 + 2
+    assert (figures["requests_of_the_refused_node"], figures["failed_workers"]) == (5, 5)
+    assert "10 workers on 2 nodes" in said
+
+
+@pytest.mark.s3
+def test_requests_of_shards_batches_and_the_lease_are_counted(
+    moto: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--storage-option={key}={value}" for key, value in moto.storage_options.items()]
+    arguments = ["store", "--output", moto.make_bucket(), "--shards", "2", *options]
+    figures, said = measured(arguments, tmp_path / "store.json", capsys)
+
+    assert figures["requests_a_shard"] == 7
+    assert 0 < figures["requests_a_further_batch"] <= 2
+    assert figures["requests_of_the_lease_a_minute"] <= 3
+    assert "a further batch" in said
 
 
 def test_a_pipeline_is_measured_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

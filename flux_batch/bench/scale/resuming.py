@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from flux_batch.bench.figures import number, table
-from flux_batch.bench.machine import PeakMemory, memory_bytes
+from flux_batch.bench.machine import measured
 from flux_batch.bench.scale.driver import one_file
 from flux_batch.config.schema import JobConfig
 from flux_batch.output.commit_log import CommitLog, check_all_committed
@@ -60,7 +55,7 @@ def bench_resume(num_commits: int) -> dict[str, Any]:
             "verify --quick": lambda: _verify(store),
             "closed: all listed": lambda: check_all_committed(commits),
         }
-        figures = {name: _measured(look) for name, look in looks.items()}
+        figures = {name: measured(look) for name, look in looks.items()}
         return {
             "benchmark": "resume",
             "commits": num_commits,
@@ -92,22 +87,6 @@ def _read_log(commits: Commits) -> None:
 def _verify(store: Store) -> None:
     verdict = verify(store, quick=True)
     assert not verdict.problems, verdict.problems[:3]
-
-
-def _measured(look: Callable[[], object]) -> dict[str, float]:
-    """Return the seconds of a function, of them at work, and the most memory that it took over what was there."""
-    gc.collect()
-    pa.default_memory_pool().release_unused()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what a former look freed is no memory of this one
-    memory, base = PeakMemory(torch.device("cpu")), memory_bytes()
-    started, started_cpu = time.perf_counter(), time.process_time()
-    look()
-    return {
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": time.process_time() - started_cpu,
-        "memory_bytes": memory.bytes() - base,
-    }
 
 
 def _write_run(folder: Path, run: RunFolder) -> None:

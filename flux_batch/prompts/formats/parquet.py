@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,18 +26,19 @@ class ParquetTable:
 
     def schema(self) -> pa.Schema:
         """Return all columns."""
-        if not self._file.head:
-            return pa.schema([])
-        with self._parquet() as parquet:
-            return parquet.schema_arrow
+        return self._footer[0]
 
     def split(self, num_rows: int) -> Iterator[RowRange]:
         """Yield ranges of `num_rows` that cover the file; the last may be shorter."""
+        yield from ranges_of(self._footer[1], num_rows)
+
+    @cached_property
+    def _footer(self) -> tuple[pa.Schema, int]:
+        """The columns and the number of rows; the footer of many row groups is not kept."""
         if not self._file.head:
-            return
+            return pa.schema([]), 0
         with self._parquet() as parquet:
-            total = parquet.metadata.num_rows
-        yield from ranges_of(total, num_rows)
+            return parquet.schema_arrow, parquet.metadata.num_rows
 
     def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
         """Yield the rows of a range one by one. A column of images is never in memory whole."""
