@@ -71,11 +71,15 @@ class _Leftover:
     upload: Upload | None = None
 
 
-def find_leftovers(run: RunFolder, listing: Listing, is_named: bytearray | None = None) -> Iterator[_Leftover]:
+def find_leftovers(
+    run: RunFolder, listing: Listing | None = None, is_named: bytearray | None = None
+) -> Iterator[_Leftover]:
     """Yield every leftover. Those that are `uncommitted` may be committed by a worker meanwhile.
 
-    is_named: 1 for each shard whose commit is known to name its one file in `train`, and is not read for it.
+    listing: the files of the run, for a caller that has listed them. is_named: 1 for each shard whose commit is known
+    to name its one file in `train`, and is not read for it.
     """
+    listing = listing or Listing.of(run)
     yield from _unknown_files(run, listing.commits)
     yield from (_Leftover(key, "half-written") for key in run.store.list(STORE_TMP))
     for upload in unfinished_uploads(run.store):

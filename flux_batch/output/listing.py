@@ -79,9 +79,14 @@ class Listing:
     failures: ShardFiles
 
     @classmethod
-    def of(cls, run: RunFolder, output_format: OutputFormat, commits: ShardFiles | None = None) -> Listing:
-        """List the folders of a run, that of the commits unless it has been. Raises: StoreError."""
-        suffix = output_format.location("").removeprefix(f"{TRAIN}/")
+    def of(
+        cls, run: RunFolder, output_format: OutputFormat | None = None, commits: ShardFiles | None = None
+    ) -> Listing:
+        """List the folders of a run, that of the commits unless it has been; a format saves memory.
+
+        Without one, all that lies in `train` is among the others. Raises: StoreError.
+        """
+        suffix = output_format.location("").removeprefix(f"{TRAIN}/") if output_format else ""
         return cls(
             commits or list_commits(run),
             ShardFiles.list(run, TRAIN, suffix),
