@@ -131,8 +131,10 @@ def _add_logged(run: SavedRun, verdict: _Verdict, listing: Listing) -> bytearray
     for shard, num_bytes, num_images, num_failed in zip(
         log.shards, log.num_bytes, log.num_images, log.num_failed, strict=True
     ):
+        if shard not in listing.commits:  # a damaged log may name shards that the plan has not
+            continue
         data = max(0, listing.data.sizes[shard])  # no file if all images failed
-        is_listed = shard in listing.commits and tables[shard] >= 0 and data + tables[shard] == num_bytes
+        is_listed = tables[shard] >= 0 and data + tables[shard] == num_bytes
         if is_listed and (failures[shard] >= 0) == (num_failed > 0):
             is_logged[shard] = 1
             verdict.num_files += 1 + (num_images > num_failed)
