@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from flux_batch.config.schema import JobConfig
 from flux_batch.errors import JobError, StoreError
 from flux_batch.output.lease import Lease
-from flux_batch.output.paths import COMMIT_LOG, metadata_file
+from flux_batch.output.paths import COMMIT_LOG, COMMITS, FAILED, METADATA, TRAIN, metadata_file
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify import format_verdict, repair, verify
 from flux_batch.storage.store import Store
@@ -81,9 +82,18 @@ def test_a_quick_look_reads_only_shards_that_are_listed_otherwise_than_logged(
         read = getattr(Store, name)
         monkeypatch.setattr(Store, name, lambda store, key, *to, read=read: keys.append(key) or read(store, key, *to))
 
+    scanned, scan = Counter[str](), Store.scan
+    monkeypatch.setattr(
+        Store,
+        "scan",
+        lambda store, folder, *given, **options: scanned.update([folder]) or scan(store, folder, *given, **options),
+    )
+
     def looked_at() -> list[str]:
         keys.clear()
+        scanned.clear()
         verdict = verify(webdataset, quick=True)
+        assert [scanned[folder] for folder in (COMMITS, TRAIN, METADATA, FAILED)] == [1, 1, 1, 1]
         assert (verdict.num_rows, verdict.num_images, verdict.num_failed, verdict.num_files) == (12, 11, 1, 6)
         return sorted({Path(key).stem for key in keys if key.startswith(("metadata/", "_run/commits/00001"))})
 
