@@ -112,7 +112,7 @@ class _Node:
         with self._storage.asked(self._number):
             if not self._number:
                 raise PermissionError("this node may not read")
-            return Listing("simulated://weights", self, self._storage.files)  # type: ignore[arg-type]
+            return Listing("simulated://weights", self, self._storage.files)
 
     def cat_file(self, path: str, start: int, end: int) -> bytes:
         """Return bytes of a file."""
