@@ -62,6 +62,7 @@ LADDER: dict[str, set[str]] = {
         "output",
         "pipeline",
         "plan",
+        "prompts",
         "report",
         "storage",
         "telemetry",
