@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import os
 import platform
 import resource
@@ -11,8 +12,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,18 @@ def measured(look: Callable[[], object]) -> dict[str, float]:
         "cpu_seconds": time.process_time() - started_cpu,
         "memory_bytes": memory.bytes() - base,
     }
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Run the block without the lines that a logger has for each worker."""
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def synchronize(device: Any) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
-from flux_batch.bench.machine import memory_bytes
+from flux_batch.bench.machine import memory_bytes, quiet
 from flux_batch.bench.scale.simulated_cluster import SimulatedCluster, Timing
 from flux_batch.engine.ray_pool import Pool, RayPool
 from flux_batch.engine.stop import Stop
@@ -90,7 +88,7 @@ def _run(num_workers: int, shards: Sequence[Any], timing: Timing, slow_s: float)
     before = memory_bytes()
     most, num_done, busy = before, 0, list[float]()
     before_last_s = dry_s = 0.0
-    with _quiet():
+    with quiet("flux_batch.engine"):
         for _ in pool.results():
             num_done += 1
             if not busy and not pool.queue.num_waiting:
@@ -127,15 +125,3 @@ def one_file(number: int, rows_a_shard: int) -> Shards:
         "line": pa.repeat(0, number),
     }
     return Shards.from_columns(pa.table(columns), {"prompts.parquet": "/prompts.parquet"})
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Run the block without the lines that a run logs of each worker."""
-    log = logging.getLogger("flux_batch.engine")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)

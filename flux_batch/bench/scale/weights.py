@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from flux_batch.bench.machine import quiet
 from flux_batch.download.local_copy import local_copy
 from flux_batch.download.transfer import Listing, RemoteFile
 from flux_batch.engine.ray_pool import STARTS_PER_S
@@ -30,6 +31,7 @@ def bench_weights(num_workers: int, num_nodes: int, *, num_files: int, request_s
     storage = _Storage(num_files, request_s)
     spread_s = (num_workers - 1) / STARTS_PER_S
     with (
+        quiet("flux_batch.download"),
         tempfile.TemporaryDirectory(prefix="flux-batch-bench-") as folder,
         ThreadPoolExecutor(num_workers, thread_name_prefix="worker") as pool,
     ):
@@ -47,7 +49,7 @@ def bench_weights(num_workers: int, num_nodes: int, *, num_files: int, request_s
         "request_s": request_s,
         "begun_within_s": spread_s,
         "requests": of_nodes.total(),
-        "most_requests_of_a_node": max(count for node, count in of_nodes.items() if node),
+        "most_requests_of_a_node": max((count for node, count in of_nodes.items() if node), default=0),
         "requests_of_the_refused_node": of_nodes[0],
         "failed_workers": num_failed,
         "most_requests_in_a_second": max(storage.seconds.values()),
@@ -60,10 +62,10 @@ def format_weights(figures: dict[str, Any]) -> str:
     return (
         f"{figures['workers']} workers on {figures['nodes']} nodes begin within {figures['begun_within_s']:.3g} s; "
         f"{figures['files']} files, {figures['request_s']:g} s a request\n"
-        f"requests                {figures['requests']}, at most {figures['most_requests_of_a_node']} of a node\n"
+        f"requests                  {figures['requests']}, at most {figures['most_requests_of_a_node']} of a node\n"
         f"the node that is refused  {figures['requests_of_the_refused_node']} requests, "
         f"{figures['failed_workers']} workers failed\n"
-        f"most in a second        {figures['most_requests_in_a_second']}, at once {figures['most_requests_at_once']}"
+        f"most in a second          {figures['most_requests_in_a_second']}, at once {figures['most_requests_at_once']}"
     )
 
 
