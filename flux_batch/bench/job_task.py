@@ -48,7 +48,7 @@ class JobSize:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the prompts, all different, with their seeds."""
-        return [prompt_row(number) for number in range(self.images)]
+        return [_prompt_row(number) for number in range(self.images)]
 
     def request(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the arguments of a pipeline's call for a batch."""
@@ -75,10 +75,10 @@ class Task:
     def warm_up(self, pipeline: Callable[[dict[str, Any]], Any]) -> None:
         """Make a batch of other prompts: compilation and the set-up of a first call count as start-up."""
         size = self.size
-        pipeline(size.request([prompt_row(size.images + number) for number in range(size.batch_size)]))
+        pipeline(size.request([_prompt_row(size.images + number) for number in range(size.batch_size)]))
 
 
-def prompt_row(number: int) -> dict[str, Any]:
+def _prompt_row(number: int) -> dict[str, Any]:
     """Return a prompt with its seed, different for every number."""
     return {"prompt": f"a red circle on a blue ground, number {number}", "seed": number}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import os
 import platform
@@ -108,11 +107,10 @@ def memory_bytes() -> int:
 
 
 def measured(look: Callable[[], object]) -> dict[str, float]:
-    """Return the seconds of a function, of them at work, and the most memory that it took over what was there."""
+    """Return the seconds and CPU seconds of a function, and its peak of memory."""
     import pyarrow as pa
     import torch
 
-    gc.collect()
     pa.default_memory_pool().release_unused()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what a former look freed is no memory of this one

@@ -28,7 +28,6 @@ import pyarrow.parquet as pq
 
 from flux_batch.errors import Interrupted, NotFound
 from flux_batch.output.commits import Commits
-from flux_batch.output.listing import list_commits
 from flux_batch.output.paths import COMMIT_LOG
 from flux_batch.records import Commit, ShardResult
 
@@ -212,7 +211,7 @@ def _values(column: pa.ChunkedArray, values: array[Any]) -> array[Any]:
 
 def check_all_committed(commits: Commits) -> None:
     """Raise Interrupted if a shard has no commit, whatever the log says; the log is removed then. Needs the lease."""
-    unlisted = list(list_commits(commits.run).missing)
+    unlisted = list(commits.listed().missing)
     missing = set(unlisted) - {commit.shard for commit in commits.find_all(unlisted)}  # a listing may be late
     if missing:
         commits.run.store.delete(COMMIT_LOG)

@@ -75,6 +75,7 @@ from flux_batch.output.paths import (
     METADATA,
     TRAIN,
     RunFolder,
+    ShardFiles,
     failed_file,
     is_within,
     metadata_file,
@@ -102,6 +103,10 @@ class Commits:
         """Return the shards that are committed, those before `first` left out."""
         after = self.key(first - 1).rpartition("/")[2] if first else ""
         return self.run.store.scan(self.folder, _numbers_in, after=after, with_sizes=False)
+
+    def listed(self) -> ShardFiles:
+        """List the commits of the plan's shards in columns, and what else lies beside them. Raises: StoreError."""
+        return ShardFiles.list(self.run, self.folder, ".json", with_sizes=False)
 
     def read(self, shard: int) -> Commit:
         """Read the commit of a shard. Raises: NotFound if it is not done, StoreError if it is damaged."""

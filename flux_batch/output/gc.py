@@ -16,7 +16,6 @@ from typing import Literal
 from flux_batch.errors import NotFound
 from flux_batch.output.commits import Commits, parse_commit
 from flux_batch.output.formats import OutputFormat
-from flux_batch.output.listing import Listing, ShardFiles
 from flux_batch.output.paths import (
     ANNOTATING,
     BATCH_SIZE,
@@ -27,6 +26,7 @@ from flux_batch.output.paths import (
     GALLERY,
     JOB,
     LEASE,
+    METADATA,
     PLAN,
     PRECISION,
     PROGRESS,
@@ -38,6 +38,7 @@ from flux_batch.output.paths import (
     STAGING,
     TRAIN,
     RunFolder,
+    ShardFiles,
     commit_file,
     is_of_run,
 )
@@ -69,6 +70,32 @@ class _Leftover:
     kind: _LeftoverKind
     shard: int | None = None
     upload: Upload | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of a run, each folder listed once, the commits first."""
+
+    commits: ShardFiles
+    data: ShardFiles
+    tables: ShardFiles
+    failures: ShardFiles
+
+    @classmethod
+    def of(
+        cls, run: RunFolder, output_format: OutputFormat | None = None, commits: ShardFiles | None = None
+    ) -> Listing:
+        """List the folders of a run, that of the commits unless it has been; a format saves memory.
+
+        Without one, all that lies in `train` is among the others. Raises: StoreError.
+        """
+        suffix = output_format.location("").removeprefix(f"{TRAIN}/") if output_format else ""
+        return cls(
+            commits or Commits(run).listed(),
+            ShardFiles.list(run, TRAIN, suffix),
+            ShardFiles.list(run, METADATA, ".parquet"),
+            ShardFiles.list(run, FAILED, ".parquet", with_sizes=False),
+        )
 
 
 def find_leftovers(

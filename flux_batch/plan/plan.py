@@ -29,7 +29,7 @@ from flux_batch.prompts.source import PromptSource
 from flux_batch.records import FileRange
 
 _READER_THREADS = 16
-_FILES_AT_ONCE = 1000
+FILES_AT_ONCE = 1000
 # Shards that a notebook shows of a plan.
 _SHARDS_SHOWN = 20
 
@@ -242,8 +242,8 @@ def _cut(
     source: PromptSource, files: Sequence[PromptFile], shard_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[list[RowRange]]:
     """Yield the row ranges of each file, read a thousand files ahead: there may be very many."""
-    for first in range(0, len(files), _FILES_AT_ONCE):
-        some = files[first : first + _FILES_AT_ONCE]
+    for first in range(0, len(files), FILES_AT_ONCE):
+        some = files[first : first + FILES_AT_ONCE]
         yield from pool.map(lambda file: source.split(file, shard_size), some)
 
 

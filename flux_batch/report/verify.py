@@ -21,8 +21,7 @@ from flux_batch.output.annotations import AnnotationFolder, annotation_names, un
 from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.commits import parse_commit
 from flux_batch.output.formats import DECODE_ERRORS
-from flux_batch.output.gc import find_leftovers
-from flux_batch.output.listing import Listing, list_commits
+from flux_batch.output.gc import Listing, find_leftovers
 from flux_batch.output.paths import REPORT, SUCCESS, failed_file, metadata_file, number_in
 from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.report.progress.snapshot import duration
@@ -100,7 +99,7 @@ def verify(
     started = time.monotonic()
     run = SavedRun.open(store)
     verdict = _Verdict(store.uri, run.num_shards, quick, is_complete=store.exists(SUCCESS))
-    commits = list_commits(run.folder)
+    commits = run.commits.listed()
     listing = Listing.of(run.folder, run.output_format, commits) if quick else None
     is_logged = _add_logged(run, verdict, listing) if listing else bytearray(run.num_shards)
     to_read = array("i", (shard for shard in commits if not is_logged[shard]))
@@ -255,7 +254,7 @@ def _check_whole(run: SavedRun, verdict: _Verdict, listing: Listing, is_logged: 
     leftovers = list(find_leftovers(run.folder, listing, is_logged))
     missing = list(listing.commits.missing) if verdict.is_complete else []
     # Those that were committed in the meantime.
-    late = list_commits(run.folder) if missing or any(each.kind == "uncommitted" for each in leftovers) else ()
+    late = run.commits.listed() if missing or any(each.kind == "uncommitted" for each in leftovers) else ()
     if num_missing := sum(shard not in late for shard in missing):
         verdict.problems.append(Problem("commit", f"{num_missing} shards are not committed, though {SUCCESS} is there"))
     for leftover in leftovers:

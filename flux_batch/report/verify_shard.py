@@ -17,9 +17,8 @@ from flux_batch.errors import NotFound, one_line
 from flux_batch.images import check_image
 from flux_batch.output.commits import parse_commit
 from flux_batch.output.formats import DECODE_ERRORS
-from flux_batch.output.listing import ShardFiles
 from flux_batch.output.metadata import pack_failures, source_digests, unpack_metadata
-from flux_batch.output.paths import TRAIN, failed_file, image_key, metadata_file
+from flux_batch.output.paths import TRAIN, ShardFiles, failed_file, image_key, metadata_file
 from flux_batch.records import Commit, StoredFile
 from flux_batch.report.saved_run import SavedRun
 

@@ -1,4 +1,4 @@
-"""The entries directly in a folder of a disk, or of a file system of fsspec: names with the bytes of each."""
+"""The entries directly in a folder, with the bytes of each: of a disk, or of a file system of fsspec."""
 
 from __future__ import annotations
 

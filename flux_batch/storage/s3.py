@@ -53,9 +53,9 @@ async def list_folder(fs: Any, folder: str) -> list[str]:
 def entries_of(
     fs: Any, folder: str, after: str, wait_for: Callable[[Coroutine[Any, Any, Any]], Any]
 ) -> Iterator[Entry]:
-    """Yield the entries of a folder that sort behind `after`, by one request for each 1,000.
+    """Yield the entries of a folder that sort behind `after`.
 
-    wait_for: runs a request.
+    It takes one request for each 1,000. wait_for: runs a request.
     """
     _, prefix, _ = fs.split_path(f"{folder}/")
     where = {"StartAfter": f"{prefix}{after}"} if after else {}

@@ -186,7 +186,7 @@ class Store:
         return sorted(path[start:] for path in paths if path.startswith(f"{folder}/"))
 
     def scan(self, folder: str, take: Callable[[Iterable[Entry]], T], *, after: str = "", with_sizes: bool = True) -> T:
-        """Return what `take` makes of the entries directly in a folder, one by one, in any order.
+        """Return what `take` makes of the entries directly in a folder, in any order.
 
         Those up to `after` are left out; S3 does not list them then. An absent folder has none. After a transient error
         `take` is called again, with all of them. with_sizes: False may say 0 bytes for every object, and is faster.

@@ -24,7 +24,7 @@ _ROWS_AT_ONCE = 1 << 20
 def bench_plan(
     num_rows: int, num_files: int, shard_size: int, repeats: int, rows_per_group: int = 65_536
 ) -> dict[str, Any]:
-    """Measure planning a data set, the writing of the plan included, and reading its last shard."""
+    """Measure planning a data set, and reading its last shard."""
     num_files = min(num_files, num_rows)
     plans: list[Plan] = []
     sizes: list[int] = []
@@ -62,7 +62,7 @@ def bench_plan(
 
 
 def write_prompts(folder: Path, num_rows: int, num_files: int, rows_per_group: int) -> list[Path]:
-    """Write as many different prompts with ids to files of about equal size, and return their paths."""
+    """Write different prompts with ids to files of about equal size, and return their paths."""
     bounds = [num_rows * file // num_files for file in range(num_files + 1)]
     paths = [folder / f"{file:06}.parquet" for file in range(num_files)]
     rows_at_once = max(1, _ROWS_AT_ONCE // rows_per_group) * rows_per_group

@@ -40,10 +40,12 @@ from flux_batch.storage.store import Store
 
 _IMAGES_A_SHARD = 256
 _FAILED_EVERY = 100
+# Images and tables are links to a file of so many bytes that takes no room; a file has 65,000 names at most (ext4).
+_FILE_BYTES, _LINKS = 10**6, 20_000
 
 
 def bench_resume(num_commits: int) -> dict[str, Any]:
-    """Measure a run on this disk that is whole but for the contents of its images and tables."""
+    """Measure a whole run on this disk, whose images and tables hold nothing."""
     with tempfile.TemporaryDirectory(prefix="flux-batch-bench-") as folder:
         store = Store(folder)
         commits = Commits(RunFolder(store, num_commits))
@@ -90,7 +92,7 @@ def _verify(store: Store) -> None:
 
 
 def _write_run(folder: Path, run: RunFolder) -> None:
-    """Write a run as it is left, without waiting for the disk; tables and images are holes."""
+    """Write a run as it is left, without waiting for the disk; tables and images hold nothing."""
     for name in (COMMITS, FAILED, METADATA, TRAIN):
         (folder / name).mkdir(parents=True)
     config = JobConfig.from_dict(
@@ -102,7 +104,7 @@ def _write_run(folder: Path, run: RunFolder) -> None:
     for shard in range(run.num_shards):
         name = run.shard_name(shard)
         files = tuple(
-            StoredFile(path=path, bytes=10**6 + shard, sha256=f"{shard * 7919:064x}")
+            StoredFile(path=path, bytes=_FILE_BYTES, sha256=f"{shard * 7919:064x}")
             for path in (f"{TRAIN}/{name}.tar", metadata_file(name))
         )
         failures = {"InvalidRow": 1} if shard % _FAILED_EVERY == 0 else {}
@@ -115,17 +117,11 @@ def _write_run(folder: Path, run: RunFolder) -> None:
             failures=failures,
             device_s=round(300 + shard % 977 / 7, 3),
         )
-        body = json.dumps({"version": 1, **asdict(commit)}, indent=1)
-        (folder / commit_file(name)).write_text(body)
-        for file in files:
-            _write_hole(folder / file.path, file.bytes)
-        if failures:
-            _write_hole(folder / failed_file(name), 1)
+        (folder / commit_file(name)).write_text(json.dumps({"version": 1, **asdict(commit)}, indent=1))
+        hole = folder / f"hole-{shard // _LINKS}"
+        if not shard % _LINKS:
+            hole.touch()
+            os.truncate(hole, _FILE_BYTES)
+        for path in [*(file.path for file in files), *([failed_file(name)] if failures else [])]:
+            os.link(hole, folder / path)
     run.store.write(SUCCESS, b"")
-
-
-def _write_hole(path: Path, num_bytes: int) -> None:
-    """Write a file of a size that takes no room."""
-    file = os.open(path, os.O_CREAT | os.O_WRONLY)
-    os.ftruncate(file, num_bytes)
-    os.close(file)

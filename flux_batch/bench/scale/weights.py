@@ -23,10 +23,10 @@ _FILE_BYTES = 1000
 
 
 def bench_weights(num_workers: int, num_nodes: int, *, num_files: int, request_s: float) -> dict[str, Any]:
-    """Count the requests of workers, a thread each, that begin as those of a run do; the first node is refused.
+    """Count the requests of workers, a thread each; the first node is refused.
 
-    The code is that of a run, from the lock of a node to its copy. Simulated are nodes, each a folder of its own, and
-    the storage, which takes `request_s` for a request and has files of one range.
+    They begin as those of a run do, whose code they run, from the lock of a node to its copy. Simulated are nodes, each
+    a folder of its own, and the storage, which takes `request_s` for a request and has files of one range.
     """
     storage = _Storage(num_files, request_s)
     spread_s = (num_workers - 1) / STARTS_PER_S
