@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 import torch
+from diffusers import FluxFillPipeline, FluxKontextPipeline
 from PIL import Image
 
 from flux_batch import FluxImagePipeline, ModelManager
@@ -22,7 +24,7 @@ from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from helpers.graph_recorder import GraphRecorder
 from helpers.hub_server import Hub
 from helpers.job_files import data_files, make_job, metadata
-from helpers.parity import reference_latents
+from helpers.parity import load_reference, reference_latents
 from helpers.s3 import S3Server
 from helpers.tiny_calls import CPU, SMALL, noise_image
 from helpers.tiny_controlnet import BASE, make_net, reference_of
@@ -93,6 +95,57 @@ def test_a_reader_goes_with_a_net(files: Path, reader: str) -> None:
     inputs = {"image_prompt": [[PROMPT], [CONTROL]], "control_image": [CONTROL, PROMPT]}
     found = pipe(["a cat", "x"], **inputs, seed=[5, 6], step_cache=1e-9, **settings)
     torch.testing.assert_close(found[:1], expected, atol=1e-4, rtol=0)
+
+
+def test_an_ip_adapter_goes_with_kontext(files: Path) -> None:
+    peer = load_into(load_reference(files / "dev", FluxKontextPipeline), files / "ip_adapter")
+    expected = reference_latents(
+        peer,
+        64,
+        96,
+        prompt="a cat",
+        image=CONTROL,
+        ip_adapter_image=PROMPT,
+        negative_prompt="blurry",
+        true_cfg_scale=2.0,
+        guidance_scale=2.5,
+        max_area=64 * 96,
+        _auto_resize=False,
+        generator=torch.Generator("cpu").manual_seed(5),
+        num_inference_steps=3,
+        output_type="latent",
+    )
+    pipe = reading(files, "ip_adapter", variant="kontext")
+    inputs: dict[str, Any] = {"reference_image": CONTROL, "resize_references": False, "image_prompt": PROMPT}
+    torch.testing.assert_close(pipe("a cat", seed=5, **inputs, **CFG, **LATENTS), expected, atol=1e-4, rtol=0)
+
+
+def test_a_redux_goes_with_fill(files: Path, tmp_path: Path) -> None:
+    fill = make_tiny_repository(tmp_path / "fill", replace(BASE, in_channels=384))
+    peer = load_reference(fill, FluxFillPipeline)
+    embeds = load_prior(files / "redux", peer)(PROMPT, prompt="a cat")
+    mask = Image.new("L", (96, 64))
+    mask.paste(255, (10, 5, 60, 41))
+    pipe = FluxImagePipeline.from_pretrained(fill, **CPU)
+    pipe.load_redux(files / "redux")
+    for conv in (peer.vae.encoder.conv_out, pipe.autoencoder.encoder.conv_out):  # samples that are means
+        with torch.no_grad():
+            conv.weight[16:], conv.bias[16:] = 0, -60.0
+    expected = reference_latents(
+        peer,
+        64,
+        96,
+        prompt_embeds=embeds.prompt_embeds,
+        pooled_prompt_embeds=embeds.pooled_prompt_embeds,
+        image=CONTROL,
+        mask_image=mask,
+        generator=torch.Generator("cpu").manual_seed(5),
+        num_inference_steps=3,
+        output_type="latent",
+    )
+    assert pipe.default_guidance == 30
+    found = pipe("a cat", input_image=CONTROL, mask_image=mask, image_prompt=PROMPT, seed=5, **LATENTS)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_rows_with_both(files: Path, tmp_path: Path) -> None:
