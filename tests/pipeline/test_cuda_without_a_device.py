@@ -15,15 +15,27 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from flux_batch import FluxImagePipeline, ModelManager
 from flux_batch.bench.pipeline import random_model
 from flux_batch.bench.pipeline.random_model import random_manager
 from flux_batch.errors import InvalidSetting
+from flux_batch.model.conditions.ip_adapter import IPAdapter, IPAdapterParams
+from flux_batch.model.conditions.redux import Redux
+from flux_batch.model.conditions.vision import ClipVisionEncoder, SiglipEncoder
 from flux_batch.model.optimize import quantize
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.optimize.quantize import to_fp8
+from flux_batch.model.text import build
 from flux_batch.pipeline import compiled as compiling
+from flux_batch.pipeline.images.ip_adapter import IPAdapterPrompts
+from flux_batch.pipeline.images.redux import ReduxPrompts
 from helpers.fake_cuda import CUDA, Waits, enter_cuda, fake_cuda
 from helpers.graph_recorder import GraphRecorder
 from helpers.lora_files import random_factors, write_lora
@@ -168,6 +180,47 @@ def test_offloaded_text_encoders_visit_the_device(waits: Waits) -> None:
     assert {tensor.device.type for tensor in pipe.t5.model.parameters()} == {"cpu"}
     # Weights come without waiting; the embeddings go to host memory, and come back.
     assert sorted(waits.places) == sorted([*OF_A_CALL, *OF_A_TEXT, "transformer.table", *4 * ["transformer.to"]])
+
+
+def put_on_cuda(model: torch.nn.Module) -> None:
+    """Give a module on meta weights on CUDA."""
+    for layer in model.modules():
+        for name, weight in list(layer.named_parameters(recurse=False)):
+            on_cuda = torch.empty(weight.shape, dtype=torch.bfloat16, device=CUDA)
+            layer.register_parameter(name, torch.nn.Parameter(on_cuda, requires_grad=False))
+        for name, positions in list(layer.named_buffers(recurse=False)):
+            filled = torch.arange(positions.shape[-1], device=CUDA)[None]
+            layer.register_buffer(name, filled, persistent=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("reader", ["redux", "ip_adapter"])
+def test_image_prompts_beside_offloaded_text_encoders(waits: Waits, reader: str) -> None:
+    pipe = FluxImagePipeline.from_model_manager(
+        random_manager("dev", "auto", CUDA), compile=False, offload_text_encoders=True
+    )
+    tower: Any
+    of_tower: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 16, "patch_size": 14}
+    if reader == "redux":
+        of_tower |= {"hidden_size": 1152, "intermediate_size": 4304, "image_size": 384}
+        tower = build(SiglipVisionConfig, SiglipVisionModel, of_tower)
+        with torch.device("meta"):
+            part: Any = Redux(1152, 12288, 4096)
+        pipe.image_prompts.redux = ReduxPrompts(SiglipEncoder(tower), part)
+    else:
+        of_tower |= {"hidden_size": 1024, "intermediate_size": 4096, "image_size": 224, "projection_dim": 768}
+        tower = build(CLIPVisionConfig, CLIPVisionModelWithProjection, of_tower)
+        with torch.device("meta"):
+            part = IPAdapter(IPAdapterParams(embed_dim=768, num_tokens=16, token_dim=4096, hidden_size=3072, depth=2))
+        pipe.image_prompts.ip_adapters = [IPAdapterPrompts(ClipVisionEncoder(tower), part, 24)]
+    for module in (tower, part):
+        put_on_cuda(module)
+    options: dict[str, Any] = {"image_prompt": Image.new("RGB", (64, 48)), "cfg_scale": 2.0, "negative_prompt": "bad"}
+    latents = pipe("a cat", seed=1, progress_bar=waits.steps, **options, **FULL)
+    assert latents.is_cuda
+    assert latents.dtype == torch.bfloat16
+    assert {tensor.device.type for tensor in pipe.t5.model.parameters()} == {"cpu"}
+    assert {tensor.device.type for module in (tower, part) for tensor in module.parameters()} == {"cuda"}
 
 
 def test_blocks_are_compiled_by_default_and_shared_on_request_only(
