@@ -87,11 +87,12 @@ LADDER: dict[str, set[str]] = {
     },
     "__init__": {"config", "download", "job", "mapper", "pipeline"},
     "__main__": {"cli"},
-    # Programs of their own, `python -m flux_batch.demo.train` and `.score`: they stand above what they make and judge.
+    # Programs of their own, `python -m flux_batch.demo.train` and so on: they stand above what they make and judge.
     "demo/train": BOTTOM | {"demo", "model", "pipeline"},
     "demo/score": BOTTOM | {"demo", "pipeline"},
+    "demo/score_conditions": BOTTOM | {"demo", "pipeline"},
 }
-PROGRAMS = ("demo/train", "demo/score")
+PROGRAMS = ("demo/train", "demo/score", "demo/score_conditions")
 # Folders within a folder that have a rung of their own.
 PARTS = (*PROGRAMS, "dataset/annotators")
 TENSORS = ("model/", "pipeline/", "demo/", "bench/", "dataset/annotators/")

@@ -20,4 +20,4 @@ def demo_job_path() -> Path:
 
 def demo_lora_path() -> Path:
     """Return the path of the demo LoRA, in the layout of PEFT: it draws any prompt in white on blue."""
-    return Path(__file__).with_name("blueprint.safetensors")
+    return Path(__file__).parent / "loras" / "blueprint.safetensors"

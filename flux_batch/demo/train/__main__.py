@@ -1,9 +1,9 @@
 """The program that trains the demo model: `python -m flux_batch.demo.train WORK_FOLDER [--to MODEL_FOLDER]`.
 
-It has five stages: the autoencoder, the text encoders, the latents of the training images, the transformer, a LoRA on
-it. Each keeps its state in the work folder and resumes from there. The default numbers of steps take two CPU cores an
-hour and a half, most of it for the transformer; more steps make it better. `--start MODEL_FOLDER` skips the first two
-stages and goes on from that model's transformer.
+It has seven stages: the autoencoder, the text encoders, the latents of the training images, the transformer, and three
+LoRAs on it. Each keeps its state in the work folder and resumes from there. The default numbers of steps take two CPU
+cores some hours, an hour and a half of it for the transformer; more steps make it better. `--start MODEL_FOLDER` skips
+the first two stages and goes on from that model's transformer; with `--flow-steps 0` it stays as it is.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 
+from flux_batch.demo.train.adapters.blueprint import train_blueprint
+from flux_batch.demo.train.adapters.canny import train_canny
+from flux_batch.demo.train.adapters.kontext import train_kontext
 from flux_batch.demo.train.autoencoder import train_autoencoder
 from flux_batch.demo.train.flow import Trainer, train_flow
 from flux_batch.demo.train.latents import make_pools
-from flux_batch.demo.train.lora import train_lora
 from flux_batch.demo.train.parts import save_weights, write_model
 from flux_batch.demo.train.text import train_text
 from flux_batch.pipeline.model_manager import ModelManager, locate_parts
+
+_LORAS = {"blueprint": train_blueprint, "flux-canny": train_canny, "flux-kontext": train_kontext}
 
 
 def main() -> None:
@@ -33,21 +37,27 @@ def main() -> None:
     else:
         autoencoder = train_autoencoder(arguments.work, arguments.seed, arguments.autoencoder_steps, arguments.device)
         clip, t5 = train_text(arguments.work, arguments.seed, arguments.text_steps, arguments.device)
-    pools = make_pools(arguments.work, autoencoder, arguments.images, arguments.seed, arguments.device)
     matmul_dtype = torch.bfloat16 if arguments.bfloat16 else torch.float32
     trainer = Trainer(clip, t5, arguments.seed, arguments.device, matmul_dtype)
     if manager:
         trainer.start_from(manager.transformer)
     if arguments.compile:
         trainer.compile()
-    transformer = train_flow(arguments.work, trainer, pools, arguments.seed, arguments.flow_steps)
-    lora_trainer = Trainer(clip, t5, arguments.seed, arguments.device, matmul_dtype)
-    lora_trainer.start_from(transformer)
-    lora = train_lora(arguments.work, lora_trainer, autoencoder, arguments.lora_steps, arguments.seed)
+    transformer = trainer.mean
+    if arguments.flow_steps:
+        pools = make_pools(arguments.work, autoencoder, arguments.images, arguments.seed, arguments.device)
+        transformer = train_flow(arguments.work, trainer, pools, arguments.seed, arguments.flow_steps)
+    loras = {}
+    for name in arguments.loras:
+        lora_trainer = Trainer(clip, t5, arguments.seed, arguments.device, matmul_dtype)
+        lora_trainer.start_from(transformer)
+        num_steps = getattr(arguments, f"{name.removeprefix('flux-')}_steps")
+        loras[name] = _LORAS[name](arguments.work, lora_trainer, autoencoder, num_steps, arguments.seed)
     if arguments.to:
         write_model(arguments.to, arguments.start or arguments.work, transformer, autoencoder, clip, t5)
-        save_weights(arguments.to.with_name("blueprint.safetensors"), lora)
-        print(f"wrote {arguments.to} and blueprint.safetensors beside it")
+        for name, lora in loras.items():
+            save_weights(arguments.to.with_name(f"{name}.safetensors"), lora)
+        print(f"wrote {arguments.to} and {', '.join(f'{name}.safetensors' for name in loras)} beside it")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,7 +74,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text-steps", type=int, default=1000)
     parser.add_argument("--images", type=int, default=12_288)
     parser.add_argument("--flow-steps", type=int, default=3400)
-    parser.add_argument("--lora-steps", type=int, default=400)
+    parser.add_argument(
+        "--loras", nargs="*", choices=_LORAS, default=list(_LORAS), help="those to train; all by default"
+    )
+    parser.add_argument("--blueprint-steps", type=int, default=400)
+    parser.add_argument("--canny-steps", type=int, default=1000)
+    parser.add_argument("--kontext-steps", type=int, default=1800)
     return parser.parse_args()
 
 

@@ -22,6 +22,7 @@ from flux_batch.demo.train.muon import Optimizer
 from flux_batch.demo.train.parts import TRANSFORMER
 from flux_batch.demo.train.progress import Meter, Stage, load
 from flux_batch.demo.train.world import training_text
+from flux_batch.model.conditions.reference import Reference, placed
 from flux_batch.model.optimize.compile import apply_compile
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.text import ClipEncoder, T5Encoder
@@ -49,7 +50,7 @@ _T5_LENGTHS = (
 # above 0.85, which a third of all steps must therefore see.
 _LOGIT_MEAN, _LOGIT_STD = 1.2, 1.3
 # Things cover a tenth of an image and have most of its facts.
-_THING_WEIGHT = 4.0
+THING_WEIGHT = 4.0
 # Weight of the auxiliary head's loss beside that of the velocity.
 _AUXILIARY_WEIGHT = 0.1
 # Shares of the steps at which the learning rate begins to fall and guidance is added.
@@ -63,16 +64,20 @@ _MAX_GUIDANCE = 6.0
 class TrainBatch:
     """A batch of images and texts.
 
-    clean: tokens (b, n, 64); weights: of each token (b, n); classes: of the thing at each token (b, n, 3).
+    clean: tokens (b, n, 64); weights: of each token (b, n); classes: of the thing at each token (b, n, 3), for the
+    auxiliary head; control: tokens (b, n, 64) of a control image, which go into the channels behind as in FLUX.1-Canny;
+    reference: those of an image of the same size, which come before the others as in FLUX.1-Kontext.
     """
 
     clean: Tensor
     weights: Tensor
-    classes: Tensor
     prompts: list[str]
     length: int
     width: int
     height: int
+    classes: Tensor | None = None
+    control: Tensor | None = None
+    reference: Tensor | None = None
 
 
 class Trainer:
@@ -130,14 +135,21 @@ class Trainer:
         with torch.no_grad():
             txt = self.t5(distinct, batch.length)[rows]
             y = self.clip(distinct)[rows]
-        ids = position_ids(batch.length, batch.height // 8, batch.width // 8).to(self.device)
-        velocity: Tensor = model(noisy, txt, model.position_table(ids), time, y, guidance)
+        size = batch.height // 8, batch.width // 8
+        img, references = noisy, tuple[Reference, ...]()
+        if batch.control is not None:
+            img = torch.cat((noisy, batch.control), dim=-1)
+        if batch.reference is not None:
+            img, references = torch.cat((batch.reference, noisy), dim=1), placed([size])
+        ids = position_ids(batch.length, *size, references).to(self.device)
+        velocity: Tensor = model(img, txt, model.position_table(ids), time, y, guidance)[:, -noisy.shape[1] :]
         return velocity
 
     def loss(self, batch: TrainBatch, source: torch.Generator, *, guided: bool) -> tuple[Tensor, Tensor]:
         """Return the losses of the velocity and of the auxiliary head, weighted means over tokens."""
         with self.autocast():
             error = self.error(batch, source, guided=guided)
+            assert batch.classes is not None
             return error, self.auxiliary_head.loss(batch.classes, batch.weights)
 
     def error(self, batch: TrainBatch, source: torch.Generator, *, guided: bool) -> Tensor:
@@ -201,7 +213,7 @@ def make_batch(pools: list[Pool], rng: random.Random, step: int, device: torch.d
     return TrainBatch(
         clean=pool.tokens[numbers].float().to(device),
         weights=torch.stack(
-            [token_weights(pool.scenes[number], pool.width, pool.height, _THING_WEIGHT) for number in numbers]
+            [token_weights(pool.scenes[number], pool.width, pool.height, THING_WEIGHT) for number in numbers]
         ).to(device),
         classes=torch.stack([token_classes(pool.scenes[number], pool.width, pool.height) for number in numbers]).to(
             device

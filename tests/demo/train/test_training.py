@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 
 from flux_batch.demo.paths import demo_model_folder
 from flux_batch.demo.train import __main__ as program
-from flux_batch.demo.train import flow, lora
+from flux_batch.demo.train import flow
+from flux_batch.demo.train.adapters import blueprint, canny, kontext
+from flux_batch.demo.train.adapters.low_rank import LowRank, add_conditioning, add_low_rank, to_original, to_peft
 from flux_batch.demo.train.autoencoder import fold_statistics, images, make_autoencoder
 from flux_batch.demo.train.flow import initialise
 from flux_batch.demo.train.latents import token_weights
-from flux_batch.demo.train.lora import LowRank, add_low_rank, to_peft
 from flux_batch.demo.train.parts import AUTOENCODER, TRANSFORMER
 from flux_batch.demo.world.captions import Background, Scene, Thing
+from flux_batch.model.conditions.variant import CANNY
 from flux_batch.model.transformer import Flux
 from flux_batch.pipeline.pipeline import FluxImagePipeline
 
@@ -60,7 +62,7 @@ def test_an_untrained_transformer_predicts_zero() -> None:
 
 def test_a_lora_has_the_names_of_diffusers_and_splits_fused_layers() -> None:
     torch.manual_seed(0)
-    layers = add_low_rank(Flux(TRANSFORMER))
+    layers = add_low_rank(Flux(TRANSFORMER), blueprint.LAYERS, rank=4)
     for layer in layers.values():
         assert isinstance(layer, LowRank)
         layer.up.data.normal_()
@@ -78,15 +80,29 @@ def test_a_lora_has_the_names_of_diffusers_and_splits_fused_layers() -> None:
     assert delta("single_transformer_blocks.3.proj_out").shape == (256, 1280)
 
 
+def test_a_lora_of_a_condition_has_the_names_of_the_original_with_biases_and_norms() -> None:
+    tensors = to_original(add_conditioning(Flux(TRANSFORMER), rank=4))
+
+    assert tensors["single_blocks.4.linear1.lora_A.weight"].shape == (4, 256)
+    assert tensors["double_blocks.0.txt_mlp.2.lora_B.bias"].shape == (256,)
+    assert tensors["double_blocks.0.img_attn.norm.key_norm.scale"].shape == (128,)
+    assert not any("mod" in name for name in tensors)
+
+
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow, "TOKENS_A_STEP", 4 * 64)
-    monkeypatch.setattr(lora, "NUM_IMAGES", 8)
+    monkeypatch.setattr(blueprint, "NUM_IMAGES", 8)
+    monkeypatch.setattr(canny, "NUM_IMAGES", 4)
+    monkeypatch.setattr(canny, "IMAGES_A_STEP", 2)
+    monkeypatch.setattr(kontext, "NUM_SCENES", 2)
+    monkeypatch.setattr(kontext, "IMAGES_A_STEP", 2)
 
 
 def test_training_resumes_and_writes_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*more: str) -> None:
-        counts = {"autoencoder-steps": 6, "text-steps": 2, "images": 40, "flow-steps": 3, "lora-steps": 2}
+        counts = {"autoencoder-steps": 6, "text-steps": 2, "images": 40, "flow-steps": 3}
+        counts |= {f"{name}-steps": 2 for name in ("blueprint", "canny", "kontext")}
         words = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
         monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "work"), "--device", "cpu", *words, *more])
         program.main()
@@ -96,14 +112,17 @@ def test_training_resumes_and_writes_a_model(tmp_path: Path, monkeypatch: pytest
     train("--to", str(tmp_path / "model"))
 
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.pt")} == kept
-    assert (tmp_path / "blueprint.safetensors").stat().st_size < 300_000
     pipe = FluxImagePipeline.from_pretrained(str(tmp_path / "model"), torch_dtype=torch.float32, device="cpu")
     image = pipe(prompt="a star", width=64, height=64, num_inference_steps=1, seed=0, t5_sequence_length=16)
     assert image.size == (64, 64)
+    # As wide as the noise and a control image: the pipeline takes it for a Canny.
+    pipe.set_loras([(tmp_path / "flux-canny.safetensors", 1.0), (tmp_path / "blueprint.safetensors", 1.0)])
+    assert pipe.variant is CANNY
+    pipe.set_loras([(tmp_path / "flux-kontext.safetensors", 1.0)])
 
 
 def test_training_goes_on_from_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--device", "cpu", "--images", "40", "--flow-steps", "1", "--lora-steps", "1", "--start"]
+    words = ["--device", "cpu", "--images", "40", "--flow-steps", "1", "--loras", "--start"]
     to = tmp_path / "model"
     monkeypatch.setattr(sys, "argv", ["train", str(tmp_path), *words, str(demo_model_folder()), "--to", str(to)])
     program.main()

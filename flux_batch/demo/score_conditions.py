@@ -1,0 +1,134 @@
+"""The share of facts that hold under a condition: `python -m flux_batch.demo.score_conditions canny|kontext`.
+
+canny: images are drawn to the edges of scenes that are held out from training, by captions that do not say places.
+kontext: drawings of such scenes are edited, one fact each. Both by a LoRA on the demo model, and read back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from flux_batch.demo.world.captions import SCORED_SEED, Caption, Scene, captions, phrase
+from flux_batch.demo.world.drawing import draw
+from flux_batch.demo.world.edges import edges
+from flux_batch.demo.world.edits import Edit, edits
+from flux_batch.demo.world.scorer import Fact, Scores, score, score_all
+from flux_batch.errors import FluxBatchError
+from flux_batch.pipeline.pipeline import FluxImagePipeline
+
+_SIDE = 128
+_BATCH = 8
+# The LoRAs were trained at the guidance of the demo model; FLUX.1-Canny's own default is 30.
+_SETTINGS: dict[str, Any] = {
+    "width": _SIDE,
+    "height": _SIDE,
+    "num_inference_steps": 20,
+    "embedded_guidance": 3.5,
+    "t5_sequence_length": 64,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Score a LoRA and print what holds. Returns: the exit code."""
+    arguments = parse_arguments(argv)
+    try:
+        (_score_canny if arguments.condition == "canny" else _score_kontext)(arguments)
+    except (FluxBatchError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(getattr(error, "exit_code", 1))
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of a command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flux_batch.demo.score_conditions", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("condition", choices=("canny", "kontext"))
+    parser.add_argument("--model", default="demo", help="folder or URI of a model trained on the demo's world")
+    parser.add_argument("--lora", required=True, help="the LoRA, as the training writes it")
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the condition beside each image there")
+    return parser.parse_args(argv)
+
+
+def _score_canny(arguments: argparse.Namespace) -> None:
+    """Draw to edges, and print the share of all facts by kind, places among them."""
+    pipeline = FluxImagePipeline.from_pretrained(arguments.model, torch_dtype="float32")
+    pipeline.load_lora(arguments.lora)
+    scenes = [caption.scene for caption in captions(arguments.images, SCORED_SEED, held_out=True)]
+    controls = [edges(drawing(scene, number)) for number, scene in enumerate(scenes)]
+    prompts = [phrase(scene, number % 7, frozenset({"place"})) for number, scene in enumerate(scenes)]
+    images = list(_render(pipeline, prompts, {"control_image": controls}, _SETTINGS))
+    print(score_all([Caption(text=phrase(scene), scene=scene) for scene in scenes], images))
+    _save(arguments.save, prompts, controls, images)
+
+
+def _score_kontext(arguments: argparse.Namespace) -> None:
+    """Edit drawings, and print the shares of edited facts that hold and of others kept."""
+    pipeline = FluxImagePipeline.from_pretrained(arguments.model, torch_dtype="float32", variant="kontext")
+    pipeline.load_lora(arguments.lora)
+    chosen = list(edits(arguments.images, SCORED_SEED))
+    sources = [drawing(edit.before, number) for number, edit in enumerate(chosen)]
+    prompts = [edit.instruction for edit in chosen]
+    images = list(_render(pipeline, prompts, {"reference_image": sources}, _SETTINGS | {"resize_references": False}))
+    edited, kept = score_edits(chosen, images)
+    for name, scores in (("edited", edited), ("kept", kept)):
+        held = sum(fact.holds for fact in scores.facts)
+        print(f"{name:<6} {held} of {len(scores.facts)} facts: {100 * scores.share():.1f} %")
+    _save(arguments.save, prompts, sources, images)
+
+
+def score_edits(chosen: Sequence[Edit], images: Sequence[Image.Image]) -> tuple[Scores, Scores]:
+    """Return the scores of the facts that edits change, and of all others."""
+    edited: list[Fact] = []
+    kept: list[Fact] = []
+    for edit, image in zip(chosen, images, strict=True):
+        # The same facts in the same order before and after: an edit changes what one of them says.
+        before = score(Caption(text="", scene=edit.before), image)
+        for old, new in zip(before, score(Caption(text="", scene=edit.after), image), strict=True):
+            (kept if old.said == new.said else edited).append(new)
+    return Scores(len(images), tuple(edited)), Scores(len(images), tuple(kept))
+
+
+def drawing(scene: Scene, number: int) -> Image.Image:
+    """Return a drawing of a scene, the same for the same number."""
+    return draw(scene, _SIDE, _SIDE, random.Random(f"condition {number}"))
+
+
+def _render(
+    pipeline: Callable[..., Any], prompts: Sequence[str], images: dict[str, list[Image.Image]], settings: dict[str, Any]
+) -> Iterator[Image.Image]:
+    """Yield the image of each prompt and its condition, in order; the seed of each is its number, from 0."""
+    for start in range(0, len(prompts), _BATCH):
+        part = slice(start, start + _BATCH)
+        seeds = list(range(start, min(start + _BATCH, len(prompts))))
+        conditions = {name: each[part] for name, each in images.items()}
+        yield from pipeline(prompt=prompts[part], seed=seeds, **conditions, **settings)
+
+
+def _save(
+    folder: Path | None, prompts: Sequence[str], conditions: Sequence[Image.Image], images: Sequence[Image.Image]
+) -> None:
+    """Write each condition and image side by side, and the prompts as text."""
+    if not folder:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (condition, image) in enumerate(zip(conditions, images, strict=True)):
+        pair = Image.new("RGB", (2 * _SIDE, _SIDE))
+        pair.paste(condition, (0, 0))
+        pair.paste(image, (_SIDE, 0))
+        pair.save(folder / f"{number:03}.png")
+    lines = [f"{number:03}  {prompt}\n" for number, prompt in enumerate(prompts)]
+    (folder / "prompts.txt").write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

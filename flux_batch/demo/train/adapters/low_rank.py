@@ -1,0 +1,119 @@
+"""Low-rank changes of a transformer's layers, their training, and their names in a file: diffusers' or the original."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flux_batch.demo.train.flow import TrainBatch, Trainer
+from flux_batch.demo.train.muon import Optimizer
+from flux_batch.demo.train.progress import Meter, Stage
+from flux_batch.model.layers import RMSNorm
+from flux_batch.model.transformer import Flux
+
+# All layers of blocks but those of modulation.
+_LAYERS = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2", "linear1", "linear2")
+# diffusers' projections of layers, in the order of their rows.
+_PROJECTIONS = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+}
+_SINGLE = "single_transformer_blocks"
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer and a trained low-rank change of it: (..., in) -> (..., out).
+
+    bias: whether its bias changes, too.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Parameter(torch.randn(rank, linear.in_features) / linear.in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.bias = nn.Parameter(torch.zeros(linear.out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.linear(x) + nn.functional.linear(x @ self.down.T, self.up, self.bias)
+        return output
+
+
+def train_layers(
+    trainer: Trainer,
+    stage: Stage,
+    layers: nn.ModuleDict,
+    rate: float,
+    make_batch: Callable[[random.Random, int], TrainBatch],
+) -> None:
+    """Train layers of a trainer's transformer, by AdamW.
+
+    rate: the peak learning rate; make_batch: the batch of a step, from its random source and its number.
+    """
+    optimizer = Optimizer(layers, [], rate, rate)
+    meter = Meter(stage)
+    for step in stage.steps({"layers": layers, "optimizer": optimizer}):
+        batch = make_batch(stage.rng(step), step)
+        with trainer.autocast():
+            loss = trainer.error(batch, stage.generator(step), guided=False)
+        optimizer.update(loss, stage.share_of_rate(step))
+        meter.add(step, loss=loss.item())
+
+
+def add_low_rank(model: nn.Module, names: Sequence[str], rank: int, *, bias: bool = False) -> nn.ModuleDict:
+    """Wrap every layer whose name ends in one of these in a `LowRank`. Returns: these by name, slashes for dots."""
+    found = [(name, module) for name, module in model.named_modules() if name.endswith(tuple(names))]
+    layers = {}
+    for name, module in found:
+        assert isinstance(module, nn.Linear)
+        parent, _, attribute = name.rpartition(".")
+        layers[name.replace(".", "/")] = LowRank(module, rank, bias=bias)
+        setattr(model.get_submodule(parent), attribute, layers[name.replace(".", "/")])
+    return nn.ModuleDict(layers)
+
+
+def add_conditioning(model: Flux, rank: int) -> nn.ModuleDict:
+    """Wrap all layers of the blocks, as BFL's control LoRAs do.
+
+    Weights change at a low rank, biases and the scales of norms freely. Returns: these by name, slashes for dots.
+    """
+    layers = add_low_rank(model, _LAYERS, rank, bias=True)
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm):
+            layers[name.replace(".", "/")] = module.requires_grad_()
+    return layers
+
+
+def to_original(layers: nn.ModuleDict) -> dict[str, Tensor]:
+    """Return the trained tensors by the names of BFL's control LoRAs: of the original layers, norms by their scale."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        key = name.replace("/", ".")
+        if isinstance(layer, LowRank):
+            tensors |= {f"{key}.lora_A.weight": layer.down, f"{key}.lora_B.weight": layer.up}
+            tensors |= {} if layer.bias is None else {f"{key}.lora_B.bias": layer.bias}
+        else:
+            assert isinstance(layer, RMSNorm)
+            tensors[f"{key}.scale"] = layer.scale
+    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+
+
+def to_peft(layers: nn.ModuleDict) -> dict[str, Tensor]:
+    """Return the trained tensors by diffusers' names: fused layers share `down` and split `up`."""
+    tensors = {}
+    for name, layer in layers.items():
+        assert isinstance(layer, LowRank)
+        kind, number, part = name.replace("/", ".").split(".", 2)
+        block = f"{'transformer_blocks' if kind == 'double_blocks' else _SINGLE}.{number}"
+        names = _PROJECTIONS[part]
+        width = layer.linear.out_features if len(names) == 1 else layer.linear.in_features
+        widths = [width] * min(len(names), 3) + [layer.up.shape[0] - 3 * width] * (len(names) == 4)
+        for projection, up in zip(names, torch.split(layer.up.detach(), widths), strict=True):
+            tensors[f"transformer.{block}.{projection}.lora_A.weight"] = layer.down.detach().clone()
+            tensors[f"transformer.{block}.{projection}.lora_B.weight"] = up.clone()
+    return tensors
