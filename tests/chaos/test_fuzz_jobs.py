@@ -118,7 +118,9 @@ def check_bytes(sandbox: Sandbox, figures: Figures, count: int) -> None:
     )
     def check(place: int, length: int, instead: bytes) -> None:
         changed = whole[:place] + instead + whole[place + length :]
-        if output_of(changed) in (None, str(sandbox.output)):  # else it says that the output lies elsewhere
+        output, prompts = uri_of(changed, "output"), uri_of(changed, "prompts")
+        # Else it says that the output lies elsewhere, or to read whatever else is on this disk.
+        if output in (None, str(sandbox.output)) and not is_elsewhere(prompts, sandbox.folder):
             codes.append(sandbox.flux_batch("run", write(sandbox, changed)).code)
 
     check()
@@ -126,11 +128,16 @@ def check_bytes(sandbox: Sandbox, figures: Figures, count: int) -> None:
     assert {0, 2} <= set(codes)
 
 
-def output_of(job: bytes) -> str | None:
-    """Return where a job file says that the output lies; None if it says nothing that a run could follow."""
+def is_elsewhere(uri: str | None, folder: Path) -> bool:
+    """Return whether an address names something that is outside of a folder."""
+    return uri is not None and not uri.startswith(str(folder)) and (Path(uri).exists() or not {*"*?["}.isdisjoint(uri))
+
+
+def uri_of(job: bytes, section: str) -> str | None:
+    """Return where a job file says that output or prompts lie; None if it says nothing that a run could follow."""
     try:
         tree = yaml.safe_load(job.decode())
-        return str(tree["output"]["uri"])
+        return str(tree[section]["uri"])
     except (yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
