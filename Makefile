@@ -13,7 +13,7 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS
 # Each of the processes that share the cores computes on one: more threads than cores mostly wait for each other.
 # They keep the code that one of them compiled for the others, also where containers are told to keep none.
 # How many of them run the tests: more than an ordinary machine has cores, since much of a test is waiting.
-PROCESSES ?= 3
+PROCESSES ?= 4
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help demo test test-fast test-avx2 test-long test-gpu tools browser chaos lint fix pages docs constraints release-check clean
