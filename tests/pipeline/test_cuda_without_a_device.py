@@ -183,7 +183,7 @@ def test_offloaded_text_encoders_visit_the_device(waits: Waits) -> None:
 
 
 def put_on_cuda(model: torch.nn.Module) -> None:
-    """Give a module on meta weights on CUDA."""
+    """Set the weights of a module on meta to some on CUDA."""
     for layer in model.modules():
         for name, weight in list(layer.named_parameters(recurse=False)):
             on_cuda = torch.empty(weight.shape, dtype=torch.bfloat16, device=CUDA)
