@@ -279,6 +279,8 @@ def test_files_of_readers_that_do_not_fit_are_refused(files: Path, tmp_path: Pat
     alone = shutil.copy(files / "redux/image_embedder/diffusion_pytorch_model.safetensors", tmp_path)
     with pytest.raises(CheckpointError, match=r"no vision tower for FLUX.1-Redux"):
         FluxImagePipeline.from_model_manager(manager_of(files, alone))
+    with pytest.raises(CheckpointError, match=r"image_embedder and .* are both FLUX.1-Redux: leave one of them out"):
+        FluxImagePipeline.from_model_manager(manager_of(files, files / "redux", alone))
     (tmp_path / "ip-adapter.bin").write_bytes(b"\x80\x02.")
     with pytest.raises(CheckpointError, match=r"ip-adapter.bin is a pickle"):
         manager.load_models([tmp_path / "ip-adapter.bin"])

@@ -62,9 +62,15 @@ class ImagePrompts:
     def load_found(self, found: Mapping[PromptPart, Sequence[Checkpoint]]) -> None:
         """Load the readers among the files of a ModelManager, with their vision towers.
 
-        A tower that is not among them is in the folder beside its reader. Raises: CheckpointError, for a tower that
-        nothing reads too; InvalidSetting for two readers.
+        A tower that is not among them is in the folder beside its reader. Raises: CheckpointError, also for a tower
+        that nothing reads, or for two files where one is read; InvalidSetting for two readers.
         """
+        for part, files in found.items():
+            if part != "ip_adapter" and len(files) > 1:
+                raise CheckpointError(
+                    f"{files[0].source} and {files[1].source} are both {PROMPT_PART_TITLES[part]}: leave one of them "
+                    "out of load_models([...])"
+                )
         for part, own in _TOWERS.items():
             if own in found and part not in found:
                 raise CheckpointError(
