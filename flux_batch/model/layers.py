@@ -155,17 +155,15 @@ class DoubleStreamBlock(nn.Module):
         """
         (img_1, img_2), (txt_1, txt_2) = (_branches(part, 2) for part in modulation)
 
-        img_q, img_k, img_v = self.img_attn(img_1.modulate(img))
-        txt_q, txt_k, txt_v = self.txt_attn(txt_1.modulate(txt))
-        q = torch.cat((txt_q, img_q), dim=1)
-        k = torch.cat((txt_k, img_k), dim=1)
-        v = torch.cat((txt_v, img_v), dim=1)
-        txt_attn, img_attn = self.attention(q, k, v, pe).split((txt.shape[1], img.shape[1]), dim=1)
+        img_qkv = self.img_attn(img_1.modulate(img))
+        txt_qkv = self.txt_attn(txt_1.modulate(txt))
+        attn = self.attention((txt_qkv, img_qkv), pe)
+        txt_attn, img_attn = attn.split((txt.shape[1], img.shape[1]), dim=1)
 
         img = img + img_1.gate * self.img_attn.proj(img_attn)
         img = img + img_2.gate * self.img_mlp(img_2.modulate(img))
         for key, value in image_prompt:
-            img = img + _attend(img_q, key, value)
+            img = img + _attend(img_qkv[0], key, value)
         txt = txt + txt_1.gate * self.txt_attn.proj(txt_attn)
         txt = txt + txt_2.gate * self.txt_mlp(txt_2.modulate(txt))
         return finite(img), finite(txt)
@@ -193,7 +191,7 @@ class SingleStreamBlock(nn.Module):
         *qkv, hidden = self.project(self.linear1, branch.modulate(x), self.widths, lengths)
         q, k, v = (_heads(part, self.num_heads) for part in qkv)
         q, k = self.norm(q, k)
-        attn = self.attention(q, k, v, pe)
+        attn = self.attention([(q, k, v)], pe)
         change = self.linear2(torch.cat((attn, self.mlp_act(hidden)), dim=-1))
         return finite(x[:, -num_read:] + branch.gate * change)
 
@@ -232,12 +230,21 @@ class JointAttention(nn.Module):
         super().__init__()
         self.rotate: _Rotate = rotate
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
-        """Return what the last M tokens find: q (B, M, H, D); k, v (B, L, H, D); pe of all L -> (B, M, H D)."""
-        parts = self.rotate(q, pe[-q.shape[1] :]), self.rotate(k, pe), v
+    def forward(self, streams: Sequence[tuple[Tensor, Tensor, Tensor]], pe: Tensor) -> Tensor:
+        """Return what the queries of all streams find, one stream after the other: (B, M, H D).
+
+        streams: the queries (B, <= L, H, D) of the last tokens of each, the keys and values (B, L, H, D) of all;
+        pe: of all tokens. A compiler makes one kernel of norm and rotation if streams are joined only then.
+        """
+        tables = pe.split([k.shape[1] for _, k, _ in streams])
+        rotated = [self._rotated(*stream, table) for stream, table in zip(streams, tables, strict=True)]
+        parts = rotated[0] if len(rotated) == 1 else [torch.cat(part, dim=1) for part in zip(*rotated, strict=True)]
         q, k, v = (rearrange(part, "B L H D -> B H L D") for part in parts)
         x = F.scaled_dot_product_attention(q, k, v)
         return rearrange(x, "B H L D -> B L (H D)")
+
+    def _rotated(self, q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rotate(q, pe[-q.shape[1] :]), self.rotate(k, pe), v
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
