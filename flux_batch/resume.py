@@ -213,7 +213,7 @@ def revert_failed(config: JobConfig, plan: Plan, store: Store, *, retry_failed: 
 def read_state(config: JobConfig, plan: Plan, store: Store) -> tuple[Shards, Progress]:
     """Read the shards left to do, and the totals of the others."""
     counts = CommitLog.read(Commits(RunFolder(store, len(plan.shards))))
-    todo, num_images = plan.shards.without(counts.done), config.sampling.num_images_per_prompt
+    todo, num_images = plan.shards.without(counts.is_done), config.sampling.num_images_per_prompt
     progress = Progress(
         store,
         len(plan.shards),

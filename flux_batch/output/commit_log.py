@@ -17,13 +17,12 @@ import json
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import compress, pairwise
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flux_batch.errors import Interrupted, NotFound
@@ -40,6 +39,7 @@ NAMES_A_PAGE = 1000
 # Shards that the log may lack below its end: each costs a request when it is read.
 _MAX_LACKING = 64
 _COMMITS_AT_ONCE = 10_000
+_ROWS_AT_ONCE = 65_536
 _COLUMNS = pa.schema(
     [
         ("shard", pa.int32()),
@@ -74,28 +74,48 @@ class CommitLog:
 
     def update(self) -> None:
         """Read the commits that came since. Raises: StoreError if one is damaged."""
-        self._read_new(_end(self.shards))
+        self._read_new(self._end)
 
     def _read_new(self, end: int) -> None:
         """Read the commits that are not here; below `end` only a few are missing."""
         commits = self.commits
         if end <= NAMES_A_PAGE or commits.run.store.is_local:
-            end, listed = 0, commits.done()
+            end, listed = 0, commits.listed()
             self._keep(listed)
         else:
-            listed = commits.done(first=end)
-        known = set(self.shards)
-        new = sorted(listed - known)
+            listed = commits.listed(first=end)
+        is_known = self.is_done
+        new = array("i", (shard for shard in listed if not is_known[shard]))
         for first in range(0, len(new), _COMMITS_AT_ONCE):
             for commit in commits.read_all(new[first : first + _COMMITS_AT_ONCE]):
                 self.add(commit)
-        for commit in commits.find_all(shard for shard in range(end) if shard not in known):
+        for commit in commits.find_all(shard for shard in range(end) if not is_known[shard]):
             self.add(commit)
 
     @property
-    def done(self) -> set[int]:
-        """The shards that are committed."""
-        return set(self.shards)
+    def is_done(self) -> bytearray:
+        """1 for each shard of the plan that is committed: a byte, where a set has a hundred."""
+        is_done = bytearray(self.commits.run.num_shards)
+        for shard in self.shards:
+            is_done[shard] = 1
+        return is_done
+
+    @property
+    def _columns(self) -> Sequence[array[Any]]:
+        """The counts, as the first columns of the file."""
+        return self.shards, self.num_images, self.num_failed, self.num_bytes, self.device_s
+
+    @property
+    def _end(self) -> int:
+        """The shard below which only a few are lacking."""
+        end = num_lacking = 0
+        for shard, is_there in enumerate(self.is_done):
+            num_lacking += not is_there
+            if num_lacking > _MAX_LACKING:
+                break
+            if is_there:
+                end = shard + 1
+        return end
 
     @property
     def all_failures(self) -> Counter[str]:
@@ -115,14 +135,12 @@ class CommitLog:
         if commit.failures:
             self.failures[commit.shard] = commit.failures
 
-    def _keep(self, shards: set[int]) -> None:
+    def _keep(self, shards: Container[int]) -> None:
         """Remove the counts of all but these shards; the log is written again soon then."""
-        if not shards.issuperset(self.shards):
-            is_kept = [shard in shards for shard in self.shards]
-            for whole in (self.shards, self.num_images, self.num_failed):
-                whole[:] = array("i", compress(whole, is_kept))
-            self.num_bytes[:] = array("q", compress(self.num_bytes, is_kept))
-            self.device_s[:] = array("d", compress(self.device_s, is_kept))
+        is_kept = bytearray(shard in shards for shard in self.shards)
+        if not all(is_kept):
+            for values in self._columns:
+                values[:] = array(values.typecode, compress(values, is_kept))
             self.failures = {shard: counts for shard, counts in self.failures.items() if shard in shards}
             self.num_written = 0
 
@@ -138,19 +156,12 @@ class CommitLog:
             self.num_written = len(self.shards)
 
     def _to_parquet(self) -> bytes:
-        columns: dict[str, array[int] | array[float]] = {
-            "shard": self.shards,
-            "num_images": self.num_images,
-            "num_failed": self.num_failed,
-            "num_bytes": self.num_bytes,
-            "device_s": self.device_s,
-        }
         arrays = [
-            pa.Array.from_buffers(_COLUMNS.field(name).type, len(values), [None, pa.py_buffer(values)])
-            for name, values in columns.items()
+            pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+            for kind, values in zip(_COLUMNS.types[:-1], self._columns, strict=True)
         ]
         arrays.append(pa.array(map(self._failures_text, self.shards), pa.string()))
-        about = {"version": VERSION, "end": _end(self.shards)}
+        about = {"version": VERSION, "end": self._end}
         table = pa.table(arrays, _COLUMNS.with_metadata({"flux_batch": json.dumps(about)})).sort_by("shard")
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
@@ -177,36 +188,29 @@ class CommitLog:
 
     @classmethod
     def _from_parquet(cls, commits: Commits, data: bytes) -> tuple[CommitLog, int]:
-        table = pq.read_table(io.BytesIO(data))
-        about = json.loads(table.schema.metadata[b"flux_batch"])
-        if about["version"] != VERSION or not table.schema.equals(_COLUMNS):
+        file = pq.ParquetFile(io.BytesIO(data))
+        about = json.loads(file.schema_arrow.metadata[b"flux_batch"])
+        if about["version"] != VERSION or not file.schema_arrow.equals(_COLUMNS):
             raise ValueError("of another version")
-        shards, num_images, num_failed = (_values(table[name], array("i")) for name in _COLUMNS.names[:3])
-        if any(table[name].null_count for name in _COLUMNS.names[:5]):
-            raise ValueError("it has gaps")
-        failed = table.select(["shard", "failures"]).filter(pc.field("failures").is_valid()).to_pylist()
-        found = cls(
-            commits,
-            shards,
-            num_images,
-            num_failed,
-            _values(table["num_bytes"], array("q")),
-            _values(table["device_s"], array("d")),
-            {row["shard"]: json.loads(row["failures"]) for row in failed},
-            len(shards),
-        )
-        end = int(about["end"])
-        if len(set(shards)) != len(shards) or not 0 <= end <= commits.run.num_shards:
+        found, end, num_shards = cls(commits), int(about["end"]), commits.run.num_shards
+        for rows in file.iter_batches(_ROWS_AT_ONCE, use_threads=False):
+            found._add_rows(rows)
+        if end < 0 or min(found.shards, default=0) < 0 or any(one >= next_ for one, next_ in pairwise(found.shards)):
             raise ValueError("its shards do not fit together")
-        return found, end
+        found.num_written = len(found.shards)
+        found._keep(range(num_shards))  # a driver may have extended the plan since it was read here
+        return found, min(end, num_shards)
 
-
-def _values(column: pa.ChunkedArray, values: array[Any]) -> array[Any]:
-    """Return the numbers of a column without gaps in `values`, without an object for each."""
-    for chunk in column.chunks:
-        start, end = chunk.offset * values.itemsize, (chunk.offset + len(chunk)) * values.itemsize
-        values.frombytes(memoryview(chunk.buffers()[1]).cast("B")[start:end])
-    return values
+    def _add_rows(self, rows: pa.RecordBatch) -> None:
+        """Add rows of a log. Raises: ValueError if they have gaps."""
+        *counts, failures = rows.columns
+        for values, column in zip(self._columns, counts, strict=True):
+            if column.null_count:
+                raise ValueError("it has gaps")
+            start, end = (values.itemsize * at for at in (column.offset, column.offset + len(column)))
+            values.frombytes(memoryview(column.buffers()[1]).cast("B")[start:end])  # without an object for each
+        for row in rows.select(["shard", "failures"]).filter(failures.is_valid()).to_pylist():
+            self.failures[row["shard"]] = json.loads(row["failures"])
 
 
 def check_all_committed(commits: Commits) -> None:
@@ -219,14 +223,3 @@ def check_all_committed(commits: Commits) -> None:
             f"{commits.run.store.uri}: {len(missing)} commits were removed, that of shard {min(missing)} is one; "
             "run the same command again, which makes their shards"
         )
-
-
-def _end(shards: Iterable[int]) -> int:
-    """Return the shard below which `shards` lacks only a few."""
-    end = num_lacking = 0
-    for shard in sorted(shards):
-        num_lacking += shard - end
-        if num_lacking > _MAX_LACKING:
-            break
-        end = shard + 1
-    return end

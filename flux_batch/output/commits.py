@@ -99,14 +99,16 @@ class Commits:
     run: RunFolder
     folder: str = COMMITS
 
-    def done(self, first: int = 0) -> set[int]:
-        """Return the shards that are committed, those before `first` left out."""
-        after = self.key(first - 1).rpartition("/")[2] if first else ""
-        return self.run.store.scan(self.folder, _numbers_in, after=after, with_sizes=False)
+    def done(self) -> set[int]:
+        """Return the shards that are committed."""
+        return self.run.store.scan(self.folder, _numbers_in, with_sizes=False)
 
-    def listed(self) -> ShardFiles:
-        """List the commits of the plan's shards in columns, and what else lies beside them. Raises: StoreError."""
-        return ShardFiles.list(self.run, self.folder, ".json", with_sizes=False)
+    def listed(self, first: int = 0) -> ShardFiles:
+        """List the commits of the plan's shards in columns, and what else lies beside them, those before `first` not.
+
+        Raises: StoreError.
+        """
+        return ShardFiles.list(self.run, self.folder, ".json", with_sizes=False, first=first)
 
     def read(self, shard: int) -> Commit:
         """Read the commit of a shard. Raises: NotFound if it is not done, StoreError if it is damaged."""

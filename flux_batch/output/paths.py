@@ -127,9 +127,13 @@ class ShardFiles:
     others: dict[str, int | None]
 
     @classmethod
-    def list(cls, run: RunFolder, folder: str, suffix: str, *, with_sizes: bool = True) -> ShardFiles:
-        """List a folder; without sizes every file has some number of bytes from 0 on. Raises: StoreError."""
+    def list(cls, run: RunFolder, folder: str, suffix: str, *, with_sizes: bool = True, first: int = 0) -> ShardFiles:
+        """List a folder, the shards before `first` left out.
+
+        Without sizes every file has some number of bytes from 0 on. Raises: StoreError.
+        """
         width = len(run.shard_name(0))
+        after = f"{run.shard_name(first - 1)}{suffix}" if first else ""
 
         def take(entries: Iterable[Entry]) -> ShardFiles:
             sizes, others = array("q", [_ABSENT]) * run.num_shards, {}
@@ -143,7 +147,7 @@ class ShardFiles:
                     others[name] = size
             return cls(run, folder, suffix, sizes, others)
 
-        return run.store.scan(folder, take, with_sizes=with_sizes)
+        return run.store.scan(folder, take, after=after, with_sizes=with_sizes)
 
     def __contains__(self, shard: object) -> bool:
         """Return whether a shard has its file."""

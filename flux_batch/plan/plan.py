@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import math
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ from flux_batch.records import FileRange
 
 _READER_THREADS = 16
 FILES_AT_ONCE = 1000
+# Rows of a saved plan that are objects at a time.
+_PARTS_AT_ONCE = 10_000
 # Shards that a notebook shows of a plan.
 _SHARDS_SHOWN = 20
 
@@ -120,17 +123,23 @@ def _file_range(file: PromptFile, rows: RowRange) -> FileRange:
 class Outline:
     """The part of a saved plan that needs no data set: rows of each shard, types of passthrough columns."""
 
-    num_rows: tuple[int, ...]
+    num_rows: array[int]
     passthrough: pa.Schema
 
     @classmethod
     def from_parquet(cls, data: bytes) -> Outline:
         """Read a saved plan without reading the data set. Raises: ValueError if it is not a plan."""
         try:
-            table = pq.read_table(io.BytesIO(data), columns=["shard", "num_rows"])
-            passthrough = base64.b64decode(table.schema.metadata[b"passthrough"])
-            per_shard = table.group_by("shard", use_threads=False).aggregate([("num_rows", "sum")])
-            num_rows = tuple(per_shard["num_rows_sum"].to_pylist())
+            file = pq.ParquetFile(io.BytesIO(data))
+            passthrough = base64.b64decode(file.schema_arrow.metadata[b"passthrough"])
+            num_rows, last = array("q"), -1
+            for parts in file.iter_batches(_PARTS_AT_ONCE, columns=["shard", "num_rows"], use_threads=False):
+                for shard, num in zip(parts["shard"].to_pylist(), parts["num_rows"].to_pylist(), strict=True):
+                    if shard == last:
+                        num_rows[-1] += num
+                    else:
+                        num_rows.append(num)
+                    last = shard
             return cls(num_rows, pa.ipc.read_schema(pa.py_buffer(passthrough)))
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"not a plan of this program ({error})") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from operator import eq
@@ -66,9 +66,9 @@ class Shards(Sequence[Shard]):
             tables.append(pa.Table.from_pylist(some, _COLUMNS))
         return Shards.from_columns(pa.concat_tables(tables).unify_dictionaries(), uris)
 
-    def without(self, done: Collection[int]) -> Shards:
-        """Return the shards whose numbers are not in `done`."""
-        return replace(self, numbers=array("i", (number for number in self.numbers if number not in done)))
+    def without(self, is_done: Sequence[int]) -> Shards:
+        """Return the shards that are left where `is_done` has a 1 for each shard of the plan that is not."""
+        return replace(self, numbers=array("i", (number for number in self.numbers if not is_done[number])))
 
     @property
     def num_rows(self) -> int:

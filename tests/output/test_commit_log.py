@@ -9,7 +9,7 @@ import pytest
 from flux_batch.errors import Interrupted
 from flux_batch.output.commit_log import CommitLog, check_all_committed
 from flux_batch.output.commits import Commits
-from flux_batch.output.paths import COMMIT_LOG, RunFolder
+from flux_batch.output.paths import COMMIT_LOG, COMMITS, RunFolder
 from flux_batch.records import Commit
 from flux_batch.storage.store import Store
 
@@ -69,7 +69,8 @@ def test_a_written_log_spares_the_commits_that_it_counts(tmp_path: Path) -> None
     ]
     store.delete(COMMIT_LOG)
     assert counts(log) == counts(CommitLog.read(commits))
-    assert log.done == {0, 1, 2, 3, 4, 5, 9}
+    assert set(log.shards) == {0, 1, 2, 3, 4, 5, 9}
+    assert [shard for shard, is_done in enumerate(log.is_done) if is_done] == sorted(log.shards)
     assert log.all_failures == {"InvalidRow": 4}
 
 
@@ -83,7 +84,7 @@ def test_a_log_lacks_few_shards_below_its_end(tmp_path: Path) -> None:
     put(commits, 50)
     store.keys.clear()
 
-    assert CommitLog.read(commits).done == {*range(10), 50, *range(100, 110)}
+    assert set(CommitLog.read(commits).shards) == {*range(10), 50, *range(100, 110)}
     assert store.keys == ["_run/commit_log.parquet", "_run/commits/00050.json"]
 
 
@@ -113,6 +114,20 @@ def test_a_log_that_cannot_be_used_is_rebuilt_from_the_commits(
     assert counts(CommitLog.read(commits)) == counts(log)
 
 
+def test_a_log_of_a_longer_plan_counts_for_the_shards_of_ours(tmp_path: Path) -> None:
+    """A driver may extend the plan while somebody who has read the old one looks at the run."""
+    commits, store = make(tmp_path, num_shards=4)
+    put(commits, *range(10))
+    longer = CommitLog.read(Commits(RunFolder(store, 10)))
+    longer.write()
+    store.keys.clear()
+
+    log = CommitLog.read(commits)
+
+    assert counts(log) == {shard: count for shard, count in counts(longer).items() if shard < 4}
+    assert store.keys == [COMMIT_LOG]
+
+
 def test_a_log_of_another_version_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commits, store = make(tmp_path)
     put(commits, 0, 1)
@@ -121,7 +136,7 @@ def test_a_log_of_another_version_is_not_used(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("flux_batch.output.commit_log.VERSION", 3)
 
-    assert CommitLog.read(commits).done == {0, 1}
+    assert set(CommitLog.read(commits).shards) == {0, 1}
     assert len(store.keys) == 3
 
 
@@ -139,7 +154,7 @@ def test_where_all_commits_are_listed_each_is_looked_for(
 
     again = CommitLog.read(commits)
 
-    assert again.done == log.done - {1}
+    assert set(again.shards) == set(log.shards) - {1}
     assert again.all_failures["InvalidRow"] == log.all_failures["InvalidRow"] - 1
     assert store.keys == [COMMIT_LOG]  # no commit was read
     again.write()
@@ -154,7 +169,7 @@ def test_a_log_of_commits_that_are_gone_is_not_used(tmp_path: Path, gone: int) -
 
     store.delete(commits.key(gone))
 
-    assert CommitLog.read(commits).done == set(range(300)) - {gone}
+    assert set(CommitLog.read(commits).shards) == set(range(300)) - {gone}
 
 
 def test_a_run_is_complete_by_its_commits_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +177,9 @@ def test_a_run_is_complete_by_its_commits_alone(tmp_path: Path, monkeypatch: pyt
     put(commits, *range(300))
     CommitLog.read(commits).write()
     check_all_committed(commits)
-    monkeypatch.setattr(Commits, "done", lambda self, first=0: set(range(290)))  # a listing that is late
+    early = [(name, size) for name, size in store.children(COMMITS).items() if name < "00290"]
+    monkeypatch.setattr(store, "_entries", lambda *asked: iter(early))  # a listing that is late
+    assert 295 not in commits.listed()
     check_all_committed(commits)
 
     store.delete(commits.key(295))
