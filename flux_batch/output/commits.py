@@ -104,9 +104,9 @@ class Commits:
         return self.run.store.scan(self.folder, _numbers_in, with_sizes=False)
 
     def listed(self, first: int = 0) -> ShardFiles:
-        """List the commits of the plan's shards in columns, and what else lies beside them, those before `first` not.
+        """List the commits of the plan's shards in columns, and what else lies beside them.
 
-        Raises: StoreError.
+        Those before `first` are left out. Raises: StoreError.
         """
         return ShardFiles.list(self.run, self.folder, ".json", with_sizes=False, first=first)
 

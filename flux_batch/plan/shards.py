@@ -67,7 +67,7 @@ class Shards(Sequence[Shard]):
         return Shards.from_columns(pa.concat_tables(tables).unify_dictionaries(), uris)
 
     def without(self, is_done: Sequence[int]) -> Shards:
-        """Return the shards that are left where `is_done` has a 1 for each shard of the plan that is not."""
+        """Return the shards that are left; `is_done` has a 1 for each shard of the plan that is not."""
         return replace(self, numbers=array("i", (number for number in self.numbers if not is_done[number])))
 
     @property
