@@ -42,6 +42,11 @@ def make_noise(shape: Sequence[int], generators: Sequence[torch.Generator | None
     return torch.cat([torch.randn((1, *shape), generator=generator, dtype=torch.float32) for generator in generators])
 
 
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Return numbers of the host on a device; a host does not wait until a GPU comes to the copy."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def pack(latents: Tensor) -> Tensor:
     """Return a token for each 2 x 2 patch: (b, c, 2h, 2w) -> (b, h w, 4c)."""
     return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
@@ -105,7 +110,7 @@ def timesteps_of(sigmas: Tensor, like: Tensor) -> Tensor:
 
     Rounded as in diffusers: 1000 sigma in that dtype, then / 1000 (the model multiplies again).
     """
-    return (1000.0 * sigmas[:-1]).to(like) / 1000.0
+    return on_device((1000.0 * sigmas[:-1]).to(like.dtype), like.device) / 1000.0
 
 
 def _static_shift(sigmas: Tensor, shift: float) -> Tensor:
@@ -114,7 +119,7 @@ def _static_shift(sigmas: Tensor, shift: float) -> Tensor:
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """Return latents at noise level `sigma`, rounded to their dtype first, as in diffusers."""
-    sigma = sigma.to(latents)
+    sigma = on_device(sigma.to(latents.dtype), latents.device)
     return sigma * noise + (1.0 - sigma) * latents
 
 

@@ -19,6 +19,7 @@ from flux_batch.model.checkpoint.checkpoint import Checkpoint, read_config
 from flux_batch.model.checkpoint.lazy_state import StoredState
 from flux_batch.model.checkpoint.loading import Prepare, load_weights, naming_errors
 from flux_batch.model.params import Config, Shapes, count_of, shape_of
+from flux_batch.model.sampling import on_device
 
 _CLIP_HEAD_DIM = 64
 # Settings that shapes do not tell; sizes are read from the shapes of the weights, whatever a config.json says.
@@ -55,7 +56,7 @@ class ClipEncoder:
 
     def pool(self, ids: Tensor) -> Tensor:
         """Return the pooled embedding of token ids (b, l): (b, d)."""
-        pooled: Tensor = self.model(ids.to(self.model.device)).pooler_output
+        pooled: Tensor = self.model(on_device(ids, self.model.device)).pooler_output
         return pooled
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
@@ -87,7 +88,7 @@ class T5Encoder:
 
     def states(self, ids: Tensor) -> Tensor:
         """Return the states of token ids (b, l): (b, l, d)."""
-        states: Tensor = self.model(ids.to(self.model.device)).last_hidden_state
+        states: Tensor = self.model(on_device(ids, self.model.device)).last_hidden_state
         return states
 
     def truncated(self, prompts: Sequence[str], length: int) -> list[bool]:

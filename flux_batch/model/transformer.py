@@ -25,7 +25,7 @@ from flux_batch.model.layers import (
 )
 from flux_batch.model.params import MODULATION_ROWS, FluxParams
 from flux_batch.model.rope import rotary_table
-from flux_batch.model.sampling import position_ids
+from flux_batch.model.sampling import on_device, position_ids
 
 # A table of FLUX.1 takes 2.4 MB at 1024 x 1024 with 512 text tokens, 8.7 MB at 2048 x 2048.
 _MAX_POSITION_TABLES = 8
@@ -297,6 +297,6 @@ def position_tables(model: Flux, device: torch.device, max_tables: int = _MAX_PO
         num_txt_tokens: int, height: int, width: int, references: tuple[tuple[int, int, int, int], ...] = ()
     ) -> Tensor:
         # In float64, which not every device has.
-        return model.position_table(position_ids(num_txt_tokens, height, width, references)).to(device)
+        return on_device(model.position_table(position_ids(num_txt_tokens, height, width, references)), device)
 
     return table

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flux_batch.model.conditions.controlnet import Controls
 from flux_batch.model.optimize.step_cache import StepCache
-from flux_batch.model.sampling import Progress, Velocity, denoise, make_sigmas, pack, timesteps_of, unpack
+from flux_batch.model.sampling import Progress, Velocity, denoise, make_sigmas, on_device, pack, timesteps_of, unpack
 from flux_batch.model.transformer import Denoiser, PromptEmbeds
 from flux_batch.pipeline.images.latents import StepCallback, after_each_step
 from flux_batch.pipeline.request import PipelineRequest, Texts
@@ -35,7 +35,7 @@ def denoised(
     length = request.t5_length(pipe.default_t5_sequence_length)
     num_tokens = height // 2 * (width // 2)  # without those of reference images, whose noise is none
     sigmas = make_sigmas(p.num_inference_steps, num_tokens, pipe.schedule, p.sigma_shift, p.denoising_strength)
-    guidance = torch.tensor(request.values("embedded_guidance"), device=pipe.device, dtype=pipe.torch_dtype)
+    guidance = on_device(torch.tensor(request.values("embedded_guidance"), dtype=pipe.torch_dtype), pipe.device)
     timesteps = timesteps_of(sigmas, guidance)
 
     def embedded(texts: Texts) -> PromptEmbeds:
@@ -53,16 +53,17 @@ def denoised(
             steps = pipe.graphs(model)
         return conditions.around(steps)
 
+    # First the texts: while a GPU encodes them, the host draws the noise.
+    embeds = pipe.image_prompts.beside(embedded(request.prompts), request.images)
     start = pipe.latents.start(request, sigmas[0])
     conditions = pipe.latents.conditions(request, pipe.variant)
-    embeds = pipe.image_prompts.beside(embedded(request.prompts), request.images)
     # The pass with the negative prompts has the residuals of the other, as in diffusers.
     tables = partial(pipe.position_tables, height=height, width=width)
     uses = pipe.controlnets.uses(request, pipe.latents)
     nets = Controls(uses, pipe.transformer, embeds, tables, timesteps, guidance) if uses else None
     positive = velocity(embeds)
     negative = velocity(embedded(request.negative_prompts), is_negative=True) if request.uses_cfg else None
-    cfg_scale = torch.tensor(request.values("cfg_scale"), device=pipe.device, dtype=torch.float32)
+    cfg_scale = on_device(torch.tensor(request.values("cfg_scale"), dtype=torch.float32), pipe.device)
     kept = pipe.latents.kept(request, pipe.variant, start, sigmas)
     with pipe.attention.first():
         tokens = denoise(

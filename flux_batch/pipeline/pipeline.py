@@ -34,7 +34,7 @@ from flux_batch.pipeline.errors import device_errors
 from flux_batch.pipeline.images.controls import ControlNets
 from flux_batch.pipeline.images.inputs import image_inputs
 from flux_batch.pipeline.images.latents import ImageLatents, StepCallback
-from flux_batch.pipeline.images.pixels import OutputType, as_output, check_finite
+from flux_batch.pipeline.images.pixels import OutputType, as_output
 from flux_batch.pipeline.images.prompts import REDUX_GUIDANCE, AdapterScale, ImagePrompts, adapter_files
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, check_parts_fit, locate_parts
@@ -479,11 +479,9 @@ class FluxImagePipeline:
             latents = self.make_latents(request, progress_bar, callback_on_step_end)
             if output_type == "latent":
                 return latents
-            pixels = self.latents.decode(latents, request.tiling)
-            check_finite(pixels)
-            if paste_back:
-                pixels = self.latents.paste_back(pixels, request)
-            made = as_output(pixels, output_type)
+            decoded = self.latents.decode(latents, request.tiling)
+            pixels = self.latents.paste_back(decoded, request) if paste_back else decoded
+            made = as_output(pixels, output_type, decoded)
         return made[0] if isinstance(prompt, str) and output_type != "pt" else made
 
     def make_latents(

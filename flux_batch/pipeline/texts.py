@@ -9,6 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 
@@ -23,6 +24,8 @@ from flux_batch.sampling_params import MAX_T5_LENGTH, check_integer
 
 # About 64 prompts of FLUX.1-dev in bfloat16: those of the batches near each other, and the empty one.
 _MAX_BYTES = 256 * 2**20
+# Texts whose tokens are counted once: those of some batches.
+_MAX_COUNTED = 256
 
 _Encode = Callable[[str, int], PromptEmbeds]
 _OnDevice = Callable[[], AbstractContextManager[None]]
@@ -56,6 +59,8 @@ class TextEncoders:
         offloaded = apply_offload([clip.model, t5.model] if self.is_offloaded else [], device)
         self.on_device = offloaded.on_device
         self._cache = TextCache(self._encode_one, on_device=offloaded.on_device)
+        # A worker asks before each call, which asks again, while its GPU has nothing to do.
+        self._is_cut = lru_cache(_MAX_COUNTED)(self._count_one)
 
     def encode(self, prompts: Sequence[str], length: int) -> PromptEmbeds:
         """Return the embeddings of each prompt, those of the last prompts from memory."""
@@ -74,10 +79,7 @@ class TextEncoders:
 
     def truncations(self, prompts: Sequence[str], length: int | None = None) -> list[tuple[bool, bool]]:
         """Return whether CLIP and whether T5 leaves out the end of each prompt."""
-        if not prompts:
-            return []
-        of_t5 = self._t5.truncated(prompts, length or self._default_length)
-        return list(zip(self._clip.truncated(prompts), of_t5, strict=True))
+        return [self._is_cut(prompt, length or self._default_length) for prompt in prompts]
 
     def warn_of_cut(self, request: PipelineRequest) -> None:
         """Warn if the end of a text is left out; Python prints a warning once a program."""
@@ -88,6 +90,10 @@ class TextEncoders:
             if any(each[encoder] for each in truncations):
                 where = f"`truncations` tells which, in a job the column {title.lower()}_truncated"
                 warnings.warn(f"a prompt is longer than {title} reads, its end is left out: {where}", stacklevel=3)
+
+    def _count_one(self, text: str, length: int) -> tuple[bool, bool]:
+        """Return whether CLIP and whether T5 leaves out the end of one text."""
+        return self._clip.truncated([text])[0], self._t5.truncated([text], length)[0]
 
     def _encode_one(self, text: str, length: int) -> PromptEmbeds:
         """Run the text encoders on one text, b = 1."""

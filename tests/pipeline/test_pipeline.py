@@ -15,6 +15,7 @@ from PIL import Image
 
 from flux_batch import FluxImagePipeline
 from flux_batch.errors import CheckpointError, DeviceFatal, InvalidSetting, OutOfMemory, RowError
+from flux_batch.model import text as text_encoders
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.pipeline import pipeline as pipeline_module
 from flux_batch.pipeline.model_manager import device_errors
@@ -179,11 +180,22 @@ class TestOutput:
 
 
 class TestTexts:
-    def test_truncations_say_which_encoder_misses_the_end(self, pipe: FluxImagePipeline) -> None:
+    def test_truncations_say_which_encoder_misses_the_end(
+        self, pipe: FluxImagePipeline, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         texts = ["", "a" * 75, "a" * 76, "a" * 600]
         assert pipe.truncations(texts) == [(False, False), (False, False), (True, False), (True, True)]
         assert pipe.truncations(texts, 50) == [(False, False), (False, True), (True, True), (True, True)]
         assert pipe.truncations([]) == []
+        counted: list[list[str]] = []
+
+        def count(tokenizer: Any, texts: list[str]) -> list[int]:
+            counted.append(texts)
+            return [1]
+
+        monkeypatch.setattr(text_encoders, "count_tokens", count)
+        assert pipe.truncations([*texts, "b"])[:4] == [(False, False), (False, False), (True, False), (True, True)]
+        assert counted == [["b"], ["b"]]
 
     def test_embeddings_stand_in_for_texts(self, pipe: FluxImagePipeline) -> None:
         prompts, negative_prompts = ["a cat", "two dogs"], ["bad", ""]

@@ -18,7 +18,7 @@ from flux_batch.model.conditions.inpaint import KeptLatents, latent_mask
 from flux_batch.model.conditions.reference import Reference, WithReferences, placed
 from flux_batch.model.conditions.variant import FILL, Variant
 from flux_batch.model.optimize.tiling import Tiling, tiled_decode, tiled_moments
-from flux_batch.model.sampling import Velocity, add_noise, make_generators, make_noise, pack
+from flux_batch.model.sampling import Velocity, add_noise, make_generators, make_noise, on_device, pack
 from flux_batch.pipeline.images.inputs import ImageInputs, keeps_latents
 from flux_batch.pipeline.images.memory import ImageMemory
 from flux_batch.pipeline.images.pixels import to_mask_pixels, to_pixels
@@ -151,11 +151,12 @@ class ImageLatents:
         weight = self.autoencoder.encoder.conv_in.weight
 
         def moments(image: Tensor) -> Tensor:
-            image = image.to(weight)
+            image = on_device(image.to(weight.dtype), weight.device)
             return tiled_moments(self.autoencoder, image, tiling) if tiling else self.autoencoder.encoder(image)
 
         found = self._memory.encoded(pixels, moments, tiling)
-        return self.autoencoder.sample(found, None if noise is None else noise.to(weight)).to(self._dtype)
+        noise = None if noise is None else on_device(noise.to(weight.dtype), weight.device)
+        return self.autoencoder.sample(found, noise).to(self._dtype)
 
     def decode(self, latents: Tensor, tiling: Tiling | None = None) -> Tensor:
         """Return pixels, about [-1, 1], in the autoencoder's dtype: (b, z, h, w) -> (b, 3, 8h, 8w)."""
@@ -170,15 +171,15 @@ class ImageLatents:
         inputs: ImageInputs = request.images
         if inputs.mask_image is None or inputs.input_image is None:
             return pixels
-        source = self._pixels(inputs.input_image, "input_image", request).to(pixels.device)
-        return torch.where(self.masks(request).to(pixels.device) > 0, pixels.float(), source)
+        source = on_device(self._pixels(inputs.input_image, "input_image", request), pixels.device)
+        return torch.where(on_device(self.masks(request), pixels.device) > 0, pixels.float(), source)
 
     def _pixels(self, images: Sequence[Image.Image], name: str, request: PipelineRequest) -> Tensor:
         size = request.shared.width, request.shared.height
         return torch.stack([to_pixels(image, *size, name) for image in images])
 
     def _as_latents(self, latents: Tensor) -> Tensor:
-        return latents.to(self._device, self._dtype)
+        return on_device(latents.to(self._dtype), self._device)
 
 
 def after_each_step(

@@ -16,12 +16,6 @@ from flux_batch.images import to_mask, to_rgb
 OutputType = Literal["pil", "np", "pt", "latent"]
 
 
-def check_finite(pixels: Tensor) -> None:
-    """Raise RowError if an image holds NaN or infinity, which uint8 would turn into black."""
-    if not torch.isfinite(pixels).all():
-        raise RowError(f"the model overflowed in {str(pixels.dtype).removeprefix('torch.')}: use bfloat16 or float32")
-
-
 def to_pixels(image: Image.Image, width: int, height: int, name: str = "input_image") -> Tensor:
     """Return the pixels of an image: fp32 (3, height, width) in [-1, 1], resized by Lanczos.
 
@@ -52,18 +46,30 @@ def resized(
         raise InvalidSetting(f"{name} {error}", field=name) from error
 
 
-def as_output(pixels: Tensor, output_type: OutputType) -> Any:
-    """Return decoded pixels as a call asks for them: a tensor for `pt`, else a list of arrays or PIL images."""
+def as_output(pixels: Tensor, output_type: OutputType, decoded: Tensor) -> Any:
+    """Return pixels as a call asks for them: a tensor for `pt`, else a list of arrays or PIL images.
+
+    decoded: the same before anything was pasted into them. Raises: RowError if it holds NaN or infinity, which uint8
+    would turn into black.
+    """
+    is_finite = torch.isfinite(decoded).all()
     if output_type == "pt":
-        return pixels.float().clamp(-1.0, 1.0)
-    arrays = list(to_uint8(pixels))
+        images = pixels.float().clamp(-1.0, 1.0)
+    else:
+        images = to_uint8(pixels).to("cpu", non_blocking=pixels.is_cuda)
+    # Here the host waits for a GPU, once: what came before has arrived then, too.
+    if not is_finite:
+        raise RowError(f"the model overflowed in {str(decoded.dtype).removeprefix('torch.')}: use bfloat16 or float32")
+    if output_type == "pt":
+        return images
+    arrays = list(images.numpy())
     return [Image.fromarray(array) for array in arrays] if output_type == "pil" else arrays
 
 
-def to_uint8(pixels: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def to_uint8(pixels: Tensor) -> Tensor:
     """Return pixels as uint8: (b, 3, height, width) in [-1, 1] -> (b, height, width, 3), rounded half to even.
 
     Clamped in the dtype of the pixels, then rounded in fp32, as diffusers does; BFL and DiffSynth truncate.
     """
     unit = (pixels * 0.5 + 0.5).clamp(0.0, 1.0).float()
-    return (unit * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return (unit * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1)
