@@ -43,7 +43,7 @@ def make_noise(shape: Sequence[int], generators: Sequence[torch.Generator | None
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return numbers of the host on a device; a host does not wait until a GPU comes to the copy."""
+    """Return numbers of the host on a device. The host does not wait until a GPU comes to the copy."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
