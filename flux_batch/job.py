@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flux_batch.config.conditions import ImagePromptConfig
+from flux_batch.config.conditions import ImagePromptConfig, IPAdapterConfig
 from flux_batch.config.factory import imported
 from flux_batch.config.known_settings import check_settings, declared_settings
 from flux_batch.config.schema import JobConfig, ModelConfig
@@ -286,11 +286,14 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
     )
 
 
-def _with_absolute_uris(config: ImagePromptConfig | None) -> ImagePromptConfig | None:
+def _with_absolute_uris(
+    config: ImagePromptConfig | IPAdapterConfig | None,
+) -> ImagePromptConfig | IPAdapterConfig | None:
     if config is None:
         return None
     encoder = config.image_encoder and absolute_model_uri(config.image_encoder)
-    return config.model_copy(update={"uri": absolute_model_uri(config.uri), "image_encoder": encoder})
+    uris = tuple(map(absolute_model_uri, config.uris))
+    return config.model_copy(update={"uri": uris[0] if isinstance(config.uri, str) else uris, "image_encoder": encoder})
 
 
 def _on_this_machine(

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from flux_batch.config.conditions import ControlNetConfig, ImagePromptConfig
+from flux_batch.config.conditions import ControlNetConfig, ImagePromptConfig, IPAdapterConfig
 from flux_batch.config.factory import FACTORY
 from flux_batch.config.running import FailuresConfig, QualityConfig, WorkersConfig
 from flux_batch.config.section import Section, check_no_secret
@@ -255,7 +255,7 @@ class ModelConfig(Section):
     storage_options: dict[str, Any] = Field(default={}, repr=False)
     """Options of fsspec for the model and what is loaded beside it; web addresses have none of a bucket's."""
     refresh: bool = False
-    """Ask the remote whether the model has changed before the copy on a node is used."""
+    """Ask the remote whether the model has changed before the copy on a node is used; and what is loaded beside it."""
     pipeline: str | None = Field(default=None, pattern=FACTORY.pattern)
     """`module:factory` of a pipeline for another model, which makes the images; FLUX.1 if null."""
     pipeline_options: dict[str, Any] = Field(default={})
@@ -281,8 +281,8 @@ class ModelConfig(Section):
     """ControlNets, whose residuals add up; each reads one image of a row's `control_image`, in this order."""
     redux: ImagePromptConfig | None = None
     """FLUX.1-Redux, which turns the `image_prompt` of a row into tokens behind those of its text."""
-    ip_adapter: ImagePromptConfig | None = None
-    """An IP-Adapter of XLabs, which lets the image attend to the `image_prompt` of a row."""
+    ip_adapter: IPAdapterConfig | None = None
+    """An IP-Adapter of XLabs, which lets the image attend to the `image_prompt` of a row; or several."""
 
     @field_validator("quantization", mode="before")
     @classmethod

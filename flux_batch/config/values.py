@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PlainValidator
+from pydantic import BeforeValidator, PlainSerializer, PlainValidator
 
 
 def _batch_size(value: Any) -> int | Literal["auto"]:
@@ -24,6 +25,20 @@ def _template(value: Any) -> str | dict[str, str] | None:
     return value
 
 
+def _uris(value: Any) -> str | tuple[str, ...]:
+    uris = [value] if isinstance(value, str) else value
+    if not isinstance(uris, (list, tuple)) or not uris or not all(isinstance(uri, str) and uri for uri in uris):
+        raise ValueError("must be a path or an address, or a list of them")
+    return value if isinstance(value, str) else tuple(value)
+
+
+def _scales(value: Any) -> float | tuple[float, ...]:
+    scales = value if isinstance(value, (list, tuple)) else [value]
+    if not all(type(scale) in (int, float) and math.isfinite(scale) for scale in scales):
+        raise ValueError("must be a number, or a list of them")
+    return tuple(map(float, scales)) if isinstance(value, (list, tuple)) else float(value)
+
+
 def _wildcards(value: Any) -> bool | str:
     if not isinstance(value, (bool, str)):
         raise ValueError("must be true, false or a folder")
@@ -35,7 +50,13 @@ def _seed(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() and len(value) <= 20 else value
 
 
+# Without it, what a union writes is checked again, as a list that is no tuple.
+_AS_LIST = PlainSerializer(lambda value: list(value) if isinstance(value, tuple) else value, when_used="json")
 Seed = Annotated[int, BeforeValidator(_seed)]
 Template = Annotated[str | dict[str, str] | None, PlainValidator(_template)]
+Uris = Annotated[str | tuple[str, ...], PlainValidator(_uris, json_schema_input_type=str | list[str]), _AS_LIST]
+Scales = Annotated[
+    float | tuple[float, ...], PlainValidator(_scales, json_schema_input_type=float | list[float]), _AS_LIST
+]
 Wildcards = Annotated[bool | str, PlainValidator(_wildcards)]
 BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]

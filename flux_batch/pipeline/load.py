@@ -69,6 +69,7 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
     nets = model.controlnets
     settings = ([getattr(net, name) for net in nets] for name in ("scale", "start", "end", "mode"))
     pipeline.controlnets.check_modes(pipeline.controlnets.settings(len(nets), *settings))
+    _refresh_beside(model, pipeline)
     if model.redux:
         pipeline.load_redux(model.redux.uri, model.redux.image_encoder, model.redux.scale)
     if adapter := model.ip_adapter:
@@ -82,6 +83,18 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
         )
     prepare_process(pipeline)
     return pipeline
+
+
+def _refresh_beside(model: ModelConfig, pipeline: FluxImagePipeline) -> None:
+    """Ask the remotes of what is loaded beside a model whether they have changed, if the job says so."""
+    if not model.refresh:
+        return
+    for lora in model.loras:
+        pipeline.loras.fetch(lora.uri, refresh=True)
+    for reader in (model.redux, model.ip_adapter):
+        for uri in (*reader.uris, reader.image_encoder) if reader else ():
+            if uri:
+                local_path(uri, model.storage_options, refresh=True)
 
 
 def prepare_process(pipeline: FluxImagePipeline) -> None:
@@ -119,8 +132,8 @@ def check_weights(model: ModelConfig, no_gpu: str = "") -> None:
     size = 0 if model.pipeline else _size_of(model)
     uris = [("LoRA", lora.uri) for lora in model.loras] + [("ControlNet", net.uri) for net in model.controlnets]
     for title, adapter in (("redux", model.redux), ("ip_adapter", model.ip_adapter)):
-        if adapter:
-            uris += [(title, adapter.uri), ("image_encoder", adapter.image_encoder or adapter.uri)]
+        for uri in adapter.uris if adapter else ():
+            uris += [(title, uri), ("image_encoder", (adapter and adapter.image_encoder) or uri)]
     for title, uri in uris:
         if source_kind(uri) in ("local", "file") and not local_path(uri).exists():
             raise CheckpointError(f"{title} {uri} is not there")

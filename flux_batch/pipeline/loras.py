@@ -59,16 +59,19 @@ class LoadedLoras:
 
     def _open(self, uri: PathOrFolder, scale: float) -> tuple[Lora, float]:
         check_number("scale", scale)
-        path = self._fetch(str(uri))
+        path = self.fetch(str(uri))
         with checkpoint_errors():
             return open_lora(path, str(uri), self._fusion.shapes()), scale
 
-    def _fetch(self, uri: str) -> Path:
-        """Return the file on this machine; with PEFT's weights comes the folder that has their settings."""
+    def fetch(self, uri: str, *, refresh: bool = False) -> Path:
+        """Return the file on this machine; with PEFT's weights comes the folder that has their settings.
+
+        refresh: ask a remote first whether it has changed.
+        """
         folder, _, name = uri.rpartition("/")
         if name == PEFT_WEIGHTS and "://" in uri and not uri.startswith(("http://", "https://")):
-            return local_path(folder, self.storage_options) / name
-        return local_path(uri, self.storage_options)
+            return local_path(folder, self.storage_options, refresh=refresh) / name
+        return local_path(uri, self.storage_options, refresh=refresh)
 
     def _fuse(self, loras: Sequence[tuple[Lora, float]]) -> None:
         with checkpoint_errors(), device_errors():

@@ -144,16 +144,17 @@ class ModelManager:
             with checkpoint_errors(), device_errors():
                 self.controlnets.append(self._load_controlnet(net, dtype, quantization))
 
-    def load_controlnets(self, uris: Sequence[PathOrFolder]) -> None:
+    def load_controlnets(self, uris: Sequence[PathOrFolder], *, refresh: bool = False) -> None:
         """Load ControlNets from files, folders or addresses; one that is named again is the same net again.
 
+        refresh: ask remotes first whether they have changed.
         Raises: CheckpointError for a file that is none, or for another model; StoreError.
         """
         loaded: dict[str, ControlNet] = {}
         for uri in map(str, uris):
             if uri not in loaded:
                 with checkpoint_errors(), device_errors():
-                    checkpoint = open_checkpoint(local_path(uri, self.storage_options))
+                    checkpoint = open_checkpoint(local_path(uri, self.storage_options, refresh=refresh))
                     parts = parts_of(checkpoint)
                     if list(parts) != [CheckpointKind.CONTROLNET]:
                         held = " and ".join(kind.part for kind in parts)

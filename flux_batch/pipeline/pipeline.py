@@ -36,6 +36,7 @@ from flux_batch.pipeline.images.inputs import image_inputs
 from flux_batch.pipeline.images.latents import ImageLatents, StepCallback
 from flux_batch.pipeline.images.pixels import OutputType, as_output
 from flux_batch.pipeline.images.prompts import REDUX_GUIDANCE, AdapterScale, ImagePrompts, adapter_files
+from flux_batch.pipeline.images.words import as_read
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, check_parts_fit, locate_parts
 from flux_batch.pipeline.precision import AUTO, default_device, must_be_narrow
@@ -180,9 +181,9 @@ class FluxImagePipeline:
 
         uri: a path, an address that fsspec knows (s3://bucket/flux, with `storage_options`), or a repository of Hugging
         Face (hf://owner/name, owner/name); a remote model is fetched once a machine and then used without asking,
-        unless `refresh`. device: None is `cuda` or `mps` if there is one, else `cpu`. torch_dtype: a dtype or its name;
-        None or `auto` is the device's native dtype, on a CPU short of memory with quantization `bfloat16`.
-        quantization: see ModelManager; step_cache: the value of calls without one; compile, cuda_graphs,
+        unless `refresh`, as are ControlNets. device: None is `cuda` or `mps` if there is one, else `cpu`. torch_dtype:
+        a dtype or its name; None or `auto` is the device's native dtype, on a CPU short of memory with quantization
+        `bfloat16`. quantization: see ModelManager; step_cache: the value of calls without one; compile, cuda_graphs,
         offload_text_encoders: see from_model_manager. variant: see ModelManager. controlnets: files, folders or
         addresses of ControlNets, in the order of a call's control images.
         Raises: CheckpointError with the files that were looked for; StoreError for a remote that fails; InvalidSetting.
@@ -195,7 +196,7 @@ class FluxImagePipeline:
         if torch_dtype in AUTO and quantization == "none" and must_be_narrow(device, manager.torch_dtype, paths):
             manager.quantization = "bfloat16"
         manager.load_models(paths, names=[str(uri)])
-        manager.load_controlnets(controlnets)
+        manager.load_controlnets(controlnets, refresh=refresh)
         return cls.from_model_manager(
             manager,
             step_cache=step_cache,
@@ -275,22 +276,25 @@ class FluxImagePipeline:
         self,
         uri: PathOrFolder | Sequence[PathOrFolder],
         weight_name: str | Sequence[str] | None = None,
+        subfolder: str | Sequence[str] | None = None,
+        image_encoder_pretrained_model_name_or_path: PathOrFolder | None = None,
+        image_encoder_subfolder: str | None = None,
         *,
         image_encoder: PathOrFolder | None = None,
-        image_encoder_pretrained_model_name_or_path: PathOrFolder | None = None,
         scale: AdapterScale = 1.0,
     ) -> None:
         """Load an IP-Adapter of XLabs with its vision tower, CLIP-L, for calls with image prompts; or several.
 
-        uri, weight_name: its file, or its folder or repository and the file in there; a list for several, whose changes
-        add up, in place of those that were loaded before. image_encoder, with diffusers' long name for it: the file,
-        folder or repository of the tower, openai/clip-vit-large-patch14; None is the folder `image_encoder` beside the
-        adapter. scale: see `set_ip_adapter_scale`.
+        uri, weight_name, subfolder: its file, or its folder or repository and the file in there; lists for several,
+        whose changes add up, in place of those that were loaded before. image_encoder, with diffusers' long name for
+        it: the file, folder or repository of the tower, openai/clip-vit-large-patch14; None is the folder
+        `image_encoder` beside the adapter. scale: see `set_ip_adapter_scale`.
         Raises: CheckpointError, for a pickle as InstantX's too; StoreError; InvalidSetting.
         """
         check_cuda_graphs(self.graphs is not None, 0, has_ip_adapter=True)
         encoder = image_encoder or image_encoder_pretrained_model_name_or_path
-        self.image_prompts.load_ip_adapters(adapter_files(uri, weight_name), encoder, scale)
+        files = adapter_files(uri, weight_name, subfolder)
+        self.image_prompts.load_ip_adapters(files, encoder, scale, image_encoder_subfolder)
 
     def set_ip_adapter_scale(self, scale: AdapterScale) -> None:
         """Set the strength of the IP-Adapter: one number, or one for each double block; of several, one of these each.
@@ -367,16 +371,16 @@ class FluxImagePipeline:
         """Make an image of a prompt, or a list of images of prompts or embeddings.
 
         negative_prompt, embedded_guidance, cfg_scale, seed and images are one value for all or a list as long as the
-        prompts. embedded_guidance None is that of the model: 3.5; 30 for Fill and Canny, 10 for Depth, 2.5 for Kontext,
-        4.5 for Krea. A second pass with the negative prompt runs if any cfg_scale is not 1; an image whose scale is
-        exactly 1 does not change by it. The end of a prompt that is too long for a text encoder is left out, with a
-        warning. seed None draws from torch's global generator. num_inference_steps is 30 as in DiffSynth-Studio, whose
-        calls this one takes; a job's default is 28, as in diffusers, and the same seed gives another image there.
-        progress_bar wraps the steps, e.g. tqdm. callback_on_step_end is called after each as by diffusers: with the
-        pipeline, the step, its timestep in [0, 1000] and {"latents": (b, n, 4c)}; what it returns under that name goes
-        on. diffusers' names guidance_scale, true_cfg_scale, max_sequence_length, image and strength are accepted, and
-        DiffSynth-Studio's kontext_images, flux_fill_image, flux_fill_mask, flux_redux_image, ipadapter_images and
-        ipadapter_scale.
+        prompts; one image in a list is for all, too. embedded_guidance None is that of the model: 3.5; 30 for Fill and
+        Canny, 10 for Depth, 2.5 for Kontext, 4.5 for Krea. A second pass with the negative prompt runs if any cfg_scale
+        is not 1; an image whose scale is exactly 1 does not change by it. The end of a prompt that is too long for a
+        text encoder is left out, with a warning. seed None draws from torch's global generator. num_inference_steps is
+        30 as in DiffSynth-Studio, whose calls this one takes; a job's default is 28, as in diffusers, and the same seed
+        gives another image there. progress_bar wraps the steps, e.g. tqdm. callback_on_step_end is called after each as
+        by diffusers: with the pipeline, the step, its timestep in [0, 1000] and {"latents": (b, n, 4c)}; what it
+        returns under that name goes on. diffusers' names guidance_scale, true_cfg_scale, max_sequence_length, image and
+        strength are accepted, and DiffSynth-Studio's kontext_images, flux_fill_image, flux_fill_mask, flux_redux_image,
+        ipadapter_images and ipadapter_scale.
 
         prompt_embeds (b, l, context) and pooled_prompt_embeds (b, vec) stand in for the prompt, and those that begin
         with negative_ for the negative prompt: they are what `encode_prompt` returns for b texts of T5 length l.
@@ -394,18 +398,20 @@ class FluxImagePipeline:
         mask_image is white where input_image is repainted, and has its proportions: Fill reads it; any other model has
         what is left put back after each step, as in diffusers. paste_back gives the pixels there the bits of the
         resized input_image. control_image is what Canny, Depth and ControlNets read; for several nets a list, with one
-        for each; a single net reads each of a list. ControlSetting tells controlnet_conditioning_scale,
-        control_guidance_start, control_guidance_end and control_mode, each one value for all or one for each control
-        image; control_image_scale is a weight beside them for those of each prompt. Guidance stays that of the model,
-        where FluxControlNetPipeline has 7. reference_image is what Kontext edits, one or several for an image, brought
-        to the nearest size that it was trained with unless resize_references is false.
+        for each, and a list of images alone is for every prompt; a single net reads each of a list. ControlSetting
+        tells controlnet_conditioning_scale, control_guidance_start, control_guidance_end and control_mode, each one
+        value for all or one for each control image; control_image_scale is a weight beside them for those of each
+        prompt. Guidance stays that of the model, where FluxControlNetPipeline has 7. reference_image is what Kontext
+        edits, one or several for an image, brought to the nearest size that it was trained with unless
+        resize_references is false.
 
         image_prompt, or as diffusers calls it ip_adapter_image, are images, one or several for each, with weights in
         image_prompt_scale. A Redux turns them into tokens behind those of the text, with guidance 2.5; where
         FluxPriorReduxPipeline adds the tokens of several images up, they follow one another here; a negative prompt has
         none. An IP-Adapter lets the image attend to them; a negative prompt has black ones. Of several IP-Adapters each
-        has its own image, or list of images, in their order. ip_adapter_image_embeds, (1, k, e) or (b, k, e) for each,
-        are what prepare_ip_adapter_image_embeds returns of k images.
+        has its own image, or list of images, in their order; an ip_adapter_image with an entry for each adapter is for
+        every prompt, as in diffusers. ip_adapter_image_embeds, (1, k, e) or (b, k, e) for each, are what
+        prepare_ip_adapter_image_embeds returns of k images.
 
         height and width None are those of the first reference, or else 1024. On a Kontext, `image` means a reference,
         as in diffusers, whose default is 1024 x 1024. Latents of conditions are the posterior's mean, where diffusers
@@ -436,9 +442,7 @@ class FluxImagePipeline:
             "control_image_scale": control_image_scale,
             "image_prompt_scale": image_prompt_scale,
         }
-        if "image" in aliases and "reference_image" in self.variant.reads:  # as the pipeline of diffusers calls it
-            given["reference_image"] = named.pop("input_image")
-        given |= {name: named.pop(name) for name in given if name in named}
+        given = as_read(given, named, aliases, self.variant, self.controlnets, self.image_prompts)
         images = image_inputs(count, given, resize_references, is_single=isinstance(prompt, str))
         width, height = images.size_of(width, height)
         of_nets = controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode

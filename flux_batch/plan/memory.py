@@ -5,6 +5,7 @@ It is counted from the headers of the checkpoint and the job's sizes; no weights
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from flux_batch.config.schema import JobConfig
@@ -73,13 +74,23 @@ def _prompt_shapes(config: JobConfig) -> dict[str, Shapes]:
     reader = model.redux or model.ip_adapter
     if reader is None:
         return {}
-    source = find_local_model(reader.uri, model.storage_options)
-    tower = find_local_model(reader.image_encoder, model.storage_options) if reader.image_encoder else None
-    if source is None or (reader.image_encoder and tower is None):
-        raise ValueError(f"{reader.image_encoder if source else reader.uri} is not on this machine")
-    file, encoder = find(source, tower)
-    part = "redux" if model.redux else "ip_adapter"
-    return {part: open_checkpoint(file).shapes, "image_encoder": tower_of(open_checkpoint(encoder)).shapes}
+    addresses = [uri for uri in (*reader.uris, reader.image_encoder) if uri]
+    here = {uri: find_local_model(uri, model.storage_options) for uri in addresses}
+    if missing := [uri for uri, path in here.items() if path is None]:
+        raise ValueError(f"{missing[0]} is not on this machine")
+    tower = here[reader.image_encoder] if reader.image_encoder else None
+    # A tower that several have in common is loaded once.
+    files = [find(source, tower) for uri in reader.uris if (source := here[uri])]
+    part, encoders = "redux" if model.redux else "ip_adapter", dict.fromkeys(encoder for _, encoder in files)
+    return {
+        part: _joined(open_checkpoint(file).shapes for file, _ in files),
+        "image_encoder": _joined(tower_of(open_checkpoint(encoder)).shapes for encoder in encoders),
+    }
+
+
+def _joined(models: Iterable[Shapes]) -> Shapes:
+    """Return the shapes of several models as those of one."""
+    return {f"{number}.{name}": shape for number, shapes in enumerate(models) for name, shape in shapes.items()}
 
 
 def memory(config: JobConfig) -> dict[str, Any]:

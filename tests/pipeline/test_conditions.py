@@ -108,7 +108,7 @@ def test_kontext(
 ) -> None:
     image = noise_image(*reference)
     theirs = {"image": image, "max_area": height * width, "_auto_resize": False, "guidance_scale": 2.5}
-    ours = {"image": image, "resize_references": False}
+    ours = {"image": [image], "resize_references": False}
     if scale != 1:
         ours |= {"negative_prompt": "blurry", "cfg_scale": scale}
         theirs |= {"negative_prompt": ["blurry"] * 3, "true_cfg_scale": scale}

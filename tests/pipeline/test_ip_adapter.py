@@ -13,9 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flux_batch import FluxImagePipeline
+from flux_batch.config.schema import ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import CheckpointError, InvalidSetting, JobError
 from flux_batch.job import run
+from flux_batch.pipeline.load import load_pipeline
 from flux_batch.plan.memory import memory
 from helpers.job_files import make_job, metadata
 from helpers.parity import load_reference, reference_latents
@@ -123,6 +125,7 @@ def test_several_adapters_and_embeddings_of_images(repository: Path, tmp_path: P
     two: dict[str, Any] = options | {"prompt": ["a cat", "x"], "seed": [5, 6], "step_cache": 1e-6}
     rows = [each, [IMAGES[2], IMAGES[:2]]]
     torch.testing.assert_close(pipe(image_prompt=rows, **two)[:1], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(pipe(ip_adapter_image=each, **two)[:1], expected, atol=1e-4, rtol=0)
     wide = [torch.zeros(1, 1, 7)] * 2
     for arguments, message in (
         ({"image_prompt": IMAGES[0]}, "image_prompt: 1 images for 2 IP-Adapters; give one for each in their order"),
@@ -138,7 +141,7 @@ def test_several_adapters_and_embeddings_of_images(repository: Path, tmp_path: P
             pipe(**{"prompt": "x"} | arguments | SMALL)
     with pytest.raises(InvalidSetting, match="scale: 1 values for 2 IP-Adapters; give one for each"):
         pipe.set_ip_adapter_scale([0.5])
-    with pytest.raises(InvalidSetting, match="weight_name: 3 names for 2 folders"):
+    with pytest.raises(InvalidSetting, match="uri: 2 for 3 IP-Adapters; give one for each"):
         pipe.load_ip_adapter([adapter, adapter], [*names, "x"])
     pipe.unload_ip_adapter()
     with pytest.raises(InvalidSetting, match="an IP-Adapter reads them, and there is none"):
@@ -146,7 +149,7 @@ def test_several_adapters_and_embeddings_of_images(repository: Path, tmp_path: P
 
 
 def test_files_in_the_layouts_and_places_that_exist(
-    reading: FluxImagePipeline, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reading: FluxImagePipeline, repository: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = reading("x", image_prompt=IMAGES[1], seed=1, **LATENTS)
     state = load_file(adapter / "ip_adapter.safetensors")
@@ -167,11 +170,24 @@ def test_files_in_the_layouts_and_places_that_exist(
     (tmp_path / "clip/config.json").write_text('{"vision_config": {"num_attention_heads": 4}}')
     monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path / "cache"))
     there = f"memory://{uuid.uuid4().hex}"
-    fsspec.filesystem("memory").put(f"{tmp_path}/", there, recursive=True)
+    fsspec.filesystem("memory").put(f"{tmp_path}/", f"{there}/weights", recursive=True)
     reading.load_ip_adapter(
-        f"{there}/of_diffusers.safetensors", image_encoder_pretrained_model_name_or_path=f"{there}/clip"
+        there,
+        weight_name="of_diffusers.safetensors",
+        subfolder="weights",
+        image_encoder_pretrained_model_name_or_path=f"{there}/weights",
+        image_encoder_subfolder="clip",
     )
     torch.testing.assert_close(reading("x", image_prompt=IMAGES[1], seed=1, **LATENTS), expected, atol=1e-5, rtol=0)
+
+    save_file({name: tensor.half() for name, tensor in renamed.items()}, tmp_path / "changed.safetensors")
+    file = f"{there}/weights/of_diffusers.safetensors"
+    fsspec.filesystem("memory").put(str(tmp_path / "changed.safetensors"), file)
+    given: Any = {"uri": str(repository), "ip_adapter": {"uri": file, "image_encoder": f"{there}/weights/clip"}}
+    for refresh in (False, True):
+        read: Any = load_pipeline(ModelConfig(refresh=refresh, dtype="float32", **given), 0)
+        found = dict(read.image_prompts.ip_adapters[0].adapter.named_parameters())
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items()) is not refresh
 
 
 def test_what_cannot_be_loaded_is_said(pipe: FluxImagePipeline, adapter: Path, tmp_path: Path) -> None:
@@ -204,6 +220,16 @@ def test_settings_that_do_not_go_together_are_refused(reading: FluxImagePipeline
     adapter = {"ip_adapter": {"uri": "a"}}
     with pytest.raises(JobError, match="cuda_graphs = True: a graph does not take the keys and values"):
         make_job(tmp_path, model={"uri": "demo", "cuda_graphs": True, **adapter})
+    for wrong, message in (
+        ({"uri": []}, "ip_adapter.uri: must be a path or an address, or a list of them"),
+        (
+            {"uri": ["a", "b"], "scale": [1.0]},
+            "ip_adapter.scale: 1 values for 2 IP-Adapters; give one, or one for each",
+        ),
+        ({"uri": "a", "scale": "x"}, "ip_adapter.scale = 'x': must be a number, or a list of them"),
+    ):
+        with pytest.raises(JobError, match=message):
+            make_job(tmp_path, model={"uri": "demo", "ip_adapter": wrong})
     with pytest.raises(JobError, match="ip_adapter: redux reads the image prompts of rows, too"):
         make_job(tmp_path, model={"uri": "demo", "redux": {"uri": "b"}, **adapter})
 
@@ -215,16 +241,20 @@ def test_rows_with_image_prompts(repository: Path, adapter: Path, tmp_path: Path
         {"prompt": "one", "image_prompt": ["0.png"], "image_prompt_scale": None},
         {"prompt": "two", "image_prompt": ["0.png", "0.png"], "image_prompt_scale": [1.0, 0.25]},
     ]
-    model = {"uri": str(repository), "dtype": "float32", "ip_adapter": {"uri": str(adapter), "scale": 0.5}}
+    several = {"uri": [str(adapter)] * 2, "scale": [0.5, 0.25]}
+    model = {"uri": str(repository), "dtype": "float32", "ip_adapter": several}
     sampling = {"width": 32, "height": 32, "num_inference_steps": 1, "t5_sequence_length": 16}
-    config = make_job(tmp_path, rows, model=model, sampling=sampling)
+    config = make_job(tmp_path, rows, model=model, sampling=sampling, failures={"max_ratio": 1.0})
     report = run(config, engine=LocalEngine())
 
     found = metadata(config)
-    assert [row["status"] for row in found] == ["success"] * 3, found
+    assert [row["status"] for row in found] == ["success", "failed", "success"], found
+    assert "image_prompt: 1 images for 2 IP-Adapters" in found[1]["error_message"]
     assert [row["image_prompt_scale"] for row in found] == [None, "1", "1, 0.25"]
     assert {row["embedded_guidance"] for row in found} == {3.5}
-    assert report.model["ip_adapter"]["scale"] == 0.5
+    assert report.model["ip_adapter"]["scale"] == [0.5, 0.25]
     numbers = sum(tensor.numel() for tensor in adapter_state(TinyFlux()).values())
     counted = memory(config)["bytes"]
-    assert counted["image_encoder"] > counted["ip_adapter"] == 4 * numbers
+    assert counted["ip_adapter"] == 2 * 4 * numbers
+    one = make_job(tmp_path, rows, model=model | {"ip_adapter": {"uri": str(adapter)}}, sampling=sampling)
+    assert memory(one)["bytes"] == counted | {"ip_adapter": 4 * numbers}

@@ -53,8 +53,8 @@ _ROLE_PATTERNS = {
     **{name: rf"\.{name}$" for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
     "diff": r"\.(?:diff|w_norm)$",
     "diff_b": r"\.(?:diff_b|b_norm)$",
-    # Norm scales of BFL's control LoRAs, which take the place of the model's.
-    "set": r"(?<=_norm)\.scale$",
+    # Norm scales of control LoRAs, BFL's and those trained by diffusers, which take the place of the model's.
+    "set": r"(?<=_norm)\.scale$|(?<=\.norm_[qk])\.weight$|(?<=\.norm_added_[qk])\.weight$",
 }
 # Patterns of keys that only one unsupported kind of file has.
 _UNSUPPORTED = (
@@ -64,7 +64,7 @@ _UNSUPPORTED = (
     (r"^bundle_emb\.|^emb_params$|^string_to_param\b", "it holds embeddings of new words (textual inversion)"),
 )
 # Keys of a control LoRA that another program has converted; every full model has the norms as well.
-_CONVERTED_CONTROL_KEYS = r"(query_norm|key_norm)\.weight$|\.norm_(added_)?[qk]\.weight$|\.reshape_weight$"
+_CONVERTED_CONTROL_KEYS = r"(query_norm|key_norm)\.weight$|\.reshape_weight$"
 # Layers of models that are built like FLUX.1: FLUX.2, Chroma.
 _OTHER_MODEL_KEYS = r"double_stream_modulation|single_stream_modulation|distilled_guidance_layer|to_qkv_mlp_proj"
 
@@ -170,7 +170,9 @@ def _refuse_unsupported(source: str, names: Sequence[str]) -> None:
     if not any(_split_role(name)[1] not in ("", "set") for name in names):
         raise ValueError(f"{source} is not a LoRA: its keys are {first_names(names) or 'none'}")
     if key := next((name for name in names if re.search(_CONVERTED_CONTROL_KEYS, name)), None):
-        what = "it is a control LoRA of FLUX.1 (Canny or Depth) in another layout than Black Forest Labs'"
+        what = (
+            "it is a control LoRA of FLUX.1 (Canny or Depth) in another layout than Black Forest Labs' and diffusers'"
+        )
         raise ValueError(f"{source} is a LoRA that is not supported: {what} (its keys: {key})")
 
 

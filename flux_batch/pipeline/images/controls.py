@@ -13,7 +13,7 @@ from torch import Tensor
 from flux_batch.errors import InvalidSetting
 from flux_batch.model.conditions.controlnet import ControlNet, ControlUse
 from flux_batch.model.conditions.variant import Variant
-from flux_batch.pipeline.images.inputs import SharedImages
+from flux_batch.pipeline.images.inputs import SharedImages, shared_by_all
 from flux_batch.sampling_params import check_integer, check_number
 
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ class ControlNets:
 
     def __init__(self, nets: Sequence[ControlNet] = ()) -> None:
         self.nets = tuple(nets)
+
+    def as_diffusers(self, images: Any) -> Any:
+        """Return control images as diffusers reads a flat list: one for each of several nets, shared by all prompts."""
+        is_flat = isinstance(images, (list, tuple)) and not any(isinstance(each, (list, tuple)) for each in images)
+        return shared_by_all(images, len(self.nets)) if is_flat and len(self.nets) > 1 else images
 
     def settings(self, num_images: int, *arguments: Any) -> tuple[ControlSetting, ...]:
         """Return the setting of each of `num_images` control images of an image; 0: as many as nets.

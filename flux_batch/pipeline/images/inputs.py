@@ -118,6 +118,11 @@ class SharedImages(list[Any]):
     """Images that each image of a call is made from, whatever their number."""
 
 
+def shared_by_all(value: Any, num_readers: int) -> Any:
+    """Return a list with an entry for each reader as one that all images of a call share, anything else as it is."""
+    return SharedImages(value) if isinstance(value, (list, tuple)) and len(value) == num_readers else value
+
+
 _NO_IMAGE_FOR_MASK = "mask_image: needs an input_image to repaint"
 # Arguments of which an image may have several.
 _SEVERAL = ("control_image", "reference_image", "image_prompt")
@@ -215,10 +220,11 @@ def as_images(value: Any) -> list[Any]:
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:
-    """Return one value for each image. Raises: InvalidSetting for a list of another length, or no image."""
+    """Return one value for each image, a list of one as diffusers does. Raises: InvalidSetting for another length."""
     if isinstance(value, SharedImages):
         return [value] * count
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    values = values * count if len(values) == 1 else values
     if len(values) != count:
         raise InvalidSetting(f"{name}: {len(values)} values for {count} prompts; give one, or one each", field=name)
     return values

@@ -17,7 +17,7 @@ from flux_batch.model.checkpoint.image_prompts import PROMPT_PART_TITLES, Prompt
 from flux_batch.model.params import FluxParams
 from flux_batch.model.transformer import ImagePrompt, PromptEmbeds
 from flux_batch.pipeline.errors import checkpoint_errors
-from flux_batch.pipeline.images.inputs import ImageInputs, as_images, image_inputs
+from flux_batch.pipeline.images.inputs import ImageInputs, as_images, image_inputs, shared_by_all
 from flux_batch.pipeline.images.ip_adapter import IPAdapterPrompts, ip_adapter_prompts, load_ip_adapter_prompts
 from flux_batch.pipeline.images.redux import ReduxPrompts, load_redux_prompts, redux_prompts
 
@@ -51,10 +51,18 @@ class ImagePrompts:
         self.redux = load_redux_prompts(uri, image_encoder, scale, **self._options)
 
     def load_ip_adapters(
-        self, uris: Sequence[PathOrFolder], image_encoder: PathOrFolder | None, scale: AdapterScale
+        self,
+        uris: Sequence[PathOrFolder],
+        image_encoder: PathOrFolder | None,
+        scale: AdapterScale,
+        subfolder: str | None = None,
     ) -> None:
-        """Load IP-Adapters. Raises: the errors of `load_ip_adapter_prompts`; InvalidSetting beside a Redux."""
+        """Load IP-Adapters. Raises: the errors of `load_ip_adapter_prompts`; InvalidSetting beside a Redux.
+
+        subfolder: of the image encoder.
+        """
         _check_one_reader(self.redux)
+        image_encoder = image_encoder and _file_in(image_encoder, subfolder)
         adapters = load_ip_adapter_prompts(uris, image_encoder, **self._options)
         _set_scales(adapters, scale)
         self.ip_adapters = adapters
@@ -90,6 +98,10 @@ class ImagePrompts:
         if not self.ip_adapters:
             raise InvalidSetting("scale: there is no IP-Adapter; load_ip_adapter loads one", field="scale")
         _set_scales(self.ip_adapters, scale)
+
+    def as_diffusers(self, images: Any) -> Any:
+        """Return `ip_adapter_image` as diffusers reads it: an entry for each IP-Adapter is shared by all prompts."""
+        return shared_by_all(images, len(self.ip_adapters)) if self.ip_adapters else images
 
     def check(self, images: ImageInputs) -> None:
         """Raise InvalidSetting for image prompts, or embeddings of them, that are not what is read."""
@@ -164,19 +176,28 @@ class ImagePrompts:
 
 
 def adapter_files(
-    uri: PathOrFolder | Sequence[PathOrFolder], weight_name: str | Sequence[str] | None
+    uri: PathOrFolder | Sequence[PathOrFolder],
+    weight_name: str | Sequence[str] | None,
+    subfolder: str | Sequence[str] | None = None,
 ) -> list[PathOrFolder]:
     """Return the files of IP-Adapters, named as diffusers does. Raises: InvalidSetting for other numbers of names."""
-    names = list(weight_name) if isinstance(weight_name, (list, tuple)) else [weight_name]
-    uris = [uri] if isinstance(uri, (str, PathLike)) else list(uri)
-    count = max(len(uris), len(names))
-    names = names * count if len(names) == 1 else names
-    uris = uris * count if len(uris) == 1 else uris
-    if len(uris) != len(names):
-        raise InvalidSetting(
-            f"weight_name: {len(names)} names for {len(uris)} folders; give one for each", field="weight_name"
-        )
-    return [f"{str(uri).rstrip('/')}/{name}" if name else uri for uri, name in zip(uris, names, strict=True)]
+    lists = {
+        "uri": [uri] if isinstance(uri, (str, PathLike)) else list(uri),
+        "subfolder": list(subfolder) if isinstance(subfolder, (list, tuple)) else [subfolder],
+        "weight_name": list(weight_name) if isinstance(weight_name, (list, tuple)) else [weight_name],
+    }
+    count = max(map(len, lists.values()))
+    for name, values in lists.items():
+        if len(values) not in (1, count):
+            raise InvalidSetting(f"{name}: {len(values)} for {count} IP-Adapters; give one for each", field=name)
+    each = zip(*(values * count if len(values) == 1 else values for values in lists.values()), strict=True)
+    return [_file_in(folder, *names) for folder, *names in each]
+
+
+def _file_in(folder: PathOrFolder, *names: Any) -> PathOrFolder:
+    """Return the path or address of what a folder has under these names, those left out that are empty."""
+    parts = [str(name).strip("/") for name in names if name]
+    return "/".join((str(folder).rstrip("/"), *parts)) if parts else folder
 
 
 def _set_scales(adapters: Sequence[IPAdapterPrompts], scale: AdapterScale) -> None:

@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from flux_batch import FluxImagePipeline
 from flux_batch.errors import CheckpointError, InvalidSetting
+from flux_batch.model.checkpoint.diffusers_keys import transformer_from_diffusers
 from helpers.tiny_calls import CPU, SMALL, noise_image
-from helpers.tiny_flux import TinyFlux, make_tiny_repository
+from helpers.tiny_flux import TinyFlux, make_tiny_repository, read_folder
 
 SCALE = 0.85
 
@@ -104,6 +106,31 @@ def test_other_loras_of_img_in_change_the_columns_of_the_noise(folder: Path, tmp
     change = pipe.transformer.img_in.weight - alone
     torch.testing.assert_close(change[:, :64], up @ down, atol=1e-5, rtol=0)
     assert not change[:, 64:].any()
+
+
+def test_the_keys_of_diffusers(folder: Path, tmp_path: Path) -> None:
+    """As its trainer of control LoRAs writes them: norms are set, and layers that we keep as one change apart."""
+    pipe = FluxImagePipeline.from_pretrained(folder, **CPU)
+    state = read_folder(folder / "transformer")
+    random = torch.Generator().manual_seed(2)
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        stem, _, _ = name.rpartition(".")
+        if ".attn.norm_" in name:
+            tensors[f"transformer.{name}"] = state[name] = torch.rand(value.shape, generator=random)
+        elif value.ndim == 2:
+            wide = F.pad(value, (0, 64)) if stem == "x_embedder" else value
+            down, up = torch.randn(2, wide.shape[1], generator=random), torch.randn(len(value), 2, generator=random)
+            tensors |= {f"transformer.{stem}.lora_A.weight": down, f"transformer.{stem}.lora_B.weight": up}
+            state[name] = wide + up @ down
+    save_file(tensors, tmp_path / "flux-canny-lora.safetensors")
+
+    pipe.load_lora(tmp_path / "flux-canny-lora.safetensors")
+
+    expected = transformer_from_diffusers(state)
+    for name, found in pipe.transformer.state_dict().items():
+        torch.testing.assert_close(found, expected[name], atol=1e-5, rtol=0)
+    assert pipe.needed_images == ("control_image",)
 
 
 def test_two_control_loras_are_refused(folder: Path, tmp_path: Path) -> None:

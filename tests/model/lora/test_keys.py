@@ -117,7 +117,6 @@ def test_layers_that_flux_does_not_compute_are_skipped() -> None:
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("transformer.transformer_blocks.0.attn.norm_q.weight", "control LoRA of FLUX.1"),
         ("diffusion_model.img_in.reshape_weight", "control LoRA of FLUX.1"),
         ("lora_unet_double_blocks_0_img_attn_qkv.oft_blocks", "of the kind OFT"),
         ("lora_unet_double_blocks_0_img_attn_qkv.a1.weight", "of the kind GLoRA"),

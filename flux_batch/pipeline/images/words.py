@@ -1,0 +1,31 @@
+"""The image arguments of a call in the words of diffusers, as a pipeline with its variant and readers reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from flux_batch.model.conditions.variant import Variant
+from flux_batch.pipeline.images.controls import ControlNets
+from flux_batch.pipeline.images.prompts import ImagePrompts
+
+
+def as_read(
+    given: dict[str, Any],
+    named: dict[str, Any],
+    aliases: Collection[str],
+    variant: Variant,
+    controlnets: ControlNets,
+    prompts: ImagePrompts,
+) -> dict[str, Any]:
+    """Return the image arguments of a call, with those of other words, which are taken out of `named`.
+
+    given: by our names. named: arguments in the words `aliases`, by our names.
+    """
+    if "image" in aliases and "reference_image" in variant.reads:  # as the pipeline of diffusers calls it
+        given = given | {"reference_image": named.pop("input_image")}
+    given = given | {name: named.pop(name) for name in given if name in named}
+    if "ip_adapter_image" in aliases:
+        given["image_prompt"] = prompts.as_diffusers(given["image_prompt"])
+    given["control_image"] = controlnets.as_diffusers(given["control_image"])
+    return given
