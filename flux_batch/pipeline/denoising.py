@@ -55,7 +55,7 @@ def denoised(
 
     # First the texts: while a GPU encodes them, the host draws the noise.
     embeds = pipe.image_prompts.beside(embedded(request.prompts), request.images)
-    start = pipe.latents.start(request, sigmas[0])
+    start = pipe.latents.start(request, pipe.variant, sigmas[0])
     conditions = pipe.latents.conditions(request, pipe.variant)
     # The pass with the negative prompts has the residuals of the other, as in diffusers.
     tables = partial(pipe.position_tables, height=height, width=width)

@@ -389,11 +389,11 @@ class FluxImagePipeline:
         proportions. A job does the same, and also turns it by its EXIF orientation. denoising_strength, in (0, 1], is
         how much of it is noised over: as in diffusers, the first int(steps - steps x strength) steps of the schedule
         are left out, and the noise starts at the level of the next; 1 starts from noise alone. Its latents are drawn
-        from the posterior, before the noise and from the same generator. sigma_shift, e.g. 3.0, selects
-        DiffSynth-Studio's way: its static schedule instead of the model's, which with an input_image runs all steps
-        from a lower level, and the posterior's mean. tiled runs only the autoencoder in tiles, of tile_size every
-        tile_stride, counted in latents when decoding and in pixels when encoding: this takes less memory and gives an
-        image that differs a little; an image that fits into a tile does not differ.
+        from the posterior, before the noise and from the same generator; on a Kontext they are its mean. sigma_shift,
+        e.g. 3.0, selects DiffSynth-Studio's way: its static schedule instead of the model's, which with an input_image
+        runs all steps from a lower level, and the posterior's mean. tiled runs only the autoencoder in tiles, of
+        tile_size every tile_stride, counted in latents when decoding and in pixels when encoding: this takes less
+        memory and gives an image that differs a little; an image that fits into a tile does not differ.
 
         mask_image is white where input_image is repainted, and has its proportions: Fill reads it; any other model has
         what is left put back after each step, as in diffusers. paste_back gives the pixels there the bits of the
@@ -414,8 +414,9 @@ class FluxImagePipeline:
         prepare_ip_adapter_image_embeds returns of k images.
 
         height and width None are those of the first reference, or else 1024. On a Kontext, `image` means a reference,
-        as in diffusers, whose default is 1024 x 1024. Latents of conditions are the posterior's mean, where diffusers
-        samples it, so that an image depends on nothing but its own arguments.
+        as in diffusers, whose default is 1024 x 1024, and beside a mask_image the image to repaint, which is the
+        reference without an image_reference. Latents of conditions are the posterior's mean, where diffusers samples
+        it, so that an image depends on nothing but its own arguments.
 
         step_cache trades quality for speed: at a step where the first block changes an image by less than this share
         since the last computed step, the later blocks are not run, and their last changes are added again. 0 is off;

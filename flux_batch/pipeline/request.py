@@ -32,6 +32,7 @@ _CALL_ALIASES = {
     **ALIASES,
     "strength": "denoising_strength",
     "image": "input_image",
+    "image_reference": "reference_image",
     "kontext_images": "reference_image",
     "ip_adapter_image": "image_prompt",
     "ip_adapter_image_embeds": "image_prompt_embeds",

@@ -152,6 +152,8 @@ def _with_images(task: ImageTask, reading: _Reading) -> ImageTask:
         found = reading[task.request.images, task.size].result()
     except RowError as error:
         found = error
+    if isinstance(found, RowError):  # shared by rows, of which each says where it stands
+        found = RowError(f"{task.request.id}: {found}")
     if isinstance(found, Exception):
         return replace(task, error=found)
     sized = task.sized(*found["reference_image"][0].size) if task.request.size_from_reference else task

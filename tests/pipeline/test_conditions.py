@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxControlPipeline, FluxFillPipeline, FluxInpaintPipeline, FluxKontextPipeline
+from diffusers import (
+    FluxControlPipeline,
+    FluxFillPipeline,
+    FluxInpaintPipeline,
+    FluxKontextInpaintPipeline,
+    FluxKontextPipeline,
+)
 from PIL import Image
 
 from flux_batch import FluxImagePipeline
@@ -114,6 +120,15 @@ def test_kontext(
         theirs |= {"negative_prompt": ["blurry"] * 3, "true_cfg_scale": scale}
     peer = load_reference(repository, FluxKontextPipeline)
     assert_same(kontext, peer, height=height, width=width, ours=ours, theirs=theirs)
+
+
+@pytest.mark.parametrize("reference", [None, noise_image(70, 50)])
+def test_inpainting_by_a_kontext(kontext: FluxImagePipeline, repository: Path, reference: Image.Image | None) -> None:
+    words: dict[str, Any] = {"image": IMAGES[0], "mask_image": MASKS[0], "image_reference": reference, "strength": 0.6}
+    peer = load_reference(repository, FluxKontextInpaintPipeline)
+    theirs = words | {"_auto_resize": False, "guidance_scale": 2.5}
+    ours = words | {"resize_references": False, "paste_back": False}
+    assert_same(kontext, peer, num_inference_steps=5, ours=ours, theirs=theirs, decoded=False)
 
 
 def test_kontext_without_a_reference_is_text_to_image(kontext: FluxImagePipeline, pipe: FluxImagePipeline) -> None:

@@ -242,7 +242,7 @@ def test_rows_with_image_prompts(repository: Path, adapter: Path, tmp_path: Path
         {"prompt": "two", "image_prompt": ["0.png", "0.png"], "image_prompt_scale": [1.0, 0.25]},
     ]
     several = {"uri": [str(adapter)] * 2, "scale": [0.5, 0.25]}
-    model = {"uri": str(repository), "dtype": "float32", "ip_adapter": several}
+    model: dict[str, Any] = {"uri": str(repository), "dtype": "float32", "ip_adapter": several}
     sampling = {"width": 32, "height": 32, "num_inference_steps": 1, "t5_sequence_length": 16}
     config = make_job(tmp_path, rows, model=model, sampling=sampling, failures={"max_ratio": 1.0})
     report = run(config, engine=LocalEngine())

@@ -143,6 +143,7 @@ def test_odd_images_and_masks_cost_their_row_at_most(tmp_path: Path) -> None:
         assert reason in (row["error_message"] or "")
         assert row["mask_image"] == f"sha256:{hashlib.sha256(mask).hexdigest()}"
         if reason:
+            assert row["error_message"].startswith(f"{row['id']}: ")
             assert f"mask_image sha256:{hashlib.sha256(mask).hexdigest()}: " in row["error_message"]
     calls = zip(pipeline.calls, pipeline.conditions, strict=True)
     made = {prompts[0]: np.asarray(given["mask_image"][0]) for prompts, given in calls}

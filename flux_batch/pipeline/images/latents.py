@@ -16,7 +16,7 @@ from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.conditions.channels import WithChannels, fill_channels
 from flux_batch.model.conditions.inpaint import KeptLatents, latent_mask
 from flux_batch.model.conditions.reference import Reference, WithReferences, placed
-from flux_batch.model.conditions.variant import FILL, Variant
+from flux_batch.model.conditions.variant import FILL, KONTEXT, Variant
 from flux_batch.model.optimize.tiling import Tiling, tiled_decode, tiled_moments
 from flux_batch.model.sampling import Velocity, add_noise, make_generators, make_noise, on_device, pack
 from flux_batch.pipeline.images.inputs import ImageInputs, keeps_latents
@@ -64,7 +64,7 @@ class ImageLatents:
         self._dtype = dtype
         self._memory = ImageMemory()
 
-    def start(self, request: PipelineRequest, sigma: Tensor) -> _Start:
+    def start(self, request: PipelineRequest, variant: Variant, sigma: Tensor) -> _Start:
         """Return the latents that denoising starts from: noise, or the input images at noise level `sigma`."""
         p, size = self.autoencoder.params, (request.shared.height, request.shared.width)
         shape = (p.z_channels, *(side // p.downscale for side in size))
@@ -72,8 +72,10 @@ class ImageLatents:
         if request.images.input_image is None:
             noise = self._as_latents(make_noise(shape, generators))
             return _Start(noise, noise, None)
-        # The posterior draws before the noise from the same generator, as in diffusers; DiffSynth takes its mean.
-        posterior = None if request.shared.sigma_shift is not None else make_noise(shape, generators)
+        # The posterior draws before the noise from the same generator, as in diffusers; DiffSynth takes its mean, and
+        # so do the pipelines of diffusers for Kontext.
+        takes_mean = request.shared.sigma_shift is not None or variant is KONTEXT
+        posterior = None if takes_mean else make_noise(shape, generators)
         noise = self._as_latents(make_noise(shape, generators))
         image = self.encode(self._pixels(request.images.input_image, "input_image", request), request.tiling, posterior)
         return _Start(add_noise(image, noise, sigma), noise, image)

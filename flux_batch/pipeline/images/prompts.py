@@ -181,7 +181,7 @@ def adapter_files(
     subfolder: str | Sequence[str] | None = None,
 ) -> list[PathOrFolder]:
     """Return the files of IP-Adapters, named as diffusers does. Raises: InvalidSetting for other numbers of names."""
-    lists = {
+    lists: dict[str, list[Any]] = {
         "uri": [uri] if isinstance(uri, (str, PathLike)) else list(uri),
         "subfolder": list(subfolder) if isinstance(subfolder, (list, tuple)) else [subfolder],
         "weight_name": list(weight_name) if isinstance(weight_name, (list, tuple)) else [weight_name],

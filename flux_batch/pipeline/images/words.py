@@ -22,9 +22,13 @@ def as_read(
 
     given: by our names. named: arguments in the words `aliases`, by our names.
     """
-    if "image" in aliases and "reference_image" in variant.reads:  # as the pipeline of diffusers calls it
-        given = given | {"reference_image": named.pop("input_image")}
     given = given | {name: named.pop(name) for name in given if name in named}
+    if "image" in aliases and "reference_image" in variant.reads:  # as the pipelines of diffusers for it call it
+        image = given["input_image"]
+        if given["mask_image"] is None:
+            given |= {"input_image": None, "reference_image": image}
+        elif given["reference_image"] is None:  # what is repainted is edited, too
+            given["reference_image"] = image
     if "ip_adapter_image" in aliases:
         given["image_prompt"] = prompts.as_diffusers(given["image_prompt"])
     given["control_image"] = controlnets.as_diffusers(given["control_image"])
