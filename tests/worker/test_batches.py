@@ -127,7 +127,8 @@ def test_a_bad_image_fails_its_rows_and_an_unavailable_storage_the_attempt() -> 
 
     with ThreadPoolExecutor(1) as readers:
         (batch,) = with_images([[task(0, "a"), task(1, "bad"), task(2, "b"), task(3, "bad")]], readers, reader)
-        assert [one.images.get("input_image", str(one.error)) for one in batch] == ["a", "no image", "b", "no image"]
+        found = [one.images.get("input_image", str(one.error)) for one in batch]
+        assert found == ["a", f"{batch[1].request.id}: no image", "b", f"{batch[3].request.id}: no image"]
         assert isinstance(batch[1].error, RowError)
         with pytest.raises(StoreError):
             list(with_images([[task(0, "away")]], readers, reader))
