@@ -33,7 +33,7 @@ class ImagePromptConfig(Section):
 
 
 class IPAdapterConfig(Section):
-    """IP-Adapters with their vision tower, each of which reads an image prompt of each row."""
+    """IP-Adapters with their vision tower; each reads an image prompt of a row."""
 
     uri: Uris
     """Its safetensors file, or the folder or repository that holds it: a path, or an address like that of a model; a

@@ -90,7 +90,10 @@ class ControlNets:
         self.nets = tuple(nets)
 
     def as_diffusers(self, images: Any) -> Any:
-        """Return control images as diffusers reads a flat list: one for each of several nets, shared by all prompts."""
+        """Return control images as diffusers reads them.
+
+        A list of images alone, one for each of several nets, is shared by all prompts.
+        """
         is_flat = isinstance(images, (list, tuple)) and not any(isinstance(each, (list, tuple)) for each in images)
         return shared_by_all(images, len(self.nets)) if is_flat and len(self.nets) > 1 else images
 

@@ -119,7 +119,7 @@ class SharedImages(list[Any]):
 
 
 def shared_by_all(value: Any, num_readers: int) -> Any:
-    """Return a list with an entry for each reader as one that all images of a call share, anything else as it is."""
+    """Return a list with an entry for each reader as SharedImages, anything else as it is."""
     return SharedImages(value) if isinstance(value, (list, tuple)) and len(value) == num_readers else value
 
 

@@ -100,7 +100,10 @@ class ImagePrompts:
         _set_scales(self.ip_adapters, scale)
 
     def as_diffusers(self, images: Any) -> Any:
-        """Return `ip_adapter_image` as diffusers reads it: an entry for each IP-Adapter is shared by all prompts."""
+        """Return `ip_adapter_image` as diffusers reads it.
+
+        A list with an entry for each IP-Adapter is shared by all prompts.
+        """
         return shared_by_all(images, len(self.ip_adapters)) if self.ip_adapters else images
 
     def check(self, images: ImageInputs) -> None:
@@ -195,7 +198,7 @@ def adapter_files(
 
 
 def _file_in(folder: PathOrFolder, *names: Any) -> PathOrFolder:
-    """Return the path or address of what a folder has under these names, those left out that are empty."""
+    """Return the path or address of a file in a folder; empty names are left out."""
     parts = [str(name).strip("/") for name in names if name]
     return "/".join((str(folder).rstrip("/"), *parts)) if parts else folder
 

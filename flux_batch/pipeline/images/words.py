@@ -1,4 +1,4 @@
-"""The image arguments of a call in the words of diffusers, as a pipeline with its variant and readers reads them."""
+"""The image arguments of a call, as a pipeline reads the words of diffusers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def as_read(
     controlnets: ControlNets,
     prompts: ImagePrompts,
 ) -> dict[str, Any]:
-    """Return the image arguments of a call, with those of other words, which are taken out of `named`.
+    """Return the image arguments of a call, those in other words too.
 
-    given: by our names. named: arguments in the words `aliases`, by our names.
+    given: by our names. named: arguments in the words `aliases`, by our names; those of images are taken out.
     """
     given = given | {name: named.pop(name) for name in given if name in named}
     if "image" in aliases and "reference_image" in variant.reads:  # as the pipelines of diffusers for it call it
