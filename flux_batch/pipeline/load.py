@@ -86,7 +86,7 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
 
 
 def _refresh_beside(model: ModelConfig, pipeline: FluxImagePipeline) -> None:
-    """Fetch what has changed of what is loaded beside a model, if the job says so."""
+    """Fetch what is loaded beside a model again, if a job asks for it."""
     if not model.refresh:
         return
     for lora in model.loras:

@@ -119,7 +119,7 @@ class SharedImages(list[Any]):
 
 
 def shared_by_all(value: Any, num_readers: int) -> Any:
-    """Return a list with an entry for each reader as SharedImages, anything else as it is."""
+    """Return a list as SharedImages if it has an entry for each reader."""
     return SharedImages(value) if isinstance(value, (list, tuple)) and len(value) == num_readers else value
 
 
