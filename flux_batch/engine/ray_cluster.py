@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import queue
@@ -11,16 +12,21 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RuntimeEnvSetupError
 
-from flux_batch.engine.ray_local import joins_cluster, local_options
-from flux_batch.errors import Interrupted
+from flux_batch.engine.ray_local import is_uv_run, joins_cluster, local_options
+from flux_batch.errors import Interrupted, JobError, one_line
 
 log = logging.getLogger(__name__)
 
+# Ray packs a folder only for workers that it starts by uv, and takes 512 MiB: ray/_private/runtime_env/packaging.py.
+_UV_ADVICE = (
+    "name what they do not need in .rayignore, or set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 where the nodes have flux-batch"
+)
 # Seconds for the TCP answer of a cluster that others have started.
 _CONNECT_TIMEOUT_S = 10.0
 # Seconds that a cluster which stopped answering may take to come back.
@@ -32,19 +38,33 @@ _NODE_TIMEOUT_S = 3.0
 def connect(max_workers: int, num_gpus: float) -> None:
     """Connect to Ray unless this process is connected; a local cluster without GPUs gets logical ones.
 
-    Raises: Interrupted if no cluster answers at RAY_ADDRESS; JobError if that is a job server.
+    Raises: Interrupted if no cluster answers at RAY_ADDRESS; JobError if that is a job server, or if Ray cannot give
+    the workers the environment of `uv run`.
     """
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if joins_cluster():
         check_reachable(os.environ["RAY_ADDRESS"])
+        if is_uv_run() and not _has_working_dir():
+            log.info("uv run: Ray packs %s for the workers, up to 512 MiB; %s", Path.cwd(), _UV_ADVICE)
     else:
         options |= local_options(max_workers * num_gpus)
     handler = signal.getsignal(signal.SIGTERM)
-    ray.init(**options)
+    try:
+        ray.init(**options)
+    except (RuntimeEnvSetupError, RuntimeError) as error:
+        if not (is_uv_run() and "working_dir" in str(error)):
+            raise
+        raise JobError(f"uv run: {one_line(error)}; {_UV_ADVICE}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # ray.init replaces the handler of the program
+
+
+def _has_working_dir() -> bool:
+    """Return whether this is a job of Ray, whose folder was packed when it was submitted."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return "working_dir" in (job.get("runtime_env") or {})
 
 
 def check_reachable(address: str) -> None:

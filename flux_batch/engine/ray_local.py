@@ -53,6 +53,15 @@ def has_gpu() -> bool:
     return any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd"))
 
 
+def is_uv_run() -> bool:
+    """Return whether Ray has to start the workers of a cluster by `uv run`, in a copy of this folder.
+
+    uv sets the variable for what it runs; Ray looks at the command lines of its parents.
+    """
+    is_asked = os.environ.get("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "1").lower() in ("1", "true")
+    return is_asked and "UV_RUN_RECURSION_DEPTH" in os.environ
+
+
 def keep_environment() -> None:
     """Keep workers on this machine in the environment of the driver; call it before Ray is imported.
 

@@ -1,11 +1,18 @@
+import json
+import logging
 import time
+from pathlib import Path
 
 import pytest
+import ray
+from ray.exceptions import RuntimeEnvSetupError
 
 from flux_batch.engine import ray_cluster
 from flux_batch.engine.ray_cluster import await_cluster, check_reachable, connect
-from flux_batch.errors import Interrupted
+from flux_batch.errors import Interrupted, JobError
 from helpers.s3 import free_port
+
+JOB = json.dumps({"runtime_env": {"working_dir": "gcs://_ray_pkg_0123456789abcdef.zip"}})
 
 
 def test_an_address_where_no_cluster_answers_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,6 +21,42 @@ def test_an_address_where_no_cluster_answers_is_said_at_once(monkeypatch: pytest
     with pytest.raises(Interrupted, match=f"RAY_ADDRESS = {address}: no Ray cluster answers there") as caught:
         connect(max_workers=1, num_gpus=1)
     assert caught.value.exit_code == 75
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_packed", "sentence"),
+    [
+        (
+            {"UV_RUN_RECURSION_DEPTH": "1"},
+            True,
+            r"uv run: Failed .* limit; name what .* in \.rayignore, or set ",
+        ),
+        ({"UV_RUN_RECURSION_DEPTH": "1", "RAY_JOB_CONFIG_JSON_ENV_VAR": JOB}, False, "uv run: Failed to upload"),
+        ({"UV_RUN_RECURSION_DEPTH": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}, False, None),
+        ({}, False, None),
+    ],
+)
+def test_the_folder_that_ray_packs_under_uv_run_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    environment: dict[str, str],
+    is_packed: bool,
+    sentence: str | None,
+) -> None:
+    def too_large(**options: object) -> None:
+        raise RuntimeEnvSetupError("Failed to upload working_dir /data: Package size (9000.00MiB) exceeds the limit")
+
+    for name in ("UV_RUN_RECURSION_DEPTH", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**environment, "RAY_ADDRESS": "auto"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", too_large)
+
+    with caplog.at_level(logging.INFO), pytest.raises(JobError if sentence else RuntimeEnvSetupError, match=sentence):
+        connect(max_workers=1, num_gpus=1)
+
+    assert (f"uv run: Ray packs {Path.cwd()} for the workers" in caplog.text) == is_packed
 
 
 @pytest.mark.parametrize("address", ["auto", "local", "ray://127.0.0.1:1"])
