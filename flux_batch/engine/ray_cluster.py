@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 # Ray packs a folder only for workers that it starts by uv, and takes 512 MiB: ray/_private/runtime_env/packaging.py.
 _UV_ADVICE = (
-    "name what they do not need in .rayignore, or set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 where the nodes have flux-batch"
+    "name what workers do not need in .rayignore, or, where the nodes have flux-batch, set "
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV=0"
 )
 # Seconds for the TCP answer of a cluster that others have started.
 _CONNECT_TIMEOUT_S = 10.0
@@ -62,7 +63,7 @@ def connect(max_workers: int, num_gpus: float) -> None:
 
 
 def _has_working_dir() -> bool:
-    """Return whether this is a job of Ray, whose folder was packed when it was submitted."""
+    """Return whether this is a job of Ray that was submitted with a folder."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     return "working_dir" in (job.get("runtime_env") or {})
 

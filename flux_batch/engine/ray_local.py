@@ -54,7 +54,7 @@ def has_gpu() -> bool:
 
 
 def is_uv_run() -> bool:
-    """Return whether Ray has to start the workers of a cluster by `uv run`, in a copy of this folder.
+    """Return whether Ray starts the workers of a cluster by `uv run`.
 
     uv sets the variable for what it runs; Ray looks at the command lines of its parents.
     """

@@ -29,9 +29,9 @@ def test_an_address_where_no_cluster_answers_is_said_at_once(monkeypatch: pytest
         (
             {"UV_RUN_RECURSION_DEPTH": "1"},
             True,
-            r"uv run: Failed .* limit; name what .* in \.rayignore, or set ",
+            r"uv run: Failed .* too large; name what .* in \.rayignore, or set ",
         ),
-        ({"UV_RUN_RECURSION_DEPTH": "1", "RAY_JOB_CONFIG_JSON_ENV_VAR": JOB}, False, "uv run: Failed to upload"),
+        ({"UV_RUN_RECURSION_DEPTH": "1", "RAY_JOB_CONFIG_JSON_ENV_VAR": JOB}, False, "uv run: Failed"),
         ({"UV_RUN_RECURSION_DEPTH": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}, False, None),
         ({}, False, None),
     ],
@@ -44,7 +44,7 @@ def test_the_folder_that_ray_packs_under_uv_run_is_said(
     sentence: str | None,
 ) -> None:
     def too_large(**options: object) -> None:
-        raise RuntimeEnvSetupError("Failed to upload working_dir /data: Package size (9000.00MiB) exceeds the limit")
+        raise RuntimeEnvSetupError("Failed to upload working_dir /data: Package size (9000.00MiB) is too large")
 
     for name in ("UV_RUN_RECURSION_DEPTH", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"):
         monkeypatch.delenv(name, raising=False)
