@@ -26,11 +26,7 @@ def test_an_address_where_no_cluster_answers_is_said_at_once(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("environment", "is_packed", "sentence"),
     [
-        (
-            {"UV_RUN_RECURSION_DEPTH": "1"},
-            True,
-            r"uv run: Failed .* too large; name what .* in \.rayignore, or set ",
-        ),
+        ({"UV_RUN_RECURSION_DEPTH": "1"}, True, r"uv run: Failed .* too large; name what .* in \.rayignore, or"),
         ({"UV_RUN_RECURSION_DEPTH": "1", "RAY_JOB_CONFIG_JSON_ENV_VAR": JOB}, False, "uv run: Failed"),
         ({"UV_RUN_RECURSION_DEPTH": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}, False, None),
         ({}, False, None),
