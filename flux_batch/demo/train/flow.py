@@ -152,12 +152,14 @@ class Trainer:
             assert batch.classes is not None
             return error, self.auxiliary_head.loss(batch.classes, batch.weights)
 
-    def error(self, batch: TrainBatch, source: torch.Generator, *, guided: bool) -> Tensor:
-        """Return the weighted mean of the squared error of the velocity."""
+    def error(
+        self, batch: TrainBatch, source: torch.Generator, *, guided: bool, max_guidance: float = _MAX_GUIDANCE
+    ) -> Tensor:
+        """Return the weighted mean of the squared error of the velocity, at guidances from 1 to `max_guidance`."""
         count = len(batch.prompts)
         noise = torch.randn(batch.clean.shape, generator=source).to(self.device)
         time = torch.sigmoid(_LOGIT_MEAN + _LOGIT_STD * torch.randn(count, generator=source)).to(self.device)
-        guidance = (1.0 + (_MAX_GUIDANCE - 1.0) * torch.rand(count, generator=source)).to(self.device)
+        guidance = (1.0 + (max_guidance - 1.0) * torch.rand(count, generator=source)).to(self.device)
         noisy = torch.lerp(batch.clean, noise, time[:, None, None])
         wanted = noise - batch.clean
         if guided:

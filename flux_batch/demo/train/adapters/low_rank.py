@@ -1,4 +1,8 @@
-"""Low-rank changes of a transformer's layers, their training, and their names in a file: diffusers' or the original."""
+"""Low-rank changes of a transformer's layers, their training, and their names in a file: diffusers' or the original.
+
+Muon trains them, since it moves all directions of a factor alike. By AdamW nearly all of a change came to lie in one:
+in the first layer of the editing LoRA its largest singular value was 8.5 after 390 steps, its eighth 0.4, of 24.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from flux_batch.demo.train.flow import TrainBatch, Trainer
-from flux_batch.demo.train.muon import Optimizer
+from flux_batch.demo.train.muon import MIN_SIDE, Optimizer
 from flux_batch.demo.train.progress import Meter, Stage
 from flux_batch.model.layers import RMSNorm
 from flux_batch.model.transformer import Flux
 
+# The peak rate of factors by Muon; at three times as much the error grows again after some hundred steps.
+_FACTOR_RATE = 1e-2
 # All layers of blocks but those of modulation.
 _LAYERS = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2", "linear1", "linear2")
 # diffusers' projections of layers, in the order of their rows.
@@ -51,16 +57,18 @@ def train_layers(
     rate: float,
     make_batch: Callable[[random.Random, int], TrainBatch],
 ) -> None:
-    """Train layers of a trainer's transformer, by AdamW.
+    """Train layers of a trainer's transformer: factors of at least `MIN_SIDE` by Muon, all else by AdamW.
 
-    rate: the peak learning rate; make_batch: the batch of a step, from its random source and its number.
+    rate: the peak learning rate of AdamW; make_batch: the batch of a step, from its random source and its number.
     """
-    optimizer = Optimizer(layers, [], rate, rate)
+    factors = [p for p in layers.parameters() if p.requires_grad and p.ndim == 2 and min(p.shape) >= MIN_SIDE]
+    optimizer = Optimizer(layers, factors, _FACTOR_RATE, rate)
     meter = Meter(stage)
     for step in stage.steps({"layers": layers, "optimizer": optimizer}):
         batch = make_batch(stage.rng(step), step)
         with trainer.autocast():
-            loss = trainer.error(batch, stage.generator(step), guided=False)
+            # Other guidances keep what the base learned of them: the velocity of the data would undo it.
+            loss = trainer.error(batch, stage.generator(step), guided=False, max_guidance=1.0)
         optimizer.update(loss, stage.share_of_rate(step))
         meter.add(step, loss=loss.item())
 
