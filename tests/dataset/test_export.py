@@ -28,6 +28,7 @@ from flux_batch.images import AI_SOURCE_TYPE, encode, read_provenance
 from flux_batch.storage.store import Store
 from helpers.annotated import put_annotations
 from helpers.finished_runs import command, finish
+from helpers.hub_bucket import hub_bucket
 from helpers.job_files import make_job, metadata
 
 # `datasets` and `webdataset` leave files open.
@@ -99,7 +100,18 @@ def test_an_export_has_the_images_their_records_and_annotations(
     assert command(capsys, "select", store.uri, "some", *split)[0] == 0
     selection = read_selection(store, "some").to_pydict()
     splits = dict(zip(selection["key"], selection["split"], strict=True))
-    arguments = ["export", store.uri, str(dest), "--selection", "some", "--format", format, "--shard-size", "2"]
+    arguments = [
+        "--debug",
+        "export",
+        store.uri,
+        str(dest),
+        "--selection",
+        "some",
+        "--format",
+        format,
+        "--shard-size",
+        "2",
+    ]
     code, said = command(capsys, *arguments, "--json")
     figures = json.loads(said)
     assert (code, figures["num_new_shards"], sum(figures["splits"].values())) == (0, figures["num_shards"], 7)
@@ -175,6 +187,21 @@ def test_a_killed_export_goes_on_and_ends_in_the_same_bytes(
     assert files[0] == files[1]
     assert [*rows_of(whole, format)] == [*rows_of(dest, format)]
     assert Path("_SUCCESS") in files[0]
+
+
+def test_a_bucket_of_the_hub_is_an_address_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = hub_bucket(monkeypatch)
+    arguments = ["export", made_run(tmp_path, "files").uri, "hf://buckets/owner/name/set", "--format", "webdataset"]
+
+    code, said = command(capsys, *arguments)
+    made = {path: data for path, data in files.items() if path.startswith("set/train/")}
+    assert (code, "found written already" in said) == (0, False)
+    assert "1 of them found written already" in command(capsys, *arguments)[1]
+    assert {path: data for path, data in files.items() if path.startswith("set/train/")} == made
+    with tarfile.open(fileobj=io.BytesIO(made["set/train/00000.tar"])) as shard:
+        assert len([name for name in shard.getnames() if name.endswith(".png")]) == NUM_ROWS - 1
 
 
 def test_copies_may_be_smaller_and_keep_their_label(tmp_path: Path) -> None:
