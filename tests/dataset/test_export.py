@@ -100,18 +100,7 @@ def test_an_export_has_the_images_their_records_and_annotations(
     assert command(capsys, "select", store.uri, "some", *split)[0] == 0
     selection = read_selection(store, "some").to_pydict()
     splits = dict(zip(selection["key"], selection["split"], strict=True))
-    arguments = [
-        "--debug",
-        "export",
-        store.uri,
-        str(dest),
-        "--selection",
-        "some",
-        "--format",
-        format,
-        "--shard-size",
-        "2",
-    ]
+    arguments = ["export", store.uri, str(dest), "--selection", "some", "--format", format, "--shard-size", "2"]
     code, said = command(capsys, *arguments, "--json")
     figures = json.loads(said)
     assert (code, figures["num_new_shards"], sum(figures["splits"].values())) == (0, figures["num_shards"], 7)

@@ -15,15 +15,14 @@ def hub_bucket(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """Let every `hf://buckets/` be one in memory. Returns: its files by path."""
     bucket_file: Any = pytest.importorskip("huggingface_hub", "2.0").BucketFile
     files: dict[str, bytes] = {}
+    a_day = "2026-01-01T00:00:00.0Z"
 
     def listed(api: HfApi, bucket_id: str, prefix: str | None = None, recursive: bool | None = None) -> list[Any]:
         folder = (prefix or "").rstrip("/")
         return [file_of(path) for path in sorted(files) if not folder or f"{path}/".startswith(f"{folder}/")]
 
     def file_of(path: str) -> Any:
-        return bucket_file(
-            type="file", path=path, size=len(files[path]), xetHash="0" * 64, mtime="2026-01-01T00:00:00.0Z"
-        )
+        return bucket_file(type="file", path=path, size=len(files[path]), xetHash="0" * 64, mtime=a_day)
 
     def change(api: HfApi, bucket_id: str, *, add: Sequence[Any] = (), delete: Sequence[str] = ()) -> None:
         for source, path in add:

@@ -155,7 +155,10 @@ class Trainer:
     def error(
         self, batch: TrainBatch, source: torch.Generator, *, guided: bool, max_guidance: float = _MAX_GUIDANCE
     ) -> Tensor:
-        """Return the weighted mean of the squared error of the velocity, at guidances from 1 to `max_guidance`."""
+        """Return the weighted mean of the squared error of the velocity.
+
+        Guidances are random, from 1 to `max_guidance`.
+        """
         count = len(batch.prompts)
         noise = torch.randn(batch.clean.shape, generator=source).to(self.device)
         time = torch.sigmoid(_LOGIT_MEAN + _LOGIT_STD * torch.randn(count, generator=source)).to(self.device)
