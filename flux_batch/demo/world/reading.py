@@ -1,14 +1,12 @@
 """The reading of an image of the demo's world: its things and its background; knows no caption.
 
 Plain image operations on an image whose shorter side is 128 pixels. The background is fitted first, as one of the known
-textures; the rest is things, separated by colour and position; the shape of a thing is the one whose drawing, of the
-same area and centre of mass, covers it best.
+textures. The rest is things, separated by colour and position, and each has the shape that it looks most like.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -25,9 +23,10 @@ from flux_batch.demo.world.background import (
     nearest_colour,
     residual,
 )
-from flux_batch.demo.world.captions import COLOURS, MIN_CONTRAST, PALETTE, SHAPES, Background, Colour, Shape, Size
-from flux_batch.demo.world.drawing import EXTENTS, Mask, Pixels, Placement, draw_shape
+from flux_batch.demo.world.captions import COLOURS, MIN_CONTRAST, PALETTE, Background, Colour, Shape, Size
+from flux_batch.demo.world.drawing import EXTENTS, Mask, Pixels
 from flux_batch.demo.world.regions import Region, components, grown, opened, shrunk
+from flux_batch.demo.world.shapes import place, recognise, sharpened
 
 # The shorter side to which every image is scaled, in pixels; the lengths below are at this scale.
 _SIDE = 128
@@ -110,7 +109,7 @@ def _find_things(pixels: Pixels, fit: BackgroundFit) -> list[ReadThing]:
     found = []
     for number, (colour, off) in enumerate(zip(colours, off_colours, strict=True)):
         off_rest = distance_from_background(pixels, fit, background_distance, colour)
-        cover = np.clip(1.5 * off_rest / (off_rest + off + 1e-6) - 0.25, 0, 1)
+        cover = sharpened(off_rest / (off_rest + off + 1e-6))
         is_other = is_thing & (nearest != number)
         for region in components(opened(~is_other & (off < off_rest)), _MIN_AREA / 2):
             cover_here = np.where(grown(region, 5) & ~is_other, cover, 0).astype(np.float32)
@@ -160,47 +159,14 @@ def _main_colour(seen: Pixels) -> Pixels:
 
 def _describe(cover: Mask, colour: Pixels) -> ReadThing:
     """Return the thing that covers a share of each pixel: its shape, size and position."""
-    overlaps = {shape: _overlap(shape, cover) for shape in SHAPES}
-    shape = max(SHAPES, key=lambda shape: overlaps[shape][0])
-    best, place = overlaps[shape]
-    extent = place.extent / _SIDE
+    shape = recognise(cover)
+    overlap, placement = place(shape, cover)
+    extent = placement.extent / _SIDE
     return ReadThing(
-        shape=shape if best >= _MIN_OVERLAP else None,
+        shape=shape if overlap >= _MIN_OVERLAP else None,
         colour=nearest_colour(colour),
         size="small" if extent < _SMALL_BELOW else "large" if extent > _LARGE_ABOVE else "medium",
-        x=place.x / cover.shape[1],
-        y=place.y / cover.shape[0],
+        x=placement.x / cover.shape[1],
+        y=placement.y / cover.shape[0],
         extent=extent,
     )
-
-
-def _overlap(shape: Shape, cover: Mask) -> tuple[float, Placement]:
-    """Return the overlap and placement of a shape of equal area and centre of mass.
-
-    The overlap is the intersection over the union, 0 to 1.
-    """
-    height, width = cover.shape
-    area, x, y = _moments(cover)
-    area_of_one, x_of_one, y_of_one = _moments_of_shape(shape)
-    extent = (area / area_of_one) ** 0.5
-    place = Placement(x - x_of_one * extent, y - y_of_one * extent, extent)
-    drawn = draw_shape(shape, place, width, height)
-    return float(np.minimum(drawn, cover).sum() / np.maximum(drawn, cover).sum()), place
-
-
-def _moments(cover: Mask) -> tuple[float, float, float]:
-    """Return area and centre of mass, in pixels."""
-    area = float(cover.sum())
-    x = float(cover.sum(axis=0) @ (np.arange(cover.shape[1]) + 0.5)) / area
-    y = float(cover.sum(axis=1) @ (np.arange(cover.shape[0]) + 0.5)) / area
-    return area, x, y
-
-
-@lru_cache(maxsize=len(SHAPES))
-def _moments_of_shape(shape: Shape, extent: float = 200.0) -> tuple[float, float, float]:
-    """Return the area and centre of mass of a shape of extent 1.
-
-    The centre of mass is relative to its centre.
-    """
-    area, x, y = _moments(draw_shape(shape, Placement(128, 128, extent), 256, 256))
-    return area / extent**2, (x - 128) / extent, (y - 128) / extent
