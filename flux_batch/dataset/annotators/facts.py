@@ -15,7 +15,7 @@ from flux_batch.demo.world.scorer import score
 class Facts:
     """The share of a prompt's facts that hold, and the others; for the demo's captions alone."""
 
-    version = "1"
+    version = "2"
     columns = pa.schema([("facts", pa.float64()), ("missing", pa.list_(pa.string()))])
 
     def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

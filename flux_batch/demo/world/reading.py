@@ -32,7 +32,9 @@ from flux_batch.demo.world.shapes import place, recognise, sharpened
 _SIDE = 128
 # The share of an image that the background must explain; the two largest things leave 0.69.
 _MIN_EXPLAINED = 0.55
-# Pixels. A small star covers 196; specks cover up to 0.3 % of an image: 98 of one twice as wide.
+# Pixels. A small star is drawn with 196, and may lose some of them; specks cover up to 0.3 % of an image: 98 of one
+# twice as wide. What has no shape and less than any thing is a mixture where two colours meet.
+_LEAST_THING = 196.0
 _MIN_AREA = 140.0
 _MAX_COLOURS = 8
 # The least overlap of a thing with its shape.
@@ -108,13 +110,19 @@ def _find_things(pixels: Pixels, fit: BackgroundFit) -> list[ReadThing]:
     is_thing = off_colours.min(axis=0) < background_distance
     found = []
     for number, (colour, off) in enumerate(zip(colours, off_colours, strict=True)):
+        if min(np.linalg.norm(colour - of_pattern) for of_pattern in (fit.first, fit.second)) < SAME_COLOUR:
+            continue  # a flaw of the pattern: no thing has a colour of its background
         off_rest = distance_from_background(pixels, fit, background_distance, colour)
         cover = sharpened(off_rest / (off_rest + off + 1e-6))
         is_other = is_thing & (nearest != number)
         for region in components(opened(~is_other & (off < off_rest)), _MIN_AREA / 2):
             cover_here = np.where(grown(region, 5) & ~is_other, cover, 0).astype(np.float32)
-            if cover_here.sum() >= _MIN_AREA and np.median(off_rest[region]) >= _LEAST_CONTRAST:
-                found.append((float(cover_here.sum()), _describe(cover_here, colour)))
+            if cover_here.sum() < _MIN_AREA or np.median(off_rest[region]) < _LEAST_CONTRAST:
+                continue
+            # Its own colour: a colour found in all of the image may lie between those of two things.
+            thing = _describe(cover_here, _main_colour(pixels[_core_of(region)]))
+            if thing.shape or cover_here.sum() >= _LEAST_THING:
+                found.append((float(cover_here.sum()), thing))
     things = [thing for _, thing in sorted(found, key=lambda pair: -pair[0])]
     return [thing for number, thing in enumerate(things) if not any(_is_hole(thing, ring) for ring in things[:number])]
 
