@@ -19,7 +19,7 @@ def test_drawings_are_recognised_and_placed(extent: float) -> None:
         assert recognise(drawn) == shape
         overlap, placed = place(shape, drawn)
         assert overlap > 0.95
-            assert (placed.x, placed.y) == pytest.approx((70.5, 50.25), abs=0.3)
+        assert (placed.x, placed.y) == pytest.approx((70.5, 50.25), abs=0.3)
         assert placed.extent == pytest.approx(extent, rel=0.02)
 
 
