@@ -66,7 +66,8 @@ def deformed(cover: Mask, shift: float, blur: float, rng: random.Random) -> Mask
 
 def sharpened(share: Mask) -> Mask:
     """Return what a thing covers of each pixel by its share of the pixel's colour, both 0 to 1: edges are soft."""
-    return np.clip(1.5 * share - 0.25, 0, 1).astype(np.float32)
+    cover: Mask = np.clip(1.5 * share - 0.25, 0, 1).astype(np.float32)
+    return cover
 
 
 @cache
@@ -95,7 +96,7 @@ def _normalized(cover: Mask) -> Mask:
 def _blurred(cover: Mask, radius: float) -> Mask:
     """Return a mask blurred, in 256 steps."""
     image = Image.fromarray(np.round(255 * cover).astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius))
-    return np.asarray(image, np.float32) / 255
+    return np.asarray(image, np.float32) / np.float32(255)
 
 
 def _moments(cover: Mask) -> tuple[float, float, float]:

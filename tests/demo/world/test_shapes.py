@@ -20,7 +20,7 @@ def test_drawings_are_recognised_and_placed(extent: float) -> None:
         overlap, placed = place(shape, drawn)
         assert overlap > 0.95
         assert (placed.x, placed.y) == pytest.approx((70.5, 50.25), abs=0.3)
-        assert placed.extent == pytest.approx(extent, rel=0.02)
+        assert placed.extent == pytest.approx(extent, abs=0.6)
 
 
 @pytest.mark.parametrize(("shift", "blur", "least"), [(1.0, 1.0, 1.0), (2.0, 2.0, 0.95), (3.0, 1.5, 0.9)])
