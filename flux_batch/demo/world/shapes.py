@@ -52,7 +52,7 @@ def place(shape: Shape, cover: Mask) -> tuple[float, Placement]:
 
 
 def deformed(cover: Mask, shift: float, blur: float, rng: random.Random) -> Mask:
-    """Return a shape out of form: points of a coarse grid are moved by about `shift` pixels, then it is blurred."""
+    """Return a shape out of form: points of a coarse grid moved by about `shift` pixels, then blurred."""
     height, width = cover.shape
 
     def shifts() -> Mask:
@@ -65,7 +65,10 @@ def deformed(cover: Mask, shift: float, blur: float, rng: random.Random) -> Mask
 
 
 def sharpened(share: Mask) -> Mask:
-    """Return what a thing covers of each pixel by its share of the pixel's colour, both 0 to 1: edges are soft."""
+    """Return what is covered of each pixel, by the share of a thing's colour in it.
+
+    Both are 0 to 1. Edges of a model's things are soft.
+    """
     cover: Mask = np.clip(1.5 * share - 0.25, 0, 1).astype(np.float32)
     return cover
 
