@@ -65,7 +65,7 @@ def deformed(cover: Mask, shift: float, blur: float, rng: random.Random) -> Mask
 
 
 def sharpened(share: Mask) -> Mask:
-    """Return what is covered of each pixel, by the share of a thing's colour in it.
+    """Return the cover of each pixel by the share of a thing's colour in it.
 
     Both are 0 to 1. Edges of a model's things are soft.
     """
@@ -75,7 +75,7 @@ def sharpened(share: Mask) -> Mask:
 
 @cache
 def _mean_patches() -> dict[Shape, Mask]:
-    """Return the mean of the patches of a shape's deformed drawings, the same on every machine."""
+    """Return the mean of the patches of each shape's deformed drawings."""
     rng = random.Random(0)
 
     def patches(shape: Shape) -> Iterator[Mask]:
