@@ -12,6 +12,7 @@ from typing import Any
 
 from flux_batch.errors import RowError
 from flux_batch.records import FailedRow, ImageRequest, RowImages, retry_seed
+from flux_batch.redaction import plain_text
 
 # Batches whose images are read while one is on the device: enough to hide a slow server, and a bound on memory.
 READ_AHEAD = 1
@@ -79,8 +80,8 @@ def with_sources(row: ImageRequest | FailedRow, count: int) -> ImageRequest | Fa
     if isinstance(row, FailedRow) or not count or len(row.images.sources) == count:
         return row
     reason = (
-        f"{row.id}: has {len(row.images.sources)} images before the edit, where output.sources = {count}: name as many "
-        "in reference_image, or one in input_image"
+        f"{plain_text(row.id)}: has {len(row.images.sources)} images before the edit, where output.sources = {count}: "
+        "name as many in reference_image, or one in input_image"
     )
     return FailedRow(
         row=row.row,
@@ -153,7 +154,7 @@ def _with_images(task: ImageTask, reading: _Reading) -> ImageTask:
     except RowError as error:
         found = error
     if isinstance(found, RowError):  # shared by rows, of which each says where it stands
-        found = RowError(f"{task.request.id}: {found}")
+        found = RowError(f"{plain_text(task.request.id)}: {found}")
     if isinstance(found, Exception):
         return replace(task, error=found)
     sized = task.sized(*found["reference_image"][0].size) if task.request.size_from_reference else task
