@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, HfFileSystem
 
 
 def hub_bucket(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """Let every `hf://buckets/` be one in memory. Returns: its files by path."""
+    """Put a bucket in memory behind every `hf://buckets/`. Returns: its files by path."""
     bucket_file: Any = pytest.importorskip("huggingface_hub", "2.0").BucketFile
     files: dict[str, bytes] = {}
     a_day = "2026-01-01T00:00:00.0Z"
