@@ -30,7 +30,7 @@ _RATE = 1.5e-3
 _MATRIX_RATE = 1.5e-2
 # Weight of the KL term beside the mean absolute error a pixel: the smoothest latents that do not blur images.
 _KL_WEIGHT = 8e-3
-_FOLD_IMAGES = 64
+FOLD_IMAGES = 64
 _LATENT_NOISE = 0.1
 
 
@@ -123,7 +123,7 @@ def fold_statistics(model: AutoEncoder, device: torch.device, rng: random.Random
     encoder's last convolution writes z = a z' + b, the decoder's first one reads it back. This is exact except at the
     border, where the decoder pads with 0 as before; the training of the decoder mends that.
     """
-    image = images(rng, _FOLD_IMAGES, _SIDE).to(device, memory_format=torch.channels_last)
+    image = images(rng, FOLD_IMAGES, _SIDE).to(device, memory_format=torch.channels_last)
     moments = torch.cat([model.encoder(part) for part in torch.split(image, 8)])
     mean, logvar = moments.chunk(2, dim=1)
     centre = mean.mean(dim=(0, 2, 3))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from flux_batch.demo.paths import demo_model_folder
 from flux_batch.demo.train import __main__ as program
-from flux_batch.demo.train import flow
+from flux_batch.demo.train import autoencoder, flow
 from flux_batch.demo.train.adapters import blueprint, canny, kontext
 from flux_batch.demo.train.adapters.low_rank import LowRank, add_conditioning, add_low_rank, to_original, to_peft
 from flux_batch.demo.train.autoencoder import fold_statistics, images, make_autoencoder
@@ -33,7 +33,7 @@ def test_folding_makes_latents_standard_and_keeps_the_images() -> None:
     with torch.no_grad():
         before = model.decoder(model.encoder(image).chunk(2, dim=1)[0])
         fold_statistics(model, CPU, random.Random(2))
-        means, logvar = model.encoder(images(random.Random(2), 64, 128)).chunk(2, dim=1)
+        means, logvar = model.encoder(images(random.Random(2), autoencoder.FOLD_IMAGES, 128)).chunk(2, dim=1)
         after = model.decode(model.encode(image))
 
     spread = AUTOENCODER.scale_factor * (means.var(dim=(0, 2, 3)) + logvar.exp().mean(dim=(0, 2, 3))).sqrt()
@@ -91,6 +91,7 @@ def test_a_lora_of_a_condition_has_the_names_of_the_original_with_biases_and_nor
 
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoencoder, "FOLD_IMAGES", 8)
     monkeypatch.setattr(flow, "TOKENS_A_STEP", 4 * 64)
     monkeypatch.setattr(blueprint, "NUM_IMAGES", 8)
     monkeypatch.setattr(canny, "NUM_IMAGES", 4)
@@ -101,7 +102,7 @@ def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_training_resumes_and_writes_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*more: str) -> None:
-        counts = {"autoencoder-steps": 6, "text-steps": 2, "images": 40, "flow-steps": 3}
+        counts = {"autoencoder-steps": 6, "text-steps": 2, "images": 16, "flow-steps": 3}
         counts |= {f"{name}-steps": 2 for name in ("blueprint", "canny", "kontext")}
         words = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
         monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "work"), "--device", "cpu", *words, *more])
@@ -122,7 +123,7 @@ def test_training_resumes_and_writes_a_model(tmp_path: Path, monkeypatch: pytest
 
 
 def test_training_goes_on_from_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--device", "cpu", "--images", "40", "--flow-steps", "1", "--loras", "--start"]
+    words = ["--device", "cpu", "--images", "16", "--flow-steps", "1", "--loras", "--start"]
     to = tmp_path / "model"
     monkeypatch.setattr(sys, "argv", ["train", str(tmp_path), *words, str(demo_model_folder()), "--to", str(to)])
     program.main()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from flux_batch.demo.world import scorer
 from flux_batch.demo.world.captions import (
     COLOURS,
     POSITIONS,
@@ -24,9 +25,25 @@ from flux_batch.demo.world.captions import (
 )
 from flux_batch.demo.world.captions import captions as say
 from flux_batch.demo.world.drawing import draw
+from flux_batch.demo.world.reading import Reading, read_image
 from flux_batch.demo.world.scorer import Fact, Kind, score, score_all
 
 CAPTIONS = [*say(36, seed=11), *say(36, seed=12, held_out=True)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _read_once() -> Iterator[None]:
+    """Read an image once, with however many captions it is compared: that takes longest, and knows no caption."""
+    known: dict[int, tuple[Image.Image, Reading]] = {}
+
+    def read_once(image: Image.Image) -> Reading:
+        if id(image) not in known:
+            known[id(image)] = image, read_image(image)
+        return known[id(image)][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorer, "read_image", read_once)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +53,9 @@ def images() -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("size", [(128, 128), (192, 128), (128, 192), (160, 160), (96, 96), (256, 256), (100, 160)])
-def test_a_drawn_scene_is_read_back(size: tuple[int, int]) -> None:
+def test_a_drawn_scene_is_read_back(images: list[Image.Image], size: tuple[int, int]) -> None:
     captions = CAPTIONS if size == (128, 128) else CAPTIONS[::3]
-    scores = score_all(captions, drawn(captions, size))
+    scores = score_all(captions, images if size == (128, 128) else drawn(captions, size))
 
     assert scores.share() >= 0.99, str(scores)
     assert min(scores.share(kind) for kind in scores.to_dict()["by_kind"]) >= 0.98
@@ -46,7 +63,7 @@ def test_a_drawn_scene_is_read_back(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kind", ["blurred", "noisy", "jpeg"])
 def test_a_slightly_damaged_image_is_read_too(images: list[Image.Image], kind: str) -> None:
-    scores = score_all(CAPTIONS, (spoil(image, kind) for image in images))
+    scores = score_all(CAPTIONS[::2], (spoil(image, kind) for image in images[::2]))
 
     assert scores.share() >= 0.97, str(scores)
 
