@@ -1,7 +1,7 @@
 """The command line: parse, call, print; an exception becomes one sentence and an exit code.
 
-0 done; 1 unexpected; 2 bad job file or input, do not retry; 3 finished, but more rows failed than allowed;
-75 interrupted, run the same command again.
+0 done; 1 unexpected; 2 bad job file or input, or a damaged output, do not retry; 3 finished, but more rows failed than
+allowed; 75 interrupted, run the same command again.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@
     |   |-- DiskFull                exit 75  a disk is full: make room and run the same command again
     |   |-- StoreRefused            exit 2   storage said no: credentials, bucket or permissions
     |   |-- NotFound                exit 2   there is nothing under that key
+    |   |-- DamagedObject           exit 2   a file of the run cannot be read: the message says what mends it
     |   `-- AlreadyExists                    a put-if-absent came second: often good news
     |-- RunIncomplete               exit 1   shards failed more often than allowed
     `-- Interrupted                 exit 75  stopped from outside: run the same command again
@@ -107,6 +108,12 @@ class StoreRefused(StoreError):
 
 class NotFound(StoreError):
     """The storage has no object under a key."""
+
+    exit_code = 2
+
+
+class DamagedObject(StoreError):
+    """An object that this program wrote holds something else now; another run would find it so too."""
 
     exit_code = 2
 

@@ -9,6 +9,7 @@ from typing import Literal
 from flux_batch.errors import (
     AlreadyExists,
     CheckpointError,
+    DamagedObject,
     DeviceFatal,
     FluxBatchError,
     JobError,
@@ -59,7 +60,7 @@ def _kind_of(error: Exception) -> FailureKind:
             return "device_lost"
         case Stopped():
             return "stopped"
-        case NotFound() | AlreadyExists():  # storage answered: these are StoreErrors about a key
+        case NotFound() | AlreadyExists() | DamagedObject():  # storage answered: these are StoreErrors about a key
             return "shard_failed"
         case StoreError():
             return "storage_unavailable"

@@ -66,7 +66,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from flux_batch.errors import AlreadyExists, NotFound, StoreError
+from flux_batch.errors import AlreadyExists, DamagedObject, NotFound
 from flux_batch.output.formats import OutputFormat, Sample, StoredSample, iter_samples
 from flux_batch.output.metadata import pack_failures, pack_metadata, source_fields, unpack_metadata
 from flux_batch.output.paths import (
@@ -111,15 +111,17 @@ class Commits:
         return ShardFiles.list(self.run, self.folder, ".json", with_sizes=False, first=first)
 
     def read(self, shard: int) -> Commit:
-        """Read the commit of a shard. Raises: NotFound if it is not done, StoreError if it is damaged."""
+        """Read the commit of a shard. Raises: NotFound if it is not done, DamagedObject if it is damaged."""
         key = self.key(shard)
         try:
             return parse_commit(self.run.store.read(key))
         except ValueError as error:
-            raise StoreError(f"{self.run.store.url(key)}: {error}; `flux-batch verify --repair` reverts it") from error
+            raise DamagedObject(
+                f"{self.run.store.url(key)}: {error}; `flux-batch verify --repair` reverts it"
+            ) from error
 
     def find(self, shard: int) -> Commit | None:
-        """Return the commit of a shard, None if it is not done. Raises: StoreError if it is damaged."""
+        """Return the commit of a shard, None if it is not done. Raises: DamagedObject."""
         with suppress(NotFound):
             return self.read(shard)
         return None

@@ -36,7 +36,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 
-from flux_batch.errors import AlreadyExists, Interrupted, LeaseLost, NotFound, RunHeld, StoreError
+from flux_batch.errors import AlreadyExists, DamagedObject, Interrupted, LeaseLost, NotFound, RunHeld, StoreError
 from flux_batch.output.paths import LEASE, number_in
 from flux_batch.output.process_id import ProcessId
 from flux_batch.storage.store import Store
@@ -96,7 +96,7 @@ class Holder:
 
 
 def read_holder(store: Store) -> Holder | None:
-    """Return the present or the last holder of a run; None if there was none. Raises: StoreError if it is damaged."""
+    """Return the present or the last holder of a run; None if there was none. Raises: DamagedObject."""
     for num_left in reversed(range(_MAX_READS)):
         epochs = _epochs(store)
         if not epochs:
@@ -112,7 +112,7 @@ def read_holder(store: Store) -> Holder | None:
         try:
             return Holder.from_json(data)
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
+            raise DamagedObject(
                 f"{store.url(key)}: not a lease of this program ({error!r}); if no driver is at work, delete it"
             ) from error
     raise StoreError(f"{store.url(LEASE)}: lists objects that cannot be read")

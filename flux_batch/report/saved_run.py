@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_batch.config.schema import JobConfig
-from flux_batch.errors import JobError, NotFound, StoreError
+from flux_batch.errors import DamagedObject, JobError, NotFound, StoreError
 from flux_batch.output.commits import Commits
 from flux_batch.output.formats import DECODE_ERRORS, OutputFormat, format_for, iter_images
 from flux_batch.output.lease import Lease
@@ -34,7 +34,7 @@ class SavedRun:
 
     @classmethod
     def open(cls, store: Store) -> SavedRun:
-        """Read a run. Raises: JobError if there is none, StoreError if its own files are damaged."""
+        """Read a run. Raises: JobError if there is none, DamagedObject if its own files cannot be read."""
         try:
             plan, job = store.read(PLAN), store.read(JOB)
         except NotFound as error:
@@ -43,7 +43,7 @@ class SavedRun:
             outline = Outline.from_parquet(plan)
             config = JobConfig.from_yaml(job.decode(), origin=store.url(JOB))
         except ValueError as error:  # JobError is one too
-            raise StoreError(f"{store.uri}: {PLAN} or {JOB} is damaged: {error}") from error
+            raise DamagedObject(f"{store.uri}: {PLAN} or {JOB} is damaged: {error}") from error
         outline = replace(outline, passthrough=columns_of_job(outline.passthrough, config))
         return cls(RunFolder(store, len(outline.num_rows)), config, outline)
 

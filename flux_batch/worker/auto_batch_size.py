@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from flux_batch.config.schema import SamplingConfig
-from flux_batch.errors import AlreadyExists, NotFound, OutOfMemory, StoreError
+from flux_batch.errors import AlreadyExists, DamagedObject, NotFound, OutOfMemory
 from flux_batch.images import blank_image
 from flux_batch.output.paths import BATCH_SIZE
 from flux_batch.sampling_params import call_arguments
@@ -119,5 +119,5 @@ def _read(store: Store) -> int:
         if size < 1:
             raise ValueError(f"batch_size is {size}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StoreError(f"{store.url(BATCH_SIZE)}: is damaged ({error!r}); delete it") from error
+        raise DamagedObject(f"{store.url(BATCH_SIZE)}: is damaged ({error!r}); delete it") from error
     return size

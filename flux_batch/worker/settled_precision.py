@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from flux_batch.config.schema import JobConfig, ModelConfig
-from flux_batch.errors import AlreadyExists, JobError, NotFound, StoreError, one_line
+from flux_batch.errors import AlreadyExists, DamagedObject, JobError, NotFound, one_line
 from flux_batch.output.paths import JOB, PRECISION
 from flux_batch.records import Kernels
 from flux_batch.storage.store import Store
@@ -125,7 +125,7 @@ def settled_model(store: Store, model: ModelConfig) -> ModelConfig:
         if settled.dtype == "auto":
             raise ValueError("it names no dtype")
     except (ValueError, KeyError, TypeError, RecursionError, JobError) as error:
-        raise StoreError(f"{store.url(PRECISION)}: is damaged ({one_line(error)}); delete it") from error
+        raise DamagedObject(f"{store.url(PRECISION)}: is damaged ({one_line(error)}); delete it") from error
     return settled
 
 

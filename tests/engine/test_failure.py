@@ -6,6 +6,7 @@ from flux_batch.engine.failure import Failure, FailureKind
 from flux_batch.errors import (
     AlreadyExists,
     CheckpointError,
+    DamagedObject,
     DeviceFatal,
     DiskFull,
     FluxBatchError,
@@ -29,6 +30,7 @@ from flux_batch.errors import (
         (DiskFull("x"), "storage_unavailable"),
         (NotFound("x"), "shard_failed"),
         (AlreadyExists("x"), "shard_failed"),
+        (DamagedObject("x"), "shard_failed"),
         (FluxBatchError("x"), "shard_failed"),
         (ZeroDivisionError("x"), "shard_failed"),
     ],

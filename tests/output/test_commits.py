@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flux_batch.config.schema import ImageConfig, OutputConfig
-from flux_batch.errors import NotFound, StoreError
+from flux_batch.errors import DamagedObject, NotFound
 from flux_batch.images import encode
 from flux_batch.output.commits import Commits, Publisher
 from flux_batch.output.formats import format_for, iter_images
@@ -305,7 +305,7 @@ def test_a_damaged_commit_is_named(tmp_path: Path, body: bytes) -> None:
     store = Store(str(tmp_path))
     store.write("_run/commits/00001.json", body)
 
-    with pytest.raises(StoreError, match=r"00001\.json: not a commit"):
+    with pytest.raises(DamagedObject, match=r"00001\.json: not a commit"):
         Commits(RunFolder(store, 2)).read(1)
 
 

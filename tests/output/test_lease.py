@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flux_batch.errors import AlreadyExists, Interrupted, LeaseLost, RunHeld, StoreError
+from flux_batch.errors import AlreadyExists, DamagedObject, Interrupted, LeaseLost, RunHeld, StoreError
 from flux_batch.output import lease as lease_module
 from flux_batch.output.lease import Holder, Lease, read_holder
 from flux_batch.output.process_id import ProcessId
@@ -281,7 +281,7 @@ def test_a_lease_that_somebody_deleted_is_lost(store: Store) -> None:
 @pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b'{"version": 1, "process": {}}', b"\xff"])
 def test_a_damaged_lease_is_named(store: Store, data: bytes) -> None:
     store.write("_run/lease/00001.json", data)
-    with pytest.raises(StoreError, match=r"_run/lease/00001\.json: not a lease of this program"):
+    with pytest.raises(DamagedObject, match=r"_run/lease/00001\.json: not a lease of this program"):
         make(store, Time()).acquire()
 
 

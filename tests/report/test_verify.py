@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flux_batch.config.schema import JobConfig
-from flux_batch.errors import JobError, StoreError
+from flux_batch.errors import DamagedObject, JobError, StoreError
 from flux_batch.output.lease import Lease
 from flux_batch.output.paths import COMMIT_LOG, COMMITS, FAILED, METADATA, TRAIN, metadata_file
 from flux_batch.report.saved_run import SavedRun
@@ -402,7 +402,7 @@ def test_an_output_without_a_run_is_an_error(tmp_path: Path) -> None:
 
 def test_a_damaged_plan_is_named_in_the_error(webdataset: Store) -> None:
     webdataset.write("_run/plan.parquet", b"PAR1 or not")
-    with pytest.raises(StoreError, match=r"_run/plan\.parquet or _run/job\.yaml is damaged"):
+    with pytest.raises(DamagedObject, match=r"_run/plan\.parquet or _run/job\.yaml is damaged"):
         verify(webdataset)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from flux_batch.config.schema import ModelConfig, SamplingConfig
 from flux_batch.engine.local import LocalEngine
-from flux_batch.errors import OutOfMemory, StoreError
+from flux_batch.errors import DamagedObject, OutOfMemory
 from flux_batch.job import run
 from flux_batch.output.gc import find_leftovers
 from flux_batch.output.paths import RunFolder
@@ -75,7 +75,7 @@ def test_two_workers_that_measure_at_once_take_the_size_written_first(tmp_path: 
 def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "_run").mkdir()
     (tmp_path / "_run/batch_size.json").write_text(text)
-    with pytest.raises(StoreError, match=r"_run/batch_size\.json: is damaged"):
+    with pytest.raises(DamagedObject, match=r"_run/batch_size\.json: is damaged"):
         remembered_batch_size(Store(str(tmp_path)), lambda: 1)
 
 

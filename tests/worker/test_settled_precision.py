@@ -14,7 +14,7 @@ import pytest
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import Interrupted, PlanMismatch, StoreError
+from flux_batch.errors import DamagedObject, Interrupted, PlanMismatch
 from flux_batch.job import run
 from flux_batch.output.gc import find_leftovers
 from flux_batch.output.paths import JOB, PRECISION, RunFolder
@@ -134,7 +134,7 @@ def test_a_worker_with_other_kernels_says_so(store: Store, dtype: str, caplog: p
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"dtype": "auto", "quantization": "none"}', b'{"dtype": "int8"}'])
 def test_a_damaged_file_is_named(store: Store, data: bytes) -> None:
     store.write(PRECISION, data)
-    with pytest.raises(StoreError, match=r"precision\.json: is damaged .*; delete it"):
+    with pytest.raises(DamagedObject, match=r"precision\.json: is damaged .*; delete it"):
         settled_model(store, AUTO)
 
 

@@ -27,7 +27,7 @@ from flux_batch.config.schema import OutputConfig
 from flux_batch.dataset.export.card import export_card
 from flux_batch.dataset.export.lance import LanceFormat, check_lance, write_version
 from flux_batch.dataset.export.source import ExportSource, Piece
-from flux_batch.errors import AlreadyExists, JobError, StoreError
+from flux_batch.errors import AlreadyExists, DamagedObject, JobError
 from flux_batch.images import SUFFIXES
 from flux_batch.output.formats import OutputFormat, format_for
 from flux_batch.output.paths import CARD, PLAN, SUCCESS, TRAIN
@@ -179,7 +179,7 @@ def _settle(dest: Store, identity: Mapping[str, Any]) -> None:
         try:
             theirs = json.loads(dest.read(_IDENTITY))
         except ValueError as error:
-            raise StoreError(f"{dest.url(_IDENTITY)}: is damaged; remove the export and begin again") from error
+            raise DamagedObject(f"{dest.url(_IDENTITY)}: is damaged; remove the export and begin again") from error
         check_same(theirs, identity, dest.uri)
 
 
@@ -210,7 +210,7 @@ def _stored_file(name: str, path: Path) -> StoredFile:
 
 
 def _check(dest: Store, pieces: Iterable[Piece]) -> int:
-    """Compare what lies at the destination with the commits. Returns: bytes. Raises: StoreError."""
+    """Compare what lies at the destination with the commits. Returns: bytes. Raises: StoreError, DamagedObject."""
     sizes: dict[str, int | None] = {}
     num_bytes = 0
     for piece in pieces:
@@ -221,7 +221,7 @@ def _check(dest: Store, pieces: Iterable[Piece]) -> int:
                 sizes |= {f"{folder}/{each}": size for each, size in dest.children(folder).items()}
                 sizes[folder] = None
             if sizes.get(file["path"]) != file["bytes"]:
-                raise StoreError(f"{dest.url(file['path'])}: is not as it was written; remove its commit and go on")
+                raise DamagedObject(f"{dest.url(file['path'])}: is not as it was written; remove its commit and go on")
             num_bytes += file["bytes"]
     return num_bytes
 

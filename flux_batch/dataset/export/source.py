@@ -25,7 +25,7 @@ from PIL import Image
 from flux_batch.config.schema import SOURCE_COLUMNS, ImageConfig
 from flux_batch.dataset.select.files import annotated_shards, committed_shards, read_schema, read_tables
 from flux_batch.dataset.select.selection import read_selection
-from flux_batch.errors import JobError, StoreError, one_line
+from flux_batch.errors import DamagedObject, JobError, StoreError, one_line
 from flux_batch.images import AI_SOURCE_TYPE, encode, encode_source, read_provenance, to_rgb
 from flux_batch.output.formats import DECODE_ERRORS, MAX_SOURCE_BYTES, Sample, key_and_source, source_path
 from flux_batch.output.metadata import RECORD_SCHEMA, passthrough_name, record_row, source_digests
@@ -200,7 +200,7 @@ class ExportSource:
     def samples(self, piece: Piece, scratch: Path) -> list[Sample]:
         """Copy the images of a piece into a folder. Returns: them with their records, in order.
 
-        Raises: StoreError for an image that is missing or differs from its metadata.
+        Raises: DamagedObject for an image that is missing or differs from its metadata.
         """
         samples = []
         for shard, keys in piece.keys.items():
@@ -213,7 +213,7 @@ class ExportSource:
                 (source_path(paths[key], source) if source else paths[key]).write_bytes(data)
                 missing.pop(name, None)
             if name := next(iter(missing), ""):
-                raise StoreError(f"{self.run.store.uri}: image {name} is missing; `flux-batch verify` says more")
+                raise DamagedObject(f"{self.run.store.uri}: image {name} is missing; `flux-batch verify` says more")
             samples += [Sample(records[key], paths[key]) for key in keys]
         return samples
 
@@ -257,7 +257,7 @@ class ExportSource:
             sizes |= dict.fromkeys(self._source_names(record.key), MAX_SOURCE_BYTES)
         for file_name, sizes in files.items():
             if not is_within(file_name, TRAIN):
-                raise StoreError(f"{self.run.store.uri}: {file_name} does not lie in {TRAIN}")
+                raise DamagedObject(f"{self.run.store.uri}: {file_name} does not lie in {TRAIN}")
             try:
                 for name, data in self._read_file(shard, file_name, sizes, scratch):
                     if name in sizes:
@@ -267,7 +267,7 @@ class ExportSource:
             except StoreError:
                 raise
             except DECODE_ERRORS as error:
-                raise StoreError(f"{self.run.store.url(file_name)}: cannot be read: {one_line(error)}") from error
+                raise DamagedObject(f"{self.run.store.url(file_name)}: cannot be read: {one_line(error)}") from error
 
     def _read_file(
         self, shard: int, file_name: str, sizes: Mapping[str, int], scratch: Path
@@ -291,7 +291,7 @@ class ExportSource:
     def _check(self, record: ImageRecord, data: bytes, source: str) -> None:
         recorded = source_digests(record.passthrough).get(source) if source else record.sha256
         if hashlib.sha256(data).hexdigest() != recorded:
-            raise StoreError(
+            raise DamagedObject(
                 f"{self.run.store.uri}: the bytes of image {record.key} differ from its metadata (sha256); "
                 "`flux-batch verify --repair` and a run make it again"
             )

@@ -11,7 +11,7 @@ from itertools import islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flux_batch.errors import StoreError, one_line
+from flux_batch.errors import DamagedObject, one_line
 from flux_batch.output.annotations import AnnotationFolder, annotation_names
 from flux_batch.output.formats import DECODE_ERRORS
 from flux_batch.output.paths import metadata_file
@@ -34,7 +34,7 @@ def annotated_shards(run: SavedRun) -> dict[str, set[int]]:
 def read_tables(run: SavedRun, shards: Iterable[int], annotation: str | None, schema: pa.Schema) -> Iterator[pa.Table]:
     """Yield columns of the metadata, or of an annotation, a table a shard, in order; few are in memory at once.
 
-    Raises: NotFound; StoreError for a file that is damaged or has other columns.
+    Raises: NotFound; DamagedObject for a file that cannot be read or has other columns.
     """
     left = iter(shards)
     with ThreadPoolExecutor(_READERS, "columns") as pool:
@@ -58,7 +58,7 @@ def read_schema(run: SavedRun, annotation: str | None, shard: int) -> pa.Schema:
         schema = pq.read_schema(io.BytesIO(data)).remove_metadata()
         return pa.schema([field.with_type(portable(field.type)) for field in schema])
     except DECODE_ERRORS as error:
-        raise StoreError(f"{run.store.url(key)}: cannot be read: {one_line(error)}") from error
+        raise DamagedObject(f"{run.store.url(key)}: cannot be read: {one_line(error)}") from error
 
 
 def _read(run: SavedRun, annotation: str | None, shard: int, schema: pa.Schema) -> pa.Table:
@@ -68,7 +68,7 @@ def _read(run: SavedRun, annotation: str | None, shard: int, schema: pa.Schema) 
         with pq.ParquetFile(io.BytesIO(data)) as file:
             return file.read(schema.names, use_threads=False).select(schema.names).cast(schema)
     except DECODE_ERRORS as error:
-        raise StoreError(f"{run.store.url(key)}: cannot be read: {one_line(error)}") from error
+        raise DamagedObject(f"{run.store.url(key)}: cannot be read: {one_line(error)}") from error
 
 
 def _file(run: SavedRun, annotation: str | None, shard: int) -> str:

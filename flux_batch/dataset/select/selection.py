@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flux_batch.errors import AlreadyExists, JobError, NotFound, StoreError, did_you_mean, one_line
+from flux_batch.errors import AlreadyExists, DamagedObject, JobError, NotFound, StoreError, did_you_mean, one_line
 from flux_batch.output.formats import DECODE_ERRORS
 from flux_batch.output.metadata import parquet_bytes
 from flux_batch.output.paths import SELECTIONS
@@ -49,7 +49,7 @@ def write_selection(store: Store, name: str, table: pa.Table, origin: Mapping[st
 
 
 def read_selection(store: Store, name: str) -> pa.Table:
-    """Read a selection: key, split, reason. Raises: JobError if there is none, StoreError if it is damaged."""
+    """Read a selection: key, split, reason. Raises: JobError if there is none; DamagedObject."""
     key = _file(name)
     try:
         table = pq.read_table(io.BytesIO(store.read(key)))
@@ -60,7 +60,7 @@ def read_selection(store: Store, name: str) -> pa.Table:
     except StoreError:
         raise
     except DECODE_ERRORS as error:
-        raise StoreError(f"{store.url(key)}: is damaged: {one_line(error)}; remove it and select again") from error
+        raise DamagedObject(f"{store.url(key)}: is damaged: {one_line(error)}; remove it and select again") from error
 
 
 def made_by(store: Store, name: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Tables:
     def __init__(self, run: SavedRun, expressions: Iterable[str]) -> None:
         """Check expressions and load what they name.
 
-        Raises: JobError for an expression that cannot be used, StoreError for a table that cannot be read.
+        Raises: JobError for an expression that cannot be used, DamagedObject for a table that cannot be read.
         """
         self._run = run
         self._shards = committed_shards(run)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from flux_batch.config.schema import ImageConfig, JobConfig, OutputConfig
 from flux_batch.engine.local import LocalEngine
-from flux_batch.errors import JobError, StoreError
+from flux_batch.errors import DamagedObject, JobError, StoreError
 from flux_batch.images import AI_SOURCE_TYPE, encode
 from flux_batch.job import run
 from flux_batch.output.formats import format_for
@@ -318,7 +318,7 @@ def test_no_run_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     config = render(tmp_path)
     (tmp_path / "out/_run/plan.parquet").write_bytes(b"no table")
-    with pytest.raises(StoreError, match="damaged"):
+    with pytest.raises(DamagedObject, match="damaged"):
         gallery(config)
 
 
