@@ -34,8 +34,14 @@ def as_reference_arguments(
     }
 
 
+def default_length(reference: Any) -> int:
+    """Return the tokens of T5 that a model reads unless told otherwise; diffusers takes 512 for any model."""
+    return int(reference.tokenizer_2.model_max_length)
+
+
 def reference_latents(reference: Any, height: int, width: int, **arguments: Any) -> Tensor:
     """Return what diffusers has when it stops, unpacked."""
+    arguments.setdefault("max_sequence_length", default_length(reference))
     with torch.inference_mode():
         tokens = reference(height=height, width=width, **arguments).images
     return reference._unpack_latents(tokens, height, width, reference.vae_scale_factor)
@@ -60,7 +66,8 @@ def assert_same(
     """
     size = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
     output_type = "pil" if decoded else "latent"
-    arguments = as_reference_arguments(prompts, seeds, output_type=output_type, **size, **(theirs or {}))
+    theirs = {"max_sequence_length": default_length(reference), **(theirs or {})}
+    arguments = as_reference_arguments(prompts, seeds, output_type=output_type, **size, **theirs)
     # What is decoded is kept on the way, so that one call gives both.
     unpack, decode = reference._unpack_latents, pipe.latents.decode
     with (

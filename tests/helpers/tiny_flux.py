@@ -48,7 +48,8 @@ class TinyFlux:
     guidance_embed: bool = True
     dynamic_shift: bool = True
     in_channels: int = 64
-    t5_max_length: int = 512
+    # FLUX.1 has 512; most of what so small a model computes would be padding.
+    t5_max_length: int = 64
     seed: int = 0
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from helpers.parity import default_length
 from helpers.tiny_flux import T5_WIDTH, TINY_TOWER
 
 SIDE = 44
@@ -33,7 +34,7 @@ def load_prior(folder: Path, reference: Any) -> Any:
     from diffusers import FluxPriorReduxPipeline
     from transformers import SiglipImageProcessorPil
 
-    prior = FluxPriorReduxPipeline(
+    prior: Any = FluxPriorReduxPipeline(
         image_encoder=SiglipVisionModel.from_pretrained(folder / "image_encoder"),
         feature_extractor=SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}),
         image_embedder=ReduxImageEncoder.from_pretrained(folder / "image_embedder"),
@@ -43,4 +44,7 @@ def load_prior(folder: Path, reference: Any) -> Any:
         tokenizer_2=reference.tokenizer_2,
     )
     prior.set_progress_bar_config(disable=True)
+    # It asks for 512 tokens of any model.
+    encode, length = prior.encode_prompt, default_length(reference)
+    prior.encode_prompt = lambda **given: encode(**given | {"max_sequence_length": length})
     return prior

@@ -45,7 +45,7 @@ def with_redux(repository: Path, *redux: Any) -> FluxImagePipeline:
 def test_an_image_prompt(reading: FluxImagePipeline, repository: Path, redux: Path, prompt: str, scale: float) -> None:
     reference = load_reference(repository)
     embeds = load_prior(redux, reference)(IMAGES[0], prompt=prompt)
-    assert embeds.prompt_embeds.shape[1] == 512 + 9
+    assert embeds.prompt_embeds.shape[1] == 64 + 9
     theirs: dict[str, Any] = {"guidance_scale": 2.5}
     if scale != 1:
         theirs |= {"true_cfg_scale": scale, "negative_prompt": "blurry"}
@@ -75,7 +75,7 @@ def test_several_images_follow_one_another_by_their_weights(reading: FluxImagePi
         embeds = reading.encode_prompt("x")
         redux = reading.image_prompts.redux
         assert redux is not None
-        tokens = [redux.beside(embeds, [[each]], [[1.0]]).prompt_embeds[:, 512:] for each in (one, two)]
+        tokens = [redux.beside(embeds, [[each]], [[1.0]]).prompt_embeds[:, 64:] for each in (one, two)]
     joined = torch.cat((embeds.prompt_embeds, tokens[0], 0.5 * tokens[1]), dim=1)
     stands_in = {"prompt_embeds": joined, "pooled_prompt_embeds": embeds.pooled_prompt_embeds}
     torch.testing.assert_close(reading(None, **stands_in, **common), both, atol=1e-5, rtol=0)

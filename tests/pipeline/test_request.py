@@ -90,7 +90,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str, str]] = {
         "prompt_embeds have 8 tokens",
     ),
     "negative embeds of one more text": (
-        embeds(3, 512, "negative_"),
+        embeds(3, 64, "negative_"),
         "negative_prompt_embeds",
         r"must be a tensor of shape \[2, ",
     ),
