@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Iterator
+
 import pytest
 
 from chaos.figures import PROPERTY, Figures, Row, table
@@ -11,6 +14,13 @@ from chaos.figures import PROPERTY, Figures, Row, table
 def figures(request: pytest.FixtureRequest) -> Figures:
     """What a test counted. It travels in the test's report, so that it arrives from any process of pytest-xdist."""
     return Figures(request.node.user_properties)
+
+
+@pytest.fixture(autouse=True)
+def _no_driver_outlives_its_test() -> Iterator[None]:
+    yield
+    for driver in multiprocessing.active_children():
+        driver.kill()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

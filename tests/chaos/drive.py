@@ -1,12 +1,13 @@
 """A driver for the experiments: `flux-batch run` with the paced pipeline, in a process of its own.
 
-python drive.py JOB.yaml [local] [in-parts] [--OPTION ...], on the local engine, or else on the cluster of RAY_ADDRESS;
-`in-parts` sends every object in parts that is put if absent, where the store ignores conditions.
+python drive.py JOB.yaml [local | ray] [in-parts] [--OPTION ...], on the local engine, or else on Ray; `in-parts` sends
+every object in parts that is put if absent, where the store ignores conditions.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 
 import helpers.no_sync  # noqa: F401
@@ -15,15 +16,17 @@ from flux_batch import cli, job
 from flux_batch.engine.local import LocalEngine
 from flux_batch.storage import store
 
+WORDS = ("local", "ray", "in-parts")
 
-def main() -> int:
-    path, *words = sys.argv[1:]
+
+def main(words: Sequence[str]) -> int:
+    path, *words = words
     local = LocalEngine(backoff_s=0.5) if "local" in words else None
     if "in-parts" in words:
         store.LOOK_LATE_BYTES = 0
     job.run = partial(job.run, engine=local, make_pipeline=make_paced_pipeline)  # type: ignore[assignment]
-    return cli.main(["run", path, *(word for word in words if word not in ("local", "in-parts"))])
+    return cli.main(["run", path, *(word for word in words if word not in WORDS)])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

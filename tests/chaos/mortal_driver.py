@@ -29,6 +29,7 @@ from flux_batch.config.schema import ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.output import lease
 from flux_batch.storage.store import WRITES, Store
+from helpers.driver import PRELOADED
 from helpers.waiting import PATIENCE_S
 
 NAMES = [
@@ -196,9 +197,7 @@ class Nursery:
         self._folder = folder
         self._num_drives = 0
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(
-            ["chaos.mortal_driver", "flux_batch.job", "flux_batch.worker.worker", "s3fs"]
-        )
+        self._context.set_forkserver_preload([*PRELOADED, "chaos.mortal_driver"])
 
     def drive(
         self,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from chaos.driver import PacedDriver
 from chaos.figures import Figures
 from chaos.outputs import assert_verified, contents, read_back, store_of
 from chaos.paced_pipeline import forget, held, made, make_paced_pipeline, model_folder
@@ -29,7 +28,6 @@ from helpers.job_files import make_job, write_job
 from helpers.s3 import S3Server
 from helpers.waiting import PATIENCE_S, wait_until
 
-DRIVE = Path(__file__).with_name("drive.py")
 RATE = 0.1
 BATCH = 2
 # What may go wrong with a request of any kind; an answer of half its length, only where it has one.
@@ -86,18 +84,11 @@ class Scene:
             failures=failures,
         )
 
-    def start(self, name: str, count: int, *engine: str, **failures: float) -> subprocess.Popen[str]:
+    def start(self, name: str, count: int, engine: str, **failures: float) -> PacedDriver:
         options = self.server.storage_options
         job = self.job(name, count, {"endpoint_url": self.proxy.endpoint_url}, **failures)
         keys = {"AWS_ACCESS_KEY_ID": options["key"], "AWS_SECRET_ACCESS_KEY": options["secret"]}
-        return subprocess.Popen(
-            [sys.executable, str(DRIVE), str(write_job(job, self.folder / f"{name}.yaml")), *engine],
-            env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | keys,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        return PacedDriver(write_job(job, self.folder / f"{name}.yaml"), engine=engine, **keys)
 
     def judge(self, figures: Figures, experiment: str, name: str, count: int, num_faults: int) -> None:
         """Hold what a run left against the prompts, and against a run without the proxy."""
@@ -125,29 +116,28 @@ class Scene:
 
 @pytest.fixture(params=["moto", "rclone"])
 def scene(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(lease, "SETTLE_S", 0.1)  # of the undisturbed run, beside which there is no other
     server: S3Server = request.getfixturevalue(request.param)
     with counting_proxy(server.endpoint_url) as proxy:
         yield Scene(server, proxy, tmp_path)
 
 
-def end(driver: subprocess.Popen[str], timeout_s: float) -> str:
-    """Wait for a driver to finish its run. Returns: what it said."""
+def end(driver: PacedDriver, timeout_s: float) -> None:
+    """Wait for a driver to finish its run."""
     try:
-        _, said = driver.communicate(timeout=timeout_s)
+        code, said = driver.end(timeout_s)
     except subprocess.TimeoutExpired:
-        driver.kill()
+        driver.process.kill()
         raise
-    assert driver.returncode == 0, said
-    assert "Traceback" not in said, said
-    return said
+    assert code == 0, said
 
 
-def err(scene: Scene, figures: Figures, seed: int, count: int, *engine: str, timeout_s: float) -> None:
+def err(scene: Scene, figures: Figures, seed: int, count: int, engine: str = "local", *, timeout_s: float) -> None:
     faults = Faults(seed, conditions=scene.server.name == "moto")
     scene.proxy.fault, scene.proxy.slow_s = faults, SLOW_S
     before, name = len(scene.proxy.requests), f"faults-{seed}"
-    end(scene.start(name, count, *engine), timeout_s)
+    end(scene.start(name, count, engine), timeout_s)
     scene.proxy.fault = lambda method, path: None
     num_requests = len(scene.proxy.requests) - before
     assert faults.counts.total() > 0.5 * RATE * num_requests
@@ -165,27 +155,27 @@ def leave(scene: Scene, figures: Figures, away_s: float, count: int, *, timeout_
     time.sleep(away_s)
     wait_until(lambda: len(scene.proxy.requests) > before)
     refused = len(scene.proxy.requests) - before
-    assert driver.poll() is None
+    assert driver.process.poll() is None
     scene.proxy.is_down = False
     end(driver, timeout_s)
     scene.judge(figures, f"storage that is away for {away_s:g} s", "away", count, refused)
 
 
-def stop(scene: Scene, figures: Figures, fault: str, count: int, *engine: str) -> None:
+def stop(scene: Scene, figures: Figures, fault: str, count: int, engine: str) -> None:
     """Stop a run whose storage is away, which is waited for much longer, and let it go on when that is back."""
     with held(scene.model, after=count // 2):
-        driver = scene.start("stopped", count, *engine, drain_s=5)
+        driver = scene.start("stopped", count, engine, drain_s=5)
         store = store_of(scene.job("stopped", count, scene.server.storage_options))
         wait_until(lambda: len(store.list("_run/commits")) >= 2)
         scene.proxy.fault = lambda method, path: fault
         before = len(scene.proxy.requests)
     wait_until(lambda: len(scene.proxy.requests) > before)
-    driver.send_signal(signal.SIGTERM)
-    _, said = driver.communicate(timeout=PATIENCE_S)
-    assert (driver.returncode, "stopped by SIGTERM" in said, "Traceback" in said) == (75, True, False), said
+    driver.send(signal.SIGTERM)
+    code, said = driver.end()
+    assert (code, "stopped by SIGTERM" in said) == (75, True), said
     refused = len(scene.proxy.requests) - before
     scene.proxy.fault = lambda method, path: None
-    end(scene.start("stopped", count, *engine), PATIENCE_S)
+    end(scene.start("stopped", count, engine), PATIENCE_S)
     experiment = f"stopped while storage is {'away' if fault == 'cut' else 'silent'}"
     scene.judge(figures, experiment, "stopped", count, refused)
 
@@ -197,7 +187,7 @@ def everything_but_the_job(config: JobConfig) -> dict[str, Any]:
 
 @pytest.mark.s3
 def test_a_run_finishes_on_storage_that_errs(scene: Scene, figures: Figures) -> None:
-    err(scene, figures, 7, 8, "local", timeout_s=PATIENCE_S)
+    err(scene, figures, 7, 8, timeout_s=PATIENCE_S)
 
 
 @pytest.mark.s3
@@ -211,7 +201,7 @@ def test_a_run_waits_for_storage_that_is_away(scene: Scene, figures: Figures) ->
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_runs_of_many_seeds_finish_on_storage_that_errs(scene: Scene, figures: Figures, seed: int) -> None:
-    err(scene, figures, seed, 60, "local", timeout_s=500)
+    err(scene, figures, seed, 60, timeout_s=500)
 
 
 @pytest.mark.s3
@@ -219,7 +209,7 @@ def test_runs_of_many_seeds_finish_on_storage_that_errs(scene: Scene, figures: F
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_a_run_on_a_cluster_finishes_on_storage_that_errs(scene: Scene, figures: Figures) -> None:
-    err(scene, figures, 11, 100, timeout_s=900)
+    err(scene, figures, 11, 100, "ray", timeout_s=900)
 
 
 @pytest.mark.s3
@@ -234,6 +224,6 @@ def test_a_run_waits_a_minute_for_storage_that_is_away(scene: Scene, figures: Fi
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("scene", ["moto"], indirect=True)
 @pytest.mark.parametrize("fault", ["cut", "hold"])
-@pytest.mark.parametrize("engine", [["local"], pytest.param([], marks=pytest.mark.ray, id="ray")])
-def test_a_stop_ends_a_run_whose_storage_is_away(scene: Scene, figures: Figures, fault: str, engine: list[str]) -> None:
-    stop(scene, figures, fault, 40, *engine)
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.ray)])
+def test_a_stop_ends_a_run_whose_storage_is_away(scene: Scene, figures: Figures, fault: str, engine: str) -> None:
+    stop(scene, figures, fault, 40, engine)

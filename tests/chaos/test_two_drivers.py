@@ -6,11 +6,8 @@ with figures.
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,17 +16,18 @@ from typing import Any
 
 import pytest
 
+from chaos.driver import PacedDriver
 from chaos.figures import Figures
 from chaos.outputs import assert_verified, keys_of, read_back, store_of
 from chaos.paced_pipeline import held, made, model_folder
 from flux_batch.config.schema import JobConfig
 from flux_batch.storage.store import Store
 from helpers.counting_proxy import counting_proxy
+from helpers.driver import first_to_end
 from helpers.job_files import make_job, write_job
 from helpers.s3 import S3Server
-from helpers.waiting import PATIENCE_S, wait_until
+from helpers.waiting import wait_until
 
-DRIVE = Path(__file__).with_name("drive.py")
 BATCH = 2
 ROWS = [{"prompt": f"image {number}"} for number in range(24)]
 WANTED = Counter(row["prompt"] for row in ROWS)
@@ -49,9 +47,9 @@ class Scene:
         self.output = f"{server.make_bucket()}/run" if server else str(folder / "out")
         options = server.storage_options if server else {}
         public = {key: value for key, value in options.items() if key == "endpoint_url"}
-        self._environment = dict(os.environ)
+        self._environment: dict[str, str] = {}
         if options:
-            self._environment |= {"AWS_ACCESS_KEY_ID": options["key"], "AWS_SECRET_ACCESS_KEY": options["secret"]}
+            self._environment = {"AWS_ACCESS_KEY_ID": options["key"], "AWS_SECRET_ACCESS_KEY": options["secret"]}
         self.config = self._job(options)
         self.file = write_job(self._job(public), folder / "job.yaml")
 
@@ -69,15 +67,8 @@ class Scene:
     def store(self) -> Store:
         return store_of(self.config)
 
-    def start(self, *options: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(DRIVE), str(self.file), "local", *options],
-            env=self._environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    def start(self, *options: str) -> PacedDriver:
+        return PacedDriver(self.file, *options, **self._environment)
 
     def num_commits(self) -> int:
         return len(self.store.list("_run/commits"))
@@ -104,13 +95,6 @@ class Scene:
         assert (found.lost, found.doubled, found.failed) == (0, 0, {})
         assert redone <= may_redo
         assert_verified(self.config)
-
-
-def end_of(driver: subprocess.Popen[str]) -> tuple[int, str]:
-    """Wait for a driver. Returns: its exit code, and what it said."""
-    _, said = driver.communicate(timeout=PATIENCE_S)
-    assert "Traceback" not in said, said
-    return driver.returncode, said
 
 
 # On the disk and on one of the servers; on the other with `make chaos`.
@@ -141,8 +125,8 @@ def test_of_drivers_started_at_once_one_runs_and_the_other_names_it(scene: Scene
     with held(scene.model):  # until one has met the other
         # A lease that no busy machine lets expire between two beats, of which the first come quickly.
         drivers = [scene.start("--set=failures.lease_ttl_s=60"), scene.start("--set=failures.lease_ttl_s=60")]
-        wait_until(lambda: any(driver.poll() is not None for driver in drivers))
-    ends = {driver.pid: end_of(driver) for driver in drivers}
+        first_to_end(drivers)
+    ends = {driver.pid: driver.end() for driver in drivers}
     assert sorted(code for code, _ in ends.values()) == [0, 75], ends
     (winner,) = (pid for pid, (code, _) in ends.items() if code == 0)
     (said,) = (said for code, said in ends.values() if code == 75)
@@ -155,15 +139,15 @@ def test_a_driver_paused_past_its_lease_wakes_and_writes_nothing(scene: Scene, f
     with held(scene.model, after=12):
         paused = scene.start()
         scene.wait_for_commits(2)
-        paused.send_signal(signal.SIGSTOP)
+        paused.send(signal.SIGSTOP)
     assert scene.num_commits() < NUM_SHARDS
     follower = scene.start()
-    code, said = end_of(follower)
+    code, said = follower.end()
     assert code == 0, said
     assert f":{paused.pid} gave no sign of life for {TTL_S} s; taking the run over" in said
     after = scene.everything()
-    paused.send_signal(signal.SIGCONT)
-    code, said = end_of(paused)
+    paused.send(signal.SIGCONT)
+    code, said = paused.end()
     assert code == 75, said
     assert f":{follower.pid} has taken this run over" in said
     assert scene.everything() == after

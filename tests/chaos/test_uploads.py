@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import random
 import signal
-import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import pytest
 
 from chaos.figures import Figures
 from chaos.outputs import assert_verified, read_back, store_of
-from chaos.test_two_drivers import BATCH, Scene, end_of
+from chaos.test_two_drivers import BATCH, Scene
 from flux_batch import cli
 from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
@@ -79,15 +78,15 @@ def test_a_driver_killed_in_the_middle_of_an_upload_leaves_what_gc_finds(
     upload = Upload(proxy)
     driver = scene.start("in-parts")
     upload.wait_for()
-    driver.kill()
-    driver.communicate()
+    driver.process.kill()
+    driver.process.wait()
     upload.let_go()
     assert [scene.store.key_of(one).partition("/")[0] for one in scene.store.unfinished_uploads()] == ["train"]
     options = [f"--storage-option={key}={value}" for key, value in scene.config.output.storage_options.items()]
     assert cli.main(["gc", scene.output, *options]) == 0
     assert "objects removed" in capsys.readouterr().out
     assert list(scene.store.unfinished_uploads()) == []
-    code, said = end_of(scene.start("in-parts"))
+    code, said = scene.start("in-parts").end()
     assert code == 0, said
     scene.judge(figures, "driver killed in the middle of an upload", kills=1, may_redo=2 * BATCH)
 
@@ -100,15 +99,15 @@ def test_a_driver_paused_in_the_middle_of_an_upload_changes_nothing_when_it_wake
 ) -> None:
     scene = Scene("conditions ignored", tmp_path, replace(moto, endpoint_url=proxy.endpoint_url))
     upload = Upload(proxy)
-    paused: subprocess.Popen[str] = scene.start("in-parts")
+    paused = scene.start("in-parts")
     upload.wait_for()
-    paused.send_signal(signal.SIGSTOP)
+    paused.send(signal.SIGSTOP)
     upload.let_go()
-    code, said = end_of(scene.start("in-parts"))
+    code, said = scene.start("in-parts").end()
     assert code == 0, said
     after = scene.everything()
-    paused.send_signal(signal.SIGCONT)
-    code, said = end_of(paused)
+    paused.send(signal.SIGCONT)
+    code, said = paused.end()
     assert code == 75, said
     assert scene.everything() == after
     assert list(scene.store.unfinished_uploads()) == []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import helpers.no_sync  # noqa: F401
@@ -16,8 +16,10 @@ from flux_batch.engine.local import LocalEngine
 from helpers.fakes import make_fake_pipeline
 
 
-def be_driver(words: Sequence[str], environment: Mapping[str, str], folder: str, said: str) -> None:
-    """Be the driver of these words; in a process that was forked."""
+def be_driver(
+    main: Callable[[Sequence[str]], int], words: Sequence[str], environment: Mapping[str, str], folder: str, said: str
+) -> None:
+    """Be the driver of these words, by the `main` of a program; in a process that was forked."""
     os.setsid()
     os.chdir(folder)
     os.environ.clear()

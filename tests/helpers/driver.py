@@ -8,16 +8,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TypeAlias
+from types import ModuleType, TracebackType
+from typing import ClassVar, TypeAlias
 
-from helpers.drive import be_driver
+from helpers import drive
 from helpers.fakes import HOLD
 from helpers.waiting import PATIENCE_S, wait_until
 
-DRIVE = Path(__file__).with_name("drive.py")
 # What a driver imports, some of it only when it runs.
 PRELOADED = ["helpers.drive", "flux_batch.job", "flux_batch.worker.worker", "s3fs"]
 STOPPING = "finishing or putting aside the current shards"
@@ -26,10 +25,12 @@ STOPPING = "finishing or putting aside the current shards"
 class Fork:
     """A driver that is forked from a process with everything imported: what subprocess.Popen has of it."""
 
-    def __init__(self, words: Sequence[str], environment: dict[str, str], said: str) -> None:
+    def __init__(self, program: ModuleType, words: Sequence[str], environment: Mapping[str, str], said: str) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        self._process = context.Process(target=be_driver, args=(words, environment, os.getcwd(), said))
+        self._process = context.Process(
+            target=drive.be_driver, args=(program.main, words, environment, os.getcwd(), said)
+        )
         self._process.start()
 
     @property
@@ -62,6 +63,8 @@ class Driver:
     and reaps only when asked to.
     """
 
+    program: ClassVar[ModuleType] = drive
+
     def __init__(
         self, job: Path, *options: str, engine: str = "local", is_child: bool = False, **environment: str
     ) -> None:
@@ -70,10 +73,10 @@ class Driver:
         self.process: Fork | subprocess.Popen[bytes]
         with open(file, "ab") as stderr:
             if engine == "local" and not is_child:
-                self.process = Fork(words, variables, self._said)
+                self.process = Fork(self.program, words, variables, self._said)
                 return
             self.process = subprocess.Popen(
-                [sys.executable, str(DRIVE), *words],
+                [sys.executable, str(self.program.__file__), *words],
                 start_new_session=True,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
