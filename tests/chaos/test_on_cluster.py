@@ -30,7 +30,6 @@ pytestmark = pytest.mark.ray
 
 DRIVE = Path(__file__).with_name("drive.py")
 BATCH = 4
-NODES = 3
 # An image takes so long: some kills hit within a batch, some within what comes between.
 PACE_S = 0.1
 LOOK_S = 0.05
@@ -47,6 +46,7 @@ LOST_WORKERS = 6
 class Size:
     """The size of an experiment."""
 
+    nodes: int
     num_images: int
     shard_size: int
     workers: int  # to kill
@@ -59,8 +59,8 @@ class Size:
         return self.workers + self.drivers + self.raylets
 
 
-SHORT = Size(num_images=32, shard_size=8, workers=2, drivers=1, raylets=1, seed=1)
-LONG = Size(num_images=600, shard_size=20, workers=120, drivers=40, raylets=40, seed=2026)
+SHORT = Size(nodes=2, num_images=32, shard_size=8, workers=2, drivers=1, raylets=1, seed=1)
+LONG = Size(nodes=3, num_images=600, shard_size=20, workers=120, drivers=40, raylets=40, seed=2026)
 
 
 class Driver:
@@ -109,7 +109,7 @@ class Driver:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Raylets]:
-    with raylets(NODES) as cluster:
+    with raylets(SHORT.nodes) as cluster:
         yield cluster
 
 
@@ -177,7 +177,7 @@ def judge(size: Size, tmp_path: Path, cluster: Raylets, figures: Figures) -> Non
             rows,
             output={"uri": str(tmp_path / name), "shard_size": size.shard_size},
             model={"uri": str(model)},
-            workers={"max": NODES, "batch_size": BATCH},
+            workers={"max": size.nodes, "batch_size": BATCH},
         )
 
     config = job("killed")
@@ -199,7 +199,7 @@ def judge(size: Size, tmp_path: Path, cluster: Raylets, figures: Figures) -> Non
     assert kills.total() == size.num_kills
     assert (found.lost, found.doubled, found.failed) == (0, 0, {})
     # A worker has one batch in the making; the workers of a driver end with it.
-    num_workers_lost = kills["worker"] + kills["raylet"] + NODES * kills["driver"]
+    num_workers_lost = kills["worker"] + kills["raylet"] + size.nodes * kills["driver"]
     assert made_in_all.total() <= size.num_images + num_workers_lost * BATCH
     assert "Traceback" not in driver.said()
     assert_verified(config)
@@ -268,5 +268,6 @@ def test_each_bad_row_costs_itself_alone_and_says_why(tmp_path: Path, cluster: R
 
 @pytest.mark.long
 @pytest.mark.timeout(3000)
-def test_a_run_survives_two_hundred_random_kills(tmp_path: Path, cluster: Raylets, figures: Figures) -> None:
-    judge(LONG, tmp_path, cluster, figures)
+def test_a_run_survives_two_hundred_random_kills(tmp_path: Path, figures: Figures) -> None:
+    with raylets(LONG.nodes) as cluster:
+        judge(LONG, tmp_path, cluster, figures)

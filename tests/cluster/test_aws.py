@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers.raylets import no_dashboard
 from helpers.waiting import PATIENCE_S, wait_until
 from helpers.web_server import WebServer, web_server
 
@@ -199,7 +200,8 @@ def test_ray_drains_the_node_that_it_is_told_of() -> None:
     from flux_batch.engine.ray_cluster import draining_nodes
 
     # Without "local", it would join a cluster that another test has started with `ray start`.
-    ray.init(address="local", num_cpus=1, num_gpus=0, include_dashboard=False)
+    with no_dashboard():
+        ray.init(address="local", num_cpus=1, num_gpus=0, include_dashboard=False)
     context = ray.get_runtime_context()
     environment = {**os.environ, "RAY_ADDRESS": context.gcs_address}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -128,6 +128,7 @@ def test_sigterm_ends_a_run_with_75_and_the_same_command_goes_on(tmp_path: Path,
     folder.mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"HOME": str(folder), "TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["RAY_worker_niceness"] = "0"  # of those of conftest.py alone: beside other tests it would stand still
     finished = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment)
     assert (finished.returncode, "6 images, 0 failed" in finished.stdout) == (0, True), finished.stderr
     told = [line for line in finished.stderr.splitlines() if re.search(r"warning|pid=|\.py:", line, re.I)]

@@ -10,7 +10,7 @@ import pytest
 
 from flux_batch.engine.ray_pool import RayPool
 from flux_batch.records import ShardResult
-from helpers.raylets import HEAD, processes, reap
+from helpers.raylets import HEAD, no_dashboard, processes, reap
 from helpers.toil import FOREVER_S, ToilFactory, attempts, make_shards
 from helpers.waiting import PATIENCE_S, wait_until
 
@@ -24,7 +24,8 @@ def raylets() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
+    with no_dashboard():
+        cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     cluster.connect()
     head = processes(cluster.head_node)
     yield cluster

@@ -18,6 +18,7 @@ from flux_batch.job import run
 from helpers.driver import Hold
 from helpers.fakes import SLOW_S, make_fake_pipeline
 from helpers.job_files import make_job
+from helpers.raylets import no_dashboard
 from helpers.waiting import wait_until, when
 
 pytestmark = pytest.mark.ray
@@ -94,7 +95,8 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
             patch.setenv(name, value)
         # Without "local", it would join a cluster that another test has started with `ray start`.
         often = {"metrics_report_interval_ms": 300}
-        ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, _system_config=often)
+        with no_dashboard():
+            ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, _system_config=often)
         exported = Scraped(ray.nodes()[0]["MetricsExportPort"])
         try:
             release = when(exported.has_all, lambda: (exported.keep(), hold.release()))

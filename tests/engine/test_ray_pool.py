@@ -12,6 +12,7 @@ from flux_batch.engine.ray_pool import RayPool
 from flux_batch.engine.shard_queue import ShardQueue
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, Interrupted, RunIncomplete, StoreRefused
+from helpers.raylets import no_dashboard
 from helpers.toil import FOREVER_S, BrokenStart, ToilFactory, attempts, make_shards, settled
 from helpers.waiting import wait_until, when
 
@@ -35,7 +36,8 @@ def times(folder: Path, index: int) -> dict[str, float]:
 def cluster() -> Iterator[None]:
     import ray
 
-    connect(max_workers=2, num_gpus=1)
+    with no_dashboard():
+        connect(max_workers=2, num_gpus=1)
     yield
     ray.shutdown()
 

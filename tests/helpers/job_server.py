@@ -27,7 +27,13 @@ START_S = 150.0
 # How Ray calls a process that is home to a worker of a run.
 WORKER = f"ray::{WorkerActor.__name__}".encode()
 # A node that is gone counts as dead after 1.5 s instead of 15, and one that is only slow to answer does not.
-HEALTH = {"health_check_period_ms": 500, "health_check_timeout_ms": 20_000, "health_check_failure_threshold": 3}
+# No process is started for tasks beforehand: the workers of a run are on other nodes, or have another environment.
+SYSTEM = {
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 20_000,
+    "health_check_failure_threshold": 3,
+    "prestart_worker_first_driver": False,
+}
 # Sockets of Ray lie in it, whose paths may have 107 characters.
 TEMPORARY = Path(tempfile.gettempdir())
 
@@ -56,7 +62,7 @@ class JobServer:
         """Have both nodes come."""
         options = ["--head", f"--port={self._gcs.rpartition(':')[2]}", f"--temp-dir={self._folder}", "--num-cpus=1"]
         options += ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.url.rpartition(':')[2]}"]
-        options += [f"--ray-client-server-port={free_port()}", f"--system-config={json.dumps(HEALTH)}"]
+        options += [f"--ray-client-server-port={free_port()}", f"--system-config={json.dumps(SYSTEM)}"]
         self._add(*options)
         self.add_node()
 

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from helpers.job_server import HEALTH, WORKER
+import pytest
+
+from helpers.job_server import SYSTEM, WORKER
 
 HEAD = {
     "num_cpus": 1,
@@ -20,7 +22,7 @@ HEAD = {
     "include_log_monitor": False,
     # Without this Ray insists on 8265, which another cluster may have, and leaves a socket open.
     "dashboard_port": None,
-    "_system_config": HEALTH,
+    "_system_config": SYSTEM,
 }
 REAP_S = 120
 
@@ -68,11 +70,25 @@ class Raylets:
 
 
 @contextmanager
+def no_dashboard() -> Iterator[None]:
+    """Let a cluster be started without a dashboard, which Ray starts, told not to, to report how it is used."""
+    from ray.experimental import internal_kv
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "ray._private.node.Node.start_api_server",
+            lambda node, **_: internal_kv._initialize_internal_kv(node.get_gcs_client()),
+        )
+        yield
+
+
+@contextmanager
 def raylets(num_nodes: int, **head: Any) -> Iterator[Raylets]:
     """Run a cluster of so many nodes, and a head with these resources."""
     from ray.cluster_utils import Cluster
 
-    cluster = Raylets(Cluster(initialize_head=True, head_node_args=HEAD | head))
+    with no_dashboard():
+        cluster = Raylets(Cluster(initialize_head=True, head_node_args=HEAD | head))
     try:
         for _ in range(num_nodes):
             cluster.add()
