@@ -111,7 +111,7 @@ class Experiment:
         for point in (*points, None):
             end = self._drive(job, point)
             assert end.is_killed if point else end.code == 0, f"{point}: {end}"
-            assert "waiting" not in end.said, point
+            assert "checking whether it is alive" not in end.said, point
             before, redone = redone, (made(places.model) - WANTED).total()
             assert redone - before <= BATCH, point
         found = read_back(config, WANTED, places.folder / "scratch")
