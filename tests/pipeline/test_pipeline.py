@@ -184,7 +184,8 @@ class TestTexts:
         self, pipe: FluxImagePipeline, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         texts = ["", "a" * 75, "a" * 76, "a" * 600]
-        assert pipe.truncations(texts) == [(False, False), (False, False), (True, False), (True, True)]
+        assert pipe.truncations(texts, 512) == [(False, False), (False, False), (True, False), (True, True)]
+        assert pipe.truncations(texts) == pipe.truncations(texts, 64)  # the model's own length
         assert pipe.truncations(texts, 50) == [(False, False), (False, True), (True, True), (True, True)]
         assert pipe.truncations([]) == []
         counted: list[list[str]] = []
@@ -194,7 +195,7 @@ class TestTexts:
             return [1]
 
         monkeypatch.setattr(text_encoders, "count_tokens", count)
-        assert pipe.truncations([*texts, "b"])[:4] == [(False, False), (False, False), (True, False), (True, True)]
+        assert pipe.truncations([*texts, "b"], 512)[:4] == [(False, False), (False, False), (True, False), (True, True)]
         assert counted == [["b"], ["b"]]
 
     def test_embeddings_stand_in_for_texts(self, pipe: FluxImagePipeline) -> None:
