@@ -71,7 +71,7 @@ class Raylets:
 
 @contextmanager
 def no_dashboard() -> Iterator[None]:
-    """Let a cluster be started without a dashboard, which Ray starts, told not to, to report how it is used."""
+    """Start no dashboard with clusters; Ray starts one even with `include_dashboard=False`, for its usage reports."""
     from ray.experimental import internal_kv
 
     with pytest.MonkeyPatch.context() as patch:

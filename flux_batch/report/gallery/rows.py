@@ -36,7 +36,7 @@ class GalleryRow:
 
 
 def count_shards(commits: Commits) -> list[ShardCounts]:
-    """Count the images and failures of each committed shard, in order. Raises: StoreError for a damaged commit."""
+    """Count the images and failures of each committed shard, in order. Raises: DamagedObject."""
     log = CommitLog.read(commits)
     counts = zip(log.shards, log.num_images, log.num_failed, strict=True)
     return [ShardCounts(shard, num_all - num_failed, num_failed) for shard, num_all, num_failed in sorted(counts)]
