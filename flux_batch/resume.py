@@ -10,7 +10,16 @@ from dataclasses import dataclass, replace
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.revision import model_revision
-from flux_batch.errors import AlreadyExists, FluxBatchError, JobError, NotFound, PlanMismatch, StoreError, count_of
+from flux_batch.errors import (
+    AlreadyExists,
+    DamagedObject,
+    FluxBatchError,
+    JobError,
+    NotFound,
+    PlanMismatch,
+    StoreError,
+    count_of,
+)
 from flux_batch.output.card import card
 from flux_batch.output.commit_log import CommitLog, check_all_committed
 from flux_batch.output.commits import Commits
@@ -176,7 +185,7 @@ def _saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Pla
     """Load the plan of the output's run, None if there is no run.
 
     A run without images or metadata, for example one whose model was missing, may still change, so it does not count.
-    Raises: PlanMismatch.
+    Raises: PlanMismatch, DamagedObject.
     """
     try:
         saved = store.read(PLAN)
@@ -192,6 +201,10 @@ def _saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Pla
     except PlanMismatch:
         if _written(store):
             raise
+    except FluxBatchError:
+        raise
+    except ValueError as error:
+        raise DamagedObject(f"{store.url(PLAN)} or {JOB} is damaged: {error}") from error
     return None
 
 

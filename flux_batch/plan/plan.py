@@ -33,6 +33,8 @@ _READER_THREADS = 16
 FILES_AT_ONCE = 1000
 # Rows of a saved plan that are objects at a time.
 _PARTS_AT_ONCE = 10_000
+# The errors that readers raise for the bytes of a damaged plan.
+_DAMAGED = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
 # Shards that a notebook shows of a plan.
 _SHARDS_SHOWN = 20
 
@@ -89,9 +91,14 @@ class Plan:
     def from_parquet(cls, data: bytes, files: Sequence[PromptFile], *, new_files: bool = False) -> Plan:
         """Read a plan and bind it to the current files of the data set.
 
-        Raises: PlanMismatch if a file was removed or changed since, or added, unless `new_files` are welcome.
+        Raises: PlanMismatch if a file was removed or changed since, or added, unless `new_files` are welcome;
+        ValueError if it is not a plan.
         """
-        table = pq.read_table(io.BytesIO(data))
+        rules = rules_of_plan(data)
+        try:
+            table = pq.read_table(io.BytesIO(data))
+        except _DAMAGED as error:
+            raise _not_a_plan(error) from error
         metadata = table.schema.metadata
         planned = {name: (size, version) for name, size, version in json.loads(metadata[b"files"])}
         found = {file.name: file for file in files}
@@ -99,13 +106,20 @@ class Plan:
         shards = Shards.from_columns(table, {name: found[name].uri for name in planned})
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(metadata[b"passthrough"])))
         lists = metadata.get(b"lists", b"").decode()
-        return cls(shards, tuple(found[name] for name in planned), schema, rules_of_plan(data), lists)
+        return cls(shards, tuple(found[name] for name in planned), schema, rules, lists)
 
 
 def rules_of_plan(data: bytes) -> int:
-    """Return the rules by which the files of a saved plan were listed."""
-    metadata = pq.read_schema(io.BytesIO(data)).metadata
-    return int(json.loads(metadata[b"flux_batch"])["version"])
+    """Return the rules by which the files of a saved plan were listed. Raises: ValueError if it is not a plan."""
+    try:
+        metadata = pq.read_schema(io.BytesIO(data)).metadata
+        return int(json.loads(metadata[b"flux_batch"])["version"])
+    except _DAMAGED as error:
+        raise _not_a_plan(error) from error
+
+
+def _not_a_plan(error: Exception) -> ValueError:
+    return ValueError(f"not a plan of this program ({error})")
 
 
 def _file_range(file: PromptFile, rows: RowRange) -> FileRange:
@@ -141,8 +155,8 @@ class Outline:
                         num_rows.append(num)
                     last = shard
             return cls(num_rows, pa.ipc.read_schema(pa.py_buffer(passthrough)))
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"not a plan of this program ({error})") from error
+        except _DAMAGED as error:
+            raise _not_a_plan(error) from error
 
 
 def make_plan(prompts: PromptsConfig, shard_size: int) -> Plan:

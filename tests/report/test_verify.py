@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify import format_verdict, repair, verify
 from flux_batch.storage.store import Store
 from helpers.finished_runs import DATA, LAYOUTS, ROWS, Making, command, finish, make_run
-from helpers.job_files import data_files, make_job
+from helpers.job_files import data_files, make_job, write_job
 from helpers.s3 import Bucket
 
 
@@ -400,10 +401,17 @@ def test_an_output_without_a_run_is_an_error(tmp_path: Path) -> None:
         verify(Store(str(tmp_path)))
 
 
-def test_a_damaged_plan_is_named_in_the_error(webdataset: Store) -> None:
-    webdataset.write("_run/plan.parquet", b"PAR1 or not")
-    with pytest.raises(DamagedObject, match=r"_run/plan\.parquet or _run/job\.yaml is damaged"):
-        verify(webdataset)
+@pytest.mark.parametrize("word", ["verify", "gallery", "status", "plan", "run"])
+def test_a_damaged_plan_is_named_in_the_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str) -> None:
+    config = make_run(tmp_path / "run", "webdataset")
+    Store(config.output.uri).write("_run/plan.parquet", b"PAR1 or not")
+    of_a_job = word in ("plan", "run")
+    target = str(write_job(config, tmp_path / "job.yaml")) if of_a_job else config.output.uri
+
+    code, text = command(capsys, word, target)
+
+    assert code == DamagedObject.exit_code
+    assert re.search(r"_run/plan\.parquet (or _run/job\.yaml )?is damaged: not a plan of this program", text), text
 
 
 # --- the command line

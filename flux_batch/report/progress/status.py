@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flux_batch.errors import JobError, NotFound
+from flux_batch.errors import DamagedObject, JobError, NotFound
 from flux_batch.output.annotations import AnnotationFolder, annotation_names
 from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.commits import Commits
@@ -64,11 +64,13 @@ class _Reader:
 
     @classmethod
     def open(cls, store: Store) -> _Reader:
-        """Read the plan of a run. Raises: JobError if there is none."""
+        """Read the plan of a run. Raises: JobError if there is none; DamagedObject."""
         try:
             outline = Outline.from_parquet(store.read(PLAN))
         except NotFound as error:
             raise JobError(f"{store.uri}: there is no run here (no {PLAN})") from error
+        except ValueError as error:
+            raise DamagedObject(f"{store.url(PLAN)} is damaged: {error}") from error
         return cls(RunFolder(store, len(outline.num_rows)), outline)
 
     def read(self, now: float | None = None) -> dict[str, Any]:
