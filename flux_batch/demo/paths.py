@@ -1,4 +1,4 @@
-"""The paths of the demo job, its model and its LoRA in the package; knows nothing of their content."""
+"""The paths of the demo job, its model and its LoRAs in the package; knows nothing of their content."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ def demo_job_path() -> Path:
     return Path(__file__).with_name("job.yaml")
 
 
-def demo_lora_path() -> Path:
-    """Return the path of the demo LoRA, in the layout of PEFT: it draws any prompt in white on blue."""
-    return Path(__file__).parent / "loras" / "blueprint.safetensors"
+def demo_lora_path(name: str) -> Path:
+    """Return the path of a LoRA of the demo model.
+
+    name: `blueprint`, in the layout of PEFT, which draws any prompt in white on blue; `flux-canny` or `flux-kontext`, in
+    the layout of BFL's, by which it reads edges, or an image to edit.
+    """
+    return Path(__file__).parent / "loras" / f"{name}.safetensors"

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from flux_batch.demo.paths import demo_lora_path
 from flux_batch.demo.world.captions import SCORED_SEED, Caption, Scene, captions, phrase
 from flux_batch.demo.world.drawing import draw
 from flux_batch.demo.world.edges import edges
@@ -53,7 +54,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("condition", choices=("canny", "kontext"))
     parser.add_argument("--model", default="demo", help="folder or URI of a model trained on the demo's world")
-    parser.add_argument("--lora", required=True, help="the LoRA, as the training writes it")
+    parser.add_argument("--lora", help="a LoRA that the training wrote, instead of the one in the package")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the condition beside each image there")
     return parser.parse_args(argv)
@@ -62,7 +63,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _score_canny(arguments: argparse.Namespace) -> None:
     """Draw to edges, and print the share of all facts by kind, places among them."""
     pipeline = FluxImagePipeline.from_pretrained(arguments.model, torch_dtype="float32")
-    pipeline.load_lora(arguments.lora)
+    pipeline.load_lora(arguments.lora or demo_lora_path("flux-canny"))
     scenes = [caption.scene for caption in captions(arguments.images, SCORED_SEED, held_out=True)]
     controls = [edges(drawing(scene, number)) for number, scene in enumerate(scenes)]
     prompts = [phrase(scene, number % 7, frozenset({"place"})) for number, scene in enumerate(scenes)]
@@ -74,7 +75,7 @@ def _score_canny(arguments: argparse.Namespace) -> None:
 def _score_kontext(arguments: argparse.Namespace) -> None:
     """Edit drawings, and print the shares of edited facts that hold and of others kept."""
     pipeline = FluxImagePipeline.from_pretrained(arguments.model, torch_dtype="float32", variant="kontext")
-    pipeline.load_lora(arguments.lora)
+    pipeline.load_lora(arguments.lora or demo_lora_path("flux-kontext"))
     chosen = list(edits(arguments.images, SCORED_SEED))
     sources = [drawing(edit.before, number) for number, edit in enumerate(chosen)]
     prompts = [edit.instruction for edit in chosen]
@@ -82,7 +83,8 @@ def _score_kontext(arguments: argparse.Namespace) -> None:
     edited, kept = score_edits(chosen, images)
     for name, scores in (("edited", edited), ("kept", kept)):
         held = sum(fact.holds for fact in scores.facts)
-        print(f"{name:<6} {held} of {len(scores.facts)} facts: {100 * scores.share():.1f} %")
+        kinds = ", ".join(f"{kind} {100 * scores.share(kind):.1f} %" for kind in scores.kinds())
+        print(f"{name:<6} {held} of {len(scores.facts)} facts: {100 * scores.share():.1f} % ({kinds})")
     _save(arguments.save, prompts, sources, images)
 
 

@@ -46,7 +46,8 @@ def test_the_files_are_those_of_a_flux_repository_and_small() -> None:
         "vae",
     }
     assert sum(path.stat().st_size for path in files) <= 20_000_000
-    assert demo_lora_path().stat().st_size < 300_000
+    assert demo_lora_path("blueprint").stat().st_size < 300_000
+    assert all(demo_lora_path(f"flux-{name}").stat().st_size < 1_500_000 for name in ("canny", "kontext"))
 
 
 def test_weights_are_bfloat16_under_the_names_of_the_real_files() -> None:

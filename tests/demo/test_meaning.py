@@ -157,7 +157,7 @@ def test_the_step_cache_costs_little(pipeline: FluxImagePipeline, images: list[I
 def test_the_lora_makes_blueprints_and_leaves_no_trace(pipeline: FluxImagePipeline) -> None:
     one_step = SETTINGS | {"num_inference_steps": 1}
     before = list(render(pipeline, SOME[:2], BATCH, one_step))
-    pipeline.load_lora(demo_lora_path())
+    pipeline.load_lora(demo_lora_path("blueprint"))
     blueprints = list(render(pipeline, SOME[:2], BATCH, SETTINGS))
     pipeline.unload_loras()
     after = list(render(pipeline, SOME[:2], BATCH, one_step))

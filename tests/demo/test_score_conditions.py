@@ -30,18 +30,18 @@ def test_edited_and_kept_facts_are_counted_apart() -> None:
 
 
 def test_an_edit_and_its_source_are_drawn_alike() -> None:
-    edit = next(edit for edit in edits(40, seed=3) if edit.before.first.colour != edit.after.first.colour)
+    edit = next(edit for edit in edits(6, seed=3) if edit.before.first.colour != edit.after.first.colour)
     before, after = (draw(scene, 128, 128, random.Random(1)) for scene in (edit.before, edit.after))
 
     assert before.crop((0, 0, 4, 4)).tobytes() == after.crop((0, 0, 4, 4)).tobytes()
 
 
 def test_edits_are_made_of_a_model_that_cannot_edit_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lora = str(demo_lora_path())
+    lora = str(demo_lora_path("blueprint"))
     assert main(["kontext", "--images", "1", "--lora", lora, "--save", str(tmp_path)]) == 0
 
     edited, kept = capsys.readouterr().out.splitlines()
-    assert edited == "edited 0 of 1 facts: 0.0 %"
+    assert edited == "edited 0 of 1 facts: 0.0 % (colour 0.0 %)"
     assert kept.startswith("kept ")
     assert (tmp_path / "prompts.txt").read_text().startswith("000  ")
     with Image.open(tmp_path / "000.png") as pair:

@@ -50,17 +50,18 @@ class Scores:
             "num_images": self.num_images,
             "num_facts": len(self.facts),
             "share": round(self.share(), 4),
-            "by_kind": {kind: round(self.share(kind), 4) for kind in self._kinds()},
+            "by_kind": {kind: round(self.share(kind), 4) for kind in self.kinds()},
         }
 
     def __str__(self) -> str:
         lines = [f"{'fact':<18} {'said':>6} {'hold':>6} {'share':>8}"]
-        for kind in [*self._kinds(), None]:
+        for kind in [*self.kinds(), None]:
             found = [fact.holds for fact in self.facts if kind in (None, fact.kind)]
             lines.append(f"{kind or 'all':<18} {len(found):>6} {sum(found):>6} {100 * self.share(kind):>6.1f} %")
         return "\n".join(lines)
 
-    def _kinds(self) -> list[Kind]:
+    def kinds(self) -> list[Kind]:
+        """Return the kinds of facts that are there, in the order of all kinds."""
         return [kind for kind in _KINDS if any(fact.kind == kind for fact in self.facts)]
 
 

@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from flux_batch.demo.train.adapters.low_rank import add_conditioning, to_original, train_layers
-from flux_batch.demo.train.adapters.scenes import SIDE, T5_LENGTHS, encode_all, weights_of
+from flux_batch.demo.train.adapters.scenes import SIDE, T5_LENGTHS, encode_all
 from flux_batch.demo.train.flow import TrainBatch, Trainer
 from flux_batch.demo.train.progress import Stage
 from flux_batch.demo.train.world import training_scene
-from flux_batch.demo.world.captions import Scene, is_held_out
+from flux_batch.demo.world.captions import Scene, is_held_out, pick
 from flux_batch.demo.world.drawing import draw
-from flux_batch.demo.world.edits import changed, instruct
+from flux_batch.demo.world.edits import Change, changed, instruct
 from flux_batch.model.autoencoder import AutoEncoder
 
 # Each scene comes with two changes of it; an edit leads from any of the three to another one that differs by one fact.
@@ -25,6 +25,8 @@ NUM_SCENES = 2048
 IMAGES_A_STEP = 16
 _RANK = 24
 _RATE = 2e-3
+# Shapes are learned last, so every other change is one of shape.
+_CHANGES: tuple[Change, ...] = ("colour", "shape", "background", "shape")
 
 
 class _Pool(NamedTuple):
@@ -50,27 +52,36 @@ def train_kontext(
 
 def _make_batch(pool: _Pool, rng: random.Random, step: int, device: torch.device) -> TrainBatch:
     """Return a random batch of edits: to a change of a scene, or back."""
-    sources, targets, scenes, prompts = [], [], [], []
+    sources, targets, prompts = [], [], []
     for _ in range(IMAGES_A_STEP):
         group = int(rng.random() * len(pool.groups))
         ends = [0, 1 + int(2 * rng.random())]
         if rng.random() < 0.5:
             ends.reverse()
-        before, after = (pool.groups[group][end] for end in ends)
+        scenes = [pool.groups[group][end] for end in ends]
         source, target = (3 * group + end for end in ends)
         sources.append(source)
         targets.append(target)
-        scenes.append(after)
-        prompts.append(instruct(before, after, rng))
+        prompts.append(instruct(*scenes, rng))
+    before, after = (pool.images[numbers].float().to(device) for numbers in (sources, targets))
     return TrainBatch(
-        clean=pool.images[targets].float().to(device),
-        weights=weights_of(scenes, device),
+        clean=after,
+        weights=_weights(before, after),
         prompts=prompts,
         length=T5_LENGTHS[step % len(T5_LENGTHS)],
         width=SIDE,
         height=SIDE,
-        reference=pool.images[sources].float().to(device),
+        reference=before,
     )
+
+
+def _weights(before: Tensor, after: Tensor) -> Tensor:
+    """Return the weight of each token's error (b, tokens): half of an image's is on what its edit changes.
+
+    Most of an image stays as it is, and copying it is soon learned.
+    """
+    difference = (after - before).square().mean(dim=-1)
+    return 1 / difference.shape[1] + difference / difference.sum(dim=1, keepdim=True)
 
 
 def _make_pool(folder: Path, autoencoder: AutoEncoder, count: int, seed: int, device: torch.device) -> _Pool:
@@ -85,9 +96,12 @@ def _make_pool(folder: Path, autoencoder: AutoEncoder, count: int, seed: int, de
 
 
 def _make_group(rng: random.Random) -> tuple[Scene, Scene, Scene]:
-    """Return a scene and two changes of it, none held out."""
+    """Return a scene of one thing and two changes of it, none held out."""
     while True:
         scene = training_scene(rng)
-        changes = [after for _ in range(6) if (after := changed(scene, rng)) and not is_held_out(after)]
+        if scene.second:
+            continue
+        tried = [changed(scene, pick(rng, _CHANGES), rng) for _ in range(6)]
+        changes = [after for after in tried if after and not is_held_out(after)]
         if len(changes) >= 2 and changes[0] != changes[1]:
             return scene, changes[0], changes[1]
