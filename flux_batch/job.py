@@ -181,7 +181,7 @@ def preview(
 
     folder = tempfile.mkdtemp(prefix="flux-batch-preview-")
     output = config.output.model_copy(update={"uri": folder, "format": "files", "storage_options": {}})
-    config = with_absolute_paths(config.model_copy(update={"output": output}))
+    config = _on_cpu_without_gpu(with_absolute_paths(config.model_copy(update={"output": output})), make_pipeline)
     if is_random:
         open_random_run(config, Store(folder), num_rows)
     else:
@@ -309,10 +309,11 @@ def _on_this_machine(
     if make_pipeline is None and config.model.pipeline and not joins_cluster():
         factory = imported(config.model.pipeline, os.getcwd(), "a pipeline")
         check_settings(config, declared_settings(factory))
-    if engine is not None:
-        return config
-    if joins_cluster():
-        return config
+    return config if engine is not None or joins_cluster() else _on_cpu_without_gpu(config, make_pipeline)
+
+
+def _on_cpu_without_gpu(config: JobConfig, make_pipeline: Callable[[ModelConfig], ImagePipeline] | None) -> JobConfig:
+    """Return the job as this machine can run it: on the CPU where it has no GPU. Raises: the errors of check_weights."""
     workers = config.workers
     no_gpu = "there is no GPU on this machine" if workers.num_gpus and not has_gpu() else ""
     if make_pipeline is None:

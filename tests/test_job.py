@@ -16,7 +16,7 @@ from flux_batch.download.revision import model_revision
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, Interrupted, JobError, PlanMismatch, SourceError, StoreRefused
-from flux_batch.job import run, with_absolute_paths
+from flux_batch.job import preview, run, with_absolute_paths
 from flux_batch.report.gallery.write import write_gallery
 from flux_batch.report.progress.status import format_status, read_status
 from flux_batch.report.summary import RunReport
@@ -206,6 +206,14 @@ class TestOnThisMachine:
         assert caplog.text.count("there is no GPU on this machine: the workers run on its CPU") == is_said
         assert f"num_gpus: {float(num_gpus)}" in (tmp_path / "out/_run/job.yaml").read_text()  # as it was asked for
         assert json.loads((tmp_path / "out/_run/report.json").read_text())["gpu_s_of_run"] == 0
+
+    def test_a_preview_runs_on_the_cpu_and_counts_no_gpu(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        report = preview(make_job(tmp_path), 2, make_pipeline=make_fake_pipeline)
+        assert report.num_images == 2
+        assert json.loads(Path(report.output, "_run/report.json").read_text())["gpu_s_of_run"] == 0
+        assert "there is no GPU on this machine" in caplog.text
 
     @pytest.mark.parametrize(
         ("model", "sentence"),

@@ -48,6 +48,15 @@ def test_edits_are_made_of_a_model_that_cannot_edit_too(tmp_path: Path, capsys: 
         assert pair.size == (256, 128)
 
 
+@pytest.mark.long
+def test_what_is_told_is_edited_and_the_rest_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kontext", "--images", "96"]) == 0
+
+    edited, kept = (float(line.split(" %")[0].split()[-1]) for line in capsys.readouterr().out.splitlines())
+    assert edited >= 85
+    assert kept >= 90
+
+
 def test_a_bad_lora_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kontext", "--images", "1", "--lora", "/nowhere.safetensors"]) == 2
 

@@ -15,6 +15,8 @@ from PIL import Image
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.demo.paths import demo_job_path
+from flux_batch.demo.world.captions import PALETTE
+from flux_batch.demo.world.reading import colour_share
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import load_job, run
 from flux_batch.report.summary import RunReport
@@ -117,6 +119,35 @@ def test_images_stay_nearer_to_the_one_they_start_from_the_less_is_noised_over(t
         assert near_to_far[0] < near_to_far[-1] / 2
 
 
+def test_an_edit_changes_what_its_prompt_says_and_lies_beside_its_source(tmp_path: Path) -> None:
+    config = load("edit.yaml", f"output.uri={tmp_path}/out", "output.format=files", "prompts.limit=1")
+
+    assert run(config, engine=LocalEngine()).num_failed == 0
+
+    [row] = metadata(config)
+    assert (row["prompt"], row["width"], row["height"]) == ("make the star blue", 128, 128)
+    after, before = (
+        Image.open(tmp_path / "out" / row[name]).convert("RGB") for name in ("file_name", "source_file_name")
+    )
+    assert colour_share(before, "red") > 0.05
+    assert colour_share(after, "red") < 0.01 < 0.05 < colour_share(after, "blue")
+    assert colour_share(after, "white") == pytest.approx(colour_share(before, "white"), abs=0.03)
+
+
+def test_what_is_drawn_to_edges_lies_within_them(tmp_path: Path) -> None:
+    config = load("control.yaml", f"output.uri={tmp_path}/out", "prompts.limit=1")
+
+    assert run(config, engine=LocalEngine()).num_failed == 0
+
+    [row] = metadata(config)
+    image = np.asarray(Image.open(tmp_path / "out" / row["file_name"]).convert("RGB"), dtype=float)
+    is_red = np.linalg.norm(image - PALETTE["red"], axis=-1) < 60
+    edges = np.asarray(Image.open(JOBS / "prompts" / row["control_image"]).convert("L")) > 127
+    rows, columns = np.nonzero(edges)
+    inside = is_red[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    assert is_red.sum() == inside.sum() > 500
+
+
 def test_the_output_of_a_run_can_be_started_from(tmp_path: Path) -> None:
     first = load("demo.yaml", f"output.uri={tmp_path}/first", "output.format=parquet", "prompts.limit=4", *SMALL)
     render(first, FakePipeline())
@@ -146,7 +177,7 @@ def test_recipes_make_the_sets_that_they_name(tmp_path: Path) -> None:
     by_key = {row["key"]: row for row in classes}
     assert len(pairs) == 16
     assert all(row["label"] == by_key[row["id"]]["label"] for row in pairs)
-    assert all(row["instruction"] == f"make it {row['recoloured']}" for row in pairs)
+    assert all(row["prompt"] == f"make the {row['label']} {row['recoloured']}" for row in pairs)
     assert all(row["recoloured"] != row["colour"] for row in pairs)
     sizes = Counter((row["width"], row["height"]) for row in rows("aspect_ratios.yaml", "ratios"))
     assert sizes == {(128, 128): 12, (192, 128): 6, (128, 192): 6}

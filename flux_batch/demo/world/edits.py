@@ -62,7 +62,9 @@ def changed(scene: Scene, change: Change, rng: random.Random) -> Scene | None:
     """
     thing, background = scene.first, scene.background
     if change == "shape":
-        return replace(scene, first=replace(thing, shape=pick(rng, [shape for shape in SHAPES if shape != thing.shape])))
+        return replace(
+            scene, first=replace(thing, shape=pick(rng, [shape for shape in SHAPES if shape != thing.shape]))
+        )
     unused = [colour for colour in COLOURS if colour not in (thing.colour, background.colour, background.second)]
     if change == "colour":
         colours = [colour for colour in unused if contrast(colour, background) >= MIN_CONTRAST]
