@@ -35,8 +35,10 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,test]'
 	@touch $@
 
-demo: $(VENV)/run.stamp ## render the demo prompts with the demo model on two workers, into out/demo
+demo: $(VENV)/run.stamp ## render the demo prompts with the demo model on two workers, into out/demo; edit and draw to edges
 	$(BIN)/flux-batch run jobs/demo.yaml
+	$(BIN)/flux-batch preview jobs/edit.yaml --rows 12
+	$(BIN)/flux-batch preview jobs/control.yaml --rows 12
 	$(BIN)/flux-batch gallery out/demo
 
 test: $(VENV)/dev.stamp ## run the tests

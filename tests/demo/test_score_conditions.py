@@ -57,6 +57,16 @@ def test_what_is_told_is_edited_and_the_rest_is_kept(capsys: pytest.CaptureFixtu
     assert kept >= 90
 
 
+@pytest.mark.long
+def test_what_is_drawn_to_edges_lies_where_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["canny", "--images", "96"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()[1:]
+    shares = {line[:18].strip(): float(line.split()[-2]) for line in lines}
+    assert shares["all"] >= 90
+    assert min(shares["position"], shares["relation"]) >= 95
+
+
 def test_a_bad_lora_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kontext", "--images", "1", "--lora", "/nowhere.safetensors"]) == 2
 

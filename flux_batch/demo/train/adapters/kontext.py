@@ -58,20 +58,20 @@ def _make_batch(pool: _Pool, rng: random.Random, step: int, device: torch.device
         ends = [0, 1 + int(2 * rng.random())]
         if rng.random() < 0.5:
             ends.reverse()
-        scenes = [pool.groups[group][end] for end in ends]
+        before, after = (pool.groups[group][end] for end in ends)
         source, target = (3 * group + end for end in ends)
         sources.append(source)
         targets.append(target)
-        prompts.append(instruct(*scenes, rng))
-    before, after = (pool.images[numbers].float().to(device) for numbers in (sources, targets))
+        prompts.append(instruct(before, after, rng))
+    reference, clean = (pool.images[numbers].float().to(device) for numbers in (sources, targets))
     return TrainBatch(
-        clean=after,
-        weights=_weights(before, after),
+        clean=clean,
+        weights=_weights(reference, clean),
         prompts=prompts,
         length=T5_LENGTHS[step % len(T5_LENGTHS)],
         width=SIDE,
         height=SIDE,
-        reference=before,
+        reference=reference,
     )
 
 
