@@ -313,7 +313,7 @@ def _on_this_machine(
 
 
 def _on_cpu_without_gpu(config: JobConfig, make_pipeline: Callable[[ModelConfig], ImagePipeline] | None) -> JobConfig:
-    """Return the job as this machine can run it, on the CPU where it has no GPU. Raises: as check_weights."""
+    """Return the job as this machine can run it: without a GPU, on its CPU. Raises: as check_weights."""
     workers = config.workers
     no_gpu = "there is no GPU on this machine" if workers.num_gpus and not has_gpu() else ""
     if make_pipeline is None:

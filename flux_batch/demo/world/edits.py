@@ -33,7 +33,7 @@ _INSTRUCTIONS: dict[Change, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Edit:
-    """A scene of one thing, the same with one fact changed, and words for the change."""
+    """A scene of one thing, the same with one fact changed, and words for it."""
 
     before: Scene
     after: Scene
