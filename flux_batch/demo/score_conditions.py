@@ -1,6 +1,7 @@
 """The share of facts that hold under a condition: `python -m flux_batch.demo.score_conditions canny|kontext`.
 
-canny: images are drawn to the edges of scenes that are held out from training, by captions that do not say places.
+canny: images are drawn to the edges of scenes that are held out from training, by their captions in full, and by
+captions that do not say places, which only the edges then tell.
 kontext: drawings of such scenes are edited, one fact each. Both by a LoRA on the demo model, and read back.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from flux_batch.demo.paths import demo_lora_path
-from flux_batch.demo.world.captions import SCORED_SEED, Caption, Scene, captions, phrase
+from flux_batch.demo.world.captions import SCORED_SEED, WORDINGS, Caption, Scene, Unsaid, captions, phrase
 from flux_batch.demo.world.drawing import draw
 from flux_batch.demo.world.edges import edges
 from flux_batch.demo.world.edits import Edit, edits
@@ -61,15 +62,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _score_canny(arguments: argparse.Namespace) -> None:
-    """Draw to edges, and print the share of all facts by kind, places among them."""
+    """Draw to edges by captions with and without places; print the share of all facts by kind."""
     pipeline = FluxImagePipeline.from_pretrained(arguments.model, torch_dtype="float32")
     pipeline.load_lora(arguments.lora or demo_lora_path("flux-canny"))
     scenes = [caption.scene for caption in captions(arguments.images, SCORED_SEED, held_out=True)]
     controls = [edges(drawing(scene, number)) for number, scene in enumerate(scenes)]
-    prompts = [phrase(scene, number % 7, frozenset({"place"})) for number, scene in enumerate(scenes)]
-    images = list(_render(pipeline, prompts, {"control_image": controls}, _SETTINGS))
-    print(score_all([Caption(text=phrase(scene), scene=scene) for scene in scenes], images))
-    _save(arguments.save, prompts, controls, images)
+    said = [Caption(text=phrase(scene), scene=scene) for scene in scenes]
+    unsaid: dict[str, frozenset[Unsaid]] = {"in full": frozenset(), "without places": frozenset({"place"})}
+    for name, facts in unsaid.items():
+        prompts = [phrase(scene, number % len(WORDINGS), facts) for number, scene in enumerate(scenes)]
+        images = list(_render(pipeline, prompts, {"control_image": controls}, _SETTINGS))
+        print(f"captions {name}\n{score_all(said, images)}")
+        _save(arguments.save and arguments.save / name.replace(" ", "_"), prompts, controls, images)
 
 
 def _score_kontext(arguments: argparse.Namespace) -> None:

@@ -126,9 +126,8 @@ def test_an_edit_changes_what_its_prompt_says_and_lies_beside_its_source(tmp_pat
 
     [row] = metadata(config)
     assert (row["prompt"], row["width"], row["height"]) == ("make the star blue", 128, 128)
-    after, before = (
-        Image.open(tmp_path / "out" / row[name]).convert("RGB") for name in ("file_name", "source_file_name")
-    )
+    path = tmp_path / "out" / row["file_name"]
+    after, before = (Image.open(at).convert("RGB") for at in (path, path.with_suffix(".source.png")))
     assert colour_share(before, "red") > 0.05
     assert colour_share(after, "red") < 0.01 < 0.05 < colour_share(after, "blue")
     assert colour_share(after, "white") == pytest.approx(colour_share(before, "white"), abs=0.03)

@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
         "--loras", nargs="*", choices=_LORAS, default=list(_LORAS), help="those to train; all by default"
     )
     parser.add_argument("--blueprint-steps", type=int, default=400)
-    parser.add_argument("--canny-steps", type=int, default=3000)
+    parser.add_argument("--canny-steps", type=int, default=4500)
     parser.add_argument("--kontext-steps", type=int, default=6000)
     return parser.parse_args()
 
