@@ -52,7 +52,9 @@ def test_what_compiles_in_another_thread_has_the_options_of_compiling(
     thread = threading.Thread(target=lambda: pipe("x", seed=1, progress_bar=note, **SMALL))
     thread.start()
     thread.join()
-    assert found == [(64, "attention-torch")]
+    [(limit, tag)] = found
+    assert limit == 64
+    assert tag.startswith("attention-torch")  # with the versions of CUDA and cuDNN behind it, where torch has them
 
 
 class TestRepeatability:
