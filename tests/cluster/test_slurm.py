@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,9 @@ PROGRAMS = {
 }
 
 
-def begin(folder: Path, code: int | None, state: str = "RUNNING") -> subprocess.Popen[str]:
+@contextmanager
+def begun(folder: Path, code: int | None, state: str = "RUNNING") -> Iterator[subprocess.Popen[str]]:
+    """Start the job, and end all its processes where it has not."""
     for name, text in PROGRAMS.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
@@ -40,7 +44,12 @@ def begin(folder: Path, code: int | None, state: str = "RUNNING") -> subprocess.
     variables |= {"STATE": state}
     environment = {**os.environ, **variables, "PATH": f"{folder}:{os.environ['PATH']}"}
     words = ["bash", str(SCRIPT), "jobs/demo.yaml", "--set=output.uri=a folder"]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def calls(folder: Path) -> list[str]:
@@ -58,8 +67,8 @@ def calls(folder: Path) -> list[str]:
     ],
 )
 def test_a_job_ends_as_its_driver_does(tmp_path: Path, code: int, state: str, is_requeued: bool) -> None:
-    process = begin(tmp_path, code, state)
-    process.communicate(timeout=PATIENCE_S)
+    with begun(tmp_path, code, state) as process:
+        process.communicate(timeout=PATIENCE_S)
 
     assert process.returncode == code
     said = calls(tmp_path)
@@ -72,11 +81,11 @@ def test_a_job_ends_as_its_driver_does(tmp_path: Path, code: int, state: str, is
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_of_slurm_stops_the_driver_in_order_and_requeues_the_job(tmp_path: Path, number: int) -> None:
-    process = begin(tmp_path, None)
-    wait_until(lambda: "ready" in calls(tmp_path))
+    with begun(tmp_path, None) as process:
+        wait_until(lambda: "ready" in calls(tmp_path))
 
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=PATIENCE_S)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=PATIENCE_S)
 
     assert process.returncode == Interrupted.exit_code
     assert "the driver puts the shards in hand aside" in out
