@@ -54,7 +54,9 @@ def apply_compile(model: Flux, attention: AttentionKernels = TORCH_ATTENTION, *,
 
 def set_compile_options(attention: AttentionKernels) -> None:
     """Set the options of torch.compile for this thread: torch keeps them for each thread apart."""
-    torch.compiler.config.cache_key_tag = _kernels_tag(attention)
+    # torch's keys leave out how wide a CPU's vectors are: AVX2's code, found again for AVX-512, writes past its memory.
+    capability = torch.backends.cpu.get_cpu_capability()
+    torch.compiler.config.cache_key_tag = f"{_kernels_tag(attention)}-{capability}"
     # The last block, batches of one and of several, and sizes make several graphs of one function.
     torch._dynamo.config.recompile_limit = max(_MAX_GRAPHS, torch._dynamo.config.recompile_limit)
 

@@ -69,7 +69,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is dep
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with torch.compiler.config.patch(cache_key_tag=""):
+        yield
     torch._dynamo.reset()
 
 
@@ -201,21 +202,34 @@ def test_a_process_with_an_empty_cache_finds_what_another_one_compiled(tmp_path:
     assert work(tmp_path, "second") == ("0,0", name)
 
 
-@pytest.mark.compiled
-def test_code_compiled_for_one_attention_kernel_is_not_found_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own keys do not tell them apart, and the kernel is written into the code."""
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+def attend(kernels: AttentionKernels) -> str:
+    """Compile as for a model with these kernels. Returns: how many programs torch's cache had, and how many not."""
+    torch._dynamo.reset()
+    counters.clear()
+    apply_compile(filled(Flux(FLUX)), kernels)
     q = tensor("q", (1, 2, 8, 16))
+    with kernels.first():
+        torch.compile(lambda: F.scaled_dot_product_attention(q, q, q))()
+    found = counters["aot_autograd"]
+    return f"{found['autograd_cache_hit']} found, {found['autograd_cache_miss']} made"
 
-    def attend(kernels: AttentionKernels) -> str:
-        torch._dynamo.reset()
-        counters.clear()
-        apply_compile(filled(Flux(FLUX)), kernels)
-        with kernels.first():
-            torch.compile(lambda: F.scaled_dot_product_attention(q, q, q))()
-        found = counters["aot_autograd"]
-        return f"{found['autograd_cache_hit']} found, {found['autograd_cache_miss']} made"
 
+@pytest.mark.compiled
+def test_code_compiled_for_one_width_of_vectors_is_not_found_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own keys do not tell them apart: code for AVX2 that AVX-512 finds writes past the end of memory."""
+    kernels = AttentionKernels(f"math-{uuid.uuid4().hex}", (SDPBackend.MATH,))
+
+    def attend_with(capability: str) -> str:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        return attend(kernels)
+
+    made = [attend_with(each) for each in ("AVX2", "AVX512", "AVX2")]
+    assert made == ["0 found, 2 made", "0 found, 2 made", "2 found, 0 made"]
+
+
+@pytest.mark.compiled
+def test_code_compiled_for_one_attention_kernel_is_not_found_for_another() -> None:
+    """torch's own keys do not tell them apart, and the kernel is written into the code."""
     # Under names that nothing was compiled for before.
     backends = SDPBackend.MATH, SDPBackend.FLASH_ATTENTION
     math, flash = (AttentionKernels(f"{each.name}-{uuid.uuid4().hex}", (each,)) for each in backends)
