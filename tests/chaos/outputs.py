@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from flux_batch.config.schema import JobConfig
+from flux_batch.errors import JobError
+from flux_batch.output.staging import Staging
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify import format_verdict, verify
 from flux_batch.storage.store import Store
@@ -64,6 +66,23 @@ def _comparable(key: str, data: bytes, config: JobConfig) -> Any:
     if key in ("_run/job.yaml", "README.md"):
         return data.replace(config.output.uri.encode(), b"OUTPUT")
     return data
+
+
+def kept(config: JobConfig) -> set[str]:
+    """List the prompts whose images no kill can cost: staged or committed."""
+    try:
+        run = SavedRun.open(store_of(config))
+    except JobError:
+        return set()
+    staging = Staging(run.folder)
+    # In this order: an image that is committed meanwhile is seen once at least.
+    staged = [
+        image.record["prompt"]
+        for shard in staging.shards()
+        for name in staging.list(shard).objects
+        for image in staging.read(shard, name)
+    ]
+    return {*staged, *(row["prompt"] for shard in run.commits.done() for row in run.metadata(shard))}
 
 
 def read_back(config: JobConfig, wanted: Counter[str], scratch: Path) -> Found:

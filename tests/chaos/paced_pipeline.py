@@ -86,9 +86,14 @@ def is_held(folder: Path) -> bool:
 
 def made(folder: Path) -> Counter[str]:
     """Count how often each prompt became an image."""
+    return Counter(prompt for _, prompt in made_by(folder))
+
+
+def made_by(folder: Path) -> list[tuple[int, str]]:
+    """List the process and the prompt of each image, in the order in which they were made."""
     log = folder / LOG
     lines = log.read_text().splitlines() if log.exists() else []
-    return Counter(line.partition(" ")[2] for line in lines)
+    return [(int(pid), prompt) for pid, _, prompt in (line.partition(" ") for line in lines)]
 
 
 def forget(folder: Path) -> None:
