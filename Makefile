@@ -12,8 +12,10 @@ APT := apt-get -qq -o Dir::State::Lists=$(CURDIR)/$(UNPACKED)/lists -o Dir::Cach
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 # Each of the processes that share the cores computes on one: more threads than cores mostly wait for each other.
 # They keep the code that one of them compiled for the others, also where containers are told to keep none.
-# How many of them run the tests: more than an ordinary machine has cores, since much of a test is waiting.
+# How many of them run the tests: more than an ordinary machine has cores, since much of a test is waiting. Where
+# little is, each further one costs more than it saves: it imports everything once more.
 PROCESSES ?= 4
+FAST_PROCESSES := 3
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help demo test test-fast test-avx2 test-long test-gpu tools browser chaos lint fix pages docs constraints release-check clean
@@ -45,7 +47,7 @@ test: $(VENV)/dev.stamp ## run the tests
 	$(PYTEST) -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/dev.stamp ## run those that give the first answer: no processes, servers, compilers or large models
-	$(PYTEST) -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -n $(FAST_PROCESSES) --dist loadfile -m "not slow"
 
 test-avx2: $(VENV)/dev.stamp ## run those of the model and the pipeline as on a CPU without bfloat16 and AVX-512
 	$(AVX2) $(PYTEST) -n auto --dist loadfile -m "not compiled and not long" tests/model tests/pipeline
