@@ -266,7 +266,8 @@ def with_columns(
     hold None.
     """
     if isinstance(batch, pa.Table):
-        table = batch.drop_columns([name for name in batch.column_names if name in columns]).take(pa.array(rows))
+        kept = batch.drop_columns([name for name in batch.column_names if name in columns])
+        table = kept.take(pa.array(rows, pa.int64()))  # of no rows the type is not seen
         for name, values in columns.items():
             table = table.append_column(schema.field(name), [pa.array(values, schema.field(name).type)])
         return table

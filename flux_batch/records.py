@@ -6,12 +6,17 @@ Plain frozen dataclasses that pickle small. Knows no file, tensor or cluster.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from flux_batch.sampling_params import Quantization, SamplingParams
 
+# Between the images of one column, in the metadata.
+_SEPARATOR = ", "
+# The begin of a text that is JSON.
+_LIST = '["'
 # Values of a row's column `lora` that mean no LoRA: CSV has no empty text, only missing values.
 NO_LORA = ("", "none")
 
@@ -100,6 +105,22 @@ class InputImage:
     scale: float = 1.0
 
 
+def _written(scale: float) -> str:
+    """Return a weight as text from which it can be read back exactly."""
+    return text if float(text := f"{scale:g}") == scale else repr(scale)
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Return the names of images as one text: separated by commas, or as JSON where a name has one itself."""
+    is_plain = not any(_SEPARATOR in name or name.startswith(_LIST) for name in names)
+    return _SEPARATOR.join(names) if is_plain else json.dumps(names, ensure_ascii=False)
+
+
+def split_names(text: str) -> list[str]:
+    """Return the names of images that the metadata has as one text; see `RowImages.names`."""
+    return [str(name) for name in json.loads(text)] if text.startswith(_LIST) else text.split(_SEPARATOR)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowImages:
     """The images that a row names, by column; None for none. A column that may name several has a tuple."""
@@ -114,7 +135,7 @@ class RowImages:
     def scales(self) -> dict[str, str | None]:
         """The weights of control images and image prompts as the metadata has them; None without such images."""
         return {
-            f"{column}_scale": ", ".join(f"{image.scale:g}" for image in getattr(self, column)) or None
+            f"{column}_scale": ", ".join(_written(image.scale) for image in getattr(self, column)) or None
             for column in WEIGHTED_COLUMNS
         }
 
@@ -138,8 +159,11 @@ class RowImages:
     @property
     def names(self) -> dict[str, str | None]:
         """The names of the images of each column as the metadata has them."""
-        found = {column: ", ".join(image.name for image in images) for column, images in self.by_column.items()}
-        return {column: found.get(column) for column in IMAGE_COLUMNS}
+        found: dict[str, str | None] = dict.fromkeys(IMAGE_COLUMNS)
+        for column, images in self.by_column.items():
+            takes_several = isinstance(getattr(self, column), tuple)
+            found[column] = _joined([image.name for image in images]) if takes_several else images[0].name
+        return found
 
     def map(self, change: Callable[[InputImage], InputImage]) -> RowImages:
         """Return the results of `change` on each image."""

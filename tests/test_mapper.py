@@ -257,5 +257,7 @@ def test_new_columns_replace_those_of_the_same_name() -> None:
 
     assert table.schema == pa.schema([("prompt", pa.string()), *schema])
     assert table.to_pydict() == {"prompt": ["p", "p", "q"], **columns}
+    empty = with_columns(table.slice(0, 0), [], {name: [] for name in columns}, schema)
+    assert (empty.num_rows, empty.schema) == (0, table.schema)
     in_numpy = with_columns({"seed": np.array(["a", "b"]), "prompt": ["p", "q"]}, [0, 0, 1], columns, schema)
     assert {name: values.tolist() for name, values in in_numpy.items()} == {"prompt": ["p", "p", "q"], **columns}

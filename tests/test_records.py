@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_batch.records import FileRange, ImageRecord, Shard, image_seed
+from flux_batch.records import FileRange, ImageRecord, InputImage, RowImages, Shard, image_seed, split_names
 
 
 def test_seeds_stay_what_they_are_for_ever() -> None:
@@ -36,3 +36,18 @@ def test_records_are_frozen_and_travel_small() -> None:
         shard.index = 1  # type: ignore[misc]
     with pytest.raises(dataclasses.FrozenInstanceError):
         record.status = "success"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("names", [["a.png"], ["a.png", "b.png"], ["a, b.png", "c.png"], ['["x.png'], ["[x].png", "é"]])
+def test_the_names_of_images_are_read_back_as_they_were(names: list[str]) -> None:
+    images = RowImages(reference_image=tuple(InputImage(name=name) for name in names))
+    assert split_names(str(images.names["reference_image"])) == names
+
+
+def test_plain_names_and_weights_are_written_plainly() -> None:
+    prompts = tuple(InputImage(name=name, scale=scale) for name, scale in (("a", 1.0), ("b", 0.5), ("c", 1 / 3)))
+    images = RowImages(input_image=InputImage(name="a, b"), image_prompt=prompts)
+
+    assert (images.names["input_image"], images.names["image_prompt"]) == ("a, b", "a, b, c")
+    assert str(images.scales["image_prompt_scale"]).split(", ")[:2] == ["1", "0.5"]
+    assert float(str(images.scales["image_prompt_scale"]).split(", ")[2]) == 1 / 3

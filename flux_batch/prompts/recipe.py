@@ -50,7 +50,7 @@ class Recipe:
     def __init__(self, config: PromptsConfig) -> None:
         self._config = config
         self._lines: dict[str, list[str]] = {}
-        self.samplers: Mapping[str, Sampler] = samplers_of(config.samplers, self._read_lines)
+        self.samplers: Mapping[str, Sampler] = samplers_of(config.samplers, self._lines_of)
         self.templates = {name: PromptTemplate(text, _key(config, name)) for name, text in config.templates.items()}
         self._wildcards = self._read_wildcards()
         if config.design == "grid":
@@ -188,14 +188,20 @@ class Recipe:
                 f"{_MAX_LISTS_BYTES}"
             )
         with ThreadPoolExecutor(_READER_THREADS) as pool:
-            found = pool.map(self._read_lists, files)
-        return joined_lists(each.items() for each in found)
+            found = list(pool.map(self._read_lists, files))
+        # In the order of the files, whichever was read first: `version` depends on it.
+        self._lines |= {file.uri: lines for file, (_, lines) in zip(files, found, strict=True)}
+        return joined_lists(lists.items() for lists, _ in found)
 
-    def _read_lists(self, file: PromptFile) -> Mapping[str, list[str]]:
-        """Return the lists of a file by name: that of a text file is its own, those of a YAML file are its keys."""
+    def _read_lists(self, file: PromptFile) -> tuple[Mapping[str, list[str]], list[str]]:
+        """Return the lists of a file by name, and all its lines.
+
+        The name of a text file is that of its list, those of a YAML file are its keys.
+        """
         kind = format_of_name(file.name)
         if kind == "txt":
-            return {file.name[: file.name.lower().rindex(".txt")]: self._read_lines(file.uri)}
+            lines = self._read_lines(file.uri)
+            return {file.name[: file.name.lower().rindex(".txt")]: lines}, lines
         with PromptBytes.of(file.uri, self._config.storage_options).open_text() as stored:
             data = stored.read()
         try:
@@ -204,8 +210,11 @@ class Recipe:
             raise
         except ValueError as error:
             raise JobError(f"prompts.wildcards: {public_uri(file.uri)}: {one_line(error)}") from error
-        self._lines[file.uri] = [f"{name}: {line}" for name, lines in lists.items() for line in lines]
-        return lists
+        return lists, [f"{name}: {line}" for name, lines in lists.items() for line in lines]
+
+    def _lines_of(self, uri: str) -> list[str]:
+        """Return the values of a sampler's file."""
+        return self._lines.setdefault(uri, self._read_lines(uri))
 
     def _read_lines(self, uri: str) -> list[str]:
         """Return the values of a file with one a line."""
@@ -217,7 +226,6 @@ class Recipe:
                 raise JobError(f"{public_uri(uri)}: {_place(table, number)}: {row.reason}")
             if row.get("prompt") is not None:
                 lines.append(str(row["prompt"]))
-        self._lines[uri] = lines
         return lines
 
     def _public_lines(self) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from flux_batch.config.known_settings import known_words
 from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import InvalidSetting, RowError
 from flux_batch.prompts.access import ImageAccess, RowLoras, shortened
-from flux_batch.prompts.formats.table import BadRow, Row
+from flux_batch.prompts.formats.table import BadRow, Row, check_whole_characters
 from flux_batch.prompts.input_images import image_of_bytes
 from flux_batch.records import FailedRow, ImageRequest, InputImage, LoraUse, RowImages, image_seed
 from flux_batch.redaction import public_uri
@@ -80,9 +80,12 @@ class RowParser:
             return FailedRow(
                 row=row, id=default_id, prompt="", error_type="RowError", error_message=f"{place}: {values.reason}"
             )
+        values, broken = _with_whole_characters(values)
         row_id = text_of(self._cell(values, "id")) or default_id
         passthrough = {name: values.get(name) for name in self._passthrough}
         try:
+            if broken:
+                raise RowError(f"column {broken!r} is not valid Unicode: it holds half a character; write it whole")
             prompt = self._prompt(values)
             params = self._sampling(values)
             images = self._row_images(values)
@@ -219,6 +222,19 @@ class RowParser:
         seed = _integer("seed", seed)
         check_integer("seed", seed, 0, MAX_SEED - count)  # that of the row's last image is one, too
         return tuple((seed + index) % WRITTEN_SEEDS for index in range(count))
+
+
+def _with_whole_characters(values: Row) -> tuple[Row, str]:
+    """Return the values with `?` for half a character, and the first column with one; empty if none."""
+    whole, broken = {}, ""
+    for name, value in values.items():
+        try:
+            check_whole_characters(value)
+            whole[name] = value
+        except ValueError:
+            broken = broken or name
+            whole[name] = str(value).encode(errors="replace").decode()
+    return (whole, broken) if broken else (values, "")
 
 
 def _place(row_id: str, line: int) -> str:

@@ -114,9 +114,11 @@ def _connected(
     """
     host = parts.hostname or ""
     is_secure = parts.scheme == "https"
-    connection = (HTTPSConnection if is_secure else HTTPConnection)(host, parts.port, timeout=_SILENCE_S)
+    # Without a number the class would look for one in the host, and find the end of an IPv6 address.
+    port = parts.port or (443 if is_secure else 80)
+    connection = (HTTPSConnection if is_secure else HTTPConnection)(host, port, timeout=_SILENCE_S)
     connection.auto_open = 0  # it would look the name up again
-    link = _open(_resolve(host, connection.port, is_allowed), connection.port)
+    link = _open(_resolve(host, port, is_allowed), port)
     if is_secure:
         context = ssl.create_default_context()
         link = context.wrap_socket(link, server_hostname=host, do_handshake_on_connect=False)

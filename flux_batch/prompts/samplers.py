@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from flux_batch.errors import JobError, did_you_mean
+from flux_batch.prompts.formats.table import check_whole_characters
 from flux_batch.prompts.rows import text_of
 
 _KINDS = ("choice", "uniform", "normal", "integer", "file", "by")
@@ -179,6 +180,10 @@ def _choice(path: str, values: Sequence[Any], weights: Sequence[Any]) -> _Choice
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
             raise JobError(f"{path}: {value!r} is neither a text nor a number; YAML reads yes and no so: quote them")
+        try:
+            check_whole_characters(value)
+        except ValueError as error:
+            raise JobError(f"{path}: {value!r} is not valid Unicode: it holds half a character") from error
     largest = 2**53 if any(isinstance(value, float) for value in values) else 2**63
     for value in values:
         if isinstance(value, int) and not -largest <= value < largest:

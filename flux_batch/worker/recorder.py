@@ -18,7 +18,16 @@ from flux_batch.output.formats import OutputFormat
 from flux_batch.output.metadata import source_fields
 from flux_batch.output.paths import image_key
 from flux_batch.prompts.input_images import load_images
-from flux_batch.records import IMAGE_COLUMNS, FailedRow, ImageRecord, ImageRequest, InputImage, LoraUse, RowImages
+from flux_batch.records import (
+    IMAGE_COLUMNS,
+    FailedRow,
+    ImageRecord,
+    ImageRequest,
+    InputImage,
+    LoraUse,
+    RowImages,
+    split_names,
+)
 from flux_batch.redaction import public_uri
 from flux_batch.sampling_params import SAMPLING_FIELDS, SamplingParams
 from flux_batch.worker.batches import ImageTask
@@ -175,7 +184,7 @@ def _recorded_images(row: Mapping[str, Any]) -> RowImages:
     for column in IMAGE_COLUMNS:
         if names := row.get(column):
             is_several = isinstance(getattr(RowImages(), column), tuple)
-            images = [_recorded_image(row, name, column) for name in (names.split(", ") if is_several else [names])]
+            images = [_recorded_image(row, name, column) for name in (split_names(names) if is_several else [names])]
             if scales := row.get(f"{column}_scale"):
                 images = [replace(one, scale=float(each)) for one, each in zip(images, scales.split(", "), strict=True)]
             found[column] = tuple(images) if is_several else images[0]

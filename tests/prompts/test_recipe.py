@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from datetime import date
 from functools import partial
@@ -193,7 +194,7 @@ def test_a_list_in_a_file_is_text_or_refused_with_file_and_line(tmp_path: Path) 
 
 def test_the_version_of_a_recipe_is_that_of_its_lines_not_of_a_signature(monkeypatch: pytest.MonkeyPatch) -> None:
     words = {"1": ["red"], "2": ["small"]}
-    monkeypatch.setattr(Recipe, "_read_lines", lambda self, uri: self._lines.setdefault(uri, list(words[uri[-1]])))
+    monkeypatch.setattr(Recipe, "_read_lines", lambda self, uri: list(words[uri[-1]]))
 
     def versions(day: int) -> tuple[str, str]:
         lists = [{"file": f"https://bucket.example/words?X-Amz-Signature={day}&sheet={sheet}"} for sheet in words]
@@ -206,6 +207,27 @@ def test_the_version_of_a_recipe_is_that_of_its_lines_not_of_a_signature(monkeyp
         words[sheet].append("blue")
         assert not set(versions(2)) & set(first)
         words[sheet].pop()
+
+
+def test_the_version_of_a_recipe_does_not_tell_which_file_was_read_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "b.yaml", "c.txt"):
+        (tmp_path / name).write_text("colours: [red]" if name == "b.yaml" else f"{name} 1\n{name} 2\n")
+    config = PromptsConfig(rows=1, template="__a__ __colours__ __c__", wildcards=str(tmp_path))
+    version, read = Recipe(config).version, Recipe._read_lines
+    others_are_read = threading.Event()
+
+    def read_first_one_last(recipe: Recipe, uri: str) -> list[str]:
+        if uri.endswith("a.txt"):
+            assert others_are_read.wait(60)
+        lines = read(recipe, uri)
+        if uri.endswith("c.txt"):
+            others_are_read.set()
+        return lines
+
+    monkeypatch.setattr(Recipe, "_read_lines", read_first_one_last)
+    assert Recipe(config).version == version
 
 
 @pytest.mark.parametrize(
@@ -223,6 +245,7 @@ def test_the_version_of_a_recipe_is_that_of_its_lines_not_of_a_signature(monkeyp
         ({"a": [2**64]}, "prompts.samplers.a: a whole number is too large"),
         ({"a": [2**60, 0.5]}, "prompts.samplers.a: a whole number is too large"),
         ({"a": {"by": "b", date(2026, 1, 1): [1]}, "b": ["x"]}, "is neither a text nor a number: quote it"),
+        ({"a": ["half \ud83d"]}, "prompts.samplers.a: 'half \\ud83d' is not valid Unicode: it holds half a character"),
         ({"a": "x"}, "must be a list of values, or one of choice, uniform"),
         ({"a": {"by": "b", "x": [1]}, "b": {"by": "a", "1": ["x"]}}, "depend on each other in a circle"),
         ({"a": {"by": "c", "x": [1]}}, "by: 'c' is neither a sampler nor a column"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from decimal import Decimal
 from typing import Any
 
@@ -114,6 +116,9 @@ def test_large_seeds_are_exact() -> None:
         ({"prompt": " \n"}, "column 'prompt' is empty"),
         ({"prompt": "a\0 \0c"}, "column 'prompt' holds the character NUL"),
         ({"prompt": 5}, "column 'prompt' holds int: a prompt must be text"),
+        ({"prompt": "half \ud83d"}, "column 'prompt' is not valid Unicode: it holds half a character"),
+        ({"id": "\udcff"}, "column 'id' is not valid Unicode"),
+        ({"tag": [{"deep": "\ud83d"}]}, "column 'tag' is not valid Unicode"),
     ],
 )
 def test_a_bad_row_says_what_is_wrong(values: dict[str, Any], words: str) -> None:
@@ -126,6 +131,14 @@ def test_a_failed_row_keeps_what_could_be_read() -> None:
     assert isinstance(parsed, FailedRow)
     assert (parsed.row, parsed.id, parsed.prompt, parsed.passthrough) == (3, "12", "p", {"tag": "t"})
     assert parsed.error_type == "InvalidSetting"
+
+
+def test_a_failed_row_can_be_written_whatever_was_in_it() -> None:
+    parsed = parse({"prompt": "p \ud83d", "id": "\udcff", "tag": [{"deep": "\ud83d"}]}, passthrough=("tag",))
+
+    assert isinstance(parsed, FailedRow)
+    assert (parsed.id, parsed.prompt, parsed.passthrough) == ("?", "p ?", {"tag": "[{'deep': '\\ud83d'}]"})
+    json.dumps(asdict(parsed), ensure_ascii=False).encode()
 
 
 def test_a_row_that_no_parser_could_read_is_a_failed_row() -> None:

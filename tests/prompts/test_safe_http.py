@@ -160,6 +160,27 @@ def test_the_address_that_was_looked_at_is_the_one_that_is_asked(
 
 
 @pytest.mark.parametrize(
+    ("url", "port"),
+    [
+        ("http://[2606:4700::1111]/x", 80),
+        ("https://[2606:4700::6810:85e5]/x", 443),
+        ("http://[2606:4700::1111]:8080/x", 8080),
+    ],
+)
+def test_the_end_of_an_address_is_no_port(monkeypatch: pytest.MonkeyPatch, url: str, port: int) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def resolve(host: str, port: int, **others: Any) -> Any:
+        asked.append((host, port))
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(RowError, match="cannot be resolved"):
+        fetch(url, 1000)
+    assert set(asked) == {(url.partition("[")[2].partition("]")[0], port)}
+
+
+@pytest.mark.parametrize(
     "url",
     ["http:///x", "https://", "http://h:port/", "http://[::1/", "ftp://h/x", "x.png", "http://a@h/", "http://:p@h"],
 )

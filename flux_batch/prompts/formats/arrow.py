@@ -114,6 +114,8 @@ def python_rows(batch: pa.RecordBatch) -> list[Row | BadRow]:
     A time that Python's own types cannot hold, of nanoseconds or of the year 10000, stays an Arrow scalar.
     """
     columns = [_values(name, column) for name, column in zip(batch.schema.names, batch.columns, strict=True)]
+    if not columns:
+        return [{} for _ in range(batch.num_rows)]
     rows: list[Row | BadRow] = []
     for values in zip(*columns, strict=True):
         bad = next((value for value in values if isinstance(value, BadRow)), None)

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from flux_batch.prompts.formats.lines import LineTable, decoded, lines
-from flux_batch.prompts.formats.table import BadRow, Row
+from flux_batch.prompts.formats.table import BadRow, Row, check_whole_characters
 
 
 class JsonLinesTable(LineTable):
@@ -35,11 +35,6 @@ def _row(line: bytes) -> Row | BadRow:
     except (ValueError, RecursionError) as error:
         return BadRow(f"not valid JSON: {error}")
     return row if isinstance(row, dict) else BadRow("not a JSON object")
-
-
-def check_whole_characters(value: Any) -> None:
-    """Raise ValueError for half a surrogate pair, which JSON spells and no file holds."""
-    json.dumps(value, ensure_ascii=False).encode()
 
 
 def schema_of_rows(rows: Iterable[Row | BadRow]) -> pa.Schema:

@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from flux_batch.errors import SourceError
 from flux_batch.prompts.formats.file import PromptBytes
-from flux_batch.prompts.formats.json_lines import check_whole_characters, schema_of_rows
-from flux_batch.prompts.formats.table import BadRow, Row, RowRange, ranges_of
+from flux_batch.prompts.formats.json_lines import schema_of_rows
+from flux_batch.prompts.formats.table import BadRow, Row, RowRange, check_whole_characters, ranges_of
 
 # Names that tell a table of prompts from those that lie beside it in one file.
 _CAPTIONS = ("prompt", "caption", "text")

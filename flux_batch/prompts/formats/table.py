@@ -5,6 +5,7 @@ A row that cannot be parsed is a BadRow in its position, so that the other rows 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -34,6 +35,12 @@ class RowRange:
     num_rows: int
     offset: int = 0
     line: int = 0
+
+
+def check_whole_characters(value: Any) -> None:
+    """Raise ValueError for half a surrogate pair; JSON and templates can spell it, files cannot."""
+    if isinstance(value, list | dict) or (isinstance(value, str) and not value.isascii()):
+        json.dumps(value, ensure_ascii=False, default=lambda other: None).encode()
 
 
 def ranges_of(total: int, num_rows: int) -> list[RowRange]:

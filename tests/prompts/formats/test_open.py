@@ -74,6 +74,14 @@ def test_tables_are_read_whatever_the_suffix(tmp_path: Path, what: str, num_rows
         assert sorted(open_table(str(path), {}).schema().names) == ["n", "prompt"]
 
 
+@pytest.mark.parametrize("write", [arrow_stream, arrow_file, feather, parquet])
+def test_rows_without_a_wanted_column_count(tmp_path: Path, write: Callable[[pa.Table], bytes]) -> None:
+    """Samplers add all that such a row needs."""
+    (tmp_path / "a").write_bytes(write(pa.Table.from_pylist(ROWS)))
+    table = open_table(str(tmp_path / "a"), {})
+    assert [row for part in table.split(4) for row in table.stream(part, {"absent"})] == [{}] * len(ROWS)
+
+
 @pytest.mark.parametrize("write", [arrow_stream, arrow_file])
 def test_a_range_of_arrow_is_read_from_its_record_batch(tmp_path: Path, write: Callable[[pa.Table], bytes]) -> None:
     path, rows = tmp_path / "a.arrow", ROWS * 20
