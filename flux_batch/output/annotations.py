@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flux_batch.errors import NotFound
+from flux_batch.errors import NotFound, StoreError
 from flux_batch.output.commits import Commits
 from flux_batch.output.formats import DECODE_ERRORS
 from flux_batch.output.metadata import parquet_bytes, unpack_metadata
@@ -82,7 +82,11 @@ class AnnotationFolder:
         try:
             table = self.read(shard)
             metadata = unpack_metadata(self.run.store.read(metadata_file(self.run.shard_name(shard))))
-        except (NotFound, *DECODE_ERRORS):  # damaged: all of its rows are made again
+        except NotFound:
+            return
+        except StoreError:
+            raise
+        except DECODE_ERRORS:  # damaged: all of its rows are made again
             return
         hashes = {row["key"]: row["sha256"] for row in metadata}
         rows = [row for row in table.to_pylist() if row["key"] in hashes and (keep_failed or not row["error_type"])]

@@ -3,10 +3,11 @@
 The order of writes of one attempt at a shard. Each object is there whole or not at all (Store):
 
     0. staging    _run/staging/NNNNN/ID.parquet, the finished images of a batch
-    1. data       train/NNNNN.tar, or train/NNNNN.parquet, or the images one by one and then the list of them
+    1. data       train/NNNNN.tar, or train/NNNNN.parquet, or the images one by one
     2. metadata   metadata/NNNNN.parquet
-    3. failures   _run/failed/NNNNN.parquet, the failed rows of 2 once more, when there are any
-    4. commit     _run/commits/NNNNN.json, which names the files of 1 and 2 with size and sha256
+    3. copies     train/NNNNN/metadata.parquet, the images of 2 once more, where they are stored one by one;
+                  _run/failed/NNNNN.parquet, its failed rows, when there are any
+    4. commit     _run/commits/NNNNN.json, which names the files in train/ and metadata/ with size and sha256
     5. clean-up   the objects of 0 are removed
 
 Killed in 0   A batch is staged while the next is made, and no third begins before that: the batch in the making is
@@ -22,12 +23,13 @@ Killed in 5   The shard is done. The rest of 0 is removed when the run is comple
 The commit alone makes a shard done, and it comes after everything it names: a reader that follows the commits never
 sees half a shard. Staging saves time and proves nothing: losing it costs no image.
 
-1, 2 and 4 are put-if-absent: the first writer wins, file by file. A worker that finds a file taken reads it. The same
-bytes are as good as its own; other bytes (a device that rounds differently, a row that failed for one worker and not
-for the other) are adopted, and everything written after them describes them. So two workers on one shard, in any
-interleaving, end in one set of files that fit together, and in one commit; the second one removes what it staged,
-reports the commit that stands, and overwrites nothing. Each writer has its own names in 0; 3 is a copy of 2, whoever
-wrote that.
+Data, metadata and commit are put-if-absent: the first writer wins, file by file. A worker that finds a file taken reads
+it. The same bytes are as good as its own; other bytes (a device that rounds differently, a row that failed for one
+worker and not for the other) are adopted, and everything written after them describes them. From 2 on the metadata
+decides: a worker that finds another's takes the files that it names, and removes an image of its own whose row failed
+there. So two workers on one shard, in any interleaving, end in one set of files that fit together, and in one commit;
+the second one removes what it staged, reports the commit that stands, and overwrites nothing. Each writer has its own
+names in 0; 3 is made of 2, whoever wrote that.
 
 A lost worker leaves a trace. After the first loss on a shard, each batch waits until the last one is staged. It is
 marked as started (_run/staging/NNNNN/try-*.json) before anything of it is read or made, and the mark is removed after
@@ -63,9 +65,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from flux_batch.config.schema import SOURCE_COLUMNS
 from flux_batch.errors import AlreadyExists, DamagedObject, NotFound
 from flux_batch.output.formats import OutputFormat, Sample, StoredSample, iter_samples
 from flux_batch.output.metadata import pack_failures, pack_metadata, source_fields, unpack_metadata
@@ -210,11 +214,13 @@ class Publisher:
         """
         started = time.monotonic()
         name = self.commits.run.shard_name(shard)
-        files, records = self._put_data(name, records, images, scratch)
+        stored = _StoredData(self.commits.run.store, scratch)
+        records = self._put_images(name, records, images, stored)
         metadata, data = self._put_metadata(name, records)
+        rows = unpack_metadata(data)
+        self._put_list(name, records, rows, stored)
         if failed := pack_failures(data):
             self.commits.run.store.write(failed_file(name), failed)
-        rows = unpack_metadata(data)
         failures = Counter(row["error_type"] for row in rows if row["status"] == "failed")
         return self.commits.put(
             Commit(
@@ -222,7 +228,7 @@ class Publisher:
                 worker=self.worker,
                 num_images=len(rows),
                 num_failed=failures.total(),
-                files=(*files, metadata),
+                files=(*stored.files.values(), metadata),
                 failures=dict(sorted(failures.items())),
                 device_s=round(work.device_s, 3),
                 started_unix_time=round(work.started_unix_time, 3),
@@ -233,22 +239,37 @@ class Publisher:
             )
         )
 
-    def _put_data(
-        self, name: str, records: Sequence[ImageRecord], images: dict[str, Path], scratch: Path
-    ) -> tuple[list[StoredFile], Sequence[ImageRecord]]:
-        """Write the data files. Returns: them, and the records of the images that are stored, whoever made these."""
-        put = _Files(self.commits.run.store, scratch)
+    def _put_images(
+        self, name: str, records: Sequence[ImageRecord], images: dict[str, Path], stored: _StoredData
+    ) -> Sequence[ImageRecord]:
+        """Write the images. Returns: the records of those that are stored, whoever made them."""
         if samples := [Sample(record, images[record.key]) for record in records if record.status == "success"]:
-            put.create(self.output_format.pack(name, samples, scratch))
+            stored.create(self.output_format.pack(name, samples, stored.scratch))
         # Another attempt may have made the images that failed here.
         failed = [record.key for record in records if record.status == "failed"]
         for files in sorted({self.output_format.image_files(name, key) for key in failed}):
-            put.adopt(files)
-        if put.is_adopted:
-            adopted = {sample.key: sample for sample in iter_samples(self.output_format, name, put.paths)}
-            records = [_adopt(record, adopted, self.output_format.file_name(name, record.key)) for record in records]
-        put.create(self.output_format.list_images(name, records, scratch))
-        return put.stored, records
+            stored.adopt(files)
+        if not stored.is_adopted:
+            return records
+        samples_there = iter_samples(self.output_format, name, stored.paths)
+        return self._adopted(name, records, {sample.key: _StoredImage.of_sample(sample) for sample in samples_there})
+
+    def _put_list(
+        self, name: str, records: Sequence[ImageRecord], rows: Sequence[Mapping[str, Any]], stored: _StoredData
+    ) -> None:
+        """Write the list of the images in the metadata, `rows`; keep the files of these, and remove others."""
+        images = {row["key"]: _StoredImage.of_row(row) for row in rows if row["status"] == "success"}
+        files = [self.output_format.image_files(name, key) for key in images]
+        stored.remove(stored.files.keys() - {file for some in files for file in some})
+        for some in files:
+            stored.adopt(some)
+        stored.create(self.output_format.list_images(name, self._adopted(name, records, images), stored.scratch))
+
+    def _adopted(
+        self, name: str, records: Sequence[ImageRecord], images: Mapping[str, _StoredImage]
+    ) -> Sequence[ImageRecord]:
+        """Return the records of images that are stored, whoever made them."""
+        return [_adopt(record, images, self.output_format.file_name(name, record.key)) for record in records]
 
     def _put_metadata(self, name: str, records: Sequence[ImageRecord]) -> tuple[StoredFile, bytes]:
         key = metadata_file(name)
@@ -260,14 +281,35 @@ class Publisher:
         return StoredFile(path=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()), data
 
 
-class _Files:
+@dataclass(frozen=True, slots=True)
+class _StoredImage:
+    """The facts of an image that is stored; `sources` are the columns of its source images."""
+
+    sha256: str
+    bytes: int
+    sources: Mapping[str, str]
+
+    @classmethod
+    def of_sample(cls, sample: StoredSample) -> _StoredImage:
+        """Return those of an image whose bytes are here."""
+        sources = source_fields(sample.sources.values())
+        return cls(hashlib.sha256(sample.image).hexdigest(), len(sample.image), sources)
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> _StoredImage:
+        """Return those of an image that the metadata has."""
+        sources = {name: row[name] for name in SOURCE_COLUMNS if row.get(name) is not None}
+        return cls(row["sha256"], row["bytes"], sources)
+
+
+class _StoredData:
     """The stored data files of a shard: ours, or those of a worker that came first."""
 
     def __init__(self, store: Store, scratch: Path) -> None:
         self._store = store
-        self._scratch = scratch
-        self.stored: list[StoredFile] = []
-        self.paths: dict[str, Path] = {}  # a local copy of each, by key
+        self.scratch = scratch
+        self.files: dict[str, StoredFile] = {}  # by key, as the next
+        self.paths: dict[str, Path] = {}  # local copies
         self.is_adopted = False
 
     def create(self, files: Iterable[tuple[str, Path]]) -> None:
@@ -283,6 +325,12 @@ class _Files:
             for key in missing:
                 self._add(*self._fetch(key), True)
 
+    def remove(self, keys: Iterable[str]) -> None:
+        """Remove files that belong to no image: another worker has settled that these failed."""
+        for key in sorted(keys):
+            self._store.delete(key)
+            del self.files[key], self.paths[key]
+
     def _create(self, file: tuple[str, Path]) -> tuple[StoredFile, Path, bool]:
         """Write one file unless another worker has. Returns: the file, a local copy, whether another wrote it."""
         key, path = file
@@ -295,19 +343,19 @@ class _Files:
         return ours, path, False
 
     def _fetch(self, key: str) -> tuple[StoredFile, Path]:
-        path = self._scratch / f"adopted-{key.replace('/', '-')}"
+        path = self.scratch / f"adopted-{key.replace('/', '-')}"
         self._store.download(key, path)
         return _stored_file(key, path), path
 
     def _add(self, file: StoredFile, path: Path, is_adopted: bool) -> None:
-        self.stored.append(file)
+        self.files[file.path] = file
         self.paths[file.path] = path
         self.is_adopted |= is_adopted
 
 
-def _adopt(record: ImageRecord, samples: dict[str, StoredSample], file_name: str) -> ImageRecord:
+def _adopt(record: ImageRecord, images: Mapping[str, _StoredImage], file_name: str) -> ImageRecord:
     """Return a record of the image that is stored, whoever made it."""
-    if record.key not in samples:
+    if record.key not in images:
         if record.status == "failed":
             return record
         return replace(
@@ -319,16 +367,16 @@ def _adopt(record: ImageRecord, samples: dict[str, StoredSample], file_name: str
             sha256=None,
             bytes=None,
         )
-    sample = samples[record.key]
+    image = images[record.key]
     return replace(
         record,
         status="success",
         error_type=None,
         error_message=None,
         file_name=file_name,
-        sha256=hashlib.sha256(sample.image).hexdigest(),
-        bytes=len(sample.image),
-        passthrough={**record.passthrough, **source_fields(sample.sources.values())},
+        sha256=image.sha256,
+        bytes=image.bytes,
+        passthrough={**record.passthrough, **image.sources},
     )
 
 

@@ -107,7 +107,7 @@ class OutputFormat(Protocol):
         ...
 
     def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
-        """Yield the files that describe images from outside; called when it is settled which images are stored."""
+        """Yield the files that list the images of a shard beside them; `records` are those of stored images."""
         ...
 
     def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:

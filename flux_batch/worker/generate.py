@@ -6,6 +6,7 @@ Knows the pipeline and its memory; does not know files, records or shards.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -117,6 +118,7 @@ class LoraSwitch:
         except (DeviceFatal, StoreError):
             raise
         except Exception as error:  # the rows of a batch end here
+            _clear_frames(error)
             return error
 
     def _set(self, loras: tuple[LoraUse, ...]) -> None:
@@ -229,6 +231,7 @@ class BatchMaker:
             except DeviceFatal:
                 raise
             except Exception as error:
+                _clear_frames(error)
                 is_too_large = isinstance(error, OutOfMemory)
                 if len(batch) == 1 and not (is_too_large and _is_larger(fit.tiles, SMALL_TILES)):
                     return [(error, None)]
@@ -281,6 +284,17 @@ class BatchMaker:
         negative_prompts = [task.request.sampling.negative_prompt for task in batch]
         negative = self._pipeline.truncations(negative_prompts, params.t5_sequence_length)
         return [(a or c, b or d) for (a, b), (c, d) in zip(cut, negative, strict=True)]
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Drop the locals of the calls that raised an error: tensors, whose memory the next batch needs."""
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        if (one := waiting.pop()) is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            waiting += [one.__cause__, one.__context__]
 
 
 def _text_group(task: ImageTask) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -252,16 +253,26 @@ def test_a_shard_of_failures_only_has_metadata_and_no_data(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_of_two_attempts_in_any_interleaving_one_story_remains(tmp_path: Path, layout: str) -> None:
-    """A second worker publishes the whole shard between any two writes of the first."""
-    for moment in range(7 if layout == "files" else 4):
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(1, 1), (0, 1), (1, 0), (0, len(PROMPTS)), (len(PROMPTS), 0), (1, len(PROMPTS))]
+)
+def test_of_two_attempts_in_any_interleaving_one_story_remains(
+    tmp_path: Path, layout: str, ours: int, theirs: int
+) -> None:
+    """A second worker publishes the whole shard between any two writes of the first, with as many or fewer images."""
+    fails = {0: (), 1: ("[fails]",), len(PROMPTS): PROMPTS}
+    for moment in itertools.count():
         store = Store(str(tmp_path / f"out{moment}"))
-        second = Attempt(tmp_path / f"second{moment}", layout, rounding=1)
-        first = Attempt(tmp_path / f"first{moment}", layout)
+        second = Attempt(tmp_path / f"second{moment}", layout, rounding=1, fails=fails[theirs])
+        first = Attempt(tmp_path / f"first{moment}", layout, fails=fails[ours])
+        interrupted = InterruptedStore(store.uri, moment, partial(second.publish, store, "host:2"))
 
-        commit = first.publish(InterruptedStore(store.uri, moment, partial(second.publish, store, "host:2")))
+        commit = first.publish(interrupted)
 
         check_consistent(store, layout)
+        if not interrupted.has_happened:
+            assert moment > 1
+            break
         assert commit.worker == "host:2"
 
 
@@ -271,11 +282,13 @@ class InterruptedStore(FragileStore):
     def __init__(self, uri: str, last: int, happen: Callable[[], object]) -> None:
         super().__init__(uri, last)
         self._happen = happen
+        self.has_happened = False
 
     def _count(self) -> None:
         with self._turn:
             if self._left == 0:
                 self._happen()
+                self.has_happened = True
             self._left -= 1
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +17,7 @@ from flux_batch.sampling_params import SamplingParams
 from flux_batch.worker import generate
 from flux_batch.worker.batches import ImageTask
 from flux_batch.worker.generate import SMALL_TILES, BatchMaker, ImageOutcome, Tiles
+from flux_batch.worker.recorder import message_of
 from helpers.fakes import FakePipeline
 
 CFG = SamplingParams(width=64, height=32, num_inference_steps=1, cfg_scale=2.0, negative_prompt="bad")
@@ -112,6 +115,44 @@ def test_other_errors_do_not_lower_the_batch_size() -> None:
     make(batch(4))
 
     assert pipeline.take_sizes() == [4]
+
+
+class Tensor:
+    """Stands for one that only the locals of a call hold."""
+
+
+class Leaking(FakePipeline):
+    """Fails with a tensor in the locals of a call, and of the call that its error comes from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[weakref.ref[Tensor]] = []
+
+    def __call__(self, prompt: Any, **others: Any) -> Any:
+        latents = Tensor()
+        self.tensors.append(weakref.ref(latents))
+        try:
+            self._decode()
+        except ValueError as error:
+            raise RuntimeError("asked to fail") from error
+
+    def _decode(self) -> None:
+        pixels = Tensor()
+        self.tensors.append(weakref.ref(pixels))
+        raise ValueError("out of range")
+
+
+def test_the_error_of_a_batch_holds_no_tensor_while_the_next_is_made() -> None:
+    pipeline = Leaking()
+    gc.disable()  # what waits for it still takes memory
+    try:
+        made = maker(pipeline).make(batch(2))
+        assert [tensor() for tensor in pipeline.tensors] == [None] * 6
+    finally:
+        gc.enable()
+    messages = [message_of(one.result) for one in made if isinstance(one.result, Exception)]
+    assert len(messages) == 2
+    assert all(message.startswith("asked to fail (test_generate.py:") for message in messages)
 
 
 def test_tiles_are_recorded_where_they_were_used() -> None:
