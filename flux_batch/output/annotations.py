@@ -19,12 +19,11 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from flux_batch.errors import NotFound, StoreError
 from flux_batch.output.commits import Commits
 from flux_batch.output.formats import DECODE_ERRORS
-from flux_batch.output.metadata import parquet_bytes, unpack_metadata
+from flux_batch.output.metadata import parquet_bytes, parquet_table, unpack_metadata
 from flux_batch.output.paths import ANNOTATING, ANNOTATIONS, RunFolder, metadata_file
 from flux_batch.output.staging import StagedImage, Staging
 
@@ -61,7 +60,7 @@ class AnnotationFolder:
 
     def read(self, shard: int) -> pa.Table:
         """Read the annotations of a committed shard. Raises: NotFound."""
-        return pq.read_table(io.BytesIO(self.run.store.read(self.file(shard))))
+        return parquet_table(self.run.store.read(self.file(shard)))
 
     def revert(self, shard: int, *, keep_failed: bool = True) -> None:
         """Remove the commit and the file of a shard; needs the lease.
@@ -111,7 +110,7 @@ def pack_annotations(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> by
 
 def unpack_annotations(data: bytes) -> list[dict[str, Any]]:
     """Read the rows that `pack_annotations` wrote."""
-    return pq.read_table(io.BytesIO(data)).to_pylist()  # type: ignore[no-any-return]
+    return parquet_table(data).to_pylist()  # type: ignore[no-any-return]
 
 
 def staged_row(row: Mapping[str, Any], schema: pa.Schema, sha256: str) -> StagedImage:

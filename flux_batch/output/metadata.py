@@ -76,14 +76,14 @@ def pack_metadata(records: Iterable[ImageRecord], passthrough: pa.Schema) -> byt
 
 def pack_failures(metadata: bytes) -> bytes | None:
     """Return the failed rows of a shard's metadata as the bytes of a Parquet file; None if there are none."""
-    table = pq.read_table(io.BytesIO(metadata))
+    table = parquet_table(metadata)
     failed = table.filter(pc.field("status") == "failed")
     return parquet_bytes(failed) if failed.num_rows else None
 
 
 def unpack_metadata(data: bytes) -> list[dict[str, Any]]:
     """Read the rows that `pack_metadata` wrote; a time that Python's own types cannot hold is its text."""
-    table = pq.read_table(io.BytesIO(data))
+    table = parquet_table(data)
     try:
         return table.to_pylist()  # type: ignore[no-any-return]
     except (ValueError, OverflowError):
@@ -146,6 +146,16 @@ def source_digests(row: Mapping[str, Any]) -> dict[str, str]:
     digests = row.get(SOURCE_COLUMNS[0])
     several = digests.split(", ") if isinstance(digests, str) and digests else []
     return {source_name(number): digest for number, digest in enumerate(several)}
+
+
+def parquet_table(data: bytes) -> pa.Table:
+    """Return the table that a Parquet file of these bytes holds.
+
+    pyarrow.parquet.read_table would import a third of a second's worth of modules, and leave threads behind, of which a
+    process that ends at once may die.
+    """
+    with pq.ParquetFile(io.BytesIO(data)) as file:
+        return file.read(use_threads=False)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

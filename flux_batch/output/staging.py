@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from flux_batch.config.schema import QUALITY_COLUMNS
 from flux_batch.errors import NotFound
-from flux_batch.output.metadata import RECORD_SCHEMA
+from flux_batch.output.metadata import RECORD_SCHEMA, parquet_table
 from flux_batch.output.paths import STAGING, RunFolder, number_in
 
 _SCHEMA = pa.schema(
@@ -164,7 +164,7 @@ def _pack(images: Sequence[StagedImage]) -> bytes:
 
 def _unpack(data: bytes) -> list[StagedImage]:
     try:
-        rows = pq.read_table(io.BytesIO(data)).to_pylist()
+        rows = parquet_table(data).to_pylist()
         sources = [tuple(row.get("sources") or ()) for row in rows]
         for row, some in zip(rows, sources, strict=True):
             if row["digest"] != _digest(row["key"], row["record"], row["data"], *some):

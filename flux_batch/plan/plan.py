@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from flux_batch.config.schema import JobConfig, PromptsConfig
 from flux_batch.errors import PlanMismatch, SourceError
+from flux_batch.output.metadata import parquet_table
 from flux_batch.output.paths import shard_name
 from flux_batch.plan.shards import Shards
 from flux_batch.prompts.formats.table import RowRange
@@ -96,7 +97,7 @@ class Plan:
         """
         rules = rules_of_plan(data)
         try:
-            table = pq.read_table(io.BytesIO(data))
+            table = parquet_table(data)
         except _DAMAGED as error:
             raise _not_a_plan(error) from error
         metadata = table.schema.metadata

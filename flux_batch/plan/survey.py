@@ -40,6 +40,8 @@ _WILDCARDS = re.compile(r"__[\w./*-]*?[\w*]__|\{[^{}|]*\|[^{}]*\}")
 # Texts that the tokenizers of CLIP and T5 take for one token with a meaning, as in diffusers, and not for letters.
 _SPECIAL = re.compile(r"<\|(?:startoftext|endoftext)\|>|</s>|<pad>|<unk>|<extra_id_\d{1,2}>")
 
+# The size of images whose rows name a reference and no size, which is known once the reference is read.
+_AS_REFERENCE = "as the reference"
 _OF_ONE = {"have": "has", "repeat": "repeats", "hold": "holds", "are": "is"}
 
 
@@ -137,7 +139,7 @@ def survey_rows(found: Survey, num_prompts: int) -> list[tuple[str, str]]:
         *(("" if number else "rows", line) for number, line in enumerate(lines)),
         *(("" if number else "failed", line) for number, line in enumerate(failed)),
         *([("overrides", ", ".join(overrides))] if overrides else []),
-        *([("sizes", ", ".join(sizes + more))] if len(sizes) > 1 else []),
+        *([("sizes", ", ".join(sizes + more))] if len(sizes) > 1 or _AS_REFERENCE in found.sizes else []),
         *(("" if number else "first", _shortened(prompt)) for number, prompt in enumerate(found.first_prompts)),
     ]
 
@@ -177,7 +179,7 @@ def _count_settings(found: Survey, request: ImageRequest, job: SamplingConfig) -
     sampling, num_images = request.sampling, len(request.seeds)
     found.num_images += num_images
     is_known = not request.size_from_reference
-    found.sizes[f"{sampling.width} x {sampling.height}" if is_known else "as the reference"] += num_images
+    found.sizes[f"{sampling.width} x {sampling.height}" if is_known else _AS_REFERENCE] += num_images
     found.overrides.update(
         name
         for name, each in SAMPLING_FIELDS.items()
@@ -187,7 +189,7 @@ def _count_settings(found: Survey, request: ImageRequest, job: SamplingConfig) -
     if num_images != job.num_images_per_prompt:
         found.overrides["num_images_per_prompt"] += 1
     if not job.input_image:
-        found.overrides.update(request.images.by_column)
+        found.overrides.update(list(request.images.by_column))
     if len(found.first_prompts) < _FIRST_PROMPTS:
         found.first_prompts.append(request.prompt)
 

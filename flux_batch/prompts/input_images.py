@@ -100,15 +100,17 @@ def load_images(
     start = load_image(images.input_image, storage_options) if images.input_image else None
     if start:
         found["input_image"] = start.resize(size, Image.Resampling.LANCZOS)
-    controls = [load_image(image, storage_options) for image in images.control_image]
-    if images.mask_image and (repainted := start or next(iter(controls), None)):
+    repainted = start.size if start else None
+    for each in images.control_image:  # one by one: several of the largest would not fit into memory
+        control = load_image(each, storage_options)
+        repainted = repainted or control.size
+        found.setdefault("control_image", []).append(control.resize(size, Image.Resampling.LANCZOS))
+    if images.mask_image and repainted:
         with _naming(images.mask_image):
             data = images.mask_image.data or _read_bytes(images.mask_image, storage_options)
             mask = decode(data, to_mask)
-            check_proportions(mask.size, repainted.size)
+            check_proportions(mask.size, repainted)
             found["mask_image"] = mask.resize(size, Image.Resampling.LANCZOS)
-    if controls:
-        found["control_image"] = [image.resize(size, Image.Resampling.LANCZOS) for image in controls]
     if images.image_prompt:
         found["image_prompt"] = [_made_small(load_image(image, storage_options)) for image in images.image_prompt]
     return found
@@ -162,10 +164,13 @@ def decode(data: bytes, convert: Callable[[Image.Image], Image.Image] = to_rgb) 
             return convert(ImageOps.exif_transpose(image))
     except RowError:
         raise
+    except Image.DecompressionBombError as error:
+        raise RowError(f"has more than the {MAX_PIXELS} pixels allowed") from error
     except UnidentifiedImageError as error:
-        raise RowError(f"not an image in a format that is read: {', '.join(_IMAGE_FORMATS)}") from error
+        formats = ", ".join(_IMAGE_FORMATS)
+        raise RowError(f"not an image in a format that is read: {formats}; or its file is damaged") from error
     except Exception as error:  # Pillow raises anything on a damaged file
-        raise RowError(f"cannot be decoded: {one_line(error)}") from error
+        raise RowError(f"cannot be decoded, so its file is damaged: {one_line(error)}") from error
 
 
 def _read_file(path: str, allowed_roots: tuple[str, ...] | None) -> bytes:

@@ -5,8 +5,10 @@ Knows the sections `prompts` and `sampling` of the job file; does not know files
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any, SupportsIndex
@@ -176,19 +178,24 @@ class RowParser:
 
     def _several_images(self, values: Row, field: str) -> tuple[InputImage, ...]:
         """Return the images of a cell that holds one or a list of them."""
-        value = self._cell(values, field)
+        value, column = _listed(self._cell(values, field)), self._columns[field][0]
         cells = value if isinstance(value, list) else [value]
         if len(cells) > _MAX_IMAGES:
-            raise RowError(f"column {self._columns[field][0]!r} holds {len(cells)} images, more than {_MAX_IMAGES}")
+            raise RowError(f"column {column!r} holds {len(cells)} images, more than {_MAX_IMAGES}")
         found = [self._image(field, _image_value(cell)) for cell in cells]
-        return tuple(image for image in found if image)
+        images = tuple(image for image in found if image)
+        if len(images) < len(cells) > 1:
+            raise RowError(f"column {column!r}: image {found.index(None) + 1} of {len(cells)} is empty")
+        return images
 
     def _weighted_images(self, values: Row, field: str) -> tuple[InputImage, ...]:
         """Return the images of a cell with their weights: one for all, or one each."""
         name = f"{field}_scale"
-        images, cell = self._several_images(values, field), self._cell(values, name)
+        images, cell = self._several_images(values, field), _listed(self._cell(values, name))
         if cell is None:
             return images
+        if not images:
+            raise RowError(f"{name}: needs {field}, and there is none")
         scales = [_number(name, each) for each in (cell if isinstance(cell, list) else [cell])]
         scales = scales * len(images) if len(scales) == 1 else scales
         if len(scales) != len(images):
@@ -246,6 +253,14 @@ def _image_value(cell: Any) -> Any:
     """Return the value of a cell; of a struct as Hugging Face writes it, its bytes, or else its path."""
     if isinstance(cell, Mapping):
         return cell.get("path") if cell.get("bytes") is None else cell["bytes"]
+    return cell
+
+
+def _listed(cell: Any) -> Any:
+    """Return the list that a text cell holds as JSON, since CSV has no lists; any other cell as it is."""
+    if isinstance(cell, str) and cell.startswith("["):
+        with suppress(ValueError, RecursionError):
+            return json.loads(cell)
     return cell
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flux_batch.cli import main
 from flux_batch.config.schema import JobConfig
 from flux_batch.demo.paths import demo_job_path
 from flux_batch.demo.world.captions import PALETTE
@@ -57,6 +59,20 @@ def test_every_job_file_is_valid_and_says_how_to_run_it(path: Path) -> None:
     comment = lines[: next(at for at, line in enumerate(lines) if not line.startswith("#"))]
     assert len(comment) >= 3
     assert any(f"jobs/{name}" in line and ("flux-batch run" in line or "submit" in line) for line in comment)
+
+
+@pytest.mark.parametrize("name", ["control.yaml", "demo.yaml", "edit.yaml", "img2img.yaml", "sweep.yaml"])
+def test_every_row_of_a_job_on_this_machine_is_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    words = [f"jobs/{name}", "--set", f"output.uri={tmp_path / 'out'}"]
+
+    assert main(["plan", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "can be rendered" in shown
+    assert "InputImage" not in shown
+    assert main(["validate", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"]["num_failed"] == 0
 
 
 def test_the_job_in_the_package_is_that_of_the_quick_start() -> None:

@@ -97,6 +97,27 @@ def test_settings_that_differ_from_the_job_are_counted(tmp_path: Path) -> None:
     assert shown["first"].endswith("long lo...")
 
 
+def test_images_of_rows_are_counted_by_their_columns(tmp_path: Path) -> None:
+    config = job(tmp_path)
+    rows = [{"prompt": "p", "reference_image": f"{at}.png"} for at in range(3)]
+    rows += [{"prompt": "p", "input_image": "0.png", "mask_image": "1.png", "width": 64}]
+    Path(config.prompts.uri[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    found = counted(config)
+
+    assert found.overrides == {"reference_image": 3, "input_image": 1, "mask_image": 1, "width": 1}
+    shown = dict(survey_rows(found, 4))
+    assert shown["overrides"].startswith("reference_image in 3 rows, ")
+    assert shown["sizes"].startswith("as the reference: 3")
+
+
+def test_a_size_that_only_references_know_is_shown(tmp_path: Path) -> None:
+    config = job(tmp_path)
+    Path(config.prompts.uri[0]).write_text('{"prompt": "p", "reference_image": "0.png"}\n')
+
+    assert dict(survey_rows(counted(config), 1))["sizes"] == "as the reference: 1"
+
+
 def test_validate_reads_every_row_and_ends_as_the_run_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job(tmp_path)
     command = ["validate", str(tmp_path / "job.yaml"), "--json"]

@@ -209,6 +209,10 @@ def test_bombs_are_refused_before_they_are_decoded(width: int, height: int) -> N
     assert "pixels" in refusal(png_of(width, height, 2, b"\0" * 100_000))
 
 
+def test_the_limit_of_pixels_is_always_ours() -> None:
+    assert "more than the 64000000 pixels allowed" in refusal(png_of(60_000, 60_000, 2, b"\0" * 1000))
+
+
 def test_the_largest_image_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_images, "MAX_PIXELS", 24 * 16)
     assert decode(encoded(halves())).size == (24, 16)

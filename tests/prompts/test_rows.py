@@ -230,6 +230,13 @@ def test_a_cell_or_the_job_says_what_a_row_starts_from(value: Any, name: str | N
     assert (found and found.name) == name
 
 
+def test_a_text_cell_may_hold_a_list_as_csv_has_none() -> None:
+    found = request({"control_image": '["a.png", "b, c.png"]', "control_image_scale": "[0.5, 1]"}).images
+
+    assert [(image.name, image.scale) for image in found.control_image] == [("a.png", 0.5), ("b, c.png", 1.0)]
+    assert [image.name for image in request({"reference_image": "[a].png"}).images.reference_image] == ["[a].png"]
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
@@ -244,6 +251,9 @@ def test_a_cell_or_the_job_says_what_a_row_starts_from(value: Any, name: str | N
         ({"image_prompt": "a.png", "image_prompt_scale": [1, 2]}, "image_prompt_scale: 2 weights for 1 images"),
         ({"control_image": ["a.png"], "control_image_scale": [1, 2]}, "control_image_scale: 2 weights for 1 images"),
         ({"image_prompt": "a.png", "image_prompt_scale": "much"}, "image_prompt_scale = 'much': must be a number"),
+        ({"image_prompt_scale": 3}, "image_prompt_scale: needs image_prompt, and there is none"),
+        ({"control_image": ["a.png", None]}, "column 'control_image': image 2 of 2 is empty"),
+        ({"control_image": '["a.png", ""]'}, "column 'control_image': image 2 of 2 is empty"),
         ({"input_image": "/etc/passwd"}, "input_image /etc/passwd: a row may name an absolute path only under"),
         ({"denoising_strength": 0.5}, "denoising_strength = 0.5: needs an input_image, and there is none"),
         ({"denoising_strength": 0}, "denoising_strength = 0.0: must be more than 0 and at most 1"),

@@ -6,18 +6,16 @@ what was left out stand in the file's own metadata.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from flux_batch.errors import AlreadyExists, DamagedObject, JobError, NotFound, StoreError, did_you_mean, one_line
 from flux_batch.output.formats import DECODE_ERRORS
-from flux_batch.output.metadata import parquet_bytes
+from flux_batch.output.metadata import parquet_bytes, parquet_table
 from flux_batch.output.paths import SELECTIONS
 from flux_batch.storage.store import Store
 
@@ -52,7 +50,7 @@ def read_selection(store: Store, name: str) -> pa.Table:
     """Read a selection: key, split, reason. Raises: JobError if there is none; DamagedObject."""
     key = _file(name)
     try:
-        table = pq.read_table(io.BytesIO(store.read(key)))
+        table = parquet_table(store.read(key))
         return table.select(_SCHEMA.names)
     except NotFound as error:
         known = [file.removesuffix(".parquet") for file in store.children(SELECTIONS)]

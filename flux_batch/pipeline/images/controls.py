@@ -152,7 +152,7 @@ class ControlNets:
         if any(len(each) != len(settings) for each in images.control_image):
             counts = sorted({len(each) for each in images.control_image})
             raise InvalidSetting(
-                f"control_image: {' and '.join(map(str, counts))} images; all images of a call have as many",
+                f"control_image: {' and '.join(map(str, counts))} images; each image of a call needs {len(settings)}",
                 field="control_image",
             )
         self.check_modes(settings)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from flux_batch.download.models import PathOrFolder, local_path
 from flux_batch.errors import InvalidSetting
-from flux_batch.images import to_rgb
 from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flux_batch.model.checkpoint.image_prompts import ip_adapter_files
 from flux_batch.model.conditions.ip_adapter import IPAdapter, load_ip_adapter
@@ -24,11 +23,14 @@ from flux_batch.model.params import FluxParams
 from flux_batch.model.transformer import ImagePrompt
 from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 from flux_batch.pipeline.images.memory import ImageMemory
+from flux_batch.pipeline.images.pixels import converted
 from flux_batch.sampling_params import check_number
 
 # Those of CLIP: transformers 5.23, image_utils.py, OPENAI_CLIP_MEAN and OPENAI_CLIP_STD.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
+# A longer side of so many shorter ones; the square in the middle is all that is read.
+_MAX_RATIO = 16
 
 
 class IPAdapterPrompts:
@@ -56,7 +58,7 @@ class IPAdapterPrompts:
 
     def embeds(self, images: Sequence[Sequence[Image.Image]]) -> Tensor:
         """Return the embeddings of images, as many for each of b: (b, k, e). Raises: InvalidSetting."""
-        pixels = torch.stack([_pixels(image, self.encoder.side) for each in images for image in each])
+        pixels = torch.stack([clip_pixels(image, self.encoder.side) for each in images for image in each])
         return self._memory.encoded(pixels, self.encoder).unflatten(0, (len(images), -1))
 
     def negative_embeds(self, embeds: Tensor) -> Tensor:
@@ -114,17 +116,24 @@ def ip_adapter_prompts(
     return adapters
 
 
-def _pixels(image: Image.Image, side: int) -> Tensor:
+def clip_pixels(image: Image.Image, side: int) -> Tensor:
     """Return the middle of an image as CLIP reads it: fp32 (3, side, side).
 
     Its shorter side is resized by Pillow's bicubic filter, as CLIP's own preprocessing does. Raises: InvalidSetting.
     """
-    if not isinstance(image, Image.Image):
-        raise InvalidSetting(f"image_prompt is a {type(image).__name__}: must be a PIL image", field="image_prompt")
+    image = _middle(converted(image, "image_prompt"))
     width, height = image.size
     shorter = min(width, height)
     size = (side * width // shorter, side * height // shorter)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     box = left, top, left + side, top + side
-    array = np.asarray(to_rgb(image).resize(size, Image.Resampling.BICUBIC).crop(box), dtype=np.float32) / 255.0
+    array = np.asarray(image.resize(size, Image.Resampling.BICUBIC).crop(box), dtype=np.float32) / 255.0
     return torch.from_numpy((array - np.array(_MEAN, np.float32)) / np.array(_STD, np.float32)).permute(2, 0, 1)
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """Return the middle of a very long image: resized whole, it would take gigabytes."""
+    longest = _MAX_RATIO * min(image.size)
+    width, height = (min(each, longest) for each in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux_batch.errors import InvalidSetting, RowError
+from flux_batch.errors import InvalidSetting, RowError, one_line
 from flux_batch.images import to_mask, to_rgb
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -38,12 +38,21 @@ def resized(
     image: Image.Image, width: int, height: int, name: str, convert: Callable[[Image.Image], Image.Image] = to_rgb
 ) -> Image.Image:
     """Return an image as `convert` makes it, resized by Lanczos. Raises: InvalidSetting, as `to_pixels`."""
+    return converted(image, name, convert).resize((width, height), Image.Resampling.LANCZOS)
+
+
+def converted(image: Image.Image, name: str, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
+    """Return an image as `convert` makes it. Raises: InvalidSetting, as `to_pixels`."""
     if not isinstance(image, Image.Image):
         raise InvalidSetting(f"{name} is a {type(image).__name__}: must be a PIL image", field=name)
+    if not all(image.size):
+        raise InvalidSetting(f"{name} is {image.width} x {image.height} pixels: must have some", field=name)
     try:
-        return convert(image).resize((width, height), Image.Resampling.LANCZOS)
+        return convert(image)
     except RowError as error:
         raise InvalidSetting(f"{name} {error}", field=name) from error
+    except (OSError, ValueError) as error:  # of a file that Pillow reads only now: it ends too soon, or is closed
+        raise InvalidSetting(f"{name} cannot be read: {one_line(error)}", field=name) from error
 
 
 def as_output(pixels: Tensor, output_type: OutputType, decoded: Tensor) -> Any:

@@ -14,8 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from flux_batch.download.models import PathOrFolder, local_path
-from flux_batch.errors import InvalidSetting
-from flux_batch.images import to_rgb
 from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flux_batch.model.checkpoint.image_prompts import redux_files
 from flux_batch.model.conditions.redux import Redux, load_redux
@@ -24,6 +22,7 @@ from flux_batch.model.params import FluxParams
 from flux_batch.model.transformer import PromptEmbeds
 from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 from flux_batch.pipeline.images.memory import ImageMemory
+from flux_batch.pipeline.images.pixels import converted
 from flux_batch.sampling_params import check_number
 
 
@@ -47,7 +46,7 @@ class ReduxPrompts:
         """
         tokens = []
         for place in range(len(images[0])):
-            pixels = torch.stack([_pixels(each[place], self.encoder.side) for each in images])
+            pixels = torch.stack([siglip_pixels(each[place], self.encoder.side) for each in images])
             found = self._memory.encoded(pixels, lambda image: self.redux(self.encoder(image)))
             scale = torch.tensor([self._scale * each[place] for each in scales]).to(found)
             tokens.append(found * scale[:, None, None])
@@ -99,13 +98,11 @@ def redux_prompts(
     return ReduxPrompts(encoder, redux, scale)
 
 
-def _pixels(image: Image.Image, side: int) -> Tensor:
+def siglip_pixels(image: Image.Image, side: int) -> Tensor:
     """Return an image as the vision tower reads it: fp32 (3, side, side) in [-1, 1], whatever its proportions.
 
     Resized by Pillow's bicubic filter, as SigLIP's own preprocessing. Raises: InvalidSetting.
     """
-    if not isinstance(image, Image.Image):
-        raise InvalidSetting(f"image_prompt is a {type(image).__name__}: must be a PIL image", field="image_prompt")
-    square = to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)
+    square = converted(image, "image_prompt").resize((side, side), Image.Resampling.BICUBIC)
     array = np.asarray(square, dtype=np.float32) / 255.0
     return torch.from_numpy((array - 0.5) / 0.5).permute(2, 0, 1)
