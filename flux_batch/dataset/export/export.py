@@ -39,6 +39,8 @@ _Format: TypeAlias = Literal["webdataset", "files", "parquet", "lance"]
 
 _IDENTITY = "_export/export.json"
 _COMMITS = "_export/commits"
+# Of the identity of an export; the first knew neither the bytes of images nor the values of annotations.
+_VERSION = 2
 # Shards that are packed and uploaded at once; each has its images on the local disk meanwhile.
 _SHARDS_AT_ONCE = 4
 _WRITERS = 8
@@ -94,8 +96,9 @@ class Packer:
         """Return what decides the bytes of every shard."""
         columns = {field.name: str(field.type) for field in self.source.columns}
         return {
-            "version": 1,
+            "version": _VERSION,
             "images": self.source.digest,
+            "annotations": self.source.annotation_digests,
             "selection": self.source.selection,
             "format": self.format,
             "shard_size": shard_size,
@@ -166,9 +169,24 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -
     """Raise JobError if an export that was begun is of something else."""
     changed = [name for name in ours if theirs.get(name) != ours[name]]
     if changed:
-        others = [f"{name} is {theirs.get(name)!r} there, {ours[name]!r} here" for name in changed if name != "images"]
-        said = ", ".join(["the images are others", *others] if "images" in changed else others)
+        said = ", ".join(_difference(name, theirs.get(name), ours[name]) for name in changed)
+        if "version" in changed:
+            said = (
+                f"it was begun by another version of this program ({theirs.get('version')!r} in its description, "
+                f"{ours['version']!r} here), so its images and annotations cannot be compared"
+            )
         raise JobError(f"{where}: holds another export: {said}; take another address, or remove that one")
+
+
+def _difference(name: str, theirs: Any, ours: Any) -> str:
+    """Return how two exports differ in one respect; hashes say nothing to people."""
+    if name == "images":
+        return "the images are others, or were made again"
+    if name == "annotations":
+        before = theirs if isinstance(theirs, Mapping) else {}
+        changed = [repr(each) for each in sorted({*before, *ours}) if before.get(each) != ours.get(each)]
+        return f"the annotations {', '.join(changed)} are others, or were made again"
+    return f"{name} is {theirs!r} there, {ours!r} here"
 
 
 def _settle(dest: Store, identity: Mapping[str, Any]) -> None:
