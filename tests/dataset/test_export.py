@@ -172,6 +172,40 @@ def test_an_export_that_knows_no_bytes_is_another_one(tmp_path: Path) -> None:
         export(store, dest)
 
 
+@pytest.mark.parametrize("format", ["files", "parquet"])
+def test_what_a_killed_export_has_written_otherwise_is_replaced(tmp_path: Path, format: Any) -> None:
+    # As another version of pyarrow or Pillow packs and encodes.
+    store, dest = made_run(tmp_path, "webdataset"), tmp_path / "dest"
+    export(store, Store(str(dest)), format=format, shard_size=4)
+    files = sorted(path for path in dest.glob("train/**/*") if path.is_file())
+    whole = [path.read_bytes() for path in files]
+    for commit in dest.glob("_export/commits/*"):
+        commit.unlink()
+    files[0].write_bytes(b"x" * len(whole[0]))
+    files[1].write_bytes(whole[1] + b"x")
+    left = files[2].stat().st_ino
+    assert export(store, Store(str(dest)), format=format, shard_size=4).num_new_shards == 3
+    assert [path.read_bytes() for path in files] == whole
+    assert files[2].stat().st_ino == left
+
+
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_bytes(b"x")])
+def test_a_file_that_is_not_as_it_was_written_is_mended_as_the_sentence_says(
+    tmp_path: Path, change: Callable[[Path], Any]
+) -> None:
+    store, dest = made_run(tmp_path, "webdataset"), tmp_path / "dest"
+    export(store, Store(str(dest)), shard_size=4)
+    shard = dest / "train/00001.tar"
+    data = shard.read_bytes()
+    change(shard)
+    commit = dest / "_export/commits/train-00001.json"
+    with pytest.raises(StoreError, match=f"00001.tar: is not as it was written; remove {commit} and run the same"):
+        export(store, Store(str(dest)), shard_size=4)
+    commit.unlink()
+    assert export(store, Store(str(dest)), shard_size=4).num_new_shards == 1
+    assert shard.read_bytes() == data
+
+
 def read_metadata(store: Store) -> list[pa.Table]:
     return [pq.read_table(io.BytesIO(store.read(key))) for key in store.list("metadata")]
 

@@ -17,7 +17,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +43,7 @@ _VERSION = 2
 # Shards that are packed and uploaded at once; each has its images on the local disk meanwhile.
 _SHARDS_AT_ONCE = 4
 _WRITERS = 8
+_READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -212,13 +212,30 @@ def _write(packer: Packer, dest: Store, piece: Piece) -> None:
 
 
 def _put(dest: Store, name: str, path: Path, *, is_same_each_time: bool) -> StoredFile:
-    """Write a file; what a killed export has written has the same bytes, and stays."""
-    if is_same_each_time:
-        with suppress(AlreadyExists):
+    """Write a file, unless a killed export has written the same bytes.
+
+    Other versions of the libraries that pack and encode make other bytes of the same images; these are replaced.
+    """
+    file = _stored_file(name, path)
+    try:
+        if is_same_each_time:
             dest.put_if_absent(name, path)
-    else:
-        dest.write(name, path)
-    return _stored_file(name, path)
+        else:
+            dest.write(name, path)
+    except AlreadyExists:
+        if not _is_stored(dest, file):
+            dest.write(name, path)
+    return file
+
+
+def _is_stored(dest: Store, file: StoredFile) -> bool:
+    """Return whether a file lies at the destination with these bytes; few of them are in memory at once."""
+    if dest.size(file.path) != file.bytes:
+        return False
+    digest = hashlib.sha256()
+    for start in range(0, file.bytes, _READ_BYTES):
+        digest.update(dest.read_range(file.path, start, min(start + _READ_BYTES, file.bytes)))
+    return digest.hexdigest() == file.sha256
 
 
 def _stored_file(name: str, path: Path) -> StoredFile:
@@ -232,14 +249,18 @@ def _check(dest: Store, pieces: Iterable[Piece]) -> int:
     sizes: dict[str, int | None] = {}
     num_bytes = 0
     for piece in pieces:
-        commit = json.loads(dest.read(f"{_COMMITS}/{_label(piece)}.json"))
+        key = f"{_COMMITS}/{_label(piece)}.json"
+        commit = json.loads(dest.read(key))
         for file in commit["files"]:
             folder = file["path"].rpartition("/")[0]
             if folder not in sizes:
                 sizes |= {f"{folder}/{each}": size for each, size in dest.children(folder).items()}
                 sizes[folder] = None
             if sizes.get(file["path"]) != file["bytes"]:
-                raise DamagedObject(f"{dest.url(file['path'])}: is not as it was written; remove its commit and go on")
+                raise DamagedObject(
+                    f"{dest.url(file['path'])}: is not as it was written; "
+                    f"remove {dest.url(key)} and run the same command again, which writes it again"
+                )
             num_bytes += file["bytes"]
     return num_bytes
 
