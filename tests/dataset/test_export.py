@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import io
 import json
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from PIL import Image
 
 from flux_batch.config.schema import ImageConfig
 from flux_batch.dataset.export.export import export
+from flux_batch.dataset.select.select import Criteria, select
 from flux_batch.dataset.select.selection import read_selection
 from flux_batch.errors import JobError, StoreError
 from flux_batch.images import AI_SOURCE_TYPE, encode, read_provenance
@@ -125,6 +127,83 @@ def test_an_export_has_the_images_their_records_and_annotations(
     datasets = pytest.importorskip("datasets")
     loaded = datasets.load_dataset(str(dest), cache_dir=str(tmp_path / "cache"))
     assert {name: table.num_rows for name, table in loaded.items()} == figures["splits"]
+
+
+def test_images_that_were_made_again_are_another_export(tmp_path: Path) -> None:
+    dest = Store(str(tmp_path / "dest"))
+    for seed in (0, 1):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        config = make_job(tmp_path, sampling={"seed": seed})
+        finish(config)
+        if seed == 0:
+            assert export(Store(config.output.uri), dest).num_new_shards == 1
+    made = {path: path.read_bytes() for path in tmp_path.glob("dest/**/*") if path.is_file()}
+    with pytest.raises(JobError, match=r"holds another export: the images are others, or were made again; take"):
+        export(Store(config.output.uri), dest)
+    assert {path: path.read_bytes() for path in tmp_path.glob("dest/**/*") if path.is_file()} == made
+
+
+def test_images_that_were_annotated_again_are_another_export(tmp_path: Path) -> None:
+    store, dest, some = made_run(tmp_path, "parquet"), Store(str(tmp_path / "dest")), Store(str(tmp_path / "some"))
+    (tmp_path / "keys.json").write_text(json.dumps(["000000000", "000000003"]))
+    select(store, "first", Criteria(keys=str(tmp_path / "keys.json")))
+    columns = pa.schema([("score", pa.int32())])
+    for _ in range(2):  # the second time with the same values
+        put_annotations(store, "score", columns, lambda row: {"score": 1})
+        export(store, dest)
+        export(store, some, selection="first")
+    put_annotations(store, "score", columns, lambda row: {"score": 1 if row["key"] < "00001" else 2})
+    with pytest.raises(JobError, match=r"another export: the annotations 'score' are others, or were made again; take"):
+        export(store, dest)
+    assert export(store, some, selection="first").num_new_shards == 0  # all of it lies in the first shard
+
+
+def test_an_export_that_knows_no_bytes_is_another_one(tmp_path: Path) -> None:
+    store, dest = made_run(tmp_path, "parquet"), Store(str(tmp_path / "dest"))
+    export(store, dest)
+    identity = json.loads(dest.read("_export/export.json")) | {"version": 1, "images": "0" * 32}
+    identity.pop("annotations", None)
+    dest.write("_export/export.json", json.dumps(identity).encode())
+    said = (
+        r"dest: holds another export: it was begun by another version of this program \(1 in its description, "
+        r"2 here\), so its images and annotations cannot be compared; take another address, or remove that one$"
+    )
+    with pytest.raises(JobError, match=said):
+        export(store, dest)
+
+
+@pytest.mark.parametrize("format", ["files", "parquet"])
+def test_what_a_killed_export_has_written_otherwise_is_replaced(tmp_path: Path, format: Any) -> None:
+    # As another version of pyarrow or Pillow packs and encodes.
+    store, dest = made_run(tmp_path, "webdataset"), tmp_path / "dest"
+    export(store, Store(str(dest)), format=format, shard_size=4)
+    files = sorted(path for path in dest.glob("train/**/*") if path.is_file())
+    whole = [path.read_bytes() for path in files]
+    for commit in dest.glob("_export/commits/*"):
+        commit.unlink()
+    files[0].write_bytes(b"x" * len(whole[0]))
+    files[1].write_bytes(whole[1] + b"x")
+    left = files[2].stat().st_ino
+    assert export(store, Store(str(dest)), format=format, shard_size=4).num_new_shards == 3
+    assert [path.read_bytes() for path in files] == whole
+    assert files[2].stat().st_ino == left
+
+
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_bytes(b"x")])
+def test_a_file_that_is_not_as_it_was_written_is_mended_as_the_sentence_says(
+    tmp_path: Path, change: Callable[[Path], Any]
+) -> None:
+    store, dest = made_run(tmp_path, "webdataset"), tmp_path / "dest"
+    export(store, Store(str(dest)), shard_size=4)
+    shard = dest / "train/00001.tar"
+    data = shard.read_bytes()
+    change(shard)
+    commit = dest / "_export/commits/train-00001.json"
+    with pytest.raises(StoreError, match=f"00001.tar: is not as it was written; remove {commit} and run the same"):
+        export(store, Store(str(dest)), shard_size=4)
+    commit.unlink()
+    assert export(store, Store(str(dest)), shard_size=4).num_new_shards == 1
+    assert shard.read_bytes() == data
 
 
 def read_metadata(store: Store) -> list[pa.Table]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,19 @@ def publish_through_kills(store: Store, hub: DatasetHub, num_shards: int) -> int
     published(store, format="webdataset")
     assert hub.files == undisturbed
     return kills
+
+
+def test_images_that_were_made_again_are_another_publication(tmp_path: Path, hub: DatasetHub) -> None:
+    for seed in (0, 1):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        config = make_job(tmp_path, sampling={"seed": seed})
+        finish(config)
+        if seed == 0:
+            published(Store(config.output.uri))
+    files = {**hub.files}
+    with pytest.raises(JobError, match="holds another export: the images are others, or were made again; take another"):
+        published(Store(config.output.uri))
+    assert hub.files == files
 
 
 def test_another_data_set_is_left_alone(store: Store, hub: DatasetHub, capsys: pytest.CaptureFixture[str]) -> None:

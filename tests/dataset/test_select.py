@@ -22,7 +22,7 @@ from flux_batch.report.verify import verify
 from flux_batch.storage.store import Store
 from helpers.annotated import put_annotations
 from helpers.finished_runs import command, finish
-from helpers.job_files import make_job
+from helpers.job_files import make_job, metadata
 
 NUM_ROWS = 40
 ANIMALS = ("cat", "dog", "heron")
@@ -206,6 +206,25 @@ def test_splits_are_of_rows_and_of_each_group_in_proportion(store: Store) -> Non
         (2, "test"): 3,
     }
     assert selected.splits == {"train": 29, "test": 10}
+
+
+def test_images_of_a_row_share_a_split_though_their_groups_differ(tmp_path: Path) -> None:
+    rows = [{"prompt": f"image {number}"} for number in range(NUM_ROWS)]
+    config = make_job(tmp_path, rows, sampling={"num_images_per_prompt": 4}, output={"shard_size": 16})
+    finish(config)
+    store = Store(config.output.uri)
+    ids = {row["key"]: row["id"] for row in metadata(config)}
+    split = {"train": 0.75, "test": 0.25}
+    for stratify in ("seed % 3", "image_index", "CASE WHEN image_index > 0 THEN seed % 3 END"):
+        selected = select(store, "try", Criteria(split=split, stratify=stratify), replace=True)
+        table = read_selection(store, "try").to_pydict()
+        splits: dict[str, set[str]] = {}
+        for key, name in zip(table["key"], table["split"], strict=True):
+            splits.setdefault(ids[key], set()).add(name)
+        assert (len(splits), {len(names) for names in splits.values()}) == (NUM_ROWS, {1})
+        # Three groups, each exact to a row of four images.
+        assert abs(selected.splits["test"] - NUM_ROWS) <= 3 * 4
+    assert selected.splits == {"train": 3 * NUM_ROWS, "test": NUM_ROWS}  # one group: that of the first images
 
 
 BAD = [

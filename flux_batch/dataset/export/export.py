@@ -17,7 +17,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,9 +38,12 @@ _Format: TypeAlias = Literal["webdataset", "files", "parquet", "lance"]
 
 _IDENTITY = "_export/export.json"
 _COMMITS = "_export/commits"
+# Of the identity of an export; the first knew neither the bytes of images nor the values of annotations.
+_VERSION = 2
 # Shards that are packed and uploaded at once; each has its images on the local disk meanwhile.
 _SHARDS_AT_ONCE = 4
 _WRITERS = 8
+_READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,9 @@ class Packer:
         """Return what decides the bytes of every shard."""
         columns = {field.name: str(field.type) for field in self.source.columns}
         return {
-            "version": 1,
+            "version": _VERSION,
             "images": self.source.digest,
+            "annotations": self.source.annotation_digests,
             "selection": self.source.selection,
             "format": self.format,
             "shard_size": shard_size,
@@ -166,9 +169,24 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -
     """Raise JobError if an export that was begun is of something else."""
     changed = [name for name in ours if theirs.get(name) != ours[name]]
     if changed:
-        others = [f"{name} is {theirs.get(name)!r} there, {ours[name]!r} here" for name in changed if name != "images"]
-        said = ", ".join(["the images are others", *others] if "images" in changed else others)
+        said = ", ".join(_difference(name, theirs.get(name), ours[name]) for name in changed)
+        if "version" in changed:
+            said = (
+                f"it was begun by another version of this program ({theirs.get('version')!r} in its description, "
+                f"{ours['version']!r} here), so its images and annotations cannot be compared"
+            )
         raise JobError(f"{where}: holds another export: {said}; take another address, or remove that one")
+
+
+def _difference(name: str, theirs: Any, ours: Any) -> str:
+    """Return how two exports differ in one respect; hashes say nothing to people."""
+    if name == "images":
+        return "the images are others, or were made again"
+    if name == "annotations":
+        before = theirs if isinstance(theirs, Mapping) else {}
+        changed = [repr(each) for each in sorted({*before, *ours}) if before.get(each) != ours.get(each)]
+        return f"the annotations {', '.join(changed)} are others, or were made again"
+    return f"{name} is {theirs!r} there, {ours!r} here"
 
 
 def _settle(dest: Store, identity: Mapping[str, Any]) -> None:
@@ -194,13 +212,30 @@ def _write(packer: Packer, dest: Store, piece: Piece) -> None:
 
 
 def _put(dest: Store, name: str, path: Path, *, is_same_each_time: bool) -> StoredFile:
-    """Write a file; what a killed export has written has the same bytes, and stays."""
-    if is_same_each_time:
-        with suppress(AlreadyExists):
+    """Write a file, unless a killed export has written the same bytes.
+
+    Other versions of the libraries that pack and encode make other bytes of the same images; these are replaced.
+    """
+    file = _stored_file(name, path)
+    try:
+        if is_same_each_time:
             dest.put_if_absent(name, path)
-    else:
-        dest.write(name, path)
-    return _stored_file(name, path)
+        else:
+            dest.write(name, path)
+    except AlreadyExists:
+        if not _is_stored(dest, file):
+            dest.write(name, path)
+    return file
+
+
+def _is_stored(dest: Store, file: StoredFile) -> bool:
+    """Return whether a file lies at the destination with these bytes; few of them are in memory at once."""
+    if dest.size(file.path) != file.bytes:
+        return False
+    digest = hashlib.sha256()
+    for start in range(0, file.bytes, _READ_BYTES):
+        digest.update(dest.read_range(file.path, start, min(start + _READ_BYTES, file.bytes)))
+    return digest.hexdigest() == file.sha256
 
 
 def _stored_file(name: str, path: Path) -> StoredFile:
@@ -214,14 +249,18 @@ def _check(dest: Store, pieces: Iterable[Piece]) -> int:
     sizes: dict[str, int | None] = {}
     num_bytes = 0
     for piece in pieces:
-        commit = json.loads(dest.read(f"{_COMMITS}/{_label(piece)}.json"))
+        key = f"{_COMMITS}/{_label(piece)}.json"
+        commit = json.loads(dest.read(key))
         for file in commit["files"]:
             folder = file["path"].rpartition("/")[0]
             if folder not in sizes:
                 sizes |= {f"{folder}/{each}": size for each, size in dest.children(folder).items()}
                 sizes[folder] = None
             if sizes.get(file["path"]) != file["bytes"]:
-                raise DamagedObject(f"{dest.url(file['path'])}: is not as it was written; remove its commit and go on")
+                raise DamagedObject(
+                    f"{dest.url(file['path'])}: is not as it was written; "
+                    f"remove {dest.url(key)} and run the same command again, which writes it again"
+                )
             num_bytes += file["bytes"]
     return num_bytes
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +28,7 @@ from flux_batch.dataset.select.files import annotated_shards, committed_shards, 
 from flux_batch.dataset.select.selection import read_selection
 from flux_batch.errors import DamagedObject, JobError, StoreError, one_line
 from flux_batch.images import AI_SOURCE_TYPE, encode, encode_source, read_provenance, to_rgb
+from flux_batch.output.annotations import AnnotationFolder
 from flux_batch.output.formats import DECODE_ERRORS, MAX_SOURCE_BYTES, Sample, key_and_source, source_path
 from flux_batch.output.metadata import RECORD_SCHEMA, passthrough_name, record_row, source_digests
 from flux_batch.output.paths import TRAIN, is_within, shard_name
@@ -40,12 +42,15 @@ log = logging.getLogger(__name__)
 # The columns of a resized image beside the size that it was made in.
 _STORED_SIZE = pa.schema([("stored_width", pa.int32()), ("stored_height", pa.int32())])
 _KEY = pa.field("key", pa.string())
-_MADE = pa.schema([_KEY, ("status", pa.string())])
+_MADE = pa.schema([_KEY, ("sha256", pa.string()), ("status", pa.string())])
+_KEPT = pa.schema([_KEY, ("sha256", pa.string()), ("shard", pa.int32())])
 _REASON = ("error_type", "error_message")
 # A file of which at least this share is wanted is read whole.
 _WHOLE_FROM = 0.5
-# Keys of one run, which is what makes the shards of an export the same each time.
 _DIGEST_BYTES = 16
+# Shards whose tables or commits are in memory at once, and images that are hashed at a time.
+_SHARDS_AT_ONCE = 256
+_IMAGES_AT_ONCE = 65_536
 _LEAST_SIDE = 16
 _Finish: TypeAlias = Callable[[bytes, Mapping[str, Any]], bytes]
 
@@ -113,24 +118,21 @@ class ExportSource:
 
     @cached_property
     def chosen(self) -> pa.Table:
-        """The chosen images: key, split, and shard of the run, in order. Raises: JobError if there is none."""
+        """The chosen images: key, split, sha256, and shard of the run, in order. Raises: JobError if there is none."""
         shards = committed_shards(self.run)
         if len(shards) < self.run.num_shards:
             log.warning("%d of %d shards are committed; the others are not seen", len(shards), self.run.num_shards)
-        keys: list[str] = []
-        numbers: list[int] = []
-        for shard, rows in zip(shards, read_tables(self.run, shards, None, _MADE), strict=True):
-            made = rows.filter(pc.equal(rows["status"], "success"))["key"].to_pylist()
-            keys += made
-            numbers += [shard] * len(made)
-        table = pa.table({"key": pa.array(keys, pa.string()), "shard": pa.array(numbers, pa.int32())})
+        tables, parts = map(_made, shards, read_tables(self.run, shards, None, _MADE)), [_KEPT.empty_table()]
+        while some := [*islice(tables, _SHARDS_AT_ONCE)]:  # a small table takes more memory than its rows
+            parts.append(pa.concat_tables(some).combine_chunks())
+        table = pa.concat_tables(parts)
         if self.selection is None:
-            table = table.append_column("split", pa.array([TRAIN] * len(keys), pa.string()))
+            table = table.append_column("split", pa.array([TRAIN] * table.num_rows, pa.string()))
         else:
             table = self._selected(table)
         if not table.num_rows:
             raise JobError(f"{self.run.store.uri}: has no image to export")
-        return table.select(["key", "split", "shard"])
+        return table.select(["key", "split", "sha256", "shard"])
 
     def _selected(self, made: pa.Table) -> pa.Table:
         selection = read_selection(self.run.store, str(self.selection)).select(["key", "split"])
@@ -154,17 +156,43 @@ class ExportSource:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the keys and splits: two exports of one digest have the same images."""
+        """A hash of key, sha256 and split of each image.
+
+        Two exports of one digest have the same images. A key alone is also that of an image that was made again.
+        """
         digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-        for name in ("key", "split"):
-            digest.update("\n".join(self.chosen[name].to_pylist()).encode())
+        for batch in self.chosen.to_batches(_IMAGES_AT_ONCE):
+            columns = (batch[name].to_pylist() for name in ("key", "sha256", "split"))
+            digest.update(
+                "".join(f"{key} {sha256} {split}\n" for key, sha256, split in zip(*columns, strict=True)).encode()
+            )
         return digest.hexdigest()
+
+    @cached_property
+    def annotation_digests(self) -> dict[str, str]:
+        """A hash of the values of each annotation: of its files, as its commits name them.
+
+        Counted are the shards of the chosen images.
+        Raises: NotFound if an annotation is removed meanwhile; DamagedObject.
+        """
+        shards = pc.unique(self.chosen["shard"]).to_pylist()
+        digests = {}
+        for name in dict.fromkeys(column.annotation for column in self.annotation_columns):
+            folder, digest = AnnotationFolder(self.run.folder, name), hashlib.blake2b(digest_size=_DIGEST_BYTES)
+            done = sorted(self.annotated[name].intersection(shards))
+            for first in range(0, len(done), _SHARDS_AT_ONCE):
+                for commit in folder.commits.read_all(done[first : first + _SHARDS_AT_ONCE]):
+                    hashes = {file.path: file.sha256 for file in commit.files}
+                    digest.update(f"{commit.shard} {hashes.get(folder.file(commit.shard))}\n".encode())
+            digests[name] = digest.hexdigest()
+        return digests
 
     def pieces(self, shard_size: int) -> list[Piece]:
         """Cut each split into shards of so many images, in order."""
         pieces = []
         for split, num_images in self.splits.items():
-            table = self.chosen.filter(pc.equal(self.chosen["split"], split))
+            is_of_split = pc.equal(self.chosen["split"], split)
+            table = self.chosen.select(["key", "shard"]).filter(is_of_split).combine_chunks()
             num_pieces = -(-num_images // shard_size)
             for number in range(num_pieces):
                 some = table.slice(number * shard_size, shard_size)
@@ -337,6 +365,12 @@ class ExportSource:
                 "or encode it by `flux_batch.images.encode`"
             )
         return data
+
+
+def _made(shard: int, rows: pa.Table) -> pa.Table:
+    """Return the made images of a shard."""
+    made = rows.filter(pc.equal(rows["status"], "success"))
+    return pa.table([made["key"], made["sha256"], pa.array([shard] * made.num_rows, pa.int32())], schema=_KEPT)
 
 
 def _shrunk(data: bytes, max_side: int, config: ImageConfig, *, is_source: bool = False) -> tuple[bytes, int, int]:

@@ -252,24 +252,31 @@ class _Chooser:
     def _split(self) -> None:
         """Make the table `splits`: images of one row of the prompts share a split."""
         number = f"md5_number_lower('split' || id) % {_PARTS}"
+        numbered = f"SELECT ordinal, {number} AS number FROM chosen"
         if self._criteria.stratify is not None:
-            # The middle of an image's place among those of its group, in parts: exact to one row.
-            self.tables.rows(f"CREATE TABLE strata AS {self.tables.values(stratum=self._criteria.stratify)}")
-            number = (
-                f"((2 * rank() OVER (PARTITION BY stratum ORDER BY md5('split' || id)) - 1) * {_PARTS}) "
-                "// (2 * count(*) OVER (PARTITION BY stratum))"
-            )
-        else:
-            self.tables.rows("CREATE TABLE strata AS SELECT ordinal FROM chosen")
+            self._stratify(self._criteria.stratify)
+            numbered = "SELECT ordinal, number FROM chosen JOIN strata USING (id)"
         cases, end = "", 0.0
         for name, share in self._criteria.split.items():
             end += share
             cases += f" WHEN number < {round(end * _PARTS)} THEN {_text(name)}"
         last = _text([*self._criteria.split][-1])
         self.tables.rows(
-            f"CREATE TABLE splits AS SELECT ordinal, CASE{cases} ELSE {last} END AS split FROM "
-            f"(SELECT ordinal, {number} AS number FROM chosen JOIN strata USING (ordinal))"
+            f"CREATE TABLE splits AS SELECT ordinal, CASE{cases} ELSE {last} END AS split FROM ({numbered})"
         )
+
+    def _stratify(self, stratify: str) -> None:
+        """Make the table `strata`: the place of each id in the group of its first image, in parts of all images."""
+        self.tables.rows(f"CREATE TABLE groups AS {self.tables.values(stratum=stratify)}")
+        first = "SELECT id, min(ordinal) AS ordinal, count(*) AS num FROM chosen GROUP BY id"
+        # The middle of the place of the first image among those of its group: exact to one row.
+        before = "sum(num) OVER (PARTITION BY stratum ORDER BY md5('split' || id))::BIGINT - num"
+        self.tables.rows(
+            f"CREATE TABLE strata AS SELECT id, ((2 * ({before}) + 1) * {_PARTS}) "
+            "// (2 * sum(num) OVER (PARTITION BY stratum)::BIGINT) AS number "
+            f"FROM ({first}) JOIN groups USING (ordinal)"
+        )
+        self.tables.rows("DROP TABLE groups")
 
 
 def _near(dedup: str, values: pa.ChunkedArray, distance: float | None) -> NDArray[Any]:
