@@ -65,11 +65,11 @@ class Chat:
         """
         body = json.dumps(self._body(image, question)).encode()
         prompt_tokens = completion_tokens = 0
-        reason = ""
+        last: Exception = BadAnswer(f"{self.model} was not asked")
         for attempt in range(self.attempts):
             answer = self._request(body)
             if isinstance(answer, _Pause):
-                reason = answer.reason
+                last = StoreError(f"{self._address}: no answer after {self.attempts} attempts: {answer.reason}")
                 if attempt + 1 < self.attempts:
                     time.sleep(answer.seconds or _pause_s(attempt))
                 continue
@@ -78,25 +78,24 @@ class Chat:
             completion_tokens += int(usage.get("completion_tokens") or 0)
             if text and (self.schema is None or _is_object(text)):
                 return Answer(text, prompt_tokens, completion_tokens)
-            reason = f"answered {text[:_MAX_QUOTED]!r}" if text else "gave an empty answer"
-        if reason.startswith(("answered", "gave")):
-            raise BadAnswer(f"{self.model} {reason}{', which is no JSON object' if self.schema else ''}")
-        raise StoreError(f"{self._address}: no answer after {self.attempts} attempts: {reason}")
+            given = f"answered {text[:_MAX_QUOTED]!r}" if text else "gave an empty answer"
+            last = BadAnswer(f"{self.model} {given}{', which is no JSON object' if self.schema else ''}")
+        raise last
 
     @property
     def _address(self) -> str:
         return (self.url or os.environ.get("OPENAI_BASE_URL") or _OPENAI).rstrip("/")
 
     def _body(self, image: Image.Image, question: str) -> dict[str, Any]:
-        picked = {"max_tokens": self.max_tokens, "temperature": self.temperature, **self.extra}
+        options = {"max_tokens": self.max_tokens, "temperature": self.temperature, **self.extra}
         if self.schema is not None:
             form = {"name": "answer", "schema": dict(self.schema), "strict": True}
-            picked["response_format"] = {"type": "json_schema", "json_schema": form}
+            options["response_format"] = {"type": "json_schema", "json_schema": form}
         content = [
             {"type": "text", "text": question},
             {"type": "image_url", "image_url": {"url": self._data_url(image)}},
         ]
-        return {"model": self.model, "messages": [{"role": "user", "content": content}], **picked}
+        return {"model": self.model, "messages": [{"role": "user", "content": content}], **options}
 
     def _data_url(self, image: Image.Image) -> str:
         small = image.copy()
