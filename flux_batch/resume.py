@@ -31,9 +31,9 @@ from flux_batch.output.paths import (
     JOB,
     METADATA,
     PLAN,
-    PRECISION,
     PROGRESS,
     REPORT,
+    SETTLED,
     STAGING,
     SUCCESS,
     TRAIN,
@@ -151,7 +151,8 @@ def open_run(config: JobConfig, store: Store, draft: Plan | None = None, *, exte
         return _extend_run(config, store, plan) if extend else plan
     plan = draft or draft_run(config, store)
     if store.exists(PLAN):
-        for key in (PLAN, PRECISION):  # of another job, which has made no image
+        # Of another job, which has made no image. The plan goes last: without it, nobody would look for the others.
+        for key in (*SETTLED, PLAN):
             store.delete(key)
     store.write(JOB, config.to_yaml().encode())
     store.write(CARD, card(config, plan.num_prompts).encode())
