@@ -129,8 +129,8 @@ def run(
             progress.check = partial(_check_limits, here, price, max_cost, stop)
             with progress.shown(show) as state:
                 _render(engine or ray_pool(here), factory, todo, stop, progress, state)
-            if is_local and progress.device_s:
-                remember_speed(here, progress.num_new_images / progress.device_s, pflop_per_image(here))
+            if is_local and progress.num_made and progress.device_s:
+                remember_speed(here, progress.num_made / progress.device_s, pflop_per_image(here))
         return close_run(here, store, plan, progress)
 
 

@@ -31,9 +31,9 @@ from flux_batch.output.paths import (
     JOB,
     METADATA,
     PLAN,
-    PRECISION,
     PROGRESS,
     REPORT,
+    SETTLED,
     STAGING,
     SUCCESS,
     TRAIN,
@@ -124,8 +124,8 @@ def run_there(config: JobConfig, store: Store) -> RunThere | None:
 
 def _check_empty(store: Store) -> None:
     """Raise JobError for an output where a new run would write over files of others."""
-    if foreign := _written(store):
-        raise JobError(f"{store.uri}: holds {foreign[0]}, but no run; use an empty folder as output.uri")
+    if foreign := _any_output(store):
+        raise JobError(f"{store.uri}: holds {foreign}, but no run; use an empty folder as output.uri")
     if store.exists(CARD) and not store.exists(JOB):
         raise JobError(
             f"{store.uri}: holds a {CARD} of somebody else's, where the data set card would be written; use an empty "
@@ -151,7 +151,8 @@ def open_run(config: JobConfig, store: Store, draft: Plan | None = None, *, exte
         return _extend_run(config, store, plan) if extend else plan
     plan = draft or draft_run(config, store)
     if store.exists(PLAN):
-        for key in (PLAN, PRECISION):  # of another job, which has made no image
+        # Of another job, which has made no image. The plan goes last: without it, nobody would look for the others.
+        for key in (*SETTLED, PLAN):
             store.delete(key)
     store.write(JOB, config.to_yaml().encode())
     store.write(CARD, card(config, plan.num_prompts).encode())
@@ -199,7 +200,7 @@ def _saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Pla
         check_same_lists(plan, source.lists)
         return plan
     except PlanMismatch:
-        if _written(store):
+        if _any_output(store):
             raise
     except FluxBatchError:
         raise
@@ -242,9 +243,12 @@ def read_state(config: JobConfig, plan: Plan, store: Store) -> tuple[Shards, Pro
     return todo, progress
 
 
-def _written(store: Store) -> list[str]:
-    """List images and metadata in the output, of any origin, including those of unfinished shards."""
-    return store.list(TRAIN) or store.list(METADATA) or store.list(STAGING)
+def _any_output(store: Store) -> str | None:
+    """Return the key of an image or metadata in the output; None without one.
+
+    It may be of any origin, and of an unfinished shard.
+    """
+    return store.any_key(TRAIN) or store.any_key(METADATA) or store.any_key(STAGING)
 
 
 def close_run(config: JobConfig, store: Store, plan: Plan, progress: Progress) -> RunReport:

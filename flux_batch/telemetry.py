@@ -164,21 +164,25 @@ class WorkerState:
     busy_s: float = 0.0
     in_hand: dict[int, ShardCount] = field(default_factory=dict)
     began_at: dict[int, float] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # shards come while figures are read
 
     def begin(self, shard: int) -> None:
         """Add a shard, which it makes now."""
-        self.began_at[shard] = time.monotonic()
-        self.in_hand[shard] = ShardCount()
+        with self._lock:
+            self.began_at[shard] = time.monotonic()
+            self.in_hand[shard] = ShardCount()
 
     def end(self, shard: int) -> None:
         """Remove a shard, which it has finished or put aside."""
-        self.began_at.pop(shard, None)
-        self.in_hand.pop(shard, None)
+        with self._lock:
+            self.began_at.pop(shard, None)
+            self.in_hand.pop(shard, None)
 
     def update(self, figures: WorkerFigures) -> None:
         """Replace its figures. A shard keeps its last count until the engine knows how it ended."""
         self.busy_s = figures.busy_s
-        self.in_hand = {shard: figures.in_hand.get(shard, count) for shard, count in list(self.in_hand.items())}
+        with self._lock:
+            self.in_hand.update((shard, figures.in_hand[shard]) for shard in figures.in_hand.keys() & self.in_hand)
 
 
 class EngineState:

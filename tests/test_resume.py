@@ -1,4 +1,4 @@
-"""A run that takes in prompt files which are new since it was planned."""
+"""A run that takes in prompt files which are new since it was planned, or that gives way to another."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,11 @@ import pytest
 
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
-from flux_batch.errors import PlanMismatch, SourceError
+from flux_batch.errors import CheckpointError, PlanMismatch, SourceError
 from flux_batch.job import run
+from flux_batch.output.paths import SETTLED
 from flux_batch.report.summary import RunReport
+from flux_batch.resume import open_run
 from flux_batch.storage.store import Store
 from helpers.fakes import FakePipeline, make_fake_pipeline
 from helpers.job_files import data_files, make_job, metadata, write_prompts
@@ -107,3 +109,19 @@ def test_a_driver_killed_while_it_takes_in_new_files_is_followed(
     report = extend(config)
     assert (report.num_images, report.num_new_images, report.is_complete) == (10, 5, True)
     assert (tmp_path / "out/_SUCCESS").exists()
+
+
+def test_a_job_that_made_nothing_leaves_the_next_one_nothing_that_its_worker_settled(tmp_path: Path) -> None:
+    def measuring(model: ModelConfig) -> FakePipeline:
+        for key in SETTLED:
+            store.write(key, b'{"batch_size": 16, "dtype": "float16"}')
+        raise CheckpointError("no such model")
+
+    config = make_job(tmp_path)
+    store = Store(config.output.uri)
+    with pytest.raises(CheckpointError):
+        run(config, engine=LocalEngine(), make_pipeline=measuring)
+
+    open_run(make_job(tmp_path, sampling={"width": 32}), store)
+
+    assert [key for key in SETTLED if store.exists(key)] == []

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flux_batch.telemetry import CounterKey, Heartbeat, Metrics
+from flux_batch.telemetry import CounterKey, Heartbeat, Metrics, ShardCount, WorkerFigures, WorkerState
 
 
 def test_counters_grow_by_name_and_label_from_any_thread() -> None:
@@ -83,3 +83,16 @@ def test_progress_of_one_activity_does_not_hide_that_another_hangs(monkeypatch: 
         heartbeat.beat("make")
         now = 111.0
     assert heartbeat.idle_s() == 0
+
+
+def test_a_worker_has_one_list_of_its_shards_which_figures_do_not_replace() -> None:
+    """A shard that another thread adds meanwhile would be in the old list alone."""
+    worker = WorkerState(1)
+    for shard in (0, 1):
+        worker.begin(shard)
+    in_hand = worker.in_hand
+
+    worker.update(WorkerFigures({0: ShardCount(4, 2), 7: ShardCount(4, 4)}, 1.5))
+
+    assert worker.in_hand is in_hand
+    assert (in_hand, worker.busy_s) == ({0: ShardCount(4, 2), 1: ShardCount()}, 1.5)

@@ -216,9 +216,11 @@ class _MadeAnnotations:
 
     def finish(self) -> ShardResult:
         """Publish and commit the rows of every annotator."""
-        with self.worker.finishing():
-            commits = self.worker.publish(self.shard, self.todo)
-        self.worker.metrics.put_down(self.shard)
+        try:
+            with self.worker.finishing():
+                commits = self.worker.publish(self.shard, self.todo)
+        finally:
+            self.worker.metrics.put_down(self.shard)
         metrics, num_bytes = self.worker.metrics, sum(commit.files[0].bytes for commit in commits)
         metrics.add("shards")
         metrics.add("bytes", num_bytes)

@@ -117,7 +117,9 @@ class Pool:
     def results(self) -> Iterator[ShardResult]:
         """Run the pool until every shard has its result, or until a stop is requested.
 
-        The workers may finish then.
+        Workers that still have a shard then may finish it or put it aside, for `drain_s` seconds since that end or
+        since the request, whichever was earlier: after a stop any of them, else those whose shard another one was
+        quicker with. Those that are left are for `end`.
         """
         while not self.queue.is_settled and not self.stop.is_requested:
             self._start_workers()
@@ -125,12 +127,16 @@ class Pool:
             self._dispatch()
             yield from self._step()
             self._report_missing_workers()
+        ended = self.cluster.clock()
         for worker in self.workers:
             if worker.tasks:
                 self._stop(worker)
             else:
                 self._remove(worker)
-        while self.workers.num_with_tasks and (left := self.options.drain_s - self.stop.since_s) > 0:
+        while self.workers.num_with_tasks:
+            left = self.options.drain_s - max(self.cluster.clock() - ended, self.stop.since_s)
+            if left <= 0:
+                return
             yield from self._step(min(_POLL_S, left))
 
     def end(self) -> None:

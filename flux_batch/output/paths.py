@@ -45,6 +45,8 @@ REVERTING = f"{RUN}/taken-back"
 BATCH_SIZE = f"{RUN}/batch_size.json"
 # The dtype and the kernels that the first worker computed in.
 PRECISION = f"{RUN}/precision.json"
+# What the first worker of a run settles for all others.
+SETTLED = (BATCH_SIZE, PRECISION)
 # Kernels that torch.compile built on one worker, for the others: an object a kind of device.
 COMPILE_CACHE = f"{RUN}/compile_cache"
 # What made the annotations, their commits, and finished parts of those that are not committed yet.

@@ -198,6 +198,15 @@ class Store:
         """Return the names directly in a folder: the size of each object in bytes, None for a folder in it."""
         return self.scan(folder, dict)
 
+    def any_key(self, folder: str) -> str | None:
+        """Return one of the keys under a folder, None if there is none. Lists no more than it takes to find one."""
+
+        def take(entries: Iterable[Entry]) -> str | None:
+            keys = ((f"{folder}/{name}", size) for name, size in entries)
+            return next(filter(None, (self.any_key(key) if size is None else key for key, size in keys)), None)
+
+        return self.scan(folder, take, with_sizes=False)
+
     def _entries(self, folder: str, after: str, with_sizes: bool) -> Iterable[Entry]:
         path = self._path(folder).rstrip("/")
         if s3.is_s3(self._fs):
@@ -322,7 +331,8 @@ class Store:
 
     def _look_and_create(self, key: str, data: bytes | Path) -> None:
         """Create an object on a store without conditional writes; a large one is looked up when its parts are there."""
-        if s3.is_s3(self._fs) and _size(data) >= LOOK_LATE_BYTES:
+        size = len(data) if isinstance(data, bytes) else data.stat().st_size
+        if s3.is_s3(self._fs) and size >= LOOK_LATE_BYTES:
             self._send(key, data, mode="create in parts")
         elif self._await(s3.is_there(self._fs, self._path(key))) if s3.is_s3(self._fs) else self._is_file(key):
             raise FileExistsError(key)
@@ -407,7 +417,7 @@ class Store:
         return self._await(getattr(self._fs, f"_{operation}")(*arguments, **options))
 
     def _await(self, request: Coroutine[Any, Any, T]) -> T:
-        policy = self._policy if self._is_known else self._policy.ended_by(_go_on, self._check_contact)
+        policy = self._policy if self._is_known else self._policy.ended_by(_no_check, self._check_contact)
         return policy.wait_for(asyncio.run_coroutine_threadsafe(request, self._fs.loop))
 
     @property
@@ -479,12 +489,8 @@ def _s3_client(num_retries: int) -> dict[str, Any]:
     return {**checksums, "connect_timeout": _CONNECT_S, "retries": {"max_attempts": num_retries}}
 
 
-def _go_on() -> None:
-    """Wait for the next attempt."""
-
-
-def _size(data: bytes | Path) -> int:
-    return len(data) if isinstance(data, bytes) else data.stat().st_size
+def _no_check() -> None:
+    """Check nothing between attempts."""
 
 
 def _http_client() -> dict[str, Any]:

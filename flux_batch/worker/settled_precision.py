@@ -6,6 +6,7 @@ a worker with others says so.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Callable
@@ -41,6 +42,8 @@ def load_settled(
     if settled.dtype == "auto":  # another worker was faster
         settled = settled_model(store, model)
         if settled != mine:
+            del pipeline  # a device may have no room for two
+            gc.collect()
             pipeline = make_pipeline(settled)
     _warn_of_differences(store, model, settled, pipeline)
     return pipeline, settled

@@ -216,7 +216,10 @@ class Worker:
         """
         queue = run.queue(self._batch_size)
         self._maker.start_shard([task for batch in queue for task in batch.tasks])
-        with ThreadPoolExecutor(_INPUT_IMAGE_READERS, "read") as readers:
+        readers = ThreadPoolExecutor(_INPUT_IMAGE_READERS, "read")
+        with ExitStack() as on_end:
+            # What is read ahead is needed no more at a stop, and a server may be silent for minutes.
+            on_end.callback(readers.shutdown, wait=False, cancel_futures=True)
             images = InputImages(readers, self._read_images)
             for number, batch in enumerate(queue):
                 if self._stopping.is_set():

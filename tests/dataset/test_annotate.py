@@ -19,7 +19,7 @@ from flux_batch.dataset.annotate_worker import AnnotateFactory, AnnotateWorker
 from flux_batch.dataset.annotators.load import AnnotatorSpec, parse_specs
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import Interrupted, JobError, PlanMismatch, Stopped
+from flux_batch.errors import Interrupted, JobError, PlanMismatch, Stopped, StoreRefused
 from flux_batch.job import run
 from flux_batch.records import Attempt, FileRange, Shard
 from flux_batch.report.progress.snapshot import Snapshot
@@ -365,6 +365,19 @@ def test_the_command_prints_a_report(
     assert "columns   exposure 3, noise 3 of 3 shards annotated" in command(capsys, "status", config.output.uri)[1]
     with pytest.raises(JobError, match="there is no run here"):
         annotate(str(tmp_path), [AnnotatorSpec.parse("phash")], engine=LocalEngine())
+
+
+def test_a_shard_that_cannot_be_published_is_in_hand_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise StoreRefused("no permission")
+
+    worker = _worker(make_run(tmp_path, "webdataset"), "exposure")
+    made = worker.make(_shard(0))
+    assert worker.metrics.figures().in_hand.keys() == {0}
+    monkeypatch.setattr(worker, "publish", refuse)
+    with pytest.raises(StoreRefused):
+        made.finish()
+    assert worker.metrics.figures().in_hand == {}
 
 
 def _worker(config: JobConfig, *texts: str, batch_size: int = 2, **options: Any) -> AnnotateWorker:

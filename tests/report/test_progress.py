@@ -98,6 +98,43 @@ def test_a_report_is_written_while_no_shard_ends_and_what_is_waited_for_is_said(
     assert ("waiting", "for the shards in hand to be finished or put aside (enough)") in shown[-1].rows()
 
 
+def test_a_display_that_fails_ends_neither_the_limits_nor_the_figures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "flux_batch")
+    monkeypatch.setattr("flux_batch.report.progress.progress.TICK_S", 0.001)
+    progress = Progress(Store(str(tmp_path)), 1, Totals(), clock=Clock(), num_left=4)
+    checked: list[Snapshot] = []
+    progress.check = checked.append
+
+    def show(now: Snapshot) -> None:
+        raise ValueError(f"no terminal after {len(checked)}")
+
+    with progress.shown(show):
+        wait_until(lambda: len(checked) > 4)
+        progress.report()
+    said, figures = caplog.messages  # once, not every second
+    assert said.endswith("the log has them from now on: ValueError('no terminal after 2')")
+    assert figures.startswith("0 of 4 images")
+
+
+def test_speed_counts_what_was_made_now(tmp_path: Path) -> None:
+    progress = Progress(Store(str(tmp_path)), 4, Totals(), clock=Clock())
+    worker = progress.state.start()
+    progress.state.begin(worker, 0)
+    worker.update(WorkerFigures({0: ShardCount(50, 30, 30)}, 1.0))  # which an earlier invocation made
+    progress.snapshot()
+    progress.state.settle(0)
+    for result in (
+        ShardResult(shard=0, num_images=50, num_failed=5, is_new=True),
+        ShardResult(shard=1, num_images=50, num_failed=20, is_new=True),
+        ShardResult(shard=2, num_images=50, num_failed=50, is_new=True),
+        ShardResult(shard=3, num_images=50),
+    ):
+        progress.add(result)
+    assert (progress.num_new_images, progress.num_made) == (150, 45)
+
+
 def test_a_shard_that_another_attempt_committed_counts_but_not_as_work_of_now(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     progress = Progress(store, num_shards=1, totals=Totals())

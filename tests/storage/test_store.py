@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused
 from flux_batch.storage import contact
+from flux_batch.storage.entries import Entry, local_entries
 from flux_batch.storage.retry import ATTEMPTS
 from flux_batch.storage.store import STORE_TMP, Store
 from helpers.counting_proxy import counting_proxy
@@ -173,6 +175,36 @@ def test_a_scan_begins_behind_the_name_that_is_given(store: Store) -> None:
     assert store.scan("some", dict, after="20") == {}
     assert store.scan("some", dict, with_sizes=False).keys() == {"10", "11", "2", "20"}
     assert store.scan("none", list) == []
+
+
+def test_any_key_of_a_folder_is_found_however_deep(store: Store) -> None:
+    store.write("a/b/c/1.bin", b"one")
+    store.write("a/b/c/2.bin", b"")
+    store.write("ab/3.bin", b"")
+
+    assert store.any_key("a") in ("a/b/c/1.bin", "a/b/c/2.bin")
+    assert store.any_key("ab") == "ab/3.bin"
+    assert store.any_key("nothing") is None
+    for key in store.list("a"):
+        store.delete(key)
+    assert store.any_key("a") is None  # on a disk, the folders stay
+
+
+def test_any_key_is_found_without_a_look_at_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+
+    def entries(folder: str, *, with_sizes: bool) -> Iterator[Entry]:
+        for entry in local_entries(folder, with_sizes=with_sizes):
+            looked.append(entry[0])
+            yield entry
+
+    monkeypatch.setattr("flux_batch.storage.store.local_entries", entries)
+    store = Store(str(tmp_path))
+    for number in range(9):
+        store.write(f"train/{number % 3}/{number}.png", b"")
+
+    assert store.any_key("train") in store.list("train")
+    assert len(looked) == 2
 
 
 def test_a_folder_is_no_object(store: Store) -> None:

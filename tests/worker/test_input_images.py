@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +17,14 @@ from PIL import Image
 
 import flux_batch.worker.worker as worker_module
 from flux_batch.config.schema import JobConfig
+from flux_batch.errors import Stopped
 from flux_batch.images import read_provenance
 from flux_batch.prompts.input_images import load_images
+from flux_batch.records import RowImages
 from flux_batch.storage.store import Store
 from helpers.fakes import FakePipeline, fake_image
-from helpers.worker_runs import FORMATS, files_of, images, make_job, metadata, pixels_of, render
+from helpers.waiting import PATIENCE_S, wait_until
+from helpers.worker_runs import FORMATS, files_of, images, make_job, metadata, open_worker, pixels_of, render
 
 
 def colour(number: int) -> Image.Image:
@@ -238,6 +242,56 @@ def test_a_job_of_one_image_reads_it_once_a_shard(tmp_path: Path, monkeypatch: p
         start = colour(8 if row["prompt"] == "p5" else 7)
         assert np.array_equal(pixels_of(made[row["key"]]), started_from(start, row["prompt"], row["seed"]))
     assert Counter(names["input_image"] for names in read) == {str(tmp_path / "job.png"): 2, "own.png": 1}
+
+
+@pytest.mark.parametrize("end", ["a stop", "the commit of another worker"])
+def test_nobody_waits_for_images_that_were_read_ahead_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """As from a server that is silent."""
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        (tmp_path / f"images/{number}.png").write_bytes(as_png(colour(number)))
+    rows = [{"prompt": f"p{number}", "input_image": f"images/{number}.png"} for number in range(8)]
+    config = make_image_job(tmp_path, rows, output={"shard_size": 8}, workers={"batch_size": 2})
+    answered = threading.Event()
+    silent = {"images/4.png", "images/5.png"} if end == "a stop" else set()
+    asked: set[str] = set()
+    had: list[str] = []
+
+    def read(images: RowImages, *rest: Any, **how: Any) -> Any:
+        name = images.names["input_image"]
+        if name in silent - asked:
+            asked.add(name)
+            answered.wait(PATIENCE_S)
+            had.append(name)
+        return load_images(images, *rest, **how)
+
+    class Ending(FakePipeline):
+        def __call__(self, *args: Any, **others: Any) -> Any:
+            if self.num_calls == 1 and end == "a stop":
+                wait_until(lambda: asked == silent)
+                worker.stop()
+            elif self.num_calls == 1:
+                wait_until(lambda: len(files_of(config, "_run/staging")) == 1)
+                other.make(plan.shards[0]).finish()  # which is seen after the next batch
+                silent.update({"images/6.png", "images/7.png"})
+            elif self.num_calls == 2:
+                wait_until(lambda: asked == silent)
+            return super().__call__(*args, **others)
+
+    monkeypatch.setattr(worker_module, "load_images", read)
+    worker, plan = open_worker(config, Ending())
+    other, _ = open_worker(config)
+    try:
+        if end == "a stop":
+            with pytest.raises(Stopped, match="stopped with 4 of 8 images"):
+                worker.make(plan.shards[0])
+        else:
+            worker.make(plan.shards[0]).finish()
+        assert had == []
+    finally:
+        answered.set()
 
 
 def test_rows_without_an_input_image_are_made_from_noise(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -83,6 +84,23 @@ def test_the_later_of_two_first_workers_loads_again(store: Store) -> None:
     pipeline, model = load_settled(store, AUTO, slow)
     assert loaded == ["auto", "bfloat16"]
     assert pipeline.precision["dtype"] == model.dtype == "bfloat16"
+
+
+def test_a_first_pipeline_is_gone_before_another_is_loaded(store: Store) -> None:
+    """A GPU has no room for two, and a model may hold itself, as one with hooks does."""
+    loaded: list[weakref.ref[FakePipeline]] = []
+
+    def slow(model: ModelConfig) -> FakePipeline:
+        if not loaded:
+            load_settled(store, AUTO, machine("bfloat16"))
+        assert [there() for there in loaded] == [None] * len(loaded)
+        pipeline = machine("float32")(model)
+        pipeline.itself = pipeline  # type: ignore[attr-defined]
+        loaded.append(weakref.ref(pipeline))
+        return pipeline
+
+    load_settled(store, AUTO, slow)
+    assert len(loaded) == 2
 
 
 def test_two_first_workers_with_the_same_dtype_load_once(store: Store) -> None:

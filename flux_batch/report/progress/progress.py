@@ -60,6 +60,7 @@ class Progress:
     has_file: bool = True
     state: EngineState = field(default_factory=EngineState)
     num_new_images: int = 0
+    num_made: int = 0  # of these, without those that failed or that earlier invocations made
     num_new_shards: int = 0
     device_s: float = 0.0
     workers: set[str] = field(default_factory=set)
@@ -90,8 +91,8 @@ class Progress:
     def shown(self, show: Callable[[Snapshot], None] | None = None) -> Iterator[EngineState]:
         """Report at an interval while the block runs. The log also has what is waited for, as soon as it changes.
 
-        show: called every second with the figures, which the log then leaves out. Yields: the state that the engine
-        keeps up to date.
+        show: called every second with the figures, which the log then leaves out, until it raises an error. Yields:
+        the state that the engine keeps up to date.
         """
         is_over = threading.Event()
         self._level = logging.INFO if show is None else logging.DEBUG
@@ -100,12 +101,16 @@ class Progress:
         said = first.waiting_for
 
         def watch() -> None:
-            nonlocal said
+            nonlocal said, show
             while not is_over.wait(TICK_S):
                 now = self.snapshot()
                 self.check(now)
                 if show is not None:
-                    show(now)
+                    try:
+                        show(now)
+                    except Exception as error:  # it is the caller's own, and the limits of the run hang on this thread
+                        log.warning("the figures cannot be shown, the log has them from now on: %r", error)
+                        self._level, show = logging.INFO, None
                 if self.clock() - self._reported_at >= _REPORT_INTERVAL_S:
                     self._report_on_the_side(is_over)
                 elif now.waiting_for not in ("", said):
@@ -145,6 +150,7 @@ class Progress:
             self._first_shard_at = self.clock() - result.wall_s
         self.workers.add(result.worker)
         self.num_new_images += result.num_images
+        self.num_made += max(0, result.num_images - result.num_failed - self._adopted.get(result.shard, 0))
         self.num_new_shards += 1
         self.device_s += result.device_s
 
