@@ -32,7 +32,7 @@ from flux_batch.records import FailedRow, ImageRecord, ImageRequest, RowImages
 from flux_batch.worker.batches import READ_AHEAD, ImageTask, InputImages, batches, tasks_of
 from flux_batch.worker.generate import BatchMaker, ImageOutcome, Tiles, image_options
 from flux_batch.worker.protocol import ImagePipeline, Scorer
-from flux_batch.worker.quality import Try, choose, is_open, judged, kept_record
+from flux_batch.worker.quality import Try, choose, is_open, kept_record, with_scores
 from flux_batch.worker.recorder import Recorder, message_of, provenance
 
 # Columns that each image adds to its row, out of those in the metadata of a job.
@@ -191,7 +191,7 @@ class FluxMapper:
                 ready = images.join(group, groups[number + 1 : number + 1 + READ_AHEAD])
                 outcomes = self._make_group(ready)
                 if self._scorer:
-                    outcomes = judged(outcomes, self._scorer, partial(self._recorder.outcome_fields, ""))
+                    outcomes = with_scores(outcomes, self._scorer, partial(self._recorder.outcome_fields, ""))
                 made += [(one.task, encoders.submit(self._encode, one), one.score) for one in outcomes]
             for task, future, score in made:
                 yield task.position, future.result(), score

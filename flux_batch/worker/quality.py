@@ -68,7 +68,7 @@ def kept_record(record: ImageRecord, tries: Sequence[Try], choice: Choice, quali
     return record
 
 
-def judged(
+def with_scores(
     outcomes: Sequence[ImageOutcome], scorer: Scorer, record_of: Callable[[ImageOutcome], Mapping[str, Any]]
 ) -> list[ImageOutcome]:
     """Return outcomes with the scores of their images; `record_of` is what is to be written of one."""

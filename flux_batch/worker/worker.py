@@ -47,7 +47,7 @@ from flux_batch.worker.compile_cache import SharedCompileCache
 from flux_batch.worker.generate import BatchMaker, ImageOutcome, Tiles, image_options
 from flux_batch.worker.made_shard import CommittedShard, MadeShard
 from flux_batch.worker.protocol import ImagePipeline, Scorer
-from flux_batch.worker.quality import JudgedShard, judged
+from flux_batch.worker.quality import JudgedShard, with_scores
 from flux_batch.worker.recorder import Recorder, message_of
 from flux_batch.worker.settled_precision import load_settled
 from flux_batch.worker.shard import ShardRun
@@ -250,7 +250,7 @@ class Worker:
         if self._scorer is None:
             return outcomes
         with self.metrics.timed("judge"):
-            scored = judged(outcomes, self._scorer, partial(self._recorder.outcome_fields, run.name))
+            scored = with_scores(outcomes, self._scorer, partial(self._recorder.outcome_fields, run.name))
         self._beat_making()
         return scored
 

@@ -63,11 +63,6 @@ class PromptBytes:
                 head = b""
         return cls(uri, storage_options, head, len(head) != _HEAD_BYTES)
 
-    @property
-    def is_compressed(self) -> bool:
-        """True if the file is compressed as a whole."""
-        return self.head.startswith(tuple(_COMPRESSIONS))
-
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
         """Open the bytes as they are stored, to read and seek in."""
