@@ -19,6 +19,8 @@ from flux_batch.download.local_copy import cache_folder
 # The speeds of earlier runs on this machine, by model and device.
 _SPEEDS = "speeds.json"
 _LONG_SHARD_S = 3600.0
+# Hours; fewer are shown in seconds.
+_FEW_HOURS = 0.01
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     if speed := found["speed"]:
         when = f" on {time.strftime('%Y-%m-%d', time.gmtime(speed['unix_time']))}" if speed["unix_time"] else ""
         hours = (
-            f"{found['device_hours']:.3g} {found['device']}-hours at {speed['images_per_s']:.3g} images/s a "
+            f"{_work_text(found['device_hours'], found['device'])} at {speed['images_per_s']:.3g} images/s a "
             f"worker ({speed['origin']}{when}); {_time_text(found['hours'])} with {found['num_workers']} at work"
         )
         rows.append(("hours", hours))
@@ -91,6 +93,11 @@ def cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     else:
         rows.append(("hours", "not known: --measure renders a few images, --speed takes images/s of a worker"))
     return rows + [("" if number else "mind", text) for number, text in enumerate(found["warnings"])]
+
+
+def _work_text(hours: float, device: str) -> str:
+    """Return the hours of all devices together; seconds where they are few."""
+    return f"{3600 * hours:.3g} {device}-seconds" if 0 < hours < _FEW_HOURS else f"{hours:.3g} {device}-hours"
 
 
 def _time_text(hours: float) -> str:
