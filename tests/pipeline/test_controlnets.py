@@ -255,6 +255,14 @@ def test_a_call_that_lacks_or_has_too_much_is_refused(
     assert torch.equal(without, plain)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("controlnet_conditioning_scale", 0.5), ("control_guidance_end", [7]), ("control_mode", "a")]
+)
+def test_what_nets_are_told_is_refused_without_any(base: Path, name: str, value: Any) -> None:
+    with pytest.raises(InvalidSetting, match=f"{name} = .*: the model has no ControlNet; leave it out"):
+        FluxImagePipeline.from_pretrained(base, **CPU)("x", **{name: value}, **SMALL)
+
+
 def test_a_net_of_another_model_is_refused(base: Path, net: Path, repository: Path) -> None:
     other = make_tiny_repository(net.parent / "other", TinyFlux(num_heads=4))
     with pytest.raises(CheckpointError, match="it is of another model: numbers in a token is 32, and 64"):

@@ -37,6 +37,7 @@ class ControlSetting(NamedTuple):
 
 # The arguments of a call, by the names of diffusers, in the order of ControlSetting.
 _ARGUMENTS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode")
+_DEFAULTS = (1.0, 0.0, 1.0, None)
 
 
 # The modes of a union net by the names of DiffSynth-Studio: modelscope/DiffSynth-Studio, models/flux_controlnet.py.
@@ -101,9 +102,10 @@ class ControlNets:
         """Return the setting of each of `num_images` control images of an image; 0: as many as nets.
 
         arguments: those of a call, each one value for all or a list. Raises: InvalidSetting for a value out of range,
-        another number of values than images, or of images than nets.
+        another number of values than images, or of images than nets, and for any value without nets.
         """
         if not self.nets:
+            _check_unset(arguments)
             return ()
         count = num_images or len(self.nets)
         if len(self.nets) not in (1, count):
@@ -222,6 +224,14 @@ def _check_mode(number: int, num_modes: int, mode: int | None) -> None:
             "it out",
             field="control_mode",
         )
+
+
+def _check_unset(arguments: Sequence[Any]) -> None:
+    """Raise InvalidSetting for an argument that tells ControlNets something, as there are none."""
+    for name, value, default in zip(_ARGUMENTS, arguments, _DEFAULTS, strict=True):
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if any(each != default for each in values):
+            raise InvalidSetting(f"{name} = {value!r}: the model has no ControlNet; leave it out", field=name)
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:
