@@ -370,58 +370,57 @@ class FluxImagePipeline:
     ) -> Any:
         """Make an image of a prompt, or a list of images of prompts or embeddings.
 
-        negative_prompt, embedded_guidance, cfg_scale, seed and images are one value for all or a list as long as the
-        prompts; one image in a list is for all, too. embedded_guidance None is that of the model: 3.5; 30 for Fill and
-        Canny, 10 for Depth, 2.5 for Kontext, 4.5 for Krea. A second pass with the negative prompt runs if any cfg_scale
-        is not 1; an image whose scale is exactly 1 does not change by it. The end of a prompt that is too long for a
-        text encoder is left out, with a warning. seed None draws from torch's global generator. num_inference_steps is
-        30 as in DiffSynth-Studio, whose calls this one takes; a job's default is 28, as in diffusers, and the same seed
-        gives another image there. progress_bar wraps the steps, e.g. tqdm. callback_on_step_end is called after each as
-        by diffusers: with the pipeline, the step, its timestep in [0, 1000] and {"latents": (b, n, 4c)}; what it
-        returns under that name goes on. diffusers' names guidance_scale, true_cfg_scale, max_sequence_length, image and
-        strength are accepted, and DiffSynth-Studio's kontext_images, flux_fill_image, flux_fill_mask, flux_redux_image,
-        ipadapter_images and ipadapter_scale.
+        prompt: a text or b texts. The end of one that is too long for a text encoder is left out, with a warning.
+        negative_prompt, embedded_guidance, cfg_scale, seed and images are one value for all prompts, or a list as long
+        as they are; one image in a list is for all, too.
 
-        prompt_embeds (b, l, context) and pooled_prompt_embeds (b, vec) stand in for the prompt, and those that begin
-        with negative_ for the negative prompt: they are what `encode_prompt` returns for b texts of T5 length l.
+        negative_prompt: read by a second pass, which runs if any cfg_scale is not 1; an image whose scale is 1 does not
+            change by it.
+        height, width: by default those of the first reference, or else 1024.
+        num_inference_steps: 30 as in DiffSynth-Studio, whose calls this one takes. A job's default is 28, as in
+            diffusers; the same seed gives another image there.
+        embedded_guidance: by default that of the model: 3.5; 30 for Fill and Canny, 10 for Depth, 2.5 for Kontext, 4.5
+            for Krea. With a Redux 2.5 is usual. ControlNets leave it, where FluxControlNetPipeline has 7.
+        seed: None draws from torch's global generator.
+        input_image: put on white where it is transparent, resized to width x height by Lanczos, whatever its
+            proportions. A job does the same, and also turns it by its EXIF orientation.
+        denoising_strength: how much of it is noised over, in (0, 1]. As in diffusers, the first int(steps - steps x
+            strength) steps are left out, and the noise starts at the level of the next; 1 starts from noise alone. Its
+            latents are drawn from the posterior, before the noise and from the same generator; on a Kontext they are
+            its mean.
+        sigma_shift: DiffSynth-Studio's way, e.g. 3.0: its static schedule instead of the model's, which with an
+            input_image runs all steps from a lower level, and the posterior's mean.
+        mask_image: white where input_image is repainted, in its proportions. Fill reads it; any other model has what is
+            left put back after each step, as in diffusers. paste_back gives these pixels the bits of the resized image.
+        control_image: what Canny, Depth and ControlNets read. For several nets a list, one for each; a list of images
+            alone is for every prompt. A single net reads each of a list. control_image_scale: weights, for each prompt.
+        controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode: see ControlSetting;
+            each one value for all, or one for each control image.
+        reference_image: what Kontext edits, one or several for an image, brought to the nearest size that it was
+            trained with unless resize_references is false.
+        image_prompt: images as prompts, one or several for each, with weights in image_prompt_scale; diffusers'
+            ip_adapter_image. A Redux turns them into tokens behind those of the text: several follow one another, where
+            FluxPriorReduxPipeline adds them up; a negative prompt has none. An IP-Adapter lets the image attend to
+            them; a negative prompt has black ones. Of several IP-Adapters each has its own image, or list of images, in
+            their order; an ip_adapter_image with an entry for each adapter is for every prompt, as in diffusers.
+            ip_adapter_image_embeds, (1, k, e) or (b, k, e) for each, are what prepare_ip_adapter_image_embeds returns.
+        progress_bar: wraps the steps, e.g. tqdm.
+        callback_on_step_end: called after each step as by diffusers: with the pipeline, the step, its timestep in
+            [0, 1000] and {"latents": (b, n, 4c)}; what it returns under that name goes on.
+        tiled: runs only the autoencoder in tiles, of tile_size every tile_stride, in latents when decoding and in
+            pixels when encoding. It takes less memory; an image that does not fit into a tile differs a little.
+        step_cache: trades quality for speed; 0 is off, about 0.1 is a start. At a step where the first block changes an
+            image by less than this share since the last computed step, the later blocks are not run, and their last
+            changes are added again. Each image is judged alone; the first and the last step are always computed. A
+            pipeline with cuda_graphs cannot use it.
+        prompt_embeds, pooled_prompt_embeds: (b, l, context) and (b, vec), in place of the prompt, and those of
+            negative_; `encode_prompt` returns them for b texts of T5 length l.
 
-        input_image is put on white where it is transparent and resized to width x height by Lanczos, whatever its
-        proportions. A job does the same, and also turns it by its EXIF orientation. denoising_strength, in (0, 1], is
-        how much of it is noised over: as in diffusers, the first int(steps - steps x strength) steps of the schedule
-        are left out, and the noise starts at the level of the next; 1 starts from noise alone. Its latents are drawn
-        from the posterior, before the noise and from the same generator; on a Kontext they are its mean. sigma_shift,
-        e.g. 3.0, selects DiffSynth-Studio's way: its static schedule instead of the model's, which with an input_image
-        runs all steps from a lower level, and the posterior's mean. tiled runs only the autoencoder in tiles, of
-        tile_size every tile_stride, counted in latents when decoding and in pixels when encoding: this takes less
-        memory and gives an image that differs a little; an image that fits into a tile does not differ.
-
-        mask_image is white where input_image is repainted, and has its proportions: Fill reads it; any other model has
-        what is left put back after each step, as in diffusers. paste_back gives the pixels there the bits of the
-        resized input_image. control_image is what Canny, Depth and ControlNets read; for several nets a list, with one
-        for each, and a list of images alone is for every prompt; a single net reads each of a list. ControlSetting
-        tells controlnet_conditioning_scale, control_guidance_start, control_guidance_end and control_mode, each one
-        value for all or one for each control image; control_image_scale is a weight beside them for those of each
-        prompt. Guidance stays that of the model, where FluxControlNetPipeline has 7. reference_image is what Kontext
-        edits, one or several for an image, brought to the nearest size that it was trained with unless
-        resize_references is false.
-
-        image_prompt, or as diffusers calls it ip_adapter_image, are images, one or several for each, with weights in
-        image_prompt_scale. A Redux turns them into tokens behind those of the text, with guidance 2.5; where
-        FluxPriorReduxPipeline adds the tokens of several images up, they follow one another here; a negative prompt has
-        none. An IP-Adapter lets the image attend to them; a negative prompt has black ones. Of several IP-Adapters each
-        has its own image, or list of images, in their order; an ip_adapter_image with an entry for each adapter is for
-        every prompt, as in diffusers. ip_adapter_image_embeds, (1, k, e) or (b, k, e) for each, are what
-        prepare_ip_adapter_image_embeds returns of k images.
-
-        height and width None are those of the first reference, or else 1024. On a Kontext, `image` means a reference,
-        as in diffusers, whose default is 1024 x 1024, and beside a mask_image the image to repaint, which is the
-        reference without an image_reference. Latents of conditions are the posterior's mean, where diffusers samples
-        it, so that an image depends on nothing but its own arguments.
-
-        step_cache trades quality for speed: at a step where the first block changes an image by less than this share
-        since the last computed step, the later blocks are not run, and their last changes are added again. 0 is off;
-        about 0.1 is a start. Each image is judged alone; the first and the last step are always computed. A pipeline
-        with cuda_graphs cannot use it.
+        diffusers' names guidance_scale, true_cfg_scale, max_sequence_length, image and strength are accepted, and
+        DiffSynth-Studio's kontext_images, flux_fill_image, flux_fill_mask, flux_redux_image, ipadapter_images and
+        ipadapter_scale. On a Kontext, `image` is a reference, as in diffusers, whose size is 1024 x 1024 by default;
+        beside a mask_image it is the image to repaint, which without an image_reference is the reference, too. Latents
+        of conditions are the posterior's mean, where diffusers samples it: an image depends on its own arguments alone.
 
         Returns, by output_type: `pil`; `np` uint8 (height, width, 3); `pt` fp32 (b, 3, height, width) in [-1, 1];
         `latent` scaled (b, c, height/8, width/8). The last two keep the batch axis for a single prompt too.
