@@ -110,6 +110,10 @@ def run(
     draft = None if store.exists(PLAN) else draft_run(config, store)
     here = _on_this_machine(config, engine, make_pipeline)
     is_local = engine is None and make_pipeline is None and not joins_cluster()
+    if engine is None and joins_cluster():
+        from flux_batch.engine.ray_cluster import check_cluster
+
+        check_cluster()
     # From here on there is work to lose: wait while the storage is unavailable.
     store = store.with_policy(policy.waiting(config.failures.outage_s))
     with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:

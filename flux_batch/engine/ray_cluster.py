@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RuntimeEnvSetupError
 
-from flux_batch.engine.ray_local import is_uv_run, joins_cluster, local_options
+from flux_batch.engine.ray_local import is_uv_run, joins_cluster, local_options, settle_colours
 from flux_batch.errors import Interrupted, JobError, one_line
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 _UV_ADVICE = (
     "name what workers do not need in .rayignore, or, where the nodes have flux-batch, set "
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV=0"
+)
+_ADDRESS_ADVICE = (
+    "start it, set RAY_ADDRESS to HOST:PORT of another, as in head:6379, or unset it to start one on this machine"
 )
 # Seconds for the TCP answer of a cluster that others have started.
 _CONNECT_TIMEOUT_S = 10.0
@@ -39,21 +42,29 @@ _NODE_TIMEOUT_S = 3.0
 def connect(max_workers: int, num_gpus: float) -> None:
     """Connect to Ray unless this process is connected; a local cluster without GPUs gets logical ones.
 
-    Raises: Interrupted if no cluster answers at RAY_ADDRESS; JobError if that is a job server, or if Ray cannot give
-    the workers the environment of `uv run`.
+    Raises: Interrupted if no cluster answers at RAY_ADDRESS; JobError if none ever can, or if Ray cannot give the
+    workers the environment of `uv run`.
     """
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if joins_cluster():
-        check_reachable(os.environ["RAY_ADDRESS"])
+        check_cluster()
         if is_uv_run() and not _has_working_dir():
             log.info("uv run: Ray packs %s for the workers, up to 512 MiB; %s", Path.cwd(), _UV_ADVICE)
     else:
         options |= local_options(max_workers * num_gpus)
     handler = signal.getsignal(signal.SIGTERM)
+    settle_colours()
     try:
         ray.init(**options)
+    except ConnectionError as error:
+        address = os.environ.get("RAY_ADDRESS", "")
+        if not address:
+            raise
+        found = "several Ray clusters are" if "multiple" in str(error) else "no Ray cluster is"
+        reason = f"{found} found on this machine" if address == "auto" else _no_cluster(one_line(error))
+        raise Interrupted(f"RAY_ADDRESS = {address}: {reason}; {_ADDRESS_ADVICE}") from error
     except (RuntimeEnvSetupError, RuntimeError) as error:
         if not (is_uv_run() and "working_dir" in str(error)):
             raise
@@ -68,22 +79,27 @@ def _has_working_dir() -> bool:
     return "working_dir" in (job.get("runtime_env") or {})
 
 
-def check_reachable(address: str) -> None:
-    """Raise Interrupted unless a HOST:PORT address accepts connections; Ray itself would try for many minutes."""
-    if reason := why_unreachable(address):
-        raise Interrupted(
-            f"RAY_ADDRESS = {address}: no Ray cluster answers there ({reason}); start it, or unset RAY_ADDRESS "
-            "to start one on this machine"
-        )
+def check_cluster() -> None:
+    """Raise Interrupted unless RAY_ADDRESS accepts connections; Ray itself would try for many minutes.
+
+    `auto` is left to Ray, which looks for a cluster at once.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not ray.is_initialized() and (reason := why_unreachable(address)):
+        raise Interrupted(f"RAY_ADDRESS = {address}: {_no_cluster(reason)}; {_ADDRESS_ADVICE}")
+
+
+def _no_cluster(reason: str) -> str:
+    return f"no Ray cluster answers there ({reason})"
 
 
 def why_unreachable(address: str, timeout_s: float = _CONNECT_TIMEOUT_S) -> str | None:
     """Return why a HOST:PORT address accepts no connection; None if it does, or if the address has another form."""
     host, _, port = address.rpartition(":")
-    if not port.isdecimal() or "/" in host:  # `auto` or ray://, which Ray checks
+    if not port.isdecimal():  # `auto`
         return None
     try:
-        socket.create_connection((host, int(port)), timeout=timeout_s).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
     except OSError as error:
         return str(error)
     return None

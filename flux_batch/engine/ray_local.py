@@ -23,21 +23,42 @@ _SHORT_TEMP_DIR = "/tmp/ray"
 # The bytes of a socket's path, without its end: sockaddr_un in unix(7), and in macOS.
 _MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
 _LONGEST_SOCKET = "/ray/session_2026-11-29_14-06-08_553668_4194304/sockets/plasma_store"
+# Values of RAY_ADDRESS with which a cluster is started here.
+_NO_CLUSTER = ("", "local")
+_MAX_PORT = 65535
 
 
 def joins_cluster() -> bool:
     """Return whether a run uses a Ray cluster that is there; otherwise it starts one on this machine.
 
-    Raises: JobError if RAY_ADDRESS is the address of a job server.
+    Raises: JobError if RAY_ADDRESS can never be the address of a cluster.
     """
     address = os.environ.get("RAY_ADDRESS", "")
+    _check_address(address)
+    ray = sys.modules.get("ray")
+    return address not in _NO_CLUSTER or (ray is not None and ray.is_initialized())
+
+
+def _check_address(address: str) -> None:
+    """Raise JobError for an address that no cluster can have."""
+    if address in (*_NO_CLUSTER, "auto"):
+        return
     if address.startswith(("http://", "https://")):
         raise JobError(
             f"RAY_ADDRESS = {address} is a job server, which takes jobs by jobs/submit.sh or `ray job submit`; unset "
             "it to run the job here, or set it to the cluster itself, as in head:6379"
         )
-    ray = sys.modules.get("ray")
-    return bool(address) or (ray is not None and ray.is_initialized())
+    if address.startswith("ray://"):
+        raise JobError(
+            f"RAY_ADDRESS = {address} is a server of the Ray client, which is not used here; submit the job by "
+            "jobs/submit.sh or `ray job submit`, or set RAY_ADDRESS to the head of the cluster, as in head:6379"
+        )
+    host, _, port = address.rpartition(":")
+    if "/" in host or not (host.strip() and port.isascii() and port.isdecimal() and 0 < int(port) <= _MAX_PORT):
+        raise JobError(
+            f"RAY_ADDRESS = {address} is no address of a Ray cluster; set it to HOST:PORT of its head, as in "
+            "head:6379, or to auto for the cluster of this machine, or unset it to start one here"
+        )
 
 
 def has_gpu() -> bool:
@@ -89,6 +110,13 @@ def local_options(num_gpus: float) -> dict[str, Any]:
         options["_plasma_directory"] = str(_existing(options["_temp_dir"]))
     _settle_token()
     return options
+
+
+def settle_colours() -> None:
+    """Have Ray pass on the lines of workers without colours where NO_COLOR is set, or where no terminal shows them."""
+    are_terminals = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))
+    if os.environ.get("NO_COLOR") or not are_terminals:
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
 
 
 def _folder() -> str:

@@ -8,7 +8,7 @@ import ray
 from ray.exceptions import RuntimeEnvSetupError
 
 from flux_batch.engine import ray_cluster
-from flux_batch.engine.ray_cluster import await_cluster, check_reachable, connect
+from flux_batch.engine.ray_cluster import await_cluster, check_cluster, connect
 from flux_batch.errors import Interrupted, JobError
 from helpers.s3 import free_port
 
@@ -55,9 +55,25 @@ def test_the_folder_that_ray_packs_under_uv_run_is_said(
     assert (f"uv run: Ray packs {Path.cwd()} for the workers" in caplog.text) == is_packed
 
 
-@pytest.mark.parametrize("address", ["auto", "local", "ray://127.0.0.1:1"])
-def test_addresses_of_other_kinds_are_left_to_ray(address: str) -> None:
-    check_reachable(address)
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        ("Could not find any running Ray instance. Please specify the `--address` flag", "no Ray cluster is found"),
+        ("Found multiple active Ray instances: {'a:1', 'b:2'}.", "several Ray clusters are found"),
+    ],
+)
+def test_a_cluster_that_ray_does_not_find_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, found: str, sentence: str
+) -> None:
+    def init(**options: object) -> None:
+        raise ConnectionError(found)
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    check_cluster()
+    with pytest.raises(Interrupted, match=f"^RAY_ADDRESS = auto: {sentence} on this machine; start it, set"):
+        connect(max_workers=1, num_gpus=1)
 
 
 def test_a_cluster_that_stays_away_ends_the_run_with_75(monkeypatch: pytest.MonkeyPatch) -> None:

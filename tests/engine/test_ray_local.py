@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from flux_batch.engine import ray_local
-from flux_batch.engine.ray_local import joins_cluster, local_options
+from flux_batch.engine.ray_local import joins_cluster, local_options, settle_colours
 from flux_batch.errors import JobError
 
 VARIABLES = ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -34,7 +34,29 @@ def test_the_address_of_a_job_server_is_one_sentence(monkeypatch: pytest.MonkeyP
         joins_cluster()
 
 
-@pytest.mark.parametrize(("address", "expected"), [("head:6379", True), ("auto", True), ("", False)])
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("ray://127.0.0.1:10001", r"is a server of the Ray client, .* as in head:6379$"),
+        ("nonsense", r"is no address of a Ray cluster; set it to HOST:PORT of its head, as in head:6379, or to auto"),
+        ("head:port", "is no address of a Ray cluster"),
+        ("head:70000", "is no address of a Ray cluster"),
+        (":6379", "is no address of a Ray cluster"),
+        ("tcp://head:6379", "is no address of a Ray cluster"),
+    ],
+)
+def test_an_address_that_no_cluster_has_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, address: str, sentence: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(JobError, match=f"^RAY_ADDRESS = {address} {sentence}"):
+        joins_cluster()
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("head:6379", True), ("[::1]:6379", True), ("auto", True), ("local", False), ("", False)],
+)
 def test_an_address_is_joined(monkeypatch: pytest.MonkeyPatch, address: str, expected: bool) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     assert joins_cluster() is expected
@@ -120,6 +142,35 @@ def test_a_token_is_made_only_where_ray_can_keep_none(
     monkeypatch.delenv(variable)
     local_options(1)
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("no_color", "terminals", "given", "expected"),
+    [
+        ("", (True, True), None, None),
+        ("1", (True, True), None, "0"),
+        ("", (True, False), None, "0"),
+        ("", (False, True), None, "0"),
+        ("", (True, None), None, "0"),
+        ("1", (False, False), "1", "1"),
+    ],
+)
+def test_lines_of_workers_have_colours_on_terminals_only(
+    monkeypatch: pytest.MonkeyPatch,
+    no_color: str,
+    terminals: tuple[bool | None, bool | None],
+    given: str | None,
+    expected: str | None,
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("RAY_COLOR_PREFIX", given or "")
+    if given is None:
+        monkeypatch.delenv("RAY_COLOR_PREFIX")
+    for name, is_terminal in zip(("stdout", "stderr"), terminals, strict=True):
+        stream = None if is_terminal is None else SimpleNamespace(isatty=lambda answer=is_terminal: answer)
+        monkeypatch.setattr(sys, name, stream)
+    settle_colours()
+    assert os.environ.get("RAY_COLOR_PREFIX") == expected
 
 
 @pytest.mark.slow
