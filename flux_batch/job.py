@@ -155,7 +155,10 @@ def foresee(config: JobConfig) -> tuple[JobConfig, RunThere | None, list[str]]:
     try:
         config = _on_this_machine(config, None, None)
     except FluxBatchError as error:
-        problems.append(str(error))
+        if error.exit_code == StoreError.exit_code:  # refused for now only: a plan needs no model
+            log.warning("%s", error)
+        else:
+            problems.append(str(error))
     return config, there, problems
 
 

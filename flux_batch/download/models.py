@@ -41,7 +41,7 @@ from flux_batch.model.checkpoint.files import (
     part_of,
 )
 from flux_batch.redaction import public_uri
-from flux_batch.storage.retry import with_retries
+from flux_batch.storage.retry import RetryPolicy, with_retries
 from flux_batch.storage.store import open_filesystem
 
 PathOrFolder = str | PathLike[str]
@@ -214,11 +214,16 @@ def _part_in(folder: Path, uri: str) -> str:
     return part_of(_address(uri))[1] or (_UNNAMED_FILE if (folder / _UNNAMED_FILE).exists() else "")
 
 
-def model_listing(uri: str, storage_options: Mapping[str, Any] | None = None) -> Listing:
-    """Return the files of a remote model as its hub or its storage lists them. Raises: the errors of local_model."""
+def model_listing(
+    uri: str, storage_options: Mapping[str, Any] | None = None, policy: RetryPolicy | None = None
+) -> Listing:
+    """Return the files of a remote model as its hub or its storage lists them.
+
+    policy: that of requests to a hub. Raises: the errors of local_model.
+    """
     with source_errors():
         if source_kind(uri) == "hub":
-            return repository_listing(uri)
+            return repository_listing(uri, policy)
         return storage_listing(uri, _options_for(uri, storage_options))
 
 
@@ -267,14 +272,15 @@ def _from_hub(uri: str, *, refresh: bool) -> Path:
         raise ValueError(f"there is no folder {uri} here, and as a repository: {error}") from error
 
 
-def repository_listing(uri: str) -> Listing:
+def repository_listing(uri: str, policy: RetryPolicy | None = None) -> Listing:
     """List the files that a model needs of a repository of Hugging Face.
 
     The address may name a part of it.
     """
     hub = HubUri.parse(uri)
     folder, part = _model_and_part(hub)
-    return _hub_listing(partial(list_huggingface, hub.repository, hub.revision), uri, folder=folder, part=part)
+    list_files = partial(list_huggingface, hub.repository, hub.revision)
+    return _hub_listing(list_files, uri, folder=folder, part=part, policy=policy)
 
 
 def _model_and_part(hub: HubUri) -> tuple[str, str]:
@@ -288,10 +294,16 @@ def _model_and_part(hub: HubUri) -> tuple[str, str]:
 
 
 def _hub_listing(
-    list_files: Callable[[], Repository], uri: str, *, folder: str = "", part: str = "", single_files: bool = False
+    list_files: Callable[[], Repository],
+    uri: str,
+    *,
+    folder: str = "",
+    part: str = "",
+    single_files: bool = False,
+    policy: RetryPolicy | None = None,
 ) -> Listing:
     """List the files of a repository that a model needs, to be read over HTTP."""
-    repository = with_retries(uri, "list", list_files)
+    repository = (policy or RetryPolicy()).with_retries(uri, "list", list_files)
     prefix = f"{folder}/" if folder else ""
     files = {file.name.removeprefix(prefix): file for file in repository.files if file.name.startswith(prefix)}
     chosen = needed_files(files, part=part, single_files=single_files)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from flux_batch.config.schema import ModelConfig
 from flux_batch.download.models import find_local_model, local_model, local_path, model_listing, source_kind
-from flux_batch.errors import CheckpointError, JobError, NotFound, StoreError, StoreRefused
+from flux_batch.errors import CheckpointError, JobError, NotFound, StoreError, StoreRefused, one_line
 from flux_batch.model.checkpoint.checkpoint import model_files
 from flux_batch.model.checkpoint.detect import find_parts
 from flux_batch.pipeline.errors import checkpoint_errors
+from flux_batch.storage.contact import first_contact, has_answered
 
 if TYPE_CHECKING:
     from flux_batch.pipeline.checked import CheckedPipeline
@@ -126,8 +127,8 @@ def check_weights(model: ModelConfig, no_gpu: str = "") -> None:
     """Check that the model of a job and what it names beside it are there; nothing is fetched.
 
     no_gpu: the reason why the model would run on a CPU that was not asked for; a large one is then refused. A remote
-    that cannot be asked now counts as having the model.
-    Raises: CheckpointError, NotFound or StoreRefused for what is missing or incomplete; JobError.
+    that cannot be asked now counts as having the model, unless it is a hub that does not answer at all.
+    Raises: CheckpointError, NotFound or StoreRefused for what is missing or incomplete; JobError; StoreError.
     """
     size = 0 if model.pipeline else _size_of(model)
     uris = [("LoRA", lora.uri) for lora in model.loras] + [("ControlNet", net.uri) for net in model.controlnets]
@@ -145,16 +146,23 @@ def check_weights(model: ModelConfig, no_gpu: str = "") -> None:
 
 
 def _size_of(model: ModelConfig) -> int:
-    """Return the bytes of a model's weights; 0 if its remote cannot be asked now."""
+    """Return the bytes of a model's weights; 0 if its remote cannot be asked now. Raises: as check_weights."""
     try:
         source = find_local_model(model.uri, model.storage_options)
         if source is None and source_kind(model.uri) not in ("local", "file"):
-            return sum(file.size or 0 for file in model_listing(model.uri, model.storage_options).files)
+            listing = model_listing(model.uri, model.storage_options, first_contact())
+            return sum(file.size or 0 for file in listing.files)
         source = source or local_model(model.uri)
         with checkpoint_errors():
             return sum(file.stat().st_size for part in find_parts(source) for file in model_files(part))
     except (NotFound, StoreRefused):
         raise
     except StoreError as error:
+        reason = error.__cause__ or error
+        if source_kind(model.uri) == "hub" and not has_answered(error):
+            raise StoreError(
+                f"model.uri = {model.uri} is not on this machine, and its hub does not answer: {one_line(reason)}; run "
+                "the same command again when it does, or name a folder or a bucket that has the model"
+            ) from error
         log.debug("%s: cannot be read: %s", model.uri, error)
         return 0

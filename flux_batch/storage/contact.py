@@ -10,12 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from flux_batch.errors import StoreError
-from flux_batch.storage.errors import status
+from flux_batch.storage.errors import http_status, status
+from flux_batch.storage.retry import RetryPolicy
 
 # Attempts at the first request of all.
 FIRST_ATTEMPTS = 3
 # Seconds of silence after which a store is asked something small, and seconds that it then has for that.
 SILENCE_S = 5.0
+
+
+def first_contact(policy: RetryPolicy | None = None) -> RetryPolicy:
+    """Return a policy for whoever has never answered: it waits for no outage, and ends after ten seconds of silence."""
+    return (policy or RetryPolicy()).waiting(0.0).with_attempts(FIRST_ATTEMPTS, 2 * SILENCE_S)
+
+
+def has_answered(error: BaseException | None) -> bool:
+    """Return whether a server is behind an error or its causes, be it with a refusal."""
+    return http_status(error) is not None
 
 
 @dataclass

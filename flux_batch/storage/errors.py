@@ -93,6 +93,17 @@ def status(error: BaseException) -> int | None:
     return answer if isinstance(error, OSError) and isinstance(answer, int) else None
 
 
+def http_status(error: BaseException | None) -> int | None:
+    """Return the HTTP status behind an error of any client, whatever was raised from it; None if nobody answered."""
+    if error is None:
+        return None
+    for link in _chain(error):
+        answer = getattr(getattr(link, "response", None), "status_code", getattr(link, "code", None))
+        if isinstance(answer, int):
+            return answer
+    return status(error)
+
+
 def code(error: BaseException) -> str:
     """Return the S3 error code behind an error; empty if there is none."""
     return next((str(found) for link in _chain(error) if (found := _answer(link).get("Error", {}).get("Code"))), "")

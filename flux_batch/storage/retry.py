@@ -116,6 +116,7 @@ class RetryPolicy:
         self._on_wait = [on_wait] if on_wait else []
         self._on_request = [on_request] if on_request else []
         self._attempts = ATTEMPTS if attempts is None else attempts
+        self._within_s = math.inf
         self._first_wait_s = first_wait_s
         self._outage = _Outage()
 
@@ -132,10 +133,10 @@ class RetryPolicy:
         other.outage_s = outage_s
         return other
 
-    def with_attempts(self, most: int) -> Self:
-        """Return this policy with at most so many attempts."""
+    def with_attempts(self, most: int, within_s: float = math.inf) -> Self:
+        """Return this policy with at most so many attempts, none of which begins after `within_s`."""
         other = copy(self)
-        other._attempts = min(self._attempts, most)
+        other._attempts, other._within_s = min(self._attempts, most), within_s
         return other
 
     def with_retries(self, uri: str, operation: str, function: Callable[[], T]) -> T:
@@ -201,7 +202,7 @@ class RetryPolicy:
 
     def _gives_up(self, state: RetryCallState) -> bool:
         if not self.outage_s:
-            return state.attempt_number >= self._attempts
+            return state.attempt_number >= self._attempts or (state.seconds_since_start or 0.0) >= self._within_s
         if self._outage.lasted_s >= self.outage_s:
             return self._is_outage(state.attempt_number)
         # Others were answered meanwhile.

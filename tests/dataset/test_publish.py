@@ -14,7 +14,7 @@ import pytest
 from flux_batch.dataset.export.export import export
 from flux_batch.dataset.publish.hub import HubDataset
 from flux_batch.dataset.publish.publish import Published, publish
-from flux_batch.errors import JobError, StoreRefused
+from flux_batch.errors import JobError, StoreError, StoreRefused
 from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.store import Store
 from helpers.finished_runs import command, finish
@@ -180,3 +180,36 @@ def test_the_command_says_what_it_did(store: Store, hub: DatasetHub, capsys: pyt
     arguments = ["publish", store.uri, ADDRESS, "--license", "other", "--shard-size", "12", "--json"]
     code, said = command(capsys, *arguments)
     assert (code, json.loads(said)["num_new_shards"]) == (0, 2)
+
+
+def test_without_a_token_nothing_is_read_or_asked(
+    hub: DatasetHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    code, said = command(capsys, "publish", str(tmp_path / "none"), ADDRESS, "--license", "other")
+    assert (code, hub.requests) == (2, 0)
+    assert f"{ADDRESS}: there is no token for the Hub: log in by `hf auth login`, or set HF_TOKEN" in said
+
+
+def test_a_hub_is_waited_for_once_it_has_answered(hub: DatasetHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def silent(name: str, times: int) -> None:
+        def call(*arguments: object, **options: object) -> list[str]:
+            calls.append(name)
+            if calls.count(name) <= times:
+                raise ConnectionError("refused")
+            return []
+
+        monkeypatch.setattr(f"huggingface_hub.HfApi.{name}", call)
+
+    dataset = HubDataset(ADDRESS, RetryPolicy(600.0, first_wait_s=0.0))
+    silent("create_repo", 9)
+    with pytest.raises(StoreError, match="the Hub cannot be reached: refused"):
+        dataset.create(private=False)
+    assert len(calls) == 3
+    silent("create_repo", 5)
+    dataset.create(private=False)
+    silent("list_repo_tree", 8)
+    assert dataset.files() == {}
+    assert calls.count("list_repo_tree") == 9

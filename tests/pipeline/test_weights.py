@@ -11,6 +11,8 @@ from flux_batch.config.schema import ModelConfig
 from flux_batch.errors import CheckpointError, JobError, NotFound, StoreError
 from flux_batch.pipeline import load
 from flux_batch.pipeline.load import MAX_BYTES_ON_CPU, check_weights
+from helpers.hub_server import TOKEN, Hub
+from helpers.s3 import free_port
 from helpers.sparse_files import sparse_safetensors
 
 FOLDERS = ("vae", "text_encoder", "text_encoder_2", "transformer")
@@ -63,8 +65,37 @@ def test_a_remote_model_is_listed_and_not_fetched(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_remote_that_is_away_for_now_is_left_to_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(uri: str, options: object) -> None:
+    def away(uri: str, *options: object) -> None:
         raise StoreError("away")
 
     monkeypatch.setattr(load, "model_listing", away)
     check_weights(ModelConfig(uri="s3://bucket/flux"), NO_GPU)
+
+
+def test_a_hub_that_never_answers_is_said_before_anything_is_started(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    sentence = r"^model\.uri = owner/flux is not on this machine, and its hub does not answer: .* cannot be reached: "
+    with pytest.raises(StoreError, match=sentence) as caught:
+        check_weights(ModelConfig(uri="owner/flux"))
+    assert caught.value.exit_code == 75
+
+
+def test_a_hub_says_what_it_has_and_who_may_read_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(uri="owner/flux")
+    with pytest.raises(CheckpointError, match="there is no such repository"):
+        check_weights(model)
+    hub.repositories["owner/flux"] = {f"{name}/model.safetensors": b"12345678" for name in FOLDERS}
+    hub.gated = {"owner/flux"}
+    with pytest.raises(CheckpointError, match="owner/flux is gated"):
+        check_weights(model)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    check_weights(model)
+    hub.statuses = [503] * 9
+    check_weights(model)  # it has answered, and may be waited for
+
+
+def test_a_hub_is_not_asked_for_what_is_here(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", 4)
+    monkeypatch.setattr(load, "find_local_model", lambda *arguments: folder)
+    check_weights(ModelConfig(uri="owner/flux"))
+    assert not hub.requests

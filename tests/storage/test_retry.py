@@ -76,6 +76,19 @@ def test_without_an_outage_to_wait_for_there_are_five_attempts_within_seconds(cl
     assert clock.now - 100 <= 0.5 + 1 + 2 + 4
 
 
+def test_no_attempt_begins_after_the_seconds_that_a_policy_has(clock: Clock) -> None:
+    attempts = []
+
+    def silent() -> None:
+        attempts.append(clock.now)
+        clock.sleep(6.0)
+        raise TimeoutError("no answer")
+
+    with pytest.raises(StoreError, match="no answer"):
+        RetryPolicy().with_attempts(4, within_s=10.0).with_retries("s3://b", "list", silent)
+    assert len(attempts) == 2
+
+
 def test_a_policy_outlasts_an_outage_and_logs_what_it_waits_for(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     signs: list[float] = []
     waiting = RetryPolicy(1800, on_wait=lambda: signs.append(clock.now))

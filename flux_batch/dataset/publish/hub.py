@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flux_batch.errors import FluxBatchError, JobError, StoreError, StoreRefused, one_line
+from flux_batch.storage.contact import first_contact
+from flux_batch.storage.errors import http_status
 from flux_batch.storage.retry import RetryPolicy
 
 if TYPE_CHECKING:
@@ -27,8 +29,9 @@ _TRANSIENT = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 _CLIENTS = {"httpx", "httpx2", "httpcore2", "requests"}
 # What the Hub may keep in git itself is smaller than this, and is sent with the commit: it stays in memory until then.
 _IN_MEMORY_BYTES = 10_000_000
-# The Hub is waited for so long.
+# The Hub is waited for so long, once it has answered.
 _OUTAGE_S = 600.0
+_LOG_IN = "log in by `hf auth login`, or set HF_TOKEN, with a token that may write there"
 
 T = TypeVar("T")
 
@@ -59,6 +62,14 @@ class HubDataset:
         self.address = address
         self._name = name
         self._policy = policy or RetryPolicy(_OUTAGE_S)
+        self._has_answered = False
+
+    def check_token(self) -> None:
+        """Raise JobError if this machine has no token for the Hub, which lets nobody write without one."""
+        from huggingface_hub import get_token
+
+        if not get_token():
+            raise JobError(f"{self.address}: there is no token for the Hub: {_LOG_IN}")
 
     def create(self, *, private: bool) -> None:
         """Create the repository unless it is there."""
@@ -128,14 +139,25 @@ class HubDataset:
     def _call(self, function: Callable[[], T]) -> T:
         """Ask the Hub. Raises: StoreRefused for what another try will not change, StoreError."""
         try:
+            if not self._has_answered:
+                try:
+                    result = first_contact(self._policy).retry(function, _is_silence, self.address)
+                except Exception as error:
+                    self._has_answered = not _is_silence(error)
+                    if not (self._has_answered and _is_transient(error)):
+                        raise
+                else:
+                    self._has_answered = True
+                    return result
             return self._policy.retry(function, _is_transient, self.address)
         except FluxBatchError:
             raise
         except Exception as error:  # the clients of the Hub raise anything; what they say is passed on
-            status = _status(error)
+            status = http_status(error)
             if status in (401, 403):
-                advice = "log in by `hf auth login`, or set HF_TOKEN, with a token that may write there"
-                raise StoreRefused(f"{self.address}: the Hub answered {status}: {advice}") from error
+                raise StoreRefused(f"{self.address}: the Hub answered {status}: {_LOG_IN}") from error
+            if not self._has_answered and _is_silence(error):
+                raise StoreError(f"{self.address}: the Hub cannot be reached: {one_line(error)}") from error
             if _is_transient(error):
                 raise StoreError(f"{self.address}: the Hub does not answer as it should: {one_line(error)}") from error
             if status is not None:
@@ -148,18 +170,12 @@ def _file(entry: Any) -> HubFile:
     return HubFile(entry.size, sha256, "" if sha256 else entry.blob_id)
 
 
-def _status(error: BaseException | None) -> int | None:
-    """Return the HTTP status behind an error of the Hub's client."""
-    while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(status, int):
-            return status
-        error = error.__cause__
-    return None
+def _is_silence(error: BaseException) -> bool:
+    return http_status(error) is None and _is_transient(error)
 
 
 def _is_transient(error: BaseException) -> bool:
-    if (status := _status(error)) is not None:
+    if (status := http_status(error)) is not None:
         return status in _TRANSIENT
     link: BaseException | None = error
     while link is not None:

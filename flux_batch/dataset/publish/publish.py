@@ -70,7 +70,7 @@ def publish(
 ) -> Published:
     """Publish the images of a run, or of a selection; go on with what a killed publication left.
 
-    Raises: JobError without a licence, or if another data set is there; StoreError.
+    Raises: JobError without a licence or a token, or if another data set is there; StoreError.
     """
     if not licence:
         raise JobError(
@@ -79,6 +79,7 @@ def publish(
         )
     if shard_size < 1:
         raise JobError(f"--shard-size {shard_size}: must be 1 or more")
+    hub.check_token()
     packer = Packer(ExportSource.open(store, selection, max_side, finish), format)
     pieces = packer.source.pieces(shard_size)
     hub.create(private=private)
