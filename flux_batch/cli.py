@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -24,7 +25,7 @@ from flux_batch.arguments import completion, parser
 from flux_batch.dataset.annotate_command import run_annotate
 from flux_batch.dataset.command import export_command, publish_command, select_command
 from flux_batch.errors import JobError
-from flux_batch.logs import ENCODING, JsonLines, log_lines
+from flux_batch.logs import ENCODING, JsonLines, log_lines, open_streams
 from flux_batch.redaction import plain_text
 from flux_batch.report.command import gallery_command, gc_command, said_of_gallery, verify_command
 
@@ -37,6 +38,14 @@ if TYPE_CHECKING:
 
 _TOO_MANY_FAILED, _INTERRUPTED = 3, 75
 _MAX_PREVIEW = 200
+# What an interrupted command leaves.
+_RESUMED = "what is committed stays, the same command resumes the run"
+_LEFT = {
+    **dict.fromkeys(("run", "demo", "annotate"), _RESUMED),
+    **dict.fromkeys(("export", "publish", "download"), "what is there stays, the same command goes on with the rest"),
+    **dict.fromkeys(("plan", "validate"), "nothing was written"),
+    "preview": "the output of the job is as it was",
+}
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ[ENCODING] = arguments.log_format.upper()  # for the workers, too
     arguments.argv = argv
     before = signal.signal(signal.SIGTERM, _on_sigterm)
-    with log_lines(logging.DEBUG if arguments.debug else logging.INFO) as arguments.lines:
+    with open_streams(), log_lines(logging.DEBUG if arguments.debug else logging.INFO) as arguments.lines:
         try:
             return _COMMANDS[arguments.command](arguments)
         except (Exception, KeyboardInterrupt) as error:
-            sentence, exit_code = _explained(error)
+            sentence, exit_code = _explained(error, arguments.command)
             if isinstance(arguments.lines, JsonLines):
                 log.error(sentence, exc_info=error if arguments.debug else None, extra={"exit_code": exit_code})
                 return exit_code
@@ -109,7 +118,7 @@ def _finished_run(arguments: argparse.Namespace) -> RunReport:
                 show=live.show if live else None,
             )
     except (Exception, KeyboardInterrupt) as error:
-        sentence, exit_code = _explained(error)
+        sentence, exit_code = _explained(error, arguments.command)
         post_to_webhook(address, plain_text(f"{arguments.job}: {sentence}"), exit_code)
         raise
     post_to_webhook(address, plain_text(report.line), report.exit_code, output=report.output)
@@ -117,6 +126,7 @@ def _finished_run(arguments: argparse.Namespace) -> RunReport:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from flux_batch.engine.ray_local import joins_cluster
     from flux_batch.job import foresee, measure
     from flux_batch.plan.costs import Speed, cost_rows, costs, remembered_speed
     from flux_batch.plan.estimate import estimate, estimate_rows, job_rows, prompt_rows
@@ -134,7 +144,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     elif arguments.speed:
         speed = Speed(arguments.speed, "given")
     num_left = max(0, figures["num_images"] - (there.num_images if there else 0))
-    costing = costs(here, figures, num_left, speed, arguments.price)
+    is_here = not problems and not joins_cluster()
+    costing = costs(here, figures, num_left, speed, arguments.price, is_here=is_here)
     there_rows = [] if problems else [("there", there.text if there else "nothing yet: a run would begin")]
     data = figures | costing | {"rows": rows.to_json(), "there": there and asdict(there), "problems": problems}
     sections = [
@@ -167,7 +178,7 @@ def _init(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise JobError(f"{arguments.job}: cannot be written: {error.strerror}") from error
     data = {"job": arguments.job, "prompts": arguments.prompts}
-    _show(arguments, data, f"{arguments.job}: written; next: flux-batch validate {arguments.job}")
+    _show(arguments, data, f"{arguments.job}: written; next: flux-batch plan {shlex.quote(arguments.job)}")
     return 0
 
 
@@ -444,10 +455,10 @@ def _print(text: str) -> None:
     sys.stdout.flush()  # whoever reads a pipe sees the line now
 
 
-def _explained(error: BaseException) -> tuple[str, int]:
+def _explained(error: BaseException, command: str) -> tuple[str, int]:
     """Return the sentence and the exit code for an error that ended a command."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; what is committed stays, the same command resumes the run", _INTERRUPTED
+        return f"interrupted; {_LEFT.get(command, 'the same command begins again')}", _INTERRUPTED
     known = hasattr(error, "exit_code")
     sentence = str(error) if known else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
     return sentence, getattr(error, "exit_code", 1)

@@ -255,7 +255,9 @@ def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: date
         text = _read_job(str(path)).decode()
     except StoreError:
         raise
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise JobError(f"{path}: the job file is not in UTF-8: save it as UTF-8") from error
+    except OSError as error:
         raise JobError(f"{path}: the job file cannot be read: {error}") from error
     overrides = tuple(overrides)
     tree = fill_in_dates(read_tree(text, str(path), overrides), moment, str(path))

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import TextIO
 
@@ -19,6 +19,18 @@ from flux_batch.redaction import plain_text
 
 ENCODING = "RAY_LOGGING_CONFIG_ENCODING"
 _FIELDS = ("run", "shard", "key", "exit_code", "progress")
+
+
+@contextmanager
+def open_streams() -> Iterator[None]:
+    """Keep stdout and stderr writable while the block runs, where `>&-` has closed them."""
+    with ExitStack() as stack:
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.callback(setattr, sys, name, None)
+                setattr(sys, name, nowhere)
+        yield
 
 
 class _PlainLines(logging.Formatter):

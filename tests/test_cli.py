@@ -231,3 +231,49 @@ def test_download_fills_the_cache_from_an_address(
         fs.pipe_file("/download/flux/all.safetensors", text.encode())
         code, out, _ = flux_batch(capsys, "download", "memory://download/flux", "--refresh")
         assert (code, Path(out.strip(), "all.safetensors").read_text()) == (0, text)
+
+
+def test_init_says_a_next_command_that_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "my job.yaml"
+    assert flux_batch(capsys, "init", path)[1] == f"{path}: written; next: flux-batch plan '{path}'\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("plan", "interrupted; nothing was written"),
+        ("preview", "interrupted; the output of the job is as it was"),
+        ("run", "interrupted; what is committed stays, the same command resumes the run"),
+    ],
+)
+def test_an_interrupted_command_says_what_it_leaves(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    sentence: str,
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flux_batch.job.load_job", interrupted)
+    code, _, err = flux_batch(capsys, command, tmp_path / "job.yaml")
+    assert (code, err) == (75, f"flux-batch: {sentence}\n")
+
+
+def test_a_job_file_of_another_encoding_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_bytes("name: cats".encode("utf-16"))
+    sentence = f"flux-batch: {job}: the job file is not in UTF-8: save it as UTF-8\n"
+    assert flux_batch(capsys, "plan", job) == (2, "", sentence)
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_is_closed_is_written_to_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    job = write_job(make_job(tmp_path), tmp_path / "job.yaml")
+    monkeypatch.setattr(sys, name, None)
+    assert main(["validate", str(job)]) == 0
+    assert getattr(sys, name) is None
+    assert "unexpected" not in capsys.readouterr().err

@@ -19,6 +19,8 @@ _MAX_MERGES = 100
 # No colons: they mean something in addresses, and in the file names of some systems.
 _DATE_FORMATS = {"{day}": "%Y%m%d", "{date}": "%Y-%m-%d", "{datetime}": "%Y-%m-%dT%H-%M-%S"}
 _DATE = re.compile("|".join(map(re.escape, _DATE_FORMATS)))
+# What looks like one of them, in values that have no braces of their own.
+_PLACEHOLDER = re.compile(r"\{[^{}/]*\}")
 _MERGE = "tag:yaml.org,2002:merge"
 # The numbers of YAML 1.2's core schema, but that hexadecimal and octal ones are texts.
 _NUMBERS = {
@@ -197,7 +199,19 @@ def fill_in_dates(tree: dict[str, Any], moment: datetime | None, origin: str) ->
         return _DATE.sub(lambda found: moment.strftime(_DATE_FORMATS[found[0]]), value)
 
     dated: dict[str, Any] = filled(tree, "")
+    _check_placeholders(dated, origin)
     return dated
+
+
+def _check_placeholders(tree: dict[str, Any], origin: str) -> None:
+    """Raise JobError for a name or an output that has braces left."""
+    output = tree.get("output")
+    values = {"name": tree.get("name"), "output.uri": output.get("uri") if isinstance(output, dict) else None}
+    for key, value in values.items():
+        if isinstance(value, str) and (found := _PLACEHOLDER.search(value)):
+            near = did_you_mean(found[0].replace(" ", "").lower(), _DATE_FORMATS)
+            hint = near or f"; there are {', '.join(_DATE_FORMATS)}"
+            raise JobError(f"{origin}: {key}: {found[0]} is no placeholder{hint}")
 
 
 def nearest_or_all(name: str, known: Iterable[str]) -> str:

@@ -22,8 +22,9 @@ from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted, JobError, NotFound, count_of
 from flux_batch.output.annotations import AnnotationFolder
+from flux_batch.output.formats import DECODE_ERRORS
 from flux_batch.output.lease import Lease
-from flux_batch.records import Commit, FileRange, Shard
+from flux_batch.records import FileRange, Shard
 from flux_batch.report.progress.progress import Progress
 from flux_batch.report.progress.snapshot import Snapshot
 from flux_batch.report.saved_run import SavedRun
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TOO_MANY_FAILED = 3
+# Reasons that have an example, and the letters of one.
+_MAX_EXAMPLES, _MAX_EXAMPLE = 5, 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,10 @@ class AnnotateSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class _Counts:
-    """The state of one annotation: committed shards, their images, and those without values by reason."""
+    """The state of one annotation: committed shards, their images, and those without values by reason.
+
+    examples: the key and message of one of them for each reason.
+    """
 
     name: str
     annotator: str
@@ -71,6 +77,7 @@ class _Counts:
     num_failed: int
     failures: dict[str, int]
     seconds: float
+    examples: dict[str, str] = field(default_factory=dict)
 
     @property
     def failed_ratio(self) -> float:
@@ -110,6 +117,7 @@ class AnnotateReport:
                 f"{one.name:<{width}}  {one.num_committed} of {self.num_shards} shards, {one.num_images} images, "
                 f"{one.num_failed} without values{f' ({failed})' if failed else ''}"
             )
+            lines += [f"{'':<{width}}  {name}, as {text}" for name, text in one.examples.items()]
         lines += self.errors
         return "\n".join(lines)
 
@@ -233,10 +241,7 @@ class _Pass:
             num_new_shards=self.num_new,
             max_failed_ratio=max_failed_ratio,
             wall_s=round(time.monotonic() - self.started, 3),
-            annotations=tuple(
-                _counts(spec, folder.commits.read_all(sorted(folder.commits.done())))
-                for spec, folder in zip(specs, self.folders, strict=True)
-            ),
+            annotations=tuple(_counts(spec, folder) for spec, folder in zip(specs, self.folders, strict=True)),
             errors=tuple(self.errors),
         )
 
@@ -264,11 +269,14 @@ def _prepare(folder: AnnotationFolder, *, retry_failed: bool, anew: bool) -> Non
                 folder.revert(commit.shard, keep_failed=False)
 
 
-def _counts(spec: AnnotatorSpec, commits: list[Commit]) -> _Counts:
+def _counts(spec: AnnotatorSpec, folder: AnnotationFolder) -> _Counts:
+    commits = folder.commits.read_all(sorted(folder.commits.done()))
     failures: dict[str, int] = {}
+    first: dict[str, int] = {}
     for commit in commits:
         for name, number in commit.failures.items():
             failures[name] = failures.get(name, 0) + number
+            first.setdefault(name, commit.shard)
     return _Counts(
         name=spec.name,
         annotator=spec.annotator,
@@ -277,7 +285,22 @@ def _counts(spec: AnnotatorSpec, commits: list[Commit]) -> _Counts:
         num_failed=sum(commit.num_failed for commit in commits),
         failures=dict(sorted(failures.items())),
         seconds=round(sum(commit.device_s for commit in commits), 3),
+        examples=_examples(folder, first),
     )
+
+
+def _examples(folder: AnnotationFolder, first: Mapping[str, int]) -> dict[str, str]:
+    """Return the key and message of an image for each reason; `first` are shards by reason."""
+    examples: dict[str, str] = {}
+    for name, shard in sorted(first.items())[:_MAX_EXAMPLES]:
+        try:
+            rows = folder.read(shard).select(["key", "error_type", "error_message"]).to_pylist()
+        except (NotFound, *DECODE_ERRORS):  # damaged, which `verify` finds: an example is not worth a pass
+            continue
+        row = next((each for each in rows if each["error_type"] == name), None)
+        if row is not None:
+            examples[name] = f"{row['key']}: {row['error_message']}"[:_MAX_EXAMPLE]
+    return examples
 
 
 def _shard(index: int, num_rows: int) -> Shard:

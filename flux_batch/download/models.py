@@ -41,6 +41,7 @@ from flux_batch.model.checkpoint.files import (
     part_of,
 )
 from flux_batch.redaction import public_uri
+from flux_batch.storage.contact import first_contact, has_answered
 from flux_batch.storage.retry import RetryPolicy, with_retries
 from flux_batch.storage.store import open_filesystem
 
@@ -214,17 +215,20 @@ def _part_in(folder: Path, uri: str) -> str:
     return part_of(_address(uri))[1] or (_UNNAMED_FILE if (folder / _UNNAMED_FILE).exists() else "")
 
 
-def model_listing(
-    uri: str, storage_options: Mapping[str, Any] | None = None, policy: RetryPolicy | None = None
-) -> Listing:
+def model_listing(uri: str, storage_options: Mapping[str, Any] | None = None) -> Listing:
     """Return the files of a remote model as its hub or its storage lists them.
 
-    policy: that of requests to a hub. Raises: the errors of local_model.
+    A hub that does not answer is not asked for long. Raises: the errors of local_model.
     """
     with source_errors():
         if source_kind(uri) == "hub":
-            return repository_listing(uri, policy)
+            return repository_listing(uri, first_contact())
         return storage_listing(uri, _options_for(uri, storage_options))
+
+
+def is_silent_hub(uri: str, error: StoreError) -> bool:
+    """Return whether an error of a listing is about a hub that never answered."""
+    return source_kind(uri) == "hub" and not has_answered(error)
 
 
 def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:

@@ -113,7 +113,10 @@ def local_options(num_gpus: float) -> dict[str, Any]:
 
 
 def settle_colours() -> None:
-    """Have Ray pass on the lines of workers without colours where NO_COLOR is set, or where no terminal shows them."""
+    """Keep Ray from colouring the lines of workers.
+
+    This holds where NO_COLOR is set, or where stdout or stderr is no terminal.
+    """
     are_terminals = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))
     if os.environ.get("NO_COLOR") or not are_terminals:
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")

@@ -12,12 +12,18 @@ import warnings
 from typing import TYPE_CHECKING
 
 from flux_batch.config.schema import ModelConfig
-from flux_batch.download.models import find_local_model, local_model, local_path, model_listing, source_kind
+from flux_batch.download.models import (
+    find_local_model,
+    is_silent_hub,
+    local_model,
+    local_path,
+    model_listing,
+    source_kind,
+)
 from flux_batch.errors import CheckpointError, JobError, NotFound, StoreError, StoreRefused, one_line
 from flux_batch.model.checkpoint.checkpoint import model_files
 from flux_batch.model.checkpoint.detect import find_parts
 from flux_batch.pipeline.errors import checkpoint_errors
-from flux_batch.storage.contact import first_contact, has_answered
 
 if TYPE_CHECKING:
     from flux_batch.pipeline.checked import CheckedPipeline
@@ -150,7 +156,7 @@ def _size_of(model: ModelConfig) -> int:
     try:
         source = find_local_model(model.uri, model.storage_options)
         if source is None and source_kind(model.uri) not in ("local", "file"):
-            listing = model_listing(model.uri, model.storage_options, first_contact())
+            listing = model_listing(model.uri, model.storage_options)
             return sum(file.size or 0 for file in listing.files)
         source = source or local_model(model.uri)
         with checkpoint_errors():
@@ -159,7 +165,7 @@ def _size_of(model: ModelConfig) -> int:
         raise
     except StoreError as error:
         reason = error.__cause__ or error
-        if source_kind(model.uri) == "hub" and not has_answered(error):
+        if is_silent_hub(model.uri, error):
             raise StoreError(
                 f"model.uri = {model.uri} is not on this machine, and its hub does not answer: {one_line(reason)}; run "
                 "the same command again when it does, or name a folder or a bucket that has the model"

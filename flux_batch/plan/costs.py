@@ -21,6 +21,7 @@ _SPEEDS = "speeds.json"
 _LONG_SHARD_S = 3600.0
 # Hours; fewer are shown in seconds.
 _FEW_HOURS = 0.01
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,23 @@ def remembered_speed(config: JobConfig, pflop_per_image: float) -> Speed | None:
 
 
 def costs(
-    config: JobConfig, figures: Mapping[str, Any], num_left: int, speed: Speed | None, price: float | None
+    config: JobConfig,
+    figures: Mapping[str, Any],
+    num_left: int,
+    speed: Speed | None,
+    price: float | None,
+    *,
+    is_here: bool = False,
 ) -> dict[str, Any]:
-    """Return hours, money and what will not pay; `price` is that of an hour of a GPU, or of a worker without one."""
+    """Return hours, money and what will not pay.
+
+    price: that of an hour of a GPU, or of a worker without one. is_here: whether workers run on this machine.
+    """
     workers = config.workers
-    found: dict[str, Any] = {"num_images_left": num_left, "speed": None, "warnings": _not_worth(config, figures, speed)}
+    warnings = _not_worth(config, figures, speed)
+    if is_here and not workers.num_gpus:
+        warnings = _too_large(figures["memory"]) + warnings
+    found: dict[str, Any] = {"num_images_left": num_left, "speed": None, "warnings": warnings}
     if speed is None:
         return found
     worker_hours = num_left / speed.images_per_s / 3600
@@ -106,6 +119,19 @@ def _time_text(hours: float) -> str:
         if number >= 1:
             return f"{number:.3g} {unit}"
     return f"{3600 * hours:.3g} s"
+
+
+def _too_large(memory: Mapping[str, Any]) -> list[str]:
+    """Return a warning if a worker needs more memory than this machine has."""
+    needed = memory.get("least_bytes")
+    if needed is None:
+        return []
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no cgroup, or no limit: "max"
+        here = min(here, int(_CGROUP_LIMIT.read_text()))
+    if needed <= here:
+        return []
+    return [f"{needed / 1e9:.1f} GB a worker, this machine has {here / 1e9:.1f} GB"]
 
 
 def _not_worth(config: JobConfig, figures: Mapping[str, Any], speed: Speed | None) -> list[str]:

@@ -96,7 +96,8 @@ def _joined(models: Iterable[Shapes]) -> Shapes:
 def memory(config: JobConfig) -> dict[str, Any]:
     """Return a worker's bytes by part, for the job and for other dtypes and quantizations.
 
-    Sizes of rows are not read. `error` says why the model cannot be counted, such as one not on this machine.
+    Sizes of rows are not read. `least_bytes` are those where memory is short. `error` says why the model cannot be
+    counted, such as one not on this machine.
     """
     model = config.model
     if model.pipeline:
@@ -109,6 +110,7 @@ def memory(config: JobConfig) -> dict[str, Any]:
         nets = controlnet_shapes(config)
         scorer = _scorer_bytes(config)
         needed = _parts_bytes(config, parts, nets, _expected_dtype(config), model.quantization) | scorer
+        least = _parts_bytes(config, parts, nets, *_least_choice(config)) | scorer
         others = {choice: _parts_bytes(config, parts, nets, *choice) | scorer for choice in CHOICES}
     except (FluxBatchError, ValueError, KeyError, OSError) as error:
         return {"error": str(error)}
@@ -116,6 +118,7 @@ def memory(config: JobConfig) -> dict[str, Any]:
         "batch_size": _batch_size_of(config),
         "bytes": needed,
         **_fit(sum(needed.values())),
+        "least_bytes": sum(least.values()),
         "choices": [
             {"dtype": dtype, "quantization": quantization, **_fit(sum(sizes.values()))}
             for (dtype, quantization), sizes in others.items()
@@ -182,6 +185,16 @@ def _expected_dtype(config: JobConfig) -> str:
     from flux_batch.model.optimize.dtypes import dtype_name, native_dtype  # torch: seconds of imports
 
     return dtype_name(native_dtype("cpu"))
+
+
+def _least_choice(config: JobConfig) -> tuple[str, str]:
+    """Return the dtype and the quantization of the job where memory is short.
+
+    A CPU then keeps matrices in bfloat16.
+    """
+    dtype, quantization = _expected_dtype(config), config.model.quantization
+    is_narrowed = not config.workers.num_gpus and config.model.dtype == "auto" and dtype == "float32"
+    return dtype, "bfloat16" if is_narrowed and quantization == "none" else quantization
 
 
 def _batch_size_of(config: JobConfig) -> int:

@@ -20,12 +20,12 @@ SILENCE_S = 5.0
 
 
 def first_contact(policy: RetryPolicy | None = None) -> RetryPolicy:
-    """Return a policy for whoever has never answered: it waits for no outage, and ends after ten seconds of silence."""
+    """Return a policy for whoever has never answered: few attempts, and none after ten seconds."""
     return (policy or RetryPolicy()).waiting(0.0).with_attempts(FIRST_ATTEMPTS, 2 * SILENCE_S)
 
 
 def has_answered(error: BaseException | None) -> bool:
-    """Return whether a server is behind an error or its causes, be it with a refusal."""
+    """Return whether a server has answered with an error, or with one of its causes."""
     return http_status(error) is not None
 
 

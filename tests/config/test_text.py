@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from typing import Any
 
 import pytest
 
@@ -147,6 +148,29 @@ def test_a_date_is_asked_for_and_never_guessed() -> None:
     ):
         fill_in_dates({"prompts": {"uri": ["x", "s3://b/{date}/"]}}, None, "job.yaml")
     assert fill_in_dates({"prompts": {"uri": "{month}"}}, None, "job.yaml") == {"prompts": {"uri": "{month}"}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "sentence"),
+    [
+        ({"output": {"uri": "out/{dat}"}}, r"output\.uri: {dat} is no placeholder; did you mean '{date}'\?"),
+        ({"output": {"uri": "out/{ Day }"}}, r"output\.uri: { Day } is no placeholder; did you mean '{day}'\?"),
+        ({"name": "cats-{date_time}"}, r"name: {date_time} is no placeholder; did you mean '{datetime}'\?"),
+        (
+            {"output": {"uri": "out/{run}"}},
+            r"output\.uri: {run} is no .*; there are {day}, {date}, {datetime}$",
+        ),
+    ],
+)
+def test_a_placeholder_with_a_slip_is_refused(tree: dict[str, Any], sentence: str) -> None:
+    for moment in (None, parse_moment("2026-11-23")):
+        with pytest.raises(JobError, match=rf"^job\.yaml: {sentence}"):
+            fill_in_dates(tree, moment, "job.yaml")
+
+
+def test_braces_elsewhere_are_braces() -> None:
+    tree = {"name": 3, "prompts": {"uri": "{dat}", "template": "{red|blue} {{ x }}"}, "output": {"uri": "a{b/c}d"}}
+    assert fill_in_dates(tree, None, "job.yaml") == tree
 
 
 @pytest.mark.parametrize("text", ["yesterday", "23.11.2026", "2026-13-01"])

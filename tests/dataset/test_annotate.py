@@ -154,6 +154,7 @@ def test_an_image_that_it_cannot_judge_is_a_null_with_a_reason(tmp_path: Path) -
     assert (bad["error_type"], bad["error_message"]) == ("RuntimeError", "cannot judge this")
     assert all(row["phash"] for row in rows(config, "phash"))
     assert [one.failures for one in report.annotations] == [{"RuntimeError": 1}, {}]
+    assert f"RuntimeError, as {bad['key']}: cannot judge this" in str(report)
     annotators.CALLS.clear()
     assert annotated(config, *BOTH, batch_size=4, retry_failed=True).annotations[0].num_failed == 1
     assert annotators.CALLS[0] == [f"00000000{number}" for number in range(4)], "the neighbours of before"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,23 @@ def test_what_will_not_pay_is_said(tmp_path: Path) -> None:
         "workers.max_gpu_hours = 1 ends the run before that",
     ]
     assert "output.shard_size = 36 makes it an hour" in warnings[1]
+
+
+def test_a_worker_that_is_larger_than_this_machine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {**FIGURES, "memory": {"batch_size": 1, "fits_gb": [40], "least_bytes": 26_400_000_000}}
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 23_000_000_000 // 4096}
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+
+    def said(num_gpus: float, *, is_here: bool = True) -> list[str]:
+        config = job(tmp_path, num_gpus=num_gpus)
+        found: list[str] = costs(config, figures, 10, None, None, is_here=is_here)["warnings"]
+        return [text for text in found if "this machine" in text]
+
+    (text,) = said(0)
+    assert text.startswith("26.4 GB a worker, this machine has ")
+    assert (said(1), said(0, is_here=False)) == ([], [])
+    figures["memory"] = {"batch_size": 1, "fits_gb": [16], "least_bytes": 1}
+    assert said(0) == []
 
 
 def test_a_speed_is_remembered_for_the_model_and_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

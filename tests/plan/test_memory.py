@@ -17,6 +17,7 @@ from flux_batch.config.schema import JobConfig
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.diffusers_keys import controlnet_to_diffusers, transformer_to_diffusers
 from flux_batch.model.conditions.controlnet import ControlNet, ControlNetParams
+from flux_batch.model.optimize import dtypes
 from flux_batch.model.params import AUTOENCODER, DEV
 from flux_batch.model.transformer import Flux
 from flux_batch.plan.memory import CHOICES, memory, memory_rows
@@ -212,3 +213,15 @@ def test_a_model_that_is_not_whole_is_said(tmp_path: Path) -> None:
     figures = memory(job(tmp_path / "model", tmp_path))
     assert "no transformer: looked for" in figures["error"]
     assert memory_rows(figures) == [("memory", f"not known: {figures['error']}")]
+
+
+def test_where_memory_is_short_a_cpu_keeps_its_matrices_narrow(
+    dev: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dtypes, "native_dtype", lambda device: torch.float32)
+    figures = memory(make_job(tmp_path, model={"uri": str(dev)}, workers={"num_gpus": 0}))
+    assert figures["total_bytes"] > 60 * GB
+    assert 30 * GB < figures["least_bytes"] < 45 * GB
+    config = make_job(tmp_path, model={"uri": str(dev), "dtype": "float32"}, workers={"num_gpus": 0})
+    figures = memory(config)
+    assert figures["least_bytes"] == figures["total_bytes"]

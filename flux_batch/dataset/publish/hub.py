@@ -65,7 +65,7 @@ class HubDataset:
         self._has_answered = False
 
     def check_token(self) -> None:
-        """Raise JobError if this machine has no token for the Hub, which lets nobody write without one."""
+        """Raise JobError if this machine has no token for the Hub."""
         from huggingface_hub import get_token
 
         if not get_token():

@@ -82,7 +82,8 @@ class RunSize:
         """Return in words how much of the run is shown, and how far it is."""
         some = "" if num_shown == self.num_images else f"{num_shown:,} of "
         state = "complete" if self.is_complete else f"{self.num_committed:,} of {self.num_shards:,} shards committed"
-        return f"{some}{self.num_images:,} images, {self.num_failed:,} failed; {state}"
+        images = "image" if self.num_images == 1 else "images"
+        return f"{some}{self.num_images:,} {images}, {self.num_failed:,} failed; {state}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

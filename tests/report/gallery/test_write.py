@@ -21,7 +21,7 @@ from flux_batch.errors import DamagedObject, JobError, StoreError
 from flux_batch.images import AI_SOURCE_TYPE, encode
 from flux_batch.job import run
 from flux_batch.output.formats import format_for
-from flux_batch.report.gallery.content import read_file
+from flux_batch.report.gallery.content import RunSize, read_file
 from flux_batch.report.gallery.rows import GalleryRow
 from flux_batch.report.gallery.write import PAGE, SHEET, write_single_file
 from flux_batch.report.progress.status import read_status
@@ -360,3 +360,8 @@ def test_values_of_any_type_are_shown(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{number}", "odd": [None, [1, 2], []][number]} for number in range(3)]
     page = gallery(render(tmp_path, rows, prompts={"passthrough": ["odd"]}))
     assert re.findall(r"odd (\[[^\]]*\])", page.text) == ["[1, 2]", "[]"]
+
+
+def test_one_image_is_one_image() -> None:
+    size = RunSize(name="cats", num_images=1, num_failed=0, num_committed=1, num_shards=1, is_complete=True)
+    assert size.summary(1) == "cats: 1 image, 0 failed; complete"
