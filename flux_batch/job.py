@@ -42,15 +42,15 @@ from flux_batch.report.progress.snapshot import Snapshot
 from flux_batch.report.reproduction import Original, Reproduction, surroundings
 from flux_batch.report.summary import RunReport
 from flux_batch.resume import (
-    RunThere,
+    ExistingRun,
     close_run,
     draft_run,
+    existing_run,
     finished,
     open_random_run,
     open_run,
     read_state,
     revert_failed,
-    run_there,
 )
 from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.store import Store
@@ -138,7 +138,7 @@ def run(
         return close_run(here, store, plan, progress)
 
 
-def foresee(config: JobConfig) -> tuple[JobConfig, RunThere | None, list[str]]:
+def foresee(config: JobConfig) -> tuple[JobConfig, ExistingRun | None, list[str]]:
     """Look at what a run of a job would meet; nothing is written.
 
     Returns: the job as it can run here, the run that its output holds already, and why a run would be refused.
@@ -147,7 +147,7 @@ def foresee(config: JobConfig) -> tuple[JobConfig, RunThere | None, list[str]]:
     there, problems = None, []
     store = Store(config.output.uri, config.output.storage_options)
     try:
-        there = run_there(with_model_of_run(store, config), store)
+        there = existing_run(with_model_of_run(store, config), store)
     except StoreError:
         raise
     except FluxBatchError as error:

@@ -80,7 +80,7 @@ def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunRep
 
 
 @dataclass(frozen=True)
-class RunThere:
+class ExistingRun:
     """The run that an output holds already; `bytes_per_image` is the mean of some of its files, None without any."""
 
     num_shards: int
@@ -98,7 +98,7 @@ class RunThere:
         return f"{shards}, {self.num_images} images ({self.num_failed} failed): a run would go on with the rest"
 
 
-def run_there(config: JobConfig, store: Store) -> RunThere | None:
+def existing_run(config: JobConfig, store: Store) -> ExistingRun | None:
     """Return the run in the output that the job would go on with; None if it would begin one.
 
     Raises: PlanMismatch, JobError if it could do neither.
@@ -113,7 +113,7 @@ def run_there(config: JobConfig, store: Store) -> RunThere | None:
     samples = commits.read_all(list(counts.shards[:_SAMPLED_COMMITS]))
     num_made = sum(commit.num_images - commit.num_failed for commit in samples)
     num_bytes = sum(file.bytes for commit in samples for file in commit.files if file.path.startswith(f"{TRAIN}/"))
-    return RunThere(
+    return ExistingRun(
         len(plan.shards),
         totals.num_committed,
         totals.num_images,
