@@ -31,6 +31,7 @@ _CLIENTS = {"httpx", "httpx2", "httpcore2", "requests"}
 _IN_MEMORY_BYTES = 10_000_000
 # The Hub is waited for so long, once it has answered.
 _OUTAGE_S = 600.0
+_TIMEOUT_S = 10.0
 _LOG_IN = "log in by `hf auth login`, or set HF_TOKEN, with a token that may write there"
 
 T = TypeVar("T")
@@ -136,19 +137,30 @@ class HubDataset:
         disable_progress_bars()
         return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="flux-batch")
 
+    def _reach(self) -> None:
+        """Ask the Hub something small, unless it has answered before. Raises: StoreError if it does not answer.
+
+        Other requests have no time limit.
+        """
+        if self._has_answered:
+            return
+
+        def ask() -> None:
+            self._api.dataset_info(self._name, timeout=_TIMEOUT_S)
+
+        try:
+            first_contact(self._policy).retry(ask, _is_silence, self.address)
+        except Exception as error:  # the clients of the Hub raise anything; a refusal is an answer, too
+            if _is_silence(error):
+                raise StoreError(f"{self.address}: the Hub cannot be reached: {one_line(error)}") from error
+            if http_status(error) is None:
+                raise
+        self._has_answered = True
+
     def _call(self, function: Callable[[], T]) -> T:
         """Ask the Hub. Raises: StoreRefused for what another try will not change, StoreError."""
         try:
-            if not self._has_answered:
-                try:
-                    result = first_contact(self._policy).retry(function, _is_silence, self.address)
-                except Exception as error:
-                    self._has_answered = not _is_silence(error)
-                    if not (self._has_answered and _is_transient(error)):
-                        raise
-                else:
-                    self._has_answered = True
-                    return result
+            self._reach()
             return self._policy.retry(function, _is_transient, self.address)
         except FluxBatchError:
             raise
@@ -156,8 +168,6 @@ class HubDataset:
             status = http_status(error)
             if status in (401, 403):
                 raise StoreRefused(f"{self.address}: the Hub answered {status}: {_LOG_IN}") from error
-            if not self._has_answered and _is_silence(error):
-                raise StoreError(f"{self.address}: the Hub cannot be reached: {one_line(error)}") from error
             if _is_transient(error):
                 raise StoreError(f"{self.address}: the Hub does not answer as it should: {one_line(error)}") from error
             if status is not None:
