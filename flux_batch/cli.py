@@ -136,8 +136,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = _load_job(arguments)
     plan = make_plan(config.prompts, config.output.shard_size)
     here, there, problems = foresee(config)
-    figures = estimate(here, plan, there.bytes_per_image if there else None)
     rows = survey(here, plan, PLAN_ROWS)
+    here = rows.sized(here)
+    figures = estimate(here, plan, there.bytes_per_image if there else None)
     speed = remembered_speed(here, figures["pflop_per_image"])
     if arguments.measure and not problems:
         speed = Speed(measure(config), "measured")

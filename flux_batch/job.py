@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +27,13 @@ from flux_batch.download.models import absolute_model_uri
 from flux_batch.download.revision import model_revision
 from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import FluxBatchError, Interrupted, JobError, RowError, StoreError, count_of
+from flux_batch.errors import FluxBatchError, Interrupted, JobError, NotFound, RowError, StoreError, count_of
 from flux_batch.output.lease import Lease
 from flux_batch.output.metadata import columns_of_job
 from flux_batch.output.paths import PLAN
 from flux_batch.pipeline.load import check_weights, load_pipeline
 from flux_batch.plan.costs import remember_speed
-from flux_batch.plan.estimate import pflop_per_image
+from flux_batch.plan.estimate import pflop_of_rows, pflop_per_image
 from flux_batch.plan.shards import Shards
 from flux_batch.plan.work import largest_first
 from flux_batch.prompts.input_images import check_job_image
@@ -40,6 +42,7 @@ from flux_batch.redaction import without_redacted
 from flux_batch.report.progress.progress import Progress
 from flux_batch.report.progress.snapshot import Snapshot
 from flux_batch.report.reproduction import Original, Reproduction, surroundings
+from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.summary import RunReport
 from flux_batch.resume import (
     ExistingRun,
@@ -68,6 +71,8 @@ if TYPE_CHECKING:
 # The folder in which Ray keeps what was submitted with a job, under its hash: ray/_private/runtime_env/working_dir.py.
 _RAY_WORKING_DIR = "working_dir_files"
 # How a run goes on that a limit has stopped.
+# Shards whose rows tell how much work an image of a run is.
+_SAMPLED_SHARDS = 3
 _HIGHER_LIMIT = "the same command with a higher limit goes on"
 
 log = logging.getLogger(__name__)
@@ -134,8 +139,17 @@ def run(
             with progress.shown(show) as state:
                 _render(engine or ray_pool(here), factory, todo, stop, progress, state)
             if is_local and progress.num_made and progress.device_s:
-                remember_speed(here, progress.num_made / progress.device_s, pflop_per_image(here))
+                pflop = pflop_of_rows(here, _rows_of_some(store, todo)) or pflop_per_image(here)
+                remember_speed(here, progress.num_made / progress.device_s, pflop)
         return close_run(here, store, plan, progress)
+
+
+def _rows_of_some(store: Store, shards: Iterable[Shard]) -> Iterator[Mapping[str, Any]]:
+    """Yield the metadata rows of the first shards that are there."""
+    saved = SavedRun.open(store)
+    for shard in islice(shards, _SAMPLED_SHARDS):
+        with suppress(NotFound):
+            yield from saved.metadata(shard.index)
 
 
 def foresee(config: JobConfig) -> tuple[JobConfig, ExistingRun | None, list[str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flux_batch.config.schema import JobConfig
@@ -25,6 +27,8 @@ from flux_batch.sampling_params import num_image_tokens
 ASSUMED_FLOPS = 450e12
 # Fewer hours than this at an assumed speed say nothing.
 _LEAST_HOURS = 0.05
+# The columns that decide the work of an image.
+_OF_WORK = ("width", "height", "num_inference_steps", "denoising_strength", "cfg_scale")
 # Bytes a pixel, from photographs: PNG is lossless, JPEG and WebP at quality 95.
 _BYTES_PER_PIXEL = {"png": 1.5, "jpeg": 0.5, "webp": 0.35}
 
@@ -61,6 +65,17 @@ def estimate(config: JobConfig, plan: Plan, bytes_per_image: float | None = None
 def pflop_per_image(config: JobConfig) -> float:
     """Return the work of an image with the job's defaults, in 10^15 floating point operations."""
     return _image_flops(config, _size_of_model(config)) / 1e15
+
+
+def pflop_of_rows(config: JobConfig, rows: Iterable[Mapping[str, Any]]) -> float:
+    """Return the mean work of the images in metadata rows, in 10^15 floating point operations; 0 without any."""
+    size = _size_of_model(config)
+    made = Counter(tuple(row[name] for name in _OF_WORK) for row in rows if row["status"] == "success")
+    flops = 0.0
+    for values, number in made.items():
+        sampling = config.sampling.model_copy(update=dict(zip(_OF_WORK, values, strict=True)))
+        flops += number * _image_flops(config.model_copy(update={"sampling": sampling}), size)
+    return flops / max(1, made.total()) / 1e15
 
 
 def _image_flops(config: JobConfig, size: TransformerSize | None) -> float:

@@ -9,17 +9,19 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
 from flux_batch.config.schema import JobConfig, SamplingConfig
-from flux_batch.errors import count_of
+from flux_batch.errors import RowError, StoreError, count_of
 from flux_batch.plan.plan import Plan
 from flux_batch.plan.tokenizers import Tokenizers
+from flux_batch.prompts.input_images import load_images
 from flux_batch.prompts.source import PromptSource
-from flux_batch.records import FailedRow, ImageRequest
+from flux_batch.records import FailedRow, ImageRequest, RowImages
 from flux_batch.sampling_params import SAMPLING_FIELDS
 
 # Rows that `plan` looks at, and those that are compared with each other, which takes some 200 bytes a row.
@@ -50,6 +52,7 @@ class Survey:
     """The counts of a data set's first `num_rows` rows; `failures` and `examples` are by reason.
 
     overrides: the rows whose value differs from the job's, by field. sizes: the images by width and height.
+    reference_size: (width, height) of the first image that is as large as its reference, None without one.
     """
 
     num_rows: int = 0
@@ -68,11 +71,20 @@ class Survey:
     overrides: Counter[str] = field(default_factory=Counter)
     sizes: Counter[str] = field(default_factory=Counter)
     first_prompts: list[str] = field(default_factory=list)
+    reference_size: tuple[int, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts as plain values."""
         counts = {name: dict(getattr(self, name).most_common()) for name in ("failures", "overrides", "sizes")}
         return {**vars(self), **counts}
+
+    def sized(self, config: JobConfig) -> JobConfig:
+        """Return the job with the size of its references, if most images have it."""
+        if self.reference_size is None or self.sizes.most_common(1)[0][0] != _AS_REFERENCE:
+            return config
+        width, height = self.reference_size
+        sampling = config.sampling.model_copy(update={"width": width, "height": height})
+        return config.model_copy(update={"sampling": sampling})
 
     @property
     def failed_ratio(self) -> float:
@@ -96,6 +108,8 @@ def survey(config: JobConfig, plan: Plan, max_rows: int | None = None) -> Survey
             if isinstance(row, FailedRow):
                 _count_failure(found, row)
         for request in requests:
+            if request.size_from_reference and found.reference_size is None:
+                found.reference_size = _reference_size(request, config)
             _count_settings(found, request, config.sampling)
             is_repeated = prompts.again(request.prompt)
             found.num_repeated_prompts += is_repeated
@@ -192,6 +206,16 @@ def _count_settings(found: Survey, request: ImageRequest, job: SamplingConfig) -
         found.overrides.update(list(request.images.by_column))
     if len(found.first_prompts) < _FIRST_PROMPTS:
         found.first_prompts.append(request.prompt)
+
+
+def _reference_size(request: ImageRequest, config: JobConfig) -> tuple[int, int] | None:
+    """Return the size of the first reference as the model reads it; None if it cannot be read."""
+    first = RowImages(reference_image=request.images.reference_image[:1])
+    resize = config.sampling.resize_references
+    with suppress(RowError, StoreError):
+        (image,) = load_images(first, config.prompts.storage_options, None, resize_references=resize)["reference_image"]
+        return image.width, image.height
+    return None
 
 
 def _count_failure(found: Survey, row: FailedRow) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from flux_batch.cli import main
 from flux_batch.config.schema import JobConfig
 from flux_batch.plan.plan import make_plan
 from flux_batch.plan.survey import MAX_REASONS, Survey, survey, survey_rows
+from flux_batch.sampling_params import own_size, preferred_size
 
 ROWS = [
     {"prompt": "a cat", "id": "1"},
@@ -111,11 +113,19 @@ def test_images_of_rows_are_counted_by_their_columns(tmp_path: Path) -> None:
     assert shown["sizes"].startswith("as the reference: 3")
 
 
-def test_a_size_that_only_references_know_is_shown(tmp_path: Path) -> None:
+def test_a_size_that_only_references_know_is_shown_and_planned_with(tmp_path: Path) -> None:
     config = job(tmp_path)
     Path(config.prompts.uri[0]).write_text('{"prompt": "p", "reference_image": "0.png"}\n')
+    found = counted(config)
+    assert dict(survey_rows(found, 1))["sizes"] == "as the reference: 1"
+    assert found.sized(config) == config  # it is not there
 
-    assert dict(survey_rows(counted(config), 1))["sizes"] == "as the reference: 1"
+    Image.new("RGB", (100, 52)).save(tmp_path / "0.png")
+    sampling = counted(config).sized(config).sampling
+    assert (sampling.width, sampling.height) == preferred_size(100, 52)
+    own = config.model_copy(update={"sampling": config.sampling.model_copy(update={"resize_references": False})})
+    sampling = counted(own).sized(own).sampling
+    assert (sampling.width, sampling.height) == own_size(100, 52)
 
 
 def test_validate_reads_every_row_and_ends_as_the_run_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
