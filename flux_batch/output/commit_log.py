@@ -188,7 +188,7 @@ class CommitLog:
 
     @classmethod
     def _from_parquet(cls, commits: Commits, data: bytes) -> tuple[CommitLog, int]:
-        file = pq.ParquetFile(io.BytesIO(data))
+        file = pq.ParquetFile(pa.BufferReader(data))
         about = json.loads(file.schema_arrow.metadata[b"flux_batch"])
         if about["version"] != VERSION or not file.schema_arrow.equals(_COLUMNS):
             raise ValueError("of another version")

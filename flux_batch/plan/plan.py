@@ -145,7 +145,7 @@ class Outline:
     def from_parquet(cls, data: bytes) -> Outline:
         """Read a saved plan without reading the data set. Raises: ValueError if it is not a plan."""
         try:
-            file = pq.ParquetFile(io.BytesIO(data))
+            file = pq.ParquetFile(pa.BufferReader(data))
             passthrough = base64.b64decode(file.schema_arrow.metadata[b"passthrough"])
             num_rows, last = array("q"), -1
             for parts in file.iter_batches(_PARTS_AT_ONCE, columns=["shard", "num_rows"], use_threads=False):

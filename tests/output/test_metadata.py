@@ -1,12 +1,23 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
-from flux_batch.output.metadata import RECORD_SCHEMA, pack_failures, pack_metadata, passthrough_name, unpack_metadata
+from flux_batch.output.metadata import (
+    RECORD_SCHEMA,
+    pack_failures,
+    pack_metadata,
+    parquet_bytes,
+    passthrough_name,
+    unpack_metadata,
+)
 from helpers.image_records import COLUMNS, PASSTHROUGH, PROMPTS, make_record
 
 
@@ -51,3 +62,19 @@ def test_no_passthrough_column_is_taken_for_more_images() -> None:
 
     assert [passthrough_name(name) for name in names] == [f"{name}_" for name in names]
     assert passthrough_name("profile_name") == "profile_name"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted as Linux lists them")
+def test_a_table_is_read_without_threads_that_a_process_would_die_of_at_its_end(tmp_path: Path) -> None:
+    """A thread of Arrow that reads a file object of Python waits for an interpreter that is gone."""
+    (tmp_path / "rows.parquet").write_bytes(parquet_bytes(pa.table({"key": ["a"] * 1000})))
+    program = """
+import os, sys
+from flux_batch.output.metadata import parquet_table
+data = open(sys.argv[1], "rb").read()
+before = len(os.listdir("/proc/self/task"))
+assert parquet_table(data).num_rows == 1000
+print(len(os.listdir("/proc/self/task")) - before, "pyarrow.dataset" in sys.modules)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "rows.parquet")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["0", "False"]

@@ -65,7 +65,7 @@ def _read(run: SavedRun, annotation: str | None, shard: int, schema: pa.Schema) 
     key = _file(run, annotation, shard)
     data = run.store.read(key)
     try:
-        with pq.ParquetFile(io.BytesIO(data)) as file:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
             return file.read(schema.names, use_threads=False).select(schema.names).cast(schema)
     except DECODE_ERRORS as error:
         raise DamagedObject(f"{run.store.url(key)}: cannot be read: {one_line(error)}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 from typing import Any
 
@@ -37,7 +36,7 @@ def read_keys(uri: str) -> list[str]:
 
 def _keys(suffix: str, data: bytes) -> list[Any]:
     if suffix == "parquet":
-        return list(pq.ParquetFile(io.BytesIO(data)).read(["key"])["key"].to_pylist())
+        return list(pq.ParquetFile(pa.BufferReader(data)).read(["key"])["key"].to_pylist())
     text = data.decode("utf-8-sig")
     if suffix == "json":
         return [each["key"] if isinstance(each, dict) else each for each in json.loads(text)]
