@@ -197,7 +197,7 @@ def test_the_job_file_lies_on_a_web_server(tmp_path: Path) -> None:
         assert load_job(address) == config
         with pytest.raises(JobError, match="must be a mapping"):
             load_job(server.at("/list.yaml", b"- 1"))
-        with pytest.raises(JobError, match="cannot be read"):
+        with pytest.raises(JobError, match="not in UTF-8"):
             load_job(server.at("/latin.yaml", b"name: \xff"))
 
 
