@@ -13,7 +13,7 @@ import pyarrow as pa
 from flux_batch.errors import SourceError, one_line
 from flux_batch.prompts.formats.file import PromptBytes, skip_to
 from flux_batch.prompts.formats.json_lines import schema_of_rows
-from flux_batch.prompts.formats.table import BadRow, Row, RowRange, ranges_from
+from flux_batch.prompts.formats.table import BadRow, Row, RowRange, check_whole_characters, ranges_from
 
 # Members of text, by suffix, and the column each becomes; those of a .json are columns of their own.
 _TEXTS = {"txt": "prompt", "caption": "prompt", "text": "prompt"}
@@ -117,6 +117,7 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> Row |
         if suffix != "json":
             return {_TEXTS[suffix]: text.strip()}
         value: Any = json.loads(text)
+        check_whole_characters(value)
     except (ValueError, RecursionError) as error:
         return BadRow(f"{member.name}: {one_line(error)}")
     return value if isinstance(value, dict) else BadRow(f"{member.name}: not a JSON object")

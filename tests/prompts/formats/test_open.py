@@ -195,6 +195,18 @@ def test_no_bytes_are_no_rows_and_no_columns_that_matter(tmp_path: Path, suffix:
         assert list(open_table(str(tmp_path / name), {}).split(4)) == []
 
 
+def test_half_a_character_in_a_tar_costs_its_row_and_not_its_columns(tmp_path: Path) -> None:
+    members = {"0.json": b'{"prompt": "good"}', "1.json": rb'{"prompt": "p", "\ud83d": 1}'}
+    write_tar(tmp_path / "p.tar", members)
+    table = open_table(str(tmp_path / "p.tar"), {})
+
+    assert set(table.schema().names) == {"id", "prompt"}
+    good, bad = (row for part in table.split(2) for row in table.stream(part, {"prompt"}))
+    assert isinstance(bad, BadRow)
+    assert bad.reason.startswith("1.json: ")
+    assert isinstance(good, dict)
+
+
 def test_a_tar_whose_keys_are_scattered_or_whose_end_is_cut_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "p.tar", {"0.txt": b"a", "1.txt": b"b", "0.json": b"{}"})
     with pytest.raises(SourceError, match=r"p\.tar: the members of '0' do not follow each other"):
