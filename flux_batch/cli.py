@@ -141,7 +141,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     figures = estimate(here, plan, there.bytes_per_image if there else None)
     speed = remembered_speed(here, figures["pflop_per_image"])
     if arguments.measure and not problems:
-        speed = Speed(measure(config), "measured")
+        speed = Speed(measure(rows.sized(config)), "measured")
     elif arguments.speed:
         speed = Speed(arguments.speed, "given")
     num_left = max(0, figures["num_images"] - (there.num_images if there else 0))

@@ -108,7 +108,7 @@ def survey(config: JobConfig, plan: Plan, max_rows: int | None = None) -> Survey
             if isinstance(row, FailedRow):
                 _count_failure(found, row)
         for request in requests:
-            if request.size_from_reference and found.reference_size is None:
+            if request.size_from_reference and _AS_REFERENCE not in found.sizes:  # the first alone: it may be far away
                 found.reference_size = _reference_size(request, config)
             _count_settings(found, request, config.sampling)
             is_repeated = prompts.again(request.prompt)

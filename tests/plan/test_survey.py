@@ -11,8 +11,10 @@ from PIL import Image
 
 from flux_batch.cli import main
 from flux_batch.config.schema import JobConfig
+from flux_batch.errors import RowError
 from flux_batch.plan.plan import make_plan
 from flux_batch.plan.survey import MAX_REASONS, Survey, survey, survey_rows
+from flux_batch.records import RowImages
 from flux_batch.sampling_params import own_size, preferred_size
 
 ROWS = [
@@ -126,6 +128,21 @@ def test_a_size_that_only_references_know_is_shown_and_planned_with(tmp_path: Pa
     own = config.model_copy(update={"sampling": config.sampling.model_copy(update={"resize_references": False})})
     sampling = counted(own).sized(own).sampling
     assert (sampling.width, sampling.height) == own_size(100, 52)
+
+
+def test_a_reference_that_cannot_be_read_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(tmp_path)
+    rows = [{"prompt": "p", "reference_image": f"{at}.png"} for at in range(20)]
+    Path(config.prompts.uri[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tried: list[object] = []
+
+    def load(images: RowImages, *_: object, **__: object) -> None:
+        tried.append(images)
+        raise RowError("reference_image 0.png: there is no file")
+
+    monkeypatch.setattr("flux_batch.plan.survey.load_images", load)
+    assert counted(config).sizes == {"as the reference": 20}
+    assert len(tried) == 1
 
 
 def test_validate_reads_every_row_and_ends_as_the_run_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
