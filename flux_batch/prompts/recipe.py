@@ -214,7 +214,9 @@ class Recipe:
 
     def _lines_of(self, uri: str) -> list[str]:
         """Return the values of a sampler's file."""
-        return self._lines.setdefault(uri, self._read_lines(uri))
+        if uri not in self._lines:
+            self._lines[uri] = self._read_lines(uri)
+        return self._lines[uri]
 
     def _read_lines(self, uri: str) -> list[str]:
         """Return the values of a file with one a line."""
