@@ -41,7 +41,8 @@ from flux_batch.model.checkpoint.files import (
     part_of,
 )
 from flux_batch.redaction import public_uri
-from flux_batch.storage.contact import first_contact, has_answered
+from flux_batch.storage.contact import first_contact
+from flux_batch.storage.errors import http_status
 from flux_batch.storage.retry import RetryPolicy, with_retries
 from flux_batch.storage.store import open_filesystem
 
@@ -228,7 +229,7 @@ def model_listing(uri: str, storage_options: Mapping[str, Any] | None = None) ->
 
 def is_silent_hub(uri: str, error: StoreError) -> bool:
     """Return whether an error of a listing is about a hub that never answered."""
-    return source_kind(uri) == "hub" and not has_answered(error)
+    return source_kind(uri) == "hub" and http_status(error) is None
 
 
 def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flux_batch.errors import StoreError
-from flux_batch.storage.errors import http_status, status
+from flux_batch.storage.errors import status
 from flux_batch.storage.retry import RetryPolicy
 
 # Attempts at the first request of all.
@@ -22,11 +22,6 @@ SILENCE_S = 5.0
 def first_contact(policy: RetryPolicy | None = None) -> RetryPolicy:
     """Return a policy for whoever has never answered: few attempts, and none after ten seconds."""
     return (policy or RetryPolicy()).waiting(0.0).with_attempts(FIRST_ATTEMPTS, 2 * SILENCE_S)
-
-
-def has_answered(error: BaseException | None) -> bool:
-    """Return whether a server has answered with an error, or with one of its causes."""
-    return http_status(error) is not None
 
 
 @dataclass
