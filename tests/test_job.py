@@ -288,38 +288,6 @@ def test_failed_rows_cost_only_themselves(tmp_path: Path) -> None:
     assert (tmp_path / "out/_run/failed/00000.parquet").exists()
 
 
-def test_the_speed_that_is_remembered_counts_no_failed_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known: list[float] = []
-    monkeypatch.setattr(job, "ray_pool", lambda config: LocalEngine())
-    monkeypatch.setattr(job, "load_pipeline", lambda model, num_gpus: FakePipeline())
-    monkeypatch.setattr(job, "remember_speed", lambda config, images_per_s, pflop: known.append(images_per_s))
-
-    def images_in(name: str, *widths: int) -> float:
-        rows = [{"prompt": "[slow]", "width": width} for width in widths]
-        report = run(make_job(tmp_path / name, rows, workers={"num_gpus": 0}, failures={"max_ratio": 1}))
-        return known[-1] * report.device_s if known else 0.0
-
-    assert images_in("none", 1000, 1000) == 0
-    assert images_in("some", 16, 1000, 1000, 1000) == pytest.approx(1, rel=0.01)
-
-
-def test_the_speed_that_is_remembered_is_of_the_work_that_was_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known: list[float] = []
-    monkeypatch.setattr(job, "ray_pool", lambda config: LocalEngine())
-    monkeypatch.setattr(job, "load_pipeline", lambda model, num_gpus: FakePipeline())
-    monkeypatch.setattr(job, "remember_speed", lambda config, images_per_s, pflop: known.append(pflop))
-    row = {"prompt": "p", "width": 64, "height": 64, "num_inference_steps": 2}
-    rows, settings = [row, row | {"width": 1000}], {key: row[key] for key in row if key != "prompt"}
-    failures: dict[str, Any] = {"max_ratio": 1}
-
-    run(make_job(tmp_path / "rows", rows, workers={"num_gpus": 0}, failures=failures))
-    run(make_job(tmp_path / "job", [{"prompt": "p"}], workers={"num_gpus": 0}, sampling=settings))
-
-    assert known[0] == known[1] > 0
-
-
 def test_fewer_failures_than_allowed_are_a_success(tmp_path: Path) -> None:
     rows = [{"prompt": None}] + [{"prompt": "x"}] * 3
     assert render(make_job(tmp_path, rows, failures={"max_ratio": 0.25})).exit_code == 0

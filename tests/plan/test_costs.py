@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
 from flux_batch.plan.costs import Speed, cost_rows, costs, remember_speed, remembered_speed
-from helpers.fakes import make_fake_pipeline
+from helpers.fakes import FakePipeline, make_fake_pipeline
 from helpers.job_files import make_job, write_job
 
 FIGURES = {"num_prompts": 10_000, "num_shards": 40, "memory": {"batch_size": 4, "fits_gb": []}}
@@ -102,3 +103,35 @@ def test_a_plan_sees_what_is_there(
     assert "holds a README.md of somebody else's" in capsys.readouterr().out
     assert main(["plan", file, "--set", f"model.uri={tmp_path}/Demo"]) == 2
     assert "REFUSED   " in capsys.readouterr().out
+
+
+def test_the_speed_that_is_remembered_counts_no_failed_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[float] = []
+    monkeypatch.setattr("flux_batch.job.ray_pool", lambda config: LocalEngine())
+    monkeypatch.setattr("flux_batch.job.load_pipeline", lambda model, num_gpus: FakePipeline())
+    monkeypatch.setattr("flux_batch.job.remember_speed", lambda config, images_per_s, pflop: known.append(images_per_s))
+
+    def images_in(name: str, *widths: int) -> float:
+        rows = [{"prompt": "[slow]", "width": width} for width in widths]
+        report = run(make_job(tmp_path / name, rows, workers={"num_gpus": 0}, failures={"max_ratio": 1}))
+        return known[-1] * report.device_s if known else 0.0
+
+    assert images_in("none", 1000, 1000) == 0
+    assert images_in("some", 16, 1000, 1000, 1000) == pytest.approx(1, rel=0.01)
+
+
+def test_the_speed_that_is_remembered_is_of_the_work_that_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[float] = []
+    monkeypatch.setattr("flux_batch.job.ray_pool", lambda config: LocalEngine())
+    monkeypatch.setattr("flux_batch.job.load_pipeline", lambda model, num_gpus: FakePipeline())
+    monkeypatch.setattr("flux_batch.job.remember_speed", lambda config, images_per_s, pflop: known.append(pflop))
+    row = {"prompt": "p", "width": 64, "height": 64, "num_inference_steps": 2}
+    rows, settings = [row, row | {"width": 1000}], {key: row[key] for key in row if key != "prompt"}
+    failures: dict[str, Any] = {"max_ratio": 1}
+
+    run(make_job(tmp_path / "rows", rows, workers={"num_gpus": 0}, failures=failures))
+    run(make_job(tmp_path / "job", [{"prompt": "p"}], workers={"num_gpus": 0}, sampling=settings))
+
+    assert known[0] == known[1] > 0
