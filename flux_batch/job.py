@@ -70,9 +70,9 @@ if TYPE_CHECKING:
 
 # The folder in which Ray keeps what was submitted with a job, under its hash: ray/_private/runtime_env/working_dir.py.
 _RAY_WORKING_DIR = "working_dir_files"
-# How a run goes on that a limit has stopped.
 # Shards whose rows tell how much work an image of a run is.
 _SAMPLED_SHARDS = 3
+# How a run goes on that a limit has stopped.
 _HIGHER_LIMIT = "the same command with a higher limit goes on"
 
 log = logging.getLogger(__name__)
@@ -114,8 +114,9 @@ def run(
         return report
     draft = None if store.exists(PLAN) else draft_run(config, store)
     here = _on_this_machine(config, engine, make_pipeline)
-    is_local = engine is None and make_pipeline is None and not joins_cluster()
-    if engine is None and joins_cluster():
+    joins = engine is None and joins_cluster()
+    is_local = engine is None and make_pipeline is None and not joins
+    if joins:
         from flux_batch.engine.ray_cluster import check_cluster
 
         check_cluster()

@@ -67,7 +67,7 @@ def test_an_image_that_cannot_be_used_is_refused_by_its_argument(
 
 @pytest.mark.parametrize("size", [(700, 8), (8, 700), (97, 8), (60, 40)])
 def test_an_ip_adapter_reads_the_middle_of_an_image_however_long(size: tuple[int, int]) -> None:
-    """What a very long image has beyond its middle is not resized: it would take gigabytes."""
+    """Resizing all of a very long image would take gigabytes."""
     image, side = noise(*size), 28
     shorter = min(size)
     whole = image.resize((side * size[0] // shorter, side * size[1] // shorter), Image.Resampling.BICUBIC)
