@@ -6,7 +6,6 @@ Knows devices, the shapes of a checkpoint and the memory of this machine; knows 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,13 +14,12 @@ from flux_batch.errors import InvalidSetting
 from flux_batch.model.checkpoint.detect import read_shapes
 from flux_batch.model.footprint import weight_bytes
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
+from flux_batch.model.optimize.host_memory import free_memory
 from flux_batch.pipeline.errors import checkpoint_errors
 from flux_batch.sampling_params import Quantization
 
 # Values with which callers leave the dtype open.
 AUTO = (None, "auto")
-MEMORY_INFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")
 # The share of free memory that weights may take: the rest is for activations, libraries and the system.
 _SHARE_FOR_WEIGHTS = 0.8
 
@@ -69,18 +67,6 @@ def fits_into_memory(num_bytes: int) -> bool:
     """Return whether weights of that size fit into free memory; True if that is not known."""
     free = free_memory()
     return free is None or num_bytes <= _SHARE_FOR_WEIGHTS * free
-
-
-def free_memory() -> int | None:
-    """Return the bytes that this process may still take, by the system or its cgroup; None if not known."""
-    with suppress(OSError, ValueError, StopIteration):
-        line = next(line for line in MEMORY_INFO.read_text().splitlines() if line.startswith("MemAvailable:"))
-        free = int(line.split()[1]) * 1024
-        with suppress(OSError, ValueError):  # no cgroup, or no limit: "max"
-            limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-            free = min(free, max(0, limit - used))
-        return free
-    return None
 
 
 def slow_dtype(device: torch.device, dtype: torch.dtype) -> str:

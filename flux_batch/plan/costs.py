@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.local_copy import cache_folder
+from flux_batch.model.optimize.host_memory import total_memory
 
 # The speeds of earlier runs on this machine, by model and device.
 _SPEEDS = "speeds.json"
 _LONG_SHARD_S = 3600.0
 # Hours; fewer are shown in seconds.
 _FEW_HOURS = 0.01
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,8 @@ def _too_large(memory: Mapping[str, Any]) -> list[str]:
     needed = memory.get("least_bytes")
     if needed is None:
         return []
-    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # no cgroup, or no limit: "max"
-        here = min(here, int(_CGROUP_LIMIT.read_text()))
-    if needed <= here:
+    here = total_memory()
+    if here is None or needed <= here:
         return []
     return [f"{needed / 1e9:.1f} GB a worker, this machine has {here / 1e9:.1f} GB"]
 

@@ -139,23 +139,6 @@ class TestNarrowWeights:
         load_pipeline(ModelConfig(uri=str(repository)))
         assert caplog.text == ""
 
-    def test_free_memory_is_that_of_the_cgroup_where_that_is_less(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        info = tmp_path / "meminfo"
-        info.write_text("MemTotal: 100 kB\nMemAvailable:   64 kB\n")
-        monkeypatch.setattr(precision, "MEMORY_INFO", info)
-        monkeypatch.setattr(precision, "CGROUP", tmp_path)
-        assert precision.free_memory() == 64 * 1024
-        (tmp_path / "memory.max").write_text("max\n")
-        (tmp_path / "memory.current").write_text("1000\n")
-        assert precision.free_memory() == 64 * 1024
-        (tmp_path / "memory.max").write_text("9000\n")
-        assert precision.free_memory() == 8000
-        monkeypatch.setattr(precision, "MEMORY_INFO", tmp_path / "none")
-        assert precision.free_memory() is None
-        assert precision.fits_into_memory(10**15)
-
 
 class TestQuantization:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
