@@ -50,6 +50,7 @@ from flux_batch.resume import (
     draft_run,
     existing_run,
     finished,
+    job_of_run,
     open_random_run,
     open_run,
     read_state,
@@ -62,7 +63,7 @@ from flux_batch.worker.auto_batch_size import measured_images_per_s
 from flux_batch.worker.generate import BatchMaker, image_options
 from flux_batch.worker.protocol import ImagePipeline
 from flux_batch.worker.recorder import recorded_task, recorded_tiles
-from flux_batch.worker.settled_precision import settled_job, with_model_of_run
+from flux_batch.worker.settled_precision import settled_job
 from flux_batch.worker.worker import WorkerFactory
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def run(
     drain_s = config.failures.drain_s
     policy = RetryPolicy().ended_by(stop.check, lambda waited_s: stop.check(drain_s))
     store = Store(config.output.uri, config.output.storage_options, policy)
-    config = with_model_of_run(store, config)
+    config = job_of_run(config, store, extend=extend)
     report = finished(config, store, extend=extend)
     if report and not (retry_failed and report.num_failed):
         return report
@@ -117,9 +118,9 @@ def run(
     joins = engine is None and joins_cluster()
     is_local = engine is None and make_pipeline is None and not joins
     if joins:
-        from flux_batch.engine.ray_cluster import check_cluster
+        from flux_batch.engine.ray_cluster import connect
 
-        check_cluster()
+        connect(config.workers.max, config.workers.num_gpus)
     # From here on there is work to lose: wait while the storage is unavailable.
     store = store.with_policy(policy.waiting(config.failures.outage_s))
     with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
@@ -162,7 +163,7 @@ def foresee(config: JobConfig) -> tuple[JobConfig, ExistingRun | None, list[str]
     there, problems = None, []
     store = Store(config.output.uri, config.output.storage_options)
     try:
-        there = existing_run(with_model_of_run(store, config), store)
+        there = existing_run(config, store)
     except StoreError:
         raise
     except FluxBatchError as error:

@@ -57,7 +57,7 @@ from flux_batch.report.progress.progress import Progress
 from flux_batch.report.saved_run import read_json
 from flux_batch.report.summary import RunReport, Totals, first_failures, installed_versions
 from flux_batch.storage.store import STORE_TMP, Store
-from flux_batch.worker.settled_precision import kernels_of_run, settled_job
+from flux_batch.worker.settled_precision import kernels_of_run, settled_job, with_model_of_run
 
 log = logging.getLogger(__name__)
 
@@ -98,12 +98,22 @@ class ExistingRun:
         return f"{shards}, {self.num_images} images ({self.num_failed} failed): a run would go on with the rest"
 
 
+def job_of_run(config: JobConfig, store: Store, *, extend: bool = False) -> JobConfig:
+    """Return a job with what its run began with where it leaves that open: dtype, `compile`, guidance.
+
+    A job that takes the place of another, which has made no image, has nothing of it.
+    Raises: PlanMismatch, StoreError, JobError.
+    """
+    begun = with_model_of_run(store, config)
+    return begun if begun == config or _saved_plan(begun, store, extend=extend) else config
+
+
 def existing_run(config: JobConfig, store: Store) -> ExistingRun | None:
     """Return the run in the output that the job would go on with; None if it would begin one.
 
     Raises: PlanMismatch, JobError if it could do neither.
     """
-    plan = _saved_plan(config, store)
+    plan = _saved_plan(job_of_run(config, store), store)
     if plan is None:
         _check_empty(store)
         return None
@@ -152,7 +162,7 @@ def open_run(config: JobConfig, store: Store, draft: Plan | None = None, *, exte
     plan = draft or draft_run(config, store)
     if store.exists(PLAN):
         # Of another job, which has made no image. The plan goes last: without it, nobody would look for the others.
-        for key in (*SETTLED, PLAN):
+        for key in (*SETTLED, PROGRESS, PLAN):
             store.delete(key)
     store.write(JOB, config.to_yaml().encode())
     store.write(CARD, card(config, plan.num_prompts).encode())

@@ -9,9 +9,9 @@ from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import CheckpointError, PlanMismatch, SourceError
 from flux_batch.job import run
-from flux_batch.output.paths import SETTLED
+from flux_batch.output.paths import PROGRESS, SETTLED
 from flux_batch.report.summary import RunReport
-from flux_batch.resume import open_run
+from flux_batch.resume import job_of_run, open_run
 from flux_batch.storage.store import Store
 from helpers.fakes import FakePipeline, make_fake_pipeline
 from helpers.job_files import data_files, make_job, metadata, write_prompts
@@ -124,4 +124,15 @@ def test_a_job_that_made_nothing_leaves_the_next_one_nothing_that_its_worker_set
 
     open_run(make_job(tmp_path, sampling={"width": 32}), store)
 
-    assert [key for key in SETTLED if store.exists(key)] == []
+    assert [key for key in (*SETTLED, PROGRESS) if store.exists(key)] == []
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(16, "float32"), (32, "auto")], ids=["goes on", "takes its place"])
+def test_a_job_has_the_dtype_of_a_run_that_it_goes_on_with_and_none_of_one_whose_place_it_takes(
+    tmp_path: Path, width: int, dtype: str
+) -> None:
+    begun = make_job(tmp_path, model={"dtype": "float32"})
+    store = Store(begun.output.uri)
+    open_run(begun, store)
+
+    assert job_of_run(make_job(tmp_path, sampling={"width": width}), store).model.dtype == dtype

@@ -31,8 +31,12 @@ _UV_ADVICE = (
 _ADDRESS_ADVICE = (
     "start it, set RAY_ADDRESS to HOST:PORT of another, as in head:6379, or unset it to start one on this machine"
 )
-# Seconds for the TCP answer of a cluster that others have started.
+# Seconds for the answer of a cluster that others have started.
 _CONNECT_TIMEOUT_S = 10.0
+# A client's first bytes in HTTP/2, with which gRPC begins, and the header of a server's first frame, its settings:
+# RFC 9113, sections 3.4 and 4.1.
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+_FRAME_HEADER_BYTES, _SETTINGS_FRAME = 9, b"\x04"
 # Seconds that a cluster which stopped answering may take to come back.
 CLUSTER_LOST_S = 30.0
 # Seconds for the TCP answer of a node, which counts as gone after them.
@@ -80,13 +84,32 @@ def _has_working_dir() -> bool:
 
 
 def check_cluster() -> None:
-    """Raise Interrupted unless RAY_ADDRESS accepts connections; Ray itself would try for many minutes.
+    """Check that a Ray cluster answers at RAY_ADDRESS; Ray itself would try for many minutes, at any server.
 
-    `auto` is left to Ray, which looks for a cluster at once.
+    `auto` is left to Ray, which looks for a cluster at once. Raises: Interrupted if nothing answers there; JobError if
+    it is no server of gRPC, as the head of a cluster is.
     """
     address = os.environ.get("RAY_ADDRESS", "")
-    if not ray.is_initialized() and (reason := why_unreachable(address)):
-        raise Interrupted(f"RAY_ADDRESS = {address}: {_no_cluster(reason)}; {_ADDRESS_ADVICE}")
+    if ray.is_initialized() or not _has_port(address):
+        return
+    try:
+        frame = _first_frame(address)
+    except OSError as error:
+        raise Interrupted(f"RAY_ADDRESS = {address}: {_no_cluster(str(error))}; {_ADDRESS_ADVICE}") from error
+    if frame[3:4] != _SETTINGS_FRAME:
+        program = "a server of HTTP, perhaps the dashboard," if frame.startswith(b"HTTP/") else "another program"
+        raise JobError(f"RAY_ADDRESS = {address}: {program} answers there and no Ray cluster; {_ADDRESS_ADVICE}")
+
+
+def _first_frame(address: str) -> bytes:
+    """Return the first bytes that a server sends: of one of HTTP/2 the header of a frame. Raises: OSError."""
+    with _connected(address, _CONNECT_TIMEOUT_S) as connection, connection.makefile("rb") as stream:
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return b"\0\0\0" + _SETTINGS_FRAME  # it cannot be read here
+        connection.sendall(_HTTP2_PREFACE)
+        if frame := stream.read(_FRAME_HEADER_BYTES):
+            return frame
+    raise ConnectionError("the connection is closed at once")
 
 
 def _no_cluster(reason: str) -> str:
@@ -95,14 +118,24 @@ def _no_cluster(reason: str) -> str:
 
 def why_unreachable(address: str, timeout_s: float = _CONNECT_TIMEOUT_S) -> str | None:
     """Return why a HOST:PORT address accepts no connection; None if it does, or if the address has another form."""
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal():  # `auto`
+    if not _has_port(address):
         return None
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+        _connected(address, timeout_s).close()
     except OSError as error:
         return str(error)
     return None
+
+
+def _has_port(address: str) -> bool:
+    """Return whether an address is HOST:PORT, and not `auto`."""
+    return address.rpartition(":")[2].isdecimal()
+
+
+def _connected(address: str, timeout_s: float) -> socket.socket:
+    """Return a connection to HOST:PORT, for which each wait is `timeout_s`. Raises: OSError."""
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s)
 
 
 def await_cluster(address: str) -> None:

@@ -1,6 +1,9 @@
 import json
 import logging
+import socket
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,35 @@ def test_an_address_where_no_cluster_answers_is_said_at_once(monkeypatch: pytest
     with pytest.raises(Interrupted, match=f"RAY_ADDRESS = {address}: no Ray cluster answers there") as caught:
         connect(max_workers=1, num_gpus=1)
     assert caught.value.exit_code == 75
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "sentence"),
+    [
+        (b"HTTP/1.0 400 Bad Request\r\n", JobError, "a server of HTTP, perhaps the dashboard, answers there"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", JobError, "another program answers there and no Ray cluster; start it, set"),
+        (b"", Interrupted, r"no Ray cluster answers there \(the connection is closed at once\)"),
+        (b"\0\0\x18\4\0\0\0\0\0\0", None, ""),  # the settings of a server of gRPC
+    ],
+    ids=["the dashboard", "another program", "nothing behind a proxy", "a cluster"],
+)
+def test_another_program_at_the_address_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes, error: type[Exception] | None, sentence: str
+) -> None:
+    def serve() -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(100)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(error, match=sentence) if error else nullcontext():
+            check_cluster()
+        thread.join()
 
 
 @pytest.mark.parametrize(
