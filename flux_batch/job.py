@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -204,13 +205,18 @@ def preview(
 
     folder = tempfile.mkdtemp(prefix="flux-batch-preview-")
     output = config.output.model_copy(update={"uri": folder, "format": "files", "storage_options": {}})
-    config = _on_cpu_without_gpu(with_absolute_paths(config.model_copy(update={"output": output})), make_pipeline)
-    if is_random:
-        open_random_run(config, Store(folder), num_rows)
-    else:
-        limit = min(num_rows, config.prompts.limit or num_rows)
-        config = config.model_copy(update={"prompts": config.prompts.model_copy(update={"limit": limit})})
-    return run(config, engine=LocalEngine(max_attempts=1), make_pipeline=make_pipeline)
+    config = config.model_copy(update={"output": output})
+    try:
+        config = _on_cpu_without_gpu(with_absolute_paths(config), make_pipeline)
+        if is_random:
+            open_random_run(config, Store(folder), num_rows)
+        else:
+            limit = min(num_rows, config.prompts.limit or num_rows)
+            config = config.model_copy(update={"prompts": config.prompts.model_copy(update={"limit": limit})})
+        return run(config, engine=LocalEngine(max_attempts=1), make_pipeline=make_pipeline)
+    except BaseException:  # of an interrupt too: the folder is known to nobody yet
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def reproduce(

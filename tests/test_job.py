@@ -1,5 +1,6 @@
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -471,3 +472,15 @@ def test_a_run_killed_before_any_write_ends_in_the_same_bytes(
         if not died:
             break
     assert step > 12
+
+
+def test_a_preview_that_comes_to_nothing_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(model: ModelConfig) -> FakePipeline:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        preview(make_job(tmp_path), 2, make_pipeline=interrupted)
+    assert list((tmp_path / "temporary").glob("*preview*")) == []
+    assert Path(preview(make_job(tmp_path), 2, make_pipeline=make_fake_pipeline).output).parent.name == "temporary"
