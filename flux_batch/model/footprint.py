@@ -52,7 +52,7 @@ def weight_bytes(part: str, shapes: Shapes, dtype: str, quantization: str = "non
         if quantization != "none" and is_quantizable(part, name, len(shape)):
             total += 2 * numbers if quantization == "bfloat16" else numbers + _SCALE_BYTES * shape[0]
         elif part == "t5" and dtype == "float16" and name.endswith(".wo.weight"):
-            total += 4 * numbers  # kept in float32, see model/text.py
+            total += 4 * numbers  # kept in float32, see load_t5
         else:
             total += wide * numbers
     return total

@@ -246,6 +246,17 @@ def count_of(shapes: Shapes, prefix: str) -> int:
     return count
 
 
+def settings_of(config: Config, model_type: str, names: Sequence[str]) -> Config:
+    """Return the settings of these names in a config.json of that model type."""
+    return {name: config[name] for name in names if name in config} if config.get("model_type") == model_type else {}
+
+
+def check_setting(name: str, value: object, is_right: bool, rule: str) -> None:
+    """Raise ValueError with the rule that a setting of a config.json breaks."""
+    if not is_right:
+        raise ValueError(f"its config.json does not fit its weights: {name} = {value!r} {rule}")
+
+
 def first_step(num_steps: int, strength: float) -> int:
     """Return the step at which image-to-image starts. Source: diffusers 0.42.1, FluxImg2ImgPipeline."""
     return int(max(num_steps - min(num_steps * strength, num_steps), 0))

@@ -32,7 +32,8 @@ from flux_batch.model.optimize.quantize import (
     fp8_matmul_obstacle,
 )
 from flux_batch.model.params import ScheduleParams, schedule_params
-from flux_batch.model.text import ClipEncoder, T5Encoder, load_clip, load_t5
+from flux_batch.model.text.clip import ClipEncoder, load_clip
+from flux_batch.model.text.t5 import T5Encoder, load_t5
 from flux_batch.model.transformer import Flux
 from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 from flux_batch.pipeline.loras import LoadedLoras
@@ -274,8 +275,11 @@ def check_parts_fit(
     for what, value, wanted in facts:
         if value != wanted:
             raise CheckpointError(f"the parts are not of one model: {what} is {value}, the transformer takes {wanted}")
-    for what, encoder in (("CLIP", clip), ("T5", t5)):
-        count, vocab_size = len(encoder.tokenizer), encoder.model.config.vocab_size
+    for what, tokenizer, vocab_size in (
+        ("CLIP", clip.tokenizer, clip.model.params.vocab_size),
+        ("T5", t5.tokenizer, t5.model.params.vocab_size),
+    ):
+        count = len(tokenizer)
         if count > vocab_size:
             raise CheckpointError(f"the tokenizer of {what} has {count} tokens, its text encoder knows {vocab_size}")
 

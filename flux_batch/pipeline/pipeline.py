@@ -26,7 +26,8 @@ from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.model.optimize.tiling import Tiling
 from flux_batch.model.params import T5_SEQUENCE_LENGTH, ScheduleParams
 from flux_batch.model.sampling import Progress
-from flux_batch.model.text import ClipEncoder, T5Encoder
+from flux_batch.model.text.clip import ClipEncoder
+from flux_batch.model.text.t5 import T5Encoder
 from flux_batch.model.transformer import Flux, PromptEmbeds, position_tables
 from flux_batch.pipeline.compiled import apply_speed_ups, kernels_of
 from flux_batch.pipeline.denoising import denoised

@@ -15,7 +15,8 @@ import torch
 
 from flux_batch.errors import InvalidSetting
 from flux_batch.model.optimize.offload import apply_offload
-from flux_batch.model.text import ClipEncoder, T5Encoder
+from flux_batch.model.text.clip import ClipEncoder
+from flux_batch.model.text.t5 import T5Encoder
 from flux_batch.model.transformer import PromptEmbeds
 from flux_batch.pipeline.errors import device_errors
 from flux_batch.pipeline.loras import LoadedLoras

@@ -28,7 +28,7 @@ class Tokenizers:
             if home is None:
                 self.missing = f"{config.model.uri} is not on this machine"
                 return
-            from flux_batch.model.text import load_tokenizers  # seconds of imports
+            from flux_batch.model.text.tokenizers import load_tokenizers  # seconds of imports
 
             embeds_guidance = any(
                 key.startswith("guidance_in.") for key in read_shapes(find_parts(home))["transformer"]
@@ -40,7 +40,7 @@ class Tokenizers:
 
     def count(self, requests: Sequence[ImageRequest]) -> tuple[int, int]:
         """Return the number of prompts that CLIP and T5 cut."""
-        from flux_batch.model.text import count_tokens
+        from flux_batch.model.text.tokenizers import count_tokens
 
         if not requests:
             return 0, 0
@@ -52,7 +52,7 @@ class Tokenizers:
 
     def left_out(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Return the end of a metadata row's prompt that each encoder leaves out; empty if it has none."""
-        from flux_batch.model.text import left_out
+        from flux_batch.model.text.tokenizers import left_out
 
         if self.missing:
             return {}

@@ -155,7 +155,9 @@ def test_offloaded_text_encoders_give_the_same_images_and_visit_the_device_to_en
     assert all(not weight.is_cuda and weight.is_pinned() for weight in weights)
     visits = []
     states = pipe.t5.states
-    monkeypatch.setattr(pipe.t5, "states", lambda ids: visits.append(pipe.t5.model.device.type) or states(ids))
+    monkeypatch.setattr(
+        pipe.t5, "states", lambda ids: visits.append(pipe.t5.model.shared.weight.device.type) or states(ids)
+    )
     prompt_embeds, pooled_prompt_embeds = pipe.encode_prompt(PROMPTS, 64)
     assert not prompt_embeds.is_cuda
     assert not pooled_prompt_embeds.is_cuda

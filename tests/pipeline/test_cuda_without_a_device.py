@@ -28,12 +28,11 @@ from flux_batch.bench.pipeline.random_model import random_manager
 from flux_batch.errors import InvalidSetting
 from flux_batch.model.conditions.ip_adapter import IPAdapter, IPAdapterParams
 from flux_batch.model.conditions.redux import Redux
-from flux_batch.model.conditions.vision import ClipVisionEncoder, SiglipEncoder
+from flux_batch.model.conditions.vision import ClipVisionEncoder, SiglipEncoder, build_tower
 from flux_batch.model.optimize import quantize
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.optimize.quantize import to_fp8
 from flux_batch.model.sampling import make_noise
-from flux_batch.model.text import build
 from flux_batch.pipeline import compiled as compiling
 from flux_batch.pipeline.images import latents as image_latents
 from flux_batch.pipeline.images.ip_adapter import IPAdapterPrompts
@@ -171,7 +170,7 @@ def test_offloaded_text_encoders_visit_the_device(waits: Waits) -> None:
     states = pipe.t5.states
 
     def noted(ids: Tensor) -> Tensor:
-        visits.append(pipe.t5.model.device.type)
+        visits.append(pipe.t5.model.shared.weight.device.type)
         return states(ids)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -205,13 +204,13 @@ def test_image_prompts_beside_offloaded_text_encoders(waits: Waits, reader: str)
     of_tower: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 16, "patch_size": 14}
     if reader == "redux":
         of_tower |= {"hidden_size": 1152, "intermediate_size": 4304, "image_size": 384}
-        tower = build(SiglipVisionConfig, SiglipVisionModel, of_tower)
+        tower = build_tower(SiglipVisionConfig, SiglipVisionModel, of_tower)
         with torch.device("meta"):
             part: Any = Redux(1152, 12288, 4096)
         pipe.image_prompts.redux = ReduxPrompts(SiglipEncoder(tower), part)
     else:
         of_tower |= {"hidden_size": 1024, "intermediate_size": 4096, "image_size": 224, "projection_dim": 768}
-        tower = build(CLIPVisionConfig, CLIPVisionModelWithProjection, of_tower)
+        tower = build_tower(CLIPVisionConfig, CLIPVisionModelWithProjection, of_tower)
         with torch.device("meta"):
             part = IPAdapter(IPAdapterParams(embed_dim=768, num_tokens=16, token_dim=4096, hidden_size=3072, depth=2))
         pipe.image_prompts.ip_adapters = [IPAdapterPrompts(ClipVisionEncoder(tower), part, 24)]

@@ -15,8 +15,8 @@ from PIL import Image
 
 from flux_batch import FluxImagePipeline
 from flux_batch.errors import CheckpointError, DeviceFatal, InvalidSetting, OutOfMemory, RowError
-from flux_batch.model import text as text_encoders
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
+from flux_batch.model.text import clip, t5
 from flux_batch.pipeline import pipeline as pipeline_module
 from flux_batch.pipeline.model_manager import device_errors
 from helpers import tiny_flux
@@ -196,7 +196,8 @@ class TestTexts:
             counted.append(texts)
             return [1]
 
-        monkeypatch.setattr(text_encoders, "count_tokens", count)
+        for encoder in (clip, t5):
+            monkeypatch.setattr(encoder, "count_tokens", count)
         assert pipe.truncations([*texts, "b"], 512)[:4] == [(False, False), (False, False), (True, False), (True, True)]
         assert counted == [["b"], ["b"]]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flux_batch.errors import JobError
 from flux_batch.model.checkpoint.diffusers_keys import (
@@ -18,6 +20,8 @@ from flux_batch.model.checkpoint.diffusers_keys import (
     transformer_to_diffusers,
 )
 from flux_batch.model.params import FluxParams
+from flux_batch.model.text.clip import ClipModel
+from flux_batch.model.text.t5 import T5Model
 from flux_batch.pipeline.model_manager import ModelManager
 from flux_batch.pipeline.pipeline import FluxImagePipeline
 
@@ -25,7 +29,7 @@ _State = Mapping[str, torch.Tensor]
 
 
 class Peer:
-    """diffusers' pipeline, eager or with compiled blocks; it shares text encoders and most weights with ours."""
+    """diffusers' pipeline, eager or with compiled blocks; it shares most weights with ours."""
 
     def __init__(self, name: str, *, compiled: bool = False) -> None:
         self.name = name
@@ -42,7 +46,7 @@ class Peer:
         self._states = (dict(manager.transformer.state_dict()), dict(manager.autoencoder.state_dict()))
 
     def open(self, pipeline: FluxImagePipeline) -> None:
-        """Build diffusers' pipeline from the kept weights and our text encoders."""
+        """Build diffusers' pipeline from the kept weights and those of our text encoders."""
         assert self._states is not None
         transformer, autoencoder = self._states
         self._pipeline = FluxPipeline(
@@ -50,9 +54,9 @@ class Peer:
             vae=_loaded(
                 AutoencoderKL, autoencoder_config(pipeline.autoencoder.params), autoencoder_to_diffusers(autoencoder)
             ),
-            text_encoder=pipeline.clip.model,
+            text_encoder=_clip(pipeline.clip.model),
             tokenizer=pipeline.clip.tokenizer,
-            text_encoder_2=pipeline.t5.model,
+            text_encoder_2=_t5(pipeline.t5.model),
             tokenizer_2=pipeline.t5.tokenizer,
             transformer=_loaded(
                 FluxTransformer2DModel,
@@ -81,8 +85,23 @@ class Peer:
         return [np.asarray(image) for image in images]
 
 
+def _clip(model: ClipModel) -> CLIPTextModel:
+    """Return the CLIP of transformers with the weights of ours."""
+    theirs = _loaded(CLIPTextModel, {"config": CLIPTextConfig(**asdict(model.params))}, model.state_dict())
+    device = model.final_layer_norm.weight.device
+    theirs.embeddings.position_ids = torch.arange(model.params.max_position_embeddings, device=device)[None]
+    return theirs
+
+
+def _t5(model: T5Model) -> T5EncoderModel:
+    """Return the T5 of transformers with the weights of ours."""
+    config = T5Config(**asdict(model.params), tie_word_embeddings=False)
+    table = {"encoder.embed_tokens.weight": model.shared.weight}
+    return _loaded(T5EncoderModel, {"config": config}, {**model.state_dict(), **table})
+
+
 def _loaded(kind: Any, config: Mapping[str, Any], state: _State) -> Any:
-    """Return a model of diffusers that holds existing tensors, copied only if not contiguous."""
+    """Return a model of these libraries that holds existing tensors, copied only if not contiguous."""
     with torch.device("meta"):
         model = kind(**config)
     model.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, assign=True)

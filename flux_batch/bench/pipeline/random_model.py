@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from flux_batch.demo.paths import demo_model_folder
 from flux_batch.model.autoencoder import AutoEncoder
@@ -25,7 +25,9 @@ from flux_batch.model.params import (
     FluxParams,
     ScheduleParams,
 )
-from flux_batch.model.text import ClipEncoder, T5Encoder, build, load_tokenizer
+from flux_batch.model.text.clip import ClipEncoder, ClipModel, ClipParams
+from flux_batch.model.text.t5 import T5Encoder, T5Model, T5Params
+from flux_batch.model.text.tokenizers import load_tokenizer
 from flux_batch.model.transformer import Flux
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import PREPARE_T5, PREPARE_TRANSFORMER, ModelManager
@@ -43,8 +45,8 @@ class _Size:
     transformer: FluxParams
     autoencoder: AutoencoderParams
     schedule: ScheduleParams
-    clip: Mapping[str, int]
-    t5: Mapping[str, int]
+    clip: Mapping[str, Any]
+    t5: Mapping[str, Any]
 
 
 # Sources: openai/clip-vit-large-patch14 and google/t5-v1_1-xxl, their config.json.
@@ -157,35 +159,18 @@ def random_autoencoder(name: str, dtype: torch.dtype, device: torch.device) -> A
 
 def random_clip(size: _Size, dtype: torch.dtype, device: torch.device) -> ClipEncoder:
     """Return CLIP's text half with random weights."""
-    settings = {
-        **size.clip,
-        "hidden_size": size.transformer.vec_in_dim,
-        "max_position_embeddings": 77,
-        "hidden_act": "quick_gelu",
-        "bos_token_id": 0,
-        "eos_token_id": 2,  # the legacy value, see clip_settings
-    }
-    model = _filled(build(CLIPTextConfig, CLIPTextModel, settings), dtype, device)
-    positions = torch.arange(model.config.max_position_embeddings, device=device)[None]
-    for name, _ in list(model.named_buffers()):
-        model.get_submodule(name.rpartition(".")[0]).register_buffer("position_ids", positions, persistent=False)
-    return ClipEncoder(load_tokenizer(CLIPTokenizer, demo_model_folder(), "tokenizer"), model)
+    with torch.device("meta"):
+        model = ClipModel(ClipParams(**size.clip, hidden_size=size.transformer.vec_in_dim))
+    tokenizer = load_tokenizer(CLIPTokenizer, demo_model_folder(), "tokenizer")
+    return ClipEncoder(tokenizer, _filled(model, dtype, device))
 
 
 def random_t5(size: _Size, dtype: torch.dtype, device: torch.device, quantization: Quantization) -> T5Encoder:
     """Return T5's encoder with random weights."""
-    settings = {
-        **size.t5,
-        "d_model": size.transformer.context_in_dim,
-        "feed_forward_proj": "gated-gelu",
-        "relative_attention_num_buckets": 32,
-        "relative_attention_max_distance": 128,
-        "tie_word_embeddings": False,
-    }
-    model = build(T5Config, T5EncoderModel, settings)
-    model.encoder.set_input_embeddings(model.shared)
-    model = _filled(model, dtype, device, PREPARE_T5[quantization])
-    return T5Encoder(load_tokenizer(T5Tokenizer, demo_model_folder(), "tokenizer_2"), model)
+    with torch.device("meta"):
+        model = T5Model(T5Params(**size.t5, d_model=size.transformer.context_in_dim))
+    tokenizer = load_tokenizer(T5Tokenizer, demo_model_folder(), "tokenizer_2")
+    return T5Encoder(tokenizer, _filled(model, dtype, device, PREPARE_T5[quantization]))
 
 
 def _filled(model: Any, dtype: torch.dtype, device: torch.device, prepare: Any = None) -> Any:

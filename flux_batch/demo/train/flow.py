@@ -25,7 +25,8 @@ from flux_batch.demo.train.world import training_text
 from flux_batch.model.conditions.reference import Reference, placed
 from flux_batch.model.optimize.compile import apply_compile
 from flux_batch.model.sampling import position_ids
-from flux_batch.model.text import ClipEncoder, T5Encoder
+from flux_batch.model.text.clip import ClipEncoder
+from flux_batch.model.text.t5 import T5Encoder
 from flux_batch.model.transformer import Flux
 
 _MATRIX_RATE = 2e-2

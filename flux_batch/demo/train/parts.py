@@ -21,7 +21,8 @@ from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint import diffusers_keys
 from flux_batch.model.checkpoint.diffusers_keys import autoencoder_to_diffusers, transformer_to_diffusers
 from flux_batch.model.params import DEV, AutoencoderParams, FluxParams, ScheduleParams
-from flux_batch.model.text import ClipEncoder, T5Encoder
+from flux_batch.model.text.clip import ClipEncoder
+from flux_batch.model.text.t5 import T5Encoder
 from flux_batch.model.transformer import Flux
 
 # The release of diffusers that wrote the real folder; readers ask it which old habits to expect.
@@ -52,17 +53,13 @@ def write_model(
     weights = "diffusion_pytorch_model.safetensors"
     save_weights(folder / "transformer" / weights, transformer_to_diffusers(transformer.state_dict()))
     save_weights(folder / "vae" / weights, autoencoder_to_diffusers(autoencoder.state_dict()))
-    # transformers 5 has moved CLIP's modules one level up; the files have not followed.
-    names = {name: f"text_model.{name.removeprefix('text_model.')}" for name in clip.model.state_dict()}
-    clip_state = {names[name]: tensor for name, tensor in clip.model.state_dict().items()}
+    clip_state = {f"text_model.{name}": tensor for name, tensor in clip.model.state_dict().items()}
     save_weights(folder / "text_encoder" / "model.safetensors", clip_state)
-    # A second name of shared.weight, which the files leave out.
-    t5_state = {name: value for name, value in t5.model.state_dict().items() if name != "encoder.embed_tokens.weight"}
-    save_weights(folder / "text_encoder_2" / "model.safetensors", t5_state)
+    save_weights(folder / "text_encoder_2" / "model.safetensors", t5.model.state_dict())
     write_json(folder / "transformer" / "config.json", _transformer_config(transformer.params))
     write_json(folder / "vae" / "config.json", _autoencoder_config(autoencoder.params))
-    write_json(folder / "text_encoder" / "config.json", clip_config(clip.model.config.vocab_size))
-    write_json(folder / "text_encoder_2" / "config.json", t5_config(t5.model.config.vocab_size))
+    write_json(folder / "text_encoder" / "config.json", clip_config(clip.model.params.vocab_size))
+    write_json(folder / "text_encoder_2" / "config.json", t5_config(t5.model.params.vocab_size))
     write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config())
     write_json(folder / "model_index.json", _model_index())
 

@@ -19,7 +19,8 @@ from flux_batch.demo.train.progress import Meter, Stage, load
 from flux_batch.demo.train.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 from flux_batch.demo.train.world import FACTS, training_scene, training_text
 from flux_batch.demo.world.captions import captions
-from flux_batch.model.text import ClipEncoder, T5Encoder
+from flux_batch.model.text.clip import ClipEncoder, ClipModel, clip_params
+from flux_batch.model.text.t5 import T5Encoder, T5Model, t5_params
 
 _RATE = 2e-3
 _MATRIX_RATE = 1e-2
@@ -69,8 +70,14 @@ def _make_encoders(folder: Path) -> tuple[ClipEncoder, T5Encoder]:
     t5_vocabulary = write_t5_tokenizer(folder / "tokenizer_2", texts)
     clip_tokenizer: Any = CLIPTokenizer.from_pretrained(str(folder / "tokenizer"))
     t5_tokenizer: Any = T5Tokenizer.from_pretrained(str(folder / "tokenizer_2"))
-    clip = CLIPTextModel(CLIPTextConfig(**clip_config(clip_vocabulary)))
-    t5 = T5EncoderModel(T5Config(**t5_config(t5_vocabulary)))
+    # transformers draws the weights that training starts from.
+    drawn = CLIPTextModel(CLIPTextConfig(**clip_config(clip_vocabulary))).state_dict()
+    clip = ClipModel(clip_params({name: value.shape for name, value in drawn.items()}, clip_config(clip_vocabulary)))
+    clip.load_state_dict(drawn)
+    drawn = T5EncoderModel(T5Config(**t5_config(t5_vocabulary))).state_dict()
+    del drawn["encoder.embed_tokens.weight"]  # a second name of shared.weight
+    t5 = T5Model(t5_params({name: value.shape for name, value in drawn.items()}, t5_config(t5_vocabulary)))
+    t5.load_state_dict(drawn)
     return ClipEncoder(clip_tokenizer, clip), T5Encoder(t5_tokenizer, t5)
 
 

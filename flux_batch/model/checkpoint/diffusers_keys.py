@@ -164,7 +164,8 @@ def original_names(shapes: Shapes, rules: Rules) -> Shapes:
 
 def swap_halves(rows: Tensor) -> Tensor:
     """Return the rows with their first and second half exchanged."""
-    return torch.cat(rows.chunk(2)[::-1])
+    # On meta there are no rows, and for torch.cat torch would import its compiler.
+    return rows if rows.is_meta else torch.cat(rows.chunk(2)[::-1])
 
 
 def transformer_rules(names: Mapping[str, object]) -> Iterator[_Rule]:

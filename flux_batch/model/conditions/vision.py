@@ -15,7 +15,6 @@ from flux_batch.model.checkpoint.image_prompts import TOWER_PREFIX, tower_of
 from flux_batch.model.checkpoint.lazy_state import StoredState
 from flux_batch.model.checkpoint.loading import load_weights, naming_errors
 from flux_batch.model.params import Config, Shapes, count_of, shape_of
-from flux_batch.model.text import build
 
 # Settings that shapes do not tell.
 _SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size")
@@ -78,7 +77,7 @@ def load_siglip(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.dev
     checkpoint, what = tower_of(checkpoint), "the vision tower of a SigLIP"
     with naming_errors(checkpoint, what):
         config = _vision_config(checkpoint)
-        model = build(SiglipVisionConfig, SiglipVisionModel, _siglip_settings(checkpoint.shapes, config))
+        model = build_tower(SiglipVisionConfig, SiglipVisionModel, _siglip_settings(checkpoint.shapes, config))
     return SiglipEncoder(_filled(model, checkpoint, what, dtype, device))
 
 
@@ -89,8 +88,17 @@ def load_clip_vision(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torc
     checkpoint, what = tower_of(checkpoint), "the vision tower of a CLIP with its projection"
     with naming_errors(checkpoint, what):
         config = _vision_config(checkpoint)
-        model = build(CLIPVisionConfig, CLIPVisionModelWithProjection, _clip_settings(checkpoint.shapes, config))
+        model = build_tower(CLIPVisionConfig, CLIPVisionModelWithProjection, _clip_settings(checkpoint.shapes, config))
     return ClipVisionEncoder(_filled(model, checkpoint, what, dtype, device))
+
+
+def build_tower(config_class: Any, model_class: Any, settings: Config) -> Any:
+    """Build a tower of transformers on meta. Raises: ValueError if the settings do not fit the weights."""
+    try:
+        with torch.device("meta"):
+            return model_class(config_class(**settings))
+    except Exception as error:  # of any class: settings are read from a file, and transformers computes with them
+        raise ValueError(f"its config.json does not fit its weights: {error!r}") from error
 
 
 def _filled(model: Any, checkpoint: Checkpoint, what: str, dtype: torch.dtype, device: torch.device) -> Any:

@@ -18,7 +18,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from flux_batch.model import layers, rope
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.layers import BlockLinear, JointAttention
+from flux_batch.model.layers import BlockLinear, JointAttention, Matmul
 from flux_batch.model.optimize import kernels, quantize
 from flux_batch.model.optimize.attention import TORCH_ATTENTION, AttentionKernels
 from flux_batch.model.transformer import Flux
@@ -150,6 +150,13 @@ def _matmul_then_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight) if bias is None else F.linear(x, weight) + bias
 
 
+# In place of functions for which the compiler makes slow code on a CPU, or none.
+_COMPILABLE: Mapping[Matmul, Matmul] = {
+    F.linear: _matmul_then_bias,
+    kernels.onednn_matmul: kernels.opaque_onednn_matmul,
+}
+
+
 def _check_compiler(device: torch.device) -> None:
     try:
         probe: Callable[[Tensor], Tensor] = torch.compile(lambda x: x + 1)
@@ -165,8 +172,8 @@ def use_compilable_functions(block: nn.Module, device: torch.device) -> None:
             block.set_submodule(name, _SigmoidGELU())
         elif isinstance(module, JointAttention) and device.type != "cpu":
             module.rotate = rotate_in_parts
-        elif isinstance(module, BlockLinear) and device.type == "cpu" and module.matmul is F.linear:
-            module.matmul = _matmul_then_bias
+        elif isinstance(module, BlockLinear) and device.type == "cpu":
+            module.matmul = _COMPILABLE.get(module.matmul, module.matmul)
 
 
 def _kernels_tag(attention: AttentionKernels) -> str:

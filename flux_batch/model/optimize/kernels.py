@@ -55,14 +55,17 @@ def project_apart(linear: nn.Module, x: Tensor, widths: Sequence[int], lengths: 
     return [linear.matmul(x, weight, bias)[:, -length:] for weight, bias, length in parts]
 
 
-# One opaque call for torch.compile, whose own way to this kernel takes nothing but constant weights.
-@torch.library.custom_op("flux_batch::onednn_matmul", mutates_args=())
 def onednn_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a linear layer in float32 by oneDNN: x (..., i), weight (o, i), bias (o,) -> (..., o)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@onednn_matmul.register_fake
+# One opaque call for torch.compile, whose own way to this kernel takes nothing but constant weights. Not for others:
+# torch imports its compiler when it is first called, which takes as long as torch itself.
+opaque_onednn_matmul = torch.library.custom_op("flux_batch::onednn_matmul", onednn_matmul, mutates_args=())
+
+
+@opaque_onednn_matmul.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 

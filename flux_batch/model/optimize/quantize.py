@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,19 +119,6 @@ class Fp8MatmulLinear(Fp8Linear):
         return result.view(*x.shape[:-1], self.out_features)
 
 
-class FeedForward(nn.Module):
-    """T5's gated feed-forward. The one of transformers casts to the dtype of wo's weight, which must not be fp8."""
-
-    def __init__(self, theirs: Any) -> None:
-        super().__init__()
-        self.wi_0, self.wi_1, self.wo, self.act = theirs.wi_0, theirs.wi_1, theirs.wo, theirs.act
-
-    def forward(self, x: Tensor) -> Tensor:
-        gated = self.act(self.wi_0(x)) * self.wi_1(x)
-        # wo overflows in float16, see load_t5.
-        return self.wo(gated.float() if gated.dtype == torch.float16 else gated)
-
-
 def apply_fp8(model: nn.Module, *, matmul: bool = False) -> None:
     """Make a Flux keep the matrices of its blocks in fp8. matmul: multiply in fp8 as well.
 
@@ -168,9 +154,6 @@ def _replace_in_t5(model: nn.Module, kind: Callable[[nn.Linear], nn.Module]) -> 
     """Replace the matrices of a T5 encoder's blocks by layers of another kind."""
     for name, layer in _quantizable(model, "t5"):
         model.set_submodule(name, kind(layer))
-    for name, module in list(model.named_modules()):
-        if name.endswith(".DenseReluDense"):
-            model.set_submodule(name, FeedForward(module))
 
 
 def _quantizable(model: nn.Module, part: str) -> list[tuple[str, nn.Linear]]:

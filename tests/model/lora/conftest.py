@@ -14,7 +14,8 @@ from flux_batch.model.checkpoint.checkpoint import open_checkpoint
 from flux_batch.model.checkpoint.detect import detect
 from flux_batch.model.checkpoint.loading import load_transformer
 from flux_batch.model.lora.fusion import LoraFusion
-from flux_batch.model.text import load_clip, load_t5
+from flux_batch.model.text.clip import load_clip
+from flux_batch.model.text.t5 import load_t5
 from helpers.tiny_flux import TinyFlux, make_tiny_repository
 
 F32 = {"dtype": torch.float32, "device": torch.device("cpu")}
