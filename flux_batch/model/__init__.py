@@ -1,1 +1,1 @@
-"""The computation of FLUX: torch, einops, safetensors, and tokenizers of transformers; imports nothing else of ours."""
+"""The computation of FLUX: torch, einops, safetensors and transformers only; imports nothing else of this package."""
