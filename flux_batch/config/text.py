@@ -136,9 +136,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     path, value = _read_pair(override, "--set", "section.key=value", shown=re.split(r"[^\w.]", override.strip())[0])
     *sections, key = path.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
+        below = tree.get(section)
+        if not isinstance(below, dict | None):
             raise JobError(f"--set {path}: {section} is not a section")
+        tree[section] = dict(below or {})  # a copy: by an alias of YAML, another section may be the very same
+        tree = tree[section]
     tree[key] = value
 
 
