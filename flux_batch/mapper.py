@@ -46,6 +46,8 @@ _ADDED_SCHEMA = pa.schema([("image", pa.binary()), *((name, RECORD_SCHEMA.field(
 _REPLACED_COLUMNS = {"seed", "width", "height"}
 _INPUT_IMAGE_READERS = 4
 _ENCODERS = 2
+# Rows of one Arrow array, which holds 2 GiB of bytes: a PNG of 8192 x 8192 has up to 200 MB.
+_ROWS_PER_CHUNK = 8
 # sysexits.h EX_SOFTWARE, as for the workers of a job.
 _DEVICE_FATAL_EXIT = 70
 
@@ -267,12 +269,20 @@ def with_columns(
     """
     if isinstance(batch, pa.Table):
         kept = batch.drop_columns([name for name in batch.column_names if name in columns])
-        table = kept.take(pa.array(rows, pa.int64()))  # of no rows the type is not seen
+        parts = [kept.take(pa.array(some, pa.int64())) for some in _chunked(rows)]
+        table = pa.concat_tables([kept.slice(0, 0), *parts])
         for name, values in columns.items():
-            table = table.append_column(schema.field(name), [pa.array(values, schema.field(name).type)])
+            kind = schema.field(name).type
+            chunks = [pa.array(some, kind) for some in _chunked(values)]
+            table = table.append_column(schema.field(name), pa.chunked_array(chunks, kind))
         return table
     kept = {name: np.asarray(values)[list(rows)] for name, values in batch.items() if name not in columns}
     return kept | {name: _objects(values) for name, values in columns.items()}
+
+
+def _chunked(values: Sequence[Any]) -> list[Sequence[Any]]:
+    """Return values in chunks of rows, each of which an Arrow array holds."""
+    return [values[first : first + _ROWS_PER_CHUNK] for first in range(0, len(values), _ROWS_PER_CHUNK)]
 
 
 def _plain(values: Any) -> list[Any]:

@@ -261,3 +261,16 @@ def test_new_columns_replace_those_of_the_same_name() -> None:
     assert (empty.num_rows, empty.schema) == (0, table.schema)
     in_numpy = with_columns({"seed": np.array(["a", "b"]), "prompt": ["p", "q"]}, [0, 0, 1], columns, schema)
     assert {name: values.tolist() for name, values in in_numpy.items()} == {"prompt": ["p", "p", "q"], **columns}
+
+
+def test_no_array_has_more_images_than_arrow_has_room_for() -> None:
+    """An array holds 2 GiB, which a thousand images of 1024 x 1024 exceed; so do their rows, if they have images."""
+    rows = [number // 4 for number in range(400)]
+    batch = pa.table({"prompt": list(map(str, range(100))), "input_image": [b"before"] * 100})
+
+    table = with_columns(batch, rows, {"image": [b"after"] * 400}, pa.schema([("image", pa.binary())]))
+
+    for name in ("input_image", "image"):
+        assert max(map(len, table[name].chunks)) * 200_000_000 < 2**31
+    assert table["prompt"].to_pylist() == list(map(str, rows))
+    assert table["image"].to_pylist() == [b"after"] * 400
