@@ -120,15 +120,19 @@ class PromptSource:
         return notes
 
     def passthrough_schema(self, files: Sequence[PromptFile]) -> pa.Schema:
-        """Return the types of the passthrough columns over all files. Raises: SourceError if they do not agree."""
+        """Return the types of the passthrough columns over all files; a column without a value is text.
+
+        Raises: SourceError if they do not agree.
+        """
         sampled = self._recipe.schema
         if not self._config.passthrough:
             return sampled
         different = {id(self.schema(file)): file for file in reversed(files)}
         schemas = [self._passthrough_of(file) for file in reversed(different.values())]
         try:
-            own = pa.unify_schemas(schemas, promote_options="permissive")
-            return pa.schema([*own, *(each for each in sampled if each.name not in own.names)])
+            unified = pa.unify_schemas(schemas, promote_options="permissive")
+            own = [each.with_type(pa.string()) if pa.types.is_null(each.type) else each for each in unified]
+            return pa.schema([*own, *(each for each in sampled if each.name not in unified.names)])
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise SourceError(f"prompts.passthrough: the files disagree on a column's type: {error}") from error
 

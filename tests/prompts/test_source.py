@@ -237,6 +237,16 @@ def test_files_agree_on_the_type_that_holds_both(
     assert schema_of(PromptsConfig(uri=str(tmp_path), passthrough=("x",))) == pa.schema([("x", expected)])
 
 
+def test_a_column_of_nulls_alone_agrees_with_any_type_in_json_too(tmp_path: Path) -> None:
+    for name, value in (("a", None), ("b", 3), ("c", 0.5)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "p", "x": value}))
+    config = PromptsConfig(uri=str(tmp_path), passthrough=("x",))
+
+    assert schema_of(config) == pa.schema([("x", pa.float64())])
+    alone = PromptsConfig(uri=str(tmp_path / "a.jsonl"), passthrough=("x",))
+    assert schema_of(alone) == pa.schema([("x", pa.string())])
+
+
 def test_files_that_disagree_are_an_error_that_names_the_column(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", {"prompt": ["p"], "x": ["text"]})
     write_parquet(tmp_path / "b.parquet", {"prompt": ["p"], "x": [1]})
