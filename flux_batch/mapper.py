@@ -286,8 +286,14 @@ def _chunked(values: Sequence[Any]) -> list[Sequence[Any]]:
 
 
 def _plain(values: Any) -> list[Any]:
-    array = np.asarray(values)
-    return [None if isinstance(value, float) and value != value else value for value in array.tolist()]
+    """Return a NumPy column as Python values; the cells of a column of lists are arrays themselves."""
+    return [_plain_cell(value) for value in np.asarray(values).tolist()]
+
+
+def _plain_cell(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return _plain(value)
+    return None if isinstance(value, float) and value != value else value
 
 
 def _objects(values: Sequence[Any]) -> np.ndarray[Any, Any]:

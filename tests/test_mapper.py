@@ -249,6 +249,23 @@ def test_rows_hold_plain_values_of_the_requested_columns() -> None:
     assert type(rows_of({"seed": np.array([3])}, {"seed"})[0]["seed"]) is int
 
 
+def test_a_column_of_lists_is_one_in_numpy_too(tmp_path: Path) -> None:
+    """Ray Data hands over arrays in an array of objects, in the format that it has by default."""
+    for name in ("red", "blue"):
+        Image.new("RGB", (64, 64), name).save(tmp_path / f"{name}.png")
+    lists = [["red.png", "blue.png"], ["blue.png"], [], None]
+    cells = np.empty(len(lists), object)
+    cells[:] = [None if each is None else np.array(each, object) for each in lists]
+    prompts = ["a", "b", "c", "d"]
+    stage = mapper(prompts={"uri": str(tmp_path)})
+
+    in_numpy = stage({"prompt": np.array(prompts), "reference_image": cells})
+    in_arrow = stage(pa.table({"prompt": prompts, "reference_image": lists}))
+
+    assert in_numpy["status"].tolist() == ["success"] * 4
+    assert in_numpy["sha256"].tolist() == in_arrow["sha256"].to_pylist()
+
+
 def test_new_columns_replace_those_of_the_same_name() -> None:
     schema = pa.schema([("seed", pa.int64()), ("image", pa.binary())])
     columns = {"seed": [7, None, 9], "image": [b"x", None, b"z"]}
