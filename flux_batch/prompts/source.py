@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError, did_you_mean
+from flux_batch.prompts.formats.arrow import ArrowTable
 from flux_batch.prompts.formats.json_table import JsonTable
 from flux_batch.prompts.formats.lines import LineTable
 from flux_batch.prompts.formats.open import open_table
@@ -187,7 +188,7 @@ class PromptSource:
             number -= piece.num_rows
         start = piece.start + number
         table = self._table(piece.uri) if self._config.uri else None
-        if isinstance(table, (LineTable, TarTable)):
+        if isinstance(table, (ArrowTable, LineTable, TarTable)):
             rows = table.each_of(_row_range(piece))[number]
             return replace(piece, start=start, num_rows=1, offset=rows.offset, line=rows.line)
         return replace(piece, start=start, num_rows=1)
