@@ -23,12 +23,15 @@ from flux_batch.storage.errors import translated
 from flux_batch.storage.store import open_filesystem
 
 # The rules by which files are left out and rows are called; a run keeps to those it was planned by. 1: hidden by their
-# own names alone, and four formats. 2: the prompt of a file with no other is called `a.txt:0`.
-LISTING_RULES = 3
+# own names alone, and four formats. 2: the prompt of a file with no other is called `a.txt:0`. 3: that of a file which
+# `prompts.uri` names itself is called so only if it does in full.
+LISTING_RULES = 4
 # The first rules by which folders such as `year=2026` are columns.
 PARTITION_RULES = 2
 # The first rules by which the name of a file with one prompt is its id, and a text may be one of blocks.
 ONE_PROMPT_RULES = BLOCK_RULES = 3
+# The first rules by which it does not matter how `prompts.uri` names a file.
+NAMED_FILE_RULES = 4
 _FORMATS_OF_RULES_1 = ("parquet", "jsonl", "csv", "txt")
 # Enough to notice an edit of a file whose store has no checksum, at the price of two small reads.
 _SAMPLED_BYTES = 64 * 1024
@@ -92,6 +95,11 @@ def list_prompts(
             some = paths[first : first + _FILES_AT_ONCE]
             files += pool.map(lambda path: _describe(found[path], path, base), some)
     return Listing(tuple(files), skipped)
+
+
+def address_of(uri: str, storage_options: Mapping[str, Any]) -> str:
+    """Return the address that a listing gives the file `uri`."""
+    return uri if HubDataset.of(uri) else _address(*open_filesystem(uri, storage_options))
 
 
 def skipped_notes(skipped: Mapping[str, Sequence[str]]) -> list[str]:
@@ -213,8 +221,12 @@ def _common_folder(folders: Sequence[str]) -> str:
         return ""
 
 
+def _address(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
 def _describe(fs: fsspec.AbstractFileSystem, path: str, base: str) -> PromptFile:
-    uri = path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
+    uri = _address(fs, path)
     with translated(uri, "read"):
         info = fs.info(path)
         version = str(info.get("ETag") or info.get("etag") or info.get("blob_id") or "").strip('"')

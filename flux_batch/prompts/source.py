@@ -30,10 +30,12 @@ from flux_batch.prompts.formats.text import TextTable
 from flux_batch.prompts.listing import (
     BLOCK_RULES,
     LISTING_RULES,
+    NAMED_FILE_RULES,
     ONE_PROMPT_RULES,
     PARTITION_RULES,
     Listing,
     PromptFile,
+    address_of,
     list_prompts,
 )
 from flux_batch.prompts.recipe import ROWS, Recipe
@@ -215,9 +217,15 @@ class PromptSource:
 
     def _is_one_prompt(self, piece: FileRange, table: Table | None) -> bool:
         """Return whether a file of a folder holds this prompt alone, and so names it."""
-        if self._rules < ONE_PROMPT_RULES or piece.start or piece.num_rows > 1 or piece.uri in self._config.uri:
+        if self._rules < ONE_PROMPT_RULES or piece.start or piece.num_rows > 1:
             return False
-        return isinstance(table, (TextTable, JsonTable)) and table.is_one_row
+        return isinstance(table, (TextTable, JsonTable)) and piece.uri not in self._named and table.is_one_row
+
+    @cached_property
+    def _named(self) -> Collection[str]:
+        """The addresses of the files that `prompts.uri` names itself."""
+        uris = self._config.uri
+        return {address_of(uri, self._options) for uri in uris} if self._rules >= NAMED_FILE_RULES else uris
 
     def _passthrough_of(self, file: PromptFile) -> pa.Schema:
         schema = self.schema(file)
