@@ -165,11 +165,18 @@ def _expand_dataset(uri: str, dataset: HubDataset, storage_options: Mapping[str,
 
 
 def _with_tables(fs: fsspec.AbstractFileSystem, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the paths of a glob, with the files of folders named like tables (Spark)."""
+    """Return the paths of a glob, with the files of folders named like tables (Spark).
+
+    A folder of which the glob has something, as `**` does, is left out without a word.
+    """
     paths: list[str] = []
+    entered = {posixpath.dirname(path) for path in found}
     for path, info in found.items():
-        is_table = info["type"] == "directory" and format_of_name(path) in TABLE_FORMATS
-        paths += fs.find(path) if is_table else [path]
+        is_folder = info["type"] == "directory"
+        if is_folder and format_of_name(path) in TABLE_FORMATS:
+            paths += fs.find(path)
+        elif not (is_folder and path.rstrip("/") in entered):
+            paths.append(path)
     return paths
 
 
