@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 from typing import Any
 
@@ -96,6 +97,13 @@ def test_numbers_are_those_that_people_mean(text: str, value: object) -> None:
 def doubled(levels: int) -> str:
     lines = ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, levels))]
     return "\n".join(lines)
+
+
+def test_the_escapes_of_json_are_read_as_json_reads_them() -> None:
+    text = json.dumps(
+        {"p\N{GRINNING FACE}.csv": ["\N{GRINNING FACE}", "é", "\u2028", "\ude00\ud83d", "\ud83d\ud83d\ude00"]}
+    )
+    assert load_yaml(text, "job.json") == json.loads(text)
 
 
 def test_merges_of_merges_stay_small_and_a_circle_ends() -> None:
