@@ -310,7 +310,9 @@ def _integer_of_decimal(field: str, value: str | Decimal) -> int:
 
 def _number(field: str, value: Any) -> float:
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        if isinstance(value, bool):
+            raise TypeError("true and false are no numbers")
+        number = float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidSetting(f"{field} = {_shown(value)}: must be a number", field=field) from error
     if not math.isfinite(number):

@@ -103,6 +103,7 @@ def test_large_seeds_are_exact() -> None:
         ({"seed": "1.5"}, "seed = '1.5': must be a whole number"),
         ({"seed": Decimal("1e1000000")}, "must be a whole number"),
         ({"seed": "inf"}, "seed = 'inf': must be a finite number"),
+        ({"seed": True}, "seed = True: must be a number"),
         ({"seed": 1.5}, "seed = 1.5: must be a whole number"),
         ({"seed": float("nan")}, "seed = nan"),
         ({"seed": 10**400}, "seed = 1"),
