@@ -22,15 +22,13 @@ from flux_batch.redaction import public_uri
 from flux_batch.storage.errors import translated
 from flux_batch.storage.store import open_filesystem
 
-# The rules by which files are left out and rows are called; a run keeps to those it was planned by. 1: hidden by their
-# own names alone, and four formats. 2: the prompt of a file with no other is called `a.txt:0`. 3: that of a file which
-# `prompts.uri` names itself is called so only if it does in full.
+# The rules by which files are left out and rows are called. A run keeps to those that its plan names. Since
+#   2  hidden folders are left out, there are more formats, and folders such as `year=2026` are columns;
+#   3  the id of a row that is alone in its file is `a.txt` and no longer `a.txt:0`, and a text may be one of blocks;
+#   4  it is `a.txt:0` for every file that `prompts.uri` names itself, however it spells the path.
 LISTING_RULES = 4
-# The first rules by which folders such as `year=2026` are columns.
 PARTITION_RULES = 2
-# The first rules by which the name of a file with one prompt is its id, and a text may be one of blocks.
 ONE_PROMPT_RULES = BLOCK_RULES = 3
-# The first rules by which it does not matter how `prompts.uri` names a file.
 NAMED_FILE_RULES = 4
 _FORMATS_OF_RULES_1 = ("parquet", "jsonl", "csv", "txt")
 # Enough to notice an edit of a file whose store has no checksum, at the price of two small reads.
