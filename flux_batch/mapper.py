@@ -26,6 +26,8 @@ from flux_batch.output.formats import format_for
 from flux_batch.output.metadata import QUALITY_FIELDS, RECORD_SCHEMA, record_row
 from flux_batch.pipeline.load import load_pipeline
 from flux_batch.prompts.access import RowLoras
+from flux_batch.prompts.formats.arrow import python_rows
+from flux_batch.prompts.formats.table import BadRow, Row
 from flux_batch.prompts.input_images import load_images
 from flux_batch.prompts.rows import RowParser
 from flux_batch.records import FailedRow, ImageRecord, ImageRequest, RowImages
@@ -160,7 +162,7 @@ class FluxMapper:
         """Validate the rows; the id of a row without one is made of its prompt, so that its image stays the same."""
         prompt = self._prompts.columns.get("prompt", "prompt")
         return [
-            self._parser.parse(values, row=row, default_id=_default_id(values.get(prompt)))
+            self._parser.parse(values, row=row, default_id=_default_id(values, prompt))
             for row, values in enumerate(rows_of(batch, self._parser.columns))
         ]
 
@@ -234,7 +236,8 @@ def _chosen(made: Sequence[tuple[_EncodedImage, Try]], quality: QualityConfig) -
     return data if record.status == "success" else None, record
 
 
-def _default_id(prompt: Any) -> str:
+def _default_id(values: Row | BadRow, column: str) -> str:
+    prompt = values.reason if isinstance(values, BadRow) else values.get(column)
     return f"prompt-{hashlib.blake2b(repr(prompt).encode(), digest_size=8).hexdigest()}"
 
 
@@ -247,14 +250,15 @@ def _column_names(batch: _ColumnBatch) -> list[str]:
     raise SourceError(f"the batch is a {type(batch).__name__}: use batch_format 'numpy' or 'pyarrow'")
 
 
-def rows_of(batch: _ColumnBatch, names: Collection[str]) -> list[dict[str, Any]]:
+def rows_of(batch: _ColumnBatch, names: Collection[str]) -> list[Row | BadRow]:
     """Return the rows of a batch as Python values, with its columns among `names`.
 
-    A NaN of NumPy becomes None, since NumPy has no other way to leave out a number.
+    A row of Arrow with a cell that cannot be read is a BadRow, as in a file. A NaN of NumPy becomes None, since NumPy
+    has no other way to leave out a number.
     """
     present = [name for name in _column_names(batch) if name in names]
     if isinstance(batch, pa.Table):
-        return [dict(row) for row in batch.select(present).to_pylist()]
+        return [row for some in batch.select(present).to_batches() for row in python_rows(some)]
     columns = [_plain(batch[name]) for name in present]
     return [dict(zip(present, values, strict=True)) for values in zip(*columns, strict=True)]
 

@@ -249,6 +249,18 @@ def test_rows_hold_plain_values_of_the_requested_columns() -> None:
     assert type(rows_of({"seed": np.array([3])}, {"seed"})[0]["seed"]) is int
 
 
+def test_a_cell_that_cannot_be_read_costs_its_row() -> None:
+    """As in a job: Arrow promises UTF-8, and does not look."""
+    ends, data = np.array([0, 1, 2], np.int32), pa.py_buffer(b"a\xff")
+    prompts = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(ends), data])
+    ids = pa.array([253402300800, None], pa.timestamp("s"))  # the year 10000
+
+    found = mapper()(pa.table({"prompt": prompts, "id": ids}))
+
+    assert found["status"].to_pylist() == ["success", "failed"]
+    assert "column 'prompt' is not UTF-8" in found["error_message"][1].as_py()
+
+
 def test_a_column_of_lists_is_one_in_numpy_too(tmp_path: Path) -> None:
     """Ray Data hands over arrays in an array of objects, in the format that it has by default."""
     for name in ("red", "blue"):
