@@ -26,6 +26,8 @@ from flux_batch.output.formats import format_for
 from flux_batch.output.metadata import QUALITY_FIELDS, RECORD_SCHEMA, record_row
 from flux_batch.pipeline.load import load_pipeline
 from flux_batch.prompts.access import RowLoras
+from flux_batch.prompts.formats.arrow import python_rows
+from flux_batch.prompts.formats.table import BadRow, Row
 from flux_batch.prompts.input_images import load_images
 from flux_batch.prompts.rows import RowParser
 from flux_batch.records import FailedRow, ImageRecord, ImageRequest, RowImages
@@ -46,6 +48,8 @@ _ADDED_SCHEMA = pa.schema([("image", pa.binary()), *((name, RECORD_SCHEMA.field(
 _REPLACED_COLUMNS = {"seed", "width", "height"}
 _INPUT_IMAGE_READERS = 4
 _ENCODERS = 2
+# Rows of one Arrow array, which holds 2 GiB of bytes: a PNG of 8192 x 8192 has up to 200 MB.
+_ROWS_PER_CHUNK = 8
 # sysexits.h EX_SOFTWARE, as for the workers of a job.
 _DEVICE_FATAL_EXIT = 70
 
@@ -158,7 +162,7 @@ class FluxMapper:
         """Validate the rows; the id of a row without one is made of its prompt, so that its image stays the same."""
         prompt = self._prompts.columns.get("prompt", "prompt")
         return [
-            self._parser.parse(values, row=row, default_id=_default_id(values.get(prompt)))
+            self._parser.parse(values, row=row, default_id=_default_id(values, prompt))
             for row, values in enumerate(rows_of(batch, self._parser.columns))
         ]
 
@@ -232,7 +236,8 @@ def _chosen(made: Sequence[tuple[_EncodedImage, Try]], quality: QualityConfig) -
     return data if record.status == "success" else None, record
 
 
-def _default_id(prompt: Any) -> str:
+def _default_id(values: Row | BadRow, column: str) -> str:
+    prompt = values.reason if isinstance(values, BadRow) else values.get(column)
     return f"prompt-{hashlib.blake2b(repr(prompt).encode(), digest_size=8).hexdigest()}"
 
 
@@ -245,14 +250,15 @@ def _column_names(batch: _ColumnBatch) -> list[str]:
     raise SourceError(f"the batch is a {type(batch).__name__}: use batch_format 'numpy' or 'pyarrow'")
 
 
-def rows_of(batch: _ColumnBatch, names: Collection[str]) -> list[dict[str, Any]]:
+def rows_of(batch: _ColumnBatch, names: Collection[str]) -> list[Row | BadRow]:
     """Return the rows of a batch as Python values, with its columns among `names`.
 
-    A NaN of NumPy becomes None, since NumPy has no other way to leave out a number.
+    A row of Arrow with a cell that cannot be read is a BadRow, as in a file. A NaN of NumPy becomes None, since NumPy
+    has no other way to leave out a number.
     """
     present = [name for name in _column_names(batch) if name in names]
     if isinstance(batch, pa.Table):
-        return [dict(row) for row in batch.select(present).to_pylist()]
+        return [row for some in batch.select(present).to_batches() for row in python_rows(some)]
     columns = [_plain(batch[name]) for name in present]
     return [dict(zip(present, values, strict=True)) for values in zip(*columns, strict=True)]
 
@@ -267,17 +273,31 @@ def with_columns(
     """
     if isinstance(batch, pa.Table):
         kept = batch.drop_columns([name for name in batch.column_names if name in columns])
-        table = kept.take(pa.array(rows, pa.int64()))  # of no rows the type is not seen
+        parts = [kept.take(pa.array(some, pa.int64())) for some in _chunked(rows)]
+        table = pa.concat_tables([kept.slice(0, 0), *parts])
         for name, values in columns.items():
-            table = table.append_column(schema.field(name), [pa.array(values, schema.field(name).type)])
+            kind = schema.field(name).type
+            chunks = [pa.array(some, kind) for some in _chunked(values)]
+            table = table.append_column(schema.field(name), pa.chunked_array(chunks, kind))
         return table
     kept = {name: np.asarray(values)[list(rows)] for name, values in batch.items() if name not in columns}
     return kept | {name: _objects(values) for name, values in columns.items()}
 
 
+def _chunked(values: Sequence[Any]) -> list[Sequence[Any]]:
+    """Return values in chunks of rows, each of which an Arrow array holds."""
+    return [values[first : first + _ROWS_PER_CHUNK] for first in range(0, len(values), _ROWS_PER_CHUNK)]
+
+
 def _plain(values: Any) -> list[Any]:
-    array = np.asarray(values)
-    return [None if isinstance(value, float) and value != value else value for value in array.tolist()]
+    """Return a NumPy column as Python values; the cells of a column of lists are arrays themselves."""
+    return [_plain_cell(value) for value in np.asarray(values).tolist()]
+
+
+def _plain_cell(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return _plain(value)
+    return None if isinstance(value, float) and value != value else value
 
 
 def _objects(values: Sequence[Any]) -> np.ndarray[Any, Any]:

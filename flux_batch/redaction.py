@@ -13,6 +13,9 @@ _PUBLIC_OPTIONS = frozenset(
 )
 # Settings that hold addresses.
 _ADDRESSES = frozenset({"uri", "file", "input_image", "input_image_root", "image_encoder", "wildcards"})
+# Settings that hold the options of somebody's own code, which may be addresses under any name.
+_OPTIONS = frozenset({"options", "pipeline_options"})
+_ADDRESS = re.compile(r"\S*://\S+")
 _USER = re.compile(r"://[^/\s'\"]*@")
 # A web address is signed in its query. Elsewhere a question mark belongs to a name or a pattern.
 _QUERY = re.compile(r"(\bhttps?://[^\s'\"?]*)(\?[^\s'\"]*)", re.IGNORECASE)
@@ -39,11 +42,22 @@ def plain_text(text: str) -> str:
 
 def public_tree(value: Any, name: str = "") -> Any:
     """Return settings, or the value of the setting `name`, with their addresses made public."""
+    if name in _OPTIONS:
+        return _public_options(value)
     if isinstance(value, dict):
         return {key: public_tree(each, key) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(public_tree(each, name) for each in value)
     return public_uri(value) if name in _ADDRESSES and isinstance(value, str) else value
+
+
+def _public_options(value: Any) -> Any:
+    """Return options with each text that is an address made public."""
+    if isinstance(value, dict):
+        return {key: _public_options(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_public_options, value))
+    return public_uri(value) if isinstance(value, str) and _ADDRESS.fullmatch(value) else value
 
 
 def redact(options: Mapping[str, Any]) -> dict[str, Any]:

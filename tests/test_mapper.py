@@ -249,6 +249,35 @@ def test_rows_hold_plain_values_of_the_requested_columns() -> None:
     assert type(rows_of({"seed": np.array([3])}, {"seed"})[0]["seed"]) is int
 
 
+def test_a_cell_that_cannot_be_read_costs_its_row() -> None:
+    """As in a job: Arrow promises UTF-8, and does not look."""
+    ends, data = np.array([0, 1, 2], np.int32), pa.py_buffer(b"a\xff")
+    prompts = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(ends), data])
+    ids = pa.array([253402300800, None], pa.timestamp("s"))  # the year 10000
+
+    found = mapper()(pa.table({"prompt": prompts, "id": ids}))
+
+    assert found["status"].to_pylist() == ["success", "failed"]
+    assert "column 'prompt' is not UTF-8" in found["error_message"][1].as_py()
+
+
+def test_a_column_of_lists_is_one_in_numpy_too(tmp_path: Path) -> None:
+    """Ray Data hands over arrays in an array of objects, in the format that it has by default."""
+    for name in ("red", "blue"):
+        Image.new("RGB", (64, 64), name).save(tmp_path / f"{name}.png")
+    lists = [["red.png", "blue.png"], ["blue.png"], [], None]
+    cells = np.empty(len(lists), object)
+    cells[:] = [None if each is None else np.array(each, object) for each in lists]
+    prompts = ["a", "b", "c", "d"]
+    stage = mapper(prompts={"uri": str(tmp_path)})
+
+    in_numpy = stage({"prompt": np.array(prompts), "reference_image": cells})
+    in_arrow = stage(pa.table({"prompt": prompts, "reference_image": lists}))
+
+    assert in_numpy["status"].tolist() == ["success"] * 4
+    assert in_numpy["sha256"].tolist() == in_arrow["sha256"].to_pylist()
+
+
 def test_new_columns_replace_those_of_the_same_name() -> None:
     schema = pa.schema([("seed", pa.int64()), ("image", pa.binary())])
     columns = {"seed": [7, None, 9], "image": [b"x", None, b"z"]}
@@ -261,3 +290,16 @@ def test_new_columns_replace_those_of_the_same_name() -> None:
     assert (empty.num_rows, empty.schema) == (0, table.schema)
     in_numpy = with_columns({"seed": np.array(["a", "b"]), "prompt": ["p", "q"]}, [0, 0, 1], columns, schema)
     assert {name: values.tolist() for name, values in in_numpy.items()} == {"prompt": ["p", "p", "q"], **columns}
+
+
+def test_no_array_has_more_images_than_arrow_has_room_for() -> None:
+    """An array holds 2 GiB, which a thousand images of 1024 x 1024 exceed; so do their rows, if they have images."""
+    rows = [number // 4 for number in range(400)]
+    batch = pa.table({"prompt": list(map(str, range(100))), "input_image": [b"before"] * 100})
+
+    table = with_columns(batch, rows, {"image": [b"after"] * 400}, pa.schema([("image", pa.binary())]))
+
+    for name in ("input_image", "image"):
+        assert max(map(len, table[name].chunks)) * 200_000_000 < 2**31
+    assert table["prompt"].to_pylist() == list(map(str, rows))
+    assert table["image"].to_pylist() == [b"after"] * 400

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flux_batch.errors import StoreError
-from flux_batch.redaction import REDACTED, plain_text, public_text, public_uri, redact, without_redacted
+from flux_batch.redaction import REDACTED, plain_text, public_text, public_tree, public_uri, redact, without_redacted
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,19 @@ def test_options_are_written_by_a_list_of_those_that_are_public() -> None:
         "use_ssl": True,
         "client_kwargs": {"region_name": "eu", "profile": {}},
     }
+
+
+def test_addresses_among_options_are_public_under_any_name() -> None:
+    """Options are those of an annotator or a pipeline of somebody's own, and written into the job.yaml of a run."""
+    options = {
+        "model": "https://h/m?sig=hush",
+        "heads": ["s3://k:hush@b/x", "why?"],
+        "more": {"url": "HTTP://h?s=hush"},
+    }
+    public = {"model": "https://h/m", "heads": ["s3://b/x", "why?"], "more": {"url": "HTTP://h"}}
+
+    for name in ("options", "pipeline_options"):
+        assert public_tree({name: options}) == {name: public}
+        assert public_tree(options, name) == public
+    question = {"question": "Is it like https://h/a?sig=hush, or not?"}
+    assert public_tree(question, "options") == question

@@ -38,6 +38,11 @@ class _Loader(yaml.SafeLoader):
     YAML 1.1 takes 0123 for 83, 12:30:45 for 45045 and 1e-2 for a text.
     """
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Return the text of a scalar; the halves of a character, as JSON escapes it, are joined."""
+        text: str = super().construct_scalar(node)
+        return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Return the next mapping. Raises: ConstructorError for a key that stands twice in it; merges may override."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -136,9 +141,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     path, value = _read_pair(override, "--set", "section.key=value", shown=re.split(r"[^\w.]", override.strip())[0])
     *sections, key = path.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
+        below = tree.get(section)
+        if not isinstance(below, dict | None):
             raise JobError(f"--set {path}: {section} is not a section")
+        tree[section] = dict(below or {})  # a copy: by an alias of YAML, another section may be the very same
+        tree = tree[section]
     tree[key] = value
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.local_copy import cache_folder
 from flux_batch.model.optimize.host_memory import total_memory
+from flux_batch.redaction import public_uri
 
 # The speeds of earlier runs on this machine, by model and device.
 _SPEEDS = "speeds.json"
@@ -153,7 +154,7 @@ def _not_worth(config: JobConfig, figures: Mapping[str, Any], speed: Speed | Non
 
 def _key(config: JobConfig) -> str:
     model = config.model
-    return " ".join([model.uri, model.dtype, model.quantization, _device(config.workers.num_gpus)])
+    return " ".join([public_uri(model.uri), model.dtype, model.quantization, _device(config.workers.num_gpus)])
 
 
 def _device(num_gpus: float) -> str:

@@ -22,13 +22,14 @@ from flux_batch.redaction import public_uri
 from flux_batch.storage.errors import translated
 from flux_batch.storage.store import open_filesystem
 
-# The rules by which files are left out and rows are called; a run keeps to those it was planned by. 1: hidden by their
-# own names alone, and four formats. 2: the prompt of a file with no other is called `a.txt:0`.
-LISTING_RULES = 3
-# The first rules by which folders such as `year=2026` are columns.
+# The rules by which files are left out and rows are called. A run keeps to those that its plan names. Since
+#   2  hidden folders are left out, there are more formats, and folders such as `year=2026` are columns;
+#   3  the id of a row that is alone in its file is `a.txt` and no longer `a.txt:0`, and a text may be one of blocks;
+#   4  it is `a.txt:0` for every file that `prompts.uri` names itself, however it spells the path.
+LISTING_RULES = 4
 PARTITION_RULES = 2
-# The first rules by which the name of a file with one prompt is its id, and a text may be one of blocks.
 ONE_PROMPT_RULES = BLOCK_RULES = 3
+NAMED_FILE_RULES = 4
 _FORMATS_OF_RULES_1 = ("parquet", "jsonl", "csv", "txt")
 # Enough to notice an edit of a file whose store has no checksum, at the price of two small reads.
 _SAMPLED_BYTES = 64 * 1024
@@ -94,6 +95,11 @@ def list_prompts(
     return Listing(tuple(files), skipped)
 
 
+def address_of(uri: str, storage_options: Mapping[str, Any]) -> str:
+    """Return the address that a listing gives the file `uri`."""
+    return uri if HubDataset.of(uri) else _address(*open_filesystem(uri, storage_options))
+
+
 def skipped_notes(skipped: Mapping[str, Sequence[str]]) -> list[str]:
     """Return a sentence for each reason for which files are left out."""
     return [
@@ -157,11 +163,18 @@ def _expand_dataset(uri: str, dataset: HubDataset, storage_options: Mapping[str,
 
 
 def _with_tables(fs: fsspec.AbstractFileSystem, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the paths of a glob, with the files of folders named like tables (Spark)."""
+    """Return the paths of a glob, with the files of folders named like tables (Spark).
+
+    A folder of which the glob has something, as `**` does, is left out without a word.
+    """
     paths: list[str] = []
+    entered = {posixpath.dirname(path) for path in found}
     for path, info in found.items():
-        is_table = info["type"] == "directory" and format_of_name(path) in TABLE_FORMATS
-        paths += fs.find(path) if is_table else [path]
+        is_folder = info["type"] == "directory"
+        if is_folder and format_of_name(path) in TABLE_FORMATS:
+            paths += fs.find(path)
+        elif not (is_folder and path.rstrip("/") in entered):
+            paths.append(path)
     return paths
 
 
@@ -213,8 +226,12 @@ def _common_folder(folders: Sequence[str]) -> str:
         return ""
 
 
+def _address(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
 def _describe(fs: fsspec.AbstractFileSystem, path: str, base: str) -> PromptFile:
-    uri = path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
+    uri = _address(fs, path)
     with translated(uri, "read"):
         info = fs.info(path)
         version = str(info.get("ETag") or info.get("etag") or info.get("blob_id") or "").strip('"')

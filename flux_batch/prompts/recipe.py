@@ -124,7 +124,7 @@ class Recipe:
             if self.templates:
                 cells = {**cells, **self._rendered(cells)}
             return {**cells, **self._filled(cells, partial(draw, seed, row_id))} if self._wildcards else cells
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:  # the latter of times that Python cannot hold
             return BadRow(str(error))
 
     def _shares(self, seed: int, row_id: str, number: int) -> Callable[[str], float]:

@@ -13,6 +13,8 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any, SupportsIndex
 
+import pyarrow as pa
+
 from flux_batch.config.known_settings import known_words
 from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import InvalidSetting, RowError
@@ -272,7 +274,7 @@ def _convert(field: str, value: Any) -> Any:
     if kind is float:
         return _number(field, value)
     if not isinstance(value, str):
-        raise InvalidSetting(f"{field} = {value!r}: must be text", field=field)
+        raise InvalidSetting(f"{field} = {_shown(value)}: must be text", field=field)
     return value
 
 
@@ -310,7 +312,9 @@ def _integer_of_decimal(field: str, value: str | Decimal) -> int:
 
 def _number(field: str, value: Any) -> float:
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        if isinstance(value, bool):
+            raise TypeError("true and false are no numbers")
+        number = float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidSetting(f"{field} = {_shown(value)}: must be a number", field=field) from error
     if not math.isfinite(number):
@@ -320,7 +324,7 @@ def _number(field: str, value: Any) -> float:
 
 def _shown(value: Any) -> str:
     """Return a value for a message, cut if it is long."""
-    text = repr(value)
+    text = _spelled(value, repr)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
@@ -335,4 +339,14 @@ def text_of(value: Any) -> str:
         return str(int(value)) if value == int(value) else str(value)
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="backslashreplace")
-    return "" if value is None else str(value)
+    return "" if value is None else _spelled(value, str)
+
+
+def _spelled(value: Any, spell: Callable[[Any], str]) -> str:
+    """Return the text of a value; Arrow spells the times that Python's own types cannot hold."""
+    try:
+        return spell(value)
+    except (ValueError, OverflowError):
+        if not isinstance(value, pa.Scalar):
+            raise
+        return str(value.cast(pa.string()).as_py())

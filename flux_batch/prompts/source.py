@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError, did_you_mean
+from flux_batch.prompts.formats.arrow import ArrowTable
 from flux_batch.prompts.formats.json_table import JsonTable
 from flux_batch.prompts.formats.lines import LineTable
 from flux_batch.prompts.formats.open import open_table
@@ -29,10 +30,12 @@ from flux_batch.prompts.formats.text import TextTable
 from flux_batch.prompts.listing import (
     BLOCK_RULES,
     LISTING_RULES,
+    NAMED_FILE_RULES,
     ONE_PROMPT_RULES,
     PARTITION_RULES,
     Listing,
     PromptFile,
+    address_of,
     list_prompts,
 )
 from flux_batch.prompts.recipe import ROWS, Recipe
@@ -120,15 +123,19 @@ class PromptSource:
         return notes
 
     def passthrough_schema(self, files: Sequence[PromptFile]) -> pa.Schema:
-        """Return the types of the passthrough columns over all files. Raises: SourceError if they do not agree."""
+        """Return the types of the passthrough columns over all files; a column without a value is text.
+
+        Raises: SourceError if they do not agree.
+        """
         sampled = self._recipe.schema
         if not self._config.passthrough:
             return sampled
         different = {id(self.schema(file)): file for file in reversed(files)}
         schemas = [self._passthrough_of(file) for file in reversed(different.values())]
         try:
-            own = pa.unify_schemas(schemas, promote_options="permissive")
-            return pa.schema([*own, *(each for each in sampled if each.name not in own.names)])
+            unified = pa.unify_schemas(schemas, promote_options="permissive")
+            own = [each.with_type(pa.string()) if pa.types.is_null(each.type) else each for each in unified]
+            return pa.schema([*own, *(each for each in sampled if each.name not in unified.names)])
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise SourceError(f"prompts.passthrough: the files disagree on a column's type: {error}") from error
 
@@ -183,7 +190,7 @@ class PromptSource:
             number -= piece.num_rows
         start = piece.start + number
         table = self._table(piece.uri) if self._config.uri else None
-        if isinstance(table, (LineTable, TarTable)):
+        if isinstance(table, (ArrowTable, LineTable, TarTable)):
             rows = table.each_of(_row_range(piece))[number]
             return replace(piece, start=start, num_rows=1, offset=rows.offset, line=rows.line)
         return replace(piece, start=start, num_rows=1)
@@ -210,9 +217,15 @@ class PromptSource:
 
     def _is_one_prompt(self, piece: FileRange, table: Table | None) -> bool:
         """Return whether a file of a folder holds this prompt alone, and so names it."""
-        if self._rules < ONE_PROMPT_RULES or piece.start or piece.num_rows > 1 or piece.uri in self._config.uri:
+        if self._rules < ONE_PROMPT_RULES or piece.start or piece.num_rows > 1:
             return False
-        return isinstance(table, (TextTable, JsonTable)) and table.is_one_row
+        return isinstance(table, (TextTable, JsonTable)) and piece.uri not in self._named and table.is_one_row
+
+    @cached_property
+    def _named(self) -> Collection[str]:
+        """The addresses of the files that `prompts.uri` names itself."""
+        uris = self._config.uri
+        return {address_of(uri, self._options) for uri in uris} if self._rules >= NAMED_FILE_RULES else uris
 
     def _passthrough_of(self, file: PromptFile) -> pa.Schema:
         schema = self.schema(file)

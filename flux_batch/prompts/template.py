@@ -102,10 +102,10 @@ class PromptTemplate:
     def render(self, values: Mapping[str, Any]) -> str:
         """Return the text of a row. Raises: ValueError with the reason if there is none."""
         cells = {name: _null(name) if value is None else value for name, value in values.items()}
-        longest = max((len(str(cells[name])) for name in self.names if values.get(name) is not None), default=0)
-        if longest * self._num_uses > _MAX_HELD:
-            raise ValueError(f"a text of {longest} characters is too long for a template")
         try:
+            longest = max((len(str(cells[name])) for name in self.names if values.get(name) is not None), default=0)
+            if longest * self._num_uses > _MAX_HELD:
+                raise ValueError(f"a text of {longest} characters is too long for a template")
             parts, size = [], 0
             for part in self._template.generate(cells):
                 parts.append(part)
@@ -115,7 +115,7 @@ class PromptTemplate:
             return "".join(parts)
         except ValueError:
             raise
-        except Exception as error:  # whatever Python raises when texts are added to numbers, and Jinja's own
+        except Exception as error:  # of texts added to numbers, of times that Python cannot hold, and Jinja's own
             raise ValueError(one_line(error)) from error
 
 

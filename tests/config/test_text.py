@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 from typing import Any
 
 import pytest
 
-from flux_batch.config.text import fill_in_dates, load_yaml, parse_moment, to_yaml
+from flux_batch.config.text import fill_in_dates, load_yaml, parse_moment, read_tree, to_yaml
 from flux_batch.errors import JobError
 from helpers.yardstick import work
 
@@ -98,6 +99,13 @@ def doubled(levels: int) -> str:
     return "\n".join(lines)
 
 
+def test_the_escapes_of_json_are_read_as_json_reads_them() -> None:
+    text = json.dumps(
+        {"p\N{GRINNING FACE}.csv": ["\N{GRINNING FACE}", "é", "\u2028", "\ude00\ud83d", "\ud83d\ud83d\ude00"]}
+    )
+    assert load_yaml(text, "job.json") == json.loads(text)
+
+
 def test_merges_of_merges_stay_small_and_a_circle_ends() -> None:
     found: list[dict[str, object]] = []
     assert work(lambda: found.append(load_yaml(doubled(60), "job.yaml"))) < 20
@@ -184,3 +192,17 @@ def test_dates_are_filled_into_trees_of_aliases_once() -> None:
     tree = fill_in_dates(load_yaml("\n".join(lines), "job.yaml"), parse_moment("2026-11-23"), "job.yaml")
     assert tree["a1"] == [["2026-11-23"]] * 2
     assert tree["b"][0] is tree["b"]
+
+
+def test_an_override_changes_one_of_two_sections_that_share_an_alias() -> None:
+    text = "prompts: {storage_options: &both {endpoint_url: here}}\noutput: {storage_options: *both}"
+    tree = read_tree(text, "job.yaml", ["output.storage_options.endpoint_url=there"])
+    assert tree["prompts"]["storage_options"] == {"endpoint_url": "here"}
+    assert tree["output"]["storage_options"] == {"endpoint_url": "there"}
+
+
+@pytest.mark.parametrize("text", ["quality: null", "quality:", "model: {}"])
+def test_an_override_makes_a_section_that_is_null_or_not_there(text: str) -> None:
+    assert read_tree(text, "job.yaml", ["quality.score=clip"])["quality"] == {"score": "clip"}
+    with pytest.raises(JobError, match=r"^--set a\.b\.c: b is not a section$"):
+        read_tree("a: {b: 5}", "job.yaml", ["a.b.c=1"])

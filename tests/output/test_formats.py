@@ -112,6 +112,26 @@ def test_unpacking_gives_the_images_that_were_packed(tmp_path: Path, layout: str
     }
 
 
+@pytest.mark.parametrize(("num_sources", "expected"), [(0, [3, 1, 2, 1, 1]), (1, [1, 1, 1, 1, 1, 1, 1, 1])])
+def test_a_row_group_has_a_bound_in_bytes_too(
+    tmp_path: Path, num_sources: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow reads no whole group with 2 GiB in the images, which 90 of 4096 x 4096 have."""
+    monkeypatch.setattr("flux_batch.output.formats.BYTES_PER_ROW_GROUP", 100)
+    samples = []
+    for row, size in enumerate([40, 50, 10, 60, 50, 50, 200, 90]):
+        record = make_record(row, "a star")
+        path = tmp_path / record.key
+        path.write_bytes(bytes(size))
+        path.with_name(f"{record.key}.source").write_bytes(bytes(60))
+        samples.append(Sample(with_file(record, bytes(size)), path))
+
+    folder = pack(tmp_path / "packed", output_of("parquet", sources=num_sources), samples)
+
+    about = pq.ParquetFile(folder / "train/00000.parquet").metadata
+    assert [about.row_group(number).num_rows for number in range(about.num_row_groups)] == expected
+
+
 def test_a_tar_has_nothing_of_the_moment_or_the_machine_in_it(tmp_path: Path) -> None:
     output = output_of("webdataset")
     pack(tmp_path, output, make_samples(tmp_path / "images", output))

@@ -75,6 +75,17 @@ def test_a_speed_is_remembered_for_the_model_and_device(tmp_path: Path, monkeypa
     assert remembered_speed(config, 4.0) is None
 
 
+def test_the_signature_of_a_models_address_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path / "cache"))
+    first, second = (
+        make_job(tmp_path, model={"uri": f"https://host/m.safetensors?sig={sig}"}) for sig in ("hush", "b")
+    )
+    remember_speed(first, 3.0, 2.0)
+
+    assert "hush" not in (tmp_path / "cache/speeds.json").read_text()
+    assert remembered_speed(second, 2.0) is not None
+
+
 def test_a_plan_sees_what_is_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

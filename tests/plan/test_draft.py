@@ -19,6 +19,7 @@ from flux_batch.plan.plan import make_plan
         ("p.csv", "id,prompt,seed", {}, ()),
         ("PartiPrompts.tsv", "Prompt\tCategory\tNote: x", {"prompt": "Prompt"}, ("Category", "Note: x")),
         ("a #1.csv", "image_id,caption,width,yes", {"prompt": "caption", "id": "image_id"}, ("yes",)),
+        ("\N{GRINNING FACE}.csv", "prompt,a \N{GRINNING FACE}", {}, ("a \N{GRINNING FACE}",)),
         ("ü.csv", "text,caption", {"prompt": "caption"}, ("text",)),
         ("s.csv", "ID,Prompt ,Seed", {"prompt": "Prompt", "id": "ID", "seed": "Seed"}, ()),
     ],

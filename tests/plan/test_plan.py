@@ -221,6 +221,10 @@ def test_random_rows_are_those_of_the_whole_whatever_their_format(tmp_path: Path
         for name in ("a", "b", "c"):
             (tmp_path / "caption").write_text(name)
             tar.add(tmp_path / "caption", f"{name}.txt")
+    for number, opened in enumerate((pa.ipc.new_file, pa.ipc.new_stream)):
+        table = pa.table({"prompt": [f"arrow {number} {row}" for row in range(11)]})
+        with opened(str(tmp_path / f"g{number}.arrow"), table.schema) as file:
+            file.write_table(table, max_chunksize=3)
     config = prompts(tmp_path)
     plan = make_plan(config, 4)
     whole = rows_of(plan, config)
@@ -228,7 +232,7 @@ def test_random_rows_are_those_of_the_whole_whatever_their_format(tmp_path: Path
     every = random_rows(plan, config, 99)
     some = random_rows(plan, config, 6)
 
-    assert len(whole) == 5 + 7 + 4 + 1 + 2 + 3
+    assert len(whole) == 5 + 7 + 4 + 1 + 2 + 3 + 2 * 11
     assert rows_of(every, config) == whole
     assert [part.num_rows for part in every.shards[0].parts] == [1] * len(whole)
     found = rows_of(some, config)

@@ -160,6 +160,16 @@ def test_a_glob_of_the_folders_of_spark_reads_what_is_in_them(tmp_path: Path) ->
     assert [file.name for file in found.files] == ["a.parquet/part-0.parquet", "b.parquet/part-0.parquet"]
 
 
+def test_folders_that_a_glob_enters_do_not_count_as_files_that_are_left_out(tmp_path: Path) -> None:
+    fill(tmp_path, "p.csv", "sub/q.csv", "sub/below/r.csv", "notes.xyz")
+
+    every = list_prompts([f"{tmp_path}/**"], {})
+    assert [file.name for file in every.files] == ["p.csv", "sub/below/r.csv", "sub/q.csv"]
+    assert dict(every.skipped) == {"of no format that is read": ["notes.xyz"]}
+    # Others have not been looked into, which is worth a word.
+    assert list_prompts([f"{tmp_path}/*"], {}).skipped == {"of no format that is read": ["notes.xyz", "sub"]}
+
+
 def test_partitions_are_columns(tmp_path: Path) -> None:
     fill(tmp_path, "seed=5/kind=a%20b/p.txt", "seed=__HIVE_DEFAULT_PARTITION__/kind=c/p.txt")
     config = PromptsConfig(uri=str(tmp_path), passthrough=("kind",))

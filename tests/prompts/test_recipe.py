@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
@@ -178,6 +180,23 @@ def test_a_whole_number_is_one_case_whether_or_not_a_neighbour_is_missing(tmp_pa
     config = PromptsConfig(uri=str(tmp_path / "p.jsonl"), samplers={"word": {"by": "size", 1: ["small"]}})
 
     assert [row.passthrough["word"] for row in rows_of(config)[1]] == ["small", "small"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"template": "{{ text }} {{ when }}"},
+        {"template": "{{ text }}", "samplers": {"color": {"by": "when", "today": ["red"]}}},
+    ],
+)
+def test_a_time_that_python_cannot_hold_costs_its_row(tmp_path: Path, changes: dict[str, Any]) -> None:
+    days = pa.array([2**31 - 1], pa.date32())
+    pq.write_table(pa.table({"text": ["a"], "when": days}), tmp_path / "p.parquet")
+
+    _, (row,) = rows_of(PromptsConfig(uri=str(tmp_path / "p.parquet"), **changes))
+
+    assert isinstance(row, FailedRow)
+    assert "days=2147483647" in row.error_message
 
 
 def test_columns_that_no_sampler_has_are_refused_without_files_too() -> None:

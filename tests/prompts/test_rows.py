@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,6 +104,7 @@ def test_large_seeds_are_exact() -> None:
         ({"seed": "1.5"}, "seed = '1.5': must be a whole number"),
         ({"seed": Decimal("1e1000000")}, "must be a whole number"),
         ({"seed": "inf"}, "seed = 'inf': must be a finite number"),
+        ({"seed": True}, "seed = True: must be a number"),
         ({"seed": 1.5}, "seed = 1.5: must be a whole number"),
         ({"seed": float("nan")}, "seed = nan"),
         ({"seed": 10**400}, "seed = 1"),
@@ -156,6 +158,13 @@ def test_empty_cells_mean_the_default_but_an_empty_negative_prompt_is_one() -> N
 
     assert request({"width": None, "negative_prompt": None}, defaults).sampling.negative_prompt == "blur"
     assert request({"negative_prompt": ""}, defaults).sampling.negative_prompt == ""
+
+
+def test_times_that_python_cannot_hold_are_texts_as_others_are() -> None:
+    year_10000 = pa.scalar(253402300800, pa.timestamp("s"))
+    assert request({"prompt": "p", "id": year_10000}).id == "10000-01-01 00:00:00"
+    assert refusal({"prompt": "p", "seed": pa.scalar(2**31 - 1, pa.date32())}).endswith("must be a number")
+    assert refusal({"prompt": "p", "negative_prompt": pa.scalar(2**62, pa.duration("ms"))}).endswith("must be text")
 
 
 def test_seeds_come_from_the_row_or_from_its_id() -> None:

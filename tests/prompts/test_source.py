@@ -101,6 +101,18 @@ def test_the_name_of_a_file_with_one_prompt_is_its_id(tmp_path: Path, shard_size
     assert ids_of(PromptsConfig(uri=f"{tmp_path}/0.txt"), shard_size) == ["0.txt:0"]  # it may get a second line
 
 
+@pytest.mark.parametrize("uri", ["0.txt", "./0.txt", "../{0.name}/0.txt", "{0}/0.txt", "file://{0}/0.txt"])
+def test_the_id_of_a_file_does_not_depend_on_how_it_is_named(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0.txt").write_text("a long prompt\n")
+    config = PromptsConfig(uri=uri.format(tmp_path))
+
+    assert ids_of(config, 9) == ["0.txt:0"]
+    assert ids_of(config, 9, rules=3) == ["0.txt:0" if uri == "{0}/0.txt" else "0.txt"]  # a run of before
+
+
 @pytest.mark.parametrize("shard_size", [1, 2, 9])
 @pytest.mark.parametrize(
     ("name", "text", "places"),
@@ -235,6 +247,16 @@ def test_files_agree_on_the_type_that_holds_both(
         write_parquet(tmp_path / f"{name}.parquet", {"prompt": ["p"], "x": pa.array([None], kind)})
 
     assert schema_of(PromptsConfig(uri=str(tmp_path), passthrough=("x",))) == pa.schema([("x", expected)])
+
+
+def test_a_column_of_nulls_alone_agrees_with_any_type_in_json_too(tmp_path: Path) -> None:
+    for name, value in (("a", None), ("b", 3), ("c", 0.5)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "p", "x": value}))
+    config = PromptsConfig(uri=str(tmp_path), passthrough=("x",))
+
+    assert schema_of(config) == pa.schema([("x", pa.float64())])
+    alone = PromptsConfig(uri=str(tmp_path / "a.jsonl"), passthrough=("x",))
+    assert schema_of(alone) == pa.schema([("x", pa.string())])
 
 
 def test_files_that_disagree_are_an_error_that_names_the_column(tmp_path: Path) -> None:

@@ -66,6 +66,12 @@ class ArrowTable:
             if not left:
                 return
 
+    def each_of(self, rows: RowRange) -> list[RowRange]:
+        """Return every row of a range by itself, with its place; without one it is found by its number."""
+        room = (1 << _ROW_BITS) - rows.offset % (1 << _ROW_BITS)
+        offsets = (rows.offset + number if rows.offset and number < room else 0 for number in range(rows.num_rows))
+        return [RowRange(rows.start + number, 1, offset) for number, offset in enumerate(offsets)]
+
     def _batches(self, place: int = 0) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Yield the record batches from one on, with the place of each: its number, or its byte in a stream."""
         if not self._file.head:

@@ -54,17 +54,17 @@ class CsvTable(LineTable):
         csv.field_size_limit(_MAX_FIELD)  # the only place there is for it, and for the whole process
         begin = offset or header.end
         source = _Lines(lines(text, begin, header.end))
-        number_of_first = cache(lambda: self._num_lines(begin) + 1)
+        first_line = cache(lambda: self._num_lines(begin) + 1)  # counted once a message names a line
         while source.begin():
             number = source.num_read
             try:
                 values = next(csv.reader(source, delimiter=header.delimiter, skipinitialspace=header.is_spaced))
             except csv.Error as error:
-                bad = _unclosed(source, header, number_of_first) or BadRow(f"not valid CSV: {error}")
+                bad = _unclosed(source, header, first_line) or BadRow(f"not valid CSV: {error}")
                 yield source.start, number, bad
                 continue
             if values:
-                yield source.start, number, _parsed(source, values, header, number_of_first)
+                yield source.start, number, _parsed(source, values, header, first_line)
 
     def _header(self, text: BinaryIO) -> _Header:
         """Read the first record."""
@@ -100,7 +100,7 @@ class _Header(NamedTuple):
     num_lines: int
 
 
-def _parsed(source: _Lines, values: list[str], header: _Header, number_of_first: Callable[[], int]) -> Row | BadRow:
+def _parsed(source: _Lines, values: list[str], header: _Header, first_line: Callable[[], int]) -> Row | BadRow:
     """Return a record's fields by column; a bad row for bytes that are no text, or a quote that is not closed."""
     if any("\ufffd" in value for value in values):
         try:
@@ -114,16 +114,16 @@ def _parsed(source: _Lines, values: list[str], header: _Header, number_of_first:
         text = [line.decode("utf-8", "replace") for _, line in source.taken]
         next(csv.reader(text, delimiter=header.delimiter, skipinitialspace=header.is_spaced, strict=True))
     except csv.Error:
-        return _unclosed(source, header, number_of_first) or row
+        return _unclosed(source, header, first_line) or row
     return row
 
 
-def _unclosed(source: _Lines, header: _Header, number_of_first: Callable[[], int]) -> BadRow | None:
+def _unclosed(source: _Lines, header: _Header, first_line: Callable[[], int]) -> BadRow | None:
     """Return the bad row of an unclosed quote, and put back lines that are rows; the last may open the next quote."""
     (_, first), *others = source.taken
     if not others:
         return None
-    last = number_of_first() + source.num_read - 1
+    last = first_line() + source.num_read - 1
     number = last - len(others)
     if all(_is_row(line, header) for _, line in (others[:-1] or others)):
         source.put_back(others)

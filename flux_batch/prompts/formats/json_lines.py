@@ -59,4 +59,4 @@ def _arrow_type(kinds: set[type]) -> pa.DataType:
         return pa.int64()
     if kinds and kinds <= {int, float}:
         return pa.float64()
-    return pa.string()
+    return pa.string() if kinds else pa.null()  # another file may have values

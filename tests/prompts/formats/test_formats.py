@@ -200,7 +200,7 @@ def test_json_lines_that_are_no_objects_cost_themselves_alone(tmp_path: Path, bo
         ([True, 1], pa.string()),
         (["a", 1], pa.string()),
         ([{"a": 1}, None], pa.string()),
-        ([None, None], pa.string()),
+        ([None, None], pa.null()),
         ([2**63], pa.string()),
     ],
 )
