@@ -33,14 +33,15 @@ def test_a_run_has_its_figures_and_its_page(tmp_path: Path) -> None:
     config = make_job(tmp_path, rows, prompts={"passthrough": ["price"]}, failures={"max_ratio": 1.0})
     run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
     store = Store(config.output.uri)
-    said = pa.table({"key": [f"00000{n:04d}" for n in range(4)], "score": [0.1, 0.2, 0.3, float("nan")]})
+    scores = [0.1, float("inf"), 0.3, float("nan")]
+    said = pa.table({"key": [f"00000{n:04d}" for n in range(4)], "score": scores})
     store.write("annotations/judge/00000.parquet", parquet_bytes(said))
 
     figures = read_figures(store)
     assert (figures.num_images, figures.num_rows_read, len(figures.shards)) == (9, 9, 3)
     assert figures.sizes == {"16 x 16": 4, "32 x 16": 5}
     assert figures.failures == {"RuntimeError": 1}
-    assert figures.measures["judge.score"] == [0.1, 0.2, 0.3]
+    assert figures.measures["judge.score"] == [0.1, 0.3]
     assert figures.stage_s.keys() >= {"read", "make", "encode", "stage", "publish"}
     assert all(each.started <= each.finished for each in figures.shards)
 
@@ -93,6 +94,19 @@ def test_a_histogram_counts_every_value(values: list[float], heights: list[float
     plot = histogram(values)
     assert [box.height for box in plot.boxes] == heights
     assert all(0 <= box.left < WIDTH for box in plot.boxes)
+
+
+@pytest.mark.parametrize(
+    ("values", "ends", "last"),
+    [
+        ([1e9, 1e9 + 1], ("1000000000", "1000000001"), "1000000000.98 to 1000000001: 1"),
+        ([0.0, 1e9], ("0", "1e+09"), "9.75e+08 to 1e+09: 1"),
+        ([-1e308, 1e308], ("-1e+308", "1e+308"), "9.5e+307 to 1e+308: 1"),
+    ],
+)
+def test_a_histogram_tells_its_ranges_apart(values: list[float], ends: tuple[str, str], last: str) -> None:
+    plot = histogram(values)
+    assert (plot.start, plot.end, plot.boxes[-1].words) == (*ends, last)
 
 
 @pytest.mark.browser

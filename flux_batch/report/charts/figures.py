@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -94,8 +95,8 @@ class Figures:
         self.sizes[f"{row.get('width')} x {row.get('height')}"] += 1
         self.steps[str(row.get("num_inference_steps"))] += 1
         for name, value in row.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-            if is_number and name not in _NO_MEASURE:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and math.isfinite(value) and name not in _NO_MEASURE:
                 self.measures.setdefault(name, []).append(float(value))
 
 
