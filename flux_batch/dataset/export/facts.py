@@ -143,6 +143,7 @@ def _thumbnails(
 
 def _histogram(column: str, numbers: NDArray[np.float64]) -> Histogram:
     low, high = float(numbers.min()), float(numbers.max())
-    counts, _ = np.histogram(numbers, _BINS, (low, high))
-    five, half, most = (float(value) for value in np.quantile(numbers, (0.05, 0.5, 0.95)))
-    return Histogram(column, len(numbers), (five, half, most), low, high, tuple(int(count) for count in counts))
+    half = high / 2 - low / 2 or 1.0  # of the range, which may be more than a float holds, or less than its bins need
+    counts, _ = np.histogram((numbers / 2 - low / 2) / half, _BINS, (0, 1))
+    five, half_of_all, most = (float(value) for value in 2 * np.quantile(numbers / 2, (0.05, 0.5, 0.95)))
+    return Histogram(column, len(numbers), (five, half_of_all, most), low, high, tuple(int(count) for count in counts))
