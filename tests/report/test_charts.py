@@ -1,6 +1,7 @@
 """The report page of a run."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -87,6 +88,17 @@ def test_bars_are_the_largest_and_the_rest() -> None:
     shown = bars({f"kind {n}": n for n in range(1, 31)})
     assert (shown[0].name, shown[0].words, shown[-1].name) == ("kind 30", "30 (6.5 %)", "10 others")
     assert (bars({}), bars({"none": 0.0})) == ([], [])
+
+
+def test_seconds_have_the_digits_that_they_need() -> None:
+    shown = bars({"make": 2345.6, "encode": 12.34, "publish": 0.0456, "wait": 0.0}, " s")
+    words = ["2,346 s (99.5 %)", "12.3 s (0.5 %)", "0.046 s (0.0 %)", "0 s (0.0 %)"]
+    assert [bar.words for bar in shown] == words
+
+
+def test_a_run_that_made_nothing_has_no_speed() -> None:
+    plot = throughput([replace(shard(0, "a", 0, 10), num_failed=10)])
+    assert (plot.top, plot.boxes) == ("0 images/s", [])
 
 
 @pytest.mark.parametrize(("values", "heights"), [([3.0], [1.0]), ([0.0, 0.0, 1.0], [1.0, 0.5]), ([-1, -1], [1.0])])

@@ -99,7 +99,7 @@ def throughput(shards: Sequence[ShardTime]) -> _Plot:
             inside = min(end, bucket + 1) - max(begin, bucket)
             made[bucket] += (each.num_images - each.num_failed) * min(1.0, max(0.0, inside) * step / length)
     rates = [images / step for images in made]
-    highest, width = max(rates) or 1.0, WIDTH / _NUM_BUCKETS
+    highest, width = max(rates), WIDTH / _NUM_BUCKETS
     boxes = [
         _Box(number * width, width, rate / highest, f"{_clock(first + number * step)}: {rate:.3g} images/s")
         for number, rate in enumerate(rates)
@@ -156,5 +156,8 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _worded(value: float, total: float, unit: str) -> str:
-    number = f"{value:,.1f}" if unit and value < 100 else f"{math.ceil(value):,}"
+    if unit and value < 1:
+        number = f"{value:.2g}"
+    else:
+        number = f"{value:,.1f}" if unit and value < 100 else f"{math.ceil(value):,}"
     return f"{number}{unit} ({100 * value / total:.1f} %)"
