@@ -145,6 +145,11 @@ def test_of_near_duplicates_the_best_stays(store: Store) -> None:
     assert selected.left_out["without a value for --dedup clip.embedding"] == 1
 
 
+def test_equal_embeddings_are_near_at_no_distance() -> None:
+    vectors = np.repeat(np.random.default_rng(0).normal(size=(200, 512)).astype(np.float32), 2, axis=0)
+    assert near_embeddings(vectors, 0.0).tolist() == [2 * (number // 2) for number in range(400)]
+
+
 @pytest.mark.parametrize("num", [1, 700, 1500])
 def test_what_is_dropped_is_near_to_what_stays_and_nothing_else_is(num: int) -> None:
     # Blocks of 512: within one, across two, across the border of the first comparison.
