@@ -51,7 +51,7 @@ def test_a_run_has_its_figures_and_its_page(tmp_path: Path) -> None:
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert {"price", "judge.score", "bytes"} <= set(re.findall(r"<h3><bdi>([^<]+)</bdi>", page))
-    assert "0 of 3 shards took more than one attempt" in " ".join(page.split())
+    assert "Shards that took more than one attempt: 0 of 3." in " ".join(page.split())
     assert list(find_leftovers(SavedRun.open(store).folder)) == []
 
 
