@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -36,7 +38,9 @@ def add_bench(command: argparse.ArgumentParser) -> None:
         choices=["diffusers", "diffusers-compiled"],
         help="also run it, in turn, with the same weights, prompts and seeds; may be given twice",
     )
-    kind.add_argument("--peak-tflops", type=float, help="the peak of the device, dense, in --dtype (from a table)")
+    kind.add_argument(
+        "--peak-tflops", type=_from(0.001), help="the peak of the device, dense, in --dtype (from a table)"
+    )
     kind.set_defaults(measure=_pipeline)
 
     kind = kinds.add_parser("job", help="a whole job without its start-up, against its pipelines in bare loops")
@@ -46,7 +50,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     kind.add_argument("--workers", type=_positive, help="processes (the number of GPUs, or 2)")
     kind.add_argument("--batch-size", type=_positive, default=4, help="images a call (4)")
     kind.add_argument("--shard-size", type=_positive, help="prompts a shard (a tenth of a worker's share)")
-    kind.add_argument("--num-gpus", type=float, help="GPUs of a worker (1 if there are any, else 0)")
+    kind.add_argument("--num-gpus", type=_from(0), help="GPUs of a worker (1 if there are any, else 0)")
     kind.add_argument("--num-cpus", type=_positive, default=1, help="threads of a worker (1)")
     kind.add_argument("--engine", choices=["ray", "local"], default="ray", help="local: this process alone (ray)")
     kind.add_argument("--against", action="append", default=[], choices=["ray-data"], help="also run Ray Data")
@@ -100,10 +104,10 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     kind = kinds.add_parser("driver", help="the driver's loop, on simulated workers; a row for each number of them")
     kind.add_argument("--workers", type=_positive, nargs="+", default=[10, 1000], help="workers (10 1000)")
     kind.add_argument("--shards", type=_positive, default=400_000, help="shards (400000)")
-    kind.add_argument("--speedup", type=float, default=100, help="how much faster than real ones they work (100)")
-    kind.add_argument("--spread", type=float, default=10, help="the longest shard over the shortest (10)")
-    kind.add_argument("--slow-share", type=float, default=0.03, help="the share of slow workers (0.03)")
-    kind.add_argument("--slow-factor", type=float, default=3, help="how much slower these are (3)")
+    kind.add_argument("--speedup", type=_from(1), default=100, help="how much faster than real ones they work (100)")
+    kind.add_argument("--spread", type=_from(1), default=10, help="the longest shard over the shortest (10)")
+    kind.add_argument("--slow-share", type=_from(0, 1), default=0.03, help="the share of slow workers (0.03)")
+    kind.add_argument("--slow-factor", type=_from(1), default=3, help="how much slower these are (3)")
     kind.add_argument("--in-order", action="store_true", help="the order of the plan, not the largest shards first")
     _add_json(kind)
     kind.set_defaults(measure=_driver)
@@ -112,7 +116,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     kind.add_argument("--workers", type=_positive, default=1000, help="workers (1000)")
     kind.add_argument("--nodes", type=_positive, default=125, help="nodes, of which one is refused (125)")
     kind.add_argument("--files", type=_positive, default=24, help="files of the model, a request each (24)")
-    kind.add_argument("--request-s", type=float, default=0.05, help="seconds that a request takes (0.05)")
+    kind.add_argument("--request-s", type=_from(0), default=0.05, help="seconds that a request takes (0.05)")
     _add_json(kind)
     kind.set_defaults(measure=_weights)
 
@@ -152,6 +156,22 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
     return value
+
+
+def _from(least: float, most: float = sys.float_info.max) -> Callable[[str], float]:
+    """Return a reader of finite numbers within limits, as argparse wants it."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            limit = f"from {least:g} to {most:g}" if most < sys.float_info.max else f"{least:g} or more"
+            raise argparse.ArgumentTypeError(f"{text}: must be {limit}")
+        return value
+
+    return read
 
 
 def _add_model(kind: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flux_batch.config.running import FailuresConfig
 from flux_batch.config.schema import JobConfig
-from flux_batch.dataset.annotate_worker import AnnotateFactory, check_identity
+from flux_batch.dataset.annotate_worker import AnnotateFactory, check_identity, read_identity
 from flux_batch.dataset.annotators.load import AnnotatorSpec
 from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment
 from flux_batch.engine.stop import Stop
@@ -155,7 +155,8 @@ def annotate(
     changed = [f"failures.{setting}" for setting in settings.failures]
     failures = JobConfig.from_yaml(run.config.to_yaml(), "--failures", changed).failures
     folders = [AnnotationFolder(run.folder, spec.name) for spec in specs]
-    _check_begun(folders, specs, anew=anew)
+    if not anew:
+        _check_begun(folders, specs)
     store = store.with_policy(policy.waiting(failures.outage_s))
     with Lease(store, ttl_s=failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
         run = SavedRun.open(lease.store)
@@ -246,16 +247,12 @@ class _Pass:
         )
 
 
-def _check_begun(folders: Sequence[AnnotationFolder], specs: Sequence[AnnotatorSpec], *, anew: bool) -> None:
+def _check_begun(folders: Sequence[AnnotationFolder], specs: Sequence[AnnotatorSpec]) -> None:
     """Raise PlanMismatch if other annotators or options began one of these names; opens nothing."""
     for folder, spec in zip(folders, specs, strict=True):
-        try:
-            saved = json.loads(folder.run.store.read(folder.identity))
-        except NotFound:
-            continue
-        # Others may be options that change no results, which is known once the annotator is open.
-        options = {key: value for key, value in spec.identity["options"].items() if key in saved["options"]}
-        if not anew:
+        if (saved := read_identity(folder)) is not None:
+            # Others may be options that change no results, which is known once the annotator is open.
+            options = {key: value for key, value in spec.identity["options"].items() if key in saved["options"]}
             check_identity(folder, saved, {"annotator": spec.annotator, "options": options})
 
 

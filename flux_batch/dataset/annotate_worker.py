@@ -22,7 +22,7 @@ from typing import Any
 from flux_batch.config.running import FailuresConfig
 from flux_batch.dataset.annotate_shard import ImageBatch, ShardAnnotation, read_batches
 from flux_batch.dataset.annotators.load import AnnotatorSpec, OpenAnnotator, open_annotator
-from flux_batch.errors import AlreadyExists, PlanMismatch, Stopped
+from flux_batch.errors import AlreadyExists, DamagedObject, NotFound, PlanMismatch, Stopped
 from flux_batch.output.annotations import AnnotationFolder
 from flux_batch.records import Attempt, Commit, Shard, ShardResult
 from flux_batch.report.saved_run import SavedRun
@@ -64,7 +64,21 @@ def _settle_identity(folder: AnnotationFolder, identity: Mapping[str, Any]) -> N
     try:
         store.put_if_absent(folder.identity, json.dumps(identity, indent=1).encode())
     except AlreadyExists:
-        check_identity(folder, json.loads(store.read(folder.identity)), identity)
+        check_identity(folder, read_identity(folder) or {}, identity)
+
+
+def read_identity(folder: AnnotationFolder) -> dict[str, Any] | None:
+    """Read what began annotations; None if nothing did. Raises: DamagedObject, StoreError."""
+    store = folder.run.store
+    try:
+        saved = json.loads(store.read(folder.identity))
+    except NotFound:
+        return None
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict) or not isinstance(saved.get("options"), dict):
+        raise DamagedObject(f"{store.url(folder.identity)}: is damaged; make these annotations again, with --anew")
+    return saved
 
 
 def check_identity(folder: AnnotationFolder, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

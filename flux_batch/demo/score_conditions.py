@@ -56,9 +56,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("condition", choices=("canny", "kontext"))
     parser.add_argument("--model", default="demo", help="folder or URI of a model trained on the demo's world")
     parser.add_argument("--lora", help="a LoRA that the training wrote, instead of the one in the package")
-    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--images", type=int, default=100, help="how many scenes, or edits")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the condition beside each image there")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.images < 1:
+        parser.error(f"--images {arguments.images}: must be 1 or more")
+    return arguments
 
 
 def _score_canny(arguments: argparse.Namespace) -> None:

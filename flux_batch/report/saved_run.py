@@ -120,6 +120,7 @@ def opened_run(store: Store, *, to_write: bool) -> Iterator[SavedRun]:
 def read_json(store: Store, key: str) -> dict[str, Any] | None:
     """Read an object of JSON; None if it is not there, or damaged. Raises: StoreError."""
     try:
-        return dict(json.loads(store.read(key)))
+        found = json.loads(store.read(key))
     except (NotFound, ValueError):
         return None
+    return found if isinstance(found, dict) else None

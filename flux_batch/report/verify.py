@@ -24,7 +24,7 @@ from flux_batch.output.formats import DECODE_ERRORS
 from flux_batch.output.gc import Listing, find_leftovers
 from flux_batch.output.paths import REPORT, SUCCESS, failed_file, metadata_file, number_in
 from flux_batch.output.revert import finish_reverts, revert
-from flux_batch.report.progress.snapshot import duration
+from flux_batch.report.progress.snapshot import bytes_text, duration
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify_shard import Check, Problem, ShardFindings, check_shard, rebuild_failures
 from flux_batch.storage.scratch import scratch_folder
@@ -172,12 +172,12 @@ def format_verdict(verdict: _Verdict) -> str:
     """Return a verdict as a table and a list of problems for people."""
     counts = Counter(problem.check for problem in verdict.problems)
     read = {
-        "commit": f"{verdict.num_committed} of {verdict.num_shards} shards",
-        "files": f"{verdict.num_files} files, {verdict.num_bytes / 1e6:.1f} MB",
-        "rows": f"{verdict.num_rows} images, {verdict.num_failed} failed",
-        "images": "not read (--quick)" if verdict.quick else f"{verdict.num_images} images",
-        "failed rows": f"{verdict.num_failed} rows",
-        "annotations": f"{verdict.num_annotations} files",
+        "commit": f"{verdict.num_committed} of {count_of(verdict.num_shards, 'shard')}",
+        "files": f"{count_of(verdict.num_files, 'file')}, {bytes_text(verdict.num_bytes)}",
+        "rows": f"{count_of(verdict.num_rows, 'image')}, {verdict.num_failed} failed",
+        "images": "not read (--quick)" if verdict.quick else count_of(verdict.num_images, "image"),
+        "failed rows": count_of(verdict.num_failed, "row"),
+        "annotations": count_of(verdict.num_annotations, "file"),
         "leftovers": ", ".join(f"{number} {kind}" for kind, number in sorted(verdict.leftovers.items())) or "none",
     }
     took = duration(verdict.wall_s) if verdict.wall_s >= 1 else "under 1 s"
@@ -249,14 +249,15 @@ def _check_whole(run: SavedRun, verdict: _Verdict, listing: Listing, is_logged: 
     numbers = (number_in(name, ".json") for name, size in listing.commits.others.items() if size is not None)
     for shard in sorted(number for number in numbers if number is not None and number >= run.num_shards):
         verdict.problems.append(
-            Problem("commit", f"shard {shard} is committed, but the plan has {run.num_shards} shards")
+            Problem("commit", f"shard {shard} is committed, but the plan has {count_of(run.num_shards, 'shard')}")
         )
     leftovers = list(find_leftovers(run.folder, listing, is_logged))
     missing = list(listing.commits.missing) if verdict.is_complete else []
     # Those that were committed in the meantime.
     late = run.commits.listed() if missing or any(each.kind == "uncommitted" for each in leftovers) else ()
     if num_missing := sum(shard not in late for shard in missing):
-        verdict.problems.append(Problem("commit", f"{num_missing} shards are not committed, though {SUCCESS} is there"))
+        lacks = f"{count_of(num_missing, 'commit')} missing, though {SUCCESS} is there"
+        verdict.problems.append(Problem("commit", lacks))
     for leftover in leftovers:
         if leftover.kind == "uncommitted" and leftover.shard is not None and leftover.shard in late:
             continue

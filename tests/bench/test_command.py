@@ -143,3 +143,22 @@ def test_counts_are_at_least_1(arguments: list[str], capsys: pytest.CaptureFixtu
 
     assert caught.value.code == 2
     assert "must be 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limit"),
+    [
+        (["driver", "--speedup", "0"], "1 or more"),
+        (["driver", "--spread", "nan"], "1 or more"),
+        (["driver", "--slow-share", "2"], "from 0 to 1"),
+        (["weights", "--request-s", "-1"], "0 or more"),
+        (["pipeline", "--peak-tflops", "0"], "0.001 or more"),
+        (["job", "--num-gpus", "some"], "0 or more"),
+    ],
+)
+def test_numbers_have_limits(arguments: list[str], limit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", *arguments])
+
+    assert caught.value.code == 2
+    assert f"{arguments[1]}: {arguments[2]}: must be {limit}" in capsys.readouterr().err

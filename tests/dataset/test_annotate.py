@@ -19,7 +19,7 @@ from flux_batch.dataset.annotate_worker import AnnotateFactory, AnnotateWorker
 from flux_batch.dataset.annotators.load import AnnotatorSpec, parse_specs
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import Interrupted, JobError, PlanMismatch, Stopped, StoreRefused
+from flux_batch.errors import DamagedObject, Interrupted, JobError, PlanMismatch, Stopped, StoreRefused
 from flux_batch.job import run
 from flux_batch.records import Attempt, FileRange, Shard
 from flux_batch.report.progress.snapshot import Snapshot
@@ -120,6 +120,17 @@ def test_it_goes_on_with_new_shards_and_new_annotators_only(tmp_path: Path) -> N
     assert [one.num_committed for one in report.annotations] == [2, 2, 2]
     assert {name: files(config)[name] for name in first} == first
     assert annotated(config, *BOTH, "sharpness").num_new_shards == 0
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "{}"])
+def test_a_damaged_description_is_a_sentence_and_is_made_anew(tmp_path: Path, text: str) -> None:
+    config = make_run(tmp_path, "webdataset")
+    annotated(config, "phash")
+    path = tmp_path / "out/_run/annotations/phash/annotator.json"
+    path.write_text(text)
+    with pytest.raises(DamagedObject, match=r"phash/annotator\.json: is damaged; .*--anew"):
+        annotated(config, "phash")
+    assert annotated(config, "phash", anew=True).num_new_shards == 3
 
 
 def test_another_annotator_under_the_same_name_is_refused_with_what_changed(

@@ -359,6 +359,27 @@ def test_the_card_says_what_is_known(tmp_path: Path) -> None:
             compile(block, "card", "exec")
 
 
+def test_the_card_has_scores_that_are_all_but_equal_or_far_apart(tmp_path: Path) -> None:
+    store = made_run(tmp_path, "webdataset")
+    columns = pa.schema([("sure", pa.float64()), ("far", pa.float64()), ("endless", pa.float64())])
+
+    def judge(row: Any) -> dict[str, Any]:
+        is_odd = number_of(row["key"]) % 2
+        return {
+            "sure": 1.0 if is_odd else 1.0 - 2**-53,
+            "far": 1e308 if is_odd else -1e308,
+            "endless": float("inf") if is_odd else 2.0,
+        }
+
+    put_annotations(store, "judge", columns, judge)
+    export(store, Store(str(tmp_path / "dest")), format="parquet")
+    card = (tmp_path / "dest/README.md").read_text()
+    # Of 12 images 5 have odd numbers: the failed row has one, too.
+    assert f"| `judge_sure` | 12 | 1 | 1 | 1 | 1 ... 1 | `█{' ' * 18}▆` |" in card
+    assert f"| `judge_far` | 12 | -1e+308 | -1e+308 | 1e+308 | -1e+308 ... 1e+308 | `█{' ' * 18}▆` |" in card
+    assert f"| `judge_endless` | 7 | 2 | 2 | 2 | 2 ... 2 | `█{' ' * 19}` |" in card
+
+
 def test_what_cannot_be_exported_is_a_sentence(tmp_path: Path) -> None:
     store = made_run(tmp_path, "webdataset")
     dest = Store(str(tmp_path / "dest"))

@@ -89,7 +89,6 @@ def best(numbers: list[int], most: int) -> list[int]:
 
 def test_an_expression_reaches_metadata_and_annotations(store: Store) -> None:
     selected, numbers, table = chosen(store, where="clip.similarity > 0.5 AND animal = 'cat'")
-    # NaN is above every number for DuckDB.
     assert numbers == [number for number in MADE if number % 3 == 0 and number != NO_SCORE and score(number) > 0.5]
     left_out = {"failed to be made": 1, "without a value for --where": 1, "not as --where says": 38 - len(numbers)}
     assert selected.left_out == left_out
@@ -98,10 +97,18 @@ def test_an_expression_reaches_metadata_and_annotations(store: Store) -> None:
     assert numbers == chosen(store, where="SIMILARITY > 0.5 and metadata.animal in ('cat')")[1]
 
 
+def test_nan_is_no_value(store: Store) -> None:
+    selected, numbers, _ = chosen(store, where="similarity > 0")
+    assert numbers == [number for number in SCORED if score(number) > 0]
+    assert selected.left_out["without a value for --where"] == 2
+    assert chosen(store, where="similarity IS NULL")[1] == sorted([NO_SCORE, 8])
+    assert 8 not in chosen(store, where="coalesce(similarity, -1) >= 0")[1]
+
+
 def test_a_quantile_is_a_window_over_the_images_that_were_made(store: Store) -> None:
     values = [score(number) for number in MADE if number != NO_SCORE and number != 8]
     cut = float(np.quantile(values, 0.75))
-    where = "nullif(similarity, 'nan') >= quantile_cont(nullif(similarity, 'nan'), 0.75) OVER ()"
+    where = "similarity >= quantile_cont(similarity, 0.75) OVER ()"
     assert chosen(store, where=where)[1] == [number for number in SCORED if score(number) >= cut]
 
 
@@ -136,6 +143,11 @@ def test_of_near_duplicates_the_best_stays(store: Store) -> None:
     likes = {number for number in MADE if number % 5 == 1 and number - 1 in MADE}
     assert numbers == [number for number in MADE if number not in likes | {NO_SCORE}]
     assert selected.left_out["without a value for --dedup clip.embedding"] == 1
+
+
+def test_equal_embeddings_are_near_at_no_distance() -> None:
+    vectors = np.repeat(np.random.default_rng(0).normal(size=(200, 512)).astype(np.float32), 2, axis=0)
+    assert near_embeddings(vectors, 0.0).tolist() == [2 * (number // 2) for number in range(400)]
 
 
 @pytest.mark.parametrize("num", [1, 700, 1500])

@@ -88,6 +88,31 @@ def test_an_answer_that_is_none_costs_its_image_and_no_other_request() -> None:
     assert len(server.requests) == 5
 
 
+def test_null_is_an_answer_where_the_schema_allows_it() -> None:
+    properties = {
+        "score": {"type": ["number", "null"]},
+        "legs": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        "either": {"type": ["number", "string"]},
+        "name": {"type": "string"},
+    }
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    values = {"score": None, "legs": None, "either": 1, "name": "cat"}
+    answers = {
+        "prompt 0": values,
+        "prompt 1": {**values, "score": 0.5, "legs": 4},
+        "prompt 2": {**values, "name": None},
+    }
+    with vision_server(lambda body, number: json.dumps(answers[_text(body)])) as server:
+        ask = Ask("m", "{prompt}", schema=schema, url=server.url)
+        first, second, third = CheckedAnnotator(ask, "ask").rows(images(3), records(3))
+    assert [str(kind) for kind in ask.columns.types[:4]] == ["double", "int64", "string", "string"]
+    assert [(row["score"], row["legs"], row["either"]) for row in (first, second)] == [  # type: ignore[index]
+        (None, None, "1"),
+        (0.5, 4, "1"),
+    ]
+    assert "left out name" in str(third)
+
+
 def test_an_address_that_refuses_or_is_away_ends_the_pass() -> None:
     with vision_server(lambda body, number: 401) as server:
         checked = CheckedAnnotator(Caption("m", url=server.url, attempts=2), "caption")

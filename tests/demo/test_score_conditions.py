@@ -75,3 +75,12 @@ def test_a_bad_lora_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kontext", "--images", "1", "--lora", "/nowhere.safetensors"]) == 2
 
     assert capsys.readouterr().err == "error: /nowhere.safetensors is not there\n"
+
+
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_no_images_are_refused(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["canny", "--images", number])
+
+    assert caught.value.code == 2
+    assert f"--images {number}: must be 1 or more" in capsys.readouterr().err

@@ -166,7 +166,9 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_read(
     listing = served(hub)
     need = sum(SIZES.values()) + transfer.SPARE_BYTES
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, need - 1))
-    with pytest.raises(DiskFull, match=r"needs 0\.0 GB more, and 0\.3 GB are free .*FLUX_BATCH_CACHE"):
+    with pytest.raises(
+        DiskFull, match=r"needs 0\.00107 GB more and 0\.268 GB to spare; 0\.27 GB are free .*FLUX_BATCH_CACHE"
+    ):
         download_files(listing, tmp_path)
     assert hub.requests == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, need))

@@ -1,6 +1,7 @@
 """The report page of a run."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,14 +34,15 @@ def test_a_run_has_its_figures_and_its_page(tmp_path: Path) -> None:
     config = make_job(tmp_path, rows, prompts={"passthrough": ["price"]}, failures={"max_ratio": 1.0})
     run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
     store = Store(config.output.uri)
-    said = pa.table({"key": [f"00000{n:04d}" for n in range(4)], "score": [0.1, 0.2, 0.3, float("nan")]})
+    scores = [0.1, float("inf"), 0.3, float("nan")]
+    said = pa.table({"key": [f"00000{n:04d}" for n in range(4)], "score": scores})
     store.write("annotations/judge/00000.parquet", parquet_bytes(said))
 
     figures = read_figures(store)
     assert (figures.num_images, figures.num_rows_read, len(figures.shards)) == (9, 9, 3)
     assert figures.sizes == {"16 x 16": 4, "32 x 16": 5}
     assert figures.failures == {"RuntimeError": 1}
-    assert figures.measures["judge.score"] == [0.1, 0.2, 0.3]
+    assert figures.measures["judge.score"] == [0.1, 0.3]
     assert figures.stage_s.keys() >= {"read", "make", "encode", "stage", "publish"}
     assert all(each.started <= each.finished for each in figures.shards)
 
@@ -49,7 +51,7 @@ def test_a_run_has_its_figures_and_its_page(tmp_path: Path) -> None:
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert {"price", "judge.score", "bytes"} <= set(re.findall(r"<h3><bdi>([^<]+)</bdi>", page))
-    assert "0 of 3 shards took more than one attempt" in " ".join(page.split())
+    assert "Shards that took more than one attempt: 0 of 3." in " ".join(page.split())
     assert list(find_leftovers(SavedRun.open(store).folder)) == []
 
 
@@ -88,11 +90,35 @@ def test_bars_are_the_largest_and_the_rest() -> None:
     assert (bars({}), bars({"none": 0.0})) == ([], [])
 
 
+def test_seconds_have_the_digits_that_they_need() -> None:
+    shown = bars({"make": 2345.6, "encode": 12.34, "publish": 0.0456, "wait": 0.0}, " s")
+    words = ["2,346 s (99.5 %)", "12.3 s (0.5 %)", "0.046 s (0.0 %)", "0 s (0.0 %)"]
+    assert [bar.words for bar in shown] == words
+
+
+def test_a_run_that_made_nothing_has_no_speed() -> None:
+    plot = throughput([replace(shard(0, "a", 0, 10), num_failed=10)])
+    assert (plot.top, plot.boxes) == ("0 images/s", [])
+
+
 @pytest.mark.parametrize(("values", "heights"), [([3.0], [1.0]), ([0.0, 0.0, 1.0], [1.0, 0.5]), ([-1, -1], [1.0])])
 def test_a_histogram_counts_every_value(values: list[float], heights: list[float]) -> None:
     plot = histogram(values)
     assert [box.height for box in plot.boxes] == heights
     assert all(0 <= box.left < WIDTH for box in plot.boxes)
+
+
+@pytest.mark.parametrize(
+    ("values", "ends", "last"),
+    [
+        ([1e9, 1e9 + 1], ("1000000000", "1000000001"), "1000000000.98 to 1000000001: 1"),
+        ([0.0, 1e9], ("0", "1e+09"), "9.75e+08 to 1e+09: 1"),
+        ([-1e308, 1e308], ("-1e+308", "1e+308"), "9.5e+307 to 1e+308: 1"),
+    ],
+)
+def test_a_histogram_tells_its_ranges_apart(values: list[float], ends: tuple[str, str], last: str) -> None:
+    plot = histogram(values)
+    assert (plot.start, plot.end, plot.boxes[-1].words) == (*ends, last)
 
 
 @pytest.mark.browser

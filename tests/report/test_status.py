@@ -55,6 +55,16 @@ def test_status_says_who_has_the_run(unfinished: Store, fields: dict[str, Any], 
     assert format_status(status, now).splitlines()[-1] == line
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", "null", "{", ""])
+def test_what_a_report_does_not_say_is_read_from_the_commits(tmp_path: Path, text: str) -> None:
+    run(make_job(tmp_path), engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+    store = Store(str(tmp_path / "out"))
+    for name in ("progress.json", "precision.json"):
+        store.write(f"_run/{name}", text.encode())
+    status = read_status(store)
+    assert (status["num_images"], status["progress"], status["precision"]) == (10, None, None)
+
+
 def test_a_complete_run_needs_no_driver(tmp_path: Path) -> None:
     run(make_job(tmp_path), engine=LocalEngine(), make_pipeline=make_fake_pipeline)
     assert "driver" not in format_status(read_status(Store(str(tmp_path / "out"))))

@@ -62,6 +62,7 @@ def test_a_good_run_is_good(store: Store, quick: bool) -> None:
     assert (verdict.num_committed, verdict.num_shards) == (3, 3)
     assert (verdict.num_rows, verdict.num_images, verdict.num_failed) == (12, 11, 1)
     assert format_verdict(verdict).endswith("all is well")
+    assert re.search(r"^files +\d+ files, [\d.]+ kB +-$", format_verdict(verdict), re.MULTILINE)
     assert data_files(Path(store.uri)) == before
 
 
@@ -379,7 +380,7 @@ def test_a_lost_commit_of_a_complete_run_is_found_and_made_again(config: JobConf
     store.delete("_run/commits/00001.json")
 
     verdict = verify(store)
-    assert verdict.problems[0].text == "1 shards are not committed, though _SUCCESS is there"
+    assert verdict.problems[0].text == "1 commit missing, though _SUCCESS is there"
     repair(store, verdict)
     assert not store.exists("_SUCCESS")
     finish(config)

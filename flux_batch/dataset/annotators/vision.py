@@ -79,7 +79,8 @@ class Ask:
         values = {}
         for field in _fields(self._schema):
             value = found.get(field.name)
-            if value is None and field.name in self._schema.get("required", []):
+            can_be_null = "null" in _types(self._schema["properties"][field.name])
+            if value is None and field.name in self._schema.get("required", []) and not can_be_null:
                 raise BadAnswer(f"{self._chat.model} left out {field.name}: {answer.text[:200]}")
             is_text = field.type == pa.string() and value is not None and not isinstance(value, str)
             values[field.name] = json.dumps(value, ensure_ascii=False) if is_text else value
@@ -119,8 +120,15 @@ def _fields(schema: Mapping[str, Any]) -> list[pa.Field]:
 
 def _kind(schema: Any) -> pa.DataType:
     """Return the Arrow type of a JSON schema; anything but plain values and lists of them becomes JSON."""
-    kind = schema.get("type") if isinstance(schema, Mapping) else None
-    if kind == "array":
-        inner = _kind(schema.get("items"))
-        return pa.list_(inner)
-    return _KINDS.get(str(kind), pa.string())
+    types = _types(schema) - {"null"}
+    if types == {"array"}:
+        return pa.list_(_kind(schema.get("items"))) if "items" in schema else pa.string()
+    return _KINDS.get(types.pop(), pa.string()) if len(types) == 1 else pa.string()
+
+
+def _types(schema: Any) -> set[str]:
+    """Return the types that a JSON schema allows: one, a list of them, or those of `anyOf`."""
+    if not isinstance(schema, Mapping):
+        return set()
+    own = schema.get("type", ())
+    return ({own} if isinstance(own, str) else {*own}).union(*map(_types, schema.get("anyOf", ())))

@@ -87,10 +87,11 @@ def export_card(
     source = packer.source
     config = source.run.config
     facts = run_facts(source)
+    images = _counted(source.chosen.num_rows, "synthetic image")
     parts = [
         f"# {config.name}",
-        f"{source.chosen.num_rows:,} synthetic images, made by a model from text with flux-batch. Every image is "
-        "labelled as AI generated: its metadata has IPTC's `trainedAlgorithmicMedia`, its prompt and its settings.",
+        f"{images}, made by a model from text with flux-batch. Every image "
+        "is labelled as AI generated: its metadata has IPTC's `trainedAlgorithmicMedia`, its prompt and its settings.",
     ]
     if samples:
         parts.append(f"![{samples}]({samples})")
@@ -128,7 +129,8 @@ def _chosen(name: str | None, made_by: Mapping[str, Any], facts: RunFacts) -> It
     """Yield how the images were chosen, and what failed."""
     made = facts.num_images - facts.num_failed
     end = ":" if facts.failures else "."
-    yield f"The run asked for {facts.num_images:,} images and made {made:,} of them; {facts.num_failed:,} failed{end}"
+    asked = _counted(facts.num_images, "image")
+    yield f"The run asked for {asked} and made {made:,} of them; {facts.num_failed:,} failed{end}"
     if facts.failures:
         yield _table(("reason", "failed"), [(f"`{why}`", f"{number:,}") for why, number in facts.failures.items()])
     if name is None:
@@ -256,6 +258,10 @@ def _loaders(packer: Packer, address: str, shard_size: int) -> Iterator[str]:
         yield _python(f"import duckdb\n\nduckdb.sql(\"SELECT prompt, seed FROM '{table}' LIMIT 5\")")
         first = f"{split}/{pieces[0]}{'.parquet' if packer.format == 'parquet' else '/metadata.parquet'}"
         yield _python(f'import pandas\n\nrows = pandas.read_parquet("{address}/{first}")')
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _python(text: str) -> str:

@@ -31,6 +31,7 @@ from flux_batch.images import SUFFIXES
 from flux_batch.output.formats import OutputFormat, format_for
 from flux_batch.output.paths import CARD, PLAN, SUCCESS, TRAIN
 from flux_batch.records import StoredFile
+from flux_batch.report.progress.snapshot import bytes_text
 from flux_batch.storage.scratch import scratch_folder
 from flux_batch.storage.store import Store
 
@@ -160,7 +161,7 @@ def format_exported(exported: _Exported) -> str:
     lines = [f"{split:<12} {number:>10,} images" for split, number in exported.splits.items()]
     before = exported.num_shards - exported.num_new_shards
     found = f", {before} of them found written already" if before else ""
-    shards, size = f"{'shards':<12} {exported.num_shards:>10,}", f"{exported.num_bytes / 1e6:.1f} MB"
+    shards, size = f"{'shards':<12} {exported.num_shards:>10,}", bytes_text(exported.num_bytes)
     lines.append(f"{shards} of {exported.format}, {size}{found}")
     return "\n".join([*lines, f"in {exported.dest}"])
 

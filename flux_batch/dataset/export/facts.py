@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ from numpy.typing import NDArray
 from flux_batch.dataset.export.source import ExportSource
 from flux_batch.dataset.select.files import committed_shards, read_tables
 from flux_batch.dataset.select.selection import made_by
-from flux_batch.errors import NotFound
 from flux_batch.output.annotations import AnnotationFolder
 from flux_batch.output.formats import OutputFormat
 from flux_batch.output.paths import REPORT
 from flux_batch.report.gallery.content import Gallery, GalleryImage, read_file
 from flux_batch.report.gallery.rows import GalleryRow, spread
 from flux_batch.report.gallery.sheet import draw_sheet
+from flux_batch.report.saved_run import read_json
 
 # Commits in memory at once.
 _COMMITS_AT_ONCE = 256
@@ -67,7 +66,7 @@ def run_facts(source: ExportSource) -> RunFacts:
             num_failed += commit.num_failed
             device_s += commit.device_s
             failures.update(commit.failures)
-    report = _read_json(source, REPORT)
+    report = read_json(source.run.store, REPORT) or {}
     gpu_s = report.get("gpu_s_of_run")
     return RunFacts(
         num_images=num_images,
@@ -87,8 +86,8 @@ def selection_facts(source: ExportSource) -> Mapping[str, Any]:
 
 def annotators(source: ExportSource) -> dict[str, Mapping[str, Any]]:
     """Return what made each annotation, as it is written beside it."""
-    names = dict.fromkeys(column.annotation for column in source.annotation_columns)
-    return {name: _read_json(source, AnnotationFolder(source.run.folder, name).identity) for name in names}
+    store, names = source.run.store, dict.fromkeys(column.annotation for column in source.annotation_columns)
+    return {name: read_json(store, AnnotationFolder(source.run.folder, name).identity) or {} for name in names}
 
 
 def histograms(source: ExportSource) -> list[Histogram]:
@@ -144,15 +143,7 @@ def _thumbnails(
 
 def _histogram(column: str, numbers: NDArray[np.float64]) -> Histogram:
     low, high = float(numbers.min()), float(numbers.max())
-    counts, _ = np.histogram(numbers, _BINS, (low, high))
-    five, half, most = (float(value) for value in np.quantile(numbers, (0.05, 0.5, 0.95)))
-    return Histogram(column, len(numbers), (five, half, most), low, high, tuple(int(count) for count in counts))
-
-
-def _read_json(source: ExportSource, key: str) -> dict[str, Any]:
-    """Read an object of JSON; empty if it is not there or is no JSON."""
-    try:
-        found = json.loads(source.run.store.read(key))
-    except (NotFound, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    half = high / 2 - low / 2 or 1.0  # of the range, which may be more than a float holds, or less than its bins need
+    counts, _ = np.histogram((numbers / 2 - low / 2) / half, _BINS, (0, 1))
+    five, half_of_all, most = (float(value) for value in 2 * np.quantile(numbers / 2, (0.05, 0.5, 0.95)))
+    return Histogram(column, len(numbers), (five, half_of_all, most), low, high, tuple(int(count) for count in counts))

@@ -26,8 +26,9 @@ from flux_batch.dataset.export.export import Packer, check_same
 from flux_batch.dataset.export.facts import sample_sheet
 from flux_batch.dataset.export.source import ExportSource, Piece
 from flux_batch.dataset.publish.hub import HubDataset, HubFile
-from flux_batch.errors import JobError, StoreError
+from flux_batch.errors import JobError, StoreError, count_of
 from flux_batch.output.paths import CARD
+from flux_batch.report.progress.snapshot import bytes_text
 from flux_batch.storage.scratch import scratch_folder
 from flux_batch.storage.store import Store
 
@@ -100,7 +101,7 @@ def format_published(published: Published) -> str:
     lines = [f"{split:<12} {number:>10,} images" for split, number in published.splits.items()]
     before = published.num_shards - published.num_new_shards
     found = f", {before} of them found there already" if before else ""
-    lines.append(f"{'shards':<12} {published.num_shards:>10,}, {published.num_bytes / 1e6:.1f} MB{found}")
+    lines.append(f"{'shards':<12} {published.num_shards:>10,}, {bytes_text(published.num_bytes)}{found}")
     return "\n".join([*lines, f"in {published.address}"])
 
 
@@ -141,7 +142,7 @@ def _upload_all(packer: Packer, hub: HubDataset, pieces: Sequence[Piece], done: 
                 pool.shutdown(cancel_futures=True)
                 raise
             first, most = first + len(group), min(2 * most, _MOST_A_COMMIT)
-            hub.commit(uploaded, f"Add {len(group)} shards, {first} of {len(pieces)}")
+            hub.commit(uploaded, f"Add {count_of(len(group), 'shard')}, {first} of {len(pieces)}")
             done(first)
 
 

@@ -15,6 +15,8 @@ _Matrix: TypeAlias = NDArray[np.bool_]
 _Values: TypeAlias = NDArray[Any]
 # Images compared with those that stay at once; a block of distances is 8 MB or less.
 _ROWS, _COLUMNS = 512, 2048
+# The cosine of two equal embeddings, summed in float32, may be so much below 1.
+_ROUNDING = 1e-6
 
 
 def near_hashes(hashes: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
@@ -42,7 +44,7 @@ def near_embeddings(embeddings: NDArray[np.float32], distance: float) -> NDArray
     unit = embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
 
     def is_near(some: NDArray[np.float32], others: NDArray[np.float32]) -> _Matrix:
-        return some @ others.T >= np.float32(1 - distance)
+        return some @ others.T >= np.float32(1 - distance - _ROUNDING)
 
     return _near(unit, is_near)
 

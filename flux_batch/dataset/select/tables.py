@@ -159,11 +159,14 @@ class Tables:
         self.connection.unregister("batch")
 
     def _fill(self, table: str, columns: Sequence[str]) -> None:
+        """Insert the rows of all shards. NaN becomes NULL: DuckDB has it above every number."""
         num_rows = 0
-        for batch in self._batches(table, pa.schema([self._schemas[table].field(name) for name in columns])):
+        schema = pa.schema([self._schemas[table].field(name) for name in columns])
+        values = ", ".join(_without_nan(field) for field in schema)
+        for batch in self._batches(table, schema):
             self.connection.register("batch", batch)
             ordinal = f"{num_rows} + row_number() OVER () - 1 AS ordinal, " if table == METADATA else ""
-            self.connection.execute(f"INSERT INTO {_quoted(table)} SELECT {ordinal}* FROM batch")
+            self.connection.execute(f"INSERT INTO {_quoted(table)} SELECT {ordinal}{values} FROM batch")
             self.connection.unregister("batch")
             num_rows += batch.num_rows
 
@@ -192,6 +195,11 @@ def _nodes(tree: Any) -> Iterator[Mapping[str, Any]]:
     if isinstance(tree, list):
         for each in tree:
             yield from _nodes(each)
+
+
+def _without_nan(column: pa.Field) -> str:
+    name = _quoted(column.name)
+    return f"CASE WHEN NOT isnan({name}) THEN {name} END" if pa.types.is_floating(column.type) else name
 
 
 def _quoted(name: str) -> str:

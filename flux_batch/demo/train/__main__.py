@@ -57,7 +57,8 @@ def main() -> None:
         write_model(arguments.to, arguments.start or arguments.work, transformer, autoencoder, clip, t5)
         for name, lora in loras.items():
             save_weights(arguments.to.with_name(f"{name}.safetensors"), lora)
-        print(f"wrote {arguments.to} and {', '.join(f'{name}.safetensors' for name in loras)} beside it")
+        beside = f", and beside it {', '.join(f'{name}.safetensors' for name in loras)}" if loras else ""
+        print(f"wrote {arguments.to}{beside}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -68,17 +68,23 @@ def bars(values: Mapping[str, float], unit: str = "") -> list[_Bar]:
 
 
 def histogram(values: Sequence[float]) -> _Plot:
-    """Return how often values lie in ranges of one width."""
+    """Return how often finite values lie in ranges of one width."""
     low, high = min(values), max(values)
-    step = (high - low) / _NUM_BINS or 1.0
-    counts = Counter(min(_NUM_BINS - 1, int((value - low) / step)) for value in values)
+    half = high / 2 - low / 2 or _NUM_BINS / 2  # of the range, which may be more than a float holds
+    counts = Counter(min(_NUM_BINS - 1, int((value / 2 - low / 2) / half * _NUM_BINS)) for value in values)
     highest, width = max(counts.values()), WIDTH / _NUM_BINS
-    starts = [low + number * step for number in range(_NUM_BINS)]
+    digits = _digits(max(-low, high), 2 * (half / _NUM_BINS))
+    edges = [f"{2 * (low / 2 + half * (number / _NUM_BINS)):.{digits}g}" for number in range(_NUM_BINS + 1)]
     boxes = [
-        _Box(number * width, width, count / highest, f"{starts[number]:g} to {starts[number] + step:g}: {count:,}")
+        _Box(number * width, width, count / highest, f"{edges[number]} to {edges[number + 1]}: {count:,}")
         for number, count in sorted(counts.items())
     ]
-    return _Plot(boxes, f"{low:g}", f"{high:g}", f"{highest:,}")
+    return _Plot(boxes, f"{low:.{digits}g}", f"{high:.{digits}g}", f"{highest:,}")
+
+
+def _digits(largest: float, step: float) -> int:
+    """Return the significant digits that tell numbers apart which lie a step apart; a float has 17."""
+    return min(17, max(6, 2 + math.floor(math.log10(largest / step)))) if largest > step else 6
 
 
 def throughput(shards: Sequence[ShardTime]) -> _Plot:
@@ -93,7 +99,7 @@ def throughput(shards: Sequence[ShardTime]) -> _Plot:
             inside = min(end, bucket + 1) - max(begin, bucket)
             made[bucket] += (each.num_images - each.num_failed) * min(1.0, max(0.0, inside) * step / length)
     rates = [images / step for images in made]
-    highest, width = max(rates) or 1.0, WIDTH / _NUM_BUCKETS
+    highest, width = max(rates), WIDTH / _NUM_BUCKETS
     boxes = [
         _Box(number * width, width, rate / highest, f"{_clock(first + number * step)}: {rate:.3g} images/s")
         for number, rate in enumerate(rates)
@@ -150,5 +156,8 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _worded(value: float, total: float, unit: str) -> str:
-    number = f"{value:,.1f}" if unit and value < 100 else f"{math.ceil(value):,}"
+    if unit and value < 1:
+        number = f"{value:.2g}"
+    else:
+        number = f"{value:,.1f}" if unit and value < 100 else f"{math.ceil(value):,}"
     return f"{number}{unit} ({100 * value / total:.1f} %)"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from flux_batch.errors import NotFound
 from flux_batch.output.paths import REPORT, SUCCESS, metadata_file
 from flux_batch.records import Commit
 from flux_batch.report.gallery.rows import (
@@ -22,7 +20,7 @@ from flux_batch.report.gallery.rows import (
     spread,
 )
 from flux_batch.report.gallery.rows import ShardCounts as FailedCounts
-from flux_batch.report.saved_run import SavedRun
+from flux_batch.report.saved_run import SavedRun, read_json
 from flux_batch.storage.store import Store
 
 _COMMITS_AT_ONCE = 256
@@ -97,8 +95,8 @@ class Figures:
         self.sizes[f"{row.get('width')} x {row.get('height')}"] += 1
         self.steps[str(row.get("num_inference_steps"))] += 1
         for name, value in row.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-            if is_number and name not in _NO_MEASURE:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and math.isfinite(value) and name not in _NO_MEASURE:
                 self.measures.setdefault(name, []).append(float(value))
 
 
@@ -110,7 +108,7 @@ def read_figures(store: Store) -> Figures:
         name=run.config.name,
         num_shards=run.num_shards,
         is_complete=store.exists(SUCCESS),
-        report=_read_report(store),
+        report=read_json(store, REPORT) or {},
     )
     for first in range(0, len(done), _COMMITS_AT_ONCE):
         for commit in run.commits.read_all(done[first : first + _COMMITS_AT_ONCE]):
@@ -136,10 +134,3 @@ def _sampled_rows(run: SavedRun, shards: list[int]) -> Iterator[Row]:
         for first in range(0, len(shards), _READERS):
             for rows in pool.map(read, shards[first : first + _READERS]):
                 yield from rows
-
-
-def _read_report(store: Store) -> dict[str, Any]:
-    """Read the report of the last invocation; empty while there is none."""
-    with suppress(NotFound, ValueError):
-        return dict(json.loads(store.read(REPORT)))
-    return {}

@@ -10,7 +10,7 @@ from flux_batch.report.charts.drawing import WIDTH, bars, histogram, lanes, thro
 from flux_batch.report.charts.figures import Figures, read_figures
 from flux_batch.report.gallery.chunks import write_file
 from flux_batch.report.gallery.page import plain
-from flux_batch.report.progress.snapshot import duration
+from flux_batch.report.progress.snapshot import bytes_text, duration
 from flux_batch.report.template import load_template
 from flux_batch.storage.store import Store
 
@@ -55,7 +55,7 @@ def _facts(figures: Figures) -> list[tuple[str, Any]]:
         ("failed", f"{num_failed:,}"),
         ("shards", f"{len(figures.shards):,} of {figures.num_shards:,} committed"),
         ("state", "complete" if figures.is_complete else "not complete"),
-        ("data", _bytes(figures.num_bytes)),
+        ("data", bytes_text(figures.num_bytes)),
         ("from first to last shard", duration(took_s) if times else ""),
         ("pipelines at work", duration(figures.device_s)),
         ("GPU time", duration(figures.device_s * gpus) if (gpus := figures.report.get("num_gpus")) else ""),
@@ -69,8 +69,3 @@ def _model(settings: Mapping[str, Any]) -> str:
     """Return the address of the model, and those of its settings that say something."""
     said = {name: value for name, value in settings.items() if value and value not in ("auto", "none")}
     return ", ".join([str(said.pop("uri", "")), *(f"{name} {value}" for name, value in said.items())])
-
-
-def _bytes(number: int) -> str:
-    unit, size = ("GB", 1e9) if number >= 1e9 else ("MB", 1e6)
-    return f"{number / size:,.1f} {unit}"

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,6 +45,7 @@ _THUMBNAILS = 1
 # What the page need not know of an image.
 _NOT_SHOWN = {"sha256", "file_name", *SOURCE_COLUMNS}
 _LARGEST_EXACT = 2**53
+_TEXT_OR_INFINITY = re.compile(r'"(?:[^"\\]|\\.)*"|Infinity')
 
 # The rows of a shard that are shown: its number and its metadata -> some of it, in order.
 Choose: TypeAlias = Callable[[int, Sequence[Row]], Iterable[Row]]
@@ -150,7 +152,7 @@ class ChunkWriter:
 
     def _write_rows(self, rows: Sequence[_ShownRow], number: int) -> str:
         """Write a chunk of rows. Its JSON is a text in the script, which browsers read faster than an expression."""
-        text = json.dumps(_pack_rows(rows), separators=(",", ":"))
+        text = _finite_json(json.dumps(_pack_rows(rows), separators=(",", ":")))
         escaped = text.replace("\\", "\\\\").replace("'", "\\'")
         data = f"gallery.rows('{escaped}');\n".encode()
         key = f"{self.folder}/rows/{number}-{hashlib.sha256(data).hexdigest()[:16]}.js"
@@ -209,6 +211,16 @@ def _pack_rows(rows: Sequence[_ShownRow]) -> dict[str, Any]:
     return {"num": len(rows), "columns": columns, "thumbnails": thumbnails}
 
 
+def _finite_json(text: str) -> str:
+    """Return Python's JSON with infinite numbers as 1e999.
+
+    It is a number of JSON, and JavaScript reads it as infinite.
+    """
+    if "Infinity" not in text:
+        return text
+    return _TEXT_OR_INFINITY.sub(lambda found: "1e999" if found[0] == "Infinity" else found[0], text)
+
+
 def _pack(values: list[Any]) -> dict[str, Any]:
     """Return a column: one value of all rows, a code for each, or the values as they are."""
     distinct: dict[tuple[type, Any], int] = {}
@@ -227,5 +239,5 @@ def _cell(name: str, value: Any) -> Any:
     if isinstance(value, int) and abs(value) <= _LARGEST_EXACT:
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else None if math.isnan(value) else str(value)
+        return None if math.isnan(value) else value
     return plain(value, _MAX_PROMPT if name == "prompt" else _MAX_VALUE)

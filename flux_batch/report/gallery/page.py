@@ -81,7 +81,7 @@ def _link(row: Row) -> str:
 
 def plain(value: Any, max_length: int = _MAX_LENGTH) -> str:
     """Return any value as text of at most `max_length` characters, control characters replaced."""
-    text = value if isinstance(value, str) else _to_text(value)
+    text = value.replace("\r\n", "\n") if isinstance(value, str) else _to_text(value)
     cut = text if len(text) <= max_length else text[: max_length - 1] + "\u2026"
     return _CONTROL.sub("\ufffd", cut)
 

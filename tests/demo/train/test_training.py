@@ -122,11 +122,14 @@ def test_training_resumes_and_writes_a_model(tmp_path: Path, monkeypatch: pytest
     pipe.set_loras([(tmp_path / "flux-kontext.safetensors", 1.0)])
 
 
-def test_training_goes_on_from_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_on_from_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--device", "cpu", "--images", "16", "--flow-steps", "1", "--loras", "--start"]
     to = tmp_path / "model"
     monkeypatch.setattr(sys, "argv", ["train", str(tmp_path), *words, str(demo_model_folder()), "--to", str(to)])
     program.main()
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {to}"
 
     def weights(folder: Path) -> dict[str, torch.Tensor]:
         return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")

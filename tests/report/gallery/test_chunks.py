@@ -36,7 +36,7 @@ class Loaded:
     def _load(self, root: Path, folder: str, address: str) -> None:
         text = (root / address).read_text().removeprefix("gallery.rows('").removesuffix("');\n")
         assert "'" not in re.sub(r"\\.", "", text)
-        chunk = json.loads(re.sub(r"\\(.)", r"\1", text))
+        chunk = json.loads(re.sub(r"\\(.)", r"\1", text), parse_constant=pytest.fail)  # a browser knows no Infinity
         rows: list[dict[str, Any]] = [{} for _ in range(chunk["num"])]
         for name, column in chunk["columns"].items():
             values = column.get("each") or [column["values"][code] for code in column.get("codes", ())]
@@ -154,6 +154,16 @@ def test_annotations_are_columns(tmp_path: Path) -> None:
     assert loaded.column("judge.note")[4:7] == ["a", None, None]
     with pytest.raises(JobError, match=r"--columns judge.scor: no such column.*judge\.score"):
         write_gallery(store, 1000, columns=["judge.scor"])
+
+
+def test_infinite_numbers_are_numbers(tmp_path: Path) -> None:
+    prices = [float("inf"), -float("inf"), float("nan"), 0.5]
+    rows = [{"prompt": f'"Infinity", \\" {n} Infinity', "price": price} for n, price in enumerate(prices)]
+    store = rendered(tmp_path, rows, prompts={"passthrough": ["price"]})
+    write_gallery(store, 100)
+    loaded = Loaded(tmp_path / "out")
+    assert loaded.column("price") == [float("inf"), -float("inf"), None, 0.5]
+    assert loaded.column("prompt") == [row["prompt"] for row in rows]
 
 
 def test_another_run_stands_beside_by_id(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from flux_batch.images import AI_SOURCE_TYPE, encode
 from flux_batch.job import run
 from flux_batch.output.formats import format_for
 from flux_batch.report.gallery.content import RunSize, read_file
+from flux_batch.report.gallery.page import plain
 from flux_batch.report.gallery.rows import GalleryRow
 from flux_batch.report.gallery.write import PAGE, SHEET, write_single_file
 from flux_batch.report.progress.status import read_status
@@ -174,6 +175,12 @@ def test_hostile_rows_stay_text(tmp_path: Path) -> None:
     assert "asked to fail" in page.text
     assert len(page.text) < 20_000
     assert "default-src 'none'" in str(page.all("meta")[2]["content"])
+
+
+def test_the_end_of_a_line_in_windows_is_one(tmp_path: Path) -> None:
+    assert plain("one\r\ntwo\rthree\n") == "one\ntwo\ufffdthree\n"
+    page = gallery(render(tmp_path, [{"prompt": "one\r\ntwo"}]))
+    assert "\ufffd" not in page.text
 
 
 def test_a_file_name_in_the_rows_reaches_no_other_file(tmp_path: Path) -> None:
