@@ -21,7 +21,7 @@ from flux_batch.pipeline import pipeline as pipeline_module
 from flux_batch.pipeline.model_manager import device_errors
 from helpers import tiny_flux
 from helpers.graph_recorder import GraphRecorder
-from helpers.tiny_calls import CPU, PROMPTS, SEEDS, SMALL
+from helpers.tiny_calls import CPU, PROMPTS, SEEDS, SMALL, noise_image
 from helpers.tiny_flux import CLIP_WIDTH, T5_WIDTH, TinyFlux, copy_repository, make_tiny_repository
 
 
@@ -107,6 +107,28 @@ class TestRepeatability:
         assert ours.dtype == torch.bfloat16
         assert ours.isfinite().all()
         assert (ours.float() - exact).norm() / exact.norm() < 0.03
+
+    @pytest.mark.parametrize("default", ["meta", torch.bfloat16])
+    def test_torchs_defaults_do_not_matter(self, repository: Path, pipe: FluxImagePipeline, default: Any) -> None:
+        """A program may have set them: its GPU, for one. On `meta` there are no numbers at all."""
+        image = noise_image(144, 160)
+        size = {"height": 160, "width": 144, "num_inference_steps": 2, "t5_sequence_length": 16}
+        call = {"prompt": ["a", "b"], "seed": [1, 2], "cfg_scale": [2.0, 1.0], "output_type": "np", **size}
+        kinds: list[dict[str, Any]] = [
+            {},
+            {"sigma_shift": 3.0, "input_image": image, "denoising_strength": 0.7},
+            {"mask_image": image, "input_image": image, "tiled": True, "tile_size": 16, "tile_stride": 13},
+        ]
+        expected = [pipe(**call, **kind) for kind in kinds]
+        set_default = torch.set_default_device if default == "meta" else torch.set_default_dtype
+        set_default(default)
+        try:
+            ours = FluxImagePipeline.from_pretrained(repository, **CPU)
+            found = [ours(**call, **kind) for kind in kinds]
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+        assert np.array_equal(found, expected)
 
     def test_tables_of_sizes_are_kept_and_change_nothing(self, repository: Path) -> None:
         pipe = FluxImagePipeline.from_pretrained(repository, **CPU)

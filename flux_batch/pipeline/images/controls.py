@@ -13,6 +13,7 @@ from torch import Tensor
 from flux_batch.errors import InvalidSetting
 from flux_batch.model.conditions.controlnet import ControlNet, ControlUse
 from flux_batch.model.conditions.variant import Variant
+from flux_batch.model.sampling import HOST
 from flux_batch.pipeline.images.inputs import SharedImages, shared_by_all
 from flux_batch.sampling_params import check_integer, check_number
 
@@ -182,7 +183,7 @@ class ControlNets:
         condition, weights = self._condition(net, request, place, latents), request.images.control_weights(place)
         if all(weight == 1 for weight in weights):
             return ControlUse(net, condition, *setting)
-        return ControlUse(net, condition, *setting, torch.tensor(weights)[:, None, None].to(condition))
+        return ControlUse(net, condition, *setting, torch.tensor(weights, **HOST)[:, None, None].to(condition))
 
     def _condition(self, net: ControlNet, request: PipelineRequest, place: int, latents: ImageLatents) -> Tensor:
         p = net.controlnet_params

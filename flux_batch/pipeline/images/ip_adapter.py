@@ -20,6 +20,7 @@ from flux_batch.model.checkpoint.image_prompts import ip_adapter_files
 from flux_batch.model.conditions.ip_adapter import IPAdapter, load_ip_adapter
 from flux_batch.model.conditions.vision import ClipVisionEncoder, load_clip_vision
 from flux_batch.model.params import FluxParams
+from flux_batch.model.sampling import HOST
 from flux_batch.model.transformer import ImagePrompt
 from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 from flux_batch.pipeline.images.memory import ImageMemory
@@ -67,7 +68,7 @@ class IPAdapterPrompts:
 
     def prompt(self, embeds: Tensor, scales: Sequence[Sequence[float]]) -> ImagePrompt:
         """Return what is read beside texts: embeddings (b, k, e), each with its scale."""
-        return self.adapter.prompt(embeds, self._num_heads, self._scale, torch.tensor(scales).to(embeds))
+        return self.adapter.prompt(embeds, self._num_heads, self._scale, torch.tensor(scales, **HOST).to(embeds))
 
 
 def load_ip_adapter_prompts(
