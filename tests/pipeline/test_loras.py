@@ -105,6 +105,19 @@ def test_over_fp8(repository: Path, style: Path, words: Path, quantization: str)
     assert same(pipe(**CALL), plain)
 
 
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_a_model_loaded_in_inference_mode_takes_them_outside(repository: Path, style: Path, quantization: str) -> None:
+    with torch.inference_mode():
+        pipe = FluxImagePipeline.from_pretrained(repository, device="cpu", quantization=quantization)  # type: ignore[arg-type]
+        plain = pipe(**CALL)
+
+    pipe.set_loras([(style, 1.0)])
+    assert not same(pipe(**CALL), plain)
+    pipe.unload_loras()
+
+    assert same(pipe(**CALL), plain)
+
+
 def test_what_fails_leaves_what_was_merged(pipe: FluxImagePipeline, style: Path, tmp_path: Path) -> None:
     pipe.load_lora(style)
     before = pipe(**CALL)

@@ -51,6 +51,7 @@ class LoraFusion:
         """Return the shapes of all parameters, by part."""
         return {part: dict(_parameter_shapes(module)) for part, module in self.parts.items()}
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def fuse(self, loras: Sequence[tuple[Lora, float]]) -> None:
         """Fuse these LoRAs, each with its scale, and unfuse all others.
