@@ -44,6 +44,7 @@ from flux_batch.pipeline.request import (
     PipelineRequest,
     as_list,
     check_embeds,
+    check_functions,
     embeds_of,
     num_texts,
     one_each,
@@ -429,6 +430,7 @@ class FluxImagePipeline:
         """
         named = resolve_aliases(aliases, FluxImagePipeline.__call__.__annotations__)
         check_choice("output_type", output_type, get_args(OutputType))
+        check_functions(progress_bar=progress_bar, callback_on_step_end=callback_on_step_end)
         embeds = embeds_of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
         prompts = as_list("prompt", prompt) if embeds is None else embeds
         count = num_texts(prompts)

@@ -135,10 +135,21 @@ def sampling_of_call(count: int, **arguments: Any) -> list[SamplingParams]:
 
 
 def check_texts(name: str, texts: Sequence[Any]) -> None:
-    """Raise InvalidSetting unless all texts are strings."""
+    """Raise InvalidSetting unless all texts are strings that a tokenizer takes."""
     for text in texts:
         if not isinstance(text, str):
             raise InvalidSetting(f"{name} = {text!r}: must be a string or a list of strings", field=name)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a character, as JSON can spell it
+            raise InvalidSetting(f"{name} = {text!r}: must be valid Unicode", field=name) from error
+
+
+def check_functions(**functions: Any) -> None:
+    """Raise InvalidSetting for an argument, by name, that is neither None nor a function."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise InvalidSetting(f"{name} = {function!r}: must be a function, or None", field=name)
 
 
 def as_list(name: str, texts: str | Sequence[str] | None) -> list[str]:
@@ -212,6 +223,6 @@ def resolve_aliases(aliases: Mapping[str, Any], arguments: Iterable[str]) -> dic
             hint = _INSTEAD.get(name) or did_you_mean(name, names) or f"; there are {', '.join(sorted(names))}"
             raise InvalidSetting(f"{name} is not an argument of the pipeline{hint}", field=name)
     found = {_CALL_ALIASES[name]: value for name, value in aliases.items() if name != _DIFFSYNTH_CONTROLS}
-    if inputs := aliases.get(_DIFFSYNTH_CONTROLS):
+    if (inputs := aliases.get(_DIFFSYNTH_CONTROLS)) is not None:
         found |= controls_of_diffsynth(inputs)
     return found

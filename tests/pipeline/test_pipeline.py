@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,17 @@ class TestOutput:
         assert seen[0][0] is pipe
         assert seen[0][2] == 1000.0 > seen[1][2] > seen[2][2] > 0
         assert not latents.any()
+
+    def test_latents_of_a_callback_go_on_in_the_dtype_of_the_model(self, pipe: FluxImagePipeline) -> None:
+        common = {"seed": 1, "output_type": "latent", **SMALL}
+        expected = pipe("x", **common)
+        changes: list[Callable[[torch.Tensor], Any]] = [torch.Tensor.double, torch.Tensor.numpy, lambda latents: None]
+        for change in changes:
+
+            def callback(*call: Any, change: Callable[[torch.Tensor], Any] = change) -> dict[str, Any]:
+                return {"latents": change(call[-1]["latents"])}
+
+            assert torch.equal(pipe("x", callback_on_step_end=callback, **common), expected)
 
 
 class TestTexts:

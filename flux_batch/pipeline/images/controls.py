@@ -52,7 +52,9 @@ def controls_of_diffsynth(inputs: Sequence[Any]) -> dict[str, Any]:
     the share of the steps that are left when the net begins and ends, 1 and 0, rounded as diffusers' words are.
     Raises: InvalidSetting.
     """
-    given = [_Fields(each) for each in inputs]
+    given = _all_fields(inputs)
+    if not given:
+        return {}
     nets = [each.get("controlnet_id", 0) for each in given]
     if sorted(nets) != list(range(len(nets))) and set(nets) != {0}:
         raise InvalidSetting(
@@ -69,6 +71,18 @@ def controls_of_diffsynth(inputs: Sequence[Any]) -> dict[str, Any]:
     )
     masks = [mask for each in given if (mask := each.get("inpaint_mask")) is not None]
     return found | ({"mask_image": masks[0]} if masks else {})
+
+
+def _all_fields(inputs: Any) -> list[_Fields]:
+    """Return the fields of each input. Raises: InvalidSetting for anything that has none."""
+    name = "controlnet_inputs"
+    if not isinstance(inputs, (list, tuple)):
+        raise InvalidSetting(f"{name} is a {type(inputs).__name__}: must be a list of inputs", field=name)
+    for each in inputs:
+        if not isinstance(each, Mapping) and not hasattr(each, "__dict__"):
+            what = f"{name} holds a {type(each).__name__}"
+            raise InvalidSetting(f"{what}: must hold objects or mappings with the field image", field=name)
+    return [_Fields(each) for each in inputs]
 
 
 class _Fields:
@@ -231,7 +245,7 @@ def _check_unset(arguments: Sequence[Any]) -> None:
     """Raise InvalidSetting for an argument that tells ControlNets something, as there are none."""
     for name, value, default in zip(_ARGUMENTS, arguments, _DEFAULTS, strict=True):
         values = value if isinstance(value, (list, tuple)) else [value]
-        if any(each != default for each in values):
+        if not all(each is default or (isinstance(each, (int, float)) and each == default) for each in values):
             raise InvalidSetting(f"{name} = {value!r}: the model has no ControlNet; leave it out", field=name)
 
 
