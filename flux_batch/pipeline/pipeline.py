@@ -487,7 +487,7 @@ class FluxImagePipeline:
                 return latents
             decoded = self.latents.decode(latents, request.tiling)
             pixels = self.latents.paste_back(decoded, request) if paste_back else decoded
-            made = as_output(pixels, output_type, decoded)
+            made = as_output(pixels, output_type, decoded, self.torch_dtype)
         return made[0] if isinstance(prompt, str) and output_type != "pt" else made
 
     def make_latents(
