@@ -39,7 +39,7 @@ from flux_batch.pipeline.images.prompts import REDUX_GUIDANCE, AdapterScale, Ima
 from flux_batch.pipeline.images.words import as_read
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, check_parts_fit, locate_parts
-from flux_batch.pipeline.precision import AUTO, default_device, must_be_narrow
+from flux_batch.pipeline.precision import AUTO, default_device, must_be_narrow, to_device
 from flux_batch.pipeline.request import (
     PipelineRequest,
     as_list,
@@ -189,7 +189,7 @@ class FluxImagePipeline:
         addresses of ControlNets, in the order of a call's control images.
         Raises: CheckpointError with the files that were looked for; StoreError for a remote that fails; InvalidSetting.
         """
-        device = torch.device(device or default_device())
+        device = to_device(device or default_device())
         manager = ModelManager(
             torch_dtype, device, quantization=quantization, storage_options=storage_options, variant=variant
         )
@@ -326,8 +326,10 @@ class FluxImagePipeline:
         """
         return self.texts.encode_prompt(prompt, t5_sequence_length)
 
-    def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
-        """Return whether CLIP and whether T5 leaves out the end of each prompt."""
+    def truncations(
+        self, prompts: str | Sequence[str], t5_sequence_length: int | None = None
+    ) -> list[tuple[bool, bool]]:
+        """Return whether CLIP and whether T5 leaves out the end of each prompt. Raises: InvalidSetting."""
         return self.texts.truncations(prompts, t5_sequence_length)
 
     def __call__(

@@ -77,8 +77,12 @@ class TextEncoders:
         with torch.inference_mode(), device_errors():
             return self.encode(prompts, length or self._default_length)
 
-    def truncations(self, prompts: Sequence[str], length: int | None = None) -> list[tuple[bool, bool]]:
-        """Return whether CLIP and whether T5 leaves out the end of each prompt."""
+    def truncations(self, prompts: str | Sequence[str], length: int | None = None) -> list[tuple[bool, bool]]:
+        """Return whether CLIP and whether T5 leaves out the end of each prompt. Raises: InvalidSetting."""
+        prompts = as_list("prompts", prompts)
+        check_texts("prompts", prompts)
+        if length is not None:
+            check_integer("t5_sequence_length", length, 1, MAX_T5_LENGTH)
         return [self._is_cut(prompt, length or self._default_length) for prompt in prompts]
 
     def warn_of_cut(self, request: PipelineRequest) -> None:

@@ -139,6 +139,11 @@ def test_a_scale_must_be_a_number(pipe: FluxImagePipeline, style: Path, scale: A
         pipe.load_lora(style, scale)
 
 
+def test_without_a_model_there_is_nothing_to_fuse_them_into(style: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no model yet to fuse a LoRA into; load its parts first"):
+        ModelManager(torch.float32, "cpu").load_lora(style)
+
+
 def test_loras_are_pairs(pipe: FluxImagePipeline, style: Path) -> None:
     with pytest.raises(InvalidSetting, match=r"must be pairs of an address and a scale: \[\(path, 1.0\)\]"):
         pipe.set_loras([str(style)])  # type: ignore[list-item]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_batch import FluxImagePipeline
+from flux_batch import FluxImagePipeline, ModelManager
 from flux_batch.errors import CheckpointError, DeviceFatal, InvalidSetting, OutOfMemory, RowError
 from flux_batch.model import text as text_encoders
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
@@ -233,6 +234,20 @@ class TestTexts:
         assert pipe.truncations([*texts, "b"], 512)[:4] == [(False, False), (False, False), (True, False), (True, True)]
         assert counted == [["b"], ["b"]]
 
+    def test_a_text_alone_is_counted_as_one(self, pipe: FluxImagePipeline) -> None:
+        assert pipe.truncations("a" * 600) == [(True, True)]
+
+    @pytest.mark.parametrize(
+        ("prompts", "length", "field"),
+        [(None, None, "prompts"), ([3], None, "prompts"), ("a", 0, "t5_sequence_length")],
+    )
+    def test_what_cannot_be_counted_is_refused(
+        self, pipe: FluxImagePipeline, prompts: Any, length: int | None, field: str
+    ) -> None:
+        with pytest.raises(InvalidSetting) as caught:
+            pipe.truncations(prompts, length)
+        assert caught.value.field == field
+
     def test_embeddings_stand_in_for_texts(self, pipe: FluxImagePipeline) -> None:
         prompts, negative_prompts = ["a cat", "two dogs"], ["bad", ""]
         options = {"seed": [1, 2], "cfg_scale": 2.0, "output_type": "latent", "height": 32, "width": 48}
@@ -360,6 +375,31 @@ class TestFromPretrained:
             FluxImagePipeline.from_pretrained(repository, torch_dtype=dtype, device="cpu")
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+    def test_a_device_that_is_none(self, repository: Path) -> None:
+        for load in (partial(FluxImagePipeline.from_pretrained, repository), partial(ModelManager, None)):
+            with pytest.raises(InvalidSetting, match="device = 'gpu': must be the name of a device") as caught:
+                load(device="gpu")
+            assert caught.value.field == "device"
+
+    def test_a_cuda_device_beyond_the_last(self, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        with pytest.raises(InvalidSetting, match="device = cuda:2: the last CUDA device here is cuda:1"):
+            FluxImagePipeline.from_pretrained(repository, device="cuda:2")
+
+    def test_a_path_alone_is_a_list_of_one(self, original_repository: Path) -> None:
+        file = original_repository / "ae.safetensors"
+        assert ModelManager(torch.float32, "cpu", str(file)).autoencoder
+        with pytest.raises(CheckpointError, match=r"ae\.safetensors is no ControlNet: it holds the autoencoder"):
+            FluxImagePipeline.from_pretrained(original_repository, controlnets=str(file), **CPU)
+
+    @pytest.mark.parametrize("paths", [None, 3, {"ae.safetensors"}])
+    def test_what_is_no_list_of_paths(self, repository: Path, paths: Any) -> None:
+        with pytest.raises(InvalidSetting, match=r"file_path_list = .*: must be a list of paths"):
+            ModelManager(torch.float32, "cpu", paths)
+        with pytest.raises(InvalidSetting, match=r"controlnets = .*: must be a list of paths"):
+            FluxImagePipeline.from_pretrained(repository, controlnets=paths, **CPU)
+
     def test_no_cuda(self, repository: Path) -> None:
         with pytest.raises(InvalidSetting, match="there is no CUDA device here; use cpu"):
             FluxImagePipeline.from_pretrained(repository, device="cuda")

@@ -184,6 +184,8 @@ def adapter_files(
     subfolder: str | Sequence[str] | None = None,
 ) -> list[PathOrFolder]:
     """Return the files of IP-Adapters, named as diffusers does. Raises: InvalidSetting for other numbers of names."""
+    if not isinstance(uri, (str, PathLike, list, tuple)):
+        raise InvalidSetting(f"uri = {uri!r}: must be a path or an address, or a list of them", field="uri")
     lists: dict[str, list[Any]] = {
         "uri": [uri] if isinstance(uri, (str, PathLike)) else list(uri),
         "subfolder": list(subfolder) if isinstance(subfolder, (list, tuple)) else [subfolder],
