@@ -240,5 +240,6 @@ def t5_settings(shapes: Shapes, config: Config) -> Config:
 
 
 def _settings_of(config: Config, model_type: str, names: Sequence[str]) -> Config:
-    """Return the settings of these names in a config.json, if of that model type."""
-    return {name: config[name] for name in names if name in config} if config.get("model_type") == model_type else {}
+    """Return the settings of these names in a config.json, if of that model type; null is as if left out."""
+    own = config if config.get("model_type") == model_type else {}
+    return {name: own[name] for name in names if own.get(name) is not None}

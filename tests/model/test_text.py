@@ -156,6 +156,14 @@ def test_sizes_of_text_encoders_are_read_from_shapes() -> None:
         assert getattr(config, name) == getattr(T5, name)
 
 
+def test_a_setting_that_is_null_is_as_if_left_out() -> None:
+    with torch.device("meta"):
+        clip = CLIPTextModel(CLIPTextConfig())
+    shapes = {name.removeprefix("text_model."): value.shape for name, value in clip.state_dict().items()}
+    told = {"model_type": "clip_text_model", "eos_token_id": None, "hidden_act": "gelu"}
+    assert clip_settings(shapes, told) == clip_settings(shapes, {}) | {"hidden_act": "gelu"}
+
+
 def test_a_prompt_at_the_border_is_not_truncated(tokenizers: Path) -> None:
     clip = ClipEncoder(load_tokenizer(CLIPTokenizer, tokenizers, "tokenizer"), CLIPTextModel(CLIP))
     assert clip.truncated(["a" * 14, "a" * 15, ""]) == [False, True, False]
