@@ -140,9 +140,9 @@ def denoise(
 
     negative, cfg_scale: a second pass with the negative prompts, and (b,) of true classifier-free guidance. An image
     whose scale is exactly 1 takes the positive pass as it is, so that neighbours in the batch do not change it.
-    progress: wraps the iteration over steps, as tqdm does. after_step: changes the latents after each.
-    Each step rounds its change to the dtype of the velocity and
-    sums in fp32, as in diffusers; on the CPU the width of the step is rounded as well.
+    progress: wraps the iteration over steps, as tqdm does. after_step: changes the latents after each. Each step
+    rounds its change to the dtype of the velocity and sums in fp32, as in diffusers; on the CPU the width of the step
+    is rounded as well.
     """
     # Tensors of no dimension on the CPU, as in diffusers: torch rounds them differently than numbers on some devices.
     deltas = [after - before for before, after in pairwise(sigmas.cpu())]

@@ -124,7 +124,7 @@ def _tensors_to_keep(layer: nn.Module, state: StoredState | None, name: str) -> 
     own = _tensors_of(layer)
     if state is not None and _same_tensors(own, _reload_tensors(layer, state, name)):
         return None
-    # On the CPU no copy is made: `assign_tensors` replaces tensors there.
+    # On the CPU no copy is made: `_assign_tensors` replaces tensors there.
     return {key: tensor.detach().cpu() for key, tensor in own.items()}
 
 
