@@ -49,6 +49,12 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
+def normal_tensor(values: Tensor) -> Tensor:
+    """Return a copy of an inference tensor that a program may train with."""
+    with torch.inference_mode(False):
+        return values.clone()
+
+
 def pack(latents: Tensor) -> Tensor:
     """Return a token for each 2 x 2 patch: (b, c, 2h, 2w) -> (b, h w, 4c)."""
     return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)

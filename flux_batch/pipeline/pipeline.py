@@ -25,7 +25,7 @@ from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.model.optimize.tiling import Tiling
 from flux_batch.model.params import T5_SEQUENCE_LENGTH, ScheduleParams
-from flux_batch.model.sampling import Progress
+from flux_batch.model.sampling import Progress, normal_tensor
 from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import Flux, PromptEmbeds, position_tables
 from flux_batch.pipeline.compiled import apply_speed_ups, kernels_of
@@ -486,7 +486,7 @@ class FluxImagePipeline:
         with torch.inference_mode(), device_errors():
             latents = self.make_latents(request, progress_bar, callback_on_step_end)
             if output_type == "latent":
-                return latents
+                return normal_tensor(latents)
             decoded = self.latents.decode(latents, request.tiling)
             pixels = self.latents.paste_back(decoded, request) if paste_back else decoded
             made = as_output(pixels, output_type, decoded, self.torch_dtype)

@@ -15,6 +15,7 @@ import torch
 from flux_batch.errors import InvalidSetting
 from flux_batch.model.optimize.memo import Memo
 from flux_batch.model.optimize.offload import apply_offload
+from flux_batch.model.sampling import normal_tensor
 from flux_batch.model.text import ClipEncoder, T5Encoder
 from flux_batch.model.transformer import PromptEmbeds
 from flux_batch.pipeline.errors import device_errors
@@ -75,7 +76,8 @@ class TextEncoders:
         if not prompts:
             raise InvalidSetting("prompt = []: must be at least one text", field="prompt")
         with torch.inference_mode(), device_errors():
-            return self.encode(prompts, length or self._default_length)
+            embeds = self.encode(prompts, length or self._default_length)
+            return PromptEmbeds(*map(normal_tensor, embeds))
 
     def truncations(self, prompts: str | Sequence[str], length: int | None = None) -> list[tuple[bool, bool]]:
         """Return whether CLIP and whether T5 leaves out the end of each prompt. Raises: InvalidSetting."""

@@ -179,6 +179,13 @@ class TestOutput:
         assert pipe("x", seed=1, output_type="latent", **SMALL).shape == (1, 16, 8, 12)
         assert pipe(PROMPTS, output_type="latent", **SMALL).shape == (3, 16, 8, 12)
 
+    def test_a_program_may_train_with_what_comes_out(self, pipe: FluxImagePipeline) -> None:
+        made = [pipe("x", seed=1, output_type=kind, **SMALL) for kind in ("pt", "latent")]
+        for values in (*made, *pipe.encode_prompt("x")):
+            weight = torch.ones((), requires_grad=True)
+            (weight * values).sum().backward()
+            assert weight.grad is not None
+
     def test_progress_bar_wraps_the_steps(self, pipe: FluxImagePipeline) -> None:
         seen = []
 

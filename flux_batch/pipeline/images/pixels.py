@@ -1,4 +1,4 @@
-"""Conversions between images and pixels of the autoencoder; knows no model."""
+"""Conversions between images and pixels of the autoencoder; knows no network and no prompt."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flux_batch.errors import InvalidSetting, RowError, one_line
 from flux_batch.images import to_mask, to_rgb
+from flux_batch.model.sampling import normal_tensor
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -71,7 +72,7 @@ def as_output(pixels: Tensor, output_type: OutputType, decoded: Tensor, dtype: t
         instead = "use bfloat16 or float32" if dtype == torch.float16 else "lower its guidance or the scales of LoRAs"
         raise RowError(f"the model overflowed in {str(dtype).removeprefix('torch.')}: {instead}")
     if output_type == "pt":
-        return images
+        return normal_tensor(images)
     arrays = list(images.numpy())
     return [Image.fromarray(array) for array in arrays] if output_type == "pil" else arrays
 

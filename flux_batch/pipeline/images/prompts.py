@@ -15,6 +15,7 @@ from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flux_batch.model.checkpoint.image_prompts import PROMPT_PART_TITLES, PromptPart, ip_adapter_files, redux_files
 from flux_batch.model.params import FluxParams
+from flux_batch.model.sampling import normal_tensor
 from flux_batch.model.transformer import ImagePrompt, PromptEmbeds
 from flux_batch.pipeline.errors import checkpoint_errors
 from flux_batch.pipeline.images.inputs import ImageInputs, as_images, image_inputs, shared_by_all
@@ -162,7 +163,8 @@ class ImagePrompts:
         if images.image_prompt is None:
             raise InvalidSetting("ip_adapter_image: must be at least one image", field="ip_adapter_image")
         self.check(images)
-        return [self._embeds(images, place, adapter)[0] for place, adapter in enumerate(self.ip_adapters)]
+        found = [self._embeds(images, place, adapter)[0] for place, adapter in enumerate(self.ip_adapters)]
+        return [normal_tensor(embeds) for embeds in found]
 
     def _embeds(
         self, images: ImageInputs, place: int, adapter: IPAdapterPrompts
