@@ -142,6 +142,9 @@ def test_several_adapters_and_embeddings_of_images(repository: Path, tmp_path: P
             pipe(**{"prompt": "x"} | arguments | SMALL)
     with pytest.raises(InvalidSetting, match="scale: 1 values for 2 IP-Adapters; give one for each"):
         pipe.set_ip_adapter_scale([0.5])
+    with pytest.raises(InvalidSetting, match="scale = 'x': must be a finite number"):
+        pipe.set_ip_adapter_scale([9.0, "x"])  # type: ignore[list-item]
+    torch.testing.assert_close(pipe(ip_adapter_image=each, **options), expected, atol=1e-4, rtol=0)
     with pytest.raises(InvalidSetting, match="uri: 2 for 3 IP-Adapters; give one for each"):
         pipe.load_ip_adapter([adapter, adapter], [*names, "x"])
     pipe.unload_ip_adapter()

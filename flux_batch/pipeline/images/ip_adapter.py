@@ -47,15 +47,19 @@ class IPAdapterPrompts:
     def set_scale(self, scale: float | Sequence[float]) -> None:
         """Set the strength of every image, beside its own weight: one number, or one for each double block.
 
-        Raises: InvalidSetting for no number, or not one for each block.
+        Raises: the errors of `block_scales`.
         """
+        self._scale = self.block_scales(scale)
+
+    def block_scales(self, scale: float | Sequence[float]) -> list[float]:
+        """Return the strength at each double block. Raises: InvalidSetting for no number, or not one for each."""
         depth = self.adapter.params.depth
         scales = list(scale) if isinstance(scale, Sequence) else [scale] * depth
         for each in scales:
             check_number("scale", each)
         if len(scales) != depth:
             raise InvalidSetting(f"scale: {len(scales)} values for {depth} double blocks", field="scale")
-        self._scale = scales
+        return scales
 
     def embeds(self, images: Sequence[Sequence[Image.Image]]) -> Tensor:
         """Return the embeddings of images, as many for each of b: (b, k, e). Raises: InvalidSetting."""

@@ -216,8 +216,9 @@ def _set_scales(adapters: Sequence[IPAdapterPrompts], scale: AdapterScale) -> No
         raise InvalidSetting(
             f"scale: {len(entries)} values for {len(adapters)} IP-Adapters; give one for each", field="scale"
         )
-    for adapter, own in zip(adapters, entries, strict=True):
-        adapter.set_scale(own)
+    checked = [adapter.block_scales(own) for adapter, own in zip(adapters, entries, strict=True)]
+    for adapter, scales in zip(adapters, checked, strict=True):  # all of them, or none
+        adapter.set_scale(scales)
 
 
 def _check_images_of_several(prompts: Sequence[Sequence[Any]], count: int) -> None:
