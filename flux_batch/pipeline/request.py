@@ -48,6 +48,13 @@ _DIFFSYNTH_CONTROLS = "controlnet_inputs"
 # The arguments of diffusers that a call refuses, and what to pass instead.
 _INSTEAD = {
     "generator": ": pass seed, a whole number or one for each image",
+    "num_images_per_prompt": ": pass a list with the prompt as often, and a seed for each",
+    "prompt_2": ": both text encoders read the prompt, leave it out",
+    "latents": ": noise is drawn by seed, leave it out",
+    "sigmas": ": pass num_inference_steps, and sigma_shift for another schedule",
+    "return_dict": ": images come as they are, leave it out",
+    "callback_on_step_end_tensor_inputs": ": a callback always gets the latents, leave it out",
+    "joint_attention_kwargs": ": load_lora and set_loras take the scale of a LoRA, leave it out",
     "negative_ip_adapter_image": ": a negative prompt has black images, leave it out",
     "negative_ip_adapter_image_embeds": ": a negative prompt has black images, leave it out",
 }
@@ -215,14 +222,18 @@ def one_each(name: str, value: Any, count: int) -> list[Any]:
 def resolve_aliases(aliases: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, Any]:
     """Return arguments with diffusers' names under our names.
 
-    Raises: InvalidSetting for an argument that is unknown, with the nearest of the `arguments` or what to pass instead.
+    Raises: InvalidSetting for an argument that is unknown, with the nearest of the `arguments` or what to pass instead,
+    and for two names of one argument with two values.
     """
     for name in aliases:
         if name not in (*_CALL_ALIASES, _DIFFSYNTH_CONTROLS):
             names = [name for name in arguments if name not in ("aliases", "return")] + list(_CALL_ALIASES)
             hint = _INSTEAD.get(name) or did_you_mean(name, names) or f"; there are {', '.join(sorted(names))}"
             raise InvalidSetting(f"{name} is not an argument of the pipeline{hint}", field=name)
-    found = {_CALL_ALIASES[name]: value for name, value in aliases.items() if name != _DIFFSYNTH_CONTROLS}
+    found: dict[str, Any] = {}
+    for name, value in aliases.items():
+        if name != _DIFFSYNTH_CONTROLS and found.setdefault(_CALL_ALIASES[name], value) is not value:
+            raise InvalidSetting(f"{name}: {_CALL_ALIASES[name]} is given twice, leave one of them out", field=name)
     if (inputs := aliases.get(_DIFFSYNTH_CONTROLS)) is not None:
         found |= controls_of_diffsynth(inputs)
     return found

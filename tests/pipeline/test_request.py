@@ -53,6 +53,16 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str, str]] = {
         "generator",
         "is not an argument of the pipeline: pass seed",
     ),
+    "several images a prompt": (
+        {"num_images_per_prompt": 2},
+        "num_images_per_prompt",
+        "is not an argument of the pipeline: pass a list with the prompt as often",
+    ),
+    "two names of one argument": (
+        {"image": SMALL_IMAGE, "flux_fill_image": SMALL_IMAGE.copy()},
+        "flux_fill_image",
+        "flux_fill_image: input_image is given twice",
+    ),
     "no such name": ({"guidence_scale": 1}, "guidence_scale", r"did you mean 'guidance_scale'\?"),
     "nearest name": ({"hight": 64}, "hight", r"did you mean 'height'\?"),
     "nothing near": ({"zzz": 64}, "zzz", "is not an argument of the pipeline; there are callback_on_step_end, "),
