@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Any
 
+# Those of a token's position: kind of image, row, column.
+_NUM_AXES = 3
+
 Shapes = Mapping[str, Sequence[int]]
 Config = Mapping[str, Any]
 
@@ -35,8 +38,11 @@ class FluxParams:
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden size {self.hidden_size} is not a multiple of {self.num_heads} heads")
-        if sum(self.axes_dim) != self.head_dim or any(dim % 2 for dim in self.axes_dim):
-            raise ValueError(f"rotary axes {self.axes_dim} must be even and add up to the head size {self.head_dim}")
+        has_all = len(self.axes_dim) == _NUM_AXES and all(dim > 0 and dim % 2 == 0 for dim in self.axes_dim)
+        if not has_all or sum(self.axes_dim) != self.head_dim:
+            raise ValueError(
+                f"rotary axes {self.axes_dim} must be even and add up to the head size {self.head_dim}, three above 0"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -79,6 +85,10 @@ class ScheduleParams:
     max_shift: float = 1.15
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.use_dynamic_shifting and self.base_image_seq_len == self.max_image_seq_len:
+            raise ValueError(f"base_image_seq_len and max_image_seq_len are both {self.max_image_seq_len}")
 
 
 DEV = FluxParams(
@@ -181,7 +191,7 @@ def autoencoder_params(shapes: Shapes, config: Config) -> AutoencoderParams:
         channels=channels,
         num_res_blocks=count_of(shapes, "encoder.down.0.block."),
         z_channels=shape_of(shapes, "decoder.conv_in.weight", 4)[1],
-        num_groups=int(_read_number(config, "norm_num_groups", max(1, channels[0] // _CHANNELS_PER_GROUP), above=0)),
+        num_groups=_read_count(config, "norm_num_groups", max(1, channels[0] // _CHANNELS_PER_GROUP)),
         scale_factor=_read_number(config, "scaling_factor", AUTOENCODER.scale_factor, above=0),
         shift_factor=_read_number(
             config, "shift_factor", 0.0 if "shift_factor" in config else AUTOENCODER.shift_factor
@@ -206,8 +216,8 @@ def schedule_params(config: Config, *, guidance_embed: bool) -> ScheduleParams:
         shift=_read_number(config, "shift", default.shift, above=0),
         base_shift=_read_number(config, "base_shift", default.base_shift),
         max_shift=_read_number(config, "max_shift", default.max_shift),
-        base_image_seq_len=int(_read_number(config, "base_image_seq_len", default.base_image_seq_len, above=0)),
-        max_image_seq_len=int(_read_number(config, "max_image_seq_len", default.max_image_seq_len, above=0)),
+        base_image_seq_len=_read_count(config, "base_image_seq_len", default.base_image_seq_len),
+        max_image_seq_len=_read_count(config, "max_image_seq_len", default.max_image_seq_len),
     )
 
 
@@ -220,6 +230,14 @@ def _read_number(config: Config, name: str, default: float, *, above: float = -i
         what = "a number" if above == -inf else f"a number above {above}"
         raise ValueError(f"{name} in its configuration is {value!r}, should be {what}")
     return value
+
+
+def _read_count(config: Config, name: str, default: int) -> int:
+    """Return a whole number from 1 on, as `_read_number`."""
+    value = _read_number(config, name, default, above=0)
+    if value != int(value):
+        raise ValueError(f"{name} in its configuration is {value!r}, should be a whole number")
+    return int(value)
 
 
 def shape_of(shapes: Shapes, key: str, num_dims: int = 2) -> Sequence[int]:
@@ -247,8 +265,9 @@ def count_of(shapes: Shapes, prefix: str) -> int:
 
 
 def settings_of(config: Config, model_type: str, names: Sequence[str]) -> Config:
-    """Return the settings of these names in a config.json of that model type."""
-    return {name: config[name] for name in names if name in config} if config.get("model_type") == model_type else {}
+    """Return the settings of these names in a config.json of that model type; null is as if left out."""
+    own = config if config.get("model_type") == model_type else {}
+    return {name: own[name] for name in names if own.get(name) is not None}
 
 
 def check_setting(name: str, value: object, is_right: bool, rule: str) -> None:

@@ -6,9 +6,9 @@ Letters: b batch, c latent channels, h and w of the latents, n packed tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from flux_batch.model.params import ScheduleParams, first_step
 
+# Numbers that the host makes: these, whatever a program has set as torch's defaults.
+HOST: Mapping[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 # The last level of noise in DiffSynth-Studio's static schedule (fed7b18, diffsynth/diffusion/flow_match.py, FLUX.1).
 _STATIC_SIGMA_MIN = 0.003 / 1.002
 
@@ -39,12 +41,18 @@ def make_noise(shape: Sequence[int], generators: Sequence[torch.Generator | None
     Drawn one image at a time, so that an image does not depend on its neighbours. Rounded to bfloat16 this equals
     what BFL and diffusers draw on the CPU for the same seed.
     """
-    return torch.cat([torch.randn((1, *shape), generator=generator, dtype=torch.float32) for generator in generators])
+    return torch.cat([torch.randn((1, *shape), generator=generator, **HOST) for generator in generators])
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
     """Return numbers of the host on a device. The host does not wait until a GPU comes to the copy."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def normal_tensor(values: Tensor) -> Tensor:
+    """Return a copy of an inference tensor that a program may train with."""
+    with torch.inference_mode(False):
+        return values.clone()
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -66,13 +74,14 @@ def position_ids(
     positions are (1, row, col).
     """
     places = [_patch_positions(1, *reference) for reference in references]
-    return torch.cat((torch.zeros(num_txt_tokens, 3), *places, _patch_positions(0, height, width)))
+    return torch.cat((torch.zeros(num_txt_tokens, 3, **HOST), *places, _patch_positions(0, height, width)))
 
 
 def _patch_positions(first: int, height: int, width: int, row: int = 0, col: int = 0) -> Tensor:
     """Return the positions of latent patches: (n, 3) fp32."""
-    rows, cols = torch.meshgrid(torch.arange(height // 2) + row, torch.arange(width // 2) + col, indexing="ij")
-    return torch.stack((torch.full_like(rows, first), rows, cols), dim=-1).reshape(-1, 3).float()
+    along = torch.arange(row, row + height // 2, **HOST), torch.arange(col, col + width // 2, **HOST)
+    rows, cols = torch.meshgrid(*along, indexing="ij")
+    return torch.stack((torch.full_like(rows, first), rows, cols), dim=-1).reshape(-1, 3)
 
 
 def make_sigmas(
@@ -87,16 +96,16 @@ def make_sigmas(
     """
     if sigma_shift is not None:
         start = _STATIC_SIGMA_MIN + (1.0 - _STATIC_SIGMA_MIN) * strength
-        sigmas = _static_shift(torch.linspace(start, _STATIC_SIGMA_MIN, num_steps), sigma_shift)
+        sigmas = _static_shift(torch.linspace(start, _STATIC_SIGMA_MIN, num_steps, **HOST), sigma_shift)
     else:
-        sigmas = torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float64).float()
+        sigmas = torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float64, device="cpu").float()
         if schedule.use_dynamic_shifting:
             shift = math.exp(shift_exponent(num_tokens, schedule))
             sigmas = shift / (shift + (1.0 / sigmas - 1.0))
         else:
             sigmas = _static_shift(sigmas, schedule.shift)
         sigmas = sigmas[first_step(num_steps, strength) :]
-    return torch.cat((sigmas, torch.zeros(1)))
+    return torch.cat((sigmas, torch.zeros(1, **HOST)))
 
 
 def shift_exponent(num_tokens: int, schedule: ScheduleParams) -> float:
@@ -137,9 +146,9 @@ def denoise(
 
     negative, cfg_scale: a second pass with the negative prompts, and (b,) of true classifier-free guidance. An image
     whose scale is exactly 1 takes the positive pass as it is, so that neighbours in the batch do not change it.
-    progress: wraps the iteration over steps, as tqdm does. after_step: changes the latents after each.
-    Each step rounds its change to the dtype of the velocity and
-    sums in fp32, as in diffusers; on the CPU the width of the step is rounded as well.
+    progress: wraps the iteration over steps, as tqdm does. after_step: changes the latents after each. Each step
+    rounds its change to the dtype of the velocity and sums in fp32, as in diffusers; on the CPU the width of the step
+    is rounded as well.
     """
     # Tensors of no dimension on the CPU, as in diffusers: torch rounds them differently than numbers on some devices.
     deltas = [after - before for before, after in pairwise(sigmas.cpu())]

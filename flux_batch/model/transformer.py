@@ -191,10 +191,12 @@ class Flux(nn.Module):
             prompted = {"image_prompt": prompt.blocks[index]} if prompt else {}
             img, txt = self.double_blocks[index](img, txt, modulations.double[index], pe, **prompted)
             img = finite(img + double[index]) if double else img
-        (x, n), last = (torch.cat((txt, img), dim=1), img.shape[1]), len(self.single_blocks) - 1
+        n, last = img.shape[1], len(self.single_blocks) - 1
+        x = torch.cat((txt, img), dim=1)
         for index, (block, modulation) in enumerate(zip(self.single_blocks, modulations.single, strict=True)):
             x = block(x, modulation, pe, num_read=n if index == last else x.shape[1])
-            x = torch.cat((x[:, :-n], finite(x[:, -n:] + single[index])), dim=1) if single else x
+            if single:
+                x = torch.cat((x[:, :-n], finite(x[:, -n:] + single[index])), dim=1)
         return x[:, -n:]
 
     def last_layer(self, img: Tensor, modulations: Modulations) -> Tensor:

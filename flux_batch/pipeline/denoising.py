@@ -13,7 +13,17 @@ from torch import Tensor
 
 from flux_batch.model.conditions.controlnet import Controls
 from flux_batch.model.optimize.step_cache import StepCache
-from flux_batch.model.sampling import Progress, Velocity, denoise, make_sigmas, on_device, pack, timesteps_of, unpack
+from flux_batch.model.sampling import (
+    HOST,
+    Progress,
+    Velocity,
+    denoise,
+    make_sigmas,
+    on_device,
+    pack,
+    timesteps_of,
+    unpack,
+)
 from flux_batch.model.transformer import Denoiser, PromptEmbeds
 from flux_batch.pipeline.images.latents import StepCallback, after_each_step
 from flux_batch.pipeline.request import PipelineRequest, Texts
@@ -35,7 +45,7 @@ def denoised(
     length = request.t5_length(pipe.default_t5_sequence_length)
     num_tokens = height // 2 * (width // 2)  # without those of reference images, whose noise is none
     sigmas = make_sigmas(p.num_inference_steps, num_tokens, pipe.schedule, p.sigma_shift, p.denoising_strength)
-    guidance = on_device(torch.tensor(request.values("embedded_guidance"), dtype=pipe.torch_dtype), pipe.device)
+    guidance = on_device(torch.tensor(request.values("embedded_guidance"), **HOST).to(pipe.torch_dtype), pipe.device)
     timesteps = timesteps_of(sigmas, guidance)
 
     def embedded(texts: Texts) -> PromptEmbeds:
@@ -63,7 +73,7 @@ def denoised(
     nets = Controls(uses, pipe.transformer, embeds, tables, timesteps, guidance) if uses else None
     positive = velocity(embeds)
     negative = velocity(embedded(request.negative_prompts), is_negative=True) if request.uses_cfg else None
-    cfg_scale = on_device(torch.tensor(request.values("cfg_scale"), dtype=torch.float32), pipe.device)
+    cfg_scale = on_device(torch.tensor(request.values("cfg_scale"), **HOST), pipe.device)
     kept = pipe.latents.kept(request, pipe.variant, start, sigmas)
     with pipe.attention.first():
         tokens = denoise(

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from flux_batch.download.models import PathOrFolder, local_path
-from flux_batch.errors import InvalidSetting
+from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.lora.file import Lora, open_lora
 from flux_batch.model.lora.fusion import LoraFusion
 from flux_batch.model.lora.scale import PEFT_WEIGHTS
@@ -59,6 +59,8 @@ class LoadedLoras:
 
     def _open(self, uri: PathOrFolder, scale: float) -> tuple[Lora, float]:
         check_number("scale", scale)
+        if not self._fusion.parts:
+            raise CheckpointError(f"{uri}: there is no model yet to fuse a LoRA into; load its parts first")
         path = self.fetch(str(uri))
         with checkpoint_errors():
             return open_lora(path, str(uri), self._fusion.shapes()), scale

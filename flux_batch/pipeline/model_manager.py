@@ -37,7 +37,7 @@ from flux_batch.model.text.t5 import T5Encoder, load_t5
 from flux_batch.model.transformer import Flux
 from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 from flux_batch.pipeline.loras import LoadedLoras
-from flux_batch.pipeline.precision import to_dtype
+from flux_batch.pipeline.precision import to_device, to_dtype
 from flux_batch.sampling_params import TOKEN_SIDE_PX, Quantization, check_choice, check_quantization
 
 # Parts at the end of a path that may name a model: models--owner--NAME/snapshots/hash/transformer/file.
@@ -87,9 +87,7 @@ class ModelManager:
         self.variant_name = variant
         self.variant: Variant | None = None
         self.storage_options = storage_options or {}
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise InvalidSetting(f"device = {device}: there is no CUDA device here; use cpu", field="device")
+        self.device = to_device(device)
         self.torch_dtype = to_dtype(torch_dtype, self.device, quantization)
         self.quantization = quantization
         check_quantization(quantization, dtype_name(self.torch_dtype))
@@ -131,7 +129,7 @@ class ModelManager:
             dtype = to_dtype(torch_dtype, self.device)
         check_quantization(quantization, dtype_name(dtype))
         nets = []
-        for source in file_path_list:
+        for source in _as_paths("file_path_list", file_path_list):
             with checkpoint_errors(), device_errors():
                 checkpoint = open_checkpoint(_to_path(source, self.storage_options))
                 if part := prompt_part(checkpoint):
@@ -152,7 +150,7 @@ class ModelManager:
         Raises: CheckpointError for a file that is none, or for another model; StoreError.
         """
         loaded: dict[str, ControlNet] = {}
-        for uri in map(str, uris):
+        for uri in map(str, _as_paths("controlnets", uris)):
             if uri not in loaded:
                 with checkpoint_errors(), device_errors():
                     checkpoint = open_checkpoint(local_path(uri, self.storage_options, refresh=refresh))
@@ -169,7 +167,7 @@ class ModelManager:
 
         `lora_alpha` is DiffSynth-Studio's name of the scale. The alphas of the file count as well.
         """
-        for path in [file_path] if isinstance(file_path, (str, PathLike)) else file_path:
+        for path in _as_paths("file_path", file_path):
             self.loras.add(path, lora_alpha)
 
     def _load(
@@ -282,6 +280,15 @@ def check_parts_fit(
         count = len(tokenizer)
         if count > vocab_size:
             raise CheckpointError(f"the tokenizer of {what} has {count} tokens, its text encoder knows {vocab_size}")
+
+
+def _as_paths(name: str, paths: Any) -> list[Any]:
+    """Return the entries of an argument; a path alone is the only one. Raises: InvalidSetting for anything else."""
+    if isinstance(paths, (str, PathLike)):
+        return [paths]
+    if not isinstance(paths, (list, tuple)):
+        raise InvalidSetting(f"{name} = {paths!r}: must be a list of paths or addresses", field=name)
+    return list(paths)
 
 
 def _to_path(

@@ -25,7 +25,7 @@ from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.model.optimize.tiling import Tiling
 from flux_batch.model.params import T5_SEQUENCE_LENGTH, ScheduleParams
-from flux_batch.model.sampling import Progress
+from flux_batch.model.sampling import Progress, normal_tensor
 from flux_batch.model.text.clip import ClipEncoder
 from flux_batch.model.text.t5 import T5Encoder
 from flux_batch.model.transformer import Flux, PromptEmbeds, position_tables
@@ -40,11 +40,12 @@ from flux_batch.pipeline.images.prompts import REDUX_GUIDANCE, AdapterScale, Ima
 from flux_batch.pipeline.images.words import as_read
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, check_parts_fit, locate_parts
-from flux_batch.pipeline.precision import AUTO, default_device, must_be_narrow
+from flux_batch.pipeline.precision import AUTO, default_device, must_be_narrow, to_device
 from flux_batch.pipeline.request import (
     PipelineRequest,
     as_list,
     check_embeds,
+    check_functions,
     embeds_of,
     num_texts,
     one_each,
@@ -189,7 +190,7 @@ class FluxImagePipeline:
         addresses of ControlNets, in the order of a call's control images.
         Raises: CheckpointError with the files that were looked for; StoreError for a remote that fails; InvalidSetting.
         """
-        device = torch.device(device or default_device())
+        device = to_device(device or default_device())
         manager = ModelManager(
             torch_dtype, device, quantization=quantization, storage_options=storage_options, variant=variant
         )
@@ -326,8 +327,10 @@ class FluxImagePipeline:
         """
         return self.texts.encode_prompt(prompt, t5_sequence_length)
 
-    def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
-        """Return whether CLIP and whether T5 leaves out the end of each prompt."""
+    def truncations(
+        self, prompts: str | Sequence[str], t5_sequence_length: int | None = None
+    ) -> list[tuple[bool, bool]]:
+        """Return whether CLIP and whether T5 leaves out the end of each prompt. Raises: InvalidSetting."""
         return self.texts.truncations(prompts, t5_sequence_length)
 
     def __call__(
@@ -430,6 +433,7 @@ class FluxImagePipeline:
         """
         named = resolve_aliases(aliases, FluxImagePipeline.__call__.__annotations__)
         check_choice("output_type", output_type, get_args(OutputType))
+        check_functions(progress_bar=progress_bar, callback_on_step_end=callback_on_step_end)
         embeds = embeds_of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
         prompts = as_list("prompt", prompt) if embeds is None else embeds
         count = num_texts(prompts)
@@ -483,10 +487,10 @@ class FluxImagePipeline:
         with torch.inference_mode(), device_errors():
             latents = self.make_latents(request, progress_bar, callback_on_step_end)
             if output_type == "latent":
-                return latents
+                return normal_tensor(latents)
             decoded = self.latents.decode(latents, request.tiling)
             pixels = self.latents.paste_back(decoded, request) if paste_back else decoded
-            made = as_output(pixels, output_type, decoded)
+            made = as_output(pixels, output_type, decoded, self.torch_dtype)
         return made[0] if isinstance(prompt, str) and output_type != "pt" else made
 
     def make_latents(

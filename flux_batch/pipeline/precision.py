@@ -43,6 +43,21 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def to_device(device: str | torch.device | int) -> torch.device:
+    """Return the device of that name. Raises: InvalidSetting for a name of none, and for a device that is not here."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        what = f"device = {device!r}: must be the name of a device, as cuda or cpu"
+        raise InvalidSetting(what, field="device") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidSetting(f"device = {device}: there is no CUDA device here; use cpu", field="device")
+    if found.type == "cuda" and found.index and found.index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise InvalidSetting(f"device = {device}: the last CUDA device here is cuda:{last}", field="device")
+    return found
+
+
 def _default_dtype(device: torch.device, quantization: Quantization = "none") -> torch.dtype:
     """Return the native dtype of a device, unless `quantization` needs another one."""
     if quantization == "fp8_matmul":

@@ -48,6 +48,13 @@ _DIFFSYNTH_CONTROLS = "controlnet_inputs"
 # The arguments of diffusers that a call refuses, and what to pass instead.
 _INSTEAD = {
     "generator": ": pass seed, a whole number or one for each image",
+    "num_images_per_prompt": ": pass a list with the prompt as often, and a seed for each",
+    "prompt_2": ": both text encoders read the prompt, leave it out",
+    "latents": ": noise is drawn by seed, leave it out",
+    "sigmas": ": pass num_inference_steps, and sigma_shift for another schedule",
+    "return_dict": ": images come as they are, leave it out",
+    "callback_on_step_end_tensor_inputs": ": a callback always gets the latents, leave it out",
+    "joint_attention_kwargs": ": load_lora and set_loras take the scale of a LoRA, leave it out",
     "negative_ip_adapter_image": ": a negative prompt has black images, leave it out",
     "negative_ip_adapter_image_embeds": ": a negative prompt has black images, leave it out",
 }
@@ -135,10 +142,21 @@ def sampling_of_call(count: int, **arguments: Any) -> list[SamplingParams]:
 
 
 def check_texts(name: str, texts: Sequence[Any]) -> None:
-    """Raise InvalidSetting unless all texts are strings."""
+    """Raise InvalidSetting unless all texts are strings that a tokenizer takes."""
     for text in texts:
         if not isinstance(text, str):
             raise InvalidSetting(f"{name} = {text!r}: must be a string or a list of strings", field=name)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a character, as JSON can spell it
+            raise InvalidSetting(f"{name} = {text!r}: must be valid Unicode", field=name) from error
+
+
+def check_functions(**functions: Any) -> None:
+    """Raise InvalidSetting for an argument, by name, that is neither None nor a function."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise InvalidSetting(f"{name} = {function!r}: must be a function, or None", field=name)
 
 
 def as_list(name: str, texts: str | Sequence[str] | None) -> list[str]:
@@ -204,14 +222,18 @@ def one_each(name: str, value: Any, count: int) -> list[Any]:
 def resolve_aliases(aliases: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, Any]:
     """Return arguments with diffusers' names under our names.
 
-    Raises: InvalidSetting for an argument that is unknown, with the nearest of the `arguments` or what to pass instead.
+    Raises: InvalidSetting for an argument that is unknown, with the nearest of the `arguments` or what to pass instead,
+    and for two names of one argument with two values.
     """
     for name in aliases:
         if name not in (*_CALL_ALIASES, _DIFFSYNTH_CONTROLS):
             names = [name for name in arguments if name not in ("aliases", "return")] + list(_CALL_ALIASES)
             hint = _INSTEAD.get(name) or did_you_mean(name, names) or f"; there are {', '.join(sorted(names))}"
             raise InvalidSetting(f"{name} is not an argument of the pipeline{hint}", field=name)
-    found = {_CALL_ALIASES[name]: value for name, value in aliases.items() if name != _DIFFSYNTH_CONTROLS}
-    if inputs := aliases.get(_DIFFSYNTH_CONTROLS):
+    found: dict[str, Any] = {}
+    for name, value in aliases.items():
+        if name != _DIFFSYNTH_CONTROLS and found.setdefault(_CALL_ALIASES[name], value) is not value:
+            raise InvalidSetting(f"{name}: {_CALL_ALIASES[name]} is given twice, leave one of them out", field=name)
+    if (inputs := aliases.get(_DIFFSYNTH_CONTROLS)) is not None:
         found |= controls_of_diffsynth(inputs)
     return found

@@ -6,15 +6,16 @@ Letters: b texts, l tokens, d width.
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
 from flux_batch.errors import InvalidSetting
+from flux_batch.model.optimize.memo import Memo
 from flux_batch.model.optimize.offload import apply_offload
+from flux_batch.model.sampling import normal_tensor
 from flux_batch.model.text.clip import ClipEncoder
 from flux_batch.model.text.t5 import T5Encoder
 from flux_batch.model.transformer import PromptEmbeds
@@ -76,10 +77,15 @@ class TextEncoders:
         if not prompts:
             raise InvalidSetting("prompt = []: must be at least one text", field="prompt")
         with torch.inference_mode(), device_errors():
-            return self.encode(prompts, length or self._default_length)
+            embeds = self.encode(prompts, length or self._default_length)
+            return PromptEmbeds(*map(normal_tensor, embeds))
 
-    def truncations(self, prompts: Sequence[str], length: int | None = None) -> list[tuple[bool, bool]]:
-        """Return whether CLIP and whether T5 leaves out the end of each prompt."""
+    def truncations(self, prompts: str | Sequence[str], length: int | None = None) -> list[tuple[bool, bool]]:
+        """Return whether CLIP and whether T5 leaves out the end of each prompt. Raises: InvalidSetting."""
+        prompts = as_list("prompts", prompts)
+        check_texts("prompts", prompts)
+        if length is not None:
+            check_integer("t5_sequence_length", length, 1, MAX_T5_LENGTH)
         return [self._is_cut(prompt, length or self._default_length) for prompt in prompts]
 
     def warn_of_cut(self, request: PipelineRequest) -> None:
@@ -112,10 +118,8 @@ class TextCache:
 
     def __init__(self, encode: _Encode, max_bytes: int = _MAX_BYTES, on_device: _OnDevice = nullcontext) -> None:
         self._encode = encode
-        self._max_bytes = max_bytes
         self._on_device = on_device
-        self._bytes = 0
-        self._known: OrderedDict[Hashable, PromptEmbeds] = OrderedDict()
+        self._memo = Memo(max_bytes, _num_bytes)
 
     def __call__(self, texts: Sequence[str], length: int, version: Hashable = None) -> PromptEmbeds:
         """Return the embeddings of texts: (b, l, d) and (b, d).
@@ -123,22 +127,12 @@ class TextCache:
         length: T5 tokens; version: of the encoders' weights, since other weights give other embeddings.
         """
         distinct = list(dict.fromkeys(texts))
-        is_known = all((text, length, version) in self._known for text in distinct)
+        is_known = all((text, length, version) in self._memo for text in distinct)
         with nullcontext() if is_known else self._on_device():
-            encoded = {text: self._one(text, length, version) for text in distinct}
+            encoded = {
+                text: self._memo.get((text, length, version), partial(self._encode, text, length)) for text in distinct
+            }
         return PromptEmbeds(*(torch.cat(parts) for parts in zip(*(encoded[text] for text in texts), strict=True)))
-
-    def _one(self, text: str, length: int, version: Hashable) -> PromptEmbeds:
-        key = text, length, version
-        if key not in self._known:
-            self._known[key] = self._encode(text, length)
-            self._bytes += _num_bytes(self._known[key])
-        self._known.move_to_end(key)
-        encoded = self._known[key]
-        while self._bytes > self._max_bytes:
-            _, dropped = self._known.popitem(last=False)
-            self._bytes -= _num_bytes(dropped)
-        return encoded
 
 
 def _num_bytes(encoded: PromptEmbeds) -> int:

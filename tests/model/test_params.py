@@ -114,7 +114,9 @@ def test_unknown_head_size_asks_for_the_axes() -> None:
         flux_params(shapes_of(Flux, small), {})
 
 
-@pytest.mark.parametrize("axes", [(16, 56), (16, 56, 58), (15, 57, 56)], ids=["too few", "too many", "odd"])
+@pytest.mark.parametrize(
+    "axes", [(16, 56), (16, 56, 58), (15, 57, 56), (64, 64), (32, 32, 32, 32), (-16, 72, 72), (0, 64, 64)]
+)
 def test_axes_that_do_not_fit_the_head_are_refused(axes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must be even and add up to the head size 128"):
         replace(DEV, axes_dim=axes)
@@ -166,6 +168,7 @@ def test_blocks_are_counted_from_0_without_a_gap() -> None:
         ({"shift_factor": [1]}, "shift_factor"),
         ({"scaling_factor": float("nan")}, "scaling_factor"),
         ({"norm_num_groups": True}, "norm_num_groups"),
+        ({"norm_num_groups": 0.5}, "norm_num_groups in its configuration is 0.5, should be a whole number"),
     ],
 )
 def test_settings_that_are_no_numbers_are_named(config: dict[str, object], name: str) -> None:
@@ -190,6 +193,12 @@ def test_schedule_follows_its_config() -> None:
     assert schedule_params(config, guidance_embed=False) == expected
     static = schedule_params({"shift": 3.0}, guidance_embed=True)
     assert static == ScheduleParams(use_dynamic_shifting=False, shift=3.0)
+
+
+def test_a_schedule_that_no_size_fits_is_refused() -> None:
+    config = {"use_dynamic_shifting": True, "max_image_seq_len": 256}
+    with pytest.raises(ValueError, match="base_image_seq_len and max_image_seq_len are both 256"):
+        schedule_params(config, guidance_embed=True)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_several_adapters_and_embeddings_of_images(repository: Path, tmp_path: P
     options: dict[str, Any] = {"seed": 5, "cfg_scale": 2.0, **common, **LATENTS}
     torch.testing.assert_close(pipe(ip_adapter_image=each, **options), expected, atol=1e-4, rtol=0)
     embeds = pipe.prepare_ip_adapter_image_embeds(each)
+    assert not any(tensor.is_inference() for tensor in embeds)  # a program may train with them
     theirs = reference.prepare_ip_adapter_image_embeds(each, None, "cpu", 1)
     torch.testing.assert_close(embeds, theirs, atol=1e-5, rtol=0)
     torch.testing.assert_close(pipe(ip_adapter_image_embeds=embeds, **options), expected, atol=1e-4, rtol=0)
@@ -141,6 +142,9 @@ def test_several_adapters_and_embeddings_of_images(repository: Path, tmp_path: P
             pipe(**{"prompt": "x"} | arguments | SMALL)
     with pytest.raises(InvalidSetting, match="scale: 1 values for 2 IP-Adapters; give one for each"):
         pipe.set_ip_adapter_scale([0.5])
+    with pytest.raises(InvalidSetting, match="scale = 'x': must be a finite number"):
+        pipe.set_ip_adapter_scale([9.0, "x"])  # type: ignore[list-item]
+    torch.testing.assert_close(pipe(ip_adapter_image=each, **options), expected, atol=1e-4, rtol=0)
     with pytest.raises(InvalidSetting, match="uri: 2 for 3 IP-Adapters; give one for each"):
         pipe.load_ip_adapter([adapter, adapter], [*names, "x"])
     pipe.unload_ip_adapter()

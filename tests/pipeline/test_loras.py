@@ -105,6 +105,19 @@ def test_over_fp8(repository: Path, style: Path, words: Path, quantization: str)
     assert same(pipe(**CALL), plain)
 
 
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_a_model_loaded_in_inference_mode_takes_them_outside(repository: Path, style: Path, quantization: str) -> None:
+    with torch.inference_mode():
+        pipe = FluxImagePipeline.from_pretrained(repository, device="cpu", quantization=quantization)  # type: ignore[arg-type]
+        plain = pipe(**CALL)
+
+    pipe.set_loras([(style, 1.0)])
+    assert not same(pipe(**CALL), plain)
+    pipe.unload_loras()
+
+    assert same(pipe(**CALL), plain)
+
+
 def test_what_fails_leaves_what_was_merged(pipe: FluxImagePipeline, style: Path, tmp_path: Path) -> None:
     pipe.load_lora(style)
     before = pipe(**CALL)
@@ -124,6 +137,11 @@ def test_what_fails_leaves_what_was_merged(pipe: FluxImagePipeline, style: Path,
 def test_a_scale_must_be_a_number(pipe: FluxImagePipeline, style: Path, scale: Any) -> None:
     with pytest.raises(InvalidSetting, match="scale = "):
         pipe.load_lora(style, scale)
+
+
+def test_without_a_model_there_is_nothing_to_fuse_them_into(style: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no model yet to fuse a LoRA into; load its parts first"):
+        ModelManager(torch.float32, "cpu").load_lora(style)
 
 
 def test_loras_are_pairs(pipe: FluxImagePipeline, style: Path) -> None:

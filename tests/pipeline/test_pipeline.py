@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_batch import FluxImagePipeline
+from flux_batch import FluxImagePipeline, ModelManager
 from flux_batch.errors import CheckpointError, DeviceFatal, InvalidSetting, OutOfMemory, RowError
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.text import clip, t5
@@ -21,7 +22,7 @@ from flux_batch.pipeline import pipeline as pipeline_module
 from flux_batch.pipeline.model_manager import device_errors
 from helpers import tiny_flux
 from helpers.graph_recorder import GraphRecorder
-from helpers.tiny_calls import CPU, PROMPTS, SEEDS, SMALL
+from helpers.tiny_calls import CPU, PROMPTS, SEEDS, SMALL, noise_image
 from helpers.tiny_flux import CLIP_WIDTH, T5_WIDTH, TinyFlux, copy_repository, make_tiny_repository
 
 
@@ -108,6 +109,28 @@ class TestRepeatability:
         assert ours.isfinite().all()
         assert (ours.float() - exact).norm() / exact.norm() < 0.03
 
+    @pytest.mark.parametrize("default", ["meta", torch.bfloat16])
+    def test_torchs_defaults_do_not_matter(self, repository: Path, pipe: FluxImagePipeline, default: Any) -> None:
+        """A program may have set them: its GPU, for one. On `meta` there are no numbers at all."""
+        image = noise_image(144, 160)
+        size = {"height": 160, "width": 144, "num_inference_steps": 2, "t5_sequence_length": 16}
+        call = {"prompt": ["a", "b"], "seed": [1, 2], "cfg_scale": [2.0, 1.0], "output_type": "np", **size}
+        kinds: list[dict[str, Any]] = [
+            {},
+            {"sigma_shift": 3.0, "input_image": image, "denoising_strength": 0.7},
+            {"mask_image": image, "input_image": image, "tiled": True, "tile_size": 16, "tile_stride": 13},
+        ]
+        expected = [pipe(**call, **kind) for kind in kinds]
+        set_default = torch.set_default_device if default == "meta" else torch.set_default_dtype
+        set_default(default)
+        try:
+            ours = FluxImagePipeline.from_pretrained(repository, **CPU)
+            found = [ours(**call, **kind) for kind in kinds]
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+        assert np.array_equal(found, expected)
+
     def test_tables_of_sizes_are_kept_and_change_nothing(self, repository: Path) -> None:
         pipe = FluxImagePipeline.from_pretrained(repository, **CPU)
         options = {"seed": 3, "output_type": "latent", "num_inference_steps": 1, "t5_sequence_length": 16}
@@ -156,6 +179,13 @@ class TestOutput:
         assert pipe("x", seed=1, output_type="latent", **SMALL).shape == (1, 16, 8, 12)
         assert pipe(PROMPTS, output_type="latent", **SMALL).shape == (3, 16, 8, 12)
 
+    def test_a_program_may_train_with_what_comes_out(self, pipe: FluxImagePipeline) -> None:
+        made = [pipe("x", seed=1, output_type=kind, **SMALL) for kind in ("pt", "latent")]
+        for values in (*made, *pipe.encode_prompt("x")):
+            weight = torch.ones((), requires_grad=True)
+            (weight * values).sum().backward()
+            assert weight.grad is not None
+
     def test_progress_bar_wraps_the_steps(self, pipe: FluxImagePipeline) -> None:
         seen = []
 
@@ -180,6 +210,17 @@ class TestOutput:
         assert seen[0][2] == 1000.0 > seen[1][2] > seen[2][2] > 0
         assert not latents.any()
 
+    def test_latents_of_a_callback_go_on_in_the_dtype_of_the_model(self, pipe: FluxImagePipeline) -> None:
+        common = {"seed": 1, "output_type": "latent", **SMALL}
+        expected = pipe("x", **common)
+        changes: list[Callable[[torch.Tensor], Any]] = [torch.Tensor.double, torch.Tensor.numpy, lambda latents: None]
+        for change in changes:
+
+            def callback(*call: Any, change: Callable[[torch.Tensor], Any] = change) -> dict[str, Any]:
+                return {"latents": change(call[-1]["latents"])}
+
+            assert torch.equal(pipe("x", callback_on_step_end=callback, **common), expected)
+
 
 class TestTexts:
     def test_truncations_say_which_encoder_misses_the_end(
@@ -200,6 +241,20 @@ class TestTexts:
             monkeypatch.setattr(encoder, "count_tokens", count)
         assert pipe.truncations([*texts, "b"], 512)[:4] == [(False, False), (False, False), (True, False), (True, True)]
         assert counted == [["b"], ["b"]]
+
+    def test_a_text_alone_is_counted_as_one(self, pipe: FluxImagePipeline) -> None:
+        assert pipe.truncations("a" * 600) == [(True, True)]
+
+    @pytest.mark.parametrize(
+        ("prompts", "length", "field"),
+        [(None, None, "prompts"), ([3], None, "prompts"), ("a", 0, "t5_sequence_length")],
+    )
+    def test_what_cannot_be_counted_is_refused(
+        self, pipe: FluxImagePipeline, prompts: Any, length: int | None, field: str
+    ) -> None:
+        with pytest.raises(InvalidSetting) as caught:
+            pipe.truncations(prompts, length)
+        assert caught.value.field == field
 
     def test_embeddings_stand_in_for_texts(self, pipe: FluxImagePipeline) -> None:
         prompts, negative_prompts = ["a cat", "two dogs"], ["bad", ""]
@@ -328,6 +383,31 @@ class TestFromPretrained:
             FluxImagePipeline.from_pretrained(repository, torch_dtype=dtype, device="cpu")
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+    def test_a_device_that_is_none(self, repository: Path) -> None:
+        for load in (partial(FluxImagePipeline.from_pretrained, repository), partial(ModelManager, None)):
+            with pytest.raises(InvalidSetting, match="device = 'gpu': must be the name of a device") as caught:
+                load(device="gpu")
+            assert caught.value.field == "device"
+
+    def test_a_cuda_device_beyond_the_last(self, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        with pytest.raises(InvalidSetting, match="device = cuda:2: the last CUDA device here is cuda:1"):
+            FluxImagePipeline.from_pretrained(repository, device="cuda:2")
+
+    def test_a_path_alone_is_a_list_of_one(self, original_repository: Path) -> None:
+        file = original_repository / "ae.safetensors"
+        assert ModelManager(torch.float32, "cpu", str(file)).autoencoder
+        with pytest.raises(CheckpointError, match=r"ae\.safetensors is no ControlNet: it holds the autoencoder"):
+            FluxImagePipeline.from_pretrained(original_repository, controlnets=str(file), **CPU)
+
+    @pytest.mark.parametrize("paths", [None, 3, {"ae.safetensors"}])
+    def test_what_is_no_list_of_paths(self, repository: Path, paths: Any) -> None:
+        with pytest.raises(InvalidSetting, match=r"file_path_list = .*: must be a list of paths"):
+            ModelManager(torch.float32, "cpu", paths)
+        with pytest.raises(InvalidSetting, match=r"controlnets = .*: must be a list of paths"):
+            FluxImagePipeline.from_pretrained(repository, controlnets=paths, **CPU)
+
     def test_no_cuda(self, repository: Path) -> None:
         with pytest.raises(InvalidSetting, match="there is no CUDA device here; use cpu"):
             FluxImagePipeline.from_pretrained(repository, device="cuda")
@@ -363,10 +443,18 @@ def test_what_a_device_raises_becomes_ours(error: RuntimeError, expected: type[E
     assert type(caught.value) is expected
 
 
-def test_a_image_that_overflowed_is_an_error_and_not_black(repository: Path) -> None:
-    broken = FluxImagePipeline.from_pretrained(repository, **CPU)
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ("float32", "overflowed in float32: lower its guidance or the scales of LoRAs"),
+        # Its autoencoder computes in float32 all the same.
+        ("float16", "overflowed in float16: use bfloat16 or float32"),
+    ],
+)
+def test_a_image_that_overflowed_is_an_error_and_not_black(repository: Path, dtype: str, message: str) -> None:
+    broken = FluxImagePipeline.from_pretrained(repository, torch_dtype=dtype, device="cpu")
     broken.autoencoder.decoder.conv_out.bias.data[0] = float("nan")
-    with pytest.raises(RowError, match="overflowed in float32"):
+    with pytest.raises(RowError, match=message):
         broken("x", seed=0, **SMALL)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -52,6 +53,16 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str, str]] = {
         "generator",
         "is not an argument of the pipeline: pass seed",
     ),
+    "several images a prompt": (
+        {"num_images_per_prompt": 2},
+        "num_images_per_prompt",
+        "is not an argument of the pipeline: pass a list with the prompt as often",
+    ),
+    "two names of one argument": (
+        {"image": SMALL_IMAGE, "flux_fill_image": SMALL_IMAGE.copy()},
+        "flux_fill_image",
+        "flux_fill_image: input_image is given twice",
+    ),
     "no such name": ({"guidence_scale": 1}, "guidence_scale", r"did you mean 'guidance_scale'\?"),
     "nearest name": ({"hight": 64}, "hight", r"did you mean 'height'\?"),
     "nothing near": ({"zzz": 64}, "zzz", "is not an argument of the pipeline; there are callback_on_step_end, "),
@@ -93,6 +104,26 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str, str]] = {
         embeds(3, 64, "negative_"),
         "negative_prompt_embeds",
         r"must be a tensor of shape \[2, ",
+    ),
+    "half a character": ({"prompt": ["a", "\ud800"]}, "prompt", "must be valid Unicode"),
+    "a bar that is no function": ({"progress_bar": True}, "progress_bar", "progress_bar = True: must be a function"),
+    "a callback that is none": ({"callback_on_step_end": [print]}, "callback_on_step_end", "must be a function"),
+    "a callback that returns latents alone": (
+        {"callback_on_step_end": lambda pipe, step, time, given: given["latents"]},
+        "callback_on_step_end",
+        "returned a Tensor: must be None, or latents by name",
+    ),
+    "a callback that returns others": (
+        {"callback_on_step_end": lambda pipe, step, time, given: {"latents": given["latents"][:1]}},
+        "callback_on_step_end",
+        r"returned latents \[1, 24, 64\]: must be \[2, 24, 64\], as given",
+    ),
+    "DiffSynth's inputs not in a list": ({"controlnet_inputs": 3}, "controlnet_inputs", "is a int: must be a list"),
+    "DiffSynth's inputs without fields": ({"controlnet_inputs": [3]}, "controlnet_inputs", "holds a int: must hold"),
+    "strengths in an array, without a net": (
+        {"controlnet_conditioning_scale": np.array([1.0, 0.5])},
+        "controlnet_conditioning_scale",
+        "the model has no ControlNet",
     ),
     "32 bits": ({"input_image": Image.new("F", (8, 8))}, "input_image", "32-bit samples"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Barrier, Thread
 
 import torch
 
@@ -53,6 +54,24 @@ def test_a_batch_larger_than_the_memory_is_encoded_whole() -> None:
     texts = TextCache(encoder, max_bytes=0)
     assert texts(["a", "bb", "a"], 1).pooled_prompt_embeds.tolist() == [[1], [2], [1]]
     assert [text for text, _ in encoder.asked] == ["a", "bb"]
+
+
+def test_threads_that_encode_the_same_text_at_once_leave_room_for_the_next() -> None:
+    both = Barrier(2, timeout=10)
+
+    class Waiting(Encoder):
+        def __call__(self, text: str, length: int) -> PromptEmbeds:
+            both.wait()
+            return super().__call__(text, length)
+
+    texts = TextCache(Waiting(), max_bytes=8)
+    for text in ("a", "bb", "ccc"):
+        threads = [Thread(target=texts, args=([text], 1)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert texts(["ccc"], 1).pooled_prompt_embeds.tolist() == [[3]]
 
 
 class Offloaded(Encoder):

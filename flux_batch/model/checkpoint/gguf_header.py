@@ -22,7 +22,7 @@ _MAX_DIMS = 4
 _MAX_TENSORS = 100_000
 _MAX_HEADER_SIZE = 128 * 2**20
 _DEFAULT_ALIGNMENT = 32
-# The block formats that can be turned back into numbers; F32, F16, BF16 and F64 are normalized_key as in safetensors.
+# The block formats that can be turned back into numbers; F32, F16, BF16 and F64 are named as in safetensors.
 QUANTIZED_DTYPES = frozenset({
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4",
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",

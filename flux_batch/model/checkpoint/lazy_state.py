@@ -119,7 +119,7 @@ class StoredState(Mapping[str, Tensor]):
     def _scale(self, stored: StoredTensor) -> Tensor:
         """Return the scale of an fp8 tensor in fp32: () or (rows, 1)."""
         if stored.scale is None:
-            return torch.ones(())
+            return torch.ones((), dtype=torch.float32, device="cpu")
         scale = self._as_stored(stored.scale).float()
         if not scale.isfinite().all():
             raise ValueError(f"{stored.scale.key} in {stored.path} is not finite: it is damaged, download it again")

@@ -141,6 +141,9 @@ def diffusers_pieces(rules: Rules, names: Mapping[str, object]) -> dict[str, Pie
     return {rule.original: Pieces(rule.diffusers, rule.join) for rule in rules(names) if rule.diffusers[0] in names}
 
 
+# Weights are no inference tensors, whoever loads: those cannot be changed outside of inference mode, as LoRAs do.
+@torch.inference_mode(False)
+@torch.no_grad()
 def load_weights(model: _Module, state: StoredState, prepare: Prepare | None = None) -> _Module:
     """Load the weights of a module on meta, and return it ready for inference."""
     if prepare is not None:

@@ -126,7 +126,7 @@ def _siglip_settings(shapes: Shapes, config: Config) -> Config:
     return {
         "num_attention_heads": max(1, hidden // _SIGLIP_HEAD_DIM),
         "image_size": side,
-        **{name: config[name] for name in _SETTINGS if name in config},
+        **_told(config),
         **_sizes(shapes, hidden, channels, patch),
         "vision_use_head": False,
     }
@@ -140,10 +140,15 @@ def _clip_settings(shapes: Shapes, config: Config) -> Config:
         "num_attention_heads": max(1, hidden // _CLIP_HEAD_DIM),
         "image_size": round(positions**0.5) * patch,
         "hidden_act": "quick_gelu",
-        **{name: config[name] for name in _SETTINGS if name in config},
+        **_told(config),
         **_sizes(shapes, hidden, channels, patch),
         "projection_dim": shape_of(shapes, "visual_projection.weight")[0],
     }
+
+
+def _told(config: Config) -> Config:
+    """Return the settings that a config.json tells; null is as if left out."""
+    return {name: config[name] for name in _SETTINGS if config.get(name) is not None}
 
 
 def _sizes(shapes: Shapes, hidden: int, channels: int, patch: int) -> Config:

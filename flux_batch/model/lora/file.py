@@ -267,5 +267,5 @@ def _is_block_diagonal(up: Tensor, pieces: tuple[int, ...]) -> bool:
     """Return whether `up` (o, r) is block-diagonal with groups of rows of these sizes."""
     if len(pieces) < 2 or up.shape[1] % len(pieces) or len(up) != sum(pieces):
         return False
-    blocks = [torch.ones(rows, up.shape[1] // len(pieces), dtype=torch.bool) for rows in pieces]
+    blocks = [torch.ones(rows, up.shape[1] // len(pieces), dtype=torch.bool, device="cpu") for rows in pieces]
     return not up[~torch.block_diag(*blocks).bool()].any()

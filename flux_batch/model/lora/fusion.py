@@ -51,6 +51,7 @@ class LoraFusion:
         """Return the shapes of all parameters, by part."""
         return {part: dict(_parameter_shapes(module)) for part, module in self.parts.items()}
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def fuse(self, loras: Sequence[tuple[Lora, float]]) -> None:
         """Fuse these LoRAs, each with its scale, and unfuse all others.
@@ -123,7 +124,7 @@ def _tensors_to_keep(layer: nn.Module, state: StoredState | None, name: str) -> 
     own = _tensors_of(layer)
     if state is not None and _same_tensors(own, _reload_tensors(layer, state, name)):
         return None
-    # On the CPU no copy is made: `assign_tensors` replaces tensors there.
+    # On the CPU no copy is made: `_assign_tensors` replaces tensors there.
     return {key: tensor.detach().cpu() for key, tensor in own.items()}
 
 

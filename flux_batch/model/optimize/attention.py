@@ -72,7 +72,8 @@ def attention_works(backend: SDPBackend, device: torch.device) -> bool:
     """Return whether a kernel gives the right numbers for a small attention; log why not."""
     generator = torch.Generator().manual_seed(0)
     # FLUX's head size and layout, and a length that is no multiple of any tile's.
-    q, k, v = torch.randn(3, 1, 200, 2, 128, generator=generator).to(device, torch.bfloat16).transpose(2, 3)
+    numbers = torch.randn(3, 1, 200, 2, 128, generator=generator, device="cpu")
+    q, k, v = numbers.to(device, torch.bfloat16).transpose(2, 3)
     reason = ""
     try:
         for queries in (q, q[:, :, -72:]):  # the last block asks for the image alone

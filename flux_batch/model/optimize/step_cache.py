@@ -48,31 +48,30 @@ class StepCache:
 
     def __call__(self, step: int, img: Tensor) -> Tensor:
         """Return the velocity, for the arguments of `Denoiser`."""
-        model, pe, modulations, noisy = self.model.model, self.model.pe, self.model.modulations(step), img
-        tokens = model.img_in(img)
-        img, txt = model.first_block(tokens, self.model.txt, modulations, pe, self.model.prompt)
-        first_block = img - tokens
+        denoiser, prompt = self.model, self.model.prompt
+        flux, pe, modulations = denoiser.model, denoiser.pe, denoiser.modulations(step)
+        tokens = flux.img_in(img)
+        after_first, txt = flux.first_block(tokens, denoiser.txt, modulations, pe, prompt)
+        first_block = after_first - tokens
         images = self._to_compute(step, first_block)
         self.num_passes += len(img)
         self.num_reused += len(img) - len(images)
-        residuals = self.model.residuals(step, noisy) if images else None
+        residuals = denoiser.residuals(step, img) if images else None
         if self._last is None or len(images) == len(img):
-            done = model.later_blocks(img, txt, modulations, pe, residuals, self.model.prompt)
-            self._last = _Additions(first_block, finite(done - img))
-            return model.last_layer(done, modulations)
-        reused = finite(img + self._last.later_blocks)
+            done = flux.later_blocks(after_first, txt, modulations, pe, residuals, prompt)
+            self._last = _Additions(first_block, finite(done - after_first))
+            return flux.last_layer(done, modulations)
+        reused = finite(after_first + self._last.later_blocks)
         if images:
             # One tensor of indices: a list would be copied to the device for each tensor that it indexes.
             chosen = torch.tensor(images, device=img.device)
-            some = img.index_select(0, chosen)
-            added, prompt = (
-                residuals and residuals.select(chosen),
-                self.model.prompt and self.model.prompt.select(chosen),
-            )
-            done = model.later_blocks(some, txt.index_select(0, chosen), modulations.select(chosen), pe, added, prompt)
+            some, some_txt = after_first.index_select(0, chosen), txt.index_select(0, chosen)
+            added = None if residuals is None else residuals.select(chosen)
+            attended = None if prompt is None else prompt.select(chosen)
+            done = flux.later_blocks(some, some_txt, modulations.select(chosen), pe, added, attended)
             self._last.update(chosen, _Additions(first_block.index_select(0, chosen), finite(done - some)))
             reused.index_copy_(0, chosen, done)
-        return model.last_layer(reused, modulations)
+        return flux.last_layer(reused, modulations)
 
     def _to_compute(self, step: int, first_block: Tensor) -> list[int]:
         """Return the indices of the images whose later blocks must run. Waits for the device."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flux_batch.model.autoencoder import AutoEncoder
+from flux_batch.model.sampling import HOST
 
 
 class Tiling(NamedTuple):
@@ -81,8 +82,8 @@ def _blend_one(function: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling) 
 
 def fade(length: int, border: int, *, at_start: bool, at_end: bool) -> Tensor:
     """Return weights (length,): 1 inside, falling linearly to 1 / border towards the chosen ends."""
-    rising = (torch.arange(1, length + 1) / max(border, 1)).clamp(max=1.0)
-    weights = torch.ones(length)
+    rising = (torch.arange(1, length + 1, **HOST) / max(border, 1)).clamp(max=1.0)
+    weights = torch.ones(length, **HOST)
     if at_start:
         weights = weights * rising
     if at_end:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
@@ -18,9 +19,8 @@ _TOKENIZER_FILES = {
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     """Return token ids (b, length) int64, cut or padded."""
-    batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    ids: Tensor = batch.input_ids
-    return ids
+    batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
+    return torch.tensor(batch.input_ids, dtype=torch.int64, device="cpu")
 
 
 def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from flux_batch.errors import InvalidSetting
 from flux_batch.model.conditions.controlnet import ControlNet, ControlUse
 from flux_batch.model.conditions.variant import Variant
+from flux_batch.model.sampling import HOST
 from flux_batch.pipeline.images.inputs import SharedImages, shared_by_all
 from flux_batch.sampling_params import check_integer, check_number
 
@@ -51,7 +52,9 @@ def controls_of_diffsynth(inputs: Sequence[Any]) -> dict[str, Any]:
     the share of the steps that are left when the net begins and ends, 1 and 0, rounded as diffusers' words are.
     Raises: InvalidSetting.
     """
-    given = [_Fields(each) for each in inputs]
+    given = _all_fields(inputs)
+    if not given:
+        return {}
     nets = [each.get("controlnet_id", 0) for each in given]
     if sorted(nets) != list(range(len(nets))) and set(nets) != {0}:
         raise InvalidSetting(
@@ -68,6 +71,18 @@ def controls_of_diffsynth(inputs: Sequence[Any]) -> dict[str, Any]:
     )
     masks = [mask for each in given if (mask := each.get("inpaint_mask")) is not None]
     return found | ({"mask_image": masks[0]} if masks else {})
+
+
+def _all_fields(inputs: Any) -> list[_Fields]:
+    """Return the fields of each input. Raises: InvalidSetting for anything that has none."""
+    name = "controlnet_inputs"
+    if not isinstance(inputs, (list, tuple)):
+        raise InvalidSetting(f"{name} is a {type(inputs).__name__}: must be a list of inputs", field=name)
+    for each in inputs:
+        if not isinstance(each, Mapping) and not hasattr(each, "__dict__"):
+            what = f"{name} holds a {type(each).__name__}"
+            raise InvalidSetting(f"{what}: must hold objects or mappings with the field image", field=name)
+    return [_Fields(each) for each in inputs]
 
 
 class _Fields:
@@ -182,7 +197,7 @@ class ControlNets:
         condition, weights = self._condition(net, request, place, latents), request.images.control_weights(place)
         if all(weight == 1 for weight in weights):
             return ControlUse(net, condition, *setting)
-        return ControlUse(net, condition, *setting, torch.tensor(weights)[:, None, None].to(condition))
+        return ControlUse(net, condition, *setting, torch.tensor(weights, **HOST)[:, None, None].to(condition))
 
     def _condition(self, net: ControlNet, request: PipelineRequest, place: int, latents: ImageLatents) -> Tensor:
         p = net.controlnet_params
@@ -230,7 +245,7 @@ def _check_unset(arguments: Sequence[Any]) -> None:
     """Raise InvalidSetting for an argument that tells ControlNets something, as there are none."""
     for name, value, default in zip(_ARGUMENTS, arguments, _DEFAULTS, strict=True):
         values = value if isinstance(value, (list, tuple)) else [value]
-        if any(each != default for each in values):
+        if not all(each is default or (isinstance(each, (int, float)) and each == default) for each in values):
             raise InvalidSetting(f"{name} = {value!r}: the model has no ControlNet; leave it out", field=name)
 
 

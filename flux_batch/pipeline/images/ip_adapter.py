@@ -20,6 +20,7 @@ from flux_batch.model.checkpoint.image_prompts import ip_adapter_files
 from flux_batch.model.conditions.ip_adapter import IPAdapter, load_ip_adapter
 from flux_batch.model.conditions.vision import ClipVisionEncoder, load_clip_vision
 from flux_batch.model.params import FluxParams
+from flux_batch.model.sampling import HOST
 from flux_batch.model.transformer import ImagePrompt
 from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 from flux_batch.pipeline.images.memory import ImageMemory
@@ -46,15 +47,19 @@ class IPAdapterPrompts:
     def set_scale(self, scale: float | Sequence[float]) -> None:
         """Set the strength of every image, beside its own weight: one number, or one for each double block.
 
-        Raises: InvalidSetting for no number, or not one for each block.
+        Raises: the errors of `block_scales`.
         """
+        self._scale = self.block_scales(scale)
+
+    def block_scales(self, scale: float | Sequence[float]) -> list[float]:
+        """Return the strength at each double block. Raises: InvalidSetting for no number, or not one for each."""
         depth = self.adapter.params.depth
         scales = list(scale) if isinstance(scale, Sequence) else [scale] * depth
         for each in scales:
             check_number("scale", each)
         if len(scales) != depth:
             raise InvalidSetting(f"scale: {len(scales)} values for {depth} double blocks", field="scale")
-        self._scale = scales
+        return scales
 
     def embeds(self, images: Sequence[Sequence[Image.Image]]) -> Tensor:
         """Return the embeddings of images, as many for each of b: (b, k, e). Raises: InvalidSetting."""
@@ -67,7 +72,7 @@ class IPAdapterPrompts:
 
     def prompt(self, embeds: Tensor, scales: Sequence[Sequence[float]]) -> ImagePrompt:
         """Return what is read beside texts: embeddings (b, k, e), each with its scale."""
-        return self.adapter.prompt(embeds, self._num_heads, self._scale, torch.tensor(scales).to(embeds))
+        return self.adapter.prompt(embeds, self._num_heads, self._scale, torch.tensor(scales, **HOST).to(embeds))
 
 
 def load_ip_adapter_prompts(

@@ -5,13 +5,15 @@ Letters: b batch, z latent channels, h and w of the latents, n packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from flux_batch.errors import InvalidSetting
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.conditions.channels import WithChannels, fill_channels
 from flux_batch.model.conditions.inpaint import KeptLatents, latent_mask
@@ -196,7 +198,26 @@ def after_each_step(
 
     def after_step(step: int, img: Tensor) -> Tensor:
         img = img if kept is None else kept(step, img)
-        returned = callback(pipeline, step, 1000.0 * sigmas[step], {"latents": img}) or {}
-        return torch.as_tensor(returned.get("latents", img))
+        return _latents_of(callback(pipeline, step, 1000.0 * sigmas[step], {"latents": img}), img)
 
     return after_step
+
+
+def _latents_of(returned: Any, img: Tensor) -> Tensor:
+    """Return the latents that a callback returned, in the dtype of `img`, its own; `img` itself if none.
+
+    Raises: InvalidSetting for anything that does not go on as latents.
+    """
+    name = "callback_on_step_end"
+    if returned is None:
+        return img
+    if not isinstance(returned, Mapping):
+        what = type(returned).__name__
+        raise InvalidSetting(f"{name} returned a {what}: must be None, or latents by name", field=name)
+    latents = returned.get("latents")
+    if latents is None:
+        return img
+    shape = tuple(np.shape(latents))
+    if shape != img.shape:
+        raise InvalidSetting(f"{name} returned latents {list(shape)}: must be {list(img.shape)}, as given", field=name)
+    return torch.as_tensor(latents, dtype=img.dtype, device=img.device)

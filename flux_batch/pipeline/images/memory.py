@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
+
+from flux_batch.model.optimize.memo import Memo
 
 # In bfloat16 the encodings of about 128 images of a megapixel, or 22 image prompts as tokens.
 _MAX_BYTES = 128 * 2**20
@@ -20,9 +21,7 @@ class ImageMemory:
     """
 
     def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._known: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._memo: Memo[Tensor] = Memo(max_bytes, lambda encoded: encoded.nbytes)
 
     def encoded(self, pixels: Tensor, encode: Callable[[Tensor], Tensor], *settings: Hashable) -> Tensor:
         """Return the encodings of images, each encoded alone or remembered: (b, ...) -> (b, ...).
@@ -33,13 +32,4 @@ class ImageMemory:
 
     def _one(self, pixels: Tensor, encode: Callable[[Tensor], Tensor], settings: tuple[Hashable, ...]) -> Tensor:
         digest = hashlib.blake2b(pixels.contiguous().numpy().data, digest_size=16).digest()
-        key = digest, tuple(pixels.shape), settings
-        if key not in self._known:
-            self._known[key] = encode(pixels)
-            self._bytes += self._known[key].nbytes
-        self._known.move_to_end(key)
-        encoded = self._known[key]
-        while self._bytes > self._max_bytes:
-            _, dropped = self._known.popitem(last=False)
-            self._bytes -= dropped.nbytes
-        return encoded
+        return self._memo.get((digest, tuple(pixels.shape), settings), lambda: encode(pixels))

@@ -1,4 +1,4 @@
-"""Conversions between images and pixels of the autoencoder; knows no model."""
+"""Conversions between images and pixels of the autoencoder; knows no network and no prompt."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flux_batch.errors import InvalidSetting, RowError, one_line
 from flux_batch.images import to_mask, to_rgb
+from flux_batch.model.sampling import normal_tensor
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -55,11 +56,11 @@ def converted(image: Image.Image, name: str, convert: Callable[[Image.Image], Im
         raise InvalidSetting(f"{name} cannot be read: {one_line(error)}", field=name) from error
 
 
-def as_output(pixels: Tensor, output_type: OutputType, decoded: Tensor) -> Any:
+def as_output(pixels: Tensor, output_type: OutputType, decoded: Tensor, dtype: torch.dtype) -> Any:
     """Return pixels as a call asks for them: a tensor for `pt`, else a list of arrays or PIL images.
 
-    decoded: the same before anything was pasted into them. Raises: RowError if it holds NaN or infinity, which uint8
-    would turn into black.
+    decoded: the same before anything was pasted into them; dtype: of the model that made them, for the message. Raises:
+    RowError if `decoded` holds NaN or infinity, which uint8 would turn into black.
     """
     is_finite = torch.isfinite(decoded).all()
     if output_type == "pt":
@@ -68,9 +69,10 @@ def as_output(pixels: Tensor, output_type: OutputType, decoded: Tensor) -> Any:
         images = to_uint8(pixels).to("cpu", non_blocking=pixels.is_cuda)
     # Here the host waits for a GPU, once: what came before has arrived then, too.
     if not is_finite:
-        raise RowError(f"the model overflowed in {str(decoded.dtype).removeprefix('torch.')}: use bfloat16 or float32")
+        instead = "use bfloat16 or float32" if dtype == torch.float16 else "lower its guidance or the scales of LoRAs"
+        raise RowError(f"the model overflowed in {str(dtype).removeprefix('torch.')}: {instead}")
     if output_type == "pt":
-        return images
+        return normal_tensor(images)
     arrays = list(images.numpy())
     return [Image.fromarray(array) for array in arrays] if output_type == "pil" else arrays
 

@@ -15,6 +15,7 @@ from flux_batch.errors import CheckpointError, InvalidSetting
 from flux_batch.model.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flux_batch.model.checkpoint.image_prompts import PROMPT_PART_TITLES, PromptPart, ip_adapter_files, redux_files
 from flux_batch.model.params import FluxParams
+from flux_batch.model.sampling import normal_tensor
 from flux_batch.model.transformer import ImagePrompt, PromptEmbeds
 from flux_batch.pipeline.errors import checkpoint_errors
 from flux_batch.pipeline.images.inputs import ImageInputs, as_images, image_inputs, shared_by_all
@@ -162,7 +163,8 @@ class ImagePrompts:
         if images.image_prompt is None:
             raise InvalidSetting("ip_adapter_image: must be at least one image", field="ip_adapter_image")
         self.check(images)
-        return [self._embeds(images, place, adapter)[0] for place, adapter in enumerate(self.ip_adapters)]
+        found = [self._embeds(images, place, adapter)[0] for place, adapter in enumerate(self.ip_adapters)]
+        return [normal_tensor(embeds) for embeds in found]
 
     def _embeds(
         self, images: ImageInputs, place: int, adapter: IPAdapterPrompts
@@ -184,6 +186,8 @@ def adapter_files(
     subfolder: str | Sequence[str] | None = None,
 ) -> list[PathOrFolder]:
     """Return the files of IP-Adapters, named as diffusers does. Raises: InvalidSetting for other numbers of names."""
+    if not isinstance(uri, (str, PathLike, list, tuple)):
+        raise InvalidSetting(f"uri = {uri!r}: must be a path or an address, or a list of them", field="uri")
     lists: dict[str, list[Any]] = {
         "uri": [uri] if isinstance(uri, (str, PathLike)) else list(uri),
         "subfolder": list(subfolder) if isinstance(subfolder, (list, tuple)) else [subfolder],
@@ -212,8 +216,9 @@ def _set_scales(adapters: Sequence[IPAdapterPrompts], scale: AdapterScale) -> No
         raise InvalidSetting(
             f"scale: {len(entries)} values for {len(adapters)} IP-Adapters; give one for each", field="scale"
         )
-    for adapter, own in zip(adapters, entries, strict=True):
-        adapter.set_scale(own)
+    checked = [adapter.block_scales(own) for adapter, own in zip(adapters, entries, strict=True)]
+    for adapter, scales in zip(adapters, checked, strict=True):  # all of them, or none
+        adapter.set_scale(scales)
 
 
 def _check_images_of_several(prompts: Sequence[Sequence[Any]], count: int) -> None:

@@ -19,6 +19,7 @@ from flux_batch.model.checkpoint.image_prompts import redux_files
 from flux_batch.model.conditions.redux import Redux, load_redux
 from flux_batch.model.conditions.vision import SiglipEncoder, load_siglip
 from flux_batch.model.params import FluxParams
+from flux_batch.model.sampling import HOST
 from flux_batch.model.transformer import PromptEmbeds
 from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 from flux_batch.pipeline.images.memory import ImageMemory
@@ -48,7 +49,7 @@ class ReduxPrompts:
         for place in range(len(images[0])):
             pixels = torch.stack([siglip_pixels(each[place], self.encoder.side) for each in images])
             found = self._memory.encoded(pixels, lambda image: self.redux(self.encoder(image)))
-            scale = torch.tensor([self._scale * each[place] for each in scales]).to(found)
+            scale = torch.tensor([self._scale * each[place] for each in scales], **HOST).to(found)
             tokens.append(found * scale[:, None, None])
         return PromptEmbeds(torch.cat((texts.prompt_embeds, *tokens), dim=1), texts.pooled_prompt_embeds)
 

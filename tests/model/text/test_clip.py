@@ -85,6 +85,12 @@ def test_sizes_are_read_from_shapes() -> None:
     )
 
 
+def test_a_setting_that_is_null_is_as_if_left_out() -> None:
+    shapes = {key: tensor.shape for key, tensor in CLIPTextModel(CLIP).state_dict().items()}
+    told = {"model_type": "clip_text_model", "num_attention_heads": 4}
+    assert clip_params(shapes, told | {"eos_token_id": None}) == clip_params(shapes, told)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
@@ -93,7 +99,7 @@ def test_sizes_are_read_from_shapes() -> None:
         ("hidden_act", "swish", "must be quick_gelu or gelu"),
         ("hidden_act", ["gelu"], "must be quick_gelu or gelu"),
         ("layer_norm_eps", 0, "must be greater than 0"),
-        ("eos_token_id", None, "must be a token id"),
+        ("eos_token_id", "end", "must be a token id"),
     ],
 )
 def test_a_setting_that_does_not_fit_is_named(name: str, value: object, rule: str) -> None:

@@ -1,0 +1,45 @@
+"""The last results of a computation, kept up to a number of bytes; knows neither the computation nor a tensor."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from threading import Lock
+from typing import Generic, TypeVar
+
+_Value = TypeVar("_Value")
+
+
+class Memo(Generic[_Value]):
+    """Results by key, those used last, of at most `max_bytes` together.
+
+    Threads may share one: two that ask for the same at once may both compute it, and one result stays.
+
+    num_bytes: of a result.
+    """
+
+    def __init__(self, max_bytes: int, num_bytes: Callable[[_Value], int]) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = num_bytes
+        self._lock = Lock()
+        self._bytes = 0
+        self._known: OrderedDict[Hashable, _Value] = OrderedDict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._known
+
+    def get(self, key: Hashable, compute: Callable[[], _Value]) -> _Value:
+        """Return the result of a key: the one that is kept, else that of `compute`."""
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+                return self._known[key]
+        value = compute()
+        with self._lock:
+            if key not in self._known:
+                self._known[key] = value
+                self._bytes += self._num_bytes(value)
+            while self._bytes > self._max_bytes:
+                _, dropped = self._known.popitem(last=False)
+                self._bytes -= self._num_bytes(dropped)
+        return value
