@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from flux_batch.errors import InvalidSetting, did_you_mean
@@ -85,13 +85,13 @@ def _check_side(name: str, value: int) -> None:
 
 def _check_scale(name: str, value: float) -> None:
     """Raise InvalidSetting unless `value` is a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value >= 0):
         raise InvalidSetting(f"{name} = {value!r}: must be a finite number of at least 0", field=name)
 
 
 def check_number(name: str, value: float) -> None:
     """Raise InvalidSetting unless `value` is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise InvalidSetting(f"{name} = {value!r}: must be a finite number", field=name)
 
 

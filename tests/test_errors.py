@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from flux_batch import errors
-from flux_batch.errors import FluxBatchError, InvalidSetting
+from flux_batch.errors import FluxBatchError, InvalidSetting, bytes_text
 
 
 def tree(base: type[FluxBatchError] = FluxBatchError) -> Iterator[type[FluxBatchError]]:
@@ -42,3 +42,11 @@ def test_the_drawing_shows_the_tree_and_its_exit_codes() -> None:
     for name, code in drawn.items():
         if code:
             assert kinds[name].exit_code == int(code), name
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_999, "1.0 MB"), (5e15, "5,000.0 TB")],
+)
+def test_bytes_text(num_bytes: float, text: str) -> None:
+    assert bytes_text(num_bytes) == text

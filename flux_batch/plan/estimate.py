@@ -8,7 +8,7 @@ from typing import Any
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.models import find_local_model
-from flux_batch.errors import FluxBatchError, count_of
+from flux_batch.errors import FluxBatchError, bytes_text, count_of
 from flux_batch.model.checkpoint.detect import find_parts, read_shapes
 from flux_batch.model.footprint import DEV_SIZE, TransformerSize, controlnet_flops, step_flops, transformer_size
 from flux_batch.model.params import counts_at, steps_run
@@ -110,7 +110,7 @@ def estimate_rows(config: JobConfig, figures: dict[str, Any], *, has_speed: bool
         ("shards", f"{figures['num_shards']}, each of up to {count_of(config.output.shard_size, 'prompt')}"),
         (
             "bytes",
-            f"about {_bytes_text(figures['output_bytes'])} of {config.output.image.type} in {config.output.format}"
+            f"about {bytes_text(figures['output_bytes'])} of {config.output.image.type} in {config.output.format}"
             f"{of_samples}",
         ),
         ("compute", f"{figures['pflop_per_image']:g} PFLOP an image{for_dev}{hours}"),
@@ -184,11 +184,3 @@ def _controlnets_flops(config: JobConfig, base: TransformerSize, steps: int) -> 
 
 def _steps(requested: int, run: int) -> str:
     return f"{run} steps" if run == requested else f"{run} of {requested} steps"
-
-
-def _bytes_text(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"

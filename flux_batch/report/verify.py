@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeVar, get_args
 
-from flux_batch.errors import NotFound, StoreError, count_of, one_line
+from flux_batch.errors import NotFound, StoreError, bytes_text, count_of, one_line
 from flux_batch.output.annotations import AnnotationFolder, annotation_names, unpack_annotations
 from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.commits import parse_commit
@@ -24,7 +24,7 @@ from flux_batch.output.formats import DECODE_ERRORS
 from flux_batch.output.gc import Listing, find_leftovers
 from flux_batch.output.paths import REPORT, SUCCESS, failed_file, metadata_file, number_in
 from flux_batch.output.revert import finish_reverts, revert
-from flux_batch.report.progress.snapshot import bytes_text, duration
+from flux_batch.report.progress.snapshot import duration
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify_shard import Check, Problem, ShardFindings, check_shard, rebuild_failures
 from flux_batch.storage.scratch import scratch_folder

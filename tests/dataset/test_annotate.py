@@ -404,3 +404,8 @@ def _worker(config: JobConfig, *texts: str, batch_size: int = 2, **options: Any)
 
 def _shard(index: int, num_rows: int = 4) -> Shard:
     return Shard(index=index, parts=(FileRange(uri="", name="", start=0, num_rows=num_rows),))
+
+
+def test_what_made_annotations_is_written_down_without_signatures() -> None:
+    spec = AnnotatorSpec.parse("mine:score", {"weights": "https://host/w.pt?X-Amz-Signature=secret", "level": 2})
+    assert spec.identity == {"annotator": "mine:score", "options": {"weights": "https://host/w.pt", "level": 2}}

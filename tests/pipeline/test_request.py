@@ -135,3 +135,10 @@ def test_a_bad_call_names_the_argument_and_what_would_be_right(pipe: FluxImagePi
     with pytest.raises(InvalidSetting, match=message) as caught:
         pipe(**{"prompt": ["a", "b"], **SMALL, **options})
     assert caught.value.field == field
+
+
+def test_numbers_of_numpy_are_numbers(pipe: FluxImagePipeline) -> None:
+    given = {"num_inference_steps": np.int64(2), "embedded_guidance": np.float32(3.5), "cfg_scale": np.int64(1)}
+    options = {**SMALL, "seed": np.int64(1), "output_type": "latent"}
+    plain = {name: value.item() for name, value in given.items()}
+    assert torch.equal(pipe("x", **options | given), pipe("x", **options | plain))

@@ -6,7 +6,7 @@ import pytest
 from flux_batch.output.paths import PROGRESS
 from flux_batch.records import ShardResult
 from flux_batch.report.progress.progress import Progress
-from flux_batch.report.progress.snapshot import Snapshot, bytes_text, duration
+from flux_batch.report.progress.snapshot import Snapshot, duration
 from flux_batch.report.summary import Totals
 from flux_batch.storage.store import Store
 from flux_batch.telemetry import ShardCount, WorkerFigures
@@ -173,11 +173,3 @@ def test_the_missing_report_of_a_killed_driver_is_made_once(tmp_path: Path) -> N
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_999, "1.0 MB"), (5e15, "5,000.0 TB")],
-)
-def test_bytes_text(num_bytes: float, text: str) -> None:
-    assert bytes_text(num_bytes) == text

@@ -65,7 +65,10 @@ class AnnotatorSpec:
     @property
     def identity(self) -> dict[str, Any]:
         """The facts that are known before the annotator is open."""
-        return {"annotator": self.annotator, "options": json.loads(json.dumps(public_tree(dict(self.options))))}
+        return {
+            "annotator": self.annotator,
+            "options": json.loads(json.dumps(public_tree(dict(self.options), "options"))),
+        }
 
 
 @dataclass(frozen=True)

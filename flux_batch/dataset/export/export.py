@@ -26,12 +26,11 @@ from flux_batch.config.schema import OutputConfig
 from flux_batch.dataset.export.card import export_card
 from flux_batch.dataset.export.lance import LanceFormat, check_lance, write_version
 from flux_batch.dataset.export.source import ExportSource, Piece
-from flux_batch.errors import AlreadyExists, DamagedObject, JobError
+from flux_batch.errors import AlreadyExists, DamagedObject, JobError, bytes_text
 from flux_batch.images import SUFFIXES
 from flux_batch.output.formats import OutputFormat, format_for
 from flux_batch.output.paths import CARD, PLAN, SUCCESS, TRAIN
 from flux_batch.records import StoredFile
-from flux_batch.report.progress.snapshot import bytes_text
 from flux_batch.storage.scratch import scratch_folder
 from flux_batch.storage.store import Store
 

@@ -26,9 +26,8 @@ from flux_batch.dataset.export.export import Packer, check_same
 from flux_batch.dataset.export.facts import sample_sheet
 from flux_batch.dataset.export.source import ExportSource, Piece
 from flux_batch.dataset.publish.hub import HubDataset, HubFile
-from flux_batch.errors import JobError, StoreError, count_of
+from flux_batch.errors import JobError, StoreError, bytes_text, count_of
 from flux_batch.output.paths import CARD
-from flux_batch.report.progress.snapshot import bytes_text
 from flux_batch.storage.scratch import scratch_folder
 from flux_batch.storage.store import Store
 

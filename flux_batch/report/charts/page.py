@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flux_batch.errors import bytes_text
 from flux_batch.output.paths import REPORT_PAGE
 from flux_batch.report.charts.drawing import WIDTH, bars, histogram, lanes, throughput
 from flux_batch.report.charts.figures import Figures, read_figures
 from flux_batch.report.gallery.chunks import write_file
 from flux_batch.report.gallery.page import plain
-from flux_batch.report.progress.snapshot import bytes_text, duration
+from flux_batch.report.progress.snapshot import duration
 from flux_batch.report.template import load_template
 from flux_batch.storage.store import Store
 

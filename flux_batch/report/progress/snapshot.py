@@ -139,21 +139,6 @@ class Snapshot:
         return ", ".join(f"{number} {kind}" for kind, number in Counter(self.failures).most_common(_MAX_REASONS))
 
 
-def bytes_text(num_bytes: float) -> str:
-    """Return a number of bytes in the unit that suits it.
-
-    >>> bytes_text(4321), bytes_text(12_345_678_901)
-    ('4.3 kB', '12.3 GB')
-    """
-    if num_bytes < 1000:
-        return f"{num_bytes:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        num_bytes /= 1000
-        if num_bytes < 999.95:
-            return f"{num_bytes:.1f} {unit}"
-    return f"{num_bytes / 1000:,.1f} TB"
-
-
 def duration(seconds: float) -> str:
     """Return a time span in its two largest units.
 
