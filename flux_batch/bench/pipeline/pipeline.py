@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers.utils import logging as transformers_logging
 
 from flux_batch.bench.figures import Figures, Run, alternated, number, ratio, table
 from flux_batch.bench.machine import PeakMemory, gpu_name
@@ -123,6 +124,7 @@ def find_peers(names: Sequence[str]) -> list[Peer]:
     """Return the peers by name. Raises: JobError if diffusers is not installed."""
     if not names:
         return []
+    transformers_logging.set_verbosity_error()  # of diffusers' imports, which would like to have torchvision
     try:
         from flux_batch.bench.pipeline.peer import Peer
     except ImportError as error:
