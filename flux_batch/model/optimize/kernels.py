@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_batch.model.layers import BlockLinear, SelfAttention, SingleStreamBlock, project
@@ -35,7 +36,7 @@ def apply_cpu_kernels(model: Flux) -> None:
     for module in model.modules():
         if isinstance(module, (SelfAttention, SingleStreamBlock)):
             module.project = project_apart
-        elif isinstance(module, BlockLinear) and uses_onednn:
+        elif isinstance(module, BlockLinear) and uses_onednn and module.matmul is F.linear:  # not compiled before
             module.matmul = onednn_matmul
 
 

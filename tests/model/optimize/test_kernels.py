@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from flux_batch.model.layers import BlockLinear, Matmul, project
-from flux_batch.model.optimize.kernels import apply_cpu_kernels, onednn_matmul, project_apart
+from flux_batch.model.optimize.compile import use_compilable_functions
+from flux_batch.model.optimize.kernels import (
+    apply_cpu_kernels,
+    onednn_matmul,
+    opaque_onednn_matmul,
+    project_apart,
+)
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
 from helpers.golden import FLUX, filled, tensor
@@ -34,6 +40,17 @@ def test_a_cpu_with_avx512_that_intel_did_not_make_asks_onednn(amd: Path) -> Non
     model = filled(Flux(FLUX))
     apply_cpu_kernels(model)
     assert matmuls(model) == {onednn_matmul}
+
+
+@needs_both
+def test_compiled_blocks_keep_what_their_code_calls(amd: Path) -> None:
+    """A second pipeline of the same model finds them compiled."""
+    model = filled(Flux(FLUX))
+    apply_cpu_kernels(model)
+    use_compilable_functions(model, torch.device("cpu"))
+    assert matmuls(model) == {opaque_onednn_matmul}
+    apply_cpu_kernels(model)
+    assert matmuls(model) == {opaque_onednn_matmul}
 
 
 @pytest.mark.parametrize("info", ["vendor_id\t: GenuineIntel\n", "Processor\t: ARMv8\n", None])
