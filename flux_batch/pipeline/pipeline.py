@@ -35,8 +35,9 @@ from flux_batch.pipeline.errors import device_errors
 from flux_batch.pipeline.images.controls import ControlNets
 from flux_batch.pipeline.images.inputs import image_inputs
 from flux_batch.pipeline.images.latents import ImageLatents, StepCallback
+from flux_batch.pipeline.images.loaders import ImagePromptLoaders
 from flux_batch.pipeline.images.pixels import OutputType, as_output
-from flux_batch.pipeline.images.prompts import REDUX_GUIDANCE, AdapterScale, ImagePrompts, adapter_files
+from flux_batch.pipeline.images.prompts import REDUX_GUIDANCE, ImagePrompts
 from flux_batch.pipeline.images.words import as_read
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.model_manager import ModelManager, check_parts_fit, locate_parts
@@ -62,7 +63,7 @@ from flux_batch.sampling_params import (
 )
 
 
-class FluxImagePipeline:
+class FluxImagePipeline(ImagePromptLoaders):
     """Text (and optionally an image) to images. Call it; see `__call__`."""
 
     def __init__(
@@ -265,58 +266,6 @@ class FluxImagePipeline:
         """Take all LoRAs out: the weights have their old bits."""
         self.set_loras([])
 
-    def load_redux(self, uri: PathOrFolder, image_encoder: PathOrFolder | None = None, scale: float = 1.0) -> None:
-        """Load a FLUX.1-Redux with its vision tower, SigLIP, for calls with image prompts.
-
-        uri: its file, or the folder or repository that holds it, flux1-redux-dev.safetensors or `image_embedder`.
-        image_encoder: the file or folder of the tower; None is the folder `image_encoder` beside it. scale: the weight
-        of every image, beside its own. Raises: CheckpointError; StoreError; InvalidSetting.
-        """
-        self.image_prompts.load_redux(uri, image_encoder, scale)
-
-    def load_ip_adapter(
-        self,
-        uri: PathOrFolder | Sequence[PathOrFolder],
-        weight_name: str | Sequence[str] | None = None,
-        subfolder: str | Sequence[str] | None = None,
-        image_encoder_pretrained_model_name_or_path: PathOrFolder | None = None,
-        image_encoder_subfolder: str | None = None,
-        *,
-        image_encoder: PathOrFolder | None = None,
-        scale: AdapterScale = 1.0,
-    ) -> None:
-        """Load an IP-Adapter of XLabs with its vision tower, CLIP-L, for calls with image prompts; or several.
-
-        uri, weight_name, subfolder: its file, or its folder or repository and the file in there; lists for several,
-        whose changes add up, in place of those that were loaded before. image_encoder, with diffusers' long name for
-        it: the file, folder or repository of the tower, openai/clip-vit-large-patch14; None is the folder
-        `image_encoder` beside the adapter. scale: see `set_ip_adapter_scale`.
-        Raises: CheckpointError, for a pickle as InstantX's too; StoreError; InvalidSetting.
-        """
-        check_cuda_graphs(self.graphs is not None, 0, has_ip_adapter=True)
-        encoder = image_encoder or image_encoder_pretrained_model_name_or_path
-        files = adapter_files(uri, weight_name, subfolder)
-        self.image_prompts.load_ip_adapters(files, encoder, scale, image_encoder_subfolder)
-
-    def set_ip_adapter_scale(self, scale: AdapterScale) -> None:
-        """Set the strength of the IP-Adapter: one number, or one for each double block; of several, one of these each.
-
-        Raises: InvalidSetting.
-        """
-        self.image_prompts.set_scale(scale)
-
-    def unload_ip_adapter(self) -> None:
-        """Drop the IP-Adapters and their vision tower."""
-        self.image_prompts.ip_adapters = []
-
-    def prepare_ip_adapter_image_embeds(self, ip_adapter_image: Any) -> list[Tensor]:
-        """Return the embeddings of images, for calls with `ip_adapter_image_embeds`: (1, k, e) for each IP-Adapter.
-
-        ip_adapter_image: that of one prompt. Raises: InvalidSetting; OutOfMemory; DeviceFatal.
-        """
-        with torch.inference_mode(), device_errors():
-            return self.image_prompts.embeds(ip_adapter_image)
-
     def encode_prompt(self, prompt: str | Sequence[str], t5_sequence_length: int | None = None) -> PromptEmbeds:
         """Return the embeddings of prompts, for calls with `prompt_embeds` and `pooled_prompt_embeds`.
 
@@ -478,20 +427,36 @@ class FluxImagePipeline:
         check_cuda_graphs(self.graphs is not None, request.step_cache)
         if not count:
             return []
+        self._check(request)
+        self.texts.warn_of_cut(request)
+        made = self._make(request, output_type, progress_bar, callback_on_step_end, paste_back=paste_back)
+        return made[0] if isinstance(prompt, str) and output_type in ("pil", "np") else made
+
+    def _check(self, request: PipelineRequest) -> None:
+        """Raise InvalidSetting for a call that this model cannot make."""
         check_embeds(request, request.t5_length(self.default_t5_sequence_length), self.transformer.params)
         self.controlnets.check(request, self.variant)
         self.image_prompts.check(request.images)
-        self.texts.warn_of_cut(request)
+
+    def _make(
+        self,
+        request: PipelineRequest,
+        output_type: OutputType,
+        progress_bar: Progress | None,
+        callback: StepCallback | None,
+        *,
+        paste_back: bool,
+    ) -> Any:
+        """Return what a call makes, in the form of its output. Raises: RowError; OutOfMemory; DeviceFatal."""
         if is_compiled(self.transformer):  # perhaps in another thread
             set_compile_options(self.attention)
         with torch.inference_mode(), device_errors():
-            latents = self.make_latents(request, progress_bar, callback_on_step_end)
+            latents = self.make_latents(request, progress_bar, callback)
             if output_type == "latent":
                 return normal_tensor(latents)
             decoded = self.latents.decode(latents, request.tiling)
             pixels = self.latents.paste_back(decoded, request) if paste_back else decoded
-            made = as_output(pixels, output_type, decoded, self.torch_dtype)
-        return made[0] if isinstance(prompt, str) and output_type != "pt" else made
+            return as_output(pixels, output_type, decoded, self.torch_dtype)
 
     def make_latents(
         self, request: PipelineRequest, progress_bar: Progress | None = None, callback: StepCallback | None = None
