@@ -7,8 +7,10 @@ the kernels compute, and how fast, only tests/gpu can tell.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,6 +161,26 @@ def test_graphs_record_one_step_and_launch_the_others(dev: ModelManager, waits: 
     # stand-in for a recorder copies each result.
     assert waits.calls["_foreach_copy_"] == STEPS
     assert waits.calls["copy_"] == STEPS + 1
+
+
+def test_a_record_is_made_on_a_stream_of_the_models_own_device(
+    dev: ModelManager, waits: Waits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    @contextmanager
+    def graph(graph: Any, **how: Any) -> Iterator[None]:
+        made.append(how["stream"])
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    pipe = FluxImagePipeline.from_model_manager(dev, compile=False, cuda_graphs=True)
+    pipe("a cat", seed=1, progress_bar=waits.steps, **FULL)
+    assert made == ["a stream of cuda:0"]
 
 
 def test_offloaded_text_encoders_visit_the_device(waits: Waits) -> None:
