@@ -8,8 +8,23 @@ from contextlib import contextmanager
 from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, OutOfMemory
 
 # Parts of messages of torch, for errors that have no class of their own.
-_OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-_DEVICE_FATAL_SIGNS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error")
+_OUT_OF_MEMORY_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "STATUS_ALLOC_FAILED",  # of cuBLAS and cuDNN
+    "DEVICE_ALLOCATION_FAILED",  # of cuDNN 9
+)
+# An error of a kernel comes with the next call of the device, which for compiled code is Triton's or torch's launcher.
+_DEVICE_FATAL_SIGNS = (
+    "CUDA error",
+    "CUDA driver error",
+    "Triton Error [CUDA]",
+    "CUBLAS_STATUS",
+    "CUDNN_STATUS",
+    "cuDNN error",
+    "NCCL error",
+)
 
 
 @contextmanager

@@ -433,7 +433,11 @@ class TestFromPretrained:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), OutOfMemory),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), OutOfMemory),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), OutOfMemory),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), OutOfMemory),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), DeviceFatal),
+        (RuntimeError("CUDA driver error: an illegal memory access was encountered"), DeviceFatal),
+        (RuntimeError("Triton Error [CUDA]: unspecified launch failure"), DeviceFatal),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
     ],
 )
