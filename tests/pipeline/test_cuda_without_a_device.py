@@ -28,6 +28,7 @@ from flux_batch import FluxImagePipeline, ModelManager
 from flux_batch.bench.pipeline import random_model
 from flux_batch.bench.pipeline.random_model import random_manager
 from flux_batch.errors import InvalidSetting
+from flux_batch.model.conditions.channels import fill_channels
 from flux_batch.model.conditions.ip_adapter import IPAdapter, IPAdapterParams
 from flux_batch.model.conditions.redux import Redux
 from flux_batch.model.conditions.vision import ClipVisionEncoder, SiglipEncoder, build_tower
@@ -115,6 +116,20 @@ def test_guidance_by_a_negative_prompt_and_an_input_image(dev: ModelManager, wai
     assert images.is_cuda
     assert images.shape == (2, 3, 1024, 1024)
     assert waits.places == ["pixels.as_output"]
+
+
+def test_tiles_and_a_mask_wait_for_nothing_else(dev: ModelManager, waits: Waits) -> None:
+    pipe = FluxImagePipeline.from_model_manager(dev, compile=False)
+    inputs: dict[str, Any] = {"input_image": Image.new("RGB", (64, 64)), "mask_image": Image.new("L", (64, 64), 255)}
+    tiles: dict[str, Any] = {"tiled": True, "tile_size": 64, "tile_stride": 64}
+    pipe(["a cat", "a dog"], seed=[1, 2], progress_bar=waits.steps, **inputs, **tiles, **{**FULL, "output_type": "np"})
+    assert waits.places == ["pixels.as_output"]
+
+
+def test_the_mask_of_a_fill_waits_for_nothing_else(waits: Waits) -> None:
+    latents, mask = torch.zeros(2, 16, 128, 128, dtype=torch.bfloat16, device=CUDA), torch.ones(2, 1, 1024, 1024)
+    assert fill_channels(latents, mask, 8).shape == (2, 4096, 64 + 256)
+    assert waits.places == []
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "fp8_matmul"])
