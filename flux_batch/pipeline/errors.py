@@ -50,6 +50,8 @@ def device_errors() -> Iterator[None]:
     except RuntimeError as error:
         message = str(error)
         if any(sign in message for sign in _OUT_OF_MEMORY_SIGNS):
+            # A driver or library asked: torch gives back what it keeps free for its own tensors only.
+            torch.cuda.empty_cache()
             raise OutOfMemory(message) from error
         if isinstance(error, torch.AcceleratorError) or any(sign in message for sign in _DEVICE_FATAL_SIGNS):
             raise DeviceFatal(message) from error

@@ -447,6 +447,15 @@ def test_what_a_device_raises_becomes_ours(error: RuntimeError, expected: type[E
     assert type(caught.value) is expected
 
 
+def test_memory_that_a_library_lacks_is_given_back_for_the_next_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[None] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(None))
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Triton Error [CUDA]: out of memory")):
+        with pytest.raises(OutOfMemory), device_errors():
+            raise error
+    assert len(emptied) == 1
+
+
 @pytest.mark.parametrize(
     ("dtype", "message"),
     [
