@@ -57,7 +57,10 @@ TORCH_ATTENTION = AttentionKernels()
 
 def choose_attention(device: torch.device) -> AttentionKernels:
     """Return the fastest attention kernels that work on this device."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != _HOPPER:
+    # AMD's GPUs are called cuda too, and those of the MI200 and MI300 say 9.
+    if device.type != "cuda" or torch.version.hip is not None:
+        return TORCH_ATTENTION
+    if torch.cuda.get_device_capability(device)[0] != _HOPPER:
         return TORCH_ATTENTION
     rest = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
     if _activate_flash_3(device):
