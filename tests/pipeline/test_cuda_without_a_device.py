@@ -118,11 +118,13 @@ def test_guidance_by_a_negative_prompt_and_an_input_image(dev: ModelManager, wai
     assert waits.places == ["pixels.as_output"]
 
 
-def test_tiles_and_a_mask_wait_for_nothing_else(dev: ModelManager, waits: Waits) -> None:
+@pytest.mark.parametrize("how", ["tiles", "mask"])
+def test_tiles_and_a_mask_wait_for_nothing_else(dev: ModelManager, waits: Waits, how: str) -> None:
     pipe = FluxImagePipeline.from_model_manager(dev, compile=False)
-    inputs: dict[str, Any] = {"input_image": Image.new("RGB", (64, 64)), "mask_image": Image.new("L", (64, 64), 255)}
-    tiles: dict[str, Any] = {"tiled": True, "tile_size": 64, "tile_stride": 64}
-    pipe(["a cat", "a dog"], seed=[1, 2], progress_bar=waits.steps, **inputs, **tiles, **{**FULL, "output_type": "np"})
+    options: dict[str, Any] = {"tiled": True, "tile_size": 96, "tile_stride": 96}
+    if how == "mask":
+        options = {"input_image": Image.new("RGB", (64, 64)), "mask_image": Image.new("L", (64, 64), 255)}
+    pipe("a cat", seed=1, progress_bar=waits.steps, **{**FULL, "output_type": "np"}, **options)
     assert waits.places == ["pixels.as_output"]
 
 
@@ -130,6 +132,27 @@ def test_the_mask_of_a_fill_waits_for_nothing_else(waits: Waits) -> None:
     latents, mask = torch.zeros(2, 16, 128, 128, dtype=torch.bfloat16, device=CUDA), torch.ones(2, 1, 1024, 1024)
     assert fill_channels(latents, mask, 8).shape == (2, 4096, 64 + 256)
     assert waits.places == []
+
+
+def test_a_gpu_without_bfloat16_computes_in_float16_and_decodes_in_float32(
+    waits: Waits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    pipe = FluxImagePipeline.from_model_manager(random_manager("dev", "auto", CUDA, "fp8"), compile=False)
+    assert (pipe.torch_dtype, pipe.autoencoder.decoder.conv_in.weight.dtype) == (torch.float16, torch.float32)
+    waits.places.clear()
+    how = {**FULL, "input_image": Image.new("RGB", (64, 48)), "denoising_strength": 0.5, "output_type": "pt"}
+    images = pipe("a cat", seed=1, progress_bar=waits.steps, **how)
+    assert images.dtype == torch.float32
+    assert waits.places == ["pixels.as_output"]
+
+
+def test_nothing_strays_from_the_second_gpu(waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    second = torch.device("cuda:1")
+    pipe = FluxImagePipeline.from_model_manager(random_manager("dev", "auto", second), compile=False)
+    how = {**FULL, "input_image": Image.new("RGB", (64, 48)), "denoising_strength": 0.5, "output_type": "pt"}
+    assert pipe(["a cat", "a dog"], seed=[1, 2], progress_bar=waits.steps, **how).device == second
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "fp8_matmul"])
