@@ -201,24 +201,38 @@ def test_graphs_record_one_step_and_launch_the_others(dev: ModelManager, waits: 
     assert waits.calls["copy_"] == STEPS + 1
 
 
-def test_a_record_is_made_on_a_stream_of_the_models_own_device(
+def test_a_step_is_tried_and_recorded_on_a_stream_of_the_models_own_device(
     dev: ModelManager, waits: Waits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Any] = []
+    events: list[str] = []
+
+    class Stream:
+        def __init__(self, device: Any) -> None:
+            self.name = str(device)
+
+        def wait_stream(self, other: Any) -> None:
+            events.append(f"{self.name} waits for {other.name}")
 
     @contextmanager
-    def graph(graph: Any, **how: Any) -> Iterator[None]:
-        made.append(how["stream"])
+    def entered(what: str, stream: Any) -> Iterator[None]:
+        events.append(f"{what} on {stream.name}")
         yield
 
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: entered("recorded", how["stream"]))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered("tried", stream))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("current"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     pipe = FluxImagePipeline.from_model_manager(dev, compile=False, cuda_graphs=True)
     pipe("a cat", seed=1, progress_bar=waits.steps, **FULL)
-    assert made == ["a stream of cuda:0"]
+    assert events == [
+        "cuda:0 waits for current",
+        "tried on cuda:0",
+        "current waits for cuda:0",
+        "recorded on cuda:0",
+    ]
 
 
 def test_offloaded_text_encoders_visit_the_device(waits: Waits) -> None:

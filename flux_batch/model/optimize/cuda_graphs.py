@@ -132,9 +132,16 @@ class _CudaRecorder:
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """Record a step, after one run in which libraries choose their kernels and torch.compile compiles."""
+        """Record a step, after one run in which libraries choose their kernels and torch.compile compiles.
+
+        That run is on the stream of the records, for which libraries keep memory of their own.
+        """
         with torch.cuda.device(self._device):
-            step()
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                step()
+            current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Another thread may ask the device for something meanwhile, e.g. how much memory is free.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
