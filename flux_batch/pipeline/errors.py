@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, OutOfMemory
 
@@ -51,7 +51,8 @@ def device_errors() -> Iterator[None]:
         message = str(error)
         if any(sign in message for sign in _OUT_OF_MEMORY_SIGNS):
             # A driver or library asked: torch gives back what it keeps free for its own tensors only.
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # of a device that has failed, which the next call will tell
+                torch.cuda.empty_cache()
             raise OutOfMemory(message) from error
         if isinstance(error, torch.AcceleratorError) or any(sign in message for sign in _DEVICE_FATAL_SIGNS):
             raise DeviceFatal(message) from error

@@ -455,6 +455,13 @@ def test_memory_that_a_library_lacks_is_given_back_for_the_next_try(monkeypatch:
             raise error
     assert len(emptied) == 1
 
+    def fail() -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    with pytest.raises(OutOfMemory, match="out of memory"), device_errors():
+        raise RuntimeError("CUDA error: out of memory")
+
 
 @pytest.mark.parametrize(
     ("dtype", "message"),
