@@ -86,7 +86,7 @@ for option in ${OPTIONS:-}; do
 done
 measure eager "$large" pipeline "${weights[@]}" "${few[@]}" "${peers[@]}" --option compile=false
 half=(--width $((side / 2)) --height $((side / 2)) --steps "$steps" --repeats 3)
-measure half-side-batch-4 "$large" pipeline "${weights[@]}" "${half[@]}" --batch-size 4
+measure half-side-batch-4 "$cold" pipeline "${weights[@]}" "${half[@]}" --batch-size 4
 if has ray; then
     measure job "$whole" job "${weights[@]}" "${image[@]}" --images "$images" --workers 1 --batch-size 1 --shard-size 5
 else
