@@ -26,7 +26,9 @@ from transformers import (
 
 from flux_batch import FluxImagePipeline, ModelManager
 from flux_batch.bench.pipeline import random_model
+from flux_batch.bench.pipeline.pipeline import Call, bench_pipeline, format_pipeline
 from flux_batch.bench.pipeline.random_model import random_manager
+from flux_batch.bench.source import Source
 from flux_batch.errors import InvalidSetting
 from flux_batch.model.conditions.channels import fill_channels
 from flux_batch.model.conditions.ip_adapter import IPAdapter, IPAdapterParams
@@ -255,6 +257,21 @@ def test_offloaded_text_encoders_visit_the_device(waits: Waits) -> None:
     assert {tensor.device.type for tensor in pipe.t5.model.parameters()} == {"cpu"}
     # Weights come without waiting; the embeddings go to host memory, and come back.
     assert waits.places == 4 * ["transformer.to"]
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8_matmul"])
+def test_the_benchmark_of_a_pipeline_comes_to_its_end(
+    waits: Waits, monkeypatch: pytest.MonkeyPatch, quantization: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 40 * 10**9)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"H100 {device}")
+    how = {"random_weights": "dev", "device": "cuda", "quantization": quantization, "options": {"compile": False}}
+    figures = bench_pipeline(Source(**how), Call(steps=STEPS), repeats=1)
+    assert (figures["device"], figures["peak_tflops"]) == ("cuda:0", 989.4)
+    assert figures["transformer_tflop_per_step_and_image"] > 1
+    assert "memory    40 GB at most (allocated on the device)" in format_pipeline(figures)
 
 
 def put_on_cuda(model: torch.nn.Module) -> None:
