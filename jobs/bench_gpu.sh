@@ -42,11 +42,12 @@ measure() {
         say "== $name: left out, $left_s s left of $limit_s, may take $ends_s"
         return
     fi
-    timeout "$ends_s" "$python" -m flux_batch.cli bench "$@" --json "$out/$name.json" \
+    # A call of the device that hangs hears no SIGTERM, and would take the time of all others.
+    timeout --kill-after=5 "$ends_s" "$python" -m flux_batch.cli bench "$@" --json "$out/$name.json" \
         > "$out/$name.txt" 2> "$out/$name.log"
     local code=$?
     say "== $name (at $SECONDS s)"
-    if ((code == 124)); then
+    if ((code == 124 || code == 137)); then
         say "ended after $ends_s s"
     elif ((code)); then
         say "failed with $code: $(tail -n 1 "$out/$name.log")"
@@ -61,20 +62,21 @@ for package in torch transformers einops safetensors gguf fsspec pydantic yaml t
 done
 
 weights=(--random-weights "$size" --device "$device")
-side=1024 steps=28 images=${IMAGES:-20}
+side=1024 steps=28 images=${IMAGES:-10}
 if [ "$size" = tiny ]; then side=64 steps=2 images=8; fi
 image=(--width "$side" --height "$side" --steps "$steps")
-large=90 small=60 whole=150  # the seconds after which a benchmark is ended; guessed, not measured
-if [ "$size" = tiny ]; then large=100 small=60 whole=60; fi
+# The seconds after which a benchmark is ended; guessed from 4 s an image, not measured. A pipeline makes 8 images, a job
+# twice its own and two. Cold: it compiles what no other has before it.
+cold=${COLD_S:-150} large=100 small=60 whole=180
 
-measure kernels "$large" kernels --random-weights "$size" --device "$device" --side "$side"
+measure kernels "$cold" kernels --random-weights "$size" --device "$device" --side "$side"
 few=("${image[@]}" --repeats 3)
-measure bf16 "$large" pipeline "${weights[@]}" "${few[@]}" --option compile=true
-measure fp8 "$large" pipeline "${weights[@]}" "${few[@]}" --option compile=true --quantization fp8_matmul
+measure bf16 "$cold" pipeline "${weights[@]}" "${few[@]}" --option compile=true
+measure fp8 "$cold" pipeline "${weights[@]}" "${few[@]}" --option compile=true --quantization fp8_matmul
 if [ "$device" = cuda ]; then
     graphs=(--option compile=true --option cuda_graphs=true)
-    measure bf16-graphs "$small" pipeline "${weights[@]}" "${few[@]}" "${graphs[@]}"
-    measure fp8-graphs "$small" pipeline "${weights[@]}" "${few[@]}" "${graphs[@]}" --quantization fp8_matmul
+    measure bf16-graphs "$large" pipeline "${weights[@]}" "${few[@]}" "${graphs[@]}"
+    measure fp8-graphs "$large" pipeline "${weights[@]}" "${few[@]}" "${graphs[@]}" --quantization fp8_matmul
 fi
 peers=()
 if has diffusers; then peers=(--against diffusers); else say "diffusers is missing: no comparison with it"; fi
@@ -84,17 +86,17 @@ for option in ${OPTIONS:-}; do
 done
 measure eager "$large" pipeline "${weights[@]}" "${few[@]}" "${peers[@]}" --option compile=false
 half=(--width $((side / 2)) --height $((side / 2)) --steps "$steps" --repeats 3)
-measure half-side-batch-4 "$small" pipeline "${weights[@]}" "${half[@]}" --batch-size 4
+measure half-side-batch-4 "$cold" pipeline "${weights[@]}" "${half[@]}" --batch-size 4
 if has ray; then
-    measure job "$whole" job "${weights[@]}" "${image[@]}" --images "$images" --workers 1 --batch-size 1 --shard-size 10
+    measure job "$whole" job "${weights[@]}" "${image[@]}" --images "$images" --workers 1 --batch-size 1 --shard-size 5
 else
     say "ray is missing: the job runs in this process, without it"
-    measure job "$whole" job "${weights[@]}" "${image[@]}" --images "$images" --batch-size 1 --shard-size 10 --engine local
+    measure job "$whole" job "${weights[@]}" "${image[@]}" --images "$images" --batch-size 1 --shard-size 5 --engine local
 fi
 if has diffusers; then
-    measure compiled "$large" pipeline "${weights[@]}" "${few[@]}" --against diffusers-compiled
+    measure compiled "$cold" pipeline "${weights[@]}" "${few[@]}" --against diffusers-compiled
 fi
-measure load "$small" load "${weights[@]}" --repeats 1
+measure load "$large" load "${weights[@]}" --repeats 1
 measure encode "$small" encode --repeats 3 --side "$side"
 measure plan "$small" plan
 

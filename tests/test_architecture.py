@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -416,3 +417,11 @@ def test_an_import_pulls_in_only_what_it_needs(module: str, absent: list[str]) -
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert result.stdout.strip() == "[]"
+
+
+def test_a_name_that_tests_of_a_gpu_replace_is_there() -> None:
+    replaced = re.compile(r"setattr\(\s*\"(flux_batch[\w.]*)\.(\w+)\"")
+    names = [match for path in (ROOT / "tests" / "gpu").glob("*.py") for match in replaced.findall(path.read_text())]
+
+    assert names
+    assert [f"{module}.{name}" for module, name in names if not hasattr(importlib.import_module(module), name)] == []

@@ -50,11 +50,13 @@ def commit_of(checkout: Path) -> str | None:
         return None
 
 
-def gpu_name() -> str | None:
-    """Return the name of the first CUDA device; None if there is none."""
+def gpu_name(device: Any = None) -> str | None:
+    """Return the name of a CUDA device, by default the first; None for another device, or without one."""
     import torch
 
-    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        return None
+    return str(torch.cuda.get_device_name(device))
 
 
 def _cuda_version() -> str | None:

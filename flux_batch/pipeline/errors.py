@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, OutOfMemory
 
 # Parts of messages of torch, for errors that have no class of their own.
-_OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-_DEVICE_FATAL_SIGNS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error")
+_OUT_OF_MEMORY_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "STATUS_ALLOC_FAILED",  # of cuBLAS and cuDNN
+    "DEVICE_ALLOCATION_FAILED",  # of cuDNN 9
+)
+# An error of a kernel comes with the next call of the device, which for compiled code is Triton's or torch's launcher.
+_DEVICE_FATAL_SIGNS = (
+    "CUDA error",
+    "CUDA driver error",
+    "Triton Error [CUDA]",
+    "CUBLAS_STATUS",
+    "CUDNN_STATUS",
+    "cuDNN error",
+    "NCCL error",
+)
 
 
 @contextmanager
@@ -35,6 +50,9 @@ def device_errors() -> Iterator[None]:
     except RuntimeError as error:
         message = str(error)
         if any(sign in message for sign in _OUT_OF_MEMORY_SIGNS):
+            # A driver or library asked: torch gives back what it keeps free for its own tensors only.
+            with suppress(RuntimeError):  # of a device that has failed, which the next call will tell
+                torch.cuda.empty_cache()
             raise OutOfMemory(message) from error
         if isinstance(error, torch.AcceleratorError) or any(sign in message for sign in _DEVICE_FATAL_SIGNS):
             raise DeviceFatal(message) from error

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_batch.bench.machine import PeakMemory, commit_of, describe_machine
+from flux_batch.bench.machine import PeakMemory, commit_of, describe_machine, gpu_name
 
 
 def test_a_secret_of_an_address_is_not_written_down() -> None:
@@ -44,3 +44,12 @@ def test_a_peak_rises_with_use_and_stays_after_it() -> None:
             block[page] = 1
 
     assert memory.bytes() - before == pytest.approx(200e6, rel=0.2)
+
+
+def test_the_name_of_a_gpu_is_that_of_the_device_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
+
+    assert gpu_name(torch.device("cuda:1")) == "GPU cuda:1"
+    assert gpu_name(torch.device("cpu")) is None
+    assert gpu_name() == "GPU None"

@@ -104,7 +104,7 @@ def test_the_host_never_waits_for_the_device_within_the_loop(
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
-    monkeypatch.setattr("flux_batch.pipeline.pipeline.denoise", watched)
+    monkeypatch.setattr("flux_batch.pipeline.denoising.denoise", watched)
     assert torch.equal(pipe(["x", "y"], **options), expected)
     assert loops
 

@@ -94,12 +94,22 @@ class _NoNumbers(TorchFunctionMode):
         if func is Tensor.numpy:
             return np.zeros(tuple(args[0].shape), str(args[0].dtype).removeprefix("torch."))
         if func is Tensor.pin_memory:
-            return args[0]
+            return _pinned(args[0])
         if func is Tensor.data_ptr:
             return id(args[0])
         if func is Tensor.tolist and args[0].ndim == 1:
             return [each.item() for each in args[0]]
         return func(*args, **(kwargs or {}))
+
+
+def _pinned(values: Tensor) -> Tensor:
+    """Return a tensor as if it were pinned. Raises: RuntimeError for one that torch cannot pin."""
+    if values.is_cuda:
+        raise RuntimeError("cannot pin a tensor on cuda: only dense CPU tensors can be pinned")
+    # torch copies it into memory of the same strides, and writes no number twice.
+    if any(stride == 0 and size > 1 for size, stride in zip(values.shape, values.stride(), strict=True)):
+        raise RuntimeError("more than one element of the written-to tensor refers to a single memory location")
+    return values
 
 
 @contextmanager

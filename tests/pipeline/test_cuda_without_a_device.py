@@ -7,8 +7,10 @@ the kernels compute, and how fast, only tests/gpu can tell.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +26,11 @@ from transformers import (
 
 from flux_batch import FluxImagePipeline, ModelManager
 from flux_batch.bench.pipeline import random_model
+from flux_batch.bench.pipeline.pipeline import Call, bench_pipeline, format_pipeline
 from flux_batch.bench.pipeline.random_model import random_manager
+from flux_batch.bench.source import Source
 from flux_batch.errors import InvalidSetting
+from flux_batch.model.conditions.channels import fill_channels
 from flux_batch.model.conditions.ip_adapter import IPAdapter, IPAdapterParams
 from flux_batch.model.conditions.redux import Redux
 from flux_batch.model.conditions.vision import ClipVisionEncoder, SiglipEncoder, build_tower
@@ -115,6 +120,43 @@ def test_guidance_by_a_negative_prompt_and_an_input_image(dev: ModelManager, wai
     assert waits.places == ["pixels.as_output"]
 
 
+@pytest.mark.parametrize("how", ["tiles", "mask"])
+def test_tiles_and_a_mask_wait_for_nothing_else(dev: ModelManager, waits: Waits, how: str) -> None:
+    pipe = FluxImagePipeline.from_model_manager(dev, compile=False)
+    options: dict[str, Any] = {"tiled": True, "tile_size": 96, "tile_stride": 96}
+    if how == "mask":
+        options = {"input_image": Image.new("RGB", (64, 64)), "mask_image": Image.new("L", (64, 64), 255)}
+    pipe("a cat", seed=1, progress_bar=waits.steps, **{**FULL, "output_type": "np"}, **options)
+    assert waits.places == ["pixels.as_output"]
+
+
+def test_the_mask_of_a_fill_waits_for_nothing_else(waits: Waits) -> None:
+    latents, mask = torch.zeros(2, 16, 128, 128, dtype=torch.bfloat16, device=CUDA), torch.ones(2, 1, 1024, 1024)
+    assert fill_channels(latents, mask, 8).shape == (2, 4096, 64 + 256)
+    assert waits.places == []
+
+
+def test_a_gpu_without_bfloat16_computes_in_float16_and_decodes_in_float32(
+    waits: Waits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    pipe = FluxImagePipeline.from_model_manager(random_manager("dev", "auto", CUDA, "fp8"), compile=False)
+    assert (pipe.torch_dtype, pipe.autoencoder.decoder.conv_in.weight.dtype) == (torch.float16, torch.float32)
+    waits.places.clear()
+    how = {**FULL, "input_image": Image.new("RGB", (64, 48)), "denoising_strength": 0.5, "output_type": "pt"}
+    images = pipe("a cat", seed=1, progress_bar=waits.steps, **how)
+    assert images.dtype == torch.float32
+    assert waits.places == ["pixels.as_output"]
+
+
+def test_nothing_strays_from_the_second_gpu(waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    second = torch.device("cuda:1")
+    pipe = FluxImagePipeline.from_model_manager(random_manager("dev", "auto", second), compile=False)
+    how = {**FULL, "input_image": Image.new("RGB", (64, 48)), "denoising_strength": 0.5, "output_type": "pt"}
+    assert pipe(["a cat", "a dog"], seed=[1, 2], progress_bar=waits.steps, **how).device == second
+
+
 @pytest.mark.parametrize("quantization", ["fp8", "fp8_matmul"])
 def test_narrow_weights_and_a_lora(waits: Waits, lora: Path, quantization: Any) -> None:
     pipe = FluxImagePipeline.from_model_manager(random_manager("dev", "auto", CUDA, quantization), compile=False)
@@ -161,6 +203,40 @@ def test_graphs_record_one_step_and_launch_the_others(dev: ModelManager, waits: 
     assert waits.calls["copy_"] == STEPS + 1
 
 
+def test_a_step_is_tried_and_recorded_on_a_stream_of_the_models_own_device(
+    dev: ModelManager, waits: Waits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Stream:
+        def __init__(self, device: Any) -> None:
+            self.name = str(device)
+
+        def wait_stream(self, other: Any) -> None:
+            events.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def entered(what: str, stream: Any) -> Iterator[None]:
+        events.append(f"{what} on {stream.name}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: entered("recorded", how["stream"]))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered("tried", stream))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("current"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    pipe = FluxImagePipeline.from_model_manager(dev, compile=False, cuda_graphs=True)
+    pipe("a cat", seed=1, progress_bar=waits.steps, **FULL)
+    assert events == [
+        "cuda:0 waits for current",
+        "tried on cuda:0",
+        "current waits for cuda:0",
+        "recorded on cuda:0",
+    ]
+
+
 def test_offloaded_text_encoders_visit_the_device(waits: Waits) -> None:
     pipe = FluxImagePipeline.from_model_manager(
         random_manager("dev", "auto", CUDA), compile=False, offload_text_encoders=True
@@ -181,6 +257,21 @@ def test_offloaded_text_encoders_visit_the_device(waits: Waits) -> None:
     assert {tensor.device.type for tensor in pipe.t5.model.parameters()} == {"cpu"}
     # Weights come without waiting; the embeddings go to host memory, and come back.
     assert waits.places == 4 * ["transformer.to"]
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8_matmul"])
+def test_the_benchmark_of_a_pipeline_comes_to_its_end(
+    waits: Waits, monkeypatch: pytest.MonkeyPatch, quantization: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 40 * 10**9)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"H100 {device}")
+    how = {"random_weights": "dev", "device": "cuda", "quantization": quantization, "options": {"compile": False}}
+    figures = bench_pipeline(Source(**how), Call(steps=STEPS), repeats=1)
+    assert (figures["device"], figures["peak_tflops"]) == ("cuda:0", 989.4)
+    assert figures["transformer_tflop_per_step_and_image"] > 1
+    assert "memory    40 GB at most (allocated on the device)" in format_pipeline(figures)
 
 
 def put_on_cuda(model: torch.nn.Module) -> None:

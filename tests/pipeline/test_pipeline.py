@@ -433,7 +433,11 @@ class TestFromPretrained:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), OutOfMemory),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), OutOfMemory),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), OutOfMemory),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), OutOfMemory),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), DeviceFatal),
+        (RuntimeError("CUDA driver error: an illegal memory access was encountered"), DeviceFatal),
+        (RuntimeError("Triton Error [CUDA]: unspecified launch failure"), DeviceFatal),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
     ],
 )
@@ -441,6 +445,22 @@ def test_what_a_device_raises_becomes_ours(error: RuntimeError, expected: type[E
     with pytest.raises(expected) as caught, device_errors():
         raise error
     assert type(caught.value) is expected
+
+
+def test_memory_that_a_library_lacks_is_given_back_for_the_next_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[None] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(None))
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Triton Error [CUDA]: out of memory")):
+        with pytest.raises(OutOfMemory), device_errors():
+            raise error
+    assert len(emptied) == 1
+
+    def fail() -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    with pytest.raises(OutOfMemory, match="out of memory"), device_errors():
+        raise RuntimeError("CUDA error: out of memory")
 
 
 @pytest.mark.parametrize(

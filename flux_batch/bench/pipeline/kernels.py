@@ -18,7 +18,7 @@ from flux_batch.bench.pipeline.random_model import SIZES, random_autoencoder
 from flux_batch.bench.source import SizeName
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.optimize.attention import TORCH_ATTENTION, choose_attention
-from flux_batch.model.optimize.compile import apply_compile_to_decoder
+from flux_batch.model.optimize.compile import apply_compile_to_decoder, set_compile_options
 from flux_batch.model.optimize.quantize import fp8_matmul, fp8_matmul_obstacle, to_fp8
 from flux_batch.model.params import FluxParams
 from flux_batch.sampling_params import num_image_tokens
@@ -64,6 +64,7 @@ def _attention(
         "torch": partial(attend, plain, TORCH_ATTENTION),
     }
     if compiled:
+        set_compile_options(kernels)  # else code that was compiled with other kernels could come from torch's cache
         runs["compiled"] = partial(attend, torch.compile(lambda *qkv: plain(*qkv)), kernels)
     ran = {name: _kernels_of(run, device) for name, run in runs.items() if name != "torch"}
     if compiled:

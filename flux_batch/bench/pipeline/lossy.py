@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -65,11 +66,10 @@ def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mod
     for quantization in dict.fromkeys(mode.quantization for mode in modes):
         same_model = [mode for mode in modes if mode.quantization == quantization]
         try:
-            pipeline = replace(source, quantization=quantization).open()
+            results |= _images_of(replace(source, quantization=quantization), same_model, held_out, call)
         except InvalidSetting as error:
             missing |= dict.fromkeys(same_model, str(error))
-            continue
-        results |= {mode: _make_images(pipeline, held_out, call, mode.step_cache) for mode in same_model}
+        gc.collect()  # a device may have no room for two models, and a pipeline refers to itself
     exact = results[modes[0]]
     reads = None if source.random_weights else held_out
     return {
@@ -80,6 +80,14 @@ def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mod
         "modes": [{"mode": str(mode), **_describe_mode(images, exact, reads)} for mode, images in results.items()],
         "missing": {str(mode): reason for mode, reason in missing.items()},
     }
+
+
+def _images_of(
+    source: Source, modes: Sequence[Mode], held_out: Sequence[Caption], call: Call
+) -> dict[Mode, _ModeImages]:
+    """Load a model and make the images of its modes. Raises: InvalidSetting if the model or the device lacks it."""
+    pipeline = source.open()
+    return {mode: _make_images(pipeline, held_out, call, mode.step_cache) for mode in modes}
 
 
 def _make_images(

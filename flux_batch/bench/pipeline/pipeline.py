@@ -93,11 +93,10 @@ def bench_pipeline(
     against_us, call_s = _measure_peers(ours, peers, pipeline, call, repeats, warm_ups)
     image_s = call_s.scaled(1 / call.batch_size)
     step_s = stages["denoise"].scaled(1 / call.steps)
-    size = transformer_size({name: weight.shape for name, weight in pipeline.transformer.named_parameters()})
+    # Weights in fp8 are buffers.
+    size = transformer_size({name: weight.shape for name, weight in pipeline.transformer.state_dict().items()})
     flops = step_flops(size, num_image_tokens(call.width, call.height), length)
-    # The name of the device that is used, as torch has it.
-    name = gpu_name() if pipeline.device.type == "cuda" else None
-    peak = peak or peak_tflops(name, source.dtype_name)
+    peak = peak or peak_tflops(gpu_name(pipeline.device), source.dtype_name)
     return {
         "benchmark": "pipeline",
         **source.describe(),

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flux_batch.model.sampling import Velocity, pack
+from flux_batch.model.sampling import Velocity, on_device, pack
 
 
 class WithChannels:
@@ -40,4 +40,5 @@ def pack_mask(mask: Tensor, downscale: int) -> Tensor:
 
 def fill_channels(masked_latents: Tensor, mask: Tensor, downscale: int) -> Tensor:
     """Return Fill's condition: masked latents (b, z, 2h, 2w), then the mask, 1 where it repaints: (b, h w, c)."""
-    return torch.cat((pack(masked_latents), pack_mask(mask, downscale).to(masked_latents)), dim=-1)
+    channels = on_device(pack_mask(mask, downscale).to(masked_latents.dtype), masked_latents.device)
+    return torch.cat((pack(masked_latents), channels), dim=-1)

@@ -128,13 +128,22 @@ class _CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # torch's own stream for records is of the device that recorded first: of another one it would record nothing.
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """Record a step, after one run in which libraries choose their kernels and torch.compile compiles."""
+        """Record a step, after one run in which libraries choose their kernels and torch.compile compiles.
+
+        That run is on the stream of the records, for which libraries keep memory of their own.
+        """
         with torch.cuda.device(self._device):
-            step()
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                step()
+            current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Another thread may ask the device for something meanwhile, e.g. how much memory is free.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = step()
         return graph.replay, result

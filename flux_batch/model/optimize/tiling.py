@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flux_batch.model.autoencoder import AutoEncoder
-from flux_batch.model.sampling import HOST
+from flux_batch.model.sampling import HOST, on_device
 
 
 class Tiling(NamedTuple):
@@ -72,9 +72,9 @@ def _blend_one(function: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling) 
                 total = tile.new_zeros(*tile.shape[:2], height * h // tile_height, width * w // tile_width)
                 weights = tile.new_zeros(total.shape[-2:])
             top, left, border = row * h // tile_height, col * w // tile_width, tiling.stride // 2 * h // tile_height
-            down = fade(h, border, at_start=row > 0, at_end=row + tile_height < height).to(tile)
-            along = fade(w, border, at_start=col > 0, at_end=col + tile_width < width).to(tile)
-            weight = down[:, None] * along
+            down = fade(h, border, at_start=row > 0, at_end=row + tile_height < height)
+            along = fade(w, border, at_start=col > 0, at_end=col + tile_width < width)
+            weight = on_device(down[:, None] * along, tile.device)
             total[..., top : top + h, left : left + w] += tile * weight
             weights[top : top + h, left : left + w] += weight
     return total.div_(weights).to(x.dtype)

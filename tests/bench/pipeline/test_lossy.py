@@ -1,4 +1,7 @@
+import gc
 import math
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,3 +39,23 @@ def test_images_of_random_weights_are_not_scored() -> None:
     figures = bench_lossy(Source(random_weights="tiny", dtype="float32", device="cpu"), call, 1, [EXACT])
     assert figures["modes"][0]["facts_that_hold"] is None
     assert "not read" in format_lossy(figures)
+
+
+def test_one_model_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+    load = Source.load
+
+    def noted(source: Source) -> Any:
+        assert not any(model() for model in loaded)
+        manager = load(source)
+        loaded.append(weakref.ref(manager.transformer))
+        return manager
+
+    monkeypatch.setattr(Source, "load", noted)
+    gc.disable()  # else it may come by chance
+    try:
+        call = Call(width=32, height=32, steps=1, batch_size=1)
+        bench_lossy(Source(random_weights="tiny", device="cpu"), call, 1, [EXACT, Mode("fp8", 0.0)])
+    finally:
+        gc.enable()
+    assert len(loaded) == 2

@@ -111,6 +111,20 @@ def test_fp8_weights_cannot_be_compared_with_diffusers() -> None:
         bench_pipeline(source, SMALL, repeats=1, against=["diffusers"])
 
 
+@pytest.mark.parametrize("quantization", ["bfloat16", "fp8", "fp8_matmul"])
+def test_a_step_with_narrow_weights_has_the_operations_of_one_without(quantization: Any) -> None:
+    call = Call(width=64, height=64, steps=1, t5_sequence_length=32)
+    dtype = "float32" if quantization == "bfloat16" else "auto"
+    narrow, plain = (
+        bench_pipeline(Source(random_weights="tiny", device="cpu", dtype=dtype, quantization=each), call, repeats=1)
+        for each in (quantization, "none")
+    )
+
+    assert narrow["quantization"] == quantization
+    name = "transformer_tflop_per_step_and_image"
+    assert narrow[name] == plain[name] > 0
+
+
 def test_an_option_that_the_pipeline_lacks_is_named() -> None:
     with pytest.raises(JobError, match="stepcache"):
         Source(random_weights="tiny", device="cpu", options={"stepcache": 0.1}).open()

@@ -62,6 +62,11 @@ def test_other_gpus_than_hoppers_keep_the_order_of_torch_whatever_is_installed(
     assert gpu.active is None
 
 
+def test_a_gpu_of_amd_that_says_9_is_no_hopper(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert choose_attention(CUDA) == TORCH_ATTENTION
+
+
 def test_hopper_asks_flash_attention_3_if_it_is_installed_and_works(gpu: Gpu) -> None:
     gpu.has_flash_3 = True
     assert [choose_attention(CUDA), choose_attention(CUDA)] == [FLASH_3, FLASH_3]
