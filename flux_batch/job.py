@@ -119,9 +119,9 @@ def run(
     joins = engine is None and joins_cluster()
     is_local = engine is None and make_pipeline is None and not joins
     if joins:
-        from flux_batch.engine.ray_cluster import connect
+        from flux_batch.engine.ray_cluster import check_cluster
 
-        connect(config.workers.max, config.workers.num_gpus)
+        check_cluster()
     # From here on there is work to lose: wait while the storage is unavailable.
     store = store.with_policy(policy.waiting(config.failures.outage_s))
     with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
