@@ -16,6 +16,9 @@ def create(temporary: str, target: str) -> None:
     except OSError as error:
         if error.errno not in _NO_LINK_ERRNOS:
             raise
-        if os.path.exists(target):
+        try:
+            os.stat(target)  # os.path.exists would take a disk that errs for a free name
+        except FileNotFoundError:
+            os.replace(temporary, target)
+        else:
             raise FileExistsError(target) from error
-        os.replace(temporary, target)
