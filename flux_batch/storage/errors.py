@@ -19,7 +19,7 @@ FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 _CLIENTS = {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "s3fs"}
 _REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
 # A disk that answers with one of these will do so again.
-_REFUSAL_ERRNOS = {errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}
+_REFUSAL_ERRNOS = {errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ELOOP, errno.EFBIG, errno.EXDEV}
 # HTTP statuses: the transient ones below 500, where others are refusals, and the lasting ones from 500 on.
 _TRANSIENT_STATUSES = {408, 409, 412, 425, 429}
 _LASTING_STATUSES = {501, 505}
