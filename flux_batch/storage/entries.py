@@ -32,9 +32,9 @@ def local_entries(folder: str, *, with_sizes: bool) -> Iterator[Entry]:
 
 
 def local_files(folder: str) -> Iterator[str]:
-    """Yield the paths of all files under a folder on a disk, but for those that are removed meanwhile.
+    """Yield the paths of all files under a folder on a disk.
 
-    fsspec would leave out what cannot be read. Raises: OSError.
+    fsspec leaves out what cannot be read; this leaves out what is removed meanwhile. Raises: OSError.
     """
     for name, size in local_entries(folder, with_sizes=False):
         if size is not None:
