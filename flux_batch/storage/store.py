@@ -25,9 +25,9 @@ from fsspec.spec import AbstractBufferedFile
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused, one_line
 from flux_batch.storage import s3
 from flux_batch.storage.contact import FIRST_ATTEMPTS, Contact
+from flux_batch.storage.disk import create, make_folder
 from flux_batch.storage.entries import Entry, listed_entries, local_entries, local_files
 from flux_batch.storage.errors import FULL_ERRNOS, NO_BUCKET, code, is_transient, origin, said, status
-from flux_batch.storage.hard_link import create
 from flux_batch.storage.multipart import Upload, abort, list_uploads, put_in_parts, put_whole
 from flux_batch.storage.retry import RetryPolicy
 
@@ -387,8 +387,8 @@ class Store:
         target = Path(self._path(key))
         temporary = Path(self._path(STORE_TMP)) / uuid.uuid4().hex
         try:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(temporary.parent)
+            make_folder(target.parent)
         except FileNotFoundError as error:  # folders that cannot be made, as under /proc
             raise StoreRefused(f"{self.url(key)}: cannot write: no folder can be made there") from error
         try:
