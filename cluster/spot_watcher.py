@@ -20,6 +20,7 @@ import urllib.request
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
+from http.client import HTTPException
 from urllib.error import HTTPError
 
 # Between what AWS (5 seconds) and Azure (1 second) recommend.
@@ -30,6 +31,10 @@ ANSWER_S = 2.0
 GOOGLE_NOTICE_S = 30
 # Ray must finish before the machine is gone.
 SPARE_S = 10
+# The service is on the machine itself; a proxy of the environment would ask for another one, or for none.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+# An answer that is none is followed by others.
+BROKEN = (OSError, HTTPException, ValueError, KeyError, TypeError)
 
 
 class Metadata:
@@ -41,13 +46,13 @@ class Metadata:
         self.address = address or self.address
 
     def end(self) -> datetime | None:
-        """Return the time at which this instance ends, None without a notice. Raises: OSError, ValueError, KeyError."""
+        """Return the time at which this instance ends, None without a notice. Raises: one of BROKEN."""
         raise NotImplementedError
 
     def ask(self, path: str, headers: dict[str, str], method: str = "GET") -> str:
-        """Return the answer to a request. Raises: OSError."""
+        """Return the answer to a request. Raises: OSError, HTTPException."""
         request = urllib.request.Request(self.address + path, method=method, headers=headers)
-        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+        with DIRECT.open(request, timeout=ANSWER_S) as answer:
             return str(answer.read().decode())
 
 
@@ -112,8 +117,8 @@ def watch(metadata: Metadata, interval_s: float) -> datetime:
         try:
             if end := metadata.end():
                 return end
-        except (OSError, ValueError, KeyError) as error:
-            print(f"spot_watcher: {error}", file=sys.stderr, flush=True)
+        except BROKEN as error:
+            print(f"spot_watcher: {error!r}", file=sys.stderr, flush=True)
         time.sleep(interval_s)
 
 

@@ -41,6 +41,8 @@ RUNTIME_ENV = {
     "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "40", "HF_HUB_OFFLINE": "1", "RAY_LOGGING_CONFIG_ENCODING": "JSON"}
 }
 POLL_S = 10.0
+# Looks in a row that may fail, five minutes of them.
+MAX_UNANSWERED = 30
 # Exit codes of flux-batch: the job file or the prompts are wrong; more rows failed than the job file allows.
 BAD_INPUT, TOO_MANY_FAILED = 2, 3
 
@@ -58,10 +60,18 @@ def submit(client: JobSubmissionClient, name: str, command: Sequence[str], runti
 
 def wait(client: JobSubmissionClient, submission_id: str, poll_s: float = POLL_S) -> tuple[int | None, str]:
     """Wait for the end of a job. Returns: the exit code of its driver, None if stopped, and Ray's message."""
+    num_unanswered = 0
     while True:
-        job = client.get_job_info(submission_id)
-        if job.status.is_terminal():
-            return (0 if job.status == "SUCCEEDED" else job.driver_exit_code), f"{job.status}: {job.message}"
+        try:
+            job = client.get_job_info(submission_id)
+        except (OSError, RuntimeError):  # of the network, and of a server or a proxy that errs: the job goes on
+            num_unanswered += 1
+            if num_unanswered > MAX_UNANSWERED:
+                raise
+        else:
+            num_unanswered = 0
+            if job.status.is_terminal():
+                return (0 if job.status == "SUCCEEDED" else job.driver_exit_code), f"{job.status}: {job.message}"
         time.sleep(poll_s)
 
 

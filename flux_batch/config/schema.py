@@ -199,7 +199,7 @@ class OutputConfig(Section):
     """The output: its folder, its format, its encoding."""
 
     uri: str = Field(min_length=1)
-    """The folder or bucket prefix of this run."""
+    """The bucket prefix of this run, or its folder, which all nodes of a cluster share."""
     format: Literal["webdataset", "files", "parquet"] = "webdataset"
     """The layout of the data set: tars, folders of images, or Parquet."""
     image: ImageConfig = ImageConfig()

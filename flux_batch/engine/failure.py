@@ -21,8 +21,9 @@ from flux_batch.errors import (
 
 # run_failed: every worker would meet the error, so the run ends. device_lost: the process must be replaced.
 # stopped: the shard was put aside on request. storage_unavailable: not the shard's fault, so it is tried again until
-# storage has been away for too long. shard_failed: the shard is tried again a limited number of times.
-FailureKind = Literal["run_failed", "device_lost", "stopped", "storage_unavailable", "shard_failed"]
+# storage has been away for too long. shard_failed: the shard is tried again a limited number of times. worker_failed: a
+# pool's word for a shard that failed on a worker where all do, which is tried again elsewhere.
+FailureKind = Literal["run_failed", "device_lost", "stopped", "storage_unavailable", "shard_failed", "worker_failed"]
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class WorkerHandle:
     finishing: dict[Call, Task] = field(default_factory=dict)
     is_up: bool = False
     failure: Failure | None = None  # of its last start, which is tried again after a pause
+    num_failed: int = 0  # shards that failed on it since it has finished one
     is_stopping: bool = False  # stays so: a stopped worker takes no other shard
     node: str = ""  # known soon after its process has started
     _node_call: Call | None = None
@@ -72,6 +73,12 @@ class WorkerHandle:
         is_free = self.task is None and len(self.finishing) <= _MAX_FINISHING
         is_free &= not any(task.attempt.lost for task in self.finishing.values())
         return self.is_up and is_free and not self.is_stopping
+
+    @property
+    def is_promising(self) -> bool:
+        """True if it is at work or loads its model, without a failed shard."""
+        is_loading = bool(self.node) and not self.is_up and self.failure is None
+        return not self.num_failed and (self.task is not None or is_loading)
 
     @property
     def tasks(self) -> list[Task]:

@@ -10,7 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError
@@ -239,6 +239,7 @@ class Pool:
 
     def _settle(self, worker: WorkerHandle, task: Task, outcome: ShardResult | Failure) -> Iterator[ShardResult]:
         """Settle a task, yield its shard's result if any, and act on its worker."""
+        outcome = self._judged(worker, outcome)
         result = self.queue.settle(task, outcome)
         worker.seen.end(task.shard.index)
         if result:
@@ -246,6 +247,8 @@ class Pool:
         if isinstance(outcome, ShardResult):
             self.start_backoff.reset()
             worker.backoff.reset()
+        elif outcome.kind == "worker_failed":
+            worker.backoff.begin()
         elif outcome.kind == "stopped":
             worker.is_stopping = True
         elif outcome.kind == "storage_unavailable":
@@ -259,6 +262,25 @@ class Pool:
             yield result
         if worker.is_stopping and not worker.tasks and worker in self.workers:
             self._remove(worker)
+
+    def _judged(self, worker: WorkerHandle, outcome: ShardResult | Failure) -> ShardResult | Failure:
+        """Return the outcome of a shard; after several failures in a row it may be the fault of the worker.
+
+        Else a node with a broken disk would fail all shards that wait, faster than others make them. The first failure
+        is the shard's, and so are all while no other worker is promising.
+        """
+        if isinstance(outcome, ShardResult):
+            worker.num_failed = 0
+        elif outcome.kind == "shard_failed":
+            worker.num_failed += 1
+            if worker.num_failed > 1 and any(other.is_promising for other in self.workers):
+                if worker.num_failed.bit_count() == 1:  # again and again, but not each time
+                    where = worker.seen.name or f"of node {worker.node[:8]}"
+                    log.warning(
+                        "worker %s: %d shards in a row failed on it: %s", where, worker.num_failed, outcome.message
+                    )
+                return replace(outcome, kind="worker_failed")
+        return outcome
 
     def _stop_duplicates(self, task: Task) -> None:
         """Stop the workers that make a shard which has its result from another one."""

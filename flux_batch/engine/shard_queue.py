@@ -268,7 +268,7 @@ class ShardQueue:
             case "storage_unavailable":
                 self.requeue(task)
                 self.check_outage(f"shard {task.shard.index}", outcome)
-            case "stopped":
+            case "stopped" | "worker_failed":
                 self.requeue(task)
         return None
 

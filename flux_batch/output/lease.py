@@ -321,7 +321,7 @@ class Lease:
                 if self._on_lost:
                     self._on_lost(str(error))
                 return
-            except (StoreError, Interrupted) as error:
+            except Exception as error:  # clients of storage raise anything; without heartbeats the run is taken over
                 if self._ended.is_set():
                     return
                 log.warning("the heartbeat of the lease could not be written, the next try follows: %s", error)

@@ -114,7 +114,7 @@ def opened_run(store: Store, *, to_write: bool) -> Iterator[SavedRun]:
         yield run
         return
     with Lease(store) as lease:
-        yield replace(run, folder=RunFolder(lease.store, run.num_shards))
+        yield SavedRun.open(lease.store)  # the last holder may have extended the plan
 
 
 def read_json(store: Store, key: str) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 # A name and the bytes of the object; None for a folder.
@@ -28,6 +29,19 @@ def local_entries(folder: str, *, with_sizes: bool) -> Iterator[Entry]:
                 except FileNotFoundError:
                     continue
                 yield entry.name, size
+
+
+def local_files(folder: str) -> Iterator[str]:
+    """Yield the paths of all files under a folder on a disk.
+
+    fsspec leaves out what cannot be read; this leaves out what is removed meanwhile. Raises: OSError.
+    """
+    for name, size in local_entries(folder, with_sizes=False):
+        if size is not None:
+            yield f"{folder}/{name}"
+        else:
+            with suppress(FileNotFoundError):
+                yield from local_files(f"{folder}/{name}")
 
 
 def listed_entries(folder: str, listed: Iterable[Mapping[str, Any]]) -> Iterator[Entry]:

@@ -19,13 +19,15 @@ FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 _CLIENTS = {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "s3fs"}
 _REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
 # A disk that answers with one of these will do so again.
-_REFUSAL_ERRNOS = {errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}
+_REFUSAL_ERRNOS = {errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ELOOP, errno.EFBIG, errno.EXDEV}
 # HTTP statuses: the transient ones below 500, where others are refusals, and the lasting ones from 500 on.
 _TRANSIENT_STATUSES = {408, 409, 412, 425, 429}
 _LASTING_STATUSES = {501, 505}
 _FULL_STATUSES = {507}
-# S3 answers 400 for a body that was cut or changed on its way, and when it waited in vain for the rest of one.
-_TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch"}
+# S3 answers 400 for a body that was cut or changed on its way, and when it waited in vain for the rest of one; and 403
+# for a request that was signed long ago, as by a machine that slept meanwhile, or whose clock is being set.
+_TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeTooSkewed", "RequestTimeout", "SlowDown"}
+_TRANSIENT_CODES |= {"XAmzContentSHA256Mismatch"}
 _FULL_CODES = {"QuotaExceeded", "XMinioStorageFull"}  # of Ceph and MinIO
 NO_BUCKET = "NoSuchBucket"
 
@@ -66,11 +68,13 @@ def is_transient(error: BaseException) -> bool:
 
 def is_refusal(error: BaseException) -> bool:
     """Return whether the storage refused an operation, and will refuse it again."""
+    if code(error) in _TRANSIENT_CODES:
+        return False
     if isinstance(error, _REFUSALS) or "Credentials" in type(error).__name__:
         return True
     answer = status(error)
     if answer is not None:
-        return answer < 500 and answer not in _TRANSIENT_STATUSES and code(error) not in _TRANSIENT_CODES
+        return answer < 500 and answer not in _TRANSIENT_STATUSES
     return isinstance(error, OSError) and error.errno in _REFUSAL_ERRNOS
 
 

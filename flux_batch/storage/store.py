@@ -25,9 +25,9 @@ from fsspec.spec import AbstractBufferedFile
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused, one_line
 from flux_batch.storage import s3
 from flux_batch.storage.contact import FIRST_ATTEMPTS, Contact
-from flux_batch.storage.entries import Entry, listed_entries, local_entries
+from flux_batch.storage.disk import create, make_folder
+from flux_batch.storage.entries import Entry, listed_entries, local_entries, local_files
 from flux_batch.storage.errors import FULL_ERRNOS, NO_BUCKET, code, is_transient, origin, said, status
-from flux_batch.storage.hard_link import create
 from flux_batch.storage.multipart import Upload, abort, list_uploads, put_in_parts, put_whole
 from flux_batch.storage.retry import RetryPolicy
 
@@ -178,7 +178,7 @@ class Store:
         def find() -> Sequence[str]:
             if s3.is_s3(self._fs):
                 return self._await(s3.list_folder(self._fs, self._path(prefix)))
-            return self._ask("find", self._path(prefix))  # type: ignore[no-any-return]
+            return [*local_files(folder)] if self._is_local else self._ask("find", folder)
 
         folder, start = self._path(prefix).rstrip("/"), len(self._root) + 1
         paths = map(str, self._listed(prefix, find, tuple))
@@ -387,8 +387,8 @@ class Store:
         target = Path(self._path(key))
         temporary = Path(self._path(STORE_TMP)) / uuid.uuid4().hex
         try:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(temporary.parent)
+            make_folder(target.parent)
         except FileNotFoundError as error:  # folders that cannot be made, as under /proc
             raise StoreRefused(f"{self.url(key)}: cannot write: no folder can be made there") from error
         try:

@@ -27,10 +27,10 @@ import pyarrow as pa
 from flux_batch.config.known_settings import check_settings
 from flux_batch.config.running import QualityConfig
 from flux_batch.config.schema import JobConfig, ModelConfig
-from flux_batch.errors import Stopped
+from flux_batch.errors import NotFound, Stopped
 from flux_batch.output.commits import Commits, Publisher
 from flux_batch.output.formats import format_for
-from flux_batch.output.paths import RunFolder
+from flux_batch.output.paths import PLAN, RunFolder
 from flux_batch.output.staging import Staging
 from flux_batch.prompts.access import RowLoras
 from flux_batch.prompts.input_images import load_images
@@ -74,12 +74,25 @@ class WorkerFactory:
     make_scorer: Callable[[QualityConfig], Scorer] | None = None
 
     def open(self) -> Worker:
-        """Load the model and open the output, after removing the local files of killed workers."""
+        """Load the model and open the output, after removing the local files of killed workers.
+
+        Raises: NotFound if the output is not that of the driver.
+        """
         sweep_scratch()
         output, failures = self.config.output, self.config.failures
         store = Store(output.uri, output.storage_options, RetryPolicy(failures.outage_s))
+        _check_is_shared(store)
         pipeline, model = load_settled(store, self.config.model, self.make_pipeline)
         return Worker(replace(self, config=self.config.model_copy(update={"model": model})), pipeline)
+
+
+def _check_is_shared(store: Store) -> None:
+    """Raise NotFound if the output has no plan here: no image of this node would come to the driver."""
+    if not store.exists(PLAN):
+        raise NotFound(
+            f"{store.uri}: holds no run on {socket.gethostname()}, where a worker starts; as output.uri name a bucket, "
+            "or a folder that this node shares with the driver"
+        )
 
 
 class Worker:

@@ -175,7 +175,7 @@ def test_ray_is_told_again_where_it_could_not_be_told(
     assert len((tmp_path / "calls").read_text().splitlines()) == num_calls
 
 
-@pytest.mark.parametrize("answer", [b"not json", b"{}", b'{"time": "soon"}'])
+@pytest.mark.parametrize("answer", [b"not json", b"{}", b'{"time": "soon"}', b"[]", b'{"time": null}'])
 def test_an_answer_that_makes_no_sense_is_said_and_asked_for_again(tmp_path: Path, answer: bytes) -> None:
     with web_server() as server:
         server.at("/latest/api/token", b"token")
@@ -184,6 +184,30 @@ def test_an_answer_that_makes_no_sense_is_said_and_asked_for_again(tmp_path: Pat
             assert process.stderr is not None
             assert process.stderr.readline().startswith("spot_watcher: ")
             server.at(NOTICE, only_with_token(in_s(6_000)))
+            process.communicate(timeout=PATIENCE_S)
+            assert process.returncode == 0
+
+
+@pytest.mark.parametrize("start", [b"no HTTP\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 40\r\n\r\n{"])
+def test_an_answer_that_is_cut_is_asked_for_again(tmp_path: Path, start: bytes) -> None:
+    with web_server() as server:
+        server.at("/latest/api/token", b"token")
+        server.at(NOTICE, lambda request: request.wfile.write(start) and None)
+        with watcher(server, tmp_path) as process:
+            assert process.stderr is not None
+            assert process.stderr.readline().startswith("spot_watcher: ")
+            server.at(NOTICE, only_with_token(in_s(6_000)))
+            process.communicate(timeout=PATIENCE_S)
+            assert process.returncode == 0
+
+
+def test_the_proxy_of_the_environment_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with web_server() as server:
+        server.at("/latest/api/token", b"token")
+        server.at(NOTICE, only_with_token(in_s(6_000)))
+        with watcher(server, tmp_path) as process:
             process.communicate(timeout=PATIENCE_S)
             assert process.returncode == 0
 

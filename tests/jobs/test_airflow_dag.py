@@ -28,6 +28,7 @@ class Jobs:
     stopped: list[str] = field(default_factory=list)
     num_looks: int = 0
     breaks: bool = False
+    errors: list[Exception] = field(default_factory=list)
 
     def __call__(self, address: str) -> Jobs:
         return self
@@ -43,6 +44,8 @@ class Jobs:
         self.num_looks += 1
         if self.breaks:
             raise KeyboardInterrupt
+        if self.errors:
+            raise self.errors.pop()
         status = self.status if self.num_looks > 1 else JobStatus.RUNNING
         return SimpleNamespace(status=status, driver_exit_code=self.code, message="so it was")
 
@@ -134,3 +137,16 @@ def test_a_task_that_airflow_ends_stops_its_job(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(KeyboardInterrupt):
         render(jobs, monkeypatch, tmp_path)
     assert jobs.stopped == ["new"]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("refused"), RuntimeError("Request failed with status code 502")])
+def test_a_job_server_that_does_not_answer_for_a_while_costs_no_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    write_report(tmp_path, num_images=5)
+    jobs = Jobs(errors=[error] * 20)
+    assert render(jobs, monkeypatch, tmp_path) == {"num_images": 5}
+    assert jobs.stopped == []
+
+    with pytest.raises(type(error)):
+        render(Jobs(errors=[error] * 99), monkeypatch, tmp_path)

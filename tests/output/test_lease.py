@@ -425,3 +425,20 @@ def test_of_drivers_in_the_same_moment_one_has_the_run_in_a_bucket(s3_store: Buc
     assert follower.holder.epoch == 2
     with pytest.raises(LeaseLost):
         winners[0].check()
+
+
+def test_the_heartbeat_goes_on_after_an_error_that_nobody_expects(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a client of storage: the thread ended, and the next driver took the run from one that lives."""
+    with Lease(store, ttl_s=0.5) as lease:
+        write, errors = Store.write, [RuntimeError("Session is closed")]
+
+        def failing(one: Store, key: str, data: bytes | Path) -> None:
+            if errors:
+                raise errors.pop()
+            write(one, key, data)
+
+        monkeypatch.setattr(Store, "write", failing)
+        wait_until(lambda: lease.holder.beats >= 2)
+    assert errors == []

@@ -13,11 +13,13 @@ from typing import Any
 from unittest.mock import ANY
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flux_batch.errors import DeviceFatal, OutOfMemory, Stopped
+from flux_batch.errors import DeviceFatal, NotFound, OutOfMemory, Stopped
 from flux_batch.images import read_provenance
+from flux_batch.output.paths import PLAN
 from flux_batch.plan.plan import make_plan
 from flux_batch.storage.store import Store
 from flux_batch.worker.worker import WorkerFactory
@@ -290,6 +292,7 @@ def test_the_factory_pickles_small_and_opens_a_worker(tmp_path: Path) -> None:
     config = make_job(tmp_path, ["a"])
     plan = make_plan(config.prompts, config.output.shard_size)
     factory = WorkerFactory(config, len(plan.shards), plan.passthrough, make_fake_pipeline)
+    Store(config.output.uri).write(PLAN, plan.to_parquet())
 
     data = pickle.dumps(factory)
     worker = pickle.loads(data).open()
@@ -301,10 +304,23 @@ def test_the_factory_pickles_small_and_opens_a_worker(tmp_path: Path) -> None:
     assert result.num_bytes > 0
 
 
+def test_a_worker_whose_node_has_another_disk_makes_nothing(tmp_path: Path) -> None:
+    """Its shards would look done, and the driver would find no commit at the end, run after run."""
+    config = make_job(tmp_path, ["a"])
+
+    def make_pipeline(model: Any) -> FakePipeline:
+        raise AssertionError("the model is loaded")
+
+    factory = WorkerFactory(config, 1, pa.schema([]), make_pipeline)
+    with pytest.raises(NotFound, match="where a worker starts; as output"):
+        factory.open()
+
+
 @pytest.mark.parametrize("shards", [10, 100_001])
 def test_keys_have_no_dots_and_widen_with_the_run(tmp_path: Path, shards: int) -> None:
     config = make_job(tmp_path, ["a", "b"])
     plan = make_plan(config.prompts, 4)
+    Store(config.output.uri).write(PLAN, plan.to_parquet())
     factory = WorkerFactory(config, shards, plan.passthrough, make_fake_pipeline)
     worker = factory.open()
 
