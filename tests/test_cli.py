@@ -112,7 +112,7 @@ def test_bash_completes_commands_options_and_choices(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (None, "the job file cannot be read"),
+        (None, "job.yaml: there is no such job file; `flux-batch init` writes one"),
         ("prompts: [", "not valid YAML"),
         ("- a list", "must be a mapping"),
         ("promts: {uri: x}\noutput: {uri: y}\nmodel: {uri: demo}", "unknown key; did you mean 'prompts'?"),
@@ -120,6 +120,15 @@ def test_bash_completes_commands_options_and_choices(tmp_path: Path, capsys: pyt
         (
             "prompts: {uri: x}\noutput: {uri: y}\nmodel: {uri: demo}\nsampling: {height: 1000}",
             "nearest are 992 and 1008",
+        ),
+        (
+            "prompts: {uri: x}\noutput: {uri: y}\nmodel: {uri: demo}\nquality: {score: clp, at_least: 0.3}",
+            "quality.score = clp: is no annotator",
+        ),
+        (
+            "prompts: {rows: 2, samplers: {a: {file: /nowhere.txt}}, template: x}\n"
+            "output: {uri: y}\nmodel: {uri: demo}",
+            "prompts.samplers.a: file: /nowhere.txt: not found",
         ),
         ("prompts: {uri: /nowhere.parquet}\noutput: {uri: y}\nmodel: {uri: demo}", "/nowhere.parquet: no such prompts"),
     ],
