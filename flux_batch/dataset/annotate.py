@@ -114,7 +114,8 @@ class AnnotateReport:
         for one in self.annotations:
             failed = ", ".join(f"{number} {name}" for name, number in one.failures.items())
             lines.append(
-                f"{one.name:<{width}}  {one.num_committed} of {self.num_shards} shards, {one.num_images} images, "
+                f"{one.name:<{width}}  {one.num_committed} of {count_of(self.num_shards, 'shard')}, "
+                f"{count_of(one.num_images, 'image')}, "
                 f"{one.num_failed} without values{f' ({failed})' if failed else ''}"
             )
             lines += [f"{'':<{width}}  {name}, as {text}" for name, text in one.examples.items()]

@@ -181,7 +181,7 @@ def test_keys_come_from_a_file_of_any_kind(store: Store, tmp_path: Path) -> None
     for name in [*texts, "keys.parquet"]:
         assert chosen(store, keys=str(tmp_path / name))[1] == [1, 19]
     (tmp_path / "keys.txt").write_text("000000001\n777770001\n")
-    with pytest.raises(JobError, match=r"keys.txt: 1 keys are not of this run: '777770001'"):
+    with pytest.raises(JobError, match=r"keys.txt: 1 key not of this run: '777770001'"):
         chosen(store, keys=str(tmp_path / "keys.txt"))
     with pytest.raises(JobError, match=r"none.txt: there is no such file"):
         chosen(store, keys=str(tmp_path / "none.txt"))

@@ -211,7 +211,7 @@ def _quoted(name: str) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """Return what DuckDB says, without the name of its error and the line below that points at the place."""
+    """Return the sentence of an error of DuckDB, without its name and place."""
     said = " ".join(str(error).partition("\n\nLINE")[0].split())
     return _NO_COLUMN.sub(r"there is no column \1; near it are ", re.sub(r"^\w+ Error: ", "", said))
 
