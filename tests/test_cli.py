@@ -110,6 +110,46 @@ def test_bash_completes_commands_options_and_choices(tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        *(["status", "?"], ["gallery", "?"], ["gallery", "out", "--beside", "?"], ["report", "?"], ["verify", "?"]),
+        *(["reproduce", "?", "000000000"], ["compare", "?", "out"], ["compare", "out", "?"], ["gc", "?"]),
+        *(["annotate", "?", "--with", "phash"], ["select", "?", "a"], ["export", "?", "out"]),
+        ["publish", "?", "hf://datasets/a/b", "--license", "mit"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_in_place_of_an_output_is_told_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    for name, text, sentence in (
+        ("job.yaml", "output: {uri: out/cats}", "is a job file; this command takes the output of a run: out/cats\n"),
+        ("p.csv", "prompt\na\n", "is a file; this command takes the output of a run, which is a folder\n"),
+    ):
+        path = tmp_path / name
+        path.write_text(text)
+        code, _, err = flux_batch(capsys, *[str(path) if each == "?" else each for each in command])
+        assert (code, err) == (2, f"flux-batch: {path} {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["plan", "job.yaml", "--jsn"], "unrecognized arguments: --jsn; did you mean '--json'?"),
+        (["status", "out", "--measure"], "unrecognized arguments: --measure; another command has it"),
+        (["plan", "job.yaml", "--price", "two"], "--price: two: must be a number of more than 0"),
+        (["plan", "job.yaml", "--price", "0"], "--price: 0: must be a number of more than 0"),
+    ],
+)
+def test_a_wrong_option_says_what_would_be_right(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("text", "sentence"),
     [
         (None, "job.yaml: there is no such job file; `flux-batch init` writes one"),

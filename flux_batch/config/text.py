@@ -111,6 +111,8 @@ def load_yaml(text: str, origin: str) -> Any:
         problem = _unquoted(error.problem or "")
         is_layout = any(sign in problem for sign in ("<block", "mapping values", "token"))
         hint = "; compare the indentation, colons and quotes of this line with the one before" if is_layout else ""
+        if "alphabetic or numeric character" in problem:  # of an alias or an anchor
+            hint = "; a text that begins with * or & stands in quotes"
         raise JobError(f"{origin}: {line}not valid YAML: {problem}{hint}") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         # PyYAML passes on errors of Python for `2026-13-01`, `!!int x` and the like.

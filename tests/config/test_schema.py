@@ -126,6 +126,7 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("output.uri=''", "output.uri = ''"),
         ("prompts.uri=[]", "prompts.uri: must name at least one file, folder or glob"),
         ("prompts.uri=[a, ' ']", "prompts.uri: must name at least one"),
+        ("prompts.uri=*.csv", "a text that begins with * or & stands in quotes"),
         ("prompts.limit=0", "prompts.limit = 0"),
         ("prompts.columns={promt: x}", "'promt' is not a field of a prompt; did you mean 'prompt'?"),
         ("prompts.columns={guidance_scale: a, embedded_guidance: b}", "embedded_guidance is given twice"),
