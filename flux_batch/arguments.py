@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NoReturn
 
 from flux_batch.bench.command import add_bench
@@ -290,12 +291,15 @@ def _all_parsers(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPars
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that suggests the nearest command for one that does not exist."""
+    """A parser that suggests the nearest command or option for one that does not exist."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2 and one sentence."""
         unknown = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message)
         near = did_you_mean(unknown[1], re.findall(r"[\w-]+", unknown[2])) if unknown else ""
+        if option := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            known = {name for each in _all_parsers(self) for name in each._option_string_actions}
+            near = "; another command has it" if option[1] in known else did_you_mean(option[1], known)
         self.exit(2, f"{self.prog}: {message}{near}\n`{self.prog} --help` shows how to use it\n")
 
 
@@ -341,10 +345,10 @@ def _add_price(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
-    return number
+    with suppress(ValueError):
+        if 0 < (number := float(text)) < float("inf"):
+            return number
+    raise argparse.ArgumentTypeError(f"{text}: must be a number of more than 0")
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ from flux_batch.dataset.command import export_command, publish_command, select_c
 from flux_batch.errors import JobError
 from flux_batch.logs import ENCODING, JsonLines, log_lines, open_streams
 from flux_batch.redaction import plain_text
-from flux_batch.report.command import gallery_command, gc_command, said_of_gallery, verify_command
+from flux_batch.report.command import check_outputs, gallery_command, gc_command, said_of_gallery, verify_command
 
 if TYPE_CHECKING:
     from flux_batch.config.schema import JobConfig
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _on_sigterm)
     with open_streams(), log_lines(logging.DEBUG if arguments.debug else logging.INFO) as arguments.lines:
         try:
+            check_outputs(arguments)
             return _COMMANDS[arguments.command](arguments)
         except (Exception, KeyboardInterrupt) as error:
             sentence, exit_code = _explained(error, arguments.command)
@@ -439,16 +440,9 @@ def _store(arguments: argparse.Namespace, uri: str | None = None) -> Store:
 
     Raises: JobError that names the output, for a job file in its place.
     """
-    from flux_batch.config.text import load_yaml
     from flux_batch.storage.store import Store
 
-    uri = arguments.output if uri is None else uri
-    if uri.endswith((".yaml", ".yml")) and Path(uri).is_file():
-        tree = load_yaml(Path(uri).read_text(), uri)
-        output = tree.get("output") if isinstance(tree, dict) else None
-        named = f": {output['uri']}" if isinstance(output, dict) and "uri" in output else ""
-        raise JobError(f"{uri} is a job file; this command takes the output of a run{named}")
-    return Store(uri, _options(arguments.storage_option))
+    return Store(arguments.output if uri is None else uri, _options(arguments.storage_option))
 
 
 def _print(text: str) -> None:

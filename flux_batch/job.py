@@ -23,7 +23,7 @@ from flux_batch.config.factory import imported
 from flux_batch.config.known_settings import check_settings, declared_settings
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.config.text import fill_in_dates, overridden, parse_moment, read_tree
-from flux_batch.dataset.annotators.score import load_scorer
+from flux_batch.dataset.annotators.score import check_score, load_scorer
 from flux_batch.download.models import absolute_model_uri
 from flux_batch.download.revision import model_revision
 from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment
@@ -279,11 +279,16 @@ def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: date
         raise
     except UnicodeDecodeError as error:
         raise JobError(f"{path}: the job file is not in UTF-8: save it as UTF-8") from error
+    except FileNotFoundError as error:
+        raise JobError(f"{path}: there is no such job file; `flux-batch init` writes one") from error
     except OSError as error:
-        raise JobError(f"{path}: the job file cannot be read: {error}") from error
+        raise JobError(f"{path}: the job file cannot be read: {error.strerror or error}") from error
     overrides = tuple(overrides)
     tree = fill_in_dates(read_tree(text, str(path), overrides), moment, str(path))
-    return with_absolute_paths(JobConfig.from_dict(tree, origin=str(path), set_keys=overridden(overrides)))
+    config = JobConfig.from_dict(tree, origin=str(path), set_keys=overridden(overrides))
+    if config.quality:
+        check_score(config.quality)
+    return with_absolute_paths(config)
 
 
 def with_absolute_paths(config: JobConfig) -> JobConfig:

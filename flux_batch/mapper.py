@@ -96,12 +96,12 @@ class FluxMapper:
         Raises: JobError for wrong settings; CheckpointError, StoreError for a model that cannot be loaded.
         """
         tree = {
-            "prompts": {"uri": ".", **(prompts or {})},
-            "output": {"uri": ".", "image": dict(image or {})},
-            "model": dict(model),
-            "sampling": dict(sampling or {}),
+            "prompts": _section({} if prompts is None else prompts, uri="."),
+            "output": {"uri": ".", "image": _section({} if image is None else image)},
+            "model": _section(model),
+            "sampling": _section({} if sampling is None else sampling),
             "workers": {"batch_size": batch_size},
-            "quality": None if quality is None else dict(quality),
+            "quality": _section(quality),
         }
         config = JobConfig.from_dict(tree, origin="FluxMapper")
         for name in ("limit", "passthrough", "samplers", "template", "wildcards"):
@@ -225,6 +225,11 @@ class FluxMapper:
         inside = {name: value for name, value in provenance(fields).items() if name != "key"}
         data = encode(outcome.result, self._image_config, inside)
         return data, self._recorder.made("", fields, data)
+
+
+def _section(given: Any, **defaults: Any) -> Any:
+    """Return a section as a plain dict, under its defaults; anything else as it is, for the check to refuse."""
+    return {**defaults, **given} if isinstance(given, Mapping) else given
 
 
 def _chosen(made: Sequence[tuple[_EncodedImage, Try]], quality: QualityConfig) -> _EncodedImage:

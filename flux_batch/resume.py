@@ -75,7 +75,7 @@ def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunRep
         return None
     if extend:
         log.info("%s: no prompt file is new", config.name)
-    log.info("%s: nothing to do, %s committed in %s", config.name, count_of(len(plan.shards), "shard"), store.uri)
+    log.info("%s: %s committed in %s, none is left", config.name, count_of(len(plan.shards), "shard"), store.uri)
     return _report_of(settled_job(store, config), store, progress)
 
 
@@ -183,8 +183,9 @@ def _extend_run(config: JobConfig, store: Store, plan: Plan) -> Plan:
     longer = extended(plan, config.prompts, config.output.shard_size)
     if longer is plan:
         return plan
-    num_new = len(longer.shards) - len(plan.shards)
-    log.info("%s: %d new prompts in %d shards", config.name, longer.num_prompts - plan.num_prompts, num_new)
+    prompts = count_of(longer.num_prompts - plan.num_prompts, "new prompt")
+    shards = count_of(len(longer.shards) - len(plan.shards), "shard")
+    log.info("%s: %s in %s", config.name, prompts, shards)
     if store.exists(SUCCESS):
         store.delete(SUCCESS)  # it belongs to the old plan
     store.write(CARD, card(config, longer.num_prompts).encode())
@@ -230,7 +231,8 @@ def revert_failed(config: JobConfig, plan: Plan, store: Store, *, retry_failed: 
         counts = CommitLog.read(Commits(run))
         num_rows = sum(counts.num_failed)
         failed = sorted(shard for shard, number in zip(counts.shards, counts.num_failed, strict=True) if number)
-        log.info("%s: trying %d failed images in %d shards again", config.name, num_rows, len(failed))
+        images, shards = count_of(num_rows, "failed image"), count_of(len(failed), "shard")
+        log.info("%s: trying %s in %s again", config.name, images, shards)
         revert(run, output_format, failed)
 
 

@@ -110,9 +110,49 @@ def test_bash_completes_commands_options_and_choices(tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        *(["status", "?"], ["gallery", "?"], ["gallery", "out", "--beside", "?"], ["report", "?"], ["verify", "?"]),
+        *(["reproduce", "?", "000000000"], ["compare", "?", "out"], ["compare", "out", "?"], ["gc", "?"]),
+        *(["annotate", "?", "--with", "phash"], ["select", "?", "a"], ["export", "?", "out"]),
+        ["publish", "?", "hf://datasets/a/b", "--license", "mit"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_in_place_of_an_output_is_told_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    for name, text, sentence in (
+        ("job.yaml", "output: {uri: out/cats}", "is a job file; this command takes the output of a run: out/cats\n"),
+        ("p.csv", "prompt\na\n", "is a file; this command takes the output of a run, which is a folder\n"),
+    ):
+        path = tmp_path / name
+        path.write_text(text)
+        code, _, err = flux_batch(capsys, *[str(path) if each == "?" else each for each in command])
+        assert (code, err) == (2, f"flux-batch: {path} {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["plan", "job.yaml", "--jsn"], "unrecognized arguments: --jsn; did you mean '--json'?"),
+        (["status", "out", "--measure"], "unrecognized arguments: --measure; another command has it"),
+        (["plan", "job.yaml", "--price", "two"], "--price: two: must be a number of more than 0"),
+        (["plan", "job.yaml", "--price", "0"], "--price: 0: must be a number of more than 0"),
+    ],
+)
+def test_a_wrong_option_says_what_would_be_right(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (None, "the job file cannot be read"),
+        (None, "job.yaml: there is no such job file; `flux-batch init` writes one"),
         ("prompts: [", "not valid YAML"),
         ("- a list", "must be a mapping"),
         ("promts: {uri: x}\noutput: {uri: y}\nmodel: {uri: demo}", "unknown key; did you mean 'prompts'?"),
@@ -120,6 +160,15 @@ def test_bash_completes_commands_options_and_choices(tmp_path: Path, capsys: pyt
         (
             "prompts: {uri: x}\noutput: {uri: y}\nmodel: {uri: demo}\nsampling: {height: 1000}",
             "nearest are 992 and 1008",
+        ),
+        (
+            "prompts: {uri: x}\noutput: {uri: y}\nmodel: {uri: demo}\nquality: {score: clp, at_least: 0.3}",
+            "quality.score = clp: is no annotator",
+        ),
+        (
+            "prompts: {rows: 2, samplers: {a: {file: /nowhere.txt}}, template: x}\n"
+            "output: {uri: y}\nmodel: {uri: demo}",
+            "prompts.samplers.a: file: /nowhere.txt: not found",
         ),
         ("prompts: {uri: /nowhere.parquet}\noutput: {uri: y}\nmodel: {uri: demo}", "/nowhere.parquet: no such prompts"),
     ],

@@ -223,11 +223,19 @@ def test_another_kind_of_batch_is_refused_in_one_sentence() -> None:
         ({"prompts": {"limit": 3}}, "prompts.limit is for jobs; leave it out"),
         ({"prompts": {"samplers": {"a": ["x"]}}}, "prompts.samplers is for jobs; leave it out"),
         ({"image": {"type": "gif"}}, "output.image.type = 'gif'"),
+        ({"image": "png"}, "FluxMapper: output.image: must be a section with keys and values"),
+        ({"prompts": "p.csv"}, "FluxMapper: prompts: must be a section with keys and values"),
+        ({"sampling": 5}, "FluxMapper: sampling: must be a section with keys and values"),
     ],
 )
 def test_settings_are_checked_as_in_a_job_file(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(JobError, match=message):
         mapper(**settings)
+
+
+def test_a_model_that_is_no_section_is_refused_in_one_sentence() -> None:
+    with pytest.raises(JobError, match="FluxMapper: model: must be a section with keys and values"):
+        FluxMapper("demo")  # type: ignore[arg-type]
 
 
 def test_the_model_section_is_that_of_a_job_file(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ _QUALITY_IDENTITY = ("score", "at_least", "max_tries", "keep", "otherwise", "opt
 QUALITY_COLUMNS = ("tries", "score", "accepted")
 # The column that `output.sources` adds to it.
 SOURCE_COLUMNS = ("source_sha256",)
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 _NO_PROMPTS = "must name at least one file, folder or glob"
 _PROMPTS_IDENTITY = (
     *("columns", "passthrough", "rows", "samplers", "template", "wildcards", "design", "limit", "allow_http"),
@@ -284,6 +285,13 @@ class ModelConfig(Section):
     ip_adapter: IPAdapterConfig | None = None
     """An IP-Adapter of XLabs, which lets the image attend to the `image_prompt` of a row; or several."""
 
+    @field_validator("pipeline", mode="before")
+    @classmethod
+    def _names_a_factory(cls, text: Any) -> Any:
+        if isinstance(text, str) and not FACTORY.fullmatch(text):
+            raise ValueError("must be module:factory, as in jobs.diffusers_pipeline:DiffusersPipeline")
+        return text
+
     @field_validator("quantization", mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
@@ -372,7 +380,7 @@ class SamplingConfig(Section, SamplingParams, frozen=True):
 class JobConfig(Section):
     """A whole job file. Raises: JobError that names each wrong key and what would be right."""
 
-    name: str = Field(default="flux-batch", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    name: str = Field(default="flux-batch", pattern=_NAME)
     """Name of the run in logs, metrics and the data set card: up to 100 letters, digits and `._-`."""
     prompts: PromptsConfig
     output: OutputConfig
@@ -381,6 +389,13 @@ class JobConfig(Section):
     quality: QualityConfig | None = None
     workers: WorkersConfig = WorkersConfig()
     failures: FailuresConfig = FailuresConfig()
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _is_a_name(cls, name: Any) -> Any:
+        if isinstance(name, str) and not re.fullmatch(_NAME, name):
+            raise ValueError("must be up to 100 letters, digits and `._-`, and begin with a letter or a digit")
+        return name
 
     @model_validator(mode="after")
     def _web_is_allowed(self) -> JobConfig:

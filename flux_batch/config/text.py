@@ -21,6 +21,21 @@ _DATE_FORMATS = {"{day}": "%Y%m%d", "{date}": "%Y-%m-%d", "{datetime}": "%Y-%m-%
 _DATE = re.compile("|".join(map(re.escape, _DATE_FORMATS)))
 # What looks like one of them, in values that have no braces of their own.
 _PLACEHOLDER = re.compile(r"\{[^{}/]*\}")
+# What pydantic calls them, and this project.
+_KINDS = {
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    "finite_number": "a finite number",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    **dict.fromkeys(("tuple_type", "list_type"), "a list, in brackets"),
+}
+_LIMITS = {
+    "greater_than_equal": "at least",
+    "greater_than": "more than",
+    "less_than_equal": "at most",
+    "less_than": "less than",
+}
 _MERGE = "tag:yaml.org,2002:merge"
 # The numbers of YAML 1.2's core schema, but that hexadecimal and octal ones are texts.
 _NUMBERS = {
@@ -96,6 +111,8 @@ def load_yaml(text: str, origin: str) -> Any:
         problem = _unquoted(error.problem or "")
         is_layout = any(sign in problem for sign in ("<block", "mapping values", "token"))
         hint = "; compare the indentation, colons and quotes of this line with the one before" if is_layout else ""
+        if "alphabetic or numeric character" in problem:  # of an alias or an anchor
+            hint = "; a text that begins with * or & stands in quotes"
         raise JobError(f"{origin}: {line}not valid YAML: {problem}{hint}") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         # PyYAML passes on errors of Python for `2026-13-01`, `!!int x` and the like.
@@ -262,10 +279,24 @@ def _lines_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
         elif finding["type"] in ("model_type", "dict_type"):
             lines.append(f"{path}: must be a section with keys and values")
         else:
-            reason = finding["msg"].removeprefix("Value error, ")
-            reason = reason[0].lower() + reason[1:]
-            lines.append(f"{path}{_shown(finding)}: {reason}")
+            lines.append(f"{path}{_shown(finding)}: {_reason(finding)}")
     return lines
+
+
+def _reason(finding: ErrorDetails) -> str:
+    """Return what would be right, in the words of the table of keys."""
+    kind, reason = finding["type"], finding["msg"].removeprefix("Value error, ")
+    if kind in _KINDS:
+        hint = "; a number or a date is one in quotes" if kind == "string_type" and finding["input"] is not None else ""
+        return f"must be {_KINDS[kind]}{hint}"
+    if kind == "literal_error":
+        choices = finding["ctx"]["expected"]
+        names = re.findall(r"\w+", choices)
+        return f"must be {choices}{did_you_mean(str(finding['input']), names)}"
+    if kind in _LIMITS:
+        (limit,) = finding["ctx"].values()
+        return f"must be {_LIMITS[kind]} {limit:g}"
+    return reason[0].lower() + reason[1:]
 
 
 def _shown(finding: ErrorDetails) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flux_batch.config.running import FailuresConfig
 from flux_batch.config.schema import JobConfig
 from flux_batch.dataset.annotate_worker import AnnotateFactory, check_identity, read_identity
-from flux_batch.dataset.annotators.load import AnnotatorSpec
+from flux_batch.dataset.annotators.load import AnnotatorSpec, changing_options
 from flux_batch.engine.ray_local import has_gpu, joins_cluster, keep_environment
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import Interrupted, JobError, NotFound, count_of
@@ -114,7 +114,8 @@ class AnnotateReport:
         for one in self.annotations:
             failed = ", ".join(f"{number} {name}" for name, number in one.failures.items())
             lines.append(
-                f"{one.name:<{width}}  {one.num_committed} of {self.num_shards} shards, {one.num_images} images, "
+                f"{one.name:<{width}}  {one.num_committed} of {count_of(self.num_shards, 'shard')}, "
+                f"{count_of(one.num_images, 'image')}, "
                 f"{one.num_failed} without values{f' ({failed})' if failed else ''}"
             )
             lines += [f"{'':<{width}}  {name}, as {text}" for name, text in one.examples.items()]
@@ -152,8 +153,7 @@ def annotate(
     policy = RetryPolicy().ended_by(stop.check, lambda waited_s: stop.check(FailuresConfig().drain_s))
     store = Store(output, options, policy)
     run = SavedRun.open(store)
-    changed = [f"failures.{setting}" for setting in settings.failures]
-    failures = JobConfig.from_yaml(run.config.to_yaml(), "--failures", changed).failures
+    failures = _failures(run.config, settings.failures)
     folders = [AnnotationFolder(run.folder, spec.name) for spec in specs]
     if not anew:
         _check_begun(folders, specs)
@@ -247,12 +247,26 @@ class _Pass:
         )
 
 
+def _failures(config: JobConfig, settings: Sequence[str]) -> FailuresConfig:
+    """Return the failures section of a run with KEY=VALUE settings of `--failures`. Raises: JobError."""
+    try:
+        return JobConfig.from_yaml(config.to_yaml(), "job.yaml", [f"failures.{each}" for each in settings]).failures
+    except JobError as error:
+        said = str(error).replace("--set failures.", "--failures ").replace("section.key=value", "KEY=VALUE")
+        raise JobError(said) from None
+
+
 def _check_begun(folders: Sequence[AnnotationFolder], specs: Sequence[AnnotatorSpec]) -> None:
-    """Raise PlanMismatch if other annotators or options began one of these names; opens nothing."""
+    """Raise PlanMismatch if other annotators or options began one of these names; opens nothing.
+
+    Raises: JobError for an option that an annotator does not have.
+    """
     for folder, spec in zip(folders, specs, strict=True):
         if (saved := read_identity(folder)) is not None:
-            # Others may be options that change no results, which is known once the annotator is open.
-            options = {key: value for key, value in spec.identity["options"].items() if key in saved["options"]}
+            # Others may be options that change no results.
+            given = spec.identity["options"]
+            unknown = changing_options(spec, given.keys() - saved["options"].keys())
+            options = {key: value for key, value in given.items() if key in saved["options"] or key in unknown}
             check_identity(folder, saved, {"annotator": spec.annotator, "options": options})
 
 

@@ -27,8 +27,10 @@ def draft_job(uri: str, prompts: PromptsConfig) -> str:
     """
     columns = _columns_of(PromptSource(prompts))
     known = {field: found for field in PROMPT_FIELDS if (found := _first(columns, _NAMES.get(field, (field,))))}
+    if not columns:
+        raise JobError(f"{uri}: no row of it can be read; a CSV file with the header `prompt` will do")
     if "prompt" not in known:
-        raise JobError(f"{uri}: no column looks like prompts; it has {', '.join(columns)}")
+        raise JobError(f"{uri}: no column looks like prompts; it has {', '.join(columns)}; call one of them `prompt`")
     mapped = {field: column for field, column in known.items() if field != column}
     others = [each for each in columns if each not in (*known.values(), *ALIASES)]
     stem = posixpath.basename(public_uri(uri).rstrip("/")).split(".")[0]

@@ -183,4 +183,4 @@ def _controlnets_flops(config: JobConfig, base: TransformerSize, steps: int) -> 
 
 
 def _steps(requested: int, run: int) -> str:
-    return f"{run} steps" if run == requested else f"{run} of {requested} steps"
+    return count_of(run, "step") if run == requested else f"{run} of {count_of(requested, 'step')}"

@@ -138,7 +138,7 @@ def survey_rows(found: Survey, num_prompts: int) -> list[tuple[str, str]]:
     ]
     lines = [_sentence(count, of, text) for count, text in counts if count]
     if not found.num_failed:
-        every = f"all {of}" if of != "rows" else f"all {found.num_rows} rows"
+        every = f"all {of}" if of != "rows" else f"all {found.num_rows} rows" if found.num_rows > 1 else "the one row"
         lines.insert(0, f"{every} can be rendered")
     if found.not_tokenized:
         lines.append(f"prompts that are cut were not counted: {found.not_tokenized}")

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from flux_batch.config.known_settings import known_words
 from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
-from flux_batch.errors import InvalidSetting, RowError
+from flux_batch.errors import InvalidSetting, RowError, count_of
 from flux_batch.prompts.access import ImageAccess, RowLoras, shortened
 from flux_batch.prompts.formats.table import BadRow, Row, check_whole_characters
 from flux_batch.prompts.input_images import image_of_bytes
@@ -201,7 +201,7 @@ class RowParser:
         scales = [_number(name, each) for each in (cell if isinstance(cell, list) else [cell])]
         scales = scales * len(images) if len(scales) == 1 else scales
         if len(scales) != len(images):
-            raise RowError(f"{name}: {len(scales)} weights for {len(images)} images in {field}")
+            raise RowError(f"{name}: {len(scales)} weights for {count_of(len(images), 'image')} in {field}")
         return tuple(replace(image, scale=scale) for image, scale in zip(images, scales, strict=True))
 
     def _image(self, field: str, value: Any) -> InputImage | None:

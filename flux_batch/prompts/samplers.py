@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from flux_batch.errors import JobError, did_you_mean
+from flux_batch.errors import JobError, NotFound, SourceError, did_you_mean
 from flux_batch.prompts.formats.table import check_whole_characters
 from flux_batch.prompts.rows import text_of
 
@@ -167,7 +167,10 @@ def _simple(path: str, value: Any, read_lines: Callable[[str], list[str]]) -> _C
     if kind == "choice" and isinstance(content, list):
         return _choice(path, content, [1.0] * len(content))
     if kind == "file" and isinstance(content, str):
-        lines = read_lines(content)
+        try:
+            lines = read_lines(content)
+        except (NotFound, SourceError) as error:
+            raise JobError(f"{path}: file: {error}") from error
         return _choice(f"{path}: {content}", lines, [1.0] * len(lines))
     if kind in ("uniform", "normal", "integer"):
         return _spread(path, str(kind), content)

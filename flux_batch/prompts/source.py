@@ -105,6 +105,8 @@ class PromptSource:
         ranges = list(table.split(num_rows))
         if ranges:  # a text file without rows has no columns either
             schema = self._schema_of(file, table)
+            if not schema.names:
+                _check_first_row(table, ranges[0], file.uri)
             if schema is not self._checked:
                 self._check_columns(schema, file.uri)
                 self._checked = schema
@@ -308,6 +310,13 @@ def _row_range(piece: FileRange) -> RowRange:
     return RowRange(piece.start, piece.num_rows, piece.offset, piece.line)
 
 
+def _check_first_row(table: Table, rows: RowRange, uri: str) -> None:
+    """Raise SourceError with the reason of a first row that cannot be read; its file has no columns."""
+    first = next(iter(table.stream(rows, ())), None)
+    if isinstance(first, BadRow):
+        raise SourceError(f"{uri}: no row of it can be read; the first one is {first.reason}")
+
+
 def _lines_of(table: Table | None, piece: FileRange) -> list[int]:
     """Return the line of each row of a piece; 0 where rows have none."""
     if not isinstance(table, LineTable):
@@ -329,5 +338,5 @@ def _column(schema: pa.Schema, name: str, uri: str, named_by: str) -> pa.DataTyp
     by_name = {each.strip().lower(): each for each in reversed(schema.names)}
     near = next((by_name[each.lower()] for each in likely if each.lower() in by_name), None)
     hint = f"; did you mean {near!r}?" if near else did_you_mean(name, schema.names)
-    names = ", ".join(schema.names[:20]) + (", ..." if len(schema.names) > 20 else "")
+    names = (", ".join(schema.names[:20]) or "none") + (", ..." if len(schema.names) > 20 else "")
     raise SourceError(f"{uri}: no column {name!r}{advice}{hint or f'; it has {names}'}")

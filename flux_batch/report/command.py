@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flux_batch.errors import JobError, count_of
@@ -19,6 +20,22 @@ _Said: TypeAlias = tuple[dict[str, Any], str]
 
 _SINGLE_FILE_IMAGES, _GALLERY_IMAGES = 200, 100_000
 _REMAINS = "; the bucket keeps versions, so their bytes remain until a lifecycle rule of the bucket ends them"
+
+
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Raise JobError for a file where a command takes the output of a run."""
+    for name in ("output", "other", "beside"):
+        uri = getattr(arguments, name, None)
+        if not uri or not Path(uri).is_file():
+            continue
+        if not uri.endswith((".yaml", ".yml")):
+            raise JobError(f"{uri} is a file; this command takes the output of a run, which is a folder")
+        from flux_batch.config.text import load_yaml
+
+        tree = load_yaml(Path(uri).read_text(), uri)
+        output = tree.get("output") if isinstance(tree, dict) else None
+        named = f": {output['uri']}" if isinstance(output, dict) and "uri" in output else ""
+        raise JobError(f"{uri} is a job file; this command takes the output of a run{named}")
 
 
 def gallery_command(arguments: argparse.Namespace, options: dict[str, Any], progress: _Progress) -> _Said:

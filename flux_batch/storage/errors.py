@@ -16,7 +16,10 @@ from flux_batch.redaction import public_text
 
 FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 # Client libraries whose exceptions are not OSErrors; recognised by module, so that none has to be imported.
-_CLIENTS = {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "s3fs"}
+_CLIENTS = {
+    *("adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "s3fs"),
+    *("httpx", "httpx2", "httpcore", "httpcore2"),  # of huggingface_hub
+}
 _REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
 # A disk that answers with one of these will do so again.
 _REFUSAL_ERRNOS = {errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ELOOP, errno.EFBIG, errno.EXDEV}

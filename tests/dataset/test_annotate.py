@@ -153,6 +153,17 @@ def test_another_annotator_under_the_same_name_is_refused_with_what_changed(
     assert files(config) != first
 
 
+def test_an_option_that_a_finished_pass_did_not_have_is_refused(tmp_path: Path) -> None:
+    config = make_run(tmp_path, "webdataset")
+    annotated(config, *BOTH)
+
+    assert annotated(config, BOTH[0], **{"prompts.device": "cuda"}).num_new_shards == 0
+    with pytest.raises(PlanMismatch, match=r"options: \{\} -> \{'scale': 3\}"):
+        annotated(config, BOTH[0], **{"prompts.scale": 3})
+    with pytest.raises(JobError, match="'scala'; its options are none"):
+        annotated(config, "phash", **{"phash.scala": 3})
+
+
 def test_an_image_that_it_cannot_judge_is_a_null_with_a_reason(tmp_path: Path) -> None:
     prompts = ["a", "b [sour]", "c", "d", "e"]
     config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts], output={"shard_size": 9})
@@ -346,7 +357,8 @@ def _forgiving(model: Any) -> Any:
         (["--with", "helpers.annotators:broken"], "cannot be opened: OSError: no weights"),
         (["--with", PROMPTS, "--set", "scala=2"], "its options are scale, device"),
         (["--with", "phash", "--with", "facts", "--set", "x=2"], "must begin with the name of an annotator"),
-        (["--with", "phash", "--failures", "max_ration=1"], "did you mean"),
+        (["--with", "phash", "--failures", "max_ration=1"], ": --failures max_ration: unknown key; did you mean"),
+        (["--with", "phash", "--failures", "max_ratio"], ": --failures max_ratio: must be KEY=VALUE"),
         (["--with", "phash", "--batch-size", "0"], "batch_size = 0: must be at least 1"),
     ],
 )

@@ -392,11 +392,33 @@ def test_what_cannot_be_exported_is_a_sentence(tmp_path: Path) -> None:
             export(store, dest, **options)  # type: ignore[arg-type]
     with pytest.raises(JobError, match="is the output of a run"):
         export(store, store)
+    with pytest.raises(JobError, match="lies among the files of the run"):
+        export(store, Store(f"{store.uri}/train/mine"))
     tar = tmp_path / "out/train/00002.tar"
     tar.write_bytes(tar.read_bytes().replace(b"IHDR", b"IHDX", 1))
     with pytest.raises(StoreError, match=r"image 000020000 differ from its metadata \(sha256\)"):
         export(store, dest)
     assert not dest.exists("_SUCCESS")
+
+
+@pytest.mark.parametrize("name", ["README.md", "train/00000.tar", "train/mine/notes.txt"])
+def test_an_export_writes_over_no_file_of_others(tmp_path: Path, name: str) -> None:
+    store, mine = made_run(tmp_path, "webdataset"), tmp_path / "dest" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(JobError, match=f"holds {name}, but no export; use an empty folder"):
+        export(store, Store(str(tmp_path / "dest")))
+    assert [path for path in (tmp_path / "dest").rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "mine"
+
+
+def test_an_export_says_what_another_one_lacks(tmp_path: Path) -> None:
+    store, dest = made_run(tmp_path, "webdataset"), Store(str(tmp_path / "dest"))
+    export(store, dest)
+    with pytest.raises(
+        JobError, match="max_side is none there, 64 here, the columns 'stored_height', 'stored_width' are others; take"
+    ):
+        export(store, dest, max_side=64)
 
 
 def certificates(folder: Path) -> None:

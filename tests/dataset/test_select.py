@@ -181,7 +181,7 @@ def test_keys_come_from_a_file_of_any_kind(store: Store, tmp_path: Path) -> None
     for name in [*texts, "keys.parquet"]:
         assert chosen(store, keys=str(tmp_path / name))[1] == [1, 19]
     (tmp_path / "keys.txt").write_text("000000001\n777770001\n")
-    with pytest.raises(JobError, match=r"keys.txt: 1 keys are not of this run: '777770001'"):
+    with pytest.raises(JobError, match=r"keys.txt: 1 key not of this run: '777770001'"):
         chosen(store, keys=str(tmp_path / "keys.txt"))
     with pytest.raises(JobError, match=r"none.txt: there is no such file"):
         chosen(store, keys=str(tmp_path / "none.txt"))
@@ -240,7 +240,11 @@ def test_images_of_a_row_share_a_split_though_their_groups_differ(tmp_path: Path
 
 
 BAD = [
-    ({"where": "similrity > 0.5"}, r"similrity.* not found.*similarity"),
+    (
+        {"where": "similrity > 0.5"},
+        r"'similrity > 0.5': there is no column \"similrity\"; near it are .*\"similarity\".*flux-batch annotate",
+    ),
+    ({"where": 'animal = "cat"'}, r"""there is no column "cat"; .*; a text is in single quotes, as 'cat'"""),
     ({"where": "similarity >"}, "is no expression"),
     ({"where": "similarity"}, "is a FLOAT; it must be true or false"),
     ({"where": "avg(similarity) > 0.5"}, r"written with OVER \(\)"),
@@ -248,7 +252,7 @@ BAD = [
     ({"where": "1 = 1) AS x, (key = '1'"}, "must be one expression"),
     ({"where": "(SELECT count(*) FROM read_csv('/etc/passwd')) > 0"}, "must not have a SELECT"),
     ({"where": "random() > 0.5"}, r"random\(\) is another one each time"),
-    ({"where": "prompt::INTEGER > 5"}, "cannot be computed: Conversion Error"),
+    ({"where": "prompt::INTEGER > 5"}, "cannot be computed: Could not convert"),
     ({"where": "error_type IS NULL"}, "Ambiguous"),
     ({"by": "similarity"}, "--by needs --top or --dedup"),
     ({"top": 5}, "--top needs --by"),

@@ -138,7 +138,7 @@ def test_files_in_either_layout(repository: Path, redux: Path, tmp_path: Path, m
     ("arguments", "message"),
     [
         ({"image_prompt": "cat.png"}, "image_prompt is a str: must be a PIL image"),
-        ({"image_prompt": IMAGES[0], "image_prompt_scale": [1.0, 2.0]}, "2 weights for 1 images"),
+        ({"image_prompt": IMAGES[0], "image_prompt_scale": [1.0, 2.0]}, "2 weights for 1 image"),
         ({"image_prompt": IMAGES[0], "image_prompt_scale": float("nan")}, "image_prompt_scale = nan"),
         ({"prompt": ["a", "b"], "image_prompt": [[IMAGES[0]], IMAGES[:2]]}, "must have the same number"),
     ],
@@ -175,7 +175,7 @@ def test_rows_with_image_prompts(repository: Path, redux: Path, tmp_path: Path) 
     assert [row["image_prompt_scale"] for row in found[:4]] == [None, "1", "1, 0.25", "0.5, 0.5"]
     assert {row["embedded_guidance"] for row in found[:4]} == {2.5}
     assert "image_prompt 7.png: there is no file" in found[4]["error_message"]
-    assert "image_prompt_scale: 3 weights for 1 images in image_prompt" in found[5]["error_message"]
+    assert "image_prompt_scale: 3 weights for 1 image in image_prompt" in found[5]["error_message"]
     assert report.model["redux"]["uri"] == str(redux)
 
     counted, plain = (memory(each) for each in (config, make_job(tmp_path, model=model | {"redux": None})))

@@ -46,6 +46,14 @@ def test_prompts_without_a_column_of_prompts_are_refused_with_those_there_are(tm
         draft_job("p.csv", PromptsConfig(uri=str(tmp_path / "p.csv")))
 
 
+@pytest.mark.parametrize(("name", "text"), [("p.csv", ""), ("p.jsonl", '{"prompt": "cut')])
+def test_prompts_without_a_row_are_refused_with_what_will_do(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+
+    with pytest.raises(JobError, match=f"{name}: no row of it can be read; a CSV file with the header `prompt`"):
+        draft_job(name, PromptsConfig(uri=str(tmp_path / name)))
+
+
 @pytest.mark.slow
 def test_init_writes_a_job_that_validates_and_never_over_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -40,6 +40,7 @@ def test_a_step_at_1024_costs_what_the_blocks_multiply(tmp_path: Path) -> None:
         ({"cfg_scale": 2.0}, 2.0, "28 steps"),
         ({"cfg_scale": 0.5, "denoising_strength": 0.5}, 1.0, "14 of 28 steps"),
         ({"num_inference_steps": 7}, 0.25, "7 steps"),
+        ({"num_inference_steps": 1}, 1 / 28, "1 step"),
     ],
 )
 def test_passes_are_counted_as_they_are_run(tmp_path: Path, sampling: dict[str, Any], share: float, words: str) -> None:

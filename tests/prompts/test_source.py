@@ -350,6 +350,21 @@ def test_a_data_set_without_a_prompt_column_says_how_to_name_it(tmp_path: Path) 
     assert "no column 'prompt'; name yours in prompts.columns.prompt" in plan_error(uri)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("p.jsonl", '{"prompt": "a"\n', "no row of it can be read; the first one is not valid JSON: "),
+        ("p.json", "[1, 2]", "no row of it can be read; the first one is neither a JSON object nor a text"),
+        ("p.json", "[{}]", "no column 'prompt'; name yours in prompts.columns.prompt; it has none"),
+    ],
+)
+def test_a_file_without_columns_says_what_is_wrong_with_its_first_row(
+    tmp_path: Path, name: str, text: str, said: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert f"{tmp_path / name}: {said}" in plan_error(str(tmp_path / name))
+
+
 @pytest.mark.parametrize("column", [[1, 2], [["a"], ["b"]], [b"a", b"b"], [1.5, None]])
 def test_a_prompt_column_that_is_not_text(tmp_path: Path, column: list[Any]) -> None:
     uri = write_parquet(tmp_path / "p.parquet", {"prompt": column})

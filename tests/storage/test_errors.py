@@ -1,4 +1,4 @@
-"""The answers of disks: those that pass, and those that come again."""
+"""The answers of disks, stores and hubs: those that pass, and those that come again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from botocore.exceptions import ClientError
 from s3fs.errors import translate_boto_error
 
-from flux_batch.errors import StoreRefused
-from flux_batch.storage.errors import is_transient
+from flux_batch.errors import StoreError, StoreRefused
+from flux_batch.storage.errors import is_transient, translated
 from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.store import Store
 
@@ -38,3 +38,14 @@ def test_a_request_that_was_signed_too_long_ago_is_signed_again(code: str, is_pa
     """As of a machine that slept between the signature and the request: the next one has the time of then."""
     answer = {"Error": {"Code": code, "Message": "403"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
     assert is_transient(translate_boto_error(ClientError(answer, "PutObject"))) == is_passing
+
+
+@pytest.mark.parametrize("module", ["httpx", "httpx2._exceptions", "httpcore2", "aiohttp.client_exceptions"])
+def test_a_hub_that_cannot_be_reached_is_away_and_nothing_unexpected(module: str) -> None:
+    error = type("ConnectError", (Exception,), {"__module__": module})("Name or service not known")
+
+    assert is_transient(error)
+    said = "hf://x: cannot read: Name or service not known"
+    with pytest.raises(StoreError, match=said) as raised, translated("hf://x", "read"):
+        raise error
+    assert raised.value.exit_code == 75

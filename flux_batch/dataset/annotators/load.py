@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ BUILT_IN: Mapping[str, str] = {
     "caption": f"{_PACKAGE}.vision:Caption",
     "ask": f"{_PACKAGE}.vision:Ask",
 }
+_OPTION_HINT = "--set key=value"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -98,10 +99,26 @@ def parse_specs(texts: Iterable[str], options: Mapping[str, Any]) -> list[Annota
     return [AnnotatorSpec.parse(text, given[name]) for text, name in zip(texts, names, strict=True)]
 
 
+def changing_options(spec: AnnotatorSpec, names: Collection[str]) -> set[str]:
+    """Return those of the named options that change results; none if only an open annotator tells.
+
+    That is so if it comes from a function, or its packages are those of the workers alone.
+    Raises: JobError if it does not have one of its options.
+    """
+    if not names:
+        return set()
+    try:
+        factory = imported(BUILT_IN.get(spec.annotator, spec.annotator), spec.folder, "an annotator")
+    except JobError:
+        return set()
+    check_options(factory, spec.options, spec.name, _OPTION_HINT)
+    return set(names) - getattr(factory, "execution_options", frozenset()) if isinstance(factory, type) else set()
+
+
 def open_annotator(spec: AnnotatorSpec) -> OpenAnnotator:
     """Import and open an annotator. Raises: JobError if that is not possible; its own errors of this package."""
     factory = imported(BUILT_IN.get(spec.annotator, spec.annotator), spec.folder, "an annotator")
-    check_options(factory, spec.options, spec.name, "--set key=value")
+    check_options(factory, spec.options, spec.name, _OPTION_HINT)
     try:
         annotator = factory(**spec.options)
     except FluxBatchError:

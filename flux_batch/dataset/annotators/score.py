@@ -13,7 +13,7 @@ from PIL import Image
 
 from flux_batch.config.running import QualityConfig
 from flux_batch.dataset.annotators.load import BUILT_IN, AnnotatorSpec, open_annotator
-from flux_batch.errors import InvalidSetting, one_line
+from flux_batch.errors import InvalidSetting, JobError, one_line
 from flux_batch.images import Pixels
 
 log = logging.getLogger(__name__)
@@ -24,9 +24,8 @@ class _Score:
 
     def __init__(self, quality: QualityConfig) -> None:
         """Open the annotator. Raises: JobError."""
-        annotator, column = _annotator_and_column(quality.score)
-        spec = AnnotatorSpec(name="quality", annotator=annotator, options=quality.options, folder=os.getcwd())
-        self._annotator = open_annotator(spec).checked
+        _, column = _annotator_and_column(quality.score)
+        self._annotator = open_annotator(_spec(quality)).checked
         columns = self._annotator.columns
         self._column = column or columns.names[0]
         if self._column not in columns.names or not _is_number(columns.field(self._column).type):
@@ -50,9 +49,22 @@ class _Score:
         return None if score is None or math.isnan(score) else float(score)
 
 
+def check_score(quality: QualityConfig) -> None:
+    """Raise JobError for a score that names no annotator; opens nothing."""
+    _spec(quality)
+
+
 def load_scorer(quality: QualityConfig) -> _Score:
     """Open the score of a job. Raises: JobError."""
     return _Score(quality)
+
+
+def _spec(quality: QualityConfig) -> AnnotatorSpec:
+    annotator, _ = _annotator_and_column(quality.score)
+    try:
+        return AnnotatorSpec(name="quality", annotator=annotator, options=quality.options, folder=os.getcwd())
+    except JobError as error:
+        raise JobError(f"quality.score = {error}") from error
 
 
 def _annotator_and_column(text: str) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,10 +27,11 @@ from flux_batch.config.schema import OutputConfig
 from flux_batch.dataset.export.card import export_card
 from flux_batch.dataset.export.lance import LanceFormat, check_lance, write_version
 from flux_batch.dataset.export.source import ExportSource, Piece
+from flux_batch.dataset.select.selection import difference
 from flux_batch.errors import AlreadyExists, DamagedObject, JobError, bytes_text
 from flux_batch.images import SUFFIXES
 from flux_batch.output.formats import OutputFormat, format_for
-from flux_batch.output.paths import CARD, PLAN, SUCCESS, TRAIN
+from flux_batch.output.paths import CARD, PLAN, SUCCESS, TRAIN, is_of_run
 from flux_batch.records import StoredFile
 from flux_batch.storage.scratch import scratch_folder
 from flux_batch.storage.store import Store
@@ -122,7 +124,7 @@ def export(
 ) -> _Exported:
     """Write images of a run as a data set at `dest`. What a killed export left is gone on with.
 
-    Raises: JobError if `dest` has another data set, or there is nothing to export; StoreError.
+    Raises: JobError if `dest` has another data set or files of others, or there is nothing to export; StoreError.
 
     >>> exported = export(Store("out/done"), Store("out/set"), format="parquet")
     >>> dict(exported.splits)
@@ -133,9 +135,10 @@ def export(
     if format == "lance":
         check_lance()
     packer = Packer(ExportSource.open(store, selection, max_side, finish), format)
-    if dest.exists(PLAN):
-        raise JobError(f"{dest.uri}: is the output of a run; an export needs a folder of its own")
     pieces = packer.source.pieces(shard_size)
+    _check_place(store, dest)
+    if not dest.exists(_IDENTITY):
+        _check_empty(dest, {packer.file_name(piece).partition("/")[0] for piece in pieces})
     _settle(dest, packer.identity(shard_size))
     done = {name.removesuffix(".json") for name in dest.children(_COMMITS)}
     missing = [piece for piece in pieces if _label(piece) not in done]
@@ -182,11 +185,32 @@ def _difference(name: str, theirs: Any, ours: Any) -> str:
     """Return how two exports differ in one respect; hashes say nothing to people."""
     if name == "images":
         return "the images are others, or were made again"
-    if name == "annotations":
+    if name in ("annotations", "columns"):
         before = theirs if isinstance(theirs, Mapping) else {}
         changed = [repr(each) for each in sorted({*before, *ours}) if before.get(each) != ours.get(each)]
-        return f"the annotations {', '.join(changed)} are others, or were made again"
-    return f"{name} is {theirs!r} there, {ours!r} here"
+        return f"the {name} {', '.join(changed)} are others{', or were made again' if name == 'annotations' else ''}"
+    return difference(name, theirs, ours)
+
+
+def _check_place(store: Store, dest: Store) -> None:
+    """Raise JobError for a destination among the files of a run: `gc` would remove what is written there."""
+    if dest.exists(PLAN):
+        raise JobError(f"{dest.uri}: is the output of a run; an export needs a folder of its own")
+    run, place = _address(store), _address(dest)
+    if place.startswith(f"{run}/") and is_of_run(f"{place.removeprefix(f'{run}/')}/"):
+        raise JobError(f"{dest.uri}: lies among the files of the run; an export needs a folder of its own")
+
+
+def _address(store: Store) -> str:
+    """Return the address of a store; that of a folder on this machine is absolute, with links followed."""
+    return os.path.realpath(store.uri.removeprefix("file://")) if store.is_local else store.uri
+
+
+def _check_empty(dest: Store, folders: Iterable[str]) -> None:
+    """Raise JobError for a destination where a new export would write over files of others."""
+    foreign = CARD if dest.exists(CARD) else next(filter(None, map(dest.any_key, sorted(folders))), None)
+    if foreign:
+        raise JobError(f"{dest.uri}: holds {foreign}, but no export; use an empty folder")
 
 
 def _settle(dest: Store, identity: Mapping[str, Any]) -> None:

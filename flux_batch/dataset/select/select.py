@@ -19,7 +19,7 @@ from flux_batch.dataset.select.keys import read_keys
 from flux_batch.dataset.select.near import near_embeddings, near_hashes
 from flux_batch.dataset.select.selection import check_name, write_selection
 from flux_batch.dataset.select.tables import Tables
-from flux_batch.errors import JobError
+from flux_batch.errors import JobError, count_of
 from flux_batch.output.paths import METADATA, TRAIN
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.storage.store import Store
@@ -190,7 +190,7 @@ class _Chooser:
         unknown = self.tables.rows(f"SELECT key FROM listed ANTI JOIN {METADATA} USING (key) ORDER BY key")
         if unknown:
             shown = ", ".join(repr(key) for (key,) in unknown[:_SHOWN_KEYS])
-            raise JobError(f"{self._criteria.keys}: {len(unknown)} keys are not of this run: {shown}")
+            raise JobError(f"{self._criteria.keys}: {count_of(len(unknown), 'key')} not of this run: {shown}")
         self._keep("not listed by --keys", "SELECT ordinal FROM chosen SEMI JOIN listed USING (key)")
         self.tables.connection.unregister("listed")
 

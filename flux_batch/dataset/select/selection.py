@@ -84,5 +84,11 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     if not changed:
         return "a selection of the same criteria is there, but the run or its annotations have changed since"
     return "another selection has that name: " + ", ".join(
-        f"{name} is {before.get(name)!r} there, {now.get(name)!r} here" for name in changed
+        difference(name, before.get(name), now.get(name)) for name in changed
     )
+
+
+def difference(name: str, theirs: Any, ours: Any) -> str:
+    """Return how something differs there and here, for a message."""
+    there, here = ("none" if value is None else repr(value) for value in (theirs, ours))
+    return f"{name} is {there} there, {here} here"

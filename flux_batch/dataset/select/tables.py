@@ -7,6 +7,7 @@ network, no clock, no dice, no second statement.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -25,6 +26,8 @@ _MEMORY = "600MB"
 _SHARDS_AT_ONCE = 128
 # Columns of the metadata that every selection needs.
 _NEEDED = ("key", "id", "status")
+# What DuckDB says of a column that is not there.
+_NO_COLUMN = re.compile(r'Referenced column (".*?") not found in FROM clause!\s+Candidate bindings: ')
 # Nothing from outside, and nothing that changes this later.
 _LOCKED = {
     "python_enable_replacements": "false",
@@ -106,7 +109,7 @@ class Tables:
             try:
                 self.connection.execute(self.values(value=text))
             except duckdb.Error as error:
-                raise JobError(f"{text!r}: {_sentence(error)}{_hint(error)}") from error
+                raise JobError(f"{text!r}: {_sentence(error)}{_hint(error, text)}") from error
         self.connection.execute("DROP TABLE chosen")
 
     def _check_alone(self, text: str) -> None:
@@ -208,13 +211,16 @@ def _quoted(name: str) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """Return what DuckDB says, without its picture of the place."""
-    return " ".join(str(error).partition("\n\nLINE")[0].split())
+    """Return the sentence of an error of DuckDB, without its name and place."""
+    said = " ".join(str(error).partition("\n\nLINE")[0].split())
+    return _NO_COLUMN.sub(r"there is no column \1; near it are ", re.sub(r"^\w+ Error: ", "", said))
 
 
-def _hint(error: Exception) -> str:
+def _hint(error: Exception, expression: str) -> str:
     if "must appear in the GROUP BY" in str(error):
         return "; over all images it is written with OVER (), as avg(x) OVER ()"
-    if "not found in FROM clause" in str(error):
+    if (found := _NO_COLUMN.search(str(error))) and found[1] in expression:
+        return f"; a text is in single quotes, as '{found[1][1:-1]}'"
+    if found:
         return "; columns of annotations are there after `flux-batch annotate`"
     return ""

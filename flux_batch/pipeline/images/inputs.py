@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from flux_batch.errors import InvalidSetting, RowError
+from flux_batch.errors import InvalidSetting, RowError, count_of
 from flux_batch.images import check_proportions
 from flux_batch.model.conditions.variant import FILL, Variant
 from flux_batch.pipeline.images.pixels import resized
@@ -192,7 +192,9 @@ def _scales(field: str, value: Any, images: Sequence[Sequence[Any]], *, is_singl
         for scale in scales:
             check_number(name, scale)
         if len(scales) != len(prompts):
-            raise InvalidSetting(f"{name}: {len(scales)} weights for {len(prompts)} images in {field}", field=name)
+            raise InvalidSetting(
+                f"{name}: {len(scales)} weights for {count_of(len(prompts), 'image')} in {field}", field=name
+            )
         found.append(scales)
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flux_batch.errors import DamagedObject, JobError, NotFound
+from flux_batch.errors import DamagedObject, JobError, NotFound, count_of
 from flux_batch.output.annotations import AnnotationFolder, annotation_names
 from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.commits import Commits
@@ -151,7 +151,7 @@ def status_rows(
         rows.append(("computes", f"in {precision.get('dtype')}" + (f", on {kernels}" if kernels else "")))
     if annotated := status["num_annotated"]:
         each = ", ".join(f"{name} {number}" for name, number in annotated.items())
-        rows.append(("columns", f"{each} of {shards} shards annotated"))
+        rows.append(("columns", f"{each} of {count_of(shards, 'shard')} annotated"))
     by = status["stopped_by"]
     rows.append(("state", f"stopped: {by}" if by else _STATES[status["state"]]))
     if status["driver"] and not status["is_complete"]:
