@@ -382,7 +382,6 @@ class TestFromPretrained:
         with pytest.raises(InvalidSetting, match="must be bfloat16, float16, float32 or auto"):
             FluxImagePipeline.from_pretrained(repository, torch_dtype=dtype, device="cpu")
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
     def test_a_device_that_is_none(self, repository: Path) -> None:
         for load in (partial(FluxImagePipeline.from_pretrained, repository), partial(ModelManager, None)):
             with pytest.raises(InvalidSetting, match="device = 'gpu': must be the name of a device") as caught:
@@ -408,6 +407,7 @@ class TestFromPretrained:
         with pytest.raises(InvalidSetting, match=r"controlnets = .*: must be a list of paths"):
             FluxImagePipeline.from_pretrained(repository, controlnets=paths, **CPU)
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
     def test_no_cuda(self, repository: Path) -> None:
         with pytest.raises(InvalidSetting, match="there is no CUDA device here; use cpu"):
             FluxImagePipeline.from_pretrained(repository, device="cuda")
