@@ -139,6 +139,7 @@ def test_a_bad_call_names_the_argument_and_what_would_be_right(pipe: FluxImagePi
 
 def test_numbers_of_numpy_are_numbers(pipe: FluxImagePipeline) -> None:
     given = {"num_inference_steps": np.int64(2), "embedded_guidance": np.float32(3.5), "cfg_scale": np.int64(1)}
+    given |= {"controlnet_conditioning_scale": np.float32(1), "control_guidance_start": [np.float32(0)]}
     options = {**SMALL, "seed": np.int64(1), "output_type": "latent"}
-    plain = {name: value.item() for name, value in given.items()}
+    plain = {name: np.array(value).tolist() for name, value in given.items()}
     assert torch.equal(pipe("x", **options | given), pipe("x", **options | plain))
