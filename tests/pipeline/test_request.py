@@ -143,3 +143,12 @@ def test_numbers_of_numpy_are_numbers(pipe: FluxImagePipeline) -> None:
     options = {**SMALL, "seed": np.int64(1), "output_type": "latent"}
     plain = {name: np.array(value).tolist() for name, value in given.items()}
     assert torch.equal(pipe("x", **options | given), pipe("x", **options | plain))
+
+
+def test_a_second_name_of_an_argument_may_be_none(pipe: FluxImagePipeline) -> None:
+    common = {"denoising_strength": 0.5, "seed": 1, "output_type": "latent", **SMALL}
+    expected = pipe("x", input_image=SMALL_IMAGE, **common)
+    for names in (("image", "flux_fill_image"), ("flux_fill_image", "image")):
+        given = dict(zip(names, (SMALL_IMAGE, None), strict=True))
+        assert torch.equal(pipe("x", **common, **given), expected)
+        assert torch.equal(pipe("x", **common, **dict(reversed(given.items()))), expected)
