@@ -112,6 +112,7 @@ def load_autoencoder(
     return for_device(load_weights(model, _checked_state(checkpoint, what, expected, rules, dtype, device)), device)
 
 
+@torch.inference_mode(False)  # as in load_weights
 def for_device(model: AutoEncoder, device: torch.device) -> AutoEncoder:
     """Return an autoencoder in the memory format of the device: channels last on CUDA, for its tensor cores.
 

@@ -157,3 +157,12 @@ def test_an_autoencoder_is_laid_out_for_the_tensor_cores_of_cuda_alone() -> None
     assert formats == [False, True]
     latents = tensor("in.noise", (1, 16, 4, 6))
     torch.testing.assert_close(model.decode(latents), plain.decode(latents), rtol=0, atol=1e-4)
+
+
+def test_an_autoencoder_laid_out_in_inference_mode_can_be_trained_through() -> None:
+    model = filled(AutoEncoder(AUTOENCODER)).requires_grad_(False)
+    with torch.inference_mode():
+        for_device(model, torch.device("cuda"))
+    latents = tensor("in.noise", (1, 16, 4, 6)).requires_grad_()
+    model.decode(latents).sum().backward()
+    assert latents.grad is not None
