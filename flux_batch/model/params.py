@@ -41,7 +41,8 @@ class FluxParams:
         has_all = len(self.axes_dim) == _NUM_AXES and all(dim > 0 and dim % 2 == 0 for dim in self.axes_dim)
         if not has_all or sum(self.axes_dim) != self.head_dim:
             raise ValueError(
-                f"rotary axes {self.axes_dim} must be even and add up to the head size {self.head_dim}, three above 0"
+                f"rotary axes {self.axes_dim} must be three even numbers above 0, "
+                f"which add up to the head size {self.head_dim}"
             )
 
     @property

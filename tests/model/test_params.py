@@ -118,7 +118,7 @@ def test_unknown_head_size_asks_for_the_axes() -> None:
     "axes", [(16, 56), (16, 56, 58), (15, 57, 56), (64, 64), (32, 32, 32, 32), (-16, 72, 72), (0, 64, 64)]
 )
 def test_axes_that_do_not_fit_the_head_are_refused(axes: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="must be even and add up to the head size 128"):
+    with pytest.raises(ValueError, match="must be three even numbers above 0, which add up to the head size 128"):
         replace(DEV, axes_dim=axes)
 
 

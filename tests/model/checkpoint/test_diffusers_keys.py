@@ -235,7 +235,7 @@ DAMAGES = {
     ),
     "heads too large": (
         lambda s: s | {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(64)},
-        "heads of size 64 do not fit into a hidden size of 32|must be even and add up to the head size",
+        "heads of size 64 do not fit into a hidden size of 32|must be three even numbers above 0",
     ),
     "nothing": (lambda _: {}, r"not a FLUX\.1"),
 }
@@ -353,7 +353,7 @@ def test_broken_configs_are_named(original: Path) -> None:
     for text, message in (
         ("{", "not valid JSON"),
         ("[1]", "not a JSON object"),
-        (json.dumps({"axes_dims_rope": [4, 6, 8]}), "must be even and add up to the head size 16"),
+        (json.dumps({"axes_dims_rope": [4, 6, 8]}), "which add up to the head size 16"),
         ("{}", "put a config.json with axes_dims_rope beside them"),
     ):
         config.write_text(text)
