@@ -28,8 +28,9 @@ from flux_batch.model.text.tokenizers import count_tokens, load_tokenizer, token
 
 # Settings that shapes do not tell; sizes are read from the shapes of the weights, whatever a config.json says.
 _SETTINGS = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")
-# How T5 v1.1 gates its feed-forward: by GELU in its approximation with tanh, whatever the name.
+# How T5 v1.1 gates its feed-forward: by GELU in its approximation with tanh, under both of its names.
 _GATED_GELU = "gated-gelu"
+_GATED_GELUS = (_GATED_GELU, "gated-gelu_new")
 # What is left to float16 below its largest number, once a sum has passed that.
 _FP16_MARGIN = 1000
 
@@ -58,7 +59,7 @@ class T5Params:
         is_far = isinstance(distance, int) and distance > near
         check_setting("relative_attention_max_distance", distance, is_far, f"must be greater than {near}")
         check_setting("layer_norm_epsilon", eps, isinstance(eps, (int, float)) and eps > 0, "must be greater than 0")
-        is_gated = self.feed_forward_proj == _GATED_GELU
+        is_gated = self.feed_forward_proj in _GATED_GELUS
         check_setting("feed_forward_proj", self.feed_forward_proj, is_gated, f"must be {_GATED_GELU}")
 
 

@@ -82,6 +82,7 @@ def keep_wide(model: torch.nn.Module) -> None:
         ({}, 1.0),
         ({"relative_attention_num_buckets": 16, "relative_attention_max_distance": 40}, 1.0),
         ({"layer_norm_epsilon": 0.1, "d_kv": 12}, 1.0),
+        ({"feed_forward_proj": "gated-gelu_new", "dense_act_fn": "gelu_new"}, 1.0),
         ({}, 3e3),  # sums past the largest number of float16, in the attention and behind it
     ],
 )
