@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,25 +16,33 @@ _TOKENIZER_FILES = {
     CLIPTokenizer: (("tokenizer.json",), ("vocab.json", "merges.txt")),
     T5Tokenizer: (("tokenizer.json",), ("spiece.model",)),
 }
+# A call of a tokenizer sets how it cuts and pads, and then reads the texts: another in between would change that.
+_TURNS = Lock()
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     """Return token ids (b, length) int64, cut or padded."""
-    batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
+    batch = _read(tokenizer, list(prompts), padding="max_length", max_length=length, truncation=True)
     return torch.tensor(batch.input_ids, dtype=torch.int64, device="cpu")
 
 
 def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
     """Return the number of tokens of each whole prompt, special tokens included."""
-    return [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
+    return [len(ids) for ids in _read(tokenizer, list(prompts), verbose=False).input_ids]
 
 
 def left_out(tokenizer: Any, prompt: str, length: int) -> str:
     """Return the end of a prompt that does not fit into so many tokens; empty if all of it does."""
-    batch = tokenizer(prompt, max_length=length, truncation=True, return_offsets_mapping=True, verbose=False)
+    batch = _read(tokenizer, prompt, max_length=length, truncation=True, return_offsets_mapping=True, verbose=False)
     if len(batch.input_ids) < length or count_tokens(tokenizer, [prompt])[0] <= length:
         return ""
     return prompt[max(end for _, end in batch.offset_mapping) :]
+
+
+def _read(tokenizer: Any, texts: str | list[str], **how: Any) -> Any:
+    """Return what a tokenizer makes of texts; threads take turns."""
+    with _TURNS:
+        return tokenizer(texts, **how)
 
 
 def load_tokenizer(kind: Any, home: Path, name: str) -> Any:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError, Thread
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from flux_batch.model.text.clip import ClipEncoder, ClipModel, ClipParams
 from flux_batch.model.text.t5 import T5Encoder, T5Model, T5Params
-from flux_batch.model.text.tokenizers import count_tokens, load_tokenizer, tokenize
+from flux_batch.model.text.tokenizers import count_tokens, left_out, load_tokenizer, tokenize
 
 TOKENIZERS = Path(__file__).parents[4] / "shared" / "tokenizers"
 PROMPTS = {
@@ -55,6 +59,28 @@ def test_prompts_are_padded_to_the_length_asked_for(tokenizers: Path) -> None:
     assert ids[0, 4:].tolist() == [0] * 4
     assert ids[1, -1] == 1
     assert tokenize(tokenizer, ["ab"], 600).shape == (1, 600)
+
+
+@pytest.mark.parametrize("use", [lambda it: tokenize(it, ["a"], 8), lambda it: left_out(it, "a", 8)])
+def test_threads_take_turns_at_a_tokenizer(use: Callable[[Any], object]) -> None:
+    """How it cuts and pads is kept in it: a text that is counted meanwhile would not be padded, or be cut."""
+    both = Barrier(2, timeout=0.2)
+    met = []
+
+    def tokenizer(texts: Any, **how: Any) -> Any:
+        try:
+            both.wait()
+            met.append(texts)
+        except BrokenBarrierError:
+            pass
+        return SimpleNamespace(input_ids=[[1]])
+
+    threads = [Thread(target=use, args=(tokenizer,)), Thread(target=count_tokens, args=(tokenizer, ["b"]))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not met
 
 
 def test_a_missing_tokenizer_names_both_places(tmp_path: Path) -> None:
