@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +19,34 @@ class _OffloadedModules:
     def __init__(self, host_tensors: list[_HostTensor], device: torch.device) -> None:
         self._host_tensors = host_tensors
         self._device = device
+        self._turns = Lock()
 
     @contextmanager
     def on_device(self, *, may_change: bool = False) -> Iterator[None]:
-        """Bring the weights to the device inside. may_change: copy them back at the end, changed as they may be."""
-        # Weights must not become inference tensors, whoever calls.
-        with torch.inference_mode(False), torch.no_grad():
-            try:
-                for layer, name, tensor in self._host_tensors:
-                    _put(layer, name, tensor.to(self._device, non_blocking=self._device.type == "cuda"))
-            except BaseException:
-                self.leave_device()
-                raise
-        try:
+        """Bring the weights to the device inside. may_change: copy them back at the end, changed as they may be.
+
+        Threads take turns, else one would take them away from another.
+        """
+        if not self._host_tensors:
             yield
-        finally:
+            return
+        with self._turns:
+            # Weights must not become inference tensors, whoever calls.
             with torch.inference_mode(False), torch.no_grad():
-                if may_change:
+                try:
                     for layer, name, tensor in self._host_tensors:
-                        tensor.copy_(getattr(layer, name))
-                self.leave_device()
+                        _put(layer, name, tensor.to(self._device, non_blocking=self._device.type == "cuda"))
+                except BaseException:
+                    self.leave_device()
+                    raise
+            try:
+                yield
+            finally:
+                with torch.inference_mode(False), torch.no_grad():
+                    if may_change:
+                        for layer, name, tensor in self._host_tensors:
+                            tensor.copy_(getattr(layer, name))
+                    self.leave_device()
 
     def leave_device(self) -> None:
         """Make the modules use their weights in host memory, and free the device's memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Barrier, BrokenBarrierError, Thread
 
 import pytest
 import torch
@@ -45,6 +46,28 @@ def test_weights_leave_the_device_after_a_failure(module: nn.Module) -> None:
     offloaded = apply_offload([module], META)
     with pytest.raises(RuntimeError, match="broken"), offloaded.on_device():
         raise RuntimeError("broken")
+    assert devices(module) == {"cpu"}
+
+
+def test_threads_take_turns_at_weights_on_the_device(module: nn.Module) -> None:
+    offloaded = apply_offload([module], META)
+    both = Barrier(2, timeout=0.2)
+    met = []
+
+    def use() -> None:
+        with offloaded.on_device():
+            try:
+                both.wait()
+                met.append(True)
+            except BrokenBarrierError:
+                pass
+
+    threads = [Thread(target=use) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not met
     assert devices(module) == {"cpu"}
 
 
