@@ -1,14 +1,14 @@
 """The attention kernels of the denoising loop, chosen by device and tried before use.
 
 On Hopper attention is asked of FlashAttention 3 where its package is installed, else of cuDNN, in the denoising loop;
-text encoders and the autoencoder have torch's own order, which begins with a cuDNN that torch trusts there, too.
+text encoders and the autoencoder keep torch's own order, which begins with cuDNN where torch trusts it.
 FlashAttention 3 takes the place of torch's flash attention in the whole process, which is how torch switches it on. The
-order of kernels is a setting of the process too: calls of several pipelines in one process take turns. FLUX.1 at 1024 x
-1024 and 28 steps on an H200, published: 4.32 s with SDPA's default, 3.73 s with FlashAttention 3 (sgl-project/sglang,
-pull request 19673). At FLUX's lengths cuDNN is as fast on an H100: 631 and 632 TFLOP/s (pytorch/pytorch, issue 142132).
-Other GPUs keep torch's own order: on Ampere flash attention is faster than cuDNN (huggingface/transformers, pull
-request 48163), and on datacenter Blackwell torch prefers cuDNN by itself. Nothing of it was measured with this code
-yet.
+order of kernels is a setting of the process too, which no lock guards: where calls overlap in threads, the end of one
+can give the other torch's order, and with it other last bits. FLUX.1 at 1024 x 1024 and 28 steps on an H200, published:
+4.32 s with SDPA's default, 3.73 s with FlashAttention 3 (sgl-project/sglang, pull request 19673). At FLUX's lengths
+cuDNN is as fast on an H100: 631 and 632 TFLOP/s (pytorch/pytorch, issue 142132). Other GPUs keep torch's own order: on
+Ampere flash attention is faster than cuDNN (huggingface/transformers, pull request 48163), and on datacenter Blackwell
+torch prefers cuDNN by itself. Nothing of it was measured with this code yet.
 """
 
 from __future__ import annotations
