@@ -78,3 +78,20 @@ def test_shards_that_fail_everywhere_are_given_up_and_the_others_made(monkeypatc
     Failing(monkeypatch, shards=bad)
     results, _ = results_of(200)
     assert {result.shard for result in results if result.error} == bad
+
+
+@pytest.mark.timeout(60)
+def test_workers_that_load_for_ever_keep_no_shard_from_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = {5, 6, 7}
+    Failing(monkeypatch, shards=bad)
+    load = SimulatedWorker.open
+
+    def hanging(one: SimulatedWorker, call: Future[object], after_s: float) -> None:
+        if not one.number:
+            load(one, call, after_s)
+
+    monkeypatch.setattr(SimulatedWorker, "open", hanging)
+    results, seconds = results_of(20)
+    assert [result.shard for result in results[:17]] == [shard for shard in range(20) if shard not in bad]
+    assert {result.shard for result in results if result.error} == bad
+    assert seconds < 120 + 20 * SHARD_S + 120
