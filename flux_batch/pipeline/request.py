@@ -223,7 +223,7 @@ def resolve_aliases(aliases: Mapping[str, Any], arguments: Iterable[str]) -> dic
     """Return arguments with diffusers' names under our names.
 
     Raises: InvalidSetting for an argument that is unknown, with the nearest of the `arguments` or what to pass instead,
-    and for two names of one argument with two values.
+    and for two names of one argument with two values; None is no value.
     """
     for name in aliases:
         if name not in (*_CALL_ALIASES, _DIFFSYNTH_CONTROLS):
@@ -232,8 +232,13 @@ def resolve_aliases(aliases: Mapping[str, Any], arguments: Iterable[str]) -> dic
             raise InvalidSetting(f"{name} is not an argument of the pipeline{hint}", field=name)
     found: dict[str, Any] = {}
     for name, value in aliases.items():
-        if name != _DIFFSYNTH_CONTROLS and found.setdefault(_CALL_ALIASES[name], value) is not value:
-            raise InvalidSetting(f"{name}: {_CALL_ALIASES[name]} is given twice, leave one of them out", field=name)
+        if name == _DIFFSYNTH_CONTROLS:
+            continue
+        ours = _CALL_ALIASES[name]
+        other = found.get(ours)
+        if other is not None and value is not None and other is not value:
+            raise InvalidSetting(f"{name}: {ours} is given twice, leave one of them out", field=name)
+        found[ours] = value if other is None else other
     if (inputs := aliases.get(_DIFFSYNTH_CONTROLS)) is not None:
         found |= controls_of_diffsynth(inputs)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -245,7 +246,7 @@ def _check_unset(arguments: Sequence[Any]) -> None:
     """Raise InvalidSetting for an argument that tells ControlNets something, as there are none."""
     for name, value, default in zip(_ARGUMENTS, arguments, _DEFAULTS, strict=True):
         values = value if isinstance(value, (list, tuple)) else [value]
-        if not all(each is default or (isinstance(each, (int, float)) and each == default) for each in values):
+        if not all(each is default or (isinstance(each, Real) and each == default) for each in values):
             raise InvalidSetting(f"{name} = {value!r}: the model has no ControlNet; leave it out", field=name)
 
 
