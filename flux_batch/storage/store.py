@@ -176,6 +176,10 @@ class Store:
         # s3fs lists the folder itself if somebody puts the first object into it meanwhile.
         return sorted(path[start:] for path in paths if path.startswith(f"{folder}/"))
 
+    def is_link(self, key: str) -> bool:
+        """Return whether a name on a disk is a link."""
+        return self._is_local and os.path.islink(self._path(key))
+
     def scan(self, folder: str, take: Callable[[Iterable[Entry]], T], *, after: str = "", with_sizes: bool = True) -> T:
         """Return what `take` makes of the entries directly in a folder, in any order.
 
