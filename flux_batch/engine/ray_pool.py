@@ -163,7 +163,8 @@ class Pool:
             return
         num_spare = min(-(-self.options.max_workers // _WORKERS_PER_SPARE), self.queue.num_alone)
         if len(self.workers.empty) > num_spare:
-            for worker in sorted(self.workers.empty, key=lambda worker: not worker.is_up)[num_spare:]:
+            by_use = sorted(self.workers.empty, key=lambda worker: (not worker.is_up, worker.num_failed))
+            for worker in by_use[num_spare:]:
                 self._remove(worker)
 
     def _dispatch(self) -> None:
