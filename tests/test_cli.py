@@ -133,6 +133,25 @@ def test_a_file_in_place_of_an_output_is_told_in_one_sentence(
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a" * 300, None, "File name too long"),
+        ("job.yaml", b"name: caf\xe9", "is a job file; this command takes the output of a run\n"),
+    ],
+    ids=["long", "not UTF-8"],
+)
+def test_an_output_that_cannot_be_looked_at_is_told_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None, sentence: str
+) -> None:
+    if content:
+        (tmp_path / name).write_bytes(content)
+    code, _, err = flux_batch(capsys, "status", str(tmp_path / name))
+    assert sentence in err
+    assert "unexpected" not in err
+    assert code != 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["plan", "job.yaml", "--jsn"], "unrecognized arguments: --jsn; did you mean '--json'?"),

@@ -295,7 +295,8 @@ def _reason(finding: ErrorDetails) -> str:
         return f"must be {choices}{did_you_mean(str(finding['input']), names)}"
     if kind in _LIMITS:
         (limit,) = finding["ctx"].values()
-        return f"must be {_LIMITS[kind]} {limit:g}"
+        shown = limit if isinstance(limit, int) else f"{limit:g}"
+        return f"must be {_LIMITS[kind]} {shown}"
     return reason[0].lower() + reason[1:]
 
 

@@ -44,6 +44,7 @@ class WorkerHandle:
     is_stopping: bool = False  # stays so: a stopped worker takes no other shard
     node: str = ""  # known soon after its process has started
     _node_call: Call | None = None
+    _placed: float = 0.0
     _ping: Call | None = None
     _pinged: float = field(default=0.0)
     _figures: Call | None = None
@@ -74,10 +75,9 @@ class WorkerHandle:
         is_free &= not any(task.attempt.lost for task in self.finishing.values())
         return self.is_up and is_free and not self.is_stopping
 
-    @property
-    def is_promising(self) -> bool:
-        """True if it is at work or loads its model, without a failed shard."""
-        is_loading = bool(self.node) and not self.is_up and self.failure is None
+    def is_promising(self, now: float, load_s: float) -> bool:
+        """Return whether it works, or has loaded for less than `load_s`, without a failed shard."""
+        is_loading = bool(self.node) and not self.is_up and self.failure is None and now - self._placed < load_s
         return not self.num_failed and (self.task is not None or is_loading)
 
     @property
@@ -134,7 +134,7 @@ class WorkerHandle:
             node, self._node_call = _answer(self._node_call)
             self.node = node or ""
             if self.node:
-                self.seen.placed_at = time.monotonic()
+                self.seen.placed_at, self._placed = time.monotonic(), self.cluster.clock()
 
     def update_figures(self) -> None:
         """Read its figures if it has answered with them, and ask again."""

@@ -163,7 +163,8 @@ class Pool:
             return
         num_spare = min(-(-self.options.max_workers // _WORKERS_PER_SPARE), self.queue.num_alone)
         if len(self.workers.empty) > num_spare:
-            for worker in sorted(self.workers.empty, key=lambda worker: not worker.is_up)[num_spare:]:
+            by_use = sorted(self.workers.empty, key=lambda worker: (not worker.is_up, worker.num_failed))
+            for worker in by_use[num_spare:]:
                 self._remove(worker)
 
     def _dispatch(self) -> None:
@@ -267,13 +268,15 @@ class Pool:
         """Return the outcome of a shard; after several failures in a row it may be the fault of the worker.
 
         Else a node with a broken disk would fail all shards that wait, faster than others make them. The first failure
-        is the shard's, and so are all while no other worker is promising.
+        is the shard's, and so are all while no other worker is promising. A model that takes longer to load than
+        `hang_s` promises nothing: nobody ends such a worker.
         """
         if isinstance(outcome, ShardResult):
             worker.num_failed = 0
         elif outcome.kind == "shard_failed":
             worker.num_failed += 1
-            if worker.num_failed > 1 and any(other.is_promising for other in self.workers):
+            now, load_s = self.cluster.clock(), self.options.hang_s
+            if worker.num_failed > 1 and any(other.is_promising(now, load_s) for other in self.workers):
                 if worker.num_failed.bit_count() == 1:  # again and again, but not each time
                     where = worker.seen.name or f"of node {worker.node[:8]}"
                     log.warning(

@@ -268,8 +268,11 @@ class ShardQueue:
             case "storage_unavailable":
                 self.requeue(task)
                 self.check_outage(f"shard {task.shard.index}", outcome)
-            case "stopped" | "worker_failed":
+            case "stopped":
                 self.requeue(task)
+            case "worker_failed":
+                self._return(task)
+                self._wait(task.shard)  # last: others may show that the worker can make a shard
         return None
 
     def lose(self, task: Task, reason: str) -> ShardResult | None:

@@ -155,7 +155,12 @@ def _unknown_files(run: RunFolder, commits: ShardFiles) -> Iterator[_Leftover]:
 
 def _strays(run: RunFolder, key: str, size: int | None) -> Iterator[_Leftover]:
     """Yield a file, or those of a folder."""
-    return (_Leftover(each, "stray") for each in (run.store.list(key) if size is None else [key]))
+    return (_Leftover(each, "stray") for each in (_files_in(run, key) if size is None else [key]))
+
+
+def _files_in(run: RunFolder, folder: str) -> Sequence[str]:
+    """Return the keys under a folder; none behind a link, where files of others may lie."""
+    return () if run.store.is_link(folder) else run.store.list(folder)
 
 
 def _staged(run: RunFolder, done: Container[int]) -> Iterator[_Leftover]:
@@ -165,7 +170,7 @@ def _staged(run: RunFolder, done: Container[int]) -> Iterator[_Leftover]:
         if size is not None:
             yield _Leftover(folder, "stray")
         elif shard is None or shard in done:
-            yield from (_Leftover(key, "staged") for key in run.store.list(folder))
+            yield from (_Leftover(key, "staged") for key in _files_in(run, folder))
 
 
 def _tables(run: RunFolder, tables: ShardFiles, done: Container[int]) -> Iterator[_Leftover]:
@@ -190,7 +195,7 @@ def _data_files(
 
 def _data_of_shard(run: RunFolder, done: Container[int], entry: tuple[str, int | None]) -> list[_Leftover]:
     name, size = entry
-    keys = run.store.list(f"{TRAIN}/{name}") if size is None else [f"{TRAIN}/{name}"]
+    keys = _files_in(run, f"{TRAIN}/{name}") if size is None else [f"{TRAIN}/{name}"]
     shard = run.shard_of(name if size is None else name.partition(".")[0])
     if shard is None:
         return [_Leftover(key, "stray") for key in keys]

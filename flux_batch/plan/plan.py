@@ -190,7 +190,8 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
     num_new = len(shards) - len(plan.shards)
     names = set(shards.files)
     used = [file for file in files if file.name in names]
-    passthrough = source.passthrough_schema(used)
+    # Beside planned files, a column without a value fits any type.
+    passthrough = source.passthrough_schema(used, pa.null() if plan.shards else pa.string())
     if plan.shards and num_new:
         _check_fits(plan, num_new, passthrough)
         passthrough = plan.passthrough

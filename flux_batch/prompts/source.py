@@ -46,6 +46,7 @@ from flux_batch.storage.passthrough import is_text, portable
 
 # Small files of one shard that are opened ahead of the row at hand.
 _READ_AHEAD = 8
+_TEXT = pa.string()
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 # Names that columns of prompts have in public data sets, the likeliest first.
 PROMPT_NAMES = ("prompt", "prompts", "caption", "captions", "text", "description", "synthetic_prompt", "meta_prompt")
@@ -124,8 +125,8 @@ class PromptSource:
                 notes.append(f"column {name!r} is not used: prompts.columns: {{{field}: {name}}} would use it")
         return notes
 
-    def passthrough_schema(self, files: Sequence[PromptFile]) -> pa.Schema:
-        """Return the types of the passthrough columns over all files; a column without a value is text.
+    def passthrough_schema(self, files: Sequence[PromptFile], of_nulls: pa.DataType = _TEXT) -> pa.Schema:
+        """Return the types of the passthrough columns over all files; a column without a value has `of_nulls`.
 
         Raises: SourceError if they do not agree.
         """
@@ -136,7 +137,7 @@ class PromptSource:
         schemas = [self._passthrough_of(file) for file in reversed(different.values())]
         try:
             unified = pa.unify_schemas(schemas, promote_options="permissive")
-            own = [each.with_type(pa.string()) if pa.types.is_null(each.type) else each for each in unified]
+            own = [each.with_type(of_nulls) if pa.types.is_null(each.type) else each for each in unified]
             return pa.schema([*own, *(each for each in sampled if each.name not in unified.names)])
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise SourceError(f"prompts.passthrough: the files disagree on a column's type: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -26,13 +27,13 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     """Raise JobError for a file where a command takes the output of a run."""
     for name in ("output", "other", "beside"):
         uri = getattr(arguments, name, None)
-        if not uri or not Path(uri).is_file():
+        if not uri or not os.path.isfile(uri):  # that of Path raises for a name that is too long
             continue
         if not uri.endswith((".yaml", ".yml")):
             raise JobError(f"{uri} is a file; this command takes the output of a run, which is a folder")
         from flux_batch.config.text import load_yaml
 
-        tree = load_yaml(Path(uri).read_text(), uri)
+        tree = load_yaml(Path(uri).read_text("utf-8", "replace"), uri)
         output = tree.get("output") if isinstance(tree, dict) else None
         named = f": {output['uri']}" if isinstance(output, dict) and "uri" in output else ""
         raise JobError(f"{uri} is a job file; this command takes the output of a run{named}")

@@ -32,16 +32,17 @@ def local_entries(folder: str, *, with_sizes: bool) -> Iterator[Entry]:
 
 
 def local_files(folder: str) -> Iterator[str]:
-    """Yield the paths of all files under a folder on a disk.
+    """Yield the paths of all files under a folder on a disk; a link to a folder is an entry that is not entered.
 
     fsspec leaves out what cannot be read; this leaves out what is removed meanwhile. Raises: OSError.
     """
-    for name, size in local_entries(folder, with_sizes=False):
-        if size is not None:
-            yield f"{folder}/{name}"
-        else:
-            with suppress(FileNotFoundError):
-                yield from local_files(f"{folder}/{name}")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                yield entry.path
+            else:
+                with suppress(FileNotFoundError):
+                    yield from local_files(entry.path)
 
 
 def listed_entries(folder: str, listed: Iterable[Mapping[str, Any]]) -> Iterator[Entry]:

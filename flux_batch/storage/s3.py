@@ -1,7 +1,11 @@
-"""Requests to S3 for which s3fs has no public way, or one of several requests."""
+"""Settings of S3 clients, and requests to S3.
+
+The requests are those for which s3fs has no public way, or one of several requests.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -12,6 +16,21 @@ from flux_batch.storage.errors import is_refusal, status
 # The most keys of one request to delete.
 MAX_DELETES = 1000
 _ASK = "_call_s3"
+# Some servers send the checksum of a whole object with a part of it, which botocore would compare; others refuse the
+# checksum that botocore would send behind an object over HTTPS (411, as Ceph's gateway 16.2). The environment may say
+# otherwise, and so may storage_options.
+_CHECKSUMS = {
+    "AWS_RESPONSE_CHECKSUM_VALIDATION": "response_checksum_validation",
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "request_checksum_calculation",
+}
+# The longest time to a connection.
+_CONNECT_S = 10
+
+
+def client_settings(num_retries: int) -> dict[str, Any]:
+    """Return the settings of S3 clients that suit every store."""
+    checksums = {option: "when_required" for name, option in _CHECKSUMS.items() if name not in os.environ}
+    return {**checksums, "connect_timeout": _CONNECT_S, "retries": {"max_attempts": num_retries}}
 
 
 def is_s3(fs: Any) -> bool:

@@ -37,17 +37,8 @@ log = logging.getLogger(__name__)
 STORE_TMP = "_run/tmp"
 # The folder in it in which writers of one object announce themselves.
 _TURNS = f"{STORE_TMP}/turns"
-# Some servers send the checksum of a whole object with a part of it, which botocore would compare; others refuse the
-# checksum that botocore would send behind an object over HTTPS (411, as Ceph's gateway 16.2). The environment may say
-# otherwise, and so may storage_options.
-_CHECKSUMS = {
-    "AWS_RESPONSE_CHECKSUM_VALIDATION": "response_checksum_validation",
-    "AWS_REQUEST_CHECKSUM_CALCULATION": "request_checksum_calculation",
-}
 # How often the client of S3 tries a request again by itself, as botocore does by default.
 _S3_RETRIES = 4
-# The longest time to a connection.
-_CONNECT_S = 10
 _ADVICE = "check it and storage_options; if it is right, run the same command again when it is back"
 
 # The operations that change something.
@@ -72,7 +63,7 @@ def open_filesystem(
     options = {**storage_options, "use_listings_cache": False}
     try:
         if uri.startswith(("s3://", "s3a://")):
-            options["config_kwargs"] = {**_s3_client(num_retries), **options.get("config_kwargs", {})}
+            options["config_kwargs"] = {**s3.client_settings(num_retries), **options.get("config_kwargs", {})}
         if uri.startswith(("http://", "https://")):
             options["client_kwargs"] = {**_http_client(), **options.get("client_kwargs", {})}
         fs, path = fsspec.url_to_fs(uri, **options)
@@ -184,6 +175,10 @@ class Store:
         paths = map(str, self._listed(prefix, find, tuple))
         # s3fs lists the folder itself if somebody puts the first object into it meanwhile.
         return sorted(path[start:] for path in paths if path.startswith(f"{folder}/"))
+
+    def is_link(self, key: str) -> bool:
+        """Return whether a name on a disk is a link."""
+        return self._is_local and os.path.islink(self._path(key))
 
     def scan(self, folder: str, take: Callable[[Iterable[Entry]], T], *, after: str = "", with_sizes: bool = True) -> T:
         """Return what `take` makes of the entries directly in a folder, in any order.
@@ -481,12 +476,6 @@ class _StoredFile(AbstractBufferedFile):  # type: ignore[misc]
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         return self._store.read_range(self._key, start, end)
-
-
-def _s3_client(num_retries: int) -> dict[str, Any]:
-    """Return the settings of S3 clients that suit every store."""
-    checksums = {option: "when_required" for name, option in _CHECKSUMS.items() if name not in os.environ}
-    return {**checksums, "connect_timeout": _CONNECT_S, "retries": {"max_attempts": num_retries}}
 
 
 def _no_check() -> None:

@@ -134,6 +134,7 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("prompts.passthrough=a", "prompts.passthrough = 'a': must be a list, in brackets"),
         ("sampling.width=1e3", "sampling.width = 1000.0: must be a whole number"),
         ("output.format=webdatset", "'webdataset', 'files' or 'parquet'; did you mean 'webdataset'?"),
+        ("sampling.seed=18446744073709551616", "must be less than 18446744073709551616"),
         ("workers.num_cpus=-1", "workers.num_cpus = -1: must be at least 0"),
         ("failures.hang_s=0", "failures.hang_s = 0: must be more than 0"),
         ("failures.outage_s=.inf", "failures.outage_s = inf: must be a finite number"),

@@ -421,3 +421,13 @@ def _shard(index: int, num_rows: int = 4) -> Shard:
 def test_what_made_annotations_is_written_down_without_signatures() -> None:
     spec = AnnotatorSpec.parse("mine:score", {"weights": "https://host/w.pt?X-Amz-Signature=secret", "level": 2})
     assert spec.identity == {"annotator": "mine:score", "options": {"weights": "https://host/w.pt", "level": 2}}
+
+
+def test_annotations_that_were_written_down_with_a_signature_go_on(tmp_path: Path) -> None:
+    config = make_run(tmp_path, "webdataset")
+    options = {"prompts.device": "https://host/gpu?X-Amz-Signature=secret"}
+    annotated(config, BOTH[0], **options)
+    path = tmp_path / "out/_run/annotations/prompts/annotator.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "options": {"device": options["prompts.device"]}}))
+    assert annotated(config, BOTH[0], **options).num_new_shards == 0

@@ -21,10 +21,14 @@ ERROR = Failure.of(OSError(30, "Read-only file system: '/tmp'"))
 
 
 class Failing:
-    """Workers on which every shard fails at once, and shards that fail on all workers."""
+    """Workers on which every shard fails soon, and shards that fail on all workers."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, workers: Collection[int] = (), shards: Collection[int] = ()
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        workers: Collection[int] = (),
+        shards: Collection[int] = (),
+        after_s: float = 0.05,
     ) -> None:
         self.num_failures = 0
         make, load = SimulatedWorker.make, SimulatedWorker.open
@@ -32,7 +36,7 @@ class Failing:
         def failing(one: SimulatedWorker, call: Future[object], shard: Shard, attempt: Attempt) -> None:
             if one.number in workers or shard.index in shards:
                 self.num_failures += 1
-                one.cluster.answer(call, 0.05, ERROR)
+                one.cluster.answer(call, after_s, ERROR)
             else:
                 make(one, call, shard, attempt)
 
@@ -46,9 +50,9 @@ class Failing:
         monkeypatch.setattr(SimulatedWorker, "open", opened)
 
 
-def results_of(num_shards: int) -> tuple[list[ShardResult], float]:
+def results_of(num_shards: int, spread: float = 1.0) -> tuple[list[ShardResult], float]:
     """Run shards. Returns: their results, and the seconds it took."""
-    cluster = SimulatedCluster(Timing(shard_s=SHARD_S, finish_s=0.1, open_s=120.0))
+    cluster = SimulatedCluster(Timing(shard_s=SHARD_S, finish_s=0.1, open_s=120.0, spread=spread))
     options = RayPool(NUM_WORKERS, max_attempts=3)
     pool = Pool(options, cluster, make_shards(num_shards), Stop(), EngineState(), lambda **gauges: None)
     results = list(pool.results())
@@ -78,3 +82,29 @@ def test_shards_that_fail_everywhere_are_given_up_and_the_others_made(monkeypatc
     Failing(monkeypatch, shards=bad)
     results, _ = results_of(200)
     assert {result.shard for result in results if result.error} == bad
+
+
+@pytest.mark.timeout(60)
+def test_workers_that_load_for_ever_keep_no_shard_from_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = {5, 6, 7}
+    Failing(monkeypatch, shards=bad)
+    load = SimulatedWorker.open
+
+    def hanging(one: SimulatedWorker, call: Future[object], after_s: float) -> None:
+        if not one.number:
+            load(one, call, after_s)
+
+    monkeypatch.setattr(SimulatedWorker, "open", hanging)
+    results, seconds = results_of(20)
+    assert [result.shard for result in results[:17]] == [shard for shard in range(20) if shard not in bad]
+    assert {result.shard for result in results if result.error} == bad
+    assert seconds < 120 + 20 * SHARD_S + 120
+
+
+@pytest.mark.parametrize("num_shards", range(10, 40, 3))
+def test_the_worker_that_stays_for_the_last_shard_is_not_one_on_which_all_fail(
+    monkeypatch: pytest.MonkeyPatch, num_shards: int
+) -> None:
+    Failing(monkeypatch, workers={1, 2}, after_s=30.0)
+    results, _ = results_of(num_shards, spread=4.0)
+    assert [result.error for result in results] == [None] * num_shards

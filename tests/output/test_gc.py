@@ -48,6 +48,18 @@ def test_gc_removes_the_files_that_no_commit_names_and_no_others(
     assert verify(store).problems == []
 
 
+def test_gc_removes_nothing_behind_a_link(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others = tmp_path / "others" / "deep" / "x"
+    others.parent.mkdir(parents=True)
+    others.write_text("of others")
+    for folder in ("train", "metadata", "_run", "_run/staging", "_run/mine"):
+        Path(store.uri, folder).mkdir(exist_ok=True)
+        Path(store.uri, folder, "link").symlink_to(tmp_path / "others")
+    code, text = command(capsys, "gc", store.uri)
+    assert (code, text) == (0, "1 object removed\n")  # the link in the folder of others
+    assert others.read_text() == "of others"
+
+
 def test_gc_keeps_the_staged_images_of_unfinished_shards(
     config: JobConfig, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -376,6 +376,18 @@ def test_new_files_that_do_not_fit_into_the_run_are_refused(tmp_path: Path, monk
         extended(plan, config, 4)
 
 
+@pytest.mark.parametrize("layout", ["parquet", "jsonl"])
+def test_new_files_without_a_value_fit_columns_of_any_type(tmp_path: Path, layout: str) -> None:
+    write_prompts(tmp_path / "a.parquet", 5, score=[0.5] * 5)
+    config = prompts(tmp_path, passthrough=["score"])
+    plan = make_plan(config, 4)
+    if layout == "parquet":
+        write_prompts(tmp_path / "b.parquet", 5, score=pa.nulls(5))
+    else:
+        (tmp_path / "b.jsonl").write_text('{"prompt": "p", "score": null}')
+    assert extended(plan, config, 4).passthrough == pa.schema([("score", pa.float64())])
+
+
 def test_a_changed_file_is_no_new_one(tmp_path: Path) -> None:
     write_prompts(tmp_path / "a.parquet", 5)
     plan = make_plan(prompts(tmp_path), 4)

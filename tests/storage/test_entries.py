@@ -1,4 +1,4 @@
-"""Listings of a disk that errs, as NFS does."""
+"""Listings of a disk that has links, or errs, as NFS does."""
 
 from __future__ import annotations
 
@@ -52,6 +52,22 @@ def test_a_folder_that_is_removed_meanwhile_has_nothing(tmp_path: Path, monkeypa
     failing_scandir(monkeypatch, tmp_path / "a" / "b", errno.ENOENT, times=9)
     assert store.list("a") == ["a/x"]
     assert store.list("absent") == []
+
+
+def test_a_link_to_a_folder_is_a_key_and_nothing_behind_it_is_one(tmp_path: Path) -> None:
+    """What `gc` and the removal of a folder take from a listing is deleted."""
+    store, others = Store(str(tmp_path / "out")), tmp_path / "others" / "x"
+    others.parent.mkdir()
+    others.write_bytes(b"")
+    store.write("a/b/y", b"")
+    links = tmp_path / "out" / "a"
+    (links / "loop").symlink_to(".")
+    (links / "b" / "others").symlink_to(others.parent)
+    (links / "nowhere").symlink_to("absent")
+    assert store.list("a") == ["a/b/others", "a/b/y", "a/loop", "a/nowhere"]
+    store.delete_folder("a")
+    assert others.exists()
+    assert not links.exists()
 
 
 def test_a_lease_is_not_lost_by_a_listing_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
