@@ -25,6 +25,7 @@ from flux_batch.dataset.annotators.load import AnnotatorSpec, OpenAnnotator, ope
 from flux_batch.errors import AlreadyExists, DamagedObject, NotFound, PlanMismatch, Stopped
 from flux_batch.output.annotations import AnnotationFolder
 from flux_batch.records import Attempt, Commit, Shard, ShardResult
+from flux_batch.redaction import public_tree
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.storage.retry import Drain, RetryPolicy
 from flux_batch.storage.scratch import scratch_folder, sweep_scratch
@@ -78,7 +79,7 @@ def read_identity(folder: AnnotationFolder) -> dict[str, Any] | None:
         saved = None
     if not isinstance(saved, dict) or not isinstance(saved.get("options"), dict):
         raise DamagedObject(f"{store.url(folder.identity)}: is damaged; make these annotations again, with --anew")
-    return saved
+    return {**saved, "options": public_tree(saved["options"], "options")}  # the first had them as they were given
 
 
 def check_identity(folder: AnnotationFolder, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
