@@ -92,20 +92,20 @@ def check_cluster() -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if ray.is_initialized() or not _has_port(address):
         return
+    uses_tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
     try:
-        frame = _first_frame(address)
+        with _connected(address, _CONNECT_TIMEOUT_S) as connection:
+            frame = None if uses_tls else _first_frame(connection)
     except OSError as error:
         raise Interrupted(f"RAY_ADDRESS = {address}: {_no_cluster(str(error))}; {_ADDRESS_ADVICE}") from error
-    if frame[3:4] != _SETTINGS_FRAME:
+    if frame is not None and frame[3:4] != _SETTINGS_FRAME:
         program = "a server of HTTP, perhaps the dashboard," if frame.startswith(b"HTTP/") else "another program"
         raise JobError(f"RAY_ADDRESS = {address}: {program} answers there and no Ray cluster; {_ADDRESS_ADVICE}")
 
 
-def _first_frame(address: str) -> bytes:
+def _first_frame(connection: socket.socket) -> bytes:
     """Return the first bytes that a server sends: of one of HTTP/2 the header of a frame. Raises: OSError."""
-    with _connected(address, _CONNECT_TIMEOUT_S) as connection, connection.makefile("rb") as stream:
-        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-            return b"\0\0\0" + _SETTINGS_FRAME  # it cannot be read here
+    with connection.makefile("rb") as stream:
         connection.sendall(_HTTP2_PREFACE)
         if frame := stream.read(_FRAME_HEADER_BYTES):
             return frame
