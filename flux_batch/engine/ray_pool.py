@@ -273,17 +273,16 @@ class Pool:
         """
         if isinstance(outcome, ShardResult):
             worker.num_failed = 0
-        elif outcome.kind == "shard_failed":
-            worker.num_failed += 1
-            now, load_s = self.cluster.clock(), self.options.hang_s
-            if worker.num_failed > 1 and any(other.is_promising(now, load_s) for other in self.workers):
-                if worker.num_failed.bit_count() == 1:  # again and again, but not each time
-                    where = worker.seen.name or f"of node {worker.node[:8]}"
-                    log.warning(
-                        "worker %s: %d shards in a row failed on it: %s", where, worker.num_failed, outcome.message
-                    )
-                return replace(outcome, kind="worker_failed")
-        return outcome
+            return outcome
+        if outcome.kind != "shard_failed":
+            return outcome
+        worker.num_failed += 1
+        now, load_s = self.cluster.clock(), self.options.hang_s
+        if worker.num_failed == 1 or not any(other.is_promising(now, load_s) for other in self.workers):
+            return outcome
+        where = worker.seen.name or f"of node {worker.node[:8]}"
+        log.warning("worker %s: %d shards in a row failed on it: %s", where, worker.num_failed, outcome.message)
+        return replace(outcome, kind="worker_failed")
 
     def _stop_duplicates(self, task: Task) -> None:
         """Stop the workers that make a shard which has its result from another one."""
