@@ -17,7 +17,7 @@ import yaml
 
 from helpers.raylets import no_dashboard
 from helpers.waiting import PATIENCE_S, wait_until
-from helpers.web_server import WebServer, web_server
+from helpers.web_server import Answer, WebServer, web_server
 
 AWS = Path(__file__).parents[2] / "cluster/aws"
 WATCHER = AWS.parent / "spot_watcher.py"
@@ -175,24 +175,19 @@ def test_ray_is_told_again_where_it_could_not_be_told(
     assert len((tmp_path / "calls").read_text().splitlines()) == num_calls
 
 
-@pytest.mark.parametrize("answer", [b"not json", b"{}", b'{"time": "soon"}', b"[]", b'{"time": null}'])
-def test_an_answer_that_makes_no_sense_is_said_and_asked_for_again(tmp_path: Path, answer: bytes) -> None:
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(only_with_token(said) for said in (b"not json", b"{}", b'{"time": "soon"}', b"[]", b'{"time": null}')),
+        lambda request: request.wfile.write(b"no HTTP\r\n\r\n") and None,
+        lambda request: request.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 40\r\n\r\n{") and None,
+    ],
+    ids=["no JSON", "no time", "a word", "a list", "null", "no HTTP", "cut"],
+)
+def test_an_answer_that_makes_no_sense_is_said_and_asked_for_again(tmp_path: Path, answer: Answer) -> None:
     with web_server() as server:
         server.at("/latest/api/token", b"token")
-        server.at(NOTICE, only_with_token(answer))
-        with watcher(server, tmp_path) as process:
-            assert process.stderr is not None
-            assert process.stderr.readline().startswith("spot_watcher: ")
-            server.at(NOTICE, only_with_token(in_s(6_000)))
-            process.communicate(timeout=PATIENCE_S)
-            assert process.returncode == 0
-
-
-@pytest.mark.parametrize("start", [b"no HTTP\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 40\r\n\r\n{"])
-def test_an_answer_that_is_cut_is_asked_for_again(tmp_path: Path, start: bytes) -> None:
-    with web_server() as server:
-        server.at("/latest/api/token", b"token")
-        server.at(NOTICE, lambda request: request.wfile.write(start) and None)
+        server.at(NOTICE, answer)
         with watcher(server, tmp_path) as process:
             assert process.stderr is not None
             assert process.stderr.readline().startswith("spot_watcher: ")
