@@ -35,7 +35,7 @@ def test_a_look_up_that_fails_does_not_make_a_name_free(tmp_path: Path, monkeypa
 
 
 def removed_as_they_are_made(monkeypatch: pytest.MonkeyPatch, folder: Path, times: int) -> None:
-    """Let another process remove a folder before this one has looked at it."""
+    """Remove a folder whenever it is made, as another process does, before this one has looked at it."""
     real, removals = os.mkdir, iter(range(times))
 
     def mkdir(path: Any, *args: Any, **options: Any) -> None:

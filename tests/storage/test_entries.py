@@ -55,7 +55,7 @@ def test_a_folder_that_is_removed_meanwhile_has_nothing(tmp_path: Path, monkeypa
 
 
 def test_a_link_to_a_folder_is_a_key_and_nothing_behind_it_is_one(tmp_path: Path) -> None:
-    """What `gc` and the removal of a folder take from a listing is deleted."""
+    """Callers delete the keys of a listing: `gc`, and the removal of a folder."""
     store, others = Store(str(tmp_path / "out")), tmp_path / "others" / "x"
     others.parent.mkdir()
     others.write_bytes(b"")

@@ -63,7 +63,7 @@ def test_prompts_are_padded_to_the_length_asked_for(tokenizers: Path) -> None:
 
 @pytest.mark.parametrize("use", [lambda it: tokenize(it, ["a"], 8), lambda it: left_out(it, "a", 8)])
 def test_threads_take_turns_at_a_tokenizer(use: Callable[[Any], object]) -> None:
-    """How it cuts and pads is kept in it: a text that is counted meanwhile would not be padded, or be cut."""
+    """A tokenizer keeps how it cuts and pads, which a count in another thread would change."""
     both = Barrier(2, timeout=0.2)
     met = []
 
