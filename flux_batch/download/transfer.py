@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
 
-from flux_batch.errors import DiskFull, StoreError
+from flux_batch.errors import DiskFull, StoreError, bytes_text
 from flux_batch.storage.errors import translated
 from flux_batch.storage.retry import with_retries
 
@@ -168,14 +168,10 @@ def check_room(folder: Path, num_bytes: int, uri: str, *, variable: str = "FLUX_
     free = shutil.disk_usage(folder).free
     if num_bytes > 0 and num_bytes + SPARE_BYTES > free:
         raise DiskFull(
-            f"{folder}: {uri} needs {_gb(num_bytes)} GB more and {_gb(SPARE_BYTES)} GB to spare; "
-            f"{_gb(free)} GB are free on this disk; "
+            f"{folder}: {uri} needs {bytes_text(num_bytes)} more and {bytes_text(SPARE_BYTES)} to spare; "
+            f"{bytes_text(free)} are free on this disk; "
             f"make room, or choose a folder on a larger one ({variable} sets that of the cache)"
         )
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g}" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f}"
 
 
 def _remainder(listing: Listing, file: RemoteFile, start: int, pool: ThreadPoolExecutor) -> Iterator[bytes]:

@@ -119,19 +119,19 @@ class TextCache:
     def __init__(self, encode: _Encode, max_bytes: int = _MAX_BYTES, on_device: _OnDevice = nullcontext) -> None:
         self._encode = encode
         self._on_device = on_device
-        self._memo = Memo(max_bytes, _num_bytes)
+        self._memo: Memo[PromptEmbeds] = Memo(max_bytes, _num_bytes)
 
     def __call__(self, texts: Sequence[str], length: int, version: Hashable = None) -> PromptEmbeds:
         """Return the embeddings of texts: (b, l, d) and (b, d).
 
         length: T5 tokens; version: of the encoders' weights, since other weights give other embeddings.
         """
-        distinct = list(dict.fromkeys(texts))
-        is_known = all((text, length, version) in self._memo for text in distinct)
-        with nullcontext() if is_known else self._on_device():
-            encoded = {
-                text: self._memo.get((text, length, version), partial(self._encode, text, length)) for text in distinct
-            }
+        keys = {text: (text, length, version) for text in texts}
+        encoded = {text: kept for text, key in keys.items() if (kept := self._memo.find(key))}
+        missing = [text for text in keys if text not in encoded]
+        with self._on_device() if missing else nullcontext():
+            for text in missing:
+                encoded[text] = self._memo.get(keys[text], partial(self._encode, text, length))
         return PromptEmbeds(*(torch.cat(parts) for parts in zip(*(encoded[text] for text in texts), strict=True)))
 
 

@@ -167,7 +167,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_read(
     need = sum(SIZES.values()) + transfer.SPARE_BYTES
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, need - 1))
     with pytest.raises(
-        DiskFull, match=r"needs 0\.00107 GB more and 0\.268 GB to spare; 0\.27 GB are free .*FLUX_BATCH_CACHE"
+        DiskFull, match=r"needs 1\.1 MB more and 268\.4 MB to spare; 269\.5 MB are free .*FLUX_BATCH_CACHE"
     ):
         download_files(listing, tmp_path)
     assert hub.requests == []

@@ -15,7 +15,7 @@ class Memo(Generic[_Value]):
 
     Threads may share one: two that ask for the same at once may both compute it, and one result stays.
 
-    num_bytes: of a result.
+    num_bytes: of a result, which is never None.
     """
 
     def __init__(self, max_bytes: int, num_bytes: Callable[[_Value], int]) -> None:
@@ -25,15 +25,19 @@ class Memo(Generic[_Value]):
         self._bytes = 0
         self._known: OrderedDict[Hashable, _Value] = OrderedDict()
 
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._known
+    def find(self, key: Hashable) -> _Value | None:
+        """Return the result of a key if it is kept, else None."""
+        with self._lock:
+            if key not in self._known:
+                return None
+            self._known.move_to_end(key)
+            return self._known[key]
 
     def get(self, key: Hashable, compute: Callable[[], _Value]) -> _Value:
         """Return the result of a key: the one that is kept, else that of `compute`."""
-        with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-                return self._known[key]
+        kept = self.find(key)
+        if kept is not None:
+            return kept
         value = compute()
         with self._lock:
             if key not in self._known:

@@ -24,14 +24,14 @@ def test_a_result_is_computed_once_while_it_is_kept() -> None:
         b"bb",
     ]
     assert computed == ["a", "b", "c", "b"]
-    assert "a" in memo
-    assert "c" not in memo
+    assert memo.find("a") == b"aa"
+    assert memo.find("c") is None
 
 
 def test_a_result_larger_than_the_memory_is_not_kept() -> None:
     memo: Memo[bytes] = Memo(1, len)
     assert memo.get("a", lambda: b"aa") == b"aa"
-    assert "a" not in memo
+    assert memo.find("a") is None
 
 
 def test_threads_that_compute_the_same_at_once_count_it_once() -> None:
@@ -49,4 +49,4 @@ def test_threads_that_compute_the_same_at_once_count_it_once() -> None:
         for thread in threads:
             thread.join()
     assert memo.get("b", lambda: b"bb") == b"bb"
-    assert [key in memo for key in (0, 1, 2, 3, "b")] == [False, False, False, True, True]
+    assert [memo.find(key) for key in (0, 1, 2, 3, "b")] == [None, None, None, b"aa", b"bb"]
