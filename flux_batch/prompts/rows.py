@@ -140,10 +140,16 @@ class RowParser:
         return prompt
 
     def _sampling(self, values: Row) -> SamplingParams:
+        """Return the settings of a row. Raises: RowError for two spellings of one with two values, InvalidSetting."""
         overrides: dict[str, Any] = {}
         for field in SAMPLING_FIELDS:
-            if (value := self._cell(values, field)) is not None:
-                overrides[field] = _convert(field, value)
+            names = [name for name in self._columns[field] if values.get(name) is not None]
+            for name in names:
+                value = _convert(field, values[name])
+                if overrides.setdefault(field, value) != value:
+                    raise RowError(
+                        f"columns {' and '.join(names)}: one setting with two values; leave one of them empty"
+                    )
         return replace(self._defaults, **overrides) if overrides else self._defaults
 
     def _row_images(self, values: Row) -> RowImages:

@@ -51,6 +51,15 @@ def test_columns_may_have_the_names_of_diffusers(column: str, field: str) -> Non
     assert getattr(request({"other": 7}, columns={column: "other"}).sampling, field) == 7
 
 
+def test_two_spellings_of_one_setting_agree_or_cost_their_row() -> None:
+    both = {"embedded_guidance": 2, "guidance_scale": 3}
+    assert refusal(both) == (
+        "p.csv:7: columns embedded_guidance and guidance_scale: one setting with two values; leave one of them empty"
+    )
+    for agreeing in ({"guidance_scale": None}, {"guidance_scale": "2.0"}, {"embedded_guidance": None}):
+        assert request(both | {"guidance_scale": 2} | agreeing).sampling.embedded_guidance == 2
+
+
 @pytest.mark.parametrize("value", [64, 64.0, "64", "64.0", " 64 ", Decimal(64)])
 def test_whole_numbers_of_any_spelling_count(value: Any) -> None:
     parsed = request({"width": value, "num_inference_steps": value, "seed": value, "num_images_per_prompt": 2})
