@@ -22,7 +22,7 @@ from flux_batch.config.factory import FACTORY
 from flux_batch.config.running import FailuresConfig, QualityConfig, WorkersConfig
 from flux_batch.config.section import Section, check_no_secret
 from flux_batch.config.text import explain, nearest_or_all, overridden, read_tree, to_yaml
-from flux_batch.config.values import Seed, Template, Wildcards
+from flux_batch.config.values import PromptUris, Seed, Template, Wildcards
 from flux_batch.errors import InvalidSetting, JobError
 from flux_batch.records import IMAGE_COLUMNS, NO_LORA, WEIGHTED_COLUMNS
 from flux_batch.redaction import public_tree, public_uri, redact
@@ -74,9 +74,6 @@ def _with_aliases(values: Any) -> Any:
     return renamed
 
 
-_Uris = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(strict=False)]
-
-
 _Names = Annotated[tuple[str, ...], Field(strict=False)]
 _Columns = Annotated[dict[str, str], BeforeValidator(_with_aliases)]
 
@@ -84,7 +81,7 @@ _Columns = Annotated[dict[str, str], BeforeValidator(_with_aliases)]
 class PromptsConfig(Section):
     """The prompts: their files and the meaning of their columns."""
 
-    uri: _Uris = ()
+    uri: PromptUris = ()
     """A file, folder, glob or list of them, in any format that the page of job files lists; or `demo`, the packaged
     prompts."""
     columns: _Columns = Field(default={})

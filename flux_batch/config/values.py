@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PlainSerializer, PlainValidator
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator
 
 
 def _batch_size(value: Any) -> int | Literal["auto"]:
@@ -23,6 +23,13 @@ def _template(value: Any) -> str | dict[str, str] | None:
     if value is not None and not isinstance(value, str):
         raise ValueError("must be a text, or a mapping of fields to texts: quote numbers")
     return value
+
+
+def _prompt_uris(value: Any) -> tuple[str, ...]:
+    uris = [value] if isinstance(value, str) else value
+    if not isinstance(uris, (list, tuple)) or not all(isinstance(uri, str) for uri in uris):
+        raise ValueError("must be a path or an address, or a list of them; quote numbers")
+    return tuple(uris)
 
 
 def _uris(value: Any) -> str | tuple[str, ...]:
@@ -54,6 +61,7 @@ def _seed(value: Any) -> Any:
 _AS_LIST = PlainSerializer(lambda value: list(value) if isinstance(value, tuple) else value, when_used="json")
 Seed = Annotated[int, BeforeValidator(_seed)]
 Template = Annotated[str | dict[str, str] | None, PlainValidator(_template)]
+PromptUris = Annotated[tuple[str, ...], BeforeValidator(_prompt_uris), Field(strict=False)]
 Uris = Annotated[str | tuple[str, ...], PlainValidator(_uris, json_schema_input_type=str | list[str]), _AS_LIST]
 Scales = Annotated[
     float | tuple[float, ...], PlainValidator(_scales, json_schema_input_type=float | list[float]), _AS_LIST

@@ -124,6 +124,8 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("output.shard_size=10000", "output.shard_size = 10000: must be at most 9999"),
         ("output.uri=", "output.uri: must be a text"),
         ("output.uri=''", "output.uri = ''"),
+        ("prompts.uri=3", "prompts.uri = 3: must be a path or an address, or a list of them; quote numbers"),
+        ("prompts.uri=[a, 3]", "prompts.uri: must be a path or an address, or a list of them; quote numbers"),
         ("prompts.uri=[]", "prompts.uri: must name at least one file, folder or glob"),
         ("prompts.uri=[a, ' ']", "prompts.uri: must name at least one"),
         ("prompts.uri=*.csv", "a text that begins with * or & stands in quotes"),
