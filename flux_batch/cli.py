@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from flux_batch.arguments import completion, parser
 from flux_batch.dataset.annotate_command import run_annotate
 from flux_batch.dataset.command import export_command, publish_command, select_command
-from flux_batch.errors import JobError
+from flux_batch.errors import JobError, one_line
 from flux_batch.logs import ENCODING, JsonLines, log_lines, open_streams
 from flux_batch.redaction import plain_text
 from flux_batch.report.command import check_outputs, gallery_command, gc_command, said_of_gallery, verify_command
@@ -455,7 +455,7 @@ def _explained(error: BaseException, command: str) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {_LEFT.get(command, 'the same command begins again')}", _INTERRUPTED
     known = hasattr(error, "exit_code")
-    sentence = str(error) if known else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+    sentence = str(error) if known else f"unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)"
     return sentence, getattr(error, "exit_code", 1)
 
 

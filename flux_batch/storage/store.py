@@ -23,11 +23,12 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused, one_line
+from flux_batch.redaction import public_text
 from flux_batch.storage import s3
 from flux_batch.storage.contact import FIRST_ATTEMPTS, Contact
 from flux_batch.storage.disk import create, make_folder
 from flux_batch.storage.entries import Entry, listed_entries, local_entries, local_files
-from flux_batch.storage.errors import FULL_ERRNOS, NO_BUCKET, code, is_transient, origin, said, status
+from flux_batch.storage.errors import FULL_ERRNOS, NO_BUCKET, code, is_transient, origin, said, status, translated
 from flux_batch.storage.multipart import Upload, abort, list_uploads, put_in_parts, put_whole
 from flux_batch.storage.retry import RetryPolicy
 
@@ -58,7 +59,7 @@ def open_filesystem(
 
     num_retries: how often the client of S3 tries a request again by itself.
     Returns: the file system and the path of `uri` in it.
-    Raises: StoreRefused for a protocol that is not installed or options that do not fit.
+    Raises: StoreRefused for a protocol that is not installed or options that do not fit, OSError of a client that connects at once.
     """
     options = {**storage_options, "use_listings_cache": False}
     try:
@@ -71,6 +72,11 @@ def open_filesystem(
             fs.connect()  # s3fs would meet options that do not fit only at its first request
     except (ImportError, ValueError, TypeError) as error:
         raise StoreRefused(f"{uri}: cannot be opened: {one_line(error)}; check the URI and storage_options") from error
+    except OSError as error:
+        if type(error) is not OSError or error.errno is not None:  # the network's; another attempt may succeed
+            raise
+        reason = public_text(str(error)).partition("\n")[0]  # that of HDFS without Java goes on for pages
+        raise StoreRefused(f"{uri}: cannot be opened: {reason}") from error
     return fs, path
 
 
@@ -81,7 +87,8 @@ class Store:
         self, uri: str, storage_options: Mapping[str, Any] | None = None, policy: RetryPolicy | None = None
     ) -> None:
         self.uri = uri.rstrip("/") or uri
-        self._fs, path = open_filesystem(self.uri, storage_options or {}, num_retries=0)
+        with translated(self.uri, "connect"):
+            self._fs, path = open_filesystem(self.uri, storage_options or {}, num_retries=0)
         if s3.is_s3(self._fs):
             self._fs.retries = 1  # tries, those of s3fs
         self._root = path.rstrip("/")

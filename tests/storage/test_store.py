@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused
 from flux_batch.storage import contact
@@ -465,6 +466,27 @@ def test_options_that_do_not_fit_are_refused_by_name(uri: str, options: dict[str
         Store(uri, {"key": KEY, "secret": SECRET, **options} if uri.startswith("s3:") else options)
 
     assert_clear(caught, uri)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OSError("no libjvm\ndlopen(/usr/lib)\ndlopen(/lib)"), StoreRefused, "cannot be opened: no libjvm"),
+        (ConnectionRefusedError(111, "refused"), StoreError, "cannot connect: [Errno 111] refused"),
+        (TimeoutError(), StoreError, "cannot connect: TimeoutError"),
+    ],
+)
+def test_a_client_that_cannot_connect_says_so_in_one_line(
+    error: OSError, kind: type[StoreError], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(self: MemoryFileSystem, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(MemoryFileSystem, "connect", connect, raising=False)
+    with pytest.raises(StoreError) as caught:
+        Store("memory://run")
+    assert type(caught.value) is kind
+    assert str(caught.value) == f"memory://run: {words}"
 
 
 def test_a_stored_file_reads_like_a_file(tmp_path: Path) -> None:
