@@ -49,6 +49,8 @@ class Peer:
         """Build diffusers' pipeline from the kept weights and those of our text encoders."""
         assert self._states is not None
         transformer, autoencoder = self._states
+        # Ours decodes in float32 where the model is float16; diffusers decodes in the dtype of the latents.
+        autoencoder = {name: tensor.to(pipeline.torch_dtype) for name, tensor in autoencoder.items()}
         self._pipeline = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(**scheduler_config(pipeline.schedule)),
             vae=_loaded(

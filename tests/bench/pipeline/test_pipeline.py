@@ -104,6 +104,13 @@ def test_without_diffusers_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch)
     assert caught.value.exit_code == 2
 
 
+def test_a_decoder_of_another_dtype_than_the_model_is_compared_too() -> None:
+    call = Call(width=64, height=64, steps=1, t5_sequence_length=32)
+    figures = bench_pipeline(Source(device="cpu", dtype="float16"), call, repeats=1, against=["diffusers"])
+
+    assert figures["against"]["diffusers"]["mean_difference_in_levels"] < 0.5
+
+
 def test_fp8_weights_cannot_be_compared_with_diffusers() -> None:
     source = Source(random_weights="tiny", device="cpu", quantization="fp8")
 
