@@ -345,6 +345,8 @@ def _on_this_machine(
     if make_pipeline is None and config.model.pipeline and not joins_cluster():
         factory = imported(config.model.pipeline, os.getcwd(), "a pipeline")
         check_settings(config, declared_settings(factory))
+    if config.quality:
+        check_score(config.quality, is_here=not joins_cluster())
     return config if engine is not None or joins_cluster() else _on_cpu_without_gpu(config, make_pipeline)
 
 

@@ -59,7 +59,8 @@ def open_filesystem(
 
     num_retries: how often the client of S3 tries a request again by itself.
     Returns: the file system and the path of `uri` in it.
-    Raises: StoreRefused for a protocol that is not installed or options that do not fit, OSError of a client that connects at once.
+    Raises: StoreRefused for a protocol that is not installed or options that do not fit; OSError of a client that
+    connects at once.
     """
     options = {**storage_options, "use_listings_cache": False}
     try:

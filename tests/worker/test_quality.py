@@ -187,6 +187,12 @@ def test_plan_counts_the_tries(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ({"score": "exposure.glare", "at_least": 1}, {}, "must be a column of numbers: mean_level, "),
         ({"score": "sharpness"}, {}, "quality.at_least: missing"),
         ({"score": "sharpness", "at_least": 1, "keep": "last"}, {}, "quality.keep"),
+        ({"score": "no.such:score", "at_least": 1}, {}, "quality.score = no.such:score: cannot be imported"),
+        (
+            {"score": "clip", "at_least": 1, "options": {"modle": "x"}},
+            {},
+            r"quality.score = clip: got an unexpected .* 'modle'; its options are model, .* \(quality.options: ",
+        ),
         ({"score": "sharpness", "at_least": 1, "tries": 2}, {}, "quality.tries: unknown key"),
         ({"score": "sharpness", "at_least": 1}, {"passthrough": ["score"]}, "adds the column 'score'"),
     ],
@@ -200,6 +206,8 @@ def test_a_wrong_quality_is_one_sentence(
             engine=LocalEngine(),
             make_pipeline=Making(),
         )
+    if "column" not in sentence:  # that of an annotator is known once it is open
+        assert not (tmp_path / "out").exists()
 
 
 def test_another_quality_is_another_run(tmp_path: Path) -> None:

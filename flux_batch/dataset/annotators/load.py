@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,17 +108,30 @@ def changing_options(spec: AnnotatorSpec, names: Collection[str]) -> set[str]:
     if not names:
         return set()
     try:
-        factory = imported(BUILT_IN.get(spec.annotator, spec.annotator), spec.folder, "an annotator")
+        factory = _imported(spec)
     except JobError:
         return set()
-    check_options(factory, spec.options, spec.name, _OPTION_HINT)
+    check_options(factory, spec.options, spec.annotator, _OPTION_HINT)
     return set(names) - getattr(factory, "execution_options", frozenset()) if isinstance(factory, type) else set()
+
+
+def check_factory(spec: AnnotatorSpec, hint: str = _OPTION_HINT) -> Callable[..., Any]:
+    """Return what makes an annotator. Raises: JobError if it cannot be imported, or has not these options.
+
+    hint: how an option is set.
+    """
+    factory = _imported(spec)
+    check_options(factory, spec.options, spec.annotator, hint)
+    return factory
+
+
+def _imported(spec: AnnotatorSpec) -> Callable[..., Any]:
+    return imported(BUILT_IN.get(spec.annotator, spec.annotator), spec.folder, "an annotator")
 
 
 def open_annotator(spec: AnnotatorSpec) -> OpenAnnotator:
     """Import and open an annotator. Raises: JobError if that is not possible; its own errors of this package."""
-    factory = imported(BUILT_IN.get(spec.annotator, spec.annotator), spec.folder, "an annotator")
-    check_options(factory, spec.options, spec.name, _OPTION_HINT)
+    factory = check_factory(spec)
     try:
         annotator = factory(**spec.options)
     except FluxBatchError:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from PIL import Image
 
 from flux_batch.config.running import QualityConfig
-from flux_batch.dataset.annotators.load import BUILT_IN, AnnotatorSpec, open_annotator
+from flux_batch.dataset.annotators.load import BUILT_IN, AnnotatorSpec, check_factory, open_annotator
 from flux_batch.errors import InvalidSetting, JobError, one_line
 from flux_batch.images import Pixels
 
@@ -49,9 +49,17 @@ class _Score:
         return None if score is None or math.isnan(score) else float(score)
 
 
-def check_score(quality: QualityConfig) -> None:
-    """Raise JobError for a score that names no annotator; opens nothing."""
-    _spec(quality)
+def check_score(quality: QualityConfig, *, is_here: bool = False) -> None:
+    """Raise JobError for a score that names no annotator; opens nothing.
+
+    is_here: whether the workers are on this machine, so that its code and its options can be looked at.
+    """
+    spec = _spec(quality)
+    if is_here:
+        try:
+            check_factory(spec, "quality.options: {key: value}")
+        except JobError as error:
+            raise JobError(f"quality.score = {error}") from error
 
 
 def load_scorer(quality: QualityConfig) -> _Score:
