@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flux_batch.config.conditions import ImagePromptConfig, IPAdapterConfig
+from flux_batch.config.conditions import IPAdapterConfig, ReduxConfig
 from flux_batch.config.factory import imported
 from flux_batch.config.known_settings import check_settings, declared_settings
 from flux_batch.config.schema import JobConfig, ModelConfig
@@ -323,8 +323,8 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
 
 
 def _with_absolute_uris(
-    config: ImagePromptConfig | IPAdapterConfig | None,
-) -> ImagePromptConfig | IPAdapterConfig | None:
+    config: ReduxConfig | IPAdapterConfig | None,
+) -> ReduxConfig | IPAdapterConfig | None:
     if config is None:
         return None
     encoder = config.image_encoder and absolute_model_uri(config.image_encoder)

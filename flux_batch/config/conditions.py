@@ -11,8 +11,8 @@ from flux_batch.config.values import Scales, Uris
 from flux_batch.errors import InvalidSetting
 
 
-class ImagePromptConfig(Section):
-    """A reader of the image prompts of each row, with its vision tower."""
+class ReduxConfig(Section):
+    """Redux with its vision tower; it reads the image prompts of each row."""
 
     uri: str = Field(min_length=1)
     """Its safetensors file, or the folder or repository that holds it: a path, or an address like that of a model."""
@@ -27,7 +27,7 @@ class ImagePromptConfig(Section):
         return (self.uri,)
 
     @model_validator(mode="after")
-    def _without_secrets(self) -> ImagePromptConfig:
+    def _without_secrets(self) -> ReduxConfig:
         _check_no_secrets(self.uris, self.image_encoder)
         return self
 

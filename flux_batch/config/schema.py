@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from flux_batch.config.conditions import ControlNetConfig, ImagePromptConfig, IPAdapterConfig
+from flux_batch.config.conditions import ControlNetConfig, IPAdapterConfig, ReduxConfig
 from flux_batch.config.factory import FACTORY
 from flux_batch.config.running import FailuresConfig, QualityConfig, WorkersConfig
 from flux_batch.config.section import Section, check_no_secret
@@ -277,7 +277,7 @@ class ModelConfig(Section):
     """LoRAs for every row that names none; several add up."""
     controlnets: Annotated[tuple[ControlNetConfig, ...], Field(strict=False)] = ()
     """ControlNets, whose residuals add up; each reads one image of a row's `control_image`, in this order."""
-    redux: ImagePromptConfig | None = None
+    redux: ReduxConfig | None = None
     """FLUX.1-Redux, which turns the `image_prompt` of a row into tokens behind those of its text."""
     ip_adapter: IPAdapterConfig | None = None
     """An IP-Adapter of XLabs, which lets the image attend to the `image_prompt` of a row; or several."""
