@@ -113,15 +113,13 @@ class FluxMapper:
         pipeline = make_pipeline(config.model)
         known = getattr(pipeline, "settings", None)
         check_settings(config, known)
-        defaults = config.sampling.for_model(pipeline.default_guidance)
-        self._parser = RowParser(
-            config.prompts, defaults, f"{config.prompts.uri[0].rstrip('/')}/rows", config.model.loras, known
-        )
+        loras = RowLoras(config.model.loras, "").defaults
+        self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling), image_options=image_options(config))
+        uri, guidance = f"{config.prompts.uri[0].rstrip('/')}/rows", pipeline.default_guidance
+        self._parser = RowParser(config.prompts, config.sampling, uri, config.model.loras, known, guidance)
         settings = config.model
         if settings.quantization == "none":  # otherwise the record names the setting of the caller
             settings = settings.model_copy(update={"quantization": pipeline.precision["quantization"]})
-        loras = RowLoras(config.model.loras, "").defaults
-        self._maker = BatchMaker(pipeline, loras, Tiles.of(config.sampling), image_options=image_options(config))
         self._recorder = Recorder(settings, format_for(config.output), pipeline.default_t5_sequence_length)
         self._quality = config.quality
         self._scorer = make_scorer(config.quality) if config.quality else None

@@ -194,6 +194,8 @@ class ImageRequest:
     """A validated prompt row; `seeds` has one entry for each image.
 
     `size_from_reference`: width and height are those of the first reference image, and not known until it is read.
+    `guidance_from_model`: the embedded guidance is that of the model with the LoRAs of the row, which are others than
+    the job's, and not known until they are set.
     """
 
     row: int  # within the shard
@@ -203,6 +205,7 @@ class ImageRequest:
     seeds: tuple[int, ...]
     images: RowImages = RowImages()
     size_from_reference: bool = False
+    guidance_from_model: bool = False
     loras: tuple[LoraUse, ...] = ()
     passthrough: Mapping[str, Any] = field(default_factory=dict)
 

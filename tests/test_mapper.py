@@ -19,7 +19,7 @@ from flux_batch.errors import CheckpointError, DeviceFatal, JobError, SourceErro
 from flux_batch.images import read_provenance
 from flux_batch.job import run
 from flux_batch.mapper import rows_of, with_columns
-from helpers.fakes import FakePipeline, fake_image
+from helpers.fakes import ControlledPipeline, FakePipeline, fake_image
 from helpers.job_files import make_job, metadata
 
 SAMPLING = {"width": 16, "height": 16, "num_inference_steps": 2}
@@ -311,3 +311,12 @@ def test_no_array_has_more_images_than_arrow_has_room_for() -> None:
         assert max(map(len, table[name].chunks)) * 200_000_000 < 2**31
     assert table["prompt"].to_pylist() == list(map(str, rows))
     assert table["image"].to_pylist() == [b"after"] * 400
+
+
+def test_the_guidance_of_a_row_is_that_of_the_model_with_its_loras() -> None:
+    pipeline = ControlledPipeline()
+    model = {"uri": "demo", "loras": [{"uri": "/canny.safetensors"}]}
+
+    mapper(pipeline, model=model)(pa.table({"prompt": ["edges", "a cat"], "lora": [None, "none"]}))
+
+    assert pipeline.guidances == [30, 3.5]

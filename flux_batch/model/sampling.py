@@ -164,6 +164,10 @@ def denoise(
 
 
 def guide(positive: Tensor, negative: Tensor, cfg_scale: Tensor) -> Tensor:
-    """Return the extrapolation from the negative velocity through the positive: (b, n, c), scale (b,)."""
+    """Return the extrapolation from the negative velocity through the positive: (b, n, c), scale (b,).
+
+    In the dtype of the velocities, in which diffusers rounds the scaled difference, then the sum.
+    """
     scale = cfg_scale[:, None, None]
-    return torch.where(scale == 1.0, positive, negative + scale * (positive - negative))
+    guided = negative + (scale * (positive - negative)).to(positive.dtype)
+    return torch.where(scale == 1.0, positive, guided)

@@ -22,7 +22,14 @@ from flux_batch.model.checkpoint.detect import LOADING_ORDER, CheckpointKind, fi
 from flux_batch.model.checkpoint.image_prompts import PromptPart, embedder_in, prompt_part
 from flux_batch.model.checkpoint.loading import Prepare, load_autoencoder, load_controlnet, load_transformer
 from flux_batch.model.conditions.controlnet import ControlNet, check_controlnet_fits
-from flux_batch.model.conditions.variant import UNTOLD, VARIANT_NAMES, Variant, VariantName, variant_of
+from flux_batch.model.conditions.variant import (
+    UNTOLD,
+    VARIANT_NAMES,
+    Variant,
+    VariantName,
+    names_in,
+    variant_of,
+)
 from flux_batch.model.optimize.dtypes import dtype_name
 from flux_batch.model.optimize.quantize import (
     apply_fp8,
@@ -39,9 +46,6 @@ from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.precision import to_device, to_dtype
 from flux_batch.sampling_params import TOKEN_SIDE_PX, Quantization, check_choice, check_quantization
-
-# Parts at the end of a path that may name a model: models--owner--NAME/snapshots/hash/transformer/file.
-_NAMING_PARTS = 5
 
 # The changes to a model before it is filled.
 PREPARE_TRANSFORMER: Mapping[Quantization, Prepare | None] = {
@@ -215,7 +219,7 @@ class ModelManager:
 
     def _variant_of(self, transformer: Flux, checkpoint: Checkpoint, names: Sequence[str]) -> Variant:
         """Return the variant of a transformer, by its channels and by names: of its file, folders and address."""
-        hints = [part for path in (checkpoint.source, *names) for part in reversed(path.split("/")[-_NAMING_PARTS:])]
+        hints = [part for path in (checkpoint.source, *names) for part in names_in(path)]
         hints += [str(read_json(path).get("_class_name")) for path in _model_indexes(checkpoint.folder)]
         try:
             variant = variant_of(transformer.params, self.variant_name, hints)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, zip_longest
 from typing import Any, get_args
 
 import torch
@@ -18,7 +19,7 @@ from flux_batch.errors import CheckpointError
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.detect import PART_TITLES
 from flux_batch.model.conditions.controlnet import ControlNet
-from flux_batch.model.conditions.variant import TEXT_TO_IMAGE, Variant, VariantName, variant_of
+from flux_batch.model.conditions.variant import TEXT_TO_IMAGE, Variant, VariantName, names_in, variant_of
 from flux_batch.model.optimize.attention import AttentionKernels, choose_attention
 from flux_batch.model.optimize.compile import CompileCache, is_compiled, set_compile_options
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
@@ -215,11 +216,13 @@ class FluxImagePipeline(ImagePromptLoaders):
 
     @property
     def variant(self) -> Variant:
-        """The variant of FLUX.1, which a control LoRA changes: as its name says, Canny or Depth."""
+        """The variant of FLUX.1, which a control LoRA changes: as its name or its folder's says, Canny or Depth."""
         width, p = self.transformer.img_in.weight.shape[1], self.transformer.params
         if width == p.in_channels:
             return self._variant
-        return variant_of(replace(p, in_channels=width), hints=[uri.rpartition("/")[2] for uri, _ in self.loras.fused])
+        # Of several LoRAs the names of all files come before those of folders.
+        nearest_first = zip_longest(*(names_in(uri) for uri, _ in self.loras.fused), fillvalue="")
+        return variant_of(replace(p, in_channels=width), hints=chain.from_iterable(nearest_first))
 
     @property
     def default_guidance(self) -> float:

@@ -50,9 +50,15 @@ class RowParser:
         uri: str = "",
         loras: Sequence[LoraConfig] = (),
         known: Collection[str] | None = None,
+        guidance: float | None = None,
     ) -> None:
-        """Read rows of the prompts file `uri`; known: the settings that the pipeline knows, None for all."""
+        """Read rows of the prompts file `uri`; known: the settings that the pipeline knows, None for all.
+
+        guidance: that of the model with the LoRAs of the job; None where no image is made.
+        """
         self._known = known
+        self._guidance_from_model = sampling.embedded_guidance is None and guidance is not None
+        sampling = sampling if guidance is None else sampling.for_model(guidance)
         self._passthrough = config.metadata_columns
         self._images = ImageAccess(config, uri)
         self._loras = RowLoras(loras, uri)
@@ -117,6 +123,7 @@ class RowParser:
             seeds=seeds,
             images=images,
             size_from_reference=self._takes_size(values, images),
+            guidance_from_model=self._takes_guidance(values, loras),
             loras=loras,
             passthrough=passthrough,
         )
@@ -179,6 +186,10 @@ class RowParser:
     def _takes_size(self, values: Row, images: RowImages) -> bool:
         has_own = any(self._cell(values, side) is not None for side in ("width", "height"))
         return self._size_from_reference and bool(images.reference_image) and not has_own
+
+    def _takes_guidance(self, values: Row, loras: tuple[LoraUse, ...]) -> bool:
+        has_own = self._cell(values, "embedded_guidance") is not None
+        return self._guidance_from_model and not has_own and loras != self._loras.defaults
 
     def _image_cell(self, values: Row, field: str) -> Any:
         """Return the cell of an image; of a struct its bytes, or else its path."""

@@ -148,14 +148,15 @@ class PromptSource:
         sampling: SamplingConfig,
         loras: Sequence[LoraConfig] = (),
         known: Collection[str] | None = None,
+        guidance: float | None = None,
     ) -> Iterator[ImageRequest | FailedRow]:
         """Yield the validated rows of a shard, in order; an invalid row is a FailedRow.
 
-        known: the settings that the pipeline knows; None for all.
+        known, guidance: as for RowParser.
         """
         row = 0
         for piece, table, values in self._rows_of(shard):
-            parser = RowParser(self._config, sampling, piece.uri, loras, known)
+            parser = RowParser(self._config, sampling, piece.uri, loras, known, guidance)
             partitions = self._partitions(piece.name)
             lines = cache(partial(_lines_of, table, piece))
             is_one = self._is_one_prompt(piece, table)

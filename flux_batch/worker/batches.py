@@ -74,6 +74,11 @@ class ImageTask:
         sampling = replace(self.request.sampling, width=width, height=height)
         return replace(self, request=replace(self.request, sampling=sampling, size_from_reference=False))
 
+    def guided(self, guidance: float) -> ImageTask:
+        """Return the same with the embedded guidance that comes from the model."""
+        sampling = replace(self.request.sampling, embedded_guidance=guidance)
+        return replace(self, request=replace(self.request, sampling=sampling, guidance_from_model=False))
+
 
 def with_sources(row: ImageRequest | FailedRow, count: int) -> ImageRequest | FailedRow:
     """Return a row; a failed one if it has another number of source images than the output writes."""

@@ -209,6 +209,8 @@ class BatchMaker:
         ready = [task for task in batch if not task.error]
         if ready and (error := self._loras.use(ready[0].request.loras)):
             return [ImageOutcome(task, error, None, cut) for task, cut in zip(batch, truncated, strict=True)]
+        batch = [self._with_guidance(task) for task in batch]
+        ready = [task for task in batch if not task.error]
         made: dict[int, tuple[Pixels | Exception, Tiles | None]] = {}
         for group in grouped(ready):
             fit = self._fits.get(group[0].read_shape, _MemoryFit(self._tiles))
@@ -218,6 +220,11 @@ class BatchMaker:
             ImageOutcome(task, task.error, None, cut) if task.error else ImageOutcome(task, *made[id(task)], cut)
             for task, cut in zip(batch, truncated, strict=True)
         ]
+
+    def _with_guidance(self, task: ImageTask) -> ImageTask:
+        """Return a task with the guidance of the model, if it asks for none: a control LoRA makes it another model."""
+        from_model = task.request.guidance_from_model and not task.error
+        return task.guided(self._pipeline.default_guidance) if from_model else task
 
     def _make_parts(self, batch: Sequence[ImageTask], fit: _MemoryFit) -> list[tuple[Pixels | Exception, Tiles | None]]:
         """Make the images of a batch; after an error those of its halves, down to single images.

@@ -265,6 +265,8 @@ class ShardRun:
         record = dict(image.record)
         if task.request.size_from_reference:
             task = task.sized(record["width"], record["height"])
+        if task.request.guidance_from_model:
+            task = task.guided(record["embedded_guidance"])
         error = record.pop("error_type", ""), record.pop("error_message", "")
         score = record.pop("score", None)
         truncated = record.get("clip_truncated"), record.get("t5_truncated")

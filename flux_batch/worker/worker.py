@@ -130,7 +130,7 @@ class Worker:
             image_options=self._image_options,
         )
         # Once the LoRAs of the job are set, which may make another variant of the model.
-        self._sampling = config.sampling.for_model(pipeline.default_guidance)
+        self._guidance = pipeline.default_guidance
         self._recorder = Recorder(config.model, output_format, pipeline.default_t5_sequence_length)
         self._scorer = None
         if config.quality:
@@ -202,7 +202,8 @@ class Worker:
     def _read_rows(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:
         """Read the rows of a shard, and adopt the images that earlier attempts have staged."""
         run = ShardRun(shard, attempt, self._recorder, self._staging, self._config.output, scratch)
-        for row in self._source.read(shard, self._sampling, self._config.model.loras, self._known):
+        sampling, loras = self._config.sampling, self._config.model.loras
+        for row in self._source.read(shard, sampling, loras, self._known, self._guidance):
             run.add(row)
             if isinstance(row, FailedRow):
                 self.metrics.add("failures", label=row.error_type)
@@ -292,10 +293,11 @@ class Worker:
         return remembered_batch_size(self._store, self._measure_batch_size) if size == "auto" else size
 
     def _measure_batch_size(self) -> int:
-        return measured_batch_size(self._pipeline, self._sampling, self._beat_making, image_options=self._image_options)
+        sampling = self._config.sampling.for_model(self._guidance)
+        return measured_batch_size(self._pipeline, sampling, self._beat_making, image_options=self._image_options)
 
     def _read_images(self, images: RowImages, size: tuple[int, int] | None) -> Mapping[str, Any]:
-        options, resize = self._config.prompts.storage_options, self._sampling.resize_references
+        options, resize = self._config.prompts.storage_options, self._config.sampling.resize_references
         return load_images(images, options, size, resize_references=resize)
 
     def _beat_making(self) -> None:

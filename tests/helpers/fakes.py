@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from flux_batch.config.schema import ModelConfig
-from flux_batch.errors import CheckpointError, OutOfMemory, StoreError
+from flux_batch.errors import CheckpointError, DeviceFatal, OutOfMemory, StoreError
 from flux_batch.images import Pixels
 from flux_batch.records import Kernels
 
@@ -193,6 +193,28 @@ class FakePipeline:
         except FileExistsError:
             return False
         return True
+
+
+class ControlledPipeline(FakePipeline):
+    """One that a LoRA with `canny` in its name makes another model; `guidances` has those of its images.
+
+    Its device breaks after `max_calls`.
+    """
+
+    def __init__(self, max_calls: int = 1000) -> None:
+        super().__init__()
+        self.guidances: list[float] = []
+        self._max_calls = max_calls
+
+    @property
+    def default_guidance(self) -> float:  # type: ignore[override]
+        return 30.0 if any("canny" in uri for uri, _ in (self.lora_calls or [[]])[-1]) else 3.5
+
+    def __call__(self, *arguments: Any, embedded_guidance: Sequence[float], **others: Any) -> list[Pixels]:  # type: ignore[override]
+        if self.num_calls == self._max_calls:
+            raise DeviceFatal("broken")
+        self.guidances += embedded_guidance
+        return super().__call__(*arguments, embedded_guidance=embedded_guidance, **others)
 
 
 def make_fake_pipeline(model: ModelConfig) -> FakePipeline:

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from flux_batch.model.checkpoint.checkpoint import open_checkpoint
 from flux_batch.model.conditions.channels import WithChannels, pack_mask
@@ -26,10 +31,11 @@ from flux_batch.model.conditions.variant import (
     Variant,
     variant_of,
 )
-from flux_batch.model.conditions.vision import load_siglip
+from flux_batch.model.conditions.vision import load_clip_vision, load_siglip
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Denoiser, Flux, PromptEmbeds
 from helpers.golden import FLUX, check, filled, tensor, weight
+from helpers.tiny_flux import TINY_TOWER
 
 # Sum, sum of magnitudes, first three and last two numbers: from diffusers 0.42.1.
 GOLDEN: dict[str, tuple[int, Any]] = {
@@ -78,6 +84,17 @@ def test_redux_and_its_tower_are_golden(tmp_path: Path) -> None:
     with torch.inference_mode():
         states = tower(tensor("in.pixels", (1, 3, 44, 44)))
     check(states, 3.974620, 227.955475, [1.020633, -0.505703, -0.844206], [0.959002, -0.300316])
+
+
+def test_the_vision_tower_of_clip_is_golden(tmp_path: Path) -> None:
+    config = CLIPVisionConfig(**TINY_TOWER, image_size=28, projection_dim=24)
+    names = {name: value.shape for name, value in CLIPVisionModelWithProjection(config).state_dict().items()}
+    save_file({name: weight(name, shape) for name, shape in names.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    tower = load_clip_vision(open_checkpoint(tmp_path), dtype=torch.float32, device=torch.device("cpu"))
+    with torch.inference_mode():
+        embeds = tower(tensor("in.pixels28", (1, 3, 28, 28)))
+    check(embeds, 1.685442, 18.815758, [1.586078, 0.606677, 0.160884], [0.900424, 0.861992])
 
 
 @pytest.mark.parametrize(

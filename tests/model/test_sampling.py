@@ -213,6 +213,18 @@ def test_true_cfg_goes_from_the_negative_through_the_positive(scale: float) -> N
     torch.testing.assert_close(guided, (1 - scale) * negative + scale * positive, atol=1e-6, rtol=0)
 
 
+def test_an_image_without_cfg_has_the_bits_it_has_alone_beside_one_with_it_in_bfloat16() -> None:
+    img, negative = (tensor(f"in.{name}", (2, 6, 64)).bfloat16() for name in ("img", "negative"))
+    sigmas = torch.tensor([1.0, 0.7003, 0.0])
+
+    def velocity(_: int, img: torch.Tensor) -> torch.Tensor:
+        return 3 * img.sin()
+
+    alone = denoise(velocity, img[:1], sigmas)
+    cfg = {"negative": lambda *_: negative, "cfg_scale": torch.tensor([1.0, 2.3])}
+    assert torch.equal(denoise(velocity, img, sigmas, **cfg)[:1], alone)
+
+
 def test_noise_is_added_with_sigma_rounded_to_the_dtype_of_the_latents() -> None:
     latents, noise = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([3.0], dtype=torch.bfloat16)
     sigma = torch.tensor(0.7001)

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from flux_batch.model.checkpoint.checkpoint import Checkpoint, first_names, open_checkpoint, weight_files
-from flux_batch.model.checkpoint.files import is_pickle
+from flux_batch.model.checkpoint.files import is_pickle, is_shard
 from flux_batch.model.checkpoint.scaled_fp8 import SCALED_FP8_MARKER, declared_formats, pair_scales
 from flux_batch.model.params import Shapes
 
@@ -250,7 +250,9 @@ def find_parts(source: Path) -> list[Path]:
     for part, paths in found.items():
         if len(paths) > 1:
             names = ", ".join(path.name for path in paths)
-            raise ValueError(f"{source} holds several files for the {PART_TITLES[part]}: {names}; keep one")
+            is_sharded = all(is_shard(path.name) for path in paths)
+            instead = f"put the shards of a model into a folder {_PART_FOLDERS[part]}" if is_sharded else "keep one"
+            raise ValueError(f"{source} holds several files for the {PART_TITLES[part]}: {names}; {instead}")
     for part, title in PART_TITLES.items():
         if part not in found:
             looked = (

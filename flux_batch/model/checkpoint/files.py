@@ -56,7 +56,7 @@ def _is_complete(folder: str, names: Sequence[str]) -> bool:
     if folder not in _WEIGHT_FOLDERS:
         return bool(files)
     weights = [name for name in files if is_weight(name)]
-    shards = [name for name in weights if _SHARD_NAME.search(name)]
+    shards = [name for name in weights if is_shard(name)]
     return bool(weights) and all(f"-of-{len(shards):05d}." in name for name in shards)
 
 
@@ -91,7 +91,7 @@ def _one_variant(weights: Sequence[str], settings: Sequence[str]) -> list[str]:
     kept = []
     for folder, files in by_folder.items():
         plain = [name for name in files if folder and not _PRECISION_VARIANT.search(name)] or files
-        shards = [name for name in plain if _SHARD_NAME.search(name)]
+        shards = [name for name in plain if is_shard(name)]
         has_index = any(name.endswith(_INDEX_SUFFIX) and _folder_of(name) == folder for name in settings)
         kept += shards if folder and shards and has_index else plain
     return kept
@@ -107,6 +107,11 @@ def _is_known(name: str) -> bool:
 def is_weight(name: str) -> bool:
     """Return whether a name is that of a file of tensors."""
     return name.endswith(WEIGHT_SUFFIXES)
+
+
+def is_shard(name: str) -> bool:
+    """Return whether a name is that of one of several files of a model."""
+    return _SHARD_NAME.search(name) is not None
 
 
 def is_pickle(name: str) -> bool:

@@ -53,6 +53,14 @@ _BY_NAME = {
 }
 UNTOLD = Variant(title="FLUX.1-Canny or -Depth", channels=2, guidance=30.0, needs=_CONTROL)
 
+# Parts at the end of a path that may name a model: models--owner--NAME/snapshots/hash/transformer/file.
+_NAMING_PARTS = 5
+
+
+def names_in(path: str) -> list[str]:
+    """Return the names of a path or address that may tell a variant: of the file, then of its folders."""
+    return path.rstrip("/").split("/")[: -_NAMING_PARTS - 1 : -1]
+
 
 def is_kontext(name: str, hints: Iterable[str]) -> bool:
     """Return whether a model is a Kontext: it is said to be one, or named so."""

@@ -195,6 +195,19 @@ def test_two_files_for_one_part_are_named(model: Path) -> None:
         draw(model)
 
 
+def test_shards_beside_the_other_files_are_asked_into_a_folder_where_they_load(model: Path, image: np.ndarray) -> None:
+    state = load_file(model / FILE)
+    (model / FILE).unlink()
+    names = [f"flux1-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+    for place, name in enumerate(names):
+        save_file({key: state[key] for key in sorted(state)[place::2]}, model / name)
+    with pytest.raises(CheckpointError, match=r"put the shards of a model into a folder transformer$"):
+        draw(model)
+    for name in names:
+        (model / name).rename(model / "transformer" / name)
+    assert np.array_equal(draw(model), image)
+
+
 def test_single_files_beside_component_folders_are_ignored(model: Path, image: np.ndarray) -> None:
     """As in the official repositories, which hold the transformer in both layouts."""
     (model / "transformer" / "model.safetensors").write_bytes((model / FILE).read_bytes())

@@ -7,6 +7,7 @@ import json
 import pickle
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,12 @@ from flux_batch.model.checkpoint.detect import CheckpointKind, detect
 from flux_batch.model.checkpoint.diffusers_keys import (
     autoencoder_from_diffusers,
     autoencoder_to_diffusers,
+    controlnet_to_diffusers,
     transformer_from_diffusers,
     transformer_to_diffusers,
 )
+from flux_batch.model.conditions.controlnet import ControlNet, ControlNetParams
+from flux_batch.model.conditions.redux import Redux
 from flux_batch.model.params import AUTOENCODER, DEV, SCHNELL
 from flux_batch.model.transformer import Flux
 from flux_batch.pipeline.model_manager import ModelManager
@@ -60,6 +64,13 @@ def t5_state() -> State:
     return {name: value for name, value in state.items() if "embed_tokens" not in name}
 
 
+def net_state(depth: int, depth_single_blocks: int, num_modes: int = 0, channels: int = 64) -> State:
+    """Return the keys of a published ControlNet, in the layout of diffusers."""
+    flux = replace(DEV, depth=depth, depth_single_blocks=depth_single_blocks)
+    params = ControlNetParams(flux=flux, condition_channels=channels, num_modes=num_modes)
+    return controlnet_to_diffusers(on_meta(lambda: ControlNet(params)))
+
+
 @pytest.mark.parametrize(
     ("make", "prefix", "md5"),
     [
@@ -76,8 +87,19 @@ def t5_state() -> State:
         ),
         (clip_state, "", "94eefa3dac9cec93cb1ebaf1747d7b78"),
         (t5_state, "", "22540b49eaedbc2f2784b2091a234c7c"),
+        (lambda: on_meta(lambda: Flux(replace(DEV, in_channels=384))), "", "f876d2a6fb247fb7da0f84fc7fb8a823"),
+        (lambda: on_meta(lambda: Flux(replace(DEV, in_channels=128))), "", "80b22e2aff86d8ca58a6d1d96e5a9c67"),
+        (lambda: on_meta(lambda: Redux(1152, 12288, 4096)), "", "d8ea4618391460bc831fddaae5fb5288"),
+        (lambda: net_state(5, 10, num_modes=10), "", "78d18b9101345ff695f312e7e62538c0"),
+        (lambda: net_state(6, 0), "", "43ad5aaa27dd4ee01b832ed16773fa52"),
+        (lambda: net_state(5, 0), "", "b001c89139b5f053c715fe772362dd2a"),
+        (lambda: net_state(6, 0, channels=68), "", "52357cb26250681367488a8954c271e8"),
+        (lambda: net_state(4, 1), "", "0cfd1740758423a2a854d67c136d1e8c"),
     ],
-    ids=["dev", "schnell", "dev prefixed", "dev diffusers", "schnell diffusers", "ae", "vae diffusers", "clip", "t5"],
+    ids=[
+        *("dev", "schnell", "dev prefixed", "dev diffusers", "schnell diffusers", "ae", "vae diffusers", "clip", "t5"),
+        *("Fill", "Canny and Depth", "Redux", "Union", "Union-Pro-2.0", "Upscaler", "alimama", "Shakker Depth"),
+    ],
 )
 def test_keys_and_shapes_are_those_of_the_published_file(make: Callable[[], State], prefix: str, md5: str) -> None:
     assert key_hash(make(), prefix) == md5

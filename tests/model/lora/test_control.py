@@ -92,6 +92,21 @@ def test_a_control_lora_is_merged_and_taken_out_again(folder: Path, tmp_path: Pa
     assert (pipe.needed_images, pipe.default_guidance) == ((), 3.5)
 
 
+def test_the_name_of_its_folder_tells_depth_from_canny(folder: Path, tmp_path: Path) -> None:
+    pipe = FluxImagePipeline.from_pretrained(folder, **CPU)
+    home = tmp_path / "flux-canny-project"
+    control = home / "FLUX.1-Depth-dev-lora" / "pytorch_lora_weights.safetensors"
+    control.parent.mkdir(parents=True)
+    control_lora(pipe.transformer.state_dict(), control)
+    save_file({"img_in.lora_A.weight": torch.ones(1, 64), "img_in.lora_B.weight": torch.ones(48, 1)}, home / "style")
+    for uri in (control, control.parent, f"{control.parent}/"):
+        pipe.set_loras([(uri, 1.0)])
+        assert pipe.default_guidance == 10.0
+    named = control.rename(home / "flux1-depth.safetensors")
+    pipe.set_loras([(home / "style", 1.0), (named, 1.0)])
+    assert pipe.default_guidance == 10.0
+
+
 def test_other_loras_of_img_in_change_the_columns_of_the_noise(folder: Path, tmp_path: Path) -> None:
     pipe = FluxImagePipeline.from_pretrained(folder, **CPU)
     control, style = tmp_path / "flux1-canny-dev-lora.safetensors", tmp_path / "style.safetensors"
