@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 
 from flux_batch.config.schema import JobConfig, PromptsConfig
 from flux_batch.errors import PlanMismatch, SourceError
-from flux_batch.output.metadata import parquet_table
 from flux_batch.output.paths import shard_name
 from flux_batch.plan.shards import Shards
 from flux_batch.prompts.formats.table import RowRange
@@ -97,7 +96,7 @@ class Plan:
         """
         rules = rules_of_plan(data)
         try:
-            table = parquet_table(data)
+            table = _opened(data).read(use_threads=False)
         except _DAMAGED as error:
             raise _not_a_plan(error) from error
         metadata = table.schema.metadata
@@ -113,10 +112,15 @@ class Plan:
 def rules_of_plan(data: bytes) -> int:
     """Return the rules by which the files of a saved plan were listed. Raises: ValueError if it is not a plan."""
     try:
-        metadata = pq.read_schema(io.BytesIO(data)).metadata
+        metadata = _opened(data).schema_arrow.metadata
         return int(json.loads(metadata[b"flux_batch"])["version"])
     except _DAMAGED as error:
         raise _not_a_plan(error) from error
+
+
+def _opened(data: bytes) -> pq.ParquetFile:
+    """Open a saved plan. Its footer names every file: of a million, pyarrow would refuse it as too large."""
+    return pq.ParquetFile(pa.BufferReader(data), thrift_string_size_limit=max(1, len(data)))
 
 
 def _not_a_plan(error: Exception) -> ValueError:
@@ -145,7 +149,7 @@ class Outline:
     def from_parquet(cls, data: bytes) -> Outline:
         """Read a saved plan without reading the data set. Raises: ValueError if it is not a plan."""
         try:
-            file = pq.ParquetFile(pa.BufferReader(data))
+            file = _opened(data)
             passthrough = base64.b64decode(file.schema_arrow.metadata[b"passthrough"])
             num_rows, last = array("q"), -1
             for parts in file.iter_batches(_PARTS_AT_ONCE, columns=["shard", "num_rows"], use_threads=False):

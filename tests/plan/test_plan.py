@@ -326,6 +326,21 @@ def test_a_million_rows_plan_quickly_and_small(tmp_path: Path) -> None:
     assert len(pickle.dumps(again.shards[17])) < 400
 
 
+def test_a_plan_of_a_million_files_can_be_read_again(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "a.parquet", 5)
+    plan = make_plan(prompts(tmp_path), 4)
+    table = pq.read_table(pa.BufferReader(plan.to_parquet()))
+    with pq.ParquetWriter(tmp_path / "plan", table.schema) as writer:
+        writer.write_table(table)
+        # The names of so many files take more than the 100 MB which pyarrow reads of a footer, as this does.
+        writer.add_key_value_metadata({"more": "a" * 100_000_001})
+    data = (tmp_path / "plan").read_bytes()
+
+    assert rules_of_plan(data) == plan.rules
+    assert list(Outline.from_parquet(data).num_rows) == [4, 1]
+    assert Plan.from_parquet(data, plan.files) == plan
+
+
 def test_new_files_become_shards_behind_those_that_are_there(tmp_path: Path) -> None:
     write_prompts(tmp_path / "b.parquet", 5, tag=["x"] * 5)
     config = prompts(tmp_path, passthrough=["tag"])
