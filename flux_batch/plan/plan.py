@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flux_batch.config.schema import JobConfig, PromptsConfig
-from flux_batch.errors import PlanMismatch, SourceError
+from flux_batch.errors import PlanMismatch, SourceError, count_of
 from flux_batch.output.paths import shard_name
 from flux_batch.plan.shards import Shards
 from flux_batch.prompts.formats.table import RowRange
@@ -35,8 +35,8 @@ FILES_AT_ONCE = 1000
 _PARTS_AT_ONCE = 10_000
 # The errors that readers raise for the bytes of a damaged plan.
 _DAMAGED = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
-# Shards that a notebook shows of a plan.
-_SHARDS_SHOWN = 20
+# Shards that a notebook shows of a plan, and files that differ from those of the run.
+_SHARDS_SHOWN, _FILES_SHOWN = 20, 20
 
 
 @dataclass(frozen=True, repr=False)
@@ -309,7 +309,8 @@ def _check_same_files(planned: dict[str, tuple[int, str]], found: dict[str, Prom
         if name in found and (found[name].size, found[name].version) != (size, version)
     ]
     added = [] if new_files else [f"  {name}: is new; --extend adds it" for name in found if name not in planned]
-    if differences + added:
-        raise PlanMismatch(
-            "the prompts differ from those of the run in this output:\n" + "\n".join(differences + added)
-        )
+    lines = differences + added
+    if lines:
+        more = len(lines) - _FILES_SHOWN
+        shown = [*lines[:_FILES_SHOWN], *([f"  ... and {count_of(more, 'other file')}"] if more > 0 else [])]
+        raise PlanMismatch("the prompts differ from those of the run in this output:\n" + "\n".join(shown))

@@ -25,6 +25,7 @@ from flux_batch.plan.plan import (
 )
 from flux_batch.plan.shards import Shards
 from flux_batch.prompts import source
+from flux_batch.prompts.listing import PromptFile
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import FileRange, ImageRequest, Shard
 from helpers.yardstick import work
@@ -163,6 +164,16 @@ def test_an_added_file_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(PlanMismatch, match=r"b\.parquet: is new"):
         plan_again(plan, config)
+
+
+def test_of_many_files_that_differ_the_first_are_named() -> None:
+    files = [PromptFile(uri=f"{number}.txt", name=f"{number}.txt", size=1, version="1") for number in range(1000)]
+    plan = Plan(Shards.none(), tuple(files), pa.schema([]))
+
+    with pytest.raises(PlanMismatch, match=r"0\.txt: is gone") as caught:
+        Plan.from_parquet(plan.to_parquet(), [])
+    assert str(caught.value).count("\n") == 21
+    assert str(caught.value).endswith("... and 980 other files")
 
 
 def test_moving_the_data_set_as_a_whole_is_no_change(tmp_path: Path) -> None:
