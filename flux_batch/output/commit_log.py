@@ -38,7 +38,6 @@ _COMMITS_A_WRITE = 1000
 NAMES_A_PAGE = 1000
 # Shards that the log may lack below its end: each costs a request when it is read.
 _MAX_LACKING = 64
-_COMMITS_AT_ONCE = 10_000
 _ROWS_AT_ONCE = 65_536
 _COLUMNS = pa.schema(
     [
@@ -86,9 +85,8 @@ class CommitLog:
             listed = commits.listed(first=end)
         is_known = self.is_done
         new = array("i", (shard for shard in listed if not is_known[shard]))
-        for first in range(0, len(new), _COMMITS_AT_ONCE):
-            for commit in commits.read_all(new[first : first + _COMMITS_AT_ONCE]):
-                self.add(commit)
+        for commit in commits.read_all(new):
+            self.add(commit)
         for commit in commits.find_all(shard for shard in range(end) if not is_known[shard]):
             self.add(commit)
 

@@ -48,7 +48,7 @@ _REASON = ("error_type", "error_message")
 # A file of which at least this share is wanted is read whole.
 _WHOLE_FROM = 0.5
 _DIGEST_BYTES = 16
-# Shards whose tables or commits are in memory at once, and images that are hashed at a time.
+# Shards whose tables are in memory at once, and images that are hashed at a time.
 _SHARDS_AT_ONCE = 256
 _IMAGES_AT_ONCE = 65_536
 _LEAST_SIDE = 16
@@ -180,10 +180,9 @@ class ExportSource:
         for name in dict.fromkeys(column.annotation for column in self.annotation_columns):
             folder, digest = AnnotationFolder(self.run.folder, name), hashlib.blake2b(digest_size=_DIGEST_BYTES)
             done = sorted(self.annotated[name].intersection(shards))
-            for first in range(0, len(done), _SHARDS_AT_ONCE):
-                for commit in folder.commits.read_all(done[first : first + _SHARDS_AT_ONCE]):
-                    hashes = {file.path: file.sha256 for file in commit.files}
-                    digest.update(f"{commit.shard} {hashes.get(folder.file(commit.shard))}\n".encode())
+            for commit in folder.commits.read_all(done):
+                hashes = {file.path: file.sha256 for file in commit.files}
+                digest.update(f"{commit.shard} {hashes.get(folder.file(commit.shard))}\n".encode())
             digests[name] = digest.hexdigest()
         return digests
 
