@@ -23,13 +23,10 @@ from PIL import Image
 
 from flux_batch.config.schema import ImageConfig
 from flux_batch.dataset.export.export import export
-from flux_batch.dataset.export.facts import run_facts
-from flux_batch.dataset.export.source import ExportSource
 from flux_batch.dataset.select.select import Criteria, select
 from flux_batch.dataset.select.selection import read_selection
 from flux_batch.errors import JobError, StoreError
 from flux_batch.images import AI_SOURCE_TYPE, encode, read_provenance
-from flux_batch.output.commits import Commits
 from flux_batch.storage.store import Store
 from helpers.annotated import put_annotations
 from helpers.finished_runs import command, finish
@@ -360,18 +357,6 @@ def test_the_card_says_what_is_known(tmp_path: Path) -> None:
         assert language in ("python", "json")
         if language == "python":
             compile(block, "card", "exec")
-
-
-def test_the_counts_of_a_run_are_those_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = ExportSource.open(made_run(tmp_path, "webdataset"))
-    read: list[int] = []
-    monkeypatch.setattr(Commits, "read", lambda self, shard: read.append(shard))
-
-    facts = run_facts(source)
-
-    assert (facts.num_images, facts.num_failed, facts.failures) == (13, 1, {"RuntimeError": 1})
-    assert facts.device_hours > 0
-    assert read == []  # of a million shards it would be as many requests, at each export and twice at a publication
 
 
 def test_the_card_has_scores_that_are_all_but_equal_or_far_apart(tmp_path: Path) -> None:
