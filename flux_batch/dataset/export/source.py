@@ -157,10 +157,9 @@ class ExportSource:
 
     @cached_property
     def splits(self) -> dict[str, int]:
-        """The number of images of each split."""
-        counts = self.chosen["split"].value_counts().to_pylist()
-        order = {name: number for number, name in enumerate([TRAIN, *sorted(each["values"] for each in counts)])}
-        return {each["values"]: each["counts"] for each in sorted(counts, key=lambda each: order[each["values"]])}
+        """The number of images of each split: `train` first, the others by name."""
+        counts = {each["values"]: each["counts"] for each in self.chosen["split"].value_counts().to_pylist()}
+        return {name: counts[name] for name in sorted(counts, key=lambda name: (name != TRAIN, name))}
 
     @cached_property
     def digest(self) -> str:
