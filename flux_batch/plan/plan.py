@@ -187,9 +187,9 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
     if not files:
         return plan
     with ThreadPoolExecutor(_READER_THREADS) as pool:
-        cuts = _cut(source, files, shard_size, pool)
-        pieces = ((file, rows) for file, ranges in zip(files, cuts, strict=True) for rows in ranges)
         limit = None if prompts.limit is None else prompts.limit - plan.num_prompts
+        cuts = _cut(source, files, shard_size, limit, pool)
+        pieces = ((file, rows) for file, ranges in zip(files, cuts, strict=True) for rows in ranges)
         shards = plan.shards.extended(_shared(_limited(pieces, limit), shard_size))
     num_new = len(shards) - len(plan.shards)
     names = set(shards.files)
@@ -268,12 +268,13 @@ def _holds(kind: pa.DataType, new: pa.DataType) -> bool:
 
 
 def _cut(
-    source: PromptSource, files: Sequence[PromptFile], shard_size: int, pool: ThreadPoolExecutor
+    source: PromptSource, files: Sequence[PromptFile], shard_size: int, limit: int | None, pool: ThreadPoolExecutor
 ) -> Iterator[list[RowRange]]:
-    """Yield the row ranges of each file, read a thousand files ahead: there may be very many."""
+    """Yield the row ranges of each file, read a thousand files ahead; with a limit only its first ones."""
+    at_most = None if limit is None else max(1, limit)
     for first in range(0, len(files), FILES_AT_ONCE):
         some = files[first : first + FILES_AT_ONCE]
-        yield from pool.map(lambda file: source.split(file, shard_size), some)
+        yield from pool.map(lambda file: source.split(file, shard_size, at_most), some)
 
 
 def _limited(pieces: Iterable[tuple[PromptFile, RowRange]], limit: int | None) -> Iterator[FileRange]:

@@ -20,6 +20,7 @@ import pyarrow as pa
 from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError, did_you_mean
 from flux_batch.prompts.formats.arrow import ArrowTable
+from flux_batch.prompts.formats.json_lines import JsonLinesTable
 from flux_batch.prompts.formats.json_table import JsonTable
 from flux_batch.prompts.formats.lines import LineTable
 from flux_batch.prompts.formats.open import open_table
@@ -97,15 +98,19 @@ class PromptSource:
         """A text that changes when a list of values of `prompts.samplers` does; empty without lists in files."""
         return self._recipe.lists
 
-    def split(self, file: PromptFile, num_rows: int) -> list[RowRange]:
-        """Return one file cut into row ranges. Raises: SourceError if a column of the job file is not in it."""
+    def split(self, file: PromptFile, num_rows: int, limit: int | None = None) -> list[RowRange]:
+        """Return one file cut into row ranges; with a limit only its first ones, which have so many rows.
+
+        Of a text with a limit no more is read. Raises: SourceError if a column of the job file is not in it.
+        """
         if not self._config.uri:
             self._check_fields(self._recipe.made, "prompts.samplers")
             return ranges_of(self._recipe.num_rows, num_rows)
         table = self._table(file.uri)
-        ranges = list(table.split(num_rows))
+        num_ranges = None if limit is None else -(-limit // num_rows)
+        ranges = list(islice(table.split(num_rows), num_ranges))
         if ranges:  # a text file without rows has no columns either
-            schema = self._schema_of(file, table)
+            schema = self._schema_of(file, table, limit)
             if not schema.names:
                 _check_first_row(table, ranges[0], file.uri)
             if schema is not self._checked:
@@ -251,10 +256,17 @@ class PromptSource:
             known = self._schemas.get(file.uri)
         return self._schema_of(file, self._table(file.uri)) if known is None else known
 
-    def _schema_of(self, file: PromptFile, table: Table) -> pa.Schema:
-        """Return the columns of an open file; files with the same ones mostly share one schema."""
-        found = table.schema()
-        for name in self._partitions(file.name):
+    def _schema_of(self, file: PromptFile, table: Table, limit: int | None = None) -> pa.Schema:
+        """Return the columns of an open file, or of its first rows; files with the same ones mostly share one schema.
+
+        A column that the job names may have its first value after the limit.
+        """
+        found, partitions = None, self._partitions(file.name)
+        if limit is not None and isinstance(table, (JsonLinesTable, TarTable)):
+            found = table.schema(limit)
+        if found is None or not self._needed.issubset([*found.names, *partitions]):
+            found = table.schema()
+        for name in partitions:
             if name not in found.names:
                 found = found.append(pa.field(name, pa.string()))
         with self._lock:
@@ -262,6 +274,12 @@ class PromptSource:
                 self._last = found
             self._schemas[file.uri] = self._last
             return self._last
+
+    @cached_property
+    def _needed(self) -> set[str]:
+        """The columns that a file must have."""
+        columns = {"prompt": "prompt", **self._config.columns}.values()
+        return {*columns, *self._config.passthrough, *self._recipe.columns}.difference(self._recipe.made.names)
 
     @cached_property
     def _columns(self) -> set[str]:

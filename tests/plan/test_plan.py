@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gzip
 import pickle
+import random
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
@@ -447,6 +449,26 @@ def test_a_file_is_opened_once_for_its_rows_and_its_columns(tmp_path: Path, monk
 
     assert len(make_plan(prompts(tmp_path), 5).shards) == 4
     assert list(opened.values()) == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("suffix", "head", "row"),
+    [("txt", "", "{}"), ("csv", "prompt,tag", "{},x"), ("jsonl", "", '{{"prompt": "{}", "tag": "x"}}')],
+)
+def test_a_limit_leaves_the_rest_of_a_text_unread(tmp_path: Path, suffix: str, head: str, row: str) -> None:
+    rows = [row.format(number) for number in random.Random(0).sample(range(10**9), 400_000)]
+    whole = gzip.compress("\n".join([head, *rows] if head else rows).encode(), 1)
+    (tmp_path / f"a.{suffix}.gz").write_bytes(whole[:-1000])  # to read its end is an error
+
+    assert make_plan(prompts(tmp_path, limit=8), 5).num_prompts == 8
+    with pytest.raises(SourceError, match="compression is damaged"):
+        make_plan(prompts(tmp_path), 5)
+
+
+def test_a_column_may_have_its_first_value_behind_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n' * 9 + '{"prompt": "a", "tag": 1}\n')
+    plan = make_plan(prompts(tmp_path, limit=2, passthrough=["tag"]), 5)
+    assert (plan.num_prompts, plan.passthrough) == (2, pa.schema([("tag", pa.int64())]))
 
 
 def test_a_limit_leaves_later_files_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
