@@ -111,6 +111,8 @@ class PromptSource:
         ranges = list(islice(table.split(num_rows), num_ranges))
         if ranges:  # a text file without rows has no columns either
             schema = self._schema_of(file, table, limit)
+            if limit is not None and not self._needed.issubset(schema.names):  # it may have its first value further on
+                schema = self._schema_of(file, table)
             if not schema.names:
                 _check_first_row(table, ranges[0], file.uri)
             if schema is not self._checked:
@@ -248,25 +250,21 @@ class PromptSource:
                 ) from error
         return pa.schema(fields)
 
-    def schema(self, file: PromptFile) -> pa.Schema:
-        """Return the columns of a file, those that its path names among them."""
+    def schema(self, file: PromptFile, limit: int | None = None) -> pa.Schema:
+        """Return the columns of a file, those that its path names among them; `limit`: see `_schema_of`."""
         if not self._config.uri:
             return self._recipe.schema
         with self._lock:
             known = self._schemas.get(file.uri)
-        return self._schema_of(file, self._table(file.uri)) if known is None else known
+        return self._schema_of(file, self._table(file.uri), limit) if known is None else known
 
     def _schema_of(self, file: PromptFile, table: Table, limit: int | None = None) -> pa.Schema:
-        """Return the columns of an open file, or of its first rows; files with the same ones mostly share one schema.
+        """Return the columns of an open file; files with the same ones mostly share one schema.
 
-        A column that the job names may have its first value after the limit.
+        limit: so many first rows tell the columns of a format that has no header; None for all.
         """
-        found, partitions = None, self._partitions(file.name)
-        if limit is not None and isinstance(table, (JsonLinesTable, TarTable)):
-            found = table.schema(limit)
-        if found is None or not self._needed.issubset([*found.names, *partitions]):
-            found = table.schema()
-        for name in partitions:
+        found = table.schema(limit) if isinstance(table, (JsonLinesTable, TarTable)) else table.schema()
+        for name in self._partitions(file.name):
             if name not in found.names:
                 found = found.append(pa.field(name, pa.string()))
         with self._lock:
