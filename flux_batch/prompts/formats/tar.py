@@ -84,6 +84,8 @@ class _Member(tarfile.TarInfo):
 def _rows(tar: tarfile.TarFile) -> Iterator[tuple[int, str, Row | BadRow]]:
     at, row, key = 0, None, ""
     for member in tar:
+        # It keeps half a kB of each, and a tar may have millions. Its method to list them would read to the end.
+        tar.members.clear()  # type: ignore[attr-defined]
         folder, slash, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
         if not member.isfile() or not stem:
