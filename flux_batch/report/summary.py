@@ -49,7 +49,7 @@ class RunReport:
     kernels: Kernels | None = None  # of the first worker
     versions: dict[str, str | None] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)  # the first image of each error type, and its reason
-    errors: tuple[str, ...] = ()  # of shards that failed for good
+    errors: tuple[str, ...] = ()  # of the first thousand shards that failed for good
 
     @property
     def is_complete(self) -> bool:
