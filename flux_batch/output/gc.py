@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Literal
 
 from flux_batch.errors import NotFound
+from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.commits import Commits, parse_commit
 from flux_batch.output.formats import OutputFormat
 from flux_batch.output.paths import (
@@ -96,6 +97,21 @@ class Listing:
             ShardFiles.list(run, METADATA, ".parquet"),
             ShardFiles.list(run, FAILED, ".parquet", with_sizes=False),
         )
+
+
+def logged_shards(run: RunFolder, listing: Listing, log: CommitLog) -> bytearray:
+    """Return 1 for each committed shard whose files have the bytes of the log.
+
+    Its commit need not be read: it names them. A shard with failures has a table of them, too.
+    """
+    is_logged = bytearray(run.num_shards)
+    tables, failures = listing.tables.sizes, listing.failures.sizes
+    for shard, num_bytes, num_failed in zip(log.shards, log.num_bytes, log.num_failed, strict=True):
+        if shard in listing.commits:  # a damaged log may name shards that the plan has not
+            data = max(0, listing.data.sizes[shard])  # no file if all images failed
+            is_listed = tables[shard] >= 0 and data + tables[shard] == num_bytes
+            is_logged[shard] = is_listed and (failures[shard] >= 0) == (num_failed > 0)
+    return is_logged
 
 
 def find_leftovers(

@@ -48,6 +48,22 @@ def test_gc_removes_the_files_that_no_commit_names_and_no_others(
     assert verify(store).problems == []
 
 
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_gc_reads_no_commit_of_a_shard_whose_file_is_that_of_the_log(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(make_run(tmp_path, layout).output.uri)
+    data = next(key for key in store.list("train") if "00001" in key)
+    store.write(data, store.read(data) + b"x")  # not as it was committed
+    asked: list[str] = []
+    read = Store.read
+    monkeypatch.setattr(Store, "read", lambda self, key: asked.append(key) or read(self, key))
+
+    assert command(capsys, "gc", store.uri) == (0, "nothing to remove\n")
+
+    assert [key for key in asked if "/commits/" in key] == ["_run/commits/00001.json"]
+
+
 def test_gc_removes_nothing_behind_a_link(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     others = tmp_path / "others" / "deep" / "x"
     others.parent.mkdir(parents=True)
