@@ -50,11 +50,15 @@ class RowParser:
         uri: str = "",
         loras: Sequence[LoraConfig] = (),
         known: Collection[str] | None = None,
+        folders: Callable[[], Sequence[str]] | None = None,
     ) -> None:
-        """Read rows of the prompts file `uri`; known: the settings that the pipeline knows, None for all."""
+        """Read rows of the prompts file `uri`; known: the settings that the pipeline knows, None for all.
+
+        folders: as of ImageAccess.
+        """
         self._known = known
         self._passthrough = config.metadata_columns
-        self._images = ImageAccess(config, uri)
+        self._images = ImageAccess(config, uri, folders)
         self._loras = RowLoras(loras, uri)
         image = sampling.input_image
         self._input_image = InputImage(name=public_uri(image), uri=image) if image else None

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError, did_you_mean
+from flux_batch.prompts.access import folders_of
 from flux_batch.prompts.formats.arrow import ArrowTable
 from flux_batch.prompts.formats.json_lines import JsonLinesTable
 from flux_batch.prompts.formats.json_table import JsonTable
@@ -162,7 +163,7 @@ class PromptSource:
         """
         row = 0
         for piece, table, values in self._rows_of(shard):
-            parser = RowParser(self._config, sampling, piece.uri, loras, known)
+            parser = RowParser(self._config, sampling, piece.uri, loras, known, lambda: self._folders)
             partitions = self._partitions(piece.name)
             lines = cache(partial(_lines_of, table, piece))
             is_one = self._is_one_prompt(piece, table)
@@ -236,6 +237,11 @@ class PromptSource:
         """The addresses of the files that `prompts.uri` names itself."""
         uris = self._config.uri
         return {address_of(uri, self._options) for uri in uris} if self._rules >= NAMED_FILE_RULES else uris
+
+    @cached_property
+    def _folders(self) -> Sequence[str]:
+        """The folders of the data set, beside whose files images may lie."""
+        return folders_of(self._config)
 
     def _passthrough_of(self, file: PromptFile) -> pa.Schema:
         schema = self.schema(file)
