@@ -297,8 +297,7 @@ def _sampled_values(config: JobConfig, plan: Plan) -> dict[str, str]:
 
 def _clear_scratch(store: Store) -> None:
     """Remove the half-written files of killed processes; a live process whose file is removed writes it again."""
-    for key in store.list(STORE_TMP):
-        store.delete(key)
+    store.delete_many(store.list(STORE_TMP))
     for upload in unfinished_uploads(store):
         try:
             store.abort(upload)

@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 # Objects that are listed, or removed, at once.
 _THREADS = 16
+# Objects that one thread removes: on S3 by one request.
+_KEYS_AT_ONCE = 1000
 # The files and folders of this program in RUN.
 _OF_RUN = {ANNOTATING, BATCH_SIZE, COMMIT_LOG, COMPILE_CACHE, GALLERY, JOB, PLAN, PRECISION, PROGRESS, REPORT}
 _OF_RUN |= {COMMITS, FAILED, LEASE, REPORT_PAGE, REVERTING, SELECTIONS, STAGING, STORE_TMP}
@@ -144,20 +146,19 @@ def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Seq
     A worker of a driver that is gone may commit its shard while its files are being removed: such a commit is
     reverted, so that `run` makes the shard.
     """
+    keys = [leftover.key for leftover in leftovers if not leftover.upload]
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(lambda leftover: _remove(run, leftover), leftovers))
+        list(pool.map(run.store.abort, [leftover.upload for leftover in leftovers if leftover.upload]))
+        list(
+            pool.map(
+                run.store.delete_many, (keys[at : at + _KEYS_AT_ONCE] for at in range(0, len(keys), _KEYS_AT_ONCE))
+            )
+        )
     uncommitted = {leftover.shard for leftover in leftovers if leftover.kind == "uncommitted"} - {None}
     for shard in Commits(run).done() & uncommitted:
         log.warning("shard %d was committed while its files were removed; `run` makes it again", shard)
         remove_shard(run, output_format, shard)
     return len(leftovers)
-
-
-def _remove(run: RunFolder, leftover: _Leftover) -> None:
-    if leftover.upload:
-        run.store.abort(leftover.upload)
-    else:
-        run.store.delete(leftover.key)
 
 
 def _unknown_files(run: RunFolder, commits: ShardFiles) -> Iterator[_Leftover]:
