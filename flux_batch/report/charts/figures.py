@@ -78,7 +78,7 @@ class Figures:
                 commit.num_images,
                 commit.num_failed,
                 commit.started_unix_time,
-                commit.finished_unix_time,
+                max(commit.started_unix_time, commit.finished_unix_time),  # a clock may have been set back
                 commit.attempt,
                 commit.num_lost,
             )
