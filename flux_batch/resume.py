@@ -120,7 +120,7 @@ def existing_run(config: JobConfig, store: Store) -> ExistingRun | None:
     commits = Commits(RunFolder(store, len(plan.shards)))
     counts = CommitLog.read(commits)
     totals = Totals.of(counts)
-    samples = commits.read_all(list(counts.shards[:_SAMPLED_COMMITS]))
+    samples = list(commits.read_all(counts.shards[:_SAMPLED_COMMITS]))
     num_made = sum(commit.num_images - commit.num_failed for commit in samples)
     num_bytes = sum(file.bytes for commit in samples for file in commit.files if file.path.startswith(f"{TRAIN}/"))
     return ExistingRun(
@@ -297,8 +297,7 @@ def _sampled_values(config: JobConfig, plan: Plan) -> dict[str, str]:
 
 def _clear_scratch(store: Store) -> None:
     """Remove the half-written files of killed processes; a live process whose file is removed writes it again."""
-    for key in store.list(STORE_TMP):
-        store.delete(key)
+    store.delete_many(store.list(STORE_TMP))
     for upload in unfinished_uploads(store):
         try:
             store.abort(upload)

@@ -10,9 +10,10 @@ import json
 import logging
 import math
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from flux_batch.config.running import FailuresConfig
 from flux_batch.config.schema import JobConfig
@@ -181,6 +182,31 @@ def annotate(
         return progress.report(specs, failures.max_ratio)
 
 
+@dataclass(frozen=True)
+class _Shards(Sequence[Shard]):
+    """The shards of a pass by their numbers: an object is made when one is asked for, since there may be a million.
+
+    `num_rows` has those of every shard of the run.
+    """
+
+    numbers: array[int]
+    num_rows: array[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, position: int) -> Shard: ...
+    @overload
+    def __getitem__(self, position: slice) -> _Shards: ...
+    def __getitem__(self, position: int | slice) -> Shard | _Shards:
+        if isinstance(position, slice):
+            return _Shards(self.numbers[position], self.num_rows)
+        number = self.numbers[position]
+        # An annotator needs no prompts.
+        return Shard(index=number, parts=(FileRange(uri="", name="", start=0, num_rows=self.num_rows[number]),))
+
+
 @dataclass
 class _Pass:
     """One call: the shards that it annotates, and the way to its report."""
@@ -192,29 +218,28 @@ class _Pass:
     errors: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
-    def todo(self) -> list[Shard]:
+    def todo(self) -> _Shards:
         """Return the committed shards that an annotation lacks."""
-        done = self.run.commits.done()
-        missing = set().union(*(done - folder.commits.done() for folder in self.folders))
-        rows = self.run.outline.num_rows
-        return [_shard(index, rows[index]) for index in sorted(missing) if index < self.run.num_shards]
+        annotated = [folder.commits.listed() for folder in self.folders]
+        done = self.run.commits.listed()
+        missing = (shard for shard in done if not all(shard in each for each in annotated))
+        return _Shards(array("i", missing), self.run.outline.num_rows)
 
     def follow(
         self,
         engine: Engine,
         factory: AnnotateFactory,
-        todo: Sequence[Shard],
+        todo: _Shards,
         stop: Stop,
         show: Callable[[Snapshot], None] | None,
     ) -> None:
         """Run shards and report on them. Raises: Interrupted if a stop left some of them."""
-        num_images = {shard.index: self._expected(shard) for shard in todo}
         progress = Progress(
             self.run.store,
             len(todo),
             Totals(),
-            num_left=sum(num_images.values()),
-            expected=num_images.__getitem__,
+            num_left=sum(map(self._expected, todo.numbers)),
+            expected=self._expected,
             num_gpus=self.num_gpus,
             stop_reason=lambda: stop.reason,
             first_images="the annotators to open, and the first values",
@@ -230,9 +255,9 @@ class _Pass:
         if stop.is_requested and num_settled < len(todo):
             raise Interrupted(f"{stop.reason}: {num_settled} of {len(todo)} shards were annotated now; {stop.advice}")
 
-    def _expected(self, shard: Shard) -> int:
+    def _expected(self, shard: int) -> int:
         """Return the images of a shard, as far as its rows do not say otherwise."""
-        return self.run.outline.num_rows[shard.index] * self.run.config.sampling.num_images_per_prompt
+        return self.run.outline.num_rows[shard] * self.run.config.sampling.num_images_per_prompt
 
     def report(self, specs: Sequence[AnnotatorSpec], max_failed_ratio: float) -> AnnotateReport:
         """Return the state of all annotations, read from their commits."""
@@ -281,21 +306,20 @@ def _prepare(folder: AnnotationFolder, *, retry_failed: bool, anew: bool) -> Non
 
 
 def _counts(spec: AnnotatorSpec, folder: AnnotationFolder) -> _Counts:
-    commits = folder.commits.read_all(sorted(folder.commits.done()))
-    failures: dict[str, int] = {}
+    totals = Totals()
     first: dict[str, int] = {}
-    for commit in commits:
-        for name, number in commit.failures.items():
-            failures[name] = failures.get(name, 0) + number
+    for commit in folder.commits.read_all(sorted(folder.commits.done())):
+        totals.add(commit)
+        for name in commit.failures:
             first.setdefault(name, commit.shard)
     return _Counts(
         name=spec.name,
         annotator=spec.annotator,
-        num_committed=len(commits),
-        num_images=sum(commit.num_images for commit in commits),
-        num_failed=sum(commit.num_failed for commit in commits),
-        failures=dict(sorted(failures.items())),
-        seconds=round(sum(commit.device_s for commit in commits), 3),
+        num_committed=totals.num_committed,
+        num_images=totals.num_images,
+        num_failed=totals.num_failed,
+        failures=dict(sorted(totals.failures.items())),
+        seconds=round(totals.device_s, 3),
         examples=_examples(folder, first),
     )
 
@@ -312,11 +336,6 @@ def _examples(folder: AnnotationFolder, first: Mapping[str, int]) -> dict[str, s
         if row is not None:
             examples[name] = f"{row['key']}: {row['error_message']}"[:_MAX_EXAMPLE]
     return examples
-
-
-def _shard(index: int, num_rows: int) -> Shard:
-    """Return the descriptor of a shard; an annotator needs no prompts."""
-    return Shard(index=index, parts=(FileRange(uri="", name="", start=0, num_rows=num_rows),))
 
 
 def annotate_pool(run: SavedRun, settings: AnnotateSettings, failures: FailuresConfig) -> Engine:

@@ -6,8 +6,9 @@ after every thousand commits and at the end.
 It proves nothing: a shard is done by its commit alone. Where a listing costs one request, all commits are listed and
 the log gives their counts. In a bucket with more of them, the commits are listed from the log's end on, and those below
 that it lacks are asked for: a few requests, however long the run is. Then a log whose first or last commit is gone is
-not used; whoever removes a commit removes the log before it; and _SUCCESS is written after a listing of all commits. A
-log that is missing, damaged or of another version costs time, since the commits are read instead.
+not used; whoever removes a commit removes the log before it, and may write it again after it; and _SUCCESS is written
+after a listing of all commits. A log that is missing, damaged or of another version costs time, since the commits are
+read instead.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, pairwise
 from typing import Any
@@ -38,7 +39,6 @@ _COMMITS_A_WRITE = 1000
 NAMES_A_PAGE = 1000
 # Shards that the log may lack below its end: each costs a request when it is read.
 _MAX_LACKING = 64
-_COMMITS_AT_ONCE = 10_000
 _ROWS_AT_ONCE = 65_536
 _COLUMNS = pa.schema(
     [
@@ -81,14 +81,13 @@ class CommitLog:
         commits = self.commits
         if end <= NAMES_A_PAGE or commits.run.store.is_local:
             end, listed = 0, commits.listed()
-            self._keep(listed)
+            self._keep(listed.__contains__)
         else:
             listed = commits.listed(first=end)
         is_known = self.is_done
         new = array("i", (shard for shard in listed if not is_known[shard]))
-        for first in range(0, len(new), _COMMITS_AT_ONCE):
-            for commit in commits.read_all(new[first : first + _COMMITS_AT_ONCE]):
-                self.add(commit)
+        for commit in commits.read_all(new):
+            self.add(commit)
         for commit in commits.find_all(shard for shard in range(end) if not is_known[shard]):
             self.add(commit)
 
@@ -135,13 +134,19 @@ class CommitLog:
         if commit.failures:
             self.failures[commit.shard] = commit.failures
 
-    def _keep(self, shards: Container[int]) -> None:
-        """Remove the counts of all but these shards; the log is written again soon then."""
-        is_kept = bytearray(shard in shards for shard in self.shards)
+    def remove(self, shards: Collection[int]) -> None:
+        """Remove the counts of shards whose commits were reverted, and with them the file."""
+        reverted = frozenset(shards)
+        self._keep(lambda shard: shard not in reverted)
+        self.num_written = 0
+
+    def _keep(self, is_there: Callable[[int], bool]) -> None:
+        """Remove the counts of shards whose commits are not there; the log is written again soon then."""
+        is_kept = bytearray(map(is_there, self.shards))
         if not all(is_kept):
             for values in self._columns:
                 values[:] = array(values.typecode, compress(values, is_kept))
-            self.failures = {shard: counts for shard, counts in self.failures.items() if shard in shards}
+            self.failures = {shard: counts for shard, counts in self.failures.items() if is_there(shard)}
             self.num_written = 0
 
     @property
@@ -198,7 +203,7 @@ class CommitLog:
         if end < 0 or min(found.shards, default=0) < 0 or any(one >= next_ for one, next_ in pairwise(found.shards)):
             raise ValueError("its shards do not fit together")
         found.num_written = len(found.shards)
-        found._keep(range(num_shards))  # a driver may have extended the plan since it was read here
+        found._keep(range(num_shards).__contains__)  # a driver may have extended the plan since it was read here
         return found, min(end, num_shards)
 
     def _add_rows(self, rows: pa.RecordBatch) -> None:

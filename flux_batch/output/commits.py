@@ -60,7 +60,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -91,6 +91,8 @@ from flux_batch.storage.store import Store
 
 _VERSION = 1
 _READERS = 16
+# Commits that are in memory at once: one that names single images takes some 50 kB.
+_READ_AHEAD = 256
 # Uploads at once: single images are small, so their speed depends on the number of requests in flight.
 _WRITERS = 16
 _NO_WORK = ShardWork()
@@ -130,10 +132,11 @@ class Commits:
             return self.read(shard)
         return None
 
-    def read_all(self, shards: Iterable[int]) -> list[Commit]:
-        """Read many commits, several at a time. Raises: as `read`."""
+    def read_all(self, shards: Sequence[int]) -> Iterator[Commit]:
+        """Yield many commits in the order given; few are in memory at once. Raises: as `read`."""
         with ThreadPoolExecutor(_READERS) as pool:
-            return list(pool.map(self.read, shards))
+            for first in range(0, len(shards), _READ_AHEAD):
+                yield from pool.map(self.read, shards[first : first + _READ_AHEAD])
 
     def find_all(self, shards: Iterable[int]) -> list[Commit]:
         """Read the commits of those shards that are done, several at a time. Raises: as `find`."""

@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Literal
 
 from flux_batch.errors import NotFound
+from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.commits import Commits, parse_commit
 from flux_batch.output.formats import OutputFormat
 from flux_batch.output.paths import (
@@ -50,6 +51,8 @@ log = logging.getLogger(__name__)
 
 # Objects that are listed, or removed, at once.
 _THREADS = 16
+# Objects that one thread removes: on S3 by one request.
+_KEYS_AT_ONCE = 1000
 # The files and folders of this program in RUN.
 _OF_RUN = {ANNOTATING, BATCH_SIZE, COMMIT_LOG, COMPILE_CACHE, GALLERY, JOB, PLAN, PRECISION, PROGRESS, REPORT}
 _OF_RUN |= {COMMITS, FAILED, LEASE, REPORT_PAGE, REVERTING, SELECTIONS, STAGING, STORE_TMP}
@@ -98,6 +101,21 @@ class Listing:
         )
 
 
+def logged_shards(run: RunFolder, listing: Listing, log: CommitLog) -> bytearray:
+    """Return 1 for each committed shard whose files have the bytes of the log.
+
+    Its commit need not be read: it names them. A shard with failures has a table of them, too.
+    """
+    is_logged = bytearray(run.num_shards)
+    tables, failures = listing.tables.sizes, listing.failures.sizes
+    for shard, num_bytes, num_failed in zip(log.shards, log.num_bytes, log.num_failed, strict=True):
+        if shard in listing.commits:  # a damaged log may name shards that the plan has not
+            data = max(0, listing.data.sizes[shard])  # no file if all images failed
+            is_listed = tables[shard] >= 0 and data + tables[shard] == num_bytes
+            is_logged[shard] = is_listed and (failures[shard] >= 0) == (num_failed > 0)
+    return is_logged
+
+
 def find_leftovers(
     run: RunFolder, listing: Listing | None = None, is_named: bytearray | None = None
 ) -> Iterator[_Leftover]:
@@ -128,20 +146,19 @@ def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Seq
     A worker of a driver that is gone may commit its shard while its files are being removed: such a commit is
     reverted, so that `run` makes the shard.
     """
+    keys = [leftover.key for leftover in leftovers if not leftover.upload]
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(lambda leftover: _remove(run, leftover), leftovers))
+        list(pool.map(run.store.abort, [leftover.upload for leftover in leftovers if leftover.upload]))
+        list(
+            pool.map(
+                run.store.delete_many, (keys[at : at + _KEYS_AT_ONCE] for at in range(0, len(keys), _KEYS_AT_ONCE))
+            )
+        )
     uncommitted = {leftover.shard for leftover in leftovers if leftover.kind == "uncommitted"} - {None}
     for shard in Commits(run).done() & uncommitted:
         log.warning("shard %d was committed while its files were removed; `run` makes it again", shard)
         remove_shard(run, output_format, shard)
     return len(leftovers)
-
-
-def _remove(run: RunFolder, leftover: _Leftover) -> None:
-    if leftover.upload:
-        run.store.abort(leftover.upload)
-    else:
-        run.store.delete(leftover.key)
 
 
 def _unknown_files(run: RunFolder, commits: ShardFiles) -> Iterator[_Leftover]:

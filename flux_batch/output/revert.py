@@ -6,6 +6,7 @@
     4. commit       is removed, the log of commits before it: from here on no reader follows the files of the shard
     5. files        metadata, failed rows and data are removed
     6. note         is removed
+    7. log          of commits is written again, without those of the reverted shards
 
 Killed in 1 to 3, the shard is done as before, and its note says that it will be made again. Killed in 4 to 6, the next
 driver finishes it before anything is made: files that were left would be taken for those of a worker that came first.
@@ -25,6 +26,8 @@ from typing import Any
 from flux_batch.config.schema import SOURCE_COLUMNS
 from flux_batch.errors import NotFound
 from flux_batch.output.annotations import AnnotationFolder, annotation_names
+from flux_batch.output.commit_log import CommitLog
+from flux_batch.output.commits import Commits
 from flux_batch.output.formats import DECODE_ERRORS, OutputFormat, StoredSample, iter_samples
 from flux_batch.output.metadata import source_fields, unpack_metadata
 from flux_batch.output.paths import (
@@ -54,11 +57,14 @@ def revert(run: RunFolder, output_format: OutputFormat, shards: Sequence[int], *
     """
     if not shards:
         return
+    commit_log, _ = CommitLog.saved(Commits(run))
     with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
         list(pool.map(lambda shard: _stage_good_images(run, output_format, shard, is_repair=is_repair), shards))
         for key in (SUCCESS, REPORT):
             run.store.delete(key)
         list(pool.map(lambda shard: remove_shard(run, output_format, shard), shards))
+    commit_log.remove(shards)
+    commit_log.write()
 
 
 def finish_reverts(run: RunFolder, output_format: OutputFormat) -> None:

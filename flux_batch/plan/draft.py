@@ -13,6 +13,8 @@ from flux_batch.prompts.source import PROMPT_NAMES, PromptSource
 from flux_batch.redaction import public_uri
 from flux_batch.sampling_params import ALIASES
 
+# The rows of a file that tell its columns, where no header does.
+_ROWS_READ = 10_000
 # Names that columns have in public data sets, the likeliest first.
 _NAMES = {
     "prompt": PROMPT_NAMES,
@@ -48,7 +50,7 @@ def draft_job(uri: str, prompts: PromptsConfig) -> str:
 
 def _columns_of(source: PromptSource) -> list[str]:
     """Return the columns of the first file of prompts that has any."""
-    schemas = (source.schema(file) for file in source.files())
+    schemas = (source.schema(file, _ROWS_READ) for file in source.files())
     return list(dict.fromkeys(next((schema.names for schema in schemas if schema.names), [])))
 
 

@@ -21,8 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flux_batch.config.schema import JobConfig, PromptsConfig
-from flux_batch.errors import PlanMismatch, SourceError
-from flux_batch.output.metadata import parquet_table
+from flux_batch.errors import PlanMismatch, SourceError, count_of
 from flux_batch.output.paths import shard_name
 from flux_batch.plan.shards import Shards
 from flux_batch.prompts.formats.table import RowRange
@@ -36,8 +35,8 @@ FILES_AT_ONCE = 1000
 _PARTS_AT_ONCE = 10_000
 # The errors that readers raise for the bytes of a damaged plan.
 _DAMAGED = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
-# Shards that a notebook shows of a plan.
-_SHARDS_SHOWN = 20
+# Shards that a notebook shows of a plan, and files that differ from those of the run.
+_SHARDS_SHOWN, _FILES_SHOWN = 20, 20
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,7 +96,7 @@ class Plan:
         """
         rules = rules_of_plan(data)
         try:
-            table = parquet_table(data)
+            table = _opened(data).read(use_threads=False)
         except _DAMAGED as error:
             raise _not_a_plan(error) from error
         metadata = table.schema.metadata
@@ -113,10 +112,15 @@ class Plan:
 def rules_of_plan(data: bytes) -> int:
     """Return the rules by which the files of a saved plan were listed. Raises: ValueError if it is not a plan."""
     try:
-        metadata = pq.read_schema(io.BytesIO(data)).metadata
+        metadata = _opened(data).schema_arrow.metadata
         return int(json.loads(metadata[b"flux_batch"])["version"])
     except _DAMAGED as error:
         raise _not_a_plan(error) from error
+
+
+def _opened(data: bytes) -> pq.ParquetFile:
+    """Open a saved plan. Its footer names every file: of a million, pyarrow would refuse it as too large."""
+    return pq.ParquetFile(pa.BufferReader(data), thrift_string_size_limit=max(1, len(data)))
 
 
 def _not_a_plan(error: Exception) -> ValueError:
@@ -145,7 +149,7 @@ class Outline:
     def from_parquet(cls, data: bytes) -> Outline:
         """Read a saved plan without reading the data set. Raises: ValueError if it is not a plan."""
         try:
-            file = pq.ParquetFile(pa.BufferReader(data))
+            file = _opened(data)
             passthrough = base64.b64decode(file.schema_arrow.metadata[b"passthrough"])
             num_rows, last = array("q"), -1
             for parts in file.iter_batches(_PARTS_AT_ONCE, columns=["shard", "num_rows"], use_threads=False):
@@ -183,9 +187,9 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
     if not files:
         return plan
     with ThreadPoolExecutor(_READER_THREADS) as pool:
-        cuts = _cut(source, files, shard_size, pool)
-        pieces = ((file, rows) for file, ranges in zip(files, cuts, strict=True) for rows in ranges)
         limit = None if prompts.limit is None else prompts.limit - plan.num_prompts
+        cuts = _cut(source, files, shard_size, limit, pool)
+        pieces = ((file, rows) for file, ranges in zip(files, cuts, strict=True) for rows in ranges)
         shards = plan.shards.extended(_shared(_limited(pieces, limit), shard_size))
     num_new = len(shards) - len(plan.shards)
     names = set(shards.files)
@@ -264,12 +268,13 @@ def _holds(kind: pa.DataType, new: pa.DataType) -> bool:
 
 
 def _cut(
-    source: PromptSource, files: Sequence[PromptFile], shard_size: int, pool: ThreadPoolExecutor
+    source: PromptSource, files: Sequence[PromptFile], shard_size: int, limit: int | None, pool: ThreadPoolExecutor
 ) -> Iterator[list[RowRange]]:
-    """Yield the row ranges of each file, read a thousand files ahead: there may be very many."""
+    """Yield the row ranges of each file, read a thousand files ahead; with a limit only its first ones."""
+    at_most = None if limit is None else max(1, limit)
     for first in range(0, len(files), FILES_AT_ONCE):
         some = files[first : first + FILES_AT_ONCE]
-        yield from pool.map(lambda file: source.split(file, shard_size), some)
+        yield from pool.map(lambda file: source.split(file, shard_size, at_most), some)
 
 
 def _limited(pieces: Iterable[tuple[PromptFile, RowRange]], limit: int | None) -> Iterator[FileRange]:
@@ -305,7 +310,8 @@ def _check_same_files(planned: dict[str, tuple[int, str]], found: dict[str, Prom
         if name in found and (found[name].size, found[name].version) != (size, version)
     ]
     added = [] if new_files else [f"  {name}: is new; --extend adds it" for name in found if name not in planned]
-    if differences + added:
-        raise PlanMismatch(
-            "the prompts differ from those of the run in this output:\n" + "\n".join(differences + added)
-        )
+    lines = differences + added
+    if lines:
+        more = len(lines) - _FILES_SHOWN
+        shown = [*lines[:_FILES_SHOWN], *([f"  ... and {count_of(more, 'other file')}"] if more > 0 else [])]
+        raise PlanMismatch("the prompts differ from those of the run in this output:\n" + "\n".join(shown))

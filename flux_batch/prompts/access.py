@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -36,11 +36,15 @@ _LORA_SUFFIX = ".safetensors"
 
 
 class ImageAccess:
-    """The images that the rows of one prompts file may name."""
+    """The images that the rows of one prompts file may name.
 
-    def __init__(self, config: PromptsConfig, file: str) -> None:
+    folders: returns those of the data set, for a caller that reads many files; each costs a request.
+    """
+
+    def __init__(self, config: PromptsConfig, file: str, folders: Callable[[], Sequence[str]] | None = None) -> None:
         self._config = config
         self._file = file
+        self._folders = folders or partial(folders_of, config)
         self._scheme = scheme_of(file)
         root = local_name(config.input_image_root or "")
         self._root = os.path.abspath(root) if root and not scheme_of(root) else root
@@ -105,8 +109,7 @@ class ImageAccess:
     def _file_and_folder(self) -> tuple[str, str]:
         """The prompts file and its folder in the job file's `prompts.uri`, both as full addresses."""
         fs, file = open_filesystem(self._file, self._config.storage_options)
-        folders = [_folder_of(uri, self._config) for uri in self._config.uri]
-        own = [folder for folder in folders if folder and is_inside(file, folder)]
+        own = [folder for folder in self._folders() if is_inside(file, folder)]
         folder = min(own, key=len, default=posixpath.dirname(file))
         if isinstance(fs, LocalFileSystem):
             return file, folder
@@ -137,6 +140,11 @@ def is_inside(path: str, folder: str) -> bool:
 def shortened(name: str) -> str:
     """Return a name cut to a length that fits into a message."""
     return name if len(name) <= 200 else f"{name[:200]}..."
+
+
+def folders_of(config: PromptsConfig) -> list[str]:
+    """Return the folders that the entries of `prompts.uri` name."""
+    return list(filter(None, (_folder_of(uri, config) for uri in config.uri)))
 
 
 def _folder_of(uri: str, config: PromptsConfig) -> str:

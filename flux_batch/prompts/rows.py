@@ -51,16 +51,17 @@ class RowParser:
         loras: Sequence[LoraConfig] = (),
         known: Collection[str] | None = None,
         guidance: float | None = None,
+        folders: Callable[[], Sequence[str]] | None = None,
     ) -> None:
         """Read rows of the prompts file `uri`; known: the settings that the pipeline knows, None for all.
 
-        guidance: that of the model with the LoRAs of the job; None where no image is made.
+        guidance: that of the model with the LoRAs of the job; None where no image is made. folders: as of ImageAccess.
         """
         self._known = known
         self._guidance_from_model = sampling.embedded_guidance is None and guidance is not None
         sampling = sampling if guidance is None else sampling.for_model(guidance)
         self._passthrough = config.metadata_columns
-        self._images = ImageAccess(config, uri)
+        self._images = ImageAccess(config, uri, folders)
         self._loras = RowLoras(loras, uri)
         image = sampling.input_image
         self._input_image = InputImage(name=public_uri(image), uri=image) if image else None

@@ -19,7 +19,9 @@ import pyarrow as pa
 
 from flux_batch.config.schema import PROMPT_FIELDS, LoraConfig, PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError, did_you_mean
+from flux_batch.prompts.access import folders_of
 from flux_batch.prompts.formats.arrow import ArrowTable
+from flux_batch.prompts.formats.json_lines import JsonLinesTable
 from flux_batch.prompts.formats.json_table import JsonTable
 from flux_batch.prompts.formats.lines import LineTable
 from flux_batch.prompts.formats.open import open_table
@@ -97,15 +99,21 @@ class PromptSource:
         """A text that changes when a list of values of `prompts.samplers` does; empty without lists in files."""
         return self._recipe.lists
 
-    def split(self, file: PromptFile, num_rows: int) -> list[RowRange]:
-        """Return one file cut into row ranges. Raises: SourceError if a column of the job file is not in it."""
+    def split(self, file: PromptFile, num_rows: int, limit: int | None = None) -> list[RowRange]:
+        """Return one file cut into row ranges; with a limit only its first ones, which have so many rows.
+
+        Of a text with a limit no more is read. Raises: SourceError if a column of the job file is not in it.
+        """
         if not self._config.uri:
             self._check_fields(self._recipe.made, "prompts.samplers")
             return ranges_of(self._recipe.num_rows, num_rows)
         table = self._table(file.uri)
-        ranges = list(table.split(num_rows))
+        num_ranges = None if limit is None else -(-limit // num_rows)
+        ranges = list(islice(table.split(num_rows), num_ranges))
         if ranges:  # a text file without rows has no columns either
-            schema = self._schema_of(file, table)
+            schema = self._schema_of(file, table, limit)
+            if limit is not None and not self._needed.issubset(schema.names):  # it may have its first value further on
+                schema = self._schema_of(file, table)
             if not schema.names:
                 _check_first_row(table, ranges[0], file.uri)
             if schema is not self._checked:
@@ -156,7 +164,7 @@ class PromptSource:
         """
         row = 0
         for piece, table, values in self._rows_of(shard):
-            parser = RowParser(self._config, sampling, piece.uri, loras, known, guidance)
+            parser = RowParser(self._config, sampling, piece.uri, loras, known, guidance, lambda: self._folders)
             partitions = self._partitions(piece.name)
             lines = cache(partial(_lines_of, table, piece))
             is_one = self._is_one_prompt(piece, table)
@@ -231,6 +239,11 @@ class PromptSource:
         uris = self._config.uri
         return {address_of(uri, self._options) for uri in uris} if self._rules >= NAMED_FILE_RULES else uris
 
+    @cached_property
+    def _folders(self) -> Sequence[str]:
+        """The folders of the data set, beside whose files images may lie."""
+        return folders_of(self._config)
+
     def _passthrough_of(self, file: PromptFile) -> pa.Schema:
         schema = self.schema(file)
         fields = []
@@ -244,17 +257,20 @@ class PromptSource:
                 ) from error
         return pa.schema(fields)
 
-    def schema(self, file: PromptFile) -> pa.Schema:
-        """Return the columns of a file, those that its path names among them."""
+    def schema(self, file: PromptFile, limit: int | None = None) -> pa.Schema:
+        """Return the columns of a file, those that its path names among them; `limit`: see `_schema_of`."""
         if not self._config.uri:
             return self._recipe.schema
         with self._lock:
             known = self._schemas.get(file.uri)
-        return self._schema_of(file, self._table(file.uri)) if known is None else known
+        return self._schema_of(file, self._table(file.uri), limit) if known is None else known
 
-    def _schema_of(self, file: PromptFile, table: Table) -> pa.Schema:
-        """Return the columns of an open file; files with the same ones mostly share one schema."""
-        found = table.schema()
+    def _schema_of(self, file: PromptFile, table: Table, limit: int | None = None) -> pa.Schema:
+        """Return the columns of an open file; files with the same ones mostly share one schema.
+
+        limit: so many first rows tell the columns of a format that has no header; None for all.
+        """
+        found = table.schema(limit) if isinstance(table, (JsonLinesTable, TarTable)) else table.schema()
         for name in self._partitions(file.name):
             if name not in found.names:
                 found = found.append(pa.field(name, pa.string()))
@@ -263,6 +279,12 @@ class PromptSource:
                 self._last = found
             self._schemas[file.uri] = self._last
             return self._last
+
+    @cached_property
+    def _needed(self) -> set[str]:
+        """The columns that a file must have."""
+        columns = {"prompt": "prompt", **self._config.columns}.values()
+        return {*columns, *self._config.passthrough, *self._recipe.columns}.difference(self._recipe.made.names)
 
     @cached_property
     def _columns(self) -> set[str]:

@@ -90,12 +90,15 @@ def verify_command(arguments: argparse.Namespace, options: dict[str, Any], progr
 
 def gc_command(arguments: argparse.Namespace, options: dict[str, Any]) -> _Said:
     """Remove what no commit names, or list it. Raises: JobError, RunHeld, StoreError."""
-    from flux_batch.output.gc import find_leftovers, remove_leftovers
+    from flux_batch.output.commit_log import CommitLog
+    from flux_batch.output.gc import Listing, find_leftovers, logged_shards, remove_leftovers
     from flux_batch.report.saved_run import opened_run
     from flux_batch.storage.store import Store
 
     with opened_run(Store(arguments.output, options), to_write=not arguments.dry_run) as run:
-        leftovers = list(find_leftovers(run.folder))
+        listing = Listing.of(run.folder, run.output_format)
+        is_logged = logged_shards(run.folder, listing, CommitLog.saved(run.commits)[0])
+        leftovers = list(find_leftovers(run.folder, listing, is_logged))
         if arguments.dry_run:
             listed = [{"kind": each.kind, "key": each.key} for each in leftovers]
             lines = [f"{each['kind']:<12} {each['key']}" for each in listed]

@@ -18,7 +18,7 @@ from flux_batch.errors import NotFound, count_of
 from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.metadata import unpack_metadata
 from flux_batch.output.paths import FAILED, METADATA, TRAIN, failed_file
-from flux_batch.records import Kernels, ShardResult
+from flux_batch.records import Commit, Kernels, ShardResult
 
 # Reasons of failures that are listed, and the length of an example in characters.
 _MAX_REASONS, _MAX_EXAMPLE = 5, 300
@@ -49,7 +49,7 @@ class RunReport:
     kernels: Kernels | None = None  # of the first worker
     versions: dict[str, str | None] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)  # the first image of each error type, and its reason
-    errors: tuple[str, ...] = ()  # of shards that failed for good
+    errors: tuple[str, ...] = ()  # of the first thousand shards that failed for good
 
     @property
     def is_complete(self) -> bool:
@@ -143,7 +143,7 @@ class Totals:
             math.fsum(commits.device_s),
         )
 
-    def add(self, done: ShardResult) -> None:
+    def add(self, done: Commit | ShardResult) -> None:
         """Add one committed shard."""
         self.num_committed += 1
         self.num_images += done.num_images

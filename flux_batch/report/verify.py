@@ -21,7 +21,7 @@ from flux_batch.output.annotations import AnnotationFolder, annotation_names, un
 from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.commits import parse_commit
 from flux_batch.output.formats import DECODE_ERRORS
-from flux_batch.output.gc import Listing, find_leftovers
+from flux_batch.output.gc import Listing, find_leftovers, logged_shards
 from flux_batch.output.paths import REPORT, SUCCESS, failed_file, metadata_file, number_in
 from flux_batch.output.revert import finish_reverts, revert
 from flux_batch.report.progress.snapshot import duration
@@ -120,22 +120,13 @@ def verify(
 
 
 def _add_logged(run: SavedRun, verdict: _Verdict, listing: Listing) -> bytearray:
-    """Add the counts of shards whose files are listed with the bytes of the log.
-
-    A shard with failures has a table of them, too. Returns: 1 for each shard that is so, and need not be read.
-    """
+    """Add the counts of shards whose files are those of the log. Returns: 1 for each, which need not be read."""
     log, _ = CommitLog.saved(run.commits)
-    is_logged = bytearray(run.num_shards)
-    tables, failures = listing.tables.sizes, listing.failures.sizes
+    is_logged = logged_shards(run.folder, listing, log)
     for shard, num_bytes, num_images, num_failed in zip(
         log.shards, log.num_bytes, log.num_images, log.num_failed, strict=True
     ):
-        if shard not in listing.commits:  # a damaged log may name shards that the plan has not
-            continue
-        data = max(0, listing.data.sizes[shard])  # no file if all images failed
-        is_listed = tables[shard] >= 0 and data + tables[shard] == num_bytes
-        if is_listed and (failures[shard] >= 0) == (num_failed > 0):
-            is_logged[shard] = 1
+        if is_logged[shard]:
             verdict.num_files += 1 + (num_images > num_failed)
             verdict.num_rows += num_images
             verdict.num_failed += num_failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,8 @@ from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import DamagedObject, Interrupted, JobError, PlanMismatch, Stopped, StoreRefused
 from flux_batch.job import run
-from flux_batch.records import Attempt, FileRange, Shard
+from flux_batch.output.annotations import AnnotationFolder
+from flux_batch.records import Attempt, Commit, FileRange, Shard
 from flux_batch.report.progress.snapshot import Snapshot
 from helpers import annotators
 from helpers.finished_runs import LAYOUTS, Making, command, finish, make_run
@@ -97,6 +99,37 @@ def test_its_figures_are_live_and_those_of_the_run_stay(tmp_path: Path, monkeypa
     assert {2, 4, 6} <= {now.num_done for now in shown}
     assert {now.num_total for now in shown} == {8}
     assert Path(config.output.uri, "_run/progress.json").read_bytes() == before
+
+
+def test_no_more_than_a_few_shards_and_commits_are_objects_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_shards = 20
+    config = make_job(tmp_path, [{"prompt": "[sour]"} for _ in range(num_shards)], output={"shard_size": 1})
+    finish(config)
+    alive: dict[type, list[int]] = {Shard: [], Commit: []}
+
+    def count(kind: type) -> None:
+        gc.collect()
+        alive[kind].append(sum(isinstance(one, kind) for one in gc.get_objects()))
+
+    def begin(self: AnnotateWorker, shard: Shard, attempt: Attempt) -> Any:
+        count(Shard)
+        return make(self, shard, attempt)
+
+    def read_failed(self: AnnotationFolder, shard: int) -> Any:
+        count(Commit)
+        return read(self, shard)
+
+    make, read = AnnotateWorker.make, AnnotationFolder.read
+    monkeypatch.setattr(AnnotateWorker, "make", begin)
+    monkeypatch.setattr(AnnotationFolder, "read", read_failed)
+    report = annotated(config, BOTH[0])
+
+    assert report.num_new_shards == num_shards
+    # When the first shard is begun, and when all commits are counted.
+    assert alive[Shard][0] < num_shards / 2
+    assert alive[Commit][0] < num_shards / 2
 
 
 def _metadata(config: JobConfig) -> list[dict[str, Any]]:

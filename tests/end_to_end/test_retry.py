@@ -11,6 +11,7 @@ import pytest
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
+from flux_batch.output.commits import Commits
 from flux_batch.output.paths import REVERTING
 from flux_batch.output.revert import revert
 from flux_batch.report.saved_run import SavedRun
@@ -107,6 +108,18 @@ def test_shards_without_failures_are_not_touched(tmp_path: Path) -> None:
         "metadata/00000.parquet",
         "_run/commits/00000.json",
     }
+
+
+def test_the_commits_of_other_shards_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(tmp_path, rows=[*ROWS[:3], *({"prompt": f"fine {number}"} for number in range(9))])
+    run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+    asked: list[int] = []
+    read = Commits.read
+    monkeypatch.setattr(Commits, "read", lambda self, shard: asked.append(shard) or read(self, shard))
+
+    assert healed(config, retry_failed=True).num_images == 12
+
+    assert set(asked) == {0}  # the log of commits has the others
 
 
 def test_what_was_taken_back_already_keeps_what_was_staged_of_it(failed: JobConfig) -> None:

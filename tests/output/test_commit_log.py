@@ -88,6 +88,23 @@ def test_a_log_lacks_few_shards_below_its_end(tmp_path: Path) -> None:
     assert store.keys == ["_run/commit_log.parquet", "_run/commits/00050.json"]
 
 
+@pytest.mark.parametrize("reverted", [[1, 2], [7]])
+def test_a_log_is_written_again_without_reverted_commits(tmp_path: Path, reverted: list[int]) -> None:
+    commits, store = make(tmp_path)
+    put(commits, *range(5))
+    log = CommitLog.read(commits)
+    log.write()
+    for key in (COMMIT_LOG, *map(commits.key, reverted)):
+        store.delete(key)
+    store.keys.clear()
+
+    log.remove(reverted)
+    log.write()
+
+    assert set(CommitLog.read(commits).shards) == {*range(5)} - {*reverted}
+    assert "_run/commits/00000.json" not in store.keys
+
+
 @pytest.mark.parametrize(
     "damage",
     [

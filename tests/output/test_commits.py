@@ -306,9 +306,20 @@ def test_commits_are_counted_and_read_by_their_names(tmp_path: Path) -> None:
 
     assert store.exists("_run/commits/000007.json")
     assert commits.done() == {7}
-    assert commits.read_all([7, 7]) == [commit, commit]
+    assert list(commits.read_all([7, 7])) == [commit, commit]
     with pytest.raises(NotFound):
         commits.read(8)
+
+
+def test_commits_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(Commits, "read", lambda self, shard: read.append(shard) or shard)
+
+    found = Commits(RunFolder(Store(str(tmp_path)), 10_000)).read_all(range(10_000))
+
+    assert [next(found), next(found)] == [0, 1]
+    assert len(read) < 1000
+    assert list(found) == list(range(2, 10_000))
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from flux_batch.config.schema import JobConfig
+from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import StoreRefused
+from flux_batch.job import run
 from flux_batch.report.verify import verify
 from flux_batch.storage.multipart import Upload
 from flux_batch.storage.store import Store
+from helpers.counting_proxy import counting_proxy
+from helpers.fakes import make_fake_pipeline
 from helpers.finished_runs import LAYOUTS, ROWS, command, finish, make_run
 from helpers.job_files import make_job
 from helpers.s3 import S3Server
@@ -46,6 +50,22 @@ def test_gc_removes_the_files_that_no_commit_names_and_no_others(
     assert left.pop("mine.txt") == b"beside the run"
     assert left == {key: data for key, data in before.items() if not key.startswith("_run/lease/")}
     assert verify(store).problems == []
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_gc_reads_no_commit_of_a_shard_whose_file_is_that_of_the_log(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(make_run(tmp_path, layout).output.uri)
+    data = next(key for key in store.list("train") if "00001" in key)
+    store.write(data, store.read(data) + b"x")  # not as it was committed
+    asked: list[str] = []
+    read = Store.read
+    monkeypatch.setattr(Store, "read", lambda self, key: asked.append(key) or read(self, key))
+
+    assert command(capsys, "gc", store.uri) == (0, "nothing to remove\n")
+
+    assert [key for key in asked if "/commits/" in key] == ["_run/commits/00001.json"]
 
 
 def test_gc_removes_nothing_behind_a_link(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +127,27 @@ def test_parts_that_a_killed_writer_left_are_found_and_aborted(
     assert len(store.unfinished_uploads()) == 3
     finish(config)
     assert [store.key_of(upload) for upload in store.unfinished_uploads()] == foreign
+
+
+@pytest.mark.s3
+def test_many_leftovers_in_a_bucket_are_removed_by_few_requests(
+    tmp_path: Path, moto: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with counting_proxy(moto.endpoint_url) as proxy:
+        options = {**moto.storage_options, "endpoint_url": proxy.endpoint_url}
+        config = make_job(tmp_path, ROWS, output={"uri": f"{moto.make_bucket()}/run", "storage_options": options})
+        run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
+        store = Store(config.output.uri, options)
+        for number in range(30):
+            store.write(f"train/notes-{number}.txt", b"x")
+            store.write(f"_run/tmp/{number}", b"x")
+        proxy.requests.clear()
+
+        given = [f"--storage-option={key}={value}" for key, value in options.items()]
+        assert command(capsys, "gc", store.uri, *given) == (0, "60 objects removed\n")
+
+        removing = [path for method, path, _ in proxy.requests if method == "DELETE" or "?delete" in path]
+        assert len(removing) < 5  # one for the objects, and those of the lease
 
 
 def denied(store: Store, upload: Upload) -> None:

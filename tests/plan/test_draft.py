@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import random
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,14 @@ def test_prompts_without_a_row_are_refused_with_what_will_do(tmp_path: Path, nam
 
 
 @pytest.mark.slow
+def test_of_a_large_file_the_first_rows_tell_the_columns(tmp_path: Path) -> None:
+    rows = [f'{{"caption": "{number}"}}\n' for number in random.Random(0).sample(range(10**9), 400_000)]
+    whole = gzip.compress("".join(rows).encode(), 1)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[:-1000])  # to read its end is an error
+    uri = str(tmp_path / "a.jsonl.gz")
+    assert "columns: {prompt: caption}" in draft_job(uri, PromptsConfig(uri=uri))
+
+
 def test_init_writes_a_job_that_validates_and_never_over_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

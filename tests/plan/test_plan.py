@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gzip
 import pickle
+import random
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from flux_batch.plan.plan import (
 )
 from flux_batch.plan.shards import Shards
 from flux_batch.prompts import source
+from flux_batch.prompts.listing import PromptFile
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import FileRange, ImageRequest, Shard
 from helpers.yardstick import work
@@ -163,6 +166,16 @@ def test_an_added_file_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(PlanMismatch, match=r"b\.parquet: is new"):
         plan_again(plan, config)
+
+
+def test_of_many_files_that_differ_the_first_are_named() -> None:
+    files = [PromptFile(uri=f"{number}.txt", name=f"{number}.txt", size=1, version="1") for number in range(1000)]
+    plan = Plan(Shards.none(), tuple(files), pa.schema([]))
+
+    with pytest.raises(PlanMismatch, match=r"0\.txt: is gone") as caught:
+        Plan.from_parquet(plan.to_parquet(), [])
+    assert str(caught.value).count("\n") == 21
+    assert str(caught.value).endswith("... and 980 other files")
 
 
 def test_moving_the_data_set_as_a_whole_is_no_change(tmp_path: Path) -> None:
@@ -326,6 +339,21 @@ def test_a_million_rows_plan_quickly_and_small(tmp_path: Path) -> None:
     assert len(pickle.dumps(again.shards[17])) < 400
 
 
+def test_a_plan_of_a_million_files_can_be_read_again(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "a.parquet", 5)
+    plan = make_plan(prompts(tmp_path), 4)
+    table = pq.read_table(pa.BufferReader(plan.to_parquet()))
+    with pq.ParquetWriter(tmp_path / "plan", table.schema) as writer:
+        writer.write_table(table)
+        # The names of so many files take more than the 100 MB which pyarrow reads of a footer, as this does.
+        writer.add_key_value_metadata({"more": "a" * 100_000_001})
+    data = (tmp_path / "plan").read_bytes()
+
+    assert rules_of_plan(data) == plan.rules
+    assert list(Outline.from_parquet(data).num_rows) == [4, 1]
+    assert Plan.from_parquet(data, plan.files) == plan
+
+
 def test_new_files_become_shards_behind_those_that_are_there(tmp_path: Path) -> None:
     write_prompts(tmp_path / "b.parquet", 5, tag=["x"] * 5)
     config = prompts(tmp_path, passthrough=["tag"])
@@ -421,6 +449,26 @@ def test_a_file_is_opened_once_for_its_rows_and_its_columns(tmp_path: Path, monk
 
     assert len(make_plan(prompts(tmp_path), 5).shards) == 4
     assert list(opened.values()) == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("suffix", "head", "row"),
+    [("txt", "", "{}"), ("csv", "prompt,tag", "{},x"), ("jsonl", "", '{{"prompt": "{}", "tag": "x"}}')],
+)
+def test_a_limit_leaves_the_rest_of_a_text_unread(tmp_path: Path, suffix: str, head: str, row: str) -> None:
+    rows = [row.format(number) for number in random.Random(0).sample(range(10**9), 400_000)]
+    whole = gzip.compress("\n".join([head, *rows] if head else rows).encode(), 1)
+    (tmp_path / f"a.{suffix}.gz").write_bytes(whole[:-1000])  # to read its end is an error
+
+    assert make_plan(prompts(tmp_path, limit=8), 5).num_prompts == 8
+    with pytest.raises(SourceError, match="compression is damaged"):
+        make_plan(prompts(tmp_path), 5)
+
+
+def test_a_column_may_have_its_first_value_behind_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n' * 9 + '{"prompt": "a", "tag": 1}\n')
+    plan = make_plan(prompts(tmp_path, limit=2, passthrough=["tag"]), 5)
+    assert (plan.num_prompts, plan.passthrough) == (2, pa.schema([("tag", pa.int64())]))
 
 
 def test_a_limit_leaves_later_files_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from flux_batch.config.schema import PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError, StoreRefused
@@ -183,6 +184,20 @@ def test_a_file_that_is_read_whole_is_parsed_once(tmp_path: Path, monkeypatch: p
 
     assert texts == [str(at) for at in range(9)]
     assert len(opened) == 1
+
+
+def test_the_folders_of_a_data_set_are_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uris = [write_parquet(tmp_path / f"{number}.parquet", {"prompt": ["a"], "image": ["a.png"]}) for number in range(9)]
+    config = PromptsConfig(uri=uris, columns={"input_image": "image"})
+    plan, source = make_plan(config, 3), PromptSource(config)
+    asked: list[str] = []
+    isdir = LocalFileSystem.isdir
+    monkeypatch.setattr(LocalFileSystem, "isdir", lambda fs, path: asked.append(path) or isdir(fs, path))
+
+    rows = [row for shard in plan.shards for row in source.read(shard, SamplingConfig())]
+
+    assert [type(row) for row in rows] == [ImageRequest] * 9
+    assert len(asked) == len(uris)  # in a bucket each is a request, and a worker reads many shards
 
 
 def test_columns_are_mapped_and_override_the_defaults(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from flux_batch.errors import JobError
 from flux_batch.job import run
 from flux_batch.output.gc import find_leftovers
 from flux_batch.output.metadata import parquet_bytes
+from flux_batch.records import Commit
 from flux_batch.report.charts.drawing import WIDTH, bars, histogram, lanes, throughput
-from flux_batch.report.charts.figures import ShardTime, read_figures
+from flux_batch.report.charts.figures import Figures, ShardTime, read_figures
 from flux_batch.report.charts.page import write_report_page
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.storage.store import Store
@@ -26,6 +27,20 @@ def shard(
     number: int, worker: str, started: float, finished: float, num_images: int = 10, attempt: int = 1
 ) -> ShardTime:
     return ShardTime(number, worker, num_images, 0, started, finished, attempt, attempt - 1)
+
+
+def test_a_clock_that_is_set_back_costs_no_image() -> None:
+    commits = [
+        Commit(shard=0, worker="w", num_images=6, num_failed=0, files=(), started_unix_time=0, finished_unix_time=60),
+        Commit(shard=1, worker="w", num_images=6, num_failed=0, files=(), started_unix_time=30, finished_unix_time=20),
+    ]
+    figures = Figures(name="r", num_shards=2, is_complete=True, report={})
+    for commit in commits:
+        figures.add(commit)
+
+    (lane,) = lanes(figures.shards)
+    assert [box.words for box in lane.boxes] == ["shard 0, 6 images, 1 min 0 s", "shard 1, 6 images, 0 s"]
+    assert throughput(figures.shards).top == "6.1 images/s"  # all of its images in one second
 
 
 def test_a_run_has_its_figures_and_its_page(tmp_path: Path) -> None:

@@ -150,6 +150,13 @@ def test_a_failed_shard_is_an_error_and_not_progress(tmp_path: Path) -> None:
     assert progress.totals.num_committed == 0
 
 
+def test_of_many_failed_shards_the_first_are_named(tmp_path: Path) -> None:
+    progress = Progress(Store(str(tmp_path)), num_shards=5000, totals=Totals())
+    for shard in range(5000):
+        progress.add(ShardResult(shard=shard, error="the file changed"))
+    assert (len(progress.errors), progress.errors[-1]) == (1000, "shard 999: the file changed")
+
+
 def test_the_last_shard_is_always_reported(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     progress = Progress(store, num_shards=1, totals=Totals(), clock=Clock())

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -45,6 +45,9 @@ _VERSION = 2
 # Shards that are packed and uploaded at once; each has its images on the local disk meanwhile.
 _SHARDS_AT_ONCE = 4
 _WRITERS = 8
+_READERS = 16
+# Commits in memory at once.
+_READ_AHEAD = 256
 _READ_BYTES = 8 << 20
 
 
@@ -268,25 +271,34 @@ def _stored_file(name: str, path: Path) -> StoredFile:
         return StoredFile(path=name, bytes=path.stat().st_size, sha256=hashlib.file_digest(data, "sha256").hexdigest())
 
 
-def _check(dest: Store, pieces: Iterable[Piece]) -> int:
+def _check(dest: Store, pieces: Sequence[Piece]) -> int:
     """Compare what lies at the destination with the commits. Returns: bytes. Raises: StoreError, DamagedObject."""
-    sizes: dict[str, int | None] = {}
+    listed: dict[str, dict[str, int | None]] = {}  # the sizes in the folders of the piece at hand
     num_bytes = 0
-    for piece in pieces:
-        key = f"{_COMMITS}/{_label(piece)}.json"
-        commit = json.loads(dest.read(key))
-        for file in commit["files"]:
-            folder = file["path"].rpartition("/")[0]
-            if folder not in sizes:
-                sizes |= {f"{folder}/{each}": size for each, size in dest.children(folder).items()}
-                sizes[folder] = None
-            if sizes.get(file["path"]) != file["bytes"]:
+    for key, commit in _read_commits(dest, pieces):
+        files = [(*file["path"].rpartition("/")[::2], file["bytes"]) for file in commit["files"]]
+        folders = {folder for folder, _, _ in files}
+        listed = {folder: listed[folder] if folder in listed else dest.children(folder) for folder in folders}
+        for folder, name, size in files:
+            if listed[folder].get(name) != size:
                 raise DamagedObject(
-                    f"{dest.url(file['path'])}: is not as it was written; "
+                    f"{dest.url(f'{folder}/{name}')}: is not as it was written; "
                     f"remove {dest.url(key)} and run the same command again, which writes it again"
                 )
-            num_bytes += file["bytes"]
+            num_bytes += size
     return num_bytes
+
+
+def _read_commits(dest: Store, pieces: Sequence[Piece]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the commit of each piece with its key, in order; several are read at a time, and few are in memory."""
+
+    def read(piece: Piece) -> tuple[str, Mapping[str, Any]]:
+        key = f"{_COMMITS}/{_label(piece)}.json"
+        return key, json.loads(dest.read(key))
+
+    with ThreadPoolExecutor(_READERS, "check") as pool:
+        for first in range(0, len(pieces), _READ_AHEAD):
+            yield from pool.map(read, pieces[first : first + _READ_AHEAD])
 
 
 def _write_versions(lance_format: LanceFormat, dest: Store, pieces: Iterable[Piece]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +11,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from flux_batch.dataset.export.source import ExportSource
-from flux_batch.dataset.select.files import committed_shards, read_tables
+from flux_batch.dataset.select.files import read_tables
 from flux_batch.dataset.select.selection import made_by
 from flux_batch.output.annotations import AnnotationFolder
+from flux_batch.output.commit_log import CommitLog
 from flux_batch.output.formats import OutputFormat
 from flux_batch.output.paths import REPORT
 from flux_batch.report.gallery.content import Gallery, GalleryImage, read_file
 from flux_batch.report.gallery.rows import GalleryRow, spread
 from flux_batch.report.gallery.sheet import draw_sheet
 from flux_batch.report.saved_run import read_json
+from flux_batch.report.summary import Totals
 
-# Commits in memory at once.
-_COMMITS_AT_ONCE = 256
 _BINS = 20
 _SAMPLES = 24
 
@@ -54,26 +53,16 @@ class RunFacts:
 
 
 def run_facts(source: ExportSource) -> RunFacts:
-    """Sum up the commits of a run, and read its report."""
-    commits = source.run.commits
-    shards = committed_shards(source.run)
-    num_images = num_failed = 0
-    device_s = 0.0
-    failures: Counter[str] = Counter()
-    for first in range(0, len(shards), _COMMITS_AT_ONCE):
-        for commit in commits.read_all(shards[first : first + _COMMITS_AT_ONCE]):
-            num_images += commit.num_images
-            num_failed += commit.num_failed
-            device_s += commit.device_s
-            failures.update(commit.failures)
+    """Sum up the commits of a run by their log, and read its report."""
+    totals = Totals.of(CommitLog.read(source.run.commits))
     report = read_json(source.run.store, REPORT) or {}
     gpu_s = report.get("gpu_s_of_run")
     return RunFacts(
-        num_images=num_images,
-        num_failed=num_failed,
-        failures=dict(failures.most_common()),
+        num_images=totals.num_images,
+        num_failed=totals.num_failed,
+        failures=dict(totals.failures.most_common()),
         gpu_hours=None if gpu_s is None else float(gpu_s) / 3600,
-        device_hours=device_s / 3600,
+        device_hours=totals.device_s / 3600,
         model=report.get("model") or {},
         versions=report.get("versions") or {},
     )

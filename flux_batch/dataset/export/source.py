@@ -48,7 +48,7 @@ _REASON = ("error_type", "error_message")
 # A file of which at least this share is wanted is read whole.
 _WHOLE_FROM = 0.5
 _DIGEST_BYTES = 16
-# Shards whose tables or commits are in memory at once, and images that are hashed at a time.
+# Shards whose tables are in memory at once, and images that are hashed at a time.
 _SHARDS_AT_ONCE = 256
 _IMAGES_AT_ONCE = 65_536
 _LEAST_SIDE = 16
@@ -57,16 +57,24 @@ _Finish: TypeAlias = Callable[[bytes, Mapping[str, Any]], bytes]
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A shard of an export: images of one split, as keys by the shard of the run that they are in."""
+    """A shard of an export: images of one split; `images` has their keys and the shards of the run they are in."""
 
     split: str
     name: str  # 00000
-    keys: Mapping[int, Sequence[str]]
+    images: pa.Table
 
     @property
     def num_images(self) -> int:
         """The number of images."""
-        return sum(map(len, self.keys.values()))
+        return int(self.images.num_rows)
+
+    @property
+    def keys(self) -> dict[int, list[str]]:
+        """The keys of the images by shard of the run, in order; not kept, since a run may have millions."""
+        keys: dict[int, list[str]] = {}
+        for key, shard in zip(self.images["key"].to_pylist(), self.images["shard"].to_pylist(), strict=True):
+            keys.setdefault(shard, []).append(key)
+        return keys
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ class ExportSource:
             parts.append(pa.concat_tables(some).combine_chunks())
         table = pa.concat_tables(parts)
         if self.selection is None:
-            table = table.append_column("split", pa.array([TRAIN] * table.num_rows, pa.string()))
+            table = table.append_column("split", pa.repeat(TRAIN, table.num_rows))
         else:
             table = self._selected(table)
         if not table.num_rows:
@@ -136,23 +144,22 @@ class ExportSource:
 
     def _selected(self, made: pa.Table) -> pa.Table:
         selection = read_selection(self.run.store, str(self.selection)).select(["key", "split"])
-        splits = dict(zip(selection["key"].to_pylist(), selection["split"].to_pylist(), strict=True))
-        keys = made["key"].to_pylist()
-        missing = splits.keys() - set(keys)
+        is_made = pc.is_in(selection["key"], value_set=made["key"])
+        missing = selection["key"].filter(pc.invert(is_made))
         if missing:
             raise JobError(
-                f"selection {self.selection!r} has {len(missing)} images that the run has not, as {min(missing)}; "
+                f"selection {self.selection!r} has {len(missing)} images that the run has not, as {pc.min(missing)}; "
                 "select again, with --replace"
             )
-        table = made.append_column("split", pa.array([splits.get(key) for key in keys], pa.string()))
+        places = pc.index_in(made["key"], value_set=selection["key"])
+        table = made.append_column("split", selection["split"].take(places))
         return table.filter(table["split"].is_valid())
 
     @cached_property
     def splits(self) -> dict[str, int]:
-        """The number of images of each split."""
-        counts = self.chosen["split"].value_counts().to_pylist()
-        order = {name: number for number, name in enumerate([TRAIN, *sorted(each["values"] for each in counts)])}
-        return {each["values"]: each["counts"] for each in sorted(counts, key=lambda each: order[each["values"]])}
+        """The number of images of each split: `train` first, the others by name."""
+        counts = {each["values"]: each["counts"] for each in self.chosen["split"].value_counts().to_pylist()}
+        return {name: counts[name] for name in sorted(counts, key=lambda name: (name != TRAIN, name))}
 
     @cached_property
     def digest(self) -> str:
@@ -180,10 +187,9 @@ class ExportSource:
         for name in dict.fromkeys(column.annotation for column in self.annotation_columns):
             folder, digest = AnnotationFolder(self.run.folder, name), hashlib.blake2b(digest_size=_DIGEST_BYTES)
             done = sorted(self.annotated[name].intersection(shards))
-            for first in range(0, len(done), _SHARDS_AT_ONCE):
-                for commit in folder.commits.read_all(done[first : first + _SHARDS_AT_ONCE]):
-                    hashes = {file.path: file.sha256 for file in commit.files}
-                    digest.update(f"{commit.shard} {hashes.get(folder.file(commit.shard))}\n".encode())
+            for commit in folder.commits.read_all(done):
+                hashes = {file.path: file.sha256 for file in commit.files}
+                digest.update(f"{commit.shard} {hashes.get(folder.file(commit.shard))}\n".encode())
             digests[name] = digest.hexdigest()
         return digests
 
@@ -195,11 +201,8 @@ class ExportSource:
             table = self.chosen.select(["key", "shard"]).filter(is_of_split).combine_chunks()
             num_pieces = -(-num_images // shard_size)
             for number in range(num_pieces):
-                some = table.slice(number * shard_size, shard_size)
-                keys: dict[int, list[str]] = {}
-                for key, shard in zip(some["key"].to_pylist(), some["shard"].to_pylist(), strict=True):
-                    keys.setdefault(shard, []).append(key)
-                pieces.append(Piece(split, shard_name(number, num_pieces), keys))
+                images = table.slice(number * shard_size, shard_size)
+                pieces.append(Piece(split, shard_name(number, num_pieces), images))
         return pieces
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -15,10 +16,10 @@ from flux_batch.prompts.formats.table import BadRow, Row, check_whole_characters
 class JsonLinesTable(LineTable):
     """A file with one JSON object a line; blank lines do not count."""
 
-    def schema(self) -> pa.Schema:
-        """Return the columns after reading the whole file; mixed types become JSON text."""
+    def schema(self, num_rows: int | None = None) -> pa.Schema:
+        """Return the columns of the first `num_rows` rows, or of the whole file; mixed types become JSON text."""
         with self.file.open_text() as text:
-            return schema_of_rows(row for _, row in self.records(text))
+            return schema_of_rows(row for _, row in islice(self.records(text), num_rows))
 
     def records(self, text: BinaryIO, offset: int = 0) -> Iterator[tuple[int, Row | BadRow]]:
         """Yield the object of each line."""

@@ -26,9 +26,9 @@ class TarTable:
     def __init__(self, file: PromptBytes) -> None:
         self._file = file
 
-    def schema(self) -> pa.Schema:
-        """Return the columns after reading the whole file."""
-        return schema_of_rows(row for _, _, row in self._records(0))
+    def schema(self, num_rows: int | None = None) -> pa.Schema:
+        """Return the columns of the first `num_rows` rows, or of the whole file."""
+        return schema_of_rows(row for _, _, row in islice(self._records(0), num_rows))
 
     def split(self, num_rows: int) -> Iterator[RowRange]:
         """Yield ranges of `num_rows` that cover the file; the last may be shorter.
@@ -84,6 +84,8 @@ class _Member(tarfile.TarInfo):
 def _rows(tar: tarfile.TarFile) -> Iterator[tuple[int, str, Row | BadRow]]:
     at, row, key = 0, None, ""
     for member in tar:
+        # It keeps half a kB of each, and a tar may have millions. Its method to list them would read to the end.
+        tar.members.clear()  # type: ignore[attr-defined]
         folder, slash, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
         if not member.isfile() or not stem:

@@ -94,7 +94,8 @@ def throughput(shards: Sequence[ShardTime]) -> _Plot:
     made = [0.0] * _NUM_BUCKETS
     for each in shards:
         length = max(each.finished - each.started, 1e-3)
-        begin, end = (each.started - first) / step, (each.finished - first) / step
+        begin = (each.started - first) / step
+        end = begin + length / step
         for bucket in range(int(begin), min(_NUM_BUCKETS - 1, int(end)) + 1):
             inside = min(end, bucket + 1) - max(begin, bucket)
             made[bucket] += (each.num_images - each.num_failed) * min(1.0, max(0.0, inside) * step / length)

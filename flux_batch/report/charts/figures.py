@@ -23,7 +23,6 @@ from flux_batch.report.gallery.rows import ShardCounts as FailedCounts
 from flux_batch.report.saved_run import SavedRun, read_json
 from flux_batch.storage.store import Store
 
-_COMMITS_AT_ONCE = 256
 _READERS = 8
 # Shards whose metadata is read, evenly spread over the run: for shares and shapes, not for sums.
 _MAX_SHARDS_READ = 400
@@ -79,7 +78,7 @@ class Figures:
                 commit.num_images,
                 commit.num_failed,
                 commit.started_unix_time,
-                commit.finished_unix_time,
+                max(commit.started_unix_time, commit.finished_unix_time),  # a clock may have been set back
                 commit.attempt,
                 commit.num_lost,
             )
@@ -110,9 +109,8 @@ def read_figures(store: Store) -> Figures:
         is_complete=store.exists(SUCCESS),
         report=read_json(store, REPORT) or {},
     )
-    for first in range(0, len(done), _COMMITS_AT_ONCE):
-        for commit in run.commits.read_all(done[first : first + _COMMITS_AT_ONCE]):
-            figures.add(commit)
+    for commit in run.commits.read_all(done):
+        figures.add(commit)
     for row in _sampled_rows(run, [done[number] for number in spread(len(done), _MAX_SHARDS_READ)]):
         if row.get("status") == "success":
             figures.add_row(row)

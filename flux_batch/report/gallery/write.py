@@ -181,6 +181,4 @@ def _original(run: SavedRun) -> str:
 
 def _remove_others(store: Store, keys: set[str]) -> None:
     """Remove what an earlier gallery has left."""
-    for key in store.list(GALLERY):
-        if key not in keys:
-            store.delete(key)
+    store.delete_many([key for key in store.list(GALLERY) if key not in keys])

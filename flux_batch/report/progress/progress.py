@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 _REPORT_INTERVAL_S = 10.0
+# Shards that failed for good of which the report says why: of a million that fail alike, the log has the others.
+_MAX_ERRORS = 1000
 # Seconds that the thread of the figures may take to end: a report whose lease is being looked up ends by itself.
 _JOIN_S = 1.0
 # Seconds of a report that is on its way when the run is over.
@@ -128,7 +130,8 @@ class Progress:
     def add(self, result: ShardResult) -> None:
         """Add a result, and report if the last report is old enough."""
         if result.error is not None:
-            self.errors.append(f"shard {result.shard}: {result.error}")
+            if len(self.errors) < _MAX_ERRORS:
+                self.errors.append(f"shard {result.shard}: {result.error}")
             log.error("shard %d failed for good: %s", result.shard, result.error, extra={"shard": result.shard})
             return
         with self._lock:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import json
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,7 +21,7 @@ import pytest
 
 from flux_batch.errors import SourceError
 from flux_batch.prompts.formats.open import TABLE_FORMATS, format_of_name, open_table
-from flux_batch.prompts.formats.table import BadRow
+from flux_batch.prompts.formats.table import BadRow, RowRange
 from helpers.prompt_tables import read_all
 
 ROWS = [{"n": number, "prompt": f"prompt {number}"} for number in range(7)]
@@ -205,6 +207,13 @@ def test_half_a_character_in_a_tar_costs_its_row_and_not_its_columns(tmp_path: P
     assert isinstance(bad, BadRow)
     assert bad.reason.startswith("1.json: ")
     assert isinstance(good, dict)
+
+
+def test_the_members_of_a_tar_are_not_kept(tmp_path: Path) -> None:
+    write_tar(tmp_path / "p.tar", {f"{number:03}.txt": b"a" for number in range(500)})
+    rows = open_table(str(tmp_path / "p.tar"), {}).stream(RowRange(0, 500), {"prompt"})
+    assert len(list(islice(rows, 499))) == 499
+    assert 0 < sum(isinstance(each, tarfile.TarInfo) for each in gc.get_objects()) < 50
 
 
 def test_a_tar_whose_keys_are_scattered_or_whose_end_is_cut_is_refused(tmp_path: Path) -> None:

@@ -84,6 +84,21 @@ def test_every_row_has_its_image_or_its_reason(tmp_path: Path, layout: str) -> N
     assert list(find_leftovers(SavedRun.open(store).folder)) == []
 
 
+def test_what_an_earlier_gallery_has_left_is_removed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = rendered(tmp_path, [{"prompt": "p"}])
+    old = [f"_run/gallery/run/thumbnails/00000/{number}-old.js" for number in range(9)]
+    for key in old:
+        store.write(key, b"x")
+    asked: list[list[str]] = []
+    delete_many = Store.delete_many
+    monkeypatch.setattr(Store, "delete_many", lambda self, keys: asked.append(keys) or delete_many(self, keys))
+
+    write_gallery(store, 10)
+
+    assert asked == [old]  # in a bucket one request for a thousand
+    assert not set(old) & set(store.list("_run/gallery"))
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_only_what_is_missing_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = rendered(tmp_path, [{"prompt": f"p{n}"} for n in range(16)], output={"format": "files", "shard_size": 8})
