@@ -15,14 +15,13 @@ from typing import Any, Literal
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.local_copy import cache_folder
+from flux_batch.errors import number_text, work_text
 from flux_batch.model.optimize.host_memory import total_memory
 from flux_batch.redaction import public_uri
 
 # The speeds of earlier runs on this machine, by model and device.
 _SPEEDS = "speeds.json"
 _LONG_SHARD_S = 3600.0
-# Hours; fewer are shown in seconds.
-_FEW_HOURS = 0.01
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     if speed := found["speed"]:
         when = f" on {time.strftime('%Y-%m-%d', time.gmtime(speed['unix_time']))}" if speed["unix_time"] else ""
         hours = (
-            f"{_work_text(found['device_hours'], found['device'])} at {speed['images_per_s']:.3g} images/s a "
+            f"{work_text(found['device_hours'], found['device'])} at {number_text(speed['images_per_s'])} images/s a "
             f"worker ({speed['origin']}{when}); {_time_text(found['hours'])} with {found['num_workers']} at work"
         )
         rows.append(("hours", hours))
@@ -109,16 +108,11 @@ def cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows + [("" if number else "mind", text) for number, text in enumerate(found["warnings"])]
 
 
-def _work_text(hours: float, device: str) -> str:
-    """Return the hours of all devices together; seconds where they are few."""
-    return f"{3600 * hours:.3g} {device}-seconds" if 0 < hours < _FEW_HOURS else f"{hours:.3g} {device}-hours"
-
-
 def _time_text(hours: float) -> str:
     """Return hours in a unit that suits them."""
     for unit, number in (("h", hours), ("min", 60 * hours)):
         if number >= 1:
-            return f"{number:.3g} {unit}"
+            return f"{number_text(number)} {unit}"
     return f"{3600 * hours:.3g} s"
 
 
@@ -143,7 +137,7 @@ def _not_worth(config: JobConfig, figures: Mapping[str, Any], speed: Speed | Non
     if speed is not None and images_per_shard / speed.images_per_s > _LONG_SHARD_S:
         hours = images_per_shard / speed.images_per_s / 3600
         fitting = max(1, int(_LONG_SHARD_S * speed.images_per_s / config.sampling.num_images_per_prompt))
-        found.append(f"a shard takes {hours:.2g} h: output.shard_size = {fitting} makes it an hour")
+        found.append(f"a shard takes {hours:.1f} h: output.shard_size = {fitting} makes it an hour")
     if figures["num_shards"] < workers.max and figures["num_prompts"] > figures["num_shards"]:
         fitting = max(1, figures["num_prompts"] // workers.max)
         found.append(

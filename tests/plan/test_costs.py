@@ -33,6 +33,11 @@ def test_hours_and_money_are_those_of_what_is_left(tmp_path: Path) -> None:
     assert "not known: --measure" in dict(cost_rows(costs(job(tmp_path), FIGURES, 3600, None, None)))["hours"]
 
 
+def test_the_hours_of_a_hundred_million_images_are_written_out(tmp_path: Path) -> None:
+    rows = dict(cost_rows(costs(job(tmp_path), FIGURES, 100_000_000, Speed(0.5, "given"), None)))
+    assert rows["hours"] == "55556 GPU-hours at 0.5 images/s a worker (given); 6944 h with 8 at work"
+
+
 def test_what_will_not_pay_is_said(tmp_path: Path) -> None:
     config = job(tmp_path, max=64, max_gpu_hours=1)
     warnings = costs(config, FIGURES, 10_000, Speed(0.01, "given"), None)["warnings"]
