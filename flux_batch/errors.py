@@ -34,7 +34,7 @@ from collections.abc import Iterable
 from flux_batch.redaction import public_text
 
 # Hours of devices; fewer are said in seconds.
-_FEW_HOURS = 0.01
+_FEW_HOURS = 0.1
 
 
 class FluxBatchError(Exception):

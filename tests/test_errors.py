@@ -70,7 +70,13 @@ def test_a_number_is_never_a_power_of_ten(number: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("hours", "text"),
-    [(0, "0 GPU-hours"), (1e-5, "0.036 GPU-seconds"), (0.01, "0.01 GPU-hours"), (55_555.5, "55556 GPU-hours")],
+    [
+        (0, "0 GPU-hours"),
+        (1e-5, "0.036 GPU-seconds"),
+        (0.099, "356 GPU-seconds"),
+        (0.1, "0.1 GPU-hours"),
+        (55_555.5, "55556 GPU-hours"),
+    ],
 )
 def test_work_is_hours_or_few_seconds(hours: float, text: str) -> None:
     assert work_text(hours, "GPU") == text
