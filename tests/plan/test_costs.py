@@ -50,6 +50,19 @@ def test_what_will_not_pay_is_said(tmp_path: Path) -> None:
     assert "output.shard_size = 36 makes it an hour" in warnings[1]
 
 
+def test_fewer_prompts_than_workers_are_said_to_reach_so_many(tmp_path: Path) -> None:
+    figures = {**FIGURES, "num_prompts": 5, "num_shards": 1}
+    warnings = costs(job(tmp_path), figures, 5, None, None)["warnings"]
+    assert "1 of 8 workers have work: output.shard_size = 1 gives it to 5" in warnings
+
+
+def test_a_run_that_was_begun_keeps_its_shards(tmp_path: Path) -> None:
+    config = job(tmp_path, max=64)
+    found = costs(config, FIGURES, 500, Speed(0.01, "given"), None, num_committed=38)
+    assert not any("shard_size" in text for text in found["warnings"])
+    assert found["num_workers"] == 2  # as many as there are shards left
+
+
 def test_a_worker_that_is_larger_than_this_machine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {**FIGURES, "memory": {"batch_size": 1, "fits_gb": [40], "least_bytes": 26_400_000_000}}
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 23_000_000_000 // 4096}
