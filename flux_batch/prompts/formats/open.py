@@ -111,6 +111,8 @@ def _format(file: PromptBytes, name: str) -> str:
             return kind
     if name in ("jsonl", "ndjson"):
         return "json" if _begins_array_of_rows(file.head) else name
+    if name in ("csv", "tsv"):
+        return _json_of_another_name(file) or name
     if name and name != "json":
         return name
     with file.open_decompressed() as stored:
@@ -129,6 +131,16 @@ def _format_of_text(file: PromptBytes) -> str:
     if first[:1] == b"{":
         return "jsonl" if _is_object(first) and second else "json"
     return ""
+
+
+def _json_of_another_name(file: PromptBytes) -> str:
+    """Return the JSON format of a file that is called a table; empty for all that could be a header."""
+    if _begins_array_of_rows(file.head):
+        return "json"
+    if not file.head.removeprefix(codecs.BOM_UTF8).startswith(b"{"):
+        return ""
+    with file.open_text() as text:
+        return "jsonl" if _is_object(text.readline(_LONG_LINE).removeprefix(codecs.BOM_UTF8)) else ""
 
 
 def _begins_array_of_rows(head: bytes) -> bool:
