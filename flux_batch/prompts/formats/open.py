@@ -63,6 +63,8 @@ _TEXTS = ("txt", "csv", "tsv")
 _TAR_MAGIC, _TAR_MAGIC_END = b"ustar", 262
 # The first line of a file of blocks.
 _BLOCKS = re.compile(rb"(\xef\xbb\xbf)?\s*positive\s*:", re.IGNORECASE)
+# The beginning of a web page, which a server sends for a file where one has to log in, or where it shows the file.
+_WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)\b", re.IGNORECASE)
 # The longest line by which JSON Lines are told from one object.
 _LONG_LINE = 1 << 24
 
@@ -74,6 +76,8 @@ def open_table(uri: str, storage_options: Mapping[str, Any], *, has_blocks: bool
     Raises: SourceError for a format that is not read, with the way to one that is.
     """
     file = PromptBytes.of(uri, storage_options)
+    if _WEB_PAGE.match(file.head):
+        raise SourceError(f"{uri}: holds a web page and no prompts; open it in a browser, and name the file itself")
     name = format_of_name(public_uri(uri))
     found = _format(file, name if name in (*TABLE_FORMATS, *INSTEAD) else _format_of_query(uri))
     if has_blocks and found == "txt" and _BLOCKS.match(file.head):
