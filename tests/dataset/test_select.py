@@ -247,6 +247,8 @@ BAD = [
     ({"where": 'animal = "cat"'}, r"""there is no column "cat"; .*; a text is in single quotes, as 'cat'"""),
     ({"where": "similarity >"}, "is no expression"),
     ({"where": "similarity"}, "is a FLOAT; it must be true or false"),
+    ({"where": " "}, "' ': must be one expression"),
+    ({"top": 5, "by": "-- similarity"}, "must be one expression"),
     ({"where": "avg(similarity) > 0.5"}, r"written with OVER \(\)"),
     ({"where": "true) FROM metadata; DROP TABLE metadata; --"}, "is no expression"),
     ({"where": "1 = 1) AS x, (key = '1'"}, "must be one expression"),
