@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from flux_batch.bench.command import add_bench
 from flux_batch.dataset.annotate_command import add_annotate
@@ -293,14 +293,33 @@ def _all_parsers(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPars
 class _Parser(argparse.ArgumentParser):
     """A parser that suggests the nearest command or option for one that does not exist."""
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse arguments; a command refuses those that it does not have."""
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = f"{self.prog} {getattr(arguments, 'command', '')}"
+            own = [each for each in _all_parsers(self) if each.prog == name]
+            refused = f"unrecognized arguments: {' '.join(unknown)}"
+            (own[0] if own else self).error(f"{refused}{self._near(unknown[0].partition('=')[0], own)}")
+        return arguments
+
+    def _near(self, option: str, own: Sequence[argparse.ArgumentParser]) -> str:
+        """Return the end of a sentence on an option that is not there: the nearest of the same command."""
+        if not option.startswith("--"):
+            return ""
+        if option in _options_of(_all_parsers(self)):
+            return "; another command has it"
+        return did_you_mean(option, _options_of(_all_parsers(own[0]) if own else [self]))
+
     def error(self, message: str) -> NoReturn:
         """Exit with 2 and one sentence."""
         unknown = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message)
         near = did_you_mean(unknown[1], re.findall(r"[\w-]+", unknown[2])) if unknown else ""
-        if option := re.search(r"unrecognized arguments: (--[\w-]+)", message):
-            known = {name for each in _all_parsers(self) for name in each._option_string_actions}
-            near = "; another command has it" if option[1] in known else did_you_mean(option[1], known)
         self.exit(2, f"{self.prog}: {message}{near}\n`{self.prog} --help` shows how to use it\n")
+
+
+def _options_of(parsers: Iterable[argparse.ArgumentParser]) -> set[str]:
+    return {name for each in parsers for name in each._option_string_actions}
 
 
 def _command(

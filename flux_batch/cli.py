@@ -147,7 +147,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         speed = Speed(arguments.speed, "given")
     num_left = max(0, figures["num_images"] - (there.num_images if there else 0))
     is_here = not problems and not joins_cluster()
-    costing = costs(here, figures, num_left, speed, arguments.price, is_here=is_here)
+    num_committed = there.num_committed if there else None
+    costing = costs(here, figures, num_left, speed, arguments.price, is_here=is_here, num_committed=num_committed)
     there_rows = [] if problems else [("there", there.text if there else "nothing yet: a run would begin")]
     data = figures | costing | {"rows": rows.to_json(), "there": there and asdict(there), "problems": problems}
     sections = [

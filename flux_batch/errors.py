@@ -33,6 +33,9 @@ from collections.abc import Iterable
 
 from flux_batch.redaction import public_text
 
+# Hours of devices; fewer are said in seconds.
+_FEW_HOURS = 0.1
+
 
 class FluxBatchError(Exception):
     """Base of every error this package raises on purpose."""
@@ -158,6 +161,25 @@ def bytes_text(num_bytes: float) -> str:
         if num_bytes < 999.95:
             return f"{num_bytes:.1f} {unit}"
     return f"{num_bytes / 1000:,.1f} TB"
+
+
+def number_text(number: float) -> str:
+    """Return a number with three digits, or with all that stand before its point.
+
+    >>> number_text(0.01234), number_text(7.0), number_text(55_555.5)
+    ('0.0123', '7', '55556')
+    """
+    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}"
+
+
+def work_text(hours: float, device: str) -> str:
+    """Return the hours of all devices together; seconds where they are few.
+
+    >>> work_text(2324.2, "GPU"), work_text(0.00125, "worker")
+    ('2324 GPU-hours', '4.5 worker-seconds')
+    """
+    is_short = 0 < hours < _FEW_HOURS
+    return f"{number_text(3600 * hours if is_short else hours)} {device}-{'seconds' if is_short else 'hours'}"
 
 
 def count_of(number: int, noun: str) -> str:

@@ -155,7 +155,15 @@ def test_an_output_that_cannot_be_looked_at_is_told_in_one_sentence(
     ("arguments", "sentence"),
     [
         (["plan", "job.yaml", "--jsn"], "unrecognized arguments: --jsn; did you mean '--json'?"),
-        (["status", "out", "--measure"], "unrecognized arguments: --measure; another command has it"),
+        (
+            ["status", "out", "--measure"],
+            "flux-batch status: unrecognized arguments: --measure; another command has it",
+        ),
+        (["gallery", "out", "--measur"], "unrecognized arguments: --measur\n`flux-batch gallery --help` shows"),
+        (["gallery", "out", "--colums=id"], "unrecognized arguments: --colums=id; did you mean '--columns'?"),
+        (["--nope"], "flux-batch: unrecognized arguments: --nope\n"),
+        (["status", "out", "two"], "flux-batch status: unrecognized arguments: two\n"),
+        (["bench", "driver", "--shard", "2", "--jsn"], "flux-batch bench: unrecognized arguments: --jsn; did you"),
         (["plan", "job.yaml", "--price", "two"], "--price: two: must be a number of more than 0"),
         (["plan", "job.yaml", "--price", "0"], "--price: 0: must be a number of more than 0"),
     ],

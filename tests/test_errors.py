@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from flux_batch import errors
-from flux_batch.errors import FluxBatchError, InvalidSetting, bytes_text
+from flux_batch.errors import FluxBatchError, InvalidSetting, bytes_text, number_text, work_text
 
 
 def tree(base: type[FluxBatchError] = FluxBatchError) -> Iterator[type[FluxBatchError]]:
@@ -50,3 +50,33 @@ def test_the_drawing_shows_the_tree_and_its_exit_codes() -> None:
 )
 def test_bytes_text(num_bytes: float, text: str) -> None:
     assert bytes_text(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (0.01234, "0.0123"),
+        (7.0, "7"),
+        (12.345, "12.3"),
+        (999.4, "999"),
+        (999.7, "1000"),
+        (1e6 + 0.5, "1000000"),
+    ],
+)
+def test_a_number_is_never_a_power_of_ten(number: float, text: str) -> None:
+    assert number_text(number) == text
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [
+        (0, "0 GPU-hours"),
+        (1e-5, "0.036 GPU-seconds"),
+        (0.099, "356 GPU-seconds"),
+        (0.1, "0.1 GPU-hours"),
+        (55_555.5, "55556 GPU-hours"),
+    ],
+)
+def test_work_is_hours_or_few_seconds(hours: float, text: str) -> None:
+    assert work_text(hours, "GPU") == text

@@ -214,8 +214,8 @@ class TestOnThisMachine:
         caplog.set_level("INFO")
         assert preview(make_job(tmp_path), 2, make_pipeline=make_fake_pipeline).num_images == 2
         assert "there is no GPU on this machine" in caplog.text
-        assert "worker-hours" in caplog.text
-        assert "GPU-hours" not in caplog.text
+        assert "worker-seconds" in caplog.text
+        assert "GPU-" not in caplog.text
 
     @pytest.mark.parametrize(
         ("model", "sentence"),

@@ -19,7 +19,7 @@ import pyarrow as pa
 from PIL import Image
 
 from flux_batch.dataset.annotators.load import OpenAnnotator
-from flux_batch.errors import AlreadyExists, DeviceFatal, FluxBatchError, NotFound, one_line
+from flux_batch.errors import AlreadyExists, DamagedObject, DeviceFatal, FluxBatchError, NotFound, one_line
 from flux_batch.images import to_rgb
 from flux_batch.output.annotations import (
     AnnotationFolder,
@@ -40,10 +40,6 @@ STAGE_AFTER_S = 2.0
 # A row fails once that many workers were lost, each while it made only this row.
 _MAX_LOSSES_ALONE = 2
 _MAX_MESSAGE_LENGTH = 1000
-
-
-class _ImageMissing(FluxBatchError):
-    """The metadata of a shard names an image that its files do not hold."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +232,7 @@ class ShardAnnotation:
 def decoded_image(data: bytes | None) -> Image.Image | Exception:
     """Return an image in RGB, or the error in its place."""
     if data is None:
-        return _ImageMissing("the files of its shard do not hold it; `flux-batch verify` says why")
+        return DamagedObject("the files of its shard do not hold it; `flux-batch verify` says why")
     try:
         with Image.open(io.BytesIO(data)) as image:
             return to_rgb(image)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from flux_batch.config.schema import QUALITY_COLUMNS, SOURCE_COLUMNS, JobConfig, source_name
 from flux_batch.records import IMAGE_COLUMNS, WEIGHTED_COLUMNS, ImageRecord
 from flux_batch.sampling_params import SAMPLING_FIELDS
-from flux_batch.storage.passthrough import as_json, passthrough_of
+from flux_batch.storage.passthrough import as_json, passthrough_of, values_of
 
 _COLUMN_TYPES = {int: pa.int32(), float: pa.float64(), str: pa.string()}
 RECORD_SCHEMA = pa.schema(
@@ -87,11 +87,20 @@ def unpack_metadata(data: bytes) -> list[dict[str, Any]]:
     try:
         return table.to_pylist()  # type: ignore[no-any-return]
     except (ValueError, OverflowError):
-        columns = [_values(column) for column in table.columns]
-        return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+        return _rows(table, _values_or_texts)
 
 
-def _values(column: pa.ChunkedArray) -> list[Any]:
+def unpack_records(data: bytes) -> list[dict[str, Any]]:
+    """Read the rows that `pack_metadata` wrote, to write them again: such a time is an Arrow scalar."""
+    return _rows(parquet_table(data), values_of)
+
+
+def _rows(table: pa.Table, values: Callable[[pa.ChunkedArray], list[Any]]) -> list[dict[str, Any]]:
+    columns = [values(column) for column in table.columns]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values_or_texts(column: pa.ChunkedArray) -> list[Any]:
     try:
         return column.to_pylist()  # type: ignore[no-any-return]
     except (ValueError, OverflowError):

@@ -15,14 +15,13 @@ from typing import Any, Literal
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.local_copy import cache_folder
+from flux_batch.errors import number_text, work_text
 from flux_batch.model.optimize.host_memory import total_memory
 from flux_batch.redaction import public_uri
 
 # The speeds of earlier runs on this machine, by model and device.
 _SPEEDS = "speeds.json"
 _LONG_SHARD_S = 3600.0
-# Hours; fewer are shown in seconds.
-_FEW_HOURS = 0.01
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,17 @@ def costs(
     price: float | None,
     *,
     is_here: bool = False,
+    num_committed: int | None = None,
 ) -> dict[str, Any]:
     """Return hours, money and what will not pay.
 
     price: that of an hour of a GPU, or of a worker without one. is_here: whether workers run on this machine.
+    num_committed: the shards that a run has committed, whose layout is settled; None where none was begun.
     """
     workers = config.workers
-    warnings = _not_worth(config, figures, speed)
+    warnings = _without_a_card(config, figures["memory"])
+    if num_committed is None:
+        warnings += _wrong_shard_size(config, figures, speed)
     if is_here and not workers.num_gpus:
         warnings = _too_large(figures["memory"]) + warnings
     found: dict[str, Any] = {"num_images_left": num_left, "speed": None, "warnings": warnings}
@@ -77,7 +80,7 @@ def costs(
         return found
     worker_hours = num_left / speed.images_per_s / 3600
     device_hours = worker_hours * (workers.num_gpus or 1)
-    at_once = max(1, min(workers.max, figures["num_shards"]))
+    at_once = max(1, min(workers.max, figures["num_shards"] - (num_committed or 0)))
     found |= {
         "speed": {"images_per_s": speed.images_per_s, "origin": speed.origin, "unix_time": speed.when},
         "device_hours": device_hours,
@@ -98,7 +101,7 @@ def cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     if speed := found["speed"]:
         when = f" on {time.strftime('%Y-%m-%d', time.gmtime(speed['unix_time']))}" if speed["unix_time"] else ""
         hours = (
-            f"{_work_text(found['device_hours'], found['device'])} at {speed['images_per_s']:.3g} images/s a "
+            f"{work_text(found['device_hours'], found['device'])} at {number_text(speed['images_per_s'])} images/s a "
             f"worker ({speed['origin']}{when}); {_time_text(found['hours'])} with {found['num_workers']} at work"
         )
         rows.append(("hours", hours))
@@ -109,16 +112,11 @@ def cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows + [("" if number else "mind", text) for number, text in enumerate(found["warnings"])]
 
 
-def _work_text(hours: float, device: str) -> str:
-    """Return the hours of all devices together; seconds where they are few."""
-    return f"{3600 * hours:.3g} {device}-seconds" if 0 < hours < _FEW_HOURS else f"{hours:.3g} {device}-hours"
-
-
 def _time_text(hours: float) -> str:
     """Return hours in a unit that suits them."""
     for unit, number in (("h", hours), ("min", 60 * hours)):
         if number >= 1:
-            return f"{number:.3g} {unit}"
+            return f"{number_text(number)} {unit}"
     return f"{3600 * hours:.3g} s"
 
 
@@ -133,21 +131,27 @@ def _too_large(memory: Mapping[str, Any]) -> list[str]:
     return [f"{needed / 1e9:.1f} GB a worker, this machine has {here / 1e9:.1f} GB"]
 
 
-def _not_worth(config: JobConfig, figures: Mapping[str, Any], speed: Speed | None) -> list[str]:
-    """Return what will not pay: a batch that fits on no card, a shard of more than an hour, idle workers."""
-    found = []
-    memory, workers = figures["memory"], config.workers
-    if "fits_gb" in memory and not memory["fits_gb"] and workers.num_gpus:
-        found.append(f"a batch of {memory['batch_size']} fits on no card: set workers.batch_size lower")
+def _without_a_card(config: JobConfig, memory: Mapping[str, Any]) -> list[str]:
+    """Return a warning if a batch fits on no card."""
+    if "fits_gb" in memory and not memory["fits_gb"] and config.workers.num_gpus:
+        return [f"a batch of {memory['batch_size']} fits on no card: set workers.batch_size lower"]
+    return []
+
+
+def _wrong_shard_size(config: JobConfig, figures: Mapping[str, Any], speed: Speed | None) -> list[str]:
+    """Return warnings of a shard of more than an hour, and of idle workers."""
+    found, workers = [], config.workers
     images_per_shard = config.output.shard_size * config.sampling.num_images_per_prompt
     if speed is not None and images_per_shard / speed.images_per_s > _LONG_SHARD_S:
         hours = images_per_shard / speed.images_per_s / 3600
         fitting = max(1, int(_LONG_SHARD_S * speed.images_per_s / config.sampling.num_images_per_prompt))
-        found.append(f"a shard takes {hours:.2g} h: output.shard_size = {fitting} makes it an hour")
+        found.append(f"a shard takes {hours:.1f} h: output.shard_size = {fitting} makes it an hour")
     if figures["num_shards"] < workers.max and figures["num_prompts"] > figures["num_shards"]:
         fitting = max(1, figures["num_prompts"] // workers.max)
+        reached = "all" if figures["num_prompts"] >= workers.max else str(figures["num_prompts"])
         found.append(
-            f"{figures['num_shards']} of {workers.max} workers have work: output.shard_size = {fitting} gives it to all"
+            f"{figures['num_shards']} of {workers.max} workers have work: output.shard_size = {fitting} gives it to "
+            f"{reached}"
         )
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.download.models import find_local_model
-from flux_batch.errors import FluxBatchError, bytes_text, count_of
+from flux_batch.errors import FluxBatchError, bytes_text, count_of, number_text
 from flux_batch.model.checkpoint.detect import find_parts, read_shapes
 from flux_batch.model.footprint import DEV_SIZE, TransformerSize, controlnet_flops, step_flops, transformer_size
 from flux_batch.model.params import counts_at, steps_run
@@ -95,7 +95,7 @@ def _steps_of(config: JobConfig) -> int:
 def estimate_rows(config: JobConfig, figures: dict[str, Any], *, has_speed: bool = False) -> list[tuple[str, str]]:
     """Return an estimate as rows of a table; with a speed known, hours at an assumed one are left out."""
     sampling = config.sampling
-    hours = f": about {figures['device_hours']:g} GPU-hours at an assumed {ASSUMED_FLOPS / 1e12:g} TFLOP/s"
+    hours = f": about {number_text(figures['device_hours'])} GPU-hours at an assumed {ASSUMED_FLOPS / 1e12:g} TFLOP/s"
     if has_speed or not config.workers.num_gpus or figures["device_hours"] < _LEAST_HOURS:
         hours = ""
     for_dev = " for FLUX.1-dev" if figures["is_counted_for_dev"] else ""

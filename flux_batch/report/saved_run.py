@@ -18,7 +18,7 @@ from flux_batch.errors import DamagedObject, JobError, NotFound, StoreError
 from flux_batch.output.commits import Commits
 from flux_batch.output.formats import DECODE_ERRORS, OutputFormat, format_for, iter_images
 from flux_batch.output.lease import Lease
-from flux_batch.output.metadata import columns_of_job, unpack_metadata
+from flux_batch.output.metadata import columns_of_job, unpack_metadata, unpack_records
 from flux_batch.output.paths import JOB, PLAN, TRAIN, RunFolder, is_within, metadata_file
 from flux_batch.plan.plan import Outline
 from flux_batch.storage.store import Store
@@ -74,6 +74,10 @@ class SavedRun:
     def metadata(self, shard: int) -> list[dict[str, Any]]:
         """Read the metadata rows of a committed shard, in order. Raises: NotFound."""
         return unpack_metadata(self.store.read(metadata_file(self.name(shard))))
+
+    def records(self, shard: int) -> list[dict[str, Any]]:
+        """Read the same rows, to write them again: see `unpack_records`. Raises: NotFound."""
+        return unpack_records(self.store.read(metadata_file(self.name(shard))))
 
     def images(self, shard: int, scratch: Path) -> Iterator[tuple[str, bytes]]:
         """Yield key and encoded bytes of each image of a committed shard, one by one.

@@ -101,7 +101,7 @@ class _ShardCheck:
         if any(problem.check == "rows" for problem in self.findings.problems):
             return  # the other checks would only repeat it
         self._check_named(rows, files)
-        self._check_failed(rows, metadata.read_bytes())
+        self._check_failed(metadata.read_bytes())
         if self._listed is None and not any(problem.check == "files" for problem in self.findings.problems):
             self._check_images(rows, local)
 
@@ -203,18 +203,18 @@ class _ShardCheck:
         for path in sorted(files.keys() - due):
             self._add("files", f"{path}: is named by the commit, but no row is in it")
 
-    def _check_failed(self, rows: Sequence[Mapping[str, Any]], metadata: bytes) -> None:
+    def _check_failed(self, metadata: bytes) -> None:
         """Compare the copy of the failed rows with the metadata."""
-        path = failed_file(self._name)
+        path, failed = failed_file(self._name), pack_failures(metadata)
         try:
             copy = self._run.store.read(path)
         except NotFound:
             copy = None
-        if copy is None and self.findings.num_failed:
+        if copy is None and failed:
             self._add("failed rows", f"{path}: is missing")
-        elif copy is not None and not self.findings.num_failed:
+        elif copy is not None and not failed:
             self._add("failed rows", f"{path}: is there, but no row failed")
-        elif copy is not None and not _has_rows(copy, [row for row in rows if row["status"] == "failed"]):
+        elif copy is not None and failed and not _has_same_rows(copy, failed):
             self._add("failed rows", f"{path}: differs from the failed rows of the metadata")
 
     def _check_images(self, rows: Sequence[Mapping[str, Any]], local: Mapping[str, Path]) -> None:
@@ -264,8 +264,8 @@ def rebuild_failures(run: SavedRun, shard: int) -> bytes | None:
     return pack_failures(run.store.read(metadata_file(run.name(shard))))
 
 
-def _has_rows(copy: bytes, rows: list[Mapping[str, Any]]) -> bool:
+def _has_same_rows(copy: bytes, failed: bytes) -> bool:
     try:
-        return repr(unpack_metadata(copy)) == repr(rows)  # a NaN is not equal to itself
+        return repr(unpack_metadata(copy)) == repr(unpack_metadata(failed))  # a NaN is not equal to itself
     except DECODE_ERRORS:
         return False

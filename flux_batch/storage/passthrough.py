@@ -111,6 +111,32 @@ def as_json(value: Any, kind: pa.DataType) -> Any:
     return "" if value is None else value
 
 
+def values_of(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """Return the values of a column; a time that Python's own types cannot hold stays an Arrow scalar.
+
+    Those are times of nanoseconds, or of the year 10000. Raises: ValueError, OverflowError, ArrowException.
+    """
+    if pa.types.is_temporal(column.type) and getattr(column.type, "unit", "") == "ns":
+        return [value if value.is_valid else None for value in column]
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except (ValueError, OverflowError, pa.ArrowException):
+        return [value_of(value) for value in column]
+
+
+def value_of(value: pa.Scalar) -> Any:
+    """Return one value as Python's; a time that Python cannot hold is unchanged.
+
+    Raises: ValueError, OverflowError, ArrowException for one that is no time.
+    """
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError, pa.ArrowException):
+        if pa.types.is_temporal(value.type):
+            return value
+        raise
+
+
 def passthrough_of(values: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
     """Return every passthrough column of a row, in its type and in the schema's order."""
     return {field.name: _as_arrow(values.get(field.name), field.type) for field in schema}

@@ -149,7 +149,7 @@ def test_an_annotator_that_does_harm_costs_the_images_it_is_about(tmp_path: Path
     found = tables["harm"].to_pylist()
     assert {number: row["error_type"] for number, row in enumerate(found) if row["error_type"]} == {
         5: "RuntimeError",
-        6: "_WrongColumns",
+        6: "TypeError",
         13: "WorkerLost",
         18: "WorkerLost",
         21: "MemoryError",

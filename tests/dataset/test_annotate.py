@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,6 +216,21 @@ def test_an_image_that_it_cannot_judge_is_a_null_with_a_reason(tmp_path: Path) -
     assert annotated(config, *BOTH, batch_size=4, retry_failed=True).annotations[0].num_failed == 1
     assert annotators.CALLS[0] == [f"00000000{number}" for number in range(4)], "the neighbours of before"
     assert [row["length"] for row in rows(config, "prompts")] == [1, None, 1, 1, 1]
+
+
+def test_an_image_that_its_file_lacks_is_a_null_with_a_reason(tmp_path: Path) -> None:
+    config = make_job(tmp_path, [{"prompt": "a"}, {"prompt": "b"}])
+    finish(config)
+    path = Path(config.output.uri, "train/00000.tar")
+    with tarfile.open(path) as tar:
+        kept = [(member, tar.extractfile(member).read()) for member in tar if "000000001." not in member.name]  # type: ignore[union-attr]
+    with tarfile.open(path, "w") as tar:
+        for member, data in kept:
+            tar.addfile(member, io.BytesIO(data))
+
+    annotated(config, "phash")
+
+    assert [row["error_type"] for row in rows(config, "phash")] == [None, "DamagedObject"]
 
 
 def test_too_many_images_without_values_end_with_3(tmp_path: Path) -> None:

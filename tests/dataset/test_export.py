@@ -129,6 +129,25 @@ def test_an_export_has_the_images_their_records_and_annotations(
     assert {name: table.num_rows for name, table in loaded.items()} == figures["splits"]
 
 
+@pytest.mark.parametrize("format", ["webdataset", "files", "parquet"])
+def test_a_time_that_python_cannot_hold_is_exported_as_it_is(tmp_path: Path, format: Any) -> None:
+    config = make_job(tmp_path, prompts={"passthrough": ["day", "at"]}, output={"format": format})
+    days = pa.array([5_000_000, None], pa.date32())  # the year 15659
+    moments = pa.array([1, 2], pa.timestamp("ns"))
+    pq.write_table(pa.table({"prompt": ["a", "b"], "day": days, "at": moments}), tmp_path / "prompts.parquet")
+    finish(config)
+
+    export(Store(config.output.uri), Store(str(tmp_path / "dest")), format=format)
+
+    if format == "webdataset":
+        made, exported = (tmp_path / name / "train/00000.tar" for name in ("out", "dest"))
+        assert made.read_bytes() == exported.read_bytes()
+    else:
+        name = "train/00000/metadata.parquet" if format == "files" else "train/00000.parquet"
+        table = pq.read_table(tmp_path / "dest" / name, columns=["day", "at"])
+        assert (table["day"].combine_chunks(), table["at"].combine_chunks()) == (days, moments)
+
+
 def test_images_that_were_made_again_are_another_export(tmp_path: Path) -> None:
     dest = Store(str(tmp_path / "dest"))
     for seed in (0, 1):

@@ -97,6 +97,22 @@ def test_an_expression_reaches_metadata_and_annotations(store: Store) -> None:
     assert numbers == chosen(store, where="SIMILARITY > 0.5 and metadata.animal in ('cat')")[1]
 
 
+def test_columns_that_differ_in_large_letters_alone_are_told_apart(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "Seed": seed, "seed": 7, "ordinal": "x"} for seed in (1.0, 2.0, float("nan"))]
+    config = make_job(tmp_path, rows, prompts={"passthrough": ["Seed", "ordinal"]}, output={"shard_size": 16})
+    finish(config)
+    run = Store(config.output.uri)
+
+    assert chosen(run, where="Seed_ > 1 AND seed = 7")[1] == [1]
+    assert chosen(run, where="ordinal_ = 'x'")[1] == [0, 1, 2]
+    with pytest.raises(
+        JobError, match="write Seed_ for the column 'Seed', which an expression does not tell from 'seed'"
+    ):
+        chosen(run, where="Seed > 1")
+    with pytest.raises(JobError, match=r"write ordinal_ for the column 'ordinal', .* the order of the images"):
+        chosen(run, where="ordinal = 'x'")
+
+
 def test_nan_is_no_value(store: Store) -> None:
     selected, numbers, _ = chosen(store, where="similarity > 0")
     assert numbers == [number for number in SCORED if score(number) > 0]
@@ -247,6 +263,8 @@ BAD = [
     ({"where": 'animal = "cat"'}, r"""there is no column "cat"; .*; a text is in single quotes, as 'cat'"""),
     ({"where": "similarity >"}, "is no expression"),
     ({"where": "similarity"}, "is a FLOAT; it must be true or false"),
+    ({"where": " "}, "' ': must be one expression"),
+    ({"top": 5, "by": "-- similarity"}, "must be one expression"),
     ({"where": "avg(similarity) > 0.5"}, r"written with OVER \(\)"),
     ({"where": "true) FROM metadata; DROP TABLE metadata; --"}, "is no expression"),
     ({"where": "1 = 1) AS x, (key = '1'"}, "must be one expression"),

@@ -33,6 +33,11 @@ def test_hours_and_money_are_those_of_what_is_left(tmp_path: Path) -> None:
     assert "not known: --measure" in dict(cost_rows(costs(job(tmp_path), FIGURES, 3600, None, None)))["hours"]
 
 
+def test_the_hours_of_a_hundred_million_images_are_written_out(tmp_path: Path) -> None:
+    rows = dict(cost_rows(costs(job(tmp_path), FIGURES, 100_000_000, Speed(0.5, "given"), None)))
+    assert rows["hours"] == "55556 GPU-hours at 0.5 images/s a worker (given); 6944 h with 8 at work"
+
+
 def test_what_will_not_pay_is_said(tmp_path: Path) -> None:
     config = job(tmp_path, max=64, max_gpu_hours=1)
     warnings = costs(config, FIGURES, 10_000, Speed(0.01, "given"), None)["warnings"]
@@ -43,6 +48,19 @@ def test_what_will_not_pay_is_said(tmp_path: Path) -> None:
         "workers.max_gpu_hours = 1 ends the run before that",
     ]
     assert "output.shard_size = 36 makes it an hour" in warnings[1]
+
+
+def test_fewer_prompts_than_workers_are_said_to_reach_so_many(tmp_path: Path) -> None:
+    figures = {**FIGURES, "num_prompts": 5, "num_shards": 1}
+    warnings = costs(job(tmp_path), figures, 5, None, None)["warnings"]
+    assert "1 of 8 workers have work: output.shard_size = 1 gives it to 5" in warnings
+
+
+def test_a_run_that_was_begun_keeps_its_shards(tmp_path: Path) -> None:
+    config = job(tmp_path, max=64)
+    found = costs(config, FIGURES, 500, Speed(0.01, "given"), None, num_committed=38)
+    assert not any("shard_size" in text for text in found["warnings"])
+    assert found["num_workers"] == 2  # as many as there are shards left
 
 
 def test_a_worker_that_is_larger_than_this_machine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 import io
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -50,6 +51,12 @@ def test_every_figure_is_there_in_a_window_of_any_width(width: int) -> None:
             assert words in text
         assert "3.2 GPU-hours, 8.00 at 2.5 an hour" in text
         assert "a-node-with-a-long-name:4242: shard 17 for 3 min 2 s" in text
+
+
+def test_few_images_a_second_and_little_work_are_not_rounded_to_nothing() -> None:
+    slow = replace(NOW, images_per_s=0.0042, device_hours=1e-5)
+    assert slow.speed_text == "0.0042 images/s, 55 min 0 s left"
+    assert slow.compute_text() == "0.036 GPU-seconds"
 
 
 def test_there_is_a_display_only_where_something_can_draw_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -363,6 +363,15 @@ def test_failed_rows_are_mended_without_making_anything_again(config: JobConfig,
     assert texts(store) == [("failed rows", 1, "_run/failed/00001.parquet: is missing")]
 
 
+def test_failed_rows_are_the_same_beside_a_time_that_python_cannot_hold(tmp_path: Path) -> None:
+    config = make_job(tmp_path, prompts={"passthrough": ["day"]}, failures={"max_ratio": 1})
+    days = pa.array([5_000_000, 1], pa.date32())  # the year 15659, and one that Python has
+    pq.write_table(pa.table({"prompt": ["a", "[raise]"], "day": days}), tmp_path / "prompts.parquet")
+    finish(config)
+
+    assert texts(Store(config.output.uri)) == []
+
+
 STRAYS = ["train/notes.txt", "train/00007.tar", "train/x/y", "metadata/00001.json", "_run/x", "_run/commits/1.json"]
 
 

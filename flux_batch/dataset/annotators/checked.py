@@ -9,14 +9,10 @@ import pyarrow as pa
 from PIL import Image
 
 from flux_batch.dataset.annotators.protocol import Annotator
-from flux_batch.errors import DeviceFatal, FluxBatchError, JobError, StoreError
+from flux_batch.errors import DeviceFatal, JobError, StoreError
 
 # Columns that are added to those of an annotator.
 _TAKEN = ("key", "error_type", "error_message")
-
-
-class _WrongColumns(FluxBatchError):
-    """An annotator returned something else than its columns promise."""
 
 
 class CheckedAnnotator:
@@ -56,13 +52,13 @@ class CheckedAnnotator:
         return [errors.get(number, row) for number, row in enumerate(rows)]
 
     def _batch(self, answer: Any, num_images: int) -> pa.RecordBatch:
-        """Return an answer as the columns that were promised. Raises: _WrongColumns."""
+        """Return an answer as the columns that were promised. Raises: TypeError."""
         if isinstance(answer, pa.Table | pa.RecordBatch):
             answer = {name: answer[name] for name in answer.schema.names}
         if not isinstance(answer, Mapping):
-            raise _WrongColumns(f"{self._name} returned {type(answer).__name__}; it must return a mapping of columns")
+            raise TypeError(f"{self._name} returned {type(answer).__name__}; it must return a mapping of columns")
         if set(answer) != set(self.columns.names):
-            raise _WrongColumns(
+            raise TypeError(
                 f"{self._name} returned the columns {', '.join(sorted(map(str, answer))) or 'none'}; "
                 f"it promises {', '.join(self.columns.names)}"
             )
@@ -74,9 +70,9 @@ class CheckedAnnotator:
             array = _as_array(values, field.type)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             reason = " ".join(str(error).split())
-            raise _WrongColumns(f"{self._name}: column {field.name} is not {field.type}: {reason}") from error
+            raise TypeError(f"{self._name}: column {field.name} is not {field.type}: {reason}") from error
         if len(array) != num_images:
-            raise _WrongColumns(f"{self._name}: column {field.name} has {len(array)} values for {num_images} images")
+            raise TypeError(f"{self._name}: column {field.name} has {len(array)} values for {num_images} images")
         return array
 
 

@@ -250,7 +250,7 @@ class ExportSource:
 
     def _records(self, shard: int, keys: Sequence[str]) -> dict[str, ImageRecord]:
         """Read the records of some images; annotations are among their passthrough columns."""
-        rows = {row["key"]: row for row in self.run.metadata(shard)}
+        rows = {row["key"]: row for row in self.run.records(shard)}
         annotations = self._annotations(shard)
         return {key: self._record(rows[key], annotations.get(key, {})) for key in keys}
 

@@ -51,6 +51,7 @@ class Tables:
         self.connection = duckdb.connect(":memory:", config=_LOCKED)
         self.connection.execute("SET lock_configuration = true")
         self._schemas = self._find_schemas()
+        self._names = {table: _distinct(table, schema.names) for table, schema in self._schemas.items()}
         expressions = [*expressions]
         self._bind(expressions)
         self._load({name.lower() for text in expressions for name in self._named(text)})
@@ -106,6 +107,7 @@ class Tables:
         self.connection.execute("CREATE TABLE chosen (ordinal BIGINT)")
         for text in expressions:
             self._check_alone(text)
+            self._check_distinct(text)
             try:
                 self.connection.execute(self.values(value=text))
             except duckdb.Error as error:
@@ -127,7 +129,10 @@ class Tables:
         }
         if len(nodes) != 1 or any(nodes[0].get(name) != empty for name, empty in alone.items()):
             raise JobError(f"{text!r}: must be one expression, as in clip.similarity > 0.27")
-        if len(nodes[0]["select_list"]) != 1 or nodes[0]["from_table"]["type"] != "EMPTY":
+        columns = nodes[0]["select_list"]
+        arguments = columns[0].get("arguments") or columns[0].get("children")  # as DuckDB 2 calls them, and DuckDB 1
+        is_empty = columns[0].get("function_name") == "row" and not arguments
+        if len(columns) != 1 or is_empty or nodes[0]["from_table"]["type"] != "EMPTY":
             raise JobError(f"{text!r}: must be one expression, as in clip.similarity > 0.27")
         if any(node.get("class") == "SUBQUERY" for node in _nodes(tree)):
             raise JobError(f"{text!r}: must not have a SELECT of its own")
@@ -135,6 +140,18 @@ class Tables:
         for node in _nodes(tree):
             if (name := str(node.get("function_name", "")).lower()) in changing:
                 raise JobError(f"{text!r}: {name}() is another one each time; a selection is the same each time")
+
+    def _check_distinct(self, text: str) -> None:
+        """Raise JobError for a column whose name stands for another one in an expression."""
+        for names in self._names.values():
+            for name in sorted(self._named(text) & names.keys()):
+                if name != names[name]:
+                    others = (repr(each) for each in names if each != name and each.lower() == name.lower())
+                    other = next(others, "the order of the images")
+                    raise JobError(
+                        f"{text!r}: write {names[name]} for the column {name!r}, "
+                        f"which an expression does not tell from {other}"
+                    )
 
     def _named(self, text: str) -> set[str]:
         """Return every name in an expression that may be a column."""
@@ -148,15 +165,15 @@ class Tables:
         """Create the tables again, of the named columns alone, and fill them."""
         for table, schema in self._schemas.items():
             needed = _NEEDED if table == METADATA else ("key",)
-            columns = [name for name in schema.names if name in needed or name.lower() in names]
+            own = self._names[table]
+            columns = [name for name in schema.names if name in needed or own[name].lower() in names]
             self._create(table, columns)
             if table == METADATA or len(columns) > 1:
                 self._fill(table, columns)
 
     def _create(self, table: str, columns: Sequence[str]) -> None:
         """Create an empty table with the types of the files."""
-        schema = pa.schema([self._schemas[table].field(name) for name in columns])
-        self.connection.register("batch", schema.empty_table())
+        self.connection.register("batch", self._distinct_table(table, self._schema(table, columns).empty_table()))
         ordinal = "0::BIGINT AS ordinal, " if table == METADATA else ""
         self.connection.execute(f"CREATE OR REPLACE TABLE {_quoted(table)} AS SELECT {ordinal}* FROM batch")
         self.connection.unregister("batch")
@@ -164,14 +181,21 @@ class Tables:
     def _fill(self, table: str, columns: Sequence[str]) -> None:
         """Insert the rows of all shards. NaN becomes NULL: DuckDB has it above every number."""
         num_rows = 0
-        schema = pa.schema([self._schemas[table].field(name) for name in columns])
-        values = ", ".join(_without_nan(field) for field in schema)
+        schema = self._schema(table, columns)
+        values = ", ".join(_without_nan(field.with_name(self._names[table][field.name])) for field in schema)
         for batch in self._batches(table, schema):
-            self.connection.register("batch", batch)
+            self.connection.register("batch", self._distinct_table(table, batch))
             ordinal = f"{num_rows} + row_number() OVER () - 1 AS ordinal, " if table == METADATA else ""
             self.connection.execute(f"INSERT INTO {_quoted(table)} SELECT {ordinal}{values} FROM batch")
             self.connection.unregister("batch")
             num_rows += batch.num_rows
+
+    def _schema(self, table: str, columns: Sequence[str]) -> pa.Schema:
+        return pa.schema([self._schemas[table].field(name) for name in columns])
+
+    def _distinct_table(self, table: str, rows: pa.Table) -> pa.Table:
+        """Return rows with the names that columns have in expressions."""
+        return rows.rename_columns([self._names[table][name] for name in rows.column_names])
 
     def _batches(self, table: str, schema: pa.Schema) -> Iterator[pa.Table]:
         """Yield the rows of a table, of some shards at a time, in order."""
@@ -198,6 +222,18 @@ def _nodes(tree: Any) -> Iterator[Mapping[str, Any]]:
     if isinstance(tree, list):
         for each in tree:
             yield from _nodes(each)
+
+
+def _distinct(table: str, columns: Iterable[str]) -> dict[str, str]:
+    """Return the names of columns in expressions, to which large and small letters are alike: with one more `_`."""
+    taken, names = {"ordinal"} if table == METADATA else set(), {}
+    for name in columns:
+        own = name
+        while own.lower() in taken:
+            own += "_"
+        taken.add(own.lower())
+        names[name] = own
+    return names
 
 
 def _without_nan(column: pa.Field) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from flux_batch.errors import SourceError, one_line
 from flux_batch.prompts.formats.file import PromptBytes, is_damage
 from flux_batch.prompts.formats.table import BadRow, Row, RowRange, ranges_of
-from flux_batch.storage.passthrough import is_known_zone
+from flux_batch.storage.passthrough import is_known_zone, value_of, values_of
 
 # Bits of an offset that count rows within a record batch; the rest is the place of the batch.
 _ROW_BITS = 24
@@ -133,26 +133,19 @@ def _values(name: str, column: pa.Array) -> list[Any]:
     """Return the values of a column; a BadRow for one that cannot be read."""
     if _is_of_unknown_zone(column.type):
         column = column.cast(pa.timestamp(column.type.unit, "UTC"))
-    if _is_time(column.type) and getattr(column.type, "unit", "") == "ns":
-        return [value if value.is_valid else None for value in column]
     try:
-        return column.to_pylist()  # type: ignore[no-any-return]
+        return values_of(column)
     except (ValueError, OverflowError, pa.ArrowException):
         return [_value(name, value) for value in column]
 
 
 def _value(name: str, value: pa.Scalar) -> Any:
-    """Return one value as Python's, or unchanged if Python does not know the time."""
     try:
-        return value.as_py()
+        return value_of(value)
     except UnicodeDecodeError as error:  # the text of Parquet is UTF-8 by promise only
         return BadRow(f"column {name!r} is not UTF-8: {one_line(error)}")
     except (ValueError, OverflowError, pa.ArrowException) as error:
-        return value if _is_time(value.type) else BadRow(f"column {name!r} cannot be read: {one_line(error)}")
-
-
-def _is_time(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_temporal(kind))
+        return BadRow(f"column {name!r} cannot be read: {one_line(error)}")
 
 
 def _is_of_unknown_zone(kind: pa.DataType) -> bool:

@@ -63,6 +63,8 @@ _TEXTS = ("txt", "csv", "tsv")
 _TAR_MAGIC, _TAR_MAGIC_END = b"ustar", 262
 # The first line of a file of blocks.
 _BLOCKS = re.compile(rb"(\xef\xbb\xbf)?\s*positive\s*:", re.IGNORECASE)
+# The beginning of a web page, which a server sends for a file where one has to log in, or where it shows the file.
+_WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)\b", re.IGNORECASE)
 # The longest line by which JSON Lines are told from one object.
 _LONG_LINE = 1 << 24
 
@@ -74,6 +76,8 @@ def open_table(uri: str, storage_options: Mapping[str, Any], *, has_blocks: bool
     Raises: SourceError for a format that is not read, with the way to one that is.
     """
     file = PromptBytes.of(uri, storage_options)
+    if _WEB_PAGE.match(file.head):
+        raise SourceError(f"{uri}: holds a web page and no prompts; open it in a browser, and name the file itself")
     name = format_of_name(public_uri(uri))
     found = _format(file, name if name in (*TABLE_FORMATS, *INSTEAD) else _format_of_query(uri))
     if has_blocks and found == "txt" and _BLOCKS.match(file.head):
@@ -111,6 +115,8 @@ def _format(file: PromptBytes, name: str) -> str:
             return kind
     if name in ("jsonl", "ndjson"):
         return "json" if _begins_array_of_rows(file.head) else name
+    if name in ("csv", "tsv"):
+        return _json_of_another_name(file) or name
     if name and name != "json":
         return name
     with file.open_decompressed() as stored:
@@ -129,6 +135,16 @@ def _format_of_text(file: PromptBytes) -> str:
     if first[:1] == b"{":
         return "jsonl" if _is_object(first) and second else "json"
     return ""
+
+
+def _json_of_another_name(file: PromptBytes) -> str:
+    """Return the JSON format of a file that is called a table; empty for all that could be a header."""
+    if _begins_array_of_rows(file.head):
+        return "json"
+    if not file.head.removeprefix(codecs.BOM_UTF8).startswith(b"{"):
+        return ""
+    with file.open_text() as text:
+        return "jsonl" if _is_object(text.readline(_LONG_LINE).removeprefix(codecs.BOM_UTF8)) else ""
 
 
 def _begins_array_of_rows(head: bytes) -> bool:

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flux_batch.errors import count_of
+from flux_batch.errors import count_of, number_text, work_text
 
 # Reasons of failures that are listed.
 _MAX_REASONS = 3
+# Images a second, below which two decimals say too little.
+_SLOW = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +121,8 @@ class Snapshot:
     def speed_text(self) -> str:
         """The speed of this invocation and the time left, as text."""
         left = f", {duration(self.eta_s)} left" if self.eta_s and self.images_per_s else ""
-        return f"{self.images_per_s:.2f} images/s{left}"
+        speed = f"{self.images_per_s:.2f}" if self.images_per_s >= _SLOW else number_text(self.images_per_s)
+        return f"{speed} images/s{left}"
 
     @property
     def workers_text(self) -> str:
@@ -131,7 +134,7 @@ class Snapshot:
     def compute_text(self, price: float | None = None) -> str:
         """Return the hours of devices, and their cost, as text."""
         cost = f", {self.device_hours * price:.2f} at {price:g} an hour" if price else ""
-        return f"{self.device_hours:.3g} {self.device}-hours{cost}"
+        return f"{work_text(self.device_hours, self.device)}{cost}"
 
     @property
     def failures_text(self) -> str:

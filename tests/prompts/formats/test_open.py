@@ -227,6 +227,30 @@ def test_a_tar_whose_keys_are_scattered_or_whose_end_is_cut_is_refused(tmp_path:
         read_all(tmp_path / "q.tar", 3)
 
 
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ('{"prompt": "a"}\n{"prompt": "b"}\n', ["a", "b"]),
+        ('\ufeff{"prompt": "a"}\n', ["a"]),
+        ('[\n {"prompt": "a"}\n]', ["a"]),
+        ("[prompt],prompt\nx,a\n", ["a"]),
+        ("{x},prompt\ny,a\n", ["a"]),
+    ],
+)
+def test_json_that_is_called_csv_is_json(tmp_path: Path, text: str, prompts: list[str]) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text(text, encoding="utf-8")
+    assert [row["prompt"] for row in read_all(path, 9) if isinstance(row, dict)] == prompts
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl", "p.html", "p"])
+@pytest.mark.parametrize("text", ["<!DOCTYPE html>\n<title>Log in</title>\n", "\ufeff\n<HTML lang=en>\n<p>a cat"])
+def test_a_web_page_is_not_taken_for_prompts(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(SourceError, match="holds a web page and no prompts"):
+        open_table(str(tmp_path / name), {})
+
+
 def test_a_text_may_begin_like_orc(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("ORC warrior\nan elf\n")
 
