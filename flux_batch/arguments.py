@@ -179,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
         commands,
         "select",
         "choose images by what is known of them, under a name",
-        'out/cats best --where "clip.similarity > 0.27" --top 1000 --by clip.similarity',
+        'out/cats best --where "clip > 0.27" --top 1000 --by clip',
     )
     add_select(command)
     _add_storage_options(command)

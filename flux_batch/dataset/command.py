@@ -20,9 +20,7 @@ def add_select(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `select`."""
     command.add_argument("output", metavar="OUTPUT_URI")
     command.add_argument("name", metavar="NAME", help="the name of the selection")
-    command.add_argument(
-        "--where", metavar="EXPRESSION", help="keep what is true, as clip.similarity > 0.27 (DuckDB's words)"
-    )
+    command.add_argument("--where", metavar="EXPRESSION", help="keep what is true, as clip > 0.27 (DuckDB's words)")
     command.add_argument("--keys", metavar="FILE", help="keep these keys: one a line, CSV, JSON or Parquet")
     command.add_argument("--dedup", metavar="phash|COLUMN", help="keep the best of near-duplicates")
     command.add_argument("--distance", type=float, metavar="D", help="near: so many bits (10), or 1 - cosine (0.05)")

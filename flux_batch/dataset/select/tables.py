@@ -126,9 +126,9 @@ class Tables:
             "qualify": None,
         }
         if len(nodes) != 1 or any(nodes[0].get(name) != empty for name, empty in alone.items()):
-            raise JobError(f"{text!r}: must be one expression, as in clip.similarity > 0.27")
+            raise JobError(f"{text!r}: must be one expression, as in clip > 0.27")
         if len(nodes[0]["select_list"]) != 1 or nodes[0]["from_table"]["type"] != "EMPTY":
-            raise JobError(f"{text!r}: must be one expression, as in clip.similarity > 0.27")
+            raise JobError(f"{text!r}: must be one expression, as in clip > 0.27")
         if any(node.get("class") == "SUBQUERY" for node in _nodes(tree)):
             raise JobError(f"{text!r}: must not have a SELECT of its own")
         changing = {row[0] for row in self.rows(_CHANGING)}
