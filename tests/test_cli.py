@@ -1,5 +1,6 @@
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,14 @@ def test_every_argument_says_what_it_is_for() -> None:
         if name != "completion":
             assert all("--json" in each._option_string_actions for each in parsers), name
         assert "examples:" in (commands()[name].epilog or ""), name
+
+
+def test_every_option_is_on_a_page() -> None:
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", *root.glob("jobs/*.md"), *root.glob("flux_batch/**/*.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    options = {name for each in commands().values() for name in each._option_string_actions if name.startswith("--")}
+    assert [name for name in sorted(options) if not re.search(rf"{name}\b", text)] == []
 
 
 def kinds_of(command: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import importlib
 import inspect
 import json
+import pkgutil
 import re
 import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -28,6 +29,7 @@ from flux_batch.config.schema import PROMPT_FIELDS, JobConfig
 from flux_batch.dataset.annotators.load import BUILT_IN
 from flux_batch.errors import JobError
 from flux_batch.output.metadata import RECORD_SCHEMA
+from flux_batch.report.summary import RunReport
 from helpers import job_file_table
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +47,7 @@ PATH = re.compile(rf"(?<![\w/.:-])(?:{'|'.join(FOLDERS)})/[\w./-]*")
 SETTING = re.compile(rf"({'|'.join(JobConfig.model_fields)})((?:\.\w+)+)(?:: .*)?")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Page:
     """A page in Markdown, taken apart. `path` is where relative links start from."""
 
@@ -284,10 +286,10 @@ def broken_json(page: Page) -> Iterator[str]:
 
 def unknown_annotations(page: Page) -> Iterator[str]:
     """Yield the columns of built-in annotators, as `exposure.is_blank`, that those do not write."""
-    for text in [*page.spans, *(text for _, text in page.blocks)]:
-        for name, column in re.findall(r"\b([a-z]+)\.([a-z_]+)\b", text):
-            if name in BUILT_IN and column not in {*annotation_columns()[name], "error_type", "error_message"}:
-                yield f"{name}.{column}: no such column of an annotation"
+    text = "\n".join([*page.spans, *(text for _, text in page.blocks)])
+    for name, column in re.findall(rf"\b({'|'.join(BUILT_IN)})\.([a-z_]+)\b", text):
+        if column not in {*annotation_columns()[name], "error_type", "error_message"}:
+            yield f"{name}.{column}: no such column of an annotation"
 
 
 def unmade_annotations(page: Page) -> Iterator[str]:
@@ -445,18 +447,20 @@ def test_the_columns_of_the_metadata_are_on_their_page() -> None:
     ]
 
 
-def test_the_columns_of_annotators_are_on_their_page() -> None:
+def test_the_columns_of_annotators_are_on_their_page_and_in_the_help() -> None:
     assert sorted(annotation_columns()) == sorted(BUILT_IN)
     for name, factory in BUILT_IN.items():
-        module, _, kind = factory.partition(":")
-        columns = getattr(getattr(importlib.import_module(module), kind), "columns", None)
+        columns = getattr(pkgutil.resolve_name(factory), "columns", None)
         if isinstance(columns, pa.Schema):  # those of the others depend on their options
             assert annotation_columns()[name] == columns.names
+    texts = [command.format_help() for command in commands().values()]
+    assert [found for text in texts for found in unknown_annotations(Page(f"```sh\n{text}\n```\n"))] == []
 
 
-def test_the_annotations_in_the_help_are_those_of_annotators() -> None:
-    help_of_all = "\n".join(command.format_help() for command in commands().values())
-    assert list(unknown_annotations(Page(f"```sh\n{help_of_all}\n```\n"))) == []
+def test_the_fields_of_the_report_are_on_their_page() -> None:
+    fields = [field.name for field in dataclasses.fields(RunReport)] + ["gpu_s_of_run", "is_complete", "exit_code"]
+    names = " ".join(row[0] for row in rows_of(ROOT / "flux_batch/output/README.md", "## The report"))
+    assert sorted(re.findall(r"`(\w+)`", names)) == sorted(fields)
 
 
 def test_the_columns_of_prompts_are_on_their_page() -> None:

@@ -162,7 +162,7 @@ class _Filling:
         return choice.joined_by.join(texts)
 
     def _options_of(self, choice: _Choice) -> tuple[list[str | Sequence[_Part]], Sequence[float]]:
-        """Return the options, those of a list as lines that are not parsed yet, and the sums of their weights."""
+        """Return the options and the sums of their weights; those of a list are lines that are not parsed yet."""
         if choice.from_list is None:
             return [*choice.options], choice.sums
         lines = self.lines(choice.from_list)
