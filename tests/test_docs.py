@@ -35,8 +35,7 @@ from helpers import job_file_table
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("flux_batch", "jobs", "cluster", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
-MAX_README_LINES = 180
-MAX_SKILL_LINES = 80
+MAX_README_LINES, MAX_SKILL_LINES = 180, 80
 # What a fragment of a job file lacks.
 MINIMAL: dict[str, Any] = {"prompts": {"uri": "demo"}, "output": {"uri": "out"}, "model": {"uri": "demo"}}
 LANGUAGES = {"sh", "yaml", "json", "python", "text"}
@@ -450,8 +449,7 @@ def test_the_columns_of_the_metadata_are_on_their_page() -> None:
 def test_the_columns_of_annotators_are_on_their_page_and_in_the_help() -> None:
     assert sorted(annotation_columns()) == sorted(BUILT_IN)
     for name, factory in BUILT_IN.items():
-        columns = getattr(pkgutil.resolve_name(factory), "columns", None)
-        if isinstance(columns, pa.Schema):  # those of the others depend on their options
+        if isinstance(columns := getattr(pkgutil.resolve_name(factory), "columns", 0), pa.Schema):  # or by its options
             assert annotation_columns()[name] == columns.names
     texts = [command.format_help() for command in commands().values()]
     assert [found for text in texts for found in unknown_annotations(Page(f"```sh\n{text}\n```\n"))] == []
@@ -459,8 +457,8 @@ def test_the_columns_of_annotators_are_on_their_page_and_in_the_help() -> None:
 
 def test_the_fields_of_the_report_are_on_their_page() -> None:
     fields = [field.name for field in dataclasses.fields(RunReport)] + ["gpu_s_of_run", "is_complete", "exit_code"]
-    names = " ".join(row[0] for row in rows_of(ROOT / "flux_batch/output/README.md", "## The report"))
-    assert sorted(re.findall(r"`(\w+)`", names)) == sorted(fields)
+    rows = rows_of(ROOT / "flux_batch/output/README.md", "## The report")
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row[0])) == sorted(fields)
 
 
 def test_the_columns_of_prompts_are_on_their_page() -> None:
