@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_job(command)
     _add_json(command)
-    command.add_argument("--log-format", choices=["text", "json"], help="json: an object a line")
+    command.add_argument("--log-format", choices=["text", "json"], help="the form of log lines; json: an object a line")
     command.add_argument(
         "--retry-failed", action="store_true", help="render the failed images of finished shards again"
     )
@@ -179,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
         commands,
         "select",
         "choose images by what is known of them, under a name",
-        'out/cats best --where "clip.similarity > 0.27" --top 1000 --by clip.similarity',
+        'out/cats best --where "clip > 0.27" --top 1000 --by clip',
     )
     add_select(command)
     _add_storage_options(command)
@@ -222,13 +222,21 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="FLUX.1-dev, FLUX.1-schnell, owner/repository, or an address, which is copied to the cache",
     )
-    command.add_argument("--from", dest="hub", choices=["huggingface", "modelscope"], default="huggingface")
+    command.add_argument(
+        "--from",
+        dest="hub",
+        choices=["huggingface", "modelscope"],
+        default="huggingface",
+        help="the hub of a named model (default huggingface)",
+    )
     command.add_argument("--to", metavar="DIR", help="folder (default: models/FLUX/NAME or models/OWNER/REPOSITORY)")
     command.add_argument("--token", help="for a gated or private repository; other users can see it, unlike HF_TOKEN")
     command.add_argument("--refresh", action="store_true", help="for an address: copy it again if it has changed")
     _add_storage_options(command)
 
-    command = _command(commands, "schema", "show the JSON Schema of the job file, for editors and agents")
+    command = _command(
+        commands, "schema", "show the JSON Schema of the job file, for editors and agents", "> job.schema.json"
+    )
     command.add_argument("--json", action="store_true", help="it is JSON in any case")
 
     command = _command(
@@ -247,7 +255,7 @@ def parser() -> argparse.ArgumentParser:
         "zsh > ~/.zfunc/_flux-batch",
         "fish > ~/.config/fish/completions/flux-batch.fish",
     )
-    command.add_argument("shell", choices=["bash", "zsh", "fish"])
+    command.add_argument("shell", choices=["bash", "zsh", "fish"], help="the shell that reads the script")
 
     command = _command(
         commands, "demo", "render the prompts in the package with its small model, and make their gallery", "out/demo"
@@ -256,7 +264,7 @@ def parser() -> argparse.ArgumentParser:
         "output", metavar="FOLDER", nargs="?", default="out/demo", help="the output (default out/demo)"
     )
     command.add_argument("--rows", type=int, metavar="N", help="only the first N prompts (default: all 72)")
-    command.add_argument("--log-format", choices=["text", "json"], help="json: an object a line")
+    command.add_argument("--log-format", choices=["text", "json"], help="the form of log lines; json: an object a line")
     _add_json(command)
 
     command = _command(commands, "bench", "measure the speed on this machine, beside alternatives", "pipeline")

@@ -186,8 +186,8 @@ def _extend_run(config: JobConfig, store: Store, plan: Plan) -> Plan:
     prompts = count_of(longer.num_prompts - plan.num_prompts, "new prompt")
     shards = count_of(len(longer.shards) - len(plan.shards), "shard")
     log.info("%s: %s in %s", config.name, prompts, shards)
-    if store.exists(SUCCESS):
-        store.delete(SUCCESS)  # it belongs to the old plan
+    for key in (SUCCESS, REPORT):  # they belong to the old plan
+        store.delete(key)
     store.write(CARD, card(config, longer.num_prompts).encode())
     store.write(PLAN, longer.to_parquet())
     return longer

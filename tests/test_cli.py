@@ -1,5 +1,6 @@
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -56,7 +57,30 @@ def test_the_command_line_helps_itself(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    (found,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return kinds_of(parser())
+
+
+def test_every_argument_says_what_it_is_for() -> None:
+    kinds = {name: [each] for name, each in commands().items()}
+    kinds["bench"] = list(kinds_of(commands()["bench"]).values())
+    for name, parsers in kinds.items():
+        for each in parsers:
+            assert [action.dest for action in each._actions if not action.help] == [], name
+        if name != "completion":
+            assert all("--json" in each._option_string_actions for each in parsers), name
+        assert "examples:" in (commands()[name].epilog or ""), name
+
+
+def test_every_option_is_on_a_page() -> None:
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", *root.glob("jobs/*.md"), *root.glob("flux_batch/**/*.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    options = {name for each in commands().values() for name in each._option_string_actions if name.startswith("--")}
+    assert [name for name in sorted(options) if not re.search(rf"{name}\b", text)] == []
+
+
+def kinds_of(command: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (found,) = (action for action in command._actions if isinstance(action, argparse._SubParsersAction))
     return found.choices
 
 

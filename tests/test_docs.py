@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import importlib
 import inspect
 import json
+import pkgutil
 import re
 import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, get_args
 
+import pyarrow as pa
 import pytest
 import yaml
 from pydantic import BaseModel, Field
@@ -24,15 +26,16 @@ from pydantic import BaseModel, Field
 import flux_batch.output.paths as run_paths
 from flux_batch.arguments import parser
 from flux_batch.config.schema import PROMPT_FIELDS, JobConfig
+from flux_batch.dataset.annotators.load import BUILT_IN
 from flux_batch.errors import JobError
 from flux_batch.output.metadata import RECORD_SCHEMA
+from flux_batch.report.summary import RunReport
 from helpers import job_file_table
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("flux_batch", "jobs", "cluster", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
-MAX_README_LINES = 180
-MAX_SKILL_LINES = 80
+MAX_README_LINES, MAX_SKILL_LINES = 180, 80
 # What a fragment of a job file lacks.
 MINIMAL: dict[str, Any] = {"prompts": {"uri": "demo"}, "output": {"uri": "out"}, "model": {"uri": "demo"}}
 LANGUAGES = {"sh", "yaml", "json", "python", "text"}
@@ -43,7 +46,7 @@ PATH = re.compile(rf"(?<![\w/.:-])(?:{'|'.join(FOLDERS)})/[\w./-]*")
 SETTING = re.compile(rf"({'|'.join(JobConfig.model_fields)})((?:\.\w+)+)(?:: .*)?")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Page:
     """A page in Markdown, taken apart. `path` is where relative links start from."""
 
@@ -146,10 +149,10 @@ def wrong_with_command(words: list[str], *, is_mention: bool = False) -> Iterato
                 yield f"{program}: no program that is known"
 
 
-def commands() -> list[str]:
-    """Return the names of the commands of `flux-batch`."""
+def commands() -> dict[str, argparse.ArgumentParser]:
+    """Return the parser of each command of `flux-batch`, by its name."""
     (choices,) = [action.choices for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    return list(choices)
+    return dict(choices)
 
 
 def wrong_with_arguments(arguments: list[str]) -> Iterator[str]:
@@ -280,6 +283,32 @@ def broken_json(page: Page) -> Iterator[str]:
             yield str(error)
 
 
+def unknown_annotations(page: Page) -> Iterator[str]:
+    """Yield the columns of built-in annotators, as `exposure.is_blank`, that those do not write."""
+    text = "\n".join([*page.spans, *(text for _, text in page.blocks)])
+    for name, column in re.findall(rf"\b({'|'.join(BUILT_IN)})\.([a-z_]+)\b", text):
+        if column not in {*annotation_columns()[name], "error_type", "error_message"}:
+            yield f"{name}.{column}: no such column of an annotation"
+
+
+def unmade_annotations(page: Page) -> Iterator[str]:
+    """Yield the columns by which a page selects images without a command of the page that annotates them."""
+    lines = "\n".join(page.of_language("sh")).replace("\\\n", " ").splitlines()
+    annotators = {name for line in lines for name in re.findall(r"--with ([a-z]+)\b", line)}
+    for line in lines:
+        used = " ".join(re.findall(r"--(?:where|by|within|dedup) (\S+|\"[^\"]*\")", line))
+        for name, columns in annotation_columns().items():
+            if name not in annotators and set(columns) & set(re.findall(r"\w+", used)):
+                yield f"{line}: nothing on the page annotates {name}"
+
+
+@cache
+def annotation_columns() -> dict[str, list[str]]:
+    """Return the columns of each built-in annotator, as their page names them."""
+    rows = rows_of(ROOT / "flux_batch/dataset/README.md", "## Built-in annotators")
+    return {name.strip("`"): re.findall(r"`(\w+)`", columns) for name, columns, _ in rows}
+
+
 CHECKS: list[Callable[[Page], Iterator[str]]] = [
     unknown_languages,
     broken_jobs,
@@ -289,6 +318,8 @@ CHECKS: list[Callable[[Page], Iterator[str]]] = [
     unknown_settings,
     broken_code,
     broken_json,
+    unknown_annotations,
+    unmade_annotations,
 ]
 
 
@@ -327,6 +358,12 @@ def test_what_a_page_says_is_so(path: Path, check: Callable[[Page], Iterator[str
         (broken_code, "```python\nfor\n```\n", "invalid syntax"),
         (broken_code, "```python\nfrom flux_batch import FluxVideoPipeline\n```\n", "FluxVideoPipeline"),
         (broken_code, "```python\nimage = pipe(prompt='a', steps=3)\n```\n", "pipe(steps=...)"),
+        (
+            unknown_annotations,
+            "```sh\nflux-batch select out good --by clip.similarity\n```\n",
+            "clip.similarity: no such",
+        ),
+        (unmade_annotations, '```sh\nflux-batch select out good --where "sharpness > 1"\n```\n', "annotates sharpness"),
         (broken_json, "```json\n{a: 1}\n```\n", "Expecting property name"),
     ],
 )
@@ -407,6 +444,21 @@ def test_the_columns_of_the_metadata_are_on_their_page() -> None:
     assert [(name.strip("`"), kind) for name, kind, _ in rows] == [
         (field.name, str(field.type)) for field in RECORD_SCHEMA
     ]
+
+
+def test_the_columns_of_annotators_are_on_their_page_and_in_the_help() -> None:
+    assert sorted(annotation_columns()) == sorted(BUILT_IN)
+    for name, factory in BUILT_IN.items():
+        if isinstance(columns := getattr(pkgutil.resolve_name(factory), "columns", 0), pa.Schema):  # or by its options
+            assert annotation_columns()[name] == columns.names
+    texts = [command.format_help() for command in commands().values()]
+    assert [found for text in texts for found in unknown_annotations(Page(f"```sh\n{text}\n```\n"))] == []
+
+
+def test_the_fields_of_the_report_are_on_their_page() -> None:
+    fields = [field.name for field in dataclasses.fields(RunReport)] + ["gpu_s_of_run", "is_complete", "exit_code"]
+    rows = rows_of(ROOT / "flux_batch/output/README.md", "## The report")
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row[0])) == sorted(fields)
 
 
 def test_the_columns_of_prompts_are_on_their_page() -> None:

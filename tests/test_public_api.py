@@ -1,5 +1,7 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import flux_batch
 
@@ -8,6 +10,14 @@ def test_every_public_name_can_be_imported() -> None:
     assert flux_batch.__all__ == sorted(flux_batch.__all__)
     for name in flux_batch.__all__:
         assert getattr(flux_batch, name).__name__ == name
+
+
+def test_every_public_name_is_on_a_page() -> None:
+    root = Path(__file__).parents[1]
+    text = "\n".join(
+        page.read_text() for page in [root / "README.md", *root.glob("jobs/*.md"), *root.glob("flux_batch/*/*.md")]
+    )
+    assert [name for name in flux_batch.__all__ if not re.search(rf"\b{name}\b", text)] == []
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

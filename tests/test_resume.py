@@ -7,7 +7,8 @@ import pytest
 
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
-from flux_batch.errors import CheckpointError, PlanMismatch, SourceError
+from flux_batch.engine.stop import Stop
+from flux_batch.errors import CheckpointError, Interrupted, PlanMismatch, SourceError
 from flux_batch.job import run
 from flux_batch.output.paths import PROGRESS, SETTLED
 from flux_batch.report.summary import RunReport
@@ -86,7 +87,21 @@ def test_new_files_that_are_broken_leave_a_complete_run_complete(tmp_path: Path)
     assert (tmp_path / "out/_run/plan.parquet").read_bytes() == before
 
 
-@pytest.mark.parametrize("key", ["_SUCCESS", "README.md", "_run/plan.parquet"])
+def test_a_run_that_was_extended_has_no_report_until_it_ends_again(tmp_path: Path) -> None:
+    config = folder_job(tmp_path, "monday")
+    extend(config)
+    assert (tmp_path / "out/_run/report.json").exists()
+    folder_job(tmp_path, "tuesday")
+    stop = Stop()
+    stop.request("the test")
+    with pytest.raises(Interrupted):
+        run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline, extend=True, stop=stop)
+    assert not (tmp_path / "out/_run/report.json").exists()  # it would say that the run is complete
+    assert render(config).is_complete
+    assert (tmp_path / "out/_run/report.json").exists()
+
+
+@pytest.mark.parametrize("key", ["_SUCCESS", "_run/report.json", "README.md", "_run/plan.parquet"])
 def test_a_driver_killed_while_it_takes_in_new_files_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
@@ -94,7 +109,7 @@ def test_a_driver_killed_while_it_takes_in_new_files_is_followed(
     config = folder_job(tmp_path, "monday")
     extend(config)
     folder_job(tmp_path, "tuesday")
-    name = "delete" if key == "_SUCCESS" else "write"
+    name = "delete" if key in ("_SUCCESS", "_run/report.json") else "write"
     whole = getattr(Store, name)
 
     def killed(store: Store, written: str, *values: bytes) -> None:

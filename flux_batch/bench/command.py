@@ -73,7 +73,9 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     kind = kinds.add_parser("kernels", help="attention, fp8 products, the decoder: each beside what could run")
     kind.add_argument("--random-weights", choices=get_args(SizeName), default="dev", help="the sizes of a model (dev)")
     kind.add_argument("--device", help="cuda or cpu (cuda if there is one)")
-    kind.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
+    kind.add_argument(
+        "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="the number format of the model (auto)"
+    )
     kind.add_argument("--side", type=_positive, default=1024, help="pixels (1024)")
     kind.add_argument("--eager", action="store_true", help="leave out what torch.compile makes of them")
     _add_repeats(kind, 10)
@@ -180,8 +182,18 @@ def _add_model(kind: argparse.ArgumentParser) -> None:
         "--random-weights", choices=get_args(SizeName), help="in place of --model, random weights of this size"
     )
     kind.add_argument("--device", help="cuda or cpu (cuda if there is one)")
-    kind.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
-    kind.add_argument("--quantization", choices=["none", "bfloat16", "fp8", "fp8_matmul"], default="none")
+    kind.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        default="auto",
+        help="the number format of the model (auto)",
+    )
+    kind.add_argument(
+        "--quantization",
+        choices=["none", "bfloat16", "fp8", "fp8_matmul"],
+        default="none",
+        help="how matrices are kept (none)",
+    )
     kind.add_argument(
         "--option",
         action="append",

@@ -73,7 +73,7 @@ class ControlNetConfig(Section):
     scale: float = 1.0
     """Strength of the net: its residuals are multiplied with it; 0 is none."""
     start: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the steps after which the net counts."""
+    """Share of the steps after which the net counts; less than `end`."""
     end: float = Field(default=1.0, gt=0, le=1)
     """Share of the steps until which it counts."""
     mode: int | None = Field(default=None, ge=0)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def add_annotate(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `annotate` to its parser; imports nothing heavy."""
-    command.add_argument("output", metavar="OUTPUT_URI")
+    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run, as output.uri in its job file")
     command.add_argument(
         "--with",
         dest="annotators",
@@ -46,7 +46,7 @@ def add_annotate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--runtime-env", metavar="FILE", help="Ray's runtime_env of the workers, in YAML or JSON")
     command.add_argument("--retry-failed", action="store_true", help="annotate images without values again")
     command.add_argument("--anew", action="store_true", help="remove what is there of these names first")
-    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--json", action="store_true", help="print JSON on stdout")
 
 
 def run_annotate(

@@ -18,11 +18,9 @@ log = logging.getLogger(__name__)
 
 def add_select(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `select`."""
-    command.add_argument("output", metavar="OUTPUT_URI")
+    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run, as output.uri in its job file")
     command.add_argument("name", metavar="NAME", help="the name of the selection")
-    command.add_argument(
-        "--where", metavar="EXPRESSION", help="keep what is true, as clip.similarity > 0.27 (DuckDB's words)"
-    )
+    command.add_argument("--where", metavar="EXPRESSION", help="keep what is true, as clip > 0.27 (DuckDB's words)")
     command.add_argument("--keys", metavar="FILE", help="keep these keys: one a line, CSV, JSON or Parquet")
     command.add_argument("--dedup", metavar="phash|COLUMN", help="keep the best of near-duplicates")
     command.add_argument("--distance", type=float, metavar="D", help="near: so many bits (10), or 1 - cosine (0.05)")
@@ -33,12 +31,12 @@ def add_select(command: argparse.ArgumentParser) -> None:
     command.add_argument("--split", metavar="NAME=SHARE,...", help="splits, as train=0.9,test=0.1 (default train=1)")
     command.add_argument("--stratify", metavar="EXPRESSION", help="each split has its share of each such group")
     command.add_argument("--replace", action="store_true", help="replace another selection of that name")
-    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--json", action="store_true", help="print JSON on stdout")
 
 
 def add_export(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
-    command.add_argument("output", metavar="OUTPUT_URI")
+    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run, as output.uri in its job file")
     command.add_argument("dest", metavar="DEST", help="a folder or an address, for this export alone")
     _add_images(command, ["webdataset", "files", "parquet", "lance"])
     command.add_argument(
@@ -48,8 +46,8 @@ def add_export(command: argparse.ArgumentParser) -> None:
 
 def add_publish(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `publish`."""
-    command.add_argument("output", metavar="OUTPUT_URI")
-    command.add_argument("dest", metavar="hf://datasets/OWNER/NAME")
+    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run, as output.uri in its job file")
+    command.add_argument("dest", metavar="hf://datasets/OWNER/NAME", help="a data set of the Hub, new or there")
     _add_images(command, ["parquet", "webdataset"])
     command.add_argument("--private", action="store_true", help="if the data set is new, nobody else sees it")
 
@@ -63,7 +61,7 @@ def _add_images(command: argparse.ArgumentParser, formats: list[str]) -> None:
         "--finish", metavar="MODULE:FUNCTION", help="the last hand on every image: a watermark, a signature"
     )
     command.add_argument("--license", metavar="ID", help="the Hub's word for the licence of the images, as cc-by-4.0")
-    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--json", action="store_true", help="print JSON on stdout")
 
 
 def export_command(arguments: argparse.Namespace, options: dict[str, Any], progress: _Progress) -> str:

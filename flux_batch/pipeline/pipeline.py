@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from itertools import chain, zip_longest
 from typing import Any, get_args
 
@@ -383,12 +384,6 @@ class FluxImagePipeline(ImagePromptLoaders):
         Raises: InvalidSetting naming the argument and what would be right; RowError for an image with numbers that
         are not finite; OutOfMemory; DeviceFatal.
         """
-        named = resolve_aliases(aliases, FluxImagePipeline.__call__.__annotations__)
-        check_choice("output_type", output_type, get_args(OutputType))
-        check_functions(progress_bar=progress_bar, callback_on_step_end=callback_on_step_end)
-        embeds = embeds_of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
-        prompts = as_list("prompt", prompt) if embeds is None else embeds
-        count = num_texts(prompts)
         given = {
             "input_image": input_image,
             "mask_image": mask_image,
@@ -399,28 +394,35 @@ class FluxImagePipeline(ImagePromptLoaders):
             "control_image_scale": control_image_scale,
             "image_prompt_scale": image_prompt_scale,
         }
-        given = as_read(given, named, aliases, self.variant, self.controlnets, self.image_prompts)
-        images = image_inputs(count, given, resize_references, is_single=isinstance(prompt, str))
-        width, height = images.size_of(width, height)
-        of_nets = controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode
-        settings = named.pop("controls", of_nets)
         sampling: dict[str, Any] = {
             "negative_prompt": negative_prompt,
-            "height": height,
-            "width": width,
             "num_inference_steps": num_inference_steps,
-            "embedded_guidance": self.default_guidance if embedded_guidance is None else embedded_guidance,
+            "embedded_guidance": embedded_guidance,
             "cfg_scale": cfg_scale,
             "t5_sequence_length": t5_sequence_length,
             "denoising_strength": denoising_strength,
             "sigma_shift": sigma_shift,
         }
+        named = resolve_aliases(aliases, given | sampling, signature(FluxImagePipeline.__call__).parameters)
+        check_choice("output_type", output_type, get_args(OutputType))
+        check_functions(progress_bar=progress_bar, callback_on_step_end=callback_on_step_end)
+        embeds = embeds_of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
+        prompts = as_list("prompt", prompt) if embeds is None else embeds
+        count = num_texts(prompts)
+        given = as_read(given, named, aliases, self.variant, self.controlnets, self.image_prompts)
+        images = image_inputs(count, given, resize_references, is_single=isinstance(prompt, str))
+        width, height = images.size_of(width, height)
+        of_nets = controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode
+        settings = named.pop("controls", of_nets)
+        sampling |= named | {"height": height, "width": width}
+        if sampling["embedded_guidance"] is None:
+            sampling["embedded_guidance"] = self.default_guidance
         request = PipelineRequest(
             prompts=prompts,
             negative_embeds=embeds_of(
                 "negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds
             ),
-            sampling=sampling_of_call(count, **sampling | named),
+            sampling=sampling_of_call(count, **sampling),
             seeds=one_each("seed", seed, count),
             images=images,
             tiling=Tiling(tile_size, tile_stride) if tiled else None,

@@ -5,8 +5,9 @@ Knows words and ranges, and the number of steps that an input image leaves; comp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import Parameter
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -219,15 +220,18 @@ def one_each(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-def resolve_aliases(aliases: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, Any]:
+def resolve_aliases(
+    aliases: Mapping[str, Any], given: Mapping[str, Any], parameters: Mapping[str, Parameter]
+) -> dict[str, Any]:
     """Return arguments with diffusers' names under our names.
 
-    Raises: InvalidSetting for an argument that is unknown, with the nearest of the `arguments` or what to pass instead,
-    and for two names of one argument with two values; None is no value.
+    given: the arguments under our names. parameters: those of the call, with their defaults.
+    Raises: InvalidSetting for an argument that is unknown, with the nearest name or what to pass instead, and for
+    two names of one argument with two values; None is no value, nor is the default under our name.
     """
     for name in aliases:
         if name not in (*_CALL_ALIASES, _DIFFSYNTH_CONTROLS):
-            names = [name for name in arguments if name not in ("aliases", "return")] + list(_CALL_ALIASES)
+            names = [name for name in parameters if name not in ("self", "aliases")] + list(_CALL_ALIASES)
             hint = _INSTEAD.get(name) or did_you_mean(name, names) or f"; there are {', '.join(sorted(names))}"
             raise InvalidSetting(f"{name} is not an argument of the pipeline{hint}", field=name)
     found: dict[str, Any] = {}
@@ -236,9 +240,16 @@ def resolve_aliases(aliases: Mapping[str, Any], arguments: Iterable[str]) -> dic
             continue
         ours = _CALL_ALIASES[name]
         other = found.get(ours)
-        if other is not None and value is not None and other is not value:
+        if other is None and ours in parameters and not _is_same(given[ours], parameters[ours].default):
+            other = given[ours]
+        if other is not None and value is not None and not _is_same(other, value):
             raise InvalidSetting(f"{name}: {ours} is given twice, leave one of them out", field=name)
         found[ours] = value if other is None else other
     if (inputs := aliases.get(_DIFFSYNTH_CONTROLS)) is not None:
         found |= controls_of_diffsynth(inputs)
     return found
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Return whether two values of an argument are one object, or equal numbers."""
+    return one is other or (isinstance(one, (int, float)) and isinstance(other, (int, float)) and one == other)

@@ -9,7 +9,7 @@ import re
 from flux_batch.config.schema import PROMPT_FIELDS, JobConfig, PromptsConfig
 from flux_batch.config.text import load_yaml
 from flux_batch.errors import JobError
-from flux_batch.prompts.source import PROMPT_NAMES, PromptSource
+from flux_batch.prompts.source import PROMPT_NAMES, PromptSource, near_field
 from flux_batch.redaction import public_uri
 from flux_batch.sampling_params import ALIASES
 
@@ -33,6 +33,7 @@ def draft_job(uri: str, prompts: PromptsConfig) -> str:
         raise JobError(f"{uri}: no row of it can be read; a CSV file with the header `prompt` will do")
     if "prompt" not in known:
         raise JobError(f"{uri}: no column looks like prompts; it has {', '.join(columns)}; call one of them `prompt`")
+    known = _with_near_names(known, columns)
     mapped = {field: column for field, column in known.items() if field != column}
     others = [each for each in columns if each not in (*known.values(), *ALIASES)]
     stem = posixpath.basename(public_uri(uri).rstrip("/")).split(".")[0]
@@ -46,6 +47,15 @@ def draft_job(uri: str, prompts: PromptsConfig) -> str:
     )
     JobConfig.from_yaml(text, "the drafted job")
     return text
+
+
+def _with_near_names(known: dict[str, str], columns: list[str]) -> dict[str, str]:
+    """Return the column of each field, with those that other programs call so, as `steps`."""
+    found = {ALIASES[column]: column for column in columns if column in ALIASES}  # which is read by that name
+    for column in columns:
+        if column not in known.values() and (field := near_field(column)):
+            found.setdefault(ALIASES.get(field, field), column)
+    return {**{field: column for field, column in found.items() if column not in ALIASES}, **known}
 
 
 def _columns_of(source: PromptSource) -> list[str]:

@@ -69,6 +69,12 @@ _NEAR_NAMES = {
 }
 
 
+def near_field(column: str) -> str | None:
+    """Return the field that a column is named like, as diffusers may spell it; None if there is none."""
+    plain = re.sub(r"[\s-]+", "_", column.strip().lower())
+    return plain if plain in (*PROMPT_FIELDS, *ALIASES) else _NEAR_NAMES.get(plain)
+
+
 class PromptSource:
     """The prompts of a job, as the job file describes them; `rules` are those by which its files are listed."""
 
@@ -127,8 +133,7 @@ class PromptSource:
         names = {name for schema in schemas.values() for name in schema.names} - self._columns
         notes = []
         for name in sorted(names):
-            plain = re.sub(r"[\s-]+", "_", name.strip().lower())
-            field = plain if plain in (*PROMPT_FIELDS, *ALIASES) else _NEAR_NAMES.get(plain)
+            field = near_field(name)
             if field and ALIASES.get(field, field) not in self._config.columns:
                 notes.append(f"column {name!r} is not used: prompts.columns: {{{field}: {name}}} would use it")
         return notes

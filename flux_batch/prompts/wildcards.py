@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from flux_batch.errors import JobError, did_you_mean
 from flux_batch.prompts.template import MAX_RESULT
@@ -30,14 +30,18 @@ _Draw = Callable[[str], float]
 
 @dataclass(frozen=True)
 class _Choice:
-    """The options of `{...}` with the sums of their weights, and how many are taken; `text` is all as written."""
+    """The options of `{...}` with the sums of their weights, and how many are taken; `text` is all as written.
+
+    high: None for all of them. from_list: the name of the list whose lines are the options, in `{2$$__animal__}`.
+    """
 
     text: str
     options: Sequence[Sequence[_Part]]
     sums: Sequence[float]
     low: int
-    high: int
+    high: int | None
     joined_by: str
+    from_list: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,19 +149,31 @@ class _Filling:
         return "".join(filled)
 
     def _chosen(self, choice: _Choice, depth: int) -> str:
-        count = choice.low
-        if choice.high > choice.low:
-            share = self._next(f"{choice.text}$$")
-            count += min(int(share * (choice.high - choice.low + 1)), choice.high - choice.low)
-        options, sums = list(choice.options), choice.sums
+        options, sums = self._options_of(choice)
+        count = self._number_of(choice, sum(above > below for below, above in pairwise((0.0, *sums))))
         texts = []
         for _ in range(count):
             index = self._index(choice.text, sums)
-            texts.append(self.text_of(options.pop(index), depth + 1))
+            option = options.pop(index)
+            texts.append(self.text_of(self.parse(option) if isinstance(option, str) else option, depth + 1))
             if count > 1:  # each is taken once
-                weights = [above - below for above, below in zip(sums, (0.0, *sums), strict=False)]
+                weights = [above - below for below, above in pairwise((0.0, *sums))]
                 sums = list(accumulate(weight for at, weight in enumerate(weights) if at != index))
         return choice.joined_by.join(texts)
+
+    def _options_of(self, choice: _Choice) -> tuple[list[str | Sequence[_Part]], Sequence[float]]:
+        """Return the options and the sums of their weights; those of a list are lines that are not parsed yet."""
+        if choice.from_list is None:
+            return [*choice.options], choice.sums
+        lines = self.lines(choice.from_list)
+        return [*lines.texts], lines.sums
+
+    def _number_of(self, choice: _Choice, most: int) -> int:
+        """Draw how many of at most `most` options are taken."""
+        low, high = sorted(min(most if bound is None else bound, most) for bound in (choice.low, choice.high))
+        if high == low:
+            return low
+        return low + min(int(self._next(f"{choice.text}$$") * (high - low + 1)), high - low)
 
     def _index(self, name: str, sums: Sequence[float]) -> int:
         """Draw an index; what weighs nothing is never drawn."""
@@ -228,9 +244,12 @@ def _choice(text: str, begin: int, depth: int) -> tuple[_Choice, int]:
     whole = text[begin:at]
     if not sum(weights):
         raise ValueError(f"all weights are 0: {whole[:60]}")
-    most = sum(weight > 0 for weight in weights)
-    first, last = min(int(low or 0), most), min(int(high or most), most)
-    return _Choice(whole, options, list(accumulate(weights)), min(first, last), max(first, last), joined_by), at
+    first, last = int(low or 0), int(high) if high else None
+    from_list: str | None = None
+    match options:
+        case [[_Wildcard(name)]] if last != 1:
+            from_list = name
+    return _Choice(whole, options, list(accumulate(weights)), first, last, joined_by, from_list), at
 
 
 def _weight_of(text: str) -> tuple[float, str]:

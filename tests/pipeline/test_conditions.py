@@ -136,6 +136,15 @@ def test_kontext_without_a_reference_is_text_to_image(kontext: FluxImagePipeline
     assert torch.equal(kontext("x", **common), pipe("x", guidance_scale=2.5, **common))
 
 
+def test_a_reference_in_two_words_is_refused_and_one_that_is_none_is_no_word(kontext: FluxImagePipeline) -> None:
+    common = {"num_inference_steps": 1, "seed": 1, "output_type": "latent"}
+    one, other = noise_image(48, 48), noise_image(48, 32)
+    with pytest.raises(InvalidSetting, match="image: reference_image is given twice"):
+        kontext("x", image=one, reference_image=other, **common)
+    expected = kontext("x", reference_image=other, **common)
+    assert torch.equal(kontext("x", image=None, reference_image=other, **common), expected)
+
+
 def test_references_give_the_size_and_are_brought_to_one_that_kontext_knows(kontext: FluxImagePipeline) -> None:
     common: dict[str, Any] = {"seed": 3, "num_inference_steps": 1, "t5_sequence_length": 8}
     image = kontext("x", kontext_images=noise_image(50, 70), resize_references=False, **common)

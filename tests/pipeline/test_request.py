@@ -63,6 +63,16 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str, str]] = {
         "flux_fill_image",
         "flux_fill_image: input_image is given twice",
     ),
+    "two spellings of one setting": (
+        {"guidance_scale": 3.0, "embedded_guidance": 2.0},
+        "guidance_scale",
+        "guidance_scale: embedded_guidance is given twice",
+    ),
+    "two spellings of one image": (
+        {"image": SMALL_IMAGE, "input_image": SMALL_IMAGE.copy()},
+        "image",
+        "image: input_image is given twice",
+    ),
     "no such name": ({"guidence_scale": 1}, "guidence_scale", r"did you mean 'guidance_scale'\?"),
     "nearest name": ({"hight": 64}, "hight", r"did you mean 'height'\?"),
     "nothing near": ({"zzz": 64}, "zzz", "is not an argument of the pipeline; there are callback_on_step_end, "),

@@ -23,6 +23,18 @@ from flux_batch.plan.plan import make_plan
         ("a #1.csv", "image_id,caption,width,yes", {"prompt": "caption", "id": "image_id"}, ("yes",)),
         ("\N{GRINNING FACE}.csv", "prompt,a \N{GRINNING FACE}", {}, ("a \N{GRINNING FACE}",)),
         ("ü.csv", "text,caption", {"prompt": "caption"}, ("text",)),
+        (
+            "near.csv",
+            "prompt,steps,Negative Prompt,guidance,Seed2",
+            {"num_inference_steps": "steps", "negative_prompt": "Negative Prompt", "embedded_guidance": "guidance"},
+            ("Seed2",),
+        ),
+        (
+            "twice.csv",
+            "prompt,steps,num_steps,guidance_scale,guidance",
+            {"num_inference_steps": "steps"},
+            ("num_steps", "guidance"),
+        ),
         ("s.csv", "ID,Prompt ,Seed", {"prompt": "Prompt", "id": "ID", "seed": "Seed"}, ()),
     ],
 )

@@ -196,7 +196,7 @@ class _Chooser:
 
     def _keep_where(self, where: str) -> None:
         if (kind := self.tables.type_of(where)) != "BOOLEAN":
-            raise JobError(f"--where {where!r}: is a {kind}; it must be true or false, as in clip.similarity > 0.27")
+            raise JobError(f"--where {where!r}: is a {kind}; it must be true or false, as in clip > 0.27")
         self.tables.rows(f"CREATE TABLE answers AS {self.tables.values(value=where)}")
         self._keep("without a value for --where", "SELECT ordinal FROM answers WHERE value IS NOT NULL")
         self._keep("not as --where says", "SELECT ordinal FROM answers WHERE value")

@@ -128,12 +128,12 @@ class Tables:
             "qualify": None,
         }
         if len(nodes) != 1 or any(nodes[0].get(name) != empty for name, empty in alone.items()):
-            raise JobError(f"{text!r}: must be one expression, as in clip.similarity > 0.27")
+            raise JobError(f"{text!r}: must be one expression, as in clip > 0.27")
         columns = nodes[0]["select_list"]
         arguments = columns[0].get("arguments") or columns[0].get("children")  # as DuckDB 2 calls them, and DuckDB 1
         is_empty = columns[0].get("function_name") == "row" and not arguments
         if len(columns) != 1 or is_empty or nodes[0]["from_table"]["type"] != "EMPTY":
-            raise JobError(f"{text!r}: must be one expression, as in clip.similarity > 0.27")
+            raise JobError(f"{text!r}: must be one expression, as in clip > 0.27")
         if any(node.get("class") == "SUBQUERY" for node in _nodes(tree)):
             raise JobError(f"{text!r}: must not have a SELECT of its own")
         changing = {row[0] for row in self.rows(_CHANGING)}

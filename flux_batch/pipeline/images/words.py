@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
+from flux_batch.errors import InvalidSetting
 from flux_batch.model.conditions.variant import Variant
 from flux_batch.pipeline.images.controls import ControlNets
 from flux_batch.pipeline.images.prompts import ImagePrompts
@@ -13,7 +14,7 @@ from flux_batch.pipeline.images.prompts import ImagePrompts
 def as_read(
     given: dict[str, Any],
     named: dict[str, Any],
-    aliases: Collection[str],
+    aliases: Mapping[str, Any],
     variant: Variant,
     controlnets: ControlNets,
     prompts: ImagePrompts,
@@ -21,11 +22,15 @@ def as_read(
     """Return the image arguments of a call, those in other words too.
 
     given: by our names. named: arguments in the words `aliases`, by our names; those of images are taken out.
+    Raises: InvalidSetting for a reference image in two words.
     """
     given = given | {name: named.pop(name) for name in given if name in named}
-    if "image" in aliases and "reference_image" in variant.reads:  # as the pipelines of diffusers for it call it
+    # Its pipelines in diffusers call a reference image so.
+    if aliases.get("image") is not None and "reference_image" in variant.reads:
         image = given["input_image"]
         if given["mask_image"] is None:
+            if given["reference_image"] is not None:
+                raise InvalidSetting("image: reference_image is given twice, leave one of them out", field="image")
             given |= {"input_image": None, "reference_image": image}
         elif given["reference_image"] is None:  # what is repainted is edited, too
             given["reference_image"] = image
