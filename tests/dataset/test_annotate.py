@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +227,40 @@ class _Nothing:
 
     def run(self, factory: Any, shards: Any, stop: Any, state: Any = None) -> Any:
         return iter(())
+
+
+@pytest.mark.parametrize("options", [{"retry_failed": True}, {"anew": True, "prompts.scale": 2}])
+def test_a_pass_that_is_killed_while_it_removes_what_shall_be_made_again_adopts_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    prompts = [f"image {number}" + " [sour]" * (number == 5) for number in range(7)]
+    config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts])
+    finish(config)
+    annotated(config, BOTH[0])
+    output, before = Path(config.output.uri), tmp_path / "before"
+    shutil.copytree(output, before)
+    monkeypatch.setattr(annotators, "misbehave", lambda prompt: None)
+    scale = {name: value for name, value in options.items() if "." in name}
+    num_kills = 0
+    for last in range(100):
+        shutil.rmtree(output)
+        shutil.copytree(before, output)
+        life = Life(last)
+        with pytest.MonkeyPatch.context() as patch, suppress(Death):
+            patch.setattr("flux_batch.dataset.annotate.Store", type("ItsStore", (MortalStore,), {"life": life}))
+            annotated(config, BOTH[0], engine=_Nothing(), **options)
+        if not life.is_over:
+            break
+        num_kills += 1
+        shutil.rmtree(output / "_run/lease")  # of this very process, which has not ended
+        with suppress(PlanMismatch):  # the other annotator is not forgotten yet
+            annotated(config, BOTH[0], **scale, retry_failed="retry_failed" in options)
+            if scale:
+                lengths = [row["length"] for row in rows(config, "prompts")]
+                assert lengths == [2 * len(prompt) for prompt in prompts], f"killed at write {last}"
+            else:
+                assert all(row["error_type"] is None for row in rows(config, "prompts")), f"killed at write {last}"
+    assert num_kills > 4
 
 
 def test_rows_that_are_staged_are_not_made_again_and_a_stop_stages_them(
