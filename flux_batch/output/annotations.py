@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from flux_batch.errors import NotFound, StoreError
+from flux_batch.errors import FluxBatchError, NotFound, StoreError
 from flux_batch.output.commits import Commits, parse_commit
 from flux_batch.output.formats import DECODE_ERRORS
 from flux_batch.output.metadata import parquet_bytes, parquet_table, unpack_metadata
@@ -31,6 +31,10 @@ from flux_batch.output.staging import StagedImage, Staging
 # The columns that every annotation has: the image, and why it has no values.
 _KEY = pa.field("key", pa.string(), nullable=False)
 _REASON = (pa.field("error_type", pa.string()), pa.field("error_message", pa.string()))
+
+
+class ImageDamaged(FluxBatchError):
+    """The files of a shard do not hold an image with the bytes that its metadata has."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class AnnotationFolder:
     def revert(self, shard: int, *, keep_failed: bool = True) -> None:
         """Remove the commit and the file of a shard; needs the lease.
 
-        Its rows are staged for the next attempt, in place of what is. keep_failed: rows without values are staged too.
+        Its rows are staged for the next attempt, in place of what is. keep_failed: rows without values are staged too,
+        except those of damaged images, which may be mended.
         """
         if self.run.store.exists(self.commits.key(shard)):
             rows = self._good_rows(shard)
@@ -118,7 +123,9 @@ class AnnotationFolder:
         except DECODE_ERRORS:  # damaged: all of its rows are made again
             return []
         digests = {record["key"]: record["sha256"] for record in records}
-        rows = [row for row in table.to_pylist() if row["key"] in digests]
+        rows = [
+            row for row in table.to_pylist() if row["key"] in digests and row["error_type"] != ImageDamaged.__name__
+        ]
         return [(staged_row(row, table.schema, digests[row["key"]]), bool(row["error_type"])) for row in rows]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import flux_batch.dataset.annotate_shard
 import flux_batch.dataset.annotate_worker
@@ -21,12 +23,17 @@ from flux_batch.dataset.annotate_worker import AnnotateFactory, AnnotateWorker
 from flux_batch.dataset.annotators.load import AnnotatorSpec, parse_specs
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import DamagedObject, Interrupted, JobError, PlanMismatch, Stopped, StoreRefused
+from flux_batch.errors import DamagedObject, FluxBatchError, Interrupted, JobError, PlanMismatch, Stopped, StoreRefused
+from flux_batch.images import Pixels
 from flux_batch.job import run
+from flux_batch.output.revert import revert
 from flux_batch.records import Attempt, FileRange, Shard
 from flux_batch.report.progress.snapshot import Snapshot
+from flux_batch.report.saved_run import SavedRun
+from flux_batch.storage.store import Store
 from helpers import annotators
-from helpers.finished_runs import LAYOUTS, Making, command, finish, make_run
+from helpers.fakes import FakePipeline
+from helpers.finished_runs import DATA, LAYOUTS, Making, command, finish, make_run
 from helpers.job_files import data_files, make_job, write_prompts
 from helpers.mortal import Death, Life, MortalStore
 from helpers.waiting import wait_until
@@ -344,6 +351,49 @@ def test_images_that_stay_keep_their_rows_when_their_shard_is_made_again(tmp_pat
 
     assert annotators.CALLS == [["000000000", "000000001"]], "the new image, in its batch"
     assert len(rows(config, "prompts")) == 4
+
+
+def test_rows_about_images_that_were_made_again_meanwhile_are_not_committed(tmp_path: Path) -> None:
+    config = make_run(tmp_path, "webdataset")
+    made = _worker(config, BOTH[0]).make(_shard(0))
+    saved = SavedRun.open(Store(config.output.uri))
+    revert(saved.folder, saved.output_format, [0])
+    saved.store.delete_folder("_run/staging")
+    run(config, engine=LocalEngine(), make_pipeline=lambda model: _Negative())
+
+    with pytest.raises(FluxBatchError, match="the images of shard 0 were made again while they were annotated"):
+        made.finish()
+    annotated(config, BOTH[0])
+
+    with Image.open(io.BytesIO(saved.image(saved.metadata(0)[0]) or b"")) as image:
+        assert rows(config, "prompts")[0]["red"] == image.getpixel((0, 0))[0]  # type: ignore[index]
+
+
+class _Negative(FakePipeline):
+    """Makes other images of the same rows."""
+
+    def __call__(self, *texts: Any, **others: Any) -> list[Pixels]:
+        return [255 - image for image in super().__call__(*texts, **others)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_image_with_other_bytes_has_no_values_until_it_is_mended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    config = make_run(tmp_path, layout)
+    path = Path(config.output.uri, DATA[layout])
+    path.write_bytes(path.read_bytes().replace(b"image 4", b"image 9"))
+
+    annotated(config, BOTH[0])
+
+    found = [row["error_type"] for row in rows(config, "prompts")]
+    assert found == [None] * 4 + ["ImageDamaged"] + [None] * 6
+    assert command(capsys, "verify", config.output.uri, "--repair")[0] == 3
+    finish(config)
+    annotators.CALLS.clear()
+    annotated(config, BOTH[0])
+    assert [row["error_type"] for row in rows(config, "prompts")] == [None] * 11
+    assert annotators.CALLS == [["000010000", "000010002"]], "the image, in its batch"
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "commit"])
