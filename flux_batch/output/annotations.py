@@ -34,7 +34,7 @@ _REASON = (pa.field("error_type", pa.string()), pa.field("error_message", pa.str
 
 
 class ImageDamaged(FluxBatchError):
-    """The files of a shard do not hold an image with the bytes that its metadata has."""
+    """An image is missing, or its bytes are not those of its metadata."""
 
 
 @dataclass(frozen=True)
