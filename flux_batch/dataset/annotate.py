@@ -177,7 +177,9 @@ def annotate(
             progress.follow(engine or annotate_pool(run, settings, failures), factory, todo, stop, show)
         if not progress.errors:
             for folder in folders:
-                folder.staging.clear()
+                # Rows of a shard that is not annotated wait until its images are made again.
+                if folder.staging.shards() <= folder.commits.done():
+                    folder.staging.clear()
         return progress.report(specs, failures.max_ratio)
 
 

@@ -353,6 +353,23 @@ def test_images_that_stay_keep_their_rows_when_their_shard_is_made_again(tmp_pat
     assert len(rows(config, "prompts")) == 4
 
 
+def test_rows_of_a_shard_that_is_being_made_again_outlive_a_pass(tmp_path: Path) -> None:
+    config = make_run(tmp_path, "webdataset")
+    annotated(config, BOTH[0])
+    whole = files(config)
+    saved = SavedRun.open(Store(config.output.uri))
+    revert(saved.folder, saved.output_format, [0])
+    annotators.CALLS.clear()
+
+    annotated(config, BOTH[0])
+    finish(config)
+    annotated(config, BOTH[0])
+
+    assert annotators.CALLS == []
+    assert files(config) == whole
+    assert saved.store.list("_run/annotations/prompts/staging") == []
+
+
 def test_rows_about_images_that_were_made_again_meanwhile_are_not_committed(tmp_path: Path) -> None:
     config = make_run(tmp_path, "webdataset")
     made = _worker(config, BOTH[0]).make(_shard(0))
