@@ -26,13 +26,13 @@ from PIL import Image
 from flux_batch.config.schema import SOURCE_COLUMNS, ImageConfig
 from flux_batch.dataset.select.files import annotated_shards, committed_shards, read_schema, read_tables
 from flux_batch.dataset.select.selection import read_selection
-from flux_batch.errors import DamagedObject, JobError, StoreError, one_line
+from flux_batch.errors import DamagedObject, JobError, NotFound, StoreError, one_line
 from flux_batch.images import AI_SOURCE_TYPE, encode, encode_source, read_provenance, to_rgb
 from flux_batch.output.annotations import AnnotationFolder
 from flux_batch.output.formats import DECODE_ERRORS, MAX_SOURCE_BYTES, Sample, key_and_source, source_path
 from flux_batch.output.metadata import RECORD_SCHEMA, passthrough_name, record_row, source_digests
 from flux_batch.output.paths import TRAIN, is_within, shard_name
-from flux_batch.records import ImageRecord
+from flux_batch.records import Commit, ImageRecord
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.sampling_params import SAMPLING_FIELDS, SamplingParams
 from flux_batch.storage.store import Store
@@ -57,11 +57,15 @@ _Finish: TypeAlias = Callable[[bytes, Mapping[str, Any]], bytes]
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A shard of an export: images of one split, as keys by the shard of the run that they are in."""
+    """A shard of an export: images of one split, as keys by the shard of the run that they are in.
+
+    digests: a hash of key and sha256 of these images, by the same shard.
+    """
 
     split: str
     name: str  # 00000
     keys: Mapping[int, Sequence[str]]
+    digests: Mapping[int, str]
 
     @property
     def num_images(self) -> int:
@@ -175,31 +179,42 @@ class ExportSource:
         Counted are the shards of the chosen images.
         Raises: NotFound if an annotation is removed meanwhile; DamagedObject.
         """
-        shards = pc.unique(self.chosen["shard"]).to_pylist()
         digests = {}
-        for name in dict.fromkeys(column.annotation for column in self.annotation_columns):
-            folder, digest = AnnotationFolder(self.run.folder, name), hashlib.blake2b(digest_size=_DIGEST_BYTES)
-            done = sorted(self.annotated[name].intersection(shards))
-            for first in range(0, len(done), _SHARDS_AT_ONCE):
-                for commit in folder.commits.read_all(done[first : first + _SHARDS_AT_ONCE]):
-                    hashes = {file.path: file.sha256 for file in commit.files}
-                    digest.update(f"{commit.shard} {hashes.get(folder.file(commit.shard))}\n".encode())
+        for name, hashes in self._annotation_hashes.items():
+            digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+            for shard, sha256 in hashes.items():
+                digest.update(f"{shard} {sha256}\n".encode())
             digests[name] = digest.hexdigest()
         return digests
+
+    @cached_property
+    def _annotation_hashes(self) -> dict[str, dict[int, str | None]]:
+        """The sha256 of the files of each annotation, by shard."""
+        shards = pc.unique(self.chosen["shard"]).to_pylist()
+        found: dict[str, dict[int, str | None]] = {}
+        for name in dict.fromkeys(column.annotation for column in self.annotation_columns):
+            folder, done = AnnotationFolder(self.run.folder, name), sorted(self.annotated[name].intersection(shards))
+            hashes = found.setdefault(name, {})
+            for first in range(0, len(done), _SHARDS_AT_ONCE):
+                for commit in folder.commits.read_all(done[first : first + _SHARDS_AT_ONCE]):
+                    hashes[commit.shard] = _hash_in(commit, folder.file(commit.shard))
+        return found
 
     def pieces(self, shard_size: int) -> list[Piece]:
         """Cut each split into shards of so many images, in order."""
         pieces = []
         for split, num_images in self.splits.items():
             is_of_split = pc.equal(self.chosen["split"], split)
-            table = self.chosen.select(["key", "shard"]).filter(is_of_split).combine_chunks()
+            table = self.chosen.select(["key", "sha256", "shard"]).filter(is_of_split).combine_chunks()
             num_pieces = -(-num_images // shard_size)
             for number in range(num_pieces):
                 some = table.slice(number * shard_size, shard_size)
-                keys: dict[int, list[str]] = {}
-                for key, shard in zip(some["key"].to_pylist(), some["shard"].to_pylist(), strict=True):
-                    keys.setdefault(shard, []).append(key)
-                pieces.append(Piece(split, shard_name(number, num_pieces), keys))
+                hashes: dict[int, dict[str, str]] = {}
+                for key, sha256, shard in zip(*(some[name].to_pylist() for name in some.column_names), strict=True):
+                    hashes.setdefault(shard, {})[key] = sha256
+                keys = {shard: list(each) for shard, each in hashes.items()}
+                digests = {shard: _digest(each) for shard, each in hashes.items()}
+                pieces.append(Piece(split, shard_name(number, num_pieces), keys, digests))
         return pieces
 
     @cached_property
@@ -228,11 +243,17 @@ class ExportSource:
     def samples(self, piece: Piece, scratch: Path) -> list[Sample]:
         """Copy the images of a piece into a folder. Returns: them with their records, in order.
 
-        Raises: DamagedObject for an image that is missing or differs from its metadata.
+        Raises: DamagedObject for an image that is missing or differs from its metadata; JobError if images or
+        annotations were made again since this was opened.
         """
         samples = []
         for shard, keys in piece.keys.items():
-            records = self._records(shard, keys)
+            try:
+                records = self._records(shard, keys)
+            except NotFound:
+                raise self._made_again(shard) from None
+            if _digest({key: records[key].sha256 for key in keys}) != piece.digests[shard]:
+                raise self._made_again(shard)
             paths = {key: scratch / f"{key}.image" for key in keys}
             missing = dict.fromkeys(name for key in keys for name in (key, *self._source_names(key)))
             for name, data in self._read(shard, records, scratch):
@@ -259,17 +280,27 @@ class ExportSource:
         return ImageRecord(**fields, sampling=sampling, passthrough={**own, **annotations})
 
     def _annotations(self, shard: int) -> dict[str, dict[str, Any]]:
-        """Read the annotations of a shard by key; those that are not there yet are null."""
+        """Read the annotations of a shard by key; those that were not there when this was opened are null."""
         values: dict[str, dict[str, Any]] = {}
-        for name in dict.fromkeys(column.annotation for column in self.annotation_columns):
-            if shard not in self.annotated[name]:
+        for name, hashes in self._annotation_hashes.items():
+            if shard not in hashes:
                 continue
             columns = [column for column in self.annotation_columns if column.annotation == name]
             schema = pa.schema([_KEY, *(pa.field(each.column, each.kind) for each in columns)])
             (table,) = read_tables(self.run, [shard], name, schema)
+            # After the file: a commit is removed before its file, and comes after a new one.
+            folder = AnnotationFolder(self.run.folder, name)
+            if _hash_in(folder.commits.read(shard), folder.file(shard)) != hashes[shard]:
+                raise self._made_again(shard)
             for row in table.to_pylist():
                 values.setdefault(row["key"], {}).update({each.name: row.get(each.column) for each in columns})
         return values
+
+    def _made_again(self, shard: int) -> JobError:
+        return JobError(
+            f"{self.run.store.uri}: images of shard {shard}, or their annotations, were made again meanwhile; let that "
+            "end, and export to an empty folder"
+        )
 
     @cached_property
     def annotated(self) -> dict[str, set[int]]:
@@ -365,6 +396,17 @@ class ExportSource:
                 "or encode it by `flux_batch.images.encode`"
             )
         return data
+
+
+def _digest(hashes: Mapping[str, str | None]) -> str:
+    """Return a hash of keys and the sha256 of their images."""
+    lines = "".join(f"{key} {sha256}\n" for key, sha256 in hashes.items())
+    return hashlib.blake2b(lines.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def _hash_in(commit: Commit, path: str) -> str | None:
+    """Return the sha256 of a file, as a commit names it."""
+    return next((file.sha256 for file in commit.files if file.path == path), None)
 
 
 def _made(shard: int, rows: pa.Table) -> pa.Table:
