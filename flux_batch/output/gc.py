@@ -6,7 +6,7 @@ Looks at the folders of a run alone, `train`, `metadata` and `_run`: whatever el
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -123,18 +123,26 @@ def unfinished_uploads(store: Store) -> list[Upload]:
 
 
 def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Sequence[_Leftover]) -> int:
-    """Remove leftovers; needs the lease. Returns: their number.
+    """Remove leftovers; needs the lease. Returns: the number of those that were removed.
 
-    A worker of a driver that is gone may commit its shard while its files are being removed: such a commit is
-    reverted, so that `run` makes the shard.
+    A worker of a driver that is gone may have committed its shard since it was listed, and then its files stay; or it
+    commits it while they are being removed: such a commit is reverted, so that `run` makes the shard.
     """
+    shards = {leftover.shard for leftover in leftovers if leftover.kind == "uncommitted" and leftover.shard is not None}
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(lambda leftover: _remove(run, leftover), leftovers))
-    uncommitted = {leftover.shard for leftover in leftovers if leftover.kind == "uncommitted"} - {None}
-    for shard in Commits(run).done() & uncommitted:
-        log.warning("shard %d was committed while its files were removed; `run` makes it again", shard)
-        remove_shard(run, output_format, shard)
-    return len(leftovers)
+        shards -= _committed(run, shards, pool)
+        some = [leftover for leftover in leftovers if leftover.kind != "uncommitted" or leftover.shard in shards]
+        list(pool.map(lambda leftover: _remove(run, leftover), some))
+        for shard in sorted(_committed(run, shards, pool)):
+            log.warning("shard %d was committed while its files were removed; `run` makes it again", shard)
+            remove_shard(run, output_format, shard)
+    return len(some)
+
+
+def _committed(run: RunFolder, shards: Collection[int], pool: ThreadPoolExecutor) -> set[int]:
+    """Return those of some shards that have a commit now, whatever a listing says."""
+    keys = [commit_file(run.shard_name(shard)) for shard in shards]
+    return {shard for shard, is_there in zip(shards, pool.map(run.store.exists, keys), strict=True) if is_there}
 
 
 def _remove(run: RunFolder, leftover: _Leftover) -> None:

@@ -8,12 +8,16 @@ import pytest
 
 from flux_batch.config.schema import JobConfig
 from flux_batch.errors import StoreRefused
+from flux_batch.output.gc import find_leftovers, remove_leftovers
+from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify import verify
 from flux_batch.storage.multipart import Upload
 from flux_batch.storage.store import Store
 from helpers.finished_runs import LAYOUTS, ROWS, command, finish, make_run
 from helpers.job_files import make_job
 from helpers.s3 import S3Server
+
+COMMIT = "_run/commits/00001.json"
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -45,6 +49,43 @@ def test_gc_removes_the_files_that_no_commit_names_and_no_others(
     left = {key: store.read(key) for key in store.list("") if not key.startswith("_run/lease/")}
     assert left.pop("mine.txt") == b"beside the run"
     assert left == {key: data for key, data in before.items() if not key.startswith("_run/lease/")}
+    assert verify(store).problems == []
+
+
+def test_a_shard_that_was_committed_since_it_was_listed_stays(config: JobConfig, store: Store) -> None:
+    commit = store.read(COMMIT)
+    store.delete(COMMIT)
+    saved = SavedRun.open(store)
+    leftovers = list(find_leftovers(saved.folder))
+    assert leftovers
+    store.write(COMMIT, commit)
+
+    assert remove_leftovers(saved.folder, saved.output_format, leftovers) == 0
+
+    assert verify(store).problems == []
+
+
+def test_a_commit_that_comes_while_its_files_are_removed_is_reverted(config: JobConfig, store: Store) -> None:
+    class LateStore(Store):
+        """A store in which a worker commits its shard once the first file of it is gone."""
+
+        commit = b""
+
+        def delete(self, key: str) -> None:
+            super().delete(key)
+            if commit := self.commit:
+                self.commit = b""
+                self.write(COMMIT, commit)
+
+    late = LateStore(store.uri)
+    late.commit = store.read(COMMIT)
+    store.delete(COMMIT)
+    saved = SavedRun.open(late)
+
+    remove_leftovers(saved.folder, saved.output_format, list(find_leftovers(saved.folder)))
+
+    assert saved.commits.done() == {0, 2}
+    finish(config)
     assert verify(store).problems == []
 
 
