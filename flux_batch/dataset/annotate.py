@@ -280,6 +280,7 @@ def _prepare(folder: AnnotationFolder, *, retry_failed: bool, anew: bool) -> Non
         for commit in folder.commits.read_all(sorted(folder.commits.done())):
             if commit.num_failed:
                 folder.revert(commit.shard, keep_failed=False)
+        folder.remove_staged_failures()  # of shards that a killed pass did not commit
     folder.remove_uncommitted()
 
 

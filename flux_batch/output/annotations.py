@@ -103,6 +103,16 @@ class AnnotationFolder:
                 continue
             store.delete(f"{ANNOTATIONS}/{self.name}/{name}")
 
+    def remove_staged_failures(self) -> None:
+        """Remove the staged rows without values; needs the lease. The rows beside them stay staged."""
+        for shard in sorted(self.staging.shards()):
+            for name in sorted(self.staging.list(shard).objects):
+                rows = self.staging.read(shard, name)
+                if (good := [row for row in rows if not _staged_values(row).to_pylist()[0]["error_type"]]) != rows:
+                    if good:
+                        self.staging.put(shard, good)
+                    self.staging.discard(shard, [name])
+
     def _good_rows(self, shard: int) -> list[tuple[StagedImage, bool]]:
         """Return the rows of a shard to stage, each with whether it has no values.
 
@@ -159,5 +169,9 @@ def staged_row(row: Mapping[str, Any], schema: pa.Schema, sha256: str) -> Staged
 
 def unpack_staged_row(staged: StagedImage, schema: pa.Schema) -> dict[str, Any] | None:
     """Return a row that was staged, None if it has other columns."""
-    table = pa.ipc.open_stream(staged.data).read_all()
+    table = _staged_values(staged)
     return dict(table.to_pylist()[0]) if table.schema.equals(schema.remove_metadata()) else None
+
+
+def _staged_values(staged: StagedImage) -> pa.Table:
+    return pa.ipc.open_stream(staged.data).read_all()

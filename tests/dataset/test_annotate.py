@@ -288,6 +288,22 @@ def test_rows_that_are_staged_are_not_made_again_and_a_stop_stages_them(
     assert annotators.CALLS == [["000000004", "000000005"]]
 
 
+def test_staged_rows_without_values_are_tried_again_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["a", "b", "c", "d [sour]"]
+    config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts], output={"shard_size": 4})
+    finish(config)
+    _worker(config, BOTH[0]).make(_shard(0))  # is staged, and never finished
+    monkeypatch.setattr(annotators, "misbehave", lambda prompt: None)
+    annotators.CALLS.clear()
+
+    report = annotated(config, BOTH[0], retry_failed=True)
+
+    assert report.annotations[0].num_failed == 0
+    assert annotators.CALLS == [["000000002", "000000003"]], "the image, in its batch"
+
+
 def test_a_stopped_pass_says_so_and_leaves_the_rest_to_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
