@@ -7,7 +7,8 @@
 
 The protocol is that of images (commits.py): rows are staged, then the file is put if absent, then the commit. A commit
 names two files: its own, and the metadata of the images that it is about. No file of the images is touched; when a
-shard is reverted its annotations go with it, and their rows are staged again.
+shard is reverted its annotations go with it, and their rows are staged again. Files that a killed pass did not commit
+are removed by the next one, which has the rows of them staged.
 """
 
 from __future__ import annotations
