@@ -178,7 +178,9 @@ def annotate(
             progress.follow(engine or annotate_pool(run, settings, failures), factory, todo, stop, show)
         if not progress.errors:
             for folder in folders:
-                folder.staging.clear()
+                # Rows of a shard that is not annotated wait until its images are made again.
+                if folder.staging.shards() <= folder.commits.done():
+                    folder.staging.clear()
         return progress.report(specs, failures.max_ratio)
 
 
@@ -303,6 +305,8 @@ def _prepare(folder: AnnotationFolder, *, retry_failed: bool, anew: bool) -> Non
         for commit in folder.commits.read_all(sorted(folder.commits.done())):
             if commit.num_failed:
                 folder.revert(commit.shard, keep_failed=False)
+        folder.remove_staged_failures()  # of shards that a killed pass did not commit
+    folder.remove_uncommitted()
 
 
 def _counts(spec: AnnotatorSpec, folder: AnnotationFolder) -> _Counts:

@@ -19,10 +19,11 @@ import pyarrow as pa
 from PIL import Image
 
 from flux_batch.dataset.annotators.load import OpenAnnotator
-from flux_batch.errors import AlreadyExists, DamagedObject, DeviceFatal, FluxBatchError, NotFound, one_line
+from flux_batch.errors import AlreadyExists, DeviceFatal, FluxBatchError, NotFound, one_line
 from flux_batch.images import to_rgb
 from flux_batch.output.annotations import (
     AnnotationFolder,
+    ImageDamaged,
     annotation_schema,
     pack_annotations,
     staged_row,
@@ -59,18 +60,19 @@ class ImageBatch:
 def read_batches(
     run: SavedRun, shard: int, records: Sequence[Mapping[str, Any]], size: int, scratch: Path
 ) -> Iterator[ImageBatch]:
-    """Yield the images of a committed shard in batches, in the order of their records.
+    """Yield the images of a committed shard in batches, in the order of their records; None for other bytes.
 
     Raises: FluxBatchError if its files are damaged.
     """
     try:
         images = run.images(shard, scratch)
-        ahead: dict[str, bytes] = {}  # nothing, unless somebody has sorted the file
+        hashes = {record["key"]: record["sha256"] for record in records}
+        ahead: dict[str, bytes | None] = {}  # nothing, unless somebody has sorted the file
         for number, first in enumerate(range(0, len(records), size)):
             batch = records[first : first + size]
             missing = {record["key"] for record in batch} - set(ahead)
             for key, data in images if missing else ():
-                ahead[key] = data
+                ahead[key] = data if hashlib.sha256(data).hexdigest() == hashes.get(key) else None
                 missing.discard(key)
                 if not missing:
                     break
@@ -232,7 +234,7 @@ class ShardAnnotation:
 def decoded_image(data: bytes | None) -> Image.Image | Exception:
     """Return an image in RGB, or the error in its place."""
     if data is None:
-        return DamagedObject("the files of its shard do not hold it; `flux-batch verify` says why")
+        return ImageDamaged("the files of its shard do not hold it as recorded; `flux-batch verify` says why")
     try:
         with Image.open(io.BytesIO(data)) as image:
             return to_rgb(image)

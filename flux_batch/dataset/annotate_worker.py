@@ -22,7 +22,7 @@ from typing import Any
 from flux_batch.config.running import FailuresConfig
 from flux_batch.dataset.annotate_shard import ImageBatch, ShardAnnotation, read_batches
 from flux_batch.dataset.annotators.load import AnnotatorSpec, OpenAnnotator, open_annotator
-from flux_batch.errors import AlreadyExists, DamagedObject, NotFound, PlanMismatch, Stopped
+from flux_batch.errors import AlreadyExists, DamagedObject, FluxBatchError, NotFound, PlanMismatch, Stopped
 from flux_batch.output.annotations import AnnotationFolder
 from flux_batch.records import Attempt, Commit, Shard, ShardResult
 from flux_batch.redaction import public_tree
@@ -113,6 +113,7 @@ class AnnotateWorker:
         """
         started = time.monotonic()
         with self._heartbeat.busy("make"):
+            images = self._run.commits.read(shard.index)  # first, so that `publish` sees whether they have changed
             records = [row for row in self._run.metadata(shard.index) if row["status"] == "success"]
             folders = [AnnotationFolder(self._run.folder, one.spec.name) for one in self._annotators]
             todo = [
@@ -125,7 +126,7 @@ class AnnotateWorker:
             except BaseException:
                 self.metrics.put_down(shard.index)
                 raise
-            return _MadeAnnotations(self, shard.index, todo, started)
+            return _MadeAnnotations(self, images, todo, started)
 
     def stop(self) -> None:
         """Stop after the batch in hand, and annotate no other shard."""
@@ -136,9 +137,16 @@ class AnnotateWorker:
         """Return the seconds since the last progress; 0 while nothing is annotated."""
         return self._heartbeat.idle_s()
 
-    def publish(self, shard: int, todo: Sequence[ShardAnnotation]) -> list[Commit]:
-        """Write the file and the commit of each annotation. Returns: the commits that stand."""
-        images = self._run.commits.read(shard)
+    def publish(self, images: Commit, todo: Sequence[ShardAnnotation]) -> list[Commit]:
+        """Write the file and the commit of each annotation. Returns: the commits that stand.
+
+        images: the commit of the images that were annotated. Raises: FluxBatchError if they were made again since.
+        """
+        now = self._run.commits.find(images.shard)
+        if now is None or now.files != images.files:
+            raise FluxBatchError(
+                f"{self._run.store.uri}: the images of shard {images.shard} were made again while they were annotated"
+            )
         commits = []
         for annotation in todo:
             self._heartbeat.beat("finish")
@@ -225,7 +233,7 @@ class _MadeAnnotations:
     """A shard whose rows are made; `finish` may run on another thread while the next shard is annotated."""
 
     worker: AnnotateWorker
-    shard: int
+    images: Commit
     todo: Sequence[ShardAnnotation]
     started: float
 
@@ -233,9 +241,9 @@ class _MadeAnnotations:
         """Publish and commit the rows of every annotator."""
         try:
             with self.worker.finishing():
-                commits = self.worker.publish(self.shard, self.todo)
+                commits = self.worker.publish(self.images, self.todo)
         finally:
-            self.worker.metrics.put_down(self.shard)
+            self.worker.metrics.put_down(self.images.shard)
         metrics, num_bytes = self.worker.metrics, sum(commit.files[0].bytes for commit in commits)
         metrics.add("shards")
         metrics.add("bytes", num_bytes)
@@ -243,7 +251,7 @@ class _MadeAnnotations:
         for commit in commits:
             failures.update(commit.failures)
         return ShardResult(
-            shard=self.shard,
+            shard=self.images.shard,
             worker=commits[0].worker if commits else "",
             num_images=max((commit.num_images for commit in commits), default=0),
             num_failed=sum(commit.num_failed for commit in commits),

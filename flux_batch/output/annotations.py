@@ -7,11 +7,13 @@
 
 The protocol is that of images (commits.py): rows are staged, then the file is put if absent, then the commit. A commit
 names two files: its own, and the metadata of the images that it is about. No file of the images is touched; when a
-shard is reverted its annotations go with it, and their rows are staged again.
+shard is reverted its annotations go with it, and their rows are staged again. Files that a killed pass did not commit
+are removed by the next one, which has the rows of them staged.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +22,20 @@ from typing import Any
 
 import pyarrow as pa
 
-from flux_batch.errors import NotFound, StoreError
-from flux_batch.output.commits import Commits
+from flux_batch.errors import FluxBatchError, NotFound, StoreError
+from flux_batch.output.commits import Commits, parse_commit
 from flux_batch.output.formats import DECODE_ERRORS
 from flux_batch.output.metadata import parquet_bytes, parquet_table, unpack_metadata
-from flux_batch.output.paths import ANNOTATING, ANNOTATIONS, RunFolder, metadata_file
+from flux_batch.output.paths import ANNOTATING, ANNOTATIONS, RunFolder, metadata_file, number_in
 from flux_batch.output.staging import StagedImage, Staging
 
 # The columns that every annotation has: the image, and why it has no values.
 _KEY = pa.field("key", pa.string(), nullable=False)
 _REASON = (pa.field("error_type", pa.string()), pa.field("error_message", pa.string()))
+
+
+class ImageDamaged(FluxBatchError):
+    """An image is missing, or its bytes are not those of its metadata."""
 
 
 @dataclass(frozen=True)
@@ -65,32 +71,73 @@ class AnnotationFolder:
     def revert(self, shard: int, *, keep_failed: bool = True) -> None:
         """Remove the commit and the file of a shard; needs the lease.
 
-        Its rows are staged for the next attempt. keep_failed: rows without values are staged too.
+        Its rows are staged for the next attempt, in place of what is. keep_failed: rows without values are staged too,
+        except those of damaged images, which may be mended.
         """
         if self.run.store.exists(self.commits.key(shard)):
-            self._stage_rows(shard, keep_failed=keep_failed)
+            rows = self._good_rows(shard)
+            self.staging.remove(shard)  # a pass that was killed after the commit leaves all rows, failed ones too
+            if some := [one for one, is_failed in rows if keep_failed or not is_failed]:
+                self.staging.put(shard, some)
         self.run.store.delete(self.commits.key(shard))
         self.run.store.delete(self.file(shard))
 
     def remove(self) -> None:
-        """Remove everything of this name; needs the lease. Safe to call twice."""
-        for folder in (f"{ANNOTATING}/{self.name}", f"{ANNOTATIONS}/{self.name}"):
+        """Remove everything of this name; needs the lease. Safe to call twice.
+
+        The identity is removed last: of what a kill leaves, it still says who made it.
+        """
+        of_name = f"{ANNOTATING}/{self.name}"
+        for folder in (self.commits.folder, f"{ANNOTATIONS}/{self.name}", self.staging.folder, of_name):
             self.run.store.delete_folder(folder)
 
-    def _stage_rows(self, shard: int, *, keep_failed: bool) -> None:
+    def remove_uncommitted(self) -> None:
+        """Remove the files without a commit; needs the lease.
+
+        A pass or a revert that was killed leaves them. They would be adopted as those of a worker that came first,
+        whatever is in them; the rows of a pass are staged too.
+        """
+        store, done = self.run.store, self.commits.done()
+        for name in store.children(f"{ANNOTATIONS}/{self.name}"):
+            shard = number_in(name, ".parquet")
+            if shard is None or shard in done or store.exists(self.commits.key(shard)):  # a listing may be late
+                continue
+            store.delete(f"{ANNOTATIONS}/{self.name}/{name}")
+
+    def remove_staged_failures(self) -> None:
+        """Remove the staged rows without values; needs the lease. The rows beside them stay staged."""
+        for shard in sorted(self.staging.shards()):
+            for name in sorted(self.staging.list(shard).objects):
+                rows = self.staging.read(shard, name)
+                if (good := [row for row in rows if not _staged_values(row).to_pylist()[0]["error_type"]]) != rows:
+                    if good:
+                        self.staging.put(shard, good)
+                    self.staging.discard(shard, [name])
+
+    def _good_rows(self, shard: int) -> list[tuple[StagedImage, bool]]:
+        """Return the rows of a shard to stage, each with whether it has no values.
+
+        There are none unless file and metadata have the bytes that the commit names: the rows would be about others.
+        """
+        store, path, metadata = self.run.store, self.file(shard), metadata_file(self.run.shard_name(shard))
         try:
-            table = self.read(shard)
-            metadata = unpack_metadata(self.run.store.read(metadata_file(self.run.shard_name(shard))))
+            commit = parse_commit(store.read(self.commits.key(shard)))
+            data = {key: store.read(key) for key in (path, metadata)}
+            hashes = {file.path: file.sha256 for file in commit.files}
+            if any(hashes.get(key) != hashlib.sha256(own).hexdigest() for key, own in data.items()):
+                return []
+            table, records = parquet_table(data[path]), unpack_metadata(data[metadata])
         except NotFound:
-            return
+            return []
         except StoreError:
             raise
         except DECODE_ERRORS:  # damaged: all of its rows are made again
-            return
-        hashes = {row["key"]: row["sha256"] for row in metadata}
-        rows = [row for row in table.to_pylist() if row["key"] in hashes and (keep_failed or not row["error_type"])]
-        if rows:
-            self.staging.put(shard, [staged_row(row, table.schema, hashes[row["key"]]) for row in rows])
+            return []
+        digests = {record["key"]: record["sha256"] for record in records}
+        rows = [
+            row for row in table.to_pylist() if row["key"] in digests and row["error_type"] != ImageDamaged.__name__
+        ]
+        return [(staged_row(row, table.schema, digests[row["key"]]), bool(row["error_type"])) for row in rows]
 
 
 def annotation_names(run: RunFolder) -> list[str]:
@@ -123,5 +170,9 @@ def staged_row(row: Mapping[str, Any], schema: pa.Schema, sha256: str) -> Staged
 
 def unpack_staged_row(staged: StagedImage, schema: pa.Schema) -> dict[str, Any] | None:
     """Return a row that was staged, None if it has other columns."""
-    table = pa.ipc.open_stream(staged.data).read_all()
+    table = _staged_values(staged)
     return dict(table.to_pylist()[0]) if table.schema.equals(schema.remove_metadata()) else None
+
+
+def _staged_values(staged: StagedImage) -> pa.Table:
+    return pa.ipc.open_stream(staged.data).read_all()

@@ -50,6 +50,10 @@ the files of the later one stand, the commit may be of the earlier one, and `ver
 two workers that finish the same shard within one request: a partitioned worker, or the duplicate of a slow shard at the
 end of a run. Nothing else depends on conditional writes.
 
+A revert (revert.py) removes files, and put-if-absent is no guard against that. It needs the lease, so only a worker
+whose driver has lost the run can be in the middle of 1 to 4 then. One that was held up there for long, as by a machine
+that slept, looks whether its files are still there before 4.
+
 A kill in the middle of an upload in parts leaves these in the store, where no listing of objects shows them. They are
 aborted at the end of the run and by `gc`, and `verify` counts them.
 """
@@ -60,7 +64,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -70,8 +74,9 @@ from typing import Any
 import pyarrow as pa
 
 from flux_batch.config.schema import SOURCE_COLUMNS
-from flux_batch.errors import AlreadyExists, DamagedObject, NotFound
+from flux_batch.errors import AlreadyExists, DamagedObject, FluxBatchError, NotFound
 from flux_batch.output.formats import OutputFormat, Sample, StoredSample, iter_samples
+from flux_batch.output.lease import uptime_s
 from flux_batch.output.metadata import pack_failures, pack_metadata, source_fields, unpack_metadata
 from flux_batch.output.paths import (
     ANNOTATIONS,
@@ -95,6 +100,8 @@ _READERS = 16
 _READ_AHEAD = 256
 # Uploads at once: single images are small, so their speed depends on the number of requests in flight.
 _WRITERS = 16
+# A worker that took so long to publish may have slept while another driver had the run, and reverted the shard.
+_HELD_UP_S = 10.0
 _NO_WORK = ShardWork()
 
 
@@ -200,6 +207,7 @@ class Publisher:
     output_format: OutputFormat
     passthrough: pa.Schema
     worker: str
+    clock: Callable[[], float] = uptime_s
 
     def publish(
         self,
@@ -213,9 +221,9 @@ class Publisher:
 
         `records` are all of the shard in input order, failed ones included; `images` has the encoded file of each made
         image by key; `scratch` is an empty local folder; `work` is written into the commit. Returns: the commit that
-        stands.
+        stands. Raises: FluxBatchError if files of it were removed meanwhile.
         """
-        started = time.monotonic()
+        started, began = time.monotonic(), self.clock()
         name = self.commits.run.shard_name(shard)
         stored = _StoredData(self.commits.run.store, scratch)
         records = self._put_images(name, records, images, stored)
@@ -225,13 +233,16 @@ class Publisher:
         if failed := pack_failures(data):
             self.commits.run.store.write(failed_file(name), failed)
         failures = Counter(row["error_type"] for row in rows if row["status"] == "failed")
+        files = (*stored.files.values(), metadata)
+        if self.clock() - began >= _HELD_UP_S:
+            self._check_there(files)
         return self.commits.put(
             Commit(
                 shard=shard,
                 worker=self.worker,
                 num_images=len(rows),
                 num_failed=failures.total(),
-                files=(*stored.files.values(), metadata),
+                files=files,
                 failures=dict(sorted(failures.items())),
                 device_s=round(work.device_s, 3),
                 started_unix_time=round(work.started_unix_time, 3),
@@ -273,6 +284,24 @@ class Publisher:
     ) -> Sequence[ImageRecord]:
         """Return the records of images that are stored, whoever made them."""
         return [_adopt(record, images, self.output_format.file_name(name, record.key)) for record in records]
+
+    def _check_there(self, files: Sequence[StoredFile]) -> None:
+        """Raise FluxBatchError unless all files are there, with their sizes."""
+
+        def is_there(file: StoredFile) -> bool:
+            try:
+                return self.commits.run.store.size(file.path) == file.bytes
+            except NotFound:
+                return False
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            are_there = [*pool.map(is_there, files)]
+        for file, here in zip(files, are_there, strict=True):
+            if not here:
+                raise FluxBatchError(
+                    f"{self.commits.run.store.url(file.path)}: was removed or replaced while this worker was held up; "
+                    "its shard is not committed"
+                )
 
     def _put_metadata(self, name: str, records: Sequence[ImageRecord]) -> tuple[StoredFile, bytes]:
         key = metadata_file(name)

@@ -6,7 +6,7 @@ Looks at the folders of a run alone, `train`, `metadata` and `_run`: whatever el
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -141,24 +141,29 @@ def unfinished_uploads(store: Store) -> list[Upload]:
 
 
 def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Sequence[_Leftover]) -> int:
-    """Remove leftovers; needs the lease. Returns: their number.
+    """Remove leftovers; needs the lease. Returns: the number of those that were removed.
 
-    A worker of a driver that is gone may commit its shard while its files are being removed: such a commit is
-    reverted, so that `run` makes the shard.
+    A worker of a driver that is gone may have committed its shard since it was listed, and then its files stay; or it
+    commits it while they are being removed: such a commit is reverted, so that `run` makes the shard.
     """
-    keys = [leftover.key for leftover in leftovers if not leftover.upload]
+    shards = {leftover.shard for leftover in leftovers if leftover.kind == "uncommitted" and leftover.shard is not None}
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(run.store.abort, [leftover.upload for leftover in leftovers if leftover.upload]))
-        list(
-            pool.map(
-                run.store.delete_many, (keys[at : at + _KEYS_AT_ONCE] for at in range(0, len(keys), _KEYS_AT_ONCE))
-            )
-        )
-    uncommitted = {leftover.shard for leftover in leftovers if leftover.kind == "uncommitted"} - {None}
-    for shard in Commits(run).done() & uncommitted:
-        log.warning("shard %d was committed while its files were removed; `run` makes it again", shard)
-        remove_shard(run, output_format, shard)
-    return len(leftovers)
+        shards -= _committed(run, shards, pool)
+        some = [leftover for leftover in leftovers if leftover.kind != "uncommitted" or leftover.shard in shards]
+        list(pool.map(run.store.abort, [leftover.upload for leftover in some if leftover.upload]))
+        keys = [leftover.key for leftover in some if not leftover.upload]
+        parts = [keys[at : at + _KEYS_AT_ONCE] for at in range(0, len(keys), _KEYS_AT_ONCE)]
+        list(pool.map(run.store.delete_many, parts))
+        for shard in sorted(_committed(run, shards, pool)):
+            log.warning("shard %d was committed while its files were removed; `run` makes it again", shard)
+            remove_shard(run, output_format, shard)
+    return len(some)
+
+
+def _committed(run: RunFolder, shards: Collection[int], pool: ThreadPoolExecutor) -> set[int]:
+    """Return those of some shards that have a commit now, whatever a listing says."""
+    keys = [commit_file(run.shard_name(shard)) for shard in shards]
+    return {shard for shard, is_there in zip(shards, pool.map(run.store.exists, keys), strict=True) if is_there}
 
 
 def _unknown_files(run: RunFolder, commits: ShardFiles) -> Iterator[_Leftover]:

@@ -118,7 +118,7 @@ def read_holder(store: Store) -> Holder | None:
     raise StoreError(f"{store.url(LEASE)}: lists objects that cannot be read")
 
 
-def _seconds() -> float:
+def uptime_s() -> float:
     """Return the seconds of a clock that counts while the machine sleeps, too."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
@@ -138,7 +138,7 @@ class Lease:
         *,
         ttl_s: float = _TTL_S,
         on_lost: Callable[[str], None] | None = None,
-        clock: Callable[[], float] = _seconds,
+        clock: Callable[[], float] = uptime_s,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.store = store.guarded(self.check)

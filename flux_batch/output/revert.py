@@ -4,18 +4,20 @@
     2. _SUCCESS     and the report are removed: the run is not complete any more
     3. note         _run/taken-back/NNNNN says that the commit is being reverted
     4. commit       is removed, the log of commits before it: from here on no reader follows the files of the shard
-    5. files        metadata, failed rows and data are removed
+    5. files        metadata, failed rows and data are removed; 4 and 5 once more if a commit is there again
     6. note         is removed
     7. log          of commits is written again, without those of the reverted shards
 
 Killed in 1 to 3, the shard is done as before, and its note says that it will be made again. Killed in 4 to 6, the next
 driver finishes it before anything is made: files that were left would be taken for those of a worker that came first.
-Needs the lease.
+A worker of a driver that has lost the run may be at the shard, and commit it between 4 and 6: its commit would name
+files that 5 removes. Needs the lease.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -43,6 +45,8 @@ from flux_batch.output.paths import (
 )
 from flux_batch.output.staging import StagedImage, Staging, is_judged, staged_record
 from flux_batch.storage.scratch import scratch_folder
+
+log = logging.getLogger(__name__)
 
 # Shards that are reverted at once, and images of each in memory.
 _SHARDS_AT_ONCE = 4
@@ -77,16 +81,26 @@ def finish_reverts(run: RunFolder, output_format: OutputFormat) -> None:
 def remove_shard(run: RunFolder, output_format: OutputFormat, shard: int) -> None:
     """Remove the commit and the files of a shard: steps 3 to 6."""
     name = run.shard_name(shard)
-    note, data = f"{REVERTING}/{name}", output_format.location(name)
+    note, commit = f"{REVERTING}/{name}", commit_file(name)
     run.store.write(note, b"")
     for annotation in annotation_names(run):
         AnnotationFolder(run, annotation).revert(shard)
+    _remove_files(run, output_format, name)
+    while run.store.exists(commit):
+        log.warning("shard %d was committed while its files were removed; it is made again", shard)
+        _remove_files(run, output_format, name)
+    run.store.delete(note)
+
+
+def _remove_files(run: RunFolder, output_format: OutputFormat, name: str) -> None:
+    """Remove the commit of a shard, the log of commits before it, then its files."""
     for key in (COMMIT_LOG, commit_file(name), metadata_file(name), failed_file(name)):
         run.store.delete(key)
+    data = output_format.location(name)
     if run.store.exists(data):  # a file; else it is a folder
         run.store.delete(data)
-    run.store.delete_folder(data)
-    run.store.delete(note)
+    else:
+        run.store.delete_folder(data)
 
 
 def _stage_good_images(run: RunFolder, output_format: OutputFormat, shard: int, *, is_repair: bool) -> None:

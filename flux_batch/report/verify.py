@@ -113,6 +113,7 @@ def verify(
             verdict.add(found)
         on_progress(number, len(to_read))
     _check_annotations(run, verdict, commits)
+    verdict.is_complete &= store.exists(SUCCESS)  # removed first by who makes shards again
     # While all of the shards are read, other files may come and go.
     _check_whole(run, verdict, listing or Listing.of(run.folder, run.output_format, commits), is_logged)
     verdict.wall_s = time.monotonic() - started
@@ -210,13 +211,24 @@ def _check_annotations(run: SavedRun, verdict: _Verdict, shards: Container[int])
 
 
 def _annotation_problem(run: SavedRun, folder: AnnotationFolder, shard: int) -> str:
-    """Return what is wrong with one file of annotations; empty if nothing is. Raises: StoreError for an outage."""
-    path = folder.file(shard)
+    """Return what is wrong with one file of annotations; empty if nothing is, or if they are made again meanwhile.
+
+    Raises: StoreError for an outage.
+    """
+    key = folder.commits.key(shard)
+    data, images = run.store.find(key), run.store.find(run.commits.key(shard))
+    problem = "" if data is None or images is None else _problem_of_file(run, folder, shard, data, images)
+    return problem if problem and run.store.find(key) == data else ""
+
+
+def _problem_of_file(run: SavedRun, folder: AnnotationFolder, shard: int, data: bytes, images: bytes) -> str:
+    """Return what is wrong with one file of annotations; `data` and `images` are the commits of both."""
+    path, metadata = folder.file(shard), metadata_file(run.name(shard))
     try:
-        commit = parse_commit(run.store.read(folder.commits.key(shard)))
-        data = run.store.read(path)
-        keys = [row["key"] for row in unpack_annotations(data)]
-        images = parse_commit(run.store.read(run.commits.key(shard)))
+        commit = parse_commit(data)
+        rows = run.store.read(path)
+        num_rows = len(unpack_annotations(rows))
+        of_images = {file.path: file.sha256 for file in parse_commit(images).files}
     except StoreError as error:
         if not isinstance(error, NotFound):
             raise
@@ -224,12 +236,11 @@ def _annotation_problem(run: SavedRun, folder: AnnotationFolder, shard: int) -> 
     except DECODE_ERRORS as error:
         return f"{path}: cannot be read: {one_line(error)}"
     files = {file.path: file.sha256 for file in commit.files}
-    if files.get(path) != hashlib.sha256(data).hexdigest():
+    if files.get(path) != hashlib.sha256(rows).hexdigest():
         return f"{path}: the bytes differ from those that were committed (sha256)"
-    metadata = metadata_file(run.name(shard))
-    if files.get(metadata) != {file.path: file.sha256 for file in images.files}.get(metadata):
+    if files.get(metadata) != of_images.get(metadata):
         return f"{path}: is about other images than those of the shard"
-    return "" if len(keys) == commit.num_images else f"{path}: has {len(keys)} rows; {commit.num_images} were committed"
+    return "" if num_rows == commit.num_images else f"{path}: has {num_rows} rows; {commit.num_images} were committed"
 
 
 def _check_whole(run: SavedRun, verdict: _Verdict, listing: Listing, is_logged: bytearray) -> None:

@@ -52,18 +52,20 @@ class ShardFindings:
 
 
 def check_shard(run: SavedRun, shard: int, scratch: Path, listed: ShardFiles | None = None) -> ShardFindings | None:
-    """Check one shard; None if it is not committed, or no longer.
+    """Check one shard; None if it is not committed, or no longer. One that is made again meanwhile is checked again.
 
     `scratch` is a folder for copies of its files. With `listed`, the files in `train`, their sizes are compared, and no
     image is read. Raises: StoreError.
     """
-    try:
-        data = run.store.read(run.commits.key(shard))
-    except NotFound:
-        return None
-    check = _ShardCheck(run, shard, scratch, listed)
-    check.check_commit(data)
-    return check.findings
+    key = run.commits.key(shard)
+    data = run.store.find(key)
+    while data is not None:
+        check = _ShardCheck(run, shard, scratch, listed)
+        check.check_commit(data)
+        if not check.findings.problems or (now := run.store.find(key)) == data:
+            return check.findings
+        data = now
+    return None
 
 
 class _ShardCheck:

@@ -132,6 +132,12 @@ class Store:
             return self._call(key, "read", lambda: self._await(s3.read_whole(self._fs, self._path(key))))
         return self._call(key, "read", lambda: bytes(self._ask("cat_file", self._path(key))))
 
+    def find(self, key: str) -> bytes | None:
+        """Read a whole object; None if it is not there."""
+        with suppress(NotFound):
+            return self.read(key)
+        return None
+
     def read_range(self, key: str, start: int, end: int) -> bytes:
         """Read the bytes [start, end) of an object, fewer if it is shorter. Raises: NotFound."""
         return self._call(key, "read", lambda: bytes(self._ask("cat_file", self._path(key), start=start, end=end)))

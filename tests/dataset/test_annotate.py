@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import flux_batch.dataset.annotate_shard
 import flux_batch.dataset.annotate_worker
@@ -22,13 +25,18 @@ from flux_batch.dataset.annotate_worker import AnnotateFactory, AnnotateWorker
 from flux_batch.dataset.annotators.load import AnnotatorSpec, parse_specs
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import DamagedObject, Interrupted, JobError, PlanMismatch, Stopped, StoreRefused
+from flux_batch.errors import DamagedObject, FluxBatchError, Interrupted, JobError, PlanMismatch, Stopped, StoreRefused
+from flux_batch.images import Pixels
 from flux_batch.job import run
 from flux_batch.output.annotations import AnnotationFolder
+from flux_batch.output.revert import revert
 from flux_batch.records import Attempt, Commit, FileRange, Shard
 from flux_batch.report.progress.snapshot import Snapshot
+from flux_batch.report.saved_run import SavedRun
+from flux_batch.storage.store import Store
 from helpers import annotators
-from helpers.finished_runs import LAYOUTS, Making, command, finish, make_run
+from helpers.fakes import FakePipeline
+from helpers.finished_runs import DATA, LAYOUTS, Making, command, finish, make_run
 from helpers.job_files import data_files, make_job, write_prompts
 from helpers.mortal import Death, Life, MortalStore
 from helpers.waiting import wait_until
@@ -277,6 +285,40 @@ class _Nothing:
         return iter(())
 
 
+@pytest.mark.parametrize("options", [{"retry_failed": True}, {"anew": True, "prompts.scale": 2}])
+def test_a_pass_that_is_killed_while_it_removes_what_shall_be_made_again_adopts_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    prompts = [f"image {number}" + " [sour]" * (number == 5) for number in range(7)]
+    config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts])
+    finish(config)
+    annotated(config, BOTH[0])
+    output, before = Path(config.output.uri), tmp_path / "before"
+    shutil.copytree(output, before)
+    monkeypatch.setattr(annotators, "misbehave", lambda prompt: None)
+    scale = {name: value for name, value in options.items() if "." in name}
+    num_kills = 0
+    for last in range(100):
+        shutil.rmtree(output)
+        shutil.copytree(before, output)
+        life = Life(last)
+        with pytest.MonkeyPatch.context() as patch, suppress(Death):
+            patch.setattr("flux_batch.dataset.annotate.Store", type("ItsStore", (MortalStore,), {"life": life}))
+            annotated(config, BOTH[0], engine=_Nothing(), **options)
+        if not life.is_over:
+            break
+        num_kills += 1
+        shutil.rmtree(output / "_run/lease")  # of this very process, which has not ended
+        with suppress(PlanMismatch):  # the other annotator is not forgotten yet
+            annotated(config, BOTH[0], **scale, retry_failed="retry_failed" in options)
+            if scale:
+                lengths = [row["length"] for row in rows(config, "prompts")]
+                assert lengths == [2 * len(prompt) for prompt in prompts], f"killed at write {last}"
+            else:
+                assert all(row["error_type"] is None for row in rows(config, "prompts")), f"killed at write {last}"
+    assert num_kills > 4
+
+
 def test_rows_that_are_staged_are_not_made_again_and_a_stop_stages_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +335,22 @@ def test_rows_that_are_staged_are_not_made_again_and_a_stop_stages_them(
     annotated(config, BOTH[0])
 
     assert annotators.CALLS == [["000000004", "000000005"]]
+
+
+def test_staged_rows_without_values_are_tried_again_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["a", "b", "c", "d [sour]"]
+    config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts], output={"shard_size": 4})
+    finish(config)
+    _worker(config, BOTH[0]).make(_shard(0))  # is staged, and never finished
+    monkeypatch.setattr(annotators, "misbehave", lambda prompt: None)
+    annotators.CALLS.clear()
+
+    report = annotated(config, BOTH[0], retry_failed=True)
+
+    assert report.annotations[0].num_failed == 0
+    assert annotators.CALLS == [["000000002", "000000003"]], "the image, in its batch"
 
 
 def test_a_stopped_pass_says_so_and_leaves_the_rest_to_the_next(
@@ -358,6 +416,66 @@ def test_images_that_stay_keep_their_rows_when_their_shard_is_made_again(tmp_pat
 
     assert annotators.CALLS == [["000000000", "000000001"]], "the new image, in its batch"
     assert len(rows(config, "prompts")) == 4
+
+
+def test_rows_of_a_shard_that_is_being_made_again_outlive_a_pass(tmp_path: Path) -> None:
+    config = make_run(tmp_path, "webdataset")
+    annotated(config, BOTH[0])
+    whole = files(config)
+    saved = SavedRun.open(Store(config.output.uri))
+    revert(saved.folder, saved.output_format, [0])
+    annotators.CALLS.clear()
+
+    annotated(config, BOTH[0])
+    finish(config)
+    annotated(config, BOTH[0])
+
+    assert annotators.CALLS == []
+    assert files(config) == whole
+    assert saved.store.list("_run/annotations/prompts/staging") == []
+
+
+def test_rows_about_images_that_were_made_again_meanwhile_are_not_committed(tmp_path: Path) -> None:
+    config = make_run(tmp_path, "webdataset")
+    made = _worker(config, BOTH[0]).make(_shard(0))
+    saved = SavedRun.open(Store(config.output.uri))
+    revert(saved.folder, saved.output_format, [0])
+    saved.store.delete_folder("_run/staging")
+    run(config, engine=LocalEngine(), make_pipeline=lambda model: _Negative())
+
+    with pytest.raises(FluxBatchError, match="the images of shard 0 were made again while they were annotated"):
+        made.finish()
+    annotated(config, BOTH[0])
+
+    with Image.open(io.BytesIO(saved.image(saved.metadata(0)[0]) or b"")) as image:
+        assert rows(config, "prompts")[0]["red"] == image.getpixel((0, 0))[0]  # type: ignore[index]
+
+
+class _Negative(FakePipeline):
+    """Makes other images of the same rows."""
+
+    def __call__(self, *texts: Any, **others: Any) -> list[Pixels]:
+        return [255 - image for image in super().__call__(*texts, **others)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_image_with_other_bytes_has_no_values_until_it_is_mended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    config = make_run(tmp_path, layout)
+    path = Path(config.output.uri, DATA[layout])
+    path.write_bytes(path.read_bytes().replace(b"image 4", b"image 9"))
+
+    annotated(config, BOTH[0])
+
+    found = [row["error_type"] for row in rows(config, "prompts")]
+    assert found == [None] * 4 + ["ImageDamaged"] + [None] * 6
+    assert command(capsys, "verify", config.output.uri, "--repair")[0] == 3
+    finish(config)
+    annotators.CALLS.clear()
+    annotated(config, BOTH[0])
+    assert [row["error_type"] for row in rows(config, "prompts")] == [None] * 11
+    assert annotators.CALLS == [["000010000", "000010002"]], "the image, in its batch"
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "commit"])

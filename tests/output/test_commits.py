@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from flux_batch.config.schema import ImageConfig, OutputConfig
-from flux_batch.errors import DamagedObject, NotFound
+from flux_batch.errors import DamagedObject, FluxBatchError, NotFound
 from flux_batch.images import encode
 from flux_batch.output.commits import Commits, Publisher
 from flux_batch.output.formats import format_for, iter_images
 from flux_batch.output.metadata import unpack_metadata
 from flux_batch.output.paths import RunFolder, image_key
+from flux_batch.output.revert import remove_shard
 from flux_batch.records import Commit, ImageRecord, StoredFile
 from flux_batch.sampling_params import SamplingParams
 from flux_batch.storage.store import Store
@@ -162,6 +163,38 @@ def test_a_published_shard_is_done_and_fits_together(tmp_path: Path, layout: str
     assert [row["Schlüssel"] for row in rows] == ["ü0", "ü1", "ü2", "ü3"]
     assert Commits(RunFolder(store, 1)).read(0) == commit
     assert commit.worker == "host:1"
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("at", ["metadata/00000.parquet", "_run/failed/00000.parquet"])
+def test_a_worker_that_slept_while_its_shard_was_reverted_commits_nothing(tmp_path: Path, layout: str, at: str) -> None:
+    slept: list[str] = []
+
+    class SleepyStore(Store):
+        """A store whose user sleeps before it writes a file, while another driver reverts the shard."""
+
+        def write(self, key: str, data: bytes | Path) -> None:
+            self._sleep_before(key)
+            super().write(key, data)
+
+        def put_if_absent(self, key: str, data: bytes | Path) -> None:
+            self._sleep_before(key)
+            super().put_if_absent(key, data)
+
+        def _sleep_before(self, key: str) -> None:
+            if key == at:
+                slept.append(key)
+                remove_shard(RunFolder(Store(self.uri), 1), attempt.layout, 0)
+
+    store, attempt = SleepyStore(str(tmp_path / "out")), Attempt(tmp_path / "a", layout)
+    commits = Commits(RunFolder(store, 1))
+    publisher = Publisher(commits, attempt.layout, PASSTHROUGH, "host:1", clock=lambda: 3600.0 * len(slept))
+
+    with pytest.raises(FluxBatchError, match=r"was removed or replaced while this worker was held up"):
+        publisher.publish(0, attempt.records, attempt.images, attempt.scratch)
+
+    assert slept
+    assert commits.done() == set()
 
 
 @pytest.mark.parametrize("layout", FORMATS)

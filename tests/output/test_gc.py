@@ -10,6 +10,8 @@ from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
 from flux_batch.errors import StoreRefused
 from flux_batch.job import run
+from flux_batch.output.gc import find_leftovers, remove_leftovers
+from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify import verify
 from flux_batch.storage.multipart import Upload
 from flux_batch.storage.store import Store
@@ -18,6 +20,8 @@ from helpers.fakes import make_fake_pipeline
 from helpers.finished_runs import LAYOUTS, ROWS, command, finish, make_run
 from helpers.job_files import make_job
 from helpers.s3 import S3Server
+
+COMMIT = "_run/commits/00001.json"
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -66,6 +70,43 @@ def test_gc_reads_no_commit_of_a_shard_whose_file_is_that_of_the_log(
     assert command(capsys, "gc", store.uri) == (0, "nothing to remove\n")
 
     assert [key for key in asked if "/commits/" in key] == ["_run/commits/00001.json"]
+
+
+def test_a_shard_that_was_committed_since_it_was_listed_stays(config: JobConfig, store: Store) -> None:
+    commit = store.read(COMMIT)
+    store.delete(COMMIT)
+    saved = SavedRun.open(store)
+    leftovers = list(find_leftovers(saved.folder))
+    assert leftovers
+    store.write(COMMIT, commit)
+
+    assert remove_leftovers(saved.folder, saved.output_format, leftovers) == 0
+
+    assert verify(store).problems == []
+
+
+def test_a_commit_that_comes_while_its_files_are_removed_is_reverted(config: JobConfig, store: Store) -> None:
+    class LateStore(Store):
+        """A store in which a worker commits its shard once the first file of it is gone."""
+
+        commit = b""
+
+        def delete(self, key: str) -> None:
+            super().delete(key)
+            if commit := self.commit:
+                self.commit = b""
+                self.write(COMMIT, commit)
+
+    late = LateStore(store.uri)
+    late.commit = store.read(COMMIT)
+    store.delete(COMMIT)
+    saved = SavedRun.open(late)
+
+    remove_leftovers(saved.folder, saved.output_format, list(find_leftovers(saved.folder)))
+
+    assert saved.commits.done() == {0, 2}
+    finish(config)
+    assert verify(store).problems == []
 
 
 def test_gc_removes_nothing_behind_a_link(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,13 +26,13 @@ from PIL import Image
 from flux_batch.config.schema import SOURCE_COLUMNS, ImageConfig
 from flux_batch.dataset.select.files import annotated_shards, committed_shards, read_schema, read_tables
 from flux_batch.dataset.select.selection import read_selection
-from flux_batch.errors import DamagedObject, JobError, StoreError, one_line
+from flux_batch.errors import DamagedObject, JobError, NotFound, StoreError, one_line
 from flux_batch.images import AI_SOURCE_TYPE, encode, encode_source, read_provenance, to_rgb
 from flux_batch.output.annotations import AnnotationFolder
 from flux_batch.output.formats import DECODE_ERRORS, MAX_SOURCE_BYTES, Sample, key_and_source, source_path
 from flux_batch.output.metadata import RECORD_SCHEMA, passthrough_name, record_row, source_digests
 from flux_batch.output.paths import TRAIN, is_within, shard_name
-from flux_batch.records import ImageRecord
+from flux_batch.records import Commit, ImageRecord
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.sampling_params import SAMPLING_FIELDS, SamplingParams
 from flux_batch.storage.store import Store
@@ -57,7 +57,7 @@ _Finish: TypeAlias = Callable[[bytes, Mapping[str, Any]], bytes]
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A shard of an export: images of one split; `images` has their keys and the shards of the run they are in."""
+    """A shard of an export: images of one split; `images` has their key, sha256 and shard of the run."""
 
     split: str
     name: str  # 00000
@@ -69,12 +69,13 @@ class Piece:
         return int(self.images.num_rows)
 
     @property
-    def keys(self) -> dict[int, list[str]]:
-        """The keys of the images by shard of the run, in order; not kept, since a run may have millions."""
-        keys: dict[int, list[str]] = {}
-        for key, shard in zip(self.images["key"].to_pylist(), self.images["shard"].to_pylist(), strict=True):
-            keys.setdefault(shard, []).append(key)
-        return keys
+    def hashes(self) -> dict[int, dict[str, str]]:
+        """The sha256 of each image by its key, by shard of the run, in order; not kept: a run may have millions."""
+        found: dict[int, dict[str, str]] = {}
+        columns = [self.images[name].to_pylist() for name in ("key", "sha256", "shard")]
+        for key, sha256, shard in zip(*columns, strict=True):
+            found.setdefault(shard, {})[key] = sha256
+        return found
 
 
 @dataclass(frozen=True)
@@ -182,23 +183,32 @@ class ExportSource:
         Counted are the shards of the chosen images.
         Raises: NotFound if an annotation is removed meanwhile; DamagedObject.
         """
-        shards = pc.unique(self.chosen["shard"]).to_pylist()
         digests = {}
-        for name in dict.fromkeys(column.annotation for column in self.annotation_columns):
-            folder, digest = AnnotationFolder(self.run.folder, name), hashlib.blake2b(digest_size=_DIGEST_BYTES)
-            done = sorted(self.annotated[name].intersection(shards))
-            for commit in folder.commits.read_all(done):
-                hashes = {file.path: file.sha256 for file in commit.files}
-                digest.update(f"{commit.shard} {hashes.get(folder.file(commit.shard))}\n".encode())
+        for name, hashes in self._annotation_hashes.items():
+            digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+            for shard, sha256 in hashes.items():
+                digest.update(f"{shard} {sha256}\n".encode())
             digests[name] = digest.hexdigest()
         return digests
+
+    @cached_property
+    def _annotation_hashes(self) -> dict[str, dict[int, str | None]]:
+        """The sha256 of the files of each annotation, by shard."""
+        shards = pc.unique(self.chosen["shard"]).to_pylist()
+        found: dict[str, dict[int, str | None]] = {}
+        for name in dict.fromkeys(column.annotation for column in self.annotation_columns):
+            folder, done = AnnotationFolder(self.run.folder, name), sorted(self.annotated[name].intersection(shards))
+            hashes = found.setdefault(name, {})
+            for commit in folder.commits.read_all(done):
+                hashes[commit.shard] = _hash_in(commit, folder.file(commit.shard))
+        return found
 
     def pieces(self, shard_size: int) -> list[Piece]:
         """Cut each split into shards of so many images, in order."""
         pieces = []
         for split, num_images in self.splits.items():
             is_of_split = pc.equal(self.chosen["split"], split)
-            table = self.chosen.select(["key", "shard"]).filter(is_of_split).combine_chunks()
+            table = self.chosen.select(["key", "sha256", "shard"]).filter(is_of_split).combine_chunks()
             num_pieces = -(-num_images // shard_size)
             for number in range(num_pieces):
                 images = table.slice(number * shard_size, shard_size)
@@ -231,11 +241,18 @@ class ExportSource:
     def samples(self, piece: Piece, scratch: Path) -> list[Sample]:
         """Copy the images of a piece into a folder. Returns: them with their records, in order.
 
-        Raises: DamagedObject for an image that is missing or differs from its metadata.
+        Raises: DamagedObject for an image that is missing or differs from its metadata; JobError if images or
+        annotations were made again since this was opened.
         """
         samples = []
-        for shard, keys in piece.keys.items():
-            records = self._records(shard, keys)
+        for shard, hashes in piece.hashes.items():
+            keys = list(hashes)
+            try:
+                records = self._records(shard, keys)
+            except NotFound:
+                raise self._made_again(shard) from None
+            if any(records[key].sha256 != sha256 for key, sha256 in hashes.items()):
+                raise self._made_again(shard)
             paths = {key: scratch / f"{key}.image" for key in keys}
             missing = dict.fromkeys(name for key in keys for name in (key, *self._source_names(key)))
             for name, data in self._read(shard, records, scratch):
@@ -262,17 +279,27 @@ class ExportSource:
         return ImageRecord(**fields, sampling=sampling, passthrough={**own, **annotations})
 
     def _annotations(self, shard: int) -> dict[str, dict[str, Any]]:
-        """Read the annotations of a shard by key; those that are not there yet are null."""
+        """Read the annotations of a shard by key; those that were not there when this was opened are null."""
         values: dict[str, dict[str, Any]] = {}
-        for name in dict.fromkeys(column.annotation for column in self.annotation_columns):
-            if shard not in self.annotated[name]:
+        for name, hashes in self._annotation_hashes.items():
+            if shard not in hashes:
                 continue
             columns = [column for column in self.annotation_columns if column.annotation == name]
             schema = pa.schema([_KEY, *(pa.field(each.column, each.kind) for each in columns)])
             (table,) = read_tables(self.run, [shard], name, schema)
+            # After the file: a commit is removed before its file, and comes after a new one.
+            folder = AnnotationFolder(self.run.folder, name)
+            if _hash_in(folder.commits.read(shard), folder.file(shard)) != hashes[shard]:
+                raise self._made_again(shard)
             for row in table.to_pylist():
                 values.setdefault(row["key"], {}).update({each.name: row.get(each.column) for each in columns})
         return values
+
+    def _made_again(self, shard: int) -> JobError:
+        return JobError(
+            f"{self.run.store.uri}: images of shard {shard}, or their annotations, were made again meanwhile; let that "
+            "end, and export to an empty folder"
+        )
 
     @cached_property
     def annotated(self) -> dict[str, set[int]]:
@@ -368,6 +395,11 @@ class ExportSource:
                 "or encode it by `flux_batch.images.encode`"
             )
         return data
+
+
+def _hash_in(commit: Commit, path: str) -> str | None:
+    """Return the sha256 of a file, as a commit names it."""
+    return next((file.sha256 for file in commit.files if file.path == path), None)
 
 
 def _made(shard: int, rows: pa.Table) -> pa.Table:

@@ -1,0 +1,91 @@
+"""An export beside a driver that makes images or annotations again: of one state, or of none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from flux_batch.dataset.export.export import export
+from flux_batch.engine.local import LocalEngine
+from flux_batch.errors import JobError
+from flux_batch.images import Pixels
+from flux_batch.job import run
+from flux_batch.output.annotations import AnnotationFolder
+from flux_batch.output.paths import CARD
+from flux_batch.output.revert import revert
+from flux_batch.report.saved_run import SavedRun
+from flux_batch.storage.store import Store
+from helpers.annotated import put_annotations
+from helpers.fakes import FakePipeline
+from helpers.finished_runs import finish
+from helpers.job_files import make_job
+
+SCORE = pa.schema([("score", pa.int32())])
+
+
+class Begun(Store):
+    """A destination; in the run something happens once its card is written, before any image."""
+
+    happens: Callable[[], None]
+
+    def write(self, key: str, data: bytes | Path) -> None:
+        super().write(key, data)
+        if key == CARD:
+            self.happens()
+
+
+def annotate_again(store: Store) -> None:
+    put_annotations(store, "clip", SCORE, lambda row: {"score": 2})
+
+
+def remove_annotations(store: Store) -> None:
+    AnnotationFolder(SavedRun.open(store).folder, "clip").remove()
+
+
+def revert_shard(store: Store) -> None:
+    saved = SavedRun.open(store)
+    revert(saved.folder, saved.output_format, [1])
+
+
+def make_again(store: Store) -> None:
+    revert_shard(store)
+    store.delete_folder("_run/staging")
+    run(SavedRun.open(store).config, engine=LocalEngine(), make_pipeline=lambda model: Inverted())
+
+
+class Inverted(FakePipeline):
+    """Makes other images of the same rows."""
+
+    def __call__(self, *texts: Any, **others: Any) -> list[Pixels]:
+        return [255 - image for image in super().__call__(*texts, **others)]
+
+
+@pytest.mark.parametrize("happens", [annotate_again, remove_annotations, revert_shard, make_again])
+def test_what_changes_meanwhile_is_not_exported(tmp_path: Path, happens: Callable[[Store], None]) -> None:
+    config = make_job(tmp_path, [{"prompt": f"image {number}"} for number in range(8)])
+    finish(config)
+    store, dest = Store(config.output.uri), Begun(str(tmp_path / "dest"))
+    put_annotations(store, "clip", SCORE, lambda row: {"score": 1})
+    dest.happens = lambda: happens(store)
+
+    with pytest.raises(JobError, match=r"images of shard \d, or their annotations, were made again meanwhile; .*empty"):
+        export(store, dest)
+
+    assert not dest.exists("_SUCCESS")
+
+
+def test_an_export_may_run_beside_a_run_and_has_what_was_there_when_it_began(tmp_path: Path) -> None:
+    config = make_job(tmp_path, [{"prompt": f"image {number}"} for number in range(8)])
+    finish(config)
+    store, dest = Store(config.output.uri), Begun(str(tmp_path / "dest"))
+    revert_shard(store)
+    dest.happens = lambda: finish(config)
+
+    exported = export(store, dest)
+
+    assert dict(exported.splits) == {"train": 4}
+    assert dest.exists("_SUCCESS")
