@@ -408,6 +408,7 @@ def ray_pool(config: JobConfig) -> Engine:
         num_cpus=workers.num_cpus,
         max_attempts=config.failures.max_attempts,
         hang_s=config.failures.hang_s,
+        load_hang_s=config.failures.load_hang_s,
         drain_s=config.failures.drain_s,
         outage_s=config.failures.outage_s,
         name=config.name,

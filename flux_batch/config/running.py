@@ -82,6 +82,9 @@ class FailuresConfig(Section):
     """Tries of a shard that ends in an error; the loss of a worker does not count."""
     hang_s: float = Field(default=900, gt=0)
     """Seconds without a sign of life after which a worker is killed and replaced."""
+    load_hang_s: float = Field(default=3600, gt=0)
+    """Seconds without a sign of life, such as bytes of a download, after which a worker that loads its model is killed
+    and counts as one that could not start."""
     drain_s: float = Field(default=25, ge=0)
     """Seconds that a stopped run has to finish or put aside what is being made."""
     outage_s: float = Field(default=1800, ge=0)

@@ -334,6 +334,7 @@ def annotate_pool(run: SavedRun, settings: AnnotateSettings, failures: FailuresC
         num_cpus=settings.num_cpus,
         max_attempts=failures.max_attempts,
         hang_s=failures.hang_s,
+        load_hang_s=failures.load_hang_s,
         drain_s=failures.drain_s,
         outage_s=failures.outage_s,
         slow_factor=math.inf,
