@@ -233,7 +233,7 @@ class TestOnThisMachine:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pools = []
-        monkeypatch.setattr("flux_batch.engine.ray_cluster.check_cluster", lambda: None)
+        monkeypatch.setattr("flux_batch.engine.ray_cluster.connect", lambda max_workers, num_gpus: None)
         monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
         monkeypatch.setattr(job, "ray_pool", lambda config: pools.append(config.workers.num_gpus) or LocalEngine())
         with pytest.raises(CheckpointError, match="no model folder"):  # as the worker says
@@ -243,13 +243,18 @@ class TestOnThisMachine:
 
 @pytest.mark.parametrize(
     ("address", "error"),
-    [("ray://127.0.0.1:1", JobError), ("nonsense", JobError), ("127.0.0.1:1", Interrupted)],
+    [("ray://127.0.0.1:1", JobError), ("nonsense", JobError), ("127.0.0.1:1", Interrupted), ("auto", Interrupted)],
 )
 def test_a_cluster_that_is_not_there_is_found_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, error: type[Exception]
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(job, "ray_pool", no_pipeline)
+
+    def no_ray(**options: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr("ray.init", no_ray)
     with pytest.raises(error, match=f"RAY_ADDRESS = {address}"):
         run(make_job(tmp_path))
     assert not (tmp_path / "out").exists()

@@ -53,7 +53,7 @@ def connect(max_workers: int, num_gpus: float) -> None:
         return
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if joins_cluster():
-        check_cluster()
+        _check_cluster()
         if is_uv_run() and not _has_working_dir():
             log.info("uv run: Ray packs %s for the workers, up to 512 MiB; %s", Path.cwd(), _UV_ADVICE)
     else:
@@ -83,14 +83,14 @@ def _has_working_dir() -> bool:
     return "working_dir" in (job.get("runtime_env") or {})
 
 
-def check_cluster() -> None:
+def _check_cluster() -> None:
     """Check that a Ray cluster answers at RAY_ADDRESS; Ray itself would try for many minutes, at any server.
 
     `auto` is left to Ray, which looks for a cluster at once. Raises: Interrupted if nothing answers there; JobError if
     it is no server of gRPC, as the head of a cluster is.
     """
     address = os.environ.get("RAY_ADDRESS", "")
-    if ray.is_initialized() or not _has_port(address):
+    if not _has_port(address):
         return
     uses_tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
     try:

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RuntimeEnvSetupError
 
 from flux_batch.engine import ray_cluster
-from flux_batch.engine.ray_cluster import await_cluster, check_cluster, connect
+from flux_batch.engine.ray_cluster import await_cluster, connect
 from flux_batch.errors import Interrupted, JobError
 from helpers.s3 import free_port
 
@@ -48,10 +48,11 @@ def test_another_program_at_the_address_is_said_at_once(
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", lambda **options: None)
         thread = threading.Thread(target=serve)
         thread.start()
         with pytest.raises(error, match=sentence) if error else nullcontext():
-            check_cluster()
+            connect(max_workers=1, num_gpus=1)
         thread.join()
 
 
@@ -59,8 +60,9 @@ def test_a_cluster_behind_tls_need_only_take_the_connection(monkeypatch: pytest.
     with socket.create_server(("127.0.0.1", 0)) as server:  # says nothing, as in a handshake that nobody begins
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", lambda **options: None)
         monkeypatch.setenv("RAY_USE_TLS", "1")
-        check_cluster()
+        connect(max_workers=1, num_gpus=1)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,6 @@ def test_a_cluster_that_ray_does_not_find_is_one_sentence(
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
-    check_cluster()
     with pytest.raises(Interrupted, match=f"^RAY_ADDRESS = auto: {sentence} on this machine; start it, set"):
         connect(max_workers=1, num_gpus=1)
 
