@@ -31,6 +31,7 @@ _UV_ADVICE = (
 _ADDRESS_ADVICE = (
     "start it, set RAY_ADDRESS to HOST:PORT of another, as in head:6379, or unset it to start one on this machine"
 )
+_VERSION_ADVICE = "install the versions of the cluster here, or submit the job to it by jobs/submit.sh"
 # Seconds for the answer of a cluster that others have started.
 _CONNECT_TIMEOUT_S = 10.0
 # A client's first bytes in HTTP/2, with which gRPC begins, and the header of a server's first frame, its settings:
@@ -46,8 +47,8 @@ _NODE_TIMEOUT_S = 3.0
 def connect(max_workers: int, num_gpus: float) -> None:
     """Connect to Ray unless this process is connected; a local cluster without GPUs gets logical ones.
 
-    Raises: Interrupted if no cluster answers at RAY_ADDRESS; JobError if none ever can, or if Ray cannot give the
-    workers the environment of `uv run`.
+    Raises: Interrupted if no cluster answers at RAY_ADDRESS; JobError if none ever can, if it has other versions of Ray
+    and Python, or if Ray cannot give the workers the environment of `uv run`.
     """
     if ray.is_initialized():
         return
@@ -70,6 +71,9 @@ def connect(max_workers: int, num_gpus: float) -> None:
         reason = f"{found} found on this machine" if address == "auto" else _no_cluster(one_line(error))
         raise Interrupted(f"RAY_ADDRESS = {address}: {reason}; {_ADDRESS_ADVICE}") from error
     except (RuntimeEnvSetupError, RuntimeError) as error:
+        if str(error).startswith("Version mismatch"):
+            address = os.environ.get("RAY_ADDRESS", "")
+            raise JobError(f"RAY_ADDRESS = {address}: {one_line(error)}; {_VERSION_ADVICE}") from error
         if not (is_uv_run() and "working_dir" in str(error)):
             raise
         raise JobError(f"uv run: {one_line(error)}; {_UV_ADVICE}") from error

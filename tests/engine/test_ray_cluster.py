@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private.utils import check_version_info
 from ray.exceptions import RuntimeEnvSetupError
 
 from flux_batch.engine import ray_cluster
@@ -115,6 +116,19 @@ def test_a_cluster_that_ray_does_not_find_is_one_sentence(
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(Interrupted, match=f"^RAY_ADDRESS = auto: {sentence} on this machine; start it, set"):
         connect(max_workers=1, num_gpus=1)
+
+
+def test_a_cluster_of_other_versions_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        check_version_info({"ray_version": "2.9.3", "python_version": "3.8.1"}, "node 10.0.0.1")
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    sentence = r"^RAY_ADDRESS = auto: Version mismatch: The cluster was started with: Ray: 2\.9\.3 Python: 3\.8\.1 .*"
+    with pytest.raises(JobError, match=f"{sentence}; install the versions of the cluster here, or") as caught:
+        connect(max_workers=1, num_gpus=1)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_cluster_that_stays_away_ends_the_run_with_75(monkeypatch: pytest.MonkeyPatch) -> None:
