@@ -151,6 +151,15 @@ def test_a_broken_rule_of_a_schedule_is_found(change: Callable[[Tree], None], wo
     assert words in "; ".join(broken_rules(manifest))
 
 
+def test_a_night_ends_before_the_next_and_a_data_set_takes_as_long_as_it_takes() -> None:
+    assert "activeDeadlineSeconds" not in load(KUBERAY / "job/rayjob.yaml")["spec"]
+    for path in ("nightly/raycronjob.yaml", "nightly-cronjob/cronjob.yaml"):
+        spec = load(KUBERAY / path)["spec"]
+        assert spec["schedule"] == "0 2 * * *"
+        job = spec["jobTemplate"]
+        assert 0 < job.get("spec", job)["activeDeadlineSeconds"] < 24 * 3600
+
+
 def test_all_have_the_same_cluster() -> None:
     clusters = [cluster_of(load(path)) for path in RAY_FILES]
     assert len(clusters) == 3
