@@ -101,8 +101,10 @@ def test_a_run_stops_in_order_when_it_has_had_its_hours(
     status = read_status(Store(str(tmp_path / "out")))
     assert "is reached; the same command with a higher limit goes on" in status["stopped_by"]
     assert f"state    stopped: {status['stopped_by']}" in format_status(status)
-    with pytest.raises(Interrupted, match="is reached"):
+    with pytest.raises(JobError, match=words) as again:  # or who retries 75 would retry for ever
         run(config, engine=LocalEngine(), make_pipeline=no_pipeline, **cost)  # nothing is begun again
+    assert again.value.exit_code == 2
+    assert read_status(Store(str(tmp_path / "out")))["stopped_by"] == status["stopped_by"]
     more = config.model_copy(update={"workers": config.workers.model_copy(update={"max_gpu_hours": None})})
     report = render(more)
     assert (report.is_complete, report.device_hours >= hours) == (True, True)

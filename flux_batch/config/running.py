@@ -64,7 +64,7 @@ class WorkersConfig(Section):
     """Images in one forward pass; `auto` measures it when the run starts and remembers it with the run."""
     max_gpu_hours: float | None = Field(default=None, gt=0)
     """Hours that workers may have their GPUs, over all invocations; a worker without one counts as one. A run that
-    reaches it stops in order, with 75."""
+    reaches it stops in order, with 75; begun again without a higher limit, it ends with 2."""
 
     @model_validator(mode="after")
     def _ordered(self) -> WorkersConfig:
