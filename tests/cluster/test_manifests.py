@@ -119,6 +119,8 @@ SPOT = "spec/rayClusterSpec/workerGroupSpecs/0"
         (set_at(f"{SPOT}/template/spec/terminationGracePeriodSeconds", 100), "before Ray has drained"),
         (set_at(f"{SPOT}/template/spec/containers/0/env/0/value", "130"), "more than a spot notice leaves"),
         (set_at(f"{SPOT}/template/spec/containers/0/resources/limits", {}), "no GPU"),
+        (set_at(f"{SPOT}/rayStartParams", {}), "does not fit into /dev/shm"),
+        (set_at(f"{SPOT}/template/spec/volumes/1/emptyDir/sizeLimit", "7Gi"), "does not fit into /dev/shm"),
     ],
 )
 def test_a_broken_rule_is_found(change: Callable[[Tree], None], words: str) -> None:
