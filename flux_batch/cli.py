@@ -72,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(arguments.lines, JsonLines):
                 log.error(sentence, exc_info=error if arguments.debug else None, extra={"exit_code": exit_code})
                 return exit_code
-            if arguments.debug:
-                sys.stderr.write(plain_text(traceback.format_exc()))
-            sys.stderr.write(plain_text(f"flux-batch: {sentence}\n"))
+            with suppress(BrokenPipeError):  # whoever read it is gone
+                trace = traceback.format_exc() if arguments.debug else ""
+                sys.stderr.write(plain_text(f"{trace}flux-batch: {sentence}\n"))
             return exit_code
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -232,7 +232,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
     store = _store(arguments)
     if arguments.watch:
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt, BrokenPipeError):  # there is nobody left to watch
             _watch(arguments, store)
         return 0
     status = read_status(store)
@@ -246,10 +246,10 @@ def _watch(arguments: argparse.Namespace, store: Store) -> None:
 
     if arguments.json:
         for status in statuses(store):
-            _print(json.dumps(status))
+            _print_line(json.dumps(status))
         return
     with _display(arguments, f"reading {store.uri}") as live:
-        watch_status(store, arguments.price, _print, live.show if live else None)
+        watch_status(store, arguments.price, _print_line, live.show if live else None)
 
 
 def _gallery(arguments: argparse.Namespace) -> int:
@@ -431,7 +431,8 @@ def _show_table(arguments: argparse.Namespace, data: dict[str, Any], sections: S
 
     if arguments.json:
         _print(json.dumps(data))
-    else:
+        return
+    with suppress(BrokenPipeError):  # as in _print
         write_table(sections)
 
 
@@ -446,6 +447,12 @@ def _store(arguments: argparse.Namespace, uri: str | None = None) -> Store:
 
 
 def _print(text: str) -> None:
+    """Print the result of a command. Whoever read it may be gone: what was done stands, and so does its exit code."""
+    with suppress(BrokenPipeError):
+        _print_line(text)
+
+
+def _print_line(text: str) -> None:
     sys.stdout.write(plain_text(text) + "\n")
     sys.stdout.flush()  # whoever reads a pipe sees the line now
 

@@ -23,14 +23,28 @@ _FIELDS = ("run", "shard", "key", "exit_code", "progress")
 
 @contextmanager
 def open_streams() -> Iterator[None]:
-    """Keep stdout and stderr writable while the block runs, where `>&-` has closed them."""
+    """Keep stdout and stderr writable while the block runs, where `>&-` has closed them.
+
+    Where whoever read one of them is gone, what is left for them is dropped: Python would exit with 120 for it.
+    """
     with ExitStack() as stack:
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.callback(setattr, sys, name, None)
                 setattr(sys, name, nowhere)
+        stack.callback(_drop_unread)
         yield
+
+
+def _drop_unread() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 class _PlainLines(logging.Formatter):

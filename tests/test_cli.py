@@ -1,5 +1,6 @@
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -345,3 +346,23 @@ def test_a_stream_that_is_closed_is_written_to_nowhere(
     assert main(["validate", str(job)]) == 0
     assert getattr(sys, name) is None
     assert "unexpected" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", [{"stdout"}, {"stdout", "stderr"}])
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["validate", "JOB"], 3), (["schema"], 0), (["plan", "JOB", "--json"], 0), (["validate", "none.yaml"], 2)],
+)
+def test_the_exit_code_stands_though_nobody_reads_the_answer(
+    tmp_path: Path, gone: set[str], words: list[str], code: int
+) -> None:
+    job = write_job(make_job(tmp_path, [{"prompt": ""}, {"prompt": "a cat"}]), tmp_path / "job.yaml")
+    nobody, pipe = os.pipe()
+    os.close(nobody)
+    words = [str(job) if word == "JOB" else word for word in words]
+    streams = {name: pipe if name in gone else subprocess.PIPE for name in ("stdout", "stderr")}
+    done = subprocess.run([sys.executable, "-m", "flux_batch", *words], text=True, check=False, **streams)
+    os.close(pipe)
+    assert done.returncode == code
+    assert "Broken" not in (done.stderr or "")
