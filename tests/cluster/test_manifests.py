@@ -108,6 +108,7 @@ SPOT = "spec/rayClusterSpec/workerGroupSpecs/0"
         (set_at("spec/backoffLimit", -1), "a limit is out of its range"),
         (set_at("spec/runtimeEnvYAML", "env_vars: {}"), "before it has stopped in order"),
         (set_at(f"{HEAD}/rayStartParams", {}), "the head would take work"),
+        (set_at(f"{HEAD}/template/metadata", {}), "Karpenter may move the head"),
         (set_at(f"{HEAD}/template/spec/terminationGracePeriodSeconds", 50), "the driver is killed"),
         (set_at(f"{HEAD}/template/spec/containers/0/env", []), "the driver is killed"),  # Ray's own 30 s are too few
         (set_at(f"{HEAD}/template/spec/restartPolicy", "Always"), "instead of restarting them"),

@@ -90,6 +90,9 @@ def _broken_cluster(cluster: dict[str, Any]) -> Iterator[str]:
         yield "the head would take work"
     if not DRAIN_S + DRIVER_SPARE_S < node_drain_s(head) < grace_s(head):
         yield "the driver is killed before it has stopped in order"
+    annotations = head["template"].get("metadata", {}).get("annotations", {})
+    if annotations.get("karpenter.sh/do-not-disrupt") != "true":
+        yield "Karpenter may move the head, and the driver on it"
     names = [group["groupName"] for group in groups]
     if len(set(names)) < len(names):
         yield "two groups have one name"
