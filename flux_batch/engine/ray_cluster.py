@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayActorError, RuntimeEnvSetupError
 
 from flux_batch.engine.ray_local import is_uv_run, joins_cluster, local_options, settle_colours
-from flux_batch.errors import Interrupted, JobError, one_line
+from flux_batch.errors import FluxBatchError, Interrupted, JobError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ _NODE_TIMEOUT_S = 3.0
 def connect(max_workers: int, num_gpus: float) -> None:
     """Connect to Ray unless this process is connected; a local cluster without GPUs gets logical ones.
 
-    Raises: Interrupted if no cluster answers at RAY_ADDRESS; JobError if none ever can, if it has other versions of Ray
-    and Python, or if Ray cannot give the workers the environment of `uv run`.
+    Raises: Interrupted if no cluster answers at RAY_ADDRESS, or at a SIGTERM; JobError if none ever can, if it has
+    other versions of Ray and Python, or if Ray cannot give the workers the environment of `uv run`.
     """
     if ray.is_initialized():
         return
@@ -63,22 +63,28 @@ def connect(max_workers: int, num_gpus: float) -> None:
     settle_colours()
     try:
         ray.init(**options)
-    except ConnectionError as error:
-        address = os.environ.get("RAY_ADDRESS", "")
-        if not address:
-            raise
+    except SystemExit:  # the handlers that Ray sets meanwhile end the process, with 15 or 1
+        raise Interrupted("stopped by SIGTERM before Ray had started; run the same command again") from None
+    except (ConnectionError, RuntimeEnvSetupError, RuntimeError) as error:
+        if explained := _explained(error, os.environ.get("RAY_ADDRESS", "")):
+            raise explained from error
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _explained(error: Exception, address: str) -> FluxBatchError | None:
+    """Return an error of ray.init in one sentence; None for one that nobody has met yet."""
+    if isinstance(error, ConnectionError) and address:
         found = "several Ray clusters are" if "multiple" in str(error) else "no Ray cluster is"
         reason = f"{found} found on this machine" if address == "auto" else _no_cluster(one_line(error))
-        raise Interrupted(f"RAY_ADDRESS = {address}: {reason}; {_ADDRESS_ADVICE}") from error
-    except (RuntimeEnvSetupError, RuntimeError) as error:
-        if str(error).startswith("Version mismatch"):
-            address = os.environ.get("RAY_ADDRESS", "")
-            raise JobError(f"RAY_ADDRESS = {address}: {one_line(error)}; {_VERSION_ADVICE}") from error
-        if not (is_uv_run() and "working_dir" in str(error)):
-            raise
-        raise JobError(f"uv run: {one_line(error)}; {_UV_ADVICE}") from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # ray.init replaces the handler of the program
+        return Interrupted(f"RAY_ADDRESS = {address}: {reason}; {_ADDRESS_ADVICE}")
+    if str(error).startswith("Version mismatch"):
+        return JobError(f"RAY_ADDRESS = {address}: {one_line(error)}; {_VERSION_ADVICE}")
+    if is_uv_run() and "working_dir" in str(error) and not isinstance(error, ConnectionError):
+        return JobError(f"uv run: {one_line(error)}; {_UV_ADVICE}")
+    return None
 
 
 def _has_working_dir() -> bool:

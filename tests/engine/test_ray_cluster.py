@@ -1,6 +1,8 @@
 import json
 import logging
+import signal
 import socket
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -116,6 +118,21 @@ def test_a_cluster_that_ray_does_not_find_is_one_sentence(
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(Interrupted, match=f"^RAY_ADDRESS = auto: {sentence} on this machine; start it, set"):
         connect(max_workers=1, num_gpus=1)
+
+
+def test_a_sigterm_while_ray_starts_ends_the_run_with_75(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as ray.init begins
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM before Ray had started; run the same") as caught:
+        connect(max_workers=1, num_gpus=1)
+    assert caught.value.exit_code == 75
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_cluster_of_other_versions_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
