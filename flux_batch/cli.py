@@ -25,7 +25,7 @@ from flux_batch.arguments import completion, parser
 from flux_batch.dataset.annotate_command import run_annotate
 from flux_batch.dataset.command import export_command, publish_command, select_command
 from flux_batch.errors import JobError
-from flux_batch.logs import ENCODING, JsonLines, log_lines, open_streams
+from flux_batch.logs import ENCODING, JsonLines, log_lines, open_streams, reader_may_be_gone
 from flux_batch.redaction import plain_text
 from flux_batch.report.command import check_outputs, gallery_command, gc_command, said_of_gallery, verify_command
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(arguments.lines, JsonLines):
                 log.error(sentence, exc_info=error if arguments.debug else None, extra={"exit_code": exit_code})
                 return exit_code
-            with suppress(BrokenPipeError):  # whoever read it is gone
+            with reader_may_be_gone():
                 trace = traceback.format_exc() if arguments.debug else ""
                 sys.stderr.write(plain_text(f"{trace}flux-batch: {sentence}\n"))
             return exit_code
@@ -232,7 +232,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
     store = _store(arguments)
     if arguments.watch:
-        with suppress(KeyboardInterrupt, BrokenPipeError):  # there is nobody left to watch
+        with suppress(KeyboardInterrupt), reader_may_be_gone():  # nobody is left to watch then
             _watch(arguments, store)
         return 0
     status = read_status(store)
@@ -432,7 +432,7 @@ def _show_table(arguments: argparse.Namespace, data: dict[str, Any], sections: S
     if arguments.json:
         _print(json.dumps(data))
         return
-    with suppress(BrokenPipeError):  # as in _print
+    with reader_may_be_gone():
         write_table(sections)
 
 
@@ -447,8 +447,8 @@ def _store(arguments: argparse.Namespace, uri: str | None = None) -> Store:
 
 
 def _print(text: str) -> None:
-    """Print the result of a command. Whoever read it may be gone: what was done stands, and so does its exit code."""
-    with suppress(BrokenPipeError):
+    """Print the result of a command. Where nobody reads it, its exit code stands."""
+    with reader_may_be_gone():
         _print_line(text)
 
 

@@ -6,6 +6,7 @@ own fields added. Both have `run`, `shard` and `key` if a line is about one.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -37,11 +38,23 @@ def open_streams() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def reader_may_be_gone() -> Iterator[None]:
+    """Run a block that writes to a pipe or terminal, which may be closed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+
+
 def _drop_unread() -> None:
     for stream in (sys.stdout, sys.stderr):
-        try:
+        is_read = False
+        with reader_may_be_gone():
             stream.flush()
-        except BrokenPipeError:
+            is_read = True
+        if not is_read:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)

@@ -10,8 +10,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,33 @@ def connect(max_workers: int, num_gpus: float) -> None:
             log.info("uv run: Ray packs %s for the workers, up to 512 MiB; %s", Path.cwd(), _UV_ADVICE)
     else:
         options |= local_options(max_workers * num_gpus)
-    handler = signal.getsignal(signal.SIGTERM)
     settle_colours()
+    with _signals_kept():
+        _init(options)
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Run ray.init without the handlers that it sets, and without SIGHUP.
+
+    What it starts ignores that, too: a closed terminal would end the local cluster before its workers could stop.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        signal.SIGTERM: signal.getsignal(signal.SIGTERM),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _init(options: Mapping[str, Any]) -> None:
+    """Call ray.init. Raises: its errors as ours, where they are known."""
     try:
         ray.init(**options)
     except SystemExit:  # the handlers that Ray sets meanwhile end the process, with 15 or 1
@@ -69,9 +95,6 @@ def connect(max_workers: int, num_gpus: float) -> None:
         if explained := _explained(error, os.environ.get("RAY_ADDRESS", "")):
             raise explained from error
         raise
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
 
 
 def _explained(error: Exception, address: str) -> FluxBatchError | None:

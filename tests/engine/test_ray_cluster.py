@@ -135,6 +135,17 @@ def test_a_sigterm_while_ray_starts_ends_the_run_with_75(monkeypatch: pytest.Mon
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_what_ray_starts_outlives_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[object] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: there.append(signal.getsignal(signal.SIGHUP)))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = signal.getsignal(signal.SIGHUP)
+    connect(max_workers=1, num_gpus=1)
+    assert there == [signal.SIG_IGN]  # which its processes inherit
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
 def test_a_cluster_of_other_versions_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**options: object) -> None:
         check_version_info({"ray_version": "2.9.3", "python_version": "3.8.1"}, "node 10.0.0.1")
