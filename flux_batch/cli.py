@@ -25,7 +25,7 @@ from flux_batch.arguments import completion, parser
 from flux_batch.dataset.annotate_command import run_annotate
 from flux_batch.dataset.command import export_command, publish_command, select_command
 from flux_batch.errors import JobError, one_line
-from flux_batch.logs import ENCODING, JsonLines, log_lines, open_streams
+from flux_batch.logs import ENCODING, JsonLines, log_lines, open_streams, reader_may_be_gone
 from flux_batch.redaction import plain_text
 from flux_batch.report.command import check_outputs, gallery_command, gc_command, said_of_gallery, verify_command
 
@@ -72,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(arguments.lines, JsonLines):
                 log.error(sentence, exc_info=error if arguments.debug else None, extra={"exit_code": exit_code})
                 return exit_code
-            if arguments.debug:
-                sys.stderr.write(plain_text(traceback.format_exc()))
-            sys.stderr.write(plain_text(f"flux-batch: {sentence}\n"))
+            with reader_may_be_gone():
+                trace = traceback.format_exc() if arguments.debug else ""
+                sys.stderr.write(plain_text(f"{trace}flux-batch: {sentence}\n"))
             return exit_code
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -233,7 +233,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
     store = _store(arguments)
     if arguments.watch:
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt), reader_may_be_gone():  # nobody is left to watch then
             _watch(arguments, store)
         return 0
     status = read_status(store)
@@ -247,10 +247,10 @@ def _watch(arguments: argparse.Namespace, store: Store) -> None:
 
     if arguments.json:
         for status in statuses(store):
-            _print(json.dumps(status))
+            _print_line(json.dumps(status))
         return
     with _display(arguments, f"reading {store.uri}") as live:
-        watch_status(store, arguments.price, _print, live.show if live else None)
+        watch_status(store, arguments.price, _print_line, live.show if live else None)
 
 
 def _gallery(arguments: argparse.Namespace) -> int:
@@ -432,7 +432,8 @@ def _show_table(arguments: argparse.Namespace, data: dict[str, Any], sections: S
 
     if arguments.json:
         _print(json.dumps(data))
-    else:
+        return
+    with reader_may_be_gone():
         write_table(sections)
 
 
@@ -447,6 +448,12 @@ def _store(arguments: argparse.Namespace, uri: str | None = None) -> Store:
 
 
 def _print(text: str) -> None:
+    """Print the result of a command. Where nobody reads it, its exit code stands."""
+    with reader_may_be_gone():
+        _print_line(text)
+
+
+def _print_line(text: str) -> None:
     sys.stdout.write(plain_text(text) + "\n")
     sys.stdout.flush()  # whoever reads a pipe sees the line now
 

@@ -101,7 +101,7 @@ def run(
     second with the figures, which the log then leaves out.
     Safe to call again: committed shards stay as they are.
     Raises: RunHeld, LeaseLost if another driver has the run; Interrupted after a stop; JobError, SourceError,
-    CheckpointError, StoreError before or during the work; see errors.py.
+    CheckpointError, StoreError before or during the work, and JobError if its limit was reached before; see errors.py.
     """
     if isinstance(config, Mapping):
         config = JobConfig.from_dict(config)
@@ -118,10 +118,10 @@ def run(
     here = _on_this_machine(config, engine, make_pipeline)
     joins = engine is None and joins_cluster()
     is_local = engine is None and make_pipeline is None and not joins
-    if joins:
-        from flux_batch.engine.ray_cluster import check_cluster
+    if joins:  # before anything is written: it may not be there, or be of another version
+        from flux_batch.engine.ray_cluster import connect
 
-        check_cluster()
+        connect(here.workers.max, here.workers.num_gpus)
     # From here on there is work to lose: wait while the storage is unavailable.
     store = store.with_policy(policy.waiting(config.failures.outage_s))
     with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
@@ -138,7 +138,10 @@ def run(
             progress.price = price
             progress.stop_reason, progress.stop_advice = lambda: stop.reason, lambda: stop.advice
             todo = todo if engine else _ordered(todo, here)
-            progress.check = partial(_check_limits, here, price, max_cost, stop)
+            limit = partial(_limit_reached, here, price, max_cost)
+            if reached := limit(progress.snapshot()):
+                raise JobError(f"{_so_far(reached, progress)}; {_HIGHER_LIMIT}")
+            progress.check = partial(_stop_at_limit, limit, stop)
             with progress.shown(show) as state:
                 _render(engine or ray_pool(here), factory, todo, stop, progress, state)
             if is_local and progress.num_made and progress.device_s:
@@ -371,13 +374,20 @@ def _ordered(todo: Shards, config: JobConfig) -> Shards:
         return todo
 
 
-def _check_limits(config: JobConfig, price: float | None, max_cost: float | None, stop: Stop, now: Snapshot) -> None:
-    """Request a stop once a run has had its hours, or has cost enough."""
+def _limit_reached(config: JobConfig, price: float | None, max_cost: float | None, now: Snapshot) -> str:
+    """Return that a run has reached its hours or its cost, as a sentence begins; else ""."""
     limit = config.workers.max_gpu_hours
     if limit is not None and now.device_hours >= limit:
-        stop.request(f"workers.max_gpu_hours = {limit:g} is reached", _HIGHER_LIMIT)
+        return f"workers.max_gpu_hours = {limit:g} is reached"
     if price is not None and max_cost is not None and now.device_hours * price >= max_cost:
-        stop.request(f"--max-cost {max_cost:g} is reached", _HIGHER_LIMIT)
+        return f"--max-cost {max_cost:g} is reached"
+    return ""
+
+
+def _stop_at_limit(limit: Callable[[Snapshot], str], stop: Stop, now: Snapshot) -> None:
+    """Request a stop once a run has had its hours, or has cost enough."""
+    if reached := limit(now):
+        stop.request(reached, _HIGHER_LIMIT)
 
 
 def _render(
@@ -390,10 +400,11 @@ def _render(
         num_settled += 1
     if stop.is_requested and num_settled < len(todo):
         progress.report()
-        raise Interrupted(
-            f"{stop.reason}: {progress.totals.num_committed} of {progress.num_shards} shards are committed; "
-            f"{stop.advice}"
-        )
+        raise Interrupted(f"{_so_far(stop.reason, progress)}; {stop.advice}")
+
+
+def _so_far(reason: str, progress: Progress) -> str:
+    return f"{reason}: {progress.totals.num_committed} of {progress.num_shards} shards are committed"
 
 
 def ray_pool(config: JobConfig) -> Engine:
@@ -410,6 +421,7 @@ def ray_pool(config: JobConfig) -> Engine:
         num_cpus=workers.num_cpus,
         max_attempts=config.failures.max_attempts,
         hang_s=config.failures.hang_s,
+        load_hang_s=config.failures.load_hang_s,
         drain_s=config.failures.drain_s,
         outage_s=config.failures.outage_s,
         name=config.name,

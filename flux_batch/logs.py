@@ -6,6 +6,7 @@ own fields added. Both have `run`, `shard` and `key` if a line is about one.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -23,14 +24,40 @@ _FIELDS = ("run", "shard", "key", "exit_code", "progress")
 
 @contextmanager
 def open_streams() -> Iterator[None]:
-    """Keep stdout and stderr writable while the block runs, where `>&-` has closed them."""
+    """Keep stdout and stderr writable while the block runs, where `>&-` has closed them.
+
+    Where whoever read one of them is gone, what is left for them is dropped: Python would exit with 120 for it.
+    """
     with ExitStack() as stack:
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.callback(setattr, sys, name, None)
                 setattr(sys, name, nowhere)
+        stack.callback(_drop_unread)
         yield
+
+
+@contextmanager
+def reader_may_be_gone() -> Iterator[None]:
+    """Run a block that writes to a pipe or terminal, which may be closed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+
+
+def _drop_unread() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        is_read = False
+        with reader_may_be_gone():
+            stream.flush()
+            is_read = True
+        if not is_read:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 class _PlainLines(logging.Formatter):

@@ -149,6 +149,10 @@ class Heartbeat:
             return max((time.monotonic() - last for last in self._last.values()), default=0.0)
 
 
+# Of the model that this process loads: whatever may take hours then, a download or a wait, beats it.
+LOADING = Heartbeat()
+
+
 @dataclass(eq=False)
 class WorkerState:
     """A worker as its engine sees it; times are of time.monotonic().

@@ -43,7 +43,7 @@ RUNTIME_ENV = {
 POLL_S = 10.0
 # Looks in a row that may fail, five minutes of them.
 MAX_UNANSWERED = 30
-# Exit codes of flux-batch: the job file or the prompts are wrong; more rows failed than the job file allows.
+# Exit codes of flux-batch: the job file or the prompts are wrong, or a limit is reached; too many rows failed.
 BAD_INPUT, TOO_MANY_FAILED = 2, 3
 
 
@@ -102,7 +102,9 @@ def render_day(
         client.stop_job(submission_id)
         raise
     if code == BAD_INPUT:
-        raise AirflowFailException(f"{submission_id}: the job file or its prompts are wrong: {message}")
+        raise AirflowFailException(
+            f"{submission_id}: the job file or its prompts are wrong, or a limit is reached: {message}"
+        )
     if code not in (0, TOO_MANY_FAILED):
         raise RuntimeError(f"{submission_id}: interrupted, the next try resumes it: {message}")
     report = read_report(output.format(date=date))

@@ -14,8 +14,11 @@ from typing import Any
 from prefect import flow, runtime, task
 
 COMMAND = ("flux-batch", "run", "s3://bucket/jobs/nightly.yaml", "--json", "--logical-date")  # the day is appended
-# Exit codes of flux-batch: the job file or the prompts are wrong; more rows failed than the job file allows.
-FINAL = {2: "the job file or its prompts are wrong", 3: "more rows failed than failures.max_ratio allows"}
+# Exit codes of flux-batch: the job file or the prompts are wrong, or a limit is reached; too many rows failed.
+FINAL = {
+    2: "the job file or its prompts are wrong, or a limit is reached",
+    3: "more rows failed than failures.max_ratio allows",
+}
 
 
 class CannotBeMended(Exception):

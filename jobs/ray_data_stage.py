@@ -45,9 +45,15 @@ def with_images(prompts: Dataset, config: JobConfig) -> Dataset:
         compute=ActorPoolStrategy(min_size=config.workers.min, max_size=config.workers.max),
         batch_size=ROWS_PER_CALL,
         batch_format="pyarrow",  # keeps the column types of a batch whose rows all failed
-        num_gpus=config.workers.num_gpus if ray.cluster_resources().get("GPU") else 0,
+        num_gpus=gpus_of_a_worker(config),
         num_cpus=0,  # or workers would take all CPUs of a small cluster, and reading and writing would never start
     )
+
+
+def gpus_of_a_worker(config: JobConfig) -> float:
+    """Return the GPUs of a worker: none on this machine where it has none; a cluster may have to start a node first."""
+    is_here = os.environ.get("RAY_ADDRESS", "") in ("", "local")
+    return 0 if is_here and not ray.cluster_resources().get("GPU") else config.workers.num_gpus
 
 
 def main() -> int:
@@ -59,7 +65,7 @@ def main() -> int:
     parser.add_argument("--logical-date", metavar="DATE")
     arguments = parser.parse_args()
     config = load_job(arguments.job, arguments.overrides, arguments.logical_date)
-    ray.init(os.environ.get("RAY_ADDRESS", "local"))
+    ray.init(os.environ.get("RAY_ADDRESS") or "local")
 
     prompts = ray.data.read_parquet(list(config.prompts.uri))
     with_images(prompts, config).write_parquet(arguments.output, mode="create")  # or a second run would append to it

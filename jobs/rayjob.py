@@ -17,7 +17,10 @@ import time
 from flux_batch.cli import main
 
 # Exit codes of flux-batch that the same command would end with again.
-FINAL = {2: "the job file or its prompts are wrong", 3: "more rows failed than failures.max_ratio allows"}
+FINAL = {
+    2: "the job file or its prompts are wrong, or a limit is reached",
+    3: "more rows failed than failures.max_ratio allows",
+}
 # Seconds until Ray's SIGTERM has come; without it the job fails after all.
 PATIENCE_S = 60
 

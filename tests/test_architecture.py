@@ -31,7 +31,7 @@ LADDER: dict[str, set[str]] = {
     "storage": BOTTOM,
     "demo": set(),
     # `demo` is the address of a model too, the packaged one, which needs no download: only its path is asked for.
-    "download": BOTTOM | {"demo", "model", "storage"},
+    "download": BOTTOM | {"demo", "model", "storage", "telemetry"},
     "prompts": BOTTOM | {"config", "images", "storage"},
     "output": BOTTOM | {"config", "images", "storage"},
     "pipeline": BOTTOM | {"config", "download", "images", "model"},

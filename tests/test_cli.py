@@ -1,9 +1,12 @@
 import argparse
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -13,9 +16,11 @@ from flux_batch.arguments import parser
 from flux_batch.cli import main
 from flux_batch.engine.local import LocalEngine
 from flux_batch.job import run
+from helpers.driver import Hold, commits
 from helpers.fakes import make_fake_pipeline
 from helpers.hub_server import TOKEN, Hub
 from helpers.job_files import make_job, write_job
+from helpers.waiting import PATIENCE_S, wait_until
 
 
 def flux_batch(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
@@ -377,3 +382,57 @@ def test_a_stream_that_is_closed_is_written_to_nowhere(
     assert main(["validate", str(job)]) == 0
     assert getattr(sys, name) is None
     assert "unexpected" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", [{"stdout"}, {"stdout", "stderr"}])
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["validate", "JOB"], 3), (["schema"], 0), (["plan", "JOB", "--json"], 0), (["validate", "none.yaml"], 2)],
+)
+def test_the_exit_code_stands_though_nobody_reads_the_answer(
+    tmp_path: Path, gone: set[str], words: list[str], code: int
+) -> None:
+    job = write_job(make_job(tmp_path, [{"prompt": ""}, {"prompt": "a cat"}]), tmp_path / "job.yaml")
+    nobody, pipe = os.pipe()
+    os.close(nobody)
+    words = [str(job) if word == "JOB" else word for word in words]
+    streams = {name: pipe if name in gone else subprocess.PIPE for name in ("stdout", "stderr")}
+    done = subprocess.run([sys.executable, "-m", "flux_batch", *words], text=True, check=False, **streams)
+    os.close(pipe)
+    assert done.returncode == code
+    assert "Broken" not in (done.stderr or "")
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_stops_a_run_in_order(tmp_path: Path) -> None:
+    rows = [{"prompt": f"image {number}" + (" [hold]" if number == 4 else "")} for number in range(12)]
+    job = write_job(make_job(tmp_path, rows, output={"shard_size": 4}), tmp_path / "job.yaml")
+    hold = Hold(tmp_path / "hold")
+    terminal, end = os.openpty()
+    os.set_blocking(terminal, False)
+
+    def is_committed() -> bool:
+        with suppress(BlockingIOError):
+            os.read(terminal, 1 << 16)  # or what is drawn would have no room
+        return len(commits(tmp_path / "out")) == 1
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "helpers.drive", str(job), "local"],
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        env={**os.environ, **hold.environment, "TERM": "xterm", "PYTHONPATH": os.pathsep.join(sys.path)},
+        start_new_session=True,
+    )
+    os.close(end)
+    try:
+        wait_until(is_committed)
+        os.close(terminal)
+        process.send_signal(signal.SIGHUP)
+        hold.release()
+        assert process.wait(PATIENCE_S) == 75
+    finally:
+        process.kill()
+    assert "stopped by SIGHUP" in (tmp_path / "out/_run/progress.json").read_text()
+    assert len(commits(tmp_path / "out")) < 3

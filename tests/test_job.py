@@ -101,8 +101,10 @@ def test_a_run_stops_in_order_when_it_has_had_its_hours(
     status = read_status(Store(str(tmp_path / "out")))
     assert "is reached; the same command with a higher limit goes on" in status["stopped_by"]
     assert f"state    stopped: {status['stopped_by']}" in format_status(status)
-    with pytest.raises(Interrupted, match="is reached"):
+    with pytest.raises(JobError, match=words) as again:  # or who retries 75 would retry for ever
         run(config, engine=LocalEngine(), make_pipeline=no_pipeline, **cost)  # nothing is begun again
+    assert again.value.exit_code == 2
+    assert read_status(Store(str(tmp_path / "out")))["stopped_by"] == status["stopped_by"]
     more = config.model_copy(update={"workers": config.workers.model_copy(update={"max_gpu_hours": None})})
     report = render(more)
     assert (report.is_complete, report.device_hours >= hours) == (True, True)
@@ -233,7 +235,7 @@ class TestOnThisMachine:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pools = []
-        monkeypatch.setattr("flux_batch.engine.ray_cluster.check_cluster", lambda: None)
+        monkeypatch.setattr("flux_batch.engine.ray_cluster.connect", lambda max_workers, num_gpus: None)
         monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
         monkeypatch.setattr(job, "ray_pool", lambda config: pools.append(config.workers.num_gpus) or LocalEngine())
         with pytest.raises(CheckpointError, match="no model folder"):  # as the worker says
@@ -243,13 +245,18 @@ class TestOnThisMachine:
 
 @pytest.mark.parametrize(
     ("address", "error"),
-    [("ray://127.0.0.1:1", JobError), ("nonsense", JobError), ("127.0.0.1:1", Interrupted)],
+    [("ray://127.0.0.1:1", JobError), ("nonsense", JobError), ("127.0.0.1:1", Interrupted), ("auto", Interrupted)],
 )
 def test_a_cluster_that_is_not_there_is_found_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, error: type[Exception]
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(job, "ray_pool", no_pipeline)
+
+    def no_ray(**options: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr("ray.init", no_ray)
     with pytest.raises(error, match=f"RAY_ADDRESS = {address}"):
         run(make_job(tmp_path))
     assert not (tmp_path / "out").exists()

@@ -158,6 +158,10 @@ def annotate(
     folders = [AnnotationFolder(run.folder, spec.name) for spec in specs]
     if not anew:
         _check_begun(folders, specs)
+    if (anew or retry_failed) and engine is None and joins_cluster():  # before anything is removed: it may not be there
+        from flux_batch.engine.ray_cluster import connect
+
+        connect(settings.max_workers, settings.num_gpus)
     store = store.with_policy(policy.waiting(failures.outage_s))
     with Lease(store, ttl_s=failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
         run = SavedRun.open(lease.store)
@@ -357,6 +361,7 @@ def annotate_pool(run: SavedRun, settings: AnnotateSettings, failures: FailuresC
         num_cpus=settings.num_cpus,
         max_attempts=failures.max_attempts,
         hang_s=failures.hang_s,
+        load_hang_s=failures.load_hang_s,
         drain_s=failures.drain_s,
         outage_s=failures.outage_s,
         slow_factor=math.inf,

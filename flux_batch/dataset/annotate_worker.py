@@ -30,7 +30,7 @@ from flux_batch.report.saved_run import SavedRun
 from flux_batch.storage.retry import Drain, RetryPolicy
 from flux_batch.storage.scratch import scratch_folder, sweep_scratch
 from flux_batch.storage.store import Store
-from flux_batch.telemetry import Heartbeat, Metrics, ShardCount
+from flux_batch.telemetry import LOADING, Heartbeat, Metrics, ShardCount
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class AnnotateFactory:
     def open(self) -> AnnotateWorker:
         """Open the annotators, and check that they are those that began. Raises: JobError, PlanMismatch."""
         sweep_scratch()
-        run = SavedRun.open(Store(self.output, self.storage_options, RetryPolicy(self.failures.outage_s)))
+        run = SavedRun.open(Store(self.output, self.storage_options, RetryPolicy(self.failures.outage_s, LOADING.beat)))
         annotators = [open_annotator(spec) for spec in self.specs]
         for annotator in annotators:
             _settle_identity(AnnotationFolder(run.folder, annotator.spec.name), annotator.identity)

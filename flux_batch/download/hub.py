@@ -23,6 +23,7 @@ from urllib.request import Request, urlopen
 
 from flux_batch.errors import one_line
 from flux_batch.storage.errors import is_full, is_refusal
+from flux_batch.telemetry import LOADING
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HF_SCHEME = "hf://"
@@ -117,11 +118,22 @@ def download_snapshot(repository: str, revision: str, names: Sequence[str]) -> P
     Files that are there are not read again. Raises: as list_huggingface, and OSError for a disk that says no.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # a module of that name hides it
+
+    class Bar(tqdm):
+        """The hub's progress bar, shown or not, as a sign of life."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            """Add files or bytes."""
+            LOADING.beat()
+            return bool(super().update(n))
 
     endpoint = _huggingface_endpoint()
     patterns = [glob.escape(name) for name in names]
     with _huggingface_errors(repository, revision, f"{endpoint}/{repository}"):
-        return Path(snapshot_download(repository, revision=revision, endpoint=endpoint, allow_patterns=patterns))
+        return Path(
+            snapshot_download(repository, revision=revision, endpoint=endpoint, allow_patterns=patterns, tqdm_class=Bar)
+        )
 
 
 def cached_file(repository: str, name: str, revision: str) -> Path | None:

@@ -35,6 +35,7 @@ from flux_batch.redaction import public_uri
 from flux_batch.storage.errors import translated
 from flux_batch.storage.retry import with_retries
 from flux_batch.storage.store import open_filesystem
+from flux_batch.telemetry import LOADING
 
 MANIFEST = "manifest.json"
 # Names that file systems have for a value that changes with the bytes.
@@ -394,12 +395,15 @@ def locked(path: Path, what: str) -> Iterator[None]:
     """Run the block as the only process that holds the lock file; a wait is logged with `what` the holder does."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=WARN_AFTER_S)
-    except Timeout:
-        log.info("waiting for the process that %s", what)
-        lock.acquire()
+    lock, is_logged = FileLock(path), False
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=WARN_AFTER_S)
+        except Timeout:
+            LOADING.beat()  # whether the other one hangs is seen by whoever watches that
+            if not is_logged:
+                log.info("waiting for the process that %s", what)
+            is_logged = True
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ import fsspec
 from flux_batch.errors import DiskFull, StoreError, bytes_text
 from flux_batch.storage.errors import translated
 from flux_batch.storage.retry import with_retries
+from flux_batch.telemetry import LOADING
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -133,10 +134,12 @@ def _download_file(listing: Listing, file: RemoteFile, path: Path, pool: ThreadP
         for chunk in _read_pieces(target):
             digests.update(chunk)
             bar.update(len(chunk))
+            LOADING.beat()
         for chunk in _remainder(listing, file, target.tell(), pool):
             target.write(chunk)
             digests.update(chunk)
             bar.update(len(chunk))
+            LOADING.beat()
         target.flush()
         os.fsync(target.fileno())
         num_bytes = target.tell()

@@ -19,7 +19,7 @@ from flux_batch.engine.failure import Failure
 from flux_batch.engine.protocol import MadeShard, Worker, WorkerFactory
 from flux_batch.engine.ray_metrics import WorkerMetrics
 from flux_batch.records import Attempt, Shard, ShardResult
-from flux_batch.telemetry import WorkerFigures
+from flux_batch.telemetry import LOADING, WorkerFigures
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,14 @@ class WorkerActor:
 
     def open(self, after_s: float) -> Failure | None:
         """Load the worker after some seconds; not in the constructor, so that the reason of a failure is returned."""
-        time.sleep(after_s)
-        try:
-            self._worker = self._factory.open()
-            self._metrics = WorkerMetrics(self._worker.metrics)
-            self._metrics.start()
-        except Exception as error:
-            return _failure(error)
+        with LOADING.busy("load"):
+            time.sleep(after_s)
+            try:
+                self._worker = self._factory.open()
+                self._metrics = WorkerMetrics(self._worker.metrics)
+                self._metrics.start()
+            except Exception as error:
+                return _failure(error)
         return None
 
     def make(self, shard: Shard, attempt: Attempt) -> Failure | None:
@@ -89,8 +90,8 @@ class WorkerActor:
 
     @_watching
     def idle_s(self) -> float:
-        """Return the seconds since the last progress; any answer at all shows that the process lives."""
-        return self._worker.idle_s() if self._worker else 0.0
+        """Return the seconds since the last progress, of loading too; any answer shows that the process lives."""
+        return self._worker.idle_s() if self._worker else LOADING.idle_s()
 
     @_watching
     def figures(self) -> tuple[str, WorkerFigures]:

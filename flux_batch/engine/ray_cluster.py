@@ -10,8 +10,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import ray
 from ray.exceptions import RayActorError, RuntimeEnvSetupError
 
 from flux_batch.engine.ray_local import is_uv_run, joins_cluster, local_options, settle_colours
-from flux_batch.errors import Interrupted, JobError, one_line
+from flux_batch.errors import FluxBatchError, Interrupted, JobError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ _UV_ADVICE = (
 _ADDRESS_ADVICE = (
     "start it, set RAY_ADDRESS to HOST:PORT of another, as in head:6379, or unset it to start one on this machine"
 )
+_VERSION_ADVICE = "install the versions of the cluster here, or submit the job to it by jobs/submit.sh"
 # Seconds for the answer of a cluster that others have started.
 _CONNECT_TIMEOUT_S = 10.0
 # A client's first bytes in HTTP/2, with which gRPC begins, and the header of a server's first frame, its settings:
@@ -46,35 +48,66 @@ _NODE_TIMEOUT_S = 3.0
 def connect(max_workers: int, num_gpus: float) -> None:
     """Connect to Ray unless this process is connected; a local cluster without GPUs gets logical ones.
 
-    Raises: Interrupted if no cluster answers at RAY_ADDRESS; JobError if none ever can, or if Ray cannot give the
-    workers the environment of `uv run`.
+    Raises: Interrupted if no cluster answers at RAY_ADDRESS, or at a SIGTERM; JobError if none ever can, if it has
+    other versions of Ray and Python, or if Ray cannot give the workers the environment of `uv run`.
     """
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if joins_cluster():
-        check_cluster()
+        _check_cluster()
         if is_uv_run() and not _has_working_dir():
             log.info("uv run: Ray packs %s for the workers, up to 512 MiB; %s", Path.cwd(), _UV_ADVICE)
     else:
         options |= local_options(max_workers * num_gpus)
-    handler = signal.getsignal(signal.SIGTERM)
     settle_colours()
+    with _signals_kept():
+        _init(options)
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Run ray.init without the handlers that it sets, and without SIGHUP.
+
+    What it starts ignores that, too: a closed terminal would end the local cluster before its workers could stop.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        signal.SIGTERM: signal.getsignal(signal.SIGTERM),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _init(options: Mapping[str, Any]) -> None:
+    """Call ray.init. Raises: its errors as ours, where they are known."""
     try:
         ray.init(**options)
-    except ConnectionError as error:
-        address = os.environ.get("RAY_ADDRESS", "")
-        if not address:
-            raise
+    except SystemExit:  # the handlers that Ray sets meanwhile end the process, with 15 or 1
+        raise Interrupted("stopped by SIGTERM before Ray had started; run the same command again") from None
+    except (ConnectionError, RuntimeEnvSetupError, RuntimeError) as error:
+        if explained := _explained(error, os.environ.get("RAY_ADDRESS", "")):
+            raise explained from error
+        raise
+
+
+def _explained(error: Exception, address: str) -> FluxBatchError | None:
+    """Return an error of ray.init in one sentence; None for one that nobody has met yet."""
+    if isinstance(error, ConnectionError) and address:
         found = "several Ray clusters are" if "multiple" in str(error) else "no Ray cluster is"
         reason = f"{found} found on this machine" if address == "auto" else _no_cluster(one_line(error))
-        raise Interrupted(f"RAY_ADDRESS = {address}: {reason}; {_ADDRESS_ADVICE}") from error
-    except (RuntimeEnvSetupError, RuntimeError) as error:
-        if not (is_uv_run() and "working_dir" in str(error)):
-            raise
-        raise JobError(f"uv run: {one_line(error)}; {_UV_ADVICE}") from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # ray.init replaces the handler of the program
+        return Interrupted(f"RAY_ADDRESS = {address}: {reason}; {_ADDRESS_ADVICE}")
+    if str(error).startswith("Version mismatch"):
+        return JobError(f"RAY_ADDRESS = {address}: {one_line(error)}; {_VERSION_ADVICE}")
+    if is_uv_run() and "working_dir" in str(error) and not isinstance(error, ConnectionError):
+        return JobError(f"uv run: {one_line(error)}; {_UV_ADVICE}")
+    return None
 
 
 def _has_working_dir() -> bool:
@@ -83,14 +116,14 @@ def _has_working_dir() -> bool:
     return "working_dir" in (job.get("runtime_env") or {})
 
 
-def check_cluster() -> None:
+def _check_cluster() -> None:
     """Check that a Ray cluster answers at RAY_ADDRESS; Ray itself would try for many minutes, at any server.
 
     `auto` is left to Ray, which looks for a cluster at once. Raises: Interrupted if nothing answers there; JobError if
     it is no server of gRPC, as the head of a cluster is.
     """
     address = os.environ.get("RAY_ADDRESS", "")
-    if ray.is_initialized() or not _has_port(address):
+    if not _has_port(address):
         return
     uses_tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
     try:

@@ -75,10 +75,15 @@ class WorkerHandle:
         is_free &= not any(task.attempt.lost for task in self.finishing.values())
         return self.is_up and is_free and not self.is_stopping
 
+    @property
+    def is_loading(self) -> bool:
+        """True if its process loads the model."""
+        return bool(self.node) and not self.is_up and self.call is not None
+
     def is_promising(self, now: float, load_s: float) -> bool:
         """Return whether it works, or has loaded for less than `load_s`, without a failed shard."""
-        is_loading = bool(self.node) and not self.is_up and self.failure is None and now - self._placed < load_s
-        return not self.num_failed and (self.task is not None or is_loading)
+        is_soon_up = self.is_loading and self.failure is None and now - self._placed < load_s
+        return not self.num_failed and (self.task is not None or is_soon_up)
 
     @property
     def tasks(self) -> list[Task]:
@@ -117,15 +122,18 @@ class WorkerHandle:
         self._pinged = now
 
     def why_hung(self, now: float, hang_s: float) -> str | None:
-        """Ping the actor now and then. Returns: the reason to count it as hung, None while there is none."""
+        """Ping the actor now and then. Returns: the reason to count it as hung, None while there is none.
+
+        While a model is loaded, a library may keep its process from any answer: for `hang_s` then.
+        """
         if self._ping is None:
             if now - self._pinged >= min(hang_s / 4, PING_TIMEOUT_S / 4):
                 self._ping, self._pinged = self.cluster.ask(self.actor.idle_s), now
             return None
         idle_s, self._ping = _answer(self._ping)
         if self._ping is not None:
-            silent_s = now - self._pinged
-            return f"its process did not answer for {silent_s:.0f} s" if silent_s > PING_TIMEOUT_S else None
+            silent_s, limit_s = now - self._pinged, hang_s if self.is_loading else PING_TIMEOUT_S
+            return f"its process did not answer for {silent_s:.0f} s" if silent_s > limit_s else None
         return f"no progress for {idle_s:.0f} s" if idle_s is not None and idle_s > hang_s else None
 
     def update_node(self) -> None:

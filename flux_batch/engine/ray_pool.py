@@ -49,10 +49,11 @@ _WORKERS_PER_SPARE = 20
 class RayPool:
     """Runs shards on up to `max_workers` actors, started while there is work for them.
 
-    `hang_s` seconds without progress end a worker. `drain_s` is how long workers have to put their shards aside,
-    `outage_s` how long storage may be unavailable. At the end of a run, an idle worker also begins a shard that another
-    one has had for `slow_factor` times the usual duration, and for `slow_s`. `name` is that of the run, in metrics.
-    `runtime_env` is that of Ray for the workers, where they need packages that the driver does not have.
+    `hang_s` seconds without progress end a worker, `load_hang_s` one that loads its model. `drain_s` is how long
+    workers have to put their shards aside, `outage_s` how long storage may be unavailable. At the end of a run, an idle
+    worker also begins a shard that another one has had for `slow_factor` times the usual duration, and for `slow_s`.
+    `name` is that of the run, in metrics. `runtime_env` is that of Ray for the workers, where they need packages that
+    the driver does not have.
     """
 
     max_workers: int
@@ -61,6 +62,7 @@ class RayPool:
     num_cpus: float = 1
     max_attempts: int = 3
     hang_s: float = 900
+    load_hang_s: float = 3600
     drain_s: float = 25
     outage_s: float = 1800
     backoff_s: float = FIRST_PAUSE_S
@@ -269,7 +271,7 @@ class Pool:
 
         Else a node with a broken disk would fail all shards that wait, faster than others make them. The first failure
         is the shard's, and so are all while no other worker is promising. A model that takes longer to load than
-        `hang_s` promises nothing: nobody ends such a worker.
+        `hang_s` promises nothing.
         """
         if isinstance(outcome, ShardResult):
             worker.num_failed = 0
@@ -349,12 +351,19 @@ class Pool:
             worker.update_node()
             if worker.node in leaving:
                 self._drain(worker)
-            if not worker.tasks:
+            if not (worker.tasks or worker.is_loading):
                 continue
             if since_last_s > 10 * interval_s:  # the driver was suspended, not the worker
                 worker.reset_timeout(now)
-            elif reason := worker.why_hung(now, self.options.hang_s):
+            elif reason := self._why_hung(worker, now):
                 yield from self._on_worker_lost(worker, reason, None)
+
+    def _why_hung(self, worker: WorkerHandle, now: float) -> str | None:
+        """Return the reason to count a worker as hung, None while there is none."""
+        if not worker.is_loading:
+            return worker.why_hung(now, self.options.hang_s)
+        reason = worker.why_hung(now, self.options.load_hang_s)
+        return reason and f"{reason} while it loaded its model (failures.load_hang_s)"
 
     def _update_figures(self) -> None:
         """Ask some workers for their figures, in turn: asking a thousand at once would keep the driver busy."""

@@ -16,7 +16,8 @@ from types import FrameType
 
 from flux_batch.errors import Interrupted
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP comes when the terminal is closed.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Seconds between two looks for a request to stop, while waiting.
 POLL_S = 0.2
 
@@ -72,7 +73,7 @@ class Stop:
 
 @contextmanager
 def stopped_by_signals(stop: Stop) -> Iterator[None]:
-    """Request a stop at the first SIGTERM or SIGINT. The second exits at once with code 75.
+    """Request a stop at the first SIGTERM, SIGINT or SIGHUP. The second exits at once with code 75.
 
     Must be entered in the main thread; restores the previous handlers.
     """

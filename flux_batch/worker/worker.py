@@ -40,7 +40,7 @@ from flux_batch.records import Attempt, Commit, FailedRow, RowImages, Shard, Sha
 from flux_batch.storage.retry import Drain, RetryPolicy
 from flux_batch.storage.scratch import scratch_folder, sweep_scratch
 from flux_batch.storage.store import Store
-from flux_batch.telemetry import Heartbeat, Metrics, ShardMetrics
+from flux_batch.telemetry import LOADING, Heartbeat, Metrics, ShardMetrics
 from flux_batch.worker.auto_batch_size import measured_batch_size, remembered_batch_size
 from flux_batch.worker.batches import READ_AHEAD, InputImages
 from flux_batch.worker.compile_cache import SharedCompileCache
@@ -80,7 +80,7 @@ class WorkerFactory:
         """
         sweep_scratch()
         output, failures = self.config.output, self.config.failures
-        store = Store(output.uri, output.storage_options, RetryPolicy(failures.outage_s))
+        store = Store(output.uri, output.storage_options, RetryPolicy(failures.outage_s, LOADING.beat))
         _check_is_shared(store)
         pipeline, model = load_settled(store, self.config.model, self.make_pipeline)
         return Worker(replace(self, config=self.config.model_copy(update={"model": model})), pipeline)

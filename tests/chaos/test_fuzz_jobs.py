@@ -35,7 +35,7 @@ KEYS = {
         *("t5_sequence_length", "input_image", "denoising_strength", "sigma_shift", "tiled", "num_images_per_prompt"),
     ],
     "workers": ["min", "max", "num_gpus", "num_cpus", "batch_size"],
-    "failures": ["max_ratio", "max_attempts", "hang_s", "drain_s", "lease_ttl_s"],
+    "failures": ["max_ratio", "max_attempts", "hang_s", "load_hang_s", "drain_s", "lease_ttl_s"],
     "name": [],
 }
 SECTIONS = st.fixed_dictionaries(

@@ -47,6 +47,15 @@ def test_workers_are_spot_nodes_that_are_watched_and_nobody_carries_a_key() -> N
     assert f"python {there}" in tree["worker_start_ray_commands"][-1]
 
 
+def test_workers_see_their_gpu_and_ray_chooses_the_shared_memory() -> None:
+    """Ray runs them by NVIDIA's runtime, which goes by a variable that images of NVIDIA have: others need --gpus."""
+    docker = launcher_file()["docker"]
+    assert "NVIDIA_VISIBLE_DEVICES" not in (AWS.parent / "Dockerfile").read_text()
+    assert "--gpus=all" in docker["worker_run_options"]
+    assert "--gpus" not in " ".join(docker["run_options"])  # the head has none
+    assert "--shm-size" not in " ".join(docker["run_options"])  # less than Ray's object store, that would lie on disk
+
+
 def test_the_image_has_what_the_launcher_needs_in_it() -> None:
     """Ray copies files into a container by rsync, and asks AWS for nodes from within that of the head."""
     text = (AWS.parent / "Dockerfile").read_text()

@@ -108,6 +108,7 @@ SPOT = "spec/rayClusterSpec/workerGroupSpecs/0"
         (set_at("spec/backoffLimit", -1), "a limit is out of its range"),
         (set_at("spec/runtimeEnvYAML", "env_vars: {}"), "before it has stopped in order"),
         (set_at(f"{HEAD}/rayStartParams", {}), "the head would take work"),
+        (set_at(f"{HEAD}/template/metadata", {}), "Karpenter may move the head"),
         (set_at(f"{HEAD}/template/spec/terminationGracePeriodSeconds", 50), "the driver is killed"),
         (set_at(f"{HEAD}/template/spec/containers/0/env", []), "the driver is killed"),  # Ray's own 30 s are too few
         (set_at(f"{HEAD}/template/spec/restartPolicy", "Always"), "instead of restarting them"),
@@ -119,6 +120,8 @@ SPOT = "spec/rayClusterSpec/workerGroupSpecs/0"
         (set_at(f"{SPOT}/template/spec/terminationGracePeriodSeconds", 100), "before Ray has drained"),
         (set_at(f"{SPOT}/template/spec/containers/0/env/0/value", "130"), "more than a spot notice leaves"),
         (set_at(f"{SPOT}/template/spec/containers/0/resources/limits", {}), "no GPU"),
+        (set_at(f"{SPOT}/rayStartParams", {}), "does not fit into /dev/shm"),
+        (set_at(f"{SPOT}/template/spec/volumes/1/emptyDir/sizeLimit", "7Gi"), "does not fit into /dev/shm"),
     ],
 )
 def test_a_broken_rule_is_found(change: Callable[[Tree], None], words: str) -> None:
@@ -149,6 +152,15 @@ def test_a_broken_rule_of_a_schedule_is_found(change: Callable[[Tree], None], wo
     manifest = load(KUBERAY / "nightly/raycronjob.yaml")
     change(manifest)
     assert words in "; ".join(broken_rules(manifest))
+
+
+def test_a_night_ends_before_the_next_and_a_data_set_takes_as_long_as_it_takes() -> None:
+    assert "activeDeadlineSeconds" not in load(KUBERAY / "job/rayjob.yaml")["spec"]
+    for path in ("nightly/raycronjob.yaml", "nightly-cronjob/cronjob.yaml"):
+        spec = load(KUBERAY / path)["spec"]
+        assert spec["schedule"] == "0 2 * * *"
+        job = spec["jobTemplate"]
+        assert 0 < job.get("spec", job)["activeDeadlineSeconds"] < 24 * 3600
 
 
 def test_all_have_the_same_cluster() -> None:

@@ -165,6 +165,22 @@ def test_it_goes_on_with_new_shards_and_new_annotators_only(tmp_path: Path) -> N
     assert annotated(config, *BOTH, "sharpness").num_new_shards == 0
 
 
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:1", "nonsense"])
+def test_nothing_is_removed_where_no_cluster_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    config = make_run(tmp_path, "files")
+    annotated(config, f"prompts={PROMPTS}")
+    before = files(config)
+
+    def no_ray(**options: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr("ray.init", no_ray)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises((Interrupted, JobError), match=f"RAY_ADDRESS = {address}"):
+        annotated(config, f"prompts={PROMPTS}", engine=None, anew=True)
+    assert files(config) == before
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "{}"])
 def test_a_damaged_description_is_a_sentence_and_is_made_anew(tmp_path: Path, text: str) -> None:
     config = make_run(tmp_path, "webdataset")

@@ -51,9 +51,12 @@ def test_a_lock_is_free_when_its_holder_ends(
         assert str(message) == "waiting for the process that builds a house"
         holder.kill() if ending == "is killed" else holder.stdin.close()  # type: ignore[union-attr]
 
+    beats: list[str] = []
+    monkeypatch.setattr(local_copy.LOADING, "beat", lambda: beats.append("alive"))
     monkeypatch.setattr(local_copy.log, "info", lambda text, *values: end(text % values))
     with locked(tmp_path / "lock", "builds a house"):
         pass
+    assert beats, "who waits for another process would count as hung"
     holder.wait(timeout=PATIENCE_S)
     holder.stdout.close()
     holder.stdin.close()

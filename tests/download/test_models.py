@@ -308,6 +308,12 @@ class TestLocalModel:
         assert (snapshot / "text_encoder/model.safetensors").exists()
         assert {each.path.rpartition("/")[2].partition("?")[0] for each in hubs.gets()} == {"model.safetensors"}
 
+    def test_a_worker_that_fetches_from_the_hub_is_alive(self, hubs: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+        beats: list[str] = []
+        monkeypatch.setattr("flux_batch.download.hub.LOADING.beat", lambda: beats.append("alive"))
+        local_model(HF)
+        assert len(beats) >= len(hubs.gets()) > 3
+
     def test_what_was_fetched_is_there_for_other_programs(self, hubs: Hub) -> None:
         folder = local_model(HF)
         hubs.requests.clear()

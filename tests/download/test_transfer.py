@@ -57,6 +57,13 @@ def read(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_worker_that_downloads_is_alive(listing: Listing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats: list[str] = []
+    monkeypatch.setattr(transfer.LOADING, "beat", lambda: beats.append("alive"))
+    download_files(listing, tmp_path)
+    assert len(beats) >= sum(-(-size // 65_536) for size in SIZES.values())
+
+
 def test_files_come_whole_with_their_hashes(listing: Listing, tmp_path: Path) -> None:
     hashes = download_files(listing, tmp_path)
     assert read(tmp_path) == FILES

@@ -1,6 +1,8 @@
 import json
 import logging
+import signal
 import socket
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -8,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private.utils import check_version_info
 from ray.exceptions import RuntimeEnvSetupError
 
 from flux_batch.engine import ray_cluster
-from flux_batch.engine.ray_cluster import await_cluster, check_cluster, connect
+from flux_batch.engine.ray_cluster import await_cluster, connect
 from flux_batch.errors import Interrupted, JobError
 from helpers.s3 import free_port
 
@@ -48,10 +51,11 @@ def test_another_program_at_the_address_is_said_at_once(
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", lambda **options: None)
         thread = threading.Thread(target=serve)
         thread.start()
         with pytest.raises(error, match=sentence) if error else nullcontext():
-            check_cluster()
+            connect(max_workers=1, num_gpus=1)
         thread.join()
 
 
@@ -59,8 +63,9 @@ def test_a_cluster_behind_tls_need_only_take_the_connection(monkeypatch: pytest.
     with socket.create_server(("127.0.0.1", 0)) as server:  # says nothing, as in a handshake that nobody begins
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", lambda **options: None)
         monkeypatch.setenv("RAY_USE_TLS", "1")
-        check_cluster()
+        connect(max_workers=1, num_gpus=1)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +116,47 @@ def test_a_cluster_that_ray_does_not_find_is_one_sentence(
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
-    check_cluster()
     with pytest.raises(Interrupted, match=f"^RAY_ADDRESS = auto: {sentence} on this machine; start it, set"):
         connect(max_workers=1, num_gpus=1)
+
+
+def test_a_sigterm_while_ray_starts_ends_the_run_with_75(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as ray.init begins
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM before Ray had started; run the same") as caught:
+        connect(max_workers=1, num_gpus=1)
+    assert caught.value.exit_code == 75
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_ray_starts_outlives_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[object] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: there.append(signal.getsignal(signal.SIGHUP)))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = signal.getsignal(signal.SIGHUP)
+    connect(max_workers=1, num_gpus=1)
+    assert there == [signal.SIG_IGN]  # which its processes inherit
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
+def test_a_cluster_of_other_versions_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        check_version_info({"ray_version": "2.9.3", "python_version": "3.8.1"}, "node 10.0.0.1")
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    sentence = r"^RAY_ADDRESS = auto: Version mismatch: The cluster was started with: Ray: 2\.9\.3 Python: 3\.8\.1 .*"
+    with pytest.raises(JobError, match=f"{sentence}; install the versions of the cluster here, or") as caught:
+        connect(max_workers=1, num_gpus=1)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_cluster_that_stays_away_ends_the_run_with_75(monkeypatch: pytest.MonkeyPatch) -> None:

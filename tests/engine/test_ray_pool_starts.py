@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from concurrent.futures import Future
 from typing import Any
 
@@ -12,7 +13,7 @@ from flux_batch.bench.scale.simulated_cluster import SimulatedCluster, Simulated
 from flux_batch.engine.failure import Failure
 from flux_batch.engine.ray_pool import Pool, RayPool
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import DeviceFatal, DiskFull, FluxBatchError
+from flux_batch.errors import DeviceFatal, DiskFull, FluxBatchError, RunIncomplete
 from flux_batch.telemetry import EngineState
 from helpers.toil import make_shards
 
@@ -45,9 +46,38 @@ class Starts:
         monkeypatch.setattr(SimulatedWorker, "node_id", node_id)
 
 
-def run(num_workers: int, num_shards: int) -> list[str]:
+class Hangs:
+    """Workers that never load, by their numbers, and are silent since; all others show signs of life."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, silent: Container[int]) -> None:
+        self.killed: list[int] = []
+        self.num_started = 0
+        began: dict[int, float] = {}
+        load, end = SimulatedWorker.open, SimulatedWorker.end
+
+        def opened(one: SimulatedWorker, call: Future[Any], after_s: float) -> None:
+            self.num_started += 1
+            began[one.number] = one.cluster.clock()
+            if one.number not in silent:
+                load(one, call, after_s)
+
+        def idle_s(one: SimulatedWorker, call: Future[Any]) -> None:
+            silent_s = one.cluster.clock() - began[one.number] if one.number in silent else 0.0
+            one.cluster.answer(call, 0.0, silent_s)
+
+        def ended(one: SimulatedWorker) -> None:
+            if one.number in silent:
+                self.killed.append(one.number)
+            end(one)
+
+        monkeypatch.setattr(SimulatedWorker, "open", opened)
+        monkeypatch.setattr(SimulatedWorker, "idle_s", idle_s)
+        monkeypatch.setattr(SimulatedWorker, "end", ended)
+
+
+def run(num_workers: int, num_shards: int, open_s: float = 5.0) -> list[str]:
     """Run shards. Returns: the workers that have made them."""
-    cluster = SimulatedCluster(Timing(shard_s=30.0, finish_s=0.1, open_s=5.0))
+    cluster = SimulatedCluster(Timing(shard_s=30.0, finish_s=0.1, open_s=open_s))
     options = RayPool(num_workers, max_attempts=3)
     pool = Pool(options, cluster, make_shards(num_shards), Stop(), EngineState(), lambda **gauges: None)
     results = list(pool.results())
@@ -84,3 +114,28 @@ def test_a_thousand_workers_ask_for_their_model_in_turn(monkeypatch: pytest.Monk
     starts.pauses.clear()
     run(1, 1)
     assert starts.pauses == [0.0]
+
+
+@pytest.mark.timeout(60)
+def test_the_only_worker_is_replaced_if_it_hangs_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = Hangs(monkeypatch, silent={0, 1})
+    assert run(1, 3) == ["2", "2", "2"]
+    assert (hangs.killed, hangs.num_started) == ([0, 1], 3)
+
+
+@pytest.mark.timeout(60)
+def test_a_model_that_never_loads_ends_the_run_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = Hangs(monkeypatch, silent=range(10**6))
+    with pytest.raises(
+        RunIncomplete,
+        match=r"4 workers in a row died while they started; the last: no progress for \d+ s while it loaded its model "
+        r"\(failures\.load_hang_s\)",
+    ):
+        run(1, 3)
+    assert (hangs.killed, hangs.num_started) == ([0, 1, 2, 3], 4)
+
+
+def test_a_worker_that_loads_for_long_with_signs_of_life_is_let_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = Hangs(monkeypatch, silent=())
+    assert set(run(2, 6, open_s=40 * RayPool(1).load_hang_s)) == {"0", "1"}
+    assert hangs.num_started == 2

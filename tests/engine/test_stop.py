@@ -36,15 +36,15 @@ def test_a_wait_ends_when_somebody_asks_to_stop() -> None:
         stop.sleep(FOREVER_S)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_asks_to_stop_and_handlers_are_put_back(number: int, capfd: pytest.CaptureFixture[str]) -> None:
-    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     stop = Stop()
     with stopped_by_signals(stop):
         os.kill(os.getpid(), number)
         name = signal.Signals(number).name
         assert stop.reason == f"stopped by {name}"
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
     assert f"{name}: finishing or putting aside" in capfd.readouterr().err
 
 

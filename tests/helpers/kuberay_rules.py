@@ -90,6 +90,9 @@ def _broken_cluster(cluster: dict[str, Any]) -> Iterator[str]:
         yield "the head would take work"
     if not DRAIN_S + DRIVER_SPARE_S < node_drain_s(head) < grace_s(head):
         yield "the driver is killed before it has stopped in order"
+    annotations = head["template"].get("metadata", {}).get("annotations", {})
+    if annotations.get("karpenter.sh/do-not-disrupt") != "true":
+        yield "Karpenter may move the head, and the driver on it"
     names = [group["groupName"] for group in groups]
     if len(set(names)) < len(names):
         yield "two groups have one name"
@@ -115,6 +118,8 @@ def _broken_group(group: dict[str, Any]) -> Iterator[str]:
         yield "a pod is killed before Ray has drained its node"
     if not DRAIN_S < node_drain_s(group) < SPOT_NOTICE_S:
         yield "a node is drained for less than a worker needs, or for more than a spot notice leaves"
+    if shm_bytes(group) < object_store_bytes(group):
+        yield "Ray's object store does not fit into /dev/shm"
     if not any("nvidia.com/gpu" in one["resources"]["limits"] for one in group["template"]["spec"]["containers"]):
         yield "a worker has no GPU"
 
@@ -128,3 +133,26 @@ def node_drain_s(group: dict[str, Any]) -> float:
     """Tell for how long Ray drains a node of a group after SIGTERM, before it ends what runs there."""
     env = {one["name"]: one.get("value") for one in group["template"]["spec"]["containers"][0].get("env", [])}
     return float(env.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") or NODE_DRAIN_S)
+
+
+def shm_bytes(group: dict[str, Any]) -> float:
+    """Tell the size of /dev/shm; without a volume of its own, KubeRay makes one as large as the memory."""
+    pod = group["template"]["spec"]
+    mounts = pod["containers"][0].get("volumeMounts", [])
+    names = [mount["name"] for mount in mounts if mount["mountPath"] == "/dev/shm"]
+    sizes = [volume["emptyDir"]["sizeLimit"] for volume in pod.get("volumes", []) if volume["name"] in names]
+    return gibibytes(sizes[0]) if sizes else memory_bytes(group)
+
+
+def object_store_bytes(group: dict[str, Any]) -> float:
+    """Tell what Ray takes: ray 2.60, _private/utils.py, resolve_object_store_memory."""
+    given = group["rayStartParams"].get("object-store-memory")
+    return float(given or min(0.3 * memory_bytes(group), max(1e10, 0.95 * shm_bytes(group))))
+
+
+def memory_bytes(group: dict[str, Any]) -> float:
+    return gibibytes(group["template"]["spec"]["containers"][0]["resources"]["limits"].get("memory", "1Gi"))
+
+
+def gibibytes(quantity: str) -> float:
+    return float(quantity.removesuffix("Gi")) * 2**30

@@ -115,7 +115,12 @@ def test_a_job_of_an_earlier_try_is_waited_for(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("status", "code", "error", "words"),
     [
-        (JobStatus.FAILED, 2, AirflowFailException, "the job file or its prompts are wrong: FAILED: so it was"),
+        (
+            JobStatus.FAILED,
+            2,
+            AirflowFailException,
+            "the job file or its prompts are wrong, or a limit is reached: FAILED: so it was",
+        ),
         (JobStatus.FAILED, 3, AirflowFailException, "2 of 5 images failed"),
         (JobStatus.FAILED, 75, RuntimeError, "the next try resumes it"),
         (JobStatus.FAILED, None, RuntimeError, "the next try resumes it"),

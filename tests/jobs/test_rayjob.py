@@ -64,5 +64,5 @@ def test_a_job_that_cannot_be_stopped_fails_with_its_own_code(
     assert rayjob.exit_code([]) == 2  # of the parser: no job file
 
     said = capsys.readouterr()
-    assert "exit code 2: the job file or its prompts are wrong" in said.out
+    assert "exit code 2: the job file or its prompts are wrong, or a limit is reached" in said.out
     assert "could not be stopped: nobody there" in said.err

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from flux_batch.redaction import plain_text
@@ -85,5 +85,9 @@ def live_display(doing: str, price: float | None = None) -> Iterator[LiveDisplay
         transient=True,
         redirect_stdout=sys.stdout.isatty(),
     )
-    with live:
+    live.start(refresh=True)
+    try:
         yield display
+    finally:
+        with suppress(OSError):  # of a terminal that was closed
+            live.stop()
