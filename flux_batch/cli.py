@@ -172,11 +172,8 @@ def _init(arguments: argparse.Namespace) -> int:
         with Path(arguments.job).open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        hint = (
-            ""
-            if arguments.job.endswith((".yaml", ".yml"))
-            else f"; for a job of its prompts: --prompts {arguments.job}"
-        )
+        is_job = arguments.job.endswith((".yaml", ".yml"))
+        hint = "" if is_job else f"; for a job of its prompts: --prompts {arguments.job}"
         raise JobError(f"{arguments.job}: is there already, and is not overwritten{hint}") from error
     except OSError as error:
         raise JobError(f"{arguments.job}: cannot be written: {error.strerror}") from error
@@ -260,9 +257,8 @@ def _gallery(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from flux_batch.report.charts.page import write_report_page
-    from flux_batch.storage.store import Store
 
-    page = write_report_page(Store(arguments.output, _options(arguments.storage_option)))
+    page = write_report_page(_store(arguments))
     _show(arguments, {"page": page}, page)
     return 0
 

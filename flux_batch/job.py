@@ -119,9 +119,9 @@ def run(
     joins = engine is None and joins_cluster()
     is_local = engine is None and make_pipeline is None and not joins
     if joins:  # before anything is written: it may not be there, or be of another version
-        from flux_batch.engine.ray_cluster import connect
+        from flux_batch.engine.ray_cluster import find_cluster
 
-        connect(here.workers.max, here.workers.num_gpus)
+        find_cluster(here.workers.max, here.workers.num_gpus)
     # From here on there is work to lose: wait while the storage is unavailable.
     store = store.with_policy(policy.waiting(config.failures.outage_s))
     with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:

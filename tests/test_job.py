@@ -235,7 +235,7 @@ class TestOnThisMachine:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pools = []
-        monkeypatch.setattr("flux_batch.engine.ray_cluster.connect", lambda max_workers, num_gpus: None)
+        monkeypatch.setattr("flux_batch.engine.ray_cluster.find_cluster", lambda max_workers, num_gpus: None)
         monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
         monkeypatch.setattr(job, "ray_pool", lambda config: pools.append(config.workers.num_gpus) or LocalEngine())
         with pytest.raises(CheckpointError, match="no model folder"):  # as the worker says

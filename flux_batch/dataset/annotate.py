@@ -159,9 +159,9 @@ def annotate(
     if not anew:
         _check_begun(folders, specs)
     if (anew or retry_failed) and engine is None and joins_cluster():  # before anything is removed: it may not be there
-        from flux_batch.engine.ray_cluster import connect
+        from flux_batch.engine.ray_cluster import find_cluster
 
-        connect(settings.max_workers, settings.num_gpus)
+        find_cluster(settings.max_workers, settings.num_gpus)
     store = store.with_policy(policy.waiting(failures.outage_s))
     with Lease(store, ttl_s=failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
         run = SavedRun.open(lease.store)

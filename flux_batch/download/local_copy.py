@@ -33,8 +33,8 @@ from flux_batch.download.transfer import Listing, RemoteFile, download_files, sh
 from flux_batch.errors import DiskFull, NotFound, StoreError, StoreRefused
 from flux_batch.redaction import public_uri
 from flux_batch.storage.errors import translated
+from flux_batch.storage.filesystem import open_filesystem
 from flux_batch.storage.retry import with_retries
-from flux_batch.storage.store import open_filesystem
 from flux_batch.telemetry import LOADING
 
 MANIFEST = "manifest.json"

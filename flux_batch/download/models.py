@@ -43,8 +43,8 @@ from flux_batch.model.checkpoint.files import (
 from flux_batch.redaction import public_uri
 from flux_batch.storage.contact import first_contact
 from flux_batch.storage.errors import http_status
+from flux_batch.storage.filesystem import open_filesystem
 from flux_batch.storage.retry import RetryPolicy, with_retries
-from flux_batch.storage.store import open_filesystem
 
 PathOrFolder = str | PathLike[str]
 

@@ -45,6 +45,18 @@ CLUSTER_LOST_S = 30.0
 _NODE_TIMEOUT_S = 3.0
 
 
+def find_cluster(max_workers: int, num_gpus: float) -> None:
+    """Connect to the cluster of RAY_ADDRESS before anything is written, as `connect`; a submitted job only looks.
+
+    Its cluster has started it. Once its driver connects, Ray unpacks the submitted folder again where nodes share a
+    disk, and a module that is imported meanwhile is not there: the driver connects when all of them are imported.
+    """
+    if _has_working_dir() and not ray.is_initialized():
+        _check_address()
+    else:
+        connect(max_workers, num_gpus)
+
+
 def connect(max_workers: int, num_gpus: float) -> None:
     """Connect to Ray unless this process is connected; a local cluster without GPUs gets logical ones.
 
@@ -55,7 +67,7 @@ def connect(max_workers: int, num_gpus: float) -> None:
         return
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if joins_cluster():
-        _check_cluster()
+        _check_address()
         if is_uv_run() and not _has_working_dir():
             log.info("uv run: Ray packs %s for the workers, up to 512 MiB; %s", Path.cwd(), _UV_ADVICE)
     else:
@@ -116,7 +128,7 @@ def _has_working_dir() -> bool:
     return "working_dir" in (job.get("runtime_env") or {})
 
 
-def _check_cluster() -> None:
+def _check_address() -> None:
     """Check that a Ray cluster answers at RAY_ADDRESS; Ray itself would try for many minutes, at any server.
 
     `auto` is left to Ray, which looks for a cluster at once. Raises: Interrupted if nothing answers there; JobError if

@@ -25,7 +25,7 @@ from flux_batch.prompts.hub_dataset import HubDataset
 from flux_batch.prompts.safe_http import check_url
 from flux_batch.records import NO_LORA, InputImage, LoraUse
 from flux_batch.redaction import public_uri
-from flux_batch.storage.store import open_filesystem
+from flux_batch.storage.filesystem import open_filesystem
 
 WEB = ("http", "https")
 _MAX_NAME_LENGTH = 2048

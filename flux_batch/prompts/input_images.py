@@ -27,8 +27,8 @@ from flux_batch.prompts.safe_http import fetch
 from flux_batch.records import InputImage, RowImages
 from flux_batch.redaction import public_uri
 from flux_batch.sampling_params import MAX_SIDE, own_size, preferred_size
+from flux_batch.storage.filesystem import open_filesystem
 from flux_batch.storage.retry import with_retries
-from flux_batch.storage.store import open_filesystem
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000

@@ -20,7 +20,7 @@ from flux_batch.prompts.formats.open import INSTEAD, TABLE_FORMATS, format_of_na
 from flux_batch.prompts.hub_dataset import HubDataset
 from flux_batch.redaction import public_uri
 from flux_batch.storage.errors import translated
-from flux_batch.storage.store import open_filesystem
+from flux_batch.storage.filesystem import open_filesystem
 
 # The rules by which files are left out and rows are called. A run keeps to those that its plan names. Since
 #   2  hidden folders are left out, there are more formats, and folders such as `year=2026` are columns;

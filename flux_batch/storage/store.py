@@ -23,12 +23,12 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from flux_batch.errors import AlreadyExists, DiskFull, NotFound, StoreError, StoreRefused, one_line
-from flux_batch.redaction import public_text
 from flux_batch.storage import s3
 from flux_batch.storage.contact import FIRST_ATTEMPTS, Contact
 from flux_batch.storage.disk import create, make_folder
 from flux_batch.storage.entries import Entry, listed_entries, local_entries, local_files
 from flux_batch.storage.errors import FULL_ERRNOS, NO_BUCKET, code, is_transient, origin, said, status, translated
+from flux_batch.storage.filesystem import open_filesystem
 from flux_batch.storage.multipart import Upload, abort, list_uploads, put_in_parts, put_whole
 from flux_batch.storage.retry import RetryPolicy
 
@@ -38,8 +38,6 @@ log = logging.getLogger(__name__)
 STORE_TMP = "_run/tmp"
 # The folder in it in which writers of one object announce themselves.
 _TURNS = f"{STORE_TMP}/turns"
-# How often the client of S3 tries a request again by itself, as botocore does by default.
-_S3_RETRIES = 4
 _ADVICE = "check it and storage_options; if it is right, run the same command again when it is back"
 
 # The operations that change something.
@@ -50,35 +48,6 @@ BLOCK_BYTES = 64 << 10
 LOOK_LATE_BYTES = 5 << 20
 
 T = TypeVar("T")
-
-
-def open_filesystem(
-    uri: str, storage_options: Mapping[str, Any], *, num_retries: int = _S3_RETRIES
-) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Open the file system of a URI; listings are never cached, since other machines write too.
-
-    num_retries: how often the client of S3 tries a request again by itself.
-    Returns: the file system and the path of `uri` in it.
-    Raises: StoreRefused for a protocol that is not installed or options that do not fit; OSError of a client that
-    connects at once.
-    """
-    options = {**storage_options, "use_listings_cache": False}
-    try:
-        if uri.startswith(("s3://", "s3a://")):
-            options["config_kwargs"] = {**s3.client_settings(num_retries), **options.get("config_kwargs", {})}
-        if uri.startswith(("http://", "https://")):
-            options["client_kwargs"] = {**_http_client(), **options.get("client_kwargs", {})}
-        fs, path = fsspec.url_to_fs(uri, **options)
-        if hasattr(fs, "connect"):
-            fs.connect()  # s3fs would meet options that do not fit only at its first request
-    except (ImportError, ValueError, TypeError) as error:
-        raise StoreRefused(f"{uri}: cannot be opened: {one_line(error)}; check the URI and storage_options") from error
-    except OSError as error:
-        if type(error) is not OSError or error.errno is not None:  # the network's; another attempt may succeed
-            raise
-        reason = public_text(str(error)).partition("\n")[0]  # that of HDFS without Java goes on for pages
-        raise StoreRefused(f"{uri}: cannot be opened: {reason}") from error
-    return fs, path
 
 
 class Store:
@@ -494,10 +463,3 @@ class _StoredFile(AbstractBufferedFile):  # type: ignore[misc]
 
 def _no_check() -> None:
     """Check nothing between attempts."""
-
-
-def _http_client() -> dict[str, Any]:
-    """Return the settings of HTTP clients: the proxies of the environment, and no limit while bytes come."""
-    from aiohttp import ClientTimeout
-
-    return {"trust_env": True, "timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}

@@ -15,7 +15,7 @@ import pytest
 from flux_batch.download import transfer
 from flux_batch.download.transfer import Listing, RemoteFile, download_files, sha256_if_same
 from flux_batch.errors import DiskFull, StoreError, StoreRefused
-from flux_batch.storage.store import open_filesystem
+from flux_batch.storage.filesystem import open_filesystem
 from helpers.hub_server import Hub
 
 SIZES = {"a.bin": 1_000_003, "folder/b.bin": 65_536, "folder/empty.json": 0, "one.json": 1}

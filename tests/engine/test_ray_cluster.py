@@ -14,7 +14,7 @@ from ray._private.utils import check_version_info
 from ray.exceptions import RuntimeEnvSetupError
 
 from flux_batch.engine import ray_cluster
-from flux_batch.engine.ray_cluster import await_cluster, connect
+from flux_batch.engine.ray_cluster import await_cluster, connect, find_cluster
 from flux_batch.errors import Interrupted, JobError
 from helpers.s3 import free_port
 
@@ -57,6 +57,23 @@ def test_another_program_at_the_address_is_said_at_once(
         with pytest.raises(error, match=sentence) if error else nullcontext():
             connect(max_workers=1, num_gpus=1)
         thread.join()
+
+
+@pytest.mark.parametrize("is_submitted", [False, True])
+def test_a_submitted_job_looks_for_its_cluster_and_connects_later(
+    monkeypatch: pytest.MonkeyPatch, is_submitted: bool
+) -> None:
+    connected = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("RAY_USE_TLS", "1")
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", JOB if is_submitted else "{}")
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", lambda **options: connected.append(options))
+        find_cluster(max_workers=1, num_gpus=1)
+        server.setblocking(False)
+        server.accept()[0].close()  # whether it connects or not, it has looked
+    assert bool(connected) != is_submitted
 
 
 def test_a_cluster_behind_tls_need_only_take_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,9 @@ from flux_batch.engine.stop import Stop
 from flux_batch.errors import AlreadyExists, DiskFull, FluxBatchError, Interrupted, StoreError, StoreRefused
 from flux_batch.storage import multipart
 from flux_batch.storage import retry as retry_module
+from flux_batch.storage.filesystem import open_filesystem
 from flux_batch.storage.retry import Drain, RetryPolicy, with_retries
-from flux_batch.storage.store import Store, open_filesystem
+from flux_batch.storage.store import Store
 from helpers.counting_proxy import Proxy, counting_proxy
 from helpers.s3 import S3Server
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from flux_batch.errors import SourceError, one_line
 from flux_batch.storage.errors import status, translated
-from flux_batch.storage.store import open_filesystem
+from flux_batch.storage.filesystem import open_filesystem
 
 _BUFFER_BYTES = 1 << 20
 # Enough to recognise a format by, and the whole of most files with one prompt.
