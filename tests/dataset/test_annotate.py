@@ -254,7 +254,7 @@ def test_an_image_that_its_file_lacks_is_a_null_with_a_reason(tmp_path: Path) ->
 
     annotated(config, "phash")
 
-    assert [row["error_type"] for row in rows(config, "phash")] == [None, "DamagedObject"]
+    assert [row["error_type"] for row in rows(config, "phash")] == [None, "ImageDamaged"]
 
 
 def test_too_many_images_without_values_end_with_3(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_keys_are_no_objects_before_they_are_needed(large: ExportSource) -> None
 
     assert num_images == sum(piece.num_images for piece in pieces) == NUM_SHARDS + ROWS_A_SHARD - 1
     assert list(large.splits) == ["train", "test"]
-    assert [piece.keys[7] for piece in pieces if 7 in piece.keys] == [keys_of(7)[::2], keys_of(7)[1::2]]
+    assert [list(piece.hashes[7]) for piece in pieces if 7 in piece.hashes] == [keys_of(7)[::2], keys_of(7)[1::2]]
     assert peak < 20 * NUM_SHARDS * ROWS_A_SHARD  # bytes; a key alone takes 60
 
 
