@@ -64,7 +64,8 @@ _TAR_MAGIC, _TAR_MAGIC_END = b"ustar", 262
 # The first line of a file of blocks.
 _BLOCKS = re.compile(rb"(\xef\xbb\xbf)?\s*positive\s*:", re.IGNORECASE)
 # The beginning of a web page, which a server sends for a file where one has to log in, or where it shows the file.
-_WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)\b", re.IGNORECASE)
+# It is one tag after another: a prompt may begin with "<html>", too.
+_WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)\b[^>]*>\s*<", re.IGNORECASE)
 # The longest line by which JSON Lines are told from one object.
 _LONG_LINE = 1 << 24
 
@@ -127,9 +128,7 @@ def _format(file: PromptBytes, name: str) -> str:
 
 def _format_of_text(file: PromptBytes) -> str:
     """Return which of the JSON formats a text is; empty if it is none."""
-    with file.open_text() as text:
-        lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in iter(lambda: text.readline(_LONG_LINE), b""))
-        first, second = [*islice(filter(None, lines), 2), b"", b""][:2]
+    first, second = _first_lines(file)
     if first[:1] == b"[":
         return "json"
     if first[:1] == b"{":
@@ -137,14 +136,20 @@ def _format_of_text(file: PromptBytes) -> str:
     return ""
 
 
+def _first_lines(file: PromptBytes) -> list[bytes]:
+    """Return the first two lines of a text that are not blank; empty ones where there are fewer."""
+    with file.open_text() as text:
+        lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in iter(lambda: text.readline(_LONG_LINE), b""))
+        return [*islice(filter(None, lines), 2), b"", b""][:2]
+
+
 def _json_of_another_name(file: PromptBytes) -> str:
     """Return the JSON format of a file that is called a table; empty for all that could be a header."""
     if _begins_array_of_rows(file.head):
         return "json"
-    if not file.head.removeprefix(codecs.BOM_UTF8).startswith(b"{"):
+    if not file.head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
         return ""
-    with file.open_text() as text:
-        return "jsonl" if _is_object(text.readline(_LONG_LINE).removeprefix(codecs.BOM_UTF8)) else ""
+    return "jsonl" if _is_object(_first_lines(file)[0]) else ""
 
 
 def _begins_array_of_rows(head: bytes) -> bool:

@@ -232,6 +232,7 @@ def test_a_tar_whose_keys_are_scattered_or_whose_end_is_cut_is_refused(tmp_path:
     [
         ('{"prompt": "a"}\n{"prompt": "b"}\n', ["a", "b"]),
         ('\ufeff{"prompt": "a"}\n', ["a"]),
+        ('\r\n {"prompt": "a"}\r\n{"prompt": "b"}', ["a", "b"]),
         ('[\n {"prompt": "a"}\n]', ["a"]),
         ("[prompt],prompt\nx,a\n", ["a"]),
         ("{x},prompt\ny,a\n", ["a"]),
@@ -249,6 +250,13 @@ def test_a_web_page_is_not_taken_for_prompts(tmp_path: Path, name: str, text: st
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(SourceError, match="holds a web page and no prompts"):
         open_table(str(tmp_path / name), {})
+
+
+@pytest.mark.parametrize("first", ["<html> in neon letters", "<HTML>", "<!doctype html> on a shirt"])
+def test_a_prompt_may_begin_like_a_web_page(tmp_path: Path, first: str) -> None:
+    (tmp_path / "p.txt").write_text(f"{first}\na cat\n")
+
+    assert [row["prompt"] for row in read_all(tmp_path / "p.txt", 3)] == [first, "a cat"]
 
 
 def test_a_text_may_begin_like_orc(tmp_path: Path) -> None:
