@@ -34,7 +34,7 @@ from flux_batch.model.transformer import Flux, PromptEmbeds, position_tables
 from flux_batch.pipeline.compiled import apply_speed_ups, kernels_of
 from flux_batch.pipeline.denoising import denoised
 from flux_batch.pipeline.errors import device_errors
-from flux_batch.pipeline.images.controls import ControlNets
+from flux_batch.pipeline.images.controls import CONTROL_ARGUMENTS, ControlNets
 from flux_batch.pipeline.images.inputs import image_inputs
 from flux_batch.pipeline.images.latents import ImageLatents, StepCallback
 from flux_batch.pipeline.images.loaders import ImagePromptLoaders
@@ -403,7 +403,9 @@ class FluxImagePipeline(ImagePromptLoaders):
             "denoising_strength": denoising_strength,
             "sigma_shift": sigma_shift,
         }
-        named = resolve_aliases(aliases, given | sampling, signature(FluxImagePipeline.__call__).parameters)
+        of_nets = controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode
+        ours = given | sampling | dict(zip(CONTROL_ARGUMENTS, of_nets, strict=True))
+        named = resolve_aliases(aliases, ours, signature(FluxImagePipeline.__call__).parameters)
         check_choice("output_type", output_type, get_args(OutputType))
         check_functions(progress_bar=progress_bar, callback_on_step_end=callback_on_step_end)
         embeds = embeds_of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
@@ -412,7 +414,6 @@ class FluxImagePipeline(ImagePromptLoaders):
         given = as_read(given, named, aliases, self.variant, self.controlnets, self.image_prompts)
         images = image_inputs(count, given, resize_references, is_single=isinstance(prompt, str))
         width, height = images.size_of(width, height)
-        of_nets = controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode
         settings = named.pop("controls", of_nets)
         sampling |= named | {"height": height, "width": width}
         if sampling["embedded_guidance"] is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
+from numbers import Real
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from flux_batch.errors import InvalidSetting, did_you_mean
 from flux_batch.model.optimize.tiling import Tiling
 from flux_batch.model.params import FluxParams, first_step
 from flux_batch.model.transformer import PromptEmbeds
-from flux_batch.pipeline.images.controls import ControlSetting, controls_of_diffsynth
+from flux_batch.pipeline.images.controls import CONTROL_ARGUMENTS, ControlSetting, controls_of_diffsynth
 from flux_batch.pipeline.images.inputs import ImageInputs
 from flux_batch.sampling_params import (
     ALIASES,
@@ -227,7 +228,8 @@ def resolve_aliases(
 
     given: the arguments under our names. parameters: those of the call, with their defaults.
     Raises: InvalidSetting for an argument that is unknown, with the nearest name or what to pass instead, and for
-    two names of one argument with two values; None is no value, nor is the default under our name.
+    two names of one argument with two values, `controlnet_inputs` and what it stands for among them; None is no value,
+    nor is the default under our name.
     """
     for name in aliases:
         if name not in (*_CALL_ALIASES, _DIFFSYNTH_CONTROLS):
@@ -236,20 +238,32 @@ def resolve_aliases(
             raise InvalidSetting(f"{name} is not an argument of the pipeline{hint}", field=name)
     found: dict[str, Any] = {}
     for name, value in aliases.items():
-        if name == _DIFFSYNTH_CONTROLS:
+        if name == _DIFFSYNTH_CONTROLS or value is None:
             continue
         ours = _CALL_ALIASES[name]
-        other = found.get(ours)
-        if other is None and ours in parameters and not _is_same(given[ours], parameters[ours].default):
-            other = given[ours]
-        if other is not None and value is not None and not _is_same(other, value):
+        other = found.get(ours, given.get(ours))
+        is_default = other is None or (ours not in found and _is_same(other, _default_of(ours, parameters)))
+        if not is_default and not _is_same(other, value):
             raise InvalidSetting(f"{name}: {ours} is given twice, leave one of them out", field=name)
-        found[ours] = value if other is None else other
+        found[ours] = value
     if (inputs := aliases.get(_DIFFSYNTH_CONTROLS)) is not None:
-        found |= controls_of_diffsynth(inputs)
+        controls = controls_of_diffsynth(inputs)
+        for name in (*controls, *(CONTROL_ARGUMENTS if controls else ())):
+            other = found.get(name, given.get(name))
+            if not (_is_same(other, _default_of(name, parameters)) or _is_same(other, controls.get(name))):
+                raise InvalidSetting(
+                    f"{_DIFFSYNTH_CONTROLS}: {name} is given, too; leave one of them out", field=_DIFFSYNTH_CONTROLS
+                )
+        found |= controls
     return found
 
 
+def _default_of(name: str, parameters: Mapping[str, Parameter]) -> Any:
+    return parameters[name].default if name in parameters else None
+
+
 def _is_same(one: Any, other: Any) -> bool:
-    """Return whether two values of an argument are one object, or equal numbers."""
-    return one is other or (isinstance(one, (int, float)) and isinstance(other, (int, float)) and one == other)
+    """Return whether two values of an argument are one object, equal numbers, or lists of such."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return one is other or (isinstance(one, Real) and isinstance(other, Real) and one == other)

@@ -78,6 +78,11 @@ def test_image_prompts(
     torch.testing.assert_close(both[:1], expected, atol=1e-4, rtol=0)
 
 
+def test_an_empty_argument_of_diffusers_does_not_change_how_ours_is_read(reading: FluxImagePipeline) -> None:
+    options: dict[str, Any] = {"prompt": ["x", "y"], "image_prompt": IMAGES[:2], "seed": 1, **LATENTS}
+    assert torch.equal(reading(ip_adapter_image=None, **options), reading(**options))
+
+
 def test_weights_of_images(reading: FluxImagePipeline, pipe: FluxImagePipeline) -> None:
     """The weight of a single image is the scale of the adapter; weights of 0 are none."""
     scaled = reading("x", image_prompt=IMAGES[0], image_prompt_scale=0.5, seed=1, **LATENTS)

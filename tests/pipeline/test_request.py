@@ -73,6 +73,29 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str, str]] = {
         "image",
         "image: input_image is given twice",
     ),
+    "two weights of one image": (
+        {"image_prompt_scale": [0.5, 1.0], "ipadapter_scale": [0.5, 0.7]},
+        "ipadapter_scale",
+        "ipadapter_scale: image_prompt_scale is given twice",
+    ),
+    "DiffSynth's inputs beside an image": (
+        {"controlnet_inputs": [{"image": SMALL_IMAGE}], "control_image": SMALL_IMAGE},
+        "controlnet_inputs",
+        "controlnet_inputs: control_image is given, too",
+    ),
+    "DiffSynth's inputs beside a strength": (
+        {"controlnet_inputs": [{"image": SMALL_IMAGE}], "controlnet_conditioning_scale": 0.5},
+        "controlnet_inputs",
+        "controlnet_inputs: controlnet_conditioning_scale is given, too",
+    ),
+    "DiffSynth's inputs beside a mask": (
+        {
+            "controlnet_inputs": [{"image": SMALL_IMAGE, "inpaint_mask": SMALL_IMAGE}],
+            "control_mask": SMALL_IMAGE.copy(),
+        },
+        "controlnet_inputs",
+        "controlnet_inputs: mask_image is given, too",
+    ),
     "no such name": ({"guidence_scale": 1}, "guidence_scale", r"did you mean 'guidance_scale'\?"),
     "nearest name": ({"hight": 64}, "hight", r"did you mean 'height'\?"),
     "nothing near": ({"zzz": 64}, "zzz", "is not an argument of the pipeline; there are callback_on_step_end, "),
@@ -162,3 +185,28 @@ def test_a_second_name_of_an_argument_may_be_none(pipe: FluxImagePipeline) -> No
         given = dict(zip(names, (SMALL_IMAGE, None), strict=True))
         assert torch.equal(pipe("x", **common, **given), expected)
         assert torch.equal(pipe("x", **common, **dict(reversed(given.items()))), expected)
+
+
+@pytest.mark.parametrize(
+    ("alias", "ours", "value"),
+    [("guidance_scale", "embedded_guidance", 3.0), ("true_cfg_scale", "cfg_scale", 4.0)],
+)
+def test_two_spellings_of_one_value_are_no_contradiction(
+    pipe: FluxImagePipeline, alias: str, ours: str, value: float
+) -> None:
+    common = {"seed": 1, "output_type": "latent", **SMALL}
+    expected = pipe("x", **common, **{ours: value})
+    for one, other in (
+        (value, np.float32(value)),
+        ([value], (value,)),
+        (np.float32(1.0) if value == 4 else None, value),
+    ):
+        assert torch.equal(pipe("x", **common, **{ours: one, alias: other}), expected)
+
+
+def test_an_alias_without_a_value_is_left_out(pipe: FluxImagePipeline) -> None:
+    common = {"seed": 1, "output_type": "latent", **SMALL}
+    scaled = pipe("x", **common, cfg_scale=4.0)
+    assert torch.equal(pipe("x", **common, cfg_scale=None, true_cfg_scale=4.0), scaled)
+    nothing = dict.fromkeys(("guidance_scale", "true_cfg_scale", "max_sequence_length", "strength", "image"))
+    assert torch.equal(pipe("x", **common, **nothing), pipe("x", **common))

@@ -38,7 +38,7 @@ class ControlSetting(NamedTuple):
 
 
 # The arguments of a call, by the names of diffusers, in the order of ControlSetting.
-_ARGUMENTS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode")
+CONTROL_ARGUMENTS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode")
 _DEFAULTS = (1.0, 0.0, 1.0, None)
 
 
@@ -129,7 +129,7 @@ class ControlNets:
                 f"control_image: {count} images, where the model has {len(self.nets)} ControlNets; give one for each",
                 field="control_image",
             )
-        lists = [_one_each(name, value, count) for name, value in zip(_ARGUMENTS, arguments, strict=True)]
+        lists = [_one_each(name, value, count) for name, value in zip(CONTROL_ARGUMENTS, arguments, strict=True)]
         found = tuple(ControlSetting(*values) for values in zip(*lists, strict=True))
         for number, setting in enumerate(found, start=1):
             _check_range(number, setting)
@@ -244,7 +244,7 @@ def _check_mode(number: int, num_modes: int, mode: int | None) -> None:
 
 def _check_unset(arguments: Sequence[Any]) -> None:
     """Raise InvalidSetting for an argument that tells ControlNets something, as there are none."""
-    for name, value, default in zip(_ARGUMENTS, arguments, _DEFAULTS, strict=True):
+    for name, value, default in zip(CONTROL_ARGUMENTS, arguments, _DEFAULTS, strict=True):
         values = value if isinstance(value, (list, tuple)) else [value]
         if not all(each is default or (isinstance(each, Real) and each == default) for each in values):
             raise InvalidSetting(f"{name} = {value!r}: the model has no ControlNet; leave it out", field=name)

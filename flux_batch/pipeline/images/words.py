@@ -29,12 +29,12 @@ def as_read(
     if aliases.get("image") is not None and "reference_image" in variant.reads:
         image = given["input_image"]
         if given["mask_image"] is None:
-            if given["reference_image"] is not None:
+            if given["reference_image"] is not None and given["reference_image"] is not image:
                 raise InvalidSetting("image: reference_image is given twice, leave one of them out", field="image")
             given |= {"input_image": None, "reference_image": image}
         elif given["reference_image"] is None:  # what is repainted is edited, too
             given["reference_image"] = image
-    if "ip_adapter_image" in aliases:
+    if aliases.get("ip_adapter_image") is not None:
         given["image_prompt"] = prompts.as_diffusers(given["image_prompt"])
     given["control_image"] = controlnets.as_diffusers(given["control_image"])
     return given
