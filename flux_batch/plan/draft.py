@@ -50,10 +50,12 @@ def draft_job(uri: str, prompts: PromptsConfig) -> str:
 
 
 def _with_near_names(known: dict[str, str], columns: list[str]) -> dict[str, str]:
-    """Return the column of each field, with those that other programs call so, as `steps`."""
+    """Return the column of each field, also under names of other programs, as `steps`."""
     found = {ALIASES[column]: column for column in columns if column in ALIASES}  # which is read by that name
     for column in columns:
-        if column not in known.values() and (field := near_field(column)):
+        field = near_field(column)
+        # A column `n` may as well number the rows, and would multiply the images.
+        if field and field != "num_images_per_prompt" and column not in known.values():
             found.setdefault(ALIASES.get(field, field), column)
     return {**{field: column for field, column in found.items() if column not in ALIASES}, **known}
 

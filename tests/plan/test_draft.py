@@ -35,6 +35,7 @@ from flux_batch.plan.plan import make_plan
             {"num_inference_steps": "steps"},
             ("num_steps", "guidance"),
         ),
+        ("numbered.csv", "n,prompt", {}, ("n",)),
         ("s.csv", "ID,Prompt ,Seed", {"prompt": "Prompt", "id": "ID", "seed": "Seed"}, ()),
     ],
 )
