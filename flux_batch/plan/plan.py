@@ -194,15 +194,18 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
     num_new = len(shards) - len(plan.shards)
     names = set(shards.files)
     used = [file for file in files if file.name in names]
-    # Beside planned files, a column without a value fits any type.
-    passthrough = source.passthrough_schema(used, pa.null() if plan.shards else pa.string())
-    if plan.shards and num_new:
-        _check_fits(plan, num_new, passthrough)
-        passthrough = plan.passthrough
+    passthrough = plan.passthrough
+    if num_new:
+        # Beside planned files, a column without a value fits any type.
+        found = source.passthrough_schema(used, pa.null() if plan.shards else pa.string())
+        if plan.shards:
+            _check_fits(plan, num_new, found)
+        else:
+            passthrough = found
     return Plan(
         shards,
         plan.files + tuple(files),
-        passthrough if num_new else plan.passthrough,
+        passthrough,
         plan.rules,
         plan.lists if plan.shards else source.lists,
         (*skipped_notes(listing.skipped), *source.unused_columns(used)),

@@ -118,7 +118,7 @@ class PromptSource:
         ranges = list(islice(table.split(num_rows), num_ranges))
         if ranges:  # a text file without rows has no columns either
             schema = self._schema_of(file, table, limit)
-            if limit is not None and not self._needed.issubset(schema.names):  # it may have its first value further on
+            if limit is not None and not self._fits(schema):  # later rows may have what the first ones lack
                 schema = self._schema_of(file, table)
             if not schema.names:
                 _check_first_row(table, ranges[0], file.uri)
@@ -285,6 +285,12 @@ class PromptSource:
             self._schemas[file.uri] = self._last
             return self._last
 
+    def _fits(self, schema: pa.Schema) -> bool:
+        """Return whether a file has the columns that it must have, and prompts that are text."""
+        prompt = self._config.columns.get("prompt", "prompt")
+        kind = schema.field(prompt).type if schema.names.count(prompt) == 1 else _TEXT
+        return self._needed.issubset(schema.names) and _may_be_prompts(kind)
+
     @cached_property
     def _needed(self) -> set[str]:
         """The columns that a file must have."""
@@ -331,8 +337,12 @@ class PromptSource:
             named_by = f"prompts.columns.{field}" if field in self._config.columns else ""
             kinds[field] = _column(schema, column, where, named_by)
         kind = kinds["prompt"]
-        if not (is_text(kind) or pa.types.is_null(kind)):
+        if not _may_be_prompts(kind):
             raise SourceError(f"{where}: column {wanted['prompt']!r} holds {kind}, but prompts must be text")
+
+
+def _may_be_prompts(kind: pa.DataType) -> bool:
+    return is_text(kind) or pa.types.is_null(kind)
 
 
 def _row_range(piece: FileRange) -> RowRange:

@@ -375,7 +375,7 @@ def test_new_files_become_shards_behind_those_that_are_there(tmp_path: Path) -> 
 
 def test_a_limit_counts_what_is_planned(tmp_path: Path) -> None:
     write_prompts(tmp_path / "a.parquet", 5)
-    config = prompts(tmp_path, limit=7)
+    config = prompts(tmp_path, limit=7, passthrough=["prompt"])
     plan = make_plan(config, 4)
 
     write_prompts(tmp_path / "b.parquet", 5)
@@ -469,6 +469,11 @@ def test_a_column_may_have_its_first_value_behind_the_limit(tmp_path: Path) -> N
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n' * 9 + '{"prompt": "a", "tag": 1}\n')
     plan = make_plan(prompts(tmp_path, limit=2, passthrough=["tag"]), 5)
     assert (plan.num_prompts, plan.passthrough) == (2, pa.schema([("tag", pa.int64())]))
+
+
+def test_prompts_may_be_text_behind_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": 7}\n{"prompt": "a"}\n')
+    assert make_plan(prompts(tmp_path, limit=1), 5).num_prompts == 1
 
 
 def test_a_limit_leaves_later_files_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
