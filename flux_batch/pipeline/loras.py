@@ -40,6 +40,10 @@ class LoadedLoras:
         """The addresses of the fused LoRAs, each with its scale."""
         return [(lora.name, scale) for lora, scale in self._fusion.fused]
 
+    def with_columns(self, num_columns: int) -> list[str]:
+        """Return the addresses of the fused LoRAs that change so many columns of `img_in`."""
+        return [lora.name for lora, _ in self._fusion.fused if lora.num_columns == num_columns]
+
     def add_part(self, part: str, module: nn.Module) -> None:
         """Add a loaded part, or replace one; the LoRAs are fused into it, too."""
         with checkpoint_errors(), device_errors():

@@ -221,8 +221,8 @@ class FluxImagePipeline(ImagePromptLoaders):
         width, p = self.transformer.img_in.weight.shape[1], self.transformer.params
         if width == p.in_channels:
             return self._variant
-        # Of several LoRAs the names of all files come before those of folders.
-        nearest_first = zip_longest(*(names_in(uri) for uri, _ in self.loras.fused), fillvalue="")
+        # Of several control LoRAs the names of all files come before those of folders.
+        nearest_first = zip_longest(*map(names_in, self.loras.with_columns(width)), fillvalue="")
         return variant_of(replace(p, in_channels=width), hints=chain.from_iterable(nearest_first))
 
     @property

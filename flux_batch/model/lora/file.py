@@ -98,6 +98,12 @@ class Lora:
     name: str
     changes: tuple[Change, ...]
 
+    @property
+    def num_columns(self) -> int:
+        """The columns of `img_in` that it changes: of a control LoRA those of noise and control image; 0 for none."""
+        inputs = (change for change in self.changes if change.target.layer == "img_in")
+        return max((change.num_columns or 0 for change in inputs), default=0)
+
 
 def open_lora(path: Path, name: str, parts: Mapping[str, Shapes]) -> Lora:
     """Read a LoRA for a model with parameters of these shapes, by part. Maps the file, and checks every number once.

@@ -102,6 +102,8 @@ def test_the_name_of_its_folder_tells_depth_from_canny(folder: Path, tmp_path: P
     for uri in (control, control.parent, f"{control.parent}/"):
         pipe.set_loras([(uri, 1.0)])
         assert pipe.default_guidance == 10.0
+        pipe.set_loras([(home / "style", 1.0), (uri, 1.0)])
+        assert pipe.default_guidance == 10.0  # whatever the names of others
     named = control.rename(home / "flux1-depth.safetensors")
     pipe.set_loras([(home / "style", 1.0), (named, 1.0)])
     assert pipe.default_guidance == 10.0
