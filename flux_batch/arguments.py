@@ -302,7 +302,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser that suggests the nearest command or option for one that does not exist."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse arguments; a command refuses those that it does not have."""
+        """Parse arguments, and refuse those that the command does not have."""
         arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = f"{self.prog} {getattr(arguments, 'command', '')}"
@@ -312,7 +312,7 @@ class _Parser(argparse.ArgumentParser):
         return arguments
 
     def _near(self, option: str, own: Sequence[argparse.ArgumentParser]) -> str:
-        """Return the end of a sentence on an option that is not there: the nearest of the same command."""
+        """Return a hint for an unknown option: the nearest one of the same command."""
         if not option.startswith("--"):
             return ""
         if option in _options_of(_all_parsers(self)):

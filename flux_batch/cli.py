@@ -444,7 +444,7 @@ def _store(arguments: argparse.Namespace, uri: str | None = None) -> Store:
 
 
 def _print(text: str) -> None:
-    """Print the result of a command. Where nobody reads it, its exit code stands."""
+    """Print the result of a command; a closed stdout does not change its exit code."""
     with reader_may_be_gone():
         _print_line(text)
 

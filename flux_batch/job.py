@@ -375,7 +375,7 @@ def _ordered(todo: Shards, config: JobConfig) -> Shards:
 
 
 def _limit_reached(config: JobConfig, price: float | None, max_cost: float | None, now: Snapshot) -> str:
-    """Return that a run has reached its hours or its cost, as a sentence begins; else ""."""
+    """Return the beginning of a sentence that a limit of hours or cost is reached; else ""."""
     limit = config.workers.max_gpu_hours
     if limit is not None and now.device_hours >= limit:
         return f"workers.max_gpu_hours = {limit:g} is reached"
@@ -385,7 +385,7 @@ def _limit_reached(config: JobConfig, price: float | None, max_cost: float | Non
 
 
 def _stop_at_limit(limit: Callable[[Snapshot], str], stop: Stop, now: Snapshot) -> None:
-    """Request a stop once a run has had its hours, or has cost enough."""
+    """Request a stop once a run has reached its limit of hours or cost."""
     if reached := limit(now):
         stop.request(reached, _HIGHER_LIMIT)
 

@@ -194,8 +194,8 @@ class ImageRequest:
     """A validated prompt row; `seeds` has one entry for each image.
 
     `size_from_reference`: width and height are those of the first reference image, and not known until it is read.
-    `guidance_from_model`: the embedded guidance is that of the model with the LoRAs of the row, which are others than
-    the job's, and not known until they are set.
+    `guidance_from_model`: the embedded guidance is that of the model with the LoRAs of the row, which differ from those
+    of the job. It is not known until they are set.
     """
 
     row: int  # within the shard

@@ -149,7 +149,7 @@ class Heartbeat:
             return max((time.monotonic() - last for last in self._last.values()), default=0.0)
 
 
-# Of the model that this process loads: whatever may take hours then, a download or a wait, beats it.
+# The heartbeat while this process loads its model; whatever may take hours then, a download or a wait, beats it.
 LOADING = Heartbeat()
 
 

@@ -138,7 +138,7 @@ class AnnotateWorker:
         return self._heartbeat.idle_s()
 
     def publish(self, images: Commit, todo: Sequence[ShardAnnotation]) -> list[Commit]:
-        """Write the file and the commit of each annotation. Returns: the commits that stand.
+        """Write the file and the commit of each annotation; return the commits that count.
 
         images: the commit of the images that were annotated. Raises: FluxBatchError if they were made again since.
         """

@@ -121,7 +121,7 @@ def download_snapshot(repository: str, revision: str, names: Sequence[str]) -> P
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # a module of that name hides it
 
     class Bar(tqdm):
-        """The hub's progress bar, shown or not, as a sign of life."""
+        """The hub's progress bar, shown or not; each step is a sign of life."""
 
         def update(self, n: float | None = 1) -> bool | None:
             """Add files or bytes."""

@@ -90,7 +90,7 @@ class WorkerActor:
 
     @_watching
     def idle_s(self) -> float:
-        """Return the seconds since the last progress, of loading too; any answer shows that the process lives."""
+        """Return the seconds since the last progress, also of loading; any answer shows that the process lives."""
         return self._worker.idle_s() if self._worker else LOADING.idle_s()
 
     @_watching

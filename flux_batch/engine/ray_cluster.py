@@ -110,7 +110,7 @@ def _init(options: Mapping[str, Any]) -> None:
 
 
 def _explained(error: Exception, address: str) -> FluxBatchError | None:
-    """Return an error of ray.init in one sentence; None for one that nobody has met yet."""
+    """Return a known error of ray.init in one sentence; None for an unknown one."""
     if isinstance(error, ConnectionError) and address:
         found = "several Ray clusters are" if "multiple" in str(error) else "no Ray cluster is"
         reason = f"{found} found on this machine" if address == "auto" else _no_cluster(one_line(error))

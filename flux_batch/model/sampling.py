@@ -166,7 +166,7 @@ def denoise(
 def guide(positive: Tensor, negative: Tensor, cfg_scale: Tensor) -> Tensor:
     """Return the extrapolation from the negative velocity through the positive: (b, n, c), scale (b,).
 
-    In the dtype of the velocities, in which diffusers rounds the scaled difference, then the sum.
+    Rounds as diffusers does, in the dtype of the velocities: first the scaled difference, then the sum.
     """
     scale = cfg_scale[:, None, None]
     guided = negative + (scale * (positive - negative)).to(positive.dtype)

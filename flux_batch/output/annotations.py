@@ -92,7 +92,7 @@ class AnnotationFolder:
             self.run.store.delete_folder(folder)
 
     def remove_uncommitted(self) -> None:
-        """Remove the files without a commit; needs the lease.
+        """Remove files without a commit; the caller holds the lease.
 
         A pass or a revert that was killed leaves them. They would be adopted as those of a worker that came first,
         whatever is in them; the rows of a pass are staged too.
@@ -115,7 +115,7 @@ class AnnotationFolder:
                     self.staging.discard(shard, [name])
 
     def _good_rows(self, shard: int) -> list[tuple[StagedImage, bool]]:
-        """Return the rows of a shard to stage, each with whether it has no values.
+        """Return the rows of a shard to stage, each with a flag: it has no values.
 
         There are none unless file and metadata have the bytes that the commit names: the rows would be about others.
         """

@@ -141,7 +141,7 @@ class CommitLog:
         self.num_written = 0
 
     def _keep(self, is_there: Callable[[int], bool]) -> None:
-        """Remove the counts of shards whose commits are not there; the log is written again soon then."""
+        """Remove the counts of shards without a commit; the log is then written again soon."""
         is_kept = bytearray(map(is_there, self.shards))
         if not all(is_kept):
             for values in self._columns:

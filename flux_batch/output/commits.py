@@ -140,7 +140,7 @@ class Commits:
         return None
 
     def read_all(self, shards: Sequence[int]) -> Iterator[Commit]:
-        """Yield many commits in the order given; few are in memory at once. Raises: as `read`."""
+        """Yield commits in the order given; only a few are in memory. Raises: the errors of `read`."""
         with ThreadPoolExecutor(_READERS) as pool:
             for first in range(0, len(shards), _READ_AHEAD):
                 yield from pool.map(self.read, shards[first : first + _READ_AHEAD])

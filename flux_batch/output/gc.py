@@ -161,7 +161,7 @@ def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Seq
 
 
 def _committed(run: RunFolder, shards: Collection[int], pool: ThreadPoolExecutor) -> set[int]:
-    """Return those of some shards that have a commit now, whatever a listing says."""
+    """Return those of these shards that have a commit now, whatever an earlier listing says."""
     keys = [commit_file(run.shard_name(shard)) for shard in shards]
     return {shard for shard, is_there in zip(shards, pool.map(run.store.exists, keys), strict=True) if is_there}
 

@@ -91,7 +91,7 @@ def unpack_metadata(data: bytes) -> list[dict[str, Any]]:
 
 
 def unpack_records(data: bytes) -> list[dict[str, Any]]:
-    """Read the rows that `pack_metadata` wrote, to write them again: such a time is an Arrow scalar."""
+    """Read the rows that `pack_metadata` wrote, to write them again; times beyond Python's are Arrow scalars."""
     return _rows(parquet_table(data), values_of)
 
 

@@ -217,7 +217,7 @@ class FluxImagePipeline(ImagePromptLoaders):
 
     @property
     def variant(self) -> Variant:
-        """The variant of FLUX.1, which a control LoRA changes: as its name or its folder's says, Canny or Depth."""
+        """The variant of FLUX.1. A control LoRA makes it Canny or Depth, by the name of its file or folder."""
         width, p = self.transformer.img_in.weight.shape[1], self.transformer.params
         if width == p.in_channels:
             return self._variant

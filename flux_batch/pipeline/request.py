@@ -263,7 +263,7 @@ def _default_of(name: str, parameters: Mapping[str, Parameter]) -> Any:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Return whether two values of an argument are one object, equal numbers, or lists of such."""
+    """Return whether two values are one object or equal numbers, or lists of such."""
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(_is_same, one, other))
     return one is other or (isinstance(one, Real) and isinstance(other, Real) and one == other)

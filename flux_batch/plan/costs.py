@@ -67,7 +67,7 @@ def costs(
     """Return hours, money and what will not pay.
 
     price: that of an hour of a GPU, or of a worker without one. is_here: whether workers run on this machine.
-    num_committed: the shards that a run has committed, whose layout is settled; None where none was begun.
+    num_committed: the shards that a run has committed; None where no run was begun, whose shard size may still change.
     """
     workers = config.workers
     warnings = _without_a_card(config, figures["memory"])
@@ -132,14 +132,14 @@ def _too_large(memory: Mapping[str, Any]) -> list[str]:
 
 
 def _without_a_card(config: JobConfig, memory: Mapping[str, Any]) -> list[str]:
-    """Return a warning if a batch fits on no card."""
+    """Return a warning if no GPU has room for a batch."""
     if "fits_gb" in memory and not memory["fits_gb"] and config.workers.num_gpus:
         return [f"a batch of {memory['batch_size']} fits on no card: set workers.batch_size lower"]
     return []
 
 
 def _wrong_shard_size(config: JobConfig, figures: Mapping[str, Any], speed: Speed | None) -> list[str]:
-    """Return warnings of a shard of more than an hour, and of idle workers."""
+    """Return warnings about shards of more than an hour and about idle workers."""
     found, workers = [], config.workers
     images_per_shard = config.output.shard_size * config.sampling.num_images_per_prompt
     if speed is not None and images_per_shard / speed.images_per_s > _LONG_SHARD_S:

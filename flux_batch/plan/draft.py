@@ -13,7 +13,7 @@ from flux_batch.prompts.source import PROMPT_NAMES, PromptSource, near_field
 from flux_batch.redaction import public_uri
 from flux_batch.sampling_params import ALIASES
 
-# The rows of a file that tell its columns, where no header does.
+# The first rows of a file without a header, which tell its columns.
 _ROWS_READ = 10_000
 # Names that columns have in public data sets, the likeliest first.
 _NAMES = {

@@ -119,7 +119,7 @@ def rules_of_plan(data: bytes) -> int:
 
 
 def _opened(data: bytes) -> pq.ParquetFile:
-    """Open a saved plan. Its footer names every file: of a million, pyarrow would refuse it as too large."""
+    """Open a saved plan. Its footer names every file; with a million of them, pyarrow refuses it by default."""
     return pq.ParquetFile(pa.BufferReader(data), thrift_string_size_limit=max(1, len(data)))
 
 
@@ -273,7 +273,7 @@ def _holds(kind: pa.DataType, new: pa.DataType) -> bool:
 def _cut(
     source: PromptSource, files: Sequence[PromptFile], shard_size: int, limit: int | None, pool: ThreadPoolExecutor
 ) -> Iterator[list[RowRange]]:
-    """Yield the row ranges of each file, read a thousand files ahead; with a limit only its first ones."""
+    """Yield the row ranges of each file, with a limit only the first ones; a thousand files are read ahead."""
     at_most = None if limit is None else max(1, limit)
     for first in range(0, len(files), FILES_AT_ONCE):
         some = files[first : first + FILES_AT_ONCE]

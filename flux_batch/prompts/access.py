@@ -38,7 +38,8 @@ _LORA_SUFFIX = ".safetensors"
 class ImageAccess:
     """The images that the rows of one prompts file may name.
 
-    folders: returns those of the data set, for a caller that reads many files; each costs a request.
+    folders: a function that returns the folders of the data set; a caller that reads many files looks them up once,
+    since each costs a request.
     """
 
     def __init__(self, config: PromptsConfig, file: str, folders: Callable[[], Sequence[str]] | None = None) -> None:

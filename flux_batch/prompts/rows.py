@@ -55,7 +55,7 @@ class RowParser:
     ) -> None:
         """Read rows of the prompts file `uri`; known: the settings that the pipeline knows, None for all.
 
-        guidance: that of the model with the LoRAs of the job; None where no image is made. folders: as of ImageAccess.
+        guidance: that of the model with the LoRAs of the job; None where no image is made. folders: see ImageAccess.
         """
         self._known = known
         self._guidance_from_model = sampling.embedded_guidance is None and guidance is not None
@@ -148,7 +148,7 @@ class RowParser:
         return prompt
 
     def _sampling(self, values: Row) -> SamplingParams:
-        """Return the settings of a row. Raises: RowError for two spellings of one with two values, InvalidSetting."""
+        """Return the settings of a row. Raises: InvalidSetting; RowError if two spellings of one setting differ."""
         overrides: dict[str, Any] = {}
         for field in SAMPLING_FIELDS:
             names = [name for name in self._columns[field] if values.get(name) is not None]

@@ -70,7 +70,7 @@ _NEAR_NAMES = {
 
 
 def near_field(column: str) -> str | None:
-    """Return the field that a column is named like, as diffusers may spell it; None if there is none."""
+    """Return the field that a column seems to be, also by names of other programs; None if none."""
     plain = re.sub(r"[\s-]+", "_", column.strip().lower())
     return plain if plain in (*PROMPT_FIELDS, *ALIASES) else _NEAR_NAMES.get(plain)
 
@@ -106,9 +106,9 @@ class PromptSource:
         return self._recipe.lists
 
     def split(self, file: PromptFile, num_rows: int, limit: int | None = None) -> list[RowRange]:
-        """Return one file cut into row ranges; with a limit only its first ones, which have so many rows.
+        """Return one file cut into row ranges; with a limit only the first ones, which hold that many rows.
 
-        Of a text with a limit no more is read. Raises: SourceError if a column of the job file is not in it.
+        A text is read no further than these. Raises: SourceError if a column of the job file is not in it.
         """
         if not self._config.uri:
             self._check_fields(self._recipe.made, "prompts.samplers")
@@ -246,7 +246,7 @@ class PromptSource:
 
     @cached_property
     def _folders(self) -> Sequence[str]:
-        """The folders of the data set, beside whose files images may lie."""
+        """The folders of the data set; images may lie beside its files."""
         return folders_of(self._config)
 
     def _passthrough_of(self, file: PromptFile) -> pa.Schema:
@@ -273,7 +273,7 @@ class PromptSource:
     def _schema_of(self, file: PromptFile, table: Table, limit: int | None = None) -> pa.Schema:
         """Return the columns of an open file; files with the same ones mostly share one schema.
 
-        limit: so many first rows tell the columns of a format that has no header; None for all.
+        limit: the number of first rows that tell the columns of a format without a header; None for all rows.
         """
         found = table.schema(limit) if isinstance(table, (JsonLinesTable, TarTable)) else table.schema()
         for name in self._partitions(file.name):
@@ -286,7 +286,7 @@ class PromptSource:
             return self._last
 
     def _fits(self, schema: pa.Schema) -> bool:
-        """Return whether a file has the columns that it must have, and prompts that are text."""
+        """Return whether a file has all needed columns, and prompts that are text."""
         prompt = self._config.columns.get("prompt", "prompt")
         kind = schema.field(prompt).type if schema.names.count(prompt) == 1 else _TEXT
         return self._needed.issubset(schema.names) and _may_be_prompts(kind)

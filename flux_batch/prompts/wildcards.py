@@ -30,9 +30,10 @@ _Draw = Callable[[str], float]
 
 @dataclass(frozen=True)
 class _Choice:
-    """The options of `{...}` with the sums of their weights, and how many are taken; `text` is all as written.
+    """The options of `{...}` with their weights as running sums, and the number to take.
 
-    high: None for all of them. from_list: the name of the list whose lines are the options, in `{2$$__animal__}`.
+    text: the whole as written. high: None for all options.
+    from_list: the name of the list whose lines are the options, in `{2$$__animal__}`.
     """
 
     text: str
@@ -162,7 +163,7 @@ class _Filling:
         return choice.joined_by.join(texts)
 
     def _options_of(self, choice: _Choice) -> tuple[list[str | Sequence[_Part]], Sequence[float]]:
-        """Return the options and the sums of their weights; those of a list are lines that are not parsed yet."""
+        """Return the options and the running sums of their weights; lines of a list are not parsed yet."""
         if choice.from_list is None:
             return [*choice.options], choice.sums
         lines = self.lines(choice.from_list)

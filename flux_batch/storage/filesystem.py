@@ -45,7 +45,7 @@ def open_filesystem(
 
 
 def _http_client() -> dict[str, Any]:
-    """Return the settings of HTTP clients: the proxies of the environment, and no limit while bytes come."""
+    """Return the settings of HTTP clients: the proxies of the environment, and no time limit while bytes arrive."""
     from aiohttp import ClientTimeout
 
     return {"trust_env": True, "timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}

@@ -75,7 +75,7 @@ class ImageTask:
         return replace(self, request=replace(self.request, sampling=sampling, size_from_reference=False))
 
     def guided(self, guidance: float) -> ImageTask:
-        """Return the same with the embedded guidance that comes from the model."""
+        """Return the same task with the embedded guidance that comes from the model."""
         sampling = replace(self.request.sampling, embedded_guidance=guidance)
         return replace(self, request=replace(self.request, sampling=sampling, guidance_from_model=False))
 

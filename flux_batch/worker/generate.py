@@ -222,7 +222,7 @@ class BatchMaker:
         ]
 
     def _with_guidance(self, task: ImageTask) -> ImageTask:
-        """Return a task with the guidance of the model, if it asks for none: a control LoRA makes it another model."""
+        """Return a task; one that asks for no guidance gets that of the model with its LoRAs."""
         from_model = task.request.guidance_from_model and not task.error
         return task.guided(self._pipeline.default_guidance) if from_model else task
 

@@ -116,7 +116,7 @@ def changing_options(spec: AnnotatorSpec, names: Collection[str]) -> set[str]:
 
 
 def check_factory(spec: AnnotatorSpec, hint: str = _OPTION_HINT) -> Callable[..., Any]:
-    """Return what makes an annotator. Raises: JobError if it cannot be imported, or has not these options.
+    """Return the factory of an annotator. Raises: JobError if it cannot be imported, or lacks these options.
 
     hint: how an option is set.
     """

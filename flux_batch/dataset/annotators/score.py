@@ -50,7 +50,7 @@ class _Score:
 
 
 def check_score(quality: QualityConfig, *, is_here: bool = False) -> None:
-    """Raise JobError for a score that names no annotator; opens nothing.
+    """Raise JobError for a score that names no annotator; open none.
 
     is_here: whether the workers are on this machine, so that its code and its options can be looked at.
     """

@@ -290,7 +290,7 @@ def _check(dest: Store, pieces: Sequence[Piece]) -> int:
 
 
 def _read_commits(dest: Store, pieces: Sequence[Piece]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the commit of each piece with its key, in order; several are read at a time, and few are in memory."""
+    """Yield the commit of each piece with its key, in order; a few are read ahead."""
 
     def read(piece: Piece) -> tuple[str, Mapping[str, Any]]:
         key = f"{_COMMITS}/{_label(piece)}.json"

@@ -279,7 +279,7 @@ class ExportSource:
         return ImageRecord(**fields, sampling=sampling, passthrough={**own, **annotations})
 
     def _annotations(self, shard: int) -> dict[str, dict[str, Any]]:
-        """Read the annotations of a shard by key; those that were not there when this was opened are null."""
+        """Read the annotations of a shard by key; those made after this was opened are null."""
         values: dict[str, dict[str, Any]] = {}
         for name, hashes in self._annotation_hashes.items():
             if shard not in hashes:

@@ -142,7 +142,7 @@ class Tables:
                 raise JobError(f"{text!r}: {name}() is another one each time; a selection is the same each time")
 
     def _check_distinct(self, text: str) -> None:
-        """Raise JobError for a column whose name stands for another one in an expression."""
+        """Raise JobError for a name that means another column in an expression."""
         for names in self._names.values():
             for name in sorted(self._named(text) & names.keys()):
                 if name != names[name]:
@@ -225,7 +225,7 @@ def _nodes(tree: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _distinct(table: str, columns: Iterable[str]) -> dict[str, str]:
-    """Return the names of columns in expressions, to which large and small letters are alike: with one more `_`."""
+    """Return the names of columns in expressions; one that differs only in case from another gets a `_`."""
     taken, names = {"ordinal"} if table == METADATA else set(), {}
     for name in columns:
         own = name

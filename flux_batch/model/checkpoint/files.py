@@ -110,7 +110,7 @@ def is_weight(name: str) -> bool:
 
 
 def is_shard(name: str) -> bool:
-    """Return whether a name is that of one of several files of a model."""
+    """Return whether a name is that of a shard: one of several files of a model."""
     return _SHARD_NAME.search(name) is not None
 
 

@@ -58,7 +58,7 @@ _NAMING_PARTS = 5
 
 
 def names_in(path: str) -> list[str]:
-    """Return the names of a path or address that may tell a variant: of the file, then of its folders."""
+    """Return the names in a path or address that may tell a variant: the file, then its folders."""
     return path.rstrip("/").split("/")[: -_NAMING_PARTS - 1 : -1]
 
 

@@ -100,7 +100,7 @@ class Lora:
 
     @property
     def num_columns(self) -> int:
-        """The columns of `img_in` that it changes: of a control LoRA those of noise and control image; 0 for none."""
+        """The number of columns of `img_in` that it changes; a control LoRA has twice those of the noise."""
         inputs = (change for change in self.changes if change.target.layer == "img_in")
         return max((change.num_columns or 0 for change in inputs), default=0)
 

@@ -15,7 +15,7 @@ class Memo(Generic[_Value]):
 
     Threads may share one: two that ask for the same at once may both compute it, and one result stays.
 
-    num_bytes: of a result, which is never None.
+    num_bytes: returns the size of a result; a result is never None.
     """
 
     def __init__(self, max_bytes: int, num_bytes: Callable[[_Value], int]) -> None:

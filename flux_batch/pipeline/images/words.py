@@ -21,11 +21,11 @@ def as_read(
 ) -> dict[str, Any]:
     """Return the image arguments of a call, those in other words too.
 
-    given: by our names. named: arguments in the words `aliases`, by our names; those of images are taken out.
-    Raises: InvalidSetting for a reference image in two words.
+    given: the arguments under our names. named: those that the call has as `aliases`, under our names; those of images
+    are taken out of it. Raises: InvalidSetting for a reference image that is given twice.
     """
     given = given | {name: named.pop(name) for name in given if name in named}
-    # Its pipelines in diffusers call a reference image so.
+    # The Kontext pipelines of diffusers call a reference image `image`.
     if aliases.get("image") is not None and "reference_image" in variant.reads:
         image = given["input_image"]
         if given["mask_image"] is None:

@@ -144,7 +144,7 @@ def _first_lines(file: PromptBytes) -> list[bytes]:
 
 
 def _json_of_another_name(file: PromptBytes) -> str:
-    """Return the JSON format of a file that is called a table; empty for all that could be a header."""
+    """Return the JSON format of a file that is named .csv or .tsv; empty if its first line may be a header."""
     if _begins_array_of_rows(file.head):
         return "json"
     if not file.head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):

@@ -84,7 +84,7 @@ class _Member(tarfile.TarInfo):
 def _rows(tar: tarfile.TarFile) -> Iterator[tuple[int, str, Row | BadRow]]:
     at, row, key = 0, None, ""
     for member in tar:
-        # It keeps half a kB of each, and a tar may have millions. Its method to list them would read to the end.
+        # tarfile keeps half a kB of each member, and a tar may have millions. getmembers() would read to the end.
         tar.members.clear()  # type: ignore[attr-defined]
         folder, slash, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 _REPORT_INTERVAL_S = 10.0
-# Shards that failed for good of which the report says why: of a million that fail alike, the log has the others.
+# The number of shards that failed for good whose reasons the report has; the log has those of all.
 _MAX_ERRORS = 1000
 # Seconds that the thread of the figures may take to end: a report whose lease is being looked up ends by itself.
 _JOIN_S = 1.0
