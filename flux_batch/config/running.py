@@ -63,8 +63,8 @@ class WorkersConfig(Section):
     batch_size: BatchSize = 4
     """Images in one forward pass; `auto` measures it when the run starts and remembers it with the run."""
     max_gpu_hours: float | None = Field(default=None, gt=0)
-    """Hours that workers may have their GPUs, over all invocations; a worker without one counts as one. A run that
-    reaches it stops in order, with 75; begun again without a higher limit, it ends with 2."""
+    """GPU-hours that workers may take, over all invocations; a worker without a GPU counts as one. A run that reaches
+    it stops in order, with 75; started again without a higher limit, it ends with 2."""
 
     @model_validator(mode="after")
     def _ordered(self) -> WorkersConfig:
@@ -83,8 +83,8 @@ class FailuresConfig(Section):
     hang_s: float = Field(default=900, gt=0)
     """Seconds without a sign of life after which a worker is killed and replaced."""
     load_hang_s: float = Field(default=3600, gt=0)
-    """Seconds without a sign of life, such as bytes of a download, after which a worker that loads its model is killed
-    and counts as one that could not start."""
+    """Seconds without a sign of life, such as bytes of a download, after which a worker that is loading its model is
+    killed. It counts as a worker that could not start."""
     drain_s: float = Field(default=25, ge=0)
     """Seconds that a stopped run has to finish or put aside what is being made."""
     outage_s: float = Field(default=1800, ge=0)
