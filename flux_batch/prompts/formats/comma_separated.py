@@ -30,7 +30,7 @@ _DELIMITERS = (",", ";", "\t")
 
 
 class CsvTable(LineTable):
-    """A file of comma-separated values; its first line names the columns."""
+    """A file of comma-separated values; its first line names the columns, blank lines do not count."""
 
     def schema(self) -> pa.Schema:
         """Return the columns that the header names; none of a file without a byte."""
@@ -67,13 +67,14 @@ class CsvTable(LineTable):
                 yield source.start, number, _parsed(source, values, header, first_line)
 
     def _header(self, text: BinaryIO) -> _Header:
-        """Read the first record."""
+        """Read the first record that is not blank."""
         source = _Lines(lines(text, 0))
-        if not source.begin():
-            return _Header([], ",", False, 0, 0)
         try:
-            next(csv.reader(source))
+            while source.begin() and not any(value.strip("\ufeff \t") for value in next(csv.reader(source))):
+                pass
             first = [decoded(line) for _, line in source.taken]
+            if not first:
+                return _Header([], ",", False, 0, 0)
             delimiter = next((each for each in _DELIMITERS if len(next(csv.reader(first, delimiter=each))) > 1), ",")
             raw = next(csv.reader(first, delimiter=delimiter))
             values = next(csv.reader(first, delimiter=delimiter, skipinitialspace=True))

@@ -169,3 +169,13 @@ def test_a_quote_in_tsv_is_a_character(tmp_path: Path, num_rows: int) -> None:
         BadRow("1 fields where the header has 2"),
         {"prompt": "c", "seed": "3"},
     ]
+
+
+@NUM_ROWS
+@pytest.mark.parametrize(("name", "comma"), [("p.csv", ","), ("p.tsv", "\t")])
+def test_blank_lines_before_the_header_do_not_count(tmp_path: Path, num_rows: int, name: str, comma: str) -> None:
+    text = f"\ufeff\r\n  \n{comma}\nprompt{comma}seed\n\na{comma}1\nb{comma}2"
+    assert read(tmp_path, text, num_rows, name) == [{"prompt": "a", "seed": "1"}, {"prompt": "b", "seed": "2"}]
+    table = open_table(str(tmp_path / name), {})
+    lines = [each.line for part in table.split(num_rows) for each in table.each_of(part)]  # type: ignore[attr-defined]
+    assert lines == [6, 7]
