@@ -121,7 +121,7 @@ def test_no_more_than_a_few_shards_and_commits_are_objects_at_a_time(
 
     def count(kind: type) -> None:
         gc.collect()
-        alive[kind].append(sum(isinstance(one, kind) for one in gc.get_objects()))
+        alive[kind].append(sum(type(one) is kind for one in gc.get_objects()))
 
     def begin(self: AnnotateWorker, shard: Shard, attempt: Attempt) -> Any:
         count(Shard)
