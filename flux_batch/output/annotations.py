@@ -105,10 +105,7 @@ class AnnotationFolder:
             store.delete(f"{ANNOTATIONS}/{self.name}/{name}")
 
     def remove_staged_failures(self) -> None:
-        """Remove the staged rows without values, and the marks of lost workers that made some of them; needs the lease.
-
-        The rows beside them stay staged.
-        """
+        """Remove the staged rows without values; needs the lease. The rows beside them stay staged."""
         for shard in sorted(self.staging.shards()):
             for name in sorted(self.staging.list(shard).objects):
                 rows = self.staging.read(shard, name)
@@ -117,7 +114,8 @@ class AnnotationFolder:
                     self._replace_staged(shard, name, rows, good)
 
     def _replace_staged(self, shard: int, name: str, rows: Sequence[StagedImage], good: Sequence[StagedImage]) -> None:
-        """Stage the good ones of the rows of an object in its place. A mark that is left would fail its row again."""
+        """Stage the good ones of the rows of an object in its place."""
+        # Marks of lost workers would fail their rows again.
         self.staging.forget_losses(shard, {row.key for row in rows} - {row.key for row in good})
         if good:
             self.staging.put(shard, good)
