@@ -95,7 +95,8 @@ class AnnotationFolder:
         """Remove the files without a commit; needs the lease.
 
         A pass or a revert that was killed leaves them. They would be adopted as those of a worker that came first,
-        whatever is in them; the rows of a pass are staged too.
+        whatever is in them; the rows of a pass are staged too. A worker of a driver that is gone may commit its file
+        meanwhile: such a commit is reverted.
         """
         store, done = self.run.store, self.commits.done()
         for name in store.children(f"{ANNOTATIONS}/{self.name}"):
@@ -103,6 +104,8 @@ class AnnotationFolder:
             if shard is None or shard in done or store.exists(self.commits.key(shard)):  # a listing may be late
                 continue
             store.delete(f"{ANNOTATIONS}/{self.name}/{name}")
+            if store.exists(self.commits.key(shard)):
+                self.revert(shard)
 
     def remove_staged_failures(self) -> None:
         """Remove the staged rows without values; needs the lease. The rows beside them stay staged."""
