@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
@@ -27,7 +26,7 @@ from flux_batch.output.annotations import AnnotationFolder
 from flux_batch.records import Attempt, Commit, Shard, ShardResult
 from flux_batch.redaction import public_tree
 from flux_batch.report.saved_run import SavedRun
-from flux_batch.storage.retry import Drain, RetryPolicy
+from flux_batch.storage.retry import RetryPolicy, WorkerStop
 from flux_batch.storage.scratch import scratch_folder, sweep_scratch
 from flux_batch.storage.store import Store
 from flux_batch.telemetry import LOADING, Heartbeat, Metrics, ShardCount
@@ -100,9 +99,8 @@ class AnnotateWorker:
         self._factory = factory
         self._annotators = annotators
         self._heartbeat = Heartbeat()
-        self._stopping = threading.Event()
-        self._drain = Drain(factory.failures.drain_s)
-        policy = RetryPolicy(factory.failures.outage_s, self._on_storage_wait, on_request=self._on_storage_request)
+        self._stop = WorkerStop(factory.failures.drain_s)
+        policy = self._stop.policy(factory.failures.outage_s, self._heartbeat.beat)
         self._run = SavedRun.open(Store(factory.output, factory.storage_options, policy))
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
@@ -130,8 +128,7 @@ class AnnotateWorker:
 
     def stop(self) -> None:
         """Stop after the batch in hand, and annotate no other shard."""
-        self._drain.begin()
-        self._stopping.set()
+        self._stop.request()
 
     def idle_s(self) -> float:
         """Return the seconds since the last progress; 0 while nothing is annotated."""
@@ -200,7 +197,7 @@ class AnnotateWorker:
         self, batch: ImageBatch, todo: Sequence[ShardAnnotation], *, alone: bool, is_isolated: bool
     ) -> None:
         for one in todo:
-            if self._stopping.is_set():
+            if self._stop.is_requested:
                 self._put_aside(todo)
             if one.wants(batch, alone=alone):
                 with self.metrics.timed("make"):
@@ -215,17 +212,6 @@ class AnnotateWorker:
         for one in todo:
             one.stage()
         raise Stopped(f"shard {todo[0].name}: stopped with {sum(len(one.rows) for one in todo)} rows")
-
-    def _on_storage_wait(self) -> None:
-        """Show that the worker lives while storage is unavailable. Raises: Stopped after stop()."""
-        self._heartbeat.beat()
-        if self._stopping.is_set():
-            raise Stopped("stopped while the storage is unavailable")
-
-    def _on_storage_request(self, waited_s: float) -> None:
-        """Raise Stopped once the time of a stop is over: the storage may have gone."""
-        if self._drain.is_over(waited_s):
-            raise Stopped("stopped while the storage does not answer")
 
 
 @dataclass(frozen=True)

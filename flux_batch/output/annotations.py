@@ -95,7 +95,8 @@ class AnnotationFolder:
         """Remove files without a commit; the caller holds the lease.
 
         A pass or a revert that was killed leaves them. They would be adopted as those of a worker that came first,
-        whatever is in them; the rows of a pass are staged too.
+        whatever is in them; the rows of a pass are staged too. A worker of a driver that is gone may commit its file
+        meanwhile: such a commit is reverted.
         """
         store, done = self.run.store, self.commits.done()
         for name in store.children(f"{ANNOTATIONS}/{self.name}"):
@@ -103,16 +104,25 @@ class AnnotationFolder:
             if shard is None or shard in done or store.exists(self.commits.key(shard)):  # a listing may be late
                 continue
             store.delete(f"{ANNOTATIONS}/{self.name}/{name}")
+            if store.exists(self.commits.key(shard)):
+                self.revert(shard)
 
     def remove_staged_failures(self) -> None:
         """Remove the staged rows without values; needs the lease. The rows beside them stay staged."""
         for shard in sorted(self.staging.shards()):
             for name in sorted(self.staging.list(shard).objects):
                 rows = self.staging.read(shard, name)
-                if (good := [row for row in rows if not _staged_values(row).to_pylist()[0]["error_type"]]) != rows:
-                    if good:
-                        self.staging.put(shard, good)
-                    self.staging.discard(shard, [name])
+                good = [row for row in rows if not _staged_values(row).to_pylist()[0]["error_type"]]
+                if len(good) < len(rows):
+                    self._replace_staged(shard, name, rows, good)
+
+    def _replace_staged(self, shard: int, name: str, rows: Sequence[StagedImage], good: Sequence[StagedImage]) -> None:
+        """Stage the good ones of the rows of an object in its place."""
+        # Marks of lost workers would fail their rows again.
+        self.staging.forget_losses(shard, {row.key for row in rows} - {row.key for row in good})
+        if good:
+            self.staging.put(shard, good)
+        self.staging.discard(shard, [name])
 
     def _good_rows(self, shard: int) -> list[tuple[StagedImage, bool]]:
         """Return the rows of a shard to stage, each with a flag: it has no values.

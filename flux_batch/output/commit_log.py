@@ -135,7 +135,7 @@ class CommitLog:
             self.failures[commit.shard] = commit.failures
 
     def remove(self, shards: Collection[int]) -> None:
-        """Remove the counts of shards whose commits were reverted, and with them the file."""
+        """Remove the counts of shards whose commits were reverted. The file was removed before them."""
         reverted = frozenset(shards)
         self._keep(lambda shard: shard not in reverted)
         self.num_written = 0

@@ -49,10 +49,8 @@ from flux_batch.storage.store import STORE_TMP, Store
 
 log = logging.getLogger(__name__)
 
-# Objects that are listed, or removed, at once.
+# Folders that are listed, or commits that are read, at once.
 _THREADS = 16
-# Objects that one thread removes: on S3 by one request.
-_KEYS_AT_ONCE = 1000
 # The files and folders of this program in RUN.
 _OF_RUN = {ANNOTATING, BATCH_SIZE, COMMIT_LOG, COMPILE_CACHE, GALLERY, JOB, PLAN, PRECISION, PROGRESS, REPORT}
 _OF_RUN |= {COMMITS, FAILED, LEASE, REPORT_PAGE, REVERTING, SELECTIONS, STAGING, STORE_TMP}
@@ -151,9 +149,7 @@ def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Seq
         shards -= _committed(run, shards, pool)
         some = [leftover for leftover in leftovers if leftover.kind != "uncommitted" or leftover.shard in shards]
         list(pool.map(run.store.abort, [leftover.upload for leftover in some if leftover.upload]))
-        keys = [leftover.key for leftover in some if not leftover.upload]
-        parts = [keys[at : at + _KEYS_AT_ONCE] for at in range(0, len(keys), _KEYS_AT_ONCE)]
-        list(pool.map(run.store.delete_many, parts))
+        run.store.delete_many([leftover.key for leftover in some if not leftover.upload])
         for shard in sorted(_committed(run, shards, pool)):
             log.warning("shard %d was committed while its files were removed; `run` makes it again", shard)
             remove_shard(run, output_format, shard)

@@ -14,7 +14,7 @@ import io
 import json
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ _SCHEMA = pa.schema(
     metadata={"version": "1"},
 )
 _SOURCES = pa.field("sources", pa.list_(pa.binary()))
+_MARK = "try-"
 _REPAIR = "repair-"
 _RETRY = "retry-"
 # The fields of a record, without those that the bytes tell (`data` is empty for a failed image) and where they lie.
@@ -88,8 +89,8 @@ class Staging:
     def list(self, shard: int) -> _Staged:
         """Return what is staged of a shard, by one request."""
         names = [key.rpartition("/")[2] for key in self.run.store.list(self._folder(shard))]
-        tries = [name.removeprefix("try-").rpartition("-")[0] for name in names if name.startswith("try-")]
-        return _Staged(frozenset(name for name in names if name.endswith(".parquet")), Counter(tries))
+        tries = Counter(label for name in names if (label := _label_of_mark(name)))
+        return _Staged(frozenset(name for name in names if name.endswith(".parquet")), tries)
 
     def read(self, shard: int, name: str) -> Sequence[StagedImage]:
         """Read an object; one that is gone, or damaged at any byte, holds no image.
@@ -103,13 +104,18 @@ class Staging:
 
     def mark_started(self, shard: int, label: str, worker: str) -> str:
         """Write the mark that a batch or image is started. Returns: the mark, for `unmark`."""
-        key = f"{self._folder(shard)}/try-{label}-{uuid.uuid4().hex}.json"
+        key = f"{self._folder(shard)}/{_MARK}{label}-{uuid.uuid4().hex}.json"
         self.run.store.write(key, json.dumps({"worker": worker}).encode())
         return key
 
     def unmark(self, mark: str) -> None:
         """Remove a mark, once the worker has survived the batch or image. Safe to call twice."""
         self.run.store.delete(mark)
+
+    def forget_losses(self, shard: int, labels: Collection[str]) -> None:
+        """Remove the marks that lost workers left behind of these batches or images. Safe to call twice."""
+        names = (key.rpartition("/")[2] for key in self.run.store.list(self._folder(shard)))
+        self.discard(shard, [name for name in names if _label_of_mark(name) in labels])
 
     def remove(self, shard: int) -> None:
         """Remove everything that is staged of a shard. Safe to call twice."""
@@ -131,6 +137,11 @@ class Staging:
 
     def _folder(self, shard: int) -> str:
         return f"{self.folder}/{self.run.shard_name(shard)}"
+
+
+def _label_of_mark(name: str) -> str | None:
+    """Return the batch or image that a mark is of; None for another object."""
+    return name.removeprefix(_MARK).rpartition("-")[0] if name.startswith(_MARK) else None
 
 
 def is_repair(name: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Self, TypeVar
 from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 from tenacity import wait_random_exponential as full_jitter
 
-from flux_batch.errors import StoreError
+from flux_batch.errors import Stopped, StoreError
 from flux_batch.redaction import public_uri
 from flux_batch.storage.errors import is_transient, said, translated
 
@@ -227,10 +227,11 @@ class RetryPolicy:
         return self._outage.log_once(uri, error, self.outage_s, state.seconds_since_start or 0.0)
 
 
-class Drain:
-    """The end of all waiting for storage after a stop: `drain_s` after it, whenever a request was begun.
+class WorkerStop:
+    """A stop of a worker, which ends its waiting for storage.
 
-    A later request has a few seconds, until one has had no answer: the same silence is not waited for twice.
+    From then on no outage is waited for, and `drain_s` later no request, whenever it was begun. A still later request
+    has a few seconds, until one has had no answer: the same silence is not waited for twice.
     """
 
     def __init__(self, drain_s: float) -> None:
@@ -238,15 +239,28 @@ class Drain:
         self._began = math.inf
         self._is_silent = False
 
-    def begin(self) -> None:
+    def request(self) -> None:
         """Record that a stop is requested."""
         self._began = time.monotonic()
 
-    def is_over(self, waited_s: float) -> bool:
-        """Return whether a request that has waited for so many seconds ends."""
+    @property
+    def is_requested(self) -> bool:
+        """True once a stop is requested."""
+        return self._began < math.inf
+
+    def policy(self, outage_s: float, on_wait: Callable[[], None]) -> RetryPolicy:
+        """Return a policy whose operations raise Stopped where they would go on waiting."""
+        return RetryPolicy(outage_s, on_wait).ended_by(self._check_wait, self._check_request)
+
+    def _check_wait(self) -> None:
+        if self.is_requested:
+            raise Stopped("stopped while the storage is unavailable")
+
+    def _check_request(self, waited_s: float) -> None:
         is_over = time.monotonic() - self._began >= self._drain_s and (self._is_silent or waited_s >= _LATE_S)
         self._is_silent |= is_over
-        return is_over
+        if is_over:
+            raise Stopped("stopped while the storage does not answer")
 
 
 async def with_few_retries(request: Callable[[], Awaitable[T]]) -> T:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +36,7 @@ from flux_batch.prompts.input_images import load_images
 from flux_batch.prompts.listing import LISTING_RULES
 from flux_batch.prompts.source import PromptSource
 from flux_batch.records import Attempt, Commit, FailedRow, RowImages, Shard, ShardWork
-from flux_batch.storage.retry import Drain, RetryPolicy
+from flux_batch.storage.retry import RetryPolicy, WorkerStop
 from flux_batch.storage.scratch import scratch_folder, sweep_scratch
 from flux_batch.storage.store import Store
 from flux_batch.telemetry import LOADING, Heartbeat, Metrics, ShardMetrics
@@ -105,14 +104,13 @@ class Worker:
         check_settings(config, self._known)
         self.metrics = Metrics(config.name)
         self._heartbeat = Heartbeat()
-        self._stopping = threading.Event()
-        self._drain = Drain(config.failures.drain_s)
+        self._stop = WorkerStop(config.failures.drain_s)
         self._source = PromptSource(config.prompts, factory.rules)
         self._pipeline = pipeline
         self._store = Store(
             config.output.uri,
             config.output.storage_options,
-            RetryPolicy(config.failures.outage_s, self._on_storage_wait, on_request=self._on_storage_request),
+            self._stop.policy(config.failures.outage_s, self._heartbeat.beat),
         )
         self._compile_cache = SharedCompileCache(self._store, pipeline.compile_cache)
         run = RunFolder(self._store, factory.num_shards)
@@ -181,23 +179,11 @@ class Worker:
 
     def stop(self) -> None:
         """Stop the current shard after its batch in hand, and make no other."""
-        self._drain.begin()
-        self._stopping.set()
+        self._stop.request()
 
     def idle_s(self) -> float:
         """Return the seconds since the last progress of what is made or finished; 0 while nothing is."""
         return self._heartbeat.idle_s()
-
-    def _on_storage_wait(self) -> None:
-        """Show that the worker lives while storage is unavailable. Raises: Stopped after stop()."""
-        self._heartbeat.beat()
-        if self._stopping.is_set():
-            raise Stopped("stopped while the storage is unavailable")
-
-    def _on_storage_request(self, waited_s: float) -> None:
-        """Raise Stopped once the time of a stop is over: the storage may have gone."""
-        if self._drain.is_over(waited_s):
-            raise Stopped("stopped while the storage does not answer")
 
     def _read_rows(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:
         """Read the rows of a shard, and adopt the images that earlier attempts have staged."""
@@ -236,7 +222,7 @@ class Worker:
             on_end.callback(readers.shutdown, wait=False, cancel_futures=True)
             images = InputImages(readers, self._read_images)
             for number, batch in enumerate(queue):
-                if self._stopping.is_set():
+                if self._stop.is_requested:
                     return self._stop_shard(run, staging)
                 if commit := staging.polled_commit():
                     return commit

@@ -121,7 +121,7 @@ def test_no_more_than_a_few_shards_and_commits_are_objects_at_a_time(
 
     def count(kind: type) -> None:
         gc.collect()
-        alive[kind].append(sum(isinstance(one, kind) for one in gc.get_objects()))
+        alive[kind].append(sum(type(one) is kind for one in gc.get_objects()))
 
     def begin(self: AnnotateWorker, shard: Shard, attempt: Attempt) -> Any:
         count(Shard)
@@ -396,27 +396,43 @@ def _after_calls(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[
     monkeypatch.setattr(annotators.Prompts, "__call__", counted)
 
 
-def test_an_image_that_kills_its_worker_is_found_by_its_marks_and_set_aside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _made_by_mortals(config: JobConfig) -> tuple[int, Any]:
+    """Return how many workers died at the first shard, and what the last one made of it."""
+    for lives in range(9):
+        life = Life()
+        with pytest.MonkeyPatch.context() as patch, suppress(Death):
+            patch.setattr("flux_batch.dataset.annotate_worker.Store", type("Its", (MortalStore,), {"life": life}))
+            patch.setattr("os._exit", lambda code, life=life: life.end())
+            return lives, _worker(config, BOTH[0]).make(_shard(0, 5), Attempt(lost=lives, reason="it died"))
+    raise AssertionError("each worker dies")
+
+
+def test_an_image_that_kills_its_worker_is_found_by_its_marks_and_set_aside(tmp_path: Path) -> None:
     prompts = ["a", "b", "c [kill]", "d", "e"]
     config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts], output={"shard_size": 5})
     finish(config)
-    lives = 0
-    while lives < 9:
-        life = Life()
-        monkeypatch.setattr("flux_batch.dataset.annotate_worker.Store", type("Its", (MortalStore,), {"life": life}))
-        monkeypatch.setattr("os._exit", lambda code, life=life: life.end())
-        try:
-            _worker(config, BOTH[0]).make(_shard(0, 5), Attempt(lost=lives, reason="it died")).finish()
-            break
-        except Death:
-            lives += 1
+    lives, made = _made_by_mortals(config)
+    made.finish()
     assert lives == 4, "once unmarked, once in its batch, twice alone"
     row = rows(config, "prompts")[2]
     assert (row["length"], row["error_type"]) == (None, "WorkerLost")
     assert row["error_message"].endswith("the last: it died")
     assert [row["length"] for row in rows(config, "prompts")] == [1, 1, None, 1, 1]
+
+
+def test_a_staged_image_that_killed_its_workers_is_tried_again_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["a", "b", "c [kill]", "d", "e"]
+    config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts], output={"shard_size": 5})
+    finish(config)
+    _made_by_mortals(config)  # is staged, and never finished
+    monkeypatch.setattr(annotators, "misbehave", lambda prompt: None)
+    annotators.CALLS.clear()
+
+    assert annotated(config, BOTH[0], retry_failed=True).annotations[0].num_failed == 0
+
+    assert annotators.CALLS == [["000000002"]], "alone, since it may do it again"
 
 
 def test_images_that_stay_keep_their_rows_when_their_shard_is_made_again(tmp_path: Path) -> None:

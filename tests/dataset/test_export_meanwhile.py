@@ -10,12 +10,13 @@ import pyarrow as pa
 import pytest
 
 from flux_batch.dataset.export.export import export
+from flux_batch.dataset.export.source import ExportSource
 from flux_batch.engine.local import LocalEngine
-from flux_batch.errors import JobError
+from flux_batch.errors import DamagedObject, JobError
 from flux_batch.images import Pixels
 from flux_batch.job import run
 from flux_batch.output.annotations import AnnotationFolder
-from flux_batch.output.paths import CARD
+from flux_batch.output.paths import CARD, metadata_file
 from flux_batch.output.revert import revert
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.storage.store import Store
@@ -57,6 +58,12 @@ def make_again(store: Store) -> None:
     run(SavedRun.open(store).config, engine=LocalEngine(), make_pipeline=lambda model: Inverted())
 
 
+def begin_another_run(store: Store) -> None:
+    """Put a shard of other keys in the place of one, as a run does that is begun anew in an emptied folder."""
+    saved = SavedRun.open(store)
+    store.write(metadata_file(saved.name(1)), store.read(metadata_file(saved.name(0))))
+
+
 class Inverted(FakePipeline):
     """Makes other images of the same rows."""
 
@@ -64,7 +71,10 @@ class Inverted(FakePipeline):
         return [255 - image for image in super().__call__(*texts, **others)]
 
 
-@pytest.mark.parametrize("happens", [annotate_again, remove_annotations, revert_shard, make_again])
+HAPPENS = [annotate_again, remove_annotations, revert_shard, make_again, begin_another_run]
+
+
+@pytest.mark.parametrize("happens", HAPPENS)
 def test_what_changes_meanwhile_is_not_exported(tmp_path: Path, happens: Callable[[Store], None]) -> None:
     config = make_job(tmp_path, [{"prompt": f"image {number}"} for number in range(8)])
     finish(config)
@@ -89,3 +99,28 @@ def test_an_export_may_run_beside_a_run_and_has_what_was_there_when_it_began(tmp
 
     assert dict(exported.splits) == {"train": 4}
     assert dest.exists("_SUCCESS")
+
+
+def test_annotations_are_read_by_one_request_a_shard_and_must_be_those_of_their_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_job(tmp_path, [{"prompt": f"image {number}"} for number in range(8)])
+    finish(config)
+    store, key = Store(config.output.uri), "annotations/clip/00001.parquet"
+    put_annotations(store, "clip", SCORE, lambda row: {"score": 1})
+    other = store.read(key)
+    put_annotations(store, "clip", SCORE, lambda row: {"score": 2})
+    asked: list[str] = []
+    read = Store.read
+    monkeypatch.setattr(Store, "read", lambda self, key: asked.append(key) or read(self, key))
+    source = ExportSource.open(store)
+    pieces = source.pieces(1)
+    assert source.annotation_digests.keys() == {"clip"}
+    asked.clear()
+
+    source.samples(pieces[4], tmp_path)
+
+    assert sorted(asked) == [key, "metadata/00001.parquet"]
+    store.write(key, other)
+    with pytest.raises(DamagedObject, match=r"clip/00001.parquet: is not as it was committed"):
+        source.samples(pieces[4], tmp_path)

@@ -154,6 +154,29 @@ def test_a_removal_that_is_killed_leaves_word_of_what_made_the_rest(store: AwayS
     assert store.list("_run") == store.list("annotations") == []
 
 
+def test_a_commit_that_comes_while_its_file_is_removed_does_not_stay(store: AwayStore) -> None:
+    class LateStore(Store):
+        """A store in which a worker commits its file once that is gone."""
+
+        commit = b""
+
+        def delete(self, key: str) -> None:
+            super().delete(key)
+            if key.endswith(".parquet") and self.commit:
+                self.write("_run/annotations/clip/commits/00000.json", self.commit)
+                self.commit = b""
+
+    late = LateStore(store.uri)
+    folder = AnnotationFolder(RunFolder(late, 2), "clip")
+    late.commit = store.read(folder.commits.key(0))
+    store.delete(folder.commits.key(0))
+
+    folder.remove_uncommitted()
+
+    assert folder.commits.done() == set()
+    assert store.list("annotations") == []
+
+
 def test_a_file_without_a_commit_is_removed(store: AwayStore) -> None:
     folder = AnnotationFolder(RunFolder(store, 2), "clip")
     store.write(folder.file(1), b"of a pass that was killed")

@@ -81,6 +81,17 @@ def test_announcements_left_behind_are_counted_by_label(staging: Staging) -> Non
     assert staging.list(3).objects == {name}
 
 
+def test_losses_are_forgotten_by_label(staging: Staging) -> None:
+    name = staging.put(3, IMAGES)
+    for label in ("b0", "000030001", "000030001", "000030002"):
+        staging.mark_started(3, label, "worker")
+
+    staging.forget_losses(3, {"000030001", "000030004"})
+
+    assert staging.list(3).tries == Counter({"b0": 1, "000030002": 1})
+    assert staging.list(3).objects == {name}
+
+
 def test_removing_empties_one_shard(staging: Staging) -> None:
     staging.put(3, IMAGES)
     staging.mark_started(3, "b4", "host:2")

@@ -6,6 +6,7 @@ import errno
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,11 +16,11 @@ from typing import Any
 import pytest
 
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import AlreadyExists, DiskFull, FluxBatchError, Interrupted, StoreError, StoreRefused
+from flux_batch.errors import AlreadyExists, DiskFull, FluxBatchError, Interrupted, Stopped, StoreError, StoreRefused
 from flux_batch.storage import multipart
 from flux_batch.storage import retry as retry_module
 from flux_batch.storage.filesystem import open_filesystem
-from flux_batch.storage.retry import Drain, RetryPolicy, with_retries
+from flux_batch.storage.retry import RetryPolicy, WorkerStop, with_retries
 from flux_batch.storage.store import Store
 from helpers.counting_proxy import Proxy, counting_proxy
 from helpers.s3 import S3Server
@@ -211,15 +212,30 @@ def test_a_stop_ends_all_requests_at_one_time(clock: Clock, slow: Callable[[floa
     assert clock.now - began < 27
 
 
-def test_a_late_request_has_seconds_until_one_has_no_answer(clock: Clock) -> None:
-    drain = Drain(25)
-    clock.sleep(60)
-    assert not drain.is_over(60)
-    drain.begin()
-    clock.sleep(24)
-    assert not drain.is_over(24)
+def test_a_late_request_has_seconds_until_one_has_no_answer(clock: Clock, slow: Callable[[float], Future[str]]) -> None:
+    stop = WorkerStop(25)
+    policy = stop.policy(3600, lambda: None)
+    assert policy.wait_for(slow(60)) == "back"
+    stop.request()
+    assert policy.wait_for(slow(24)) == "back"
     clock.sleep(1)
-    assert [drain.is_over(waited_s) for waited_s in (2, 25, 2, 0.5)] == [False, True, True, True]
+    assert policy.wait_for(slow(2)) == "back"
+    for seconds in (25, 2, 0.5):
+        with pytest.raises(Stopped, match="does not answer"):
+            policy.wait_for(slow(seconds))
+
+
+def test_a_worker_waits_for_its_storage_until_a_stop(clock: Clock) -> None:
+    stop, signs = WorkerStop(25), Counter[bool]()
+
+    def sign() -> None:
+        signs[stop.is_requested] += 1
+        if signs[False] == 100:
+            stop.request()
+
+    with pytest.raises(Stopped, match="while the storage is unavailable"):
+        stop.policy(3600, sign).with_retries("s3://b/k", "read", away(clock))
+    assert signs == {False: 100}
 
 
 def test_a_storage_that_comes_back_slowly_is_back(clock: Clock, slow: Callable[[float], Future[str]]) -> None:

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from flux_batch.errors import DeviceFatal, NotFound, OutOfMemory, Stopped
 from flux_batch.images import read_provenance
 from flux_batch.output.paths import PLAN
 from flux_batch.plan.plan import make_plan
+from flux_batch.storage.retry import RetryPolicy
 from flux_batch.storage.store import Store
 from flux_batch.worker.worker import WorkerFactory
 from helpers.fakes import FakePipeline, fake_image, make_fake_pipeline
@@ -455,14 +458,18 @@ def test_a_worker_that_waits_for_its_storage_hears_a_stop(tmp_path: Path, monkey
 
 
 def test_a_stop_ends_requests_once_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policies: list[RetryPolicy] = []
+
+    class ItsStore(Store):
+        def __init__(self, uri: str, options: Mapping[str, Any], policy: RetryPolicy) -> None:
+            policies.append(policy)
+            super().__init__(uri, options, policy)
+
+    monkeypatch.setattr("flux_batch.worker.worker.Store", ItsStore)
     worker, _ = open_worker(make_job(tmp_path, ["one"], failures={"drain_s": 20}))
-    now = time.monotonic()
-    worker._on_storage_request(1000)
     worker.stop()
-    worker._on_storage_request(1000)
-    monkeypatch.setattr(time, "monotonic", lambda: now + 1000)
-    worker._on_storage_request(1)  # what was made late may still be put aside
+    now = itertools.count(time.monotonic(), 10)
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+
     with pytest.raises(Stopped, match="does not answer"):
-        worker._on_storage_request(20)
-    with pytest.raises(Stopped):  # what follows waits no more
-        worker._on_storage_request(0.5)
+        policies[-1].wait_for(Future())

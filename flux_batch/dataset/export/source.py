@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from flux_batch.config.schema import SOURCE_COLUMNS, ImageConfig
-from flux_batch.dataset.select.files import annotated_shards, committed_shards, read_schema, read_tables
+from flux_batch.dataset.select.files import annotated_shards, committed_shards, read_schema, read_tables, table_of
 from flux_batch.dataset.select.selection import read_selection
 from flux_batch.errors import DamagedObject, JobError, NotFound, StoreError, one_line
 from flux_batch.images import AI_SOURCE_TYPE, encode, encode_source, read_provenance, to_rgb
@@ -246,15 +246,9 @@ class ExportSource:
         """
         samples = []
         for shard, hashes in piece.hashes.items():
-            keys = list(hashes)
-            try:
-                records = self._records(shard, keys)
-            except NotFound:
-                raise self._made_again(shard) from None
-            if any(records[key].sha256 != sha256 for key, sha256 in hashes.items()):
-                raise self._made_again(shard)
-            paths = {key: scratch / f"{key}.image" for key in keys}
-            missing = dict.fromkeys(name for key in keys for name in (key, *self._source_names(key)))
+            records = self._records(shard, hashes)
+            paths = {key: scratch / f"{key}.image" for key in hashes}
+            missing = dict.fromkeys(name for key in hashes for name in (key, *self._source_names(key)))
             for name, data in self._read(shard, records, scratch):
                 key, source = key_and_source(name, self.run.output_format.sources)
                 records[key], data = self._stored(records[key], data, source)
@@ -262,14 +256,22 @@ class ExportSource:
                 missing.pop(name, None)
             if name := next(iter(missing), ""):
                 raise DamagedObject(f"{self.run.store.uri}: image {name} is missing; `flux-batch verify` says more")
-            samples += [Sample(records[key], paths[key]) for key in keys]
+            samples += [Sample(records[key], paths[key]) for key in hashes]
         return samples
 
-    def _records(self, shard: int, keys: Sequence[str]) -> dict[str, ImageRecord]:
-        """Read the records of some images; annotations are among their passthrough columns."""
-        rows = {row["key"]: row for row in self.run.records(shard)}
-        annotations = self._annotations(shard)
-        return {key: self._record(rows[key], annotations.get(key, {})) for key in keys}
+    def _records(self, shard: int, hashes: Mapping[str, str]) -> dict[str, ImageRecord]:
+        """Read the records of images, given their sha256; annotations are among their passthrough columns.
+
+        Raises: JobError if the images, or their annotations, were made again.
+        """
+        try:
+            rows = {row["key"]: row for row in self.run.records(shard)}
+            annotations = self._annotations(shard)
+        except NotFound:
+            raise self._made_again(shard) from None
+        if any(rows.get(key, {}).get("sha256") != sha256 for key, sha256 in hashes.items()):
+            raise self._made_again(shard)
+        return {key: self._record(rows[key], annotations.get(key, {})) for key in hashes}
 
     def _record(self, row: Mapping[str, Any], annotations: Mapping[str, Any]) -> ImageRecord:
         sampling = SamplingParams(**{name: row[name] for name in SAMPLING_FIELDS if name in row})
@@ -286,14 +288,20 @@ class ExportSource:
                 continue
             columns = [column for column in self.annotation_columns if column.annotation == name]
             schema = pa.schema([_KEY, *(pa.field(each.column, each.kind) for each in columns)])
-            (table,) = read_tables(self.run, [shard], name, schema)
-            # After the file: a commit is removed before its file, and comes after a new one.
-            folder = AnnotationFolder(self.run.folder, name)
-            if _hash_in(folder.commits.read(shard), folder.file(shard)) != hashes[shard]:
-                raise self._made_again(shard)
+            table = self._annotation(AnnotationFolder(self.run.folder, name), shard, hashes[shard], schema)
             for row in table.to_pylist():
                 values.setdefault(row["key"], {}).update({each.name: row.get(each.column) for each in columns})
         return values
+
+    def _annotation(self, folder: AnnotationFolder, shard: int, sha256: str | None, schema: pa.Schema) -> pa.Table:
+        """Read columns of an annotation. Raises: JobError if it was made again, DamagedObject, NotFound."""
+        key = folder.file(shard)
+        data = self.run.store.read(key)
+        if hashlib.sha256(data).hexdigest() == sha256:
+            return table_of(data, schema, self.run.store.url(key))
+        if _hash_in(folder.commits.read(shard), key) != sha256:
+            raise self._made_again(shard)
+        raise DamagedObject(f"{self.run.store.url(key)}: is not as it was committed; `flux-batch verify` says more")
 
     def _made_again(self, shard: int) -> JobError:
         return JobError(

@@ -63,12 +63,16 @@ def read_schema(run: SavedRun, annotation: str | None, shard: int) -> pa.Schema:
 
 def _read(run: SavedRun, annotation: str | None, shard: int, schema: pa.Schema) -> pa.Table:
     key = _file(run, annotation, shard)
-    data = run.store.read(key)
+    return table_of(run.store.read(key), schema, run.store.url(key))
+
+
+def table_of(data: bytes, schema: pa.Schema, url: str) -> pa.Table:
+    """Return columns of a Parquet file. Raises: DamagedObject, with its `url`, if it cannot be read or has others."""
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             return file.read(schema.names, use_threads=False).select(schema.names).cast(schema)
     except DECODE_ERRORS as error:
-        raise DamagedObject(f"{run.store.url(key)}: cannot be read: {one_line(error)}") from error
+        raise DamagedObject(f"{url}: cannot be read: {one_line(error)}") from error
 
 
 def _file(run: SavedRun, annotation: str | None, shard: int) -> str:
