@@ -54,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns: its exit code."""
     commands = parser()
     arguments = commands.parse_args(argv)
-    if arguments.version:
-        return _version()
-    if "command" not in arguments:
+    if not (arguments.command or arguments.version):
         commands.print_help(sys.stderr)
         return 2
     if getattr(arguments, "log_format", None):
@@ -66,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_streams(), log_lines(logging.DEBUG if arguments.debug else logging.INFO) as arguments.lines:
         try:
             check_outputs(arguments)
-            return _COMMANDS[arguments.command](arguments)
+            return _version() if arguments.version else _COMMANDS[arguments.command](arguments)
         except (Exception, KeyboardInterrupt) as error:
             sentence, exit_code = _explained(error, arguments.command)
             if isinstance(arguments.lines, JsonLines):
                 log.error(sentence, exc_info=error if arguments.debug else None, extra={"exit_code": exit_code})
                 return exit_code
-            with reader_may_be_gone():
-                trace = traceback.format_exc() if arguments.debug else ""
+            trace = traceback.format_exc() if arguments.debug else ""
+            with suppress(OSError):  # the exit code stands, though the disk of the log is full
                 sys.stderr.write(plain_text(f"{trace}flux-batch: {sentence}\n"))
             return exit_code
         finally:
