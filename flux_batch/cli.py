@@ -145,18 +145,10 @@ def _plan(arguments: argparse.Namespace) -> int:
         speed = Speed(arguments.speed, "given")
     num_left = max(0, figures["num_images"] - (there.num_images if there else 0))
     is_here = not problems and not joins_cluster()
-    num_committed = there.num_committed if there else None
-    past_hours = there.device_hours(here.workers.num_gpus) if there else 0.0
-    costing = costs(
-        here,
-        figures,
-        num_left,
-        speed,
-        arguments.price,
-        is_here=is_here,
-        num_committed=num_committed,
-        past_hours=past_hours,
-    )
+    begun: dict[str, Any] = {}
+    if there:
+        begun = {"num_committed": there.num_committed, "past_hours": there.device_hours(here.workers.num_gpus)}
+    costing = costs(here, figures, num_left, speed, arguments.price, is_here=is_here, **begun)
     nothing = [] if problems else [("there", "nothing yet: a run would begin")]
     there_rows = [("there", there.text)] if there else nothing
     data = figures | costing | {"rows": rows.to_json(), "there": there and asdict(there), "problems": problems}

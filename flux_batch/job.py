@@ -389,7 +389,7 @@ def _limit_reached(config: JobConfig, price: float | None, max_cost: float | Non
 
 
 def _check_limit(limit: Callable[[float], str], progress: Progress) -> None:
-    """Raise JobError if a run had its hours, or has cost enough, before it goes on."""
+    """Raise JobError for a run that has reached its limit before it goes on."""
     if reached := limit(progress.snapshot().device_hours):
         raise JobError(f"{_so_far(reached, progress)}; {_HIGHER_LIMIT}")
 
