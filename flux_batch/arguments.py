@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--debug", action="store_true", help="show tracebacks and more log lines")
     top.add_argument("--version", action="store_true", help="show the versions of the program and what it builds on")
-    commands = top.add_subparsers(metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
     command = _command(
         commands,
@@ -298,6 +298,14 @@ def _all_parsers(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPars
                 yield from _all_parsers(each)
 
 
+def _chosen(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.ArgumentParser:
+    """Return the parser of the command that arguments are for, or of its part; the parser itself without one."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and (name := getattr(arguments, action.dest, None)):
+            return _chosen(action.choices[name], arguments)
+    return parser
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser that suggests the nearest command or option for one that does not exist."""
 
@@ -305,19 +313,18 @@ class _Parser(argparse.ArgumentParser):
         """Parse arguments, and refuse those that the command does not have."""
         arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            name = f"{self.prog} {getattr(arguments, 'command', '')}"
-            own = [each for each in _all_parsers(self) if each.prog == name]
-            refused = f"unrecognized arguments: {' '.join(unknown)}"
-            (own[0] if own else self).error(f"{refused}{self._near(unknown[0].partition('=')[0], own)}")
+            command = _chosen(self, arguments)
+            near = self._near(unknown[0].partition("=")[0], command)
+            command.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
         return arguments
 
-    def _near(self, option: str, own: Sequence[argparse.ArgumentParser]) -> str:
+    def _near(self, option: str, command: argparse.ArgumentParser) -> str:
         """Return a hint for an unknown option: the nearest one of the same command."""
         if not option.startswith("--"):
             return ""
         if option in _options_of(_all_parsers(self)):
             return "; another command has it"
-        return did_you_mean(option, _options_of(_all_parsers(own[0]) if own else [self]))
+        return did_you_mean(option, _options_of([command]))
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2 and one sentence."""
@@ -342,7 +349,6 @@ def _command(
         epilog=f"examples:{lines}" if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(command=name)
     return command
 
 

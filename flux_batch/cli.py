@@ -54,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns: its exit code."""
     commands = parser()
     arguments = commands.parse_args(argv)
-    if arguments.version:
-        return _version()
-    if "command" not in arguments:
+    if not (arguments.command or arguments.version):
         commands.print_help(sys.stderr)
         return 2
     if getattr(arguments, "log_format", None):
@@ -66,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_streams(), log_lines(logging.DEBUG if arguments.debug else logging.INFO) as arguments.lines:
         try:
             check_outputs(arguments)
-            return _COMMANDS[arguments.command](arguments)
+            return _version() if arguments.version else _COMMANDS[arguments.command](arguments)
         except (Exception, KeyboardInterrupt) as error:
             sentence, exit_code = _explained(error, arguments.command)
             if isinstance(arguments.lines, JsonLines):
                 log.error(sentence, exc_info=error if arguments.debug else None, extra={"exit_code": exit_code})
                 return exit_code
-            with reader_may_be_gone():
-                trace = traceback.format_exc() if arguments.debug else ""
+            trace = traceback.format_exc() if arguments.debug else ""
+            with suppress(OSError):  # the exit code stands, though the disk of the log is full
                 sys.stderr.write(plain_text(f"{trace}flux-batch: {sentence}\n"))
             return exit_code
         finally:
@@ -147,9 +145,12 @@ def _plan(arguments: argparse.Namespace) -> int:
         speed = Speed(arguments.speed, "given")
     num_left = max(0, figures["num_images"] - (there.num_images if there else 0))
     is_here = not problems and not joins_cluster()
-    num_committed = there.num_committed if there else None
-    costing = costs(here, figures, num_left, speed, arguments.price, is_here=is_here, num_committed=num_committed)
-    there_rows = [] if problems else [("there", there.text if there else "nothing yet: a run would begin")]
+    begun: dict[str, Any] = {}
+    if there:
+        begun = {"num_committed": there.num_committed, "past_hours": there.device_hours(here.workers.num_gpus)}
+    costing = costs(here, figures, num_left, speed, arguments.price, is_here=is_here, **begun)
+    nothing = [] if problems else [("there", "nothing yet: a run would begin")]
+    there_rows = [("there", there.text)] if there else nothing
     data = figures | costing | {"rows": rows.to_json(), "there": there and asdict(there), "problems": problems}
     sections = [
         job_rows(here),

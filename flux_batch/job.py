@@ -127,6 +127,9 @@ def run(
     with Lease(store, ttl_s=config.failures.lease_ttl_s, on_lost=stop.request, sleep=stop.sleep) as lease:
         store = lease.store
         plan = open_run(config, store, draft, extend=extend)
+        limit = partial(_limit_reached, here, price, max_cost)
+        if retry_failed:  # before the failed images are removed
+            _check_limit(limit, read_state(here, plan, store)[1])
         revert_failed(config, plan, store, retry_failed=retry_failed)
         todo, progress = read_state(here, plan, store)
         if todo:
@@ -138,9 +141,7 @@ def run(
             progress.price = price
             progress.stop_reason, progress.stop_advice = lambda: stop.reason, lambda: stop.advice
             todo = todo if engine else _ordered(todo, here)
-            limit = partial(_limit_reached, here, price, max_cost)
-            if reached := limit(progress.snapshot()):
-                raise JobError(f"{_so_far(reached, progress)}; {_HIGHER_LIMIT}")
+            _check_limit(limit, progress)
             progress.check = partial(_stop_at_limit, limit, stop)
             with progress.shown(show) as state:
                 _render(engine or ray_pool(here), factory, todo, stop, progress, state)
@@ -179,6 +180,9 @@ def foresee(config: JobConfig) -> tuple[JobConfig, ExistingRun | None, list[str]
             log.warning("%s", error)
         else:
             problems.append(str(error))
+    if there and not there.is_complete:
+        reached = _limit_reached(config, None, None, there.device_hours(config.workers.num_gpus))
+        problems += [f"{reached}; {_HIGHER_LIMIT}"] if reached else []
     return config, there, problems
 
 
@@ -374,19 +378,25 @@ def _ordered(todo: Shards, config: JobConfig) -> Shards:
         return todo
 
 
-def _limit_reached(config: JobConfig, price: float | None, max_cost: float | None, now: Snapshot) -> str:
+def _limit_reached(config: JobConfig, price: float | None, max_cost: float | None, device_hours: float) -> str:
     """Return the beginning of a sentence that a limit of hours or cost is reached; else ""."""
     limit = config.workers.max_gpu_hours
-    if limit is not None and now.device_hours >= limit:
+    if limit is not None and device_hours >= limit:
         return f"workers.max_gpu_hours = {limit:g} is reached"
-    if price is not None and max_cost is not None and now.device_hours * price >= max_cost:
+    if price is not None and max_cost is not None and device_hours * price >= max_cost:
         return f"--max-cost {max_cost:g} is reached"
     return ""
 
 
-def _stop_at_limit(limit: Callable[[Snapshot], str], stop: Stop, now: Snapshot) -> None:
+def _check_limit(limit: Callable[[float], str], progress: Progress) -> None:
+    """Raise JobError for a run that has reached its limit before it goes on."""
+    if reached := limit(progress.snapshot().device_hours):
+        raise JobError(f"{_so_far(reached, progress)}; {_HIGHER_LIMIT}")
+
+
+def _stop_at_limit(limit: Callable[[float], str], stop: Stop, now: Snapshot) -> None:
     """Request a stop once a run has reached its limit of hours or cost."""
-    if reached := limit(now):
+    if reached := limit(now.device_hours):
         stop.request(reached, _HIGHER_LIMIT)
 
 

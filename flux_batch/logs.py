@@ -26,7 +26,7 @@ _FIELDS = ("run", "shard", "key", "exit_code", "progress")
 def open_streams() -> Iterator[None]:
     """Keep stdout and stderr writable while the block runs, where `>&-` has closed them.
 
-    Where whoever read one of them is gone, what is left for them is dropped: Python would exit with 120 for it.
+    What is left for one that takes no more is dropped, as of a full disk: Python would exit with 120 for it.
     """
     with ExitStack() as stack:
         for name in ("stdout", "stderr"):
@@ -50,11 +50,9 @@ def reader_may_be_gone() -> Iterator[None]:
 
 def _drop_unread() -> None:
     for stream in (sys.stdout, sys.stderr):
-        is_read = False
-        with reader_may_be_gone():
+        try:
             stream.flush()
-            is_read = True
-        if not is_read:
+        except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)

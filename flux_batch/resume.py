@@ -81,19 +81,32 @@ def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunRep
 
 @dataclass(frozen=True)
 class ExistingRun:
-    """The run that an output holds already; `bytes_per_image` is the mean of some of its files, None without any."""
+    """The run that an output holds already.
+
+    bytes_per_image: the mean of some of its files, None without any. worker_s: seconds that workers had their devices.
+    """
 
     num_shards: int
     num_committed: int
     num_images: int
     num_failed: int
     bytes_per_image: float | None
+    worker_s: float = 0.0
+
+    @property
+    def is_complete(self) -> bool:
+        """True if every shard is committed."""
+        return self.num_committed == self.num_shards
+
+    def device_hours(self, num_gpus: float) -> float:
+        """Return the hours that workers had their GPUs; one without GPUs counts as one."""
+        return self.worker_s * (num_gpus or 1) / 3600
 
     @property
     def text(self) -> str:
         """The rest of the run, as a line."""
         shards = f"{self.num_committed} of {count_of(self.num_shards, 'shard')}"
-        if self.num_committed == self.num_shards:
+        if self.is_complete:
             return f"{shards} committed: nothing to do"
         return f"{shards}, {self.num_images} images ({self.num_failed} failed): a run would go on with the rest"
 
@@ -129,6 +142,7 @@ def existing_run(config: JobConfig, store: Store) -> ExistingRun | None:
         totals.num_images,
         totals.num_failed,
         num_bytes / num_made if num_made else None,
+        _past_worker_s(store),
     )
 
 
@@ -247,12 +261,17 @@ def read_state(config: JobConfig, plan: Plan, store: Store) -> tuple[Shards, Pro
         counts,
         num_left=todo.num_rows * num_images,
         expected=lambda shard: plan.shards[shard].num_rows * num_images,
-        past_worker_s=float((read_json(store, PROGRESS) or {}).get("worker_s", 0.0)),
+        past_worker_s=_past_worker_s(store),
         num_gpus=config.workers.num_gpus,
     )
     if config.model.compile is True or (config.model.compile == "auto" and config.workers.num_gpus):
         progress.first_images = "the first images, for which the model is compiled"
     return todo, progress
+
+
+def _past_worker_s(store: Store) -> float:
+    """Return the seconds that workers of all invocations had their devices."""
+    return float((read_json(store, PROGRESS) or {}).get("worker_s", 0.0))
 
 
 def _any_output(store: Store) -> str | None:

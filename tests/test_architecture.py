@@ -37,7 +37,7 @@ LADDER: dict[str, set[str]] = {
     "pipeline": BOTTOM | {"config", "download", "images", "model"},
     # Shards are called as the output calls their files; what a run needs of memory is read from its model.
     "plan": BOTTOM | {"config", "download", "model", "output", "prompts"},
-    "engine": BOTTOM | {"telemetry"},
+    "engine": BOTTOM | {"logs", "telemetry"},
     "worker": BOTTOM | {"config", "images", "output", "prompts", "storage", "telemetry"},
     "report": BOTTOM | {"config", "images", "output", "plan", "storage", "telemetry"},
     # A worker without shards: the same parts, in somebody's data pipeline.

@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -192,7 +193,8 @@ def test_an_output_that_cannot_be_looked_at_is_told_in_one_sentence(
         (["gallery", "out", "--colums=id"], "unrecognized arguments: --colums=id; did you mean '--columns'?"),
         (["--nope"], "flux-batch: unrecognized arguments: --nope\n"),
         (["status", "out", "two"], "flux-batch status: unrecognized arguments: two\n"),
-        (["bench", "driver", "--shard", "2", "--jsn"], "flux-batch bench: unrecognized arguments: --jsn; did you"),
+        (["bench", "driver", "--jsn"], "flux-batch bench driver: unrecognized arguments: --jsn; did you mean '--json'"),
+        (["bench", "kernels", "--quantization", "none"], "bench kernels: unrecognized arguments: --quantization none;"),
         (["plan", "job.yaml", "--price", "two"], "--price: two: must be a number of more than 0"),
         (["plan", "job.yaml", "--price", "0"], "--price: 0: must be a number of more than 0"),
     ],
@@ -402,6 +404,25 @@ def test_the_exit_code_stands_though_nobody_reads_the_answer(
     os.close(pipe)
     assert done.returncode == code
     assert "Broken" not in (done.stderr or "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "redirections", "code"),
+    [
+        (["validate", "none.yaml"], "2>/dev/full", 2),
+        (["validate", "none.yaml", "--debug"], "2>/dev/full", 2),
+        (["--version"], "2>/dev/full", 0),
+        (["--version"], ">&-", 0),
+        (["--version"], ">/dev/full", 1),
+        (["schema"], ">/dev/full", 1),
+    ],
+)
+def test_a_full_disk_costs_the_answer_only(tmp_path: Path, words: list[str], redirections: str, code: int) -> None:
+    command = shlex.join([sys.executable, "-m", "flux_batch", *words])
+    done = subprocess.run(f"{command} {redirections}", shell=True, cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == code
+    assert b"Traceback" not in done.stderr
 
 
 @pytest.mark.slow

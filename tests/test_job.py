@@ -17,7 +17,7 @@ from flux_batch.download.revision import model_revision
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, Interrupted, JobError, PlanMismatch, SourceError, StoreRefused
-from flux_batch.job import preview, run, with_absolute_paths
+from flux_batch.job import foresee, preview, run, with_absolute_paths
 from flux_batch.report.gallery.write import write_gallery
 from flux_batch.report.progress.status import format_status, read_status
 from flux_batch.report.summary import RunReport
@@ -104,11 +104,22 @@ def test_a_run_stops_in_order_when_it_has_had_its_hours(
     with pytest.raises(JobError, match=words) as again:  # or who retries 75 would retry for ever
         run(config, engine=LocalEngine(), make_pipeline=no_pipeline, **cost)  # nothing is begun again
     assert again.value.exit_code == 2
+    hint = "workers.max_gpu_hours = 1e-09 is reached; the same command with a higher limit goes on"
+    assert foresee(config)[2] == ([hint] if limit else [])  # so that `plan` says it
     assert read_status(Store(str(tmp_path / "out")))["stopped_by"] == status["stopped_by"]
     more = config.model_copy(update={"workers": config.workers.model_copy(update={"max_gpu_hours": None})})
     report = render(more)
     assert (report.is_complete, report.device_hours >= hours) == (True, True)
+    assert foresee(config)[2] == []  # nothing is left to do
     assert read_status(Store(str(tmp_path / "out")))["stopped_by"] == ""
+
+
+def test_a_limit_that_is_reached_keeps_the_images_that_failed(tmp_path: Path) -> None:
+    config = make_job(tmp_path, [{"prompt": "a cat"}, {"prompt": "[raise]"}], failures={"max_ratio": 1.0})
+    render(config)
+    with pytest.raises(JobError, match="--max-cost 1e-12 is reached: 1 of 1 shards are committed"):
+        run(config, engine=LocalEngine(), make_pipeline=no_pipeline, retry_failed=True, price=1, max_cost=1e-12)
+    assert render(config).num_failed == 1  # it is complete as it was
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ _STDOUT = "-"
 
 def add_bench(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `bench` and of its benchmarks."""
-    kinds = command.add_subparsers(required=True, metavar="WHAT")
+    kinds = command.add_subparsers(dest="kind", required=True, metavar="WHAT")
 
     kind = kinds.add_parser("pipeline", help="one pipeline: seconds by stage, utilisation, memory; against diffusers")
     _add_model(kind)

@@ -79,22 +79,20 @@ def connect(max_workers: int, num_gpus: float) -> None:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Run ray.init without the handlers that it sets, and without SIGHUP.
+    """Run ray.init without the handlers that it sets; a SIGHUP meanwhile comes when it is done.
 
-    What it starts ignores that, too: a closed terminal would end the local cluster before its workers could stop.
+    What it starts never gets that: a closed terminal would end the local cluster before its workers could stop.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {
-        signal.SIGTERM: signal.getsignal(signal.SIGTERM),
-        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    }
+    handler = signal.getsignal(signal.SIGTERM)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # which processes inherit
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _init(options: Mapping[str, Any]) -> None:

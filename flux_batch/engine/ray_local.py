@@ -26,17 +26,24 @@ _LONGEST_SOCKET = "/ray/session_2026-11-29_14-06-08_553668_4194304/sockets/plasm
 # Values of RAY_ADDRESS with which a cluster is started here.
 _NO_CLUSTER = ("", "local")
 _MAX_PORT = 65535
+# The namespace of actors in a cluster that was started here, by which it is told from one of somebody else.
+_OWN_NAMESPACE = "flux-batch"
 
 
 def joins_cluster() -> bool:
-    """Return whether a run uses a Ray cluster that is there; otherwise it starts one on this machine.
+    """Return whether a run uses a Ray cluster of somebody else; otherwise it starts one on this machine.
 
+    One that an earlier run of this process has started is not of somebody else.
     Raises: JobError if RAY_ADDRESS can never be the address of a cluster.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     _check_address(address)
+    if address not in _NO_CLUSTER:
+        return True
     ray = sys.modules.get("ray")
-    return address not in _NO_CLUSTER or (ray is not None and ray.is_initialized())
+    if ray is None or not ray.is_initialized():
+        return False
+    return bool(ray.get_runtime_context().namespace != _OWN_NAMESPACE)
 
 
 def _check_address(address: str) -> None:
@@ -98,6 +105,7 @@ def local_options(num_gpus: float) -> dict[str, Any]:
     """
     options: dict[str, Any] = {
         "address": "local",
+        "namespace": _OWN_NAMESPACE,
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
         "_temp_dir": _folder(),

@@ -6,6 +6,7 @@ thread that would hold the lock.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -15,6 +16,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from flux_batch.errors import Interrupted
+from flux_batch.logs import ENCODING
 
 # SIGHUP comes when the terminal is closed.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -101,6 +103,8 @@ def stopped_by_signals(stop: Stop) -> Iterator[None]:
 
 
 def _write(sentence: str) -> None:
-    """Write to stderr past its buffer, which the handler may have interrupted."""
+    """Write to stderr past its buffer, which the handler may have interrupted; an object where programs read it."""
+    fields = {"levelname": "WARNING", "name": __name__, "message": sentence}
+    line = json.dumps(fields) if os.environ.get(ENCODING) == "JSON" else f"flux-batch: {sentence}"
     with suppress(OSError):  # nobody may be left to read it, and an error here would prevent the stop
-        os.write(2, f"flux-batch: {sentence}\n".encode())
+        os.write(2, f"{line}\n".encode())

@@ -63,11 +63,13 @@ def costs(
     *,
     is_here: bool = False,
     num_committed: int | None = None,
+    past_hours: float = 0.0,
 ) -> dict[str, Any]:
     """Return hours, money and what will not pay.
 
     price: that of an hour of a GPU, or of a worker without one. is_here: whether workers run on this machine.
     num_committed: the shards that a run has committed; None where no run was begun, whose shard size may still change.
+    past_hours: the hours that the workers of that run had their devices.
     """
     workers = config.workers
     warnings = _without_a_card(config, figures["memory"])
@@ -90,8 +92,9 @@ def costs(
         "cost": None if price is None else device_hours * price,
         "price": price,
     }
-    if workers.max_gpu_hours is not None and device_hours > workers.max_gpu_hours:
-        found["warnings"].append(f"workers.max_gpu_hours = {workers.max_gpu_hours:g} ends the run before that")
+    limit = workers.max_gpu_hours
+    if limit is not None and past_hours < limit < past_hours + device_hours:
+        found["warnings"].append(f"workers.max_gpu_hours = {limit:g} ends the run before that")
     return found
 
 

@@ -153,14 +153,25 @@ def test_a_sigterm_while_ray_starts_ends_the_run_with_75(monkeypatch: pytest.Mon
 
 
 def test_what_ray_starts_outlives_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    there: list[object] = []
+    there: list[set[int]] = []
+    heard: list[int] = []
+
+    def init(**options: object) -> None:
+        there.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        signal.raise_signal(signal.SIGHUP)
+        assert not heard
+
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **options: there.append(signal.getsignal(signal.SIGHUP)))
+    monkeypatch.setattr(ray, "init", init)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    before = signal.getsignal(signal.SIGHUP)
-    connect(max_workers=1, num_gpus=1)
-    assert there == [signal.SIG_IGN]  # which its processes inherit
-    assert signal.getsignal(signal.SIGHUP) == before
+    before = signal.signal(signal.SIGHUP, lambda number, frame: heard.append(number))
+    try:
+        connect(max_workers=1, num_gpus=1)
+        assert signal.SIGHUP in there[0]  # and in what its processes inherit
+        assert heard == [signal.SIGHUP]  # the run itself hears it after all
+        assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_cluster_of_other_versions_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from flux_batch.engine import ray_cluster, ray_handle
 from flux_batch.engine.ray_cluster import connect
+from flux_batch.engine.ray_local import joins_cluster
 from flux_batch.engine.ray_pool import RayPool
 from flux_batch.engine.shard_queue import ShardQueue
 from flux_batch.engine.stop import Stop
@@ -40,6 +41,13 @@ def cluster() -> Iterator[None]:
         connect(max_workers=2, num_gpus=1)
     yield
     ray.shutdown()
+
+
+def test_a_second_run_of_a_process_does_not_take_the_cluster_of_the_first_for_one_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert not joins_cluster()  # else it would keep asking for GPUs, where this machine has none
 
 
 def test_shards_are_spread_over_the_workers(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -46,6 +47,15 @@ def test_a_signal_asks_to_stop_and_handlers_are_put_back(number: int, capfd: pyt
         assert stop.reason == f"stopped by {name}"
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
     assert f"{name}: finishing or putting aside" in capfd.readouterr().err
+
+
+def test_a_program_reads_an_object_of_a_signal_too(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_LOGGING_CONFIG_ENCODING", "JSON")
+    with stopped_by_signals(Stop()):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert json.loads(capfd.readouterr().err)["message"].startswith("SIGTERM: finishing or putting aside")
 
 
 def test_a_signal_is_heard_though_nobody_reads_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

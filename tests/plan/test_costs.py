@@ -50,6 +50,15 @@ def test_what_will_not_pay_is_said(tmp_path: Path) -> None:
     assert "output.shard_size = 36 makes it an hour" in warnings[1]
 
 
+def test_the_hours_that_a_run_had_count_to_its_limit(tmp_path: Path) -> None:
+    config, sentence = job(tmp_path, max_gpu_hours=10), "workers.max_gpu_hours = 10 ends the run before that"
+    begun = {"num_committed": 20, "past_hours": 9.0}
+    assert sentence in costs(config, FIGURES, 3600, Speed(0.5, "given"), None, **begun)["warnings"]
+    assert sentence not in costs(config, FIGURES, 1800, Speed(0.5, "given"), None, **begun)["warnings"]
+    done = {"num_committed": 40, "past_hours": 11.0}
+    assert sentence not in costs(config, FIGURES, 0, Speed(0.5, "given"), None, **done)["warnings"]
+
+
 def test_fewer_prompts_than_workers_are_said_to_reach_so_many(tmp_path: Path) -> None:
     figures = {**FIGURES, "num_prompts": 5, "num_shards": 1}
     warnings = costs(job(tmp_path), figures, 5, None, None)["warnings"]
