@@ -32,6 +32,8 @@ DRIVE = Path(__file__).with_name("drive.py")
 BATCH = 4
 # A lost worker costs the batch in the making, and the one on its way to the store.
 MAX_LOST = 2 * BATCH
+# Of so many kills, two may hit the same image alone.
+KILLS_A_HIT = 50
 # An image takes so long: some kills hit within a batch, some within what comes between.
 PACE_S = 0.1
 LOOK_S = 0.05
@@ -208,6 +210,12 @@ def judge(size: Size, tmp_path: Path, cluster: Raylets, figures: Figures) -> Non
     made_in_all = made(model)
     assert made_in_vain(kills, made_by(model)) == []
     found = read_back(config, wanted, tmp_path / "scratch")
+    # Two kills may hit one image while it is made alone, which is how an image that kills is told.
+    assert {kind for kind, _ in found.failed.values()} <= {"WorkerLost"}, found.failed
+    assert len(found.failed) <= size.num_kills // KILLS_A_HIT, found.failed
+    if found.failed:
+        run(config, engine=LocalEngine(), make_pipeline=make_paced_pipeline, retry_failed=True)
+        found = read_back(config, wanted, tmp_path / "scratch")
     redone = (made_in_all - wanted).total()
     figures.add(
         experiment="random kills on a cluster",
