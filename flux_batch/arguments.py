@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     _add_json(command)
     command.add_argument("--log-format", choices=["text", "json"], help="the form of log lines; json: an object a line")
     command.add_argument(
-        "--retry-failed", action="store_true", help="render the failed images of finished shards again"
+        "--retry-failed", action="store_true", help="render failed images again, those of finished shards too"
     )
     command.add_argument("--extend", action="store_true", help="add prompt files that are new since the run began")
     _add_price(command)

@@ -95,10 +95,10 @@ def run(
     """Run a job to its end, or resume one that was interrupted.
 
     config: a job, or the path or address of a job file. engine: a pool of Ray actors by default. make_pipeline: FLUX
-    by default. stop: may request an early end, from a signal handler or another thread. retry_failed: render the failed
-    images of committed shards again. extend: add prompt files that are new since the run was planned. price: that of
-    an hour of a GPU, for the figures; with it, a run that has cost `max_cost` is stopped in order. show: called every
-    second with the figures, which the log then leaves out.
+    by default. stop: may request an early end, from a signal handler or another thread. retry_failed: render failed
+    images again, those of committed shards too. extend: add prompt files that are new since the run was planned. price:
+    that of an hour of a GPU, for the figures; with it, a run that has cost `max_cost` is stopped in order. show: called
+    every second with the figures, which the log then leaves out.
     Safe to call again: committed shards stay as they are.
     Raises: RunHeld, LeaseLost if another driver has the run; Interrupted after a stop; JobError, SourceError,
     CheckpointError, StoreError before or during the work, and JobError if its limit was reached before; see errors.py.
@@ -137,7 +137,9 @@ def run(
             log.info("%s: %d of %s to do, output: %s", config.name, len(todo), shards, store.uri)
             make_pipeline = make_pipeline or partial(load_pipeline, num_gpus=here.workers.num_gpus)
             columns = columns_of_job(plan.passthrough, config)
-            factory = WorkerFactory(here, len(plan.shards), columns, make_pipeline, plan.rules, load_scorer)
+            factory = WorkerFactory(
+                here, len(plan.shards), columns, make_pipeline, plan.rules, load_scorer, retry_failed=retry_failed
+            )
             progress.price = price
             progress.stop_reason, progress.stop_advice = lambda: stop.reason, lambda: stop.advice
             todo = todo if engine else _ordered(todo, here)

@@ -48,9 +48,20 @@ class ShardRun:
     """
 
     def __init__(
-        self, shard: Shard, attempt: Attempt, recorder: Recorder, staging: Staging, output: OutputConfig, scratch: Path
+        self,
+        shard: Shard,
+        attempt: Attempt,
+        recorder: Recorder,
+        staging: Staging,
+        output: OutputConfig,
+        scratch: Path,
+        *,
+        retry_failed: bool = False,
     ) -> None:
-        """Begin with nothing; `scratch` is an empty local folder, which the caller removes."""
+        """Begin with nothing; `scratch` is an empty local folder, which the caller removes.
+
+        retry_failed: make images again that failed in earlier attempts.
+        """
         self.index = shard.index
         self.name = staging.run.shard_name(shard.index)
         self.scratch = scratch
@@ -60,6 +71,7 @@ class ShardRun:
         self._recorder = recorder
         self._staging = staging
         self._output = output
+        self._retry_failed = retry_failed
         self._tasks: dict[str, ImageTask] = {}  # by key
         self._begun: set[tuple[int, int]] = set()  # positions that this attempt makes itself
         self._own_objects: set[str] = set()  # in the staging area
@@ -116,6 +128,7 @@ class ShardRun:
             self._staging,
             self._output,
             self.scratch,
+            retry_failed=self._retry_failed,
         )
         run._retry = self._retry + 1
         run._tasks = {run.key(task): task for task in (replace(task, retry=run._retry) for task in tasks)}
@@ -134,6 +147,8 @@ class ShardRun:
         """Adopt the images that earlier attempts have staged, once all rows are added."""
         staged = self._staging.list(self.index)
         self._losses = staged.tries
+        if self._retry_failed and self._attempt == Attempt():  # later ones have marks of this invocation
+            self._forget_repeated_losses()
         self._is_repair = any(is_repair(name) for name in staged.objects)
         self._adopt(self._of_this_try(staged.objects))
         if not self._attempt.reverse_order:  # a mark of the other worker, which is at it now, may be no loss
@@ -251,17 +266,26 @@ class ShardRun:
 
     def _adopt(self, names: Iterable[str]) -> None:
         with ThreadPoolExecutor(_STAGED_READERS, "adopt") as readers:
-            list(readers.map(self._adopt_object, sorted(names)))
+            failed = [image for some in readers.map(self._adopt_made, sorted(names)) for image in some]
+        for image in failed:  # after those that were made: a later attempt may have made one of these
+            self._adopt_image(image)
 
-    def _adopt_object(self, name: str) -> None:
+    def _adopt_made(self, name: str) -> list[StagedImage]:
+        """Adopt the images of an object that were made. Returns: those that failed, if they stay so."""
         self._seen_objects.add(name)
+        failed = []
         for image in self._staging.read(self.index, name):
-            task = self._tasks.get(image.key)
-            if task is not None and self._is_wanted(task):
-                self._adopt_image(task, image)
+            if image.data:
+                self._adopt_image(image)
+            elif not self._retry_failed:
+                failed.append(image)
+        return failed
 
-    def _adopt_image(self, task: ImageTask, image: StagedImage) -> None:
-        """Adopt an image, unless it was made for another row or with other settings."""
+    def _adopt_image(self, image: StagedImage) -> None:
+        """Adopt an image, unless it is there, or was made for another row or with other settings."""
+        task = self._tasks.get(image.key)
+        if task is None or not self._is_wanted(task):
+            return
         record = dict(image.record)
         if task.request.size_from_reference:
             task = task.sized(record["width"], record["height"])
@@ -279,6 +303,14 @@ class ShardRun:
             self.records[task.position] = self._recorder.made(self.name, fields, image.data, image.sources)
         else:
             self.records[task.position] = self._recorder.failed(fields, *error)
+
+    def _forget_repeated_losses(self) -> None:
+        """Remove the marks by which images fail that were made alone by too many lost workers."""
+        labels = {key for key in self._tasks if self._losses[key] >= _MAX_LOSSES_ALONE}
+        if labels:
+            self._staging.forget_losses(self.index, labels)
+        for key in labels:
+            del self._losses[key]
 
     def _fail_repeated_losses(self) -> None:
         """Record images as failed that were made alone by too many lost workers."""

@@ -63,7 +63,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WorkerFactory:
-    """The settings of a worker; pickles small, so that the worker is opened where its device is."""
+    """The settings of a worker; pickles small, so that the worker is opened where its device is.
+
+    retry_failed: make images of uncommitted shards again that failed in earlier attempts.
+    """
 
     config: JobConfig
     num_shards: int
@@ -71,6 +74,7 @@ class WorkerFactory:
     make_pipeline: Callable[[ModelConfig], ImagePipeline]
     rules: int = LISTING_RULES
     make_scorer: Callable[[QualityConfig], Scorer] | None = None
+    retry_failed: bool = False
 
     def open(self) -> Worker:
         """Load the model and open the output, after removing the local files of killed workers.
@@ -106,6 +110,7 @@ class Worker:
         self._heartbeat = Heartbeat()
         self._stop = WorkerStop(config.failures.drain_s)
         self._source = PromptSource(config.prompts, factory.rules)
+        self._retry_failed = factory.retry_failed
         self._pipeline = pipeline
         self._store = Store(
             config.output.uri,
@@ -187,7 +192,15 @@ class Worker:
 
     def _read_rows(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:
         """Read the rows of a shard, and adopt the images that earlier attempts have staged."""
-        run = ShardRun(shard, attempt, self._recorder, self._staging, self._config.output, scratch)
+        run = ShardRun(
+            shard,
+            attempt,
+            self._recorder,
+            self._staging,
+            self._config.output,
+            scratch,
+            retry_failed=self._retry_failed,
+        )
         sampling, loras = self._config.sampling, self._config.model.loras
         for row in self._source.read(shard, sampling, loras, self._known, self._guidance):
             run.add(row)

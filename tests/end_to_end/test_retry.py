@@ -10,6 +10,7 @@ import pytest
 
 from flux_batch.config.schema import JobConfig, ModelConfig
 from flux_batch.engine.local import LocalEngine
+from flux_batch.errors import DeviceFatal
 from flux_batch.job import run
 from flux_batch.output.commits import Commits
 from flux_batch.output.paths import REVERTING
@@ -79,6 +80,26 @@ def test_only_what_failed_is_made_again_and_the_bytes_are_those_of_a_run_without
     assert data_files(Path(failed.output.uri)) == data_files(Path(whole.output.uri))
     assert Store(failed.output.uri).list("_run/failed") == []
     assert Store(failed.output.uri).list("_run/staging") == []
+
+
+def test_what_failed_in_a_shard_that_is_not_committed_is_made_again(tmp_path: Path) -> None:
+    whole, config = job(tmp_path / "whole"), job(tmp_path / "stopped")
+    healed(whole)
+
+    class Breaking(FakePipeline):
+        def _misbehave(self, prompt: str, batch_size: int, *, is_tiled: bool) -> None:
+            if prompt == ROWS[6]["prompt"]:  # in the batch after one with a failure
+                raise DeviceFatal("broken")
+            super()._misbehave(prompt, batch_size, is_tiled=is_tiled)
+
+    with pytest.raises(DeviceFatal):
+        run(config, engine=LocalEngine(), make_pipeline=lambda model: Breaking())
+    assert Store(config.output.uri).list("_run/staging")
+
+    report = healed(config, retry_failed=True)
+
+    assert (report.is_complete, report.num_failed) == (True, 0)
+    assert data_files(Path(config.output.uri)) == data_files(Path(whole.output.uri))
 
 
 def test_without_the_flag_and_without_failures_there_is_nothing_to_do(failed: JobConfig) -> None:

@@ -107,15 +107,16 @@ def open_worker(
     monkeypatch: pytest.MonkeyPatch,
     life: Life | None = None,
     pipeline: FakePipeline | None = None,
+    **options: bool,
 ) -> tuple[Worker, Any, Plan]:
-    """Open a worker as a process of its own would; without `life`, one that lives on."""
+    """Open a worker as a process of its own would; without `life`, one that lives on. options: of its factory."""
     life = life or Life()
     plan = make_plan(config.prompts, config.output.shard_size)
     store = type("ItsStore", (MortalStore,), {"life": life})
     monkeypatch.setattr(flux_batch.worker.worker, "Store", store)
     pipeline = pipeline or MortalPipeline(life)
     columns = columns_of_job(plan.passthrough, config)
-    factory = WorkerFactory(config, len(plan.shards), columns, make_fake_pipeline, make_scorer=load_scorer)
+    factory = WorkerFactory(config, len(plan.shards), columns, make_fake_pipeline, make_scorer=load_scorer, **options)
     worker = Worker(factory, pipeline)
     return worker, pipeline, plan
 
@@ -132,7 +133,7 @@ def one_shard_job(folder: Path, prompts: list[str] | None = None, batch_size: in
 
 
 def run_shard(
-    config: JobConfig, monkeypatch: pytest.MonkeyPatch, attempt: Attempt | None = None
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch, attempt: Attempt | None = None, **options: bool
 ) -> tuple[ShardResult, Any]:
-    worker, pipeline, plan = open_worker(config, monkeypatch)
+    worker, pipeline, plan = open_worker(config, monkeypatch, **options)
     return worker.make(plan.shards[0], attempt or Attempt()).finish(), pipeline

@@ -65,6 +65,24 @@ def test_a_row_that_kills_its_process_is_found_and_fails_alone(tmp_path: Path, m
     assert staged(config) == []
 
 
+@pytest.mark.parametrize("retry_failed", [False, True])
+def test_an_image_that_was_lost_twice_alone_is_made_again_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retry_failed: bool
+) -> None:
+    """Two kills from outside may have hit it."""
+    other, config = one_shard_job(tmp_path / "other"), one_shard_job(tmp_path / "lost")
+    run_shard(other, monkeypatch)
+    staging = Staging(RunFolder(Store(config.output.uri), 1))
+    for worker in ("one", "two"):
+        staging.mark_started(0, metadata(other)[5]["key"], worker)
+
+    run_shard(config, monkeypatch, retry_failed=retry_failed)
+
+    failed = {row["prompt"]: row["error_type"] for row in metadata(config) if row["error_type"]}
+    assert failed == ({} if retry_failed else {PROMPTS[5]: "WorkerLost"})
+    assert staged(config) == []
+
+
 def test_two_rows_of_one_batch_that_kill_their_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = one_shard_job(tmp_path, ["a", "first [die]", "b", "second [die]"], batch_size=4)
 

@@ -157,6 +157,28 @@ def test_failed_rows_are_adopted_with_their_reason(tmp_path: Path, monkeypatch: 
     assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch, prompts=prompts)
 
 
+def test_failed_rows_are_made_again_if_asked_and_a_later_success_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = one_shard_job(tmp_path)
+    staging = Staging(RunFolder(Store(config.output.uri), 1))
+    assert die_after(config, monkeypatch, 1) == PROMPTS[:2]
+    (name,) = staging.list(0).objects
+    failure = {"error_type": "RuntimeError", "error_message": "out of luck"}
+    made = staging.read(0, name)
+    staging.put(0, [replace(image, record={**image.record, **failure}, data=b"") for image in made])
+    staging.discard(0, [name])
+
+    worker, pipeline, plan = open_worker(config, monkeypatch, Life(1), retry_failed=True)
+    with pytest.raises(Death):
+        worker.make(plan.shards[0])
+    assert pipeline.calls[0] == PROMPTS[:2]
+    _, pipeline = run_shard(config, monkeypatch)  # both are staged now, the failure and the image
+
+    assert PROMPTS[0] not in pipeline.made
+    assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch)
+
+
 def test_the_good_images_of_a_finished_shard_can_be_staged_to_retry_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
