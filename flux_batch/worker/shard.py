@@ -282,7 +282,7 @@ class ShardRun:
         return failed
 
     def _adopt_image(self, image: StagedImage) -> None:
-        """Adopt an image, unless it is there, or was made for another row or with other settings."""
+        """Adopt an image that is wanted, unless another row or other settings made it."""
         task = self._tasks.get(image.key)
         if task is None or not self._is_wanted(task):
             return
@@ -305,7 +305,7 @@ class ShardRun:
             self.records[task.position] = self._recorder.failed(fields, *error)
 
     def _forget_repeated_losses(self) -> None:
-        """Remove the marks by which images fail that were made alone by too many lost workers."""
+        """Remove the marks of images that would fail for too many lost workers."""
         labels = {key for key in self._tasks if self._losses[key] >= _MAX_LOSSES_ALONE}
         if labels:
             self._staging.forget_losses(self.index, labels)
