@@ -339,6 +339,7 @@ def test_a_million_rows_plan_quickly_and_small(tmp_path: Path) -> None:
     assert len(pickle.dumps(again.shards[17])) < 400
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_million_files_can_be_read_again(tmp_path: Path) -> None:
     write_prompts(tmp_path / "a.parquet", 5)
     plan = make_plan(prompts(tmp_path), 4)
@@ -456,7 +457,7 @@ def test_a_file_is_opened_once_for_its_rows_and_its_columns(tmp_path: Path, monk
     [("txt", "", "{}"), ("csv", "prompt,tag", "{},x"), ("jsonl", "", '{{"prompt": "{}", "tag": "x"}}')],
 )
 def test_a_limit_leaves_the_rest_of_a_text_unread(tmp_path: Path, suffix: str, head: str, row: str) -> None:
-    rows = [row.format(number) for number in random.Random(0).sample(range(10**9), 400_000)]
+    rows = [row.format(number) for number in random.Random(0).sample(range(10**9), 200_000)]
     whole = gzip.compress("\n".join([head, *rows] if head else rows).encode(), 1)
     (tmp_path / f"a.{suffix}.gz").write_bytes(whole[:-1000])  # to read its end is an error
 
