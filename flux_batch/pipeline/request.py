@@ -231,31 +231,43 @@ def resolve_aliases(
     two names of one argument with two values, `controlnet_inputs` and what it stands for among them; None is no value,
     nor is the default under our name.
     """
-    for name in aliases:
-        if name not in (*_CALL_ALIASES, _DIFFSYNTH_CONTROLS):
-            names = [name for name in parameters if name not in ("self", "aliases")] + list(_CALL_ALIASES)
-            hint = _INSTEAD.get(name) or did_you_mean(name, names) or f"; there are {', '.join(sorted(names))}"
-            raise InvalidSetting(f"{name} is not an argument of the pipeline{hint}", field=name)
+    _check_names(aliases, parameters)
+    chosen = {
+        name: value
+        for name, value in given.items()
+        if value is not None and not _is_same(value, _default_of(name, parameters))
+    }
     found: dict[str, Any] = {}
     for name, value in aliases.items():
         if name == _DIFFSYNTH_CONTROLS or value is None:
             continue
         ours = _CALL_ALIASES[name]
-        other = found.get(ours, given.get(ours))
-        is_default = other is None or (ours not in found and _is_same(other, _default_of(ours, parameters)))
-        if not is_default and not _is_same(other, value):
+        if not _is_same(chosen.get(ours, value), value):
             raise InvalidSetting(f"{name}: {ours} is given twice, leave one of them out", field=name)
-        found[ours] = value
+        chosen[ours] = found[ours] = value
     if (inputs := aliases.get(_DIFFSYNTH_CONTROLS)) is not None:
-        controls = controls_of_diffsynth(inputs)
-        for name in (*controls, *(CONTROL_ARGUMENTS if controls else ())):
-            other = found.get(name, given.get(name))
-            if not (_is_same(other, _default_of(name, parameters)) or _is_same(other, controls.get(name))):
-                raise InvalidSetting(
-                    f"{_DIFFSYNTH_CONTROLS}: {name} is given, too; leave one of them out", field=_DIFFSYNTH_CONTROLS
-                )
-        found |= controls
+        found |= _controls_beside(chosen, inputs)
     return found
+
+
+def _check_names(aliases: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> None:
+    """Raise InvalidSetting for an argument that is unknown."""
+    for name in aliases:
+        if name not in (*_CALL_ALIASES, _DIFFSYNTH_CONTROLS):
+            names = [name for name in parameters if name not in ("self", "aliases")] + list(_CALL_ALIASES)
+            hint = _INSTEAD.get(name) or did_you_mean(name, names) or f"; there are {', '.join(sorted(names))}"
+            raise InvalidSetting(f"{name} is not an argument of the pipeline{hint}", field=name)
+
+
+def _controls_beside(chosen: Mapping[str, Any], inputs: Any) -> dict[str, Any]:
+    """Return the arguments that `controlnet_inputs` stands for. Raises: InvalidSetting if one is chosen, too."""
+    controls = controls_of_diffsynth(inputs)
+    for name in (*controls, *(CONTROL_ARGUMENTS if controls else ())):
+        if name in chosen and not _is_same(chosen[name], controls.get(name)):
+            raise InvalidSetting(
+                f"{_DIFFSYNTH_CONTROLS}: {name} is given, too; leave one of them out", field=_DIFFSYNTH_CONTROLS
+            )
+    return controls
 
 
 def _default_of(name: str, parameters: Mapping[str, Parameter]) -> Any:
