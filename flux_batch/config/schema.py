@@ -378,8 +378,8 @@ class JobConfig(Section):
     """A whole job file. Raises: JobError that names each wrong key and what would be right."""
 
     name: str = Field(default="flux-batch", pattern=_NAME)
-    """Name of the run in logs, metrics and the data set card: up to 100 letters, digits and `._-`, of which the
-    first is a letter or digit."""
+    """Name of the run in logs, metrics and the data set card: up to 100 letters, digits and `._-`. It begins
+    with a letter or digit."""
     prompts: PromptsConfig
     output: OutputConfig
     model: ModelConfig

@@ -5,63 +5,32 @@ from __future__ import annotations
 import gc
 import io
 import json
-import shutil
 import tarfile
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 import flux_batch.dataset.annotate_shard
 import flux_batch.dataset.annotate_worker
 from flux_batch.cli import main
 from flux_batch.config.schema import JobConfig
-from flux_batch.dataset.annotate import AnnotateReport, AnnotateSettings, annotate
-from flux_batch.dataset.annotate_worker import AnnotateFactory, AnnotateWorker
-from flux_batch.dataset.annotators.load import AnnotatorSpec, parse_specs
+from flux_batch.dataset.annotate import AnnotateSettings, annotate
+from flux_batch.dataset.annotate_worker import AnnotateWorker
+from flux_batch.dataset.annotators.load import AnnotatorSpec
 from flux_batch.engine.local import LocalEngine
 from flux_batch.engine.stop import Stop
-from flux_batch.errors import DamagedObject, FluxBatchError, Interrupted, JobError, PlanMismatch, Stopped, StoreRefused
-from flux_batch.images import Pixels
+from flux_batch.errors import DamagedObject, Interrupted, JobError, PlanMismatch, StoreRefused
 from flux_batch.job import run
 from flux_batch.output.annotations import AnnotationFolder
-from flux_batch.output.revert import revert
-from flux_batch.records import Attempt, Commit, FileRange, Shard
+from flux_batch.records import Attempt, Commit, Shard
 from flux_batch.report.progress.snapshot import Snapshot
-from flux_batch.report.saved_run import SavedRun
-from flux_batch.storage.store import Store
 from helpers import annotators
-from helpers.fakes import FakePipeline
-from helpers.finished_runs import DATA, LAYOUTS, Making, command, finish, make_run
+from helpers.annotate_runs import BOTH, PROMPTS, after_calls, annotated, files, open_worker, rows, shard_of
+from helpers.finished_runs import LAYOUTS, Making, command, finish, make_run
 from helpers.job_files import data_files, make_job, write_prompts
-from helpers.mortal import Death, Life, MortalStore
 from helpers.waiting import wait_until
-
-PROMPTS = "helpers.annotators:Prompts"
-BOTH = (f"prompts={PROMPTS}", "phash")
-
-
-def annotated(config: JobConfig, *texts: str, batch_size: int = 2, **options: Any) -> AnnotateReport:
-    """Annotate a run in this process. Options of annotators are `NAME.key`, those of the pass by name."""
-    chosen = {name: options.pop(name) for name in list(options) if "." in name}
-    settings = AnnotateSettings(batch_size=batch_size, failures=("max_ratio=1.0", "lease_ttl_s=5"))
-    return annotate(
-        config.output.uri, parse_specs(texts, chosen), settings=settings, **{"engine": LocalEngine(), **options}
-    )
-
-
-def files(config: JobConfig) -> dict[str, bytes]:
-    folder = Path(config.output.uri, "annotations")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
-
-
-def rows(config: JobConfig, name: str) -> list[dict[str, Any]]:
-    paths = sorted(Path(config.output.uri, "annotations", name).glob("*.parquet"))
-    return [row for path in paths for row in pq.read_table(path).to_pylist()]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -207,7 +176,7 @@ def test_another_annotator_under_the_same_name_is_refused_with_what_changed(
         annotated(config, "prompts=phash")
     monkeypatch.setattr(annotators.Prompts, "version", "2")
     with pytest.raises(PlanMismatch, match="version: '1' -> '2'"):
-        _worker(config, BOTH[0], **{"prompts.scale": 2})
+        open_worker(config, BOTH[0], **{"prompts.scale": 2})
     assert files(config) == first
     assert annotated(config, BOTH[0], anew=True).num_new_shards == 3
     assert files(config) != first
@@ -267,285 +236,19 @@ def test_too_many_images_without_values_end_with_3(tmp_path: Path) -> None:
     assert json.loads(report.to_json())["exit_code"] == 3
 
 
-def test_a_pass_that_is_killed_at_any_write_ends_in_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flux_batch.dataset.annotate_shard, "STAGE_AFTER_S", 0.0)
-    config = make_job(tmp_path, [{"prompt": f"image {number}" + " [sour]" * (number == 5)} for number in range(7)])
-    finish(config)
-    annotated(config, *BOTH)
-    undisturbed = files(config)
-    num_writes = 0
-    for last in range(0, 100, 4):
-        annotated(config, *BOTH, anew=True, engine=_Nothing())
-        life = Life(last)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("flux_batch.dataset.annotate_worker.Store", type("ItsStore", (MortalStore,), {"life": life}))
-            try:
-                worker = _worker(config, *BOTH)
-                for index in range(2):
-                    worker.make(_shard(index)).finish()
-            except Death:
-                num_writes += 1
-        annotators.CALLS.clear()
-        annotated(config, *BOTH)
-        assert files(config) == undisturbed, f"killed at write {last}"
-        if not life.is_over:
-            break
-    assert num_writes > 4
-
-
-class _Nothing:
-    """An engine without workers."""
-
-    def run(self, factory: Any, shards: Any, stop: Any, state: Any = None) -> Any:
-        return iter(())
-
-
-@pytest.mark.parametrize("options", [{"retry_failed": True}, {"anew": True, "prompts.scale": 2}])
-def test_a_pass_that_is_killed_while_it_removes_what_shall_be_made_again_adopts_nothing_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
-    prompts = [f"image {number}" + " [sour]" * (number == 5) for number in range(7)]
-    config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts])
-    finish(config)
-    annotated(config, BOTH[0])
-    output, before = Path(config.output.uri), tmp_path / "before"
-    shutil.copytree(output, before)
-    monkeypatch.setattr(annotators, "misbehave", lambda prompt: None)
-    scale = {name: value for name, value in options.items() if "." in name}
-    num_kills = 0
-    for last in range(100):
-        shutil.rmtree(output)
-        shutil.copytree(before, output)
-        life = Life(last)
-        with pytest.MonkeyPatch.context() as patch, suppress(Death):
-            patch.setattr("flux_batch.dataset.annotate.Store", type("ItsStore", (MortalStore,), {"life": life}))
-            annotated(config, BOTH[0], engine=_Nothing(), **options)
-        if not life.is_over:
-            break
-        num_kills += 1
-        shutil.rmtree(output / "_run/lease")  # of this very process, which has not ended
-        with suppress(PlanMismatch):  # the other annotator is not forgotten yet
-            annotated(config, BOTH[0], **scale, retry_failed="retry_failed" in options)
-            if scale:
-                lengths = [row["length"] for row in rows(config, "prompts")]
-                assert lengths == [2 * len(prompt) for prompt in prompts], f"killed at write {last}"
-            else:
-                assert all(row["error_type"] is None for row in rows(config, "prompts")), f"killed at write {last}"
-    assert num_kills > 4
-
-
-def test_rows_that_are_staged_are_not_made_again_and_a_stop_stages_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make_job(tmp_path, [{"prompt": f"image {number}"} for number in range(6)], output={"shard_size": 6})
-    finish(config)
-    worker = _worker(config, BOTH[0])
-    annotators.CALLS.clear()
-    _after_calls(monkeypatch, 2, worker.stop)
-
-    with pytest.raises(Stopped):
-        worker.make(_shard(0))
-    monkeypatch.undo()
-    annotators.CALLS.clear()
-    annotated(config, BOTH[0])
-
-    assert annotators.CALLS == [["000000004", "000000005"]]
-
-
-def test_staged_rows_without_values_are_tried_again_with_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompts = ["a", "b", "c", "d [sour]"]
-    config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts], output={"shard_size": 4})
-    finish(config)
-    _worker(config, BOTH[0]).make(_shard(0))  # is staged, and never finished
-    monkeypatch.setattr(annotators, "misbehave", lambda prompt: None)
-    annotators.CALLS.clear()
-
-    report = annotated(config, BOTH[0], retry_failed=True)
-
-    assert report.annotations[0].num_failed == 0
-    assert annotators.CALLS == [["000000002", "000000003"]], "the image, in its batch"
-
-
 def test_a_stopped_pass_says_so_and_leaves_the_rest_to_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_run(tmp_path, "webdataset")
     stop = Stop()
     annotators.CALLS.clear()
-    _after_calls(monkeypatch, 1, lambda: stop.request("stopped by the test"))
+    after_calls(monkeypatch, 1, lambda: stop.request("stopped by the test"))
 
     with pytest.raises(Interrupted, match="run the same command again"):
         annotated(config, BOTH[0], stop=stop)
     monkeypatch.undo()
 
     assert annotated(config, BOTH[0]).annotations[0].num_committed == 3
-
-
-def _after_calls(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
-    call = annotators.Prompts.__call__
-
-    def counted(self: Any, images: Any, records: Any) -> Any:
-        answer = call(self, images, records)
-        if len(annotators.CALLS) == number:
-            action()
-        return answer
-
-    monkeypatch.setattr(annotators.Prompts, "__call__", counted)
-
-
-def _made_by_mortals(config: JobConfig) -> tuple[int, Any]:
-    """Return how many workers died at the first shard, and what the last one made of it."""
-    for lives in range(9):
-        life = Life()
-        with pytest.MonkeyPatch.context() as patch, suppress(Death):
-            patch.setattr("flux_batch.dataset.annotate_worker.Store", type("Its", (MortalStore,), {"life": life}))
-            patch.setattr("os._exit", lambda code, life=life: life.end())
-            return lives, _worker(config, BOTH[0]).make(_shard(0, 5), Attempt(lost=lives, reason="it died"))
-    raise AssertionError("each worker dies")
-
-
-def test_an_image_that_kills_its_worker_is_found_by_its_marks_and_set_aside(tmp_path: Path) -> None:
-    prompts = ["a", "b", "c [kill]", "d", "e"]
-    config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts], output={"shard_size": 5})
-    finish(config)
-    lives, made = _made_by_mortals(config)
-    made.finish()
-    assert lives == 4, "once unmarked, once in its batch, twice alone"
-    row = rows(config, "prompts")[2]
-    assert (row["length"], row["error_type"]) == (None, "WorkerLost")
-    assert row["error_message"].endswith("the last: it died")
-    assert [row["length"] for row in rows(config, "prompts")] == [1, 1, None, 1, 1]
-
-
-def test_a_staged_image_that_killed_its_workers_is_tried_again_with_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompts = ["a", "b", "c [kill]", "d", "e"]
-    config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts], output={"shard_size": 5})
-    finish(config)
-    _made_by_mortals(config)  # is staged, and never finished
-    monkeypatch.setattr(annotators, "misbehave", lambda prompt: None)
-    annotators.CALLS.clear()
-
-    assert annotated(config, BOTH[0], retry_failed=True).annotations[0].num_failed == 0
-
-    assert annotators.CALLS == [["000000002"]], "alone, since it may do it again"
-
-
-def test_images_that_stay_keep_their_rows_when_their_shard_is_made_again(tmp_path: Path) -> None:
-    prompts = ["a", "b [raise]", "c", "d"]
-    config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts], failures={"max_ratio": 1.0})
-    finish(config)
-    annotated(config, BOTH[0])
-    assert run(config, engine=LocalEngine(), make_pipeline=_forgiving, retry_failed=True).num_failed == 0
-    assert files(config) == {}
-    annotators.CALLS.clear()
-
-    annotated(config, BOTH[0])
-
-    assert annotators.CALLS == [["000000000", "000000001"]], "the new image, in its batch"
-    assert len(rows(config, "prompts")) == 4
-
-
-def test_rows_of_a_shard_that_is_being_made_again_outlive_a_pass(tmp_path: Path) -> None:
-    config = make_run(tmp_path, "webdataset")
-    annotated(config, BOTH[0])
-    whole = files(config)
-    saved = SavedRun.open(Store(config.output.uri))
-    revert(saved.folder, saved.output_format, [0])
-    annotators.CALLS.clear()
-
-    annotated(config, BOTH[0])
-    finish(config)
-    annotated(config, BOTH[0])
-
-    assert annotators.CALLS == []
-    assert files(config) == whole
-    assert saved.store.list("_run/annotations/prompts/staging") == []
-
-
-def test_rows_about_images_that_were_made_again_meanwhile_are_not_committed(tmp_path: Path) -> None:
-    config = make_run(tmp_path, "webdataset")
-    made = _worker(config, BOTH[0]).make(_shard(0))
-    saved = SavedRun.open(Store(config.output.uri))
-    revert(saved.folder, saved.output_format, [0])
-    saved.store.delete_folder("_run/staging")
-    run(config, engine=LocalEngine(), make_pipeline=lambda model: _Negative())
-
-    with pytest.raises(FluxBatchError, match="the images of shard 0 were made again while they were annotated"):
-        made.finish()
-    annotated(config, BOTH[0])
-
-    with Image.open(io.BytesIO(saved.image(saved.metadata(0)[0]) or b"")) as image:
-        assert rows(config, "prompts")[0]["red"] == image.getpixel((0, 0))[0]  # type: ignore[index]
-
-
-class _Negative(FakePipeline):
-    """Makes other images of the same rows."""
-
-    def __call__(self, *texts: Any, **others: Any) -> list[Pixels]:
-        return [255 - image for image in super().__call__(*texts, **others)]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_image_with_other_bytes_has_no_values_until_it_is_mended(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
-) -> None:
-    config = make_run(tmp_path, layout)
-    path = Path(config.output.uri, DATA[layout])
-    path.write_bytes(path.read_bytes().replace(b"image 4", b"image 9"))
-
-    annotated(config, BOTH[0])
-
-    found = [row["error_type"] for row in rows(config, "prompts")]
-    assert found == [None] * 4 + ["ImageDamaged"] + [None] * 6
-    assert command(capsys, "verify", config.output.uri, "--repair")[0] == 3
-    finish(config)
-    annotators.CALLS.clear()
-    annotated(config, BOTH[0])
-    assert [row["error_type"] for row in rows(config, "prompts")] == [None] * 11
-    assert annotators.CALLS == [["000010000", "000010002"]], "the image, in its batch"
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "commit"])
-def test_damaged_annotations_are_found_and_made_again_to_the_same_bytes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
-    config = make_run(tmp_path, LAYOUTS[0])
-    annotated(config, *BOTH)
-    before = files(config)
-    code, text = command(capsys, "verify", config.output.uri)
-    assert (code, f"{len(before)} files" in text) == (0, True)
-    broken = Path(config.output.uri, "annotations", "prompts", "00001.parquet")
-    data = broken.read_bytes()
-    if damage == "flip":
-        broken.write_bytes(data[:40] + bytes([data[40] ^ 1]) + data[41:])
-    elif damage == "cut":
-        broken.write_bytes(data[:-9])
-    elif damage == "remove":
-        broken.unlink()
-    else:
-        Path(config.output.uri, "_run/annotations/prompts/commits/00001.json").write_bytes(b"{")
-
-    code, text = command(capsys, "verify", config.output.uri, "--repair")
-    assert code == 3
-    assert "shard 1: annotations: annotations/prompts/00001.parquet: " in text
-    assert "BROKEN: annotations of prompts" in text
-    assert len(files(config)) == len(before) - 1
-    annotated(config, *BOTH)
-
-    assert files(config) == before
-    assert command(capsys, "verify", config.output.uri)[0] == 0
-
-
-def _forgiving(model: Any) -> Any:
-    pipeline = Making()(model)
-    pipeline._misbehave = lambda *args, **others: None  # type: ignore[method-assign]
-    return pipeline
 
 
 @pytest.mark.parametrize(
@@ -596,27 +299,13 @@ def test_a_shard_that_cannot_be_published_is_in_hand_no_more(tmp_path: Path, mon
     def refuse(*_: Any) -> Any:
         raise StoreRefused("no permission")
 
-    worker = _worker(make_run(tmp_path, "webdataset"), "exposure")
-    made = worker.make(_shard(0))
+    worker = open_worker(make_run(tmp_path, "webdataset"), "exposure")
+    made = worker.make(shard_of(0))
     assert worker.metrics.figures().in_hand.keys() == {0}
     monkeypatch.setattr(worker, "publish", refuse)
     with pytest.raises(StoreRefused):
         made.finish()
     assert worker.metrics.figures().in_hand == {}
-
-
-def _worker(config: JobConfig, *texts: str, batch_size: int = 2, **options: Any) -> AnnotateWorker:
-    return AnnotateFactory(
-        output=config.output.uri,
-        storage_options={},
-        specs=tuple(parse_specs(texts, options)),
-        batch_size=batch_size,
-        failures=config.failures,
-    ).open()
-
-
-def _shard(index: int, num_rows: int = 4) -> Shard:
-    return Shard(index=index, parts=(FileRange(uri="", name="", start=0, num_rows=num_rows),))
 
 
 def test_what_made_annotations_is_written_down_without_signatures() -> None:

@@ -51,7 +51,7 @@ class Scraped:
         return sum((self.kept if kept else self.series).get((name, 'run="nightly"', *labels), {}).values())
 
     def has_all(self) -> bool:
-        """Tell whether the first two shards are in the figures, and both workers."""
+        """Return whether the first two shards are in the figures, and both workers."""
         return (
             self.total("ray_flux_batch_shards_total") == 2
             and self.total("ray_flux_batch_workers_up") == 2

@@ -184,7 +184,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def is_worker(pid: int) -> bool:
-    """Tell whether a process is one in which a worker of a run is at home."""
+    """Return whether a process is one in which a worker of a run is at home."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(WORKER)
     except OSError:
@@ -192,7 +192,7 @@ def is_worker(pid: int) -> bool:
 
 
 def started_at(pid: int) -> str:
-    """Tell when a process was started, which tells it from a later one of its number; empty if it has ended."""
+    """Return when a process was started, which tells it from a later one of its number; empty if it has ended."""
     with suppress(OSError, IndexError):
         state = stat(pid)
         return "" if state[0] in "ZX" else state[19]

@@ -125,18 +125,18 @@ def _broken_group(group: dict[str, Any]) -> Iterator[str]:
 
 
 def grace_s(group: dict[str, Any]) -> float:
-    """Tell how long after its SIGTERM a pod of a group is killed."""
+    """Return how long after its SIGTERM a pod of a group is killed."""
     return float(group["template"]["spec"].get("terminationGracePeriodSeconds", GRACE_S))
 
 
 def node_drain_s(group: dict[str, Any]) -> float:
-    """Tell for how long Ray drains a node of a group after SIGTERM, before it ends what runs there."""
+    """Return for how long Ray drains a node of a group after SIGTERM, before it ends what runs there."""
     env = {one["name"]: one.get("value") for one in group["template"]["spec"]["containers"][0].get("env", [])}
     return float(env.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") or NODE_DRAIN_S)
 
 
 def shm_bytes(group: dict[str, Any]) -> float:
-    """Tell the size of /dev/shm; without a volume of its own, KubeRay makes one as large as the memory."""
+    """Return the size of /dev/shm; without a volume of its own, KubeRay makes one as large as the memory."""
     pod = group["template"]["spec"]
     mounts = pod["containers"][0].get("volumeMounts", [])
     names = [mount["name"] for mount in mounts if mount["mountPath"] == "/dev/shm"]
@@ -145,7 +145,7 @@ def shm_bytes(group: dict[str, Any]) -> float:
 
 
 def object_store_bytes(group: dict[str, Any]) -> float:
-    """Tell what Ray takes: ray 2.60, _private/utils.py, resolve_object_store_memory."""
+    """Return the size that Ray takes by itself: ray 2.60, _private/utils.py, resolve_object_store_memory."""
     given = group["rayStartParams"].get("object-store-memory")
     return float(given or min(0.3 * memory_bytes(group), max(1e10, 0.95 * shm_bytes(group))))
 

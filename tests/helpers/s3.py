@@ -142,3 +142,12 @@ def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
         else:
             return
     raise AssertionError(f"the S3 server did not listen within {START_S} s")
+
+
+def assert_clear(error: BaseException, uri: str) -> None:
+    """Check that an error is one line, which names the place and no secret."""
+    message = str(error)
+    assert uri in message
+    assert "\n" not in message
+    for secret in (SECRET, "wrong-secret", KEY):
+        assert secret not in message

@@ -107,7 +107,7 @@ class Submission:
         return self._cluster.log_of(name)
 
     def versions(self) -> dict[str, tuple[Any, ...]]:
-        """Tell of every object of the committed shards which version of it is there."""
+        """Return the version of every object of the committed shards."""
         shards = [Path(key).stem for key in self.store.list("_run/commits")]
         keys = [key.format(shard) for shard in shards for key in KEYS]
         found = [self.store._fs.info(self.store._path(key)) for key in keys]
