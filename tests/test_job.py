@@ -1,8 +1,6 @@
 import json
 import re
 import tempfile
-from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from flux_batch.report.summary import RunReport
 from flux_batch.report.verify import verify
 from flux_batch.storage.store import Store
 from helpers.fakes import SLOW_S, FakePipeline, make_fake_pipeline
-from helpers.job_files import data_files, make_job, metadata, write_job, write_prompts
+from helpers.job_files import make_job, metadata, write_job, write_prompts
 from helpers.waiting import wait_until
 
 
@@ -438,55 +436,6 @@ def test_the_image_of_a_row_does_not_depend_on_how_the_run_is_cut(tmp_path: Path
         files = [folder / "out" / row["file_name"] for row in metadata(config)]
         images.add(tuple(Image.open(file).tobytes() for file in files))
     assert len(images) == 1
-
-
-class Killed(BaseException):
-    """The death of the driver: nothing in the program catches it."""
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
-    """Let the process die just before the `step`-th write to the store. Returns: how many writes there were."""
-    count = 0
-
-    def counting(real: Callable[..., None]) -> Callable[..., None]:
-        def write(*arguments: Any) -> None:
-            nonlocal count
-            count += 1
-            if count == step:
-                raise Killed
-            real(*arguments)
-
-        return write
-
-    monkeypatch.setattr(Store, "write", counting(Store.write))
-    monkeypatch.setattr(Store, "put_if_absent", counting(Store.put_if_absent))
-    return lambda: count
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
-@pytest.mark.parametrize(("first", "layout"), [(0, "webdataset"), (1, "files"), (2, "parquet")])
-def test_a_run_killed_before_any_write_ends_in_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, layout: str, every: int
-) -> None:
-    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": None}, {"prompt": "c"}, {"prompt": "d"}]
-    sections: dict[str, Any] = {"output": {"format": layout, "shard_size": 3}, "failures": {"max_ratio": 1.0}}
-    render(make_job(tmp_path / "whole", rows, **sections))
-    whole = data_files(tmp_path / "whole/out")
-    for step in count(1 + first % every, every):  # each layout has its share of them
-        config = make_job(tmp_path / str(step), rows, **sections)
-        with monkeypatch.context() as patch:
-            kill_at(patch, step)
-            try:
-                render(config)
-                died = False
-            except Killed:
-                died = True
-        assert render(config).is_complete
-        assert data_files(tmp_path / str(step) / "out") == whole, f"killed before write {step}"
-        if not died:
-            break
-    assert step > 12
 
 
 def test_a_preview_that_comes_to_nothing_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
