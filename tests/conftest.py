@@ -36,8 +36,10 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
-# A shell that starts the suite in its background lets it ignore SIGINT, and so would every process that it starts.
+# A shell that starts the suite in its background lets it ignore SIGINT, and nohup lets it ignore SIGHUP. Every process
+# that a test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Folders of whole runs, processes, servers and models; a test elsewhere that takes seconds is marked by itself.
 SLOW_FOLDERS = frozenset(
@@ -110,6 +112,14 @@ def pytest_collection() -> Generator[None, Any, Any]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the user's cache free of what tests remember, such as the speed of a fake pipeline."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLUX_BATCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -161,7 +161,8 @@ def _wrong_shard_size(config: JobConfig, figures: Mapping[str, Any], speed: Spee
 
 def _key(config: JobConfig) -> str:
     model = config.model
-    return " ".join([public_uri(model.uri), model.dtype, model.quantization, _device(config.workers.num_gpus)])
+    name = model.pipeline or public_uri(model.uri)
+    return " ".join([name, model.dtype, model.quantization, _device(config.workers.num_gpus)])
 
 
 def _device(num_gpus: float) -> str:

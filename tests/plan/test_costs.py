@@ -98,6 +98,8 @@ def test_a_speed_is_remembered_for_the_model_and_device(tmp_path: Path, monkeypa
     assert found is not None
     assert (found.images_per_s, found.origin) == (1.5, "remembered")
     assert remembered_speed(job(tmp_path, num_gpus=0), 4.0) is None
+    own = config.model_copy(update={"model": config.model.model_copy(update={"pipeline": "mine:make"})})
+    assert remembered_speed(own, 4.0) is None
     (tmp_path / "cache/speeds.json").write_text("[")
     assert remembered_speed(config, 4.0) is None
 
