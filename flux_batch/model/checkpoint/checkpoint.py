@@ -154,7 +154,7 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         entries, metadata = read_gguf(path)
         tensors = {x.name: StoredTensor(path, x.name, x.shape, x.dtype, offset=x.offset) for x in entries}
         return tensors, metadata
-    file = open_safetensors(path)
+    file = open_safetensors(path, framework="np")  # a header needs no torch, which takes a second to import
     tensors = {}
     for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
         view = file.get_slice(key)
@@ -170,14 +170,14 @@ def _is_gguf(path: Path) -> bool:
         return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
 
 
-def open_safetensors(path: Path) -> Any:
+def open_safetensors(path: Path, framework: str = "pt") -> Any:
     """Map a safetensors file. Raises: ValueError that names what the file is instead, if that is known."""
     if not path.is_file():
         raise ValueError(f"{path} is not there")
     if is_pickle(path.name):
         raise ValueError(f"{path} is a pickle, which can run any code when read: use the .safetensors file instead")
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
         with path.open("rb") as file:
             start = file.read(9)

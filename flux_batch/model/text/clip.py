@@ -188,7 +188,7 @@ class ClipEncoder:
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Return the pooled embedding of each prompt: (b, d)."""
-        return self.pool(tokenize(self.tokenizer, prompts, self.max_length))
+        return self.pool(torch.tensor(tokenize(self.tokenizer, prompts, self.max_length), device="cpu"))
 
     def pool(self, ids: Tensor) -> Tensor:
         """Return the pooled embedding of token ids (b, l): (b, d)."""

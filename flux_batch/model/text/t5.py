@@ -247,7 +247,7 @@ class T5Encoder:
 
     def __call__(self, prompts: Sequence[str], length: int) -> Tensor:
         """Return the states of each prompt, cut or padded to `length` tokens: (b, length, d)."""
-        return self.states(tokenize(self.tokenizer, prompts, length))
+        return self.states(torch.tensor(tokenize(self.tokenizer, prompts, length), device="cpu"))
 
     def states(self, ids: Tensor) -> Tensor:
         """Return the states of token ids (b, l): (b, l, d)."""
