@@ -387,13 +387,29 @@ def test_a_stream_that_is_closed_is_written_to_nowhere(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gone", [{"stdout"}, {"stdout", "stderr"}])
+def test_prompts_are_validated_without_torch(tmp_path: Path) -> None:
+    """It takes longer to import than all the rest, though a tokenizer and the shapes of a model are read."""
+    job = write_job(make_job(tmp_path, [{"prompt": "a cat"}], model={"uri": "demo"}), tmp_path / "job.yaml")
+    code = "import sys; from flux_batch.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "validate", str(job)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "tokenizer" not in done.stdout  # they were found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "code"),
-    [(["validate", "JOB"], 3), (["schema"], 0), (["plan", "JOB", "--json"], 0), (["validate", "none.yaml"], 2)],
+    ("words", "gone", "code"),
+    [
+        (["validate", "JOB"], {"stdout"}, 3),
+        (["validate", "JOB"], {"stdout", "stderr"}, 3),
+        (["schema"], {"stdout"}, 0),
+        (["validate", "none.yaml"], {"stdout", "stderr"}, 2),
+    ],
 )
 def test_the_exit_code_stands_though_nobody_reads_the_answer(
-    tmp_path: Path, gone: set[str], words: list[str], code: int
+    tmp_path: Path, words: list[str], gone: set[str], code: int
 ) -> None:
     job = write_job(make_job(tmp_path, [{"prompt": ""}, {"prompt": "a cat"}]), tmp_path / "job.yaml")
     nobody, pipe = os.pipe()

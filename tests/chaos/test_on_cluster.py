@@ -26,7 +26,7 @@ from helpers.job_files import make_job, write_job
 from helpers.raylets import Raylets, kill_worker, raylets
 from helpers.waiting import PATIENCE_S
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.nodes]
 
 DRIVE = Path(__file__).with_name("drive.py")
 BATCH = 4

@@ -222,6 +222,7 @@ class Worker:
 
 
 @pytest.mark.ray
+@pytest.mark.nodes
 def test_ray_drains_the_node_that_it_is_told_of() -> None:
     import ray
 

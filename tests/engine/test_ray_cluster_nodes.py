@@ -14,7 +14,7 @@ from helpers.raylets import HEAD, no_dashboard, processes, reap
 from helpers.toil import FOREVER_S, ToilFactory, attempts, make_shards
 from helpers.waiting import PATIENCE_S, wait_until
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.nodes]
 
 POOL = RayPool(max_workers=2, max_attempts=1, num_cpus=0, slow_s=FOREVER_S)
 

@@ -28,7 +28,7 @@ from helpers.kuberay_submitter import SHELL, submitter_environment, submitting_l
 from helpers.s3 import KEY, SECRET, Bucket, S3Server
 from helpers.waiting import wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.nodes, pytest.mark.s3, pytest.mark.timeout(300)]
 
 # So small that a run takes seconds, with so many steps that it can be met in the middle.
 SETTINGS = {

@@ -102,8 +102,8 @@ def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_training_resumes_and_writes_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*more: str) -> None:
-        counts = {"autoencoder-steps": 6, "text-steps": 2, "images": 16, "flow-steps": 3}
-        counts |= {f"{name}-steps": 2 for name in ("blueprint", "canny", "kontext")}
+        counts = {"autoencoder-steps": 2, "text-steps": 1, "images": 16, "flow-steps": 2}
+        counts |= {f"{name}-steps": 1 for name in ("blueprint", "canny", "kontext")}
         words = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
         monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "work"), "--device", "cpu", *words, *more])
         program.main()

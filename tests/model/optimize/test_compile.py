@@ -149,7 +149,7 @@ def test_narrow_blocks_are_as_exact_compiled(matmul: bool) -> None:
             apply_fp8(one, matmul=True)
     apply_compile(model)
     if params is SMALL:
-        leave_plain(model.single_blocks)
+        leave_plain(model.double_blocks)
     exact = velocity(filled(Flux(params)))
     made = [velocity(one, dtype=torch.bfloat16).float() for one in (plain, model)]
     errors = [float((one - exact).norm() / exact.norm()) for one in made]
