@@ -18,7 +18,7 @@ PROCESSES ?= 4
 FAST_PROCESSES := 3
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test test-fast test-nodes test-avx2 test-long test-gpu tools browser chaos lint fix pages docs constraints release-check clean
+.PHONY: help demo test test-fast test-more test-avx2 test-long test-gpu tools browser chaos lint fix pages docs constraints release-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -49,8 +49,8 @@ test: $(VENV)/dev.stamp ## run the tests
 test-fast: $(VENV)/dev.stamp ## run those that give the first answer: no processes, servers, compilers or large models
 	$(PYTEST) -n $(FAST_PROCESSES) --dist loadfile -m "not slow"
 
-test-nodes: $(VENV)/dev.stamp ## run those on clusters of several nodes, and through a job server
-	$(PYTEST) -n $(PROCESSES) --dist loadfile -m "nodes and not long"
+test-more: $(VENV)/dev.stamp ## run what it leaves out and CI runs too: clusters of several nodes, job servers, torch.compile
+	$(PYTEST) -n $(PROCESSES) --dist loadfile -m "(nodes or compiled) and not long"
 
 test-avx2: $(VENV)/dev.stamp ## run those of the model and the pipeline as on a CPU without bfloat16 and AVX-512
 	$(AVX2) $(PYTEST) -n auto --dist loadfile -m "not compiled and not long" tests/model tests/pipeline

@@ -45,12 +45,21 @@ def examples() -> Iterator[Example]:
     for module in public_modules():
         path = PACKAGE.parent / module.replace(".", "/")
         tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                text = ast.get_docstring(node) or ""
-                blocks = [block for each in _BLOCK.findall(f"{text}\n") if is_code(block := textwrap.dedent(each))]
-                if blocks or ">>>" in text:
-                    yield Example(module, getattr(node, "name", ""), blocks, text)
+        for node in documented(tree):
+            text = ast.get_docstring(node) or ""
+            blocks = [block for each in _BLOCK.findall(f"{text}\n") if is_code(block := textwrap.dedent(each))]
+            if blocks or ">>>" in text:
+                yield Example(module, getattr(node, "name", ""), blocks, text)
+
+
+def documented(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef,
+) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef]:
+    """Yield a node and all in it that may have a docstring; none is within an expression."""
+    yield node
+    for each in node.body:
+        if isinstance(each, ast.ClassDef | ast.FunctionDef):
+            yield from documented(each)
 
 
 EXAMPLES = list(examples())
