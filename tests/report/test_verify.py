@@ -189,6 +189,7 @@ def test_a_repair_keeps_good_images_and_makes_the_others_with_their_neighbours(t
     assert verify(store).problems == []
 
 
+@pytest.mark.parametrize("config", ["webdataset"], indirect=True)
 @pytest.mark.parametrize(("damage", "quick"), [(cut, True), (flip, False), (remove, True)])
 def test_damaged_metadata_is_found_and_repaired(
     config: JobConfig, store: Store, damage: Callable[[Path], None], quick: bool
@@ -207,6 +208,7 @@ ELSEWHERE = b"""{"shard": 1, "worker": "w", "num_images": 4, "num_failed": 0,
     "files": [{"path": "train/../../secret", "bytes": 1, "sha256": ""}]}"""
 
 
+@pytest.mark.parametrize("config", ["files"], indirect=True)
 @pytest.mark.parametrize("body", [b"", b"{}", b"[1]", b"\xff", b'{"shard": 1}', b"[" * 100_000, ELSEWHERE])
 def test_a_damaged_commit_is_found_and_repaired(config: JobConfig, store: Store, body: bytes) -> None:
     before = data_files(Path(store.uri))
