@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 import torch
 
 from flux_batch.errors import InvalidSetting
+from flux_batch.model.optimize.dtypes import without_autocast
 from flux_batch.model.optimize.memo import Memo
 from flux_batch.model.optimize.offload import apply_offload
 from flux_batch.model.sampling import normal_tensor
@@ -76,7 +77,7 @@ class TextEncoders:
             check_integer("t5_sequence_length", length, 1, MAX_T5_LENGTH)
         if not prompts:
             raise InvalidSetting("prompt = []: must be at least one text", field="prompt")
-        with torch.inference_mode(), device_errors():
+        with torch.inference_mode(), without_autocast(), device_errors():
             embeds = self.encode(prompts, length or self._default_length)
             return PromptEmbeds(*map(normal_tensor, embeds))
 

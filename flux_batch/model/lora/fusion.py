@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from flux_batch.model.checkpoint.lazy_state import StoredState
 from flux_batch.model.checkpoint.loading import SelfLoading
 from flux_batch.model.lora.file import Change, Lora
+from flux_batch.model.optimize.dtypes import without_autocast
 from flux_batch.model.optimize.quantize import Fp8Linear, to_fp8
 from flux_batch.model.params import Shapes
 
@@ -67,7 +68,7 @@ class LoraFusion:
         try:
             for layer_key in [layer_key for layer_key in self._originals if layer_key not in wanted]:
                 self._unfuse(layer_key)
-            with _exact_matmul():
+            with _exact_matmul(), without_autocast():
                 for layer_key, changes in wanted.items():
                     self._fuse(layer_key, changes)
         except BaseException:
