@@ -67,7 +67,7 @@ class TextEncoders:
 
     def encode(self, prompts: Sequence[str], length: int) -> PromptEmbeds:
         """Return the embeddings of each prompt, those of the last prompts from memory."""
-        return self._cache(prompts, length, tuple(self._loras.fused))
+        return self._cache(prompts, length, self._loras.version)
 
     def encode_prompt(self, prompt: str | Sequence[str], length: int | None) -> PromptEmbeds:
         """Return the embeddings of one prompt or several of a caller. Raises: InvalidSetting."""

@@ -133,6 +133,19 @@ def test_a_model_loaded_in_inference_mode_takes_them_outside(repository: Path, s
     assert same(pipe(**CALL), plain)
 
 
+def test_a_file_that_is_written_anew_is_read_anew(repository: Path, pipe: FluxImagePipeline, words: Path) -> None:
+    """As by a training that keeps its last LoRA under one name."""
+    pipe.set_loras([(words, 1.0)])
+    before = pipe(**CALL)
+    write_lora(words, random_factors(TEXT_SHAPES, seed=3), **KOHYA)
+    pipe.set_loras([(words, 1.0)])
+    after = pipe(**CALL)
+    other = FluxImagePipeline.from_pretrained(repository, torch_dtype=torch.float32, device="cpu")
+    other.load_lora(words)
+    assert not same(after, before)
+    assert same(after, other(**CALL))
+
+
 def test_what_fails_leaves_what_was_merged(pipe: FluxImagePipeline, style: Path, tmp_path: Path) -> None:
     pipe.load_lora(style)
     before = pipe(**CALL)
