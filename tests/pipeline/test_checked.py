@@ -86,6 +86,15 @@ def test_a_wrong_result_is_said(made: Any, message: str) -> None:
         pipeline(["p"], seed=[1], output_type="np", width=32, height=16, cfg_scale=[1.0], num_inference_steps=3)
 
 
+def test_an_image_that_found_no_memory_costs_no_other(tmp_path: Path) -> None:
+    """Somebody else may have had the memory for a while, and the pipeline makes no tiles."""
+    config = pipeline_job(tmp_path, "Short", [{"prompt": each} for each in ("a", "[short]", "c", "d")])
+    report = run(config, engine=LocalEngine())
+    rows = metadata(config)
+    assert report.num_failed == 1
+    assert (rows[1]["error_type"], rows[1]["error_message"]) == ("OutOfMemory", "CUDA out of memory")
+
+
 def test_the_first_precision_is_that_of_the_run(tmp_path: Path) -> None:
     opened = open_pipeline(ModelConfig(uri="x", pipeline=f"{NAME}:Noise"), "cpu")
     assert opened.precision == {"dtype": "float32", "quantization": "none"}
