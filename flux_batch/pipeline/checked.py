@@ -6,7 +6,7 @@ Its interface is `OwnPipeline` in worker/protocol.py. Knows no model.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,8 @@ class CheckedPipeline:
 
     def _checked(self, made: Any, count: int, shape: tuple[int, int, int]) -> list[Pixels | Exception]:
         """Return results that are an image of the right shape, or an exception, each. Raises: RowError."""
+        if not isinstance(made, Iterable):
+            raise RowError(f"the pipeline {self._name} returned a {type(made).__name__}: must be a list of images")
         images: list[Pixels | Exception] = [
             each if isinstance(each, Exception) else np.asarray(each.convert("RGB") if _is_pil(each) else each)
             for each in made

@@ -67,6 +67,7 @@ def test_a_setting_that_is_not_known_is_refused_before_anything_is_written(tmp_p
 @pytest.mark.parametrize(
     ("made", "message"),
     [
+        (None, "returned a NoneType: must be a list of images"),
         ([], "returned 0 images for 1 prompts"),
         ([np.zeros((16, 16, 3))], r"returned float64 \[16, 16, 3\]: must be uint8 \[16, 32, 3\]"),
         ([np.zeros((16, 16, 3), np.uint8)], r"returned uint8 \[16, 16, 3\]"),
