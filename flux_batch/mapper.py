@@ -107,6 +107,10 @@ class FluxMapper:
         for name in ("limit", "passthrough", "samplers", "template", "wildcards"):
             if getattr(config.prompts, name):
                 raise JobError(f"FluxMapper: prompts.{name} is for jobs; leave it out")
+        if (
+            config.workers.batch_size == "auto"
+        ):  # each stage would measure another one, which decides the last bits of images
+            raise JobError("FluxMapper: batch_size = auto is for jobs, which measure it once for all workers; set one")
         self._prompts, self._image_config, self._batch_size = config.prompts, config.output.image, batch_size
         self._resize_references = config.sampling.resize_references
         self._prefix, self._exit_on_device_loss = prefix, exit_on_device_loss

@@ -223,6 +223,7 @@ def test_another_kind_of_batch_is_refused_in_one_sentence() -> None:
         ({"sampling": {"width": 17}}, "FluxMapper: sampling.width = 17: must be a multiple of 16"),
         ({"prompts": {"limit": 3}}, "prompts.limit is for jobs; leave it out"),
         ({"prompts": {"samplers": {"a": ["x"]}}}, "prompts.samplers is for jobs; leave it out"),
+        ({"batch_size": "auto"}, "batch_size = auto is for jobs"),
         ({"image": {"type": "gif"}}, "output.image.type = 'gif'"),
         ({"image": "png"}, "FluxMapper: output.image: must be a section with keys and values"),
         ({"prompts": "p.csv"}, "FluxMapper: prompts: must be a section with keys and values"),
