@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from flux_batch.model.params import Shapes
 _LayerKey = tuple[str, str]
 # The tensors of a layer by name.
 _LayerTensors = Mapping[str, Tensor]
+
+_turns = Lock()
 
 
 class LoraFusion:
@@ -214,14 +217,16 @@ def _assign_tensors(layer: nn.Module, tensors: _LayerTensors) -> None:
 def _exact_matmul() -> Iterator[None]:
     """Run the block with fp32 matmuls in full fp32, whatever precision the program allows elsewhere.
 
-    Sets the backends' own attributes: torch's older switch fails in a program that uses the newer one.
+    Sets the backends' own attributes: torch's older switch fails in a program that uses the newer one. They are those
+    of all threads, which take turns: one would put back what another has set.
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    with _turns:
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
