@@ -107,9 +107,8 @@ class FluxMapper:
         for name in ("limit", "passthrough", "samplers", "template", "wildcards"):
             if getattr(config.prompts, name):
                 raise JobError(f"FluxMapper: prompts.{name} is for jobs; leave it out")
-        if (
-            config.workers.batch_size == "auto"
-        ):  # each stage would measure another one, which decides the last bits of images
+        # Each stage would measure another one, which decides the last bits of images.
+        if config.workers.batch_size == "auto":
             raise JobError("FluxMapper: batch_size = auto is for jobs, which measure it once for all workers; set one")
         self._prompts, self._image_config, self._batch_size = config.prompts, config.output.image, batch_size
         self._resize_references = config.sampling.resize_references
