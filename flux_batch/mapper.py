@@ -107,6 +107,9 @@ class FluxMapper:
         for name in ("limit", "passthrough", "samplers", "template", "wildcards"):
             if getattr(config.prompts, name):
                 raise JobError(f"FluxMapper: prompts.{name} is for jobs; leave it out")
+        # Each stage would measure another one, which decides the last bits of images.
+        if config.workers.batch_size == "auto":
+            raise JobError("FluxMapper: batch_size = auto is for jobs, which measure it once for all workers; set one")
         self._prompts, self._image_config, self._batch_size = config.prompts, config.output.image, batch_size
         self._resize_references = config.sampling.resize_references
         self._prefix, self._exit_on_device_loss = prefix, exit_on_device_loss
@@ -257,7 +260,7 @@ def rows_of(batch: _ColumnBatch, names: Collection[str]) -> list[Row | BadRow]:
     """Return the rows of a batch as Python values, with its columns among `names`.
 
     A row of Arrow with a cell that cannot be read is a BadRow, as in a file. A NaN of NumPy becomes None, since NumPy
-    has no other way to leave out a number.
+    has no other way to leave out a number, and so does the NA of pandas, which is in the texts of its batches.
     """
     present = [name for name in _column_names(batch) if name in names]
     if isinstance(batch, pa.Table):
@@ -276,7 +279,7 @@ def with_columns(
     """
     if isinstance(batch, pa.Table):
         kept = batch.drop_columns([name for name in batch.column_names if name in columns])
-        parts = [kept.take(pa.array(some, pa.int64())) for some in _chunked(rows)]
+        parts = [_taken(kept, some) for some in _chunked(rows)]
         table = pa.concat_tables([kept.slice(0, 0), *parts])
         for name, values in columns.items():
             kind = schema.field(name).type
@@ -285,6 +288,14 @@ def with_columns(
         return table
     kept = {name: np.asarray(values)[list(rows)] for name, values in batch.items() if name not in columns}
     return kept | {name: _objects(values) for name, values in columns.items()}
+
+
+def _taken(table: pa.Table, rows: Sequence[int]) -> pa.Table:
+    """Return some rows of a table."""
+    try:
+        return table.take(pa.array(rows, pa.int64()))
+    except pa.ArrowNotImplementedError:  # of a column whose type has no such kernel, such as string_view
+        return pa.concat_tables([table.slice(row, 1) for row in rows])
 
 
 def _chunked(values: Sequence[Any]) -> list[Sequence[Any]]:
@@ -300,7 +311,7 @@ def _plain(values: Any) -> list[Any]:
 def _plain_cell(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return _plain(value)
-    return None if isinstance(value, float) and value != value else value
+    return None if type(value).__name__ == "NAType" or (isinstance(value, float) and value != value) else value
 
 
 def _objects(values: Sequence[Any]) -> np.ndarray[Any, Any]:

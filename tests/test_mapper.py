@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -222,6 +223,7 @@ def test_another_kind_of_batch_is_refused_in_one_sentence() -> None:
         ({"sampling": {"width": 17}}, "FluxMapper: sampling.width = 17: must be a multiple of 16"),
         ({"prompts": {"limit": 3}}, "prompts.limit is for jobs; leave it out"),
         ({"prompts": {"samplers": {"a": ["x"]}}}, "prompts.samplers is for jobs; leave it out"),
+        ({"batch_size": "auto"}, "batch_size = auto is for jobs"),
         ({"image": {"type": "gif"}}, "output.image.type = 'gif'"),
         ({"image": "png"}, "FluxMapper: output.image: must be a section with keys and values"),
         ({"prompts": "p.csv"}, "FluxMapper: prompts: must be a section with keys and values"),
@@ -255,6 +257,11 @@ def test_rows_hold_plain_values_of_the_requested_columns() -> None:
     assert rows_of(batch, {"prompt", "seed", "absent"}) == rows
     assert rows_of({"seed": np.array([1.5, np.nan])}, {"seed"}) == [{"seed": 1.5}, {"seed": None}]
     assert type(rows_of({"seed": np.array([3])}, {"seed"})[0]["seed"]) is int
+    of_pandas = pd.array(["no", None], dtype="string").to_numpy()  # as Ray Data hands over texts of pandas
+    assert rows_of({"negative_prompt": of_pandas}, {"negative_prompt"}) == [
+        {"negative_prompt": "no"},
+        {"negative_prompt": None},
+    ]
 
 
 def test_a_cell_that_cannot_be_read_costs_its_row() -> None:
@@ -298,6 +305,20 @@ def test_new_columns_replace_those_of_the_same_name() -> None:
     assert (empty.num_rows, empty.schema) == (0, table.schema)
     in_numpy = with_columns({"seed": np.array(["a", "b"]), "prompt": ["p", "q"]}, [0, 0, 1], columns, schema)
     assert {name: values.tolist() for name, values in in_numpy.items()} == {"prompt": ["p", "p", "q"], **columns}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pa.array(["x", "y"], pa.string_view()),
+        pa.RunEndEncodedArray.from_arrays([1, 2], ["x", "y"]),
+    ],
+)
+def test_columns_of_any_type_of_arrow_come_along(other: pa.Array) -> None:
+    """pyarrow has no kernel to take rows of some."""
+    table = with_columns(pa.table({"other": other}), [0, 0, 1], {"seed": [1, 2, 3]}, pa.schema([("seed", pa.int64())]))
+    assert table["other"].to_pylist() == ["x", "x", "y"]
+    assert table["other"].type == other.type
 
 
 def test_no_array_has_more_images_than_arrow_has_room_for() -> None:

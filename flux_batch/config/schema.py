@@ -375,7 +375,7 @@ class SamplingConfig(Section, SamplingParams, frozen=True):
 
 
 class JobConfig(Section):
-    """A whole job file. Raises: JobError that names each wrong key and what would be right."""
+    """A whole job file."""
 
     name: str = Field(default="flux-batch", pattern=_NAME)
     """Name of the run in logs, metrics and the data set card: up to 100 letters, digits and `._-`. It begins

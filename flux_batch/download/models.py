@@ -66,7 +66,7 @@ log = logging.getLogger(__name__)
 
 
 def download_models(
-    model_id_list: Sequence[str],
+    model_id_list: str | Sequence[str],
     downloading_priority: Sequence[str] = ("HuggingFace", "ModelScope"),
     *,
     to: PathOrFolder | None = None,
@@ -84,9 +84,10 @@ def download_models(
     hubs = [hub.lower() for hub in downloading_priority]
     if unknown := [hub for hub in hubs if hub not in _LIST_OF_HUB]:
         raise CheckpointError(f"{unknown[0]}: no such hub; there are HuggingFace and ModelScope")
-    if to is not None and len(model_id_list) != 1:
-        raise CheckpointError(f"one folder for {len(model_id_list)} models: download them one by one")
-    return [_download_model(name, hubs, Path(to) if to else _download_folder(name), token) for name in model_id_list]
+    names = [model_id_list] if isinstance(model_id_list, str) else list(model_id_list)
+    if to is not None and len(names) != 1:
+        raise CheckpointError(f"one folder for {len(names)} models: download them one by one")
+    return [_download_model(name, hubs, Path(to) if to else _download_folder(name), token) for name in names]
 
 
 def _download_model(name: str, hubs: Sequence[str], folder: Path, token: str | None) -> Path:

@@ -6,7 +6,7 @@ Its interface is `OwnPipeline` in worker/protocol.py. Knows no model.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image
 from flux_batch.config.factory import check_options, imported
 from flux_batch.config.known_settings import declared_settings
 from flux_batch.config.schema import ModelConfig
-from flux_batch.errors import DeviceFatal, FluxBatchError, JobError, OutOfMemory, RowError, one_line
+from flux_batch.errors import DeviceFatal, FluxBatchError, JobError, RowError, one_line
 from flux_batch.images import Pixels
 from flux_batch.model.optimize.compile import cuda_versions, device_kind
 from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
@@ -91,10 +91,11 @@ class CheckedPipeline:
     def __call__(
         self, prompt: Sequence[str] | None, *, seed: Sequence[int], output_type: str, tiled: bool = False, **given: Any
     ) -> Sequence[Pixels | Exception]:
-        """Make one image for each prompt. Raises: OutOfMemory; DeviceFatal; RowError for a wrong result; its own."""
+        """Make one image for each prompt. Raises: OutOfMemory; DeviceFatal; RowError for a wrong result; its own.
+
+        tiled: only for a pipeline that declares it.
+        """
         prompt = list(prompt or ())
-        if tiled and "tiled" not in self.settings:
-            raise OutOfMemory(f"an image does not fit into memory, and the pipeline {self._name} makes none in tiles")
         known = {name: value for name, value in given.items() if name in self.settings or name in _ALWAYS}
         if tiled:
             known["tiled"] = True
@@ -119,6 +120,8 @@ class CheckedPipeline:
 
     def _checked(self, made: Any, count: int, shape: tuple[int, int, int]) -> list[Pixels | Exception]:
         """Return results that are an image of the right shape, or an exception, each. Raises: RowError."""
+        if not isinstance(made, Iterable):
+            raise RowError(f"the pipeline {self._name} returned a {type(made).__name__}: must be a list of images")
         images: list[Pixels | Exception] = [
             each if isinstance(each, Exception) else np.asarray(each.convert("RGB") if _is_pil(each) else each)
             for each in made

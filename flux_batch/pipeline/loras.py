@@ -5,7 +5,7 @@ Knows the sources of LoRA files, and raises our errors in place of the model's; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ class LoadedLoras:
     def fused(self) -> list[tuple[str, float]]:
         """The addresses of the fused LoRAs, each with its scale."""
         return [(lora.name, scale) for lora, scale in self._fusion.fused]
+
+    @property
+    def version(self) -> Hashable:
+        """The fused LoRAs, as told from other files at their addresses."""
+        return tuple((lora.name, lora.version, scale) for lora, scale in self._fusion.fused)
 
     def with_columns(self, num_columns: int) -> list[str]:
         """Return the addresses of the fused LoRAs that change so many columns of `img_in`."""

@@ -24,7 +24,7 @@ from flux_batch.model.conditions.variant import TEXT_TO_IMAGE, Variant, VariantN
 from flux_batch.model.optimize.attention import AttentionKernels, choose_attention
 from flux_batch.model.optimize.compile import CompileCache, is_compiled, set_compile_options
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
-from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
+from flux_batch.model.optimize.dtypes import dtype_name, native_dtype, without_autocast
 from flux_batch.model.optimize.tiling import Tiling
 from flux_batch.model.params import T5_SEQUENCE_LENGTH, ScheduleParams
 from flux_batch.model.sampling import Progress, normal_tensor
@@ -456,7 +456,7 @@ class FluxImagePipeline(ImagePromptLoaders):
         """Return what a call makes, in the form of its output. Raises: RowError; OutOfMemory; DeviceFatal."""
         if is_compiled(self.transformer):  # perhaps in another thread
             set_compile_options(self.attention)
-        with torch.inference_mode(), device_errors():
+        with torch.inference_mode(), without_autocast(), device_errors():
             latents = self.make_latents(request, progress_bar, callback)
             if output_type == "latent":
                 return normal_tensor(latents)

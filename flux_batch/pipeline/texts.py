@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 import torch
 
 from flux_batch.errors import InvalidSetting
+from flux_batch.model.optimize.dtypes import without_autocast
 from flux_batch.model.optimize.memo import Memo
 from flux_batch.model.optimize.offload import apply_offload
 from flux_batch.model.sampling import normal_tensor
@@ -51,22 +52,20 @@ class TextEncoders:
         *,
         offload: bool = False,
     ) -> None:
-        self._clip = clip
-        self._t5 = t5
         self._loras = loras
         self._default_length = default_length
-        self._dtype = dtype
         self.is_offloaded = offload and device.type != "cpu"
-        self._device = torch.device("cpu") if self.is_offloaded else device
+        kept_on = torch.device("cpu") if self.is_offloaded else device
         offloaded = apply_offload([clip.model, t5.model] if self.is_offloaded else [], device)
         self.on_device = offloaded.on_device
-        self._cache = TextCache(self._encode_one, on_device=offloaded.on_device)
+        # No methods of this object: the weights of a pipeline that is dropped would wait for the garbage collector.
+        self._cache = TextCache(partial(_encode_one, clip, t5, kept_on, dtype), on_device=offloaded.on_device)
         # A worker asks before each call, which asks again, while its GPU has nothing to do.
-        self._is_cut = lru_cache(_MAX_COUNTED)(self._count_one)
+        self._is_cut = lru_cache(_MAX_COUNTED)(partial(_count_one, clip, t5))
 
     def encode(self, prompts: Sequence[str], length: int) -> PromptEmbeds:
         """Return the embeddings of each prompt, those of the last prompts from memory."""
-        return self._cache(prompts, length, tuple(self._loras.fused))
+        return self._cache(prompts, length, self._loras.version)
 
     def encode_prompt(self, prompt: str | Sequence[str], length: int | None) -> PromptEmbeds:
         """Return the embeddings of one prompt or several of a caller. Raises: InvalidSetting."""
@@ -76,7 +75,7 @@ class TextEncoders:
             check_integer("t5_sequence_length", length, 1, MAX_T5_LENGTH)
         if not prompts:
             raise InvalidSetting("prompt = []: must be at least one text", field="prompt")
-        with torch.inference_mode(), device_errors():
+        with torch.inference_mode(), without_autocast(), device_errors():
             embeds = self.encode(prompts, length or self._default_length)
             return PromptEmbeds(*map(normal_tensor, embeds))
 
@@ -98,13 +97,17 @@ class TextEncoders:
                 where = f"`truncations` tells which, in a job the column {title.lower()}_truncated"
                 warnings.warn(f"a prompt is longer than {title} reads, its end is left out: {where}", stacklevel=3)
 
-    def _count_one(self, text: str, length: int) -> tuple[bool, bool]:
-        """Return whether CLIP and whether T5 leaves out the end of one text."""
-        return self._clip.truncated([text])[0], self._t5.truncated([text], length)[0]
 
-    def _encode_one(self, text: str, length: int) -> PromptEmbeds:
-        """Run the text encoders on one text, b = 1."""
-        return PromptEmbeds(self._t5([text], length), self._clip([text])).to(self._device, self._dtype)
+def _count_one(clip: ClipEncoder, t5: T5Encoder, text: str, length: int) -> tuple[bool, bool]:
+    """Return whether CLIP and whether T5 leaves out the end of one text."""
+    return clip.truncated([text])[0], t5.truncated([text], length)[0]
+
+
+def _encode_one(
+    clip: ClipEncoder, t5: T5Encoder, device: torch.device, dtype: torch.dtype, text: str, length: int
+) -> PromptEmbeds:
+    """Run the text encoders on one text, b = 1."""
+    return PromptEmbeds(t5([text], length), clip([text])).to(device, dtype)
 
 
 class TextCache:

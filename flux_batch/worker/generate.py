@@ -191,6 +191,8 @@ class BatchMaker:
         self._pipeline = pipeline
         self._loras = LoraSwitch(pipeline, loras)
         self._tiles = tiles
+        known = getattr(pipeline, "settings", None)  # of a pipeline of somebody else's
+        self._makes_tiles = known is None or "tiled" in known
         self._on_progress = on_progress
         self._fits: dict[tuple[Any, ...], _MemoryFit] = {}
         self._texts: _ShardTexts | None = None
@@ -229,7 +231,8 @@ class BatchMaker:
     def _make_parts(self, batch: Sequence[ImageTask], fit: _MemoryFit) -> list[tuple[Pixels | Exception, Tiles | None]]:
         """Make the images of a batch; after an error those of its halves, down to single images.
 
-        A single image that does not fit into memory is tried once more with the autoencoder in small tiles.
+        A single image that does not fit into memory is tried once more with the autoencoder in small tiles, unless the
+        pipeline makes none: then it fails alone, and the next one is tried again.
         """
         if fit.too_many is None or len(batch) < max(fit.too_many, 2):
             started = time.monotonic()
@@ -240,7 +243,8 @@ class BatchMaker:
             except Exception as error:
                 _clear_frames(error)
                 is_too_large = isinstance(error, OutOfMemory)
-                if len(batch) == 1 and not (is_too_large and _is_larger(fit.tiles, SMALL_TILES)):
+                may_tile = is_too_large and self._makes_tiles and _is_larger(fit.tiles, SMALL_TILES)
+                if len(batch) == 1 and not may_tile:
                     return [(error, None)]
                 if is_too_large:
                     self._remember(batch, fit.tiles)

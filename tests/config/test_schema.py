@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import traceback
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -385,6 +386,15 @@ def test_a_job_is_frozen_and_travels() -> None:
     with pytest.raises(ValueError, match="frozen"):
         job.name = "other"  # type: ignore[misc]
     assert pickle.loads(pickle.dumps(job)) == job
+
+
+def test_a_program_may_give_paths_of_pathlib() -> None:
+    prompts, lora = Path("prompts.csv"), {"uri": Path("style.safetensors")}
+    tree: dict[str, Any] = {"prompts": {"uri": prompts}, "output": {"uri": Path("out")}, "model": {"uri": Path("flux")}}
+    job = JobConfig.from_dict(tree | {"model": {"uri": Path("flux"), "loras": [lora]}})
+    assert (job.prompts.uri, job.output.uri, job.model.uri) == (("prompts.csv",), "out", "flux")
+    assert (job.model.loras[0].uri, job.model.loras[0].name) == ("style.safetensors", "style.safetensors")
+    assert JobConfig.from_dict(tree | {"prompts": {"uri": [prompts]}}).prompts.uri == ("prompts.csv",)
 
 
 def test_one_uri_may_be_written_without_a_list() -> None:

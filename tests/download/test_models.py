@@ -198,7 +198,7 @@ class TestDownload:
         with pytest.raises(CheckpointError, match="one folder for 2 models"):
             download_models(["FLUX.1-dev", "FLUX.1-schnell"], to=tmp_path)
         with pytest.raises(CheckpointError, match="nobody/nothing: there is no such repository"):
-            download_models(["nobody/nothing"])
+            download_models("nobody/nothing")  # one alone is a list of one
         assert not Path("models").exists()
 
     @pytest.mark.parametrize("website", ["HuggingFace", "ModelScope"])

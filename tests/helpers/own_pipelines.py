@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 NOTHING = 1
 
@@ -26,6 +27,15 @@ class Noise:
         return [
             ValueError("it will not") if "[refuse]" in text else one for text, one in zip(prompt, images, strict=True)
         ]
+
+
+class Short(Noise):
+    """Has no memory for a prompt with `[short]`."""
+
+    def __call__(self, prompt: Sequence[str], **others: Any) -> list[Any]:
+        if any("[short]" in text for text in prompt):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().__call__(prompt, **others)
 
 
 class Broken:

@@ -67,6 +67,7 @@ def test_a_setting_that_is_not_known_is_refused_before_anything_is_written(tmp_p
 @pytest.mark.parametrize(
     ("made", "message"),
     [
+        (None, "returned a NoneType: must be a list of images"),
         ([], "returned 0 images for 1 prompts"),
         ([np.zeros((16, 16, 3))], r"returned float64 \[16, 16, 3\]: must be uint8 \[16, 32, 3\]"),
         ([np.zeros((16, 16, 3), np.uint8)], r"returned uint8 \[16, 16, 3\]"),
@@ -84,6 +85,15 @@ def test_a_wrong_result_is_said(made: Any, message: str) -> None:
     pipeline = CheckedPipeline(own, ModelConfig(uri="x", pipeline="a:b"), "cpu")
     with pytest.raises(FluxBatchError, match=message):
         pipeline(["p"], seed=[1], output_type="np", width=32, height=16, cfg_scale=[1.0], num_inference_steps=3)
+
+
+def test_an_image_that_found_no_memory_costs_no_other(tmp_path: Path) -> None:
+    """Somebody else may have had the memory for a while, and the pipeline makes no tiles."""
+    config = pipeline_job(tmp_path, "Short", [{"prompt": each} for each in ("a", "[short]", "c", "d")])
+    report = run(config, engine=LocalEngine())
+    rows = metadata(config)
+    assert report.num_failed == 1
+    assert (rows[1]["error_type"], rows[1]["error_message"]) == ("OutOfMemory", "CUDA out of memory")
 
 
 def test_the_first_precision_is_that_of_the_run(tmp_path: Path) -> None:

@@ -105,6 +105,21 @@ def test_over_fp8(repository: Path, style: Path, words: Path, quantization: str)
     assert same(pipe(**CALL), plain)
 
 
+def test_under_autocast_they_are_fused_and_texts_encoded_as_without(
+    pipe: FluxImagePipeline, style: Path, words: Path
+) -> None:
+    pipe.set_loras([(style, 1.0), (words, 0.5)])
+    weights, embeds = pipe.transformer.state_dict(), pipe.encode_prompt("a cat")
+    pipe.unload_loras()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pipe.set_loras([(style, 1.0), (words, 0.5)])
+        again = pipe.encode_prompt(["a dog", "a cat"])
+    assert all(torch.equal(weight, weights[name]) for name, weight in pipe.transformer.state_dict().items())
+    pipe.set_loras([(style, 0.5), (words, 0.5)])  # the embeddings of other LoRAs are encoded anew
+    assert torch.equal(again[0][1:], embeds[0])
+    assert torch.equal(again[0], pipe.encode_prompt(["a dog", "a cat"])[0])
+
+
 @pytest.mark.parametrize("quantization", ["none", "fp8"])
 def test_a_model_loaded_in_inference_mode_takes_them_outside(repository: Path, style: Path, quantization: str) -> None:
     with torch.inference_mode():
@@ -116,6 +131,19 @@ def test_a_model_loaded_in_inference_mode_takes_them_outside(repository: Path, s
     pipe.unload_loras()
 
     assert same(pipe(**CALL), plain)
+
+
+def test_a_file_that_is_written_anew_is_read_anew(repository: Path, pipe: FluxImagePipeline, words: Path) -> None:
+    """As by a training that keeps its last LoRA under one name."""
+    pipe.set_loras([(words, 1.0)])
+    before = pipe(**CALL)
+    write_lora(words, random_factors(TEXT_SHAPES, seed=3), **KOHYA)
+    pipe.set_loras([(words, 1.0)])
+    after = pipe(**CALL)
+    other = FluxImagePipeline.from_pretrained(repository, torch_dtype=torch.float32, device="cpu")
+    other.load_lora(words)
+    assert not same(after, before)
+    assert same(after, other(**CALL))
 
 
 def test_what_fails_leaves_what_was_merged(pipe: FluxImagePipeline, style: Path, tmp_path: Path) -> None:

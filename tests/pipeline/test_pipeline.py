@@ -82,6 +82,14 @@ class TestRepeatability:
             torch.testing.assert_close(mixed[i : i + 1], pipe("x", cfg_scale=scale, **common), atol=1e-5, rtol=0)
         assert (mixed[0] - mixed[1]).abs().max() > 1e-2
 
+    def test_a_program_under_autocast_gets_the_same_and_spoils_nothing(self, pipe: FluxImagePipeline) -> None:
+        common = {"output_type": "latent", **SMALL}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = pipe("under autocast", seed=3, **common)
+        assert torch.equal(cast, pipe("under autocast", seed=3, **common))
+        again = FluxImagePipeline(pipe.transformer, pipe.autoencoder, pipe.clip, pipe.t5, pipe.schedule)
+        assert torch.equal(cast, again("under autocast", seed=3, **common))
+
     def test_no_seed_follows_the_global_generator(self, pipe: FluxImagePipeline) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(6)

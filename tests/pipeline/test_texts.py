@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Barrier, Thread
+from typing import Any
 
+import pytest
 import torch
 
+from flux_batch import FluxImagePipeline
 from flux_batch.model.transformer import PromptEmbeds
 from flux_batch.pipeline.texts import TextCache
+from helpers.tiny_calls import SMALL
 
 
 class Encoder:
@@ -97,3 +104,21 @@ def test_encoders_come_to_the_device_once_for_all_texts_and_not_for_known_ones()
     assert encoders.visits == [["a", "", "ccc"]]
     texts(["a", "new"], 1)
     assert encoders.visits[1:] == [["new"]]
+
+
+@pytest.fixture
+def _no_garbage_collection() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_garbage_collection")
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_a_pipeline_that_is_dropped_leaves_no_weights(repository: Path, quantization: Any) -> None:
+    """Its memory is needed by the next one, which a notebook loads at once; Python may not collect until much later."""
+    pipe = FluxImagePipeline.from_pretrained(repository, device="cpu", quantization=quantization)
+    pipe("x", seed=1, **SMALL)
+    parts = [weakref.ref(part) for part in (pipe.transformer, pipe.autoencoder, pipe.clip.model, pipe.t5.model)]
+    del pipe
+    assert [part() for part in parts] == [None] * 4

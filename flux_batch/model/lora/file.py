@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,10 +93,14 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """The changes that a LoRA file makes to a model; `name` is the address it was requested by."""
+    """The changes that a LoRA file makes to a model; `name` is the address it was requested by.
+
+    `version` tells the file from another one that is written in its place.
+    """
 
     name: str
     changes: tuple[Change, ...]
+    version: tuple[Hashable, ...]
 
     @property
     def num_columns(self) -> int:
@@ -112,6 +116,7 @@ def open_lora(path: Path, name: str, parts: Mapping[str, Shapes]) -> Lora:
     the file is instead, or the keys that match nothing, are incomplete, of another shape or not finite.
     """
     checkpoint = open_checkpoint(path)
+    version = tuple(map(_version_of, sorted({tensor.path for tensor in checkpoint.tensors.values()})))
     state = StoredState(checkpoint, torch.float32, torch.device("cpu"))
     scales = Scales(checkpoint)
     changes: list[Change] = []
@@ -124,7 +129,12 @@ def open_lora(path: Path, name: str, parts: Mapping[str, Shapes]) -> Lora:
             _check_change(checkpoint, change, shapes)
             _check_numbers(checkpoint, change)
             changes.append(change)
-    return Lora(name, tuple(each for each in changes if each.alpha_over_rank or "magnitude" in each.keys))
+    return Lora(name, tuple(each for each in changes if each.alpha_over_rank or "magnitude" in each.keys), version)
+
+
+def _version_of(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _changes_of(

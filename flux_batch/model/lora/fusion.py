@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from flux_batch.model.checkpoint.lazy_state import StoredState
 from flux_batch.model.checkpoint.loading import SelfLoading
 from flux_batch.model.lora.file import Change, Lora
+from flux_batch.model.optimize.dtypes import without_autocast
 from flux_batch.model.optimize.quantize import Fp8Linear, to_fp8
 from flux_batch.model.params import Shapes
 
@@ -29,6 +31,8 @@ from flux_batch.model.params import Shapes
 _LayerKey = tuple[str, str]
 # The tensors of a layer by name.
 _LayerTensors = Mapping[str, Tensor]
+
+_turns = Lock()
 
 
 class LoraFusion:
@@ -67,7 +71,7 @@ class LoraFusion:
         try:
             for layer_key in [layer_key for layer_key in self._originals if layer_key not in wanted]:
                 self._unfuse(layer_key)
-            with _exact_matmul():
+            with _exact_matmul(), without_autocast():
                 for layer_key, changes in wanted.items():
                     self._fuse(layer_key, changes)
         except BaseException:
@@ -213,14 +217,16 @@ def _assign_tensors(layer: nn.Module, tensors: _LayerTensors) -> None:
 def _exact_matmul() -> Iterator[None]:
     """Run the block with fp32 matmuls in full fp32, whatever precision the program allows elsewhere.
 
-    Sets the backends' own attributes: torch's older switch fails in a program that uses the newer one.
+    Sets the backends' own attributes: torch's older switch fails in a program that uses the newer one. They are those
+    of all threads, which take turns: one would put back what another has set.
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    with _turns:
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision

@@ -1,8 +1,10 @@
-"""The dtype that a device computes natively, which is the default."""
+"""The dtypes of a model: what a device computes natively, which is the default, and keeping to those it has."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -62,3 +64,13 @@ def has_cpu_feature(name: str) -> bool:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype as settings spell it."""
     return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Run the block in the dtypes of its tensors, whatever a program casts to."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

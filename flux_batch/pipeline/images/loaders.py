@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flux_batch.download.models import PathOrFolder
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
+from flux_batch.model.optimize.dtypes import without_autocast
 from flux_batch.pipeline.errors import device_errors
 from flux_batch.pipeline.images.prompts import AdapterScale, ImagePrompts, adapter_files
 from flux_batch.sampling_params import check_cuda_graphs
@@ -70,5 +71,5 @@ class ImagePromptLoaders:
 
         ip_adapter_image: that of one prompt. Raises: InvalidSetting; OutOfMemory; DeviceFatal.
         """
-        with torch.inference_mode(), device_errors():
+        with torch.inference_mode(), without_autocast(), device_errors():
             return self.image_prompts.embeds(ip_adapter_image)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from threading import Event, Thread
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -376,3 +380,35 @@ def test_fusing_is_exact_whatever_precision_the_program_allows(tmp_path: Path, f
         torch.set_float32_matmul_precision("highest")
 
     assert bits(fusion) == expected
+
+
+def test_threads_that_fuse_at_once_leave_the_precision_of_the_program() -> None:
+    """torch has one for all threads: each would put back what it found, which may be that of the other."""
+    second_began, first_ended = Event(), Event()
+
+    def fuse(at_work: Callable[[], object]) -> None:
+        model = nn.Sequential(nn.Linear(2, 2))
+        target = SimpleNamespace(part="transformer", layer="0")
+        change: Any = SimpleNamespace(target=target, parameter="weight", replaces=False, num_columns=None)
+        change.add_to = lambda total, original, scale: at_work()
+        fusion = LoraFusion()
+        fusion.add_part("transformer", model)
+        fusion.fuse([(Lora("style", (change,), ()), 1.0)])
+
+    def first() -> None:
+        fuse(lambda: second_began.wait(0.3))
+        first_ended.set()
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        threads = [Thread(target=first), Thread(target=fuse, args=(lambda: (second_began.set(), first_ended.wait(5)),))]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join()
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
