@@ -5,7 +5,6 @@ A shard is finished on its own thread while the next one is made; a third is not
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections import deque
@@ -59,9 +58,6 @@ class LocalEngine:
                 yield from _Loop(worker, finisher, queue, Backoff(self.backoff_s), stop, state, seen).results()
         finally:
             state.end(seen)
-            # The next run of this process needs the memory of its model: it is in cycles, of errors that it has met.
-            worker = None
-            gc.collect()
 
 
 @dataclass

@@ -6,6 +6,7 @@ Imports no torch before a pipeline is loaded, so that the driver of a run can lo
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import sys
 import warnings
@@ -52,6 +53,8 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
     from flux_batch.pipeline.pipeline import FluxImagePipeline
     from flux_batch.pipeline.precision import default_device, slow_dtype
 
+    # A worker of an earlier run in this process is in cycles: its model would stay in memory beside this one.
+    gc.collect()
     device = "cpu" if num_gpus == 0 else default_device().type
     if num_gpus and device == "cpu":
         no_gpu = "torch finds no GPU on this node"

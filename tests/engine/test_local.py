@@ -1,11 +1,8 @@
-import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from flux_batch.engine.local import LocalEngine
-from flux_batch.engine.protocol import Worker
 from flux_batch.engine.stop import Stop
 from flux_batch.errors import CheckpointError, DeviceFatal, Interrupted, StoreRefused
 from helpers.toil import FOREVER_S, BrokenStart, ToilFactory, attempts, make_shards
@@ -95,18 +92,3 @@ def test_a_stop_ends_a_rest(tmp_path: Path) -> None:
     engine = LocalEngine(backoff_s=FOREVER_S)
     assert list(engine.run(ToilFactory(tmp_path, meets_outage=(0,)), make_shards(1), stop)) == []
     request.join()
-
-
-def test_a_worker_is_gone_when_its_run_ends(tmp_path: Path) -> None:
-    """A notebook starts the next run at once, whose model needs the memory."""
-    opened: list[weakref.ref[Worker]] = []
-
-    class Factory(ToilFactory):
-        def open(self) -> Worker:
-            worker: Any = super().open()
-            worker.itself = worker
-            opened.append(weakref.ref(worker))
-            return worker
-
-    assert len(list(LocalEngine().run(Factory(tmp_path, raises=(1,)), make_shards(2)))) == 2
-    assert opened[0]() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from flux_batch.config.schema import ModelConfig
 from flux_batch.pipeline import load, precision
+from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 # Prints how many pages the system had to hand out for blocks that were all freed before.
 PROGRAM = """
@@ -49,6 +51,24 @@ def test_a_process_keeps_freed_memory_for_a_pipeline_on_a_cpu(
     pipeline: Any = SimpleNamespace(device=torch.device(device))
     load.prepare_process(pipeline)
     assert len(calls) == times
+
+
+def test_the_worker_of_an_earlier_run_is_gone_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Worker:
+        def __init__(self) -> None:
+            self.itself = self
+
+    earlier = weakref.ref(Worker())
+    met: list[Worker | None] = []
+
+    def load_nothing(*given: Any, **options: Any) -> None:
+        met.append(earlier())
+        raise LookupError
+
+    monkeypatch.setattr(FluxImagePipeline, "from_pretrained", load_nothing)
+    with pytest.raises(LookupError):
+        load.load_pipeline(ModelConfig(uri="demo"))
+    assert met == [None]
 
 
 @pytest.mark.parametrize(("dtype", "is_slow"), [("bfloat16", True), ("float32", False)])
