@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import math
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -60,8 +61,8 @@ class AnnotateSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("max_workers", 1), ("batch_size", 1), ("num_gpus", 0), ("num_cpus", 0)):
-            if getattr(self, name) < least:
-                raise JobError(f"{name} = {getattr(self, name)}: must be at least {least}")
+            if not least <= getattr(self, name) < math.inf:
+                raise JobError(f"{name} = {getattr(self, name)}: must be at least {least}, and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
