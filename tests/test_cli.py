@@ -263,7 +263,7 @@ def test_demo_takes_its_folder_and_rows_as_they_are(
     monkeypatch.setattr("flux_batch.job.run", note_output)
     for folder in folders:
         assert flux_batch(capsys, "demo", folder)[0] == 2
-    assert found == folders
+    assert found == [str(Path(folder).absolute()) for folder in folders]
     assert "prompts.limit = 0: must be at least 1" in flux_batch(capsys, "demo", "--rows", "0")[2]
 
 

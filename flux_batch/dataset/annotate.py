@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import math
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
