@@ -199,10 +199,10 @@ def _sifted(
 
 
 def _of_runs(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the folders that hold the output of a run, such as that of this very job: `out/`.
+    """Return the folders that hold the output of a run, such as `out/`.
 
-    Its images, captions and metadata would be prompts of the run that makes them. A folder that is named itself is no
-    such one.
+    Often it is that of this very job, whose captions and metadata would become its prompts. The folder that
+    `prompts.uri` names is not among them.
     """
     return tuple(name.removesuffix(_PLAN_OF_RUN) for name in names if name.endswith(f"/{_PLAN_OF_RUN}"))
 

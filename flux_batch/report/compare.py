@@ -154,7 +154,7 @@ def _different(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, tupl
 
 
 def _versions(store: Store) -> dict[str, Any]:
-    """Return the surroundings of a run, and the dtype that it settled on, as far as they are known."""
+    """Return what is known of the surroundings of a run, with its settled dtype."""
     settled = read_json(store, PRECISION) or {}
     return surroundings_of_run(store) | ({"settled dtype": settled["dtype"]} if "dtype" in settled else {})
 

@@ -112,7 +112,7 @@ def surroundings(kernels: Kernels, revision: str | None, tile_size: int | None) 
 
 
 def surroundings_of_run(store: Store) -> dict[str, Any]:
-    """Return the same of a run, as far as its report and its first worker have it."""
+    """Return the same of a run, as far as its report and precision say it."""
     report = read_json(store, REPORT) or {}
     kernels = Kernels.of_record(read_json(store, PRECISION))
     revision = (report.get("model") or {}).get("revision")
