@@ -357,8 +357,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     from flux_batch.demo.paths import demo_job_path
     from flux_batch.report.summary import report_rows
 
-    settings = [f"output.uri={arguments.output}"]
-    if arguments.rows:
+    settings = [f"output.uri={json.dumps(arguments.output)}"]
+    if arguments.rows is not None:
         settings.append(f"prompts.limit={arguments.rows}")
     report = _finished_run(
         argparse.Namespace(

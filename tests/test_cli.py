@@ -15,7 +15,9 @@ import pytest
 
 from flux_batch.arguments import parser
 from flux_batch.cli import main
+from flux_batch.config.schema import JobConfig
 from flux_batch.engine.local import LocalEngine
+from flux_batch.errors import JobError
 from flux_batch.job import run
 from helpers.driver import Hold, commits
 from helpers.fakes import make_fake_pipeline
@@ -211,8 +213,12 @@ def test_a_wrong_option_says_what_would_be_right(
     ("text", "sentence"),
     [
         (None, "job.yaml: there is no such job file; `flux-batch init` writes one"),
+        (
+            "prompt,seed\na fox,1\n",
+            "is no job file, which has the sections prompts, output and model; `flux-batch init`",
+        ),
         ("prompts: [", "not valid YAML"),
-        ("- a list", "must be a mapping"),
+        ("- a list", "is no job file"),
         ("promts: {uri: x}\noutput: {uri: y}\nmodel: {uri: demo}", "unknown key; did you mean 'prompts'?"),
         ("prompts: {uri: x}\noutput: {uri: y}", "model: missing"),
         (
@@ -242,6 +248,23 @@ def test_a_bad_job_file_is_one_sentence_and_exit_code_2(
         assert sentence in err
         assert "Traceback" not in err
         assert out == ""
+
+
+def test_demo_takes_its_folder_and_rows_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = ["out #1", "2026", "a: b", "[x"]
+    found: list[str] = []
+
+    def note_output(config: JobConfig, **how: object) -> None:
+        found.append(config.output.uri)
+        raise JobError("seen")
+
+    monkeypatch.setattr("flux_batch.job.run", note_output)
+    for folder in folders:
+        assert flux_batch(capsys, "demo", folder)[0] == 2
+    assert found == [str(Path(folder).absolute()) for folder in folders]
+    assert "prompts.limit = 0: must be at least 1" in flux_batch(capsys, "demo", "--rows", "0")[2]
 
 
 def test_a_traceback_comes_with_debug_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

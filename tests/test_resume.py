@@ -44,7 +44,9 @@ def test_new_prompt_files_are_taken_in_and_nothing_else_is_touched(tmp_path: Pat
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/train").rglob("*") if path.is_file()}
 
     folder_job(tmp_path, "a-tuesday")
-    with pytest.raises(PlanMismatch, match=r"a-tuesday\.parquet: is new; --extend adds it"):
+    with pytest.raises(
+        PlanMismatch, match=r"use another output\.uri, or undo:\n  a-tuesday\.parquet: is new; --extend"
+    ):
         render(config)
     report = extend(config)
 

@@ -147,7 +147,9 @@ def read_tree(text: str, origin: str, overrides: Iterable[str] = ()) -> dict[str
     """Return a job file as a tree; `overrides` are `section.key=value` strings with YAML values. Raises: JobError."""
     tree = load_yaml(text, origin)
     if not isinstance(tree, dict):
-        raise JobError(f"{origin}: must be a mapping with the sections prompts, output and model")
+        raise JobError(
+            f"{origin}: is no job file, which has the sections prompts, output and model; `flux-batch init` writes one"
+        )
     for override in overrides:
         _apply_override(tree, override)
     return tree

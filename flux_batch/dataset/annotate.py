@@ -60,8 +60,8 @@ class AnnotateSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("max_workers", 1), ("batch_size", 1), ("num_gpus", 0), ("num_cpus", 0)):
-            if getattr(self, name) < least:
-                raise JobError(f"{name} = {getattr(self, name)}: must be at least {least}")
+            if not least <= getattr(self, name) < math.inf:
+                raise JobError(f"{name} = {getattr(self, name)}: must be at least {least}, and finite")
 
 
 @dataclass(frozen=True, kw_only=True)

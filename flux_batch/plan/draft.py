@@ -75,7 +75,7 @@ def _first(columns: list[str], names: tuple[str, ...]) -> str:
 def _quoted(text: str) -> str:
     """Return a text as YAML: plain where that is safe, else as JSON writes it."""
     is_plain = re.fullmatch(r"[A-Za-z_/][\w./:-]*", text) and load_yaml(text, "") == text
-    return text if is_plain else json.dumps(text)
+    return text if is_plain else json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def _flow(columns: dict[str, str]) -> str:

@@ -317,4 +317,7 @@ def _check_same_files(planned: dict[str, tuple[int, str]], found: dict[str, Prom
     if lines:
         more = len(lines) - _FILES_SHOWN
         shown = [*lines[:_FILES_SHOWN], *([f"  ... and {count_of(more, 'other file')}"] if more > 0 else [])]
-        raise PlanMismatch("the prompts differ from those of the run in this output:\n" + "\n".join(shown))
+        raise PlanMismatch(
+            "the prompts differ from those of the run in this output; use another output.uri, or undo:\n"
+            + "\n".join(shown)
+        )

@@ -53,7 +53,7 @@ class ImageAccess:
     def find(self, name: str, column: str = "input_image") -> InputImage:
         """Return the image that a row names. Raises: RowError saying why it may not, and what it may name."""
         if len(name) > _MAX_NAME_LENGTH or "\0" in name:
-            raise RowError(f"column {column!r} holds {len(name)} characters that are no path and no address")
+            raise RowError(f"{column}: holds {len(name)} characters that are no path and no address")
         try:
             return replace(self._find(name), column=column)
         except RowError as error:

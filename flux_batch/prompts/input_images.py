@@ -43,9 +43,9 @@ _HOST_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.EN
 def image_of_bytes(data: bytes, column: str = "input_image") -> InputImage:
     """Return an image from the bytes in a row. Raises: RowError if there are none or too many."""
     if not data:
-        raise RowError(f"column {column!r} is empty: the bytes of an image are needed")
+        raise RowError(f"{column}: is empty: the bytes of an image are needed")
     if len(data) > MAX_BYTES:
-        raise RowError(f"column {column!r} has more than the {MAX_BYTES} bytes allowed")
+        raise RowError(f"{column}: has more than the {MAX_BYTES} bytes allowed")
     return InputImage(name=f"sha256:{hashlib.sha256(data).hexdigest()}", data=data, column=column)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,16 +25,20 @@ from flux_batch.storage.filesystem import open_filesystem
 # The rules by which files are left out and rows are called. A run keeps to those that its plan names. Since
 #   2  hidden folders are left out, there are more formats, and folders such as `year=2026` are columns;
 #   3  the id of a row that is alone in its file is `a.txt` and no longer `a.txt:0`, and a text may be one of blocks;
-#   4  it is `a.txt:0` for every file that `prompts.uri` names itself, however it spells the path.
-LISTING_RULES = 4
+#   4  it is `a.txt:0` for every file that `prompts.uri` names itself, however it spells the path;
+#   5  the outputs of runs are left out.
+LISTING_RULES = 5
 PARTITION_RULES = 2
 ONE_PROMPT_RULES = BLOCK_RULES = 3
 NAMED_FILE_RULES = 4
+_OUTPUT_RULES = 5
 _FORMATS_OF_RULES_1 = ("parquet", "jsonl", "csv", "txt")
 # Enough to notice an edit of a file whose store has no checksum, at the price of two small reads.
 _SAMPLED_BYTES = 64 * 1024
 _READER_THREADS = 16
 _FILES_AT_ONCE = 1000
+# The file by which the output of a run is known.
+_PLAN_OF_RUN = "_run/plan.parquet"
 # Files of every repository of Hugging Face.
 _FILES_OF_HUB = (".gitattributes", "README.md")
 # Files that lie beside data and hold none, by their names without suffix.
@@ -128,7 +132,7 @@ def _expand(uri: str, storage_options: Mapping[str, Any], rules: int, formats: C
     with translated(uri, "list prompts"):
         # Of a web address, fsspec would read the whole file for links to what may lie below it.
         if (not uri.startswith(("http://", "https://")) or uri.endswith("/")) and fs.isdir(path):
-            return _sifted(fs, path.rstrip("/"), fs.find(path), reason_for)
+            return _sifted(fs, path.rstrip("/"), fs.find(path), reason_for, rules)
         if fs.exists(path):
             return _Expanded(fs, posixpath.dirname(public_uri(path)), [path], {})
         if magic := re.search(r"[*?[]", path):
@@ -136,7 +140,7 @@ def _expand(uri: str, storage_options: Mapping[str, Any], rules: int, formats: C
             names_hidden = re.search(r"(^|/)[._]", path[len(folder) :]) is not None
             paths = fs.glob(path) if rules == 1 else _with_tables(fs, fs.glob(path, detail=True))
             by_format = partial(_format_reason, formats=formats)
-            return _sifted(fs, folder, paths, by_format if names_hidden and rules > 1 else reason_for)
+            return _sifted(fs, folder, paths, by_format if names_hidden and rules > 1 else reason_for, rules)
         if uri.startswith("hf://"):  # its `exists` is false whatever is wrong, such as a hub that is away
             with suppress(FileNotFoundError):
                 fs.info(path)
@@ -179,11 +183,28 @@ def _with_tables(fs: fsspec.AbstractFileSystem, found: Mapping[str, Mapping[str,
 
 
 def _sifted(
-    fs: fsspec.AbstractFileSystem, folder: str, paths: Sequence[str], reason_for: Callable[[str], str]
+    fs: fsspec.AbstractFileSystem,
+    folder: str,
+    paths: Sequence[str],
+    reason_for: Callable[[str], str],
+    rules: int = LISTING_RULES,
 ) -> _Expanded:
-    reasons = {path: reason_for(path[len(folder) :].lstrip("/")) for path in paths}
+    names = {path: path[len(folder) :].lstrip("/") for path in paths}
+    outputs = _of_runs(names.values()) if rules >= _OUTPUT_RULES else ()
+    reasons = {
+        path: "in the output of a run" if name.startswith(outputs) else reason_for(name) for path, name in names.items()
+    }
     kept = [path for path, reason in reasons.items() if not reason]
     return _Expanded(fs, folder, kept, {path: reason for path, reason in reasons.items() if reason})
+
+
+def _of_runs(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the folders that hold the output of a run, such as `out/`.
+
+    Often it is that of this very job, whose captions and metadata would become its prompts. The folder that
+    `prompts.uri` names is not among them.
+    """
+    return tuple(name.removesuffix(_PLAN_OF_RUN) for name in names if name.endswith(f"/{_PLAN_OF_RUN}"))
 
 
 def _reason(name: str, formats: Collection[str] = TABLE_FORMATS) -> str:

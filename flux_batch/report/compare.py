@@ -12,7 +12,7 @@ from typing import Any
 
 from flux_batch.images import Difference, decode, difference
 from flux_batch.output.metadata import RECORD_SCHEMA
-from flux_batch.output.paths import PRECISION, metadata_file
+from flux_batch.output.paths import PRECISION, REPORT, metadata_file
 from flux_batch.records import IMAGE_COLUMNS
 from flux_batch.report.gallery.rows import annotators, read_annotations, read_table
 from flux_batch.report.reproduction import surroundings_of_run
@@ -41,10 +41,10 @@ _Pair = tuple[_Row, _Row]
 class _Comparison:
     """The differences of two runs, A and B; images are the same ones by id and index.
 
-    `settings`, `versions`: by name the value in either run. `num_equal`, `num_differ`: by the bytes of files, which
-    hold the settings too. `rows`: by setting the number of images that differ in it. `pixels`: how far some that differ
-    are, by their key in A; None for another size. `scores`: by column of numbers its mean in either run, over
-    the images that have it in both. `problems`: what could not be read.
+    `settings`, `versions`: by name the value in either run; versions are those known of both. `num_equal`,
+    `num_differ`: by the bytes of files, which hold the settings too. `rows`: by setting the number of images that
+    differ in it. `pixels`: how far some that differ are, by their key in A; None for another size. `scores`: by column
+    of numbers its mean in either run, over the images that have it in both. `problems`: what could not be read.
     """
 
     runs: tuple[str, str]
@@ -127,7 +127,11 @@ def compare_runs(one: Store, two: Store, max_decoded: int = _MAX_DECODED) -> _Co
     runs = SavedRun.open(one), SavedRun.open(two)
     found = _Comparison((one.uri, two.uri))
     found.settings = _different(*(run.config.identity() for run in runs))
-    found.versions = _different(*(_versions(run.store) for run in runs))
+    versions = [_versions(run.store) for run in runs]
+    known = versions[0].keys() & versions[1].keys()
+    found.versions = {name: pair for name, pair in _different(*versions).items() if name in known}
+    without_report = [run.store.uri for run in runs if not run.store.exists(REPORT)]
+    found.problems += [f"{uri}: has no report yet, so its versions are not all known" for uri in without_report]
     sums: dict[str, _Sums] = defaultdict(_Sums)
     differ: list[_Pair] = []
     rows_of_runs = [_counted_rows(run, found, side) for side, run in enumerate(runs)]
@@ -150,9 +154,9 @@ def _different(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, tupl
 
 
 def _versions(store: Store) -> dict[str, Any]:
-    """Return the surroundings of a run, and the dtype that it settled on."""
+    """Return what is known of the surroundings of a run, with its settled dtype."""
     settled = read_json(store, PRECISION) or {}
-    return {**surroundings_of_run(store), "settled dtype": settled.get("dtype")}
+    return surroundings_of_run(store) | ({"settled dtype": settled["dtype"]} if "dtype" in settled else {})
 
 
 def _counted_rows(run: SavedRun, found: _Comparison, side: int) -> Iterator[_Row]:

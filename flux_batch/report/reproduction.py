@@ -55,8 +55,8 @@ class Original:
         data = encode(pixels, self.run.config.output.image, read_provenance(self.data))
         before = {**surroundings_of_run(self.run.store), "tile_size": self.row.get("tile_size")}
         both = {name: (value, now.get(name)) for name, value in before.items()}
-        if None in both[_REVISION]:
-            del both[_REVISION]  # nobody could be asked, then or now
+        if None in both.get(_REVISION, ()):
+            del both[_REVISION]  # nobody could be asked
         return Reproduction(
             key=str(self.row["key"]),
             is_same_file=data == self.data,
@@ -112,11 +112,12 @@ def surroundings(kernels: Kernels, revision: str | None, tile_size: int | None) 
 
 
 def surroundings_of_run(store: Store) -> dict[str, Any]:
-    """Return the same of a run, as its report and its first worker have it."""
+    """Return the same of a run, as far as its report and precision say it."""
     report = read_json(store, REPORT) or {}
     kernels = Kernels.of_record(read_json(store, PRECISION))
     revision = (report.get("model") or {}).get("revision")
-    return {**report.get("versions", {}), **(asdict(kernels) if kernels else {}), _REVISION: revision}
+    known = {} if revision is None else {_REVISION: revision}
+    return {**report.get("versions", {}), **(asdict(kernels) if kernels else {}), **known}
 
 
 def _word(value: Any) -> str:

@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+from flux_batch.errors import count_of
 from flux_batch.output.commits import Publisher
 from flux_batch.records import Commit, ShardResult, ShardWork
 from flux_batch.telemetry import Heartbeat, ShardMetrics
@@ -78,7 +79,8 @@ class MadeShard:
         metrics.add("shards")
         metrics.add("bytes", commit.num_bytes)
         about = {"run": metrics.run, "shard": commit.shard}
-        log.info("shard %d: %d images, %d failed", commit.shard, commit.num_images, commit.num_failed, extra=about)
+        images = count_of(commit.num_images, "image")
+        log.info("shard %d: %s, %d failed", commit.shard, images, commit.num_failed, extra=about)
 
 
 def _result(commit: Commit) -> ShardResult:

@@ -264,6 +264,7 @@ def test_a_stopped_pass_says_so_and_leaves_the_rest_to_the_next(
         (["--with", "phash", "--failures", "max_ration=1"], ": --failures max_ration: unknown key; did you mean"),
         (["--with", "phash", "--failures", "max_ratio"], ": --failures max_ratio: must be KEY=VALUE"),
         (["--with", "phash", "--batch-size", "0"], "batch_size = 0: must be at least 1"),
+        (["--with", "phash", "--num-gpus", "nan"], "num_gpus = nan: must be at least 0, and finite"),
     ],
 )
 def test_a_wrong_command_is_one_sentence(

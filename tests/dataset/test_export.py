@@ -27,6 +27,7 @@ from flux_batch.dataset.select.select import Criteria, select
 from flux_batch.dataset.select.selection import read_selection
 from flux_batch.errors import JobError, StoreError
 from flux_batch.images import AI_SOURCE_TYPE, encode, read_provenance
+from flux_batch.output.paths import JOB, REPORT
 from flux_batch.storage.store import Store
 from helpers.annotated import put_annotations
 from helpers.finished_runs import command, finish
@@ -376,6 +377,18 @@ def test_the_card_says_what_is_known(tmp_path: Path) -> None:
         assert language in ("python", "json")
         if language == "python":
             compile(block, "card", "exec")
+
+
+def test_the_card_names_the_dtype_that_the_run_computed_in(tmp_path: Path) -> None:
+    store = made_run(tmp_path, "webdataset")
+    assert store.read(JOB).count(b"auto")
+    report = json.loads(store.read(REPORT))
+    report["model"]["dtype"] = "bfloat16"
+    store.write(REPORT, json.dumps(report).encode())
+
+    export(store, Store(str(tmp_path / "dest")))
+
+    assert f"| model | {report['model']['uri']} (bfloat16) |" in (tmp_path / "dest/README.md").read_text()
 
 
 def test_the_card_has_scores_that_are_all_but_equal_or_far_apart(tmp_path: Path) -> None:

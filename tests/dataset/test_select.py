@@ -203,12 +203,20 @@ def test_keys_come_from_a_file_of_any_kind(store: Store, tmp_path: Path) -> None
         chosen(store, keys=str(tmp_path / "none.txt"))
 
 
+def test_a_run_of_too_few_images_has_no_more(tmp_path: Path) -> None:
+    config = make_job(tmp_path, [{"prompt": "a"}])
+    finish(config)
+
+    with pytest.raises(JobError, match=r"--take 3: 1 image left, 2 too few: the run has no more"):
+        chosen(Store(config.output.uri), take=3)
+
+
 def test_exactly_so_many_are_taken_or_a_sentence_says_how_many_are_there(store: Store) -> None:
     first = chosen(store, take=10)[1]
     assert len(first) == 10
     assert first == chosen(store, take=10)[1]
     assert set(first) < set(chosen(store, take=11)[1])
-    with pytest.raises(JobError, match=r"--take 30: 12 images are left, 18 too few: 1 failed .*, 27 not as --where"):
+    with pytest.raises(JobError, match=r"--take 30: 12 images left, 18 too few: 1 failed .*, 27 not as --where"):
         chosen(store, where="animal = 'heron'", take=30)
     with pytest.raises(JobError, match=r"no image is left: 1 failed to be made, 39 not as --where says"):
         chosen(store, where="animal = 'newt'")

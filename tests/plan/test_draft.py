@@ -54,6 +54,17 @@ def test_columns_are_recognised_and_the_job_can_be_planned(
     assert text.count("#") > 5
 
 
+@pytest.mark.parametrize(("name", "written"), [("Käfer 1.csv", "Käfer 1"), ("a\u2028b.csv", r"a\u2028b")])
+def test_a_name_is_written_as_people_read_it(tmp_path: Path, name: str, written: str) -> None:
+    (tmp_path / name).write_text("prompt\nx\n")
+    uri = str(tmp_path / name)
+
+    text = draft_job(uri, PromptsConfig(uri=uri))
+
+    assert f'/{written}.csv"' in text
+    assert JobConfig.from_yaml(text).prompts.uri == (uri,)
+
+
 def test_prompts_without_a_column_of_prompts_are_refused_with_those_there_are(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("a,b\n1,2\n")
 
@@ -79,7 +90,7 @@ def test_of_a_large_file_the_first_rows_tell_the_columns(tmp_path: Path) -> None
 
 
 def test_init_writes_a_job_that_validates_and_never_over_another(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = str(tmp_path / "job.yaml")
 
@@ -96,6 +107,7 @@ def test_init_writes_a_job_that_validates_and_never_over_another(
         == 3
     )
     assert "0 images, 1 failed" in capsys.readouterr().out
+    assert "shard 0: 1 image, 1 failed" in caplog.messages
     (tmp_path / "long.csv").write_text("prompt\n" + "".join(f"{'word ' * 1500}{at}\n" for at in range(5)))
     prompts = ["--set", f"prompts.uri={tmp_path}/long.csv", "--set", "prompts.passthrough=[]"]
     assert main(["preview", path, "--rows", "2", "--random", *prompts, *small]) == 0

@@ -260,8 +260,8 @@ def test_bytes_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_images, "MAX_BYTES", 100)
     assert image_of_bytes(b"x" * 100)
     for data in (b"", b"x" * 101):
-        with pytest.raises(RowError, match="column 'input_image'"):
-            image_of_bytes(data)
+        with pytest.raises(RowError, match=r"^mask_image: (is empty|has more than)"):
+            image_of_bytes(data, "mask_image")
 
 
 # --- files

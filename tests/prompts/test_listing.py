@@ -12,6 +12,7 @@ import pytest
 
 from flux_batch.config.schema import PromptsConfig, SamplingConfig
 from flux_batch.errors import SourceError
+from flux_batch.output.paths import PLAN
 from flux_batch.plan.plan import make_plan
 from flux_batch.prompts.listing import list_prompts, skipped_notes
 from flux_batch.prompts.source import PromptSource
@@ -76,6 +77,31 @@ def test_what_is_named_itself_may_be_hidden(tmp_path: Path) -> None:
 
     assert [file.name for file in list_prompts([f"{tmp_path}/.cache/_in"], {}).files] == ["p.csv"]
     assert [file.name for file in list_prompts([f"{tmp_path}/.cache/_in/*.csv"], {}).files] == ["p.csv"]
+
+
+@pytest.mark.parametrize("glob", ["", "/**"])
+def test_outputs_of_runs_are_no_prompts(tmp_path: Path, glob: str) -> None:
+    output = ["out/a/train/00000.tar", "out/a/metadata/00000.parquet", "out/a/README.md", f"out/a/{PLAN}"]
+    fill(tmp_path, "p.csv", "out/q.csv", *output)
+
+    listing = list_prompts([f"{tmp_path}{glob}"], {})
+
+    assert [file.name for file in listing.files] == ["out/q.csv", "p.csv"]
+    assert sorted(listing.skipped["in the output of a run"]) == sorted(output)
+
+
+def test_the_output_of_a_run_that_is_named_itself_is_read(tmp_path: Path) -> None:
+    fill(tmp_path, "metadata/00000.parquet", PLAN)
+
+    assert [file.name for file in list_prompts([str(tmp_path)], {}).files] == ["metadata/00000.parquet"]
+
+
+def test_a_run_begun_before_outputs_were_left_out_keeps_its_files(tmp_path: Path) -> None:
+    fill(tmp_path, "p.csv", "out/metadata/00000.parquet", f"out/{PLAN}")
+
+    names = [file.name for file in list_prompts([str(tmp_path)], {}, rules=4).files]
+
+    assert names == ["out/metadata/00000.parquet", "p.csv"]
 
 
 def test_a_mounted_config_map_is_read_once(tmp_path: Path) -> None:

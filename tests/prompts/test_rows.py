@@ -261,7 +261,7 @@ def test_a_text_cell_may_hold_a_list_as_csv_has_none() -> None:
         ({"input_image": 5}, "column 'input_image' holds int: must be a path, an address, bytes, or a struct"),
         ({"input_image": {"bytes": 5}}, "column 'input_image' holds int"),
         ({"input_image": ["a.png"]}, "column 'input_image' holds list"),
-        ({"input_image": b""}, "column 'input_image' is empty"),
+        ({"input_image": b""}, "input_image: is empty"),
         ({"mask_image": "a.png"}, "mask_image a.png: needs an input_image, and there is none"),
         ({"mask_image": "../m.png", "input_image": "a.png"}, "mask_image ../m.png: leads out of"),
         ({"control_image": ["a.png", 7]}, "column 'control_image' holds int"),

@@ -92,3 +92,16 @@ def test_runs_differ_in_settings_and_versions(tmp_path: Path, capsys: pytest.Cap
     assert main(["compare", one.output.uri, str(tmp_path / "none")]) == 2
     assert "there is no run here" in capsys.readouterr().err
     assert main(["compare", one.output.uri, one.output.uri, "--images", "-1"]) == 2
+
+
+def test_versions_that_are_not_known_yet_do_not_differ(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "a", ROWS), make_run(tmp_path / "b", ROWS)
+    store = Store(one.output.uri)
+    store.delete("_run/report.json")  # as of a run at work, whose first worker has begun
+
+    found = compare_runs(store, Store(two.output.uri))
+
+    assert found.versions == {}
+    assert found.problems == [f"{one.output.uri}: has no report yet, so its versions are not all known"]
+    store.delete("_run/precision.json")
+    assert compare_runs(store, Store(two.output.uri)).versions == {}

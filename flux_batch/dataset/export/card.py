@@ -149,7 +149,7 @@ def _settings(packer: Packer, facts: RunFacts) -> list[tuple[str, str]]:
     sampling = config.sampling
     model = facts.model
     rows = [
-        ("model", f"{public_uri(config.model.uri)} ({config.model.dtype})"),
+        ("model", f"{public_uri(config.model.uri)} ({model.get('dtype', config.model.dtype)})"),
         ("revision of its files", str(model.get("revision") or "not known")),
         ("LoRAs", ", ".join(public_uri(lora.uri) for lora in config.model.loras) or "none"),
         ("size", f"{sampling.width} x {sampling.height}"),

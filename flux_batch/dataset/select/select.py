@@ -176,8 +176,9 @@ class _Chooser:
         if number:
             self._left_out[why] = self._left_out.get(why, 0) + number
 
-    def _said(self) -> str:
-        return ", ".join(f"{number:,} {why}" for why, number in self._left_out.items()) or "the run has none"
+    def _said(self, without: str = "none") -> str:
+        """Return why images were left out, or that the run has `none` or `no more`."""
+        return ", ".join(f"{number:,} {why}" for why, number in self._left_out.items()) or f"the run has {without}"
 
     def _keep(self, why: str, query: str) -> None:
         """Keep the ordinals of a query and count the others."""
@@ -244,7 +245,8 @@ class _Chooser:
     def _take(self, take: int) -> None:
         """Keep exactly so many, drawn by the hash of their keys."""
         if (left := self._num_chosen()) < take:
-            raise JobError(f"--take {take}: {left:,} images are left, {take - left:,} too few: {self._said()}")
+            there = f"{count_of(left, 'image')} left, {take - left:,} too few"
+            raise JobError(f"--take {take}: {there}: {self._said('no more')}")
         self._keep(
             f"more than --take {take:,}", f"SELECT ordinal FROM chosen ORDER BY md5('take' || key), key LIMIT {take}"
         )
