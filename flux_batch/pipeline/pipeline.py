@@ -140,7 +140,8 @@ class FluxImagePipeline(ImagePromptLoaders):
         first of each size; not with a step_cache. offload_text_encoders: keep CLIP and T5 in host memory, except while
         they encode texts; nothing changes on the CPU.
         Raises: CheckpointError naming the parts that are not loaded, or for readers of image prompts that do not fit;
-        InvalidSetting if compile is True and torch.compile does not work here, or there is no CUDA device for graphs.
+        InvalidSetting if compile is True and torch.compile does not work here, or there is no CUDA device for graphs;
+        OutOfMemory; DeviceFatal.
         """
         check_step_cache(step_cache)
         has_ip_adapter = "ip_adapter" in model_manager.image_prompts
@@ -150,18 +151,19 @@ class FluxImagePipeline(ImagePromptLoaders):
             raise CheckpointError(f"not loaded: {', '.join(missing)}; add their files to load_models([...])")
         manager: Any = model_manager  # every part is there, see above
         nets = manager.controlnets
-        speed_ups = apply_speed_ups(manager.transformer, manager.autoencoder, compile, cuda_graphs, nets)
         parts = manager.transformer, manager.autoencoder, manager.clip, manager.t5, manager.schedule
-        pipeline = cls(
-            *parts,
-            quantization=manager.quantization,
-            step_cache=step_cache,
-            loras=manager.loras,
-            offload_text_encoders=offload_text_encoders,
-            variant=manager.variant,
-            controlnets=nets,
-            **speed_ups._asdict(),
-        )
+        with device_errors():
+            speed_ups = apply_speed_ups(manager.transformer, manager.autoencoder, compile, cuda_graphs, nets)
+            pipeline = cls(
+                *parts,
+                quantization=manager.quantization,
+                step_cache=step_cache,
+                loras=manager.loras,
+                offload_text_encoders=offload_text_encoders,
+                variant=manager.variant,
+                controlnets=nets,
+                **speed_ups._asdict(),
+            )
         pipeline.image_prompts.load_found(manager.image_prompts)
         return pipeline
 

@@ -29,6 +29,7 @@ from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.layers import BlockLinear, JointAttention, Matmul
 from flux_batch.model.optimize import kernels, quantize
 from flux_batch.model.optimize.attention import TORCH_ATTENTION, AttentionKernels
+from flux_batch.model.optimize.dtypes import raise_device_failure
 from flux_batch.model.transformer import Flux
 
 # torch's own limit is 8 of a function, after which it runs the function as it is.
@@ -162,6 +163,7 @@ def _check_compiler(device: torch.device) -> None:
         probe: Callable[[Tensor], Tensor] = torch.compile(lambda x: x + 1)
         probe(torch.zeros(2, device=device))
     except Exception as error:  # of many classes, by what is missing: a C++ compiler, Triton, headers, a folder
+        raise_device_failure(error, device)
         raise ValueError(f"torch.compile does not work here: {error}") from error
 
 

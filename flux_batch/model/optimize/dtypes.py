@@ -1,4 +1,4 @@
-"""The dtype that a device computes natively, which is the default."""
+"""The abilities of a device: the dtype that it computes natively, which is the default; whether it still works."""
 
 from __future__ import annotations
 
@@ -57,6 +57,17 @@ def has_cpu_feature(name: str) -> bool:
     if hasattr(torch.cpu, "get_capabilities"):  # from torch 2.12 on
         return bool(torch.cpu.get_capabilities().get(name, False))
     return name in cpu_info("flags").split()
+
+
+def raise_device_failure(error: Exception, device: torch.device) -> None:
+    """Raise the error of a trial on a device that is no answer to it: no memory was left, or the device has failed.
+
+    CUDA repeats the error of a device that has failed, e.g. of its memory, at every further call.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
