@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux_batch.download.models import PathOrFolder
-from flux_batch.errors import CheckpointError
+from flux_batch.errors import CheckpointError, OutOfMemory
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.detect import PART_TITLES
 from flux_batch.model.conditions.controlnet import ControlNet
@@ -458,13 +458,18 @@ class FluxImagePipeline(ImagePromptLoaders):
         """Return what a call makes, in the form of its output. Raises: RowError; OutOfMemory; DeviceFatal."""
         if is_compiled(self.transformer):  # perhaps in another thread
             set_compile_options(self.attention)
-        with torch.inference_mode(), device_errors():
-            latents = self.make_latents(request, progress_bar, callback)
-            if output_type == "latent":
-                return normal_tensor(latents)
-            decoded = self.latents.decode(latents, request.tiling)
-            pixels = self.latents.paste_back(decoded, request) if paste_back else decoded
-            return as_output(pixels, output_type, decoded, self.torch_dtype)
+        try:
+            with torch.inference_mode(), device_errors():
+                latents = self.make_latents(request, progress_bar, callback)
+                if output_type == "latent":
+                    return normal_tensor(latents)
+                decoded = self.latents.decode(latents, request.tiling)
+                pixels = self.latents.paste_back(decoded, request) if paste_back else decoded
+                return as_output(pixels, output_type, decoded, self.torch_dtype)
+        except OutOfMemory:
+            if self.graphs:
+                self.graphs.clear()  # a smaller call needs the memory
+            raise
 
     def make_latents(
         self, request: PipelineRequest, progress_bar: Progress | None = None, callback: StepCallback | None = None

@@ -481,6 +481,25 @@ def test_memory_that_a_library_lacks_is_given_back_for_the_next_try(monkeypatch:
         raise RuntimeError("CUDA error: out of memory")
 
 
+@pytest.mark.parametrize("place", ["record", "decode"])
+def test_records_of_steps_leave_their_memory_to_the_next_try(
+    monkeypatch: pytest.MonkeyPatch, pipe: FluxImagePipeline, place: str
+) -> None:
+    def fail(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recorder = GraphRecorder()
+    pipe = with_graphs(pipe, recorder)
+    expected = pipe("x", seed=1, output_type="np", **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(*((pipe.graphs, "_record") if place == "record" else (pipe.autoencoder, "decode")), fail)
+        with pytest.raises(OutOfMemory):
+            pipe(["x", "y"], seed=[1, 2], output_type="np", **SMALL)
+    before = recorder.num_records
+    assert np.array_equal(pipe("x", seed=1, output_type="np", **SMALL), expected)
+    assert recorder.num_records == before + 1
+
+
 @pytest.mark.parametrize(
     ("dtype", "message"),
     [
