@@ -44,7 +44,7 @@ def apply_compile(model: Flux, attention: AttentionKernels = TORCH_ATTENTION, *,
     """
     device = model.img_in.weight.device
     set_compile_options(attention)
-    _check_compiler(device)
+    _check_compiler(model)
     # What is compiled for complex numbers on a CPU takes eight times as long as a rotation that is left out.
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
     for blocks in model.blocks:
@@ -158,10 +158,13 @@ _COMPILABLE: Mapping[Matmul, Matmul] = {
 }
 
 
-def _check_compiler(device: torch.device) -> None:
+def _check_compiler(model: Flux) -> None:
+    device = model.img_in.weight.device
+    # Before Ada Triton reads no e4m3, which torch goes round from 2.13 on (its issue 167082).
+    dtype = quantize.E4M3 if any(isinstance(layer, quantize.Fp8Linear) for layer in model.modules()) else torch.float32
     try:
-        probe: Callable[[Tensor], Tensor] = torch.compile(lambda x: x + 1)
-        probe(torch.zeros(2, device=device))
+        probe: Callable[[Tensor], Tensor] = torch.compile(lambda x: x.float() + 1)
+        probe(torch.zeros(2, device=device).to(dtype))
     except Exception as error:  # of many classes, by what is missing: a C++ compiler, Triton, headers, a folder
         raise_device_failure(error, device)
         raise ValueError(f"torch.compile does not work here: {error}") from error
