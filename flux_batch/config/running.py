@@ -57,7 +57,7 @@ class WorkersConfig(Section):
     """The most workers at a time."""
     num_gpus: float = Field(default=1, ge=0)
     """GPUs of each worker; 0 computes on the CPU. Where there should be one and is none, a small model runs on the CPU
-    with a line that says so, and a large one is refused."""
+    with a line that says so, and a large one is refused; one that does not start counts as lost."""
     num_cpus: float = Field(default=1, ge=0)
     """CPUs of each worker."""
     batch_size: BatchSize = 4
@@ -70,6 +70,8 @@ class WorkersConfig(Section):
     def _ordered(self) -> WorkersConfig:
         if self.min > self.max:
             raise InvalidSetting(f"min = {self.min}: must not exceed max = {self.max}", field="min")
+        if self.num_gpus > 1 and not self.num_gpus.is_integer():  # Ray shares one GPU, and no more
+            raise InvalidSetting(f"num_gpus = {self.num_gpus:g}: must be whole above 1", field="num_gpus")
         return self
 
 

@@ -20,8 +20,7 @@ from flux_batch.model.optimize.compile import (
     is_compiled,
 )
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
-from flux_batch.model.optimize.kernels import apply_cpu_kernels
-from flux_batch.model.optimize.mps import apply_mps_kernels
+from flux_batch.model.optimize.kernels import apply_cpu_kernels, apply_mps_kernels
 from flux_batch.model.transformer import Flux
 from flux_batch.records import Kernels
 

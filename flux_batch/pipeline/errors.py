@@ -47,13 +47,14 @@ def device_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(str(error)) from error
-    except RuntimeError as error:
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         message = str(error)
         if any(sign in message for sign in _OUT_OF_MEMORY_SIGNS):
             # A driver or library asked: torch gives back what it keeps free for its own tensors only.
             with suppress(RuntimeError):  # of a device that has failed, which the next call will tell
                 torch.cuda.empty_cache()
             raise OutOfMemory(message) from error
-        if isinstance(error, torch.AcceleratorError) or any(sign in message for sign in _DEVICE_FATAL_SIGNS):
+        has_failed = isinstance(error, (torch.AcceleratorError, torch.cuda.DeferredCudaCallError))
+        if has_failed or any(sign in message for sign in _DEVICE_FATAL_SIGNS):
             raise DeviceFatal(message) from error
         raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import os
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from flux_batch.download.models import (
     model_listing,
     source_kind,
 )
-from flux_batch.errors import CheckpointError, JobError, NotFound, StoreError, StoreRefused, one_line
+from flux_batch.errors import CheckpointError, DeviceFatal, JobError, NotFound, StoreError, StoreRefused, one_line
 from flux_batch.model.checkpoint.checkpoint import model_files
 from flux_batch.model.checkpoint.detect import find_parts
 from flux_batch.pipeline.errors import checkpoint_errors
@@ -47,7 +48,8 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
 
     num_gpus: the GPUs that this process should have; with 0 it computes on the CPU, and where it should have some and
     has none it says so, or refuses a model too large for a CPU. None leaves it open.
-    Raises: JobError, and the errors of FluxImagePipeline.from_pretrained.
+    Raises: JobError; DeviceFatal for a GPU that was assigned and does not work; the errors of
+    FluxImagePipeline.from_pretrained.
     """
     from flux_batch.pipeline.checked import open_pipeline
     from flux_batch.pipeline.pipeline import FluxImagePipeline
@@ -57,9 +59,7 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
     gc.collect()
     device = "cpu" if num_gpus == 0 else default_device().type
     if num_gpus and device == "cpu":
-        no_gpu = "torch finds no GPU on this node"
-        check_weights(model, no_gpu)
-        log.warning("%s: the model runs on the CPU", no_gpu)
+        _go_on_without_gpu(model)
     if model.pipeline is not None:
         return open_pipeline(model, device)
     pipeline = FluxImagePipeline.from_pretrained(
@@ -93,6 +93,24 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
         )
     prepare_process(pipeline)
     return pipeline
+
+
+def _go_on_without_gpu(model: ModelConfig) -> None:
+    """Log that a model runs on the CPU. Raises: DeviceFatal for a GPU that does not work; as check_weights."""
+    import torch
+
+    try:
+        torch.cuda.init()
+        reason = "no CUDA device"
+    except Exception as error:  # of several classes: of the driver, of torch, or of a torch for CPUs
+        reason = one_line(error)
+    # Ray names the GPU of a worker so. A driver that does not start is one node's fault, a torch for CPUs that of all.
+    assigned = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if torch.version.cuda and assigned not in ("", "-1"):
+        raise DeviceFatal(f"torch cannot use the GPU of this process, CUDA_VISIBLE_DEVICES={assigned}: {reason}")
+    no_gpu = f"torch finds no GPU on this node ({reason})"
+    check_weights(model, no_gpu)
+    log.warning("%s: the model runs on the CPU", no_gpu)
 
 
 def _refresh_beside(model: ModelConfig, pipeline: FluxImagePipeline) -> None:

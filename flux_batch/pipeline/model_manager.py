@@ -74,7 +74,7 @@ class ModelManager:
     only, on an NVIDIA GPU of Ada, Hopper or later, or, slowly and for the same images, on the CPU. variant: that of
     the transformer, where neither its channels nor the names of its file and folder tell it.
     Raises: CheckpointError for a file that is missing, damaged, incomplete or of a layout that is not supported;
-    InvalidSetting for a device that is not there, or cannot multiply in fp8.
+    InvalidSetting for a device that is not there, or cannot multiply in fp8; OutOfMemory, DeviceFatal.
     """
 
     def __init__(
@@ -92,10 +92,12 @@ class ModelManager:
         self.variant: Variant | None = None
         self.storage_options = storage_options or {}
         self.device = to_device(device)
-        self.torch_dtype = to_dtype(torch_dtype, self.device, quantization)
         self.quantization = quantization
-        check_quantization(quantization, dtype_name(self.torch_dtype))
-        if quantization == "fp8_matmul" and (obstacle := fp8_matmul_obstacle(self.device)):
+        with device_errors():
+            self.torch_dtype = to_dtype(torch_dtype, self.device, quantization)
+            check_quantization(quantization, dtype_name(self.torch_dtype))
+            obstacle = fp8_matmul_obstacle(self.device) if quantization == "fp8_matmul" else ""
+        if obstacle:
             raise InvalidSetting(
                 f"quantization = {quantization}: {obstacle}; use quantization fp8", field="quantization"
             )

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux_batch.download.models import PathOrFolder
-from flux_batch.errors import CheckpointError
+from flux_batch.errors import CheckpointError, OutOfMemory
 from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.checkpoint.detect import PART_TITLES
 from flux_batch.model.conditions.controlnet import ControlNet
@@ -140,7 +140,8 @@ class FluxImagePipeline(ImagePromptLoaders):
         first of each size; not with a step_cache. offload_text_encoders: keep CLIP and T5 in host memory, except while
         they encode texts; nothing changes on the CPU.
         Raises: CheckpointError naming the parts that are not loaded, or for readers of image prompts that do not fit;
-        InvalidSetting if compile is True and torch.compile does not work here, or there is no CUDA device for graphs.
+        InvalidSetting if compile is True and torch.compile does not work here, or there is no CUDA device for graphs;
+        OutOfMemory; DeviceFatal.
         """
         check_step_cache(step_cache)
         has_ip_adapter = "ip_adapter" in model_manager.image_prompts
@@ -150,18 +151,19 @@ class FluxImagePipeline(ImagePromptLoaders):
             raise CheckpointError(f"not loaded: {', '.join(missing)}; add their files to load_models([...])")
         manager: Any = model_manager  # every part is there, see above
         nets = manager.controlnets
-        speed_ups = apply_speed_ups(manager.transformer, manager.autoencoder, compile, cuda_graphs, nets)
         parts = manager.transformer, manager.autoencoder, manager.clip, manager.t5, manager.schedule
-        pipeline = cls(
-            *parts,
-            quantization=manager.quantization,
-            step_cache=step_cache,
-            loras=manager.loras,
-            offload_text_encoders=offload_text_encoders,
-            variant=manager.variant,
-            controlnets=nets,
-            **speed_ups._asdict(),
-        )
+        with device_errors():
+            speed_ups = apply_speed_ups(manager.transformer, manager.autoencoder, compile, cuda_graphs, nets)
+            pipeline = cls(
+                *parts,
+                quantization=manager.quantization,
+                step_cache=step_cache,
+                loras=manager.loras,
+                offload_text_encoders=offload_text_encoders,
+                variant=manager.variant,
+                controlnets=nets,
+                **speed_ups._asdict(),
+            )
         pipeline.image_prompts.load_found(manager.image_prompts)
         return pipeline
 
@@ -456,13 +458,18 @@ class FluxImagePipeline(ImagePromptLoaders):
         """Return what a call makes, in the form of its output. Raises: RowError; OutOfMemory; DeviceFatal."""
         if is_compiled(self.transformer):  # perhaps in another thread
             set_compile_options(self.attention)
-        with torch.inference_mode(), without_autocast(), device_errors():
-            latents = self.make_latents(request, progress_bar, callback)
-            if output_type == "latent":
-                return normal_tensor(latents)
-            decoded = self.latents.decode(latents, request.tiling)
-            pixels = self.latents.paste_back(decoded, request) if paste_back else decoded
-            return as_output(pixels, output_type, decoded, self.torch_dtype)
+        try:
+            with torch.inference_mode(), without_autocast(), device_errors():
+                latents = self.make_latents(request, progress_bar, callback)
+                if output_type == "latent":
+                    return normal_tensor(latents)
+                decoded = self.latents.decode(latents, request.tiling)
+                pixels = self.latents.paste_back(decoded, request) if paste_back else decoded
+                return as_output(pixels, output_type, decoded, self.torch_dtype)
+        except OutOfMemory:
+            if self.graphs:
+                self.graphs.clear()  # a smaller call needs the memory
+            raise
 
     def make_latents(
         self, request: PipelineRequest, progress_bar: Progress | None = None, callback: StepCallback | None = None

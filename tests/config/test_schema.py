@@ -177,6 +177,7 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("workers.min=9", "workers.min = 9: must not exceed max = 8"),
         ("workers.max=0", "workers.max = 0"),
         ("workers.num_gpus=-1", "workers.num_gpus = -1"),
+        ("workers.num_gpus=1.5", "workers.num_gpus = 1.5: must be whole above 1"),
         ("workers.batch_size=0", "workers.batch_size = 0: must be a whole number of at least 1, or auto"),
         ("workers.batch_size=true", "workers.batch_size = True: must be a whole number"),
         ("workers.batch_size=automatic", "workers.batch_size = 'automatic': must be"),

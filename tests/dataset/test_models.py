@@ -26,9 +26,10 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from flux_batch.dataset.annotators.checked import CheckedAnnotator
 from flux_batch.dataset.annotators.clip import Aesthetic, Clip
+from flux_batch.dataset.annotators.load import AnnotatorSpec, open_annotator
 from flux_batch.dataset.annotators.safety import Safety
 from flux_batch.demo.paths import demo_model_folder
-from flux_batch.errors import CheckpointError, InvalidSetting
+from flux_batch.errors import CheckpointError, DeviceFatal, InvalidSetting
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -66,6 +67,19 @@ def test_clip_says_how_well_prompt_and_image_fit(clip_folder: Path) -> None:
     assert rows[0]["clip"] != rows[1]["clip"]
     assert clip.revision
     assert Clip(str(clip_folder), embedding=False, device="cpu").columns.names == ["clip"]
+
+
+def test_a_gpu_that_fails_while_a_model_is_opened_is_not_the_jobs_fault(
+    clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr(CLIPModel, "to", fail)
+    options = {"model": str(clip_folder), "device": "cpu"}
+    spec = AnnotatorSpec(name="clip", annotator="clip", options=options)
+    with pytest.raises(DeviceFatal, match="ECC error"):
+        open_annotator(spec)
 
 
 def test_an_aesthetic_head_is_applied_layer_by_layer(clip_folder: Path, tmp_path: Path) -> None:

@@ -57,11 +57,16 @@ def test_float32_gives_the_latents_and_images_of_the_cpu(repository: Path, expec
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_finite_and_near(repository: Path, expected: torch.Tensor, dtype: torch.dtype) -> None:
-    pipe = FluxImagePipeline.from_pretrained(repository, dtype, "cuda", compile=False)
-    latents = pipe(PROMPTS, seed=SEEDS, output_type="latent", cfg_scale=[1.0, 1.0, 1.0], **SMALL).float().cpu()
-    assert latents.isfinite().all()
-    assert (latents - expected).norm() / expected.norm() < 0.03
+def test_half_precision_is_finite_and_near_that_of_the_cpu(repository: Path, dtype: torch.dtype) -> None:
+    # To float32 the latents of so small a model are 0.030 away in bfloat16, by kernels of a CPU as well.
+    found, expected = (
+        FluxImagePipeline.from_pretrained(repository, dtype, device, compile=False)(
+            PROMPTS, seed=SEEDS, output_type="latent", cfg_scale=[1.0, 1.0, 1.0], **SMALL
+        ).float()
+        for device in ("cuda", "cpu")
+    )
+    assert found.isfinite().all()
+    assert (found.cpu() - expected).norm() / expected.norm() < 0.01
 
 
 def test_the_same_call_is_bit_for_bit_the_same(repository: Path) -> None:
@@ -131,6 +136,16 @@ def test_compiling_is_the_default_and_rounds_alone(repository: Path) -> None:
     assert compiled.transformer.double_blocks[0]._compiled_call_impl is not None
     images = [np.stack(pipe(PROMPTS, seed=SEEDS, output_type="np", **SMALL)).astype(int) for pipe in (plain, compiled)]
     assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_a_compiled_image_does_not_depend_on_the_sizes_before_it(repository: Path) -> None:
+    options = {"seed": 1, "output_type": "latent", "num_inference_steps": 3, "t5_sequence_length": 64}
+    images = []
+    for sizes in ([(64, 96)], [(96, 96), (64, 64), (64, 96)]):  # compiled for itself, and for any size
+        torch._dynamo.reset()
+        pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", compile=True)
+        images.append([pipe("x", height=height, width=width, **options) for height, width in sizes][-1])
+    assert torch.equal(*images)
 
 
 @pytest.mark.parametrize("tokens", [512 + 72 * 56, 512 + 52 * 76, 200])

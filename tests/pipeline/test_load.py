@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from flux_batch.config.schema import ModelConfig
+from flux_batch.errors import DeviceFatal, JobError
 from flux_batch.pipeline import load, precision
 from flux_batch.pipeline.pipeline import FluxImagePipeline
 
@@ -86,8 +87,28 @@ def test_a_worker_that_should_have_a_gpu_says_that_it_has_none(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, num_gpus: float | None, is_said: bool
 ) -> None:
     monkeypatch.setattr(precision, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert load.load_pipeline(ModelConfig(uri="demo", dtype="float32"), num_gpus).device.type == "cpu"
-    assert ("torch finds no GPU on this node: the model runs on the CPU" in caplog.text) is is_said
+    assert ("torch finds no GPU on this node (" in caplog.text) is is_said
+
+
+@pytest.mark.parametrize(
+    ("assigned", "cuda", "is_lost"),
+    [("3", "13.0", True), ("3", None, False), ("", "13.0", False), ("-1", "13.0", False)],
+)
+def test_a_gpu_that_was_assigned_and_does_not_start_is_lost_and_not_the_jobs_fault(
+    monkeypatch: pytest.MonkeyPatch, assigned: str, cuda: str | None, is_lost: bool
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("Unexpected error from cudaGetDeviceCount().\nError 802: system not yet initialized")
+
+    monkeypatch.setattr(precision, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(load, "MAX_BYTES_ON_CPU", 1000)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", assigned)
+    with pytest.raises(DeviceFatal if is_lost else JobError, match="Error 802: system not yet initialized"):
+        load.load_pipeline(ModelConfig(uri="demo"), 1)
 
 
 def test_without_gpus_a_worker_leaves_those_that_are_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:

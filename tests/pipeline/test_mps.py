@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flux_batch import FluxImagePipeline
-from flux_batch.model.optimize.mps import apply_mps_kernels
+from flux_batch.model.optimize.kernels import apply_mps_kernels
 from flux_batch.model.transformer import position_tables
 from flux_batch.pipeline.precision import default_device
 from helpers.tiny_calls import CPU, SMALL

@@ -18,8 +18,9 @@ from flux_batch import FluxImagePipeline, ModelManager
 from flux_batch.errors import CheckpointError, DeviceFatal, InvalidSetting, OutOfMemory, RowError
 from flux_batch.model.optimize.cuda_graphs import CudaGraphs
 from flux_batch.model.text import clip, t5
+from flux_batch.pipeline import compiled
 from flux_batch.pipeline import pipeline as pipeline_module
-from flux_batch.pipeline.model_manager import device_errors
+from flux_batch.pipeline.errors import device_errors
 from helpers import tiny_flux
 from helpers.graph_recorder import GraphRecorder
 from helpers.tiny_calls import CPU, PROMPTS, SEEDS, SMALL, noise_image
@@ -446,13 +447,30 @@ class TestFromPretrained:
         (RuntimeError("CUDA error: an illegal memory access was encountered"), DeviceFatal),
         (RuntimeError("CUDA driver error: an illegal memory access was encountered"), DeviceFatal),
         (RuntimeError("Triton Error [CUDA]: unspecified launch failure"), DeviceFatal),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), DeviceFatal),
+        (torch.cuda.DeferredCudaCallError("CUDA call failed lazily at initialization"), DeviceFatal),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
     ],
 )
-def test_what_a_device_raises_becomes_ours(error: RuntimeError, expected: type[Exception]) -> None:
+def test_what_a_device_raises_becomes_ours(error: Exception, expected: type[Exception]) -> None:
     with pytest.raises(expected) as caught, device_errors():
         raise error
     assert type(caught.value) is expected
+
+
+def test_a_device_that_fails_while_a_model_is_opened_is_fatal(
+    monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    def fail(*given: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr(compiled, "choose_attention", fail)
+    with pytest.raises(DeviceFatal, match="ECC error"):
+        FluxImagePipeline.from_pretrained(repository, device="cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
+    with pytest.raises(DeviceFatal, match="ECC error"):
+        FluxImagePipeline.from_pretrained(repository, device="cuda")
 
 
 def test_memory_that_a_library_lacks_is_given_back_for_the_next_try(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,6 +487,25 @@ def test_memory_that_a_library_lacks_is_given_back_for_the_next_try(monkeypatch:
     monkeypatch.setattr(torch.cuda, "empty_cache", fail)
     with pytest.raises(OutOfMemory, match="out of memory"), device_errors():
         raise RuntimeError("CUDA error: out of memory")
+
+
+@pytest.mark.parametrize("place", ["record", "decode"])
+def test_records_of_steps_leave_their_memory_to_the_next_try(
+    monkeypatch: pytest.MonkeyPatch, pipe: FluxImagePipeline, place: str
+) -> None:
+    def fail(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recorder = GraphRecorder()
+    pipe = with_graphs(pipe, recorder)
+    expected = pipe("x", seed=1, output_type="np", **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(*((pipe.graphs, "_record") if place == "record" else (pipe.autoencoder, "decode")), fail)
+        with pytest.raises(OutOfMemory):
+            pipe(["x", "y"], seed=[1, 2], output_type="np", **SMALL)
+    before = recorder.num_records
+    assert np.array_equal(pipe("x", seed=1, output_type="np", **SMALL), expected)
+    assert recorder.num_records == before + 1
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,17 @@ from PIL import Image
 from flux_batch.download.models import local_model
 from flux_batch.download.revision import model_revision
 from flux_batch.errors import CheckpointError
-from flux_batch.pipeline.errors import checkpoint_errors
+from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 
 
 class ImageModel:
     """A model that takes images, its processor, its device and the version of its files."""
 
     def __init__(self, uri: str, auto_class: str, device: str) -> None:
-        """Load a model by the class of transformers that `auto_class` names. Raises: CheckpointError, StoreError."""
+        """Load a model by the class of transformers that `auto_class` names.
+
+        Raises: CheckpointError, StoreError; OutOfMemory, DeviceFatal.
+        """
         import transformers
 
         self.folder = local_model(uri)
@@ -28,7 +31,8 @@ class ImageModel:
         with checkpoint_errors():
             loaded = getattr(transformers, auto_class).from_pretrained(self.folder)
             self.processor = transformers.AutoImageProcessor.from_pretrained(self.folder, backend="pil")
-        self.model: Any = loaded.to(self.device).eval()
+        with device_errors():
+            self.model: Any = loaded.to(self.device).eval()
 
     def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return images as the model takes them, [b, 3, h, w] on its device."""

@@ -28,6 +28,8 @@ from torch.nn.attention import (
     sdpa_kernel,
 )
 
+from flux_batch.model.optimize.device_failure import raise_device_failure
+
 # The only major compute capability of FlashAttention 3 (torch 2.13, torch/nn/attention/_fa3.py).
 _HOPPER = 9
 _FLASH_3 = "FA3"
@@ -73,7 +75,10 @@ def choose_attention(device: torch.device) -> AttentionKernels:
 
 
 def attention_works(backend: SDPBackend, device: torch.device) -> bool:
-    """Return whether a kernel gives the right numbers for a small attention; log why not."""
+    """Return whether a kernel gives the right numbers for a small attention; log why not.
+
+    Raises: the error of a device that has failed.
+    """
     generator = torch.Generator().manual_seed(0)
     # FLUX's head size and layout, and a length that is no multiple of any tile's.
     numbers = torch.randn(3, 1, 200, 2, 128, generator=generator, device="cpu")
@@ -89,9 +94,8 @@ def attention_works(backend: SDPBackend, device: torch.device) -> bool:
                 reason = "its numbers are wrong"
         if not reason:
             return True
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # of any class: a package of another version, a library without a plan
+        raise_device_failure(error, device)
         reason = str(error)
     log.warning("attention by %s does not work here, the next kernel is taken: %s", backend.name, reason)
     return False

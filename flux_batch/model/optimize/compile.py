@@ -29,6 +29,8 @@ from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.layers import BlockLinear, JointAttention, Matmul
 from flux_batch.model.optimize import kernels, quantize
 from flux_batch.model.optimize.attention import TORCH_ATTENTION, AttentionKernels
+from flux_batch.model.optimize.device_failure import raise_device_failure
+from flux_batch.model.rope import rotate_in_parts
 from flux_batch.model.transformer import Flux
 
 # torch's own limit is 8 of a function, after which it runs the function as it is.
@@ -43,7 +45,7 @@ def apply_compile(model: Flux, attention: AttentionKernels = TORCH_ATTENTION, *,
     """
     device = model.img_in.weight.device
     set_compile_options(attention)
-    _check_compiler(device)
+    _check_compiler(model)
     # What is compiled for complex numbers on a CPU takes eight times as long as a rotation that is left out.
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
     for blocks in model.blocks:
@@ -128,20 +130,6 @@ class _SigmoidGELU(nn.Module):
         return (wide * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
 
 
-def rotate_in_parts(x: Tensor, pe: Tensor) -> Tensor:
-    """Return the same as `rope.rotate`, without complex numbers. The compiler fuses it with the norm before it.
-
-    Each number takes its neighbour's product too, x cos + neighbour (+-sin): two results put side by side would come
-    from a kernel of their own. Signs are counted, not read: with the norm these are 8 reads, and from the ninth on
-    inductor writes an fp32 result to memory before it rounds (realize_acc_reads_threshold).
-    """
-    pairs = x.float().unflatten(-1, (-1, 2))
-    cos, sin = pe[:, None, :, :, None].unbind(-2)
-    signs = torch.arange(-1, 2, 2, device=x.device)
-    rotated = pairs * cos + pairs.flip(-1) * (sin * signs)
-    return rotated.flatten(-2).to(x.dtype)
-
-
 def _matmul_then_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a linear layer, with the bias left to the kernel that reads the product.
 
@@ -157,11 +145,15 @@ _COMPILABLE: Mapping[Matmul, Matmul] = {
 }
 
 
-def _check_compiler(device: torch.device) -> None:
+def _check_compiler(model: Flux) -> None:
+    device = model.img_in.weight.device
+    # Before Ada Triton reads no e4m3, which torch goes round from 2.13 on (its issue 167082).
+    dtype = quantize.E4M3 if any(isinstance(layer, quantize.Fp8Linear) for layer in model.modules()) else torch.float32
     try:
-        probe: Callable[[Tensor], Tensor] = torch.compile(lambda x: x + 1)
-        probe(torch.zeros(2, device=device))
+        probe: Callable[[Tensor], Tensor] = torch.compile(lambda x: x.float() + 1)
+        probe(torch.zeros(2, device=device).to(dtype))
     except Exception as error:  # of many classes, by what is missing: a C++ compiler, Triton, headers, a folder
+        raise_device_failure(error, device)
         raise ValueError(f"torch.compile does not work here: {error}") from error
 
 

@@ -3,7 +3,7 @@
 The first step of a size is recorded: which kernels it launches, and on which memory. Later steps of that size copy
 what has changed there, launch the record, and copy the result out. The kernels are the same as without a graph, and so
 are the images; the graph saves the host's time, which counts where kernels are short: small images, small models. The
-memory of a step stays in use, for the largest size that was recorded.
+memory of a step stays in use, for the largest size that was recorded, until `clear`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class CudaGraphs:
         """Return a function with the velocities of `denoiser`. Loops may take turns; threads may not."""
         addresses = [tensor.data_ptr() for tensor in chain(self.model.parameters(), self.model.buffers())]
         if addresses != self._addresses:  # records hold the old addresses, and would read whatever is there now
-            self._graphs.clear()
+            self.clear()
             self._addresses = addresses
 
         def velocity(step: int, img: Tensor) -> Tensor:
@@ -111,6 +111,13 @@ class CudaGraphs:
             return self._graph(inputs)(inputs)
 
         return velocity
+
+    def clear(self) -> None:
+        """Drop all records, after which others can have their memory; the next step of each size is recorded again.
+
+        torch gives the memory of a record to nothing else as long as one record is left, however little is free.
+        """
+        self._graphs.clear()
 
     def _graph(self, inputs: _Inputs) -> _StepGraph:
         graph = self._graphs.get(inputs.size)

@@ -1,4 +1,4 @@
-"""The dtypes of a model: what a device computes natively, which is the default, and keeping to those it has."""
+"""The dtype that a device computes natively, which is the default; autocast changes none."""
 
 from __future__ import annotations
 

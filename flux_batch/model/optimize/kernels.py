@@ -1,4 +1,6 @@
-"""The fastest kernels of a CPU, chosen from outside the model; all compute the same but for the last bits.
+"""The fastest kernels of a CPU, and those that MPS has, chosen from outside the model.
+
+All compute the same but for the last bits. Those of MPS have not run on one yet.
 
 Every choice is by the kind of the device and never by the clock, which would change the last bits of images from one
 worker to the next.
@@ -18,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux_batch.model.layers import BlockLinear, SelfAttention, SingleStreamBlock, project
+from flux_batch.model.layers import BlockLinear, JointAttention, SelfAttention, SingleStreamBlock, project
+from flux_batch.model.rope import rotate_in_parts
 from flux_batch.model.transformer import Flux
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -38,6 +41,15 @@ def apply_cpu_kernels(model: Flux) -> None:
             module.project = project_apart
         elif isinstance(module, BlockLinear) and uses_onednn and module.matmul is F.linear:  # not compiled before
             module.matmul = onednn_matmul
+
+
+def apply_mps_kernels(model: Flux, device: torch.device) -> None:
+    """Make a transformer on MPS rotate without complex numbers, which MPS lacks; change nothing on another device."""
+    if device.type != "mps":
+        return
+    for module in model.modules():
+        if isinstance(module, JointAttention):
+            module.rotate = rotate_in_parts
 
 
 def project_apart(linear: nn.Module, x: Tensor, widths: Sequence[int], lengths: Sequence[int]) -> Sequence[Tensor]:

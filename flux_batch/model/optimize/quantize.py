@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flux_batch.model.checkpoint.lazy_state import CHUNK_NUMBERS, StoredState
 from flux_batch.model.footprint import is_quantizable
+from flux_batch.model.optimize.device_failure import raise_device_failure
 
 E4M3 = torch.float8_e4m3fn
 _E4M3_MAX = 448.0
@@ -241,16 +242,15 @@ def fp8_product_error(device: torch.device) -> str:
     """Return the reason why a small fp8 product fails on a GPU, "" if none.
 
     Some GPUs and libraries have such products by their version, and refuse scales by row: CUBLAS_STATUS_NOT_SUPPORTED
-    on an RTX PRO 5000 (pytorch #192707).
+    on an RTX PRO 5000 (pytorch #192707). Raises: the error of a device that has failed.
     """
     ones = torch.ones((_FP8_MULTIPLE, _FP8_MULTIPLE), device=device)
     rows, scale = ones.to(E4M3), ones[:, :1].contiguous()
     try:
         result = fp8_matmul(rows, scale, rows, scale, ones[0].bfloat16())
         return "" if (result == _FP8_MULTIPLE + 1).all() else "its numbers are wrong"
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        raise_device_failure(error, device)
         return str(error).partition("\n")[0]
 
 

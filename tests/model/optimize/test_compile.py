@@ -20,11 +20,11 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend
 
 from flux_batch.model.optimize.attention import AttentionKernels
-from flux_batch.model.optimize.compile import CompileCache, apply_compile, rotate_in_parts
+from flux_batch.model.optimize.compile import CompileCache, apply_compile
 from flux_batch.model.optimize.kernels import apply_cpu_kernels
-from flux_batch.model.optimize.quantize import apply_fp8
+from flux_batch.model.optimize.quantize import E4M3, apply_fp8
 from flux_batch.model.params import FluxParams
-from flux_batch.model.rope import rotary_table, rotate
+from flux_batch.model.rope import rotary_table, rotate, rotate_in_parts
 from flux_batch.model.sampling import position_ids
 from flux_batch.model.transformer import Flux
 from helpers.golden import FLUX, filled, tensor
@@ -177,6 +177,20 @@ def test_a_machine_that_cannot_compile_is_told_at_once(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "compile", compile_nothing)
     with pytest.raises(ValueError, match=r"torch\.compile does not work here: no C\+\+ compiler"):
         apply_compile(filled(Flux(FLUX)))
+
+
+def test_a_machine_that_cannot_compile_for_fp8_is_told_if_the_model_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe(x: Tensor) -> Tensor:
+        if x.dtype == E4M3:
+            raise ValueError("type fp8e4nv not supported in this architecture")
+        return x
+
+    monkeypatch.setattr(torch, "compile", lambda function, **how: probe)
+    model = filled(Flux(FLUX))
+    apply_compile(model)
+    apply_fp8(model)
+    with pytest.raises(ValueError, match=r"torch\.compile does not work here: type fp8e4nv not supported"):
+        apply_compile(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

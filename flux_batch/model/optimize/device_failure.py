@@ -1,0 +1,16 @@
+"""The failure of a device while something is tried on it, as opposed to the failure of the trial."""
+
+from __future__ import annotations
+
+import torch
+
+
+def raise_device_failure(error: Exception, device: torch.device) -> None:
+    """Raise the error of a trial on a device that is no answer to it: no memory was left, or the device has failed.
+
+    CUDA repeats the error of a device that has failed, e.g. of its memory, at every further call.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
