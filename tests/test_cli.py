@@ -195,8 +195,8 @@ def test_an_output_that_cannot_be_looked_at_is_told_in_one_sentence(
         (["status", "out", "two"], "flux-batch status: unrecognized arguments: two\n"),
         (["bench", "driver", "--jsn"], "flux-batch bench driver: unrecognized arguments: --jsn; did you mean '--json'"),
         (["bench", "kernels", "--quantization", "none"], "bench kernels: unrecognized arguments: --quantization none;"),
-        (["plan", "job.yaml", "--price", "two"], "--price: two: must be a number of more than 0"),
-        (["plan", "job.yaml", "--price", "0"], "--price: 0: must be a number of more than 0"),
+        (["plan", "job.yaml", "--price", "two"], "--price: two: must be a number greater than 0"),
+        (["plan", "job.yaml", "--price", "0"], "--price: 0: must be a number greater than 0"),
     ],
 )
 def test_a_wrong_option_says_what_would_be_right(

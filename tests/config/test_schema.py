@@ -158,7 +158,7 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("model.cuda_graphs=1", "model.cuda_graphs = 1: must be true or false"),
         (
             "model={uri: demo, cuda_graphs: true, step_cache: 0.1}",
-            "model.cuda_graphs = True: a step cache decides at each step what is launched, which no graph can; "
+            "model.cuda_graphs = True: a step cache decides at each step which kernels run, and a graph is fixed; "
             "leave it out, or set step_cache = 0.1 to 0",
         ),
         ("model.loras=[a]", "model.loras.0: must be a section with keys and values"),
