@@ -269,7 +269,7 @@ def test_plan_knows_the_work_of_flux_dev(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_scheduled_job_is_of_the_date_it_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = write_job(make_job(tmp_path, output={"uri": str(tmp_path / "out-{date}")}), tmp_path / "job.yaml")
     code, _, err = flux_batch(capsys, "plan", job)
-    assert (code, err.startswith(f"flux-batch: {job}: output.uri asks for the date of the run")) == (2, True)
+    assert (code, err.startswith(f"flux-batch: {job}: output.uri needs the date of the run")) == (2, True)
     code, out, _ = flux_batch(capsys, "plan", job, "--logical-date", "2026-11-22")
     assert (code, "10 in 1 file\n" in out) == (0, True)
 

@@ -165,7 +165,7 @@ def test_any_field_of_a_row_may_have_a_template(tmp_path: Path) -> None:
     assert "width = 130" in heron.error_message
     for wrong, words in (
         ({"widht": "1"}, "'widht' is not a field of a prompt"),
-        ({"width": "1"}, "copied from column 'width' by samplers or passthrough"),
+        ({"width": "1"}, "column 'width' of width already comes from samplers or passthrough"),
     ):
         with pytest.raises(ValidationError, match=words):
             PromptsConfig(rows=1, template={"prompt": "a", **wrong}, samplers={"width": [64]})
