@@ -1,6 +1,6 @@
 """The work of shards, estimated from the sizes and steps in their rows.
 
-A run begins the largest shards first. Otherwise a large last shard would keep one worker busy while the others are idle.
+A run begins the largest shards first. Otherwise a large last shard would keep one worker busy while others are idle.
 The order changes neither the numbers nor the files nor the images of shards.
 """
 
