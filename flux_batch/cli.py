@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 _TOO_MANY_FAILED, _INTERRUPTED = 3, 75
 _MAX_PREVIEW = 200
 # The state that an interrupted command leaves, for its message.
-_RESUMED = "what is committed stays, the same command resumes the run"
+_RESUMED = "committed work stays, the same command resumes the run"
 _LEFT = {
     **dict.fromkeys(("run", "demo", "annotate"), _RESUMED),
-    **dict.fromkeys(("export", "publish", "download"), "what is there stays, the same command goes on with the rest"),
+    **dict.fromkeys(("export", "publish", "download"), "finished files stay, the same command continues with the rest"),
     **dict.fromkeys(("plan", "validate"), "nothing was written"),
     "preview": "the output of the job is as it was",
 }
@@ -174,8 +174,8 @@ def _init(arguments: argparse.Namespace) -> int:
             file.write(text)
     except FileExistsError as error:
         is_job = arguments.job.endswith((".yaml", ".yml"))
-        hint = "" if is_job else f"; for a job of its prompts: --prompts {arguments.job}"
-        raise JobError(f"{arguments.job}: is there already, and is not overwritten{hint}") from error
+        hint = "" if is_job else f"; to make a job for these prompts: --prompts {arguments.job}"
+        raise JobError(f"{arguments.job}: already exists, and is not overwritten{hint}") from error
     except OSError as error:
         raise JobError(f"{arguments.job}: cannot be written: {error.strerror}") from error
     data = {"job": arguments.job, "prompts": arguments.prompts}
@@ -218,7 +218,7 @@ def _preview(arguments: argparse.Namespace) -> int:
     num_cut = sum(bool(row.get("clip_truncated") or row.get("t5_truncated")) for row in rows)
     if num_cut:
         are = "prompt is" if num_cut == 1 else "prompts are"
-        text += f"\n{num_cut} {are} longer than CLIP or T5 reads; the page shows what is left out"
+        text += f"\n{num_cut} {are} longer than CLIP or T5 reads; the page shows the text left out"
     data |= {"output": report.output, "num_truncated": num_cut, "report": json.loads(report.to_json())}
     _show(arguments, data, text)
     if report.exit_code and not arguments.json:

@@ -75,7 +75,7 @@ _RAY_WORKING_DIR = "working_dir_files"
 # The number of shards whose rows are read to estimate the work of an image.
 _SAMPLED_SHARDS = 3
 # Advice for a run that was stopped at a limit.
-_HIGHER_LIMIT = "the same command with a higher limit goes on"
+_HIGHER_LIMIT = "the same command with a higher limit continues"
 
 log = logging.getLogger(__name__)
 

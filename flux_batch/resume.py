@@ -109,7 +109,7 @@ class ExistingRun:
         shards = f"{self.num_committed} of {count_of(self.num_shards, 'shard')}"
         if self.is_complete:
             return f"{shards} committed: nothing to do"
-        return f"{shards}, {self.num_images} images ({self.num_failed} failed): a run would go on with the rest"
+        return f"{shards}, {self.num_images} images ({self.num_failed} failed): a run would continue with the rest"
 
 
 def job_of_run(config: JobConfig, store: Store, *, extend: bool = False) -> JobConfig:
@@ -153,8 +153,7 @@ def _check_empty(store: Store) -> None:
         raise JobError(f"{store.uri}: holds {foreign}, but no run; use an empty folder as output.uri")
     if store.exists(CARD) and not store.exists(JOB):
         raise JobError(
-            f"{store.uri}: holds a {CARD} of somebody else's, where the data set card would be written; use an empty "
-            "folder as output.uri"
+            f"{store.uri}: holds another {CARD}, which this run would overwrite; use an empty folder as output.uri"
         )
 
 

@@ -59,7 +59,7 @@ def test_the_command_line_helps_itself(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "out").mkdir()
     (tmp_path / "out/README.md").write_text("mine")
     code, _, err = flux_batch(capsys, "run", job)
-    assert (code, "holds a README.md of somebody else's" in err) == (2, True)
+    assert (code, "holds another README.md" in err) == (2, True)
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
@@ -350,7 +350,7 @@ def test_init_says_a_next_command_that_can_be_pasted(tmp_path: Path, capsys: pyt
     [
         ("plan", "interrupted; nothing was written"),
         ("preview", "interrupted; the output of the job is as it was"),
-        ("run", "interrupted; what is committed stays, the same command resumes the run"),
+        ("run", "interrupted; committed work stays, the same command resumes the run"),
     ],
 )
 def test_an_interrupted_command_says_what_it_leaves(

@@ -1,6 +1,6 @@
 """A request to stop a run, made by a signal or a lost lease.
 
-It has no lock, since a signal handler may interrupt the very thread that holds it. Knows no shard and no storage.
+It has no lock, since a signal handler may interrupt the very thread that holds it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def stopped_by_signals(stop: Stop) -> Iterator[None]:
         nonlocal first
         name = signal.Signals(number).name
         if first:
-            _write(f"{name} after {first}: exiting at once; committed shards stay, the same command resumes the run")
+            _write(f"{name} after {first}: exiting at once; committed work stays, the same command resumes the run")
             os._exit(Interrupted.exit_code)
         first = name
         _write(f"{name}: finishing or putting aside the current shards; a second signal exits at once")

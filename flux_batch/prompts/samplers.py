@@ -216,7 +216,7 @@ def _is_number(value: Any) -> bool:
 
 
 def combinations(samplers: Mapping[str, Sampler]) -> int:
-    """Return the number of combinations of a grid. Raises: JobError for a sampler that is no list of values."""
+    """Return the number of combinations of a grid. Raises: JobError for a sampler without a list of values."""
     return math.prod(_num_values(name, sampler) for name, sampler in samplers.items())
 
 

@@ -138,7 +138,7 @@ def test_a_plan_sees_what_is_there(
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/README.md").write_text("mine")
     assert main(["plan", file, "--set", f"output.uri={tmp_path}/elsewhere"]) == 2
-    assert "holds a README.md of somebody else's" in capsys.readouterr().out
+    assert "holds another README.md" in capsys.readouterr().out
     assert main(["plan", file, "--set", f"model.uri={tmp_path}/Demo"]) == 2
     assert "REFUSED   " in capsys.readouterr().out
 

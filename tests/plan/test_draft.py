@@ -105,4 +105,4 @@ def test_init_writes_a_job_that_validates_and_never_over_another(
     assert page.read_text().count("not read by CLIP") == 2
     assert not (tmp_path / "out").exists()
     assert main(["init", path]) == 2
-    assert "job.yaml: is there already, and is not overwritten" in capsys.readouterr().err
+    assert "job.yaml: already exists, and is not overwritten" in capsys.readouterr().err
